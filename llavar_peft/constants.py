@@ -1,0 +1,50 @@
+"""Names and numbers of LLaVAR that more than one module needs (the only copy).
+
+Source: LLaVAR, llava/conversation.py (``conv_llava_v1``) and llava/train/train.py.
+"""
+
+from typing import Final
+
+IGNORE_INDEX: Final = -100
+"""Label of a position that carries no loss."""
+
+IMAGE_PLACEHOLDER: Final = "<image>"
+"""What a record's text holds where an image stands. Never a token."""
+
+IMAGE_PATCH_TOKEN: Final = "<im_patch>"
+IMAGE_START_TOKEN: Final = "<im_start>"
+IMAGE_END_TOKEN: Final = "<im_end>"
+ADDED_TOKENS: Final = (IMAGE_PATCH_TOKEN, IMAGE_START_TOKEN, IMAGE_END_TOKEN)
+"""In the order of their ids: 32000, 32001, 32002 on LLaMA's vocabulary."""
+
+BOS_TOKEN: Final = "<s>"
+EOS_TOKEN: Final = "</s>"
+UNK_TOKEN: Final = "<unk>"
+PAD_TOKEN: Final = UNK_TOKEN
+"""The original pads with ``<unk>`` (id 0)."""
+
+SYSTEM_PROMPT: Final = (
+    "You are LLaVA, a large language and vision assistant trained by UW Madison WAIV Lab."
+    "You are able to understand the visual content that the user provides, "
+    "and assist the user with a variety of tasks using natural language."
+    "Follow the instructions carefully and explain your answers in detail."
+)
+"""Byte for byte the original's; there is no space between its sentences."""
+
+USER_ROLE: Final = "USER"
+ASSISTANT_ROLE: Final = "ASSISTANT"
+
+MODEL_TYPE: Final = "llavar"
+"""``model_type`` of our configuration."""
+
+RELEASED_MODEL_TYPE: Final = "llava"
+"""``model_type`` that the released, flat ``config.json`` carries."""
+
+PROJECTOR_BIN: Final = "mm_projector.bin"
+"""Stage 1's file in the original's layout."""
+PROJECTOR_SAFETENSORS: Final = "mm_projector.safetensors"
+"""The same tensors under the same names, as safetensors."""
+
+METRICS_FILE: Final = "metrics.jsonl"
+RESOLVED_RECIPE_FILE: Final = "recipe.yaml"
+VERSIONS_FILE: Final = "versions.json"

@@ -1,0 +1,170 @@
+"""``build_model``: one model and its processor, from parts or from a checkpoint, strictly.
+
+Every way leads through one table of named tensors, held against the table that the configuration asks for; the library's
+own ``from_pretrained`` then places, casts and quantizes them.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import torch
+from transformers import PreTrainedTokenizerFast
+
+from llavar_peft.config import Attention, ModelConfig, Quantization
+from llavar_peft.errors import ConfigError, MissingDependencyError
+from llavar_peft.models.configuration import LlavarConfig
+from llavar_peft.models.modeling import LlavarForConditionalGeneration
+from llavar_peft.models.processing import LlavarProcessor
+from llavar_peft.models.registration import register
+from llavar_peft.models.sources import Parts, read_checkpoint, read_parts
+from llavar_peft.weights.projector import lay_projector
+from llavar_peft.weights.strict import check_tensors
+
+logger = logging.getLogger(__name__)
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+# What is never quantized. "vision_tower" alone would not match the tower's modules.
+_UNQUANTIZED = ["model.vision_tower", "model.multi_modal_projector", "lm_head"]
+
+
+def build_model(
+    config: ModelConfig, *, device: str | torch.device | None = None, seed: int = 0
+) -> tuple[LlavarForConditionalGeneration, LlavarProcessor]:
+    """Builds a LLaVAR.
+
+    Args:
+        config: Where the model comes from: ``language_model`` and ``vision_tower``; or ``checkpoint``, ours or in the
+            released layout (then with ``vision_tower``); each optionally with a stage-1 ``projector``.
+        device: Where the weights go. None: the CPU, or, quantized, the current GPU where there is one.
+        seed: Draws a new projector's weights, where none are given.
+
+    Returns:
+        The model, in ``eval`` mode with nothing frozen, and its processor.
+
+    Raises:
+        ConfigError: The settings do not name one model.
+        WeightsError: A tensor is missing, extra or misshapen.
+        MissingDependencyError: flash-attention or bitsandbytes is asked for and cannot be had.
+    """
+    register()
+    _check_sources(config)
+    parts = read_checkpoint(config) if config.checkpoint is not None else read_parts(config, seed=seed)
+    if config.projector is not None:
+        lay_projector(parts.tensors, config.projector)
+    check_tensors(parts.tensors, expected_shapes(parts.config), where=parts.source)
+    dtype = resolve_dtype(config.dtype)
+    attention = resolve_attention(config.attention, dtype)
+    if device is None:
+        device = "cuda" if config.quantize and torch.cuda.is_available() else "cpu"
+    model = LlavarForConditionalGeneration.from_pretrained(
+        None,
+        config=parts.config,
+        state_dict=parts.tensors,
+        dtype=dtype,
+        attn_implementation=attention,
+        device_map={"": device},
+        **_quantization(config.quantize, dtype),
+    )
+    _set_generation(model, parts.tokenizer)
+    processor = LlavarProcessor(
+        image_processor=parts.image_processor,
+        tokenizer=parts.tokenizer,
+        image_mode=parts.image_mode,
+        inference_image_mode=parts.inference_image_mode,
+        patch_size=parts.config.vision_config.patch_size,
+        use_im_start_end=parts.config.use_im_start_end,
+        sep_image_conv_front=parts.config.sep_image_conv_front,
+    )
+    logger.info("%s: %s weights, attention by %s", parts.source, str(dtype).removeprefix("torch."), attention)
+    return model, processor
+
+
+def expected_shapes(config: LlavarConfig) -> dict[str, tuple[int, ...]]:
+    """The table of tensors that a configuration asks for.
+
+    Args:
+        config: The model's.
+
+    Returns:
+        Shape by name, in the modules' order. Nothing is allocated.
+    """
+    with torch.device("meta"):
+        skeleton = LlavarForConditionalGeneration(config)
+    return {name: tuple(tensor.shape) for name, tensor in skeleton.state_dict().items()}
+
+
+def resolve_dtype(dtype: str) -> torch.dtype:
+    """What ``auto`` means here: bfloat16 on a GPU that has it, else float32."""
+    if dtype == "auto":
+        has_bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+        return torch.bfloat16 if has_bf16 else torch.float32
+    return _DTYPES[dtype]
+
+
+def resolve_attention(attention: Attention, dtype: torch.dtype) -> str:
+    """What ``auto`` means here: flash-attention where it is installed and possible, else SDPA.
+
+    Raises:
+        MissingDependencyError: ``flash_attention_2`` is asked for and is not installed.
+        ConfigError: It is asked for with float32 weights, which it cannot take.
+    """
+    from transformers.utils import is_flash_attn_2_available
+
+    half = dtype in (torch.bfloat16, torch.float16)
+    available = bool(is_flash_attn_2_available())
+    if attention == "auto":
+        return "flash_attention_2" if available and half and torch.cuda.is_available() else "sdpa"
+    if attention == "flash_attention_2" and not available:
+        raise MissingDependencyError.at(
+            "model.attention", "flash_attention_2 is not installed", "pip install 'llavar_peft[cuda]', or use 'auto'"
+        )
+    if attention == "flash_attention_2" and not half:
+        raise ConfigError.at(
+            "model.attention", "flash_attention_2 cannot take float32 weights", "set dtype to bfloat16, or use 'auto'"
+        )
+    return attention
+
+
+def _check_sources(config: ModelConfig) -> None:
+    has_parts = config.language_model is not None and config.vision_tower is not None
+    if config.checkpoint is None and not has_parts:
+        raise ConfigError.at(
+            "model",
+            f"no model is named (got language_model={config.language_model!r}, vision_tower={config.vision_tower!r})",
+            "give language_model and vision_tower, or checkpoint",
+        )
+    if config.checkpoint is not None and config.language_model is not None:
+        raise ConfigError.at("model", "both checkpoint and language_model are given", "leave one of them out")
+
+
+def _quantization(quantize: Quantization | None, dtype: torch.dtype) -> dict[str, Any]:
+    if quantize is None:
+        return {}
+    import importlib.util
+
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise MissingDependencyError.at(
+            "model.quantize", f"{quantize} needs bitsandbytes, which is not installed", "pip install bitsandbytes"
+        )
+    from transformers import BitsAndBytesConfig
+
+    if quantize == "int8":
+        return {"quantization_config": BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=_UNQUANTIZED)}
+    return {
+        "quantization_config": BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=dtype,
+            llm_int8_skip_modules=_UNQUANTIZED,
+        )
+    }
+
+
+def _set_generation(model: LlavarForConditionalGeneration, tokenizer: PreTrainedTokenizerFast) -> None:
+    generation = model.generation_config
+    generation.bos_token_id = tokenizer.bos_token_id
+    generation.eos_token_id = tokenizer.eos_token_id
+    generation.pad_token_id = tokenizer.pad_token_id

@@ -1,0 +1,123 @@
+"""LLaVAR as a ``transformers`` model: stock LLaVA with ONE linear projector.
+
+Shape suffixes: B batch, T tokens, N pictures, P patches of a picture, C tower width, D language model width.
+
+Source: LLaVAR, llava/model/llava.py, ``LlavaLlamaModel`` and ``LlavaLlamaForCausalLM``.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import LlavaForConditionalGeneration, LlavaModel
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+from llavar_peft.models.configuration import LlavarConfig
+
+
+class LlavarModel(LlavaModel):
+    """Tower, linear projector and language model, without the head."""
+
+    config: LlavarConfig
+    config_class = LlavarConfig
+
+    def __init__(self, config: LlavarConfig) -> None:
+        super().__init__(config)
+        self.multi_modal_projector = nn.Linear(config.vision_config.hidden_size, config.text_config.hidden_size)
+        self.post_init()
+
+    def get_image_features(self, pixel_values: Tensor | Sequence[Tensor], **kwargs: Any) -> BaseModelOutputWithPooling:
+        """Runs tower and projector.
+
+        Args:
+            pixel_values: Pictures of one size ``[N, 3, H, W]``, or (mode ``keep``) a sequence of ``[3, H, W]``.
+            kwargs: What the parent's method takes.
+
+        Returns:
+            The tower's output whose ``pooler_output`` is a list of N projected features ``[P, D]``.
+        """
+        if isinstance(pixel_values, Tensor):
+            size = self.config.vision_config.image_size
+            # CLIP's positions are learnt for one size; other sizes (mode "keep") interpolate them.
+            interpolate = tuple(pixel_values.shape[-2:]) != (size, size)
+            return super().get_image_features(pixel_values, interpolate_pos_encoding=interpolate, **kwargs)
+        outputs = [self.get_image_features(picture[None], **kwargs) for picture in pixel_values]
+        merged = outputs[-1]
+        merged.pooler_output = [features_PD for output in outputs for features_PD in output.pooler_output]
+        return merged
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        pixel_values: Tensor | Sequence[Tensor] | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Any = None,
+        inputs_embeds: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Splices the pictures' features in at ``<im_patch>`` and runs the language model.
+
+        In training, a batch without a picture still passes (times zero) through the projector, as in the original: on
+        several ranks its gradient must exist everywhere.
+
+        Args:
+            input_ids: ``[B, T]``.
+            pixel_values: ``[N, 3, H, W]`` or a sequence of ``[3, H, W]``, in reading order over the batch.
+            attention_mask: ``[B, T]``.
+            position_ids: ``[B, T]``.
+            past_key_values: The cache of keys and values.
+            inputs_embeds: ``[B, T, D]`` instead of ``input_ids``.
+            kwargs: What the parent's ``forward`` takes.
+
+        Returns:
+            The parent's output.
+        """
+        if self.training and torch.is_grad_enabled() and pixel_values is None and inputs_embeds is None:
+            inputs_embeds = self.get_input_embeddings()(input_ids) + self._no_picture()
+            input_ids = None
+        return super().forward(
+            input_ids=input_ids,
+            pixel_values=pixel_values,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            **kwargs,
+        )
+
+    def _no_picture(self) -> Tensor:
+        parameter = next(self.multi_modal_projector.parameters())
+        nothing_1C = torch.zeros(
+            1, self.config.vision_config.hidden_size, dtype=parameter.dtype, device=parameter.device
+        )
+        return self.multi_modal_projector(nothing_1C).sum() * 0.0
+
+
+class LlavarForConditionalGeneration(LlavaForConditionalGeneration):
+    """LLaVAR with its language modelling head.
+
+    ``generate``, caches, attention backends, quantization, ``device_map`` and ``save_pretrained`` are the library's own.
+    """
+
+    config: LlavarConfig
+    config_class = LlavarConfig
+
+    def __init__(self, config: LlavarConfig) -> None:
+        super().__init__(config)
+        self.model = LlavarModel(config)
+        self.post_init()
+
+    def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
+        """Saves under the names the modules have, also where the weights came in the released layout.
+
+        Args:
+            save_directory: The folder.
+            kwargs: What ``PreTrainedModel.save_pretrained`` takes.
+        """
+        kwargs.setdefault("save_original_format", False)
+        super().save_pretrained(save_directory, **kwargs)

@@ -1,0 +1,1 @@
+"""Weights as files: shards, names, the stage-1 projector file."""
