@@ -1,0 +1,212 @@
+"""From records to batches: what a ``DataLoader`` iterates over in training.
+
+No draw is made here: the order of an epoch comes from (seed, epoch) alone and an item from its index alone, so that a
+resumed run sees the same batches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset, Sampler
+
+from llavar_peft.constants import IGNORE_INDEX
+from llavar_peft.data.images import ImageRoots, prepare_image
+from llavar_peft.data.tokenize import encode_record
+from llavar_peft.errors import DataError, ImageError
+from llavar_peft.types import Example, Processor
+
+_HOLDOUT_STREAM = 0x0C4
+
+
+@dataclass(frozen=True, slots=True)
+class Item:
+    """One record, ready for a batch.
+
+    Attributes:
+        example: Ids and labels.
+        pixels: One ``[3, H, W]`` for each picture of the example.
+        fault: Why the record carries no loss, with the kind first (``"image: ..."``, ``"labels: ..."``), else None.
+    """
+
+    example: Example
+    pixels: tuple[Tensor, ...]
+    fault: str | None
+
+
+class Records(Protocol):
+    """Raw records by index."""
+
+    def __len__(self) -> int:
+        """How many there are."""
+        ...
+
+    def __getitem__(self, index: int) -> Mapping[str, Any]:
+        """The record as it stands in its file."""
+        ...
+
+
+class TrainingDataset(Dataset[Item]):
+    """Records as items, by index.
+
+    A record that cannot be trained on comes back as an item with ``fault`` set, never as an exception: a loader's worker
+    would hand on only its text, and the policy is the trainer's.
+
+    Args:
+        records: The raw records.
+        indices: Which of them, in the order of the data.
+        roots: Where their pictures are.
+        processor: Tokenizer, image processor and their settings.
+        max_length: Tokens per record.
+    """
+
+    def __init__(
+        self,
+        records: Records,
+        indices: Sequence[int],
+        roots: ImageRoots,
+        processor: Processor,
+        *,
+        max_length: int,
+    ) -> None:
+        self.records = records
+        self.indices = np.asarray(indices, dtype=np.int64)
+        self.roots = roots
+        self.processor = processor
+        self.max_length = max_length
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, position: int) -> Item:
+        index = int(self.indices[position])
+        raw = self.records[index]
+        try:
+            # Mode "keep" has to measure the pictures before it can count their tokens.
+            example = encode_record(raw, self.processor, self.max_length, roots=self.roots)
+        except ImageError as error:
+            return _faulty(raw, index, f"image: {error}")
+        except DataError as error:
+            return _faulty(raw, index, f"record: {error}")
+        if example.dropped is not None:
+            return Item(example, (), f"labels: {example.dropped}")
+        try:
+            pixels = tuple(
+                prepare_image(self.roots.open(path), self.processor.image_mode, self.processor)
+                for path in example.images
+            )
+        except ImageError as error:
+            return _faulty(raw, index, f"image: {error}")
+        return Item(example, pixels, None)
+
+
+def _faulty(raw: Mapping[str, Any], index: int, fault: str) -> Item:
+    nothing = torch.zeros(0, dtype=torch.int64)
+    return Item(Example(id=str(raw.get("id", index)), input_ids=nothing, labels=nothing), (), fault)
+
+
+class Collator:
+    """Pads a list of items on the right, as the original does.
+
+    Items with a fault are left out of the tensors and named under ``faults``. Where none is left, a single unsupervised
+    position stands in, so that every rank still has a batch.
+
+    Args:
+        pad_id: The pad token's id.
+    """
+
+    def __init__(self, pad_id: int) -> None:
+        self.pad_id = pad_id
+
+    def __call__(self, items: Sequence[Item]) -> dict[str, Any]:
+        """Makes a batch.
+
+        Args:
+            items: B items.
+
+        Returns:
+            ``input_ids``, ``labels``, ``attention_mask`` ``[B, T]``; ``pixel_values`` ``[N, 3, H, W]`` (a list of
+            ``[3, H, W]`` where sizes differ) if there are pictures; ``ids`` and ``faults`` for the trainer.
+        """
+        good = [item for item in items if item.fault is None]
+        lengths = [len(item.example.input_ids) for item in good] or [1]
+        rows, width = len(lengths), max(lengths)
+        input_ids = torch.full((rows, width), self.pad_id, dtype=torch.int64)
+        labels = torch.full((rows, width), IGNORE_INDEX, dtype=torch.int64)
+        attention_mask = torch.zeros((rows, width), dtype=torch.int64)
+        for row, length in enumerate(lengths):
+            attention_mask[row, :length] = 1
+        for row, item in enumerate(good):
+            length = lengths[row]
+            input_ids[row, :length] = item.example.input_ids
+            labels[row, :length] = item.example.labels
+        batch: dict[str, Any] = {
+            "input_ids": input_ids,
+            "labels": labels,
+            "attention_mask": attention_mask,
+            "ids": [item.example.id for item in good],
+            "faults": [(item.example.id, item.fault) for item in items if item.fault is not None],
+        }
+        pixels = [picture for item in good for picture in item.pixels]
+        if pixels:
+            same = len({tuple(picture.shape) for picture in pixels}) == 1
+            batch["pixel_values"] = torch.stack(pixels) if same else pixels
+        return batch
+
+
+class EpochSampler(Sampler[int]):
+    """An order for each epoch, drawn from (seed, epoch) and nothing else.
+
+    Args:
+        count: Number of items.
+        seed: The run's.
+        shuffle: False keeps the data's order in every epoch.
+    """
+
+    def __init__(self, count: int, *, seed: int, shuffle: bool) -> None:
+        self.count = count
+        self.seed = seed
+        self.shuffle = shuffle
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Says which epoch comes next, from 0."""
+        self.epoch = int(epoch)
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __iter__(self) -> Iterator[int]:
+        if not self.shuffle:
+            return iter(range(self.count))
+        order = np.random.default_rng((self.seed, self.epoch)).permutation(self.count)
+        return iter(order.tolist())
+
+
+def split_holdout(count: int, holdout: float, *, seed: int) -> tuple[list[int], list[int]]:
+    """Splits records into those trained on and those held out, by (seed) alone.
+
+    Args:
+        count: Number of records.
+        holdout: A share below 1, or a number from 1 up.
+        seed: The run's.
+
+    Returns:
+        Indices trained on and held out, each in the data's order.
+
+    Raises:
+        DataError: Nothing is left to train on.
+    """
+    wanted = int(holdout) if holdout >= 1 else round(holdout * count)
+    if wanted >= count:
+        raise DataError.at(
+            "data.holdout", f"leaves nothing to train on (got {holdout:g}, there are {count} records)", "hold out fewer"
+        )
+    held = np.sort(np.random.default_rng((seed, _HOLDOUT_STREAM)).permutation(count)[:wanted])
+    kept = np.setdiff1d(np.arange(count), held)
+    return kept.tolist(), held.tolist()

@@ -1,0 +1,120 @@
+"""What a run writes, and how: aside, synced, renamed."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import platform
+import shutil
+import subprocess
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+CHECKPOINT_PREFIX = "checkpoint-"
+STAGING = ".staging"
+COMPLETE = "stage.json"
+"""Written last into a finished stage's ``model`` folder's parent."""
+
+_PACKAGES = (
+    "llavar_peft", "torch", "transformers", "peft", "accelerate", "bitsandbytes", "flash_attn", "datasets", "pillow",
+    "safetensors", "tokenizers", "numpy",
+)  # fmt: skip
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a file whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f".{path.name}.part")
+    with aside.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    aside.replace(path)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes a value as JSON, whole or not at all."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def append_line(path: Path, value: Mapping[str, Any]) -> None:
+    """Adds one JSON line."""
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(value, ensure_ascii=False) + "\n")
+
+
+def read_lines(path: Path) -> Iterator[dict[str, Any]]:
+    """JSON lines of a file, without a last one that was cut off by a crash."""
+    if not path.is_file():
+        return
+    with path.open(encoding="utf-8") as file:
+        for line in file:
+            if line.endswith("\n"):
+                yield json.loads(line)
+
+
+def drop_lines_after(path: Path, step: int) -> None:
+    """Removes the lines of steps that a resumed run will take again."""
+    if path.is_file():
+        kept = [line for line in read_lines(path) if int(line["step"]) <= step]
+        write_text(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in kept))
+
+
+def settle_folder(staged: Path, final: Path) -> None:
+    """Makes a finished folder appear under its name at once; one that stands there is replaced."""
+    for entry in sorted(staged.rglob("*")):
+        if entry.is_file():
+            with entry.open("rb") as file:
+                os.fsync(file.fileno())
+    old = final.with_name(f".{final.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    if final.exists():
+        final.rename(old)
+    staged.rename(final)
+    _sync_folder(final.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _sync_folder(folder: Path) -> None:
+    if os.name == "posix":
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def checkpoints(stage_dir: Path) -> list[Path]:
+    """The stage's checkpoints, oldest first. What a killed run left in staging is none."""
+    found = [path for path in stage_dir.glob(f"{CHECKPOINT_PREFIX}*") if path.name.split("-")[-1].isdigit()]
+    return sorted(found, key=lambda path: int(path.name.split("-")[-1]))
+
+
+def describe_environment() -> dict[str, Any]:
+    """Versions of what a result depends on, and the git revision of the working directory."""
+    versions = {}
+    for package in _PACKAGES:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return {"python": platform.python_version(), "platform": platform.platform(), "git": git_revision(), **versions}
+
+
+def git_revision() -> str | None:
+    """The revision of the git checkout that this package runs from, with ``+changes``; None outside of one."""
+    here = Path(__file__).resolve().parent
+    git = shutil.which("git")
+    if git is None:
+        return None
+
+    def ask(*arguments: str) -> str | None:
+        done = subprocess.run([git, *arguments], cwd=here, capture_output=True, text=True, check=False)
+        return done.stdout.strip() if done.returncode == 0 else None
+
+    revision = ask("rev-parse", "HEAD")
+    if revision is None:
+        return None
+    return revision + ("+changes" if ask("status", "--porcelain", "--untracked-files=no", str(here)) else "")

@@ -1,0 +1,138 @@
+"""A run's folder: what belongs to which stage, what is finished, and what a later stage takes up.
+
+::
+
+    output_dir/
+      recipe.yaml  versions.json  stages.json  index.html
+      <stage>/  metrics.jsonl  probe.jsonl  dropped.jsonl  stage.json  checkpoint-N/
+      <stage>/model/      an earlier stage's result
+      model/ or adapter/  the last stage's
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from llavar_peft.config import Lora, Projector, Recipe, Stage
+from llavar_peft.constants import PROJECTOR_SAFETENSORS, RESOLVED_RECIPE_FILE, VERSIONS_FILE
+from llavar_peft.errors import ConfigError, Fault
+from llavar_peft.recipes import dump_recipe
+from llavar_peft.training import files
+from llavar_peft.training.saving import load_full, load_projector
+from llavar_peft.validation import recipe_to_mapping
+
+STAGES_FILE = "stages.json"
+FINISHED_FILE = "stage.json"
+# Changing these does not change a run's result.
+_HARMLESS = ("report_to", "keep_checkpoints", "save_every_steps", "probe", "workers", "output_dir")
+
+
+class RunFolder:
+    """The folder of one recipe.
+
+    Args:
+        recipe: The run.
+    """
+
+    def __init__(self, recipe: Recipe) -> None:
+        self.recipe = recipe
+        self.root = Path(recipe.output_dir)
+
+    def directory(self, stage: Stage) -> Path:
+        """Where a stage writes."""
+        return self.root / stage.name
+
+    def result(self, stage: Stage) -> Path:
+        """Where a stage's result goes: the last stage's lies at the top."""
+        name = "adapter" if isinstance(stage.tune, Lora) else "model"
+        return self.root / name if stage == self.recipe.stages[-1] else self.directory(stage) / name
+
+    def open(self, *, restart: bool, stages: Sequence[Stage]) -> None:
+        """Makes the folder, or takes up one that an earlier run of the same recipe left.
+
+        Args:
+            restart: Whether to throw away what it left for ``stages``.
+            stages: The stages about to run.
+
+        Raises:
+            ConfigError: The folder holds results of another recipe.
+        """
+        if restart:
+            for stage in stages:
+                shutil.rmtree(self.directory(stage), ignore_errors=True)
+                shutil.rmtree(self.result(stage), ignore_errors=True)
+        self._refuse_another()
+        for stage in self.recipe.stages:
+            self.directory(stage).mkdir(parents=True, exist_ok=True)
+        files.write_text(self.root / RESOLVED_RECIPE_FILE, dump_recipe(self.recipe))
+        files.write_json(self.root / VERSIONS_FILE, files.describe_environment())
+        files.write_json(self.root / STAGES_FILE, [stage.name for stage in self.recipe.stages])
+
+    def finished(self, stage: Stage) -> bool:
+        """Whether the stage's result is there, whole."""
+        return (self.directory(stage) / FINISHED_FILE).is_file() and self.result(stage).is_dir()
+
+    def mark_finished(self, stage: Stage, *, steps: int) -> None:
+        """Says that the stage's result is there; written after it."""
+        files.write_json(
+            self.directory(stage) / FINISHED_FILE,
+            {"stage": stage.name, "steps": steps, "result": str(self.result(stage).relative_to(self.root))},
+        )
+
+    def take_up(self, stage: Stage, model: Any) -> Path:
+        """Copies a finished stage's result into a plain model.
+
+        Args:
+            stage: A finished stage.
+            model: The plain model, changed in place (a LoRA stage's adapters are merged unless it is the last).
+
+        Returns:
+            The result's folder.
+        """
+        folder = self.result(stage)
+        if isinstance(stage.tune, Projector):
+            load_projector(model, folder / PROJECTOR_SAFETENSORS)
+        elif isinstance(stage.tune, Lora):
+            if stage != self.recipe.stages[-1]:
+                raise ConfigError.at(
+                    f"stages.{stage.name}", "a LoRA stage before another cannot be taken up", "run with --restart"
+                )
+        else:
+            load_full(model, folder)
+        return folder
+
+    def _refuse_another(self) -> None:
+        written = self.root / RESOLVED_RECIPE_FILE
+        begun = any(self.finished(stage) or files.checkpoints(self.directory(stage)) for stage in self.recipe.stages)
+        if not (written.is_file() and begun):
+            return
+        before = yaml.safe_load(written.read_text(encoding="utf-8"))
+        # Through JSON, as the file went through YAML: tuples are lists there.
+        now = json.loads(json.dumps(recipe_to_mapping(self.recipe)))
+        faults = [
+            Fault(path, f"changed since this folder's run began (was {old!r}, is {new!r})", "")
+            for path, old, new in _differences(before, now, "")
+            if not any(part in _HARMLESS for part in path.split("."))
+        ]
+        if faults:
+            lines = "\n".join(f"  {fault.where}: {fault.what}" for fault in faults)
+            raise ConfigError(
+                f"{written}: another recipe's run is in this folder\n{lines}\n"
+                "Mend: take another output_dir, undo the change, or pass --restart to begin anew.",
+                faults,
+            )
+
+
+def _differences(old: Any, new: Any, path: str) -> list[tuple[str, Any, Any]]:
+    if isinstance(old, dict) and isinstance(new, dict):
+        keys = [*old, *(key for key in new if key not in old)]
+        return [d for key in keys for d in _differences(old.get(key), new.get(key), f"{path}.{key}".lstrip("."))]
+    if isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
+        return [d for i, (a, b) in enumerate(zip(old, new, strict=True)) for d in _differences(a, b, f"{path}.{i}")]
+    return [] if old == new else [(path, old, new)]

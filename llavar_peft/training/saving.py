@@ -1,0 +1,139 @@
+"""What a checkpoint holds, and how a stage's result is taken up again."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from llavar_peft.config import Lora, ModelConfig, Projector, Tune
+from llavar_peft.constants import PROJECTOR_SAFETENSORS
+from llavar_peft.models.sources import read_checkpoint, read_parts
+from llavar_peft.models.tuning import EmbeddingWithTrainedRows, is_quantized
+from llavar_peft.training.files import write_json
+from llavar_peft.weights import names
+from llavar_peft.weights.adapter import BASE_FILE, load_adapter_weights
+from llavar_peft.weights.projector import lay_projector, save_projector
+from llavar_peft.weights.store import open_weights
+from llavar_peft.weights.strict import check_tensors
+
+if TYPE_CHECKING:
+    from llavar_peft.models.processing import LlavarProcessor
+
+_SHARD_SIZE = "5GB"
+
+
+def save_whole(
+    model: Any,
+    processor: LlavarProcessor,
+    folder: Path,
+    *,
+    state: Mapping[str, Tensor],
+    tune: Tune,
+    base: ModelConfig,
+) -> None:
+    """Saves what a stage trains, loadable by ``from_pretrained``.
+
+    Full and projector stages save the whole model; a projector stage also ``mm_projector.bin`` and its safetensors twin;
+    a LoRA stage the adapter with everything it trained. A quantized base is not written again: there a projector stage
+    saves projector, configuration and processor.
+
+    Args:
+        model: The model, unwrapped.
+        processor: Saved beside it.
+        folder: An existing folder.
+        state: The model's state under a plain model's names.
+        tune: What the stage trains.
+        base: What an adapter is an adapter of.
+    """
+    if isinstance(tune, Lora):
+        for settings in model.peft_config.values():
+            settings.base_model_name_or_path = base.checkpoint or base.language_model
+        # Nothing of the embeddings is saved but the rows that were trained.
+        model.save_pretrained(str(folder), save_embedding_layers=False)
+        model.get_base_model().config.save_pretrained(str(folder))
+        write_json(folder / BASE_FILE, dataclasses.asdict(base))
+    elif is_quantized(model):
+        model.config.save_pretrained(str(folder))
+    else:
+        model.save_pretrained(str(folder), state_dict=dict(state), max_shard_size=_SHARD_SIZE)
+    if isinstance(tune, Projector):
+        embedding = model.get_input_embeddings()
+        whole = embedding.weight.detach().float()
+        if isinstance(embedding, EmbeddingWithTrainedRows):
+            # In float32, whatever the base is kept in: a resumed run goes on from exactly these.
+            whole = torch.cat([whole[: embedding.first], embedding.rows.detach().float()])
+        projector = model.model.multi_modal_projector
+        save_projector(folder, projector.weight.float(), projector.bias.float(), whole)
+    processor.save_pretrained(str(folder))
+
+
+def save_result(config: ModelConfig, folder: Path) -> None:
+    """Completes a projector stage's result whose base is quantized in memory.
+
+    The source's own tensors are written, with the trained projector and rows laid over: what was quantized to train on
+    is not what the projector was made for.
+
+    Args:
+        config: Where the base came from.
+        folder: Holds ``mm_projector.safetensors``; the weights are added.
+    """
+    from huggingface_hub import save_torch_state_dict
+
+    parts = read_checkpoint(config) if config.checkpoint is not None else read_parts(config, seed=0)
+    lay_projector(parts.tensors, folder)
+    save_torch_state_dict(parts.tensors, str(folder), max_shard_size=_SHARD_SIZE)
+
+
+def load_trained(model: Any, folder: Path) -> None:
+    """Takes up a checkpoint's weights into a model that was prepared for the same stage, in place.
+
+    Args:
+        model: What ``prepare_for`` returned.
+        folder: A checkpoint of that stage.
+
+    Raises:
+        WeightsError: A tensor is missing, extra or misshapen.
+    """
+    from peft import PeftModel
+
+    if isinstance(model, PeftModel):
+        load_adapter_weights(model, folder)
+    elif isinstance(model.get_input_embeddings(), EmbeddingWithTrainedRows) or is_quantized(model):
+        load_projector(model, folder / PROJECTOR_SAFETENSORS)
+    else:
+        load_full(model, folder)
+
+
+def load_full(model: nn.Module, folder: Path) -> None:
+    """Copies a whole checkpoint's tensors into a plain model."""
+    stored = open_weights(folder)
+    target = model.state_dict()
+    check_tensors(stored, {name: tuple(tensor.shape) for name, tensor in target.items()}, where=str(folder))
+    with torch.no_grad():
+        for name, tensor in stored.items():
+            target[name].copy_(tensor)
+
+
+def load_projector(model: Any, path: Path) -> None:
+    """Copies stage 1's result into a model, whether its rows are a parameter of their own or not."""
+    stored = open_weights(path)
+    projector, embedding = model.model.multi_modal_projector, model.get_input_embeddings()
+    wanted = {
+        names.RELEASED_PROJECTOR_WEIGHT: tuple(projector.weight.shape),
+        names.RELEASED_PROJECTOR_BIAS: tuple(projector.bias.shape),
+        names.RELEASED_EMBEDDINGS: tuple(embedding.weight.shape),
+    }
+    check_tensors(stored, wanted, where=str(path))
+    rows = stored[names.RELEASED_EMBEDDINGS][-2:]
+    with torch.no_grad():
+        projector.weight.copy_(stored[names.RELEASED_PROJECTOR_WEIGHT])
+        projector.bias.copy_(stored[names.RELEASED_PROJECTOR_BIAS])
+        if isinstance(embedding, EmbeddingWithTrainedRows):
+            embedding.rows.copy_(rows)
+        elif model.config.use_im_start_end:
+            embedding.weight[-2:] = rows.to(embedding.weight.dtype)

@@ -1,0 +1,267 @@
+"""One stage on ``transformers.Trainer``: what the recipe needs beside it, and nothing else.
+
+Added here: logits at supervised positions only, the loss's average as configured, an order of records that depends on
+(seed, epoch) alone, parameter groups, and checkpoints that are whole and appear at once.
+"""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+from torch.utils.data import Dataset, Sampler
+
+from llavar_peft.config import ModelConfig, Stage
+from llavar_peft.constants import IGNORE_INDEX
+from llavar_peft.data.dataset import Collator, EpochSampler, Item, TrainingDataset
+from llavar_peft.errors import EnvironmentFaultError
+from llavar_peft.models.processing import LlavarProcessor
+from llavar_peft.models.tuning import folded_state_dict
+from llavar_peft.training import files
+from llavar_peft.training.ledger import FaultLedger
+from llavar_peft.training.saving import load_trained, save_whole
+
+LogSink = Callable[[dict[str, Any]], None]
+
+
+@dataclass
+class Meter:
+    """Counts of the optimizer step under way, on this rank."""
+
+    tokens: int = 0
+    supervised: int = 0
+    records: tuple[str, ...] = ()
+    since: float = 0.0
+
+
+class StageTrainer(transformers.Trainer):
+    """Trains one stage.
+
+    Args:
+        model: What ``prepare_for`` returned.
+        processor: Saved with every checkpoint.
+        stage: The recipe's stage.
+        arguments: The parent's settings, made from the stage by ``training_arguments``.
+        dataset: Records as items.
+        ledger: Counts records that cannot be trained on, and stops the run above its share.
+        base: What the stage starts from, as an adapter has to name it.
+        seed: The run's.
+        sink: Takes each step's figures.
+        callbacks: The parent's callbacks.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        processor: LlavarProcessor,
+        stage: Stage,
+        arguments: transformers.TrainingArguments,
+        *,
+        dataset: TrainingDataset,
+        ledger: FaultLedger,
+        base: ModelConfig,
+        seed: int,
+        sink: LogSink,
+        callbacks: list[transformers.TrainerCallback],
+    ) -> None:
+        self.stage = stage
+        self.ledger = ledger
+        self.base = base
+        self.sampler_seed = seed
+        self.sink = sink
+        self.meter = Meter()
+        self.staging: Path | None = None
+        super().__init__(
+            model=model,
+            args=arguments,
+            train_dataset=dataset,
+            data_collator=Collator(processor.tokenizer.pad_token_id),
+            processing_class=processor,
+            callbacks=callbacks,
+        )
+        # "token": the parent counts the labels of the whole accumulation and hands the number to compute_loss.
+        self.model_accepts_loss_kwargs = stage.loss_average == "token"
+
+    # -- data ---------------------------------------------------------------------------------------------------------
+
+    def _get_train_sampler(self, train_dataset: Dataset[Item] | None = None) -> Sampler[int]:
+        dataset = train_dataset if train_dataset is not None else self.train_dataset
+        return EpochSampler(len(dataset), seed=self.sampler_seed, shuffle=self.stage.data.shuffle)
+
+    # -- loss ---------------------------------------------------------------------------------------------------------
+
+    def training_step(
+        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
+    ) -> Tensor:
+        """The parent's step, after the batch's faults are taken out and counted."""
+        self.ledger.note(inputs.pop("faults"))
+        ids = tuple(inputs.pop("ids"))
+        self.meter.records += ids
+        self.meter.tokens += int(inputs["attention_mask"].sum())
+        self.meter.supervised += int((inputs["labels"][:, 1:] != IGNORE_INDEX).sum())
+        return super().training_step(model, inputs, num_items_in_batch)
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """Cross entropy at supervised positions; logits are made for those alone.
+
+        Args:
+            model: The model, wrapped as it may be.
+            inputs: The batch.
+            return_outputs: Whether the model's output is wanted too.
+            num_items_in_batch: With ``loss_average="token"``, supervised tokens of the whole optimizer step.
+
+        Returns:
+            The loss, or the loss and the output.
+        """
+        inputs.pop("faults", None)
+        inputs.pop("ids", None)
+        loss_sum, count, outputs = supervised_loss(model, inputs)
+        if num_items_in_batch is None:
+            loss = loss_sum / max(count, 1)
+        else:
+            # The parent's all-reduce averages over the ranks; the count is of all of them.
+            ranks = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
+            loss = loss_sum * ranks / num_items_in_batch
+        return (loss, outputs) if return_outputs else loss
+
+    def _clip_grad_norm(self, model: nn.Module) -> Any:
+        norm = super()._clip_grad_norm(model)
+        value = float(norm) if norm is not None else 0.0
+        if value != value or value in (float("inf"), float("-inf")):
+            raise EnvironmentFaultError.at(
+                f"{self.stage.name}:step {self.state.global_step + 1}",
+                f"the gradient is not finite (norm {value}), records {', '.join(self.meter.records[:16])}",
+                "look at these records, lower the learning rate, or train in bf16 instead of fp16; nothing was updated",
+            )
+        return norm
+
+    # -- optimizer ----------------------------------------------------------------------------------------------------
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """AdamW over two groups where the projector has a learning rate of its own."""
+        rate = self.stage.optim.projector_learning_rate
+        if self.optimizer is None and rate is not None:
+            trained = [(n, p) for n, p in (model or self.model).named_parameters() if p.requires_grad]
+            projector = [p for n, p in trained if "multi_modal_projector" in n]
+            others = [p for n, p in trained if "multi_modal_projector" not in n]
+            kind, settings = self.get_optimizer_cls_and_kwargs(self.args, self.model)
+            decay = {"weight_decay": self.args.weight_decay}
+            groups = [{"params": others, **decay}, {"params": projector, "lr": rate, **decay}]
+            self.optimizer = kind([group for group in groups if group["params"]], **settings)
+        return super().create_optimizer(model)
+
+    # -- log ----------------------------------------------------------------------------------------------------------
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Adds tokens and time to each step's figures and hands them to the run's log."""
+        if "loss" in logs:
+            now = time.perf_counter()
+            seconds = now - self.meter.since if self.meter.since else 0.0
+            counts = torch.tensor([self.meter.tokens, self.meter.supervised], device=self.args.device)
+            tokens, supervised = self.accelerator.reduce(counts, reduction="sum").tolist()
+            figures: dict[str, Any] = {
+                "step": self.state.global_step,
+                "epoch": round(float(self.state.epoch or 0.0), 6),
+                "loss": logs["loss"],
+                "learning_rate": logs["learning_rate"],
+                "grad_norm": logs.get("grad_norm"),
+                "tokens": tokens,
+                "supervised_tokens": supervised,
+                "seconds": round(seconds, 4),
+                "tokens_per_second": round(tokens / seconds, 1) if seconds else None,
+            }
+            if torch.cuda.is_available():
+                figures["peak_memory_mb"] = round(torch.cuda.max_memory_allocated() / 2**20)
+            logs["tokens"] = tokens
+            if self.is_world_process_zero():
+                self.sink(figures)
+        super().log(logs, start_time)
+        self.meter = Meter(since=time.perf_counter())
+
+    # -- checkpoints --------------------------------------------------------------------------------------------------
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return str(self.staging) if self.staging is not None else super()._get_output_dir(trial)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """Writes a checkpoint aside; rank 0 gives it its name after all ranks have written."""
+        run = Path(str(self.args.output_dir))
+        name = f"{files.CHECKPOINT_PREFIX}{self.state.global_step}"
+        self.staging = run / files.STAGING
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        try:
+            if self.is_world_process_zero():
+                shutil.rmtree(self.staging, ignore_errors=True)
+            self.accelerator.wait_for_everyone()
+            super()._save_checkpoint(model, trial)
+            self.accelerator.wait_for_everyone()
+            if self.is_world_process_zero():
+                files.settle_folder(self.staging / name, run / name)
+                shutil.rmtree(self.staging, ignore_errors=True)
+                for old in files.checkpoints(run)[: -max(1, self.stage.keep_checkpoints)]:
+                    shutil.rmtree(old)
+            self.accelerator.wait_for_everyone()
+        finally:
+            self.args.save_total_limit = limit
+            self.staging = None
+
+    def _save(self, output_dir: str | None = None, state_dict: Mapping[str, Tensor] | None = None) -> None:
+        """Saves the model whole, under a plain model's names, and its processor (and no pickled arguments)."""
+        if not self.args.should_save:
+            return
+        folder = Path(output_dir or str(self.args.output_dir))
+        folder.mkdir(parents=True, exist_ok=True)
+        model = self.accelerator.unwrap_model(self.model)
+        state = dict(state_dict) if state_dict is not None else model.state_dict()
+        save_whole(
+            model, self.processing_class, folder, state=folded_state_dict(state), tune=self.stage.tune, base=self.base
+        )
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        else:
+            load_trained(self.model, Path(resume_from_checkpoint))
+
+
+def supervised_loss(model: nn.Module, inputs: Mapping[str, Any]) -> tuple[Tensor, int, Any]:
+    """Runs the model and sums the cross entropy of the next token over supervised positions.
+
+    Args:
+        model: A LLaVAR, wrapped as it may be.
+        inputs: A batch with ``labels`` ``[B, T]``.
+
+    Returns:
+        The sum in float32, the number of supervised positions, and the model's output. Without a supervised position
+        the sum is 0 and still hangs on every trained parameter.
+    """
+    labels = inputs["labels"]
+    targets = nn.functional.pad(labels, (0, 1), value=IGNORE_INDEX)[:, 1:]
+    supervised = targets != IGNORE_INDEX
+    count = int(supervised.sum())
+    # One index for all rows: the positions where any row is supervised.
+    positions = supervised.any(dim=0).nonzero()[:, 0]
+    if not len(positions):
+        positions = torch.zeros(1, dtype=torch.int64, device=labels.device)
+    forwarded = {name: value for name, value in inputs.items() if name != "labels"}
+    outputs = model(**forwarded, logits_to_keep=positions, use_cache=False)
+    logits = outputs.logits.float()
+    if count == 0:
+        return logits.sum() * 0.0, 0, outputs
+    loss = nn.functional.cross_entropy(
+        logits.flatten(0, 1), targets[:, positions].flatten(), ignore_index=IGNORE_INDEX, reduction="sum"
+    )
+    return loss, count, outputs

@@ -1,0 +1,239 @@
+"""``Trainer``: runs a recipe's stages one after the other, and goes on where an earlier run stopped."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import transformers
+from accelerate import PartialState
+
+from llavar_peft.config import Lora, ModelConfig, Recipe, Stage
+from llavar_peft.constants import METRICS_FILE
+from llavar_peft.data.dataset import TrainingDataset
+from llavar_peft.errors import ConfigError, InterruptedRunError
+from llavar_peft.models.modeling import LlavarForConditionalGeneration
+from llavar_peft.models.processing import LlavarProcessor
+from llavar_peft.models.tuning import finish, is_quantized, prepare_for, trained_parameters
+from llavar_peft.page import write_run_page
+from llavar_peft.training import files
+from llavar_peft.training.arguments import resolve_precision, training_arguments
+from llavar_peft.training.callbacks import LookAtPictures, ProgressBar, StopOnSignal
+from llavar_peft.training.ledger import DROPPED_FILE, FaultLedger
+from llavar_peft.training.probe import PROBE_FILE, Probe
+from llavar_peft.training.records import stage_records
+from llavar_peft.training.results import RunFolder
+from llavar_peft.training.saving import save_result
+from llavar_peft.training.stage_trainer import StageTrainer
+from llavar_peft.validation import validate_recipe
+
+logger = logging.getLogger(__name__)
+
+
+class Trainer:
+    """Trains a model by a recipe.
+
+    Each stage runs on ``transformers.Trainer``; under ``accelerate launch`` every process makes its own ``Trainer``.
+
+    Args:
+        model: From ``build_model``; it is trained in place.
+        processor: From ``build_model``.
+        recipe: The run. It is validated here once more, since Python does not check types.
+        callbacks: Further callbacks for every stage's ``transformers.Trainer``.
+
+    Raises:
+        ConfigError: The recipe is not sound.
+    """
+
+    def __init__(
+        self,
+        model: LlavarForConditionalGeneration,
+        processor: LlavarProcessor,
+        recipe: Recipe,
+        *,
+        callbacks: Sequence[transformers.TrainerCallback] = (),
+    ) -> None:
+        self.recipe = validate_recipe(recipe)
+        self.model: Any = model
+        self.processor = processor
+        self.callbacks = list(callbacks)
+        self.run = RunFolder(self.recipe)
+        self.base = self.recipe.model
+        self.ranks = PartialState().num_processes
+        self.main = PartialState().is_main_process
+
+    def train(self, stages: Sequence[str] | None = None, *, restart: bool = False) -> Path:
+        """Runs the recipe, or some of its stages; what is finished already is taken up, not run again.
+
+        Args:
+            stages: Names of the stages to run; None is all of them.
+            restart: Whether to throw away what earlier runs left for these stages.
+
+        Returns:
+            The folder of the last stage's result: a model, or an adapter.
+
+        Raises:
+            ConfigError: A stage is unknown, or builds on one that has not run; or the folder belongs to another recipe.
+            DataError: Records or pictures that cannot be trained on, beyond what the recipe allows.
+            InterruptedRunError: Stopped by a signal, after saving.
+        """
+        wanted = self._wanted(stages)
+        if self.main:
+            self.run.open(restart=restart, stages=wanted)
+        PartialState().wait_for_everyone()
+        # Everything that can be wrong with the data is found before the first step of the first stage.
+        data = {stage.name: stage_records(stage, self.processor, seed=self.recipe.seed) for stage in wanted}
+        result = Path(self.recipe.output_dir)
+        for stage in self.recipe.stages:
+            if self.run.finished(stage):
+                logger.info("%s: finished before, its result is taken up", stage.name)
+                result = self.run.take_up(stage, self.model)
+                self.base = self._based_on(stage, result)
+            elif stage in wanted:
+                train_set, held_out = data[stage.name]
+                result = self._run_stage(stage, train_set, held_out)
+            else:
+                self._check_needed(stage, wanted)
+        return result
+
+    def _wanted(self, names: Sequence[str] | None) -> tuple[Stage, ...]:
+        known = {stage.name: stage for stage in self.recipe.stages}
+        unknown = [name for name in names or () if name not in known]
+        if unknown:
+            raise ConfigError.at(
+                "stages", f"no stage of that name (got {', '.join(unknown)})", f"use one of {', '.join(known)}"
+            )
+        return tuple(stage for stage in self.recipe.stages if names is None or stage.name in names)
+
+    def _check_needed(self, stage: Stage, wanted: Sequence[Stage]) -> None:
+        order = [known.name for known in self.recipe.stages]
+        later = [other.name for other in wanted if order.index(other.name) > order.index(stage.name)]
+        given = self.recipe.model.projector is not None or self.recipe.model.checkpoint is not None
+        if later and not given:
+            raise ConfigError.at(
+                f"stages.{later[0]}",
+                f"builds on stage {stage.name!r}, which has not run in {self.recipe.output_dir}",
+                f"run {stage.name!r} first, or give its result as model.projector",
+            )
+
+    def _run_stage(self, stage: Stage, train_set: TrainingDataset, held_out: TrainingDataset) -> Path:
+        directory = self.run.directory(stage)
+        processor = train_set.processor
+        arguments = training_arguments(self.recipe, stage, directory, ranks=self.ranks)
+        transformers.set_seed(self.recipe.seed)
+        trained = prepare_for(self.model, stage.tune)
+        count, whole = trained_parameters(trained)
+        logger.info(
+            "%s: %d records, %d held out; trains %s of %s parameters in %s",
+            stage.name, len(train_set), len(held_out), f"{count:,}", f"{whole:,}", resolve_precision(stage.precision),
+        )  # fmt: skip
+        number = self.recipe.stages.index(stage) + 1
+        bar = ProgressBar(f"stage {number}/{len(self.recipe.stages)} {stage.name}")
+        stop = StopOnSignal()
+        probe = Probe(stage.probe, held_out, processor, directory, batch_size=stage.micro_batch_size, writes=self.main)
+        resume = self._resume_point(directory)
+
+        def sink(figures: dict[str, Any]) -> None:
+            files.append_line(directory / METRICS_FILE, figures)
+            bar.show(figures)
+
+        engine = StageTrainer(
+            trained,
+            processor,
+            stage,
+            arguments,
+            dataset=train_set,
+            ledger=FaultLedger(self._dropped(directory), stage.data, total=len(train_set), ranks=self.ranks),
+            base=self.base,
+            seed=self.recipe.seed,
+            sink=sink,
+            callbacks=[bar, stop, *([LookAtPictures(probe)] if len(held_out) else []), *self.callbacks],
+        )
+        try:
+            engine.train(resume_from_checkpoint=str(resume) if resume else None)
+        finally:
+            stop.restore()
+            if bar.bar is not None:
+                bar.bar.close()
+        if stop.requested and engine.state.global_step < engine.state.max_steps:
+            self._write_page()
+            raise InterruptedRunError.at(
+                f"{stage.name}:step {engine.state.global_step} of {engine.state.max_steps}",
+                "interrupted; everything up to this step is saved",
+                "run the same command again to go on",
+            )
+        return self._finish_stage(stage, engine)
+
+    def _finish_stage(self, stage: Stage, engine: StageTrainer) -> Path:
+        final = self.run.result(stage)
+        staged = final.with_name(f".{final.name}.part")
+        if self.main:
+            shutil.rmtree(staged, ignore_errors=True)
+        engine.accelerator.wait_for_everyone()
+        engine.save_model(str(staged))
+        engine.accelerator.wait_for_everyone()
+        last = stage == self.recipe.stages[-1]
+        quantized = is_quantized(self.model)
+        trained = engine.accelerator.unwrap_model(engine.model)
+        if self.main:
+            if quantized and not isinstance(stage.tune, Lora):
+                save_result(self.recipe.model, staged)
+            files.settle_folder(staged, final)
+            self.run.mark_finished(stage, steps=engine.state.global_step)
+            for checkpoint in files.checkpoints(self.run.directory(stage)):
+                shutil.rmtree(checkpoint)
+            self._write_page()
+        engine.accelerator.wait_for_everyone()
+        # The last stage's adapters stay adapters; another stage builds on the plain model.
+        self.model = trained if last and isinstance(stage.tune, Lora) else finish(trained)
+        engine.accelerator.free_memory()
+        self.base = self._based_on(stage, final)
+        return final
+
+    def _based_on(self, stage: Stage, result: Path) -> ModelConfig:
+        """What an adapter of the next stage is an adapter of."""
+        if isinstance(stage.tune, Lora):
+            return self.base
+        return dataclasses.replace(
+            self.base, checkpoint=str(result.resolve()), language_model=None, vision_tower=None, projector=None
+        )
+
+    def _resume_point(self, directory: Path) -> Path | None:
+        found = files.checkpoints(directory)
+        step = int(found[-1].name.removeprefix(files.CHECKPOINT_PREFIX)) if found else 0
+        if self.main:
+            # A run that starts at its beginning takes its first look again.
+            for name in (METRICS_FILE, PROBE_FILE):
+                files.drop_lines_after(directory / name, step if found else -1)
+        if found:
+            logger.info("%s: goes on from step %d", directory.name, step)
+        return found[-1] if found else None
+
+    def _dropped(self, directory: Path) -> Path:
+        rank = PartialState().process_index
+        return directory / (DROPPED_FILE if rank == 0 else DROPPED_FILE.replace(".", f".rank{rank}."))
+
+    def _write_page(self) -> None:
+        if self.main:
+            write_run_page(Path(self.recipe.output_dir))
+
+
+def run_recipe(recipe: Recipe, stages: Sequence[str] | None = None, *, restart: bool = False) -> Path:
+    """Builds the recipe's model and trains it: what ``llavar-peft train`` calls.
+
+    Args:
+        recipe: The run.
+        stages: Names of the stages to run; None is all of them.
+        restart: Whether to throw away what earlier runs left.
+
+    Returns:
+        The folder of the last stage's result.
+    """
+    from llavar_peft.models.build import build_model
+
+    model, processor = build_model(recipe.model, seed=recipe.seed)
+    return Trainer(model, processor, recipe).train(stages, restart=restart)
