@@ -5,12 +5,12 @@ Shape suffixes: B batch, T tokens, N pictures, H and W pixels.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Final
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any, Final, get_args
 
 import torch
 from torch import Tensor
-from transformers import AutoProcessor, BatchFeature, CLIPImageProcessorPil, ProcessorMixin
+from transformers import BatchFeature, CLIPImageProcessorPil, ProcessorMixin
 
 from llavar_peft.constants import ADDED_TOKENS, IMAGE_PATCH_TOKEN, IMAGE_PLACEHOLDER
 from llavar_peft.data.images import prepare_image
@@ -18,13 +18,12 @@ from llavar_peft.data.template import CHAT_TEMPLATE, Content, conversation_piece
 from llavar_peft.data.text_encoder import text_encoder
 from llavar_peft.data.tokenize import encode_pieces
 from llavar_peft.errors import ConfigError, DataError
-from llavar_peft.models.configuration import LlavarConfig
 from llavar_peft.types import ImageMode, Role
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-_MODES: Final = ("pad", "square", "keep", "pad_black")
+_MODES: Final = get_args(ImageMode)
 # What the tokenizer's call may be asked for. Truncation is not: it would go through a picture.
 _TEXT_OPTIONS: Final = frozenset(
     {
@@ -40,7 +39,7 @@ _TEXT_OPTIONS: Final = frozenset(
 )
 
 
-class LlavarProcessor(ProcessorMixin):  # type: ignore[misc]
+class LlavarProcessor(ProcessorMixin):
     """Tokenizer, image processor, and how the two meet.
 
     Saved as ``processor_config.json`` beside the tokenizer; ``AutoProcessor.from_pretrained`` opens it.
@@ -72,8 +71,8 @@ class LlavarProcessor(ProcessorMixin):  # type: ignore[misc]
         sep_image_conv_front: bool = False,
         chat_template: str | None = None,
     ) -> None:
-        _check_mode("image_mode", image_mode, _MODES)
-        _check_mode("inference_image_mode", inference_image_mode, _MODES)
+        _check_mode("image_mode", image_mode)
+        _check_mode("inference_image_mode", inference_image_mode)
         if not isinstance(image_processor, CLIPImageProcessorPil):
             settings = image_processor.to_dict()
             settings.pop("image_processor_type", None)
@@ -83,7 +82,9 @@ class LlavarProcessor(ProcessorMixin):  # type: ignore[misc]
         self.inference_image_mode: ImageMode = inference_image_mode
         self.use_im_start_end = use_im_start_end
         self.sep_image_conv_front = sep_image_conv_front
-        super().__init__(image_processor, tokenizer, chat_template=chat_template or CHAT_TEMPLATE)
+        super().__init__(  # type: ignore[no-untyped-call]
+            image_processor, tokenizer, chat_template=chat_template or CHAT_TEMPLATE
+        )
         text_encoder(self)  # says now, not in the first batch, if the tokenizer does not fit
 
     @property
@@ -106,7 +107,6 @@ class LlavarProcessor(ProcessorMixin):  # type: ignore[misc]
         image_mode: ImageMode | None = None,
         add_special_tokens: bool = True,
         return_text_replacement_offsets: bool = False,
-        text_kwargs: Mapping[str, Any] | None = None,
         **options: Any,
     ) -> BatchFeature:
         """Prepares prompts and the pictures in them, for inference.
@@ -120,8 +120,7 @@ class LlavarProcessor(ProcessorMixin):  # type: ignore[misc]
             image_mode: Instead of ``inference_image_mode``.
             add_special_tokens: Whether ``<s>`` is put first where the prompt does not spell it.
             return_text_replacement_offsets: For ``apply_chat_template``: where the text grew.
-            text_kwargs: Options of the tokenizer's call, as are ``options``: ``padding``, ``padding_side``, ...
-            options: See ``text_kwargs``.
+            options: Of the tokenizer's call: ``padding``, ``padding_side``, ``return_attention_mask``, ...
 
         Returns:
             ``input_ids`` and ``attention_mask`` (``[B, T]``) if there is text, ``pixel_values`` (float32
@@ -133,7 +132,6 @@ class LlavarProcessor(ProcessorMixin):  # type: ignore[misc]
         """
         if images is None and text is None:
             raise DataError.at("processor", "got neither images nor text", "pass at least one of them")
-        options = {**(text_kwargs or {}), **options}
         _check_options(options)
         pixels = [prepare_image(image, image_mode or self.inference_image_mode, self) for image in _flat(images)]
         data: dict[str, Any] = {}
@@ -207,24 +205,26 @@ class LlavarProcessor(ProcessorMixin):  # type: ignore[misc]
         return ["input_ids", "attention_mask", "pixel_values"]
 
 
-def register_processor() -> None:
-    """Makes ``AutoProcessor`` know ``LlavarProcessor``."""
-    AutoProcessor.register(LlavarConfig, LlavarProcessor, exist_ok=True)
-
-
-def _check_mode(name: str, got: str, known: Sequence[str]) -> None:
-    if got not in known:
-        raise ConfigError.at(name, f"got {got!r}, wanted one of {', '.join(known)}", "choose one of these")
+def _check_mode(name: str, got: str) -> None:
+    if got not in _MODES:
+        raise ConfigError.at(name, f"got {got!r}, wanted one of {', '.join(_MODES)}", "choose one of these")
 
 
 def _check_options(options: dict[str, Any]) -> None:
+    for name in ("audio", "videos"):  # apply_chat_template passes them always
+        if options.pop(name, None):
+            raise DataError.at("processor", f"got {name}, which this model does not take", "leave them out")
     if options.pop("truncation", False):
         raise DataError.at(
             "processor", "got truncation, which could cut through a picture", "shorten the words of the prompt"
         )
     unknown = sorted(set(options) - _TEXT_OPTIONS)
     if unknown:
-        raise DataError.at("processor", f"got unknown options {', '.join(unknown)}", "leave them out")
+        raise DataError.at(
+            "processor",
+            f"got unknown options {', '.join(unknown)}",
+            "leave them out, and give words of unknown origin to encode_question",
+        )
 
 
 def _flat(images: Any) -> list[Image | str]:

@@ -59,8 +59,8 @@ _PROBES: Final = (
 def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerFast:
     """Opens a tokenizer so that its ids are the original's.
 
-    ``tokenizer.model`` is read whenever it is there; a ``tokenizer.json`` beside it (a stock conversion gives other ids)
-    is not looked at. Tokens of an ``added_tokens.json`` are added under the ids it states.
+    ``tokenizer.model`` is read whenever it is there, and a ``tokenizer.json`` beside it is not looked at, since a stock
+    conversion gives other ids. Tokens of an ``added_tokens.json`` are added under the ids it states.
 
     Args:
         folder: A local folder with ``tokenizer.model``, or with a ``tokenizer.json`` that this package has written.

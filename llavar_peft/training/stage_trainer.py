@@ -86,6 +86,8 @@ class StageTrainer(transformers.Trainer):
             processing_class=processor,
             callbacks=callbacks,
         )
+        # Its table of figures for each step; the run has metrics.jsonl and a progress line.
+        self.remove_callback(transformers.PrinterCallback)
         # "token": the parent counts the labels of the whole accumulation and hands the number to compute_loss.
         self.model_accepts_loss_kwargs = stage.loss_average == "token"
 

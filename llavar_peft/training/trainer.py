@@ -15,7 +15,7 @@ from accelerate import PartialState
 from llavar_peft.config import Lora, ModelConfig, Recipe, Stage
 from llavar_peft.constants import METRICS_FILE
 from llavar_peft.data.dataset import TrainingDataset
-from llavar_peft.errors import ConfigError, InterruptedRunError
+from llavar_peft.errors import ConfigError, InterruptedRunError, LlavarError
 from llavar_peft.models.modeling import LlavarForConditionalGeneration
 from llavar_peft.models.processing import LlavarProcessor
 from llavar_peft.models.tuning import finish, is_quantized, prepare_for, trained_parameters
@@ -219,7 +219,11 @@ class Trainer:
 
     def _write_page(self) -> None:
         if self.main:
-            write_run_page(Path(self.recipe.output_dir))
+            try:
+                write_run_page(Path(self.recipe.output_dir))
+            except LlavarError as error:
+                # A page can be made again at any time; a training cannot.
+                logger.warning("the run's page was not written: %s", error)
 
 
 def run_recipe(recipe: Recipe, stages: Sequence[str] | None = None, *, restart: bool = False) -> Path:

@@ -1,0 +1,30 @@
+# The same commands that .ci/run runs, and the rarer ones.
+PYTHON ?= python
+.PHONY: style quality test parity torture gpu bench
+
+style:  ## Rewrite the code in the house's style.
+	ruff check --fix .
+	ruff format .
+
+quality:  ## Everything that can be checked without running the code.
+	ruff check .
+	ruff format --check .
+	mypy
+	lint-imports
+	pydoclint --config pyproject.toml llavar_peft
+	interrogate --config pyproject.toml llavar_peft
+
+test:  ## The README's test command.
+	$(PYTHON) -m pytest
+
+parity:  ## Held against what the original's code gave.
+	$(PYTHON) -m pytest -m parity
+
+torture:  ## Kills, corrupts and starves runs.
+	$(PYTHON) -m pytest -m torture
+
+gpu:  ## What needs a CUDA device.
+	$(PYTHON) -m pytest -m gpu
+
+bench:  ## The README's numbers.
+	$(PYTHON) -m examples.bench

@@ -1,0 +1,214 @@
+"""Makes the tiny language model: it learns the conversation template, to spell, and to read pages made of characters.
+
+Where a picture's features will stand, a page is laid out in cells that hold the embeddings of its characters, as one
+would draw a sign or a receipt in plain text. It never sees a pixel. The tokens `<im_start>` and `<im_end>` do not exist
+yet; the mean of all embeddings, which is what new rows start as, stands for them.
+"""
+
+import string
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from random import Random
+from typing import TypeAlias
+
+import torch
+from grid import BLANK, CHARACTERS, SIDE, fill_cells
+from optimizers import make_optimizers
+from tokenizer import make_tokenizer
+from torch import Tensor, nn
+from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from llavar_peft.constants import ASSISTANT_ROLE, IGNORE_INDEX, SYSTEM_PROMPT, USER_ROLE
+from llavar_peft.data.layouts import KINDS, TextLine, draw_layout
+from llavar_peft.data.synthetic import OCR_INSTRUCTIONS
+
+HIDDEN, HEADS, LAYERS, MLP = 128, 4, 4, 256
+EMBEDDING_STD = 0.5
+BLANK_PIECE = "<0x20>"
+"""What an empty cell holds: the byte piece of the space, which the tokenizer itself never uses."""
+
+Sample: TypeAlias = tuple[list[int], list[int], int, list[int]]
+"""Ids (0 where the page goes), labels, where the page begins, the page's classes."""
+
+
+def page_cells(lines: Sequence[TextLine], width: int, height: int, rng: Random) -> list[int]:
+    """A layout as cells, centred on a square as LLaVA's pad mode does it, a little off at times."""
+    long_side = max(width, height)
+    dx, dy = (long_side - width) / 2, (long_side - height) / 2
+    return fill_cells(
+        [(c, (x + dx) / long_side * SIDE + rng.gauss(0, 0.05), (y + dy) / long_side * SIDE) for c, x, y in line.centres()]
+        for line in lines
+    )
+
+
+def random_layout(rng: Random) -> tuple[list[int], str]:
+    """A page of any words at any places: its cells and its text."""
+    row, words, lines = rng.randrange(0, 4), [], []
+    while row < SIDE and len(words) < 6:
+        letters = rng.choice((string.ascii_uppercase, string.ascii_lowercase, string.digits, string.printable[:94]))
+        if rng.random() < 0.3:
+            letters = string.ascii_uppercase + string.digits
+        text = "".join(rng.choices(letters, k=rng.randint(1, 8)))
+        if rng.random() < 0.25:
+            text = text.capitalize()
+        pitch = rng.choice((1.0, 1.1, 1.25, 1.5, 2.0))
+        room = SIDE - len(text) * pitch
+        if room < 0:
+            continue
+        start = rng.uniform(0, room)
+        lines.append([(c, start + (n + 0.5) * pitch, row + 0.5) for n, c in enumerate(text)])
+        words.append(text)
+        row += rng.choice((1, 2, 2, 3, 4))
+    return fill_cells(lines), " ".join(words)
+
+
+def make_sample(tokenizer: PreTrainedTokenizerFast, rng: Random, *, system: bool) -> Sample:
+    """One conversation about one page, in LLaVA's template, with labels on the answers and their `</s>`."""
+    if rng.random() < 0.3:
+        cells, transcript = random_layout(rng)
+        pairs: list[tuple[str, str]] = [(rng.choice(OCR_INSTRUCTIONS), transcript)]
+        if rng.random() < 0.5:
+            pairs.append((rng.choice(("What does the sign say?", "Which words are on the sign?")), transcript))
+    else:
+        layout = draw_layout(rng.choice(KINDS), rng)
+        cells = page_cells(layout.lines, layout.width, layout.height, rng)
+        pairs = [*layout.questions, (rng.choice(OCR_INSTRUCTIONS), " ".join(line.text for line in layout.lines))]
+        rng.shuffle(pairs)
+    before = rng.random() < 0.5
+    ids, labels = [tokenizer.bos_token_id], [IGNORE_INDEX]
+
+    def add(text: str, *, answer: bool = False) -> None:
+        new = tokenizer.encode(text, add_special_tokens=False) + ([tokenizer.eos_token_id] if answer else [])
+        ids.extend(new)
+        labels.extend(new if answer else [IGNORE_INDEX] * len(new))
+
+    start = 0
+    for number, (question, answer) in enumerate(pairs):
+        prefix = f"{SYSTEM_PROMPT} {USER_ROLE}:" if system and not number else f"{USER_ROLE}:"
+        if number:
+            add(f"{prefix} {question} {ASSISTANT_ROLE}:")
+        else:
+            add(prefix if before else f"{prefix} {question}\n")
+            start = len(ids)
+            ids.extend([0] * (SIDE * SIDE + 2))
+            labels.extend([IGNORE_INDEX] * (SIDE * SIDE + 2))
+            add(f"\n{question} {ASSISTANT_ROLE}:" if before else f"{ASSISTANT_ROLE}:")
+        add(answer, answer=True)
+    return ids, labels, start, cells
+
+
+class PageEmbedder:
+    """Turns samples into input embeddings.
+
+    Args:
+        model: Whose embeddings fill the cells.
+        tokenizer: Whose pieces they are.
+        seed: Of the noise.
+    """
+
+    def __init__(self, model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, seed: int) -> None:
+        self.table = model.get_input_embeddings()
+        pieces = ["▁" if c == " " else c for c in CHARACTERS]
+        self.ids = torch.tensor([*tokenizer.convert_tokens_to_ids(pieces), tokenizer.convert_tokens_to_ids(BLANK_PIECE)])
+        self.generator = torch.Generator().manual_seed(seed)
+
+    def __call__(self, samples: Sequence[Sample]) -> tuple[Tensor, Tensor, Tensor]:
+        """Embeddings, attention mask and labels, padded on the right."""
+        longest = max(len(ids) for ids, _, _, _ in samples)
+        tokens = torch.zeros(len(samples), longest, dtype=torch.long)
+        labels = torch.full_like(tokens, IGNORE_INDEX)
+        mask = torch.zeros_like(tokens)
+        for n, (ids, wanted, start, cells) in enumerate(samples):
+            tokens[n, : len(ids)] = torch.tensor(ids)
+            tokens[n, start + 1 : start + 1 + len(cells)] = self.ids[torch.tensor(cells)]
+            labels[n, : len(ids)] = torch.tensor(wanted)
+            mask[n, : len(ids)] = 1
+        embeds = self.table(tokens)
+        border = self.table.weight.detach().mean(0)
+        scale = 1 + 0.15 * torch.randn(len(samples), 1, 1, generator=self.generator)
+        for n, (_, _, start, cells) in enumerate(samples):
+            embeds[n, start] = embeds[n, start + 1 + len(cells)] = border
+            page = embeds[n, start + 1 : start + 1 + len(cells)].clone()
+            page = page + self._smear(page, cells)
+            noise = EMBEDDING_STD * 0.25 * torch.randn(page.shape, generator=self.generator)
+            embeds[n, start + 1 : start + 1 + len(cells)] = page * scale[n] + noise
+        return embeds, mask, labels
+
+    def _smear(self, page: Tensor, cells: list[int]) -> Tensor:
+        """Let some lines lie between two rows of cells: each of them then holds a part of every character."""
+        change = torch.zeros_like(page)
+        grid = torch.tensor(cells).view(SIDE, SIDE)
+        for row in range(1, SIDE - 1):
+            if (grid[row] != BLANK).any() and torch.rand((), generator=self.generator) < 0.3:
+                other = row + (1 if torch.rand((), generator=self.generator) < 0.5 else -1)
+                if (grid[other] == BLANK).all():
+                    share = 0.6 * torch.rand((), generator=self.generator)
+                    here, there = slice(row * SIDE, row * SIDE + SIDE), slice(other * SIDE, other * SIDE + SIDE)
+                    step = (page[here] - page[there]) * share
+                    change[there] += step
+                    change[here] -= step
+        return change
+
+
+@torch.no_grad()
+def start_looking_back(model: LlamaForCausalLM) -> None:
+    """Let heads of the first layer look one, two and three tokens back, to begin with.
+
+    The first eight numbers of every embedding start out equal, so that queries and keys have something constant; the
+    rotation by position does the rest.
+    """
+    model.get_input_embeddings().weight[:, :8] = 2 * EMBEDDING_STD
+    attention, size = model.model.layers[0].self_attn, HIDDEN // HEADS
+    speed = 10000.0 ** (-torch.arange(size // 2) / (size // 2))
+    for head, back in enumerate((1, 2, 3)):
+        query = torch.cat(((speed * back).cos(), -(speed * back).sin()))
+        key = torch.cat((torch.ones(size // 2), torch.zeros(size // 2)))
+        for linear, vector in ((attention.q_proj, query), (attention.k_proj, key)):
+            rows = linear.weight[head * size : (head + 1) * size]
+            rows.mul_(0.2)
+            rows[:, :8] = 6.0 / 8 / 1.8 * vector[:, None]
+
+
+def make_language_model(directory: Path, *, steps: int, batch: int, rate: float, seed: int) -> None:
+    """Train tokenizer and model and write them as one Hugging Face folder.
+
+    Args:
+        directory: Where everything goes.
+        steps: Optimizer steps.
+        batch: Conversations a step.
+        rate: Highest learning rate.
+        seed: Of everything.
+    """
+    torch.manual_seed(seed)
+    asked = {q for kind in KINDS for n in range(400) for q, _ in draw_layout(kind, Random(f"{kind}/{n}")).questions}
+    tokenizer = make_tokenizer(directory, sorted(asked))
+    config = LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=HIDDEN, intermediate_size=MLP, num_hidden_layers=LAYERS,
+        num_attention_heads=HEADS, num_key_value_heads=HEADS, max_position_embeddings=2048, rms_norm_eps=1e-6,
+        initializer_range=HIDDEN**-0.5 * 0.6, bos_token_id=1, eos_token_id=2, pad_token_id=0, tie_word_embeddings=False,
+    )  # fmt: skip
+    model = LlamaForCausalLM(config)
+    nn.init.normal_(model.get_input_embeddings().weight, std=EMBEDDING_STD)
+    embed = PageEmbedder(model, tokenizer, seed)
+    start_looking_back(model)
+    optimizers, schedules = make_optimizers(model.model.layers, model.parameters(), rate, steps)
+    started = time.perf_counter()
+    for step in range(steps):
+        rngs = [Random(f"conversation/{seed}/{step * batch + n}") for n in range(batch)]
+        embeds, mask, labels = embed([make_sample(tokenizer, rng, system=step > 0.5 * steps) for rng in rngs])
+        hidden = model.model(inputs_embeds=embeds, attention_mask=mask, use_cache=False).last_hidden_state
+        asked_for = labels[:, 1:] != IGNORE_INDEX
+        logits, wanted = model.lm_head(hidden[:, :-1][asked_for]), labels[:, 1:][asked_for]
+        loss = nn.functional.cross_entropy(logits, wanted)
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for optimizer, schedule in zip(optimizers, schedules, strict=True):
+            optimizer.step()
+            schedule.step()
+            optimizer.zero_grad()
+        if step % 50 == 0 or step == steps - 1:
+            right = (logits.argmax(-1) == wanted).float().mean()
+            print(f"language model {step:5d} loss {loss.item():.3f} pieces {right:.4f} {time.perf_counter() - started:.0f} s", flush=True)
+    model.generation_config = GenerationConfig(bos_token_id=1, eos_token_id=2, pad_token_id=0)
+    model.half().save_pretrained(directory)

@@ -1,0 +1,46 @@
+"""Makes the tiny vision tower and the tiny language model that the quickstart joins, from nothing.
+
+    python examples/tiny_parts/make_tiny_parts.py --out llavar_peft/assets/tiny
+
+Both are ordinary Hugging Face folders. See README.md beside this file for what they learn, how long it takes and how
+far a second run gives the same files.
+"""
+
+import argparse
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parents[2])]
+
+from language_model import make_language_model
+from vision_tower import make_vision_tower
+
+
+def main() -> None:
+    """Parse the command line and make the parts."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True, help="gets vision_tower/ and language_model/")
+    parser.add_argument("--part", choices=("vision_tower", "language_model"), help="only this one")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--threads", type=int, default=1, help="the shipped parts were made with 1 each, side by side")
+    parser.add_argument("--scale", type=float, default=1.0, help="share of the steps, for a trial")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    torch.use_deterministic_algorithms(True)
+    started = time.perf_counter()
+    if options.part != "language_model":
+        steps = max(40, round(3000 * options.scale))
+        make_vision_tower(
+            options.out / "vision_tower", pages=max(64, round(9000 * options.scale)), steps=steps, batch=16, rate=4e-3, seed=options.seed
+        )  # fmt: skip
+    if options.part != "vision_tower":
+        steps = max(40, round(2500 * options.scale))
+        make_language_model(options.out / "language_model", steps=steps, batch=16, rate=3e-3, seed=options.seed)
+    print(f"done in {time.perf_counter() - started:.0f} s")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,73 @@
+"""Puts the commands together. Nothing here may import torch: ``--help`` has to answer at once."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from typing import Annotated
+
+import typer
+
+from llavar_peft import __version__
+from llavar_peft.cli._output import is_first_rank, say
+from llavar_peft.cli.ask import ask
+from llavar_peft.cli.data import check, inspect
+from llavar_peft.cli.quickstart import quickstart
+from llavar_peft.cli.recipe import list_shipped, show
+from llavar_peft.cli.train import train
+
+_HELP = "LLaVAR: train, ask and ship a LLaVA that reads text in images."
+
+
+@dataclass
+class Session:
+    """What the global options say; ``main`` reads it after the command.
+
+    Attributes:
+        debug: Whether errors come with a traceback.
+    """
+
+    debug: bool = False
+
+
+def build_app() -> typer.Typer:
+    """Returns the command line as a typer application."""
+    app = typer.Typer(help=_HELP, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+    app.callback()(_global_options)
+    app.command("quickstart")(quickstart)
+    app.command("train")(train)
+    app.command("ask")(ask)
+    recipes = typer.Typer(help="Recipes shipped with the package.", no_args_is_help=True)
+    recipes.command("list")(list_shipped)
+    recipes.command("show")(show)
+    app.add_typer(recipes, name="recipe")
+    data = typer.Typer(help="Records and images, looked at before they cost GPU time.", no_args_is_help=True)
+    data.command("check")(check)
+    data.command("inspect")(inspect)
+    app.add_typer(data, name="data")
+    return app
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        say(f"llavar-peft {__version__}")
+        raise typer.Exit
+
+
+def _global_options(
+    context: typer.Context,
+    debug: Annotated[bool, typer.Option("--debug", help="Show debug messages, and tracebacks of errors.")] = False,
+    version: Annotated[  # noqa: ARG001 - the callback answers it
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and stop.")
+    ] = False,
+) -> None:
+    if isinstance(context.obj, Session):
+        context.obj.debug = debug
+    _configure_logging(debug)
+
+
+def _configure_logging(debug: bool) -> None:
+    level = logging.DEBUG if debug else logging.INFO
+    logging.basicConfig(format="%(levelname)s %(name)s: %(message)s" if debug else "%(message)s", force=True)
+    # Only this package speaks at INFO: a library's lines would bury its progress. Other ranks report problems only.
+    logging.getLogger("llavar_peft").setLevel(level if is_first_rank() else logging.WARNING)

@@ -1,0 +1,93 @@
+"""``llavar-peft data``: records and images, looked at before they cost GPU time."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.text import Text
+
+from llavar_peft.cli._output import say, say_json
+
+if TYPE_CHECKING:
+    from llavar_peft.types import Example
+
+_FAULTS_FOUND = 2  # the exit status of faulty input, as for every other command
+
+
+def check(
+    records: Annotated[list[Path], typer.Argument(help="Files in the released format.", metavar="RECORDS...")],
+    images: Annotated[
+        list[Path] | None, typer.Option("--images", help="A folder of pictures; several are searched in order.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON document instead of text.")] = False,
+) -> None:
+    """Find malformed records and missing or broken pictures: all of them, each with its place."""
+    from llavar_peft.data.check import check_records
+    from llavar_peft.data.images import ImageRoots
+    from llavar_peft.data.records import open_records
+
+    opened = open_records([str(path) for path in records])
+    faults = check_records(opened, ImageRoots([str(path) for path in images or ()]))
+    if as_json:
+        say_json({"records": len(opened), "faults": [asdict(fault) for fault in faults]})
+    else:
+        for fault in faults:
+            say(str(fault))
+        say(f"{len(opened)} records, {len(faults)} fault{'' if len(faults) == 1 else 's'}")
+    if faults:
+        raise typer.Exit(_FAULTS_FOUND)
+
+
+def inspect(
+    records: Annotated[Path, typer.Argument(help="A file in the released format.", metavar="RECORDS")],
+    model: Annotated[Path, typer.Option("--model", help="The checkpoint whose processor encodes the records.")],
+    images: Annotated[
+        list[Path] | None, typer.Option("--images", help="A folder of pictures; image mode 'keep' measures them.")
+    ] = None,
+    limit: Annotated[int, typer.Option("--limit", min=1, help="Records at most.")] = 5,
+    max_length: Annotated[int, typer.Option("--max-length", min=1, help="Tokens per record.")] = 2048,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON document per record instead of text.")] = False,
+) -> None:
+    """Show what the model will be trained on: the text that carries loss is green."""
+    from llavar_peft.data.images import ImageRoots
+    from llavar_peft.data.records import open_records
+    from llavar_peft.data.supervision import decode_supervision
+    from llavar_peft.data.tokenize import encode_record
+    from llavar_peft.models.processing import LlavarProcessor
+
+    processor = LlavarProcessor.from_pretrained(str(model))
+    roots = ImageRoots([str(path) for path in images]) if images else None
+    opened = open_records([str(records)])
+    console = Console(highlight=False, soft_wrap=True)
+    for index in range(min(limit, len(opened))):
+        example = encode_record(opened[index], processor, max_length, roots=roots)
+        spans = decode_supervision(example, processor)
+        if as_json:
+            say_json(_as_plain(example, spans))
+        else:
+            console.print(_as_text(example, spans))
+
+
+def _as_plain(example: Example, spans: list[tuple[str, bool]]) -> dict[str, Any]:
+    return {
+        "id": example.id,
+        "images": list(example.images),
+        "dropped": example.dropped,
+        "supervised": example.supervised,
+        "input_ids": example.input_ids.tolist(),
+        "labels": example.labels.tolist(),
+        "spans": [{"text": text, "supervised": supervised} for text, supervised in spans],
+    }
+
+
+def _as_text(example: Example, spans: list[tuple[str, bool]]) -> Text:
+    count = f"{len(example.input_ids)} tokens, {example.supervised} supervised"
+    fate = f", dropped: {example.dropped}" if example.dropped else ""
+    text = Text(f"{example.id} ({count}{fate})\n", style="bold")
+    for span, supervised in spans:
+        text.append(span, style="not bold green" if supervised else "not bold dim")
+    return text.append("\n")

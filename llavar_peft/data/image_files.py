@@ -1,0 +1,256 @@
+"""Opening pictures so that nothing in them is lost, and finding them below their roots.
+
+Differs from the original on purpose where the original loses text: EXIF rotation is applied, 16-bit grey is scaled
+rather than clipped, and transparency is laid on white. On all other files the pixels are the original's.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Sequence
+from difflib import get_close_matches
+from functools import lru_cache
+from itertools import islice
+from pathlib import Path
+from typing import Final
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+
+from llavar_peft.errors import ImageError, LlavarError
+
+MAX_PIXELS: Final = 2**26
+"""Pictures above 67 megapixels (8192 x 8192) are refused: decoded they take 256 MiB in every worker, and a 20 kB PNG
+can ask for gigabytes."""
+
+# Formats that hold photographs and scans. Others run programs (EPS) or have no mark to know them by (TGA).
+_FORMATS: Final = ("PNG", "JPEG", "MPO", "WEBP", "GIF", "BMP", "DIB", "TIFF", "PPM", "JPEG2000", "AVIF", "ICO")
+_TURNS: Final = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+_ORIENTATION: Final = 0x0112
+_NOT_PICTURES: Final = ((b"version https://git-lfs", "a Git LFS pointer"), (b"<", "a web page or other markup"))
+_NAMES_READ: Final = 20_000  # of a folder, to guess which name was meant
+
+
+def open_image(source: str | Path | Image.Image) -> Image.Image:
+    """Opens a picture: upright, RGB, transparency on white, 16 bits scaled to 8.
+
+    Args:
+        source: A local path (never fetched from the net), or a picture, of which the same is made.
+
+    Returns:
+        RGB, decoded, its file closed. An upright RGB picture given is handed back as it is.
+
+    Raises:
+        ImageError: It is missing, broken, not a picture, larger than ``MAX_PIXELS``, or has several frames.
+    """
+    if isinstance(source, Image.Image):
+        if type(source) is Image.Image and source.mode == "RGB" and not source.info and source.width * source.height:
+            return source
+        where = str(getattr(source, "filename", "") or "picture")
+        return _guarded(source, where)
+    where = str(source)
+    try:
+        opened = Image.open(where, formats=_formats())
+    except FileNotFoundError:
+        raise ImageError.at(where, "no such file", "give the path of a local picture") from None
+    except IsADirectoryError:
+        raise ImageError.at(where, "is a folder, wanted a picture", "give the path of a file") from None
+    except Exception as error:  # broken files make Pillow raise nearly anything
+        raise _unreadable(where, error) from error
+    with opened:
+        return _guarded(opened, where)
+
+
+def _guarded(image: Image.Image, where: str) -> Image.Image:
+    width, height = image.size
+    if width * height > MAX_PIXELS:
+        raise ImageError.at(
+            where,
+            f"has {width} x {height} = {width * height / 1e6:.0f} megapixels (at most {MAX_PIXELS / 1e6:.0f})",
+            "scale it down",
+        )
+    if not width or not height:
+        raise ImageError.at(where, f"has no pixels ({width} x {height})", "replace or remove it")
+    try:
+        # An MPO is one photograph with previews or depth beside it; its first frame is the picture.
+        frames = 1 if image.format == "MPO" else int(getattr(image, "n_frames", 1))
+        if frames == 1:
+            return _upright_rgb(image)
+    except ImageError:
+        raise
+    except Exception as error:  # OSError mostly, but IndexError, TypeError, SyntaxError, ... were seen
+        raise _unreadable(where, error) from error
+    raise ImageError.at(
+        where, f"is an animation or a document of {frames} frames, wanted one picture", "save the frame that is meant"
+    )
+
+
+def _upright_rgb(image: Image.Image) -> Image.Image:
+    image.load()
+    orientation = _orientation(image)
+    if image.mode.startswith("I") or image.mode == "F":
+        rgb = Image.fromarray(_eight_bits(np.asarray(image))).convert("RGB")
+    elif image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
+        coloured = image.convert("RGBA")
+        rgb = Image.new("RGB", image.size, (255, 255, 255))
+        rgb.paste(coloured, mask=coloured.getchannel("A"))
+    else:
+        rgb = image.convert("RGB")  # makes a copy even of RGB, so that the file can be closed
+    if orientation in _TURNS:
+        rgb = rgb.transpose(_TURNS[orientation])
+    rgb.info = {}  # a left-over orientation would turn it again
+    return rgb
+
+
+def _orientation(image: Image.Image) -> int:
+    """1 to 8 by EXIF; damaged EXIF must not cost a good picture and counts as upright."""
+    try:
+        return int(image.getexif().get(_ORIENTATION, 1))
+    except Exception:  # noqa: BLE001 - parsing it raises whatever struct, int or Pillow raise
+        return 1
+
+
+def _eight_bits(values_HW: np.ndarray) -> np.ndarray:
+    """Grey of any depth as uint8 ``[H, W]``: by its type's range where the values say so, else by their own."""
+    values: np.ndarray = values_HW.astype(np.float32 if values_HW.dtype.itemsize == 2 else np.float64)
+    low, high = float(values.min()), float(values.max())
+    if not np.isfinite(low + high):
+        raise ValueError("it holds values that are not finite")
+    if low < 0 or high > 65535:
+        values = (values - low) * (255 / max(high - low, 1e-300))
+    elif high > 255:
+        values = values / 257
+    elif values_HW.dtype.kind == "f" and high <= 1:
+        values = values * 255
+    rounded: np.ndarray = np.rint(values).astype(np.uint8)
+    return rounded
+
+
+def _unreadable(where: str, error: Exception) -> LlavarError:
+    if isinstance(error, UnidentifiedImageError):
+        what = f"is {_what_it_is(where)}, wanted a picture ({', '.join(_formats())})"
+    elif isinstance(error, PermissionError):
+        what = "may not be read (permission denied)"
+    else:
+        what = f"cannot be read as a picture ({type(error).__name__}: {error})"
+    return ImageError.at(where, what, "get the file again, or remove its record")
+
+
+def _what_it_is(where: str) -> str:
+    try:
+        with open(where, "rb") as file:
+            start = file.read(256).lstrip()
+    except OSError:
+        return "not a picture"
+    if not start:
+        return "an empty file"
+    return next((name for prefix, name in _NOT_PICTURES if start.startswith(prefix)), "not a picture")
+
+
+@lru_cache(maxsize=1)
+def _formats() -> tuple[str, ...]:
+    Image.init()  # which of the formats this Pillow was built with
+    return tuple(name for name in _FORMATS if name in Image.OPEN)
+
+
+class ImageRoots:
+    """The folders that records' pictures are looked up in, first match first.
+
+    Records may come from anywhere, so that a path may not leave the roots: not absolutely, not by ``..``, not by a
+    symbolic link (a root itself may be one, and links from one root into another are fine).
+
+    Args:
+        roots: Folders; none for text-only records.
+
+    Raises:
+        ImageError: One of them is not a folder.
+    """
+
+    def __init__(self, roots: Iterable[str | Path] | str | Path = ()) -> None:
+        given = [roots] if isinstance(roots, str | Path) else roots
+        self.roots = tuple(Path(root) for root in given)
+        for root in self.roots:
+            if not root.is_dir():
+                raise ImageError.at(
+                    str(root), "is not a folder of pictures", "give the folder that the records' paths start from"
+                )
+        self._real = tuple(os.path.realpath(root) for root in self.roots)
+
+    def __repr__(self) -> str:
+        return f"ImageRoots({[str(root) for root in self.roots]})"
+
+    def resolve(self, path: str, *, guess: bool = True) -> Path:
+        """Finds a picture's file.
+
+        Args:
+            path: As written in the record, with ``/``.
+            guess: Whether a missing one's message names a similar file, for which its folder is read.
+
+        Returns:
+            The file in the first root that has it.
+
+        Raises:
+            ImageError: No root has it, or it lies outside its root.
+        """
+        if not self.roots:
+            raise ImageError.at(
+                path, "no image folders were given", "name the folders that the records' paths start from"
+            )
+        if not path or "\0" in path or os.path.isabs(path):
+            raise ImageError.at(
+                repr(path), "is not a relative path", "write pictures' paths relative to an image folder"
+            )
+        for root in self.roots:
+            candidate = os.path.join(root, path)
+            if os.path.isfile(candidate):
+                self._check_inside(candidate, path)
+                return Path(candidate)
+        # Before anything is said about folders: what lies outside must not even be asked for by name.
+        for root in self.roots:
+            self._check_inside(os.path.join(root, path), path)
+        raise self._missing(path, guess=guess)
+
+    def open(self, path: str) -> Image.Image:
+        """Opens a picture by the path written in the record, upright and in RGB. Raises ``ImageError``."""
+        return open_image(self.resolve(path))
+
+    def _check_inside(self, candidate: str, path: str) -> None:
+        real = os.path.realpath(candidate)
+        if not any(real == root or real.startswith(root.rstrip(os.sep) + os.sep) for root in self._real):
+            raise ImageError.at(
+                path,
+                f"leads outside the image folders (to {real})",
+                "copy the picture into one of them, or name its folder too",
+            )
+
+    def _missing(self, path: str, *, guess: bool) -> LlavarError:
+        similar = [name for root in self.roots for name in _similar(root, path)] if guess else []
+        where = ", ".join(str(root) for root in self.roots)
+        there = f" (there is {similar[0]})" if similar else ""
+        folder = any(os.path.isdir(os.path.join(root, path)) for root in self.roots)
+        what = "is a folder, wanted a picture" if folder else f"is in none of {where}{there}"
+        return ImageError.at(path, what, "get the picture, correct the path, or add the folder that has it")
+
+
+def _similar(root: Path, path: str) -> Sequence[str]:
+    """Names beside a missing one that may be meant: other slashes, other case, other extension, a slip."""
+    if "\\" in path and (root / path.replace("\\", "/")).is_file():
+        return [path.replace("\\", "/")]
+    folder, name = os.path.split(path)
+    try:
+        with os.scandir(root / folder) as entries:
+            names = [entry.name for entry in islice(entries, _NAMES_READ)]
+    except OSError:
+        return []
+    stem = os.path.splitext(name)[0].casefold()
+    same = [other for other in names if os.path.splitext(other)[0].casefold() == stem]
+    found = same or get_close_matches(name, names[:2000], n=1, cutoff=0.8)
+    return [os.path.join(folder, other) for other in sorted(found)]

@@ -1,0 +1,274 @@
+"""Stages with the paper's numbers, and recipes read from YAML or shipped with the package.
+
+Source of the defaults: LLaVAR (arXiv 2306.17107), scripts/pretrain and scripts/finetune; where a default is another's,
+its docstring says so.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from llavar_peft.config import (
+    DataConfig,
+    Full,
+    Lora,
+    LoraVariant,
+    OptimConfig,
+    Precision,
+    ProbeConfig,
+    Projector,
+    Recipe,
+    Stage,
+)
+from llavar_peft.config_paths import nearest
+from llavar_peft.errors import ConfigError
+from llavar_peft.recipe_text import apply_overrides, dump_recipe, parse_yaml
+from llavar_peft.validation import recipe_from_mapping
+
+__all__ = [
+    "dump_recipe",
+    "full_finetuning",
+    "list_recipes",
+    "load_recipe",
+    "lora",
+    "projector_pretraining",
+    "read_recipe",
+]
+
+_PRESETS = Path(__file__).parent / "presets"
+_SUFFIX = ".yaml"
+
+
+def projector_pretraining(
+    data: DataConfig,
+    *,
+    name: str = "pretrain",
+    epochs: float = 1.0,
+    max_steps: int | None = None,
+    learning_rate: float = 2e-3,
+    global_batch_size: int = 128,
+    micro_batch_size: int = 8,
+    max_length: int = 1024,
+    precision: Precision = "auto",
+    gradient_checkpointing: bool = True,
+    save_every_steps: int | None = None,
+    probe: ProbeConfig | None = None,
+) -> Stage:
+    """Makes stage 1: the projector and the ``<im_start>``/``<im_end>`` input rows learn, all else is frozen.
+
+    Any field that has no argument here is set with ``dataclasses.replace(stage, ...)``.
+
+    Args:
+        data: Records and images; the paper's are 595K captions and 422K OCR records.
+        name: Folder of the stage's results.
+        epochs: Passes over the records.
+        max_steps: Stops after this many optimizer steps.
+        learning_rate: Peak learning rate.
+        global_batch_size: Records per optimizer step (the paper: 8 GPUs x 8 x 2 accumulation).
+        micro_batch_size: Records per forward pass and rank.
+        max_length: Tokens per record.
+        precision: Number format of the arithmetic; the paper's is bf16.
+        gradient_checkpointing: Whether activations are computed again in the backward pass, to save memory.
+        save_every_steps: Optimizer steps between two checkpoints.
+        probe: What is looked at while training.
+
+    Returns:
+        The stage.
+    """
+    return Stage(
+        name=name,
+        data=data,
+        tune=Projector(),
+        optim=OptimConfig(learning_rate=learning_rate),
+        epochs=epochs,
+        max_steps=max_steps,
+        global_batch_size=global_batch_size,
+        micro_batch_size=micro_batch_size,
+        max_length=max_length,
+        precision=precision,
+        gradient_checkpointing=gradient_checkpointing,
+        save_every_steps=save_every_steps,
+        probe=probe or ProbeConfig(),
+    )
+
+
+def full_finetuning(
+    data: DataConfig,
+    *,
+    name: str = "finetune",
+    epochs: float = 3.0,
+    max_steps: int | None = None,
+    learning_rate: float = 2e-5,
+    global_batch_size: int = 32,
+    micro_batch_size: int = 4,
+    max_length: int = 2048,
+    precision: Precision = "auto",
+    gradient_checkpointing: bool = True,
+    save_every_steps: int | None = None,
+    probe: ProbeConfig | None = None,
+) -> Stage:
+    """Makes stage 2: the projector and the whole language model learn, the vision tower is frozen.
+
+    Any field that has no argument here is set with ``dataclasses.replace(stage, ...)``.
+
+    Args:
+        data: Records and images; the paper's are 158K LLaVA-Instruct and 16K LLaVAR conversations.
+        name: Folder of the stage's results.
+        epochs: Passes over the records.
+        max_steps: Stops after this many optimizer steps.
+        learning_rate: Peak learning rate.
+        global_batch_size: Records per optimizer step (the paper: 8 GPUs x 4 x 1).
+        micro_batch_size: Records per forward pass and rank.
+        max_length: Tokens per record.
+        precision: Number format of the arithmetic; the paper's is bf16.
+        gradient_checkpointing: Whether activations are computed again in the backward pass, to save memory.
+        save_every_steps: Optimizer steps between two checkpoints.
+        probe: What is looked at while training.
+
+    Returns:
+        The stage.
+    """
+    return Stage(
+        name=name,
+        data=data,
+        tune=Full(),
+        optim=OptimConfig(learning_rate=learning_rate),
+        epochs=epochs,
+        max_steps=max_steps,
+        global_batch_size=global_batch_size,
+        micro_batch_size=micro_batch_size,
+        max_length=max_length,
+        precision=precision,
+        gradient_checkpointing=gradient_checkpointing,
+        save_every_steps=save_every_steps,
+        probe=probe or ProbeConfig(),
+    )
+
+
+def lora(
+    data: DataConfig,
+    *,
+    rank: int = 64,
+    alpha: float = 128.0,
+    dropout: float = 0.05,
+    variant: LoraVariant = "lora",
+    train_projector: bool = True,
+    train_image_rows: bool = False,
+    name: str = "lora",
+    epochs: float = 3.0,
+    max_steps: int | None = None,
+    learning_rate: float = 2e-4,
+    projector_learning_rate: float | None = None,
+    global_batch_size: int = 32,
+    micro_batch_size: int = 4,
+    max_length: int = 2048,
+    precision: Precision = "auto",
+    gradient_checkpointing: bool = True,
+    save_every_steps: int | None = None,
+    probe: ProbeConfig | None = None,
+) -> Stage:
+    """Makes a stage that trains low-rank adapters; with ``ModelConfig(quantize="nf4")`` this is QLoRA.
+
+    The paper has no LoRA: batch, epochs and length are its stage 2's, the learning rate is LLaVA v1.5's
+    (scripts/v1_5/finetune_lora.sh). Any field without an argument is set with ``dataclasses.replace(stage, ...)``.
+
+    Args:
+        data: Records and images.
+        rank: Rank of the update.
+        alpha: The update is scaled by alpha / rank (by alpha / sqrt(rank) for rslora).
+        dropout: Dropout on the adapter's input.
+        variant: Which of peft's variants.
+        train_projector: Whether the projector is trained in full beside the adapters.
+        train_image_rows: Whether the ``<im_start>``/``<im_end>`` rows are trained too.
+        name: Folder of the stage's results.
+        epochs: Passes over the records.
+        max_steps: Stops after this many optimizer steps.
+        learning_rate: Peak learning rate of the adapters.
+        projector_learning_rate: The projector's own, where it differs (LLaVA v1.5: 2e-5).
+        global_batch_size: Records per optimizer step.
+        micro_batch_size: Records per forward pass and rank.
+        max_length: Tokens per record.
+        precision: Number format of the arithmetic.
+        gradient_checkpointing: Whether activations are computed again in the backward pass, to save memory.
+        save_every_steps: Optimizer steps between two checkpoints.
+        probe: What is looked at while training.
+
+    Returns:
+        The stage.
+    """
+    return Stage(
+        name=name,
+        data=data,
+        tune=Lora(
+            rank=rank,
+            alpha=alpha,
+            dropout=dropout,
+            variant=variant,
+            train_projector=train_projector,
+            train_image_rows=train_image_rows,
+        ),
+        optim=OptimConfig(learning_rate=learning_rate, projector_learning_rate=projector_learning_rate),
+        epochs=epochs,
+        max_steps=max_steps,
+        global_batch_size=global_batch_size,
+        micro_batch_size=micro_batch_size,
+        max_length=max_length,
+        precision=precision,
+        gradient_checkpointing=gradient_checkpointing,
+        save_every_steps=save_every_steps,
+        probe=probe or ProbeConfig(),
+    )
+
+
+def list_recipes() -> dict[str, str]:
+    """Returns the recipes shipped with the package: their names, each with its first line's description."""
+    files = sorted(_PRESETS.glob(f"*{_SUFFIX}"))
+    return {file.stem: file.read_text(encoding="utf-8").partition("\n")[0].lstrip("# ") for file in files}
+
+
+def read_recipe(name_or_path: str | Path) -> str:
+    """Returns the text of a recipe, comments included.
+
+    Args:
+        name_or_path: A shipped recipe's name, else a YAML file's path.
+
+    Returns:
+        The YAML text.
+
+    Raises:
+        ConfigError: There is no such recipe, or the file cannot be read.
+    """
+    where = str(name_or_path)
+    if where in list_recipes():
+        return (_PRESETS / f"{where}{_SUFFIX}").read_text(encoding="utf-8")
+    path = Path(name_or_path).expanduser()
+    if not path.exists():
+        near = nearest(where, list_recipes())
+        names = f"perhaps you meant '{near}'" if near else f"give a YAML file, or one of {', '.join(list_recipes())}"
+        raise ConfigError.at(where, "there is no such file, nor a recipe of this name", names)
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
+        raise ConfigError.at(where, f"cannot be read: {reason}", "give a YAML file in UTF-8") from error
+
+
+def load_recipe(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Reads a recipe and validates it once, with its overrides in place.
+
+    Args:
+        name_or_path: A shipped recipe's name (see ``list_recipes``), else a YAML file's path.
+        overrides: Each ``path=value``, e.g. ``stages.0.optim.learning_rate=1e-3``; the value is YAML.
+
+    Returns:
+        The recipe.
+
+    Raises:
+        ConfigError: There is no such recipe, or something in it is wrong; everything that is wrong is named.
+    """
+    where = str(name_or_path)
+    mapping = parse_yaml(read_recipe(name_or_path), where)
+    if overrides and isinstance(mapping, dict):
+        mapping = apply_overrides(mapping, overrides)
+    return recipe_from_mapping(mapping, where)

@@ -1,0 +1,82 @@
+"""The package's metadata; the build system and the tools' settings are in pyproject.toml."""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+ROOT = Path(__file__).parent
+VERSION = re.search(r'^__version__ = "(.+)"$', (ROOT / "llavar_peft/__init__.py").read_text("utf-8"), re.MULTILINE)
+if VERSION is None:
+    raise RuntimeError("llavar_peft/__init__.py does not say __version__")
+
+# Lower bounds only: a library that pins fights with every other one.
+INSTALL_REQUIRES = [
+    "accelerate>=1.10",
+    "bitsandbytes>=0.48",
+    "datasets>=4.0",
+    "huggingface-hub>=1.5",
+    "jinja2>=3.1.6",
+    "msgspec>=0.19",
+    "numpy>=1.26",
+    "peft>=0.18",
+    "pillow>=11.0",
+    "protobuf>=5.0",
+    "pydantic>=2.10",
+    "pyyaml>=6.0",
+    "rapidfuzz>=3.10",
+    "rich>=13.9",
+    "safetensors>=0.8",
+    "sentencepiece>=0.2",
+    "tokenizers>=0.23.1",
+    "torch>=2.9",
+    "tqdm>=4.66",
+    "transformers>=5.17",
+    "typer>=0.20",
+]
+
+EXTRAS_REQUIRE = {
+    "cuda": ["flash-attn>=2.7", "liger-kernel>=0.6"],
+    "serve": ["fastapi>=0.115", "gradio>=6.16", "python-multipart>=0.0.18", "uvicorn>=0.32"],
+    "ocr": ["onnxruntime>=1.20", "pytesseract>=0.3.13", "rapidocr>=3.4"],
+    "eval": ["openai>=1.50"],
+    "dev": [
+        "build>=1.2",
+        "hypothesis>=6.120",
+        "import-linter>=2.1",
+        "interrogate>=1.7",
+        "mypy>=1.15",
+        "pre-commit>=4.0",
+        "pydoclint>=0.6",
+        "pytest>=8.3",
+        "pytest-timeout>=2.3",
+        "pytest-xdist>=3.6",
+        "ruff>=0.9",
+        "types-PyYAML",
+    ],
+}
+
+setup(
+    name="llavar-peft",
+    version=VERSION.group(1),
+    description="LLaVAR, LLaVA for text-rich images, on today's Hugging Face stack: train, tune, merge, ask.",
+    long_description=(ROOT / "README.md").read_text("utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    license_files=["LICENSE", "llavar_peft/assets/fonts/LICENSE.txt"],
+    python_requires=">=3.10",
+    packages=find_packages(include=["llavar_peft", "llavar_peft.*"]),
+    package_data={"llavar_peft": ["py.typed", "presets/*.yaml", "assets/**/*", "page/*.j2"]},
+    install_requires=INSTALL_REQUIRES,
+    extras_require=EXTRAS_REQUIRE,
+    entry_points={"console_scripts": ["llavar-peft = llavar_peft.cli:main"]},
+    classifiers=[
+        "Development Status :: 4 - Beta",
+        "Intended Audience :: Developers",
+        "Intended Audience :: Science/Research",
+        "Programming Language :: Python :: 3 :: Only",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+        "Typing :: Typed",
+    ],
+    zip_safe=False,
+)

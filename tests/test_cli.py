@@ -1,0 +1,230 @@
+"""The command line: what it prints, what it exits with, and what it does not import."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from llavar_peft import __version__, cli
+from llavar_peft.cli import train as train_module
+from llavar_peft.errors import ConfigError, EnvironmentFaultError, InterruptedRunError, LlavarError
+from llavar_peft.recipes import list_recipes, load_recipe, read_recipe
+
+
+def run(*arguments: str) -> int:
+    return cli.main(arguments)
+
+
+@pytest.fixture
+def failing(monkeypatch: pytest.MonkeyPatch):
+    """Makes ``train`` raise what the test gives it."""
+
+    def arrange(error: BaseException) -> None:
+        def load(*_: object) -> None:
+            raise error
+
+        monkeypatch.setattr(train_module, "load_recipe", load)
+
+    return arrange
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("--version") == 0
+    assert capsys.readouterr().out == f"llavar-peft {__version__}\n"
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--help"],
+        ["train", "--help"],
+        ["ask", "--help"],
+        ["quickstart", "--help"],
+        ["recipe", "--help"],
+        ["recipe", "show", "--help"],
+        ["data", "check", "--help"],
+        ["data", "inspect", "--help"],
+    ],
+)
+def test_help(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(*arguments) == 0
+    assert "Usage: llavar-peft" in capsys.readouterr().out
+
+
+def test_recipe_list(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("recipe", "list") == 0
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == list(list_recipes())
+
+
+def test_recipe_show_prints_the_file_itself(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("recipe", "show", "llavar-13b") == 0
+    assert capsys.readouterr().out == read_recipe("llavar-13b")
+
+
+def test_recipe_show_with_overrides_prints_every_field(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    assert run("recipe", "show", "tiny", "seed=7") == 0
+    shown = tmp_path / "shown.yaml"
+    shown.write_text(capsys.readouterr().out, encoding="utf-8")
+    assert load_recipe(shown) == load_recipe("tiny", ["seed=7"])
+
+
+def test_faults_of_a_recipe_go_to_stderr_with_status_2(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    broken = tmp_path / "broken.yaml"
+    broken.write_text(read_recipe("tiny").replace("learning_rate", "learing_rate", 1), encoding="utf-8")
+    assert run("train", str(broken)) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert "1 problem\n  stages.0.optim.learing_rate: unknown field; did you mean 'learning_rate'?" in captured.err
+    assert "Traceback" not in captured.err
+
+
+@pytest.mark.parametrize(
+    "arguments", [["trian"], ["train"], ["recipe", "show"], ["ask", "what?"], ["train", "x", "--no"]]
+)
+def test_wrong_usage_is_status_2(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(*arguments) == 2
+    assert "Usage" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [
+        (ConfigError("wrong"), 2),
+        (EnvironmentFaultError("full"), 3),
+        (InterruptedRunError("saved"), 4),
+        (KeyboardInterrupt(), 130),
+        (KeyError("surprise"), 1),
+    ],
+)
+def test_exit_status(error: BaseException, status: int, failing, capsys: pytest.CaptureFixture[str]) -> None:
+    failing(error)
+    assert run("train", "tiny") == status
+    captured = capsys.readouterr()
+    assert "Traceback" not in captured.err
+    if isinstance(error, LlavarError):
+        assert captured.err == f"error: {error}\n"
+
+
+def test_an_unexpected_error_says_how_to_see_more(failing, capsys: pytest.CaptureFixture[str]) -> None:
+    failing(KeyError("surprise"))
+    assert run("train", "tiny") == 1
+    assert "unexpected KeyError: 'surprise' (run again with llavar-peft --debug" in capsys.readouterr().err
+    assert run("--debug", "train", "tiny") == 1
+    captured = capsys.readouterr()
+    assert "Traceback (most recent call last)" in captured.err
+    assert "run again" not in captured.err
+
+
+def test_train_hands_on_its_arguments(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    calls: list[object] = []
+
+    def run_recipe(recipe, stages=None, *, restart=False) -> Path:
+        calls.append((recipe, stages, restart))
+        return Path("runs/tiny/model")
+
+    monkeypatch.setitem(sys.modules, "llavar_peft.training.trainer", SimpleNamespace(run_recipe=run_recipe))
+    assert run("train", "tiny", "seed=3", "--stage", "finetune", "--stage", "pretrain", "--restart") == 0
+    assert run("train", "tiny") == 0
+    assert calls == [
+        (load_recipe("tiny", ["seed=3"]), ["finetune", "pretrain"], True),
+        (load_recipe("tiny"), None, False),
+    ]
+    assert capsys.readouterr().out.splitlines()[0] == str(Path("runs/tiny/model"))
+
+
+def test_an_unknown_stage_is_found_before_anything_is_loaded(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("train", "tiny", "--stage", "finetun") == 2
+    assert "tiny has no stage 'finetun'. Mend: use one of pretrain, finetune." in capsys.readouterr().err
+
+
+@pytest.fixture
+def records(tmp_path: Path) -> Path:
+    """Two records; the picture of the second is missing."""
+    from PIL import Image
+
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    turns = [{"from": "human", "value": "Read.\n<image>"}, {"from": "gpt", "value": "Nothing."}]
+    rows = [{"id": name, "image": f"{name}.png", "conversations": turns} for name in ("a", "b")]
+    path = tmp_path / "records.json"
+    path.write_text(json.dumps(rows), encoding="utf-8")
+    return path
+
+
+def test_data_check(records: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("data", "check", str(records), "--images", str(records.parent)) == 2
+    out = capsys.readouterr().out
+    assert out.splitlines()[-1] == "2 records, 1 fault"
+    assert "b.png" in out
+    assert run("data", "check", str(records), "--images", str(records.parent), "--json") == 2
+    found = json.loads(capsys.readouterr().out)
+    assert found["records"] == 2
+    assert [sorted(fault) for fault in found["faults"]] == [["mend", "what", "where"]]
+    shutil.copy(records.parent / "a.png", records.parent / "b.png")
+    assert run("data", "check", str(records), "--images", str(records.parent)) == 0
+
+
+def test_data_inspect_marks_what_is_supervised() -> None:
+    import torch
+
+    from llavar_peft.cli.data import _as_plain, _as_text
+    from llavar_peft.types import Example
+
+    example = Example(id="a", input_ids=torch.tensor([1, 2, 3]), labels=torch.tensor([-100, -100, 3]))
+    spans = [("USER: Read. ASSISTANT: ", False), ("[bold]STOP</s>", True)]
+    text = _as_text(example, spans)
+    assert text.plain == "a (3 tokens, 1 supervised)\nUSER: Read. ASSISTANT: [bold]STOP</s>\n"
+    green = [text.plain[span.start : span.end] for span in text.spans if "green" in str(span.style)]
+    assert green == ["[bold]STOP</s>"]
+    plain = json.loads(json.dumps(_as_plain(example, spans)))
+    assert plain["labels"] == [-100, -100, 3]
+    assert plain["spans"][1] == {"text": "[bold]STOP</s>", "supervised": True}
+
+
+def test_ask_hands_on_its_arguments(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    calls: list[object] = []
+
+    def ask(pictures: object, question: str, **settings: object) -> list[str]:
+        calls.append((pictures, question, settings))
+        return ["one", "two"]
+
+    def load_reader(model: object, **settings: object) -> SimpleNamespace:
+        calls.append((model, settings))
+        return SimpleNamespace(ask=ask)
+
+    monkeypatch.setitem(sys.modules, "llavar_peft.inference", SimpleNamespace(load_reader=load_reader))
+    options = ["--model", "m", "--image", "a.png", "--image", "b.png", "--quantize", "nf4", "--image-mode", "pad_black"]
+    assert run("ask", *options, "--temperature", "0", "--seed", "1", "Who?") == 0
+    assert capsys.readouterr().out == "a.png: one\nb.png: two\n"
+    assert calls[0] == (Path("m"), {"adapter": None, "vision_tower": None, "quantize": "nf4"})
+    assert calls[1] == (
+        [Path("a.png"), Path("b.png")],
+        "Who?",
+        {"max_new_tokens": 512, "temperature": 0.0, "seed": 1, "image_mode": "pad_black"},
+    )
+
+
+def modules_after(code: str) -> set[str]:
+    script = f"{code}\nimport json, sys; sys.stderr.write(json.dumps(sorted(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    return set(json.loads(done.stderr))
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["--help"], ["--version"], ["recipe", "list"], ["recipe", "show", "llavar-13b", "seed=1"], ["train", "--help"]],
+)
+def test_light_commands_do_not_import_torch(arguments: list[str]) -> None:
+    loaded = modules_after(f"from llavar_peft.cli import main\nassert main({arguments!r}) == 0")
+    assert not loaded & {"torch", "transformers", "peft", "datasets", "accelerate", "PIL", "numpy"}
+
+
+def test_the_module_is_the_command() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "llavar_peft", "recipe", "show", "nope"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: nope: there is no such file, nor a recipe of this name.")

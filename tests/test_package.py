@@ -1,0 +1,88 @@
+"""The package as a whole: what it exports, what it imports, how it is layered, documented and packed."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import llavar_peft
+
+ROOT = Path(llavar_peft.__file__).parents[1]
+in_checkout = pytest.mark.skipif(not (ROOT / "pyproject.toml").is_file(), reason="needs the repository")
+
+
+@pytest.mark.parametrize("name", llavar_peft.__all__)
+def test_every_public_name_can_be_imported(name: str) -> None:
+    assert getattr(llavar_peft, name) is not None
+    assert name in dir(llavar_peft)
+
+
+def test_an_unknown_name_is_an_attribute_error() -> None:
+    with pytest.raises(AttributeError, match="no attribute 'build_modle'"):
+        _ = llavar_peft.build_modle  # type: ignore[attr-defined]
+
+
+def test_public_names_have_homes() -> None:
+    assert {*llavar_peft._HOMES, "__version__"} == {*llavar_peft.__all__}
+
+
+def test_importing_is_light() -> None:
+    script = (
+        "import time; t = time.perf_counter(); import llavar_peft; t = time.perf_counter() - t\n"
+        "import json, sys; print(json.dumps([t, sorted(sys.modules)]))"
+    )
+    runs = [
+        json.loads(subprocess.run([sys.executable, "-c", script], capture_output=True, check=True).stdout)
+        for _ in range(3)
+    ]
+    assert not {"torch", "transformers", "pydantic", "yaml", "PIL"} & set(runs[0][1])
+    assert min(seconds for seconds, _ in runs) < 0.1
+
+
+def test_the_configuration_needs_neither_torch_nor_transformers() -> None:
+    script = (
+        "from llavar_peft import Recipe, load_recipe, lora; load_recipe('tiny')\n"
+        "import json, sys; print(json.dumps(sorted(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, check=True)
+    assert not {"torch", "transformers", "PIL"} & set(json.loads(done.stdout))
+
+
+def tool(*command: str) -> None:
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@in_checkout
+def test_floors() -> None:
+    """A file imports only from lower floors; the list is in pyproject.toml."""
+    pytest.importorskip("importlinter")
+    tool(sys.executable, "-c", "import sys; from importlinter.cli import lint_imports_command as c; sys.exit(c())")
+
+
+@in_checkout
+def test_docstrings_are_there() -> None:
+    pytest.importorskip("interrogate")
+    tool(sys.executable, "-m", "interrogate", "--config", "pyproject.toml", "llavar_peft")
+
+
+@in_checkout
+def test_docstrings_match_their_functions() -> None:
+    pytest.importorskip("pydoclint")
+    tool(sys.executable, "-m", "pydoclint.main", "--config", "pyproject.toml", "llavar_peft")
+
+
+@in_checkout
+def test_every_file_is_packed(tmp_path: Path) -> None:
+    """What is no Python (presets, templates, fonts, py.typed) is easily forgotten in a wheel."""
+    tool(sys.executable, "setup.py", "-q", "build", "--build-base", str(tmp_path / "build"))
+    package = ROOT / "llavar_peft"
+    wanted = {
+        path.relative_to(package)
+        for path in package.rglob("*")
+        if path.is_file() and "__pycache__" not in path.parts and path.suffix != ".pyc"
+    }
+    built = tmp_path / "build" / "lib" / "llavar_peft"
+    assert wanted - {path.relative_to(built) for path in built.rglob("*")} == set()

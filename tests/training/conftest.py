@@ -1,0 +1,54 @@
+"""A small run on the shipped tiny parts: both stages in seconds."""
+
+from __future__ import annotations
+
+from importlib.resources import files
+from pathlib import Path
+
+import pytest
+
+from llavar_peft import DataConfig, Full, ModelConfig, OptimConfig, ProbeConfig, Projector, Recipe, Stage
+from llavar_peft.data.synthetic import write_dataset
+
+
+@pytest.fixture(scope="session")
+def tiny_model() -> ModelConfig:
+    parts = Path(str(files("llavar_peft") / "assets/tiny"))
+    return ModelConfig(
+        language_model=str(parts / "language_model"), vision_tower=str(parts / "vision_tower"), dtype="float32"
+    )
+
+
+@pytest.fixture(scope="session")
+def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("data")
+    write_dataset(folder, count=18, seed=7, task="question")
+    return folder
+
+
+@pytest.fixture
+def tiny_recipe(tiny_model: ModelConfig, tiny_data: Path, tmp_path: Path) -> Recipe:
+    """16 records of 18, 2 held out; 4 optimizer steps an epoch, each of 2 micro batches."""
+    data = DataConfig(
+        records=str(tiny_data / "records.json"), images=str(tiny_data / "images"), holdout=2, workers=0
+    )
+
+    def stage(name: str, tune: Projector | Full, rate: float) -> Stage:
+        return Stage(
+            name=name,
+            data=data,
+            tune=tune,
+            optim=OptimConfig(learning_rate=rate),
+            global_batch_size=4,
+            micro_batch_size=2,
+            max_length=1024,
+            precision="fp32",
+            probe=ProbeConfig(images=2, max_new_tokens=4),
+        )
+
+    return Recipe(
+        model=tiny_model,
+        stages=(stage("stage1", Projector(), 2e-3), stage("stage2", Full(), 1e-3)),
+        output_dir=str(tmp_path / "run"),
+        seed=3,
+    )

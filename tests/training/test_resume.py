@@ -1,0 +1,133 @@
+"""A run that is interrupted and continued equals one that is not, bit for bit."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import TrainerCallback
+
+from llavar_peft import Full, Lora, Projector, Recipe, Trainer, build_model
+from llavar_peft.config import Tune
+from llavar_peft.errors import ConfigError, InterruptedRunError
+
+
+class SignalAt(TrainerCallback):  # type: ignore[misc]
+    """Sends this process a real signal in the middle of a run."""
+
+    def __init__(self, step: int, number: signal.Signals) -> None:
+        self.step = step
+        self.number = number
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == self.step:
+            os.kill(os.getpid(), self.number)
+
+
+def _train(recipe: Recipe, callbacks: tuple[TrainerCallback, ...] = ()) -> Path:
+    model, processor = build_model(recipe.model, seed=recipe.seed)
+    return Trainer(model, processor, recipe, callbacks=callbacks).train()
+
+
+def _figures(recipe: Recipe, stage: str) -> list[tuple[int, float, float]]:
+    lines = (Path(recipe.output_dir) / stage / "metrics.jsonl").read_text().splitlines()
+    return [(line["step"], line["loss"], line["grad_norm"]) for line in map(json.loads, lines)]
+
+
+def _weights(folder: Path) -> dict[str, torch.Tensor]:
+    found = sorted(folder.glob("*.safetensors"))
+    assert found
+    return {f"{path.name}:{name}": tensor for path in found for name, tensor in load_file(path).items()}
+
+
+TUNES: dict[str, Tune] = {
+    "projector": Projector(),
+    "full": Full(),
+    "lora": Lora(rank=4, alpha=8, dropout=0.1),
+}
+
+
+@pytest.mark.parametrize("kind", TUNES)
+@pytest.mark.parametrize("workers", [0, 2])
+def test_interrupted_and_continued_equals_uninterrupted(
+    kind: str, workers: int, tiny_recipe: Recipe, tmp_path: Path
+) -> None:
+    stage = tiny_recipe.stages[0]
+    stage = dataclasses.replace(
+        stage, tune=TUNES[kind], epochs=2, max_steps=None, data=dataclasses.replace(stage.data, workers=workers)
+    )
+    whole = dataclasses.replace(tiny_recipe, stages=(stage,), output_dir=str(tmp_path / "whole"))
+    halved = dataclasses.replace(whole, output_dir=str(tmp_path / "halved"))
+    expected = _weights(_train(whole))
+
+    steps = len(_figures(whole, stage.name))
+    assert steps >= 6
+    # In the middle of an epoch, and again in the next one.
+    for step, number in ((steps // 3, signal.SIGINT), (steps - 2, signal.SIGTERM)):
+        with pytest.raises(InterruptedRunError) as stopped:
+            _train(halved, (SignalAt(step, number),))
+        assert stopped.value.exit_code == 4
+    result = _train(halved)
+
+    assert _figures(halved, stage.name) == _figures(whole, stage.name)
+    ours = _weights(result)
+    assert sorted(ours) == sorted(expected)
+    assert all(torch.equal(ours[name], expected[name]) for name in expected)
+    assert not list(result.rglob("*.part")) and not list(Path(halved.output_dir).rglob(".staging"))
+
+
+def test_a_second_stage_continues_from_the_firsts_result(tiny_recipe: Recipe, tmp_path: Path) -> None:
+    whole = dataclasses.replace(tiny_recipe, output_dir=str(tmp_path / "whole"))
+    halved = dataclasses.replace(tiny_recipe, output_dir=str(tmp_path / "halved"))
+    expected = _weights(_train(whole))
+    first, second = tiny_recipe.stages
+
+    class InSecond(SignalAt):
+        def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if Path(args.output_dir).name == second.name:
+                super().on_step_begin(args, state, control, **kwargs)
+
+    with pytest.raises(InterruptedRunError, match=second.name):
+        _train(halved, (InSecond(2, signal.SIGINT),))
+    before = (Path(halved.output_dir) / first.name / "metrics.jsonl").read_bytes()
+    ours = _weights(_train(halved))
+    assert (Path(halved.output_dir) / first.name / "metrics.jsonl").read_bytes() == before
+    assert all(torch.equal(ours[name], expected[name]) for name in expected)
+
+
+def test_a_finished_run_is_not_run_again(tiny_recipe: Recipe) -> None:
+    result = _train(tiny_recipe)
+    written = {path: path.stat().st_mtime_ns for path in result.rglob("*") if path.is_file()}
+    assert _train(tiny_recipe) == result
+    assert {path: path.stat().st_mtime_ns for path in result.rglob("*") if path.is_file()} == written
+
+
+def test_another_recipe_in_the_same_folder_is_refused_and_shown(tiny_recipe: Recipe) -> None:
+    _train(tiny_recipe)
+    first, second = tiny_recipe.stages
+    changed = dataclasses.replace(first, optim=dataclasses.replace(first.optim, learning_rate=0.5))
+    with pytest.raises(ConfigError, match=r"stages\.0\.optim\.learning_rate.*0\.5"):
+        _train(dataclasses.replace(tiny_recipe, stages=(changed, second)))
+
+
+def test_a_stage_that_builds_on_one_that_has_not_run_is_refused(tiny_recipe: Recipe) -> None:
+    model, processor = build_model(tiny_recipe.model)
+    with pytest.raises(ConfigError, match="has not run"):
+        Trainer(model, processor, tiny_recipe).train([tiny_recipe.stages[1].name])
+
+
+def test_stages_can_be_run_one_by_one(tiny_recipe: Recipe, tmp_path: Path) -> None:
+    at_once = dataclasses.replace(tiny_recipe, output_dir=str(tmp_path / "at_once"))
+    expected = _weights(_train(at_once))
+    for stage in tiny_recipe.stages:
+        model, processor = build_model(tiny_recipe.model, seed=tiny_recipe.seed)
+        result = Trainer(model, processor, tiny_recipe).train([stage.name])
+    ours = _weights(result)
+    assert all(torch.equal(ours[name], expected[name]) for name in expected)
