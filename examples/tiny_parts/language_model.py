@@ -36,9 +36,9 @@ def page_cells(lines: Sequence[TextLine], width: int, height: int, rng: Random) 
     """A layout as cells, centred on a square as LLaVA's pad mode does it, a little off at times."""
     long_side = max(width, height)
     dx, dy = (long_side - width) / 2, (long_side - height) / 2
+    scale = SIDE / long_side
     return fill_cells(
-        [(c, (x + dx) / long_side * SIDE + rng.gauss(0, 0.05), (y + dy) / long_side * SIDE) for c, x, y in line.centres()]
-        for line in lines
+        [(c, (x + dx) * scale + rng.gauss(0, 0.05), (y + dy) * scale) for c, x, y in line.centres()] for line in lines
     )
 
 
@@ -110,7 +110,7 @@ class PageEmbedder:
     def __init__(self, model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, seed: int) -> None:
         self.table = model.get_input_embeddings()
         pieces = ["▁" if c == " " else c for c in CHARACTERS]
-        self.ids = torch.tensor([*tokenizer.convert_tokens_to_ids(pieces), tokenizer.convert_tokens_to_ids(BLANK_PIECE)])
+        self.ids = torch.tensor(tokenizer.convert_tokens_to_ids([*pieces, BLANK_PIECE]))
         self.generator = torch.Generator().manual_seed(seed)
 
     def __call__(self, samples: Sequence[Sample]) -> tuple[Tensor, Tensor, Tensor]:
@@ -209,6 +209,7 @@ def make_language_model(directory: Path, *, steps: int, batch: int, rate: float,
             optimizer.zero_grad()
         if step % 50 == 0 or step == steps - 1:
             right = (logits.argmax(-1) == wanted).float().mean()
-            print(f"language model {step:5d} loss {loss.item():.3f} pieces {right:.4f} {time.perf_counter() - started:.0f} s", flush=True)
+            spent = time.perf_counter() - started
+            print(f"language model {step:5d} loss {loss.item():.3f} pieces {right:.4f} {spent:.0f} s", flush=True)
     model.generation_config = GenerationConfig(bos_token_id=1, eos_token_id=2, pad_token_id=0)
     model.half().save_pretrained(directory)

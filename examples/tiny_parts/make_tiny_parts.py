@@ -15,8 +15,8 @@ import torch
 
 sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parents[2])]
 
-from language_model import make_language_model
-from vision_tower import make_vision_tower
+from language_model import make_language_model  # noqa: E402
+from vision_tower import make_vision_tower  # noqa: E402
 
 
 def main() -> None:
@@ -33,9 +33,10 @@ def main() -> None:
     started = time.perf_counter()
     if options.part != "language_model":
         steps = max(40, round(3000 * options.scale))
+        pages = max(64, round(9000 * options.scale))
         make_vision_tower(
-            options.out / "vision_tower", pages=max(64, round(9000 * options.scale)), steps=steps, batch=16, rate=4e-3, seed=options.seed
-        )  # fmt: skip
+            options.out / "vision_tower", pages=pages, steps=steps, batch=16, rate=4e-3, seed=options.seed
+        )
     if options.part != "vision_tower":
         steps = max(40, round(2500 * options.scale))
         make_language_model(options.out / "language_model", steps=steps, batch=16, rate=3e-3, seed=options.seed)

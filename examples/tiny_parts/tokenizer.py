@@ -50,9 +50,8 @@ def make_tokenizer(directory: Path, questions: Iterable[str]) -> PreTrainedToken
                 known.add(left + right)
                 pieces.append(left + right)
                 merges.append((left, right))
-    backend = Tokenizer(
-        models.BPE({piece: n for n, piece in enumerate(pieces)}, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True)
-    )  # fmt: skip
+    vocabulary = {piece: n for n, piece in enumerate(pieces)}
+    backend = Tokenizer(models.BPE(vocabulary, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
     backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     backend.decoder = decoders.Sequence(
         [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]

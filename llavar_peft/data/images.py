@@ -21,7 +21,8 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 from PIL import Image
 
-from llavar_peft.data.image_files import MAX_PIXELS, ImageRoots, open_image
+from llavar_peft.data.image_files import MAX_PIXELS, open_image
+from llavar_peft.data.image_roots import ImageRoots
 from llavar_peft.errors import ConfigError
 from llavar_peft.types import ImageMode
 
@@ -126,7 +127,7 @@ def _pad(image: Image.Image, settings: _Settings) -> Image.Image:
     for start in range(0, height, rows):
         stop = min(height, start + rows)
         band = image.crop((0, start, width, stop))
-        if left:
+        if width < side:
             padded = Image.new("RGB", (side, stop - start), settings.colour)
             padded.paste(band, (left, 0))
             band = padded

@@ -1,0 +1,273 @@
+"""Random access to the records of a JSON or JSON-lines file that is never loaded as a whole.
+
+Where each record starts is found once and kept beside the file as ``<name>.index``: a header of 64 bytes, then
+count + 1 offsets as uint64. Both are memory-mapped, so that ranks and workers share one copy.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import mmap
+import os
+import re
+import struct
+import tempfile
+import zlib
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+import msgspec
+import numpy as np
+
+from llavar_peft.errors import DataError, LlavarError
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
+
+INDEX_SUFFIX: Final = ".index"
+MIN_INDEXED_BYTES: Final = 2**22
+"""Smaller files are indexed in memory at each opening (20 ms); an index file would be litter."""
+
+_MAGIC: Final = b"LLVRIDX1"
+_HEADER: Final = struct.Struct(
+    "<8sQqQII24x"
+)  # magic, size, mtime_ns, count, crc of the file's ends, crc of the offsets
+_ENDS: Final = 4096
+_BETWEEN: Final = re.compile(rb"[ \t\r\n]*,[ \t\r\n]*")
+_SPACE: Final = b" \t\r\n"
+_BOM: Final = b"\xef\xbb\xbf"
+_TOKENS: Final = re.compile(rb'"(?:[^"\\]|\\.)*"|[\[\]{},]', re.DOTALL)
+_COUNTED_BYTES: Final = 2**25  # of a malformed file, before its record number is given up
+
+
+@dataclass(frozen=True, slots=True)
+class _Stamp:
+    """What tells a changed file from the one that was indexed."""
+
+    size: int
+    mtime_ns: int
+    ends: int
+
+
+class IndexedFile:
+    """Records of one ``.json`` (an array) or ``.jsonl`` file, read from the disk one by one.
+
+    Pickles as a path: a worker maps the file again.
+
+    Args:
+        path: The file.
+        cache_dir: Where the index goes; None is beside the file, or the user's cache folder where that is read-only.
+
+    Raises:
+        DataError: The file is missing, empty, not of its form, or (an array) malformed.
+    """
+
+    def __init__(self, path: str | Path, cache_dir: str | Path | None = None) -> None:
+        self.path = Path(path)
+        self._cache_dir = None if cache_dir is None else Path(cache_dir)
+        self._open()
+
+    def __len__(self) -> int:
+        return len(self._offsets) - 1
+
+    def __getitem__(self, index: int) -> Any:
+        """The record, decoded. Raises ``DataError`` where it is not JSON."""
+        start, stop = int(self._offsets[index]), int(self._offsets[index + 1])
+        # The last byte of a JSON value is never a comma.
+        text = self._file[start:stop].rstrip(b" \t\r\n,")
+        try:
+            return msgspec.json.decode(text)
+        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+            raise _malformed(self.where(index), text, error) from error
+
+    def where(self, index: int) -> str:
+        """Names a record, e.g. ``"records.json:17"``, counted from 0."""
+        return f"{self.path}:{index}"
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"path": self.path, "cache_dir": self._cache_dir, "stamp": self._stamp}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.path, self._cache_dir = state["path"], state["cache_dir"]
+        self._open()
+        if self._stamp != state["stamp"]:
+            raise _fault(self.path, "changed while it was in use", "start again, and leave the file alone meanwhile")
+
+    def _open(self) -> None:
+        try:
+            with open(self.path, "rb") as file:
+                status = os.fstat(file.fileno())
+                if not status.st_size:
+                    raise _fault(self.path, "is empty", "give a file with records")
+                self._file = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        except OSError as error:
+            raise _fault(
+                self.path, f"cannot be opened ({error.strerror or error})", "correct the path to the records"
+            ) from error
+        ends = zlib.crc32(self._file[-_ENDS:], zlib.crc32(self._file[:_ENDS]))
+        self._stamp = _Stamp(status.st_size, status.st_mtime_ns, ends)
+        self._offsets = self._find_offsets()
+
+    def _find_offsets(self) -> npt.NDArray[np.uint64]:
+        if self._stamp.size < MIN_INDEXED_BYTES:
+            return _scan(self.path, self._file)
+        places = _index_places(self.path, self._cache_dir)
+        for place in places:
+            known = _load(place, self._stamp)
+            if known is not None:
+                return known
+        offsets = _scan(self.path, self._file)
+        for place in places:
+            # A full disk or a read-only folder costs the next opening a scan, not this run.
+            with suppress(OSError):
+                _save(place, self._stamp, offsets)
+                break
+        return offsets
+
+
+def _index_places(path: Path, cache_dir: Path | None) -> list[Path]:
+    """Where an index may be, best first."""
+    real = os.path.realpath(path)
+    name = f"{hashlib.sha256(os.fsencode(real)).hexdigest()[:16]}-{path.name}{INDEX_SUFFIX}"
+    if cache_dir is not None:
+        return [cache_dir / name]
+    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return [Path(real + INDEX_SUFFIX), home / "llavar_peft" / name]
+
+
+def _load(place: Path, stamp: _Stamp) -> npt.NDArray[np.uint64] | None:
+    """The offsets, mapped, if this index is whole and of this very file."""
+    try:
+        with open(place, "rb") as file:
+            magic, size, mtime_ns, count, ends, check = _HEADER.unpack(file.read(_HEADER.size))
+            length = os.fstat(file.fileno()).st_size
+        if magic != _MAGIC or _Stamp(size, mtime_ns, ends) != stamp or length != _HEADER.size + 8 * (count + 1):
+            return None
+        offsets: npt.NDArray[np.uint64] = np.memmap(
+            place, dtype="<u8", mode="r", offset=_HEADER.size, shape=(count + 1,)
+        )
+    except (OSError, struct.error, ValueError):
+        return None
+    return offsets if zlib.crc32(offsets.data) == check else None
+
+
+def _save(place: Path, stamp: _Stamp, offsets: npt.NDArray[np.uint64]) -> None:
+    """Writes aside and renames: ranks that start together each write, and none reads half a file."""
+    place.parent.mkdir(parents=True, exist_ok=True)
+    header = _HEADER.pack(_MAGIC, stamp.size, stamp.mtime_ns, len(offsets) - 1, stamp.ends, zlib.crc32(offsets.data))
+    handle, aside = tempfile.mkstemp(dir=place.parent, prefix=f".{place.name}.", suffix=".part")
+    try:
+        with open(handle, "wb") as file:
+            file.write(header)
+            file.write(offsets.tobytes())
+        os.chmod(aside, 0o644)  # mkstemp's is the owner's alone, and others may read the records too
+        os.replace(aside, place)
+    except BaseException:
+        with suppress(OSError):
+            os.unlink(aside)
+        raise
+
+
+def _scan(path: Path, file: mmap.mmap) -> npt.NDArray[np.uint64]:
+    head = file[:_ENDS]
+    if head.startswith((b"\xff\xfe", b"\xfe\xff")):
+        raise _fault(path, "is UTF-16, wanted UTF-8", "save it as UTF-8")
+    if head.startswith((b"\x1f\x8b", b"PK", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")):
+        raise _fault(path, "is compressed", "unpack it")
+    start = len(_BOM) if head.startswith(_BOM) else 0
+    first = head[start:].lstrip(_SPACE)[:1]
+    lines = path.suffix.lower() != ".json"
+    if lines and first == b"[":
+        raise _fault(path, "starts with '[', wanted one JSON object per line", "rename it to .json if it is one array")
+    if not lines and first != b"[":
+        what = "no text" if not first else repr(first.decode("latin-1"))
+        raise _fault(
+            path,
+            f"starts with {what}, wanted '[': one array of records",
+            "rename it to .jsonl if it has one record per line, put a single record into [ ]",
+        )
+    return _scan_lines(file, start) if lines else _scan_array(path, file, start)
+
+
+def _scan_array(path: Path, file: mmap.mmap, start: int) -> npt.NDArray[np.uint64]:
+    """Offsets of an array's elements; msgspec walks and checks the syntax without building them."""
+    with memoryview(file) as whole, whole[start:] as view:
+        try:
+            elements = msgspec.json.decode(view, type=list[msgspec.Raw])
+        except (msgspec.MsgspecError, RecursionError) as error:
+            raise _malformed(str(path), view, error) from None
+        lengths = np.fromiter((len(memoryview(element)) for element in elements), np.int64, len(elements))
+        del elements
+    offsets = np.empty(len(lengths) + 1, np.dtype("<u8"))
+    position = file.find(b"[", start) + 1
+    while file[position : position + 1] in (b" ", b"\t", b"\r", b"\n"):
+        position += 1
+    for index, length in enumerate(lengths.tolist()):
+        offsets[index] = position
+        position += length
+        between = _BETWEEN.match(file, position)
+        if between:
+            position = between.end()
+    offsets[-1] = position
+    return offsets
+
+
+def _scan_lines(file: mmap.mmap, start: int) -> npt.NDArray[np.uint64]:
+    """Offsets of the lines that are not blank. Their syntax is looked at when they are read, so that all are named."""
+    step = 2**24  # bytes looked at at once
+    breaks = (
+        np.flatnonzero(np.frombuffer(file[base : base + step], np.uint8) == 0x0A) + base
+        for base in range(0, len(file), step)
+    )
+    starts = np.concatenate([np.array([start], np.int64), *(found + 1 for found in breaks)])
+    stops = np.append(starts[1:], len(file))
+    blank = stops - starts <= 1
+    # A line that starts with white space may be blank; there are few of them.
+    bytes_at = np.frombuffer(file, np.uint8)
+    suspects = np.flatnonzero(~blank & np.isin(bytes_at[np.minimum(starts, len(file) - 1)], list(_SPACE)))
+    del bytes_at
+    for line in suspects.tolist():
+        blank[line] = not file[int(starts[line]) : int(stops[line])].strip()
+    return np.append(starts[~blank], len(file)).astype("<u8")
+
+
+def _malformed(where: str, text: bytes | memoryview, error: Exception) -> LlavarError:
+    """Says where in a text JSON ends, as far as that is known."""
+    if isinstance(error, RecursionError):
+        return DataError.at(where, "is nested too deeply", "remove the record")
+    found = re.search(r"\(byte (\d+)\)", str(error))
+    reason = re.sub(r"^JSON is malformed: | \(byte \d+\)$", "", str(error))
+    if not found:
+        return DataError.at(where, f"is not JSON ({reason})", "get the file again; it may be cut off")
+    at = int(found[1])
+    before = bytes(text[:at])
+    line = before.count(b"\n") + 1
+    column = at - (before.rfind(b"\n") + 1) + 1
+    near = bytes(text[max(0, at - 20) : at + 20]).decode("utf-8", "replace")
+    record = f", record {_count_records(before)}" if before.lstrip(_SPACE)[:1] == b"[" and at < _COUNTED_BYTES else ""
+    mend = "correct it there"
+    if re.match(rb"-?(NaN|Inf)", bytes(text[max(0, at - 1) : at + 8]).lstrip(b" :,[-")):
+        mend = "NaN and Infinity are not JSON: write null or leave them out"
+    return DataError.at(
+        f"{where}", f"is not JSON at line {line}, column {column}{record} ({reason}, near {near!r})", mend
+    )
+
+
+def _count_records(before: bytes) -> int:
+    """Index of the record that an array's beginning stops in."""
+    depth, record = 0, 0
+    for token in _TOKENS.finditer(before):
+        mark = token[0]
+        if mark in (b"[", b"{"):
+            depth += 1
+        elif mark in (b"]", b"}"):
+            depth -= 1
+        elif mark == b"," and depth == 1:
+            record += 1
+    return record
+
+
+def _fault(path: Path, what: str, mend: str) -> LlavarError:
+    return DataError.at(str(path), what, mend)

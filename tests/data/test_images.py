@@ -1,0 +1,433 @@
+"""Pictures: the original's pixels for ordinary files, and no text lost in the others."""
+
+from __future__ import annotations
+
+import io
+import os
+import pickle
+import struct
+import zlib
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, get_args
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
+from PIL import Image, ImageFile, ImageOps
+from transformers import CLIPImageProcessorPil
+
+from llavar_peft.data.image_files import MAX_PIXELS
+from llavar_peft.data.images import ImageRoots, image_token_count, open_image, prepare_image
+from llavar_peft.errors import ConfigError, ImageError
+from llavar_peft.types import ImageMode
+
+GOLDEN = Path(__file__).parents[1] / "golden" / "images"
+MODES: dict[ImageMode, str] = {"pad": "pad", "square": "square", "keep": "keep", "pad_black": "inference"}
+BETTER = ("exif6.jpg", "gray16.png", "palette_P.png", "rgba_tall.png")  # read better here than in the original
+ORDINARY = ("cmyk.jpg", "extreme_2x90.png", "extreme_600x1.png", "gray_L_square336.png", "text_wide.png")
+REAL = ("demo1.png", "demo2.png", "extreme_ironing.jpg", "gatech_post.jpg", "waterview.jpg")
+CLIP = CLIPImageProcessorPil.from_pretrained(GOLDEN)
+SMALL = CLIPImageProcessorPil(size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28})
+
+
+def assert_golden(image: Any, folder: Path, mode: ImageMode, name: str) -> None:
+    with np.load(folder / f"{MODES[mode]}.npz") as golden:
+        expected = golden[name]
+    pixels = prepare_image(image, mode, CLIP)
+    assert (pixels.dtype, tuple(pixels.shape)) == (torch.float32, expected.shape)
+    np.testing.assert_array_equal(pixels.numpy().astype(np.float16), expected)
+
+
+def library(image: Image.Image, processor: Any = CLIP, **options: Any) -> torch.Tensor:
+    pixels: torch.Tensor = processor(image, return_tensors="pt", **options)["pixel_values"][0]
+    return pixels
+
+
+def noise(width: int, height: int, mode: str = "RGB") -> Image.Image:
+    channels = len(Image.new(mode, (1, 1)).getbands())
+    values = np.random.default_rng((width, height)).integers(0, 256, (height, width, channels), np.uint8)
+    return Image.fromarray(values.squeeze(-1) if channels == 1 else values)
+
+
+def saved(image: Image.Image, path: Path, **options: Any) -> Path:
+    image.save(path, **options)
+    return path
+
+
+# ---- the original's pixels
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize(
+    ("mode", "name"),
+    # The original raises for a strip of one pixel's height in the other modes.
+    [(mode, name) for mode in MODES for name in ORDINARY if mode == "pad" or name != "extreme_600x1.png"],
+)
+def test_ordinary_pictures_have_the_original_s_pixels(mode: ImageMode, name: str) -> None:
+    assert_golden(GOLDEN / "inputs" / name, GOLDEN, mode, name)
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("name", REAL)
+def test_photographs_have_the_original_s_pixels(shared_dir: Path, mode: ImageMode, name: str) -> None:
+    folder = shared_dir / "golden" / "images"
+    if not (folder / "inputs").is_dir():
+        pytest.skip(f"the photographs are not at {folder}")
+    assert_golden(folder / "inputs" / f"real_{name}", folder, mode, f"real_{name}")
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("name", BETTER)
+def test_elsewhere_only_the_opening_differs_from_the_original(mode: ImageMode, name: str) -> None:
+    with Image.open(GOLDEN / "inputs" / name) as opened:
+        as_original = opened.convert("RGB")
+    as_original.info = {}
+    assert_golden(as_original, GOLDEN, mode, name)
+
+
+def test_modes_are_those_of_the_type() -> None:
+    assert set(MODES) == set(get_args(ImageMode))
+    with pytest.raises(ConfigError, match="wanted one of pad, square, keep, pad_black"):
+        prepare_image(noise(4, 4), "stretch", CLIP)  # type: ignore[arg-type]
+
+
+SIDES = st.integers(1, 90)
+
+
+@given(SIDES, SIDES, st.sampled_from([SMALL, CLIPImageProcessorPil(size={"shortest_edge": 31}, crop_size=28)]))
+def test_square_is_the_library_s_bit_for_bit(width: int, height: int, processor: Any) -> None:
+    image = noise(width, height)
+    if max(image.size) <= 32 * min(image.size):
+        assert torch.equal(prepare_image(image, "square", processor), library(image, processor))
+
+
+@given(SIDES, SIDES)
+def test_pad_is_the_library_s_on_a_padded_square_bit_for_bit(width: int, height: int) -> None:
+    image, side = noise(width, height), max(width, height)
+    square = Image.new("RGB", (side, side), (122, 116, 104))
+    square.paste(image, ((side - width) // 2, (side - height) // 2))
+    assert torch.equal(prepare_image(image, "pad", SMALL), library(square, SMALL))
+
+
+@pytest.mark.parametrize(("width", "height"), [(5, 3000), (3000, 5), (1200, 3100), (2999, 2001)])
+def test_pad_in_bands_is_the_whole_s_bit_for_bit(width: int, height: int) -> None:
+    test_pad_is_the_library_s_on_a_padded_square_bit_for_bit.hypothesis.inner_test(width, height)  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"do_normalize": False},
+        {"do_rescale": False, "do_normalize": False},
+        {"do_center_crop": False},
+        {"size": {"height": 20, "width": 44}, "crop_size": {"height": 33, "width": 30}},
+        {"resample": 2, "image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.25, 0.125]},
+        {"do_resize": False},
+    ],
+    ids=str,
+)
+def test_the_image_processor_s_settings_are_followed(settings: dict[str, Any]) -> None:
+    processor = CLIPImageProcessorPil(**{"size": {"shortest_edge": 28}, "crop_size": 28, **settings})
+    for image in (noise(60, 35), noise(21, 50)):
+        assert torch.equal(prepare_image(image, "square", processor), library(image, processor).float())
+
+
+def test_sizes_that_are_not_clip_s_are_refused() -> None:
+    processor = CLIPImageProcessorPil(size={"shortest_edge": 28, "longest_edge": 50})
+    with pytest.raises(ConfigError, match="wanted shortest_edge"):
+        prepare_image(noise(4, 4), "square", processor)
+
+
+# ---- extreme shapes
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("size", [(600, 1), (1, 600), (1, 1), (3, 1), (1, 3), (30_000, 2), (2, 30_000)], ids=str)
+def test_extreme_shapes_are_prepared(mode: ImageMode, size: tuple[int, int]) -> None:
+    pixels = prepare_image(noise(*size), mode, CLIP)
+    if mode != "keep":
+        assert tuple(pixels.shape) == (3, 336, 336)
+    assert torch.isfinite(pixels).all()
+
+
+def test_the_middle_of_a_strip_is_what_the_crop_shows() -> None:
+    image = noise(28 * 40, 28)  # as high as the crop: nothing is resized
+    middle = image.crop((28 * 20 - 14, 0, 28 * 20 + 14, 28))
+    assert torch.equal(prepare_image(image, "square", SMALL), library(middle, SMALL))
+
+
+def test_keep_has_a_patch_where_the_patch_is_known() -> None:
+    processor = SimpleNamespace(image_processor=CLIP, patch_size=14)
+    for size in ((600, 1), (1, 600), (2, 90), (20_000, 2)):
+        assert image_token_count(prepare_image(noise(*size), "keep", processor), 14) in range(1, 33)
+    assert tuple(prepare_image(noise(600, 1), "keep", CLIP).shape) == (3, 1, 448)
+
+
+def test_image_tokens_are_counted_as_the_original_does() -> None:
+    assert image_token_count((336, 336), 14) == 576
+    assert image_token_count(torch.zeros(3, 161, 447), 14) == 11 * 31
+
+
+# ---- nothing in the picture is lost
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "TIFF", "WEBP"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_exif_turns_once(tmp_path: Path, kind: str, orientation: int) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    path = saved(noise(40, 24), tmp_path / f"a.{kind.lower()}", format=kind, exif=exif)
+    with Image.open(path) as opened:
+        upright = ImageOps.exif_transpose(opened).convert("RGB")
+    once = open_image(path)
+    assert np.array_equal(once, upright)
+    assert np.array_equal(open_image(once), upright)
+    with Image.open(path) as opened:
+        assert np.array_equal(open_image(opened), upright)
+        assert np.array_equal(open_image(opened.convert("RGB")), upright)
+
+
+def test_damaged_exif_costs_no_picture(tmp_path: Path) -> None:
+    path = saved(noise(8, 4), tmp_path / "a.png", exif=b"Exif\0\0II*\0\xff\xff\xff\xffgarbage")
+    assert open_image(path).size == (8, 4)
+
+
+@pytest.mark.parametrize("dtype", ["uint16", ">u2", "int32", "float32"])
+def test_sixteen_bits_are_scaled(dtype: str, tmp_path: Path) -> None:
+    values = (np.arange(30 * 40).reshape(30, 40) * 54).astype(dtype)
+    path = saved(Image.fromarray(values), tmp_path / "a.tiff")
+    assert np.abs(np.asarray(open_image(path), int)[..., 0] - values / 257).max() <= 0.5
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        (np.array([[0, 7, 255]], np.uint16), [0, 7, 255]),  # eight bits in a wide type
+        (np.array([[-100, 0, 155]], np.int32), [0, 100, 255]),
+        (np.array([[0, 10**6]], np.int32), [0, 255]),
+        (np.array([[0.0, 0.5, 1.0]], np.float32), [0, 128, 255]),
+        (np.array([[5, 5]], np.int32) * 10**6, [0, 0]),
+    ],
+)
+def test_other_ranges_are_scaled_by_their_own(values: np.ndarray, expected: list[int]) -> None:
+    assert np.asarray(open_image(Image.fromarray(values)))[0, :, 0].tolist() == expected
+
+
+def test_values_that_are_not_numbers_are_refused() -> None:
+    with pytest.raises(ImageError, match="not finite"):
+        open_image(Image.fromarray(np.array([[0.0, np.nan]], np.float32)))
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P", "L", "RGB"])
+def test_what_is_transparent_is_white_and_black_text_on_it_stays_black(mode: str, tmp_path: Path) -> None:
+    hidden = Image.new("RGBA", (4, 2), (9, 9, 9, 0))  # nearly black, where it cannot be seen
+    hidden.paste((0, 0, 0, 255), (0, 0, 1, 2))
+    options: dict[str, Any] = {}
+    image = hidden if mode == "RGBA" else hidden.convert("LA" if mode == "LA" else "RGB").convert(mode)
+    if mode == "P":
+        image = Image.new("P", (4, 2), 1)
+        image.putpalette([0, 0, 0, 9, 9, 9])
+        image.paste(0, (0, 0, 1, 2))
+        options = {"transparency": 1}
+    elif mode in ("L", "RGB"):
+        options = {"transparency": 9 if mode == "L" else (9, 9, 9)}
+    pixels = np.asarray(open_image(saved(image, tmp_path / "a.png", **options)))
+    assert (pixels[:, 0] == 0).all()
+    assert (pixels[:, 1:] == 255).all()
+
+
+def test_the_golden_pictures_that_are_read_better() -> None:
+    inputs = GOLDEN / "inputs"
+    assert open_image(inputs / "exif6.jpg").size == (160, 300)
+    with Image.open(inputs / "gray16.png") as opened:
+        assert np.asarray(opened.convert("RGB")).mean() > 245  # what the original sees
+    assert 60 < np.asarray(open_image(inputs / "gray16.png")).mean() < 200
+    with Image.open(inputs / "rgba_tall.png") as opened:
+        alpha = np.asarray(opened.getchannel("A"))
+    assert (np.asarray(open_image(inputs / "rgba_tall.png"))[alpha == 0] == 255).all()
+
+
+# ---- refused by name
+
+
+def chunk(kind: bytes, data: bytes) -> bytes:
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+
+def test_a_bomb_is_refused_before_it_is_decoded(tmp_path: Path) -> None:
+    side = 8193
+    path = tmp_path / "bomb.png"
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0))
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", b"not even zlib") + chunk(b"IEND", b""))
+    assert side * side > MAX_PIXELS
+    with pytest.raises(ImageError, match=r"bomb\.png: has 8193 x 8193 = 67 megapixels .*Mend: scale it down"):
+        open_image(path)
+
+
+@pytest.mark.parametrize("kind", ["gif", "webp", "png", "tiff"])
+def test_animations_are_refused(kind: str, tmp_path: Path) -> None:
+    path = saved(noise(8, 8), tmp_path / f"a.{kind}", save_all=True, append_images=[noise(9, 8).crop((0, 0, 8, 8))])
+    with pytest.raises(ImageError, match="of 2 frames"):
+        open_image(path)
+
+
+def test_a_photograph_with_a_second_view_is_one_picture(tmp_path: Path) -> None:
+    path = saved(noise(8, 6), tmp_path / "a.mpo", save_all=True, append_images=[noise(4, 4)])
+    assert open_image(path).size == (8, 6)
+
+
+@pytest.mark.parametrize(
+    ("content", "what"),
+    [
+        (b"", "is an empty file"),
+        (b"\n<!DOCTYPE html><html>Not found</html>", "is a web page"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0", "is a Git LFS pointer"),
+        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "is not a picture, wanted a picture"),
+    ],
+)
+def test_other_files_are_named(content: bytes, what: str, tmp_path: Path) -> None:
+    path = tmp_path / "a.jpg"
+    path.write_bytes(content)
+    with pytest.raises(ImageError, match=what):
+        open_image(path)
+
+
+def test_missing_files_and_folders_are_named(tmp_path: Path) -> None:
+    with pytest.raises(ImageError, match="no such file"):
+        open_image(tmp_path / "a.jpg")
+    with pytest.raises(ImageError, match="is a folder"):
+        open_image(tmp_path)
+    with pytest.raises(ImageError, match="no such file"):
+        open_image("https://127.0.0.1/a.jpg")
+
+
+def encoded(kind: str) -> bytes:
+    file = io.BytesIO()
+    noise(24, 16, "L" if kind == "JPEG" else "RGB").save(file, kind)
+    return file.getvalue()
+
+
+WHOLE = {kind: encoded(kind) for kind in ("PNG", "JPEG", "GIF", "WEBP", "TIFF", "BMP", "ICO", "PPM", "JPEG2000")}
+
+
+@hypothesis_settings(max_examples=400)
+@given(
+    st.sampled_from(sorted(WHOLE)),
+    st.lists(st.tuples(st.floats(0, 1, exclude_max=True), st.integers(0, 255)), max_size=12),
+    st.floats(0, 1),
+)
+def test_a_damaged_file_raises_nothing_but_an_image_error(
+    tmp_path_factory: pytest.TempPathFactory, kind: str, changes: list[tuple[float, int]], kept: float
+) -> None:
+    content = bytearray(WHOLE[kind])
+    for place, value in changes:
+        content[int(place * len(content))] = value
+    if kept < 0.5:
+        del content[int(2 * kept * len(content)) :]
+    path = tmp_path_factory.getbasetemp() / "damaged"
+    path.write_bytes(content)
+    try:
+        assert open_image(path).mode == "RGB"
+    except ImageError as error:
+        assert str(path) in str(error)  # noqa: PT017 - either outcome is right
+    assert not ImageFile.LOAD_TRUNCATED_IMAGES
+
+
+@given(st.binary(max_size=200))
+def test_random_bytes_raise_nothing_but_an_image_error(
+    tmp_path_factory: pytest.TempPathFactory, content: bytes
+) -> None:
+    path = tmp_path_factory.getbasetemp() / "random"
+    path.write_bytes(content)
+    with pytest.raises(ImageError):
+        open_image(path)
+
+
+# ---- roots
+
+
+@pytest.fixture
+def roots(tmp_path: Path) -> ImageRoots:
+    for name in ("one/train/a.png", "two/train/a.png", "two/train/b.png", "secret/s.png"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        saved(noise(4, 2), tmp_path / name)
+    return ImageRoots([tmp_path / "one", tmp_path / "two"])
+
+
+def test_the_first_root_that_has_it_wins(roots: ImageRoots, tmp_path: Path) -> None:
+    assert roots.resolve("train/a.png") == tmp_path / "one/train/a.png"
+    assert roots.resolve("train/b.png") == tmp_path / "two/train/b.png"
+    assert roots.open("train/b.png").size == (4, 2)
+    assert pickle.loads(pickle.dumps(roots)).resolve("train/b.png") == tmp_path / "two/train/b.png"
+
+
+@pytest.mark.parametrize(
+    ("path", "hint"),
+    [
+        ("train/A.PNG", "there is train/a.png"),
+        ("train/b.jpg", "there is train/b.png"),
+        ("train\\b.png", "there is train/b.png"),
+        ("train/ab.png", r"two\. Mend|there is"),
+        ("nowhere/x.png", r"two\. Mend"),
+        ("train", "is a folder"),
+    ],
+)
+def test_a_missing_picture_is_named_with_what_may_be_meant(roots: ImageRoots, path: str, hint: str) -> None:
+    with pytest.raises(ImageError, match=hint):
+        roots.resolve(path)
+
+
+@pytest.mark.parametrize("path", ["../secret/s.png", "train/../../secret/s.png", "../secret/none.png", "..", "../.."])
+def test_a_path_may_not_leave_its_root(roots: ImageRoots, path: str) -> None:
+    with pytest.raises(ImageError, match="leads outside the image folders"):
+        roots.resolve(path)
+
+
+def test_absolute_and_empty_paths_are_refused(roots: ImageRoots, tmp_path: Path) -> None:
+    for path in (str(tmp_path / "one/train/a.png"), "", "a\0b"):
+        with pytest.raises(ImageError, match="is not a relative path"):
+            roots.resolve(path)
+
+
+def test_links_may_lead_into_roots_only(roots: ImageRoots, tmp_path: Path) -> None:
+    (tmp_path / "one/out.png").symlink_to(tmp_path / "secret/s.png")
+    (tmp_path / "one/outside").symlink_to(tmp_path / "secret")
+    (tmp_path / "one/in.png").symlink_to(tmp_path / "two/train/b.png")
+    (tmp_path / "link").symlink_to(tmp_path / "two")
+    assert roots.open("in.png").size == (4, 2)
+    assert ImageRoots(tmp_path / "link").open("train/b.png").size == (4, 2)
+    for path in ("out.png", "outside/s.png", "outside/none.png"):
+        with pytest.raises(ImageError, match="leads outside"):
+            roots.resolve(path)
+
+
+def test_roots_must_be_folders(tmp_path: Path) -> None:
+    with pytest.raises(ImageError, match="is not a folder"):
+        ImageRoots([tmp_path / "missing"])
+    with pytest.raises(ImageError, match="no image folders were given"):
+        ImageRoots().resolve("a.png")
+
+
+PARTS = st.sampled_from(["..", ".", "", "one", "two", "secret", "train", "a.png", "s.png", "out", "\\", "~", "\0", "é"])
+
+
+@hypothesis_settings(max_examples=300)
+@given(st.lists(PARTS, max_size=8).map("/".join) | st.text(max_size=20))
+def test_no_path_ever_leads_outside(tmp_path_factory: pytest.TempPathFactory, path: str) -> None:
+    base = tmp_path_factory.getbasetemp() / "traversal"
+    if not base.exists():
+        for name in ("one/train/a.png", "secret/s.png"):
+            (base / name).parent.mkdir(parents=True, exist_ok=True)
+            (base / name).write_bytes(b"")
+        (base / "one/out").symlink_to(base / "secret")
+    try:
+        found = ImageRoots(base / "one").resolve(path)
+    except ImageError:
+        return
+    assert os.path.realpath(found).startswith(os.path.realpath(base / "one") + os.sep)
