@@ -30,9 +30,12 @@ class Fault:
 class LlavarError(Exception):
     """Base of the family.
 
+    Args:
+        message: What the reader sees.
+        faults: The single faults, where the error reports several at once.
+
     Attributes:
         exit_code: What the command line exits with: 2 input, 3 environment, 4 interrupted but resumable.
-        faults: The single faults, where the error reports several at once.
     """
 
     exit_code: int = 2

@@ -108,7 +108,7 @@ def run_quickstart(output_dir: str | Path, tune: QuickstartTune = "full", *, see
 
 
 _NOTES = (
-    "The pictures are drawn: signs, covers, posters and receipts in several fonts, sizes and colours, text at free "
+    ("The pictures are drawn: signs, covers, posters and receipts in several fonts, sizes and colours, text at free "
     "positions, strings of random letters and digits without those that some fonts draw alike (O and 0, I, l and 1). "
     "The held-out pictures hold strings that no training picture holds.",
     "The parts start out like CLIP and Vicuna do: the tower has learnt characters from pictures of random text, the "

@@ -1,4 +1,4 @@
-"""Each form of the data has one type, and the data flows one way:
+"""Each form of the data has one type, and the data flows one way.
 
 JSON record -> ``Conversation`` -> ``Example`` -> ``Batch`` -> loss.
 """

@@ -49,6 +49,8 @@ def random_layout(rng: Random) -> tuple[list[int], str]:
         letters = rng.choice((string.ascii_uppercase, string.ascii_lowercase, string.digits, string.printable[:94]))
         if rng.random() < 0.3:
             letters = string.ascii_uppercase + string.digits
+        if rng.random() < 0.25:  # few letters, many repetitions: copying must keep its place
+            letters = "".join(rng.choices(letters, k=3))
         text = "".join(rng.choices(letters, k=rng.randint(1, 8)))
         if rng.random() < 0.25:
             text = text.capitalize()
@@ -71,7 +73,7 @@ def make_sample(tokenizer: PreTrainedTokenizerFast, rng: Random, *, system: bool
         if rng.random() < 0.5:
             pairs.append((rng.choice(("What does the sign say?", "Which words are on the sign?")), transcript))
     else:
-        layout = draw_layout(rng.choice(KINDS), rng)
+        layout = draw_layout(rng.choice((*KINDS, "receipt")), rng)
         cells = page_cells(layout.lines, layout.width, layout.height, rng)
         pairs = [*layout.questions, (rng.choice(OCR_INSTRUCTIONS), " ".join(line.text for line in layout.lines))]
         rng.shuffle(pairs)

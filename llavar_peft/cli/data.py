@@ -15,6 +15,7 @@ from llavar_peft.cli._output import say, say_json
 if TYPE_CHECKING:
     from llavar_peft.types import Example
 
+_SHOWN = 5
 _FAULTS_FOUND = 2  # the exit status of faulty input, as for every other command
 
 
@@ -48,7 +49,12 @@ def inspect(
     images: Annotated[
         list[Path] | None, typer.Option("--images", help="A folder of pictures; image mode 'keep' measures them.")
     ] = None,
-    limit: Annotated[int, typer.Option("--limit", min=1, help="Records at most.")] = 5,
+    vision_tower: Annotated[
+        str | None, typer.Option("--vision-tower", help="CLIP's folder, for a model in the released layout.")
+    ] = None,
+    limit: Annotated[
+        int | None, typer.Option("--limit", min=1, help="Records at most; default: 5, and all of them with --json.")
+    ] = None,
     max_length: Annotated[int, typer.Option("--max-length", min=1, help="Tokens per record.")] = 2048,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON document per record instead of text.")] = False,
 ) -> None:
@@ -57,13 +63,14 @@ def inspect(
     from llavar_peft.data.records import open_records
     from llavar_peft.data.supervision import decode_supervision
     from llavar_peft.data.tokenize import encode_record
-    from llavar_peft.models.processing import LlavarProcessor
+    from llavar_peft.models.build import load_processor
 
-    processor = LlavarProcessor.from_pretrained(str(model))
+    processor = load_processor(str(model), vision_tower=vision_tower)
     roots = ImageRoots([str(path) for path in images]) if images else None
     opened = open_records([str(records)])
     console = Console(highlight=False, soft_wrap=True)
-    for index in range(min(limit, len(opened))):
+    shown = limit if limit is not None else len(opened) if as_json else _SHOWN
+    for index in range(min(shown, len(opened))):
         example = encode_record(opened[index], processor, max_length, roots=roots)
         spans = decode_supervision(example, processor)
         if as_json:

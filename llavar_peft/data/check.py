@@ -56,6 +56,9 @@ def check_records(
         open_images: Whether each picture is decoded too, exactly as in training; False only looks whether it is there.
         workers: Threads that open pictures (Pillow decodes without the interpreter's lock); None is one per CPU.
         progress: Called with (records done, records in all).
+
+    Returns:
+        What was found.
     """
     total = len(store)
     pictures = _Pictures(roots, open_images=open_images)

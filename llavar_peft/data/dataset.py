@@ -54,8 +54,8 @@ class Records(Protocol):
 class TrainingDataset(Dataset[Item]):
     """Records as items, by index.
 
-    A record that cannot be trained on comes back as an item with ``fault`` set, never as an exception: a loader's worker
-    would hand on only its text, and the policy is the trainer's.
+    A record that cannot be trained on comes back as an item with ``fault`` set, never as an exception: a loader's
+    worker would hand on only its text, and the policy is the trainer's.
 
     Args:
         records: The raw records.

@@ -84,11 +84,14 @@ def prepare_image(image: Image.Image | str | Path, mode: ImageMode, processor: A
 
 
 def image_token_count(size: Tensor | tuple[int, int], patch_size: int) -> int:
-    """Number of whole patches, which is the number of image tokens.
+    """Counts a picture's image tokens: its whole patches.
 
     Args:
         size: A prepared picture ``[3, H, W]``, or its (H, W) in pixels.
         patch_size: Side of a patch, in pixels.
+
+    Returns:
+        Their number.
     """
     height, width = (int(side) for side in (size if isinstance(size, tuple) else size.shape[-2:]))
     return (height // patch_size) * (width // patch_size)

@@ -198,14 +198,14 @@ def _stack(
     for row, size, width in zip(rows, sizes, widths, strict=True):
         top += size * spacing
         slack = (span - width) * {"left": 0.0, "centre": 0.5, "free": rng.random()}[style]
-        place = {"font": font, "size": size, "baseline": round(top - size * (spacing - 0.9))}
+        baseline = round(top - size * (spacing - 0.9))
         label, _, value = row.partition("\t")
         if not value:
-            lines.append(TextLine(text=row, left=round(start + slack), **place))
+            lines.append(TextLine(text=row, left=round(start + slack), font=font, size=size, baseline=baseline))
             continue
-        lines.append(TextLine(text=label, left=round(start), **place))
+        lines.append(TextLine(text=label, left=round(start), font=font, size=size, baseline=baseline))
         value_left = start + span - text_width(value, font) * size
-        lines.append(TextLine(text=value, left=round(value_left), **place))
+        lines.append(TextLine(text=value, left=round(value_left), font=font, size=size, baseline=baseline))
     return lines
 
 

@@ -246,7 +246,11 @@ def _malformed(where: str, text: bytes | memoryview, error: Exception) -> Llavar
     line = before.count(b"\n") + 1
     column = at - (before.rfind(b"\n") + 1) + 1
     near = bytes(text[max(0, at - 20) : at + 20]).decode("utf-8", "replace")
-    record = f", record {_count_records(before)}" if before.lstrip(_SPACE)[:1] == b"[" and at < _COUNTED_BYTES else ""
+    record = ""
+    if "trailing" in reason:
+        record = ", after its end"
+    elif before.lstrip(_SPACE)[:1] == b"[" and at < _COUNTED_BYTES:
+        record = f", record {_count_records(before)}"
     mend = "correct it there"
     if re.match(rb"-?(NaN|Inf)", bytes(text[max(0, at - 1) : at + 8]).lstrip(b" :,[-")):
         mend = "NaN and Infinity are not JSON: write null or leave them out"

@@ -64,7 +64,7 @@ class Reader:
         Raises:
             ImageError: A picture is missing or broken.
         """
-        pictures = [open_image(image) for image in images] or [None]
+        pictures: list[Image | None] = [open_image(image) for image in images] or [None]
         return read_pictures(
             self.model,
             self.processor,
@@ -91,7 +91,8 @@ def load_reader(
     """Opens a model for asking.
 
     Args:
-        model: A checkpoint's folder, ours or in the released layout; or an adapter's, whose base is then opened.
+        model: A checkpoint's folder, ours or in the released layout; an adapter's, whose base is then opened; or a
+            run's, which stands for its result.
         adapter: An adapter's folder, laid over ``model``.
         vision_tower: Where the tower is, for a checkpoint in the released layout.
         quantize: How the language model's linear layers are stored; None leaves an adapter's base as it was trained on.
@@ -108,7 +109,8 @@ def load_reader(
     """
     import torch
 
-    if adapter is None and (Path(model) / _ADAPTER_CONFIG).is_file():
+    model = _inside_run(Path(model))
+    if adapter is None and (model / _ADAPTER_CONFIG).is_file():
         adapter = model
         base = _base_of(Path(adapter))
     else:
@@ -128,6 +130,15 @@ def load_reader(
         load_adapter_weights(opened, Path(adapter))
     opened.eval()
     return Reader(opened, processor)
+
+
+def _inside_run(folder: Path) -> Path:
+    """A run's folder stands for its result."""
+    if folder.is_dir() and not (folder / "config.json").is_file():
+        for name in ("model", "adapter"):
+            if (folder / name / "config.json").is_file():
+                return folder / name
+    return folder
 
 
 def _base_of(adapter: Path) -> ModelConfig:

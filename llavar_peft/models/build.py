@@ -1,16 +1,19 @@
 """``build_model``: one model and its processor, from parts or from a checkpoint, strictly.
 
-Every way leads through one table of named tensors, held against the table that the configuration asks for; the library's
-own ``from_pretrained`` then places, casts and quantizes them.
+Every way leads through one table of named tensors, held against the table that the configuration asks for; the
+library's own ``from_pretrained`` then places, casts and quantizes them.
 """
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from transformers import PreTrainedTokenizerFast
+from transformers.utils import logging as hf_logging
 
 from llavar_peft.config import Attention, ModelConfig, Quantization
 from llavar_peft.errors import ConfigError, MissingDependencyError
@@ -18,12 +21,14 @@ from llavar_peft.models.configuration import LlavarConfig
 from llavar_peft.models.modeling import LlavarForConditionalGeneration
 from llavar_peft.models.processing import LlavarProcessor
 from llavar_peft.models.registration import register
-from llavar_peft.models.sources import Parts, read_checkpoint, read_parts
+from llavar_peft.models.sources import Parts, read_checkpoint, read_parts, resolve_folder
 from llavar_peft.weights.projector import lay_projector
 from llavar_peft.weights.strict import check_tensors
 
 logger = logging.getLogger(__name__)
 
+PROCESSOR_FILE = "processor_config.json"
+_SMALL = 500_000_000  # parameters
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # What is never quantized. "vision_tower" alone would not match the tower's modules.
 _UNQUANTIZED = ["model.vision_tower", "model.multi_modal_projector", "lm_head"]
@@ -58,17 +63,45 @@ def build_model(
     attention = resolve_attention(config.attention, dtype)
     if device is None:
         device = "cuda" if config.quantize and torch.cuda.is_available() else "cpu"
-    model = LlavarForConditionalGeneration.from_pretrained(
-        None,
-        config=parts.config,
-        state_dict=parts.tensors,
-        dtype=dtype,
-        attn_implementation=attention,
-        device_map={"": device},
-        **_quantization(config.quantize, dtype),
-    )
+    with _bar_for_large_models_only(parts.tensors):
+        model = LlavarForConditionalGeneration.from_pretrained(
+            None,
+            config=parts.config,
+            state_dict=parts.tensors,
+            dtype=dtype,
+            attn_implementation=attention,
+            device_map={"": device},
+            **_quantization(config.quantize, dtype),
+        )
     _set_generation(model, parts.tokenizer)
-    processor = LlavarProcessor(
+    processor = _processor(parts)
+    logger.info("%s: %s weights, attention by %s", parts.source, str(dtype).removeprefix("torch."), attention)
+    return model, processor
+
+
+def load_processor(model: str, *, vision_tower: str | None = None) -> LlavarProcessor:
+    """Opens a checkpoint's processor alone, without its weights.
+
+    Args:
+        model: A checkpoint's folder, ours or in the released layout; or an adapter's.
+        vision_tower: Where the tower is, for the released layout.
+
+    Returns:
+        The processor that ``build_model`` would give.
+
+    Raises:
+        ConfigError: The folder holds no checkpoint.
+    """
+    register()
+    folder = resolve_folder(model, "model")
+    if (folder / PROCESSOR_FILE).is_file():
+        opened: LlavarProcessor = LlavarProcessor.from_pretrained(folder)
+        return opened
+    return _processor(read_checkpoint(ModelConfig(checkpoint=str(folder), vision_tower=vision_tower)))
+
+
+def _processor(parts: Parts) -> LlavarProcessor:
+    return LlavarProcessor(
         image_processor=parts.image_processor,
         tokenizer=parts.tokenizer,
         image_mode=parts.image_mode,
@@ -77,8 +110,20 @@ def build_model(
         use_im_start_end=parts.config.use_im_start_end,
         sep_image_conv_front=parts.config.sep_image_conv_front,
     )
-    logger.info("%s: %s weights, attention by %s", parts.source, str(dtype).removeprefix("torch."), attention)
-    return model, processor
+
+
+@contextmanager
+def _bar_for_large_models_only(tensors: Mapping[str, torch.Tensor]) -> Iterator[None]:
+    """The library draws a progress bar for a model of any size; for one that loads in a moment it is noise."""
+    small = sum(tensor.numel() for tensor in tensors.values()) < _SMALL
+    if not (small and hf_logging.is_progress_bar_enabled()):
+        yield
+        return
+    hf_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        hf_logging.enable_progress_bar()
 
 
 def expected_shapes(config: LlavarConfig) -> dict[str, tuple[int, ...]]:

@@ -35,7 +35,7 @@ class LlavarModel(LlavaModel):
 
         Args:
             pixel_values: Pictures of one size ``[N, 3, H, W]``, or (mode ``keep``) a sequence of ``[3, H, W]``.
-            kwargs: What the parent's method takes.
+            **kwargs: What the parent's method takes.
 
         Returns:
             The tower's output whose ``pooler_output`` is a list of N projected features ``[P, D]``.
@@ -72,7 +72,7 @@ class LlavarModel(LlavaModel):
             position_ids: ``[B, T]``.
             past_key_values: The cache of keys and values.
             inputs_embeds: ``[B, T, D]`` instead of ``input_ids``.
-            kwargs: What the parent's ``forward`` takes.
+            **kwargs: What the parent's ``forward`` takes.
 
         Returns:
             The parent's output.
@@ -95,13 +95,14 @@ class LlavarModel(LlavaModel):
         nothing_1C = torch.zeros(
             1, self.config.vision_config.hidden_size, dtype=parameter.dtype, device=parameter.device
         )
-        return self.multi_modal_projector(nothing_1C).sum() * 0.0
+        projected: Tensor = self.multi_modal_projector(nothing_1C)
+        return projected.sum() * 0.0
 
 
 class LlavarForConditionalGeneration(LlavaForConditionalGeneration):
     """LLaVAR with its language modelling head.
 
-    ``generate``, caches, attention backends, quantization, ``device_map`` and ``save_pretrained`` are the library's own.
+    ``generate``, caches, attention backends, quantization and ``device_map`` are the library's own.
     """
 
     config: LlavarConfig
@@ -117,7 +118,7 @@ class LlavarForConditionalGeneration(LlavaForConditionalGeneration):
 
         Args:
             save_directory: The folder.
-            kwargs: What ``PreTrainedModel.save_pretrained`` takes.
+            **kwargs: What ``PreTrainedModel.save_pretrained`` takes.
         """
         kwargs.setdefault("save_original_format", False)
         super().save_pretrained(save_directory, **kwargs)

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 
-def read_pictures(
+def read_pictures(  # noqa: PLR0913 - the knobs of generation, by name
     model: nn.Module,
     processor: LlavarProcessor,
     questions: Sequence[str],

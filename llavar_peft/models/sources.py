@@ -127,7 +127,7 @@ def read_checkpoint(config: ModelConfig) -> Parts:
         return _read_released(folder, described, config)
     raise ConfigError.at(
         f"{folder / 'config.json'}:model_type",
-        f"not a LLaVAR checkpoint (got {kind!r}, wanted {MODEL_TYPE!r}, or {RELEASED_MODEL_TYPE!r} with LLaMA's fields)",
+        f"not a LLaVAR (got {kind!r}, wanted {MODEL_TYPE!r}, or {RELEASED_MODEL_TYPE!r} with LLaMA's fields)",
         "for a plain language model give language_model and vision_tower instead of checkpoint",
     )
 
@@ -273,7 +273,8 @@ def _new_projector(width_in: int, width_out: int, seed: int) -> dict[str, Tensor
     bound = width_in**-0.5  # what torch.nn.Linear draws from, for weight and bias alike
 
     def draw(*shape: int) -> Tensor:
-        return (torch.rand(*shape, generator=generator) * 2 - 1) * bound
+        drawn: Tensor = (torch.rand(*shape, generator=generator) * 2 - 1) * bound
+        return drawn
 
     return {names.PROJECTOR_WEIGHT: draw(width_out, width_in), names.PROJECTOR_BIAS: draw(width_out)}
 

@@ -1,6 +1,6 @@
 """What trains: a ``Stage.tune`` value applied to a model, and taken off again.
 
-Source: LLaVAR, llava/train/train.py, ``train`` (``tune_mm_mlp_adapter`` for stage 1; everything but the tower for stage 2).
+Source: LLaVAR, llava/train/train.py, ``train`` (``tune_mm_mlp_adapter`` in stage 1; all but the tower in stage 2).
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ class EmbeddingWithTrainedRows(nn.Module):
         return self.embedding
 
 
-def prepare_for(model: LlavarForConditionalGeneration, tune: Tune) -> nn.Module:
+def prepare_for(model: LlavarForConditionalGeneration, tune: Tune) -> Any:
     """Freezes what a stage does not train and adds what it trains.
 
     Trained tensors are brought to float32 where the base is kept in half precision, as the original's autocast training
@@ -103,7 +103,7 @@ def prepare_for(model: LlavarForConditionalGeneration, tune: Tune) -> nn.Module:
     return _with_lora(model, tune)
 
 
-def finish(trained: nn.Module) -> LlavarForConditionalGeneration:
+def finish(trained: Any) -> LlavarForConditionalGeneration:
     """Makes a plain model again of what a stage trained: rows folded in, adapters merged.
 
     Args:

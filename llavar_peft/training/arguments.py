@@ -32,7 +32,7 @@ def training_arguments(recipe: Recipe, stage: Stage, directory: Path, *, ranks: 
     if stage.global_batch_size % per_step:
         raise ConfigError.at(
             f"stages.{stage.name}.global_batch_size",
-            f"does not divide (got {stage.global_batch_size}, micro batch {stage.micro_batch_size} x {ranks} processes)",
+            f"does not divide (got {stage.global_batch_size}, micro batch {stage.micro_batch_size} x {ranks} ranks)",
             f"use a multiple of {per_step}, or a smaller micro_batch_size",
         )
     cuda = torch.cuda.is_available()

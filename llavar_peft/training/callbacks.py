@@ -20,7 +20,7 @@ logger = logging.getLogger(__name__)
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
-class ProgressBar(TrainerCallback):  # type: ignore[misc]
+class ProgressBar(TrainerCallback):
     """One line: steps done, loss, useful tokens per second, time left.
 
     Args:
@@ -65,7 +65,7 @@ class ProgressBar(TrainerCallback):  # type: ignore[misc]
             self.bar = None
 
 
-class StopOnSignal(TrainerCallback):  # type: ignore[misc]
+class StopOnSignal(TrainerCallback):
     """Ctrl-C and SIGTERM end the run after the step under way, with a checkpoint; a second one ends it at once.
 
     Handlers are installed only while training, and only in the main thread.
@@ -105,7 +105,7 @@ class StopOnSignal(TrainerCallback):  # type: ignore[misc]
         logger.warning("%s: saving after this step; once more to leave at once", signal.Signals(number).name)
 
 
-class LookAtPictures(TrainerCallback):  # type: ignore[misc]
+class LookAtPictures(TrainerCallback):
     """Runs the probe at a stage's start, every so many steps, and at its end.
 
     Args:

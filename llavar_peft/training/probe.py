@@ -164,7 +164,9 @@ class Probe:
 
     def _thumbnail(self, question: Question) -> str:
         # Ids need not be unique; a picture's place among the questions is.
-        name = f"probe/{self.questions.index(question):03d}_" + re.sub(r"[^A-Za-z0-9._-]", "_", question.id)[:80] + ".png"
+        name = (
+            f"probe/{self.questions.index(question):03d}_" + re.sub(r"[^A-Za-z0-9._-]", "_", question.id)[:80] + ".png"
+        )
         path = self.directory / name
         if self.writes and not path.exists():
             path.parent.mkdir(parents=True, exist_ok=True)

@@ -38,8 +38,8 @@ def save_whole(
 ) -> None:
     """Saves what a stage trains, loadable by ``from_pretrained``.
 
-    Full and projector stages save the whole model; a projector stage also ``mm_projector.bin`` and its safetensors twin;
-    a LoRA stage the adapter with everything it trained. A quantized base is not written again: there a projector stage
+    Full and projector stages save the whole model; a projector stage also ``mm_projector.bin`` and its safetensors
+    twin; a LoRA stage the adapter with everything it trained. A quantized base is not written again: there a projector stage
     saves projector, configuration and processor.
 
     Args:

@@ -6,6 +6,7 @@ Added here: logits at supervised positions only, the loss's average as configure
 
 from __future__ import annotations
 
+import math
 import shutil
 import time
 from collections.abc import Callable, Mapping
@@ -57,7 +58,7 @@ class StageTrainer(transformers.Trainer):
         callbacks: The parent's callbacks.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - all by name, from one place
         self,
         model: nn.Module,
         processor: LlavarProcessor,
@@ -71,6 +72,7 @@ class StageTrainer(transformers.Trainer):
         sink: LogSink,
         callbacks: list[transformers.TrainerCallback],
     ) -> None:
+        self.optimizer: torch.optim.Optimizer | None = None
         self.stage = stage
         self.ledger = ledger
         self.base = base
@@ -94,7 +96,7 @@ class StageTrainer(transformers.Trainer):
     # -- data ---------------------------------------------------------------------------------------------------------
 
     def _get_train_sampler(self, train_dataset: Dataset[Item] | None = None) -> Sampler[int]:
-        dataset = train_dataset if train_dataset is not None else self.train_dataset
+        dataset: Any = train_dataset if train_dataset is not None else self.train_dataset
         return EpochSampler(len(dataset), seed=self.sampler_seed, shuffle=self.stage.data.shuffle)
 
     # -- loss ---------------------------------------------------------------------------------------------------------
@@ -108,7 +110,8 @@ class StageTrainer(transformers.Trainer):
         self.meter.records += ids
         self.meter.tokens += int(inputs["attention_mask"].sum())
         self.meter.supervised += int((inputs["labels"][:, 1:] != IGNORE_INDEX).sum())
-        return super().training_step(model, inputs, num_items_in_batch)
+        loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
+        return loss
 
     def compute_loss(
         self,
@@ -142,7 +145,7 @@ class StageTrainer(transformers.Trainer):
     def _clip_grad_norm(self, model: nn.Module) -> Any:
         norm = super()._clip_grad_norm(model)
         value = float(norm) if norm is not None else 0.0
-        if value != value or value in (float("inf"), float("-inf")):
+        if not math.isfinite(value):
             raise EnvironmentFaultError.at(
                 f"{self.stage.name}:step {self.state.global_step + 1}",
                 f"the gradient is not finite (norm {value}), records {', '.join(self.meter.records[:16])}",
@@ -163,7 +166,8 @@ class StageTrainer(transformers.Trainer):
             decay = {"weight_decay": self.args.weight_decay}
             groups = [{"params": others, **decay}, {"params": projector, "lr": rate, **decay}]
             self.optimizer = kind([group for group in groups if group["params"]], **settings)
-        return super().create_optimizer(model)
+        made: torch.optim.Optimizer = super().create_optimizer(model)
+        return made
 
     # -- log ----------------------------------------------------------------------------------------------------------
 

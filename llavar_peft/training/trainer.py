@@ -122,7 +122,7 @@ class Trainer:
 
     def _run_stage(self, stage: Stage, train_set: TrainingDataset, held_out: TrainingDataset) -> Path:
         directory = self.run.directory(stage)
-        processor = train_set.processor
+        processor: Any = train_set.processor
         arguments = training_arguments(self.recipe, stage, directory, ranks=self.ranks)
         transformers.set_seed(self.recipe.seed)
         trained = prepare_for(self.model, stage.tune)

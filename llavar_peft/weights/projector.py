@@ -1,7 +1,8 @@
 """Stage 1's result in the original's layout: ``mm_projector.bin`` and its safetensors twin.
 
 Source: LLaVAR, llava/train/train.py, ``LLaVATrainer._save``, and llava/model/llava.py, ``initialize_vision_tokenizer``.
-The original's loader keys tensors by the last part of their names, so that two collide on ``weight``; here by full name.
+The original's loader keys tensors by the last part of their names, so that two collide on ``weight``; here the full
+names count.
 """
 
 from __future__ import annotations

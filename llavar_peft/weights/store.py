@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from llavar_peft.errors import WeightsError
 
@@ -58,10 +58,10 @@ class _SafetensorsFile(Mapping[str, "Tensor"]):
         from safetensors import SafetensorError, safe_open
 
         try:
-            self._file = safe_open(str(path), framework="pt")
+            self._file: Any = safe_open(str(path), framework="pt")
         except (SafetensorError, OSError) as error:
             raise _unreadable(path, error) from error
-        self._names = tuple(self._file.keys())
+        self._names: tuple[str, ...] = tuple(self._file.keys())
 
     def __getitem__(self, name: str) -> Tensor:
         if name not in self._names:

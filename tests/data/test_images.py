@@ -339,6 +339,21 @@ def test_a_damaged_file_raises_nothing_but_an_image_error(
     assert not ImageFile.LOAD_TRUNCATED_IMAGES
 
 
+@given(st.sampled_from(sorted(WHOLE)), st.floats(0, 1, exclude_max=True))
+def test_a_file_cut_short_is_refused_unless_all_its_pixels_are_there(
+    tmp_path_factory: pytest.TempPathFactory, kind: str, kept: float
+) -> None:
+    path = tmp_path_factory.getbasetemp() / "cut"
+    path.write_bytes(WHOLE[kind][: int(kept * len(WHOLE[kind]))])
+    with Image.open(io.BytesIO(WHOLE[kind])) as opened:
+        whole = np.asarray(opened.convert("RGB"))
+    try:
+        cut = np.asarray(open_image(path))
+    except ImageError:
+        return
+    assert np.array_equal(cut, whole)
+
+
 @given(st.binary(max_size=200))
 def test_random_bytes_raise_nothing_but_an_image_error(
     tmp_path_factory: pytest.TempPathFactory, content: bytes

@@ -49,7 +49,7 @@ def _batches(golden: Path) -> list[dict[str, Any]]:
         if pictures:
             batch["pixel_values"] = torch.stack(pictures)
         expected = {name.split("/", 1)[1]: outputs[name] for name in outputs.files if name.startswith(f"{number}/")}
-        batches.append({"inputs": batch, "expected": expected, "cols": outputs["cols"] if "cols" in outputs else None})
+        batches.append({"inputs": batch, "expected": expected})
     return batches
 
 

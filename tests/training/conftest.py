@@ -29,9 +29,7 @@ def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def tiny_recipe(tiny_model: ModelConfig, tiny_data: Path, tmp_path: Path) -> Recipe:
     """16 records of 18, 2 held out; 4 optimizer steps an epoch, each of 2 micro batches."""
-    data = DataConfig(
-        records=str(tiny_data / "records.json"), images=str(tiny_data / "images"), holdout=2, workers=0
-    )
+    data = DataConfig(records=str(tiny_data / "records.json"), images=str(tiny_data / "images"), holdout=2, workers=0)
 
     def stage(name: str, tune: Projector | Full, rate: float) -> Stage:
         return Stage(
