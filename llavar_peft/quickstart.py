@@ -79,7 +79,7 @@ def run_quickstart(output_dir: str | Path, tune: QuickstartTune = "full", *, see
     began = time.perf_counter()
     root = Path(output_dir).resolve()
     recipe = quickstart_recipe(root, tune, seed=seed)
-    _draw(root, recipe, seed=seed)
+    _draw(root, seed=seed)
     model = run_recipe(recipe)
     reader = load_reader(model)
     held_out = _draw_held_out(root, seed)
@@ -96,7 +96,7 @@ def run_quickstart(output_dir: str | Path, tune: QuickstartTune = "full", *, see
             ("The same with the pictures blanked", f"{blank:.1%}"),
             ("Wall time, this run", f"{seconds:.0f} s"),
         ),
-        notes=_NOTES + tuple(f"Wrong: {line}" for line in wrong[:8]),
+        notes=(_ABOUT_PICTURES, _ABOUT_PARTS, *(f"Wrong: {line}" for line in wrong[:8])),
         model_dir=str(model),
     )
     result = QuickstartResult(
@@ -107,13 +107,15 @@ def run_quickstart(output_dir: str | Path, tune: QuickstartTune = "full", *, see
     return result
 
 
-_NOTES = (
-    ("The pictures are drawn: signs, covers, posters and receipts in several fonts, sizes and colours, text at free "
+_ABOUT_PICTURES = (
+    "The pictures are drawn: signs, covers, posters and receipts in several fonts, sizes and colours, text at free "
     "positions, strings of random letters and digits without those that some fonts draw alike (O and 0, I, l and 1). "
-    "The held-out pictures hold strings that no training picture holds.",
+    "The held-out pictures hold strings that no training picture holds."
+)
+_ABOUT_PARTS = (
     "The parts start out like CLIP and Vicuna do: the tower has learnt characters from pictures of random text, the "
     "language model has learnt to spell and to answer from text; neither has met the other. "
-    "examples/tiny_parts makes both from nothing.",
+    "examples/tiny_parts makes both from nothing."
 )
 
 
@@ -198,7 +200,7 @@ def score(
     return right / len(questions), wrong
 
 
-def _draw(root: Path, recipe: Recipe, *, seed: int) -> None:
+def _draw(root: Path, *, seed: int) -> None:
     """Writes the parts and the pictures, unless an earlier run of this folder did."""
     parts = root / "parts"
     if not parts.is_dir():

@@ -138,9 +138,15 @@ class PageEmbedder:
         return embeds, mask, labels
 
     def _smear(self, page: Tensor, cells: list[int]) -> Tensor:
-        """Let some lines lie between two rows of cells: each of them then holds a part of every character."""
+        """Let some characters lie between two cells, and some lines between two rows: each then holds a part."""
         change = torch.zeros_like(page)
         grid = torch.tensor(cells).view(SIDE, SIDE)
+        for here in ((grid.flatten() != BLANK) & (torch.rand(len(cells), generator=self.generator) < 0.1)).nonzero():
+            there = here + (1 if torch.rand((), generator=self.generator) < 0.5 else -1)
+            if 0 <= there < len(cells) and there // SIDE == here // SIDE and cells[there] == BLANK:
+                step = (page[here] - page[there]) * 0.5 * torch.rand((), generator=self.generator)
+                change[there] += step
+                change[here] -= step
         for row in range(1, SIDE - 1):
             if (grid[row] != BLANK).any() and torch.rand((), generator=self.generator) < 0.3:
                 other = row + (1 if torch.rand((), generator=self.generator) < 0.5 else -1)

@@ -40,7 +40,7 @@ class Muon(torch.optim.Optimizer):
 
 
 def make_optimizers(
-    layers: nn.Module, parameters: Iterable[nn.Parameter], rate: float, steps: int
+    layers: nn.Module, parameters: Iterable[nn.Parameter], rate: float, steps: int, slow: Iterable[nn.Parameter] = ()
 ) -> tuple[list[torch.optim.Optimizer], list[torch.optim.lr_scheduler.LambdaLR]]:
     """Make the two optimizers and their schedules.
 
@@ -49,16 +49,20 @@ def make_optimizers(
         parameters: Everything that is trained.
         rate: Highest learning rate.
         steps: How many there will be.
+        slow: Those of `parameters` that start out nearly right: a twentieth of the rate.
 
     Returns:
         The optimizers and, in the same order, the schedules.
     """
     matrices = [parameter for parameter in layers.parameters() if parameter.ndim == 2]
-    known = {id(parameter) for parameter in matrices}
+    careful = list(slow)
+    known = {id(parameter) for parameter in (*matrices, *careful)}
     others = [parameter for parameter in parameters if id(parameter) not in known]
     optimizers: list[torch.optim.Optimizer] = [
         Muon(matrices, lr=rate),
-        torch.optim.AdamW(others, lr=rate, weight_decay=0.01, betas=(0.9, 0.98)),
+        torch.optim.AdamW(
+            [{"params": others}, {"params": careful, "lr": rate / 20}], lr=rate, weight_decay=0.01, betas=(0.9, 0.98)
+        ),
     ]
 
     def share(step: int) -> float:

@@ -89,10 +89,11 @@ def random_page(rng: Random) -> Page:
     while True:
         text = " ".join(random_text(rng) for _ in range(4 if crowded else rng.choice((1, 1, 2, 2, 3))))
         face = _font(rng, 100)
-        pitch = face.getlength(text) / len(text) / 100 * stretch
-        smallest = CELL * max(1.28, 0.99 / pitch)
+        letters = "".join(c for c in text if c.isalnum()) or text
+        pitch = face.getlength(letters) / len(letters) / 100 * stretch
+        smallest = CELL * max(1.45, 0.98 / pitch)
         large = rng.random() < (0.1 if crowded else 0.4)
-        size = round(smallest * over * (rng.uniform(1.0, 2.8) if large else rng.uniform(1.0, 1.3)))
+        size = round(smallest * over * (rng.uniform(1.0, 2.5) if large else rng.uniform(1.0, 1.3)))
         y += size * rng.uniform(1.0, 1.2 if crowded else 1.6)
         if y > top + height:
             break
@@ -108,8 +109,13 @@ def random_page(rng: Random) -> Page:
         spots = []
         for character, start, end in zip(text, ends, ends[1:], strict=False):
             dx, dy = (start + end) / 2 - middle, centre - middle
-            spots.append((character, (middle + stretch * dx + slant * dy - turn * dy) / over / CELL,
-                          (middle + dy + turn * dx) / over / CELL))
+            spots.append(
+                (
+                    character,
+                    (middle + stretch * dx + slant * dy - turn * dy) / over / CELL,
+                    (middle + dy + turn * dx) / over / CELL,
+                )
+            )
         lines.append(spots)
     if (stretch, slant, turn) != (1.0, 0.0, 0.0):
         forward = np.array([[stretch, slant - turn], [turn, 1.0]])
@@ -139,7 +145,7 @@ def letter_page(rng: Random, freedom: float) -> Page:
     while y < SIDE - 0.3:
         pitch = 1 + freedom * rng.uniform(0, 0.45)
         x = 0.5 + freedom * rng.uniform(-0.2, 0.8)
-        size = rng.uniform(1.25, 1.35 + 0.5 * freedom)
+        size = rng.uniform(1.3, 1.4 + 0.6 * freedom)
         face = _font(rng, round(size * unit))
         text = "".join(random_text(rng) for _ in range(8))
         spots: list[tuple[str, float, float]] = []
@@ -176,8 +182,10 @@ def colour_pages(masks: np.ndarray, boxes: np.ndarray, rng: np.random.Generator,
         inside = ((axis > top) & (axis < bottom))[:, None] & ((axis > left) & (axis < right))[None]
         pages[n] = np.where(inside, pages[n], np.array(PAD_COLOUR, np.float32)[:, None, None])
         if rng.random() < 0.2:
-            edge = inside & ~(((axis > top + 1.5) & (axis < bottom - 1.5))[:, None]
-                              & ((axis > left + 1.5) & (axis < right - 1.5))[None])
+            edge = inside & ~(
+                ((axis > top + 1.5) & (axis < bottom - 1.5))[:, None]
+                & ((axis > left + 1.5) & (axis < right - 1.5))[None]
+            )
             pages[n] = np.where(edge, ink[n][:, None, None], pages[n])
     pages = np.clip(np.round(pages), 0, 255) / 255
     pages = (pages - np.array(MEAN)[:, None, None]) / np.array(STD)[:, None, None]
@@ -296,7 +304,9 @@ def make_vision_tower(directory: Path, *, pages: int, steps: int, batch: int, ra
     print(f"{len(masks)} pages drawn in {time.perf_counter() - started:.0f} s", flush=True)
     rng = np.random.default_rng(seed)
     parameters = [*tower.parameters(), *head.parameters()]
-    optimizers, schedules = make_optimizers(model.encoder.layers, parameters, rate, steps)
+    optimizers, schedules = make_optimizers(
+        model.encoder.layers, parameters, rate, steps, model.embeddings.parameters()
+    )
     weight = torch.ones(BLANK + 1)
     weight[BLANK] = 0.3
     order = np.arange(easy * batch)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -32,14 +31,16 @@ def check(
     from llavar_peft.data.records import open_records
 
     opened = open_records([str(path) for path in records])
-    faults = check_records(opened, ImageRoots([str(path) for path in images or ()]))
+    report = check_records(opened, ImageRoots([str(path) for path in images or ()]))
     if as_json:
-        say_json({"records": len(opened), "faults": [asdict(fault) for fault in faults]})
+        say_json(report.as_dict())
     else:
-        for fault in faults:
+        for fault in report.faults:
             say(str(fault))
-        say(f"{len(opened)} records, {len(faults)} fault{'' if len(faults) == 1 else 's'}")
-    if faults:
+        for warning in report.warnings:
+            say(f"warning: {warning}")
+        say(f"{len(opened)} records, {len(report)} fault{'' if len(report) == 1 else 's'}")
+    if not report.clean:
         raise typer.Exit(_FAULTS_FOUND)
 
 

@@ -19,11 +19,11 @@ SMALL = "abdefghkmnprtuy"
 DIGITS = "0123456789"
 ITEMS = ("tea", "milk", "soup", "cake", "rice", "bread", "pizza", "salad", "juice", "fish", "egg", "apple", "beans")
 
-SMALLEST_PITCH = 0.0825
-"""Smallest average distance of neighbouring letters, as a share of the longer side: 9.9 of 120 pixels."""
+SMALLEST_PITCH = 0.085
+"""Smallest average distance of neighbouring letters, as a share of the longer side: 10.2 of 120 pixels."""
 
-SMALLEST_SIZE = 0.107
-"""Smallest font size, as a share of the longer side: 12.8 of 120 pixels."""
+SMALLEST_SIZE = 0.125
+"""Smallest font size, as a share of the longer side: 15 of 120 pixels."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -155,7 +155,8 @@ KINDS: tuple[str, ...] = tuple(_CONTENT)
 
 def _smallest(text: str, font: str, long_side: int) -> float:
     """Font size below which a line is not legible, in pixels."""
-    pitch = text_width(text, font) / len(text)
+    letters = "".join(character for character in text if character.isalnum())
+    pitch = text_width(letters, font) / len(letters)
     return long_side * max(SMALLEST_SIZE, SMALLEST_PITCH / pitch)
 
 

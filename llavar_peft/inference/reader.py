@@ -15,8 +15,8 @@ from llavar_peft.errors import ConfigError
 from llavar_peft.models.build import build_model
 from llavar_peft.models.processing import LlavarProcessor
 from llavar_peft.models.reading import read_pictures
-from llavar_peft.weights.adapter import BASE_FILE, load_adapter_weights
 from llavar_peft.types import ImageMode
+from llavar_peft.weights.adapter import BASE_FILE, load_adapter_weights
 
 if TYPE_CHECKING:
     from PIL.Image import Image

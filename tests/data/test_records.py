@@ -121,7 +121,11 @@ def test_all_faults_of_a_record_are_reported_together() -> None:
 
 
 JSON = st.recursive(
-    st.none() | st.booleans() | st.integers(-(2**63), 2**63) | st.floats(allow_nan=False) | st.text(max_size=12),
+    st.none()
+    | st.booleans()
+    | st.integers(-(2**63), 2**63)
+    | st.floats(allow_nan=False, allow_infinity=False)
+    | st.text(max_size=12),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
     max_leaves=8,
 )
@@ -205,21 +209,13 @@ def test_every_layout_reads_back(name: str, tmp_path: Path) -> None:
 @given(records=st.lists(JSON, min_size=1, max_size=5), name=st.sampled_from(sorted(LAYOUTS)))
 def test_the_index_finds_any_records(tmp_path_factory: pytest.TempPathFactory, records: list[Any], name: str) -> None:
     path = tmp_path_factory.getbasetemp() / name
-    try:
-        content = LAYOUTS[name](records)
-        content if isinstance(content, bytes) else content.encode()
-    except UnicodeEncodeError:  # a lone surrogate has no UTF-8
-        return
     if name.endswith(".jsonl") and isinstance(records[0], list):
         return  # looks like an array, and is refused
-    write(path, content)
+    write(path, LAYOUTS[name](records))
     Path(f"{path}.index").unlink(missing_ok=True)
     expected = json.loads(json.dumps(records))
-    try:
-        assert list(open_records(path)) == expected
-        assert list(open_records(path)) == expected
-    except DataError as error:
-        assert "surrogate" in str(error) or "out of range" in str(error)  # noqa: PT017
+    assert list(open_records(path)) == expected
+    assert list(open_records(path)) == expected
 
 
 def test_small_files_leave_no_index(tmp_path: Path) -> None:
