@@ -15,7 +15,6 @@ from typing import TypeAlias
 from llavar_peft.data.fonts import CAP_HEIGHT, FONT_NAMES, text_width
 
 CAPITALS = "ABCDEFGHJKLMNPRSTUVWXYZ"
-SMALL = "abdefghkmnprtuy"
 DIGITS = "0123456789"
 ITEMS = ("tea", "milk", "soup", "cake", "rice", "bread", "pizza", "salad", "juice", "fish", "egg", "apple", "beans")
 
@@ -76,11 +75,8 @@ class Layout:
     questions: tuple[tuple[str, str], ...]
 
 
-def _word(rng: Random, low: int, high: int, *, title: bool) -> str:
-    length = rng.randint(low, high)
-    if title:
-        return rng.choice(CAPITALS) + "".join(rng.choices(SMALL, k=length - 1))
-    return "".join(rng.choices(CAPITALS, k=length))
+def _word(rng: Random, low: int, high: int) -> str:
+    return "".join(rng.choices(CAPITALS, k=rng.randint(low, high)))
 
 
 def _number(rng: Random, length: int) -> str:
@@ -95,8 +91,7 @@ _Content: TypeAlias = tuple[list[str], list[tuple[str, str]]]
 
 
 def _sign(rng: Random) -> _Content:
-    title = rng.random() < 0.3
-    words = [_word(rng, 3, 7, title=title) for _ in range(rng.choice((1, 1, 2)))]
+    words = [_word(rng, 3, 7) for _ in range(rng.choice((1, 1, 2)))]
     lines = list(words)
     asked = [(rng.choice(("What does the sign say?", "Which words are on the sign?")), " ".join(words))]
     if rng.random() < 0.6:
@@ -107,9 +102,8 @@ def _sign(rng: Random) -> _Content:
 
 
 def _cover(rng: Random) -> _Content:
-    title = rng.random() < 0.3
-    words = [_word(rng, 3, 7, title=title) for _ in range(rng.choice((1, 2)))]
-    author = _word(rng, 4, 7, title=title)
+    words = [_word(rng, 3, 7) for _ in range(rng.choice((1, 2)))]
+    author = _word(rng, 4, 7)
     asked = [
         (rng.choice(("What is the title of this book?", "What is the book called?")), " ".join(words)),
         (rng.choice(("Who wrote this book?", "Who is the author?")), author),
@@ -118,7 +112,7 @@ def _cover(rng: Random) -> _Content:
 
 
 def _poster(rng: Random) -> _Content:
-    name = _word(rng, 4, 7, title=rng.random() < 0.3)
+    name = _word(rng, 4, 7)
     date = f"{rng.randint(1, 28):02d}.{rng.randint(1, 12):02d}"
     hour = f"{rng.randint(10, 23)}:{rng.choice(DIGITS[:6])}{rng.choice(DIGITS)}"
     asked = [
@@ -130,7 +124,7 @@ def _poster(rng: Random) -> _Content:
 
 
 def _receipt(rng: Random) -> _Content:
-    shop = _word(rng, 4, 7, title=rng.random() < 0.3)
+    shop = _word(rng, 4, 7)
     items = rng.sample(ITEMS, rng.randint(1, 2))
     prices = [_price(rng, 1) for _ in items]
     total = _price(rng, 2)
