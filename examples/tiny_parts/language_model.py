@@ -13,7 +13,7 @@ from random import Random
 from typing import TypeAlias
 
 import torch
-from grid import CHARACTERS, SIDE, Cells, Line, fill_cells
+from grid import BLANK, CHARACTERS, SIDE, fill_cells
 from optimizers import make_optimizers
 from tokenizer import make_tokenizer
 from torch import Tensor, nn
@@ -28,11 +28,11 @@ EMBEDDING_STD = 0.5
 BLANK_PIECE = "<0x20>"
 """What an empty cell holds: the byte piece of the space, which the tokenizer itself never uses."""
 
-Sample: TypeAlias = tuple[list[int], list[int], int, Cells]
-"""Ids (0 where the page goes), labels, where the page begins, the page."""
+Sample: TypeAlias = tuple[list[int], list[int], int, list[int]]
+"""Ids (0 where the page goes), labels, where the page begins, the page's classes."""
 
 
-def page_cells(lines: Sequence[TextLine], width: int, height: int, rng: Random) -> Cells:
+def page_cells(lines: Sequence[TextLine], width: int, height: int, rng: Random) -> list[int]:
     """A layout as cells, centred on a square as LLaVA's pad mode does it, a little off at times."""
     long_side = max(width, height)
     dx, dy = (long_side - width) / 2, (long_side - height) / 2
@@ -42,15 +42,13 @@ def page_cells(lines: Sequence[TextLine], width: int, height: int, rng: Random) 
     )
 
 
-def random_layout(rng: Random) -> tuple[Cells, str]:
+def random_layout(rng: Random) -> tuple[list[int], str]:
     """A page of any words at any places: its cells and its text."""
-    row, words, lines = rng.uniform(0, 4), list[str](), list[Line]()
+    row, words, lines = rng.randrange(0, 4), [], []
     while row < SIDE and len(words) < 6:
         letters = rng.choice((string.ascii_uppercase, string.ascii_lowercase, string.digits, string.printable[:94]))
         if rng.random() < 0.3:
             letters = string.ascii_uppercase + string.digits
-        if rng.random() < 0.25:  # few letters, many repetitions: copying must keep its place
-            letters = "".join(rng.choices(letters, k=3))
         text = "".join(rng.choices(letters, k=rng.randint(1, 8)))
         if rng.random() < 0.25:
             text = text.capitalize()
@@ -59,9 +57,9 @@ def random_layout(rng: Random) -> tuple[Cells, str]:
         if room < 0:
             continue
         start = rng.uniform(0, room)
-        lines.append([(c, start + (n + 0.5) * pitch, row) for n, c in enumerate(text)])
+        lines.append([(c, start + (n + 0.5) * pitch, row + 0.5) for n, c in enumerate(text)])
         words.append(text)
-        row += rng.uniform(1.2, 3)
+        row += rng.choice((1, 2, 2, 3, 4))
     return fill_cells(lines), " ".join(words)
 
 
@@ -73,7 +71,7 @@ def make_sample(tokenizer: PreTrainedTokenizerFast, rng: Random, *, system: bool
         if rng.random() < 0.5:
             pairs.append((rng.choice(("What does the sign say?", "Which words are on the sign?")), transcript))
     else:
-        layout = draw_layout(rng.choice((*KINDS, "receipt")), rng)
+        layout = draw_layout(rng.choice(KINDS), rng)
         cells = page_cells(layout.lines, layout.width, layout.height, rng)
         pairs = [*layout.questions, (rng.choice(OCR_INSTRUCTIONS), " ".join(line.text for line in layout.lines))]
         rng.shuffle(pairs)
@@ -121,21 +119,36 @@ class PageEmbedder:
         tokens = torch.zeros(len(samples), longest, dtype=torch.long)
         labels = torch.full_like(tokens, IGNORE_INDEX)
         mask = torch.zeros_like(tokens)
-        for n, (ids, wanted, _, _) in enumerate(samples):
+        for n, (ids, wanted, start, cells) in enumerate(samples):
             tokens[n, : len(ids)] = torch.tensor(ids)
+            tokens[n, start + 1 : start + 1 + len(cells)] = self.ids[torch.tensor(cells)]
             labels[n, : len(ids)] = torch.tensor(wanted)
             mask[n, : len(ids)] = 1
         embeds = self.table(tokens)
-        blank = self.table(self.ids[-1])
         border = self.table.weight.detach().mean(0)
         scale = 1 + 0.15 * torch.randn(len(samples), 1, 1, generator=self.generator)
         for n, (_, _, start, cells) in enumerate(samples):
-            embeds[n, start] = embeds[n, start + 1 + SIDE * SIDE] = border
-            share = torch.tensor(cells[1])[:, None]
-            page = share * self.table(self.ids[torch.tensor(cells[0])]) + (1 - share) * blank
+            embeds[n, start] = embeds[n, start + 1 + len(cells)] = border
+            page = embeds[n, start + 1 : start + 1 + len(cells)].clone()
+            page = page + self._smear(page, cells)
             noise = EMBEDDING_STD * 0.25 * torch.randn(page.shape, generator=self.generator)
-            embeds[n, start + 1 : start + 1 + SIDE * SIDE] = page * scale[n] + noise
+            embeds[n, start + 1 : start + 1 + len(cells)] = page * scale[n] + noise
         return embeds, mask, labels
+
+    def _smear(self, page: Tensor, cells: list[int]) -> Tensor:
+        """Let some lines lie between two rows of cells: each of them then holds a part of every character."""
+        change = torch.zeros_like(page)
+        grid = torch.tensor(cells).view(SIDE, SIDE)
+        for row in range(1, SIDE - 1):
+            if (grid[row] != BLANK).any() and torch.rand((), generator=self.generator) < 0.3:
+                other = row + (1 if torch.rand((), generator=self.generator) < 0.5 else -1)
+                if (grid[other] == BLANK).all():
+                    share = 0.6 * torch.rand((), generator=self.generator)
+                    here, there = slice(row * SIDE, row * SIDE + SIDE), slice(other * SIDE, other * SIDE + SIDE)
+                    step = (page[here] - page[there]) * share
+                    change[there] += step
+                    change[here] -= step
+        return change
 
 
 @torch.no_grad()

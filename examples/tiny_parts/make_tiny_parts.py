@@ -32,13 +32,13 @@ def main() -> None:
     torch.use_deterministic_algorithms(True)
     started = time.perf_counter()
     if options.part != "language_model":
-        steps = max(40, round(3000 * options.scale))
+        steps = max(40, round(1500 * options.scale))
         pages = max(64, round(9000 * options.scale))
         make_vision_tower(
-            options.out / "vision_tower", pages=pages, steps=steps, batch=16, rate=4e-3, seed=options.seed
+            options.out / "vision_tower", pages=pages, steps=steps, batch=24, rate=4e-3, seed=options.seed
         )
     if options.part != "vision_tower":
-        steps = max(40, round(2500 * options.scale))
+        steps = max(40, round(1500 * options.scale))
         make_language_model(options.out / "language_model", steps=steps, batch=16, rate=3e-3, seed=options.seed)
     print(f"done in {time.perf_counter() - started:.0f} s")
 

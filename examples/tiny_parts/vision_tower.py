@@ -4,54 +4,48 @@ The loss sits on hidden state -2, the one LLaVA reads; the last layer is ballast
 """
 
 import json
-import string
 import time
+from itertools import pairwise
 from pathlib import Path
 from random import Random
 from typing import TypeAlias
 
 import numpy as np
 import torch
-from grid import BLANK, CELL, SIDE, Line, fill_cells
+from grid import BLANK, CELL, SIDE, fill_cells
 from optimizers import make_optimizers
-from PIL import Image, ImageDraw, ImageFilter, ImageFont
+from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor, nn
+from torch.nn import functional
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
-from llavar_peft.data.fonts import CAP_HEIGHT, FONT_NAMES, load_font
+from llavar_peft.data.fonts import CAP_HEIGHT, load_font
+from llavar_peft.data.layouts import CAPITALS, DIGITS, KINDS, draw_layout
 
 PIXELS = SIDE * CELL
 MEAN = (0.48145466, 0.4578275, 0.40821073)
 STD = (0.26862954, 0.26130258, 0.27577711)
 PAD_COLOUR = (122, 116, 104)
+FONTS = ("DejaVuSans", "DejaVuSans-Bold", "DejaVuSansMono-Bold", "DejaVuSerif-Bold")
 HIDDEN, HEADS, LAYERS, MLP = 192, 8, 4, 384
 _RING = ((-1, -1), (0, -1), (1, -1), (-1, 0), (1, 0), (-1, 1), (0, 1), (1, 1))
 _CROSS = ((-2, 0), (-1, 0), (1, 0), (2, 0), (0, -2), (0, -1), (0, 1), (0, 2))
 NEIGHBOURS = (_RING, _CROSS, _RING, _RING)
 """Where the heads of each layer look to begin with, in patches."""
-EASY, PLAIN = 0.3, 0.08
+EASY, PLAIN = 0.15, 0.03
 """Shares of the steps with pages of single letters, and, among them, in black on white."""
-CLEAR = 0.9
-"""Share from which a cell counts as holding its character."""
 FEATURE_RMS = 1.0
 """Size that hidden state -2 is scaled to, exactly and at the end, so that a fresh `nn.Linear` suits it."""
 
 
 def random_text(rng: Random) -> str:
     """One word or number of the kinds that stand on signs, covers and receipts."""
-    draw, length = rng.random(), rng.randint(1, 8)
-    if draw < 0.48:
-        return "".join(rng.choices(string.ascii_uppercase, k=length))
+    draw = rng.random()
     if draw < 0.6:
-        return rng.choice(string.ascii_uppercase) + "".join(rng.choices(string.ascii_lowercase, k=length))
-    if draw < 0.66:
-        return "".join(rng.choices(string.ascii_lowercase, k=length))
-    if draw < 0.76:
-        return "".join(rng.choices(string.digits, k=rng.randint(1, 5)))
-    if draw < 0.97:
-        first, last = (f"{rng.randrange(10 ** rng.randint(1, 2)):0{rng.randint(1, 2)}d}", f"{rng.randrange(100):02d}")
-        return rng.choice(("", "", "", "", "$")) + first + rng.choice("......:::-/,") + last
-    return "".join(rng.choices(string.ascii_letters + string.digits + string.punctuation, k=rng.randint(1, 6)))
+        return "".join(rng.choices(CAPITALS, k=rng.randint(2, 8)))
+    if draw < 0.8:
+        return "".join(rng.choices(DIGITS, k=rng.randint(1, 5)))
+    return f"{rng.randrange(100)}{rng.choice('..:')}{rng.randrange(100):02d}"
 
 
 def _font(rng: Random, size: int) -> ImageFont.FreeTypeFont:
@@ -60,74 +54,73 @@ def _font(rng: Random, size: int) -> ImageFont.FreeTypeFont:
         face = ImageFont.load_default(size)
         if isinstance(face, ImageFont.FreeTypeFont):
             return face
-    return load_font(rng.choice(FONT_NAMES), size)
+    return load_font(rng.choice(FONTS), size)
 
 
-Page: TypeAlias = tuple[Image.Image, list[Line], tuple[float, float, float, float]]
-"""How far ink covers each of the 120 x 120 pixels, the lines of text in cells, and the page's box in pixels."""
+Page: TypeAlias = tuple[Image.Image, list[int], tuple[float, float, float, float]]
 
 
 def random_page(rng: Random) -> Page:
-    """Draw white on black text at free places, sizes, widths and slants.
+    """Draw white on black text: a sign, cover, poster or receipt of random words, or a page full of them.
 
     Returns:
-        The page; what lies outside its box is padding.
+        The coverage of each of the 120 x 120 pixels, the classes of the cells, and the page's box in pixels (what lies
+        outside is padding).
     """
+    return layout_page(rng) if rng.random() < 0.4 else dense_page(rng)
+
+
+def layout_page(rng: Random) -> Page:
+    """Draw one of the layouts that the pictures have, of other strings."""
+    layout = draw_layout(rng.choice(KINDS), rng, shortest=200, longest=400)
+    side = max(layout.width, layout.height)
+    left, top = (side - layout.width) / 2, (side - layout.height) / 2
+    canvas = Image.new("L", (layout.width, layout.height))
+    pen = ImageDraw.Draw(canvas)
+    for line in layout.lines:
+        pen.text((line.left, line.baseline), line.text, 255, load_font(line.font, line.size), anchor="ls")
+    square = Image.new("L", (side, side))
+    square.paste(canvas, ((side - layout.width) // 2, (side - layout.height) // 2))
+    cells = fill_cells(
+        [(c, (x + left) / side * SIDE, (y + top) / side * SIDE) for c, x, y in line.centres()] for line in layout.lines
+    )
+    scale = PIXELS / side
+    box = (left * scale, top * scale, (left + layout.width) * scale, (top + layout.height) * scale)
+    return square.resize((PIXELS, PIXELS), Image.Resampling.BICUBIC), cells, box
+
+
+def dense_page(rng: Random) -> Page:
+    """Fill a page with lines at free places and sizes."""
     over = rng.uniform(1.5, 3.2)
     unit = over * PIXELS
-    aspect = rng.uniform(0.5, 1.0) if rng.random() < 0.7 else 1.0
-    wide = rng.random() < 0.65
-    width, height = (unit, unit * aspect) if wide else (unit * aspect, unit)
-    canvas = Image.new("L", (round(unit), round(unit)))
+    aspect = rng.uniform(0.5, 1.0) if rng.random() < 0.6 else 1.0
+    width, height = (unit, unit * aspect) if rng.random() < 0.65 else (unit * aspect, unit)
+    canvas = Image.new("L", (round(unit),) * 2)
     pen = ImageDraw.Draw(canvas)
     left, top = (unit - width) / 2, (unit - height) / 2
-    stretch, slant = (rng.uniform(0.84, 1.12), rng.uniform(-0.2, 0.2)) if rng.random() < 0.2 else (1.0, 0.0)
-    turn = rng.uniform(-0.04, 0.04) if rng.random() < 0.1 else 0.0
-    middle = unit / 2
-    lines: list[Line] = []
-    crowded = rng.random() < 0.75
+    lines: list[list[tuple[str, float, float]]] = []
     y = top + rng.uniform(0, CELL) * over
     while True:
-        text = " ".join(random_text(rng) for _ in range(4 if crowded else rng.choice((1, 1, 2, 2, 3))))
+        text = " ".join(random_text(rng) for _ in range(5))
         face = _font(rng, 100)
-        letters = "".join(c for c in text if c.isalnum()) or text
-        pitch = face.getlength(letters) / len(letters) / 100 * stretch
-        smallest = CELL * max(1.45, 0.98 / pitch)
-        large = rng.random() < (0.1 if crowded else 0.4)
-        size = round(smallest * over * (rng.uniform(1.0, 2.5) if large else rng.uniform(1.0, 1.3)))
-        y += size * rng.uniform(1.0, 1.2 if crowded else 1.6)
+        pitch = face.getlength(text) / len(text) / 100
+        larger = rng.uniform(1, 2.2) if rng.random() < 0.15 else rng.uniform(1, 1.35)
+        size = round(CELL * max(1.28, 0.99 / pitch) * over * larger)
+        y += size * rng.uniform(1.0, 1.2)
         if y > top + height:
             break
         face = face.font_variant(size=size)
-        long = face.getlength(text)
-        while long > width * 0.97 and len(text) > 1:
+        x = left + rng.uniform(0.0, 0.06) * width
+        while face.getlength(text) + x - left > width * 0.98 and len(text) > 1:
             text = text[:-1].rstrip()
-            long = face.getlength(text)
-        x = left + rng.uniform(0.01, max(0.01, 1 - long / width)) * width
+        x += rng.uniform(0, max(0, width * 0.99 - face.getlength(text) - (x - left)))
         pen.text((round(x), round(y)), text, 255, face, anchor="ls")
         ends = [round(x) + face.getlength(text[:n]) for n in range(len(text) + 1)]
         centre = round(y) - CAP_HEIGHT * size / 2
-        spots = []
-        for character, start, end in zip(text, ends, ends[1:], strict=False):
-            dx, dy = (start + end) / 2 - middle, centre - middle
-            spots.append(
-                (
-                    character,
-                    (middle + stretch * dx + slant * dy - turn * dy) / over / CELL,
-                    (middle + dy + turn * dx) / over / CELL,
-                )
-            )
-        lines.append(spots)
-    if (stretch, slant, turn) != (1.0, 0.0, 0.0):
-        forward = np.array([[stretch, slant - turn], [turn, 1.0]])
-        inverse = np.linalg.inv(forward)
-        shift = np.array([middle, middle]) - inverse @ np.array([middle, middle])
-        data = (*inverse[0], shift[0], *inverse[1], shift[1])
-        canvas = canvas.transform(canvas.size, Image.Transform.AFFINE, data, Image.Resampling.BILINEAR)
-    canvas = canvas.resize((PIXELS, PIXELS), Image.Resampling.BICUBIC)
-    if rng.random() < 0.2:
-        canvas = canvas.filter(ImageFilter.GaussianBlur(rng.uniform(0.2, 0.6)))
-    return canvas, lines, (left / over, top / over, (left + width) / over, (top + height) / over)
+        middles = [(start + end) / 2 for start, end in pairwise(ends)]
+        lines.append([(c, m / over / CELL, centre / over / CELL) for c, m in zip(text, middles, strict=True)])
+    box = (left / over, top / over, (left + width) / over, (top + height) / over)
+    return canvas.resize((PIXELS, PIXELS), Image.Resampling.BICUBIC), fill_cells(lines), box
 
 
 def letter_page(rng: Random, freedom: float) -> Page:
@@ -141,12 +134,12 @@ def letter_page(rng: Random, freedom: float) -> Page:
     unit = over * CELL
     canvas = Image.new("L", (round(unit * SIDE), round(unit * SIDE)))
     pen = ImageDraw.Draw(canvas)
-    lines: list[Line] = []
+    lines: list[list[tuple[str, float, float]]] = []
     y = 0.5 + freedom * rng.uniform(-0.5, 0.5)
     while y < SIDE - 0.3:
         pitch = 1 + freedom * rng.uniform(0, 0.45)
         x = 0.5 + freedom * rng.uniform(-0.2, 0.8)
-        size = rng.uniform(1.3, 1.4 + 0.6 * freedom)
+        size = rng.uniform(1.25, 1.35 + 0.5 * freedom)
         face = _font(rng, round(size * unit))
         text = "".join(random_text(rng) for _ in range(8))
         spots: list[tuple[str, float, float]] = []
@@ -159,29 +152,7 @@ def letter_page(rng: Random, freedom: float) -> Page:
         lines.append(spots)
         y += max(size * 0.95, 1.0 + freedom * rng.uniform(0, 0.8)) if freedom > 0.05 else rng.choice((1, 2))
     canvas = canvas.resize((PIXELS, PIXELS), Image.Resampling.BICUBIC)
-    return canvas, lines, (0.0, 0.0, float(PIXELS), float(PIXELS))
-
-
-def shift_pages(
-    masks: np.ndarray, boxes: np.ndarray, lines: list[list[Line]], rng: np.random.Generator
-) -> tuple[np.ndarray, np.ndarray, list[list[Line]]]:
-    """Move each page by up to nine pixels each way, with its box and its text: another place in the cells."""
-    moved, moves = np.zeros_like(masks), rng.integers(-9, 10, (len(masks), 2))
-    for n, (dx, dy) in enumerate(moves):
-        target = slice(max(0, dy), PIXELS + min(0, dy)), slice(max(0, dx), PIXELS + min(0, dx))
-        source = slice(max(0, -dy), PIXELS - max(0, dy)), slice(max(0, -dx), PIXELS - max(0, dx))
-        moved[n][target] = masks[n][source]
-    texts = [
-        [[(c, x + dx / CELL, y + dy / CELL) for c, x, y in line] for line in page]
-        for page, (dx, dy) in zip(lines, moves.tolist(), strict=True)
-    ]
-    return moved, boxes + np.tile(moves, 2), texts
-
-
-def targets(lines: list[list[Line]]) -> tuple[Tensor, Tensor]:
-    """Classes and shares of the pages' cells."""
-    filled = [fill_cells(page) for page in lines]
-    return torch.tensor([classes for classes, _ in filled]), torch.tensor([shares for _, shares in filled])
+    return canvas, fill_cells(lines), (0.0, 0.0, float(PIXELS), float(PIXELS))
 
 
 def colour_pages(masks: np.ndarray, boxes: np.ndarray, rng: np.random.Generator, *, plain: bool = False) -> Tensor:
@@ -321,28 +292,22 @@ def make_vision_tower(directory: Path, *, pages: int, steps: int, batch: int, ra
     drawn = [letter_page(Random(f"letters/{seed}/{n}"), n / (easy * batch)) for n in range(easy * batch)]
     drawn += [random_page(Random(f"page/{seed}/{n}")) for n in range(pages + 256)]
     masks = np.stack([np.asarray(mask) for mask, _, _ in drawn])
-    lines = [page for _, page, _ in drawn]
+    labels = torch.tensor([cells for _, cells, _ in drawn])
     boxes = np.array([box for _, _, box in drawn])
     del drawn
-    held_out = masks[-256:], boxes[-256:], *targets(lines[-256:])
     print(f"{len(masks)} pages drawn in {time.perf_counter() - started:.0f} s", flush=True)
     rng = np.random.default_rng(seed)
     parameters = [*tower.parameters(), *head.parameters()]
-    optimizers, schedules = make_optimizers(
-        model.encoder.layers, parameters, rate, steps, model.embeddings.parameters()
-    )
+    optimizers, schedules = make_optimizers(model.encoder.layers, parameters, rate, steps)
+    weight = torch.ones(BLANK + 1)
+    weight[BLANK] = 0.3
     order = np.arange(easy * batch)
     for step in range(steps):
         if len(order) < batch:
             order = easy * batch + rng.permutation(pages)
         chosen, order = order[:batch], order[batch:]
-        some = masks[chosen], boxes[chosen], [lines[n] for n in chosen]
-        covers, edges, texts = some if chosen[0] < easy * batch else shift_pages(*some, rng)
-        classes, shares = targets(texts)
-        logits = head(features(tower, colour_pages(covers, edges, rng, plain=step < PLAIN * steps)))
-        log = logits.log_softmax(-1)
-        wanted = shares * log.gather(-1, classes[..., None])[..., 0] + 0.3 * (1 - shares) * log[..., BLANK]
-        loss = -(wanted * torch.where(classes == BLANK, 0.3, 1.0)).mean() * 2
+        logits = head(features(tower, colour_pages(masks[chosen], boxes[chosen], rng, plain=step < PLAIN * steps)))
+        loss = functional.cross_entropy(logits.flatten(0, 1), labels[chosen].flatten(), weight)
         loss.backward()
         nn.utils.clip_grad_norm_(parameters, 1.0)
         for optimizer, schedule in zip(optimizers, schedules, strict=True):
@@ -350,11 +315,10 @@ def make_vision_tower(directory: Path, *, pages: int, steps: int, batch: int, ra
             schedule.step()
             optimizer.zero_grad()
         if step % 50 == 0 or step == steps - 1:
-            clear = (classes != BLANK) & (shares > CLEAR)
-            right = (logits.argmax(-1) == classes)[clear].float().mean()
+            right = (logits.argmax(-1) == labels[chosen])[labels[chosen] != BLANK].float().mean()
             spent = time.perf_counter() - started
-            score = _accuracy(tower, head, *held_out)
-            print(f"tower {step:5d} {spent:.0f} s, right in training {right:.3f}, held-out", *score, flush=True)
+            held_out = _accuracy(tower, head, masks[-256:], boxes[-256:], labels[-256:])
+            print(f"tower {step:5d} {spent:.0f} s, right in training {right:.3f}, held-out", *held_out, flush=True)
     with torch.no_grad():
         size = features(tower, colour_pages(masks[:64], boxes[:64], rng)).square().mean().sqrt().item()
     model.encoder.layers = every_layer
@@ -385,14 +349,9 @@ def write_preprocessor(directory: Path) -> None:
 
 @torch.no_grad()
 def _accuracy(
-    tower: CLIPVisionModel, head: nn.Linear, masks: np.ndarray, boxes: np.ndarray, classes: Tensor, shares: Tensor
-) -> tuple[str, ...]:
-    """Share of right cells among those that clearly hold a character, and among the empty ones, on held-out pages."""
+    tower: CLIPVisionModel, head: nn.Linear, masks: np.ndarray, boxes: np.ndarray, labels: Tensor
+) -> tuple[str, str]:
+    """Share of right cells among those with a character, and among the empty ones, on held-out pages."""
     guess = head(features(tower, colour_pages(masks, boxes, np.random.default_rng(0)))).argmax(-1)
-    right, filled, clear = guess == classes, classes != BLANK, (classes != BLANK) & (shares > CLEAR)
-    seen = (guess != BLANK)[clear].float().mean()
-    return (
-        f"characters {right[clear].float().mean():.4f}",
-        f"(found {seen:.4f})",
-        f"blanks {right[~filled].float().mean():.4f}",
-    )
+    right, filled = guess == labels, labels != BLANK
+    return f"characters {right[filled].float().mean():.4f}", f"blanks {right[~filled].float().mean():.4f}"

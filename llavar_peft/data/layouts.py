@@ -12,10 +12,12 @@ from dataclasses import dataclass
 from random import Random
 from typing import TypeAlias
 
-from llavar_peft.data.fonts import CAP_HEIGHT, FONT_NAMES, text_width
+from llavar_peft.data.fonts import CAP_HEIGHT, text_width
 
 CAPITALS = "ABCDEFGHJKLMNPRSTUVWXYZ"
 DIGITS = "0123456789"
+FACES = ("DejaVuSans", "DejaVuSans-Bold", "DejaVuSerif-Bold", "DejaVuSansMono-Bold")
+"""The fonts of the drawn pictures."""
 ITEMS = ("tea", "milk", "soup", "cake", "rice", "bread", "pizza", "salad", "juice", "fish", "egg", "apple", "beans")
 
 SMALLEST_PITCH = 0.085
@@ -31,7 +33,7 @@ class TextLine:
 
     Attributes:
         text: What it says.
-        font: Its face, one of `FONT_NAMES`.
+        font: Its face, one of `FACES`.
         size: Font size in pixels.
         left: Where its first letter starts, in pixels.
         baseline: The line it stands on, in pixels from the top.
@@ -226,6 +228,6 @@ def draw_layout(kind: str, rng: Random, *, shortest: int = 192, longest: int = 4
         long_side, aspect = rng.randint(shortest, longest), rng.uniform(0.7, 1.0)
         wide = rng.random() < 0.6
         width, height = (long_side, round(long_side * aspect)) if wide else (round(long_side * aspect), long_side)
-        lines = _place(rng, rows, rng.choice(FONT_NAMES), width, height)
+        lines = _place(rng, rows, rng.choice(FACES), width, height)
         if lines is not None:
             return Layout(kind=kind, width=width, height=height, lines=tuple(lines), questions=tuple(questions))

@@ -82,9 +82,7 @@ class LlavarProcessor(ProcessorMixin):
         self.inference_image_mode: ImageMode = inference_image_mode
         self.use_im_start_end = use_im_start_end
         self.sep_image_conv_front = sep_image_conv_front
-        super().__init__(  # type: ignore[no-untyped-call]
-            image_processor, tokenizer, chat_template=chat_template or CHAT_TEMPLATE
-        )
+        super().__init__(image_processor, tokenizer, chat_template=chat_template or CHAT_TEMPLATE)
         text_encoder(self)  # says now, not in the first batch, if the tokenizer does not fit
 
     @property
@@ -237,6 +235,11 @@ def _flat(images: Any) -> list[Image | str]:
 
 def _expand(prompts: Sequence[str], blocks: Sequence[str], bos: str) -> tuple[list[str], list[list[dict[str, Any]]]]:
     """Spells each ``<image>`` out, in order over all prompts, and puts ``bos`` first.
+
+    Args:
+        prompts: The texts.
+        blocks: What each picture is spelled as.
+        bos: The first token's text, or nothing.
 
     Returns:
         The texts, and for each of them where it grew, in the form that ``ProcessorMixin`` reads.

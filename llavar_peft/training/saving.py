@@ -39,8 +39,8 @@ def save_whole(
     """Saves what a stage trains, loadable by ``from_pretrained``.
 
     Full and projector stages save the whole model; a projector stage also ``mm_projector.bin`` and its safetensors
-    twin; a LoRA stage the adapter with everything it trained. A quantized base is not written again: there a projector stage
-    saves projector, configuration and processor.
+    twin; a LoRA stage the adapter with everything it trained. A quantized base is not written again: there a
+    projector stage saves projector, configuration and processor.
 
     Args:
         model: The model, unwrapped.

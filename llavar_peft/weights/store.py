@@ -61,7 +61,8 @@ class _SafetensorsFile(Mapping[str, "Tensor"]):
             self._file: Any = safe_open(str(path), framework="pt")
         except (SafetensorError, OSError) as error:
             raise _unreadable(path, error) from error
-        self._names: tuple[str, ...] = tuple(self._file.keys())
+        opened: Any = self._file
+        self._names: tuple[str, ...] = tuple(opened.keys())
 
     def __getitem__(self, name: str) -> Tensor:
         if name not in self._names:

@@ -54,8 +54,7 @@ TUNES: dict[str, Tune] = {
 }
 
 
-@pytest.mark.parametrize("kind", TUNES)
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize(("kind", "workers"), [("projector", 0), ("full", 2), ("lora", 0)])
 def test_interrupted_and_continued_equals_uninterrupted(
     kind: str, workers: int, tiny_recipe: Recipe, tmp_path: Path
 ) -> None:
