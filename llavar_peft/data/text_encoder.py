@@ -61,6 +61,12 @@ class TextEncoder:
 def text_encoder(processor: Processor) -> TextEncoder:
     """The encoder of a processor, made once for each of its settings.
 
+    Args:
+        processor: Its tokenizer and ``use_im_start_end`` count.
+
+    Returns:
+        The encoder.
+
     Raises:
         ConfigError: The tokenizer is a slow one, or has no image tokens.
     """

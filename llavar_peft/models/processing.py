@@ -118,7 +118,7 @@ class LlavarProcessor(ProcessorMixin):
             image_mode: Instead of ``inference_image_mode``.
             add_special_tokens: Whether ``<s>`` is put first where the prompt does not spell it.
             return_text_replacement_offsets: For ``apply_chat_template``: where the text grew.
-            options: Of the tokenizer's call: ``padding``, ``padding_side``, ``return_attention_mask``, ...
+            **options: Of the tokenizer's call: ``padding``, ``padding_side``, ``return_attention_mask``, ...
 
         Returns:
             ``input_ids`` and ``attention_mask`` (``[B, T]``) if there is text, ``pixel_values`` (float32
