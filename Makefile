@@ -26,5 +26,5 @@ torture:  ## Kills, corrupts and starves runs.
 gpu:  ## What needs a CUDA device.
 	$(PYTHON) -m pytest -m gpu
 
-bench:  ## The README's numbers.
-	$(PYTHON) -m examples.bench
+bench:  ## Times and memory against a named peer.
+	$(PYTHON) benchmarks/records.py

@@ -74,6 +74,7 @@ def build_model(
             **_quantization(config.quantize, dtype),
         )
     _set_generation(model, parts.tokenizer)
+    model.name_or_path = model.config._name_or_path = parts.source
     processor = _processor(parts)
     logger.info("%s: %s weights, attention by %s", parts.source, str(dtype).removeprefix("torch."), attention)
     return model, processor

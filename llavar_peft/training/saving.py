@@ -87,6 +87,8 @@ def save_result(config: ModelConfig, folder: Path) -> None:
     parts = read_checkpoint(config) if config.checkpoint is not None else read_parts(config, seed=0)
     lay_projector(parts.tensors, folder)
     save_torch_state_dict(parts.tensors, str(folder), max_shard_size=_SHARD_SIZE)
+    # These weights are not quantized, whatever the model in memory is.
+    parts.config.save_pretrained(str(folder))
 
 
 def load_trained(model: Any, folder: Path) -> None:

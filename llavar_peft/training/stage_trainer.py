@@ -19,12 +19,12 @@ import transformers
 from torch import Tensor, nn
 from torch.utils.data import Dataset, Sampler
 
-from llavar_peft.config import ModelConfig, Stage
+from llavar_peft.config import ModelConfig, Projector, Stage
 from llavar_peft.constants import IGNORE_INDEX
 from llavar_peft.data.dataset import Collator, EpochSampler, Item, TrainingDataset
 from llavar_peft.errors import EnvironmentFaultError
 from llavar_peft.models.processing import LlavarProcessor
-from llavar_peft.models.tuning import folded_state_dict
+from llavar_peft.models.tuning import folded_state_dict, is_quantized
 from llavar_peft.training import files
 from llavar_peft.training.ledger import FaultLedger
 from llavar_peft.training.saving import load_trained, save_whole
@@ -80,6 +80,10 @@ class StageTrainer(transformers.Trainer):
         self.sink = sink
         self.meter = Meter()
         self.staging: Path | None = None
+        # The parent refuses a quantized model without adapters; a projector stage trains only what is not quantized.
+        unquantized_part = isinstance(stage.tune, Projector) and is_quantized(model)
+        if unquantized_part:
+            model._hf_peft_config_loaded = True  # type: ignore[assignment]
         super().__init__(
             model=model,
             args=arguments,
@@ -88,6 +92,8 @@ class StageTrainer(transformers.Trainer):
             processing_class=processor,
             callbacks=callbacks,
         )
+        if unquantized_part:
+            model._hf_peft_config_loaded = False  # type: ignore[assignment]
         # Its table of figures for each step; the run has metrics.jsonl and a progress line.
         self.remove_callback(transformers.PrinterCallback)
         # "token": the parent counts the labels of the whole accumulation and hands the number to compute_loss.
