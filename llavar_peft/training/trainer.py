@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 import transformers
 from accelerate import PartialState
 
@@ -63,8 +64,10 @@ class Trainer:
         self.callbacks = list(callbacks)
         self.run = RunFolder(self.recipe)
         self.base = self.recipe.model
-        self.ranks = PartialState().num_processes
-        self.main = PartialState().is_main_process
+        # Without a GPU the state has to be told so, or it takes several processes for one.
+        self.processes = PartialState(cpu=not (torch.cuda.is_available() or torch.backends.mps.is_available()))
+        self.ranks = self.processes.num_processes
+        self.main = self.processes.is_main_process
 
     def train(self, stages: Sequence[str] | None = None, *, restart: bool = False) -> Path:
         """Runs the recipe, or some of its stages; what is finished already is taken up, not run again.
@@ -84,7 +87,7 @@ class Trainer:
         wanted = self._wanted(stages)
         if self.main:
             self.run.open(restart=restart, stages=wanted)
-        PartialState().wait_for_everyone()
+        self.processes.wait_for_everyone()
         # Everything that can be wrong with the data is found before the first step of the first stage.
         data = {stage.name: stage_records(stage, self.processor, seed=self.recipe.seed) for stage in wanted}
         result = Path(self.recipe.output_dir)
@@ -214,7 +217,7 @@ class Trainer:
         return found[-1] if found else None
 
     def _dropped(self, directory: Path) -> Path:
-        rank = PartialState().process_index
+        rank = self.processes.process_index
         return directory / (DROPPED_FILE if rank == 0 else DROPPED_FILE.replace(".", f".rank{rank}."))
 
     def _write_page(self) -> None:
