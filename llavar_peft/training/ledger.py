@@ -44,16 +44,16 @@ class FaultLedger:
             DataError: A bad picture under the policy ``stop``, or more records than the share allows.
         """
         for record, reason in faults:
-            if record in self.reasons:
-                continue
-            self.reasons[record] = reason
-            append_line(self.path, {"id": record, "reason": reason})
+            # Known from an earlier run or not: the policy holds each time.
             if reason.startswith("image:") and self.data.on_bad_image == "stop":
                 raise DataError.at(
                     f"record {record}",
                     reason.removeprefix("image:").strip(),
                     "repair the picture, or set data.on_bad_image to skip",
                 )
+            if record not in self.reasons:
+                self.reasons[record] = reason
+                append_line(self.path, {"id": record, "reason": reason})
             if len(self.reasons) > self.allowed:
                 raise self._too_many()
 
