@@ -6,6 +6,7 @@ them is what stage 1 trains.
 """
 
 from collections.abc import Iterable
+from typing import TypeAlias
 
 SIDE = 12
 """Cells along a side: 12 patches of 10 pixels are a picture of 120."""
@@ -19,25 +20,62 @@ CHARACTERS = "".join(chr(code) for code in range(0x20, 0x7F))
 BLANK = len(CHARACTERS)
 """The class of an empty cell."""
 
+RAMP = 0.2
+"""How near to a cell's edge, in cells, a character's middle must lie for the next cell to get a share of it."""
 
-def fill_cells(lines: Iterable[list[tuple[str, float, float]]]) -> list[int]:
+Line: TypeAlias = list[tuple[str, float, float]]
+"""Characters with the x and y of their middle, in cells, from left to right."""
+
+Cells: TypeAlias = tuple[list[int], list[float]]
+"""Row by row, each cell's class and how much of it there is; the rest of the cell is blank."""
+
+
+def fill_cells(lines: Iterable[Line]) -> Cells:
     """Put characters into cells.
 
     A character belongs to the cell its middle lies in, or, where the one before it has that cell, to the next on the
-    right; what would leave the grid is dropped.
+    right; what would leave the grid is dropped. Near an edge it is shared with the cell beyond, if that is free: half
+    and half at the very edge, so that nothing hangs on which side of it a letter's middle lies.
 
     Args:
-        lines: For each line its characters with the x and y of their middle, in cells, from left to right.
+        lines: The page's lines.
 
     Returns:
-        `SIDE * SIDE` classes, row by row: indices into `CHARACTERS`, or `BLANK`.
+        Classes (indices into `CHARACTERS`, or `BLANK`) and shares of `SIDE * SIDE` cells.
     """
-    cells = [BLANK] * (SIDE * SIDE)
+    classes, shares = [BLANK] * (SIDE * SIDE), [1.0] * (SIDE * SIDE)
+    placed: list[tuple[int, int, int, float, float]] = []
     for line in lines:
         last = -1
         for character, x, y in line:
             column, row = max(int(x), last + 1), int(y)
-            if 0 <= row < SIDE and x >= 0 and column < SIDE:
-                cells[row * SIDE + column] = CHARACTERS.index(character)
+            if x >= 0 and y >= 0 and row < SIDE and column < SIDE:
+                kind = CHARACTERS.index(character)
+                classes[row * SIDE + column] = kind
+                placed.append((kind, column, row, x - column, y - row))
                 last = column
-    return cells
+    taken = {n for n, kind in enumerate(classes) if kind != BLANK}
+    for kind, column, row, x, y in placed:
+        (beside, x_share), (beyond, y_share) = _overlap(x), _overlap(y)
+        rest = 1.0
+        for other_column, other_row, share in (
+            (column + beside, row, x_share * (1 - y_share)),
+            (column, row + beyond, (1 - x_share) * y_share),
+            (column + beside, row + beyond, x_share * y_share),
+        ):
+            cell = other_row * SIDE + other_column
+            if share > 0 and 0 <= other_column < SIDE and 0 <= other_row < SIDE and cell not in taken:
+                rest -= share
+                if classes[cell] == BLANK or shares[cell] < share:
+                    classes[cell], shares[cell] = kind, share
+        shares[row * SIDE + column] = rest
+    return classes, shares
+
+
+def _overlap(place: float) -> tuple[int, float]:
+    """Which neighbour a place within a cell (0 to 1) leans to, and that one's share."""
+    if 0 <= place < RAMP:
+        return -1, 0.5 * (1 - place / RAMP)
+    if 1 - RAMP < place < 1:
+        return 1, 0.5 * (1 - (1 - place) / RAMP)
+    return 0, 0.0

@@ -7,13 +7,15 @@ yet; the mean of all embeddings, which is what new rows start as, stands for the
 
 import string
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from random import Random
 from typing import TypeAlias
 
 import torch
-from grid import BLANK, CHARACTERS, SIDE, fill_cells
+from grid import CHARACTERS, SIDE, Cells, Line, fill_cells
 from optimizers import make_optimizers
 from tokenizer import make_tokenizer
 from torch import Tensor, nn
@@ -28,11 +30,11 @@ EMBEDDING_STD = 0.5
 BLANK_PIECE = "<0x20>"
 """What an empty cell holds: the byte piece of the space, which the tokenizer itself never uses."""
 
-Sample: TypeAlias = tuple[list[int], list[int], int, list[int]]
-"""Ids (0 where the page goes), labels, where the page begins, the page's classes."""
+Sample: TypeAlias = tuple[list[int], list[int], int, Cells]
+"""Ids (0 where the page goes), labels, where the page begins, the page."""
 
 
-def page_cells(lines: Sequence[TextLine], width: int, height: int, rng: Random) -> list[int]:
+def page_cells(lines: Sequence[TextLine], width: int, height: int, rng: Random) -> Cells:
     """A layout as cells, centred on a square as LLaVA's pad mode does it, a little off at times."""
     long_side = max(width, height)
     dx, dy = (long_side - width) / 2, (long_side - height) / 2
@@ -42,13 +44,15 @@ def page_cells(lines: Sequence[TextLine], width: int, height: int, rng: Random) 
     )
 
 
-def random_layout(rng: Random) -> tuple[list[int], str]:
-    """A page of any words at any places: its cells and its text."""
-    row, words, lines = rng.randrange(0, 4), [], []
+def random_layout(rng: Random, repeats: float) -> tuple[Cells, str]:
+    """A page of any words at any places, a share of them with few letters: its cells and its text."""
+    row, words, lines = rng.uniform(0, 4), list[str](), list[Line]()
     while row < SIDE and len(words) < 6:
         letters = rng.choice((string.ascii_uppercase, string.ascii_lowercase, string.digits, string.printable[:94]))
         if rng.random() < 0.3:
             letters = string.ascii_uppercase + string.digits
+        if rng.random() < repeats:  # few letters, many repetitions: copying must keep its place
+            letters = "".join(rng.choices(letters, k=3))
         text = "".join(rng.choices(letters, k=rng.randint(1, 8)))
         if rng.random() < 0.25:
             text = text.capitalize()
@@ -57,23 +61,26 @@ def random_layout(rng: Random) -> tuple[list[int], str]:
         if room < 0:
             continue
         start = rng.uniform(0, room)
-        lines.append([(c, start + (n + 0.5) * pitch, row + 0.5) for n, c in enumerate(text)])
+        lines.append([(c, start + (n + 0.5) * pitch, row) for n, c in enumerate(text)])
         words.append(text)
-        row += rng.choice((1, 2, 2, 3, 4))
+        row += rng.uniform(1.2, 3)
     return fill_cells(lines), " ".join(words)
 
 
-def make_sample(tokenizer: PreTrainedTokenizerFast, rng: Random, *, system: bool) -> Sample:
+def make_sample(tokenizer: PreTrainedTokenizerFast, rng: Random, *, system: bool, repeats: float) -> Sample:
     """One conversation about one page, in LLaVA's template, with labels on the answers and their `</s>`."""
     if rng.random() < 0.3:
-        cells, transcript = random_layout(rng)
+        cells, transcript = random_layout(rng, repeats)
         pairs: list[tuple[str, str]] = [(rng.choice(OCR_INSTRUCTIONS), transcript)]
         if rng.random() < 0.5:
             pairs.append((rng.choice(("What does the sign say?", "Which words are on the sign?")), transcript))
     else:
-        layout = draw_layout(rng.choice(KINDS), rng)
-        cells = page_cells(layout.lines, layout.width, layout.height, rng)
-        pairs = [*layout.questions, (rng.choice(OCR_INSTRUCTIONS), " ".join(line.text for line in layout.lines))]
+        layout = draw_layout(rng.choice((*KINDS, "receipt")), rng)
+        write = rng.choice((str, str, str, str.lower, str.title))
+        lines = [replace(line, text=write(line.text)) for line in layout.lines]
+        cells = page_cells(lines, layout.width, layout.height, rng)
+        pairs = [(question, write(answer)) for question, answer in layout.questions]
+        pairs.append((rng.choice(OCR_INSTRUCTIONS), " ".join(line.text for line in lines)))
         rng.shuffle(pairs)
     before = rng.random() < 0.5
     ids, labels = [tokenizer.bos_token_id], [IGNORE_INDEX]
@@ -119,36 +126,21 @@ class PageEmbedder:
         tokens = torch.zeros(len(samples), longest, dtype=torch.long)
         labels = torch.full_like(tokens, IGNORE_INDEX)
         mask = torch.zeros_like(tokens)
-        for n, (ids, wanted, start, cells) in enumerate(samples):
+        for n, (ids, wanted, _, _) in enumerate(samples):
             tokens[n, : len(ids)] = torch.tensor(ids)
-            tokens[n, start + 1 : start + 1 + len(cells)] = self.ids[torch.tensor(cells)]
             labels[n, : len(ids)] = torch.tensor(wanted)
             mask[n, : len(ids)] = 1
         embeds = self.table(tokens)
+        blank = self.table(self.ids[-1])
         border = self.table.weight.detach().mean(0)
         scale = 1 + 0.15 * torch.randn(len(samples), 1, 1, generator=self.generator)
         for n, (_, _, start, cells) in enumerate(samples):
-            embeds[n, start] = embeds[n, start + 1 + len(cells)] = border
-            page = embeds[n, start + 1 : start + 1 + len(cells)].clone()
-            page = page + self._smear(page, cells)
+            embeds[n, start] = embeds[n, start + 1 + SIDE * SIDE] = border
+            share = torch.tensor(cells[1])[:, None]
+            page = share * self.table(self.ids[torch.tensor(cells[0])]) + (1 - share) * blank
             noise = EMBEDDING_STD * 0.25 * torch.randn(page.shape, generator=self.generator)
-            embeds[n, start + 1 : start + 1 + len(cells)] = page * scale[n] + noise
+            embeds[n, start + 1 : start + 1 + SIDE * SIDE] = page * scale[n] + noise
         return embeds, mask, labels
-
-    def _smear(self, page: Tensor, cells: list[int]) -> Tensor:
-        """Let some lines lie between two rows of cells: each of them then holds a part of every character."""
-        change = torch.zeros_like(page)
-        grid = torch.tensor(cells).view(SIDE, SIDE)
-        for row in range(1, SIDE - 1):
-            if (grid[row] != BLANK).any() and torch.rand((), generator=self.generator) < 0.3:
-                other = row + (1 if torch.rand((), generator=self.generator) < 0.5 else -1)
-                if (grid[other] == BLANK).all():
-                    share = 0.6 * torch.rand((), generator=self.generator)
-                    here, there = slice(row * SIDE, row * SIDE + SIDE), slice(other * SIDE, other * SIDE + SIDE)
-                    step = (page[here] - page[there]) * share
-                    change[there] += step
-                    change[here] -= step
-        return change
 
 
 @torch.no_grad()
@@ -170,12 +162,13 @@ def start_looking_back(model: LlamaForCausalLM) -> None:
             rows[:, :8] = 6.0 / 8 / 1.8 * vector[:, None]
 
 
-def make_language_model(directory: Path, *, steps: int, batch: int, rate: float, seed: int) -> None:
+def make_language_model(directory: Path, *, steps: tuple[int, int], batch: int, rate: float, seed: int) -> None:
     """Train tokenizer and model and write them as one Hugging Face folder.
 
     Args:
         directory: Where everything goes.
-        steps: Optimizer steps.
+        steps: Optimizer steps of the first lesson, from nothing, and of the second: always with the system prompt, and
+            with more words of few letters, where it is easy to lose one's place.
         batch: Conversations a step.
         rate: Highest learning rate.
         seed: Of everything.
@@ -192,11 +185,35 @@ def make_language_model(directory: Path, *, steps: int, batch: int, rate: float,
     nn.init.normal_(model.get_input_embeddings().weight, std=EMBEDDING_STD)
     embed = PageEmbedder(model, tokenizer, seed)
     start_looking_back(model)
+
+    def first(step: int) -> list[Sample]:
+        rngs = [Random(f"conversation/{seed}/{step * batch + n}") for n in range(batch)]
+        return [make_sample(tokenizer, rng, system=step > 0.5 * steps[0], repeats=0.25) for rng in rngs]
+
+    def second(step: int) -> list[Sample]:
+        rngs = [Random(f"second/{seed}/{step * batch + n}") for n in range(batch)]
+        return [make_sample(tokenizer, rng, system=True, repeats=0.5) for rng in rngs]
+
+    learn(model, embed, first, steps=steps[0], rate=rate)
+    model.half().float()
+    embed = PageEmbedder(model, tokenizer, seed + 1)
+    learn(model, embed, second, steps=steps[1], rate=rate)
+    model.generation_config = GenerationConfig(bos_token_id=1, eos_token_id=2, pad_token_id=0)
+    model.half().save_pretrained(directory)
+
+
+def learn(
+    model: LlamaForCausalLM, embed: PageEmbedder, lesson: Callable[[int], list[Sample]], *, steps: int, rate: float
+) -> None:
+    """Train on the samples that `lesson` gives for each step."""
     optimizers, schedules = make_optimizers(model.model.layers, model.parameters(), rate, steps)
     started = time.perf_counter()
+    pool = ThreadPoolExecutor(1)
+    coming = pool.submit(lesson, 0)
     for step in range(steps):
-        rngs = [Random(f"conversation/{seed}/{step * batch + n}") for n in range(batch)]
-        embeds, mask, labels = embed([make_sample(tokenizer, rng, system=step > 0.5 * steps) for rng in rngs])
+        samples = coming.result()
+        coming = pool.submit(lesson, step + 1)  # made while this step is learnt from
+        embeds, mask, labels = embed(samples)
         hidden = model.model(inputs_embeds=embeds, attention_mask=mask, use_cache=False).last_hidden_state
         asked_for = labels[:, 1:] != IGNORE_INDEX
         logits, wanted = model.lm_head(hidden[:, :-1][asked_for]), labels[:, 1:][asked_for]
@@ -211,5 +228,4 @@ def make_language_model(directory: Path, *, steps: int, batch: int, rate: float,
             right = (logits.argmax(-1) == wanted).float().mean()
             spent = time.perf_counter() - started
             print(f"language model {step:5d} loss {loss.item():.3f} pieces {right:.4f} {spent:.0f} s", flush=True)
-    model.generation_config = GenerationConfig(bos_token_id=1, eos_token_id=2, pad_token_id=0)
-    model.half().save_pretrained(directory)
+    pool.shutdown(cancel_futures=True)

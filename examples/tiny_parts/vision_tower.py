@@ -5,189 +5,37 @@ The loss sits on hidden state -2, the one LLaVA reads; the last layer is ballast
 
 import json
 import time
-from itertools import pairwise
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from random import Random
-from typing import TypeAlias
 
 import numpy as np
 import torch
-from grid import BLANK, CELL, SIDE, fill_cells
+from grid import BLANK, CELL, SIDE
 from optimizers import make_optimizers
-from PIL import Image, ImageDraw, ImageFont
+from pages import MEAN, PIXELS, STD, Page, colour_page, layout_page, letter_page, random_page, shift_page, targets
 from torch import Tensor, nn
-from torch.nn import functional
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
-from llavar_peft.data.fonts import CAP_HEIGHT, load_font
-from llavar_peft.data.layouts import CAPITALS, DIGITS, KINDS, draw_layout
-
-PIXELS = SIDE * CELL
-MEAN = (0.48145466, 0.4578275, 0.40821073)
-STD = (0.26862954, 0.26130258, 0.27577711)
-PAD_COLOUR = (122, 116, 104)
-FONTS = ("DejaVuSans", "DejaVuSans-Bold", "DejaVuSansMono-Bold", "DejaVuSerif-Bold")
-HIDDEN, HEADS, LAYERS, MLP = 192, 8, 4, 384
+HIDDEN, HEADS, LAYERS, MLP = 192, 8, 3, 1024
 _RING = ((-1, -1), (0, -1), (1, -1), (-1, 0), (1, 0), (-1, 1), (0, 1), (1, 1))
 _CROSS = ((-2, 0), (-1, 0), (1, 0), (2, 0), (0, -2), (0, -1), (0, 1), (0, 2))
-NEIGHBOURS = (_RING, _CROSS, _RING, _RING)
+NEIGHBOURS = (_RING, _CROSS, _RING)
 """Where the heads of each layer look to begin with, in patches."""
-EASY, PLAIN = 0.15, 0.03
+PLACE, OWN, STRAIGHT, CORNER = 17, 63, 20, 8
+"""How many of a patch's 192 numbers begin as its place, as its own coarsest patterns, as those of the near part of each
+of its four straight neighbours, and of its four diagonal ones."""
+EASY, PLAIN = 0.04, 0.01
 """Shares of the steps with pages of single letters, and, among them, in black on white."""
+CLEAR = 0.9
+"""Share from which a cell counts as holding its character."""
 FEATURE_RMS = 1.0
 """Size that hidden state -2 is scaled to, exactly and at the end, so that a fresh `nn.Linear` suits it."""
 
 
-def random_text(rng: Random) -> str:
-    """One word or number of the kinds that stand on signs, covers and receipts."""
-    draw = rng.random()
-    if draw < 0.6:
-        return "".join(rng.choices(CAPITALS, k=rng.randint(2, 8)))
-    if draw < 0.8:
-        return "".join(rng.choices(DIGITS, k=rng.randint(1, 5)))
-    return f"{rng.randrange(100)}{rng.choice('..:')}{rng.randrange(100):02d}"
-
-
-def _font(rng: Random, size: int) -> ImageFont.FreeTypeFont:
-    """A packaged face, or now and then the one that Pillow brings along."""
-    if rng.random() < 0.14:
-        face = ImageFont.load_default(size)
-        if isinstance(face, ImageFont.FreeTypeFont):
-            return face
-    return load_font(rng.choice(FONTS), size)
-
-
-Page: TypeAlias = tuple[Image.Image, list[int], tuple[float, float, float, float]]
-
-
-def random_page(rng: Random) -> Page:
-    """Draw white on black text: a sign, cover, poster or receipt of random words, or a page full of them.
-
-    Returns:
-        The coverage of each of the 120 x 120 pixels, the classes of the cells, and the page's box in pixels (what lies
-        outside is padding).
-    """
-    return layout_page(rng) if rng.random() < 0.4 else dense_page(rng)
-
-
-def layout_page(rng: Random) -> Page:
-    """Draw one of the layouts that the pictures have, of other strings."""
-    layout = draw_layout(rng.choice(KINDS), rng, shortest=200, longest=400)
-    side = max(layout.width, layout.height)
-    left, top = (side - layout.width) / 2, (side - layout.height) / 2
-    canvas = Image.new("L", (layout.width, layout.height))
-    pen = ImageDraw.Draw(canvas)
-    for line in layout.lines:
-        pen.text((line.left, line.baseline), line.text, 255, load_font(line.font, line.size), anchor="ls")
-    square = Image.new("L", (side, side))
-    square.paste(canvas, ((side - layout.width) // 2, (side - layout.height) // 2))
-    cells = fill_cells(
-        [(c, (x + left) / side * SIDE, (y + top) / side * SIDE) for c, x, y in line.centres()] for line in layout.lines
-    )
-    scale = PIXELS / side
-    box = (left * scale, top * scale, (left + layout.width) * scale, (top + layout.height) * scale)
-    return square.resize((PIXELS, PIXELS), Image.Resampling.BICUBIC), cells, box
-
-
-def dense_page(rng: Random) -> Page:
-    """Fill a page with lines at free places and sizes."""
-    over = rng.uniform(1.5, 3.2)
-    unit = over * PIXELS
-    aspect = rng.uniform(0.5, 1.0) if rng.random() < 0.6 else 1.0
-    width, height = (unit, unit * aspect) if rng.random() < 0.65 else (unit * aspect, unit)
-    canvas = Image.new("L", (round(unit),) * 2)
-    pen = ImageDraw.Draw(canvas)
-    left, top = (unit - width) / 2, (unit - height) / 2
-    lines: list[list[tuple[str, float, float]]] = []
-    y = top + rng.uniform(0, CELL) * over
-    while True:
-        text = " ".join(random_text(rng) for _ in range(5))
-        face = _font(rng, 100)
-        pitch = face.getlength(text) / len(text) / 100
-        larger = rng.uniform(1, 2.2) if rng.random() < 0.15 else rng.uniform(1, 1.35)
-        size = round(CELL * max(1.28, 0.99 / pitch) * over * larger)
-        y += size * rng.uniform(1.0, 1.2)
-        if y > top + height:
-            break
-        face = face.font_variant(size=size)
-        x = left + rng.uniform(0.0, 0.06) * width
-        while face.getlength(text) + x - left > width * 0.98 and len(text) > 1:
-            text = text[:-1].rstrip()
-        x += rng.uniform(0, max(0, width * 0.99 - face.getlength(text) - (x - left)))
-        pen.text((round(x), round(y)), text, 255, face, anchor="ls")
-        ends = [round(x) + face.getlength(text[:n]) for n in range(len(text) + 1)]
-        centre = round(y) - CAP_HEIGHT * size / 2
-        middles = [(start + end) / 2 for start, end in pairwise(ends)]
-        lines.append([(c, m / over / CELL, centre / over / CELL) for c, m in zip(text, middles, strict=True)])
-    box = (left / over, top / over, (left + width) / over, (top + height) / over)
-    return canvas.resize((PIXELS, PIXELS), Image.Resampling.BICUBIC), fill_cells(lines), box
-
-
-def letter_page(rng: Random, freedom: float) -> Page:
-    """Fill a page with rows of single letters, the easier kind: at `freedom` 0 each stands in the middle of a cell.
-
-    Args:
-        rng: Where every choice comes from.
-        freedom: From 0 to 1: how far places and sizes may leave the grid.
-    """
-    over = rng.uniform(1.5, 2.5)
-    unit = over * CELL
-    canvas = Image.new("L", (round(unit * SIDE), round(unit * SIDE)))
-    pen = ImageDraw.Draw(canvas)
-    lines: list[list[tuple[str, float, float]]] = []
-    y = 0.5 + freedom * rng.uniform(-0.5, 0.5)
-    while y < SIDE - 0.3:
-        pitch = 1 + freedom * rng.uniform(0, 0.45)
-        x = 0.5 + freedom * rng.uniform(-0.2, 0.8)
-        size = rng.uniform(1.25, 1.35 + 0.5 * freedom)
-        face = _font(rng, round(size * unit))
-        text = "".join(random_text(rng) for _ in range(8))
-        spots: list[tuple[str, float, float]] = []
-        for character in text:
-            if x > SIDE - 0.3:
-                break
-            pen.text((x * unit, y * unit + CAP_HEIGHT * size * unit / 2), character, 255, face, anchor="ms")
-            spots.append((character, x, y))
-            x += max(pitch, face.getlength(character) / unit * 1.02)
-        lines.append(spots)
-        y += max(size * 0.95, 1.0 + freedom * rng.uniform(0, 0.8)) if freedom > 0.05 else rng.choice((1, 2))
-    canvas = canvas.resize((PIXELS, PIXELS), Image.Resampling.BICUBIC)
-    return canvas, fill_cells(lines), (0.0, 0.0, float(PIXELS), float(PIXELS))
-
-
-def colour_pages(masks: np.ndarray, boxes: np.ndarray, rng: np.random.Generator, *, plain: bool = False) -> Tensor:
-    """Give pages a background, an ink and padding, and normalise them as CLIP does."""
-    count = len(masks)
-    back, ink = np.zeros((count, 3), np.float32), np.zeros((count, 3), np.float32)
-    luma = np.array([0.299, 0.587, 0.114], np.float32)
-    for n in range(count):
-        while abs((back[n] - ink[n]) @ luma) < 95:
-            back[n], ink[n] = rng.uniform(0, 255, 3), rng.uniform(0, 255, 3)
-            if rng.random() < 0.35:
-                back[n], ink[n] = (rng.uniform(235, 255), rng.uniform(0, 35))[:: rng.choice((1, -1))]
-    if plain:
-        back[:], ink[:] = 255, 0
-    cover = masks[:, None].astype(np.float32) / 255
-    pages = back[:, :, None, None] * (1 - cover) + ink[:, :, None, None] * cover
-    if rng.random() < 0.5:
-        pages += rng.normal(0, rng.uniform(0, 8), pages.shape)
-    axis = np.arange(PIXELS) + 0.5
-    for n, (left, top, right, bottom) in enumerate(boxes):
-        inside = ((axis > top) & (axis < bottom))[:, None] & ((axis > left) & (axis < right))[None]
-        pages[n] = np.where(inside, pages[n], np.array(PAD_COLOUR, np.float32)[:, None, None])
-        if rng.random() < 0.2:
-            edge = inside & ~(
-                ((axis > top + 1.5) & (axis < bottom - 1.5))[:, None]
-                & ((axis > left + 1.5) & (axis < right - 1.5))[None]
-            )
-            pages[n] = np.where(edge, ink[n][:, None, None], pages[n])
-    pages = np.clip(np.round(pages), 0, 255) / 255
-    pages = (pages - np.array(MEAN)[:, None, None]) / np.array(STD)[:, None, None]
-    return torch.from_numpy(pages.astype(np.float32))
-
-
 def _waves(axis: Tensor) -> Tensor:
-    """Sine and cosine of four frequencies: their inner product is 4 at equal places and 0 at all others within 7."""
+    """Sine and cosine of four frequencies: their inner product is 4 at equal places, and less at all others."""
     angles = axis[:, None] * torch.tensor([1.0, 3.0, 5.0, 7.0]) * torch.pi / 8
     return torch.cat((angles.sin(), angles.cos()), dim=1)
 
@@ -199,13 +47,18 @@ def _shift(offset: int) -> Tensor:
     return torch.cat((torch.cat((cos, sin), 1), torch.cat((-sin, cos), 1)))
 
 
-def _cosines(count: int) -> Tensor:
-    """The coarsest cosine patterns of a patch, the finer ones stronger, as letters are made of edges."""
-    pixel = torch.arange(CELL, dtype=torch.float32)
-    base = torch.cos(torch.pi / CELL * (pixel[None] + 0.5) * pixel[:, None]) * (2 / CELL) ** 0.5
-    base[0] /= 2**0.5
-    patterns = torch.einsum("ux,vy->uvxy", base, base).reshape(CELL * CELL, CELL, CELL)
-    fineness = (pixel[:, None] ** 2 + pixel[None] ** 2).sqrt().reshape(-1)
+def _cosines(count: int, height: int = CELL, width: int = CELL) -> Tensor:
+    """The coarsest cosine patterns of a rectangle, the finer ones stronger, as letters are made of edges."""
+
+    def waves(size: int) -> Tensor:
+        pixel = torch.arange(size, dtype=torch.float32)
+        base = torch.cos(torch.pi / size * (pixel[None] + 0.5) * pixel[:, None]) * (2 / size) ** 0.5
+        base[0] /= 2**0.5
+        return base
+
+    patterns = torch.einsum("uy,vx->uvyx", waves(height), waves(width)).reshape(-1, height, width)
+    down, across = torch.arange(height)[:, None] / height, torch.arange(width)[None] / width
+    fineness = CELL * (down**2 + across**2).sqrt().reshape(-1)
     strength = 0.28 * (1 + fineness.clamp(max=4))
     strength[0] *= 0.5
     order = fineness.argsort(stable=True)[:count]
@@ -214,35 +67,61 @@ def _cosines(count: int) -> Tensor:
 
 @torch.no_grad()
 def start_like_a_convolution(tower: CLIPVisionModel) -> None:
-    """Let the eight heads look at the eight neighbours of a patch, to begin with (after ConViT, arXiv 2103.10697).
+    """Let the eight heads look at eight neighbours of a patch, to begin with (after ConViT, arXiv 2103.10697).
 
-    Of the 192 numbers of a patch 16 start as its place, 48 as its own coarsest patterns; into the other 128 the first
-    layer brings the 16 coarsest patterns of each neighbour.
+    A patch starts as its place, a constant, and its own coarsest patterns; the first layer brings those of the part of
+    each neighbour that touches it. Attention is six eighths of a full match below zero everywhere, so that a nearly
+    right place with strong contrast does not beat the right one.
     """
     model = tower.vision_model if hasattr(tower, "vision_model") else tower
     places = torch.arange(SIDE, dtype=torch.float32)
     position = model.embeddings.position_embedding.weight
     position.zero_()
     position[1:, :16] = torch.cat((_waves(places).repeat(SIDE, 1), _waves(places).repeat_interleave(SIDE, 0)), dim=1)
+    position[1:, 16] = 1.0
+    model.embeddings.class_embedding[:PLACE] = 0
     patches = model.embeddings.patch_embedding.weight
-    nn.init.normal_(patches, std=0.1 / (3 * CELL * CELL) ** 0.5)
-    patches[:16] = 0
-    patches[16:64] += _cosines(48)[:, None] / 3
-    size = HIDDEN // HEADS
+    nn.init.normal_(patches, std=0.03 / (3 * CELL * CELL) ** 0.5)
+    patches[:PLACE] = 0
+    own = _cosines(OWN)
+    patches[PLACE : PLACE + OWN] += own[:, None] / 3
+    size, free = HIDDEN // HEADS, PLACE + OWN
     for number, layer in enumerate(model.encoder.layers):
-        attention = layer.self_attn
+        attention, sharpness = layer.self_attn, 3.0 if number == 0 else 5.0
+        attention.out_proj.weight[:PLACE] = 0
+        layer.mlp.fc2.weight[:PLACE] = 0
         attention.q_proj.weight.mul_(0.2)
         attention.k_proj.weight.mul_(0.2)
+        if number > 0:
+            nn.init.normal_(attention.v_proj.weight, std=HIDDEN**-0.5)
         for head, (dx, dy) in enumerate(NEIGHBOURS[number]):
-            rows = slice(size * head, size * head + 16)
-            attention.q_proj.weight[rows, :16] = 1.8 * torch.block_diag(_shift(dx), _shift(dy))
-            attention.k_proj.weight[rows, :16] = 1.8 * torch.eye(16)
+            start = size * head
+            query, key = (linear.weight[start : start + PLACE] for linear in (attention.q_proj, attention.k_proj))
+            query[:], key[:] = 0, 0
+            query[:16, :16] = sharpness * torch.block_diag(_shift(dx), _shift(dy))
+            query[16, 16] = -6 * sharpness
+            key[:, :PLACE] = sharpness * torch.eye(PLACE)
             if number == 0:
-                attention.v_proj.weight[rows].mul_(0.3)
-                attention.v_proj.weight[rows, 16:32] += torch.eye(16)
-                attention.out_proj.weight[64 + 16 * head : 80 + 16 * head, rows] += torch.eye(16)
-            else:
-                nn.init.normal_(attention.v_proj.weight, std=HIDDEN**-0.5)
+                count = CORNER if dx and dy else STRAIGHT
+                value, out = attention.v_proj.weight[start : start + size], attention.out_proj.weight
+                value.mul_(0.1)
+                value[:count, PLACE : PLACE + OWN] += _near_part(count, dx, dy, own)
+                out[:, start : start + size].mul_(0.3)
+                out[free : free + count, start : start + count] += torch.eye(count)
+                free += count
+
+
+def _near_part(count: int, dx: int, dy: int, own: Tensor) -> Tensor:
+    """The coarsest patterns of the six rows and columns nearest to us, as sums of the patch's own patterns.
+
+    Returns:
+        Shape (count, patterns of the patch).
+    """
+    near = {-1: slice(CELL - 6, CELL), 0: slice(0, CELL), 1: slice(0, 6)}
+    part = torch.zeros(count, CELL, CELL)
+    part[:, near[dy], near[dx]] = _cosines(count, 6 if dy else CELL, 6 if dx else CELL)
+    flat = own.flatten(1)
+    return part.flatten(1) @ flat.T / flat.square().sum(1)
 
 
 @torch.no_grad()
@@ -262,12 +141,58 @@ def features(tower: CLIPVisionModel, pixels: Tensor) -> Tensor:
     return tower(pixels, output_hidden_states=True).hidden_states[LAYERS - 1][:, 1:]
 
 
+class Pages:
+    """The pages in the order they are learnt from: single letters first, then the others over and over.
+
+    Args:
+        easy: How many pages of single letters.
+        full: How many others; whenever one is used it is coloured anew and moved by up to nine pixels.
+        seed: Of all.
+    """
+
+    def __init__(self, easy: int, full: int, seed: int) -> None:
+        self.easy, self.seed = easy, seed
+        self.pages = [_pixels(letter_page(Random(f"letters/{seed}/{n}"), n / easy)) for n in range(easy)]
+        self.pages += [_pixels(random_page(Random(f"page/{seed}/{n}"))) for n in range(full)]
+
+    def batch(self, step: int, size: int, *, plain: bool) -> tuple[Tensor, Tensor, Tensor]:
+        """Pixels, classes and shares of a step's pages."""
+        rng, images, texts = np.random.default_rng([self.seed, step]), [], []
+        for n in range(step * size, (step + 1) * size):
+            page = self.pages[n] if n < self.easy else self.pages[self._drawn(n - self.easy)]
+            if n >= self.easy:
+                page = shift_page(*page, *rng.integers(-9, 10, 2).tolist())
+            images.append(colour_page(page[0], page[2], rng, plain=plain))
+            texts.append(page[1])
+        return torch.from_numpy(np.stack(images)), *targets(texts)
+
+    def _drawn(self, n: int) -> int:
+        epoch, place = divmod(n, len(self.pages) - self.easy)
+        order = np.random.default_rng([self.seed, 0, epoch]).permutation(len(self.pages) - self.easy)
+        return self.easy + int(order[place])
+
+
+def _pixels(page: Page) -> tuple[np.ndarray, list[list[tuple[str, float, float]]], tuple[float, float, float, float]]:
+    return np.asarray(page[0]), page[1], page[2]
+
+
+def _ahead(pages: Pages, steps: int, size: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """The batches, each made while the one before it is learnt from."""
+    with ThreadPoolExecutor(1) as pool:
+        coming = pool.submit(pages.batch, 0, size, plain=True)
+        for step in range(1, steps + 1):
+            ready = coming.result()
+            if step < steps:
+                coming = pool.submit(pages.batch, step, size, plain=step < PLAIN * steps)
+            yield ready
+
+
 def make_vision_tower(directory: Path, *, pages: int, steps: int, batch: int, rate: float, seed: int) -> nn.Linear:
     """Train the tower and write it as a Hugging Face folder.
 
     Args:
         directory: Where `config.json`, `model.safetensors` and `preprocessor_config.json` go.
-        pages: How many pages of random text are drawn; each is coloured anew whenever it is used.
+        pages: How many pages of random text are drawn.
         steps: Optimizer steps.
         batch: Pages a step.
         rate: Highest learning rate.
@@ -288,39 +213,29 @@ def make_vision_tower(directory: Path, *, pages: int, steps: int, batch: int, ra
     model.encoder.layers = every_layer[:-1]  # the last one is never read: save its time
     head = nn.Linear(HIDDEN, BLANK + 1)
     started = time.perf_counter()
-    easy = round(EASY * steps)
-    drawn = [letter_page(Random(f"letters/{seed}/{n}"), n / (easy * batch)) for n in range(easy * batch)]
-    drawn += [random_page(Random(f"page/{seed}/{n}")) for n in range(pages + 256)]
-    masks = np.stack([np.asarray(mask) for mask, _, _ in drawn])
-    labels = torch.tensor([cells for _, cells, _ in drawn])
-    boxes = np.array([box for _, _, box in drawn])
-    del drawn
-    print(f"{len(masks)} pages drawn in {time.perf_counter() - started:.0f} s", flush=True)
-    rng = np.random.default_rng(seed)
+    drawn = Pages(max(1, round(EASY * steps)) * batch, pages, seed)
+    tests = [_held_out(kind, seed) for kind in (random_page, layout_page)]
+    print(f"{len(drawn.pages)} pages drawn in {time.perf_counter() - started:.0f} s", flush=True)
     parameters = [*tower.parameters(), *head.parameters()]
-    optimizers, schedules = make_optimizers(model.encoder.layers, parameters, rate, steps)
-    weight = torch.ones(BLANK + 1)
-    weight[BLANK] = 0.3
-    order = np.arange(easy * batch)
-    for step in range(steps):
-        if len(order) < batch:
-            order = easy * batch + rng.permutation(pages)
-        chosen, order = order[:batch], order[batch:]
-        logits = head(features(tower, colour_pages(masks[chosen], boxes[chosen], rng, plain=step < PLAIN * steps)))
-        loss = functional.cross_entropy(logits.flatten(0, 1), labels[chosen].flatten(), weight)
+    optimizers, schedules = make_optimizers(
+        model.encoder.layers, parameters, rate, steps, model.embeddings.parameters()
+    )
+    for step, (pixels, classes, shares) in enumerate(_ahead(drawn, steps, batch)):
+        log = head(features(tower, pixels)).log_softmax(-1)
+        wanted = shares * log.gather(-1, classes[..., None])[..., 0] + 0.3 * (1 - shares) * log[..., BLANK]
+        loss = -(wanted * torch.where(classes == BLANK, 0.3, 1.0)).mean() * 2
         loss.backward()
         nn.utils.clip_grad_norm_(parameters, 1.0)
         for optimizer, schedule in zip(optimizers, schedules, strict=True):
             optimizer.step()
             schedule.step()
             optimizer.zero_grad()
-        if step % 50 == 0 or step == steps - 1:
-            right = (logits.argmax(-1) == labels[chosen])[labels[chosen] != BLANK].float().mean()
+        if step % 250 == 0 or step == steps - 1:
             spent = time.perf_counter() - started
-            held_out = _accuracy(tower, head, masks[-256:], boxes[-256:], labels[-256:])
-            print(f"tower {step:5d} {spent:.0f} s, right in training {right:.3f}, held-out", *held_out, flush=True)
+            scores = "; ".join(_score(tower, head, *test) for test in tests)
+            print(f"tower {step:5d} {spent:.0f} s, loss {loss.item():.3f}, held-out {scores}", flush=True)
     with torch.no_grad():
-        size = features(tower, colour_pages(masks[:64], boxes[:64], rng)).square().mean().sqrt().item()
+        size = features(tower, tests[0][0]).square().mean().sqrt().item()
     model.encoder.layers = every_layer
     rescale(tower, FEATURE_RMS / size)
     tower.half().save_pretrained(directory)
@@ -347,11 +262,18 @@ def write_preprocessor(directory: Path) -> None:
     (directory / "preprocessor_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
 
 
+def _held_out(draw: object, seed: int) -> tuple[Tensor, Tensor, Tensor]:
+    """96 pages that are not learnt from."""
+    assert callable(draw)
+    pages = [draw(Random(f"held out/{seed}/{n}")) for n in range(96)]
+    rng = np.random.default_rng([seed, 1, 1])
+    pixels = np.stack([colour_page(np.asarray(mask), box, rng) for mask, _, box in pages])
+    return torch.from_numpy(pixels), *targets([lines for _, lines, _ in pages])
+
+
 @torch.no_grad()
-def _accuracy(
-    tower: CLIPVisionModel, head: nn.Linear, masks: np.ndarray, boxes: np.ndarray, labels: Tensor
-) -> tuple[str, str]:
-    """Share of right cells among those with a character, and among the empty ones, on held-out pages."""
-    guess = head(features(tower, colour_pages(masks, boxes, np.random.default_rng(0)))).argmax(-1)
-    right, filled = guess == labels, labels != BLANK
-    return f"characters {right[filled].float().mean():.4f}", f"blanks {right[~filled].float().mean():.4f}"
+def _score(tower: CLIPVisionModel, head: nn.Linear, pixels: Tensor, classes: Tensor, shares: Tensor) -> str:
+    """Shares of right cells among those that clearly hold a character, and among the empty ones."""
+    guess = head(features(tower, pixels)).argmax(-1)
+    right, filled, clear = guess == classes, classes != BLANK, (classes != BLANK) & (shares > CLEAR)
+    return f"{right[clear].float().mean():.4f} of characters, {right[~filled].float().mean():.4f} of blanks"

@@ -156,7 +156,9 @@ def _smallest(text: str, font: str, long_side: int) -> float:
     return long_side * max(SMALLEST_SIZE, SMALLEST_PITCH / pitch)
 
 
-def _place(rng: Random, rows: list[str], font: str, width: int, height: int) -> list[TextLine] | None:
+def _place(
+    rng: Random, rows: list[str], font: str, width: int, height: int, *, largest: float
+) -> list[TextLine] | None:
     """Try one arrangement; None where it does not fit."""
     long_side, margin = max(width, height), 0.02 * max(width, height)
     room = width - 2 * margin
@@ -166,7 +168,7 @@ def _place(rng: Random, rows: list[str], font: str, width: int, height: int) -> 
         low, high = _smallest(flat, font, long_side), room / text_width(flat, font)
         if high < low:
             return None
-        wanted = low * rng.uniform(1.0, 1.25 if "\t" in row or " " in row else 2.6)
+        wanted = low * rng.uniform(1.0, 1.25 if "\t" in row or " " in row else largest)
         sizes.append(int(min(high, wanted)) + 1)
     spacing = rng.uniform(1.12, 1.6)
     tall = sum(sizes) * spacing
@@ -206,7 +208,7 @@ def _stack(
     return lines
 
 
-def draw_layout(kind: str, rng: Random, *, shortest: int = 192, longest: int = 448) -> Layout:
+def draw_layout(kind: str, rng: Random, *, shortest: int = 192, longest: int = 448, largest: float = 2.6) -> Layout:
     """Invent a picture's text, questions and arrangement.
 
     Args:
@@ -214,6 +216,7 @@ def draw_layout(kind: str, rng: Random, *, shortest: int = 192, longest: int = 4
         rng: Where every choice comes from.
         shortest: Least length of the longer side in pixels.
         longest: Greatest length of the longer side in pixels.
+        largest: Greatest size of a single word's letters, as a multiple of the smallest that is legible.
 
     Returns:
         The layout.
@@ -228,6 +231,6 @@ def draw_layout(kind: str, rng: Random, *, shortest: int = 192, longest: int = 4
         long_side, aspect = rng.randint(shortest, longest), rng.uniform(0.7, 1.0)
         wide = rng.random() < 0.6
         width, height = (long_side, round(long_side * aspect)) if wide else (round(long_side * aspect), long_side)
-        lines = _place(rng, rows, rng.choice(FACES), width, height)
+        lines = _place(rng, rows, rng.choice(FACES), width, height, largest=largest)
         if lines is not None:
             return Layout(kind=kind, width=width, height=height, lines=tuple(lines), questions=tuple(questions))

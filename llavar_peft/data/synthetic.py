@@ -33,6 +33,9 @@ OCR_INSTRUCTIONS: tuple[str, ...] = (
 Colour: TypeAlias = tuple[int, int, int]
 Task: TypeAlias = Literal["transcribe", "question", "conversation"]
 
+LARGEST = 1.8
+"""Greatest size of letters, as a multiple of the smallest: what a tower that sees 3 x 3 patches at once can tell."""
+
 _LEAST_CONTRAST = 110
 
 
@@ -121,7 +124,7 @@ def draw_picture(kind: str, seed: int, index: int, *, shortest: int = 192, longe
         ValueError: If `kind` is not one of `KINDS`.
     """
     rng = Random(f"{kind}/{seed}/{index}")
-    layout = draw_layout(kind, rng, shortest=shortest, longest=longest)
+    layout = draw_layout(kind, rng, shortest=shortest, longest=longest, largest=LARGEST)
     return SyntheticPicture(image=render(layout, rng), kind=kind, lines=layout.lines, questions=layout.questions)
 
 

@@ -1,0 +1,208 @@
+"""The pages that the vision tower learns from: random text at free places, sizes, widths, slants and colours."""
+
+import string
+from itertools import pairwise
+from random import Random
+from typing import TypeAlias
+
+import numpy as np
+import torch
+from grid import CELL, SIDE, Line, fill_cells
+from PIL import Image, ImageDraw, ImageFilter, ImageFont
+from torch import Tensor
+
+from llavar_peft.data.fonts import CAP_HEIGHT, FONT_NAMES, load_font
+from llavar_peft.data.layouts import CAPITALS, KINDS, draw_layout
+
+PIXELS = SIDE * CELL
+MEAN = (0.48145466, 0.4578275, 0.40821073)
+STD = (0.26862954, 0.26130258, 0.27577711)
+PAD_COLOUR = (122, 116, 104)
+
+Box: TypeAlias = tuple[float, float, float, float]
+Page: TypeAlias = tuple[Image.Image, list[Line], Box]
+"""How far ink covers each of the 120 x 120 pixels, the lines of text in cells, and the page's box in pixels: what lies
+outside of it is padding."""
+
+
+def random_text(rng: Random) -> str:
+    """One word or number of the kinds that stand on signs, covers and receipts."""
+    draw, length = rng.random(), rng.randint(1, 8)
+    if draw < 0.42:
+        return "".join(rng.choices(CAPITALS, k=length))
+    if draw < 0.52:
+        return "".join(rng.choices(string.ascii_uppercase, k=length))
+    if draw < 0.62:
+        return rng.choice(string.ascii_uppercase) + "".join(rng.choices(string.ascii_lowercase, k=length))
+    if draw < 0.68:
+        return "".join(rng.choices(string.ascii_lowercase, k=length))
+    if draw < 0.80:
+        return "".join(rng.choices(string.digits, k=rng.randint(1, 5)))
+    if draw < 0.97:
+        first, last = rng.randrange(10 ** rng.randint(1, 2)), rng.randrange(100)
+        return f"{rng.choice(('', '', '', '', '$'))}{first:0{rng.randint(1, 2)}d}{rng.choice('......:::-/,')}{last:02d}"
+    return "".join(rng.choices(string.ascii_letters + string.digits + string.punctuation, k=rng.randint(1, 6)))
+
+
+def _font(rng: Random, size: int) -> ImageFont.FreeTypeFont:
+    """A packaged face, or now and then the one that Pillow brings along."""
+    if rng.random() < 0.14:
+        face = ImageFont.load_default(size)
+        if isinstance(face, ImageFont.FreeTypeFont):
+            return face
+    return load_font(rng.choice(FONT_NAMES), size)
+
+
+def random_page(rng: Random) -> Page:
+    """Draw white on black text: a sign, cover, poster or receipt of random words, or a page full of them."""
+    return layout_page(rng) if rng.random() < 0.35 else dense_page(rng)
+
+
+def layout_page(rng: Random) -> Page:
+    """Draw one of the layouts that the quickstart's pictures have, of other strings."""
+    layout = draw_layout(rng.choice(KINDS), rng, shortest=200, longest=400)
+    side = max(layout.width, layout.height)
+    left, top = (side - layout.width) // 2, (side - layout.height) // 2
+    canvas = Image.new("L", (side, side))
+    pen = ImageDraw.Draw(canvas)
+    for line in layout.lines:
+        pen.text((line.left + left, line.baseline + top), line.text, 255, load_font(line.font, line.size), anchor="ls")
+    lines = [
+        [(c, (x + left) / side * SIDE, (y + top) / side * SIDE) for c, x, y in line.centres()] for line in layout.lines
+    ]
+    scale = PIXELS / side
+    box = (left * scale, top * scale, (left + layout.width) * scale, (top + layout.height) * scale)
+    return canvas.resize((PIXELS, PIXELS), Image.Resampling.BICUBIC), lines, box
+
+
+def dense_page(rng: Random) -> Page:
+    """Fill a page with lines at free places and sizes; now and then narrowed, slanted, turned or blurred."""
+    over = rng.uniform(1.5, 2.6)
+    unit = over * PIXELS
+    aspect = rng.uniform(0.5, 1.0) if rng.random() < 0.6 else 1.0
+    width, height = (unit, unit * aspect) if rng.random() < 0.65 else (unit * aspect, unit)
+    canvas = Image.new("L", (round(unit), round(unit)))
+    pen = ImageDraw.Draw(canvas)
+    left, top = (unit - width) / 2, (unit - height) / 2
+    stretch, slant = (rng.uniform(0.84, 1.12), rng.uniform(-0.2, 0.2)) if rng.random() < 0.12 else (1.0, 0.0)
+    turn = rng.uniform(-0.04, 0.04) if rng.random() < 0.06 else 0.0
+    forward = np.array([[stretch, slant - turn], [turn, 1.0]])
+    middle = np.array([unit / 2, unit / 2])
+    lines: list[Line] = []
+    y = top + rng.uniform(0, CELL) * over
+    while True:
+        text = " ".join(random_text(rng) for _ in range(4))
+        face = _font(rng, 100)
+        letters = "".join(c for c in text if c.isalnum()) or text
+        pitch = face.getlength(letters) / len(letters) / 100 * stretch
+        size = round(CELL * max(1.45, 0.98 / pitch) * over * rng.uniform(1.0, 2.4 if rng.random() < 0.15 else 1.3))
+        y += size * rng.uniform(1.0, 1.25)
+        if y > top + height:
+            break
+        face = face.font_variant(size=size)
+        while face.getlength(text) > width * 0.97 and len(text) > 1:
+            text = text[:-1].rstrip()
+        x = round(left + rng.uniform(0.01, max(0.01, 1 - face.getlength(text) / width)) * width)
+        pen.text((x, round(y)), text, 255, face, anchor="ls")
+        ends = [x + face.getlength(text[:n]) for n in range(len(text) + 1)]
+        centre = round(y) - CAP_HEIGHT * size / 2
+        spots = [np.array([(start + end) / 2, centre]) for start, end in pairwise(ends)]
+        moved = [(middle + forward @ (spot - middle)) / over / CELL for spot in spots]
+        lines.append([(c, float(spot[0]), float(spot[1])) for c, spot in zip(text, moved, strict=True)])
+    if (stretch, slant, turn) != (1.0, 0.0, 0.0):
+        inverse = np.linalg.inv(forward)
+        shift = middle - inverse @ middle
+        data = (*inverse[0], shift[0], *inverse[1], shift[1])
+        canvas = canvas.transform(canvas.size, Image.Transform.AFFINE, data, Image.Resampling.BILINEAR)
+    canvas = canvas.resize((PIXELS, PIXELS), Image.Resampling.BICUBIC)
+    if rng.random() < 0.12:
+        canvas = canvas.filter(ImageFilter.GaussianBlur(rng.uniform(0.2, 0.6)))
+    return canvas, lines, (left / over, top / over, (left + width) / over, (top + height) / over)
+
+
+def letter_page(rng: Random, freedom: float) -> Page:
+    """Fill a page with rows of single letters, the easier kind: at `freedom` 0 each stands in the middle of a cell.
+
+    Args:
+        rng: Where every choice comes from.
+        freedom: From 0 to 1: how far places and sizes may leave the grid.
+    """
+    over = rng.uniform(1.5, 2.5)
+    unit = over * CELL
+    canvas = Image.new("L", (round(unit * SIDE), round(unit * SIDE)))
+    pen = ImageDraw.Draw(canvas)
+    lines: list[Line] = []
+    y = 0.5 + freedom * rng.uniform(-0.5, 0.5)
+    while y < SIDE - 0.3:
+        pitch = 1 + freedom * rng.uniform(0, 0.45)
+        x = 0.5 + freedom * rng.uniform(-0.2, 0.8)
+        size = rng.uniform(1.3, 1.4 + 0.6 * freedom)
+        face = _font(rng, round(size * unit))
+        text = "".join(random_text(rng) for _ in range(8))
+        spots: Line = []
+        for character in text:
+            if x > SIDE - 0.3:
+                break
+            pen.text((x * unit, y * unit + CAP_HEIGHT * size * unit / 2), character, 255, face, anchor="ms")
+            spots.append((character, x, y))
+            x += max(pitch, face.getlength(character) / unit * 1.02)
+        lines.append(spots)
+        y += max(size * 0.95, 1.0 + freedom * rng.uniform(0, 0.8)) if freedom > 0.05 else rng.choice((1, 2))
+    canvas = canvas.resize((PIXELS, PIXELS), Image.Resampling.BICUBIC)
+    return canvas, lines, (0.0, 0.0, float(PIXELS), float(PIXELS))
+
+
+def shift_page(mask: np.ndarray, lines: list[Line], box: Box, dx: int, dy: int) -> tuple[np.ndarray, list[Line], Box]:
+    """Move a page by whole pixels, with its text and its box: another place in the cells."""
+    moved = np.zeros_like(mask)
+    target = slice(max(0, dy), PIXELS + min(0, dy)), slice(max(0, dx), PIXELS + min(0, dx))
+    source = slice(max(0, -dy), PIXELS - max(0, dy)), slice(max(0, -dx), PIXELS - max(0, dx))
+    moved[target] = mask[source]
+    text = [[(c, x + dx / CELL, y + dy / CELL) for c, x, y in line] for line in lines]
+    return moved, text, (box[0] + dx, box[1] + dy, box[2] + dx, box[3] + dy)
+
+
+def targets(pages: list[list[Line]]) -> tuple[Tensor, Tensor]:
+    """Classes and shares of the pages' cells, each of shape (pages, `SIDE * SIDE`)."""
+    filled = [fill_cells(lines) for lines in pages]
+    return torch.tensor([classes for classes, _ in filled]), torch.tensor([shares for _, shares in filled])
+
+
+def _colours(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """A background and an ink that can be told apart."""
+    luma = np.array([0.299, 0.587, 0.114])
+    while True:
+        back, ink = rng.uniform(0, 255, 3), rng.uniform(0, 255, 3)
+        if rng.random() < 0.35:
+            light, dark = np.full(3, rng.uniform(235, 255)), np.full(3, rng.uniform(0, 35))
+            back, ink = (light, dark) if rng.random() < 0.5 else (dark, light)
+        if abs((back - ink) @ luma) >= 95:
+            return back, ink
+
+
+def colour_page(mask: np.ndarray, box: Box, rng: np.random.Generator, *, plain: bool = False) -> np.ndarray:
+    """Give a page a background, an ink and padding, and normalise it as CLIP does.
+
+    Args:
+        mask: Coverage of each pixel, 0 to 255.
+        box: Where the page is; the rest is padding.
+        rng: Where colours, noise and borders come from.
+        plain: Black on white instead.
+
+    Returns:
+        Pixels of shape (3, 120, 120).
+    """
+    back, ink = (np.full(3, 255.0), np.zeros(3)) if plain else _colours(rng)
+    cover = mask[None].astype(np.float32) / 255
+    page = back[:, None, None].astype(np.float32) * (1 - cover) + ink[:, None, None].astype(np.float32) * cover
+    if rng.random() < 0.25:
+        page += rng.uniform(0, 8) * rng.standard_normal(page.shape, dtype=np.float32)
+    axis = np.arange(PIXELS) + 0.5
+    left, top, right, bottom = box
+    inside = ((axis > top) & (axis < bottom))[:, None] & ((axis > left) & (axis < right))[None]
+    if rng.random() < 0.2:
+        core = (axis > top + 1.5) & (axis < bottom - 1.5), (axis > left + 1.5) & (axis < right - 1.5)
+        page = np.where(inside & ~(core[0][:, None] & core[1][None]), ink[:, None, None], page)
+    page = np.where(inside, page, np.array(PAD_COLOUR)[:, None, None])
+    page = np.clip(np.round(page), 0, 255) / 255
+    return ((page - np.array(MEAN)[:, None, None]) / np.array(STD)[:, None, None]).astype(np.float32)
