@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 from PIL import Image, ImageDraw, ImageFont
 
-# What the recipe reaches today is above; what it must not fall under, whatever the machine's rounding, is this.
-LEAST = 0.3
+# It reaches about 0.9; below this something is broken, whatever the machine's rounding.
+LEAST = 0.8
 
 
 def _run(*arguments: str) -> str:

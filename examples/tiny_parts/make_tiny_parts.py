@@ -34,7 +34,7 @@ def main() -> None:
         make_vision_tower(
             options.out / "vision_tower",
             pages=max(32, round(12000 * options.scale)),
-            steps=max(12, round(7500 * options.scale)),
+            steps=max(4, round(7500 * options.scale)),
             batch=16,
             rate=5e-3,
             seed=options.seed,
@@ -42,7 +42,7 @@ def main() -> None:
     if options.part != "vision_tower":
         make_language_model(
             options.out / "language_model",
-            steps=(max(12, round(2400 * options.scale)), max(12, round(1400 * options.scale))),
+            steps=(max(4, round(2400 * options.scale)), max(4, round(1400 * options.scale))),
             batch=16,
             rate=3e-3,
             seed=options.seed,
