@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from llavar_peft.models.processing import LlavarProcessor
     from llavar_peft.recipes import full_finetuning, load_recipe, lora, projector_pretraining
     from llavar_peft.training.trainer import Trainer
+    from llavar_peft.weights.delta import apply_delta, make_delta
+    from llavar_peft.weights.verify import verify_delta
 
 __version__ = "0.1.0"
 
@@ -46,13 +48,16 @@ __all__ = [
     "Stage",
     "Trainer",
     "__version__",
+    "apply_delta",
     "build_model",
     "encode_record",
     "full_finetuning",
     "load_recipe",
     "lora",
+    "make_delta",
     "prepare_image",
     "projector_pretraining",
+    "verify_delta",
 ]
 
 _HOMES = {
@@ -76,6 +81,9 @@ _HOMES = {
     "lora": "recipes",
     "projector_pretraining": "recipes",
     "Trainer": "training.trainer",
+    "apply_delta": "weights.delta",
+    "make_delta": "weights.delta",
+    "verify_delta": "weights.verify",
 }
 
 

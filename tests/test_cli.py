@@ -47,6 +47,9 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
         ["recipe", "--help"],
         ["recipe", "show", "--help"],
         ["data", "check", "--help"],
+        ["delta", "make", "--help"],
+        ["delta", "apply", "--help"],
+        ["delta", "verify", "--help"],
         ["data", "inspect", "--help"],
     ],
 )

@@ -12,6 +12,7 @@ from llavar_peft import __version__
 from llavar_peft.cli._output import is_first_rank, say
 from llavar_peft.cli.ask import ask
 from llavar_peft.cli.data import check, inspect
+from llavar_peft.cli.delta import apply, make, verify
 from llavar_peft.cli.quickstart import quickstart
 from llavar_peft.cli.recipe import list_shipped, show
 from llavar_peft.cli.train import train
@@ -45,6 +46,11 @@ def build_app() -> typer.Typer:
     data.command("check")(check)
     data.command("inspect")(inspect)
     app.add_typer(data, name="data")
+    delta = typer.Typer(help="The released delta format: weights as a difference to LLaMA's.", no_args_is_help=True)
+    delta.command("make")(make)
+    delta.command("apply")(apply)
+    delta.command("verify")(verify)
+    app.add_typer(delta, name="delta")
     return app
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import typer
@@ -27,3 +29,23 @@ def complain(text: str) -> None:
 def is_first_rank() -> bool:
     """Whether this process speaks for a run of several: torch.distributed's launchers set RANK."""
     return os.environ.get("RANK", "0") == "0"
+
+
+@contextmanager
+def show_progress(what: str) -> Iterator[Callable[[int, int], None]]:
+    """A bar of bytes on stderr, with speed and time left; nothing where that is no terminal.
+
+    Args:
+        what: Is being done.
+
+    Yields:
+        To be called with the bytes done and the bytes in all.
+    """
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+    console = Console(stderr=True)
+    columns = (TextColumn(what), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
+        task = bar.add_task(what, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
-import os
 import platform
 import shutil
 import subprocess
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
+
+from llavar_peft.durable import write_text
 
 CHECKPOINT_PREFIX = "checkpoint-"
 STAGING = ".staging"
@@ -21,22 +22,6 @@ _PACKAGES = (
     "llavar_peft", "torch", "transformers", "peft", "accelerate", "bitsandbytes", "flash_attn", "datasets", "pillow",
     "safetensors", "tokenizers", "numpy",
 )  # fmt: skip
-
-
-def write_text(path: Path, text: str) -> None:
-    """Writes a file whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.part")
-    with aside.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    aside.replace(path)
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Writes a value as JSON, whole or not at all."""
-    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
 def append_line(path: Path, value: Mapping[str, Any]) -> None:
@@ -60,30 +45,6 @@ def drop_lines_after(path: Path, step: int) -> None:
     if path.is_file():
         kept = [line for line in read_lines(path) if int(line["step"]) <= step]
         write_text(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in kept))
-
-
-def settle_folder(staged: Path, final: Path) -> None:
-    """Makes a finished folder appear under its name at once; one that stands there is replaced."""
-    for entry in sorted(staged.rglob("*")):
-        if entry.is_file():
-            with entry.open("rb") as file:
-                os.fsync(file.fileno())
-    old = final.with_name(f".{final.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
-    if final.exists():
-        final.rename(old)
-    staged.rename(final)
-    _sync_folder(final.parent)
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def _sync_folder(folder: Path) -> None:
-    if os.name == "posix":
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
 
 
 def checkpoints(stage_dir: Path) -> list[Path]:

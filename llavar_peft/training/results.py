@@ -21,6 +21,7 @@ import yaml
 
 from llavar_peft.config import Lora, Projector, Recipe, Stage
 from llavar_peft.constants import PROJECTOR_SAFETENSORS, RESOLVED_RECIPE_FILE, VERSIONS_FILE
+from llavar_peft.durable import write_json, write_text
 from llavar_peft.errors import ConfigError, Fault
 from llavar_peft.recipes import dump_recipe
 from llavar_peft.training import files
@@ -70,9 +71,9 @@ class RunFolder:
         self._refuse_another()
         for stage in self.recipe.stages:
             self.directory(stage).mkdir(parents=True, exist_ok=True)
-        files.write_text(self.root / RESOLVED_RECIPE_FILE, dump_recipe(self.recipe))
-        files.write_json(self.root / VERSIONS_FILE, files.describe_environment())
-        files.write_json(self.root / STAGES_FILE, [stage.name for stage in self.recipe.stages])
+        write_text(self.root / RESOLVED_RECIPE_FILE, dump_recipe(self.recipe))
+        write_json(self.root / VERSIONS_FILE, files.describe_environment())
+        write_json(self.root / STAGES_FILE, [stage.name for stage in self.recipe.stages])
 
     def finished(self, stage: Stage) -> bool:
         """Whether the stage's result is there, whole."""
@@ -80,7 +81,7 @@ class RunFolder:
 
     def mark_finished(self, stage: Stage, *, steps: int) -> None:
         """Says that the stage's result is there; written after it."""
-        files.write_json(
+        write_json(
             self.directory(stage) / FINISHED_FILE,
             {"stage": stage.name, "steps": steps, "result": str(self.result(stage).relative_to(self.root))},
         )

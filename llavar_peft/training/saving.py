@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from llavar_peft.config import Lora, ModelConfig, Projector, Tune
 from llavar_peft.constants import PROJECTOR_SAFETENSORS
+from llavar_peft.durable import write_json
 from llavar_peft.models.sources import read_checkpoint, read_parts
 from llavar_peft.models.tuning import EmbeddingWithTrainedRows, is_quantized
-from llavar_peft.training.files import write_json
 from llavar_peft.weights import names
 from llavar_peft.weights.adapter import BASE_FILE, load_adapter_weights
 from llavar_peft.weights.projector import lay_projector, save_projector

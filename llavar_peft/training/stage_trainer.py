@@ -22,6 +22,7 @@ from torch.utils.data import Dataset, Sampler
 from llavar_peft.config import ModelConfig, Projector, Stage
 from llavar_peft.constants import IGNORE_INDEX
 from llavar_peft.data.dataset import Collator, EpochSampler, Item, TrainingDataset
+from llavar_peft.durable import settle_folder
 from llavar_peft.errors import EnvironmentFaultError
 from llavar_peft.models.processing import LlavarProcessor
 from llavar_peft.models.tuning import folded_state_dict, is_quantized
@@ -221,7 +222,7 @@ class StageTrainer(transformers.Trainer):
             super()._save_checkpoint(model, trial)
             self.accelerator.wait_for_everyone()
             if self.is_world_process_zero():
-                files.settle_folder(self.staging / name, run / name)
+                settle_folder(self.staging / name, run / name)
                 shutil.rmtree(self.staging, ignore_errors=True)
                 for old in files.checkpoints(run)[: -max(1, self.stage.keep_checkpoints)]:
                     shutil.rmtree(old)

@@ -16,6 +16,7 @@ from accelerate import PartialState
 from llavar_peft.config import Lora, ModelConfig, Recipe, Stage
 from llavar_peft.constants import METRICS_FILE
 from llavar_peft.data.dataset import TrainingDataset
+from llavar_peft.durable import settle_folder
 from llavar_peft.errors import ConfigError, InterruptedRunError, LlavarError
 from llavar_peft.models.modeling import LlavarForConditionalGeneration
 from llavar_peft.models.processing import LlavarProcessor
@@ -185,7 +186,7 @@ class Trainer:
         if self.main:
             if quantized and not isinstance(stage.tune, Lora):
                 save_result(self.recipe.model, staged)
-            files.settle_folder(staged, final)
+            settle_folder(staged, final)
             self.run.mark_finished(stage, steps=engine.state.global_step)
             for checkpoint in files.checkpoints(self.run.directory(stage)):
                 shutil.rmtree(checkpoint)

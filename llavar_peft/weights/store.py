@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,10 +17,10 @@ from llavar_peft.errors import WeightsError
 if TYPE_CHECKING:
     from torch import Tensor
 
-_SAFE_SINGLE = "model.safetensors"
-_SAFE_INDEX = "model.safetensors.index.json"
-_BIN_SINGLE = "pytorch_model.bin"
-_BIN_INDEX = "pytorch_model.bin.index.json"
+SAFE_SINGLE = "model.safetensors"
+SAFE_INDEX = "model.safetensors.index.json"
+BIN_SINGLE = "pytorch_model.bin"
+BIN_INDEX = "pytorch_model.bin.index.json"
 
 
 class WeightsStore(Mapping[str, "Tensor"]):
@@ -60,7 +61,7 @@ class _SafetensorsFile(Mapping[str, "Tensor"]):
         try:
             self._file: Any = safe_open(str(path), framework="pt")
         except (SafetensorError, OSError) as error:
-            raise _unreadable(path, error) from error
+            raise unreadable(path, error) from error
         opened: Any = self._file
         self._names: tuple[str, ...] = tuple(opened.keys())
 
@@ -77,6 +78,48 @@ class _SafetensorsFile(Mapping[str, "Tensor"]):
         return len(self._names)
 
 
+@dataclass(frozen=True, slots=True)
+class Shards:
+    """The files that hold a model's weights.
+
+    Attributes:
+        files: In the order of the index.
+        names: File by tensor, as the index says; empty where there is no index.
+    """
+
+    files: tuple[Path, ...]
+    names: Mapping[str, Path]
+
+
+def find_shards(source: str | Path) -> Shards:
+    """Finds the weights of a folder, or of a single ``.safetensors`` or ``.bin`` file.
+
+    Args:
+        source: Folder with ``model.safetensors``, ``pytorch_model.bin`` or an index of either; or one file.
+
+    Returns:
+        The files. Safetensors are preferred.
+
+    Raises:
+        WeightsError: Nothing there, or a shard of the index is missing.
+    """
+    path = Path(source)
+    if path.is_file():
+        return Shards((path,), {})
+    for index in (SAFE_INDEX, BIN_INDEX):
+        if (path / index).is_file():
+            where = _read_index(path / index)
+            return Shards(tuple(sorted(set(where.values()))), where)
+    for single in (SAFE_SINGLE, BIN_SINGLE):
+        if (path / single).is_file():
+            return Shards((path / single,), {})
+    raise WeightsError.at(
+        str(path),
+        f"no weights (got {_listing(path)}; wanted {SAFE_SINGLE}, {BIN_SINGLE} or an index of either)",
+        "give the folder that holds the model's shards",
+    )
+
+
 def open_weights(source: str | Path) -> WeightsStore:
     """Opens a folder of shards, or a single ``.safetensors`` or ``.bin`` file.
 
@@ -89,20 +132,10 @@ def open_weights(source: str | Path) -> WeightsStore:
     Raises:
         WeightsError: Nothing there, a shard of the index missing, or a file that cannot be read.
     """
-    path = Path(source)
-    if path.is_file():
-        return WeightsStore(path, dict.fromkeys(_open_file(path), path))
-    for index in (_SAFE_INDEX, _BIN_INDEX):
-        if (path / index).is_file():
-            return WeightsStore(path, _read_index(path / index))
-    for single in (_SAFE_SINGLE, _BIN_SINGLE):
-        if (path / single).is_file():
-            return WeightsStore(path, dict.fromkeys(_open_file(path / single), path / single))
-    raise WeightsError.at(
-        str(path),
-        f"no weights (got {_listing(path)}; wanted {_SAFE_SINGLE}, {_BIN_SINGLE} or an index of either)",
-        "give the folder that holds the model's shards",
-    )
+    shards = find_shards(source)
+    if shards.names:
+        return WeightsStore(Path(source), shards.names)
+    return WeightsStore(Path(source), {name: path for path in shards.files for name in _open_file(path)})
 
 
 def _read_index(index: Path) -> dict[str, Path]:
@@ -134,7 +167,7 @@ def _open_bin(path: Path) -> Mapping[str, Tensor]:
         # Files older than torch 1.6 are no zip archives and cannot be mapped.
         tensors = torch.load(path, map_location="cpu", mmap=zipfile.is_zipfile(path), weights_only=True)
     except Exception as error:  # torch lets through whatever the bytes provoke
-        raise _unreadable(path, error) from error
+        raise unreadable(path, error) from error
     if not isinstance(tensors, Mapping) or not all(isinstance(value, torch.Tensor) for value in tensors.values()):
         raise WeightsError.at(
             str(path), f"holds a {type(tensors).__name__}, wanted a table of tensors", "give a file of weights"
@@ -142,7 +175,8 @@ def _open_bin(path: Path) -> Mapping[str, Tensor]:
     return tensors
 
 
-def _unreadable(path: Path, error: Exception) -> WeightsError:
+def unreadable(path: Path, error: Exception) -> WeightsError:
+    """The error for a file that its library cannot open, with the library's reason."""
     reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
     fault = WeightsError.at(str(path), f"cannot be read as weights ({reason})", "fetch the file again")
     return WeightsError(str(fault), fault.faults)

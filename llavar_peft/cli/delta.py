@@ -1,0 +1,86 @@
+"""``llavar-peft delta``: the released format, made, applied and verified from disk to disk."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from llavar_peft.cli._output import say, show_progress
+
+if TYPE_CHECKING:
+    from llavar_peft.weights.delta import WeightsReport
+    from llavar_peft.weights.layout import WeightsFormat
+
+Base = Annotated[Path, typer.Option("--base", help="Folder of the LLaMA or Vicuna that the delta is taken from.")]
+Out = Annotated[Path, typer.Option("--out", help="Folder to make; must not exist.")]
+Safetensors = Annotated[
+    bool, typer.Option("--safetensors", help="Write safetensors instead of pytorch_model-*.bin as released.")
+]
+ShardGigabytes = Annotated[
+    float, typer.Option("--shard-gb", min=0.001, help="Gigabytes (10^9 bytes) of a file at most.")
+]
+
+
+def make(
+    base: Base,
+    target: Annotated[Path, typer.Option("--target", help="Folder of the LLaVAR: ours, or in the released layout.")],
+    out: Out,
+    safetensors: Safetensors = False,
+    shard_gb: ShardGigabytes = 10.0,
+) -> None:
+    """Write target - base, as LLaVAR was released."""
+    from llavar_peft.weights.delta import make_delta
+
+    with show_progress("delta") as progress:
+        report = make_delta(
+            base, target, out, form=_form(safetensors), shard_size=round(shard_gb * 1e9), progress=progress
+        )
+    _say_report(report)
+
+
+def apply(
+    base: Base,
+    delta: Annotated[Path, typer.Option("--delta", help="Folder of the delta, as released or made here.")],
+    out: Out,
+    safetensors: Safetensors = False,
+    shard_gb: ShardGigabytes = 10.0,
+    force: Annotated[bool, typer.Option("--force", help="Even if the delta was taken from another base.")] = False,
+) -> None:
+    """Write base + delta: from LLaMA-13B and the released delta to LLaVAR."""
+    from llavar_peft.weights.delta import apply_delta
+
+    with show_progress("weights") as progress:
+        report = apply_delta(
+            base, delta, out, form=_form(safetensors), shard_size=round(shard_gb * 1e9), force=force, progress=progress
+        )
+    _say_report(report)
+
+
+def verify(
+    base: Base,
+    delta: Annotated[Path, typer.Option("--delta", help="Folder of the delta.")],
+    target: Annotated[
+        Path | None, typer.Option("--target", help="Folder that base + delta should give; compared number by number.")
+    ] = None,
+) -> None:
+    """Check that a delta is undamaged, that it was taken from this base, and what it gives."""
+    from llavar_peft.weights.verify import verify_delta
+
+    with show_progress("reading") as progress:
+        check = verify_delta(base, delta, target=target, progress=progress)
+    say(f"{check.tensors} tensors, {check.elements:,} numbers, all finite; the base is right, told by {check.base}")
+    if check.compared:
+        share = check.differing / max(1, check.elements)
+        say(
+            f"{check.differing:,} numbers ({share:.2%}) of the target come back rounded, by {check.largest:.1e} at most"
+        )
+
+
+def _form(safetensors: bool) -> WeightsFormat:
+    return "safetensors" if safetensors else "bin"
+
+
+def _say_report(report: WeightsReport) -> None:
+    say(f"{report.out}: {report.tensors} tensors, {report.nbytes / 1e9:.2f} GB in {report.seconds:.0f} s")
