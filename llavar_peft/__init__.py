@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from llavar_peft.recipes import full_finetuning, load_recipe, lora, projector_pretraining
     from llavar_peft.training.trainer import Trainer
     from llavar_peft.weights.delta import apply_delta, make_delta
+    from llavar_peft.weights.merge import merge_adapter
     from llavar_peft.weights.verify import verify_delta
 
 __version__ = "0.1.0"
@@ -55,6 +56,7 @@ __all__ = [
     "load_recipe",
     "lora",
     "make_delta",
+    "merge_adapter",
     "prepare_image",
     "projector_pretraining",
     "verify_delta",
@@ -83,6 +85,7 @@ _HOMES = {
     "Trainer": "training.trainer",
     "apply_delta": "weights.delta",
     "make_delta": "weights.delta",
+    "merge_adapter": "weights.merge",
     "verify_delta": "weights.verify",
 }
 

@@ -47,6 +47,7 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
         ["recipe", "--help"],
         ["recipe", "show", "--help"],
         ["data", "check", "--help"],
+        ["merge", "--help"],
         ["delta", "make", "--help"],
         ["delta", "apply", "--help"],
         ["delta", "verify", "--help"],

@@ -13,6 +13,7 @@ from llavar_peft.cli._output import is_first_rank, say
 from llavar_peft.cli.ask import ask
 from llavar_peft.cli.data import check, inspect
 from llavar_peft.cli.delta import apply, make, verify
+from llavar_peft.cli.merge import merge
 from llavar_peft.cli.quickstart import quickstart
 from llavar_peft.cli.recipe import list_shipped, show
 from llavar_peft.cli.train import train
@@ -38,6 +39,7 @@ def build_app() -> typer.Typer:
     app.command("quickstart")(quickstart)
     app.command("train")(train)
     app.command("ask")(ask)
+    app.command("merge")(merge)
     recipes = typer.Typer(help="Recipes shipped with the package.", no_args_is_help=True)
     recipes.command("list")(list_shipped)
     recipes.command("show")(show)

@@ -10,8 +10,8 @@ import typer
 from llavar_peft.cli._output import say, show_progress
 
 if TYPE_CHECKING:
-    from llavar_peft.weights.delta import WeightsReport
     from llavar_peft.weights.layout import WeightsFormat
+    from llavar_peft.weights.writer import WeightsReport
 
 Base = Annotated[Path, typer.Option("--base", help="Folder of the LLaMA or Vicuna that the delta is taken from.")]
 Out = Annotated[Path, typer.Option("--out", help="Folder to make; must not exist.")]
@@ -27,6 +27,9 @@ def make(
     base: Base,
     target: Annotated[Path, typer.Option("--target", help="Folder of the LLaVAR: ours, or in the released layout.")],
     out: Out,
+    adapter: Annotated[
+        list[Path] | None, typer.Option("--adapter", help="Merged into the target on the way; may be given again.")
+    ] = None,
     safetensors: Safetensors = False,
     shard_gb: ShardGigabytes = 10.0,
 ) -> None:
@@ -35,9 +38,15 @@ def make(
 
     with show_progress("delta") as progress:
         report = make_delta(
-            base, target, out, form=_form(safetensors), shard_size=round(shard_gb * 1e9), progress=progress
+            base,
+            target,
+            out,
+            adapter=adapter or (),
+            form=weights_format(safetensors),
+            shard_size=round(shard_gb * 1e9),
+            progress=progress,
         )
-    _say_report(report)
+    say_report(report)
 
 
 def apply(
@@ -53,9 +62,15 @@ def apply(
 
     with show_progress("weights") as progress:
         report = apply_delta(
-            base, delta, out, form=_form(safetensors), shard_size=round(shard_gb * 1e9), force=force, progress=progress
+            base,
+            delta,
+            out,
+            form=weights_format(safetensors),
+            shard_size=round(shard_gb * 1e9),
+            force=force,
+            progress=progress,
         )
-    _say_report(report)
+    say_report(report)
 
 
 def verify(
@@ -78,9 +93,11 @@ def verify(
         )
 
 
-def _form(safetensors: bool) -> WeightsFormat:
+def weights_format(safetensors: bool) -> WeightsFormat:
+    """The format that the option stands for."""
     return "safetensors" if safetensors else "bin"
 
 
-def _say_report(report: WeightsReport) -> None:
+def say_report(report: WeightsReport) -> None:
+    """Prints what was written."""
     say(f"{report.out}: {report.tensors} tensors, {report.nbytes / 1e9:.2f} GB in {report.seconds:.0f} s")

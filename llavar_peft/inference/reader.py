@@ -16,12 +16,10 @@ from llavar_peft.models.build import build_model
 from llavar_peft.models.processing import LlavarProcessor
 from llavar_peft.models.reading import read_pictures
 from llavar_peft.types import ImageMode
-from llavar_peft.weights.adapter import BASE_FILE, load_adapter_weights
+from llavar_peft.weights.adapter import ADAPTER_CONFIG, BASE_FILE, load_adapter_weights
 
 if TYPE_CHECKING:
     from PIL.Image import Image
-
-_ADAPTER_CONFIG = "adapter_config.json"
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,7 +108,7 @@ def load_reader(
     import torch
 
     model = _inside_run(Path(model))
-    if adapter is None and (model / _ADAPTER_CONFIG).is_file():
+    if adapter is None and (model / ADAPTER_CONFIG).is_file():
         adapter = model
         base = _base_of(Path(adapter))
     else:

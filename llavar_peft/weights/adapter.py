@@ -9,6 +9,7 @@ from llavar_peft.errors import WeightsError
 from llavar_peft.weights.store import open_weights
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
+ADAPTER_CONFIG = "adapter_config.json"
 BASE_FILE = "base.json"
 """Beside an adapter: the ``ModelConfig`` of what it is an adapter of."""
 

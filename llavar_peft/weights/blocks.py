@@ -135,3 +135,22 @@ def _fill(file: FileIO, tensor: Tensor, entry: TensorEntry) -> None:
 def where_of(entry: TensorEntry) -> str:
     """How messages call a tensor."""
     return f"{Path(entry.path)}:{entry.name}"
+
+
+def blame(name: str, *entries: TensorEntry | None) -> WeightsError:
+    """The error for a result that is not finite: which file holds such numbers, or that fp16 is too small.
+
+    Args:
+        name: The tensor.
+        *entries: What it was made from.
+
+    Returns:
+        The error, to be raised.
+    """
+    for entry in entries:
+        fault = first_not_finite(read_blocks(entry), where_of(entry)) if entry is not None else None
+        if fault is not None:
+            return WeightsError(str(fault), (fault,))
+    where = " and ".join(where_of(entry) for entry in entries if entry is not None)
+    fault = Fault(where, f"{name} comes out too large for fp16", "use weights that belong together")
+    return WeightsError(str(fault), (fault,))

@@ -8,49 +8,24 @@ and the projector, are the target's own.
 from __future__ import annotations
 
 import json
-import time
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llavar_peft.errors import ConfigError, Fault, WeightsError
 from llavar_peft.weights import names
-from llavar_peft.weights.blocks import count_not_finite, first_not_finite, read_blocks, where_of
-from llavar_peft.weights.fingerprint import differences, read_fingerprint, take_fingerprint
+from llavar_peft.weights.blocks import blame, count_not_finite, read_blocks
+from llavar_peft.weights.fingerprint import take_fingerprint
 from llavar_peft.weights.layout import RELEASED_SHARD_SIZE, TensorSpec, WeightsFormat
-from llavar_peft.weights.lineage import Lineage, trace_lineage
+from llavar_peft.weights.merge import MergedTensors
+from llavar_peft.weights.pairing import FINGERPRINT_FILE, check_base, check_pair
 from llavar_peft.weights.released import ReleasedView, copy_companions, view_as_released
 from llavar_peft.weights.stream import Progress, stream
-from llavar_peft.weights.table import TensorEntry
-from llavar_peft.weights.writer import FolderWriter
+from llavar_peft.weights.updates import read_adapter
+from llavar_peft.weights.writer import FolderWriter, WeightsReport
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-FINGERPRINT_FILE = "fingerprints.json"
-"""Fingerprints: of ``base`` and ``target`` beside a delta, of ``base`` and ``delta`` beside what was made from one."""
-_GROWS = (names.RELEASED_EMBEDDINGS, names.HEAD)
-_VERBATIM = (names.RELEASED_PROJECTOR_WEIGHT, names.RELEASED_PROJECTOR_BIAS)
-_SHOWN = 6
-
-
-@dataclass(frozen=True, slots=True)
-class WeightsReport:
-    """What was written.
-
-    Attributes:
-        out: The folder.
-        tensors: How many.
-        nbytes: Bytes of their numbers.
-        seconds: How long it took.
-    """
-
-    out: Path
-    tensors: int
-    nbytes: int
-    seconds: float
 
 
 def make_delta(
@@ -58,6 +33,7 @@ def make_delta(
     target: str | Path,
     out: str | Path,
     *,
+    adapter: str | Path | Sequence[str | Path] = (),
     form: WeightsFormat = "bin",
     shard_size: int = RELEASED_SHARD_SIZE,
     progress: Progress | None = None,
@@ -70,6 +46,8 @@ def make_delta(
         base: Folder of a LLaMA or a Vicuna.
         target: Folder of a LLaVAR: a checkpoint of ours, or one in the released layout.
         out: Folder to make; must not exist.
+        adapter: One adapter's folder, or several, merged into the target on the way, one after another: the delta is
+            that of the merged model in fp16, which is never written itself.
         form: ``"bin"``, as released, or ``"safetensors"``.
         shard_size: Bytes of a file at most.
         progress: Told after each tensor how many bytes are written, and of how many.
@@ -85,13 +63,18 @@ def make_delta(
     """
     old, new = view_as_released(base), view_as_released(target)
     check_pair(old, new)
+    folders = [adapter] if isinstance(adapter, (str, Path)) else list(adapter)
+    merged = MergedTensors(new.table, names.from_released, [read_adapter(folder) for folder in folders])
 
     def blocks(name: str) -> Iterator[Tensor]:
-        whole = read_blocks(new.table[name])
-        return combined(whole, _blocks_of(old, name), sign=-1)
+        return combined(merged.blocks(name, "float16"), _blocks_of(old, name), sign=-1)
 
-    prints = {"base": take_fingerprint(old.table, old.config), "target": take_fingerprint(new.table, new.config)}
-    return _write(Path(out), old, new, blocks, prints, form, shard_size, progress)
+    prints = {"base": take_fingerprint(old.table, old.config)}
+    if not folders:  # what a merge comes to is not known before it is made
+        prints["target"] = take_fingerprint(new.table, new.config)
+    plan = repr((merged.identity(), _identity(old, new)))
+    writer = FolderWriter(Path(out), _specs(new), form=form, shard_size=shard_size, plan=plan)
+    return _write(writer, old, new, blocks, prints, progress)
 
 
 def apply_delta(
@@ -136,81 +119,10 @@ def apply_delta(
         return combined(whole, _blocks_of(old, name), sign=1)
 
     prints = {"base": take_fingerprint(old.table, old.config), "delta": take_fingerprint(step.table, step.config)}
-    return _write(Path(out), old, step, blocks, prints, form, shard_size, progress)
-
-
-def check_base(old: ReleasedView, step: ReleasedView) -> str:
-    """Refuses a base that a delta was not taken from.
-
-    Args:
-        old: The base.
-        step: The delta.
-
-    Returns:
-        How it was told: ``"fingerprint"``, or for a delta that has none ``"statistics"``, those of ``lineage``.
-
-    Raises:
-        WeightsError: It is another base; says what gave it away.
-    """
-    known = read_fingerprint(step.folder / FINGERPRINT_FILE)
-    if known is not None and "base" in known:
-        found = differences(known["base"], take_fingerprint(old.table, old.config))
-        if found:
-            raise _wrong_base(old, step, f"its fingerprint differs in {_some(found)}")
-        return "fingerprint"
-    lineage = trace_lineage(old.table, step.table)
-    if not lineage.fits:
-        raise _wrong_base(old, step, _evidence(lineage))
-    return "statistics"
-
-
-def _evidence(lineage: Lineage) -> str:
-    share = lineage.off / lineage.tested
-    where = f", most in {_some(list(lineage.tensors))}" if lineage.tensors else ""
-    return f"{share:.2%} of {lineage.tested} sampled differences cannot have come from these numbers{where}"
-
-
-def _wrong_base(old: ReleasedView, step: ReleasedView, why: str) -> WeightsError:
-    fault = Fault(
-        str(old.folder),
-        f"not the base that {step.folder} was taken from: {why}",
-        "give the original base (LLaVAR's is LLaMA-13B, not Vicuna), unchanged; or force it and get other weights",
+    writer = FolderWriter(
+        Path(out), _specs(step), form=form, shard_size=shard_size, plan="apply" + _identity(old, step)
     )
-    return WeightsError(str(fault), (fault,))
-
-
-def check_pair(old: ReleasedView, new: ReleasedView) -> None:
-    """Refuses a base and a target (or delta) that do not have the same tensors, but for what LLaVA adds to LLaMA.
-
-    Args:
-        old: The base.
-        new: The target or delta: may have the projector besides, and more rows of the embeddings and the head.
-
-    Raises:
-        WeightsError: Names what is missing, unknown or misshapen, on either side.
-
-    Source: the assertions of LLaVAR, llava/model/make_delta.py and apply_delta.py.
-    """
-    mend = "give the base that the other was trained from"
-    absent = [name for name in old.table if name not in new.table]
-    unknown = [name for name in new.table if name not in old.table and name not in _VERBATIM]
-    faults = [
-        Fault(str(view.folder), f"{len(found)} tensors of {other.folder} are missing: {_some(found)}", mend)
-        for view, other, found in ((new, old, absent), (old, new, unknown))
-        if found
-    ]
-    for name, entry in new.table.items():
-        if name in old.table and not _fits(name, old.table[name].shape, entry.shape):
-            what = f"does not fit {new.folder} (got {list(old.table[name].shape)}, wanted {list(entry.shape)})"
-            faults.append(Fault(f"{old.folder}:{name}", what, mend))
-    if faults:
-        shown = faults[:_SHOWN]
-        more = [f"and {len(faults) - _SHOWN} more"] if len(faults) > _SHOWN else []
-        raise WeightsError("\n".join([*map(str, shown), *more]), faults)
-
-
-def _fits(name: str, old: tuple[int, ...], new: tuple[int, ...]) -> bool:
-    return old == new or (name in _GROWS and old[1:] == new[1:] and old[0] <= new[0])
+    return _write(writer, old, step, blocks, prints, progress)
 
 
 def _blocks_of(view: ReleasedView, name: str) -> Iterator[Tensor]:
@@ -240,21 +152,13 @@ def combined(whole: Iterator[Tensor], base: Iterator[Tensor], *, sign: int) -> I
 
 
 def _write(
-    out: Path,
+    writer: FolderWriter,
     old: ReleasedView,
     new: ReleasedView,
-    blocks: Any,
+    blocks: Callable[[str], Iterator[Tensor]],
     prints: Mapping[str, Any],
-    form: WeightsFormat,
-    shard_size: int,
     progress: Progress | None,
 ) -> WeightsReport:
-    started = time.perf_counter()
-    if out.exists():
-        raise ConfigError.at(str(out), "exists already", "remove it, or give another folder")
-    specs = [TensorSpec(name, entry.shape, "float16") for name, entry in new.table.items()]
-    writer = FolderWriter(out, specs, form=form, shard_size=shard_size, plan=_identity(old, new))
-
     def checked(name: str) -> Iterator[Tensor]:
         for block in blocks(name):
             if count_not_finite(block):
@@ -265,33 +169,13 @@ def _write(
     staged = writer.finish()
     copy_companions(new, staged)
     (staged / FINGERPRINT_FILE).write_text(json.dumps(prints) + "\n", encoding="utf-8")
-    writer.settle()
-    return WeightsReport(out, len(specs), writer.total, time.perf_counter() - started)
+    return writer.settle()
+
+
+def _specs(view: ReleasedView) -> list[TensorSpec]:
+    return [TensorSpec(name, entry.shape, "float16") for name, entry in view.table.items()]
 
 
 def _identity(*views: ReleasedView) -> str:
     files = sorted({entry.path.resolve() for view in views for entry in view.table.values()})
     return repr([(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in files])
-
-
-def blame(name: str, *entries: TensorEntry | None) -> WeightsError:
-    """The error for a result that is not finite: which file holds such numbers, or that fp16 is too small.
-
-    Args:
-        name: The tensor.
-        *entries: What it was made from.
-
-    Returns:
-        The error, to be raised.
-    """
-    for entry in entries:
-        fault = first_not_finite(read_blocks(entry), where_of(entry)) if entry is not None else None
-        if fault is not None:
-            return WeightsError(str(fault), (fault,))
-    where = " and ".join(where_of(entry) for entry in entries if entry is not None)
-    fault = Fault(where, f"{name} comes out too large for fp16", "use weights that belong together")
-    return WeightsError(str(fault), (fault,))
-
-
-def _some(found: list[str]) -> str:
-    return ", ".join(found[:_SHOWN]) + (f", and {len(found) - _SHOWN} more" if len(found) > _SHOWN else "")

@@ -55,7 +55,7 @@ def view_as_released(folder: str | Path) -> ReleasedView:
         WeightsError: Weights that are missing, cut off, or quantized.
     """
     path = Path(folder)
-    config = _read_config(path)
+    config = read_model_config(path)
     kind = config.get("model_type")
     if kind == MODEL_TYPE:
         rename, flat = names.to_released, flatten_config(config)
@@ -80,7 +80,18 @@ def _without_buffers(name: str) -> str | None:
     return None if names.from_released(name) is None else name
 
 
-def _read_config(folder: Path) -> dict[str, Any]:
+def read_model_config(folder: Path) -> dict[str, Any]:
+    """Reads a model's ``config.json``.
+
+    Args:
+        folder: Of the model.
+
+    Returns:
+        Its content.
+
+    Raises:
+        ConfigError: No such folder or file, or no JSON object.
+    """
     path = folder / "config.json"
     try:
         config = json.loads(path.read_text(encoding="utf-8"))

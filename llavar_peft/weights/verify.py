@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llavar_peft.errors import Fault, WeightsError
-from llavar_peft.weights.blocks import count_not_finite, read_blocks, where_of
-from llavar_peft.weights.delta import blame, check_base, check_pair, combined
+from llavar_peft.weights.blocks import blame, count_not_finite, read_blocks, where_of
+from llavar_peft.weights.delta import combined
+from llavar_peft.weights.pairing import check_base, check_pair
 from llavar_peft.weights.released import ReleasedView, view_as_released
 from llavar_peft.weights.stream import Progress
 from llavar_peft.weights.table import TensorEntry

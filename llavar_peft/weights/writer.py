@@ -8,14 +8,16 @@ import json
 import os
 import shutil
 import threading
+import time
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
 from llavar_peft.durable import settle_folder, write_text
-from llavar_peft.errors import EnvironmentFaultError, WeightsError
+from llavar_peft.errors import ConfigError, EnvironmentFaultError, WeightsError
 from llavar_peft.weights.blocks import tensor_bytes
 from llavar_peft.weights.layout import TensorSpec, WeightsFormat, index_of, lay_out, places, plan_shards, seal
 from llavar_peft.weights.table import CHECKSUMS_FILE, TensorEntry
@@ -26,6 +28,23 @@ if TYPE_CHECKING:
 _JOURNAL = ".journal"
 _SYNC_AFTER = 1 << 29
 """Bytes written before they are synced and entered in the journal: what a crash can cost."""
+
+
+@dataclass(frozen=True, slots=True)
+class WeightsReport:
+    """What was written.
+
+    Attributes:
+        out: The folder.
+        tensors: How many.
+        nbytes: Bytes of their numbers.
+        seconds: How long it took.
+    """
+
+    out: Path
+    tensors: int
+    nbytes: int
+    seconds: float
 
 
 class FolderWriter:
@@ -42,12 +61,16 @@ class FolderWriter:
         plan: What the tensors are made from; with other inputs nothing of an earlier attempt is used.
 
     Raises:
+        ConfigError: The folder exists.
         EnvironmentFaultError: Another process is at work on the same folder, or it cannot be written to.
     """
 
     def __init__(
         self, out: Path, specs: Sequence[TensorSpec], *, form: WeightsFormat, shard_size: int, plan: str
     ) -> None:
+        if out.exists():
+            raise ConfigError.at(str(out), "exists already", "remove it, or give another folder")
+        self._started = time.perf_counter()
         self.out, self.staged = out, out.with_name(f".{out.name}.part")
         self._form, self._shards = form, plan_shards(specs, form, shard_size)
         self._specs = {spec.name: spec for spec in specs}
@@ -137,12 +160,17 @@ class FolderWriter:
                 write_text(self.staged / CHECKSUMS_FILE, json.dumps(self._checksums, indent=0) + "\n")
         return self.staged
 
-    def settle(self) -> None:
-        """Lets the folder appear under its name."""
+    def settle(self) -> WeightsReport:
+        """Lets the folder appear under its name.
+
+        Returns:
+            What was written.
+        """
         with _disk_errors(self.staged):
             self._journal.close()
             (self.staged / _JOURNAL).unlink()
             settle_folder(self.staged, self.out)
+        return WeightsReport(self.out, len(self._specs), self.total, time.perf_counter() - self._started)
 
     def _open(self) -> IO[str]:
         journal = self.staged / _JOURNAL

@@ -14,7 +14,7 @@ import torch
 
 from llavar_peft import apply_delta, make_delta, verify_delta
 from llavar_peft.errors import WeightsError
-from llavar_peft.weights.delta import FINGERPRINT_FILE
+from llavar_peft.weights.pairing import FINGERPRINT_FILE
 from llavar_peft.weights.store import open_weights
 
 pytestmark = pytest.mark.parity

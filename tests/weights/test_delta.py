@@ -17,7 +17,8 @@ from torch import Tensor
 
 from llavar_peft import cli
 from llavar_peft.errors import ConfigError, EnvironmentFaultError, InterruptedRunError, LlavarError, WeightsError
-from llavar_peft.weights.delta import FINGERPRINT_FILE, apply_delta, make_delta
+from llavar_peft.weights.delta import apply_delta, make_delta
+from llavar_peft.weights.pairing import FINGERPRINT_FILE
 from llavar_peft.weights.store import open_weights
 from llavar_peft.weights.table import CHECKSUMS_FILE
 from llavar_peft.weights.verify import verify_delta

@@ -1,0 +1,205 @@
+"""What an adapter does to each tensor of its base, read from its files as ``peft`` wrote them.
+
+Source: peft, tuners/lora/layer.py (``get_delta_weight``), tuners/lora/variants.py (DoRA), tuners/trainable_tokens.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from llavar_peft.errors import ConfigError, Fault, WeightsError
+from llavar_peft.weights.adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from llavar_peft.weights.blocks import first_not_finite
+from llavar_peft.weights.store import open_weights
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+_PREFIX = "base_model.model."
+_A, _B, _MAGNITUDE = ".lora_A.weight", ".lora_B.weight", ".lora_magnitude_vector"
+_ROWS = ".token_adapter.trainable_tokens_delta"
+# Settings under which the tensors mean something else than what is computed here.
+_UNKNOWN = (
+    "fan_in_fan_out", "lora_bias", "layer_replication", "target_parameters", "use_qalora", "use_bdlora",
+    "alora_invocation_tokens", "megatron_config", "arrow_config", "kasa_config", "velora_config", "monteclora_config",
+)  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class LowRank:
+    """W + scale B A; with a magnitude m (DoRA), each row of that brought to the length m."""
+
+    a: Tensor
+    b: Tensor
+    scale: float
+    magnitude: Tensor | None = None
+
+    def applied(self, rows: Tensor, start: int) -> Tensor:
+        """The update on some rows.
+
+        Args:
+            rows: fp32, shape (rows, in).
+            start: Number of the first of them in the tensor.
+
+        Returns:
+            fp32, the same shape.
+        """
+        import torch
+
+        stop = start + rows.shape[0]
+        moved: Tensor = torch.addmm(rows, self.b[start:stop], self.a, alpha=self.scale)
+        if self.magnitude is None:
+            return moved
+        length = torch.linalg.norm(moved, dim=1)
+        scaled: Tensor = moved * (self.magnitude[start:stop] / length)[:, None]
+        return scaled
+
+    def fits(self, shape: tuple[int, ...]) -> bool:
+        """Whether a tensor of this shape can take the update."""
+        return shape == (self.b.shape[0], self.a.shape[1])
+
+
+@dataclass(frozen=True, slots=True)
+class Replacement:
+    """A tensor that was trained in full."""
+
+    value: Tensor
+
+    def applied(self, rows: Tensor, start: int) -> Tensor:
+        """The update on some rows: they are not looked at."""
+        return self.value[start : start + rows.shape[0]]
+
+    def fits(self, shape: tuple[int, ...]) -> bool:
+        """Whether a tensor of this shape can take the update."""
+        return shape == tuple(self.value.shape)
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """Rows that were trained in full."""
+
+    indices: Tensor
+    value: Tensor
+
+    def applied(self, rows: Tensor, start: int) -> Tensor:
+        """The update on some rows."""
+        inside = (self.indices >= start) & (self.indices < start + rows.shape[0])
+        return rows.index_copy(0, self.indices[inside] - start, self.value[inside])
+
+    def fits(self, shape: tuple[int, ...]) -> bool:
+        """Whether a tensor of this shape can take the update."""
+        return len(shape) == 2 and shape[1] == self.value.shape[1] and int(self.indices.max()) < shape[0]
+
+
+Update = LowRank | Replacement | Rows
+
+
+@dataclass(frozen=True, slots=True)
+class Adapter:
+    """An adapter on disk.
+
+    Attributes:
+        folder: Where it lies.
+        settings: Its ``adapter_config.json``.
+        updates: What it does, by our name of the base's tensor.
+    """
+
+    folder: Path
+    settings: Mapping[str, Any]
+    updates: Mapping[str, Update] = field(repr=False)
+
+
+def read_adapter(folder: str | Path) -> Adapter:
+    """Reads an adapter whole; it is small beside its base.
+
+    Args:
+        folder: With ``adapter_config.json`` and ``adapter_model.safetensors``.
+
+    Returns:
+        Its updates in fp32.
+
+    Raises:
+        ConfigError: Not an adapter, or one of a kind that is not computed here.
+        WeightsError: A tensor that is not understood, missing its partner, or not finite.
+    """
+    path = Path(folder)
+    settings = _read_settings(path)
+    tensors = {name: tensor.float() for name, tensor in open_weights(path / ADAPTER_WEIGHTS).items()}
+    faults = [
+        fault
+        for name, tensor in tensors.items()
+        if (fault := first_not_finite([tensor], f"{path / ADAPTER_WEIGHTS}:{name}")) is not None
+    ]
+    updates: dict[str, Update] = {}
+    for name in tensors:
+        target, update = _update_of(name, tensors, settings)
+        if update is not None:
+            updates[target] = update
+        elif target == "":
+            what = "not understood as part of an adapter"
+            faults.append(Fault(f"{path / ADAPTER_WEIGHTS}:{name}", what, "save the adapter again with peft"))
+    if faults:
+        raise WeightsError("\n".join(map(str, faults)), faults)
+    return Adapter(path, settings, updates)
+
+
+def _update_of(name: str, tensors: Mapping[str, Tensor], settings: Mapping[str, Any]) -> tuple[str, Update | None]:
+    """Our name of the tensor that a stored one changes, and how; no update for the parts that come with another."""
+    import torch
+
+    if not name.startswith(_PREFIX):
+        return "", None
+    plain = name.removeprefix(_PREFIX)
+    if name.endswith(_A):
+        stem = name.removesuffix(_A)
+        if stem + _B not in tensors:
+            return "", None
+        target = plain.removesuffix(_A)
+        low = LowRank(tensors[name], tensors[stem + _B], _scale(target, settings), tensors.get(stem + _MAGNITUDE))
+        return f"{target}.weight", low
+    if name.endswith((_B, _MAGNITUDE)):
+        partner = name.removesuffix(_B).removesuffix(_MAGNITUDE) + _A
+        return (plain if partner in tensors else ""), None
+    if name.endswith(_ROWS):
+        target = plain.removesuffix(_ROWS)
+        indices = settings["trainable_token_indices"]
+        chosen = indices[target.rsplit(".", 1)[-1]] if isinstance(indices, Mapping) else indices
+        return f"{target}.weight", Rows(torch.tensor(chosen), tensors[name])
+    saved = settings.get("modules_to_save") or ()
+    return (plain, Replacement(tensors[name])) if plain.rsplit(".", 2)[-2] in saved else ("", None)
+
+
+def _scale(module: str, settings: Mapping[str, Any]) -> float:
+    from peft.utils.other import get_pattern_key
+
+    ranks, alphas = settings.get("rank_pattern") or {}, settings.get("alpha_pattern") or {}
+    rank = float(ranks.get(get_pattern_key(ranks.keys(), module), settings["r"]))
+    alpha = float(alphas.get(get_pattern_key(alphas.keys(), module), settings["lora_alpha"]))
+    return alpha / (rank**0.5 if settings.get("use_rslora") else rank)
+
+
+def _read_settings(folder: Path) -> dict[str, Any]:
+    path = folder / ADAPTER_CONFIG
+    try:
+        settings = json.loads(path.read_text(encoding="utf-8"))
+        kind = settings["peft_type"]
+    except FileNotFoundError:
+        what = "no such folder" if not folder.is_dir() else f"no {ADAPTER_CONFIG} in it"
+        raise ConfigError.at(str(folder), what, "give an adapter's folder") from None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ConfigError.at(
+            str(path), f"not readable as peft's settings ({error!r})", "fetch the file again"
+        ) from error
+    unknown = [key for key in _UNKNOWN if settings.get(key)]
+    if settings.get("bias", "none") != "none":
+        unknown.append("bias")
+    if kind != "LORA" or unknown:
+        got = f"peft_type {kind}" if kind != "LORA" else f"with {', '.join(unknown)}"
+        raise ConfigError.at(
+            str(path), f"an adapter of a kind that is not merged here (got {got})", "merge it with peft itself"
+        )
+    return dict(settings)
