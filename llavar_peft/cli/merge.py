@@ -26,6 +26,7 @@ def merge(
         bool, typer.Option("--bin", help="Write pytorch_model-*.bin, as LLaVAR was released, instead of safetensors.")
     ] = False,
     shard_gb: ShardGigabytes = 5.0,
+    force: Annotated[bool, typer.Option("--force", help="Even if an adapter was trained on another base.")] = False,
 ) -> None:
     """Merge adapters into their base, from disk to disk."""
     from llavar_peft.weights.merge import merge_adapter
@@ -39,6 +40,7 @@ def merge(
             dtype=dtype,
             form="bin" if as_bin else "safetensors",
             shard_size=round(shard_gb * 1e9),
+            force=force,
             progress=progress,
         )
     say_report(report)

@@ -13,6 +13,7 @@ from llavar_peft.config import Attention, Dtype, ModelConfig, Quantization
 from llavar_peft.data.images import open_image
 from llavar_peft.errors import ConfigError
 from llavar_peft.models.build import build_model
+from llavar_peft.models.fingerprints import check_base_of_adapter
 from llavar_peft.models.processing import LlavarProcessor
 from llavar_peft.models.reading import read_pictures
 from llavar_peft.types import ImageMode
@@ -116,6 +117,8 @@ def load_reader(
     if quantize is None and adapter is not None:
         quantize = _base_settings(Path(adapter)).get("quantize")
     config = dataclasses.replace(base, quantize=quantize, dtype=dtype, attention=attention)
+    if adapter is not None:
+        check_base_of_adapter(Path(adapter), config)
     place = device or ("cuda" if torch.cuda.is_available() else "cpu")
     built, processor = build_model(config, device=place)
     opened: Any = built

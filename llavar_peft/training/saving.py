@@ -13,10 +13,12 @@ from torch import Tensor, nn
 from llavar_peft.config import Lora, ModelConfig, Projector, Tune
 from llavar_peft.constants import PROJECTOR_SAFETENSORS
 from llavar_peft.durable import write_json
+from llavar_peft.models.fingerprints import fingerprint_base
 from llavar_peft.models.sources import read_checkpoint, read_parts
 from llavar_peft.models.tuning import EmbeddingWithTrainedRows, is_quantized
 from llavar_peft.weights import names
 from llavar_peft.weights.adapter import BASE_FILE, load_adapter_weights
+from llavar_peft.weights.pairing import FINGERPRINT_FILE
 from llavar_peft.weights.projector import lay_projector, save_projector
 from llavar_peft.weights.store import open_weights
 from llavar_peft.weights.strict import check_tensors
@@ -57,6 +59,7 @@ def save_whole(
         model.save_pretrained(str(folder), save_embedding_layers=False)
         model.get_base_model().config.save_pretrained(str(folder))
         write_json(folder / BASE_FILE, dataclasses.asdict(base))
+        write_json(folder / FINGERPRINT_FILE, {"base": fingerprint_base(base)})
     elif is_quantized(model):
         model.config.save_pretrained(str(folder))
     else:

@@ -18,7 +18,7 @@ from llavar_peft.weights.blocks import blame, count_not_finite, read_blocks
 from llavar_peft.weights.fingerprint import take_fingerprint
 from llavar_peft.weights.layout import RELEASED_SHARD_SIZE, TensorSpec, WeightsFormat
 from llavar_peft.weights.merge import MergedTensors
-from llavar_peft.weights.pairing import FINGERPRINT_FILE, check_base, check_pair
+from llavar_peft.weights.pairing import FINGERPRINT_FILE, check_adapter_base, check_base, check_pair
 from llavar_peft.weights.released import ReleasedView, copy_companions, view_as_released
 from llavar_peft.weights.stream import Progress, stream
 from llavar_peft.weights.updates import read_adapter
@@ -63,7 +63,9 @@ def make_delta(
     """
     old, new = view_as_released(base), view_as_released(target)
     check_pair(old, new)
-    folders = [adapter] if isinstance(adapter, (str, Path)) else list(adapter)
+    folders = [Path(adapter)] if isinstance(adapter, (str, Path)) else [Path(one) for one in adapter]
+    for folder in folders[:1]:
+        check_adapter_base(folder, lambda: take_fingerprint(new.table, new.config), str(target))
     merged = MergedTensors(new.table, names.from_released, [read_adapter(folder) for folder in folders])
 
     def blocks(name: str) -> Iterator[Tensor]:

@@ -14,8 +14,10 @@ from llavar_peft.errors import ConfigError, Fault, WeightsError
 from llavar_peft.weights import names
 from llavar_peft.weights.adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from llavar_peft.weights.blocks import blame, count_not_finite, read_blocks
+from llavar_peft.weights.fingerprint import take_fingerprint
 from llavar_peft.weights.layout import RELEASED_SHARD_SIZE, TensorSpec, WeightsFormat
-from llavar_peft.weights.released import read_model_config
+from llavar_peft.weights.pairing import check_adapter_base
+from llavar_peft.weights.released import read_model_config, view_as_released
 from llavar_peft.weights.store import BIN_INDEX, SAFE_INDEX
 from llavar_peft.weights.stream import Progress, stream
 from llavar_peft.weights.table import CHECKSUMS_FILE, TensorEntry, read_table, torch_dtype
@@ -29,7 +31,7 @@ _SHOWN = 6
 _COMPANIONS = ("*.json", "*.model", "*.jinja", "*.txt")
 
 
-def merge_adapter(
+def merge_adapter(  # noqa: PLR0913 - each is a choice of the caller's
     base: str | Path,
     adapter: str | Path | Sequence[str | Path],
     out: str | Path,
@@ -38,6 +40,7 @@ def merge_adapter(
     dtype: str | None = None,
     form: WeightsFormat = "safetensors",
     shard_size: int = RELEASED_SHARD_SIZE,
+    force: bool = False,
     progress: Progress | None = None,
 ) -> WeightsReport:
     """Writes a base with adapters merged into it, in the base's own layout.
@@ -54,6 +57,7 @@ def merge_adapter(
         dtype: Of the result, by torch's name; None keeps each tensor's own.
         form: ``"safetensors"``, or ``"bin"`` as LLaVAR was released.
         shard_size: Bytes of a file at most.
+        force: Go on with a base of the right shape that the adapters were not trained on.
         progress: Told after each tensor how many bytes are written, and of how many.
 
     Returns:
@@ -66,10 +70,13 @@ def merge_adapter(
         EnvironmentFaultError: The disk is full, or another process writes the same folder.
     """
     folder = Path(base)
+    folders = [Path(adapter)] if isinstance(adapter, (str, Path)) else [Path(one) for one in adapter]
+    # One after another, the second may have been trained on what the first made of the base.
+    for one in () if force else folders if weights is not None else folders[:1]:
+        check_adapter_base(one, lambda: _fingerprint(folder), str(folder))
     config = read_model_config(folder)
     ours = _same if config.get("model_type") == MODEL_TYPE else names.from_released
     table = {name: entry for name, entry in read_table(folder).items() if ours(name) is not None}
-    folders = [adapter] if isinstance(adapter, (str, Path)) else list(adapter)
     merged = MergedTensors(table, ours, [read_adapter(one) for one in folders], weights)
     specs = [TensorSpec(name, entry.shape, dtype or entry.dtype) for name, entry in table.items()]
     plan = repr([merged.identity(), weights, dtype])
@@ -179,6 +186,11 @@ def check_landing(adapters: Sequence[Adapter], table: Mapping[str | None, Tensor
                 faults.append(Fault(where, text, "use it on the base it was trained on"))
     if faults:
         raise WeightsError("\n".join(map(str, faults)), faults)
+
+
+def _fingerprint(folder: Path) -> dict[str, Any]:
+    view = view_as_released(folder)
+    return take_fingerprint(view.table, view.config)
 
 
 def _same(name: str) -> str:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
 from llavar_peft.errors import Fault, WeightsError
 from llavar_peft.weights import names
 from llavar_peft.weights.fingerprint import differences, read_fingerprint, take_fingerprint
@@ -38,6 +42,29 @@ def check_base(old: ReleasedView, step: ReleasedView) -> str:
     if not lineage.fits:
         raise _wrong_base(old, step, _evidence(lineage))
     return "statistics"
+
+
+def check_adapter_base(adapter: Path, base_print: Callable[[], Mapping[str, Any]], base: str) -> None:
+    """Refuses a base that an adapter was not trained on. An adapter without a fingerprint tells nothing.
+
+    Args:
+        adapter: Its folder.
+        base_print: Takes the base's fingerprint.
+        base: What to call the base.
+
+    Raises:
+        WeightsError: Another base; says what gave it away.
+    """
+    known = read_fingerprint(adapter / FINGERPRINT_FILE)
+    if known is None or "base" not in known:
+        return
+    found = [line for line in differences(known["base"], base_print()) if not line.endswith("(not expected)")]
+    if found:
+        raise WeightsError.at(
+            str(base),
+            f"not the base that {adapter} was trained on: its fingerprint differs in {_some(found)}",
+            "give the base it was trained on, unchanged",
+        )
 
 
 def _evidence(lineage: Lineage) -> str:

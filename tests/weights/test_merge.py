@@ -112,7 +112,7 @@ def test_several_adapters(checkpoint: Path, tmp_path: Path) -> None:
     wanted = {name: base[name] + 0.25 * (one[name] - base[name]) + 2.0 * (two[name] - base[name]) for name in base}
     assert _farthest(tmp_path / "weighted", wanted) < 1e-6
     merge_adapter(checkpoint, both, tmp_path / "sequence")
-    merge_adapter(tmp_path / "only1", tmp_path / "2", tmp_path / "by hand")
+    merge_adapter(tmp_path / "only1", tmp_path / "2", tmp_path / "by hand", force=True)
     assert _farthest(tmp_path / "sequence", dict(open_weights(tmp_path / "by hand"))) < 1e-6
     with pytest.raises(ConfigError, match="one for each adapter"):
         merge_adapter(checkpoint, both, tmp_path / "three", weights=[1.0])
@@ -137,6 +137,22 @@ def test_an_adapter_of_another_shape_is_refused_by_name(checkpoint: Path, tmp_pa
             merge_adapter(checkpoint, tmp_path / "adapter", tmp_path / "out")
         assert named in str(raised.value)
         assert not (tmp_path / "out").exists()
+
+
+def test_an_adapter_of_another_base_is_refused(checkpoint: Path, tmp_path: Path) -> None:
+    _train_nothing_but_move(tmp_path / "adapter", checkpoint, _VARIANTS["lora"])
+    merge_adapter(checkpoint, tmp_path / "adapter", tmp_path / "other")  # the same shapes, other numbers
+    for attempt in (
+        lambda: merge_adapter(tmp_path / "other", tmp_path / "adapter", tmp_path / "out"),
+        lambda: make_delta(
+            TINY_PARTS / "language_model", tmp_path / "other", tmp_path / "out", adapter=tmp_path / "adapter"
+        ),
+        lambda: load_reader(tmp_path / "other", adapter=tmp_path / "adapter"),
+    ):
+        with pytest.raises(WeightsError, match=r"not the base that .* was trained on"):
+            attempt()
+    assert not (tmp_path / "out").exists()
+    load_reader(checkpoint, adapter=tmp_path / "adapter")
 
 
 def test_from_adapter_to_delta_without_the_merged_model(checkpoint: Path, tmp_path: Path) -> None:
