@@ -15,15 +15,18 @@ from random import Random
 from typing import TypeAlias
 
 import torch
-from grid import CHARACTERS, SIDE, Cells, Line, fill_cells
+from grid import BLANK, CELL, CHARACTERS, SIDE, Cells, Line, fill_cells
 from optimizers import make_optimizers
 from tokenizer import make_tokenizer
 from torch import Tensor, nn
-from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import CLIPImageProcessorPil, GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from llavar_peft.constants import ASSISTANT_ROLE, IGNORE_INDEX, SYSTEM_PROMPT, USER_ROLE
+from llavar_peft.constants import IGNORE_INDEX, USER_ROLE
+from llavar_peft.data import encode_record
 from llavar_peft.data.layouts import KINDS, TextLine, draw_layout
 from llavar_peft.data.synthetic import OCR_INSTRUCTIONS
+from llavar_peft.models.processing import LlavarProcessor
+from llavar_peft.models.tokenizer import add_image_tokens, load_tokenizer
 
 HIDDEN, HEADS, LAYERS, MLP = 128, 4, 4, 256
 EMBEDDING_STD = 0.5
@@ -67,8 +70,8 @@ def random_layout(rng: Random, repeats: float) -> tuple[Cells, str]:
     return fill_cells(lines), " ".join(words)
 
 
-def make_sample(tokenizer: PreTrainedTokenizerFast, rng: Random, *, system: bool, repeats: float) -> Sample:
-    """One conversation about one page, in LLaVA's template, with labels on the answers and their `</s>`."""
+def make_sample(processor: LlavarProcessor, rng: Random, *, system: bool, repeats: float) -> Sample:
+    """One conversation about one page, encoded as any training record is; at will without the system prompt."""
     if rng.random() < 0.3:
         cells, transcript = random_layout(rng, repeats)
         pairs: list[tuple[str, str]] = [(rng.choice(OCR_INSTRUCTIONS), transcript)]
@@ -82,27 +85,24 @@ def make_sample(tokenizer: PreTrainedTokenizerFast, rng: Random, *, system: bool
         pairs = [(question, write(answer)) for question, answer in layout.questions]
         pairs.append((rng.choice(OCR_INSTRUCTIONS), " ".join(line.text for line in lines)))
         rng.shuffle(pairs)
-    before = rng.random() < 0.5
-    ids, labels = [tokenizer.bos_token_id], [IGNORE_INDEX]
+    turns: list[dict[str, str]] = []
+    for question, answer in pairs:
+        turns += [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
+    turns[0]["value"] = rng.choice(("<image>\n{}", "{}\n<image>")).format(turns[0]["value"])
+    example = encode_record({"id": "", "image": "page.png", "conversations": turns}, processor, 2048)
+    ids, labels = example.input_ids.tolist(), example.labels.tolist()
+    if not system:
+        role = ids.index(processor.tokenizer.convert_tokens_to_ids(f"▁{USER_ROLE}"))
+        ids, labels = [ids[0], *ids[role:]], [labels[0], *labels[role:]]
+    return ids, labels, ids.index(processor.image_token_id) - 1, cells
 
-    def add(text: str, *, answer: bool = False) -> None:
-        new = tokenizer.encode(text, add_special_tokens=False) + ([tokenizer.eos_token_id] if answer else [])
-        ids.extend(new)
-        labels.extend(new if answer else [IGNORE_INDEX] * len(new))
 
-    start = 0
-    for number, (question, answer) in enumerate(pairs):
-        prefix = f"{SYSTEM_PROMPT} {USER_ROLE}:" if system and not number else f"{USER_ROLE}:"
-        if number:
-            add(f"{prefix} {question} {ASSISTANT_ROLE}:")
-        else:
-            add(prefix if before else f"{prefix} {question}\n")
-            start = len(ids)
-            ids.extend([0] * (SIDE * SIDE + 2))
-            labels.extend([IGNORE_INDEX] * (SIDE * SIDE + 2))
-            add(f"\n{question} {ASSISTANT_ROLE}:" if before else f"{ASSISTANT_ROLE}:")
-        add(answer, answer=True)
-    return ids, labels, start, cells
+def page_processor(directory: Path) -> LlavarProcessor:
+    """What encodes conversations about pages: a picture has as many patches as a page has cells."""
+    tokenizer = load_tokenizer(directory)
+    add_image_tokens(tokenizer)
+    size = {"height": SIDE * CELL, "width": SIDE * CELL}
+    return LlavarProcessor(CLIPImageProcessorPil(crop_size=size), tokenizer, patch_size=CELL)
 
 
 class PageEmbedder:
@@ -130,17 +130,29 @@ class PageEmbedder:
             tokens[n, : len(ids)] = torch.tensor(ids)
             labels[n, : len(ids)] = torch.tensor(wanted)
             mask[n, : len(ids)] = 1
-        embeds = self.table(tokens)
-        blank = self.table(self.ids[-1])
+        embeds = self.table(tokens.masked_fill(tokens >= self.table.num_embeddings, 0))
         border = self.table.weight.detach().mean(0)
         scale = 1 + 0.15 * torch.randn(len(samples), 1, 1, generator=self.generator)
         for n, (_, _, start, cells) in enumerate(samples):
             embeds[n, start] = embeds[n, start + 1 + SIDE * SIDE] = border
-            share = torch.tensor(cells[1])[:, None]
-            page = share * self.table(self.ids[torch.tensor(cells[0])]) + (1 - share) * blank
-            noise = EMBEDDING_STD * 0.25 * torch.randn(page.shape, generator=self.generator)
-            embeds[n, start + 1 : start + 1 + SIDE * SIDE] = page * scale[n] + noise
+            embeds[n, start + 1 : start + 1 + SIDE * SIDE] = self._page(cells) * scale[n]
         return embeds, mask, labels
+
+    def _page(self, cells: Cells) -> Tensor:
+        """A page as a projector will give it: some letters weak, some half another's, ghosts in a few empty cells."""
+
+        def draw(*size: int) -> Tensor:
+            return torch.rand(*size, generator=self.generator)
+
+        classes, share = torch.tensor(cells[0]), torch.tensor(cells[1])
+        share = share * torch.where(draw(len(share)) < 0.1, 1 - 0.5 * draw(len(share)), 1.0)
+        doubt = 0.4 * draw(len(share)) * (draw(len(share)) < torch.where(classes == BLANK, 0.01, 0.15))
+        other = torch.randint(len(CHARACTERS), (len(share),), generator=self.generator)
+        parts = [(1 - share) * (1 - doubt), share * (1 - doubt), doubt]
+        pieces = [torch.full_like(classes, BLANK), classes, other]
+        page = sum(part[:, None] * self.table(self.ids[kind]) for part, kind in zip(parts, pieces, strict=True))
+        assert isinstance(page, Tensor)
+        return page + EMBEDDING_STD * 0.25 * torch.randn(page.shape, generator=self.generator)
 
 
 @torch.no_grad()
@@ -176,6 +188,7 @@ def make_language_model(directory: Path, *, steps: tuple[int, int], batch: int, 
     torch.manual_seed(seed)
     asked = {q for kind in KINDS for n in range(400) for q, _ in draw_layout(kind, Random(f"{kind}/{n}")).questions}
     tokenizer = make_tokenizer(directory, sorted(asked))
+    processor = page_processor(directory)
     config = LlamaConfig(
         vocab_size=len(tokenizer), hidden_size=HIDDEN, intermediate_size=MLP, num_hidden_layers=LAYERS,
         num_attention_heads=HEADS, num_key_value_heads=HEADS, max_position_embeddings=2048, rms_norm_eps=1e-6,
@@ -188,11 +201,11 @@ def make_language_model(directory: Path, *, steps: tuple[int, int], batch: int, 
 
     def first(step: int) -> list[Sample]:
         rngs = [Random(f"conversation/{seed}/{step * batch + n}") for n in range(batch)]
-        return [make_sample(tokenizer, rng, system=step > 0.5 * steps[0], repeats=0.25) for rng in rngs]
+        return [make_sample(processor, rng, system=step > 0.5 * steps[0], repeats=0.25) for rng in rngs]
 
     def second(step: int) -> list[Sample]:
         rngs = [Random(f"second/{seed}/{step * batch + n}") for n in range(batch)]
-        return [make_sample(tokenizer, rng, system=True, repeats=0.5) for rng in rngs]
+        return [make_sample(processor, rng, system=True, repeats=0.5) for rng in rngs]
 
     learn(model, embed, first, steps=steps[0], rate=rate)
     model.half().float()

@@ -28,9 +28,9 @@ def main() -> None:
     parser.add_argument("--scale", type=float, default=1.0, help="share of the steps, for a trial")
     options = parser.parse_args()
     torch.use_deterministic_algorithms(True)
+    torch.set_num_threads(1)  # what a sum comes to depends on how many threads shared it
     started = time.perf_counter()
     if options.part != "language_model":
-        torch.set_num_threads(2)  # what a sum comes to depends on how many threads shared it
         make_vision_tower(
             options.out / "vision_tower",
             pages=max(32, round(12000 * options.scale)),

@@ -1,6 +1,8 @@
 """Makes the tiny CLIP vision tower: it learns which character stands in each patch of a page of random text.
 
-The loss sits on hidden state -2, the one LLaVA reads; the last layer is ballast, as it is in CLIP for LLaVA.
+The losses sit on hidden state -2, the one LLaVA reads; the last layer is ballast, as it is in CLIP for LLaVA. One loss
+asks that a linear head tells the characters apart, the other that a linear map gives each its code. The first alone
+leaves features that no projector can turn into embeddings: only the softmax after the head made them sharp.
 """
 
 import json
@@ -28,6 +30,8 @@ PLACE, OWN, STRAIGHT, CORNER = 17, 63, 20, 8
 of its four straight neighbours, and of its four diagonal ones."""
 EASY, PLAIN = 0.04, 0.01
 """Shares of the steps with pages of single letters, and, among them, in black on white."""
+CODE_WEIGHT = 10.0
+"""Weight of the squared error of the cells' codes: what the projector can make of the features is linear."""
 CLEAR = 0.9
 """Share from which a cell counts as holding its character."""
 FEATURE_RMS = 1.0
@@ -187,7 +191,9 @@ def _ahead(pages: Pages, steps: int, size: int) -> Iterator[tuple[Tensor, Tensor
             yield ready
 
 
-def make_vision_tower(directory: Path, *, pages: int, steps: int, batch: int, rate: float, seed: int) -> nn.Linear:
+def make_vision_tower(
+    directory: Path, *, pages: int, steps: int, batch: int, rate: float, seed: int
+) -> tuple[nn.Linear, nn.Linear]:
     """Train the tower and write it as a Hugging Face folder.
 
     Args:
@@ -199,7 +205,7 @@ def make_vision_tower(directory: Path, *, pages: int, steps: int, batch: int, ra
         seed: Of everything.
 
     Returns:
-        The head that reads characters off the features; it is not part of the tower.
+        The two heads that the tower learnt with: scores of the classes, and codes. Neither is part of the tower.
     """
     torch.manual_seed(seed)
     config = CLIPVisionConfig(
@@ -211,19 +217,20 @@ def make_vision_tower(directory: Path, *, pages: int, steps: int, batch: int, ra
     model = tower.vision_model if hasattr(tower, "vision_model") else tower
     every_layer = model.encoder.layers
     model.encoder.layers = every_layer[:-1]  # the last one is never read: save its time
-    head = nn.Linear(HIDDEN, BLANK + 1)
+    head, code = nn.Linear(HIDDEN, BLANK + 1), nn.Linear(HIDDEN, BLANK)
+    for parameter in code.parameters():
+        nn.init.zeros_(parameter)  # features start out large: random codes would be far off, and all there is to learn
     started = time.perf_counter()
     drawn = Pages(max(1, round(EASY * steps)) * batch, pages, seed)
     tests = [_held_out(kind, seed) for kind in (random_page, layout_page)]
     print(f"{len(drawn.pages)} pages drawn in {time.perf_counter() - started:.0f} s", flush=True)
-    parameters = [*tower.parameters(), *head.parameters()]
+    parameters = [*tower.parameters(), *head.parameters(), *code.parameters()]
     optimizers, schedules = make_optimizers(
         model.encoder.layers, parameters, rate, steps, model.embeddings.parameters()
     )
     for step, (pixels, classes, shares) in enumerate(_ahead(drawn, steps, batch)):
-        log = head(features(tower, pixels)).log_softmax(-1)
-        wanted = shares * log.gather(-1, classes[..., None])[..., 0] + 0.3 * (1 - shares) * log[..., BLANK]
-        loss = -(wanted * torch.where(classes == BLANK, 0.3, 1.0)).mean() * 2
+        seen = features(tower, pixels)
+        loss = _class_loss(head(seen), classes, shares) + CODE_WEIGHT * _code_loss(code(seen), classes, shares).mean()
         loss.backward()
         nn.utils.clip_grad_norm_(parameters, 1.0)
         for optimizer, schedule in zip(optimizers, schedules, strict=True):
@@ -232,7 +239,7 @@ def make_vision_tower(directory: Path, *, pages: int, steps: int, batch: int, ra
             optimizer.zero_grad()
         if step % 250 == 0 or step == steps - 1:
             spent = time.perf_counter() - started
-            scores = "; ".join(_score(tower, head, *test) for test in tests)
+            scores = "; ".join(_score(tower, head, code, *test) for test in tests)
             print(f"tower {step:5d} {spent:.0f} s, loss {loss.item():.3f}, held-out {scores}", flush=True)
     with torch.no_grad():
         size = features(tower, tests[0][0]).square().mean().sqrt().item()
@@ -240,7 +247,20 @@ def make_vision_tower(directory: Path, *, pages: int, steps: int, batch: int, ra
     rescale(tower, FEATURE_RMS / size)
     tower.half().save_pretrained(directory)
     write_preprocessor(directory)
-    return head
+    return head, code
+
+
+def _class_loss(scores: Tensor, classes: Tensor, shares: Tensor) -> Tensor:
+    """Cross-entropy against a cell's character and, for the rest of it, blank, which counts less."""
+    log = scores.log_softmax(-1)
+    wanted = shares * log.gather(-1, classes[..., None])[..., 0] + 0.3 * (1 - shares) * log[..., BLANK]
+    return -(wanted * torch.where(classes == BLANK, 0.3, 1.0)).mean() * 2
+
+
+def _code_loss(codes: Tensor, classes: Tensor, shares: Tensor) -> Tensor:
+    """Squared distance of each cell from its code: its share at its character's place, zero elsewhere."""
+    wanted = nn.functional.one_hot(classes, BLANK + 1)[..., :BLANK] * shares[..., None]
+    return (codes - wanted).square().sum(-1)
 
 
 def write_preprocessor(directory: Path) -> None:
@@ -272,8 +292,14 @@ def _held_out(draw: object, seed: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 @torch.no_grad()
-def _score(tower: CLIPVisionModel, head: nn.Linear, pixels: Tensor, classes: Tensor, shares: Tensor) -> str:
-    """Shares of right cells among those that clearly hold a character, and among the empty ones."""
-    guess = head(features(tower, pixels)).argmax(-1)
-    right, filled, clear = guess == classes, classes != BLANK, (classes != BLANK) & (shares > CLEAR)
-    return f"{right[clear].float().mean():.4f} of characters, {right[~filled].float().mean():.4f} of blanks"
+def _score(
+    tower: CLIPVisionModel, head: nn.Linear, code: nn.Linear, pixels: Tensor, classes: Tensor, shares: Tensor
+) -> str:
+    """Shares of right cells among those that clearly hold a character and among the empty ones; error of the codes."""
+    seen = features(tower, pixels)
+    right, filled, clear = head(seen).argmax(-1) == classes, classes != BLANK, (classes != BLANK) & (shares > CLEAR)
+    error = _code_loss(code(seen), classes, shares)
+    return (
+        f"{right[clear].float().mean():.4f} of characters, {right[~filled].float().mean():.4f} of blanks, "
+        f"codes off by {error[filled].mean():.4f} and {error[~filled].mean():.4f}"
+    )
