@@ -161,7 +161,7 @@ def quickstart_recipe(root: Path, tune: QuickstartTune, *, seed: int = 0) -> Rec
     return dataclasses.replace(preset, model=model, stages=tuple(stages), output_dir=str(root), seed=seed)
 
 
-_LORA_RATE = 5e-3
+_LORA_RATE = 2.5e-3
 
 
 def score(
