@@ -24,12 +24,12 @@ if TYPE_CHECKING:
     from llavar_peft.data.tokenize import encode_record
     from llavar_peft.models.build import build_model
     from llavar_peft.models.configuration import LlavarConfig
+    from llavar_peft.models.merging import merge_adapter
     from llavar_peft.models.modeling import LlavarForConditionalGeneration
     from llavar_peft.models.processing import LlavarProcessor
     from llavar_peft.recipes import full_finetuning, load_recipe, lora, projector_pretraining
     from llavar_peft.training.trainer import Trainer
     from llavar_peft.weights.delta import apply_delta, make_delta
-    from llavar_peft.weights.merge import merge_adapter
     from llavar_peft.weights.verify import verify_delta
 
 __version__ = "0.1.0"
@@ -85,7 +85,7 @@ _HOMES = {
     "Trainer": "training.trainer",
     "apply_delta": "weights.delta",
     "make_delta": "weights.delta",
-    "merge_adapter": "weights.merge",
+    "merge_adapter": "models.merging",
     "verify_delta": "weights.verify",
 }
 

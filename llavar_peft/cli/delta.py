@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -30,6 +30,10 @@ def make(
     adapter: Annotated[
         list[Path] | None, typer.Option("--adapter", help="Merged into the target on the way; may be given again.")
     ] = None,
+    onto: Annotated[
+        Literal["original", "dequantized"] | None,
+        typer.Option("--onto", help="For an adapter trained in 4 or 8 bits; default: what it was trained on."),
+    ] = None,
     safetensors: Safetensors = False,
     shard_gb: ShardGigabytes = 10.0,
 ) -> None:
@@ -42,6 +46,7 @@ def make(
             target,
             out,
             adapter=adapter or (),
+            onto=onto,
             form=weights_format(safetensors),
             shard_size=round(shard_gb * 1e9),
             progress=progress,

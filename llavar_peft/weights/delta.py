@@ -8,19 +8,20 @@ and the projector, are the target's own.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llavar_peft.weights import names
 from llavar_peft.weights.blocks import blame, count_not_finite, read_blocks
 from llavar_peft.weights.fingerprint import take_fingerprint
 from llavar_peft.weights.layout import RELEASED_SHARD_SIZE, TensorSpec, WeightsFormat
-from llavar_peft.weights.merge import MergedTensors
+from llavar_peft.weights.merge import MergedTensors, Onto, choose_rounding
+from llavar_peft.weights.merge_base import released_merge_base
 from llavar_peft.weights.pairing import FINGERPRINT_FILE, check_adapter_base, check_base, check_pair
 from llavar_peft.weights.released import ReleasedView, copy_companions, view_as_released
-from llavar_peft.weights.stream import Progress, stream
+from llavar_peft.weights.stream import Blocks, Progress, stream
 from llavar_peft.weights.updates import read_adapter
 from llavar_peft.weights.writer import FolderWriter, WeightsReport
 
@@ -34,6 +35,7 @@ def make_delta(
     out: str | Path,
     *,
     adapter: str | Path | Sequence[str | Path] = (),
+    onto: Onto | None = None,
     form: WeightsFormat = "bin",
     shard_size: int = RELEASED_SHARD_SIZE,
     progress: Progress | None = None,
@@ -47,7 +49,9 @@ def make_delta(
         target: Folder of a LLaVAR: a checkpoint of ours, or one in the released layout.
         out: Folder to make; must not exist.
         adapter: One adapter's folder, or several, merged into the target on the way, one after another: the delta is
-            that of the merged model in fp16, which is never written itself.
+            that of the merged model in fp16, which is never written itself. With one, the target may be the plain
+            language model that it was trained on.
+        onto: For adapters of a quantized base, as ``merge_adapter`` takes it.
         form: ``"bin"``, as released, or ``"safetensors"``.
         shard_size: Bytes of a file at most.
         progress: Told after each tensor how many bytes are written, and of how many.
@@ -66,7 +70,11 @@ def make_delta(
     folders = [Path(adapter)] if isinstance(adapter, (str, Path)) else [Path(one) for one in adapter]
     for folder in folders[:1]:
         check_adapter_base(folder, lambda: take_fingerprint(new.table, new.config), str(target))
-    merged = MergedTensors(new.table, names.from_released, [read_adapter(folder) for folder in folders])
+    adapters = [read_adapter(folder) for folder in folders]
+    _, rounding = choose_rounding(folders, onto)
+    merged = MergedTensors(released_merge_base(new, adapters), adapters, rounding=rounding)
+    new = replace(new, config=dict(merged.base.config))
+    specs = [TensorSpec(name, shape, "float16") for name, shape in merged.base.shapes.items()]
 
     def blocks(name: str) -> Iterator[Tensor]:
         return combined(merged.blocks(name, "float16"), _blocks_of(old, name), sign=-1)
@@ -74,9 +82,9 @@ def make_delta(
     prints = {"base": take_fingerprint(old.table, old.config)}
     if not folders:  # what a merge comes to is not known before it is made
         prints["target"] = take_fingerprint(new.table, new.config)
-    plan = repr((merged.identity(), _identity(old, new)))
-    writer = FolderWriter(Path(out), _specs(new), form=form, shard_size=shard_size, plan=plan)
-    return _write(writer, old, new, blocks, prints, progress)
+    plan = repr((merged.identity(), rounding, _identity(old, new)))
+    writer = FolderWriter(Path(out), specs, form=form, shard_size=shard_size, plan=plan)
+    return _write(writer, {spec.name: partial(blocks, spec.name) for spec in specs}, (old, new), prints, progress)
 
 
 def apply_delta(
@@ -121,10 +129,10 @@ def apply_delta(
         return combined(whole, _blocks_of(old, name), sign=1)
 
     prints = {"base": take_fingerprint(old.table, old.config), "delta": take_fingerprint(step.table, step.config)}
-    writer = FolderWriter(
-        Path(out), _specs(step), form=form, shard_size=shard_size, plan="apply" + _identity(old, step)
-    )
-    return _write(writer, old, step, blocks, prints, progress)
+    specs = [TensorSpec(name, entry.shape, "float16") for name, entry in step.table.items()]
+    plan = "apply" + _identity(old, step)
+    writer = FolderWriter(Path(out), specs, form=form, shard_size=shard_size, plan=plan)
+    return _write(writer, {spec.name: partial(blocks, spec.name) for spec in specs}, (old, step), prints, progress)
 
 
 def _blocks_of(view: ReleasedView, name: str) -> Iterator[Tensor]:
@@ -155,27 +163,22 @@ def combined(whole: Iterator[Tensor], base: Iterator[Tensor], *, sign: int) -> I
 
 def _write(
     writer: FolderWriter,
-    old: ReleasedView,
-    new: ReleasedView,
-    blocks: Callable[[str], Iterator[Tensor]],
+    tensors: Mapping[str, Blocks],
+    sources: tuple[ReleasedView, ReleasedView],
     prints: Mapping[str, Any],
     progress: Progress | None,
 ) -> WeightsReport:
     def checked(name: str) -> Iterator[Tensor]:
-        for block in blocks(name):
+        for block in tensors[name]():
             if count_not_finite(block):
-                raise blame(name, old.table.get(name), new.table[name])
+                raise blame(name, *(view.table.get(name) for view in sources))
             yield block
 
-    stream(writer, {name: partial(checked, name) for name in new.table}, progress)
+    stream(writer, {name: partial(checked, name) for name in tensors}, progress)
     staged = writer.finish()
-    copy_companions(new, staged)
+    copy_companions(sources[1], staged)
     (staged / FINGERPRINT_FILE).write_text(json.dumps(prints) + "\n", encoding="utf-8")
     return writer.settle()
-
-
-def _specs(view: ReleasedView) -> list[TensorSpec]:
-    return [TensorSpec(name, entry.shape, "float16") for name, entry in view.table.items()]
 
 
 def _identity(*views: ReleasedView) -> str:

@@ -20,7 +20,7 @@ from llavar_peft.weights.strict import check_tensors
 if TYPE_CHECKING:
     from torch import Tensor
 
-_TRAINED_ROWS = 2
+TRAINED_ROWS = 2
 """``<im_start>`` and ``<im_end>``, the last two rows of the embeddings."""
 
 
@@ -36,6 +36,27 @@ def lay_projector(tensors: dict[str, Tensor], source: str | Path) -> None:
     Raises:
         WeightsError: A tensor is missing, unknown or misshapen.
     """
+    stored = read_projector(source)
+    embeddings = stored.pop(names.EMBEDDINGS, None)
+    wanted = {name: tuple(tensors[name].shape) for name in (names.PROJECTOR_WEIGHT, names.PROJECTOR_BIAS)}
+    check_tensors(stored, wanted, where=str(source))
+    tensors.update(stored)
+    if embeddings is not None:
+        tensors[names.EMBEDDINGS] = _with_rows(tensors[names.EMBEDDINGS], embeddings, Path(source))
+
+
+def read_projector(source: str | Path) -> dict[str, Tensor]:
+    """Reads a stage-1 file.
+
+    Args:
+        source: ``mm_projector.bin`` or ``.safetensors``, or the folder that stage 1 wrote it to.
+
+    Returns:
+        Its tensors by our names, unchecked.
+
+    Raises:
+        WeightsError: No such file, or not readable.
+    """
     path = Path(source)
     if path.is_dir():
         found = [path / name for name in (PROJECTOR_SAFETENSORS, PROJECTOR_BIN) if (path / name).is_file()]
@@ -44,27 +65,21 @@ def lay_projector(tensors: dict[str, Tensor], source: str | Path) -> None:
         path = found[0]
     elif not path.is_file():
         raise WeightsError.at(str(path), "no such file", "give the mm_projector.bin that stage 1 wrote")
-    stored = {names.from_released(name) or name: tensor for name, tensor in open_weights(path).items()}
-    embeddings = stored.pop(names.EMBEDDINGS, None)
-    wanted = {name: tuple(tensors[name].shape) for name in (names.PROJECTOR_WEIGHT, names.PROJECTOR_BIAS)}
-    check_tensors(stored, wanted, where=str(path))
-    tensors.update(stored)
-    if embeddings is not None:
-        tensors[names.EMBEDDINGS] = _with_rows(tensors[names.EMBEDDINGS], embeddings, path)
+    return {names.from_released(name) or name: tensor for name, tensor in open_weights(path).items()}
 
 
 def _with_rows(whole: Tensor, rows: Tensor, path: Path) -> Tensor:
     rows_fit = rows.ndim == whole.ndim and rows.shape[1] == whole.shape[1]
-    if not rows_fit or rows.shape[0] not in (whole.shape[0], _TRAINED_ROWS):
+    if not rows_fit or rows.shape[0] not in (whole.shape[0], TRAINED_ROWS):
         raise WeightsError.at(
             f"{path}:{names.RELEASED_EMBEDDINGS}",
-            f"misshapen (got {list(rows.shape)}, wanted {list(whole.shape)} or [{_TRAINED_ROWS}, {whole.shape[1]}])",
+            f"misshapen (got {list(rows.shape)}, wanted {list(whole.shape)} or [{TRAINED_ROWS}, {whole.shape[1]}])",
             "give a projector that was trained for this language model",
         )
     # Only the last two: stage 1 trains no others, and the original's loader takes no others.
     import torch
 
-    return torch.cat([whole[:-_TRAINED_ROWS].float(), rows[-_TRAINED_ROWS:].float()])
+    return torch.cat([whole[:-TRAINED_ROWS].float(), rows[-TRAINED_ROWS:].float()])
 
 
 def save_projector(directory: str | Path, weight: Tensor, bias: Tensor, embeddings: Tensor) -> None:

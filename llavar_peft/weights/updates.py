@@ -58,6 +58,30 @@ class LowRank:
         scaled: Tensor = moved * (self.magnitude[start:stop] / length)[:, None]
         return scaled
 
+    def output(self, x: Tensor, before: Tensor, rows: Tensor, start: int) -> Tensor:
+        """What a linear layer gives with the update beside its weight, as ``peft`` computes it before a merge.
+
+        Args:
+            x: The layer's input, fp32, shape (tokens, in).
+            before: Its output at some of its rows without the update, shape (tokens, rows).
+            rows: Those rows of its weight without the update, fp32, shape (rows, in).
+            start: Number of the first of them.
+
+        Returns:
+            Shape (tokens, rows).
+
+        Source: peft, tuners/lora/layer.py (``Linear.forward``), tuners/lora/dora.py.
+        """
+        import torch
+
+        stop = start + rows.shape[0]
+        moved: Tensor = before + self.scale * ((x @ self.a.T) @ self.b[start:stop].T)
+        if self.magnitude is None:
+            return moved
+        length = torch.linalg.norm(rows + self.scale * (self.b[start:stop] @ self.a), dim=1)
+        scaled: Tensor = moved * (self.magnitude[start:stop] / length)
+        return scaled
+
     def fits(self, shape: tuple[int, ...]) -> bool:
         """Whether a tensor of this shape can take the update."""
         return shape == (self.b.shape[0], self.a.shape[1])

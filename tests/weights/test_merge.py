@@ -11,16 +11,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-import llavar_peft
 from llavar_peft import ModelConfig, apply_delta, build_model, cli, make_delta, merge_adapter
 from llavar_peft.config import Lora
 from llavar_peft.errors import ConfigError, WeightsError
 from llavar_peft.inference import load_reader
-from llavar_peft.models.tuning import finish, prepare_for
-from llavar_peft.training.saving import save_whole
+from llavar_peft.models.tuning import finish
 from llavar_peft.weights.store import open_weights
+from tests.weights.adapters import TINY_PARTS, save_moved_adapter
 
-TINY_PARTS = Path(llavar_peft.__file__).parent / "assets/tiny"
 _VARIANTS = {
     "lora": Lora(rank=4, alpha=8, dropout=0.0),
     "rslora": Lora(rank=4, alpha=8, dropout=0.0, variant="rslora"),
@@ -47,17 +45,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def _train_nothing_but_move(folder: Path, checkpoint: Path, tune: Lora, *, seed: int = 0) -> Any:
-    """An adapter whose every trained number was moved, saved as a run saves it; returns peft's model."""
-    base = ModelConfig(checkpoint=str(checkpoint), dtype="float32")
-    model, processor = build_model(base)
-    wrapped = prepare_for(model, tune)
-    generator = torch.Generator().manual_seed(seed)
-    for parameter in wrapped.parameters():
-        if parameter.requires_grad:
-            parameter.data += torch.randn(parameter.shape, generator=generator) * 0.03
-    folder.mkdir(parents=True)
-    save_whole(wrapped, processor, folder, state={}, tune=tune, base=base)
-    return wrapped
+    return save_moved_adapter(folder, ModelConfig(checkpoint=str(checkpoint), dtype="float32"), tune, seed=seed)
 
 
 def _farthest(folder: Path, wanted: dict[str, Tensor]) -> float:
