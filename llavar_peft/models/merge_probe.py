@@ -21,7 +21,8 @@ from llavar_peft.models.configuration import llama_config_from_released
 from llavar_peft.models.tokenizer import load_tokenizer
 from llavar_peft.weights import names
 from llavar_peft.weights.blocks import read_blocks
-from llavar_peft.weights.merge import MergedTensors, MergePlan
+from llavar_peft.weights.merge import MergePlan
+from llavar_peft.weights.merged_tensors import MergedTensors
 from llavar_peft.weights.table import read_table
 from llavar_peft.weights.updates import LowRank
 

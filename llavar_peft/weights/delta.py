@@ -17,8 +17,9 @@ from typing import TYPE_CHECKING, Any
 from llavar_peft.weights.blocks import blame, count_not_finite, read_blocks
 from llavar_peft.weights.fingerprint import take_fingerprint
 from llavar_peft.weights.layout import RELEASED_SHARD_SIZE, TensorSpec, WeightsFormat
-from llavar_peft.weights.merge import MergedTensors, Onto, choose_rounding
+from llavar_peft.weights.merge import Onto, choose_rounding
 from llavar_peft.weights.merge_base import released_merge_base
+from llavar_peft.weights.merged_tensors import MergedTensors
 from llavar_peft.weights.pairing import FINGERPRINT_FILE, check_adapter_base, check_base, check_pair
 from llavar_peft.weights.released import ReleasedView, copy_companions, view_as_released
 from llavar_peft.weights.stream import Blocks, Progress, stream
