@@ -85,7 +85,10 @@ def make_delta(
         prints["target"] = take_fingerprint(new.table, new.config)
     plan = repr((merged.identity(), rounding, _identity(old, new)))
     writer = FolderWriter(Path(out), specs, form=form, shard_size=shard_size, plan=plan)
-    return _write(writer, {spec.name: partial(blocks, spec.name) for spec in specs}, (old, new), prints, progress)
+    tensors = {spec.name: partial(blocks, spec.name) for spec in specs}
+    # An adapter's tokenizer has the image tokens, its plain language model's has not.
+    tokenizers = (*reversed(merged.base.companions), old.folder)
+    return _write(writer, tensors, (old, new), tokenizers, prints, progress)
 
 
 def apply_delta(
@@ -133,7 +136,8 @@ def apply_delta(
     specs = [TensorSpec(name, entry.shape, "float16") for name, entry in step.table.items()]
     plan = "apply" + _identity(old, step)
     writer = FolderWriter(Path(out), specs, form=form, shard_size=shard_size, plan=plan)
-    return _write(writer, {spec.name: partial(blocks, spec.name) for spec in specs}, (old, step), prints, progress)
+    tensors = {spec.name: partial(blocks, spec.name) for spec in specs}
+    return _write(writer, tensors, (old, step), (step.folder, old.folder), prints, progress)
 
 
 def _blocks_of(view: ReleasedView, name: str) -> Iterator[Tensor]:
@@ -166,6 +170,7 @@ def _write(
     writer: FolderWriter,
     tensors: Mapping[str, Blocks],
     sources: tuple[ReleasedView, ReleasedView],
+    tokenizers: Sequence[Path],
     prints: Mapping[str, Any],
     progress: Progress | None,
 ) -> WeightsReport:
@@ -177,7 +182,7 @@ def _write(
 
     stream(writer, {name: partial(checked, name) for name in tensors}, progress)
     staged = writer.finish()
-    copy_companions(sources[1], staged)
+    copy_companions(sources[1], staged, tokenizers)
     (staged / FINGERPRINT_FILE).write_text(json.dumps(prints) + "\n", encoding="utf-8")
     return writer.settle()
 

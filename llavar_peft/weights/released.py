@@ -4,19 +4,27 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llavar_peft.constants import MODEL_TYPE, RELEASED_MODEL_TYPE
+from llavar_peft.constants import (
+    ADDED_TOKENS,
+    BOS_TOKEN,
+    EOS_TOKEN,
+    MODEL_TYPE,
+    PAD_TOKEN,
+    RELEASED_MODEL_TYPE,
+    UNK_TOKEN,
+)
 from llavar_peft.errors import ConfigError, WeightsError
 from llavar_peft.weights import names
 from llavar_peft.weights.table import TensorEntry, read_table
 
+_TOKENIZER_MODEL, _ADDED_FILE = "tokenizer.model", "added_tokens.json"
 _TOKENIZER_FILES = (
-    "tokenizer.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
-    "generation_config.json",
+    _TOKENIZER_MODEL, "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", _ADDED_FILE,
 )  # fmt: skip
 _TEXT_FIELDS = (
     "bos_token_id", "eos_token_id", "hidden_act", "hidden_size", "initializer_range", "intermediate_size",
@@ -146,16 +154,56 @@ def flatten_config(config: Mapping[str, Any]) -> dict[str, Any]:
     )
 
 
-def copy_companions(view: ReleasedView, staged: Path) -> None:
-    """Copies what belongs to a model besides its weights: configuration, tokenizer, generation settings.
+def copy_companions(view: ReleasedView, staged: Path, tokenizers: Sequence[Path]) -> None:
+    """Writes what belongs to a model besides its weights: configuration, tokenizer, generation settings.
+
+    The original's code opens a ``tokenizer.model`` and nothing else. Where the model has none and another of the
+    folders does, that one is taken, with the image tokens beside it as the original saves them.
 
     Args:
         view: The model.
         staged: The folder in the making.
+        tokenizers: Folders with tokenizers, the model's own first.
     """
     config = {**view.config, "torch_dtype": "float16"}
     config.pop("dtype", None)
     (staged / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    for name in (*_TOKENIZER_FILES, "generation_config.json"):
+        if (tokenizers[0] / name).is_file():
+            shutil.copyfile(tokenizers[0] / name, staged / name)
+    model = next((folder / _TOKENIZER_MODEL for folder in tokenizers if (folder / _TOKENIZER_MODEL).is_file()), None)
+    complete = (staged / _TOKENIZER_MODEL).is_file() and (staged / _ADDED_FILE).is_file()
+    if model is not None and config.get("model_type") == RELEASED_MODEL_TYPE and not complete:
+        _write_released_tokenizer(model, staged, config)
+
+
+def _write_released_tokenizer(model: Path, staged: Path, config: Mapping[str, Any]) -> None:
+    """Replaces the tokenizer's files. Source: those of the released LLaVAR delta."""
     for name in _TOKENIZER_FILES:
-        if (view.folder / name).is_file():
-            shutil.copyfile(view.folder / name, staged / name)
+        (staged / name).unlink(missing_ok=True)
+    shutil.copyfile(model, staged / _TOKENIZER_MODEL)
+    added = ADDED_TOKENS if config.get("mm_use_im_start_end") else ADDED_TOKENS[:1]
+    first = int(config["vocab_size"]) - len(added)
+    plain = {"lstrip": False, "normalized": True, "rstrip": False, "single_word": False}
+    special = {
+        role: {"content": content, **plain}
+        for role, content in (("bos_token", BOS_TOKEN), ("eos_token", EOS_TOKEN), ("unk_token", UNK_TOKEN))
+    }
+    settings = {
+        "add_bos_token": True,
+        "add_eos_token": False,
+        "clean_up_tokenization_spaces": False,
+        "model_max_length": config.get("max_position_embeddings", 2048),
+        "pad_token": None,
+        "padding_side": "right",
+        "sp_model_kwargs": {},
+        "tokenizer_class": "LlamaTokenizer",
+        **{role: {"__type": "AddedToken", **token} for role, token in special.items()},
+    }
+    for name, content in (
+        (_ADDED_FILE, {token: first + number for number, token in enumerate(added)}),
+        ("special_tokens_map.json", {**special, "pad_token": PAD_TOKEN}),
+        ("tokenizer_config.json", settings),
+    ):
+        text = json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False)
+        (staged / name).write_text(text + "\n", encoding="utf-8")

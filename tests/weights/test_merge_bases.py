@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -205,3 +206,25 @@ def test_two_adapters_probed(checkpoint: Path, tmp_path: Path) -> None:
     for name, weights in (("sequence", None), ("weighted", [0.5, -1.5])):
         report = merge_adapter(checkpoint, both, tmp_path / name, weights=weights)
         assert report.gaps["result"].relative < 1e-4
+
+
+# -- what belongs beside the weights ------------------------------------------------------------
+
+
+def test_a_delta_has_the_tokenizer_that_the_original_reads(checkpoint: Path, tmp_path: Path) -> None:
+    """Ours keeps a tokenizer.json; the original opens the base's tokenizer.model with the image tokens beside it."""
+    llama = tmp_path / "llama"
+    shutil.copytree(LANGUAGE_MODEL, llama)
+    (llama / "tokenizer.model").write_bytes(b"the base's own")
+    save_moved_adapter(tmp_path / "adapter", PARTS, WITH_ROWS)
+    for name, target, adapter in (("ours", checkpoint, ()), ("plain", LANGUAGE_MODEL, tmp_path / "adapter")):
+        make_delta(llama, target, tmp_path / name, adapter=adapter)
+        assert (tmp_path / name / "tokenizer.model").read_bytes() == b"the base's own"
+        added = json.loads((tmp_path / name / "added_tokens.json").read_text())
+        assert added == {"<im_patch>": 860, "<im_start>": 861, "<im_end>": 862}
+        assert (
+            json.loads((tmp_path / name / "tokenizer_config.json").read_text())["tokenizer_class"] == "LlamaTokenizer"
+        )
+        assert not (tmp_path / name / "tokenizer.json").exists()
+    make_delta(LANGUAGE_MODEL, LANGUAGE_MODEL, tmp_path / "neither", adapter=tmp_path / "adapter")
+    assert "<im_patch>" in (tmp_path / "neither/tokenizer.json").read_text()
