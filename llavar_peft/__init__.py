@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from llavar_peft.data.tokenize import encode_record
     from llavar_peft.models.build import build_model
     from llavar_peft.models.configuration import LlavarConfig
+    from llavar_peft.models.exporting import export
     from llavar_peft.models.merging import merge_adapter
     from llavar_peft.models.modeling import LlavarForConditionalGeneration
     from llavar_peft.models.processing import LlavarProcessor
@@ -52,6 +53,7 @@ __all__ = [
     "apply_delta",
     "build_model",
     "encode_record",
+    "export",
     "full_finetuning",
     "load_recipe",
     "lora",
@@ -85,6 +87,7 @@ _HOMES = {
     "Trainer": "training.trainer",
     "apply_delta": "weights.delta",
     "make_delta": "weights.delta",
+    "export": "models.exporting",
     "merge_adapter": "models.merging",
     "verify_delta": "weights.verify",
 }

@@ -11,6 +11,7 @@ import typer
 from llavar_peft import __version__
 from llavar_peft.cli._output import is_first_rank, say
 from llavar_peft.cli.ask import ask
+from llavar_peft.cli.convert import convert
 from llavar_peft.cli.data import check, inspect
 from llavar_peft.cli.delta import apply, make, verify
 from llavar_peft.cli.merge import merge
@@ -40,6 +41,7 @@ def build_app() -> typer.Typer:
     app.command("train")(train)
     app.command("ask")(ask)
     app.command("merge")(merge)
+    app.command("convert")(convert)
     recipes = typer.Typer(help="Recipes shipped with the package.", no_args_is_help=True)
     recipes.command("list")(list_shipped)
     recipes.command("show")(show)

@@ -46,6 +46,7 @@ def load_font(name: str, size: int) -> ImageFont.FreeTypeFont:
         return ImageFont.truetype(str(file), size, layout_engine=ImageFont.Layout.BASIC)
 
 
+@lru_cache(maxsize=1 << 14)
 def text_width(text: str, name: str) -> float:
     """Measure a text.
 

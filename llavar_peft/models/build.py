@@ -19,9 +19,10 @@ from llavar_peft.config import Attention, ModelConfig, Quantization
 from llavar_peft.errors import ConfigError, MissingDependencyError
 from llavar_peft.models.configuration import LlavarConfig
 from llavar_peft.models.modeling import LlavarForConditionalGeneration
+from llavar_peft.models.parts import Parts
 from llavar_peft.models.processing import LlavarProcessor
 from llavar_peft.models.registration import register
-from llavar_peft.models.sources import Parts, read_checkpoint, read_parts, resolve_folder
+from llavar_peft.models.sources import read_checkpoint, read_parts, resolve_folder
 from llavar_peft.weights.projector import lay_projector
 from llavar_peft.weights.strict import check_tensors
 
@@ -75,7 +76,7 @@ def build_model(
         )
     _set_generation(model, parts.tokenizer)
     model.name_or_path = model.config._name_or_path = parts.source
-    processor = _processor(parts)
+    processor = processor_of(parts)
     logger.info("%s: %s weights, attention by %s", parts.source, str(dtype).removeprefix("torch."), attention)
     return model, processor
 
@@ -98,10 +99,11 @@ def load_processor(model: str, *, vision_tower: str | None = None) -> LlavarProc
     if (folder / PROCESSOR_FILE).is_file():
         opened: LlavarProcessor = LlavarProcessor.from_pretrained(folder)
         return opened
-    return _processor(read_checkpoint(ModelConfig(checkpoint=str(folder), vision_tower=vision_tower)))
+    return processor_of(read_checkpoint(ModelConfig(checkpoint=str(folder), vision_tower=vision_tower)))
 
 
-def _processor(parts: Parts) -> LlavarProcessor:
+def processor_of(parts: Parts) -> LlavarProcessor:
+    """The processor of a model read from disk."""
     return LlavarProcessor(
         image_processor=parts.image_processor,
         tokenizer=parts.tokenizer,

@@ -9,21 +9,21 @@ from __future__ import annotations
 import difflib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import CLIPVisionConfig, LlamaConfig, PreTrainedTokenizerFast
+from transformers import CLIPVisionConfig, LlamaConfig
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from llavar_peft.config import ModelConfig
 from llavar_peft.constants import IMAGE_PATCH_TOKEN, MODEL_TYPE, RELEASED_MODEL_TYPE
 from llavar_peft.errors import ConfigError, EnvironmentFaultError, WeightsError
 from llavar_peft.models.configuration import LlavarConfig, llama_config_from_released, make_config
+from llavar_peft.models.parts import Parts
 from llavar_peft.models.processing import LlavarProcessor
+from llavar_peft.models.stock import read_stock
 from llavar_peft.models.tokenizer import add_image_tokens, load_tokenizer
-from llavar_peft.types import ImageMode
 from llavar_peft.weights import names
 from llavar_peft.weights.store import open_weights
 
@@ -31,29 +31,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 _HUB_FILES = ["*.json", "*.safetensors", "*.bin", "tokenizer.model"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Parts:
-    """Everything a model is put together from.
-
-    Attributes:
-        source: What to call it in messages.
-        config: The whole model's configuration.
-        tensors: All tensors by our names, unchecked.
-        tokenizer: With the image tokens added.
-        image_processor: CLIP's, the Pillow one.
-        image_mode: How pictures are prepared in training.
-        inference_image_mode: How pictures are prepared when the model is asked.
-    """
-
-    source: str
-    config: LlavarConfig
-    tensors: dict[str, Tensor]
-    tokenizer: PreTrainedTokenizerFast
-    image_processor: CLIPImageProcessorPil
-    image_mode: ImageMode
-    inference_image_mode: ImageMode
 
 
 def read_parts(config: ModelConfig, *, seed: int) -> Parts:
@@ -106,7 +83,7 @@ def read_parts(config: ModelConfig, *, seed: int) -> Parts:
 
 
 def read_checkpoint(config: ModelConfig) -> Parts:
-    """Reads one of our checkpoints, or one in the released layout with a tower taken from elsewhere.
+    """Reads one of our checkpoints, one in the released layout with a tower taken from elsewhere, or a stock LLaVA.
 
     Args:
         config: With ``checkpoint``, and ``vision_tower`` for the released layout.
@@ -115,7 +92,7 @@ def read_checkpoint(config: ModelConfig) -> Parts:
         The checkpoint's parts.
 
     Raises:
-        ConfigError: Neither layout, or the tower is not named.
+        ConfigError: None of these layouts, or the tower is not named.
         WeightsError: A file cannot be read.
     """
     folder = resolve_folder(_named(config.checkpoint), "model.checkpoint")
@@ -125,6 +102,8 @@ def read_checkpoint(config: ModelConfig) -> Parts:
         return _read_ours(folder, config)
     if kind == RELEASED_MODEL_TYPE and "text_config" not in described:
         return _read_released(folder, described, config)
+    if kind == RELEASED_MODEL_TYPE:
+        return read_stock(folder)
     raise ConfigError.at(
         f"{folder / 'config.json'}:model_type",
         f"not a LLaVAR (got {kind!r}, wanted {MODEL_TYPE!r}, or {RELEASED_MODEL_TYPE!r} with LLaMA's fields)",

@@ -1,0 +1,282 @@
+"""A LLaVAR in three layouts: any to any to the bit, and stock transformers says the same without this package."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+
+from llavar_peft import ModelConfig, build_model, cli, export
+from llavar_peft.data.images import prepare_image
+from llavar_peft.data.synthetic import draw_picture
+from llavar_peft.errors import ConfigError, LlavarError, WeightsError
+from llavar_peft.inference import load_reader
+from llavar_peft.weights import names
+from llavar_peft.weights.stock import to_one_layer, to_two_layers
+from llavar_peft.weights.store import open_weights
+from tests.weights.adapters import LANGUAGE_MODEL, VISION_TOWER
+
+LAYOUTS = ("llavar", "original", "hf-llava")
+
+
+@pytest.fixture(scope="module")
+def layouts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The same model, fp16, in each layout."""
+    root = tmp_path_factory.mktemp("layouts")
+    parts = ModelConfig(language_model=str(LANGUAGE_MODEL), vision_tower=str(VISION_TOWER), dtype="float16")
+    model, processor = build_model(parts)
+    model.save_pretrained(root / "llavar")
+    processor.save_pretrained(root / "llavar")
+    for layout in LAYOUTS[1:]:
+        export(root / "llavar", root / layout, to=layout)  # type: ignore[arg-type]
+    return {layout: root / layout for layout in LAYOUTS}
+
+
+def _tower(layout: str) -> Path | None:
+    return VISION_TOWER if layout == "original" else None
+
+
+@pytest.mark.parametrize(("start", "end"), list(itertools.product(LAYOUTS, LAYOUTS)))
+def test_any_to_any_to_the_bit(start: str, end: str, layouts: dict[str, Path], tmp_path: Path) -> None:
+    export(layouts[start], tmp_path / "out", to=end, vision_tower=_tower(start))  # type: ignore[arg-type]
+    wanted, got = open_weights(layouts[end]), open_weights(tmp_path / "out")
+    assert set(wanted) == set(got)
+    for name, tensor in wanted.items():
+        assert tensor.dtype == got[name].dtype
+        assert torch.equal(tensor, got[name]), name
+    ids = torch.tensor([[1, 40, 41, 861, *[860] * 144, 862, 43]])
+    pixels = torch.randn(1, 3, 120, 120, generator=torch.Generator().manual_seed(0))
+    logits = []
+    for folder in (layouts["llavar"], tmp_path / "out"):
+        reader = load_reader(folder, vision_tower=str(VISION_TOWER) if end == "original" else None, dtype="float32")
+        with torch.no_grad():
+            logits.append(reader.model(input_ids=ids, pixel_values=pixels).logits)
+    assert torch.equal(*logits)
+
+
+_PLAIN = st.text(st.characters(codec="ascii", categories=["L", "N"], include_characters="_."), min_size=1, max_size=20)
+
+
+@given(_PLAIN, st.sampled_from(["model.language_model.", "model.vision_tower.", "lm_head.", names.STOCK_PROJECTOR]))
+def test_names_go_there_and_back(rest: str, stem: str) -> None:
+    name = stem + rest
+    if "inv_freq" not in name and "position_ids" not in name and not rest.startswith("vision_model."):
+        assert names.from_stock(names.to_stock(name)) == name
+        assert names.from_stock(name) == name  # as the modules of transformers 5 are called
+
+
+# -- stock transformers -------------------------------------------------------------------------
+
+_STOCK_SCRIPT = """
+import json, sys, torch
+from PIL import Image
+from transformers import AutoProcessor, LlavaForConditionalGeneration, pipeline
+folder, picture, question = sys.argv[1:4]
+image = Image.open(picture)
+processor = AutoProcessor.from_pretrained(folder)
+model, told = LlavaForConditionalGeneration.from_pretrained(folder, dtype="float32", output_loading_info=True)
+message = [{"role": "user", "content": [{"type": "text", "text": question}, {"type": "image", "image": image}]}]
+batch = processor.apply_chat_template(
+    message, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt")
+with torch.no_grad():
+    answer = model.generate(**batch, max_new_tokens=12, do_sample=False)[0, batch["input_ids"].shape[1]:]
+    logits = model(**batch).logits[0, -1]
+reader = pipeline("image-text-to-text", model=model, processor=processor)
+text = reader(text=message, max_new_tokens=12, do_sample=False, return_full_text=False)[0]["generated_text"]
+assert "llavar_peft" not in sys.modules
+print(json.dumps({
+    "type": type(processor).__name__, "told": {k: sorted(v) for k, v in told.items() if v},
+    "ids": batch["input_ids"][0].tolist(), "pixels": batch["pixel_values"].double().sum().item(),
+    "answer": answer.tolist(), "text": text, "logits": logits.tolist()}))
+"""
+
+
+@pytest.mark.parametrize("form", ["linear", "two-sided"])
+def test_stock_transformers_says_the_same(form: str, layouts: dict[str, Path], tmp_path: Path) -> None:
+    source = layouts["llavar"]
+    if form == "two-sided":
+        source = _wide(tmp_path / "wide")
+    folder = tmp_path / "stock"
+    export(source, folder, to="hf-llava", projector=form, dtype="float32")  # type: ignore[arg-type]
+    picture = draw_picture("sign", 3, 1).image
+    picture.save(tmp_path / "sign.png")
+    question = "What does the sign say?"
+    done = subprocess.run(
+        [sys.executable, "-c", _STOCK_SCRIPT, str(folder), str(tmp_path / "sign.png"), question],
+        capture_output=True, text=True, check=False, cwd=tmp_path,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    told = json.loads(done.stdout.splitlines()[-1])
+    assert (told["type"], told["told"]) == ("LlavaProcessor", {})
+    reader = load_reader(source, dtype="float32")
+    ids = reader.processor.encode_question(question)
+    pixels = prepare_image(picture, "pad", reader.processor)[None]
+    assert told["ids"] == ids[0].tolist()
+    assert told["pixels"] == pytest.approx(float(pixels.double().sum()), abs=1e-3)
+    with torch.no_grad():
+        answer = reader.model.generate(
+            input_ids=ids, pixel_values=pixels, attention_mask=torch.ones_like(ids), max_new_tokens=12, do_sample=False
+        )[0, ids.shape[1] :]
+        logits = reader.model(input_ids=ids, pixel_values=pixels).logits[0, -1]
+    assert told["answer"] == answer.tolist()
+    assert torch.allclose(torch.tensor(told["logits"]), logits, atol=1e-5)
+    tokenizer = reader.processor.tokenizer
+    assert told["text"].strip() == tokenizer.decode(answer, skip_special_tokens=True).strip()
+
+
+def _wide(folder: Path) -> Path:
+    """A model whose language model is more than twice as wide as its tower, as LLaVAR's is: 5120 and 1024."""
+    tower = CLIPVisionConfig(
+        hidden_size=48, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4, image_size=120, patch_size=10
+    )
+    text = LlamaConfig(
+        hidden_size=112, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, vocab_size=860,
+        pad_token_id=0, bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    for name, source, config in (("t", VISION_TOWER, tower), ("l", LANGUAGE_MODEL, text)):
+        from transformers import CLIPVisionModel, LlamaForCausalLM
+
+        made = CLIPVisionModel(config) if name == "t" else LlamaForCausalLM(config)
+        made.save_pretrained(folder.with_name(name))
+        for path in source.iterdir():
+            if path.name not in ("config.json", "model.safetensors"):
+                shutil.copy(path, folder.with_name(name))
+    parts = ModelConfig(
+        language_model=str(folder.with_name("l")), vision_tower=str(folder.with_name("t")), dtype="float32"
+    )
+    model, processor = build_model(parts)
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("form", ["linear", "two-sided"])
+def test_two_layers_are_the_one(form: str, dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+    weight, bias, x = (torch.randn(*shape, generator=generator).to(dtype) for shape in ((40, 16), (40,), (9, 16)))
+    layers = to_two_layers(weight, bias, form)  # type: ignore[arg-type]
+    first, second = (
+        [layers[f"{names.STOCK_PROJECTOR}{number}.{part}"] for part in ("weight", "bias")] for number in (1, 2)
+    )
+    middle = torch.nn.functional.linear(x, *first)
+    got = torch.nn.functional.linear(middle.relu() if form == "two-sided" else middle, *second)
+    wanted = torch.nn.functional.linear(x, weight, bias)
+    assert torch.allclose(got, wanted, rtol=4 * torch.finfo(dtype).eps, atol=8 * torch.finfo(dtype).eps)
+    back = to_one_layer(layers, "relu" if form == "two-sided" else "linear", "here")
+    assert torch.equal(back[0], weight)
+    assert torch.equal(back[1], bias)
+
+
+# -- what is refused ----------------------------------------------------------------------------
+
+
+def test_a_narrow_language_model_has_no_two_sided_projector(layouts: dict[str, Path], tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"twice as wide as the tower \(got 128 and 192\)"):
+        export(layouts["llavar"], tmp_path / "out", to="hf-llava", projector="two-sided")
+
+
+def test_other_llavas_are_refused(layouts: dict[str, Path], tmp_path: Path) -> None:
+    shutil.copytree(layouts["hf-llava"], tmp_path / "mlp")
+    config = json.loads((tmp_path / "mlp/config.json").read_text())
+    for key, value, message in (
+        ("projector_hidden_act", "gelu", "not one linear map"),
+        ("image_token_index", 5, "is not <im_patch>"),
+    ):
+        (tmp_path / "mlp/config.json").write_text(json.dumps({**config, key: value}))
+        with pytest.raises(LlavarError, match=message):
+            export(tmp_path / "mlp", tmp_path / "out", to="llavar")
+    (tmp_path / "mlp/config.json").write_text(json.dumps(config))
+    tensors = load_file(tmp_path / "mlp/model.safetensors")
+    tensors["multi_modal_projector.linear_2.weight"][3, 4] = 0.5
+    save_file(tensors, tmp_path / "mlp/model.safetensors", metadata={"format": "pt"})
+    (tmp_path / "mlp/weights_checksums.json").unlink(missing_ok=True)
+    with pytest.raises(WeightsError, match="not one linear map"):
+        export(tmp_path / "mlp", tmp_path / "out", to="llavar")
+    assert not (tmp_path / "out").exists()
+
+
+def test_damage_is_named(layouts: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    name = "lm_head.weight"
+    for damage, message in (("nan", "NaN"), ("cut", "model.safetensors"), ("lost", name), ("shape", name)):
+        folder = tmp_path / damage
+        shutil.copytree(layouts["llavar"], folder)
+        path = folder / "model.safetensors"
+        tensors = load_file(path)
+        if damage == "cut":
+            path.write_bytes(path.read_bytes()[:-1])
+        else:
+            if damage == "nan":
+                tensors[name][3, 4] = torch.nan
+            elif damage == "lost":
+                del tensors[name]
+            else:
+                tensors[name] = tensors[name][:, :-1].contiguous()
+            save_file(tensors, path, metadata={"format": "pt"})
+        assert cli.main(["convert", str(folder), str(tmp_path / "out"), "--to", "hf-llava"]) == 2
+        assert message in capsys.readouterr().err
+        assert not (tmp_path / "out").exists()
+        assert not (tmp_path / ".out.part").exists()
+
+
+def test_command(layouts: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source, out = str(layouts["original"]), str(tmp_path / "out")
+    assert cli.main(["convert", source, out, "--to", "llavar"]) == 2
+    assert "vision_tower" in capsys.readouterr().err
+    tower = ["--vision-tower", str(VISION_TOWER)]
+    assert (
+        cli.main(["convert", source, out, "--to", "llavar", "--dtype", "bfloat16", "--shard-gb", "0.002", *tower]) == 0
+    )
+    assert {tensor.dtype for tensor in open_weights(out).values()} == {torch.bfloat16}
+    assert len(list(Path(out).glob("model-*.safetensors"))) > 1
+    assert json.loads(Path(out, "config.json").read_text())["dtype"] == "bfloat16"
+    assert cli.main(["convert", source, out, "--to", "llavar", *tower]) == 2
+    assert "exists already" in capsys.readouterr().err
+
+
+def test_the_original_needs_its_tokenizer(
+    layouts: dict[str, Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    export(layouts["llavar"], tmp_path / "without", to="original")
+    assert "no tokenizer.model" in caplog.text
+    (tmp_path / "llama").mkdir()
+    (tmp_path / "llama/tokenizer.model").write_bytes(b"LLaMA's")
+    export(layouts["llavar"], tmp_path / "with", to="original", tokenizer=tmp_path / "llama")
+    assert (tmp_path / "with/tokenizer.model").read_bytes() == b"LLaMA's"
+    assert json.loads((tmp_path / "with/added_tokens.json").read_text())["<im_patch>"] == 860
+
+
+def test_stock_llava_itself_opens_what_transformers_saved_again(layouts: dict[str, Path], tmp_path: Path) -> None:
+    """Saved by transformers 5 under its own names, which differ from the hub's."""
+    stock = LlavaForConditionalGeneration.from_pretrained(layouts["hf-llava"])
+    shutil.copytree(layouts["hf-llava"], tmp_path / "again")
+    (tmp_path / "again/model.safetensors").unlink()
+    (tmp_path / "again/weights_checksums.json").unlink()
+    stock.save_pretrained(tmp_path / "again")
+    assert isinstance(stock.config, LlavaConfig)
+    export(tmp_path / "again", tmp_path / "ours", to="llavar")
+    wanted = open_weights(layouts["llavar"])
+    assert all(torch.equal(tensor, wanted[name]) for name, tensor in open_weights(tmp_path / "ours").items())
+
+
+def test_pictures_are_prepared_as_in_training(layouts: dict[str, Path], tmp_path: Path) -> None:
+    from transformers import AutoProcessor
+
+    stock = AutoProcessor.from_pretrained(layouts["hf-llava"])
+    ours = load_reader(layouts["llavar"]).processor
+    for size in ((300, 200), (200, 300), (90, 90), (640, 333), (50, 49)):
+        picture = Image.effect_noise(size, 90).convert("RGB")
+        got = stock.image_processor(picture, return_tensors="pt")["pixel_values"][0]
+        assert torch.equal(got, prepare_image(picture, "pad", ours))
