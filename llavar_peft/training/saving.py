@@ -58,7 +58,9 @@ def save_whole(
         # Nothing of the embeddings is saved but the rows that were trained.
         model.save_pretrained(str(folder), save_embedding_layers=False)
         model.get_base_model().config.save_pretrained(str(folder))
-        write_json(folder / BASE_FILE, dataclasses.asdict(base))
+        # What "auto" came to: a merge has to quantize the same numbers again.
+        dtype = str(model.get_input_embeddings().weight.dtype).removeprefix("torch.")
+        write_json(folder / BASE_FILE, {**dataclasses.asdict(base), "dtype": dtype})
         write_json(folder / FINGERPRINT_FILE, {"base": fingerprint_base(base)})
     elif is_quantized(model):
         model.config.save_pretrained(str(folder))
