@@ -26,5 +26,6 @@ torture:  ## Kills, corrupts and starves runs.
 gpu:  ## What needs a CUDA device.
 	$(PYTHON) -m pytest -m gpu
 
-bench:  ## Times and memory against a named peer.
+bench:  ## Times and memory against named peers.
 	$(PYTHON) benchmarks/records.py
+	$(PYTHON) benchmarks/weights.py --dry-run-13b

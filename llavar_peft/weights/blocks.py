@@ -16,8 +16,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-_CHUNK = 1 << 18
-BLOCK = 1 << 22
+BLOCK = 1 << 20
 """Elements of a block, about: a block is a number of whole rows."""
 
 
@@ -110,16 +109,10 @@ def count_not_finite(tensor: Tensor) -> int:
     """How many numbers of a tensor are NaN or infinite."""
     import torch
 
-    exponents = {torch.float16: (torch.int16, 0x7C00), torch.bfloat16: (torch.int16, 0x7F80)}
-    if tensor.dtype not in exponents:
-        return int((~torch.isfinite(tensor)).sum())
-    # isfinite of a half-precision tensor takes twenty times as long.
-    integer, bits = exponents[tensor.dtype]
-    count = 0
-    flat = tensor.reshape(-1).view(integer)
-    for start in range(0, len(flat), _CHUNK):
-        count += int(((flat[start : start + _CHUNK] & bits) == bits).sum())
-    return count
+    # Least and greatest are NaN or infinite where any number is, and take a tenth of the time of counting.
+    if tensor.numel() == 0 or all(math.isfinite(float(end)) for end in tensor.aminmax()):
+        return 0
+    return int((~torch.isfinite(tensor)).sum())
 
 
 def _fill(file: FileIO, tensor: Tensor, entry: TensorEntry) -> None:

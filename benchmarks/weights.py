@@ -1,0 +1,231 @@
+"""Deltas and merges from disk to disk: time and memory against the same in memory, and against reading and writing.
+
+    python benchmarks/weights.py [--size full] [--rounds 3] [--tasks make apply merge] [--dry-run-13b] [--out STEM]
+
+Contenders, each in a process of its own, one after another, round by round:
+
+* ours: ``make_delta``, ``apply_delta``, ``merge_adapter``;
+* in memory: the original's algorithm, both models whole in memory;
+* peft: ``from_pretrained``, ``PeftModel.from_pretrained``, ``merge_and_unload``, ``save_pretrained``;
+* loop: ours with the arithmetic left out: the same readers, writers, checksums and syncs;
+* copy: the same bytes read and written by plain system calls, one sync at the end.
+
+Before each, the pages of all inputs are dropped from the cache (``posix_fadvise``), and what is unwritten is
+written. Linux only. Needs about 14 GB of disk at full size.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from datetime import datetime, timezone
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from weights_table import run_table
+
+HERE = Path(__file__).resolve().parent
+# Not imported from weights_contenders: a child's peak is never below what its parent had resident when it forked.
+CONTENDERS = {
+    "make": ("ours", "in memory", "loop", "copy"),
+    "apply": ("ours", "in memory", "loop", "copy"),
+    "merge": ("ours", "peft", "loop", "copy"),
+}
+GOALS = (
+    ("make", "in memory", "memory", 20.0),
+    ("apply", "in memory", "memory", 20.0),
+    ("merge", "peft", "memory", 4.0),
+    ("make", "loop", "time", 1.1),
+    ("apply", "loop", "time", 1.1),
+    ("merge", "loop", "time", 1.1),
+    ("merge", "peft", "speed", 1.7),
+)
+"""Task, peer, what, and the ratio to reach: memory and speed of the peer over ours at least, time of ours at most."""
+POLL = 0.02
+
+
+def run(script: str, *arguments: str | Path) -> Any:
+    """Runs a script beside this one in a process of its own; returns what it printed as JSON."""
+    command = [sys.executable, str(HERE / script), *map(str, arguments)]
+    done = subprocess.run(command, check=False, capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(f"{' '.join(command)}\n{done.stderr[-3000:]}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def measure(task: str, name: str, work: Path) -> dict[str, float]:
+    """One contender, on inputs that are not in the cache.
+
+    Returns:
+        ``clock``, ``cpu``, ``asked``, ``read``, ``written``, ``peak`` and ``over_imports`` as the process itself says;
+        ``process`` seconds from start to exit, ``on_disk`` seconds of work until all is on disk, ``private``: peak of
+        memory that is no file's, sampled; ``load`` of the machine before.
+    """
+    drop_pages(work / "inputs")
+    before, out = os.getloadavg()[0], work / f"{task}-{name.replace(' ', '-')}"
+    command = [str(HERE / "weights_contenders.py"), task, name, *map(str, (work / "inputs", out, work / "tiny"))]
+    start = time.perf_counter()
+    with subprocess.Popen(
+        [sys.executable, *command], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as child:
+        private = Sampler(child.pid)
+        printed, complaints = child.communicate()
+        process = time.perf_counter() - start
+        private.stop()
+    if child.returncode:
+        raise SystemExit(f"{task} {name}: {complaints[-3000:]}")
+    figures: dict[str, float] = json.loads(printed.splitlines()[-1])
+    start = time.perf_counter()
+    for path in files(out):
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+    synced = time.perf_counter() - start
+    found = {"process": process, "on_disk": figures["clock"] + synced, "private": private.peak, "load": before}
+    return {**figures, **found}
+
+
+class Sampler(threading.Thread):
+    """Watches a process's private memory: ``RssAnon``, what is mapped from no file.
+
+    Args:
+        pid: Of the process.
+    """
+
+    def __init__(self, pid: int) -> None:
+        super().__init__(daemon=True)
+        self.peak = 0.0
+        self._status, self._done = Path(f"/proc/{pid}/status"), threading.Event()
+        self.start()
+
+    def run(self) -> None:
+        """Looks every fiftieth of a second, until stopped."""
+        while not self._done.wait(POLL):
+            try:
+                text = self._status.read_text()
+            except OSError:
+                return
+            if "RssAnon:" in text:
+                self.peak = max(self.peak, int(text.split("RssAnon:")[1].split()[0]) * 1024.0)
+
+    def stop(self) -> None:
+        """Ends the watch."""
+        self._done.set()
+        self.join()
+
+
+def files(folder: Path) -> Iterator[Path]:
+    """All files under a folder."""
+    return (path for path in sorted(folder.rglob("*")) if path.is_file())
+
+
+def drop_pages(folder: Path) -> None:
+    """Leaves nothing of a folder's files in the page cache, and nothing of any file to be written."""
+    os.sync()
+    for path in files(folder):
+        with path.open("rb") as file:
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def one_round(work: Path, tasks: Sequence[str]) -> tuple[dict[str, dict[str, dict[str, float]]], dict[str, Any]]:
+    """Every contender of every task once, and whether ours gave what its peer gave."""
+    found: dict[str, dict[str, dict[str, float]]] = {}
+    checks = {}
+    for task in tasks:
+        contenders, found[task] = CONTENDERS[task], {}
+        for name in contenders:
+            found[task][name] = measure(task, name, work)
+            if name in ("loop", "copy"):
+                shutil.rmtree(work / f"{task}-{name}")
+        outs = [work / f"{task}-{name.replace(' ', '-')}" for name in contenders[:2]]
+        checks[task] = run("weights_check.py", *outs, *([work / "inputs/checkpoint"] if task == "merge" else []))
+        for out in outs:
+            shutil.rmtree(out)
+    return found, checks
+
+
+def medians(rounds: list[Any]) -> dict[str, dict[str, dict[str, Any]]]:
+    """Median, least and most of every figure, by task and contender."""
+    return {
+        task: {
+            name: {
+                key: [pick(one[task][name][key] for one in rounds) for pick in (statistics.median, min, max)]
+                for key in figures
+            }
+            for name, figures in contenders.items()
+        }
+        for task, contenders in rounds[0].items()
+    }
+
+
+def ratios(rounds: list[Any]) -> list[dict[str, Any]]:
+    """Each goal and what was measured: the median of the rounds' ratios, of work alone and of whole processes."""
+    found = []
+    for task, peer, what, goal in (goal for goal in GOALS if goal[0] in rounds[0]):
+        keys = ("over_imports", "peak") if what == "memory" else ("clock", "process")
+        pairs = [[(one[task][peer][key], one[task]["ours"][key]) for one in rounds] for key in keys]
+        got = [
+            statistics.median(ours / other if what == "time" else other / ours for other, ours in pair)
+            for pair in pairs
+        ]
+        found.append({"task": task, "peer": peer, "what": what, "goal": goal, "work": got[0], "process": got[1]})
+    return found
+
+
+def about() -> dict[str, Any]:
+    """The machine and the packages, without names."""
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    packages = {name: version(name) for name in ("torch", "transformers", "peft", "safetensors", "llavar-peft")}
+    machine = {"cores": os.cpu_count(), "memory": memory, "system": platform.system(), "kind": platform.machine()}
+    threads = os.environ.get("OMP_NUM_THREADS", "as torch chooses")
+    return {"machine": machine, "python": platform.python_version(), "packages": packages, "threads": threads}
+
+
+def main() -> None:
+    """Prints the tables, and with ``--out`` writes them and the figures of every run."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--size", choices=("tiny", "small", "full"), default="full", help="0.3 MB, 0.3 or 2.3 GB a side"
+    )
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--tasks", nargs="+", choices=CONTENDERS, default=list(CONTENDERS))
+    parser.add_argument("--dry-run-13b", action="store_true", help="apply a delta of 26 GB, in sparse files")
+    parser.add_argument("--work", type=Path, help="an existing folder on the disk to measure; default: a temporary one")
+    parser.add_argument("--out", type=Path, help="writes OUT.json and OUT.md")
+    options = parser.parse_args()
+    command = " ".join(["python", "benchmarks/weights.py", *sys.argv[1:]])
+    report = {"date": datetime.now(timezone.utc).date().isoformat(), "command": command, **about()}
+    report["load_before"] = os.getloadavg()
+    with tempfile.TemporaryDirectory(prefix="weights-", dir=options.work) as folder:
+        work = Path(folder)
+        run("weights_inputs.py", work / "tiny", "tiny")
+        report["inputs"] = run("weights_inputs.py", work / "inputs", options.size)
+        both = [one_round(work, options.tasks) for _ in range(options.rounds)]
+        if options.dry_run_13b:
+            shutil.rmtree(work / "inputs")  # what it needs of the disk is its own
+            report["thirteen_b"] = run("weights_dry_run.py", work, work / "tiny", "13b")
+    rounds = [found for found, _ in both]
+    report.update(load_after=os.getloadavg(), checks=[checks for _, checks in both], rounds=rounds)
+    report.update(summary=medians(rounds), goals=ratios(rounds))
+    text = run_table(report)
+    sys.stdout.write(text)
+    if options.out:
+        options.out.parent.mkdir(parents=True, exist_ok=True)
+        options.out.with_suffix(".json").write_text(json.dumps(report, indent=1) + "\n")
+        options.out.with_suffix(".md").write_text(text)
+    if not all(check["equal"] for checks in report["checks"] for check in checks.values()):
+        raise SystemExit("the contenders' outputs differ")
+
+
+if __name__ == "__main__":
+    main()
