@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from llavar_peft.config import Lora, Quantization, Recipe
-from llavar_peft.data.layouts import KINDS
 from llavar_peft.data.synthetic import write_dataset
 from llavar_peft.errors import ConfigError
 from llavar_peft.recipes import load_recipe
@@ -214,10 +213,7 @@ def _draw(root: Path, *, seed: int) -> None:
         if not (root / "data" / folder).is_dir():
             staged = root / "data" / f".{folder}"
             shutil.rmtree(staged, ignore_errors=True)
-            # Receipts twice: to find the price in an item's row is the hardest thing asked.
-            write_dataset(
-                staged, count=count, seed=seed * 10 + number, task=task, kinds=(*KINDS, "receipt"), longest=_LONGEST
-            )
+            write_dataset(staged, count=count, seed=seed * 10 + number, task=task, longest=_LONGEST)
             staged.rename(root / "data" / folder)
 
 

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
+from llavar_peft.adapter_presets import lay_preset
 from llavar_peft.config import (
     DataConfig,
     Full,
@@ -254,12 +256,13 @@ def read_recipe(name_or_path: str | Path) -> str:
         raise ConfigError.at(where, f"cannot be read: {reason}", "give a YAML file in UTF-8") from error
 
 
-def load_recipe(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+def load_recipe(name_or_path: str | Path | None, overrides: Sequence[str] = (), *, preset: str | None = None) -> Recipe:
     """Reads a recipe and validates it once, with its overrides in place.
 
     Args:
-        name_or_path: A shipped recipe's name (see ``list_recipes``), else a YAML file's path.
+        name_or_path: A shipped recipe's name (see ``list_recipes``), else a YAML file's path; None for a preset alone.
         overrides: Each ``path=value``, e.g. ``stages.0.optim.learning_rate=1e-3``; the value is YAML.
+        preset: A ready-made way of tuning (see ``list_presets``), laid over the last stage before the overrides.
 
     Returns:
         The recipe.
@@ -267,8 +270,10 @@ def load_recipe(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Reci
     Raises:
         ConfigError: There is no such recipe, or something in it is wrong; everything that is wrong is named.
     """
-    where = str(name_or_path)
-    mapping = parse_yaml(read_recipe(name_or_path), where)
+    where = f"preset {preset}" if name_or_path is None else str(name_or_path)
+    mapping: Any = None if name_or_path is None else parse_yaml(read_recipe(name_or_path), where)
+    if preset is not None and (mapping is None or isinstance(mapping, dict)):
+        mapping = lay_preset(preset, mapping)
     if overrides and isinstance(mapping, dict):
         mapping = apply_overrides(mapping, overrides)
     return recipe_from_mapping(mapping, where)

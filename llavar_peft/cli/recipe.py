@@ -6,15 +6,19 @@ from typing import Annotated
 
 import typer
 
+from llavar_peft.adapter_presets import list_presets, read_preset
 from llavar_peft.cli._output import say
 from llavar_peft.recipes import dump_recipe, list_recipes, load_recipe, read_recipe
 
 
 def list_shipped() -> None:
-    """List the shipped recipes."""
-    recipes = list_recipes()
-    width = max(map(len, recipes), default=0)
+    """List the shipped recipes and presets."""
+    recipes, presets = list_recipes(), list_presets()
+    width = max(map(len, (*recipes, *presets)), default=0)
     for name, summary in recipes.items():
+        say(f"{name:<{width}}  {summary}")
+    say("\npresets, for train --preset:")
+    for name, summary in presets.items():
         say(f"{name:<{width}}  {summary}")
 
 
@@ -27,6 +31,9 @@ def show(
         bool, typer.Option("--full", help="Print every field, defaults and explanations included, instead of the file.")
     ] = False,
 ) -> None:
-    """Print a recipe: save it, change it, train it."""
+    """Print a recipe or a preset: save it, change it, train it."""
+    if name in list_presets() and not full and not overrides:
+        say(read_preset(name).rstrip("\n"))
+        return
     recipe = load_recipe(name, overrides or ())
     say((dump_recipe(recipe) if full or overrides else read_recipe(name)).rstrip("\n"))

@@ -3,13 +3,12 @@
 Four kinds of text-rich picture: signs, book covers, posters and receipts. Every string that a question asks for is
 random, so a model that has not read the picture cannot answer. Letters that several faces draw alike are left out of
 the random strings: no O, I and Q beside 0 and 1, and in small letters only those that differ from their capitals.
-Words stand at free positions; the one promise is legibility, of what 12 x 12 patches can resolve: a line's letters are
-on average at least `SMALLEST_PITCH` of the picture's longer side apart, and no two of a word less than `NEAREST`.
+Words stand at free positions; the one promise is legibility: a line's letters are on average at least `SMALLEST_PITCH`
+of the picture's longer side apart, which is what 12 x 12 patches can resolve.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import pairwise
 from random import Random
 from typing import TypeAlias
 
@@ -23,9 +22,6 @@ ITEMS = ("tea", "milk", "soup", "cake", "rice", "bread", "pizza", "salad", "juic
 
 SMALLEST_PITCH = 0.085
 """Smallest average distance of neighbouring letters, as a share of the longer side: 10.2 of 120 pixels."""
-
-NEAREST = 0.075
-"""Smallest distance between the middles of two neighbouring letters, as a share of the longer side: 9 of 120 pixels."""
 
 SMALLEST_SIZE = 0.125
 """Smallest font size, as a share of the longer side: 15 of 120 pixels."""
@@ -153,17 +149,15 @@ KINDS: tuple[str, ...] = tuple(_CONTENT)
 """The kinds of picture that can be drawn."""
 
 
-def _smallest(text: str, font: str, long_side: int, nearest: float) -> float:
+def _smallest(text: str, font: str, long_side: int) -> float:
     """Font size below which a line is not legible, in pixels."""
     letters = "".join(character for character in text if character.isalnum())
     pitch = text_width(letters, font) / len(letters)
-    pairs = {(one, other) for one, other in pairwise(text) if one.isalnum() and other.isalnum()}
-    gap = min(((text_width(one, font) + text_width(other, font)) / 2 for one, other in pairs), default=pitch)
-    return long_side * max(SMALLEST_SIZE, SMALLEST_PITCH / pitch, nearest / gap)
+    return long_side * max(SMALLEST_SIZE, SMALLEST_PITCH / pitch)
 
 
 def _place(
-    rng: Random, rows: list[str], font: str, width: int, height: int, *, largest: float, nearest: float
+    rng: Random, rows: list[str], font: str, width: int, height: int, *, largest: float
 ) -> list[TextLine] | None:
     """Try one arrangement; None where it does not fit."""
     long_side, margin = max(width, height), 0.02 * max(width, height)
@@ -171,7 +165,7 @@ def _place(
     sizes: list[int] = []
     for row in rows:
         flat = row.replace("\t", "  ")
-        low, high = _smallest(flat, font, long_side, nearest), room / text_width(flat, font)
+        low, high = _smallest(flat, font, long_side), room / text_width(flat, font)
         if high < low:
             return None
         wanted = low * rng.uniform(1.0, 1.25 if "\t" in row or " " in row else largest)
@@ -179,7 +173,7 @@ def _place(
     spacing = rng.uniform(1.12, 1.6)
     tall = sum(sizes) * spacing
     if tall > height - 2 * margin:
-        least = [int(_smallest(row.replace("\t", "  "), font, long_side, nearest)) + 1 for row in rows]
+        least = [int(_smallest(row.replace("\t", "  "), font, long_side)) + 1 for row in rows]
         sizes = [max(low, int(size * 0.7)) for low, size in zip(least, sizes, strict=True)]
         spacing = 1.15
         tall = sum(sizes) * spacing
@@ -214,15 +208,7 @@ def _stack(
     return lines
 
 
-def draw_layout(
-    kind: str,
-    rng: Random,
-    *,
-    shortest: int = 192,
-    longest: int = 448,
-    largest: float = 2.6,
-    nearest: float = NEAREST,
-) -> Layout:
+def draw_layout(kind: str, rng: Random, *, shortest: int = 192, longest: int = 448, largest: float = 2.6) -> Layout:
     """Invent a picture's text, questions and arrangement.
 
     Args:
@@ -231,7 +217,6 @@ def draw_layout(
         shortest: Least length of the longer side in pixels.
         longest: Greatest length of the longer side in pixels.
         largest: Greatest size of a single word's letters, as a multiple of the smallest that is legible.
-        nearest: Smallest distance between two neighbouring letters, as a share of the longer side.
 
     Returns:
         The layout.
@@ -246,6 +231,6 @@ def draw_layout(
         long_side, aspect = rng.randint(shortest, longest), rng.uniform(0.7, 1.0)
         wide = rng.random() < 0.6
         width, height = (long_side, round(long_side * aspect)) if wide else (round(long_side * aspect), long_side)
-        lines = _place(rng, rows, rng.choice(FACES), width, height, largest=largest, nearest=nearest)
+        lines = _place(rng, rows, rng.choice(FACES), width, height, largest=largest)
         if lines is not None:
             return Layout(kind=kind, width=width, height=height, lines=tuple(lines), questions=tuple(questions))
