@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from llavar_peft.config import Full, Lora, Projector, Tune
 from llavar_peft.errors import ConfigError
 from llavar_peft.models.modeling import LlavarForConditionalGeneration
+from llavar_peft.models.pissa import start_pissa
 
 if TYPE_CHECKING:
     from peft import LoraConfig, PeftModel
@@ -188,7 +189,6 @@ def lora_config(tune: Lora) -> LoraConfig:
         modules_to_save=["multi_modal_projector"] if tune.train_projector else None,
         use_rslora=tune.variant == "rslora",
         use_dora=tune.variant == "dora",
-        init_lora_weights="pissa_niter_4" if tune.variant == "pissa" else True,
         bias="none",
     )
 
@@ -208,4 +208,6 @@ def _with_lora(model: LlavarForConditionalGeneration, tune: Lora) -> PeftModel:
         # peft copies the projector to train it; what a run trains is seen by its name.
         if "original_module" in name:
             parameter.requires_grad_(False)
+    if tune.variant == "pissa":
+        start_pissa(wrapped)
     return wrapped

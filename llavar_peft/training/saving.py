@@ -14,6 +14,7 @@ from llavar_peft.config import Lora, ModelConfig, Projector, Tune
 from llavar_peft.constants import PROJECTOR_SAFETENSORS
 from llavar_peft.durable import write_json
 from llavar_peft.models.fingerprints import fingerprint_base
+from llavar_peft.models.pissa import is_pissa, resume_pissa, settle_pissa
 from llavar_peft.models.sources import read_checkpoint, read_parts
 from llavar_peft.models.tuning import EmbeddingWithTrainedRows, is_quantized
 from llavar_peft.weights import names
@@ -57,6 +58,8 @@ def save_whole(
             settings.base_model_name_or_path = base.checkpoint or base.language_model
         # Nothing of the embeddings is saved but the rows that were trained.
         model.save_pretrained(str(folder), save_embedding_layers=False)
+        if is_pissa(model):
+            settle_pissa(model, folder)
         model.get_base_model().config.save_pretrained(str(folder))
         # What "auto" came to: a merge has to quantize the same numbers again.
         dtype = str(model.get_input_embeddings().weight.dtype).removeprefix("torch.")
@@ -109,7 +112,7 @@ def load_trained(model: Any, folder: Path) -> None:
     from peft import PeftModel
 
     if isinstance(model, PeftModel):
-        load_adapter_weights(model, folder)
+        load_adapter_weights(model, folder, resume_pissa(model, folder) if is_pissa(model) else None)
     elif isinstance(model.get_input_embeddings(), EmbeddingWithTrainedRows) or is_quantized(model):
         load_projector(model, folder / PROJECTOR_SAFETENSORS)
     else:

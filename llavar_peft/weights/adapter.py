@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from llavar_peft.errors import WeightsError
 from llavar_peft.weights.store import open_weights
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 ADAPTER_CONFIG = "adapter_config.json"
@@ -14,11 +18,20 @@ BASE_FILE = "base.json"
 """Beside an adapter: the ``ModelConfig`` of what it is an adapter of."""
 
 
-def load_adapter_weights(model: Any, folder: Path) -> None:
-    """Copies an adapter's tensors into a ``PeftModel`` of the same shape; each must land."""
+def load_adapter_weights(model: Any, folder: Path, tensors: Mapping[str, Tensor] | None = None) -> None:
+    """Copies an adapter's tensors into a ``PeftModel`` of the same shape; each must land.
+
+    Args:
+        model: The ``PeftModel``.
+        folder: The adapter's.
+        tensors: Instead of those on disk.
+
+    Raises:
+        WeightsError: A tensor is missing or extra.
+    """
     from peft import set_peft_model_state_dict
 
-    stored = dict(open_weights(folder / ADAPTER_WEIGHTS))
+    stored = dict(open_weights(folder / ADAPTER_WEIGHTS) if tensors is None else tensors)
     result = set_peft_model_state_dict(model, stored)
     missing = [name for name in result.missing_keys if "lora_" in name or "modules_to_save" in name]
     if missing or result.unexpected_keys:

@@ -11,9 +11,9 @@ import torch
 from safetensors.torch import load_file
 
 from llavar_peft import Lora, Recipe, Trainer, build_model
-from llavar_peft.config import Quantization
+from llavar_peft.config import LoraVariant, Quantization
 from llavar_peft.inference import load_reader
-from llavar_peft.models.tuning import trained_names
+from llavar_peft.models.tuning import prepare_for, trained_names
 
 
 @pytest.mark.parametrize("quantize", [None, "nf4"])
@@ -51,11 +51,25 @@ def test_an_adapter_holds_everything_and_reads_as_in_training(
     assert len(reader.ask([picture], "What does the sign say?", max_new_tokens=4)) == 1
 
 
-def test_plain_peft_opens_the_adapter(tiny_recipe: Recipe) -> None:
+def test_pissa_starts_as_the_base(tiny_recipe: Recipe) -> None:
+    model, processor = build_model(tiny_recipe.model)
+    ids = processor.encode_question("Read.", image=False)
+    before = _logits(model, ids).detach()
+    weight = model.model.language_model.layers[0].mlp.up_proj.weight.clone()
+    wrapped = prepare_for(model, Lora(rank=4, alpha=8, dropout=0.0, variant="pissa"))
+    torch.testing.assert_close(_logits(wrapped, ids), before, atol=1e-4, rtol=1e-4)
+    residual = wrapped.get_base_model().model.language_model.layers[0].mlp.up_proj.base_layer.weight
+    values = torch.linalg.svdvals(weight)
+    torch.testing.assert_close(torch.linalg.svdvals(residual)[0], values[4], rtol=5e-2, atol=0)
+
+
+@pytest.mark.parametrize("variant", ["lora", "pissa"])
+def test_plain_peft_opens_the_adapter(variant: LoraVariant, tiny_recipe: Recipe) -> None:
     from peft import PeftModel
 
     first, second = tiny_recipe.stages
-    recipe = dataclasses.replace(tiny_recipe, stages=(first, dataclasses.replace(second, tune=Lora(rank=4, alpha=8))))
+    tune = Lora(rank=4, alpha=8, variant=variant)
+    recipe = dataclasses.replace(tiny_recipe, stages=(first, dataclasses.replace(second, tune=tune)))
     model, processor = build_model(recipe.model, seed=recipe.seed)
     trainer = Trainer(model, processor, recipe)
     result = trainer.train()

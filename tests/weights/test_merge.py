@@ -22,6 +22,7 @@ from tests.weights.adapters import TINY_PARTS, save_moved_adapter
 _VARIANTS = {
     "lora": Lora(rank=4, alpha=8, dropout=0.0),
     "rslora": Lora(rank=4, alpha=8, dropout=0.0, variant="rslora"),
+    "pissa": Lora(rank=4, alpha=8, dropout=0.0, variant="pissa"),
     "dora": Lora(rank=4, alpha=8, dropout=0.0, variant="dora"),
     "attention only": Lora(rank=4, alpha=8, dropout=0.0, attention_only=True),
     "with rows": Lora(rank=4, alpha=8, dropout=0.0, train_image_rows=True),
