@@ -78,7 +78,7 @@ def make_sample(processor: LlavarProcessor, rng: Random, *, system: bool, repeat
         if rng.random() < 0.5:
             pairs.append((rng.choice(("What does the sign say?", "Which words are on the sign?")), transcript))
     else:
-        layout = draw_layout(rng.choice((*KINDS, "receipt")), rng)
+        layout = draw_layout(rng.choice((*KINDS, "receipt")), rng, most_items=2)
         write = rng.choice((str, str, str, str.lower, str.title))
         lines = [replace(line, text=write(line.text)) for line in layout.lines]
         cells = page_cells(lines, layout.width, layout.height, rng)
@@ -186,7 +186,12 @@ def make_language_model(directory: Path, *, steps: tuple[int, int], batch: int, 
         seed: Of everything.
     """
     torch.manual_seed(seed)
-    asked = {q for kind in KINDS for n in range(400) for q, _ in draw_layout(kind, Random(f"{kind}/{n}")).questions}
+    asked = {
+        q
+        for kind in KINDS
+        for n in range(400)
+        for q, _ in draw_layout(kind, Random(f"{kind}/{n}"), most_items=2).questions
+    }
     tokenizer = make_tokenizer(directory, sorted(asked))
     processor = page_processor(directory)
     config = LlamaConfig(

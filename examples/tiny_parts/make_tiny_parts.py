@@ -16,7 +16,7 @@ import torch
 sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parents[2])]
 
 from language_model import make_language_model  # noqa: E402
-from vision_tower import make_vision_tower  # noqa: E402
+from vision_tower import LESSONS, make_vision_tower  # noqa: E402
 
 
 def main() -> None:
@@ -24,28 +24,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="gets vision_tower/ and language_model/")
     parser.add_argument("--part", choices=("vision_tower", "language_model"), help="only this one")
-    parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--scale", type=float, default=1.0, help="share of the steps, for a trial")
     options = parser.parse_args()
     torch.use_deterministic_algorithms(True)
     torch.set_num_threads(1)  # what a sum comes to depends on how many threads shared it
     started = time.perf_counter()
     if options.part != "language_model":
-        make_vision_tower(
-            options.out / "vision_tower",
-            pages=max(32, round(12000 * options.scale)),
-            steps=max(4, round(7500 * options.scale)),
-            batch=16,
-            rate=5e-3,
-            seed=options.seed,
-        )
+        make_vision_tower(options.out / "vision_tower", [lesson.scaled(options.scale) for lesson in LESSONS])
     if options.part != "vision_tower":
         make_language_model(
             options.out / "language_model",
             steps=(max(4, round(2400 * options.scale)), max(4, round(1400 * options.scale))),
             batch=16,
             rate=3e-3,
-            seed=options.seed,
+            seed=0,
         )
     print(f"done in {time.perf_counter() - started:.0f} s")
 

@@ -53,14 +53,19 @@ def _font(rng: Random, size: int) -> ImageFont.FreeTypeFont:
     return load_font(rng.choice(FONT_NAMES), size)
 
 
-def random_page(rng: Random) -> Page:
-    """Draw white on black text: a sign, cover, poster or receipt of random words, or a page full of them."""
-    return layout_page(rng) if rng.random() < 0.35 else dense_page(rng)
+def random_page(rng: Random, layouts: float = 0.35) -> Page:
+    """Draw white on black text: a sign, cover, poster or receipt of random words, or a page full of them.
+
+    Args:
+        rng: Where every choice comes from.
+        layouts: Share of the former.
+    """
+    return layout_page(rng) if rng.random() < layouts else dense_page(rng)
 
 
 def layout_page(rng: Random) -> Page:
     """Draw one of the layouts that the quickstart's pictures have, of other strings."""
-    layout = draw_layout(rng.choice(KINDS), rng, shortest=200, longest=400)
+    layout = draw_layout(rng.choice(KINDS), rng, shortest=200, longest=400, most_items=2)
     side = max(layout.width, layout.height)
     left, top = (side - layout.width) // 2, (side - layout.height) // 2
     canvas = Image.new("L", (side, side))

@@ -125,9 +125,9 @@ def _poster(rng: Random) -> _Content:
     return [name, f"ON {date}", f"AT {hour}"], asked
 
 
-def _receipt(rng: Random) -> _Content:
+def _receipt(rng: Random, most_items: int = 1) -> _Content:
     shop = _word(rng, 4, 7)
-    items = rng.sample(ITEMS, rng.randint(1, 2))
+    items = rng.sample(ITEMS, rng.randint(1, most_items))
     prices = [_price(rng, 1) for _ in items]
     total = _price(rng, 2)
     asked = [
@@ -208,7 +208,9 @@ def _stack(
     return lines
 
 
-def draw_layout(kind: str, rng: Random, *, shortest: int = 192, longest: int = 448, largest: float = 2.6) -> Layout:
+def draw_layout(
+    kind: str, rng: Random, *, shortest: int = 192, longest: int = 448, largest: float = 2.6, most_items: int = 1
+) -> Layout:
     """Invent a picture's text, questions and arrangement.
 
     Args:
@@ -217,6 +219,7 @@ def draw_layout(kind: str, rng: Random, *, shortest: int = 192, longest: int = 4
         shortest: Least length of the longer side in pixels.
         longest: Greatest length of the longer side in pixels.
         largest: Greatest size of a single word's letters, as a multiple of the smallest that is legible.
+        most_items: Items on a receipt at most, beside its total.
 
     Returns:
         The layout.
@@ -227,7 +230,7 @@ def draw_layout(kind: str, rng: Random, *, shortest: int = 192, longest: int = 4
     if kind not in _CONTENT:
         raise ValueError(f"no such kind of picture: {kind!r}; there are: {', '.join(KINDS)}")
     while True:
-        rows, questions = _CONTENT[kind](rng)
+        rows, questions = _receipt(rng, most_items) if kind == "receipt" else _CONTENT[kind](rng)
         long_side, aspect = rng.randint(shortest, longest), rng.uniform(0.7, 1.0)
         wide = rng.random() < 0.6
         width, height = (long_side, round(long_side * aspect)) if wide else (round(long_side * aspect), long_side)

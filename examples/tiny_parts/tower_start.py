@@ -1,0 +1,122 @@
+"""How the tiny vision tower starts out, and how its hidden states are given another size."""
+
+import torch
+from grid import CELL, SIDE
+from torch import Tensor, nn
+from transformers import CLIPVisionModel
+
+HIDDEN, HEADS = 192, 8
+_RING = ((-1, -1), (0, -1), (1, -1), (-1, 0), (1, 0), (-1, 1), (0, 1), (1, 1))
+_CROSS = ((-2, 0), (-1, 0), (1, 0), (2, 0), (0, -2), (0, -1), (0, 1), (0, 2))
+NEIGHBOURS = (_RING, _CROSS, _RING)
+"""Where the heads of each layer look to begin with, in patches."""
+PLACE, OWN, STRAIGHT, CORNER = 17, 63, 20, 8
+"""How many of a patch's 192 numbers begin as its place, as its own coarsest patterns, as those of the near part of each
+of its four straight neighbours, and of its four diagonal ones."""
+
+
+def body(tower: CLIPVisionModel) -> nn.Module:
+    """The embeddings and layers, which some versions of transformers keep one level further down."""
+    return tower.vision_model if hasattr(tower, "vision_model") else tower
+
+
+def _waves(axis: Tensor) -> Tensor:
+    """Sine and cosine of four frequencies: their inner product is 4 at equal places, and less at all others."""
+    angles = axis[:, None] * torch.tensor([1.0, 3.0, 5.0, 7.0]) * torch.pi / 8
+    return torch.cat((angles.sin(), angles.cos()), dim=1)
+
+
+def _shift(offset: int) -> Tensor:
+    """The rotation that moves `_waves` by an offset."""
+    angles = torch.tensor([1.0, 3.0, 5.0, 7.0]) * torch.pi / 8 * offset
+    cos, sin = torch.diag(angles.cos()), torch.diag(angles.sin())
+    return torch.cat((torch.cat((cos, sin), 1), torch.cat((-sin, cos), 1)))
+
+
+def _cosines(count: int, height: int = CELL, width: int = CELL) -> Tensor:
+    """The coarsest cosine patterns of a rectangle, the finer ones stronger, as letters are made of edges."""
+
+    def waves(size: int) -> Tensor:
+        pixel = torch.arange(size, dtype=torch.float32)
+        base = torch.cos(torch.pi / size * (pixel[None] + 0.5) * pixel[:, None]) * (2 / size) ** 0.5
+        base[0] /= 2**0.5
+        return base
+
+    patterns = torch.einsum("uy,vx->uvyx", waves(height), waves(width)).reshape(-1, height, width)
+    down, across = torch.arange(height)[:, None] / height, torch.arange(width)[None] / width
+    fineness = CELL * (down**2 + across**2).sqrt().reshape(-1)
+    strength = 0.28 * (1 + fineness.clamp(max=4))
+    strength[0] *= 0.5
+    order = fineness.argsort(stable=True)[:count]
+    return patterns[order] * strength[order, None, None]
+
+
+@torch.no_grad()
+def start_like_a_convolution(tower: CLIPVisionModel) -> None:
+    """Let the eight heads look at eight neighbours of a patch, to begin with (after ConViT, arXiv 2103.10697).
+
+    A patch starts as its place, a constant, and its own coarsest patterns; the first layer brings those of the part of
+    each neighbour that touches it. Attention is six eighths of a full match below zero everywhere, so that a nearly
+    right place with strong contrast does not beat the right one.
+    """
+    model = body(tower)
+    places = torch.arange(SIDE, dtype=torch.float32)
+    position = model.embeddings.position_embedding.weight
+    position.zero_()
+    position[1:, :16] = torch.cat((_waves(places).repeat(SIDE, 1), _waves(places).repeat_interleave(SIDE, 0)), dim=1)
+    position[1:, 16] = 1.0
+    model.embeddings.class_embedding[:PLACE] = 0
+    patches = model.embeddings.patch_embedding.weight
+    nn.init.normal_(patches, std=0.03 / (3 * CELL * CELL) ** 0.5)
+    patches[:PLACE] = 0
+    own = _cosines(OWN)
+    patches[PLACE : PLACE + OWN] += own[:, None] / 3
+    size, free = HIDDEN // HEADS, PLACE + OWN
+    for number, layer in enumerate(model.encoder.layers):
+        attention, sharpness = layer.self_attn, 3.0 if number == 0 else 5.0
+        attention.out_proj.weight[:PLACE] = 0
+        layer.mlp.fc2.weight[:PLACE] = 0
+        attention.q_proj.weight.mul_(0.2)
+        attention.k_proj.weight.mul_(0.2)
+        if number > 0:
+            nn.init.normal_(attention.v_proj.weight, std=HIDDEN**-0.5)
+        for head, (dx, dy) in enumerate(NEIGHBOURS[number]):
+            start = size * head
+            query, key = (linear.weight[start : start + PLACE] for linear in (attention.q_proj, attention.k_proj))
+            query[:], key[:] = 0, 0
+            query[:16, :16] = sharpness * torch.block_diag(_shift(dx), _shift(dy))
+            query[16, 16] = -6 * sharpness
+            key[:, :PLACE] = sharpness * torch.eye(PLACE)
+            if number == 0:
+                count = CORNER if dx and dy else STRAIGHT
+                value, out = attention.v_proj.weight[start : start + size], attention.out_proj.weight
+                value.mul_(0.1)
+                value[:count, PLACE : PLACE + OWN] += _near_part(count, dx, dy, own)
+                out[:, start : start + size].mul_(0.3)
+                out[free : free + count, start : start + count] += torch.eye(count)
+                free += count
+
+
+def _near_part(count: int, dx: int, dy: int, own: Tensor) -> Tensor:
+    """The coarsest patterns of the six rows and columns nearest to us, as sums of the patch's own patterns.
+
+    Returns:
+        Shape (count, patterns of the patch).
+    """
+    near = {-1: slice(CELL - 6, CELL), 0: slice(0, CELL), 1: slice(0, 6)}
+    part = torch.zeros(count, CELL, CELL)
+    part[:, near[dy], near[dx]] = _cosines(count, 6 if dy else CELL, 6 if dx else CELL)
+    flat = own.flatten(1)
+    return part.flatten(1) @ flat.T / flat.square().sum(1)
+
+
+@torch.no_grad()
+def rescale(tower: CLIPVisionModel, factor: float) -> None:
+    """Multiply every hidden state by a factor; what the tower computes stays the same."""
+    model = body(tower)
+    model.pre_layrnorm.weight.mul_(factor)
+    model.pre_layrnorm.bias.mul_(factor)
+    for layer in model.encoder.layers:
+        for linear in (layer.self_attn.out_proj, layer.mlp.fc2):
+            linear.weight.mul_(factor)
+            linear.bias.mul_(factor)
