@@ -12,12 +12,13 @@ from typing import TYPE_CHECKING, Any
 from llavar_peft.config import Attention, Dtype, ModelConfig, Quantization
 from llavar_peft.data.images import open_image
 from llavar_peft.errors import ConfigError
+from llavar_peft.models.adapters import load_adapter
 from llavar_peft.models.build import build_model
 from llavar_peft.models.fingerprints import check_base_of_adapter
 from llavar_peft.models.processing import LlavarProcessor
 from llavar_peft.models.reading import read_pictures
 from llavar_peft.types import ImageMode
-from llavar_peft.weights.adapter import ADAPTER_CONFIG, BASE_FILE, load_adapter_weights
+from llavar_peft.weights.adapter import ADAPTER_CONFIG, BASE_FILE
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -118,17 +119,12 @@ def load_reader(
         quantize = _base_settings(Path(adapter)).get("quantize")
     config = dataclasses.replace(base, quantize=quantize, dtype=dtype, attention=attention)
     if adapter is not None:
-        check_base_of_adapter(Path(adapter), config)
+        check_base_of_adapter(Path(adapter), config)  # before the model is built, which may take minutes
     place = device or ("cuda" if torch.cuda.is_available() else "cpu")
     built, processor = build_model(config, device=place)
     opened: Any = built
     if adapter is not None:
-        from peft import PeftConfig, get_peft_model
-
-        settings = PeftConfig.from_pretrained(str(adapter))
-        settings.inference_mode = True
-        opened = get_peft_model(built, settings)
-        load_adapter_weights(opened, Path(adapter))
+        opened = load_adapter(built, adapter, force=True)
     opened.eval()
     return Reader(opened, processor)
 

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from llavar_peft import ModelConfig, apply_delta, build_model, cli, make_delta, merge_adapter
+from llavar_peft import ModelConfig, apply_delta, build_model, cli, load_adapter, make_delta, merge_adapter
 from llavar_peft.config import Lora
 from llavar_peft.errors import ConfigError, WeightsError
 from llavar_peft.inference import load_reader
@@ -137,11 +137,30 @@ def test_an_adapter_of_another_base_is_refused(checkpoint: Path, tmp_path: Path)
             TINY_PARTS / "language_model", tmp_path / "other", tmp_path / "out", adapter=tmp_path / "adapter"
         ),
         lambda: load_reader(tmp_path / "other", adapter=tmp_path / "adapter"),
+        lambda: load_adapter(
+            build_model(ModelConfig(checkpoint=str(tmp_path / "other"), dtype="float32"))[0], tmp_path / "adapter"
+        ),
     ):
         with pytest.raises(WeightsError, match=r"not the base that .* was trained on"):
             attempt()
     assert not (tmp_path / "out").exists()
     load_reader(checkpoint, adapter=tmp_path / "adapter")
+
+
+def test_load_adapter(checkpoint: Path, tmp_path: Path) -> None:
+    wrapped = _train_nothing_but_move(tmp_path / "adapter", checkpoint, _VARIANTS["dora"])
+    base = ModelConfig(checkpoint=str(checkpoint), dtype="float32")
+    ids = torch.tensor([[1, 40, 41, 42, 43]])
+    with torch.no_grad():
+        loaded = load_adapter(build_model(base)[0], tmp_path / "adapter")
+        assert torch.equal(loaded(input_ids=ids).logits, wrapped.eval()(input_ids=ids).logits)
+    assert not [parameter for parameter in loaded.parameters() if parameter.requires_grad]
+    fewer = build_model(base)[0]
+    del fewer.model.language_model.layers[-1]
+    with pytest.raises(WeightsError, match=r"does not fit.*layers\.3"):
+        load_adapter(fewer, tmp_path / "adapter")
+    with pytest.raises(ConfigError, match=r"adapter_config\.json"):
+        load_adapter(build_model(base)[0], checkpoint)
 
 
 def test_from_adapter_to_delta_without_the_merged_model(checkpoint: Path, tmp_path: Path) -> None:
