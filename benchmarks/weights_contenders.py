@@ -44,6 +44,13 @@ def apply_ours(inputs: Path, out: Path) -> None:
     apply_delta(inputs / "base", inputs / "delta", out)
 
 
+def apply_released(inputs: Path, out: Path) -> None:
+    """``apply_delta`` where nothing but statistics tells whether the base is the right one."""
+    from llavar_peft import apply_delta
+
+    apply_delta(inputs / "base", inputs / "released", out)
+
+
 def merge_ours(inputs: Path, out: Path) -> None:
     """``merge_adapter``."""
     from llavar_peft import merge_adapter
@@ -198,7 +205,7 @@ CONTENDERS: dict[str, dict[str, Callable[[Path, Path], None]]] = {
         "copy": lambda inputs, out: copy(inputs / "target", inputs / "base", out),
     },
     "apply": {
-        "ours": apply_ours, "in memory": apply_in_memory, "loop": apply_loop,
+        "ours": apply_ours, "in memory": apply_in_memory, "ours, as released": apply_released, "loop": apply_loop,
         "copy": lambda inputs, out: copy(inputs / "delta", inputs / "base", out),
     },
     "merge": {

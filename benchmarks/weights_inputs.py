@@ -7,17 +7,21 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import sys
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from llavar_peft.weights.pairing import FINGERPRINT_FILE
+
 if TYPE_CHECKING:
     from torch import Generator, Tensor
 
 SHARDS = 3
-MODELS = ("base", "target", "delta", "checkpoint", "adapter")
+MODELS = ("base", "target", "delta", "released", "checkpoint", "adapter")
+"""``released`` is the delta without fingerprints, as LLaVAR's: its base is told by statistics."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,14 +97,14 @@ def flat_config(shape: Shape, *, llavar: bool) -> dict[str, Any]:
 
 
 def write_inputs(folder: Path, size: str) -> dict[str, Any]:
-    """Writes all five.
+    """Writes all of them.
 
     Args:
         folder: Gets a folder for each of ``MODELS``.
         size: A key of ``SHAPES``.
 
     Returns:
-        The shape, and bytes of each of the five.
+        The shape, and bytes of each.
     """
     import torch
 
@@ -116,8 +120,7 @@ def write_inputs(folder: Path, size: str) -> dict[str, Any]:
         folder / "target", _trained(folder / "base", shapes, generator), shapes, flat_config(shape, llavar=True)
     )
     make_delta(folder / "base", folder / "target", folder / "delta")
-    # The released delta has none, and its base is told by statistics.
-    (folder / "delta/fingerprints.json").unlink()
+    _link_released(folder / "released", folder / "delta")
     _write_checkpoint(folder / "checkpoint", folder / "target", shape, generator)
     _write_adapter(folder / "adapter", folder / "checkpoint", shape, generator)
     return {"shape": asdict(shape), "bytes": {name: _size(folder / name) for name in MODELS}}
@@ -177,6 +180,13 @@ def _write_released(
         elements += tensor.numel()
     torch.save(shard, folder / where[next(iter(shard))])
     (folder / "pytorch_model.bin.index.json").write_text(json.dumps({"metadata": {}, "weight_map": where}))
+
+
+def _link_released(folder: Path, delta: Path) -> None:
+    folder.mkdir()
+    for path in delta.iterdir():
+        if path.name != FINGERPRINT_FILE:
+            os.link(path, folder / path.name)
 
 
 def _write_checkpoint(folder: Path, target: Path, shape: Shape, generator: Generator) -> None:

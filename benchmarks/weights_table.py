@@ -22,7 +22,7 @@ LEGEND = (
     " every 20 ms. Read: from the disk (`/proc/self/io`), the inputs' pages having been dropped from the cache before"
     " each run (`posix_fadvise`); the outputs' writing goes through the cache."
 )
-WHAT = {"memory": "memory, {} / ours", "time": "time, ours / {}", "speed": "time, {} / ours"}
+WHAT = {"memory": "memory, {peer} / {ours}", "time": "time, {ours} / {peer}", "speed": "time, {peer} / {ours}"}
 
 
 def run_table(report: dict[str, Any]) -> str:
@@ -32,7 +32,7 @@ def run_table(report: dict[str, Any]) -> str:
         lines += [_row(f"{task}: {NAMES.get(name, name)}", figures) for name, figures in contenders.items()]
     lines += ["", LEGEND, "", "| goal | wanted | measured: work | measured: whole process |", "|---|---|---|---|"]
     for goal in report["goals"]:
-        name = WHAT[goal["what"]].format(goal["peer"])
+        name = WHAT[goal["what"]].format(**goal)
         wanted = f"{'at most' if goal['what'] == 'time' else 'at least'} {goal['goal']:g}"
         got = [f"{goal[key]:.2f}{'' if met(goal, key) else ' (missed)'}" for key in ("work", "process")]
         lines.append(f"| {goal['task']}: {name} | {wanted} | {' | '.join(got)} |")

@@ -33,7 +33,7 @@ def test_every_contender_gives_what_ours_gives(tiny: Path, tmp_path: Path) -> No
         (tmp_path / task).mkdir()
         for name, contender in contenders.items():
             contender(tiny, tmp_path / task / name)
-        ours, peer, loop, copied = (tmp_path / task / name for name in contenders)
+        ours, peer, *_, loop, copied = (tmp_path / task / name for name in contenders)
         base = tiny / "checkpoint" if task == "merge" else None
         assert weights_check.compare(ours, peer, base)["equal"]
         assert not weights_check.compare(ours, loop, base)["equal"]
@@ -62,7 +62,7 @@ def test_the_command(tmp_path: Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     report = json.loads((tmp_path / "found.json").read_text())
-    assert list(report["rounds"][0]["apply"]) == ["ours", "in memory", "loop", "copy"]
+    assert list(report["rounds"][0]["apply"]) == ["ours", "in memory", "ours, as released", "loop", "copy"]
     assert report["checks"][0]["apply"]["equal"]
     assert done.stdout == (tmp_path / "found.md").read_text()
     assert "| apply: ours |" in done.stdout
