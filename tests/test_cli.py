@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import pytest
 
 from llavar_peft import __version__, cli
+from llavar_peft.adapter_presets import list_presets
 from llavar_peft.cli import train as train_module
 from llavar_peft.errors import ConfigError, EnvironmentFaultError, InterruptedRunError, LlavarError
 from llavar_peft.recipes import list_recipes, load_recipe, read_recipe
@@ -24,7 +25,7 @@ def failing(monkeypatch: pytest.MonkeyPatch):
     """Makes ``train`` raise what the test gives it."""
 
     def arrange(error: BaseException) -> None:
-        def load(*_: object) -> None:
+        def load(*_: object, **__: object) -> None:
             raise error
 
         monkeypatch.setattr(train_module, "load_recipe", load)
@@ -61,7 +62,9 @@ def test_help(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_recipe_list(capsys: pytest.CaptureFixture[str]) -> None:
     assert run("recipe", "list") == 0
-    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == list(list_recipes())
+    recipes, presets = capsys.readouterr().out.split("\npresets, for train --preset:\n")
+    assert [line.split()[0] for line in recipes.splitlines()] == list(list_recipes())
+    assert [line.split()[0] for line in presets.splitlines()] == list(list_presets())
 
 
 def test_recipe_show_prints_the_file_itself(capsys: pytest.CaptureFixture[str]) -> None:

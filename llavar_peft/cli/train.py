@@ -37,7 +37,7 @@ def train(
         settings.insert(0, recipe)
         recipe = None
     if recipe is None and preset is None:
-        raise ConfigError.at("RECIPE", "no recipe is given", "give a YAML file, a shipped recipe's name, or --preset")
+        raise typer.BadParameter("missing; give a YAML file, a shipped recipe's name, or --preset", param_hint="RECIPE")
     wanted = load_recipe(recipe, settings, preset=preset)  # before torch: a mistake is reported in a moment
     names = [part.name for part in wanted.stages]
     for name in stage or ():
