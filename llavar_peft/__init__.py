@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     )
     from llavar_peft.data.images import prepare_image
     from llavar_peft.data.tokenize import encode_record
+    from llavar_peft.models.adapters import load_adapter
     from llavar_peft.models.build import build_model
     from llavar_peft.models.configuration import LlavarConfig
     from llavar_peft.models.modeling import LlavarForConditionalGeneration
@@ -53,6 +54,7 @@ __all__ = [
     "build_model",
     "encode_record",
     "full_finetuning",
+    "load_adapter",
     "load_recipe",
     "lora",
     "make_delta",
@@ -74,6 +76,7 @@ _HOMES = {
     "Stage": "config",
     "prepare_image": "data.images",
     "encode_record": "data.tokenize",
+    "load_adapter": "models.adapters",
     "build_model": "models.build",
     "LlavarConfig": "models.configuration",
     "LlavarForConditionalGeneration": "models.modeling",

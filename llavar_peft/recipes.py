@@ -13,6 +13,8 @@ from llavar_peft.config import (
     DataConfig,
     Full,
     Lora,
+    LoraBias,
+    LoraTarget,
     LoraVariant,
     OptimConfig,
     Precision,
@@ -152,14 +154,17 @@ def lora(
     rank: int = 64,
     alpha: float = 128.0,
     dropout: float = 0.05,
+    target: LoraTarget | tuple[str, ...] = "all-linear",
+    bias: LoraBias = "none",
     variant: LoraVariant = "lora",
     train_projector: bool = True,
-    train_image_rows: bool = False,
+    train_image_rows: bool | None = None,
     name: str = "lora",
     epochs: float = 3.0,
     max_steps: int | None = None,
     learning_rate: float = 2e-4,
     projector_learning_rate: float | None = None,
+    rows_learning_rate: float | None = None,
     global_batch_size: int = 32,
     micro_batch_size: int = 4,
     max_length: int = 2048,
@@ -178,14 +183,17 @@ def lora(
         rank: Rank of the update.
         alpha: The update is scaled by alpha / rank (by alpha / sqrt(rank) for rslora).
         dropout: Dropout on the adapter's input.
+        target: The language model's layers that get adapters, by group or by name.
+        bias: Whether each adapter has a bias, which cannot be merged.
         variant: Which of peft's variants.
         train_projector: Whether the projector is trained in full beside the adapters.
-        train_image_rows: Whether the ``<im_start>``/``<im_end>`` rows are trained too.
+        train_image_rows: Whether the ``<im_start>``/``<im_end>`` rows are trained too; None where nothing has yet.
         name: Folder of the stage's results.
         epochs: Passes over the records.
         max_steps: Stops after this many optimizer steps.
         learning_rate: Peak learning rate of the adapters.
         projector_learning_rate: The projector's own, where it differs (LLaVA v1.5: 2e-5).
+        rows_learning_rate: That of the rows, where it differs.
         global_batch_size: Records per optimizer step.
         micro_batch_size: Records per forward pass and rank.
         max_length: Tokens per record.
@@ -204,11 +212,17 @@ def lora(
             rank=rank,
             alpha=alpha,
             dropout=dropout,
+            target=target,
+            bias=bias,
             variant=variant,
             train_projector=train_projector,
             train_image_rows=train_image_rows,
         ),
-        optim=OptimConfig(learning_rate=learning_rate, projector_learning_rate=projector_learning_rate),
+        optim=OptimConfig(
+            learning_rate=learning_rate,
+            projector_learning_rate=projector_learning_rate,
+            rows_learning_rate=rows_learning_rate,
+        ),
         epochs=epochs,
         max_steps=max_steps,
         global_batch_size=global_batch_size,

@@ -51,10 +51,11 @@ TUNES: dict[str, Tune] = {
     "projector": Projector(),
     "full": Full(),
     "lora": Lora(rank=4, alpha=8, dropout=0.1),
+    "pissa": Lora(rank=4, alpha=8, dropout=0.1, variant="pissa"),
 }
 
 
-@pytest.mark.parametrize(("kind", "workers"), [("projector", 0), ("full", 2), ("lora", 0)])
+@pytest.mark.parametrize(("kind", "workers"), [("projector", 0), ("full", 2), ("lora", 0), ("pissa", 0)])
 def test_interrupted_and_continued_equals_uninterrupted(
     kind: str, workers: int, tiny_recipe: Recipe, tmp_path: Path
 ) -> None:

@@ -25,7 +25,9 @@ _VARIANTS = {
     "lora": Lora(rank=4, alpha=8, dropout=0.0),
     "rslora": Lora(rank=4, alpha=8, dropout=0.0, variant="rslora"),
     "dora": Lora(rank=4, alpha=8, dropout=0.0, variant="dora"),
-    "attention only": Lora(rank=4, alpha=8, dropout=0.0, attention_only=True),
+    "attention only": Lora(rank=4, alpha=8, dropout=0.0, target="attention"),
+    "two names": Lora(rank=4, alpha=8, dropout=0.0, target=("q_proj", "down_proj")),
+    "pissa": Lora(rank=4, alpha=8, dropout=0.0, variant="pissa"),
     "with rows": Lora(rank=4, alpha=8, dropout=0.0, train_image_rows=True),
     "without projector": Lora(rank=4, alpha=8, dropout=0.0, train_projector=False),
 }
