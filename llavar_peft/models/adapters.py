@@ -88,6 +88,7 @@ def lay_adapter(model: LlavarForConditionalGeneration, folder: Path, *, trainabl
     tensors = _read_fitting(model, folder)
     settings = PeftConfig.from_pretrained(str(folder))
     settings.inference_mode = not trainable
+    settings.base_model_name_or_path = model.name_or_path
     model.requires_grad_(False)
     opened: Any = get_peft_model(model, settings)
     load_adapter_weights(opened, tensors, where=str(folder / ADAPTER_WEIGHTS))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -73,8 +74,11 @@ def save_whole(
 def _save_adapter(model: Any, folder: Path, base: ModelConfig) -> None:
     for settings in model.peft_config.values():
         settings.base_model_name_or_path = base.checkpoint or base.language_model
-    # Nothing of the embeddings is saved but the rows that were trained.
-    model.save_pretrained(str(folder), save_embedding_layers=False)
+    with warnings.catch_warnings():
+        # peft takes the biases of adapters, which have one dimension, for shards.
+        warnings.filterwarnings("ignore", message=r".*lora_B\.bias:", module=r"peft\.")
+        # Nothing of the embeddings is saved but the rows that were trained.
+        model.save_pretrained(str(folder), save_embedding_layers=False)
     if pissa.is_residual(model):
         pissa.save_on_whole_base(model, folder)
     write_checksums(folder)
