@@ -65,8 +65,12 @@ setup(
     license="Apache-2.0",
     license_files=["LICENSE", "llavar_peft/assets/fonts/LICENSE.txt"],
     python_requires=">=3.10",
-    packages=find_packages(include=["llavar_peft", "llavar_peft.*"]),
-    package_data={"llavar_peft": ["py.typed", "presets/*.yaml", "assets/**/*", "page/*.j2"]},
+    packages=[*find_packages(include=["llavar_peft", "llavar_peft.*"]), "llavar_peft.adapters"],
+    package_dir={"llavar_peft.adapters": "adapters"},  # presets, which people look for at the top
+    package_data={
+        "llavar_peft": ["py.typed", "presets/*.yaml", "assets/**/*", "page/*.j2"],
+        "llavar_peft.adapters": ["*.yaml"],
+    },
     install_requires=INSTALL_REQUIRES,
     extras_require=EXTRAS_REQUIRE,
     entry_points={"console_scripts": ["llavar-peft = llavar_peft.cli:main"]},

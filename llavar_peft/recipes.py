@@ -1,13 +1,10 @@
-"""Stages with the paper's numbers, and recipes read from YAML or shipped with the package.
+"""Stages with the paper's numbers; with ``recipe_files`` and ``recipe_text``, all that is done with recipes.
 
 Source of the defaults: LLaVAR (arXiv 2306.17107), scripts/pretrain and scripts/finetune; where a default is another's,
 its docstring says so.
 """
 
 from __future__ import annotations
-
-from collections.abc import Sequence
-from pathlib import Path
 
 from llavar_peft.config import (
     DataConfig,
@@ -20,26 +17,21 @@ from llavar_peft.config import (
     Precision,
     ProbeConfig,
     Projector,
-    Recipe,
     Stage,
 )
-from llavar_peft.config_paths import nearest
-from llavar_peft.errors import ConfigError
-from llavar_peft.recipe_text import apply_overrides, dump_recipe, parse_yaml
-from llavar_peft.validation import recipe_from_mapping
+from llavar_peft.recipe_files import list_presets, list_recipes, load_recipe, read_recipe
+from llavar_peft.recipe_text import dump_recipe
 
 __all__ = [
     "dump_recipe",
     "full_finetuning",
+    "list_presets",
     "list_recipes",
     "load_recipe",
     "lora",
     "projector_pretraining",
     "read_recipe",
 ]
-
-_PRESETS = Path(__file__).parent / "presets"
-_SUFFIX = ".yaml"
 
 
 def projector_pretraining(
@@ -233,56 +225,3 @@ def lora(
         save_every_steps=save_every_steps,
         probe=probe or ProbeConfig(),
     )
-
-
-def list_recipes() -> dict[str, str]:
-    """Returns the recipes shipped with the package: their names, each with its first line's description."""
-    files = sorted(_PRESETS.glob(f"*{_SUFFIX}"))
-    return {file.stem: file.read_text(encoding="utf-8").partition("\n")[0].lstrip("# ") for file in files}
-
-
-def read_recipe(name_or_path: str | Path) -> str:
-    """Returns the text of a recipe, comments included.
-
-    Args:
-        name_or_path: A shipped recipe's name, else a YAML file's path.
-
-    Returns:
-        The YAML text.
-
-    Raises:
-        ConfigError: There is no such recipe, or the file cannot be read.
-    """
-    where = str(name_or_path)
-    if where in list_recipes():
-        return (_PRESETS / f"{where}{_SUFFIX}").read_text(encoding="utf-8")
-    path = Path(name_or_path).expanduser()
-    if not path.exists():
-        near = nearest(where, list_recipes())
-        names = f"perhaps you meant '{near}'" if near else f"give a YAML file, or one of {', '.join(list_recipes())}"
-        raise ConfigError.at(where, "there is no such file, nor a recipe of this name", names)
-    try:
-        return path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
-        raise ConfigError.at(where, f"cannot be read: {reason}", "give a YAML file in UTF-8") from error
-
-
-def load_recipe(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
-    """Reads a recipe and validates it once, with its overrides in place.
-
-    Args:
-        name_or_path: A shipped recipe's name (see ``list_recipes``), else a YAML file's path.
-        overrides: Each ``path=value``, e.g. ``stages.0.optim.learning_rate=1e-3``; the value is YAML.
-
-    Returns:
-        The recipe.
-
-    Raises:
-        ConfigError: There is no such recipe, or something in it is wrong; everything that is wrong is named.
-    """
-    where = str(name_or_path)
-    mapping = parse_yaml(read_recipe(name_or_path), where)
-    if overrides and isinstance(mapping, dict):
-        mapping = apply_overrides(mapping, overrides)
-    return recipe_from_mapping(mapping, where)

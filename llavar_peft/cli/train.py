@@ -12,10 +12,20 @@ from llavar_peft.recipes import load_recipe
 
 
 def train(
-    recipe: Annotated[str, typer.Argument(help="A YAML file, or the name of a shipped recipe.", metavar="RECIPE")],
+    context: typer.Context,
+    recipe: Annotated[
+        str | None,
+        typer.Argument(
+            help="A YAML file, or the name of a shipped recipe; not needed with --preset.", metavar="RECIPE"
+        ),
+    ] = None,
     overrides: Annotated[
         list[str] | None,
         typer.Argument(help="Single settings, e.g. stages.0.optim.learning_rate=1e-3", metavar="[PATH=VALUE]..."),
+    ] = None,
+    preset: Annotated[
+        str | None,
+        typer.Option("--preset", help="How the last stage trains: qlora, dora, ...; see 'llavar-peft recipe list'."),
     ] = None,
     stage: Annotated[
         list[str] | None, typer.Option("--stage", help="Run only this stage; may be given several times.")
@@ -23,11 +33,20 @@ def train(
     restart: Annotated[bool, typer.Option("--restart", help="Begin again instead of going on.")] = False,
 ) -> None:
     """Train a recipe's stages, or go on where an earlier run stopped."""
-    wanted = load_recipe(recipe, overrides or ())  # before torch is imported: a mistake is reported in a moment
+    settings = overrides or []
+    if preset is not None and recipe is not None and "=" in recipe:
+        # A preset alone, completed by settings.
+        settings = [recipe, *settings]
+        recipe = None
+    if recipe is None and preset is None:
+        raise typer.BadParameter("give a RECIPE, a --preset, or both", ctx=context)
+    wanted = load_recipe(recipe, settings, preset=preset)  # before torch is imported: a mistake is reported in a moment
     names = [part.name for part in wanted.stages]
     for name in stage or ():
         if name not in names:
-            raise ConfigError.at("--stage", f"{recipe} has no stage {name!r}", f"use one of {', '.join(names)}")
+            raise ConfigError.at(
+                "--stage", f"{recipe or preset} has no stage {name!r}", f"use one of {', '.join(names)}"
+            )
     from llavar_peft.training.trainer import run_recipe
 
     folder = run_recipe(wanted, stages=stage or None, restart=restart)

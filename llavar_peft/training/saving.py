@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,7 +18,13 @@ from llavar_peft.models.fingerprints import fingerprint_base
 from llavar_peft.models.sources import read_checkpoint, read_parts
 from llavar_peft.models.tuning import EmbeddingWithTrainedRows, is_quantized
 from llavar_peft.weights import names
-from llavar_peft.weights.adapter import BASE_FILE, load_adapter_weights, open_adapter_weights, write_checksums
+from llavar_peft.weights.adapter import (
+    BASE_FILE,
+    load_adapter_weights,
+    open_adapter_weights,
+    quiet_about_biases,
+    write_checksums,
+)
 from llavar_peft.weights.pairing import FINGERPRINT_FILE
 from llavar_peft.weights.projector import lay_projector, save_projector
 from llavar_peft.weights.store import open_weights
@@ -74,9 +79,7 @@ def save_whole(
 def _save_adapter(model: Any, folder: Path, base: ModelConfig) -> None:
     for settings in model.peft_config.values():
         settings.base_model_name_or_path = base.checkpoint or base.language_model
-    with warnings.catch_warnings():
-        # peft takes the biases of adapters, which have one dimension, for shards.
-        warnings.filterwarnings("ignore", message=r".*lora_B\.bias:", module=r"peft\.")
+    with quiet_about_biases():
         # Nothing of the embeddings is saved but the rows that were trained.
         model.save_pretrained(str(folder), save_embedding_layers=False)
     if pissa.is_residual(model):

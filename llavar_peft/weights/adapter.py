@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import warnings
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -111,7 +114,8 @@ def load_adapter_weights(model: Any, tensors: dict[str, Tensor], *, where: str) 
     """
     from peft import get_peft_model_state_dict, set_peft_model_state_dict
 
-    wanted = get_peft_model_state_dict(model, save_embedding_layers=False)
+    with quiet_about_biases():
+        wanted = get_peft_model_state_dict(model, save_embedding_layers=False)
     check_tensors(tensors, {name: tuple(tensor.shape) for name, tensor in wanted.items()}, where=where)
     set_peft_model_state_dict(model, tensors)
 
@@ -119,3 +123,11 @@ def load_adapter_weights(model: Any, tensors: dict[str, Tensor], *, where: str) 
 def open_adapter_weights(folder: Path) -> dict[str, Tensor]:
     """An adapter's tensors, mapped from disk and unchecked."""
     return dict(open_weights(folder / ADAPTER_WEIGHTS))
+
+
+@contextmanager
+def quiet_about_biases() -> Iterator[None]:
+    """Keeps peft from taking the biases of adapters, which have one dimension, for shards."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=r".*lora_B\.bias:", module=r"peft\.")
+        yield
