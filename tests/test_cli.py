@@ -24,7 +24,7 @@ def failing(monkeypatch: pytest.MonkeyPatch):
     """Makes ``train`` raise what the test gives it."""
 
     def arrange(error: BaseException) -> None:
-        def load(*_: object) -> None:
+        def load(*_: object, **__: object) -> None:
             raise error
 
         monkeypatch.setattr(train_module, "load_recipe", load)

@@ -1,11 +1,10 @@
-"""Adapter presets: found by name wherever the package lies, whole with a few settings, laid over a recipe's last stage."""
+"""Adapter presets: found by name wherever the package lies, completed by settings, laid over a recipe's last stage."""
 
 from __future__ import annotations
 
 import dataclasses
 import subprocess
 import sys
-import zipfile
 from pathlib import Path
 
 import pytest
@@ -132,19 +131,14 @@ def test_training_by_a_preset_with_and_without_a_recipe(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(not (ROOT / "pyproject.toml").is_file(), reason="needs the repository")
 def test_an_installed_package_finds_them(tmp_path: Path) -> None:
-    """From a wheel, far from the repository."""
-    build = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", str(tmp_path)]
-    source = tmp_path / "source"
-    subprocess.run(["git", "clone", "-q", "--depth=1", f"file://{ROOT}", str(source)], check=True)
-    subprocess.run([*build, str(source)], check=True, capture_output=True)
-    (wheel,) = tmp_path.glob("*.whl")
-    with zipfile.ZipFile(wheel) as archive:
-        archive.extractall(tmp_path / "site")
+    """Built as a wheel is, far from the repository."""
+    build = [sys.executable, "setup.py", "-q", "build", "--build-base", str(tmp_path)]
+    subprocess.run(build, cwd=ROOT, check=True, capture_output=True)
     script = "import llavar_peft.recipes as r; print(r.__file__); print(*r.list_presets()); r.read_recipe('qlora')"
     done = subprocess.run(
         [sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, check=True,
-        env={"PYTHONPATH": str(tmp_path / "site")},
+        env={"PYTHONPATH": str(tmp_path / "lib")},
     )  # fmt: skip
     where, found = done.stdout.splitlines()
-    assert where.startswith(str(tmp_path / "site"))
+    assert where.startswith(str(tmp_path / "lib"))
     assert set(found.split()) == set(TUNES)

@@ -15,9 +15,7 @@ def train(
     context: typer.Context,
     recipe: Annotated[
         str | None,
-        typer.Argument(
-            help="A YAML file, or the name of a shipped recipe; not needed with --preset.", metavar="RECIPE"
-        ),
+        typer.Argument(help="A YAML file, or a shipped recipe's name; optional with --preset.", metavar="RECIPE"),
     ] = None,
     overrides: Annotated[
         list[str] | None,
