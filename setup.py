@@ -65,12 +65,11 @@ setup(
     license="Apache-2.0",
     license_files=["LICENSE", "llavar_peft/assets/fonts/LICENSE.txt"],
     python_requires=">=3.10",
-    # The presets of adapters/ are found by name: they travel inside the package.
-    packages=[*find_packages(include=["llavar_peft", "llavar_peft.*"]), "llavar_peft.presets.adapters"],
-    package_dir={"llavar_peft.presets.adapters": "adapters"},
+    packages=[*find_packages(include=["llavar_peft", "llavar_peft.*"]), "llavar_peft.adapters"],
+    package_dir={"llavar_peft.adapters": "adapters"},  # presets, which people look for at the top
     package_data={
         "llavar_peft": ["py.typed", "presets/*.yaml", "assets/**/*", "page/*.j2"],
-        "llavar_peft.presets.adapters": ["*.yaml", "README.md"],
+        "llavar_peft.adapters": ["*.yaml"],
     },
     install_requires=INSTALL_REQUIRES,
     extras_require=EXTRAS_REQUIRE,

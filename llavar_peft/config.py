@@ -17,6 +17,8 @@ Precision = Literal["auto", "bf16", "fp16", "fp32"]
 BadImagePolicy = Literal["stop", "skip"]
 LossAverage = Literal["micro_batch", "token"]
 LoraVariant = Literal["lora", "rslora", "dora", "pissa"]
+LoraTarget = Literal["all-linear", "attention", "mlp"]
+LoraBias = Literal["none", "lora"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,12 +100,14 @@ class Lora:
     """Dropout on the adapter's input."""
     variant: LoraVariant = "lora"
     """Which of peft's variants."""
-    attention_only: bool = False
-    """Whether only q, k, v and o get adapters, not the MLP."""
+    target: LoraTarget | tuple[str, ...] = "all-linear"
+    """The language model's layers that get adapters: by group, or by name as in [q_proj, v_proj]. Never the tower's."""
+    bias: LoraBias = "none"
+    """``lora`` trains a bias in each adapter; such an adapter cannot be merged, for LLaMA's layers have no biases."""
     train_projector: bool = True
     """Whether the projector is trained in full beside the adapters."""
-    train_image_rows: bool = False
-    """Whether the ``<im_start>``/``<im_end>`` rows are trained too (wanted when there was no stage 1)."""
+    train_image_rows: bool | None = None
+    """Whether the ``<im_start>``/``<im_end>`` rows are trained too; None trains them where nothing has yet."""
 
 
 Tune = Projector | Full | Lora
@@ -117,6 +121,8 @@ class OptimConfig:
     """Peak learning rate."""
     projector_learning_rate: float | None = None
     """The projector's own, where it differs."""
+    rows_learning_rate: float | None = None
+    """That of the ``<im_start>``/``<im_end>`` rows, where they are trained apart and it differs."""
     schedule: Literal["cosine", "linear", "constant", "constant_with_warmup"] = "cosine"
     warmup_ratio: float = 0.03
     """Share of the steps over which the rate rises from 0."""

@@ -81,11 +81,15 @@ def explained(error: ErrorDetails, hint: Any) -> tuple[str, str]:
 
 
 def _explained_choice(value: object, hint: Any) -> tuple[str, str]:
-    choices = [choice for member in members(hint) for choice in typing.get_args(member)]
+    literals = [member for member in members(hint) if typing.get_origin(member) is typing.Literal]
+    choices = [choice for member in literals for choice in typing.get_args(member)]
     near = nearest(value, choices) if isinstance(value, str) else None
+    listed = len(literals) < len(members(hint))
     otherwise = ", or leave the field out" if optional(hint) else ""
+    if listed and isinstance(value, str):
+        otherwise = f", or write [{value}]"
     mend = f"did you mean '{near}'?" if near else f"choose one of them{otherwise}"
-    return f"expected one of {', '.join(map(repr, choices))}, got {shown(value)}", mend
+    return f"expected one of {', '.join(map(repr, choices))}{' or a list' * listed}, got {shown(value)}", mend
 
 
 def _integer_mend(value: object) -> str:

@@ -10,8 +10,9 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
 
-from llavar_peft.config import DataConfig, Full, Lora, ModelConfig, OptimConfig, ProbeConfig, Recipe, Stage
-from llavar_peft.constants import METRICS_FILE, RESOLVED_RECIPE_FILE, VERSIONS_FILE
+from llavar_peft.config import DataConfig, Full, Lora, ModelConfig, OptimConfig, ProbeConfig, Projector, Recipe, Stage
+from llavar_peft.config_paths import nearest
+from llavar_peft.constants import LINEAR_LAYERS, METRICS_FILE, RESOLVED_RECIPE_FILE, VERSIONS_FILE
 
 Violation = tuple[str, str, str]
 """Dotted path, what is wrong, mend."""
@@ -42,6 +43,41 @@ def violations(recipe: Recipe) -> Iterator[Violation]:
     for index, stage in enumerate(recipe.stages):
         yield from _stage(f"stages.{index}", stage)
         yield from _stage_on_model(f"stages.{index}", stage, recipe.model)
+        yield from _stage_in_order(f"stages.{index}", index, recipe)
+
+
+def trains_image_rows(recipe: Recipe, stage: Stage) -> bool:
+    """Whether a stage trains the ``<im_start>``/``<im_end>`` rows apart from the rest of the embeddings.
+
+    Args:
+        recipe: The run.
+        stage: One of its stages.
+
+    Returns:
+        For ``Lora.train_image_rows=None``: whether the model is made from its parts, and no stage-1 file and no earlier
+        stage brings trained rows.
+    """
+    if isinstance(stage.tune, Projector):
+        return recipe.model.use_im_start_end
+    if isinstance(stage.tune, Full):
+        return False
+    if stage.tune.train_image_rows is not None:
+        return stage.tune.train_image_rows
+    earlier = recipe.stages[: recipe.stages.index(stage)]
+    if not (recipe.model.use_im_start_end and _from_parts_alone(recipe.model)):
+        return False
+    return not any(isinstance(other.tune, Full) or trains_image_rows(recipe, other) for other in earlier)
+
+
+def _has_new_projector(recipe: Recipe, stage: Stage) -> bool:
+    """Whether the projector is still as it was drawn when a stage begins."""
+    earlier = recipe.stages[: recipe.stages.index(stage)]
+    trained = any(not isinstance(other.tune, Lora) or other.tune.train_projector for other in earlier)
+    return _from_parts_alone(recipe.model) and not trained
+
+
+def _from_parts_alone(model: ModelConfig) -> bool:
+    return model.checkpoint is None and model.projector is None
 
 
 def _model(model: ModelConfig) -> Iterator[Violation]:
@@ -120,8 +156,9 @@ def _data(path: str, data: DataConfig) -> Iterator[Violation]:
 
 def _optim(path: str, optim: OptimConfig) -> Iterator[Violation]:
     yield from _positive(f"{path}.learning_rate", optim.learning_rate)
-    if optim.projector_learning_rate is not None:
-        yield from _positive(f"{path}.projector_learning_rate", optim.projector_learning_rate)
+    for name in ("projector_learning_rate", "rows_learning_rate"):
+        if getattr(optim, name) is not None:
+            yield from _positive(f"{path}.{name}", getattr(optim, name))
     yield from _positive(f"{path}.epsilon", optim.epsilon)
     yield from _share(f"{path}.warmup_ratio", optim.warmup_ratio)
     for name in ("weight_decay", "max_grad_norm"):
@@ -145,6 +182,16 @@ def _lora(path: str, tune: Lora) -> Iterator[Violation]:
     yield from _at_least(f"{path}.rank", tune.rank, 1)
     yield from _positive(f"{path}.alpha", tune.alpha)
     yield from _below_one(f"{path}.dropout", tune.dropout, "a common value is 0.05")
+    if tune.target == ():
+        yield f"{path}.target", "no layer is named", f"name some of {', '.join(LINEAR_LAYERS)}, or use all-linear"
+    for index, name in enumerate(tune.target if isinstance(tune.target, tuple) else ()):
+        if name not in LINEAR_LAYERS:
+            near = nearest(name, LINEAR_LAYERS)
+            mend = f"did you mean '{near}'?" if near else f"choose from {', '.join(LINEAR_LAYERS)}"
+            yield f"{path}.target.{index}", f"the language model has no linear layer {name!r}", mend
+    if tune.bias == "lora" and tune.variant not in ("lora", "rslora"):
+        what = f"{tune.variant} adapters cannot have biases"
+        yield f"{path}.bias", what, "set bias to none, or variant to lora or rslora"
 
 
 def _stage_on_model(path: str, stage: Stage, model: ModelConfig) -> Iterator[Violation]:
@@ -163,6 +210,26 @@ def _stage_on_model(path: str, stage: Stage, model: ModelConfig) -> Iterator[Vio
     if partner is not None and model.dtype not in ("auto", "float32", partner):
         what = f"{stage.precision} does not go with weights in {model.dtype}"
         yield f"{path}.precision", what, f"set model.dtype to {partner}, float32 or auto, or precision to auto"
+
+
+def _stage_in_order(path: str, index: int, recipe: Recipe) -> Iterator[Violation]:
+    """What depends on where in the run a stage stands."""
+    stage = recipe.stages[index]
+    if stage.optim.rows_learning_rate is not None and not trains_image_rows(recipe, stage):
+        what = "given, but this stage does not train the <im_start>/<im_end> rows apart"
+        yield f"{path}.optim.rows_learning_rate", what, "remove the rate, or set tune.train_image_rows with tune: lora"
+    if not isinstance(stage.tune, Lora):
+        return
+    if not stage.tune.train_projector and _has_new_projector(recipe, stage):
+        what = "the projector is newly drawn and would stay so"
+        yield f"{path}.tune.train_projector", what, "train it, or give a stage-1 file as model.projector"
+    if index + 1 < len(recipe.stages):
+        after = f"{recipe.stages[index + 1].name!r} builds on the merged adapter"
+        if recipe.model.quantize is not None:
+            what = f"{after}, which a base stored as {recipe.model.quantize} would round"
+            yield f"{path}.tune", what, "end the run here, merge the adapter, and begin another from the result"
+        if stage.tune.bias != "none":
+            yield f"{path}.tune.bias", f"{after}, and biases cannot be merged", "set bias to none"
 
 
 def _filled(path: str, text: str) -> Iterator[Violation]:

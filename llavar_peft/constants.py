@@ -34,6 +34,11 @@ SYSTEM_PROMPT: Final = (
 USER_ROLE: Final = "USER"
 ASSISTANT_ROLE: Final = "ASSISTANT"
 
+ATTENTION_LAYERS: Final = ("q_proj", "k_proj", "v_proj", "o_proj")
+MLP_LAYERS: Final = ("gate_proj", "up_proj", "down_proj")
+LINEAR_LAYERS: Final = ATTENTION_LAYERS + MLP_LAYERS
+"""The linear layers of each of LLaMA's decoder layers."""
+
 MODEL_TYPE: Final = "llavar"
 """``model_type`` of our configuration."""
 
@@ -46,5 +51,6 @@ PROJECTOR_SAFETENSORS: Final = "mm_projector.safetensors"
 """The same tensors under the same names, as safetensors."""
 
 METRICS_FILE: Final = "metrics.jsonl"
+PROBE_FILE: Final = "probe.jsonl"
 RESOLVED_RECIPE_FILE: Final = "recipe.yaml"
 VERSIONS_FILE: Final = "versions.json"

@@ -1,4 +1,4 @@
-"""Stages with the paper's numbers, and recipes read from YAML or shipped with the package.
+"""Stages with the paper's numbers; with ``recipe_files`` and ``recipe_text``, all that is done with recipes.
 
 Source of the defaults: LLaVAR (arXiv 2306.17107), scripts/pretrain and scripts/finetune; where a default is another's,
 its docstring says so.
@@ -6,40 +6,32 @@ its docstring says so.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
-
-from llavar_peft.adapter_presets import lay_preset
 from llavar_peft.config import (
     DataConfig,
     Full,
     Lora,
+    LoraBias,
+    LoraTarget,
     LoraVariant,
     OptimConfig,
     Precision,
     ProbeConfig,
     Projector,
-    Recipe,
     Stage,
 )
-from llavar_peft.config_paths import nearest
-from llavar_peft.errors import ConfigError
-from llavar_peft.recipe_text import apply_overrides, dump_recipe, parse_yaml
-from llavar_peft.validation import recipe_from_mapping
+from llavar_peft.recipe_files import list_presets, list_recipes, load_recipe, read_recipe
+from llavar_peft.recipe_text import dump_recipe
 
 __all__ = [
     "dump_recipe",
     "full_finetuning",
+    "list_presets",
     "list_recipes",
     "load_recipe",
     "lora",
     "projector_pretraining",
     "read_recipe",
 ]
-
-_PRESETS = Path(__file__).parent / "presets"
-_SUFFIX = ".yaml"
 
 
 def projector_pretraining(
@@ -154,14 +146,17 @@ def lora(
     rank: int = 64,
     alpha: float = 128.0,
     dropout: float = 0.05,
+    target: LoraTarget | tuple[str, ...] = "all-linear",
+    bias: LoraBias = "none",
     variant: LoraVariant = "lora",
     train_projector: bool = True,
-    train_image_rows: bool = False,
+    train_image_rows: bool | None = None,
     name: str = "lora",
     epochs: float = 3.0,
     max_steps: int | None = None,
     learning_rate: float = 2e-4,
     projector_learning_rate: float | None = None,
+    rows_learning_rate: float | None = None,
     global_batch_size: int = 32,
     micro_batch_size: int = 4,
     max_length: int = 2048,
@@ -180,14 +175,17 @@ def lora(
         rank: Rank of the update.
         alpha: The update is scaled by alpha / rank (by alpha / sqrt(rank) for rslora).
         dropout: Dropout on the adapter's input.
+        target: The language model's layers that get adapters, by group or by name.
+        bias: Whether each adapter has a bias, which cannot be merged.
         variant: Which of peft's variants.
         train_projector: Whether the projector is trained in full beside the adapters.
-        train_image_rows: Whether the ``<im_start>``/``<im_end>`` rows are trained too.
+        train_image_rows: Whether the ``<im_start>``/``<im_end>`` rows are trained too; None where nothing has yet.
         name: Folder of the stage's results.
         epochs: Passes over the records.
         max_steps: Stops after this many optimizer steps.
         learning_rate: Peak learning rate of the adapters.
         projector_learning_rate: The projector's own, where it differs (LLaVA v1.5: 2e-5).
+        rows_learning_rate: That of the rows, where it differs.
         global_batch_size: Records per optimizer step.
         micro_batch_size: Records per forward pass and rank.
         max_length: Tokens per record.
@@ -206,11 +204,17 @@ def lora(
             rank=rank,
             alpha=alpha,
             dropout=dropout,
+            target=target,
+            bias=bias,
             variant=variant,
             train_projector=train_projector,
             train_image_rows=train_image_rows,
         ),
-        optim=OptimConfig(learning_rate=learning_rate, projector_learning_rate=projector_learning_rate),
+        optim=OptimConfig(
+            learning_rate=learning_rate,
+            projector_learning_rate=projector_learning_rate,
+            rows_learning_rate=rows_learning_rate,
+        ),
         epochs=epochs,
         max_steps=max_steps,
         global_batch_size=global_batch_size,
@@ -221,59 +225,3 @@ def lora(
         save_every_steps=save_every_steps,
         probe=probe or ProbeConfig(),
     )
-
-
-def list_recipes() -> dict[str, str]:
-    """Returns the recipes shipped with the package: their names, each with its first line's description."""
-    files = sorted(_PRESETS.glob(f"*{_SUFFIX}"))
-    return {file.stem: file.read_text(encoding="utf-8").partition("\n")[0].lstrip("# ") for file in files}
-
-
-def read_recipe(name_or_path: str | Path) -> str:
-    """Returns the text of a recipe, comments included.
-
-    Args:
-        name_or_path: A shipped recipe's name, else a YAML file's path.
-
-    Returns:
-        The YAML text.
-
-    Raises:
-        ConfigError: There is no such recipe, or the file cannot be read.
-    """
-    where = str(name_or_path)
-    if where in list_recipes():
-        return (_PRESETS / f"{where}{_SUFFIX}").read_text(encoding="utf-8")
-    path = Path(name_or_path).expanduser()
-    if not path.exists():
-        near = nearest(where, list_recipes())
-        names = f"perhaps you meant '{near}'" if near else f"give a YAML file, or one of {', '.join(list_recipes())}"
-        raise ConfigError.at(where, "there is no such file, nor a recipe of this name", names)
-    try:
-        return path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
-        raise ConfigError.at(where, f"cannot be read: {reason}", "give a YAML file in UTF-8") from error
-
-
-def load_recipe(name_or_path: str | Path | None, overrides: Sequence[str] = (), *, preset: str | None = None) -> Recipe:
-    """Reads a recipe and validates it once, with its overrides in place.
-
-    Args:
-        name_or_path: A shipped recipe's name (see ``list_recipes``), else a YAML file's path; None for a preset alone.
-        overrides: Each ``path=value``, e.g. ``stages.0.optim.learning_rate=1e-3``; the value is YAML.
-        preset: A ready-made way of tuning (see ``list_presets``), laid over the last stage before the overrides.
-
-    Returns:
-        The recipe.
-
-    Raises:
-        ConfigError: There is no such recipe, or something in it is wrong; everything that is wrong is named.
-    """
-    where = f"preset {preset}" if name_or_path is None else str(name_or_path)
-    mapping: Any = None if name_or_path is None else parse_yaml(read_recipe(name_or_path), where)
-    if preset is not None and (mapping is None or isinstance(mapping, dict)):
-        mapping = lay_preset(preset, mapping)
-    if overrides and isinstance(mapping, dict):
-        mapping = apply_overrides(mapping, overrides)
-    return recipe_from_mapping(mapping, where)

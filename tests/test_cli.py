@@ -10,10 +10,9 @@ from types import SimpleNamespace
 import pytest
 
 from llavar_peft import __version__, cli
-from llavar_peft.adapter_presets import list_presets
 from llavar_peft.cli import train as train_module
 from llavar_peft.errors import ConfigError, EnvironmentFaultError, InterruptedRunError, LlavarError
-from llavar_peft.recipes import list_recipes, load_recipe, read_recipe
+from llavar_peft.recipes import list_presets, list_recipes, load_recipe, read_recipe
 
 
 def run(*arguments: str) -> int:
@@ -49,6 +48,8 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
         ["recipe", "show", "--help"],
         ["data", "check", "--help"],
         ["merge", "--help"],
+        ["adapter", "show", "--help"],
+        ["adapter", "verify", "--help"],
         ["delta", "make", "--help"],
         ["delta", "apply", "--help"],
         ["delta", "verify", "--help"],
@@ -62,9 +63,10 @@ def test_help(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_recipe_list(capsys: pytest.CaptureFixture[str]) -> None:
     assert run("recipe", "list") == 0
-    recipes, presets = capsys.readouterr().out.split("\npresets, for train --preset:\n")
-    assert [line.split()[0] for line in recipes.splitlines()] == list(list_recipes())
-    assert [line.split()[0] for line in presets.splitlines()] == list(list_presets())
+    lines = [line.split()[:2] for line in capsys.readouterr().out.splitlines()]
+    recipes, presets = ([name, kind] for name, kind in lines if kind == "recipe"), lines[len(list_recipes()) :]
+    assert [name for name, _ in recipes] == list(list_recipes())
+    assert presets == [[name, "preset"] for name in list_presets()]
 
 
 def test_recipe_show_prints_the_file_itself(capsys: pytest.CaptureFixture[str]) -> None:

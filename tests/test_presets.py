@@ -1,8 +1,8 @@
-"""The ready-made ways of tuning in adapters/: found by name, alone or over a recipe, and shipped with the package."""
+"""Adapter presets: found by name wherever the package lies, completed by settings, laid over a recipe's last stage."""
 
 from __future__ import annotations
 
-import json
+import dataclasses
 import subprocess
 import sys
 from pathlib import Path
@@ -10,65 +10,105 @@ from pathlib import Path
 import pytest
 
 import llavar_peft
-from llavar_peft import cli, load_recipe
-from llavar_peft.adapter_presets import list_presets
-from llavar_peft.config import Lora, Projector
+from llavar_peft import cli
+from llavar_peft.config import Full, Lora, ModelConfig, OptimConfig, Projector
 from llavar_peft.errors import ConfigError
+from llavar_peft.recipes import list_presets, list_recipes, load_recipe, projector_pretraining, read_recipe
 
 ROOT = Path(llavar_peft.__file__).parents[1]
-NAMES = ("dora", "lora", "lora-attention-only", "projector-only", "qlora", "rslora")
-PLACES = ["model.checkpoint=llavar-13b", "stages.0.data.records=r.json", "output_dir=out"]
+REST = ("model.checkpoint=llavar-13b", "stages.0.data.records=r.json", "stages.0.data.images=p", "output_dir=runs/x")
+LORA = Lora(rank=64, alpha=128.0, dropout=0.05)
+TUNES = {
+    "lora": LORA,
+    "qlora": LORA,
+    "dora": dataclasses.replace(LORA, variant="dora"),
+    "rslora": dataclasses.replace(LORA, variant="rslora", alpha=16.0),
+    "lora-attention-only": dataclasses.replace(LORA, target="attention"),
+    "projector-only": Projector(),
+}
+LORA_RATES = OptimConfig(learning_rate=2e-4, projector_learning_rate=2e-5)
 
 
-def test_they_are_there() -> None:
-    assert tuple(sorted(list_presets())) == NAMES
-    assert all(20 < len(summary) < 130 for summary in list_presets().values())
+def test_they_are_all_there_and_none_is_a_recipes_name() -> None:
+    assert set(list_presets()) == set(TUNES)
+    assert not set(list_presets()) & set(list_recipes())
+    assert all(summary.endswith(".") for summary in list_presets().values())
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_alone_it_is_a_recipe_but_for_the_places(name: str) -> None:
-    recipe = load_recipe(None, PLACES, preset=name)
+@pytest.mark.parametrize("name", TUNES)
+def test_alone_it_is_a_recipe_of_one_stage(name: str) -> None:
+    recipe = load_recipe(None, REST, preset=name)
     (stage,) = recipe.stages
-    assert recipe.model.quantize == ("nf4" if name == "qlora" else None)
-    assert isinstance(stage.tune, Projector if name == "projector-only" else Lora)
-    if isinstance(stage.tune, Lora):
-        assert stage.tune.variant == (name if name in ("dora", "rslora") else "lora")
-        assert stage.tune.attention_only == (name == "lora-attention-only")
-        assert stage.optim.projector_learning_rate == 2e-5
-    with pytest.raises(ConfigError) as raised:
-        load_recipe(None, preset=name)
-    assert {fault.where for fault in raised.value.faults} == {"stages.0.data.records", "output_dir", "model"}
+    assert recipe.model == ModelConfig(checkpoint="llavar-13b", quantize="nf4" if name == "qlora" else None)
+    assert (stage.name, stage.tune) == (name, TUNES[name])
+    assert load_recipe(name, REST) == recipe
+    if name == "projector-only":  # the paper's stage 1, number for number
+        assert stage == projector_pretraining(stage.data, name=name)
+    else:
+        assert stage.optim == LORA_RATES
+        assert (stage.epochs, stage.global_batch_size, stage.micro_batch_size, stage.max_length) == (3, 32, 4, 2048)
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_over_a_recipe_it_changes_the_last_stage_alone(name: str) -> None:
-    plain, laid = load_recipe("tiny"), load_recipe("tiny", ["stages.1.optim.warmup_ratio=0.5"], preset=name)
-    alone = load_recipe(None, PLACES, preset=name).stages[0]
+def test_the_scale_of_rslora_is_that_of_lora() -> None:
+    lora, rslora = TUNES["lora"], TUNES["rslora"]
+    assert isinstance(lora, Lora)
+    assert isinstance(rslora, Lora)
+    assert rslora.alpha / rslora.rank**0.5 == lora.alpha / lora.rank
+
+
+@pytest.mark.parametrize("name", TUNES)
+def test_what_is_missing_is_named_at_once(name: str) -> None:
+    with pytest.raises(ConfigError, match=f"^preset {name}, to be completed by PATH=VALUE: 3 problems\n") as caught:
+        load_recipe(preset=name)
+    assert {fault.where for fault in caught.value.faults} == {"stages.0.data.records", "output_dir", "model"}
+
+
+@pytest.mark.parametrize("name", TUNES)
+def test_laid_over_a_recipe_it_changes_the_last_stages_tune_and_rates_only(name: str) -> None:
+    plain, laid = load_recipe("llavar-13b"), load_recipe("llavar-13b", preset=name)
     assert laid.stages[0] == plain.stages[0]
-    last = laid.stages[-1]
-    assert (last.tune, last.data, last.name) == (alone.tune, plain.stages[-1].data, "finetune")
-    assert (last.optim.learning_rate, last.optim.warmup_ratio) == (alone.optim.learning_rate, 0.5)
-    assert last.global_batch_size == plain.stages[-1].global_batch_size
+    before, after = plain.stages[-1], laid.stages[-1]
+    assert (before.tune, after.tune) == (Full(), TUNES[name])
+    rates = LORA_RATES if name != "projector-only" else OptimConfig(learning_rate=2e-3)
+    assert after == dataclasses.replace(before, tune=after.tune, optim=rates)
+    quantize = "nf4" if name == "qlora" else None
+    assert laid == dataclasses.replace(
+        plain, model=dataclasses.replace(plain.model, quantize=quantize), stages=laid.stages
+    )
+
+
+def test_a_recipes_own_rates_do_not_stay_behind_and_settings_come_last() -> None:
+    over = ["stages.1.tune=lora", "stages.1.optim.rows_learning_rate=1e-3", "stages.1.tune.train_image_rows=true"]
+    assert load_recipe("tiny", over).stages[1].optim.rows_learning_rate == 1e-3
+    laid = load_recipe("tiny", [*over[2:], "stages.1.tune.rank=8", "model.quantize=int8"], preset="qlora")
+    assert laid.stages[1].tune == dataclasses.replace(LORA, rank=8, train_image_rows=True)
+    assert laid.model.quantize == "int8"
+
+
+def test_a_recipe_that_is_none_is_still_reported_as_such(tmp_path: Path) -> None:
+    path = tmp_path / "r.yaml"
+    path.write_text("stages: 3\noutput_dir: x\n")
+    with pytest.raises(ConfigError, match=r"r\.yaml with preset qlora: 2 problems\n"):
+        load_recipe(path, preset="qlora")
 
 
 def test_commands(capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["recipe", "show", "qlora"]) == 0
-    assert "quantize: nf4" in capsys.readouterr().out
-    assert cli.main(["train", "--preset", "qlra"]) == 2
+    assert cli.main(["train", "--preset", "qlroa"]) == 2
     assert "perhaps you meant 'qlora'" in capsys.readouterr().err
-    assert cli.main(["train"]) == 2
-    assert "--preset" in capsys.readouterr().err
-    assert cli.main(["train", "--preset", "lora", "model.checkpoint=nowhere/at/all", *PLACES[1:]]) == 2
-    assert "no such folder" in capsys.readouterr().err
+    assert cli.main(["train", "--preset", "qlora", "model.checkpoint=/nowhere"]) == 2
+    error = capsys.readouterr().err
+    assert "2 problems\n  stages.0.data.records: missing" in error
+    assert cli.main(["recipe", "show", "dora"]) == 0
+    assert capsys.readouterr().out == read_recipe("dora")
+    assert cli.main(["recipe", "show", "tiny", "--preset", "dora"]) == 0
+    assert "variant: dora" in capsys.readouterr().out
 
 
-@pytest.mark.slow
-def test_a_run_by_preset(tmp_path: Path) -> None:
-    """The tiny model, two steps of QLoRA on 4 bits by the preset's name: an adapter comes out."""
+def test_training_by_a_preset_with_and_without_a_recipe(tmp_path: Path) -> None:
     from llavar_peft.data.synthetic import write_dataset
 
-    parts = Path(llavar_peft.__file__).parent / "assets/tiny"
-    write_dataset(tmp_path / "data", count=8, seed=1, task="conversation")
+    write_dataset(tmp_path / "data", count=6, seed=1, task="question")
+    parts = ROOT / "llavar_peft/assets/tiny"
     settings = [
         f"model.language_model={parts / 'language_model'}",
         f"model.vision_tower={parts / 'vision_tower'}",
@@ -76,22 +116,29 @@ def test_a_run_by_preset(tmp_path: Path) -> None:
         f"stages.0.data.records={tmp_path / 'data/records.json'}",
         f"stages.0.data.images={tmp_path / 'data/images'}",
         "stages.0.data.workers=0",
-        "stages.0.global_batch_size=4",
-        "stages.0.max_steps=2",
-        f"output_dir={tmp_path / 'run'}",
+        "stages.0.max_steps=1",
+        "stages.0.global_batch_size=2",
+        "stages.0.micro_batch_size=2",
     ]
-    command = [sys.executable, "-m", "llavar_peft", "train", "--preset", "qlora", *settings]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=600)
-    assert done.returncode == 0, done.stderr[-2000:]
-    (config,) = (tmp_path / "run").glob("**/adapter/adapter_config.json")
-    assert json.loads(config.read_text())["r"] == 64
-    assert json.loads((config.parent / "base.json").read_text())["quantize"] == "nf4"
+    alone = tmp_path / "alone"
+    assert cli.main(["train", "--preset", "lora", *settings, f"output_dir={alone}"]) == 0
+    assert (alone / "adapter/adapter_model.safetensors").is_file()
+    over = tmp_path / "over"
+    recipe = str(alone / "recipe.yaml")
+    assert cli.main(["train", recipe, f"output_dir={over}", "--preset", "lora-attention-only"]) == 0
+    assert load_recipe(over / "adapter/recipe.yaml").stages[0].tune == TUNES["lora-attention-only"]
 
 
 @pytest.mark.skipif(not (ROOT / "pyproject.toml").is_file(), reason="needs the repository")
-def test_a_built_package_has_them(tmp_path: Path) -> None:
-    command = [sys.executable, "setup.py", "-q", "build", "--build-base", str(tmp_path / "build")]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-2000:]
-    built = tmp_path / "build/lib/llavar_peft/presets/adapters"
-    assert {path.stem for path in built.glob("*.yaml")} == set(NAMES)
+def test_an_installed_package_finds_them(tmp_path: Path) -> None:
+    """Built as a wheel is, far from the repository."""
+    build = [sys.executable, "setup.py", "-q", "build", "--build-base", str(tmp_path)]
+    subprocess.run(build, cwd=ROOT, check=True, capture_output=True)
+    script = "import llavar_peft.recipes as r; print(r.__file__); print(*r.list_presets()); r.read_recipe('qlora')"
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, check=True,
+        env={"PYTHONPATH": str(tmp_path / "lib")},
+    )  # fmt: skip
+    where, found = done.stdout.splitlines()
+    assert where.startswith(str(tmp_path / "lib"))
+    assert set(found.split()) == set(TUNES)

@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from llavar_peft import __version__
+from llavar_peft.cli import adapter
 from llavar_peft.cli._output import is_first_rank, say
 from llavar_peft.cli.ask import ask
 from llavar_peft.cli.convert import convert
@@ -50,6 +51,10 @@ def build_app() -> typer.Typer:
     data.command("check")(check)
     data.command("inspect")(inspect)
     app.add_typer(data, name="data")
+    adapters = typer.Typer(help="Adapters on disk: what they are, and whether they are whole.", no_args_is_help=True)
+    adapters.command("show")(adapter.show)
+    adapters.command("verify")(adapter.verify)
+    app.add_typer(adapters, name="adapter")
     delta = typer.Typer(help="The released delta format: weights as a difference to LLaMA's.", no_args_is_help=True)
     delta.command("make")(make)
     delta.command("apply")(apply)

@@ -12,11 +12,10 @@ from llavar_peft.recipes import load_recipe
 
 
 def train(
+    context: typer.Context,
     recipe: Annotated[
         str | None,
-        typer.Argument(
-            help="A YAML file, or the name of a shipped recipe; may be left out with --preset.", metavar="[RECIPE]"
-        ),
+        typer.Argument(help="A YAML file, or a shipped recipe's name; optional with --preset.", metavar="RECIPE"),
     ] = None,
     overrides: Annotated[
         list[str] | None,
@@ -24,7 +23,7 @@ def train(
     ] = None,
     preset: Annotated[
         str | None,
-        typer.Option("--preset", help="A way of tuning for the last stage: lora, qlora, dora, ... (recipe list)."),
+        typer.Option("--preset", help="How the last stage trains: qlora, dora, ...; see 'llavar-peft recipe list'."),
     ] = None,
     stage: Annotated[
         list[str] | None, typer.Option("--stage", help="Run only this stage; may be given several times.")
@@ -32,13 +31,14 @@ def train(
     restart: Annotated[bool, typer.Option("--restart", help="Begin again instead of going on.")] = False,
 ) -> None:
     """Train a recipe's stages, or go on where an earlier run stopped."""
-    settings = list(overrides or ())
-    if recipe is not None and preset is not None and "=" in recipe:
-        settings.insert(0, recipe)
+    settings = overrides or []
+    if preset is not None and recipe is not None and "=" in recipe:
+        # A preset alone, completed by settings.
+        settings = [recipe, *settings]
         recipe = None
     if recipe is None and preset is None:
-        raise typer.BadParameter("missing; give a YAML file, a shipped recipe's name, or --preset", param_hint="RECIPE")
-    wanted = load_recipe(recipe, settings, preset=preset)  # before torch: a mistake is reported in a moment
+        raise typer.BadParameter("give a RECIPE, a --preset, or both", ctx=context)
+    wanted = load_recipe(recipe, settings, preset=preset)  # before torch is imported: a mistake is reported in a moment
     names = [part.name for part in wanted.stages]
     for name in stage or ():
         if name not in names:

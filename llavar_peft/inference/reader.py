@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,13 +11,13 @@ from typing import TYPE_CHECKING, Any
 from llavar_peft.config import Attention, Dtype, ModelConfig, Quantization
 from llavar_peft.data.images import open_image
 from llavar_peft.errors import ConfigError
-from llavar_peft.models.adapters import load_adapter
+from llavar_peft.models.adapters import lay_adapter
 from llavar_peft.models.build import build_model
 from llavar_peft.models.fingerprints import check_base_of_adapter
 from llavar_peft.models.processing import LlavarProcessor
 from llavar_peft.models.reading import read_pictures
 from llavar_peft.types import ImageMode
-from llavar_peft.weights.adapter import ADAPTER_CONFIG, BASE_FILE
+from llavar_peft.weights.adapter import ADAPTER_CONFIG, BASE_FILE, read_base_settings
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -116,17 +115,14 @@ def load_reader(
     else:
         base = ModelConfig(checkpoint=str(model), vision_tower=vision_tower)
     if quantize is None and adapter is not None:
-        quantize = _base_settings(Path(adapter)).get("quantize")
+        quantize = read_base_settings(Path(adapter)).get("quantize")
     config = dataclasses.replace(base, quantize=quantize, dtype=dtype, attention=attention)
     if adapter is not None:
-        check_base_of_adapter(Path(adapter), config)  # before the model is built, which may take minutes
+        check_base_of_adapter(Path(adapter), config)
     place = device or ("cuda" if torch.cuda.is_available() else "cpu")
     built, processor = build_model(config, device=place)
-    opened: Any = built
-    if adapter is not None:
-        opened = load_adapter(built, adapter, force=True)
-    opened.eval()
-    return Reader(opened, processor)
+    built.eval()
+    return Reader(built if adapter is None else lay_adapter(built, Path(adapter)), processor)
 
 
 def _inside_run(folder: Path) -> Path:
@@ -139,7 +135,7 @@ def _inside_run(folder: Path) -> Path:
 
 
 def _base_of(adapter: Path) -> ModelConfig:
-    settings = _base_settings(adapter)
+    settings = read_base_settings(adapter)
     if not settings:
         raise ConfigError.at(str(adapter / BASE_FILE), "no such file", "give the adapter's base as --model as well")
     base = ModelConfig(**settings)
@@ -153,11 +149,3 @@ def _base_of(adapter: Path) -> ModelConfig:
     raise ConfigError.at(
         str(adapter / BASE_FILE), f"its base is not there (got {base.checkpoint!r})", "give the base as --model as well"
     )
-
-
-def _base_settings(adapter: Path) -> dict[str, Any]:
-    path = adapter / BASE_FILE
-    if not path.is_file():
-        return {}
-    settings: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return settings

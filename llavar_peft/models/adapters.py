@@ -1,57 +1,110 @@
-"""``load_adapter``: an adapter laid over a model that was built, checked."""
+"""An adapter laid over a model: the right one, whole, or not at all."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llavar_peft.errors import ConfigError
-from llavar_peft.weights.adapter import ADAPTER_CONFIG, load_adapter_weights
-from llavar_peft.weights.fingerprint import take_fingerprint
-from llavar_peft.weights.pairing import check_adapter_base
-from llavar_peft.weights.released import view_as_released
+import torch
+
+from llavar_peft.config import ModelConfig
+from llavar_peft.errors import ConfigError, Fault, WeightsError
+from llavar_peft.models.build import build_model, expected_shapes
+from llavar_peft.models.fingerprints import check_base_of_adapter
+from llavar_peft.models.modeling import LlavarForConditionalGeneration
+from llavar_peft.weights.adapter import (
+    ADAPTER_WEIGHTS,
+    load_adapter_weights,
+    read_adapter_table,
+    read_settings,
+    read_tensor,
+)
+from llavar_peft.weights.adapter_parts import divide, form_faults, landing_faults
+from llavar_peft.weights.blocks import first_not_finite, where_of
 
 if TYPE_CHECKING:
     from peft import PeftModel
 
-    from llavar_peft.models.modeling import LlavarForConditionalGeneration
-
 
 def load_adapter(
-    model: LlavarForConditionalGeneration, folder: str | Path, *, trainable: bool = False, force: bool = False
+    base: LlavarForConditionalGeneration | ModelConfig | str | Path,
+    folder: str | Path,
+    *,
+    trainable: bool = False,
+    force: bool = False,
+    device: str | torch.device | None = None,
 ) -> PeftModel:
-    """Lays an adapter over its base.
+    """Lays an adapter over the base it was trained on.
 
     Args:
-        model: From ``build_model``; it is changed in place.
+        base: A model from ``build_model``, which is changed in place; or what to build: a ``ModelConfig``, or the
+            folder of a checkpoint.
         folder: The adapter's.
-        trainable: Whether it can be trained on.
+        trainable: Whether what the adapter holds can be trained on; otherwise nothing can.
         force: Go on with a base of the right shape that the adapter was not trained on.
+        device: Where a model that is built here goes, as in ``build_model``.
 
     Returns:
-        ``peft``'s model, in ``eval`` mode.
+        The model with the adapter, in ``eval`` mode.
 
     Raises:
-        ConfigError: No adapter there.
-        WeightsError: Another base: other numbers, more or fewer layers; or a tensor that does not land.
+        ConfigError: No adapter, no checkpoint, or a model that has an adapter already.
+        WeightsError: Another base, one with more or fewer layers, a tensor that does not land, is missing, damaged or
+            not finite. A model that was given is then as it was.
+    """
+    adapter = Path(folder)
+    if isinstance(base, (str, Path)):
+        base = ModelConfig(checkpoint=str(base))
+    if isinstance(base, ModelConfig):
+        if not force:
+            check_base_of_adapter(adapter, base)
+        base, _ = build_model(base, device=device)
+    elif not force:
+        check_base_of_adapter(adapter, ModelConfig(checkpoint=base.name_or_path))
+    return lay_adapter(base, adapter, trainable=trainable)
+
+
+def lay_adapter(model: LlavarForConditionalGeneration, folder: Path, *, trainable: bool = False) -> PeftModel:
+    """Lays an adapter over a model of its shape, whatever the model's numbers are.
+
+    Args:
+        model: From ``build_model``; changed in place.
+        folder: The adapter's.
+        trainable: Whether it can be trained on.
+
+    Returns:
+        The model with the adapter, in ``eval`` mode.
+
+    Raises:
+        ConfigError: No adapter, or a model that has one already.
+        WeightsError: As ``load_adapter`` says. The model is then as it was.
     """
     from peft import PeftConfig, get_peft_model
 
-    path = Path(folder)
-    if not (path / ADAPTER_CONFIG).is_file():
-        what = f"no {ADAPTER_CONFIG} in it" if path.is_dir() else "no such folder"
-        raise ConfigError.at(str(path), what, "give an adapter's folder")
-    source = Path(model.name_or_path)
-    if not force and (source / "config.json").is_file():
-        check_adapter_base(path, lambda: _fingerprint(source), str(source))
-    settings = PeftConfig.from_pretrained(str(path))
+    if not isinstance(model, LlavarForConditionalGeneration) or hasattr(model, "peft_config"):
+        raise ConfigError.at(
+            "model", f"not a plain LLaVAR (got {type(model).__name__})", "give one from build_model, without adapters"
+        )
+    tensors = _read_fitting(model, folder)
+    settings = PeftConfig.from_pretrained(str(folder))
     settings.inference_mode = not trainable
-    laid: Any = get_peft_model(model, settings)
-    load_adapter_weights(laid, path)
-    opened: PeftModel = laid.eval()
+    settings.base_model_name_or_path = model.name_or_path
+    model.requires_grad_(False)
+    opened: Any = get_peft_model(model, settings)
+    load_adapter_weights(opened, tensors, where=str(folder / ADAPTER_WEIGHTS))
+    opened.eval()
     return opened
 
 
-def _fingerprint(folder: Path) -> dict[str, Any]:
-    view = view_as_released(folder)
-    return take_fingerprint(view.table, view.config)
+def _read_fitting(model: LlavarForConditionalGeneration, folder: Path) -> dict[str, torch.Tensor]:
+    settings, table = read_settings(folder), read_adapter_table(folder)
+    parts = divide(table)
+    faults: list[Fault] = list(form_faults(parts, settings, str(folder)))
+    # The configuration's shapes, not the tensors' own: those of a quantized layer are packed.
+    faults = faults or list(landing_faults(parts, settings, expected_shapes(model.config), str(folder)))
+    tensors = {} if faults else {name: read_tensor(entry) for name, entry in table.items()}
+    found = (first_not_finite([tensor], where_of(table[name])) for name, tensor in tensors.items())
+    faults += [fault for fault in found if fault is not None]
+    if faults:
+        raise WeightsError("\n".join(map(str, faults)), faults)
+    return tensors

@@ -1,10 +1,10 @@
-"""PiSSA: adapters that start as the base's own principal part, and are saved as ordinary ones on the untouched base.
+"""PiSSA: adapters that start as the base's principal components, which are taken out of the base.
 
-While training, the base's weight is what the first r singular vectors leave of it, W - s B0 A0, and A0, B0 are trained
-on to A, B. An adapter saved as it is would fit no base on disk, so it is saved as W + s (B A - B0 A0): a LoRA of rank
-2 r with A' = [A; A0] and B' = [B, -B0]. Everything that resuming needs is in it.
+The base is then a residual: W - s B0 A0. An adapter of the residual fits no base that anybody has, so it is saved as an
+ordinary LoRA of twice the rank on W itself: s (B A - B0 A0) = s [B, -B0] [A; A0]. That holds A, B, A0 and B0 whole, so
+that a resumed run makes the same residual again and goes on from the same A and B.
 
-Source: PiSSA (arXiv 2404.02948), section 3 and appendix C; peft, tuners/lora/layer.py (``pissa_init``).
+Source: arXiv 2404.02948 (PiSSA); peft, tuners/lora/layer.py, ``pissa_init``.
 """
 
 from __future__ import annotations
@@ -15,119 +15,101 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from llavar_peft.durable import write_json
-from llavar_peft.errors import WeightsError
+from llavar_peft.errors import ConfigError
 from llavar_peft.weights.adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from llavar_peft.weights.store import open_weights
 
-_ROUNDS = 4
-"""Of subspace iteration in the randomised decomposition; peft's ``pissa_niter_4``."""
-_START_A, _START_B = "pissa_start_a", "pissa_start_b"
 _ADAPTER = "default"
-_PREFIX = "base_model.model."
+_A, _B = ".lora_A.weight", ".lora_B.weight"
+# The fast SVD of the paper: a whole one of a 13B model would take hours.
+_INITIALISATION = "pissa_niter_4"
 
 
-def start_pissa(model: Any) -> None:
-    """Moves the principal part of each adapted weight into its adapter, in place.
-
-    The decomposition is drawn from a fixed seed of its own: a resumed run finds the same one.
+def make_residual(model: Any, checkpoint: Path | None) -> None:
+    """Moves the principal components of each adapted layer from the base into its adapter.
 
     Args:
-        model: A ``PeftModel`` whose adapters are fresh, on a base that is not quantized.
+        model: A ``PeftModel`` with new adapters; it is changed in place.
+        checkpoint: One of this run, saved by ``save_on_whole_base``: A0 and B0 are taken from it. None computes them.
+
+    Raises:
+        ConfigError: The rank is larger than a layer.
     """
-    for number, (_, layer) in enumerate(_layers(model)):
-        down, up = layer.lora_A[_ADAPTER].weight, layer.lora_B[_ADAPTER].weight
-        weight, scale = layer.base_layer.weight, float(layer.scaling[_ADAPTER])
-        with torch.no_grad(), torch.random.fork_rng(devices=[weight.device] if weight.is_cuda else []):
-            torch.manual_seed(number)
-            left, values, right = torch.svd_lowrank(weight.float(), q=down.shape[0], niter=_ROUNDS)
-            root = (values / scale).sqrt()
-            down.copy_(root[:, None] * right.T)
-            up.copy_(left * root)
-            _take_out(layer, down.detach().clone(), up.detach().clone())
+    stored = open_weights(checkpoint / ADAPTER_WEIGHTS) if checkpoint is not None else None
+    for number, (name, layer) in enumerate(_layers(model)):
+        base, rank = layer.get_base_layer(), layer.r[_ADAPTER]
+        if rank > min(base.weight.shape):
+            raise ConfigError.at(
+                "tune.rank", f"pissa cannot take {rank} components out of {name} ({tuple(base.weight.shape)})",
+                f"use a rank of {min(base.weight.shape)} at most",
+            )  # fmt: skip
+        whole, a, b = base.weight.data, layer.lora_A[_ADAPTER].weight, layer.lora_B[_ADAPTER].weight
+        if stored is None:
+            # Drawn from a seed of its own: every rank has to take the same components out of its copy of the base.
+            with torch.random.fork_rng(devices=[whole.device] if whole.is_cuda else []):
+                torch.manual_seed(number)
+                layer.pissa_init(_ADAPTER, _INITIALISATION)  # sets A and B; what it makes of the base is made below
+        else:
+            a.data.copy_(stored[name + _A][rank:])
+            b.data.copy_(-stored[name + _B][:, rank:])
+        # Beside the model, on the CPU: they are needed for saving only.
+        layer.pissa_start = (a.detach().cpu().clone(), b.detach().cpu().clone())
+        base.weight.data = (whole.float() - layer.scaling[_ADAPTER] * b.data @ a.data).to(whole.dtype)
 
 
-def is_pissa(model: nn.Module) -> bool:
-    """Whether a model's adapters started as their base's principal part."""
-    return any(True for _ in _started(model))
+def is_residual(model: Any) -> bool:
+    """Whether the base of a ``PeftModel`` is what PiSSA left of it."""
+    return any(hasattr(layer, "pissa_start") for _, layer in _layers(model))
 
 
-def settle_pissa(model: Any, folder: Path) -> None:
-    """Rewrites an adapter that ``save_pretrained`` has just saved, as one on the untouched base.
+def save_on_whole_base(model: Any, folder: Path) -> None:
+    """Rewrites a saved adapter of a residual as one of the whole base.
+
+    In half precision the two agree to the rounding of the residual, in float32 to that of the arithmetic.
 
     Args:
         model: The ``PeftModel``.
-        folder: Where it was saved.
+        folder: Where ``save_pretrained`` put its adapter.
     """
     from safetensors.torch import save_file
 
-    tensors = {name: tensor.clone() for name, tensor in open_weights(folder / ADAPTER_WEIGHTS).items()}
-    for name, layer in _started(model):
-        down, up = (f"{_PREFIX}{name}.lora_{part}.weight" for part in "AB")
-        start_down, start_up = (getattr(layer, part).to(tensors[down]).cpu() for part in (_START_A, _START_B))
-        tensors[down] = torch.cat([tensors[down], start_down])
-        tensors[up] = torch.cat([tensors[up], -start_up], dim=1)
+    tensors = dict(open_weights(folder / ADAPTER_WEIGHTS))
+    for name, layer in _layers(model):
+        a0, b0 = layer.pissa_start
+        tensors[name + _A] = torch.cat([tensors[name + _A], a0])
+        tensors[name + _B] = torch.cat([tensors[name + _B], -b0], dim=1)
     aside = folder / f".{ADAPTER_WEIGHTS}.part"
     save_file(tensors, aside, metadata={"format": "pt"})
     aside.replace(folder / ADAPTER_WEIGHTS)
-    config = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
-    doubled = {key: 2 * config[key] for key in ("r", "lora_alpha")}
-    write_json(folder / ADAPTER_CONFIG, {**config, **doubled})
+    _, some = next(_layers(model))
+    rank = 2 * some.r[_ADAPTER]
+    settings = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
+    settings.update(r=rank, lora_alpha=some.scaling[_ADAPTER] * rank, use_rslora=False)
+    write_json(folder / ADAPTER_CONFIG, settings)
 
 
-def resume_pissa(model: Any, folder: Path) -> dict[str, Tensor]:
-    """Makes a freshly started model start where a saved one did.
-
-    Bit for bit where this machine decomposes the base as the other did; elsewhere the base's weights are moved by the
-    difference, which costs a rounding.
+def on_residual(model: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """An adapter of the whole base, as ``save_on_whole_base`` wrote it, as one of the residual again.
 
     Args:
-        model: The ``PeftModel``, after ``start_pissa``.
-        folder: Of the saved adapter.
+        model: The ``PeftModel``, made residual from the same checkpoint.
+        tensors: The adapter's.
 
     Returns:
-        The adapter's tensors as they were while training, for ``load_adapter_weights``.
-
-    Raises:
-        WeightsError: A tensor is missing or of another rank.
+        The same with A and B as they were trained.
     """
-    tensors = dict(open_weights(folder / ADAPTER_WEIGHTS))
-    for name, layer in _started(model):
-        down, up = (f"{_PREFIX}{name}.lora_{part}.weight" for part in "AB")
-        rank = layer.lora_A[_ADAPTER].weight.shape[0]
-        if down not in tensors or up not in tensors or tensors[down].shape[0] != 2 * rank:
-            raise WeightsError.at(
-                f"{folder / ADAPTER_WEIGHTS}:{down}",
-                f"not a PiSSA adapter of rank {rank}",
-                "resume with its own recipe",
-            )
-        start_down, start_up = tensors[down][rank:].clone(), -tensors[up][:, rank:]
-        tensors[down], tensors[up] = tensors[down][:rank].clone(), tensors[up][:, :rank].clone()
-        old_down, old_up = getattr(layer, _START_A), getattr(layer, _START_B)
-        start_down, start_up = start_down.to(old_down), start_up.to(old_up)
-        if not (torch.equal(old_down, start_down) and torch.equal(old_up, start_up)):
-            weight = layer.base_layer.weight
-            whole = weight.data.float() + float(layer.scaling[_ADAPTER]) * (old_up @ old_down)
-            weight.data = whole.to(weight.dtype)
-            _take_out(layer, start_down, start_up)
-    return tensors
-
-
-def _take_out(layer: Any, down: Tensor, up: Tensor) -> None:
-    weight = layer.base_layer.weight
-    weight.data = (weight.data.float() - float(layer.scaling[_ADAPTER]) * (up @ down)).to(weight.dtype)
-    layer.register_buffer(_START_A, down, persistent=False)
-    layer.register_buffer(_START_B, up, persistent=False)
+    raw = dict(tensors)
+    for name, layer in _layers(model):
+        rank = layer.r[_ADAPTER]
+        raw[name + _A], raw[name + _B] = tensors[name + _A][:rank], tensors[name + _B][:, :rank]
+    return raw
 
 
 def _layers(model: Any) -> Iterator[tuple[str, Any]]:
+    """The adapted layers by the names they have in a saved adapter."""
     from peft.tuners.lora import LoraLayer
 
-    base = model.get_base_model()
-    return ((name, module) for name, module in base.named_modules() if isinstance(module, LoraLayer))
-
-
-def _started(model: Any) -> Iterator[tuple[str, Any]]:
-    return ((name, layer) for name, layer in _layers(model) if hasattr(layer, _START_A))
+    yield from ((name, module) for name, module in model.named_modules() if isinstance(module, LoraLayer))

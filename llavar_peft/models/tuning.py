@@ -6,15 +6,17 @@ Source: LLaVAR, llava/train/train.py, ``train`` (``tune_mm_mlp_adapter`` in stag
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from llavar_peft.config import Full, Lora, Projector, Tune
+from llavar_peft.constants import ATTENTION_LAYERS, LINEAR_LAYERS, MLP_LAYERS
 from llavar_peft.errors import ConfigError
+from llavar_peft.models import pissa
 from llavar_peft.models.modeling import LlavarForConditionalGeneration
-from llavar_peft.models.pissa import start_pissa
 
 if TYPE_CHECKING:
     from peft import LoraConfig, PeftModel
@@ -22,8 +24,7 @@ if TYPE_CHECKING:
 TRAINED_ROWS = 2
 """``<im_start>`` and ``<im_end>``: the last rows of the input embeddings."""
 
-_ATTENTION = r"self_attn\.(q|k|v|o)_proj"
-_MLP = r"mlp\.(gate|up|down)_proj"
+_TARGETS = {"all-linear": LINEAR_LAYERS, "attention": ATTENTION_LAYERS, "mlp": MLP_LAYERS}
 _ROWS_SUFFIX = "embed_tokens.rows"
 _WRAPPED_SUFFIX = "embed_tokens.embedding.weight"
 
@@ -70,7 +71,9 @@ class EmbeddingWithTrainedRows(nn.Module):
         return self.embedding
 
 
-def prepare_for(model: LlavarForConditionalGeneration, tune: Tune) -> Any:
+def prepare_for(
+    model: LlavarForConditionalGeneration, tune: Tune, *, new_rows: bool = False, checkpoint: Path | None = None
+) -> Any:
     """Freezes what a stage does not train and adds what it trains.
 
     Trained tensors are brought to float32 where the base is kept in half precision, as the original's autocast training
@@ -79,12 +82,15 @@ def prepare_for(model: LlavarForConditionalGeneration, tune: Tune) -> Any:
     Args:
         model: A plain model; it is changed in place.
         tune: The stage's value.
+        new_rows: Whether nothing has trained the ``<im_start>``/``<im_end>`` rows yet, so that
+            ``Lora(train_image_rows=None)`` does.
+        checkpoint: The one that ``load_trained`` will take up next: PiSSA starts where it started.
 
     Returns:
         What to train: the model, or a ``PeftModel`` around it.
 
     Raises:
-        ConfigError: ``Full`` on a quantized base.
+        ConfigError: ``Full`` on a quantized base, or a ``Lora`` that asks for what the model does not have.
     """
     model.requires_grad_(False)
     projector = model.model.multi_modal_projector
@@ -101,7 +107,10 @@ def prepare_for(model: LlavarForConditionalGeneration, tune: Tune) -> Any:
         _unfreeze(model.lm_head)
         _unfreeze(projector)
         return model
-    return _with_lora(model, tune)
+    wrapped = _with_lora(model, tune, new_rows if tune.train_image_rows is None else tune.train_image_rows)
+    if tune.variant == "pissa":
+        pissa.make_residual(wrapped, checkpoint)
+    return wrapped
 
 
 def finish(trained: Any) -> LlavarForConditionalGeneration:
@@ -176,38 +185,60 @@ def _train_rows(model: LlavarForConditionalGeneration) -> None:
 def lora_config(tune: Lora) -> LoraConfig:
     """The ``peft`` configuration of a stage's value.
 
-    ``target_modules`` is anchored at the language model: a plain ``q_proj`` would hit the tower too.
+    ``target_modules`` is anchored at the language model: a plain ``q_proj`` would hit the tower too. ``pissa`` has no
+    setting here: what it does to the base must not happen again wherever the adapter is opened.
     """
     from peft import LoraConfig
 
-    linear = _ATTENTION if tune.attention_only else f"({_ATTENTION}|{_MLP})"
+    names = _TARGETS[tune.target] if isinstance(tune.target, str) else tune.target
+    attention = [name for name in names if name in ATTENTION_LAYERS]
+    mlp = [name for name in names if name in MLP_LAYERS]
+    blocks = [rf"{block}\.({'|'.join(layers)})" for block, layers in (("self_attn", attention), ("mlp", mlp)) if layers]
     return LoraConfig(
         r=tune.rank,
         lora_alpha=tune.alpha,
         lora_dropout=tune.dropout,
-        target_modules=rf"model\.language_model\.layers\.\d+\.{linear}",
+        target_modules=rf"model\.language_model\.layers\.\d+\.({'|'.join(blocks)})",
         modules_to_save=["multi_modal_projector"] if tune.train_projector else None,
         use_rslora=tune.variant == "rslora",
         use_dora=tune.variant == "dora",
-        bias="none",
+        lora_bias=tune.bias == "lora",
+        bias="none",  # peft's "all" would train the tower's biases; its "lora_only" those of LLaMA, which has none
     )
 
 
-def _with_lora(model: LlavarForConditionalGeneration, tune: Lora) -> PeftModel:
+def _with_lora(model: LlavarForConditionalGeneration, tune: Lora, rows: bool) -> PeftModel:
     from peft import get_peft_model
 
-    settings: dict[str, Any] = {"autocast_adapter_dtype": True}
     config = lora_config(tune)
-    if tune.train_image_rows:
+    if rows:
+        if not model.config.use_im_start_end:
+            raise ConfigError.at(
+                "tune.train_image_rows", "the model has no <im_start>/<im_end> rows", "leave it out, or set it to false"
+            )
         size = model.config.text_config.vocab_size
         config.trainable_token_indices = {"embed_tokens": list(range(size - TRAINED_ROWS, size))}
-    wrapped = get_peft_model(model, config, **settings)
+    wrapped = get_peft_model(model, config)
     for name, parameter in wrapped.named_parameters():
         if parameter.requires_grad and parameter.dtype in (torch.float16, torch.bfloat16):
             parameter.data = parameter.data.float()
         # peft copies the projector to train it; what a run trains is seen by its name.
         if "original_module" in name:
             parameter.requires_grad_(False)
-    if tune.variant == "pissa":
-        start_pissa(wrapped)
     return wrapped
+
+
+def part_of(name: str) -> str:
+    """Which part of the model a trained parameter belongs to: those that can have learning rates of their own.
+
+    Args:
+        name: As ``trained_names`` gives it.
+
+    Returns:
+        ``"projector"``, ``"rows"`` (of ``<im_start>``/``<im_end>``), ``"adapters"`` or ``"language_model"``.
+    """
+    if "multi_modal_projector" in name:
+        return "projector"
+    if name.endswith(_ROWS_SUFFIX) or "trainable_tokens_delta" in name:
+        return "rows"
+    return "adapters" if "lora_" in name else "language_model"

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from llavar_peft.config import ProbeConfig
-from llavar_peft.constants import IMAGE_PLACEHOLDER
+from llavar_peft.constants import IMAGE_PLACEHOLDER, PROBE_FILE
 from llavar_peft.data.dataset import Collator, TrainingDataset
 from llavar_peft.data.records import parse_record
 from llavar_peft.errors import ImageError
@@ -22,7 +22,6 @@ from llavar_peft.text_metrics import character_accuracy, exact_match
 from llavar_peft.training.files import append_line
 from llavar_peft.training.stage_trainer import supervised_loss
 
-PROBE_FILE = "probe.jsonl"
 _THUMBNAIL = (480, 480)
 
 

@@ -5,7 +5,7 @@
     output_dir/
       recipe.yaml  versions.json  stages.json  index.html
       <stage>/  metrics.jsonl  probe.jsonl  dropped.jsonl  stage.json  checkpoint-N/
-      <stage>/model/      an earlier stage's result
+      <stage>/model/      an earlier stage's result (with <stage>/adapter/ where it is an adapter's, merged)
       model/ or adapter/  the last stage's
 """
 
@@ -54,6 +54,10 @@ class RunFolder:
         name = "adapter" if isinstance(stage.tune, Lora) else "model"
         return self.root / name if stage == self.recipe.stages[-1] else self.directory(stage) / name
 
+    def merged(self, stage: Stage) -> Path:
+        """Where a LoRA stage that is not the last leaves the model with its adapter merged: the next stage's base."""
+        return self.directory(stage) / "model"
+
     def open(self, *, restart: bool, stages: Sequence[Stage]) -> None:
         """Makes the folder, or takes up one that an earlier run of the same recipe left.
 
@@ -91,7 +95,7 @@ class RunFolder:
 
         Args:
             stage: A finished stage.
-            model: The plain model, changed in place (a LoRA stage's adapters are merged unless it is the last).
+            model: The plain model, changed in place; the last stage's adapter is left out.
 
         Returns:
             The result's folder.
@@ -101,9 +105,7 @@ class RunFolder:
             load_projector(model, folder / PROJECTOR_SAFETENSORS)
         elif isinstance(stage.tune, Lora):
             if stage != self.recipe.stages[-1]:
-                raise ConfigError.at(
-                    f"stages.{stage.name}", "a LoRA stage before another cannot be taken up", "run with --restart"
-                )
+                load_full(model, self.merged(stage))
         else:
             load_full(model, folder)
         return folder

@@ -13,12 +13,18 @@ from torch import Tensor, nn
 from llavar_peft.config import Lora, ModelConfig, Projector, Tune
 from llavar_peft.constants import PROJECTOR_SAFETENSORS
 from llavar_peft.durable import write_json
+from llavar_peft.models import pissa
 from llavar_peft.models.fingerprints import fingerprint_base
-from llavar_peft.models.pissa import is_pissa, resume_pissa, settle_pissa
 from llavar_peft.models.sources import read_checkpoint, read_parts
 from llavar_peft.models.tuning import EmbeddingWithTrainedRows, is_quantized
 from llavar_peft.weights import names
-from llavar_peft.weights.adapter import BASE_FILE, load_adapter_weights
+from llavar_peft.weights.adapter import (
+    BASE_FILE,
+    load_adapter_weights,
+    open_adapter_weights,
+    quiet_about_biases,
+    write_checksums,
+)
 from llavar_peft.weights.pairing import FINGERPRINT_FILE
 from llavar_peft.weights.projector import lay_projector, save_projector
 from llavar_peft.weights.store import open_weights
@@ -54,17 +60,7 @@ def save_whole(
         base: What an adapter is an adapter of.
     """
     if isinstance(tune, Lora):
-        for settings in model.peft_config.values():
-            settings.base_model_name_or_path = base.checkpoint or base.language_model
-        # Nothing of the embeddings is saved but the rows that were trained.
-        model.save_pretrained(str(folder), save_embedding_layers=False)
-        if is_pissa(model):
-            settle_pissa(model, folder)
-        model.get_base_model().config.save_pretrained(str(folder))
-        # What "auto" came to: a merge has to quantize the same numbers again.
-        dtype = str(model.get_input_embeddings().weight.dtype).removeprefix("torch.")
-        write_json(folder / BASE_FILE, {**dataclasses.asdict(base), "dtype": dtype})
-        write_json(folder / FINGERPRINT_FILE, {"base": fingerprint_base(base)})
+        _save_adapter(model, folder, base)
     elif is_quantized(model):
         model.config.save_pretrained(str(folder))
     else:
@@ -77,6 +73,34 @@ def save_whole(
             whole = torch.cat([whole[: embedding.first], embedding.rows.detach().float()])
         projector = model.model.multi_modal_projector
         save_projector(folder, projector.weight.float(), projector.bias.float(), whole)
+    processor.save_pretrained(str(folder))
+
+
+def _save_adapter(model: Any, folder: Path, base: ModelConfig) -> None:
+    for settings in model.peft_config.values():
+        settings.base_model_name_or_path = base.checkpoint or base.language_model
+    with quiet_about_biases():
+        # Nothing of the embeddings is saved but the rows that were trained.
+        model.save_pretrained(str(folder), save_embedding_layers=False)
+    if pissa.is_residual(model):
+        pissa.save_on_whole_base(model, folder)
+    write_checksums(folder)
+    model.get_base_model().config.save_pretrained(str(folder))
+    # What "auto" came to: a merge has to quantize the same numbers again.
+    dtype = str(model.get_input_embeddings().weight.dtype).removeprefix("torch.")
+    write_json(folder / BASE_FILE, {**dataclasses.asdict(base), "dtype": dtype})
+    write_json(folder / FINGERPRINT_FILE, {"base": fingerprint_base(base)})
+
+
+def save_plain(model: Any, processor: LlavarProcessor, folder: Path) -> None:
+    """Saves a plain model and its processor.
+
+    Args:
+        model: Without adapters, not quantized.
+        processor: Saved beside it.
+        folder: Made if it is not there.
+    """
+    model.save_pretrained(str(folder), max_shard_size=_SHARD_SIZE)
     processor.save_pretrained(str(folder))
 
 
@@ -112,7 +136,10 @@ def load_trained(model: Any, folder: Path) -> None:
     from peft import PeftModel
 
     if isinstance(model, PeftModel):
-        load_adapter_weights(model, folder, resume_pissa(model, folder) if is_pissa(model) else None)
+        tensors = open_adapter_weights(folder)
+        load_adapter_weights(
+            model, pissa.on_residual(model, tensors) if pissa.is_residual(model) else tensors, where=str(folder)
+        )
     elif isinstance(model.get_input_embeddings(), EmbeddingWithTrainedRows) or is_quantized(model):
         load_projector(model, folder / PROJECTOR_SAFETENSORS)
     else:

@@ -19,14 +19,15 @@ import transformers
 from torch import Tensor, nn
 from torch.utils.data import Dataset, Sampler
 
-from llavar_peft.config import ModelConfig, Projector, Stage
+from llavar_peft.config import Lora, ModelConfig, Projector, Recipe, Stage
 from llavar_peft.constants import IGNORE_INDEX
 from llavar_peft.data.dataset import Collator, EpochSampler, Item, TrainingDataset
 from llavar_peft.durable import settle_folder
 from llavar_peft.errors import EnvironmentFaultError
 from llavar_peft.models.processing import LlavarProcessor
-from llavar_peft.models.tuning import folded_state_dict, is_quantized
+from llavar_peft.models.tuning import folded_state_dict, is_quantized, part_of
 from llavar_peft.training import files
+from llavar_peft.training.card import write_card
 from llavar_peft.training.ledger import FaultLedger
 from llavar_peft.training.saving import load_trained, save_whole
 
@@ -54,7 +55,7 @@ class StageTrainer(transformers.Trainer):
         dataset: Records as items.
         ledger: Counts records that cannot be trained on, and stops the run above its share.
         base: What the stage starts from, as an adapter has to name it.
-        seed: The run's.
+        recipe: The run.
         sink: Takes each step's figures.
         callbacks: The parent's callbacks.
     """
@@ -69,7 +70,7 @@ class StageTrainer(transformers.Trainer):
         dataset: TrainingDataset,
         ledger: FaultLedger,
         base: ModelConfig,
-        seed: int,
+        recipe: Recipe,
         sink: LogSink,
         callbacks: list[transformers.TrainerCallback],
     ) -> None:
@@ -77,7 +78,7 @@ class StageTrainer(transformers.Trainer):
         self.stage = stage
         self.ledger = ledger
         self.base = base
-        self.sampler_seed = seed
+        self.recipe = recipe
         self.sink = sink
         self.meter = Meter()
         self.staging: Path | None = None
@@ -104,7 +105,7 @@ class StageTrainer(transformers.Trainer):
 
     def _get_train_sampler(self, train_dataset: Dataset[Item] | None = None) -> Sampler[int]:
         dataset: Any = train_dataset if train_dataset is not None else self.train_dataset
-        return EpochSampler(len(dataset), seed=self.sampler_seed, shuffle=self.stage.data.shuffle)
+        return EpochSampler(len(dataset), seed=self.recipe.seed, shuffle=self.stage.data.shuffle)
 
     # -- loss ---------------------------------------------------------------------------------------------------------
 
@@ -163,18 +164,27 @@ class StageTrainer(transformers.Trainer):
     # -- optimizer ----------------------------------------------------------------------------------------------------
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """AdamW over two groups where the projector has a learning rate of its own."""
-        rate = self.stage.optim.projector_learning_rate
-        if self.optimizer is None and rate is not None:
-            trained = [(n, p) for n, p in (model or self.model).named_parameters() if p.requires_grad]
-            projector = [p for n, p in trained if "multi_modal_projector" in n]
-            others = [p for n, p in trained if "multi_modal_projector" not in n]
-            kind, settings = self.get_optimizer_cls_and_kwargs(self.args, self.model)
-            decay = {"weight_decay": self.args.weight_decay}
-            groups = [{"params": others, **decay}, {"params": projector, "lr": rate, **decay}]
-            self.optimizer = kind([group for group in groups if group["params"]], **settings)
+        """The parent's, its groups divided by part of the model where parts have learning rates of their own."""
+        new = self.optimizer is None
         made: torch.optim.Optimizer = super().create_optimizer(model)
+        optim = self.stage.optim
+        rates = {"projector": optim.projector_learning_rate, "rows": optim.rows_learning_rate}
+        if new and any(rate is not None for rate in rates.values()):
+            parts = {p: part_of(n) for n, p in (model or self.model).named_parameters() if p.requires_grad}
+            made.param_groups = [
+                {**group, "params": params, "name": part, "lr": rates.get(part) or optim.learning_rate}
+                for part in dict.fromkeys([*sorted(set(parts.values()) - set(rates)), *rates])
+                for group in made.param_groups
+                if (params := [parameter for parameter in group["params"] if parts[parameter] == part])
+            ]
         return made
+
+    def _learning_rates(self, rate: float) -> dict[str, float]:
+        """Each part's learning rate, where parts have their own; ``rate`` is that of the first group."""
+        groups = self.optimizer.param_groups if self.optimizer is not None else []
+        named = [group for group in groups if "name" in group]
+        # The schedule is one for all: rates differ by their peaks' ratio.
+        return {group["name"]: rate * group["initial_lr"] / named[0]["initial_lr"] for group in named}
 
     # -- log ----------------------------------------------------------------------------------------------------------
 
@@ -196,6 +206,8 @@ class StageTrainer(transformers.Trainer):
                 "seconds": round(seconds, 4),
                 "tokens_per_second": round(tokens / seconds, 1) if seconds else None,
             }
+            if rates := self._learning_rates(logs["learning_rate"]):
+                figures["learning_rates"] = rates
             if torch.cuda.is_available():
                 figures["peak_memory_mb"] = round(torch.cuda.max_memory_allocated() / 2**20)
             logs["tokens"] = tokens
@@ -242,6 +254,9 @@ class StageTrainer(transformers.Trainer):
         save_whole(
             model, self.processing_class, folder, state=folded_state_dict(state), tune=self.stage.tune, base=self.base
         )
+        if isinstance(self.stage.tune, Lora):
+            run = Path(str(self.args.output_dir))
+            write_card(folder, self.recipe, self.stage, run=run, step=self.state.global_step)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:

@@ -14,7 +14,8 @@ import transformers
 from accelerate import PartialState
 
 from llavar_peft.config import Lora, ModelConfig, Recipe, Stage
-from llavar_peft.constants import METRICS_FILE
+from llavar_peft.config_rules import trains_image_rows
+from llavar_peft.constants import METRICS_FILE, PROBE_FILE
 from llavar_peft.data.dataset import TrainingDataset
 from llavar_peft.durable import settle_folder
 from llavar_peft.errors import ConfigError, InterruptedRunError, LlavarError
@@ -26,10 +27,10 @@ from llavar_peft.training import files
 from llavar_peft.training.arguments import resolve_precision, training_arguments
 from llavar_peft.training.callbacks import LookAtPictures, ProgressBar, StopOnSignal
 from llavar_peft.training.ledger import DROPPED_FILE, FaultLedger
-from llavar_peft.training.probe import PROBE_FILE, Probe
+from llavar_peft.training.probe import Probe
 from llavar_peft.training.records import stage_records
 from llavar_peft.training.results import RunFolder
-from llavar_peft.training.saving import save_result
+from llavar_peft.training.saving import save_plain, save_result
 from llavar_peft.training.stage_trainer import StageTrainer
 from llavar_peft.validation import validate_recipe
 
@@ -129,7 +130,8 @@ class Trainer:
         processor: Any = train_set.processor
         arguments = training_arguments(self.recipe, stage, directory, ranks=self.ranks)
         transformers.set_seed(self.recipe.seed)
-        trained = prepare_for(self.model, stage.tune)
+        resume = self._resume_point(directory)
+        trained = prepare_for(self.model, stage.tune, new_rows=trains_image_rows(self.recipe, stage), checkpoint=resume)
         count, whole = trained_parameters(trained)
         logger.info(
             "%s: %d records, %d held out; trains %s of %s parameters in %s",
@@ -139,7 +141,6 @@ class Trainer:
         bar = ProgressBar(f"stage {number}/{len(self.recipe.stages)} {stage.name}")
         stop = StopOnSignal()
         probe = Probe(stage.probe, held_out, processor, directory, batch_size=stage.micro_batch_size, writes=self.main)
-        resume = self._resume_point(directory)
 
         def sink(figures: dict[str, Any]) -> None:
             files.append_line(directory / METRICS_FILE, figures)
@@ -153,7 +154,7 @@ class Trainer:
             dataset=train_set,
             ledger=FaultLedger(self._dropped(directory), stage.data, total=len(train_set), ranks=self.ranks),
             base=self.base,
-            seed=self.recipe.seed,
+            recipe=self.recipe,
             sink=sink,
             callbacks=[bar, stop, *([LookAtPictures(probe)] if len(held_out) else []), *self.callbacks],
         )
@@ -180,28 +181,39 @@ class Trainer:
         engine.accelerator.wait_for_everyone()
         engine.save_model(str(staged))
         engine.accelerator.wait_for_everyone()
-        last = stage == self.recipe.stages[-1]
+        # The last stage's adapters stay adapters; another stage builds on the plain model.
+        keep = isinstance(stage.tune, Lora) and stage == self.recipe.stages[-1]
         quantized = is_quantized(self.model)
         trained = engine.accelerator.unwrap_model(engine.model)
+        self.model = trained if keep else finish(trained)
         if self.main:
             if quantized and not isinstance(stage.tune, Lora):
                 save_result(self.recipe.model, staged)
             settle_folder(staged, final)
+            if isinstance(stage.tune, Lora) and not keep:
+                self._save_merged(stage)
             self.run.mark_finished(stage, steps=engine.state.global_step)
             for checkpoint in files.checkpoints(self.run.directory(stage)):
                 shutil.rmtree(checkpoint)
             self._write_page()
         engine.accelerator.wait_for_everyone()
-        # The last stage's adapters stay adapters; another stage builds on the plain model.
-        self.model = trained if last and isinstance(stage.tune, Lora) else finish(trained)
         engine.accelerator.free_memory()
         self.base = self._based_on(stage, final)
         return final
 
+    def _save_merged(self, stage: Stage) -> None:
+        final = self.run.merged(stage)
+        staged = final.with_name(f".{final.name}.part")
+        shutil.rmtree(staged, ignore_errors=True)
+        save_plain(self.model, self.processor, staged)
+        settle_folder(staged, final)
+
     def _based_on(self, stage: Stage, result: Path) -> ModelConfig:
         """What an adapter of the next stage is an adapter of."""
         if isinstance(stage.tune, Lora):
-            return self.base
+            if stage == self.recipe.stages[-1]:
+                return self.base
+            result = self.run.merged(stage)
         return dataclasses.replace(
             self.base, checkpoint=str(result.resolve()), language_model=None, vision_tower=None, projector=None
         )

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+import warnings
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llavar_peft.errors import WeightsError
+from llavar_peft.durable import write_json
+from llavar_peft.errors import ConfigError
+from llavar_peft.weights.blocks import read_blocks, tensor_bytes
 from llavar_peft.weights.store import open_weights
+from llavar_peft.weights.strict import check_tensors
+from llavar_peft.weights.table import CHECKSUMS_FILE, TensorEntry, read_file_table
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -18,25 +26,108 @@ BASE_FILE = "base.json"
 """Beside an adapter: the ``ModelConfig`` of what it is an adapter of."""
 
 
-def load_adapter_weights(model: Any, folder: Path, tensors: Mapping[str, Tensor] | None = None) -> None:
-    """Copies an adapter's tensors into a ``PeftModel`` of the same shape; each must land.
+def read_settings(folder: Path) -> dict[str, Any]:
+    """Reads an adapter's ``adapter_config.json``.
 
     Args:
-        model: The ``PeftModel``.
         folder: The adapter's.
-        tensors: Instead of those on disk.
+
+    Returns:
+        Its content, with at least ``peft_type``.
 
     Raises:
-        WeightsError: A tensor is missing or extra.
+        ConfigError: No adapter, or not readable.
     """
-    from peft import set_peft_model_state_dict
+    path = folder / ADAPTER_CONFIG
+    try:
+        settings = json.loads(path.read_text(encoding="utf-8"))
+        _ = settings["peft_type"]
+    except FileNotFoundError:
+        what = "no such folder" if not folder.is_dir() else f"no {ADAPTER_CONFIG} in it"
+        raise ConfigError.at(str(folder), what, "give an adapter's folder") from None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ConfigError.at(
+            str(path), f"not readable as peft's settings ({error!r})", "fetch the file again"
+        ) from error
+    return dict(settings)
 
-    stored = dict(open_weights(folder / ADAPTER_WEIGHTS) if tensors is None else tensors)
-    result = set_peft_model_state_dict(model, stored)
-    missing = [name for name in result.missing_keys if "lora_" in name or "modules_to_save" in name]
-    if missing or result.unexpected_keys:
-        raise WeightsError.at(
-            str(folder / ADAPTER_WEIGHTS),
-            f"the adapter does not fit (missing {missing[:4]}, unexpected {list(result.unexpected_keys)[:4]})",
-            "use it on the base it was trained on",
-        )
+
+def read_base_settings(folder: Path) -> dict[str, Any]:
+    """Reads what an adapter says of its base: a ``ModelConfig``'s fields; empty where it says nothing."""
+    path = folder / BASE_FILE
+    if not path.is_file():
+        return {}
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        raise ConfigError.at(str(path), f"not readable as a base's settings ({error})", "fetch it again") from error
+
+
+def read_adapter_table(folder: Path) -> dict[str, TensorEntry]:
+    """Reads which tensors an adapter holds, with their checksums where it has any.
+
+    Args:
+        folder: The adapter's.
+
+    Returns:
+        Where they lie, by peft's names.
+
+    Raises:
+        ConfigError: There is no such file.
+        WeightsError: It is cut off or no safetensors.
+    """
+    path = folder / ADAPTER_WEIGHTS
+    if not path.is_file():
+        raise ConfigError.at(str(folder), f"no {ADAPTER_WEIGHTS} in it", "give an adapter's folder")
+    return read_file_table(path)
+
+
+def read_tensor(entry: TensorEntry) -> Tensor:
+    """Reads a tensor whole; refuses one whose bytes are not those that its checksum was taken of."""
+    import torch
+
+    blocks = list(read_blocks(entry))
+    return (torch.cat(blocks) if blocks else torch.empty(0)).reshape(entry.shape)
+
+
+def write_checksums(folder: Path) -> None:
+    """Takes the checksum of each tensor of an adapter that was just written, so that later damage is seen."""
+    (folder / CHECKSUMS_FILE).unlink(missing_ok=True)
+    sums: dict[str, int] = {}
+    for name, entry in read_adapter_table(folder).items():
+        sums[name] = 0
+        for block in read_blocks(entry):
+            sums[name] = zlib.crc32(tensor_bytes(block), sums[name])
+    write_json(folder / CHECKSUMS_FILE, sums)
+
+
+def load_adapter_weights(model: Any, tensors: dict[str, Tensor], *, where: str) -> None:
+    """Copies an adapter's tensors into a ``PeftModel``.
+
+    Args:
+        model: With adapters of the same settings in place.
+        tensors: By peft's names.
+        where: What to call them.
+
+    Raises:
+        WeightsError: One that has no place, one that is missing, or one of another shape.
+    """
+    from peft import get_peft_model_state_dict, set_peft_model_state_dict
+
+    with quiet_about_biases():
+        wanted = get_peft_model_state_dict(model, save_embedding_layers=False)
+    check_tensors(tensors, {name: tuple(tensor.shape) for name, tensor in wanted.items()}, where=where)
+    set_peft_model_state_dict(model, tensors)
+
+
+def open_adapter_weights(folder: Path) -> dict[str, Tensor]:
+    """An adapter's tensors, mapped from disk and unchecked."""
+    return dict(open_weights(folder / ADAPTER_WEIGHTS))
+
+
+@contextmanager
+def quiet_about_biases() -> Iterator[None]:
+    """Keeps peft from taking the biases of adapters, which have one dimension, for shards."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=r".*lora_B\.bias:", module=r"peft\.")
+        yield

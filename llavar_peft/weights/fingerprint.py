@@ -63,6 +63,12 @@ def _hash(entry: TensorEntry) -> str:
     return digest.hexdigest()[:16]
 
 
+def digest(fingerprint: Mapping[str, Any]) -> str:
+    """A fingerprint in 16 letters, for the eye."""
+    text = json.dumps(fingerprint, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
 def differences(wanted: Mapping[str, Any], got: Mapping[str, Any]) -> list[str]:
     """What of a fingerprint another does not share.
 

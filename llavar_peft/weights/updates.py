@@ -5,26 +5,25 @@ Source: peft, tuners/lora/layer.py (``get_delta_weight``), tuners/lora/variants.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llavar_peft.errors import ConfigError, Fault, WeightsError
-from llavar_peft.weights.adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from llavar_peft.weights.adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS, read_settings
+from llavar_peft.weights.adapter_parts import PREFIX, scaling_of
 from llavar_peft.weights.blocks import first_not_finite
 from llavar_peft.weights.store import open_weights
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-_PREFIX = "base_model.model."
 _A, _B, _MAGNITUDE = ".lora_A.weight", ".lora_B.weight", ".lora_magnitude_vector"
 _ROWS = ".token_adapter.trainable_tokens_delta"
 # Settings under which the tensors mean something else than what is computed here.
 _UNKNOWN = (
-    "fan_in_fan_out", "lora_bias", "layer_replication", "target_parameters", "use_qalora", "use_bdlora",
+    "fan_in_fan_out", "layer_replication", "target_parameters", "use_qalora", "use_bdlora",
     "alora_invocation_tokens", "megatron_config", "arrow_config", "kasa_config", "velora_config", "monteclora_config",
 )  # fmt: skip
 
@@ -175,15 +174,17 @@ def _update_of(name: str, tensors: Mapping[str, Tensor], settings: Mapping[str, 
     """Our name of the tensor that a stored one changes, and how; no update for the parts that come with another."""
     import torch
 
-    if not name.startswith(_PREFIX):
+    if not name.startswith(PREFIX):
         return "", None
-    plain = name.removeprefix(_PREFIX)
+    plain = name.removeprefix(PREFIX)
     if name.endswith(_A):
         stem = name.removesuffix(_A)
         if stem + _B not in tensors:
             return "", None
         target = plain.removesuffix(_A)
-        low = LowRank(tensors[name], tensors[stem + _B], _scale(target, settings), tensors.get(stem + _MAGNITUDE))
+        low = LowRank(
+            tensors[name], tensors[stem + _B], scaling_of(target, settings)[1], tensors.get(stem + _MAGNITUDE)
+        )
         return f"{target}.weight", low
     if name.endswith((_B, _MAGNITUDE)):
         partner = name.removesuffix(_B).removesuffix(_MAGNITUDE) + _A
@@ -197,33 +198,21 @@ def _update_of(name: str, tensors: Mapping[str, Tensor], settings: Mapping[str, 
     return (plain, Replacement(tensors[name])) if plain.rsplit(".", 2)[-2] in saved else ("", None)
 
 
-def _scale(module: str, settings: Mapping[str, Any]) -> float:
-    from peft.utils.other import get_pattern_key
-
-    ranks, alphas = settings.get("rank_pattern") or {}, settings.get("alpha_pattern") or {}
-    rank = float(ranks.get(get_pattern_key(ranks.keys(), module), settings["r"]))
-    alpha = float(alphas.get(get_pattern_key(alphas.keys(), module), settings["lora_alpha"]))
-    return alpha / (rank**0.5 if settings.get("use_rslora") else rank)
-
-
 def _read_settings(folder: Path) -> dict[str, Any]:
-    path = folder / ADAPTER_CONFIG
-    try:
-        settings = json.loads(path.read_text(encoding="utf-8"))
-        kind = settings["peft_type"]
-    except FileNotFoundError:
-        what = "no such folder" if not folder.is_dir() else f"no {ADAPTER_CONFIG} in it"
-        raise ConfigError.at(str(folder), what, "give an adapter's folder") from None
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    settings = read_settings(folder)
+    where, kind = str(folder / ADAPTER_CONFIG), settings["peft_type"]
+    if settings.get("lora_bias"):
         raise ConfigError.at(
-            str(path), f"not readable as peft's settings ({error!r})", "fetch the file again"
-        ) from error
+            where,
+            "this adapter has biases, and LLaMA's layers have none to merge them into",
+            "use it unmerged, or train one with bias: none",
+        )
     unknown = [key for key in _UNKNOWN if settings.get(key)]
     if settings.get("bias", "none") != "none":
         unknown.append("bias")
     if kind != "LORA" or unknown:
         got = f"peft_type {kind}" if kind != "LORA" else f"with {', '.join(unknown)}"
         raise ConfigError.at(
-            str(path), f"an adapter of a kind that is not merged here (got {got})", "merge it with peft itself"
+            where, f"an adapter of a kind that is not merged here (got {got})", "merge it with peft itself"
         )
-    return dict(settings)
+    return settings

@@ -1,88 +1,197 @@
-"""LoRA as stage 2, on a plain and on a 4-bit base: what is saved is what was trained, and it can be asked."""
+"""LoRA as stage 1, as stage 2 and alone, on any base: what is saved is what was trained, and it opens anywhere."""
 
 from __future__ import annotations
 
 import dataclasses
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import yaml
+from peft import PeftModel
 from safetensors.torch import load_file
 
-from llavar_peft import Lora, Recipe, Trainer, build_model
-from llavar_peft.config import LoraVariant, Quantization
+from llavar_peft import (
+    Lora,
+    ModelConfig,
+    OptimConfig,
+    Recipe,
+    Trainer,
+    apply_delta,
+    build_model,
+    load_adapter,
+    load_recipe,
+    make_delta,
+    merge_adapter,
+)
+from llavar_peft.config import Quantization
+from llavar_peft.data import prepare_image
+from llavar_peft.errors import ConfigError, WeightsError
 from llavar_peft.inference import load_reader
-from llavar_peft.models.tuning import prepare_for, trained_names
+from llavar_peft.models.tuning import finish, prepare_for, trained_names
+
+IDS = torch.tensor([[1, 40, 41, 42, 43, 44, 45]])
+_STORED = {None: "Linear", "nf4": "Linear4bit", "int8": "Linear8bitLt"}
 
 
-@pytest.mark.parametrize("quantize", [None, "nf4"])
+def _lora(recipe: Recipe, *, only: bool = False, quantize: Quantization | None = None, **tune: Any) -> Recipe:
+    """The tiny recipe with LoRA as its second stage, or as its only one."""
+    first, second = (dataclasses.replace(stage, max_steps=2) for stage in recipe.stages)
+    second = dataclasses.replace(second, tune=Lora(**{"rank": 4, "alpha": 8.0, "dropout": 0.0, **tune}))
+    model = dataclasses.replace(recipe.model, quantize=quantize)
+    return dataclasses.replace(recipe, model=model, stages=(second,) if only else (first, second))
+
+
+def _train(recipe: Recipe) -> tuple[Trainer, Path]:
+    model, processor = build_model(recipe.model, seed=recipe.seed)
+    trainer = Trainer(model, processor, recipe)
+    return trainer, trainer.train()
+
+
+def _logits(model: Any, ids: torch.Tensor = IDS, pixels: torch.Tensor | None = None) -> torch.Tensor:
+    inputs = {"input_ids": ids} | ({"pixel_values": pixels} if pixels is not None else {})
+    with torch.no_grad():
+        logits: torch.Tensor = model.eval()(**inputs).logits
+    return logits
+
+
+@pytest.mark.parametrize("quantize", [None, "nf4", "int8"])
 def test_an_adapter_holds_everything_and_reads_as_in_training(
     quantize: Quantization | None, tiny_recipe: Recipe, tiny_data: Path
 ) -> None:
-    first, second = tiny_recipe.stages
-    recipe = dataclasses.replace(
-        tiny_recipe,
-        model=dataclasses.replace(tiny_recipe.model, quantize=quantize),
-        stages=(first, dataclasses.replace(second, tune=Lora(rank=4, alpha=8, dropout=0.0))),
-    )
-    model, processor = build_model(recipe.model, seed=recipe.seed)
-    trainer = Trainer(model, processor, recipe)
-    result = trainer.train()
+    recipe = _lora(tiny_recipe, quantize=quantize)
+    trainer, result = _train(recipe)
     assert result.name == "adapter"
-
     trained = trained_names(trainer.model)
     assert not [name for name in trained if "vision_tower" in name]
     stored = load_file(result / "adapter_model.safetensors")
     assert len(stored) == len(trained)
     assert [name for name in stored if "multi_modal_projector" in name]
 
+    base = trainer.model.get_base_model()
+    kinds = {name: type(module).__name__ for name, module in base.named_modules()}
+    assert kinds["model.language_model.layers.0.self_attn.q_proj.base_layer"] == _STORED[quantize]
+    assert {kinds[name] for name in kinds if "vision_tower" in name and name.endswith("_proj")} == {"Linear"}
+    assert kinds["model.multi_modal_projector.modules_to_save.default"] == "Linear"
+    assert (kinds["model.language_model.embed_tokens"], kinds["lm_head"]) == ("Embedding", "Linear")
+
     reader = load_reader(result)
+    processor = trainer.processor
     ids = processor.encode_question("What does the sign say?")
     picture = sorted((tiny_data / "images").iterdir())[0]
-    from llavar_peft.data import prepare_image
-
     pixels = prepare_image(picture, "pad", processor)[None]
-    with torch.inference_mode():
-        ours = _logits(trainer.model, ids, pixels)
-        theirs = _logits(reader.model, ids, pixels)
-    # On a 4-bit base stage 1's rows and projector are laid over the source before it is quantized again: the same.
-    torch.testing.assert_close(theirs, ours, atol=1e-5, rtol=1e-5)
+    wanted = _logits(trainer.model, ids, pixels)
+    # On a quantized base stage 1's rows and projector are laid over the source before it is quantized again: the same.
+    torch.testing.assert_close(_logits(reader.model, ids, pixels), wanted, atol=1e-5, rtol=1e-5)
     assert len(reader.ask([picture], "What does the sign say?", max_new_tokens=4)) == 1
+    plain, _ = build_model(trainer.base, seed=recipe.seed)
+    opened = PeftModel.from_pretrained(plain, str(result))
+    torch.testing.assert_close(_logits(opened, ids, pixels), wanted, atol=1e-5, rtol=1e-5)
 
 
-def test_pissa_starts_as_the_base(tiny_recipe: Recipe) -> None:
-    model, processor = build_model(tiny_recipe.model)
-    ids = processor.encode_question("Read.", image=False)
-    before = _logits(model, ids).detach()
-    weight = model.model.language_model.layers[0].mlp.up_proj.weight.clone()
-    wrapped = prepare_for(model, Lora(rank=4, alpha=8, dropout=0.0, variant="pissa"))
-    torch.testing.assert_close(_logits(wrapped, ids), before, atol=1e-4, rtol=1e-4)
-    residual = wrapped.get_base_model().model.language_model.layers[0].mlp.up_proj.base_layer.weight
-    values = torch.linalg.svdvals(weight)
-    torch.testing.assert_close(torch.linalg.svdvals(residual)[0], values[4], rtol=5e-2, atol=0)
+def test_from_the_parts_alone_the_rows_are_trained_and_nothing_else_of_the_embeddings(tiny_recipe: Recipe) -> None:
+    recipe = _lora(tiny_recipe, only=True)
+    optim = OptimConfig(learning_rate=1e-3, projector_learning_rate=2e-3, rows_learning_rate=5e-3, weight_decay=0.01)
+    stage = dataclasses.replace(recipe.stages[0], optim=optim)
+    recipe = dataclasses.replace(recipe, stages=(stage,))
+    trainer, result = _train(recipe)
+    rows = [
+        tensor for name, tensor in load_file(result / "adapter_model.safetensors").items() if "embed_tokens" in name
+    ]
+    assert [list(tensor.shape) for tensor in rows] == [[2, 128]]
+    base, processor = build_model(recipe.model, seed=recipe.seed)
+    assert not torch.equal(rows[0], base.get_input_embeddings().weight[-2:])
+    ids = torch.cat([IDS, torch.tensor([processor.tokenizer.convert_tokens_to_ids(["<im_start>", "<im_end>"])])], dim=1)
+    wanted = _logits(trainer.model, ids)
+    torch.testing.assert_close(_logits(load_reader(result).model, ids), wanted, atol=1e-5, rtol=1e-5)
+    embeddings = base.get_input_embeddings().weight.detach().clone()
+    merged = finish(load_adapter(base, result)).get_input_embeddings().weight
+    assert torch.equal(merged[:-2], embeddings[:-2])
+    assert torch.equal(merged[-2:], rows[0])
+
+    lines = [json.loads(line) for line in (Path(recipe.output_dir) / stage.name / "metrics.jsonl").open()]
+    for line in lines:
+        assert list(line["learning_rates"]) == ["adapters", "projector", "rows"]
+        rate = line["learning_rate"]
+        assert line["learning_rates"] == pytest.approx({"adapters": rate, "projector": 2 * rate, "rows": 5 * rate})
 
 
-@pytest.mark.parametrize("variant", ["lora", "pissa"])
-def test_plain_peft_opens_the_adapter(variant: LoraVariant, tiny_recipe: Recipe) -> None:
-    from peft import PeftModel
+def test_alone_on_a_released_checkpoint(tiny_recipe: Recipe, tmp_path: Path) -> None:
+    """A released folder holds no tower; its rows are trained already."""
+    model, processor = build_model(tiny_recipe.model, seed=1)
+    model.save_pretrained(tmp_path / "ours")
+    processor.save_pretrained(tmp_path / "ours")
+    assert tiny_recipe.model.language_model is not None
+    make_delta(tiny_recipe.model.language_model, tmp_path / "ours", tmp_path / "delta")
+    apply_delta(tiny_recipe.model.language_model, tmp_path / "delta", tmp_path / "released")
+    config = ModelConfig(
+        checkpoint=str(tmp_path / "released"), vision_tower=tiny_recipe.model.vision_tower, dtype="float32"
+    )
+    recipe = dataclasses.replace(_lora(tiny_recipe, only=True, target="attention"), model=config)
+    trainer, result = _train(recipe)
+    stored = load_file(result / "adapter_model.safetensors")
+    assert not [name for name in stored if "embed_tokens" in name or "mlp" in name]
+    torch.testing.assert_close(_logits(load_adapter(config, result)), _logits(trainer.model), atol=1e-5, rtol=1e-5)
 
-    first, second = tiny_recipe.stages
-    tune = Lora(rank=4, alpha=8, variant=variant)
-    recipe = dataclasses.replace(tiny_recipe, stages=(first, dataclasses.replace(second, tune=tune)))
-    model, processor = build_model(recipe.model, seed=recipe.seed)
-    trainer = Trainer(model, processor, recipe)
-    result = trainer.train()
-    base, _ = build_model(dataclasses.replace(trainer.base), seed=recipe.seed)
-    opened = PeftModel.from_pretrained(base, str(result))
-    ids = processor.encode_question("Read.", image=False)
-    trainer.model.eval()
-    with torch.inference_mode():
-        torch.testing.assert_close(_logits(opened, ids), _logits(trainer.model, ids), atol=1e-5, rtol=1e-5)
+
+def test_a_second_adapter_is_one_of_the_first_merged(tiny_recipe: Recipe) -> None:
+    recipe = _lora(tiny_recipe, only=True)
+    again = dataclasses.replace(recipe.stages[0], name="again")
+    trainer, result = _train(dataclasses.replace(recipe, stages=(*recipe.stages, again)))
+    assert not [name for name in trained_names(trainer.model) if "trainable_tokens" in name]  # the first has done it
+    reader = load_reader(result)
+    torch.testing.assert_close(_logits(reader.model), _logits(trainer.model), atol=1e-5, rtol=1e-5)
+    assert json.loads((result / "base.json").read_text())["checkpoint"].endswith("stage2/model")
 
 
-def _logits(model: Any, ids: torch.Tensor, pixels: torch.Tensor | None = None) -> torch.Tensor:
-    model.eval()
-    inputs = {"input_ids": ids} | ({"pixel_values": pixels} if pixels is not None else {})
-    logits: torch.Tensor = model(**inputs).logits
-    return logits
+def test_biases_are_trained_saved_and_never_merged(tiny_recipe: Recipe) -> None:
+    trainer, result = _train(_lora(tiny_recipe, bias="lora", target=("q_proj", "v_proj")))
+    stored = load_file(result / "adapter_model.safetensors")
+    biases = [tensor for name, tensor in stored.items() if name.endswith("lora_B.bias")]
+    assert len(biases) == len([name for name in stored if name.endswith("lora_A.weight")])
+    assert all(tensor.abs().max() > 0 for tensor in biases)
+    torch.testing.assert_close(_logits(load_reader(result).model), _logits(trainer.model), atol=1e-5, rtol=1e-5)
+    with pytest.raises(ConfigError, match="LLaMA's layers have none"):
+        merge_adapter(json.loads((result / "base.json").read_text())["checkpoint"], result, result.parent / "merged")
+
+
+def test_the_folder_says_what_it_is(tiny_recipe: Recipe) -> None:
+    recipe = _lora(tiny_recipe, variant="rslora")
+    _, result = _train(recipe)
+    text = (result / "README.md").read_text()
+    _, header, body = text.split("---\n", 2)
+    fields = yaml.safe_load(header)
+    assert (fields["library_name"], fields["base_model"]) == ("peft", "model")
+    assert {"rslora", "llavar"} <= set(fields["tags"])
+    assert str(Path(recipe.output_dir)) not in text  # the card goes to other machines
+    for said in ("rslora, rank 4, alpha 8", "`model.multi_modal_projector` in full", "held-out loss", "PeftModel"):
+        assert said in body
+    assert load_recipe(result / "recipe.yaml") == recipe
+    assert f"# The stage that trained this: {recipe.stages[1].name}\n" in (result / "recipe.yaml").read_text()
+
+
+def test_half_precision_trains_in_float32_beside_it(tiny_recipe: Recipe) -> None:
+    model, _ = build_model(dataclasses.replace(tiny_recipe.model, dtype="bfloat16"))
+    wrapped = prepare_for(model, Lora(rank=4, train_image_rows=True))
+    dtypes = {parameter.dtype for parameter in wrapped.parameters() if parameter.requires_grad}
+    assert dtypes == {torch.float32}
+
+
+def test_another_base_is_refused_by_name_and_left_as_it_was(tiny_recipe: Recipe, tmp_path: Path) -> None:
+    _, result = _train(_lora(tiny_recipe, only=True))
+    other, processor = build_model(tiny_recipe.model)
+    with torch.no_grad():
+        other.model.language_model.layers[0].mlp.up_proj.weight.add_(1.0)
+    other.save_pretrained(tmp_path / "other")
+    processor.save_pretrained(tmp_path / "other")
+    with pytest.raises(WeightsError, match=r"not the base that .* was trained on"):
+        load_adapter(tmp_path / "other", result)
+    load_adapter(tmp_path / "other", result, force=True)
+    other.config.text_config.num_hidden_layers -= 1
+    with pytest.raises(WeightsError, match=r"made for (\d) layers, and the base has (?!\1)\d layers"):
+        load_adapter(other, result, force=True)
+    assert not [name for name, _ in other.named_modules() if "lora" in name]
+    with pytest.raises(ConfigError, match="without adapters"):
+        load_adapter(load_reader(result).model, result, force=True)

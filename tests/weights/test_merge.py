@@ -24,7 +24,8 @@ _VARIANTS = {
     "rslora": Lora(rank=4, alpha=8, dropout=0.0, variant="rslora"),
     "pissa": Lora(rank=4, alpha=8, dropout=0.0, variant="pissa"),
     "dora": Lora(rank=4, alpha=8, dropout=0.0, variant="dora"),
-    "attention only": Lora(rank=4, alpha=8, dropout=0.0, attention_only=True),
+    "attention only": Lora(rank=4, alpha=8, dropout=0.0, target="attention"),
+    "two names": Lora(rank=4, alpha=8, dropout=0.0, target=("q_proj", "down_proj")),
     "with rows": Lora(rank=4, alpha=8, dropout=0.0, train_image_rows=True),
     "without projector": Lora(rank=4, alpha=8, dropout=0.0, train_projector=False),
 }
@@ -157,7 +158,7 @@ def test_load_adapter(checkpoint: Path, tmp_path: Path) -> None:
     assert not [parameter for parameter in loaded.parameters() if parameter.requires_grad]
     fewer = build_model(base)[0]
     del fewer.model.language_model.layers[-1]
-    with pytest.raises(WeightsError, match=r"does not fit.*layers\.3"):
+    with pytest.raises(WeightsError, match=r"extra: .*layers\.3"):
         load_adapter(fewer, tmp_path / "adapter")
     with pytest.raises(ConfigError, match=r"adapter_config\.json"):
         load_adapter(build_model(base)[0], checkpoint)
