@@ -23,8 +23,8 @@ from llavar_peft.weights.adapter import (
     load_adapter_weights,
     open_adapter_weights,
     quiet_about_biases,
-    write_checksums,
 )
+from llavar_peft.weights.checksums import write_checksums
 from llavar_peft.weights.pairing import FINGERPRINT_FILE
 from llavar_peft.weights.projector import lay_projector, save_projector
 from llavar_peft.weights.store import open_weights

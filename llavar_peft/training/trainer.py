@@ -33,6 +33,7 @@ from llavar_peft.training.results import RunFolder
 from llavar_peft.training.saving import save_plain, save_result
 from llavar_peft.training.stage_trainer import StageTrainer
 from llavar_peft.validation import validate_recipe
+from llavar_peft.weights.checksums import write_checksums
 
 logger = logging.getLogger(__name__)
 
@@ -187,8 +188,10 @@ class Trainer:
         trained = engine.accelerator.unwrap_model(engine.model)
         self.model = trained if keep else finish(trained)
         if self.main:
-            if quantized and not isinstance(stage.tune, Lora):
-                save_result(self.recipe.model, staged)
+            if not isinstance(stage.tune, Lora):
+                if quantized:
+                    save_result(self.recipe.model, staged)
+                write_checksums(staged)
             settle_folder(staged, final)
             if isinstance(stage.tune, Lora) and not keep:
                 self._save_merged(stage)
@@ -206,6 +209,7 @@ class Trainer:
         staged = final.with_name(f".{final.name}.part")
         shutil.rmtree(staged, ignore_errors=True)
         save_plain(self.model, self.processor, staged)
+        write_checksums(staged)
         settle_folder(staged, final)
 
     def _based_on(self, stage: Stage, result: Path) -> ModelConfig:

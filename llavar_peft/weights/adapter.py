@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import json
 import warnings
-import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llavar_peft.durable import write_json
 from llavar_peft.errors import ConfigError
-from llavar_peft.weights.blocks import read_blocks, tensor_bytes
+from llavar_peft.weights.blocks import read_blocks
 from llavar_peft.weights.store import open_weights
 from llavar_peft.weights.strict import check_tensors
-from llavar_peft.weights.table import CHECKSUMS_FILE, TensorEntry, read_file_table
+from llavar_peft.weights.table import TensorEntry, read_file_table
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -88,17 +86,6 @@ def read_tensor(entry: TensorEntry) -> Tensor:
 
     blocks = list(read_blocks(entry))
     return (torch.cat(blocks) if blocks else torch.empty(0)).reshape(entry.shape)
-
-
-def write_checksums(folder: Path) -> None:
-    """Takes the checksum of each tensor of an adapter that was just written, so that later damage is seen."""
-    (folder / CHECKSUMS_FILE).unlink(missing_ok=True)
-    sums: dict[str, int] = {}
-    for name, entry in read_adapter_table(folder).items():
-        sums[name] = 0
-        for block in read_blocks(entry):
-            sums[name] = zlib.crc32(tensor_bytes(block), sums[name])
-    write_json(folder / CHECKSUMS_FILE, sums)
 
 
 def load_adapter_weights(model: Any, tensors: dict[str, Tensor], *, where: str) -> None:

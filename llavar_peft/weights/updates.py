@@ -11,10 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llavar_peft.errors import ConfigError, Fault, WeightsError
-from llavar_peft.weights.adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS, read_settings
+from llavar_peft.weights.adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS, read_adapter_table, read_settings, read_tensor
 from llavar_peft.weights.adapter_parts import PREFIX, scaling_of
 from llavar_peft.weights.blocks import first_not_finite
-from llavar_peft.weights.store import open_weights
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -147,11 +146,11 @@ def read_adapter(folder: str | Path) -> Adapter:
 
     Raises:
         ConfigError: Not an adapter, or one of a kind that is not computed here.
-        WeightsError: A tensor that is not understood, missing its partner, or not finite.
+        WeightsError: A tensor that is damaged, not understood, missing its partner, or not finite.
     """
     path = Path(folder)
     settings = _read_settings(path)
-    tensors = {name: tensor.float() for name, tensor in open_weights(path / ADAPTER_WEIGHTS).items()}
+    tensors = {name: read_tensor(entry).float() for name, entry in read_adapter_table(path).items()}
     faults = [
         fault
         for name, tensor in tensors.items()
