@@ -74,6 +74,8 @@ def build_model(
             device_map={"": device},
             **_quantization(config.quantize, dtype),
         )
+    if config.quantize == "int8":
+        _keep_scales(model)
     _set_generation(model, parts.tokenizer)
     model.name_or_path = model.config._name_or_path = parts.source
     processor = processor_of(parts)
@@ -209,6 +211,24 @@ def _quantization(quantize: Quantization | None, dtype: torch.dtype) -> dict[str
             llm_int8_skip_modules=_UNQUANTIZED,
         )
     }
+
+
+def _keep_scales(model: LlavarForConditionalGeneration) -> None:
+    """Mends int8 layers whose weight somebody moved to the CPU, where it was: DoRA does so in each forward pass.
+
+    bitsandbytes takes a moved weight for a new one, whose scales (SCB) it looks for beside it; those of one in use are
+    in the layer's state. Seen with bitsandbytes 0.50.2 and peft 0.21.2 (peft/utils/integrations.py,
+    ``dequantize_module_weight``).
+    """
+    from bitsandbytes.nn import Linear8bitLt
+
+    def before(layer: Any, _: Any) -> None:
+        if layer.weight.CB is not None and layer.weight.SCB is None and layer.state.SCB is not None:
+            layer.state.CB, layer.weight.CB = layer.weight.CB, None
+
+    for module in model.modules():
+        if isinstance(module, Linear8bitLt):
+            module.register_forward_pre_hook(before)
 
 
 def _set_generation(model: LlavarForConditionalGeneration, tokenizer: PreTrainedTokenizerFast) -> None:
