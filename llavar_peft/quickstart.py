@@ -219,7 +219,7 @@ def _draw(root: Path, *, seed: int) -> None:
 
 _SETS: tuple[tuple[str, Literal["transcribe", "question", "conversation"], int], ...] = (
     ("stage1", "transcribe", 1600),
-    ("stage2", "conversation", 6400),
+    ("stage2", "conversation", 6000),
 )
 
 

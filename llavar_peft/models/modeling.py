@@ -15,8 +15,36 @@ import torch
 from torch import Tensor, nn
 from transformers import LlavaForConditionalGeneration, LlavaModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.models.clip.modeling_clip import CLIPEncoderLayer
 
 from llavar_peft.models.configuration import LlavarConfig
+
+
+class UnusedCLIPEncoderLayer(CLIPEncoderLayer):
+    """A layer of the tower behind the one whose output is projected: kept, saved, and passed by."""
+
+    def forward(self, hidden_states: Tensor, *args: Any, skip_unused_layers: bool = False, **kwargs: Any) -> Tensor:
+        """Computes the layer, unless told that nobody looks at it.
+
+        Args:
+            hidden_states: ``[N, 1 + P, C]``.
+            *args: As the parent's.
+            skip_unused_layers: Whether to give back what came.
+            **kwargs: As the parent's.
+
+        Returns:
+            ``[N, 1 + P, C]``.
+        """
+        if skip_unused_layers:
+            return hidden_states
+        computed: Tensor = super().forward(hidden_states, *args, **kwargs)
+        return computed
+
+
+def _layers_needed(feature_layer: int | Sequence[int], layers: int) -> int:
+    """How many layers the hidden states that are projected take; the first of these states is the embeddings."""
+    chosen = [feature_layer] if isinstance(feature_layer, int) else feature_layer
+    return max(layer if layer >= 0 else layers + 1 + layer for layer in chosen)
 
 
 class LlavarModel(LlavaModel):
@@ -28,6 +56,9 @@ class LlavarModel(LlavaModel):
     def __init__(self, config: LlavarConfig) -> None:
         super().__init__(config)
         self.multi_modal_projector = nn.Linear(config.vision_config.hidden_size, config.text_config.hidden_size)
+        layers = self.vision_tower.encoder.layers
+        for layer in layers[_layers_needed(config.vision_feature_layer, len(layers)) :]:
+            layer.__class__ = UnusedCLIPEncoderLayer
         self.post_init()
 
     def get_image_features(self, pixel_values: Tensor | Sequence[Tensor], **kwargs: Any) -> BaseModelOutputWithPooling:
@@ -44,7 +75,9 @@ class LlavarModel(LlavaModel):
             size = self.config.vision_config.image_size
             # CLIP's positions are learnt for one size; other sizes (mode "keep") interpolate them.
             interpolate = tuple(pixel_values.shape[-2:]) != (size, size)
-            return super().get_image_features(pixel_values, interpolate_pos_encoding=interpolate, **kwargs)
+            return super().get_image_features(
+                pixel_values, interpolate_pos_encoding=interpolate, skip_unused_layers=True, **kwargs
+            )
         outputs = [self.get_image_features(picture[None], **kwargs) for picture in pixel_values]
         merged = outputs[-1]
         merged.pooler_output = [features_PD for output in outputs for features_PD in output.pooler_output]
