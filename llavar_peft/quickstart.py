@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import os
 import shutil
 import time
 from collections.abc import Sequence
@@ -73,11 +74,11 @@ def run_quickstart(output_dir: str | Path, tune: QuickstartTune = "full", *, see
         ConfigError: The folder holds a run of other settings.
         InterruptedRunError: Stopped by a signal, after saving.
     """
+    began = time.perf_counter()
     from llavar_peft.inference import load_reader
     from llavar_peft.page import write_run_page
     from llavar_peft.training import run_recipe
 
-    began = time.perf_counter()
     root = Path(output_dir).resolve()
     recipe = quickstart_recipe(root, tune, seed=seed)
     _draw(root, seed=seed)
@@ -213,14 +214,18 @@ def _draw(root: Path, *, seed: int) -> None:
         if not (root / "data" / folder).is_dir():
             staged = root / "data" / f".{folder}"
             shutil.rmtree(staged, ignore_errors=True)
-            write_dataset(staged, count=count, seed=seed * 10 + number, task=task, longest=_LONGEST)
+            write_dataset(staged, count=count, seed=seed * 10 + number, task=task, longest=_LONGEST, processes=_cores())
             staged.rename(root / "data" / folder)
 
 
 _SETS: tuple[tuple[str, Literal["transcribe", "question", "conversation"], int], ...] = (
-    ("stage1", "transcribe", 1600),
-    ("stage2", "conversation", 6000),
+    ("stage1", "transcribe", 1400),
+    ("stage2", "conversation", 5600),
 )
+
+
+def _cores() -> int:
+    return min(4, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
 
 
 def _draw_held_out(root: Path, seed: int) -> list[tuple[Path, str, str]]:

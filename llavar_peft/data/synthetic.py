@@ -5,8 +5,12 @@ in any order, by any number of processes, and are the same with the same version
 """
 
 import json
+import signal
 from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 from random import Random
 from typing import Any, Literal, TypeAlias
@@ -166,6 +170,7 @@ def write_dataset(
     task: Task,
     kinds: Sequence[str] = KINDS,
     longest: int = 448,
+    processes: int = 1,
 ) -> Path:
     """Draw pictures and write them with their records.
 
@@ -176,6 +181,7 @@ def write_dataset(
         task: What is asked; see `make_record`.
         kinds: Some of `KINDS`.
         longest: Greatest length of the longer side in pixels; smaller pictures are faster to read back.
+        processes: How many share the work; the result is the same.
 
     Returns:
         The path of `records.json`.
@@ -185,13 +191,25 @@ def write_dataset(
     """
     root = Path(directory)
     (root / "images").mkdir(parents=True, exist_ok=True)
-    records = list[dict[str, Any]]()
-    for index in range(count):
-        kind = kinds[index % len(kinds)]
-        picture = draw_picture(kind, seed, index, longest=longest)
-        name = f"{kind}_{index:05d}.png"
-        picture.image.save(root / "images" / name, compress_level=1)
-        records.append(make_record(picture, name, task, Random(f"record/{seed}/{index}")))
+    draw = partial(_draw_one, root=root, seed=seed, task=task, kinds=tuple(kinds), longest=longest)
+    if processes == 1:
+        records = [draw(index) for index in range(count)]
+    else:
+        with ProcessPoolExecutor(
+            processes,
+            mp_context=get_context("spawn"),
+            initializer=signal.signal,  # Ctrl-C is for the parent to answer
+            initargs=(signal.SIGINT, signal.SIG_IGN),
+        ) as pool:
+            records = list(pool.map(draw, range(count), chunksize=50))
     path = root / "records.json"
     path.write_text(json.dumps(records, indent=1) + "\n", encoding="utf-8")
     return path
+
+
+def _draw_one(index: int, *, root: Path, seed: int, task: Task, kinds: Sequence[str], longest: int) -> dict[str, Any]:
+    kind = kinds[index % len(kinds)]
+    picture = draw_picture(kind, seed, index, longest=longest)
+    name = f"{kind}_{index:05d}.png"
+    picture.image.save(root / "images" / name, compress_level=1)
+    return make_record(picture, name, task, Random(f"record/{seed}/{index}"))

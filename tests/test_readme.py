@@ -1,0 +1,87 @@
+"""The README's commands, run in order as they stand there; only what they are given is tiny."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import llavar_peft
+from llavar_peft import ModelConfig, build_model, make_delta
+from llavar_peft.data.synthetic import write_dataset
+
+ROOT = Path(llavar_peft.__file__).parents[1]
+PARTS = Path(llavar_peft.__file__).parent / "assets/tiny"
+ELSEWHERE = {
+    "pip install": "the machine is set up already",
+    "python -m pytest": "this is it",
+    "llavar-peft quickstart": "tests/test_quickstart.py",
+    "accelerate launch": "tests/test_examples.py; this one takes eight GPUs",
+}
+"""How commands begin that are not run here, and why."""
+
+
+def _blocks(text: str) -> tuple[list[str], list[str]]:
+    """The commands, each on one line, and the blocks of Python."""
+    python = re.findall(r"^```python\n(.*?)^```$", text, flags=re.MULTILINE | re.DOTALL)
+    indented = "\n".join(line[4:] for line in text.splitlines() if line.startswith("    ") and "```" not in line)
+    lines = indented.replace("\\\n", " ").splitlines()
+    known = re.compile(r"^(llavar-peft|accelerate|pip|python) ")
+    return [line for line in lines if known.match(line)], python
+
+
+def _furnish(folder: Path) -> None:
+    """Puts down whatever the README takes for granted."""
+    shutil.copytree(PARTS / "language_model", folder / "llama-13b")
+    (folder / "llama-13b/tokenizer.model").write_bytes(b"LLaMA's, which is not ours to give")
+    shutil.copytree(PARTS / "vision_tower", folder / "clip-vit-large-patch14-336")
+    shutil.copytree(PARTS / "vision_tower", folder / "openai/clip-vit-large-patch14-336")
+    shutil.copytree(PARTS / "language_model", folder / "lmsys/vicuna-7b-v1.1")
+    model, processor = build_model(
+        ModelConfig(language_model=str(folder / "llama-13b"), vision_tower=str(PARTS / "vision_tower"), dtype="float32")
+    )
+    model.save_pretrained(folder / "trained")
+    processor.save_pretrained(folder / "trained")
+    make_delta(folder / "llama-13b", folder / "trained", folder / "LLaVAR_delta")
+    write_dataset(folder / "drawn", count=8, seed=1, task="question")
+    drawn = folder / "drawn/images"
+    for records, images in (
+        ("receipts.json", "receipts"),
+        ("chat_llavar.json", "cc3m"),
+        ("llava_instruct_150k_llavar_16k.json", "coco/train2017"),
+    ):
+        shutil.copyfile(folder / "drawn/records.json", folder / records)
+        shutil.copytree(drawn, folder / images)
+    shutil.copyfile(next(drawn.iterdir()), folder / "poster.png")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+@pytest.mark.skipif(not (ROOT / "README.md").is_file(), reason="needs the repository")
+def test_every_command_runs(tmp_path: Path) -> None:
+    _furnish(tmp_path)
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    environment = {**os.environ, "PATH": path, "HF_HUB_OFFLINE": "1"}
+    commands, python = _blocks((ROOT / "README.md").read_text(encoding="utf-8"))
+    here = [command for command in commands if not command.startswith(tuple(ELSEWHERE))]
+    assert len(here) >= 15
+    for command in here:
+        done = subprocess.run(
+            ["bash", "-c", command], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, f"{command}\n{done.stdout[-1000:]}\n{done.stderr[-2000:]}"
+    for name in ("llavar-13b", "runs/mine/model", "runs/receipts/adapter", "merged", "receipts-delta", "mine-released"):
+        assert (tmp_path / name).is_dir(), name
+
+    shutil.rmtree(tmp_path / "runs/receipts")
+    (block,) = python
+    done = subprocess.run(
+        [sys.executable, "-c", block], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert (tmp_path / "runs/receipts/adapter/adapter_model.safetensors").is_file()
