@@ -75,13 +75,14 @@ def run_quickstart(output_dir: str | Path, tune: QuickstartTune = "full", *, see
         InterruptedRunError: Stopped by a signal, after saving.
     """
     began = time.perf_counter()
+    root = Path(output_dir).resolve()
+    recipe = quickstart_recipe(root, tune, seed=seed)
+    _draw(root, seed=seed)
+    # After the drawing, whose forked processes then hold nothing of torch.
     from llavar_peft.inference import load_reader
     from llavar_peft.page import write_run_page
     from llavar_peft.training import run_recipe
 
-    root = Path(output_dir).resolve()
-    recipe = quickstart_recipe(root, tune, seed=seed)
-    _draw(root, seed=seed)
     model = run_recipe(recipe)
     reader = load_reader(model)
     held_out = _draw_held_out(root, seed)

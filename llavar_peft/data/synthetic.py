@@ -6,6 +6,7 @@ in any order, by any number of processes, and are the same with the same version
 
 import json
 import signal
+import sys
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
@@ -181,7 +182,7 @@ def write_dataset(
         task: What is asked; see `make_record`.
         kinds: Some of `KINDS`.
         longest: Greatest length of the longer side in pixels; smaller pictures are faster to read back.
-        processes: How many share the work; the result is the same.
+        processes: How many share the work, more than one on Linux alone; the result is the same.
 
     Returns:
         The path of `records.json`.
@@ -192,12 +193,13 @@ def write_dataset(
     root = Path(directory)
     (root / "images").mkdir(parents=True, exist_ok=True)
     draw = partial(_draw_one, root=root, seed=seed, task=task, kinds=tuple(kinds), longest=longest)
-    if processes == 1:
+    # Spawned processes would run the caller's script once more; forked ones have nothing to do with its threads here.
+    if processes == 1 or sys.platform != "linux":
         records = [draw(index) for index in range(count)]
     else:
         with ProcessPoolExecutor(
             processes,
-            mp_context=get_context("spawn"),
+            mp_context=get_context("fork"),
             initializer=signal.signal,  # Ctrl-C is for the parent to answer
             initargs=(signal.SIGINT, signal.SIG_IGN),
         ) as pool:
