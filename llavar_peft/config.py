@@ -165,6 +165,8 @@ class Stage:
     """Records per optimizer step, over all ranks and accumulation."""
     micro_batch_size: int
     """Records per forward pass and rank."""
+    packing: bool = True
+    """Whether the records of a forward pass lie end to end in one row, each attending to itself, instead of padded."""
     max_length: int = 2048
     """Tokens per record, image tokens included; longer ones are truncated, never through an image."""
     loss_average: LossAverage = "micro_batch"

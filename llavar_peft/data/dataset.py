@@ -111,17 +111,19 @@ def _faulty(raw: Mapping[str, Any], index: int, fault: str) -> Item:
 
 
 class Collator:
-    """Pads a list of items on the right, as the original does.
+    """Makes a batch of a list of items: rows padded on the right, as the original does, or one row without padding.
 
     Items with a fault are left out of the tensors and named under ``faults``. Where none is left, a single unsupervised
     position stands in, so that every rank still has a batch.
 
     Args:
         pad_id: The pad token's id.
+        packed: Whether the items are laid end to end in one row.
     """
 
-    def __init__(self, pad_id: int) -> None:
+    def __init__(self, pad_id: int, *, packed: bool = False) -> None:
         self.pad_id = pad_id
+        self.packed = packed
 
     def __call__(self, items: Sequence[Item]) -> dict[str, Any]:
         """Makes a batch.
@@ -130,10 +132,23 @@ class Collator:
             items: B items.
 
         Returns:
-            ``input_ids``, ``labels``, ``attention_mask`` ``[B, T]``; ``pixel_values`` ``[N, 3, H, W]`` (a list of
-            ``[3, H, W]`` where sizes differ) if there are pictures; ``ids`` and ``faults`` for the trainer.
+            ``input_ids``, ``labels``, ``attention_mask`` ``[B, T]``, or packed ``input_ids``, ``labels`` ``[1, T]`` and
+            ``lengths``, a tuple; ``pixel_values`` ``[N, 3, H, W]`` (a list of ``[3, H, W]`` where sizes differ) if
+            there are pictures; ``ids`` and ``faults`` for the trainer.
         """
         good = [item for item in items if item.fault is None]
+        batch: dict[str, Any] = {
+            **(self._in_one_row(good) if self.packed else self._padded(good)),
+            "ids": [item.example.id for item in good],
+            "faults": [(item.example.id, item.fault) for item in items if item.fault is not None],
+        }
+        pixels = [picture for item in good for picture in item.pixels]
+        if pixels:
+            same = len({tuple(picture.shape) for picture in pixels}) == 1
+            batch["pixel_values"] = torch.stack(pixels) if same else pixels
+        return batch
+
+    def _padded(self, good: Sequence[Item]) -> dict[str, Tensor]:
         lengths = [len(item.example.input_ids) for item in good] or [1]
         rows, width = len(lengths), max(lengths)
         input_ids = torch.full((rows, width), self.pad_id, dtype=torch.int64)
@@ -145,18 +160,20 @@ class Collator:
             length = lengths[row]
             input_ids[row, :length] = item.example.input_ids
             labels[row, :length] = item.example.labels
-        batch: dict[str, Any] = {
-            "input_ids": input_ids,
-            "labels": labels,
-            "attention_mask": attention_mask,
-            "ids": [item.example.id for item in good],
-            "faults": [(item.example.id, item.fault) for item in items if item.fault is not None],
+        return {"input_ids": input_ids, "labels": labels, "attention_mask": attention_mask}
+
+    def _in_one_row(self, good: Sequence[Item]) -> dict[str, Any]:
+        if not good:
+            nothing = torch.tensor([[self.pad_id]])
+            return {"input_ids": nothing, "labels": torch.full_like(nothing, IGNORE_INDEX), "lengths": (1,)}
+        labels = [item.example.labels.clone() for item in good]
+        for one in labels:
+            one[0] = IGNORE_INDEX  # nobody predicts a conversation's first token from the one before it
+        return {
+            "input_ids": torch.cat([item.example.input_ids for item in good])[None],
+            "labels": torch.cat(labels)[None],
+            "lengths": tuple(len(one) for one in labels),
         }
-        pixels = [picture for item in good for picture in item.pixels]
-        if pixels:
-            same = len({tuple(picture.shape) for picture in pixels}) == 1
-            batch["pixel_values"] = torch.stack(pixels) if same else pixels
-        return batch
 
 
 class EpochSampler(Sampler[int]):

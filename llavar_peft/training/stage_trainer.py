@@ -24,6 +24,7 @@ from llavar_peft.constants import IGNORE_INDEX
 from llavar_peft.data.dataset import Collator, EpochSampler, Item, TrainingDataset
 from llavar_peft.durable import settle_folder
 from llavar_peft.errors import EnvironmentFaultError
+from llavar_peft.models.packed import let_pack, packed_arguments
 from llavar_peft.models.processing import LlavarProcessor
 from llavar_peft.models.tuning import folded_state_dict, is_quantized, part_of
 from llavar_peft.training import files
@@ -75,6 +76,7 @@ class StageTrainer(transformers.Trainer):
         callbacks: list[transformers.TrainerCallback],
     ) -> None:
         self.optimizer: torch.optim.Optimizer | None = None
+        packed = stage.packing and let_pack(model)
         self.stage = stage
         self.ledger = ledger
         self.base = base
@@ -90,7 +92,7 @@ class StageTrainer(transformers.Trainer):
             model=model,
             args=arguments,
             train_dataset=dataset,
-            data_collator=Collator(processor.tokenizer.pad_token_id),
+            data_collator=Collator(processor.tokenizer.pad_token_id, packed=packed),
             processing_class=processor,
             callbacks=callbacks,
         )
@@ -116,7 +118,7 @@ class StageTrainer(transformers.Trainer):
         self.ledger.note(inputs.pop("faults"))
         ids = tuple(inputs.pop("ids"))
         self.meter.records += ids
-        self.meter.tokens += int(inputs["attention_mask"].sum())
+        self.meter.tokens += sum(inputs["lengths"]) if "lengths" in inputs else int(inputs["attention_mask"].sum())
         self.meter.supervised += int((inputs["labels"][:, 1:] != IGNORE_INDEX).sum())
         loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
         return loss
@@ -270,7 +272,7 @@ def supervised_loss(model: nn.Module, inputs: Mapping[str, Any]) -> tuple[Tensor
 
     Args:
         model: A LLaVAR, wrapped as it may be.
-        inputs: A batch with ``labels`` ``[B, T]``.
+        inputs: A batch of ``Collator``'s, without what is for the trainer.
 
     Returns:
         The sum in float32, the number of supervised positions, and the model's output. Without a supervised position
@@ -284,7 +286,9 @@ def supervised_loss(model: nn.Module, inputs: Mapping[str, Any]) -> tuple[Tensor
     positions = supervised.any(dim=0).nonzero()[:, 0]
     if not len(positions):
         positions = torch.zeros(1, dtype=torch.int64, device=labels.device)
-    forwarded = {name: value for name, value in inputs.items() if name != "labels"}
+    forwarded = {name: value for name, value in inputs.items() if name not in ("labels", "lengths")}
+    if "lengths" in inputs:
+        forwarded.update(packed_arguments(inputs["lengths"], _unwrapped(model), labels.device))
     outputs = model(**forwarded, logits_to_keep=positions, use_cache=False)
     logits = outputs.logits.float()
     if count == 0:
@@ -293,3 +297,10 @@ def supervised_loss(model: nn.Module, inputs: Mapping[str, Any]) -> tuple[Tensor
         logits.flatten(0, 1), targets[:, positions].flatten(), ignore_index=IGNORE_INDEX, reduction="sum"
     )
     return loss, count, outputs
+
+
+def _unwrapped(model: Any) -> Any:
+    """The model whose configuration says which attention it has: within DDP's wrapper, if there is one."""
+    while not hasattr(model, "config"):
+        model = model.module
+    return model

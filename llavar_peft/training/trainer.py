@@ -20,6 +20,7 @@ from llavar_peft.data.dataset import TrainingDataset
 from llavar_peft.durable import settle_folder
 from llavar_peft.errors import ConfigError, InterruptedRunError, LlavarError
 from llavar_peft.models.modeling import LlavarForConditionalGeneration
+from llavar_peft.models.packed import let_go
 from llavar_peft.models.processing import LlavarProcessor
 from llavar_peft.models.tuning import finish, is_quantized, prepare_for, trained_parameters
 from llavar_peft.page import write_run_page
@@ -162,6 +163,7 @@ class Trainer:
         try:
             engine.train(resume_from_checkpoint=str(resume) if resume else None)
         finally:
+            let_go(self.model)
             stop.restore()
             if bar.bar is not None:
                 bar.bar.close()

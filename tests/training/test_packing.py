@@ -1,0 +1,123 @@
+"""Packed rows: the same losses, gradients and weights as padded ones, conversations that do not see each other."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from llavar_peft import Full, Lora, Projector, Recipe, Trainer, build_model
+from llavar_peft.config import Tune
+from llavar_peft.data.dataset import Collator, Item
+from llavar_peft.data.tokenize import encode_record
+from llavar_peft.models.packed import let_go, let_pack, packed_arguments
+from llavar_peft.models.processing import LlavarProcessor
+from llavar_peft.models.tuning import prepare_for
+from llavar_peft.training.stage_trainer import supervised_loss
+
+TUNES: tuple[Tune, ...] = (Projector(), Full(), Lora(rank=4, alpha=8.0, dropout=0.0))
+TEXTS = ("Read.", "What does the sign say, and in which colour?", "Say nothing.", "Is there a second line of text?")
+
+
+def _items(processor: LlavarProcessor, *, pictures: tuple[bool, ...]) -> list[Item]:
+    generator = torch.Generator().manual_seed(0)
+    size = processor.image_processor.crop_size["height"]
+    items = []
+    for number, (text, has) in enumerate(zip(TEXTS, pictures, strict=True)):
+        turns = [
+            {"from": "human", "value": f"{text}\n<image>" if has else text},
+            {"from": "gpt", "value": text.upper()},
+        ]
+        record: dict[str, Any] = {"id": str(number), "conversations": turns, **({"image": "a.png"} if has else {})}
+        pixels = (torch.randn(3, size, size, generator=generator),) if has else ()
+        items.append(Item(encode_record(record, processor, 512), pixels, None))
+    return items
+
+
+def _loss(model: Any, batch: dict[str, Any]) -> torch.Tensor:
+    inputs = {name: value for name, value in batch.items() if name not in ("ids", "faults")}
+    loss, count, _ = supervised_loss(model, inputs)
+    return loss / count
+
+
+def _gradients(model: Any, batch: dict[str, Any]) -> tuple[float, dict[str, torch.Tensor]]:
+    model.zero_grad()
+    loss = _loss(model, batch)
+    loss.backward()
+    found = {name: one.grad.clone() for name, one in model.named_parameters() if one.grad is not None}
+    return float(loss.detach()), found
+
+
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["", "recomputed"])
+@pytest.mark.parametrize(
+    "pictures", [(True,) * 4, (True, False, True, False), (False,) * 4], ids=["all", "some", "none"]
+)
+@pytest.mark.parametrize("tune", TUNES, ids=lambda tune: type(tune).__name__)
+def test_loss_and_gradients_are_those_of_padded_rows(
+    tune: Tune, pictures: tuple[bool, ...], checkpointing: bool, tiny_recipe: Recipe
+) -> None:
+    built, processor = build_model(tiny_recipe.model)
+    model = prepare_for(built, tune)
+    if checkpointing:
+        model.enable_input_require_grads()
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    model.train()
+    items, pad = _items(processor, pictures=pictures), processor.tokenizer.pad_token_id
+    loss, gradients = _gradients(model, Collator(pad)(items))
+    assert let_pack(built)
+    packed_loss, packed = _gradients(model, Collator(pad, packed=True)(items))
+    let_go(built)
+    assert packed_loss == pytest.approx(loss, abs=1e-5)
+    assert set(packed) == set(gradients)
+    largest = max(float(one.abs().max()) for one in gradients.values())
+    for name, one in gradients.items():
+        assert float((packed[name] - one).abs().max()) <= 1e-5 * max(1.0, largest), name
+
+
+def test_conversations_do_not_see_each_other(tiny_recipe: Recipe) -> None:
+    model, processor = build_model(tiny_recipe.model)
+    items = _items(processor, pictures=(False,) * 4)
+    rows = [item.example.input_ids for item in items]
+    lengths = tuple(map(len, rows))
+    alone = [model(input_ids=row[None], use_cache=False).logits[0] for row in rows]
+    let_pack(model)
+    arguments = packed_arguments(lengths, model, torch.device("cpu"))
+    together = model(input_ids=torch.cat(rows)[None], use_cache=False, **arguments).logits[0].split(lengths)
+    for one, other in zip(alone, together, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-5)
+    # Padded rows, and generation, go on working meanwhile.
+    again = model(input_ids=rows[0][None], use_cache=False).logits[0]
+    let_go(model)
+    torch.testing.assert_close(again, alone[0], atol=1e-4, rtol=1e-5)
+    assert model.config.text_config._attn_implementation == "sdpa"
+
+
+def test_eager_attention_pads(tiny_recipe: Recipe) -> None:
+    model, _ = build_model(dataclasses.replace(tiny_recipe.model, attention="eager"))
+    assert not let_pack(model)
+
+
+def test_a_run_ends_at_the_same_weights(tiny_recipe: Recipe) -> None:
+    """Both stages, packed and padded; what is saved does not say which."""
+    ended, figures = [], []
+    for packing in (True, False):
+        stages = tuple(dataclasses.replace(stage, packing=packing, max_steps=4) for stage in tiny_recipe.stages)
+        recipe = dataclasses.replace(tiny_recipe, stages=stages, output_dir=f"{tiny_recipe.output_dir}-{packing}")
+        model, processor = build_model(recipe.model, seed=recipe.seed)
+        folder = Trainer(model, processor, recipe).train()
+        ended.append(load_file(folder / "model.safetensors"))
+        lines = [line for stage in stages for line in (Path(recipe.output_dir) / stage.name / "metrics.jsonl").open()]
+        figures.append([json.loads(line) for line in lines])
+        assert "within" not in (folder / "config.json").read_text()
+    packed, padded = figures
+    assert len(packed) == 8
+    assert [line["loss"] for line in packed] == pytest.approx([line["loss"] for line in padded], abs=1e-5)
+    for name in ("tokens", "supervised_tokens"):
+        assert [line[name] for line in packed] == [line[name] for line in padded]
+    for name, one in ended[0].items():
+        torch.testing.assert_close(one, ended[1][name], atol=1e-5, rtol=1e-4)
