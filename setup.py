@@ -46,6 +46,7 @@ EXTRAS_REQUIRE = {
         "import-linter>=2.1",
         "interrogate>=1.7",
         "mypy>=1.15",
+        "openai>=1.50",
         "pre-commit>=4.0",
         "pydoclint>=0.6",
         "pytest>=8.3",
