@@ -8,7 +8,7 @@ training format, whose first question is asked.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import Any, Final
@@ -139,7 +139,7 @@ def _lines(path: Path, text: str) -> Iterator[Any]:
             yield _decoded(f"{path}:{number}", line)
 
 
-def _unwrapped(path: Path, text: str) -> list[Any]:
+def _unwrapped(path: Path, text: str) -> Iterable[Any]:
     content = _decoded(str(path), text)
     if isinstance(content, Mapping) and isinstance(content.get("data"), list):  # ST-VQA, TextVQA, DocVQA
         content = content["data"]
@@ -147,7 +147,7 @@ def _unwrapped(path: Path, text: str) -> list[Any]:
         return content
     books = content if isinstance(content, Mapping) else {}
     if books and all(isinstance(book, Mapping) and isinstance(book.get("questions"), list) for book in books.values()):
-        return [row for name, book in books.items() for row in _questions_of_book(path, name, book)]
+        return (row for name, book in books.items() for row in _questions_of_book(path, name, book))
     raise DataError.at(
         str(path), "is of an unknown form", "give a list of records, or an annotation as it was published"
     )
@@ -179,6 +179,7 @@ def _parse(row: Mapping[str, Any], where: str, index: str) -> Question:
     question = row.get("question")
     if not isinstance(question, str) or not question.strip():
         raise DataError.at(where, "has no question", _MEND)
+    # In a file of questions alone, "answer" is the right one.
     truth_key = next((key for key in (*_TRUTHS, "answer") if row.get(key) not in (None, [])), None)
     if truth_key is None:
         raise DataError.at(where, "has no right answers", "use a part of the data set whose answers are public")
