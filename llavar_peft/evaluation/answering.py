@@ -115,8 +115,9 @@ def _header(questions: Sequence[Question], setting: Setting) -> dict[str, Any]:
     asked = hashlib.sha256()
     for question in questions:
         asked.update(json.dumps([question.id, question.question, question.image]).encode())
-    # Where the model lies does not matter, what it is does.
-    how = {key: value for key, value in asdict(setting).items() if key != "model"}
+    # Where the model lies does not matter, what it is does; nor does a batch where nothing is drawn.
+    leave_out = {"model"} if setting.temperature else {"model", "seed", "batch_size"}
+    how = {key: value for key, value in asdict(setting).items() if key not in leave_out}
     return {"setting": how, "questions": asked.hexdigest()[:16]}
 
 

@@ -12,7 +12,7 @@ from llavar_peft.errors import DataError
 from llavar_peft.evaluation.diagnostics import group_records
 from llavar_peft.evaluation.metrics import LOWER_IS_BETTER, Score
 from llavar_peft.evaluation.results import Answered, Results
-from llavar_peft.evaluation.statistics import difference_interval, sign_test
+from llavar_peft.evaluation.statistics import difference_interval, sign_test, sum_by_name
 
 Pair = tuple[Answered, Answered]
 
@@ -171,7 +171,8 @@ def _difference(by: str, name: str, pairs: Sequence[Pair], protocol: str) -> Dif
     scores = [(one.scores[protocol], other.scores[protocol]) for one, other in pairs]
     table = np.array([[one.points, one.out_of, other.points, other.out_of] for one, other in scores])
     before, before_of, after, after_of = table.T
-    low, high = difference_interval((after, after_of), (before, before_of))
+    swapped = np.stack([after, after_of, before, before_of], axis=1)
+    low, high = difference_interval(sum_by_name(swapped, [one.drawn_with for one, _ in pairs]))
     signs = [_better(one, other, protocol) for one, other in scores]
     gained, lost = signs.count(1), signs.count(-1)
     return Difference(

@@ -12,12 +12,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Final
 
-import numpy as np
-
 from llavar_peft.data.images import ImageRoots
 from llavar_peft.evaluation.questions import Question
-from llavar_peft.evaluation.results import Answered, Results
-from llavar_peft.evaluation.statistics import ratio_intervals
+from llavar_peft.evaluation.results import Answered, Results, rate
 from llavar_peft.types import ImageMode
 
 SMALLEST: Final = 7.0
@@ -135,15 +132,11 @@ def break_down(results: Results, protocol: str) -> list[Group]:
     Returns:
         Groups, those by one thing after each other, in the order of their size or name.
     """
-    groups = []
-    for by, members in group_records(results.records).items():
-        for name, records in members.items():
-            points = np.array([[record.scores[protocol].points] for record in records])
-            out_of = np.array([[record.scores[protocol].out_of] for record in records])
-            ((low, high),) = ratio_intervals(points, out_of)
-            value = points.sum() / max(out_of.sum(), 1e-12)
-            groups.append(Group(by, name, len(records), 100 * float(value), 100 * low, 100 * high))
-    return groups
+    return [
+        Group(by, name, len(records), *rate(records, protocol))
+        for by, members in group_records(results.records).items()
+        for name, records in members.items()
+    ]
 
 
 def count_too_small(records: Sequence[Answered], smallest: float = SMALLEST) -> TooSmall:

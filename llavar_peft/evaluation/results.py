@@ -14,7 +14,7 @@ from llavar_peft.durable import write_json
 from llavar_peft.errors import DataError
 from llavar_peft.evaluation.metrics import LOWER_IS_BETTER, PROTOCOLS, Protocol, Score, applies, score
 from llavar_peft.evaluation.questions import Question
-from llavar_peft.evaluation.statistics import ratio_intervals
+from llavar_peft.evaluation.statistics import ratio_intervals, sum_by_name
 from llavar_peft.types import ImageMode
 
 _FORMAT: Final = 1
@@ -53,7 +53,7 @@ class Figure:
         protocol: How answers were scored.
         value: In percent.
         low: Lower end of the 95 % bootstrap interval.
-        high: Upper end.
+        high: Upper end; pictures are drawn, with all questions on them.
         records: How many answers it is of.
         lower_is_better: Whether it counts errors.
         setting: How the answers were got.
@@ -103,6 +103,11 @@ class Answered:
     scores: Mapping[str, Score] = field(default_factory=dict)
     letter_height: float | None = None
     position: tuple[float, float] | None = None
+
+    @property
+    def drawn_with(self) -> tuple[str, bool]:
+        """Tells the records that a bootstrap draws together: those on one picture."""
+        return (self.id, False) if self.image is None else (self.image, True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,14 +182,24 @@ def score_answers(
 
 
 def _figures(records: Sequence[Answered], protocols: Sequence[Protocol], setting: Setting) -> list[Figure]:
-    points = np.array([[record.scores[name].points for name in protocols] for record in records])
-    out_of = np.array([[record.scores[name].out_of for name in protocols] for record in records])
-    values = points.sum(axis=0) / np.maximum(out_of.sum(axis=0), 1e-12)
-    intervals = ratio_intervals(points, out_of)
-    return [
-        Figure(name, 100 * float(value), 100 * low, 100 * high, len(records), name in LOWER_IS_BETTER, setting)
-        for name, value, (low, high) in zip(protocols, values, intervals, strict=True)
-    ]
+    return [Figure(name, *rate(records, name), len(records), name in LOWER_IS_BETTER, setting) for name in protocols]
+
+
+def rate(records: Sequence[Answered], protocol: str) -> tuple[float, float, float]:
+    """Takes the figure of some records.
+
+    Args:
+        records: With scores by this protocol.
+        protocol: Which.
+
+    Returns:
+        The figure in percent, and the ends of its 95 % interval; pictures are drawn, with all questions on them.
+    """
+    scores = np.array([[record.scores[protocol].points, record.scores[protocol].out_of] for record in records])
+    by_picture = sum_by_name(scores, [record.drawn_with for record in records])
+    ((low, high),) = ratio_intervals(by_picture[:, :1], by_picture[:, 1:])
+    points, out_of = scores.sum(axis=0)
+    return 100 * float(points / max(out_of, 1e-12)), 100 * low, 100 * high
 
 
 def write_results(results: Results, path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Hashable, Sequence
 from typing import TYPE_CHECKING, Final, TypeAlias
 
 import numpy as np
@@ -20,7 +21,7 @@ _SEED: Final = 0
 def ratio_intervals(points: FloatArray, out_of: FloatArray) -> list[tuple[float, float]]:
     """Intervals of figures that are sums of points over sums of what could be reached: percentile bootstrap, 95 %.
 
-    What is drawn again is a row, so that what belongs together (the questions on one picture) should be one.
+    What is drawn again is a row; see ``sum_by_name``.
 
     Args:
         points: ``[N, M]``: of N rows, in M ways of scoring.
@@ -42,25 +43,38 @@ def ratio_intervals(points: FloatArray, out_of: FloatArray) -> list[tuple[float,
     return list(zip(low.tolist(), high.tolist(), strict=True))
 
 
-def difference_interval(
-    ours: tuple[FloatArray, FloatArray], theirs: tuple[FloatArray, FloatArray]
-) -> tuple[float, float]:
+def sum_by_name(rows: FloatArray, names: Sequence[Hashable]) -> FloatArray:
+    """Adds up the rows of one name, so that they are drawn together: questions on one picture are not independent.
+
+    Args:
+        rows: ``[N, M]``.
+        names: N of them.
+
+    Returns:
+        One row for each name.
+    """
+    places: dict[Hashable, int] = {}
+    which = np.array([places.setdefault(name, len(places)) for name in names])
+    sums = np.zeros((len(places), rows.shape[1]))
+    np.add.at(sums, which, rows)
+    return sums
+
+
+def difference_interval(rows: FloatArray) -> tuple[float, float]:
     """Interval of the difference between two figures on the same rows, which are drawn together.
 
     Args:
-        ours: Points and what could be reached, ``[N]`` each.
-        theirs: The same of the run that is subtracted.
+        rows: ``[N, 4]``: points and what could be reached of one run, then of that which is subtracted.
 
     Returns:
         Lower and upper end.
     """
     generator = np.random.default_rng(_SEED)
-    rows = len(ours[0])
-    table = np.stack([*ours, *theirs], axis=1)
     differences = np.empty(RESAMPLES)
     for number in range(RESAMPLES):
-        sums = np.bincount(generator.integers(0, rows, rows), minlength=rows) @ table
-        differences[number] = sums[0] / max(sums[1], 1e-12) - sums[2] / max(sums[3], 1e-12)
+        drawn = np.bincount(generator.integers(0, len(rows), len(rows)), minlength=len(rows))
+        points, out_of, other_points, other_out_of = drawn @ rows
+        differences[number] = points / max(out_of, 1e-12) - other_points / max(other_out_of, 1e-12)
     tail = (1.0 - CONFIDENCE) / 2
     low, high = np.quantile(differences, [tail, 1.0 - tail])
     return float(low), float(high)

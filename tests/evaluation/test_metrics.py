@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -10,7 +11,7 @@ from hypothesis import strategies as st
 from llavar_peft.errors import DataError
 from llavar_peft.evaluation.metrics import LOWER_IS_BETTER, PROTOCOLS, Protocol, score
 from llavar_peft.evaluation.normalisation import normalise
-from llavar_peft.evaluation.statistics import sign_test
+from llavar_peft.evaluation.statistics import difference_interval, ratio_intervals, sign_test, sum_by_name
 
 texts = st.one_of(
     st.text(max_size=30), st.text("ab $.,'-5\nÀß中", max_size=12), st.sampled_from(["", "...", "$5", "a"])
@@ -149,3 +150,24 @@ def test_the_sign_test_is_exact() -> None:
     assert sign_test(0, 6) == sign_test(6, 0)
     assert sign_test(9, 1) == pytest.approx(2 * 11 / 1024)
     assert sign_test(2000, 1500) < 1e-15
+
+
+def test_intervals_are_those_of_theory_and_wider_where_questions_share_a_picture() -> None:
+    """Of 400 fair coins: 50 +- 1.96 * 2.5 points; of 100 pictures with four equal answers each, twice as wide."""
+    coins = np.random.default_rng(3).permutation(np.repeat([0.0, 1.0], 200))[:, None]
+    ((low, high),) = ratio_intervals(coins, np.ones_like(coins))
+    assert (low, high) == pytest.approx((0.451, 0.549), abs=0.01)
+    assert ratio_intervals(coins, np.ones_like(coins)) == [(low, high)]
+    alike = np.repeat(np.repeat([0.0, 1.0], 50), 4)
+    rows = sum_by_name(np.stack([alike, np.ones(400)], axis=1), [number // 4 for number in range(400)])
+    assert rows.shape == (100, 2)
+    ((low, high),) = ratio_intervals(rows[:, :1], rows[:, 1:])
+    assert (low, high) == pytest.approx((0.402, 0.598), abs=0.02)
+
+
+def test_a_paired_interval_knows_that_both_are_the_same() -> None:
+    rows = np.random.default_rng(0).integers(0, 2, (50, 1)).astype(float)
+    ones = np.ones_like(rows)
+    assert difference_interval(np.concatenate([rows, ones, rows, ones], axis=1)) == (0, 0)
+    low, high = difference_interval(np.concatenate([ones, ones, 0 * ones, ones], axis=1))
+    assert (low, high) == (1, 1)
