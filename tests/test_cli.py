@@ -57,6 +57,7 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
         ["eval", "--help"],
         ["eval", "vqa", "--help"],
         ["eval", "mme", "--help"],
+        ["eval", "answer", "--help"],
         ["eval", "judge", "--help"],
         ["eval", "summarize", "--help"],
         ["eval", "compare", "--help"],

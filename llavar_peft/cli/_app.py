@@ -60,6 +60,7 @@ def build_app() -> typer.Typer:
     )
     evaluation.command("vqa")(evaluate.vqa)
     evaluation.command("mme")(evaluate.mme)
+    evaluation.command("answer")(judge.answer)
     evaluation.command("judge")(judge.judge)
     evaluation.command("summarize")(judge.summarize)
     evaluation.command("compare")(compare.compare)

@@ -99,14 +99,14 @@ def vqa(
         chosen = Setting(
             prompt=prompt,
             image_mode=image_mode,
-            temperature=_temperature(temperature, _VQA_TEMPERATURE, greedy=greedy),
+            temperature=choose_temperature(temperature, _VQA_TEMPERATURE, greedy=greedy),
             max_new_tokens=max_new_tokens,
             seed=seed,
             batch_size=batch_size,
         )
         out = out or Path(f"{dataset.stem}.results.json")
-        reader, setting = _open_model(model, adapter, vision_tower, quantize, chosen)
-        answered = _ask_all(reader, questions, roots or ImageRoots(), setting, out.with_suffix(".answers.jsonl"))
+        reader, setting = open_model(model, adapter, vision_tower, quantize, chosen)
+        answered = ask_all(reader, questions, roots or ImageRoots(), setting, out.with_suffix(".answers.jsonl"))
     side = int(reader.processor.image_processor.crop_size["height"]) if reader else _RELEASED_SIDE
     measures = measure(answered, roots, setting.image_mode or "pad", side)
     _finish(score_answers(answered, str(source), setting, protocols, measures), out, as_json=as_json)
@@ -150,14 +150,14 @@ def mme(
         chosen = Setting(
             prompt="{question}",
             image_mode=image_mode,
-            temperature=_temperature(temperature, _MME_TEMPERATURE, greedy=greedy),
+            temperature=choose_temperature(temperature, _MME_TEMPERATURE, greedy=greedy),
             max_new_tokens=max_new_tokens,
             seed=seed,
             batch_size=batch_size,
         )
-        reader, setting = _open_model(model, adapter, vision_tower, quantize, chosen)
+        reader, setting = open_model(model, adapter, vision_tower, quantize, chosen)
         log = out.with_suffix(".answers.jsonl")
-        answered = _ask_all(reader, questions, ImageRoots(pictures), setting, log)
+        answered = ask_all(reader, questions, ImageRoots(pictures), setting, log)
         results = score_pictures(answered, str(folder), setting)
     else:
         raise ConfigError.at(
@@ -166,7 +166,7 @@ def mme(
     _finish(results, out, as_json=as_json)
 
 
-def _open_model(
+def open_model(
     model: Path, adapter: Path | None, vision_tower: str | None, quantize: Quantization | None, setting: Setting
 ) -> tuple[Reader, Setting]:
     """Opens a model, and completes the setting with what it is and how it prepares pictures."""
@@ -185,7 +185,7 @@ def _open_model(
     )
 
 
-def _ask_all(
+def ask_all(
     reader: Reader, questions: Sequence[Question], roots: ImageRoots, setting: Setting, log: Path
 ) -> tuple[Question, ...]:
     """Asks everything, with a bar."""
@@ -204,7 +204,8 @@ def _protocols(names: Sequence[str]) -> list[Protocol]:
     return [protocol for protocol in PROTOCOLS if protocol in names]
 
 
-def _temperature(given: float | None, protocol: float, *, greedy: bool) -> float:
+def choose_temperature(given: float | None, protocol: float, *, greedy: bool) -> float:
+    """The temperature that the options come to; the protocol's where they say nothing."""
     if greedy and given:
         raise ConfigError.at("--greedy", f"is temperature 0 (got --temperature {given:g} too)", "give one of them")
     return 0.0 if greedy else protocol if given is None else given

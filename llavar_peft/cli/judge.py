@@ -1,4 +1,4 @@
-"""``llavar-peft eval judge`` and ``summarize``: GPT-4 as judge, and what its reviews come to."""
+"""``llavar-peft eval answer``, ``judge`` and ``summarize``: GPT-4 as judge, and what its reviews come to."""
 
 from __future__ import annotations
 
@@ -9,13 +9,65 @@ import typer
 
 from llavar_peft.cli._output import say, say_json
 from llavar_peft.cli._tables import print_table, show_count
-from llavar_peft.cli.evaluate import AsJson
+from llavar_peft.cli.evaluate import (
+    Adapter,
+    AsJson,
+    Batch,
+    Greedy,
+    Mode,
+    Quantize,
+    Seed,
+    Tower,
+    ask_all,
+    choose_temperature,
+    open_model,
+)
 
 if TYPE_CHECKING:
     from llavar_peft.evaluation.judging import Judged
     from llavar_peft.evaluation.reviews import Summary
 
+_ANSWER_TEMPERATURE = 0.7  # Source: LLaVAR, llava/eval/model_vqa.py
 _INCOMPLETE = 3  # the endpoint, not the input, is why a question has no scores
+
+
+def answer(
+    questions: Annotated[Path, typer.Option("--questions", help="JSON lines: question_id, image, text.")],
+    images: Annotated[
+        list[Path], typer.Option("--images", help="A folder of pictures; several are searched in order.")
+    ],
+    model: Annotated[Path, typer.Option("--model", help="A checkpoint's folder, an adapter's, or a run's.")],
+    out: Annotated[Path, typer.Option("--out", help="The answers, in the original's form.")],
+    adapter: Adapter = None,
+    vision_tower: Tower = None,
+    quantize: Quantize = None,
+    image_mode: Mode = None,
+    temperature: Annotated[
+        float | None, typer.Option("--temperature", min=0.0, help="Default: 0.7, the original's.")
+    ] = None,
+    greedy: Greedy = False,
+    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1, help="Tokens at most per answer.")] = 1024,
+    batch_size: Batch = 8,
+    seed: Seed = 0,
+) -> None:
+    """Have a model answer the questions that 'eval judge' is to judge. Running it again goes on where it stopped."""
+    from llavar_peft.data.images import ImageRoots
+    from llavar_peft.evaluation.judge import read_unanswered, write_answers
+    from llavar_peft.evaluation.results import Setting
+
+    roots = ImageRoots(images)
+    asked = read_unanswered(questions, roots)
+    chosen = Setting(
+        prompt="{question}",
+        image_mode=image_mode,
+        temperature=choose_temperature(temperature, _ANSWER_TEMPERATURE, greedy=greedy),
+        max_new_tokens=max_new_tokens,
+        seed=seed,
+        batch_size=batch_size,
+    )
+    reader, setting = open_model(model, adapter, vision_tower, quantize, chosen)
+    write_answers(ask_all(reader, asked, roots, setting, out.with_suffix(".part.jsonl")), setting, out)
+    say(str(out))
 
 
 def judge(

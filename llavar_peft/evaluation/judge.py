@@ -8,12 +8,16 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final
 
+from llavar_peft.data.image_roots import ImageRoots
+from llavar_peft.durable import write_text
 from llavar_peft.errors import DataError
+from llavar_peft.evaluation.questions import Question
+from llavar_peft.evaluation.results import Setting
 from llavar_peft.evaluation.reviews import Scores
 
 SYSTEM: Final = "You are a helpful and precise assistant for checking the quality of the answer."
@@ -24,6 +28,7 @@ _OUT_OF: Final = re.compile(r"\s*(?:/|out of)\s*10\b", re.IGNORECASE)
 _NUMBER: Final = re.compile(r"(?<![\w.-])\d+(?:\.\d+)?(?!\w)")
 _FILLERS: Final = re.compile(r"\b(?:scores?|ratings?|and|for|tuple)\b", re.IGNORECASE)
 _HIGHEST: Final = 10
+_COCO: Final = "COCO_val2014_"
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,12 +115,56 @@ def read_cases(questions: Path, contexts: Path, rules: Path, reference: Path, an
         way = _find(ways, category, where, f"no rule for {category!r} in {rules}")
         role, rule = str(_get(way, "role", str(rules))), str(_get(way, "prompt", str(rules)))
         context = _find(scenes, str(image), where, f"no context for {image!r} in {contexts}")
-        one = _find(first, identity, where, f"no answer in {reference}")
-        other = _find(second, identity, where, f"no answer in {answers}")
+        one = _find(first, str(identity), where, f"no answer in {reference}")
+        other = _find(second, str(identity), where, f"no answer in {answers}")
         cases.append(Case(identity, str(category), str(_get(row, "text", where)), context, role, rule, one, other))
     if not cases:
         raise DataError.at(str(questions), "holds no questions", "give a file with at least one")
     return tuple(cases)
+
+
+def read_unanswered(questions: Path, roots: ImageRoots) -> tuple[Question, ...]:
+    """Reads questions that a model is to answer before it is judged.
+
+    Args:
+        questions: As for ``read_cases``.
+        roots: Where the pictures are, under the names in the file or, COCO's, with ``COCO_val2014_`` before them.
+
+    Returns:
+        The questions, without truths.
+
+    Raises:
+        DataError: The file cannot be read.
+    """
+    found = []
+    for where, row in _rows(questions):
+        identity, image, text = (str(_get(row, key, where)) for key in ("question_id", "image", "text"))
+        coco = f"{_COCO}{image}"
+        found.append(Question(identity, text, (), image=coco if _is_there(coco, roots) else image))
+    return tuple(found)
+
+
+def write_answers(answered: Sequence[Question], setting: Setting, path: Path) -> None:
+    """Writes a model's answers in the original's form.
+
+    Args:
+        answered: With their answers.
+        setting: How they were got.
+        path: JSON lines.
+    """
+    how = {key: value for key, value in asdict(setting).items() if value is not None}
+    rows = [
+        {
+            "question_id": int(one.id) if one.id.isdecimal() else one.id,
+            "prompt": one.question,
+            "text": one.answer,
+            "answer_id": f"{setting.model_hash}-{one.id}",
+            "model_id": setting.model,
+            "metadata": how,
+        }
+        for one in answered
+    ]
+    write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
 def parse_scores(reply: str) -> Scores | None:
@@ -146,6 +195,10 @@ def parse_scores(reply: str) -> Scores | None:
     return numbers[0], numbers[1]
 
 
+def _is_there(image: str, roots: ImageRoots) -> bool:
+    return any((root / image).is_file() for root in roots.roots)
+
+
 def _read_rules(path: Path) -> Mapping[str, Any]:
     try:
         rules = json.loads(path.read_text(encoding="utf-8"))
@@ -168,7 +221,7 @@ def _read_said(path: Path) -> dict[Any, Said]:
     found = {}
     for where, row in _rows(path):
         identity = _get(row, "question_id", where)
-        found[identity] = Said(row.get("answer_id", identity), str(_get(row, "text", where)))
+        found[str(identity)] = Said(row.get("answer_id", identity), str(_get(row, "text", where)))
     return found
 
 

@@ -325,6 +325,24 @@ def test_released_questions_can_be_judged(
         assert 'written by "Daryn Kagan"' in cases[0].context  # the context with the id 1
 
 
+def test_a_model_s_answers_can_be_judged(
+    endpoint: Endpoint, released: list[str], checkpoint: Path, tmp_path: Path
+) -> None:
+    from PIL import Image
+
+    (tmp_path / "pictures").mkdir()
+    for name in ("1.png", "COCO_val2014_coco.jpg"):
+        Image.new("RGB", (60, 40), (200, 200, 190)).save(tmp_path / "pictures" / name)
+    command = ["eval", "answer", *released[:2], "--images", str(tmp_path / "pictures"), "--model", str(checkpoint)]
+    assert cli.main([*command, "--max-new-tokens", "4", "--out", str(tmp_path / "ours.jsonl")]) == 0
+    answers = [json.loads(line) for line in (tmp_path / "ours.jsonl").read_text().splitlines()]
+    assert [answer["question_id"] for answer in answers] == [0, 1, 2]
+    assert answers[0]["metadata"]["temperature"] == 0.7
+    assert judge(endpoint, released) == 0
+    reviews = read_reviews(tmp_path / "reviews.jsonl")
+    assert [review.answer2_id for review in reviews] == [answer["answer_id"] for answer in answers]
+
+
 def test_reviews_without_scores_enter_nothing(tmp_path: Path) -> None:
     row = {"id": 1, "question_id": 5, "answer1_id": 0, "answer2_id": 0, "category": "conv", "content": "?"}
     path = write_lines(

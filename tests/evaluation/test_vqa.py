@@ -73,6 +73,16 @@ def test_finished_answers_are_not_asked_for_again(done: Path, checkpoint: Path, 
     assert answers(out)[0] == "kept as it was"
 
 
+def test_a_greedy_run_may_go_on_with_smaller_batches(checkpoint: Path, pictures: Path, tmp_path: Path) -> None:
+    """After running out of memory, say: nothing is drawn, so that the answers do not depend on it."""
+    out = tmp_path / "results.json"
+    assert ask(checkpoint, pictures, out, "--greedy") == 0
+    wanted, log = answers(out), out.with_suffix(".answers.jsonl")
+    log.write_text("".join(log.read_text().splitlines(keepends=True)[:4]))
+    assert ask(checkpoint, pictures, out, "--greedy", "--batch-size", "1") == 0
+    assert answers(out) == wanted
+
+
 def test_another_setting_is_no_resumption(
     done: Path, checkpoint: Path, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
