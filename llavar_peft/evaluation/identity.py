@@ -32,9 +32,10 @@ def identify_model(model: str | Path, adapter: str | Path | None = None) -> str:
     if adapter is None and not (folder / ADAPTER_CONFIG).is_file():
         return digest(_of_checkpoint(folder))
     laid = Path(adapter) if adapter is not None else folder
-    base = (
-        _of_checkpoint(folder) if adapter is not None else (read_fingerprint(laid / FINGERPRINT_FILE) or {}).get("base")
-    )
+    # An adapter knows its base, and is never laid over another; so that naming the base changes nothing.
+    base = (read_fingerprint(laid / FINGERPRINT_FILE) or {}).get("base")
+    if base is None and adapter is not None:
+        base = _of_checkpoint(folder)
     return digest({"base": base, "adapter": take_fingerprint(read_adapter_table(laid), {})})
 
 
