@@ -57,7 +57,7 @@ class Verdict:
         scores: In the order of the prompt; None where no attempt gave any.
         sent: Requests that were answered; 0 where the answer was known.
         malformed: Replies without scores.
-        refused: Those of them in which the judge refused, or said nothing.
+        refused: Those of them in which the judge, or a filter before it, refused.
     """
 
     content: str
@@ -133,7 +133,7 @@ class Judge:
             if scores is not None:
                 write_json(place, {"request": request, "reply": content})
                 return Verdict(content, scores, attempt, attempt - 1, refused)
-            refused += declined or not content.strip()
+            refused += declined
         return Verdict(content, None, self.config.attempts, self.config.attempts, refused)
 
     def _place(self, request: dict[str, Any]) -> Path:
@@ -145,7 +145,7 @@ class Judge:
         import openai
 
         try:
-            reply = self._client.chat.completions.create(**request)
+            reply = self._client.chat.completions.with_raw_response.create(**request)
         except openai.BadRequestError as error:
             if error.code == "content_filter":  # Azure's way of refusing
                 return "", True
@@ -156,11 +156,7 @@ class Judge:
             raise EnvironmentFaultError.at(
                 str(self._client.base_url), f"the judge cannot be asked ({error})", "see to it, and run the same again"
             ) from error
-        if not reply.choices:
-            return "", True
-        choice = reply.choices[0]
-        content = choice.message.content or choice.message.refusal or ""
-        return content, bool(choice.message.refusal) or choice.finish_reason == "content_filter"
+        return _read_reply(reply.http_response.content)
 
 
 def judge_cases(
@@ -252,6 +248,18 @@ def _refusal(error: Exception) -> LlavarError:
     return ConfigError.at(
         "the judge's endpoint", f"refuses the request ({error})", "correct the key, the judge's name or the address"
     )
+
+
+def _read_reply(content: bytes) -> tuple[str, bool]:
+    """Finds the words in a reply, and whether they are a refusal; in what is no reply (a proxy's page, say) none."""
+    try:
+        choice = json.loads(content)["choices"][0]
+        words, refusal = choice["message"].get("content"), choice["message"].get("refusal")
+        filtered = choice.get("finish_reason") == "content_filter"
+    except (ValueError, LookupError, TypeError, AttributeError):
+        return "", False
+    told = words or refusal
+    return told if isinstance(told, str) else "", bool(refusal) or filtered
 
 
 def _recall(place: Path) -> str | None:

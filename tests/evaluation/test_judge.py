@@ -49,11 +49,11 @@ class Handler(BaseHTTPRequestHandler):
             self.server.under_way += 1
             self.server.most_under_way = max(self.server.most_under_way, self.server.under_way)
         status, headers, body = self.server.reply(prompt, number)
-        content = json.dumps(body).encode()
+        content = body.encode() if isinstance(body, str) else json.dumps(body).encode()
         with self.server.lock:
             self.server.under_way -= 1
         self.send_response(status)
-        for name, value in {**headers, "Content-Type": "application/json", "Content-Length": str(len(content))}.items():
+        for name, value in {"Content-Type": "application/json", "Content-Length": str(len(content)), **headers}.items():
             self.send_header(name, value)
         self.end_headers()
         self.wfile.write(content)
@@ -165,7 +165,7 @@ def test_nonsense_and_refusals_are_asked_again_and_counted(
     endpoint.reply = reply
     assert judge(endpoint, released, "--json") == 3
     told = json.loads(capsys.readouterr().out)
-    assert (told["sent"], told["malformed"], told["refused"], told["unscored"]) == (8, 1 + 3 + 2, 5, [1])
+    assert (told["sent"], told["malformed"], told["refused"], told["unscored"]) == (8, 1 + 3 + 2, 3, [1])
     reviews = read_reviews(tmp_path / "reviews.jsonl")
     assert [review.scores for review in reviews] == [(9, 6.5), None, (8, 4)]
     assert '"tuple": null' in (tmp_path / "reviews.jsonl").read_text()
@@ -175,6 +175,27 @@ def test_nonsense_and_refusals_are_asked_again_and_counted(
     assert judge(endpoint, released, "--json") == 0
     assert len(endpoint.requests) == 1
     assert [review.scores for review in read_reviews(tmp_path / "reviews.jsonl")] == [(9, 6.5), (5, 5), (8, 4)]
+
+
+@pytest.mark.parametrize(
+    "reply",
+    [
+        (200, {"Content-Type": "text/html"}, "<html>Please log in</html>"),
+        (200, {}, '{"choices": [{"mess'),
+        (200, {}, {}),
+        (200, {}, []),
+        (200, {}, {"choices": []}),
+        (200, {}, {"choices": [{"message": None}]}),
+        (200, {}, {"choices": [{"message": {"content": 7}}]}),
+    ],
+)
+def test_replies_that_are_none_are_asked_again(
+    endpoint: Endpoint, released: list[str], reply: Answer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    endpoint.reply = lambda prompt, number: reply if number == 0 else ok("8 9")
+    assert judge(endpoint, released, "--json") == 0
+    told = json.loads(capsys.readouterr().out)
+    assert (told["sent"], told["malformed"], told["refused"], told["unscored"]) == (6, 3, 0, [])
 
 
 def test_a_broken_run_costs_nothing_twice(
