@@ -118,7 +118,7 @@ def _header(questions: Sequence[Question], setting: Setting) -> dict[str, Any]:
     # Where the model lies does not matter, what it is does; nor does a batch where nothing is drawn.
     leave_out = {"model"} if setting.temperature else {"model", "seed", "batch_size"}
     how = {key: value for key, value in asdict(setting).items() if key not in leave_out}
-    return {"setting": how, "questions": asked.hexdigest()[:16]}
+    return {"setting": how, "questions": asked.hexdigest()[:16]}  # the keys are questions.LOG_HEADER
 
 
 def _resume(log: Path, header: dict[str, Any], batch_size: int, total: int) -> list[str]:

@@ -17,6 +17,9 @@ from llavar_peft.constants import IMAGE_PLACEHOLDER
 from llavar_peft.data.records import parse_record
 from llavar_peft.errors import DataError, LlavarError
 
+LOG_HEADER: Final = frozenset({"setting", "questions"})
+"""Keys of the first line of the answers that ``answering`` keeps."""
+
 _IDS: Final = ("question_id", "questionId", "id")
 _TRUTHS: Final = ("gt_answers", "answers", "truths", "truth")
 _ANSWERS: Final = ("prediction", "predict", "answer")
@@ -130,6 +133,8 @@ def _rows(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
     for index, row in enumerate(rows):
         if not isinstance(row, Mapping):
             raise DataError.at(f"{path}:{index}", f"is {type(row).__name__}, wanted an object", _MEND)
+        if set(row) == LOG_HEADER:  # the answers that a run keeps may be scored as they are
+            continue
         yield f"{path}:{index}", row
 
 

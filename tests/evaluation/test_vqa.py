@@ -73,6 +73,14 @@ def test_finished_answers_are_not_asked_for_again(done: Path, checkpoint: Path, 
     assert answers(out)[0] == "kept as it was"
 
 
+def test_the_answers_that_a_run_keeps_can_be_scored(done: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    log = done.with_suffix(".answers.jsonl")
+    assert cli.main(["eval", "vqa", "--predictions", str(log), "--json"]) == 0
+    again, figures = json.loads(capsys.readouterr().out)["figures"], json.loads(done.read_text())["figures"]
+    for name in ("protocol", "value", "low", "high", "records"):
+        assert [figure[name] for figure in again] == [figure[name] for figure in figures]
+
+
 def test_a_greedy_run_may_go_on_with_smaller_batches(checkpoint: Path, pictures: Path, tmp_path: Path) -> None:
     """After running out of memory, say: nothing is drawn, so that the answers do not depend on it."""
     out = tmp_path / "results.json"
