@@ -33,7 +33,7 @@ class JudgeConfig:
         max_tokens: Of a reply; the original's is 1024.
         attempts: How often a question is asked whose reply has no scores in it.
         retries: How often a request is sent again that a server refused or lost; the client waits in between, as long
-            as ``Retry-After`` says, else longer each time.
+            as ``Retry-After`` says, else longer each time. More than two minutes end the run, to go on later.
         concurrency: Requests under way at once.
         timeout: Seconds that a reply may take.
     """
