@@ -40,12 +40,14 @@ EXTRAS_REQUIRE = {
     "serve": ["fastapi>=0.115", "gradio>=6.16", "python-multipart>=0.0.18", "uvicorn>=0.32"],
     "ocr": ["onnxruntime>=1.20", "pytesseract>=0.3.13", "rapidocr>=3.4"],
     "eval": ["openai>=1.50"],
+    "lmms-eval": ["lmms-eval>=0.7"],
     "dev": [
         "build>=1.2",
         "hypothesis>=6.120",
         "import-linter>=2.1",
         "interrogate>=1.7",
         "mypy>=1.15",
+        "openai>=1.50",
         "pre-commit>=4.0",
         "pydoclint>=0.6",
         "pytest>=8.3",
@@ -73,7 +75,10 @@ setup(
     },
     install_requires=INSTALL_REQUIRES,
     extras_require=EXTRAS_REQUIRE,
-    entry_points={"console_scripts": ["llavar-peft = llavar_peft.cli:main"]},
+    entry_points={
+        "console_scripts": ["llavar-peft = llavar_peft.cli:main"],
+        "lmms_eval.models": ["llavar = llavar_peft.evaluation.lmms:manifest"],
+    },
     classifiers=[
         "Development Status :: 4 - Beta",
         "Intended Audience :: Developers",

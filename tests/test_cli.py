@@ -54,6 +54,14 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
         ["delta", "apply", "--help"],
         ["delta", "verify", "--help"],
         ["data", "inspect", "--help"],
+        ["eval", "--help"],
+        ["eval", "vqa", "--help"],
+        ["eval", "mme", "--help"],
+        ["eval", "answer", "--help"],
+        ["eval", "judge", "--help"],
+        ["eval", "summarize", "--help"],
+        ["eval", "compare", "--help"],
+        ["eval", "diagnose", "--help"],
     ],
 )
 def test_help(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
@@ -224,7 +232,14 @@ def modules_after(code: str) -> set[str]:
 
 @pytest.mark.parametrize(
     "arguments",
-    [["--help"], ["--version"], ["recipe", "list"], ["recipe", "show", "llavar-13b", "seed=1"], ["train", "--help"]],
+    [
+        ["--help"],
+        ["--version"],
+        ["recipe", "list"],
+        ["recipe", "show", "llavar-13b", "seed=1"],
+        ["train", "--help"],
+        ["eval", "vqa", "--help"],
+    ],
 )
 def test_light_commands_do_not_import_torch(arguments: list[str]) -> None:
     loaded = modules_after(f"from llavar_peft.cli import main\nassert main({arguments!r}) == 0")

@@ -21,6 +21,8 @@ ELSEWHERE = {
     "pip install": "the machine is set up already",
     "python -m pytest": "this is it",
     "llavar-peft quickstart": "tests/test_quickstart.py",
+    "llavar-peft eval": "tests/evaluation; its data is other people's",
+    "lmms-eval": "tests/evaluation",
     "accelerate launch": "tests/test_examples.py; this one takes eight GPUs",
 }
 """How commands begin that are not run here, and why."""

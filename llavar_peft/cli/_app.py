@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from llavar_peft import __version__
-from llavar_peft.cli import adapter
+from llavar_peft.cli import adapter, compare, evaluate, judge
 from llavar_peft.cli._output import is_first_rank, say
 from llavar_peft.cli.ask import ask
 from llavar_peft.cli.convert import convert
@@ -55,6 +55,17 @@ def build_app() -> typer.Typer:
     adapters.command("show")(adapter.show)
     adapters.command("verify")(adapter.verify)
     app.add_typer(adapters, name="adapter")
+    evaluation = typer.Typer(
+        help="Does it read? The original's protocols, and two runs compared.", no_args_is_help=True
+    )
+    evaluation.command("vqa")(evaluate.vqa)
+    evaluation.command("mme")(evaluate.mme)
+    evaluation.command("answer")(judge.answer)
+    evaluation.command("judge")(judge.judge)
+    evaluation.command("summarize")(judge.summarize)
+    evaluation.command("compare")(compare.compare)
+    evaluation.command("diagnose")(compare.diagnose)
+    app.add_typer(evaluation, name="eval")
     delta = typer.Typer(help="The released delta format: weights as a difference to LLaMA's.", no_args_is_help=True)
     delta.command("make")(make)
     delta.command("apply")(apply)

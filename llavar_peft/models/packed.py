@@ -85,6 +85,6 @@ def _attend(
     if segments is None:
         whole: Tensor = sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)[0]
         return whole, None
-    divided = zip(*(torch.split(tensor, segments, dim=2) for tensor in (query, key, value)), strict=True)
+    divided = zip(*(torch.split(tensor, list(segments), dim=2) for tensor in (query, key, value)), strict=True)
     outputs: list[Tensor] = [sdpa_attention_forward(module, *one, None, **kwargs)[0] for one in divided]
     return torch.cat(outputs, dim=1), None

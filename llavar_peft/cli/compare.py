@@ -1,0 +1,100 @@
+"""``llavar-peft eval compare`` and ``diagnose``: better than before? And what is not read?"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from llavar_peft.cli._output import say, say_json
+from llavar_peft.cli._tables import interval, print_table
+from llavar_peft.cli.evaluate import AsJson
+from llavar_peft.errors import ConfigError
+
+if TYPE_CHECKING:
+    from llavar_peft.evaluation.compare import Comparison, Difference
+    from llavar_peft.evaluation.results import Results
+
+Metric = Annotated[
+    str | None, typer.Option("--metric", help="A protocol by the name that the results have; default: their first.")
+]
+
+
+def compare(
+    before: Annotated[Path, typer.Argument(help="A results file of 'eval vqa'.", metavar="A")],
+    after: Annotated[Path, typer.Argument(help="Another, of the same questions.", metavar="B")],
+    metric: Metric = None,
+    shown: Annotated[int, typer.Option("--changes", min=0, help="Changed answers to show.")] = 10,
+    as_json: AsJson = False,
+) -> None:
+    """Compare two results question by question: how far apart, how surely, and which answers changed."""
+    from llavar_peft.evaluation.compare import compare_results
+    from llavar_peft.evaluation.results import read_results
+
+    first, second = read_results(before), read_results(after)
+    comparison = compare_results(first, second, _scored_by(first, metric))
+    if as_json:
+        say_json(comparison.as_dict())
+    else:
+        _show_comparison(comparison, shown)
+
+
+def diagnose(
+    results: Annotated[Path, typer.Argument(help="A results file of 'eval vqa'.", metavar="RESULTS")],
+    metric: Metric = None,
+    smallest: Annotated[
+        float, typer.Option("--smallest", min=0.0, help="Pixels of the tower from which letters can be read.")
+    ] = 7.0,
+    as_json: AsJson = False,
+) -> None:
+    """Show what a model reads and what not: by the letters' height, length, script, place and kind of text."""
+    from dataclasses import asdict
+
+    from llavar_peft.evaluation.diagnostics import break_down, count_too_small
+    from llavar_peft.evaluation.results import read_results
+
+    read = read_results(results)
+    protocol = _scored_by(read, metric)
+    groups, small = break_down(read, protocol), count_too_small(read.records, smallest)
+    if as_json:
+        say_json({"protocol": protocol, "groups": [asdict(group) for group in groups], "too_small": asdict(small)})
+        return
+    rows = [(group.by, group.name, group.records, f"{group.value:.2f}", interval(group)) for group in groups]
+    print_table(("by", "kind", "records", f"{protocol} %", "95 % interval"), rows, words=2)
+    if small.known:
+        share = 100 * small.records / small.known
+        say(
+            f"too small to be read (below {smallest:g} px of the tower): {small.records} of {small.known} records "
+            f"whose letters' height is known, {share:.1f} %"
+        )
+    else:
+        say("the letters' height is not known: the data set gives neither text_height nor box, or no picture's size")
+
+
+def _scored_by(results: Results, metric: str | None) -> str:
+    have = list(results.records[0].scores)
+    if metric is not None and metric not in have:
+        raise ConfigError.at("--metric", f"the results have no {metric!r}", f"use one of {', '.join(have)}")
+    return metric or have[0]
+
+
+def _show_comparison(comparison: Comparison, shown: int) -> None:
+    titles = ("by", "kind", "records", "A %", "B %", "B - A", "95 % interval", "gained", "lost", "p (sign test)")
+    print_table(titles, [_difference_row(one) for one in (comparison.whole, *comparison.groups)], words=2)
+    for key, (one, other) in comparison.settings.items():
+        say(f"{key.replace('_', ' ')}: {one} in A, {other} in B")
+    if comparison.unpaired:
+        say(f"{comparison.unpaired} records are in one of them only, and left out")
+    for change in comparison.changes[:shown]:
+        say(f"{'gained' if change.gained else 'lost  '} {change.id}: {change.question}")
+        say(f"       truth {' | '.join(change.truths)}\n       A     {change.before}\n       B     {change.after}")
+    if len(comparison.changes) > shown:
+        say(f"and {len(comparison.changes) - shown} more (--changes, or --json for all)")
+
+
+def _difference_row(one: Difference) -> tuple[object, ...]:
+    return (
+        one.by, one.name, one.records, f"{one.before:.2f}", f"{one.after:.2f}", f"{one.difference:+.2f}", interval(one),
+        one.gained, one.lost, f"{one.p_value:.2g}",
+    )  # fmt: skip

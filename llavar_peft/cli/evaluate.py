@@ -1,0 +1,235 @@
+"""``llavar-peft eval vqa`` and ``mme``: a model is asked a benchmark, or answers that are there are scored."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from llavar_peft.cli._output import say, say_json
+from llavar_peft.cli._tables import interval, print_table, show_count
+from llavar_peft.config import Quantization
+from llavar_peft.errors import ConfigError
+from llavar_peft.types import ImageMode
+
+if TYPE_CHECKING:
+    from llavar_peft.data.images import ImageRoots
+    from llavar_peft.evaluation.metrics import Protocol
+    from llavar_peft.evaluation.questions import Question
+    from llavar_peft.evaluation.results import Results, Setting
+    from llavar_peft.inference import Reader
+
+# Source: LLaVAR, Eval_LLaVAR.py (text VQA) and MME/mme_eval.py.
+_VQA_TEMPERATURE, _VQA_TOKENS = 0.9, 256
+_MME_TEMPERATURE, _MME_TOKENS = 0.2, 1024
+_RELEASED_SIDE = 336  # of the released tower, where no model says another
+
+Images = Annotated[
+    list[Path] | None, typer.Option("--images", help="A folder of pictures; several are searched in order.")
+]
+Model = Annotated[Path | None, typer.Option("--model", help="A checkpoint's folder, an adapter's, or a run's.")]
+Adapter = Annotated[Path | None, typer.Option("--adapter", help="An adapter's folder, laid over the model.")]
+Tower = Annotated[str | None, typer.Option("--vision-tower", help="CLIP's folder, for a model in the released layout.")]
+Quantize = Annotated[Quantization | None, typer.Option("--quantize", help="Store the base in 4 or 8 bits.")]
+Mode = Annotated[
+    ImageMode | None, typer.Option("--image-mode", help="How pictures are prepared; default: the model's own.")
+]
+Batch = Annotated[int, typer.Option("--batch-size", min=1, help="Questions asked at once.")]
+Seed = Annotated[int, typer.Option("--seed", min=0, help="Of the sampling.")]
+Greedy = Annotated[bool, typer.Option("--greedy", help="Temperature 0, and reported as such.")]
+AsJson = Annotated[bool, typer.Option("--json", help="One JSON document instead of text.")]
+
+
+def vqa(
+    dataset: Annotated[
+        Path | None, typer.Option("--dataset", help="Questions: of ST-VQA, TextVQA, DocVQA, OCR-VQA, or anyone's.")
+    ] = None,
+    images: Images = None,
+    model: Model = None,
+    predictions: Annotated[
+        Path | None, typer.Option("--predictions", help="Answers that are there already, to be scored only.")
+    ] = None,
+    adapter: Adapter = None,
+    vision_tower: Tower = None,
+    quantize: Quantize = None,
+    metric: Annotated[
+        list[str] | None, typer.Option("--metric", help="A protocol; several are fine; default: all that apply.")
+    ] = None,
+    image_mode: Mode = None,
+    prompt: Annotated[str, typer.Option("--prompt", help="What is asked; {question} is the question.")] = "{question}",
+    temperature: Annotated[
+        float | None, typer.Option("--temperature", min=0.0, help="Default: 0.9, the paper's.")
+    ] = None,
+    greedy: Greedy = False,
+    max_new_tokens: Annotated[
+        int, typer.Option("--max-new-tokens", min=1, help="Tokens at most per answer.")
+    ] = _VQA_TOKENS,
+    batch_size: Batch = 8,
+    seed: Seed = 0,
+    limit: Annotated[int | None, typer.Option("--limit", min=1, help="Takes the first questions only.")] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", help="The results file; default with a model: <dataset>.results.json here.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Ask a model a text VQA benchmark and score it, or score answers that are there.
+
+    Running the same command again goes on where it stopped: finished answers lie beside the results file.
+    """
+    from llavar_peft.data.images import ImageRoots
+    from llavar_peft.evaluation.diagnostics import measure
+    from llavar_peft.evaluation.questions import read_predictions, read_questions
+    from llavar_peft.evaluation.results import Setting, score_answers
+
+    protocols = _protocols(metric or [])
+    source = dataset or predictions
+    if source is None or (model is None) == (predictions is None):
+        raise ConfigError.at(
+            "eval vqa", "needs --dataset with --model, or --predictions", "give a model to ask, or answers to score"
+        )
+    roots = ImageRoots(images) if images else None
+    reader = None
+    if model is None or dataset is None:
+        setting = Setting(prompt=None, image_mode=image_mode)
+        answered = read_predictions(predictions or source, dataset, limit=limit)
+    else:
+        questions = read_questions(dataset, limit=limit)
+        chosen = Setting(
+            prompt=prompt,
+            image_mode=image_mode,
+            temperature=choose_temperature(temperature, _VQA_TEMPERATURE, greedy=greedy),
+            max_new_tokens=max_new_tokens,
+            seed=seed,
+            batch_size=batch_size,
+        )
+        out = out or Path(f"{dataset.stem}.results.json")
+        reader, setting = open_model(model, adapter, vision_tower, quantize, chosen)
+        answered = ask_all(reader, questions, roots or ImageRoots(), setting, out.with_suffix(".answers.jsonl"))
+    side = int(reader.processor.image_processor.crop_size["height"]) if reader else _RELEASED_SIDE
+    measures = measure(answered, roots, setting.image_mode or "pad", side)
+    _finish(score_answers(answered, str(source), setting, protocols, measures), out, as_json=as_json)
+
+
+def mme(
+    answers: Annotated[
+        Path | None,
+        typer.Option("--answers", help="Answers that are there: picture, question, truth, answer, by tabs."),
+    ] = None,
+    folder: Annotated[Path | None, typer.Option("--folder", help="MME's folder OCR, or the whole benchmark.")] = None,
+    model: Model = None,
+    adapter: Adapter = None,
+    vision_tower: Tower = None,
+    quantize: Quantize = None,
+    image_mode: Mode = None,
+    temperature: Annotated[
+        float | None, typer.Option("--temperature", min=0.0, help="Default: 0.2, the original's.")
+    ] = None,
+    greedy: Greedy = False,
+    max_new_tokens: Annotated[
+        int, typer.Option("--max-new-tokens", min=1, help="Tokens at most per answer.")
+    ] = _MME_TOKENS,
+    batch_size: Batch = 8,
+    seed: Seed = 0,
+    out: Annotated[
+        Path | None, typer.Option("--out", help="The results file; default with a model: mme.results.json here.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Ask a model MME's questions about text, or score answers that are there: accuracy and accuracy+, of 200."""
+    from llavar_peft.data.images import ImageRoots
+    from llavar_peft.evaluation.mme import read_answers, read_folder, score_pictures
+    from llavar_peft.evaluation.results import Setting
+
+    if answers is not None and folder is None and model is None:
+        results = score_pictures(read_answers(answers), str(answers), Setting(image_mode=image_mode))
+    elif folder is not None and model is not None and answers is None:
+        questions, pictures = read_folder(folder)
+        out = out or Path("mme.results.json")
+        chosen = Setting(
+            prompt="{question}",
+            image_mode=image_mode,
+            temperature=choose_temperature(temperature, _MME_TEMPERATURE, greedy=greedy),
+            max_new_tokens=max_new_tokens,
+            seed=seed,
+            batch_size=batch_size,
+        )
+        reader, setting = open_model(model, adapter, vision_tower, quantize, chosen)
+        log = out.with_suffix(".answers.jsonl")
+        answered = ask_all(reader, questions, ImageRoots(pictures), setting, log)
+        results = score_pictures(answered, str(folder), setting)
+    else:
+        raise ConfigError.at(
+            "eval mme", "needs --folder with --model, or --answers", "give a model to ask, or answers to score"
+        )
+    _finish(results, out, as_json=as_json)
+
+
+def open_model(
+    model: Path, adapter: Path | None, vision_tower: str | None, quantize: Quantization | None, setting: Setting
+) -> tuple[Reader, Setting]:
+    """Opens a model, and completes the setting with what it is and how it prepares pictures."""
+    from dataclasses import replace
+
+    from llavar_peft.evaluation.identity import identify_model
+    from llavar_peft.inference import load_reader
+
+    reader = load_reader(model, adapter=adapter, vision_tower=vision_tower, quantize=quantize)
+    name = f"{model} + {adapter}" if adapter else str(model)
+    return reader, replace(
+        setting,
+        model=f"{name} ({quantize})" if quantize else name,
+        model_hash=identify_model(model, adapter),
+        image_mode=setting.image_mode or reader.processor.inference_image_mode,
+    )
+
+
+def ask_all(
+    reader: Reader, questions: Sequence[Question], roots: ImageRoots, setting: Setting, log: Path
+) -> tuple[Question, ...]:
+    """Asks everything, with a bar."""
+    from llavar_peft.evaluation.answering import answer_questions
+
+    with show_count("asking") as progress:
+        return answer_questions(reader, questions, roots, setting, log, progress)
+
+
+def _protocols(names: Sequence[str]) -> list[Protocol]:
+    from llavar_peft.evaluation.metrics import PROTOCOLS
+
+    unknown = [name for name in names if name not in PROTOCOLS]
+    if unknown:
+        raise ConfigError.at("--metric", f"no such protocol (got {unknown[0]!r})", f"use one of {', '.join(PROTOCOLS)}")
+    return [protocol for protocol in PROTOCOLS if protocol in names]
+
+
+def choose_temperature(given: float | None, protocol: float, *, greedy: bool) -> float:
+    """The temperature that the options come to; the protocol's where they say nothing."""
+    if greedy and given:
+        raise ConfigError.at("--greedy", f"is temperature 0 (got --temperature {given:g} too)", "give one of them")
+    return 0.0 if greedy else protocol if given is None else given
+
+
+def _finish(results: Results, out: Path | None, *, as_json: bool) -> None:
+    from llavar_peft.evaluation.results import write_results
+
+    if out is not None:
+        write_results(results, out)
+    if as_json:
+        say_json(results.as_dict(records=False))
+    else:
+        _show(results, out)
+
+
+def _show(results: Results, out: Path | None) -> None:
+    rows = [
+        (figure.protocol, f"{figure.value:.2f}", interval(figure), figure.records, "lower" * figure.lower_is_better)
+        for figure in results.figures
+    ]
+    print_table(("protocol", "%", "95 % interval", "records", "better"), rows)
+    setting = results.figures[0].as_dict()
+    for key in ("model", "model_hash", "prompt", "image_mode", "temperature", "decoding"):
+        say(f"{key.replace('_', ' '):<12} {'not said' if setting[key] is None else setting[key]}")
+    if out is not None:
+        say(f"{'results':<12} {out}")

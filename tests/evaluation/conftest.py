@@ -1,0 +1,47 @@
+"""A small model that answers, though nothing sensible, and pictures to ask it about."""
+
+from __future__ import annotations
+
+import json
+from importlib.resources import files
+from pathlib import Path
+
+import pytest
+
+from llavar_peft import ModelConfig, build_model
+from llavar_peft.data.synthetic import write_dataset
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The shipped tiny parts with a projector that is not trained."""
+    parts = Path(str(files("llavar_peft") / "assets/tiny"))
+    model, processor = build_model(
+        ModelConfig(
+            language_model=str(parts / "language_model"), vision_tower=str(parts / "vision_tower"), dtype="float32"
+        )
+    )
+    folder = tmp_path_factory.mktemp("checkpoint")
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Five pictures, and a data set of a question on each: ``dataset.json``."""
+    folder = tmp_path_factory.mktemp("pictures")
+    records = json.loads(write_dataset(folder, count=5, seed=4, task="question").read_text())
+    rows = [
+        {
+            "question_id": number,
+            "question": record["conversations"][0]["value"].replace("<image>", "").strip(),
+            "answers": [record["conversations"][1]["value"]],
+            "image": record["image"],
+            "text_height": 20,
+            "kind": record["image"].split("_")[0],
+        }
+        for number, record in enumerate(records)
+    ]
+    (folder / "dataset.json").write_text(json.dumps({"data": rows}))
+    return folder

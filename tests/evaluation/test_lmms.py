@@ -1,0 +1,67 @@
+"""lmms-eval asking our model, through its own registry and requests. Needs ``pip install lmms-eval``."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from llavar_peft.errors import ConfigError, DataError
+
+pytest.importorskip("lmms_eval.api.model", reason="lmms-eval is not installed (extra lmms-eval)")
+
+from lmms_eval.api.instance import Instance
+from lmms_eval.models.registry_v2 import ModelRegistryV2
+
+from llavar_peft.evaluation.lmms import manifest
+from llavar_peft.inference import load_reader
+
+
+@pytest.fixture(scope="module")
+def model(checkpoint: Path, pictures: Path) -> Any:
+    registry = ModelRegistryV2()
+    registry.register_manifest(manifest())
+    arguments = {"batch_size": 2, "max_batch_size": None, "device": "cpu"}
+    opened = registry.get_model_class("llavar").create_from_arg_string(f"pretrained={checkpoint}", arguments)
+    opened.task_dict["reading"] = {"test": json.loads((pictures / "dataset.json").read_text())["data"]}
+    return opened
+
+
+def requests(model: Any, pictures: Path, count: int, **how: Any) -> list[Instance]:
+    def visual(row: dict[str, Any]) -> list[Image.Image]:
+        return [Image.open(pictures / "images" / row["image"])]
+
+    rows = model.task_dict["reading"]["test"][:count]
+    return [
+        Instance(
+            request_type="generate_until",
+            arguments=(f"<image>\n{row['question']}", {"max_new_tokens": 6, **how}, visual, index, "reading", "test"),
+            idx=0,
+            metadata={"task": "reading", "doc_id": index, "repeats": 1},
+        )
+        for index, row in enumerate(rows)
+    ]
+
+
+def test_answers_are_those_of_asking_directly(model: Any, pictures: Path, checkpoint: Path) -> None:
+    rows = model.task_dict["reading"]["test"]
+    reader = load_reader(checkpoint, device="cpu")
+    direct = [reader.ask([pictures / "images" / row["image"]], row["question"], max_new_tokens=6)[0] for row in rows]
+    assert model.generate_until(requests(model, pictures, 5, temperature=0, num_beams=1)) == direct
+    stop = next(answer for answer in direct if answer)[-1]
+    assert model.generate_until(requests(model, pictures, 5, until=[stop])) == [
+        answer.split(stop)[0].strip() for answer in direct
+    ]
+
+
+def test_what_it_does_not_do_is_said(model: Any, pictures: Path) -> None:
+    with pytest.raises(ConfigError, match="num_beams: got 3, wanted 1"):
+        model.generate_until(requests(model, pictures, 1, num_beams=3))
+    with pytest.raises(ConfigError, match="by likelihood"):
+        model.loglikelihood([])
+    (request,) = requests(model, pictures, 1)
+    several = (*request.args[:2], lambda row: [Image.new("RGB", (8, 8))] * 2, *request.args[3:])
+    request.arguments = several
+    with pytest.raises(DataError, match="reading:0: has 2 pictures"):
+        model.generate_until([request])

@@ -1,0 +1,157 @@
+"""Every form of data set that is known, and what a faulty one is answered with."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from llavar_peft.errors import DataError
+from llavar_peft.evaluation.questions import read_predictions, read_questions
+
+TURNS = [{"from": "human", "value": "<image>\nWhat is sold?"}, {"from": "gpt", "value": " TEA "}]
+
+
+def write(folder: Path, content: Any, name: str = "data.json") -> Path:
+    path = folder / name
+    text = "\n".join(json.dumps(row) for row in content) if name.endswith("l") else json.dumps(content)
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+@pytest.mark.parametrize(
+    ("content", "wanted"),
+    [
+        (  # MultimodalOCR's predictions
+            [
+                {
+                    "question": "Q?",
+                    "answer": "said",
+                    "gt_answers": ["A", "B"],
+                    "image_path": "./data/x.jpg",
+                    "model_name": "M",
+                }
+            ],
+            ("0", "Q?", ("A", "B"), "./data/x.jpg", "said"),
+        ),
+        (
+            [{"question": "Q?", "answer": "said", "gt_answers": "A", "image_path": "x.jpg"}],
+            ("0", "Q?", ("A",), "x.jpg", "said"),
+        ),
+        (  # ST-VQA
+            {
+                "data": [
+                    {"question_id": 7, "question": "Q?", "answers": ["A"], "dataset": "coco-text", "file_name": "x.jpg"}
+                ]
+            },
+            ("7", "Q?", ("A",), "coco-text/x.jpg", None),
+        ),
+        (
+            {
+                "data": [
+                    {
+                        "question": "Q?",
+                        "answers": ["A"],
+                        "dataset": "icdar",
+                        "file_path": "icdar/x.jpg",
+                        "file_name": "x",
+                    }
+                ]
+            },
+            ("0", "Q?", ("A",), "icdar/x.jpg", None),
+        ),
+        (  # TextVQA
+            {"data": [{"question_id": 3, "question": "Q?", "answers": ["A"] * 10, "image_id": "0054c91397f2fe05"}]},
+            ("3", "Q?", ("A",) * 10, "0054c91397f2fe05.jpg", None),
+        ),
+        (  # VQA
+            [{"question_id": 3, "question": "Q?", "answers": [{"answer": "A", "answer_id": 1}], "image": "x.jpg"}],
+            ("3", "Q?", ("A",), "x.jpg", None),
+        ),
+        (  # DocVQA
+            {"data": [{"questionId": 5, "question": "Q?", "answers": ["0.28", "28"], "image": "documents/x.png"}]},
+            ("5", "Q?", ("0.28", "28"), "documents/x.png", None),
+        ),
+        (  # OCR-VQA
+            {
+                "159": {
+                    "questions": ["Q?"],
+                    "answers": ["A"],
+                    "imageURL": "http://x.org/a.gif",
+                    "genre": "Law",
+                    "split": 3,
+                }
+            },
+            ("159/0", "Q?", ("A",), "159.gif", None),
+        ),
+        ([{"question": "Q?", "answer": "A", "image": "x.jpg"}], ("0", "Q?", ("A",), "x.jpg", None)),
+        ([{"question": "Q?", "answers": 2019, "image": "x.jpg"}], ("0", "Q?", ("2019",), "x.jpg", None)),
+        ([{"question": "Q?", "answers": "A", "predict": ""}], ("0", "Q?", ("A",), None, "")),
+        ([{"id": "r", "image": "x.jpg", "conversations": TURNS}], ("r", "What is sold?", ("TEA",), "x.jpg", None)),
+    ],
+)
+def test_forms(content: Any, wanted: tuple[Any, ...], tmp_path: Path) -> None:
+    files = [write(tmp_path, content)]
+    if isinstance(content, list):
+        files.append(write(tmp_path, content, "data.jsonl"))
+    for file in files:
+        (read,) = read_questions(file)
+        assert (read.id, read.question, read.truths, read.image, read.answer) == wanted
+
+
+def test_kinds_and_measures(tmp_path: Path) -> None:
+    row = {
+        "question": "Q?", "answers": ["A"], "image": "x.jpg", "dataset": "icdar", "question_types": ["table", "form"],
+        "url": "http://" + "x" * 50, "box": [10, 20, 30, 28], "text_height": 7.5, "image_width": 640,
+        "image_height": 480,
+    }  # fmt: skip
+    (read,) = read_questions(write(tmp_path, [row]))
+    assert read.fields == {"dataset": "icdar", "question_types": "form + table"}
+    assert (read.box, read.text_height, read.size) == ((10, 20, 30, 28), 7.5, (640, 480))
+
+
+def test_ids_that_occur_twice_give_way_to_places(tmp_path: Path) -> None:
+    rows = [{"id": "same", "question": "Q?", "answers": ["A"]}] * 2
+    assert [question.id for question in read_questions(write(tmp_path, rows))] == ["0", "1"]
+    assert len(read_questions(write(tmp_path, rows), limit=1)) == 1
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ([], "holds no questions"),
+        ({"questions": 1}, "is of an unknown form"),
+        ([1], r":0: is int, wanted an object"),
+        ([{"question": " ", "answers": ["A"]}], "has no question"),
+        ([{"question": "Q?", "answers": []}], "has no right answers"),
+        ([{"question": "Q?", "answers": [None]}], "are not texts"),
+        ([{"question": "Q?", "answers": ["A"], "image": 3.5}], "image: is not a text"),
+        ([{"question": "Q?", "answers": ["A"], "box": [1, 2, 1, 4]}], "has no area"),
+        ([{"question": "Q?", "answers": ["A"], "text_height": -1}], "wanted a positive number"),
+        ({"1": {"questions": ["Q?"], "answers": []}}, "as many answers as questions"),
+    ],
+)
+def test_faults_are_named(content: Any, message: str, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=message) as caught:
+        read_questions(write(tmp_path, content))
+    assert "Mend: " in str(caught.value)
+
+
+def test_broken_files(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="cannot be read"):
+        read_questions(tmp_path / "none.json")
+    (tmp_path / "bad.jsonl").write_text('{"question": "Q?", "answers": ["A"]}\n{"question', encoding="utf-8")
+    with pytest.raises(DataError, match=r"bad\.jsonl:2: is not JSON"):
+        read_questions(tmp_path / "bad.jsonl")
+
+
+def test_predictions_are_joined_to_their_data_set(tmp_path: Path) -> None:
+    rows = [{"question_id": number, "question": "Q?", "answers": ["A"], "image": "x.jpg"} for number in (1, 2)]
+    dataset = write(tmp_path, {"data": rows}, "dataset.json")
+    said = [{"question_id": 2, "answer": "two"}, {"question_id": 1, "answer": "one"}]
+    joined = read_predictions(write(tmp_path, said, "said.json"), dataset)
+    assert [(question.id, question.answer) for question in joined] == [("1", "one"), ("2", "two")]
+    with pytest.raises(DataError, match=r"answers 1 of 2 questions .*missing: 1"):
+        read_predictions(write(tmp_path, said[:1], "said.json"), dataset)
+    with pytest.raises(DataError, match="has no answer"):
+        read_predictions(dataset)

@@ -1,0 +1,222 @@
+"""``llavar-peft eval vqa`` from a model to figures, and after a kill; ``compare`` and ``diagnose`` on its results."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from llavar_peft import cli
+from llavar_peft.evaluation.identity import identify_model
+from llavar_peft.evaluation.results import read_results
+
+
+def ask(checkpoint: Path, pictures: Path, out: Path, *more: str) -> int:
+    known = [
+        "--dataset",
+        str(pictures / "dataset.json"),
+        "--images",
+        str(pictures / "images"),
+        "--model",
+        str(checkpoint),
+    ]
+    return cli.main(["eval", "vqa", *known, "--max-new-tokens", "6", "--batch-size", "2", "--out", str(out), *more])
+
+
+@pytest.fixture(scope="module")
+def done(checkpoint: Path, pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("done") / "results.json"
+    assert ask(checkpoint, pictures, out, "--image-mode", "pad_black") == 0
+    return out
+
+
+def answers(out: Path) -> list[str]:
+    return [record.answer for record in read_results(out).records]
+
+
+def test_every_figure_says_how_it_was_taken(done: Path, checkpoint: Path) -> None:
+    content = json.loads(done.read_text())
+    assert [figure["protocol"] for figure in content["figures"]] == [
+        "multimodalocr", "substring", "anls", "exact", "cer", "wer",
+    ]  # fmt: skip
+    for figure in content["figures"]:
+        assert figure["low"] <= figure["value"] <= figure["high"]
+        assert figure["records"] == 5
+        assert figure["prompt"] == "{question}"
+        assert (figure["image_mode"], figure["temperature"], figure["decoding"]) == ("pad_black", 0.9, "sampled")
+        assert figure["model_hash"] == identify_model(checkpoint)
+    record = content["records"][0]
+    assert record["fields"] == {"kind": "sign"}
+    assert 0 < record["letter_height"] < 20  # as the tower sees it: the pictures are larger
+
+
+def test_a_run_that_was_killed_goes_on_as_if_it_had_not_been(
+    done: Path, checkpoint: Path, pictures: Path, tmp_path: Path
+) -> None:
+    """Sampled answers included; of a batch that was written half, nothing is kept."""
+    whole = done.with_suffix(".answers.jsonl").read_text().splitlines(keepends=True)
+    assert len(whole) == 1 + 5
+    out = tmp_path / "results.json"
+    out.with_suffix(".answers.jsonl").write_text("".join(whole[:4]) + whole[4][:20])
+    assert ask(checkpoint, pictures, out, "--image-mode", "pad_black") == 0
+    assert answers(out) == answers(done)
+    assert out.with_suffix(".answers.jsonl").read_text() == "".join(whole)
+
+
+def test_finished_answers_are_not_asked_for_again(done: Path, checkpoint: Path, pictures: Path, tmp_path: Path) -> None:
+    out, log = tmp_path / "results.json", tmp_path / "results.answers.jsonl"
+    lines = done.with_suffix(".answers.jsonl").read_text().splitlines()
+    first = {**json.loads(lines[1]), "answer": "kept as it was"}
+    log.write_text("\n".join([lines[0], json.dumps(first), *lines[2:]]) + "\n")
+    assert ask(checkpoint, pictures, out, "--image-mode", "pad_black") == 0
+    assert answers(out)[0] == "kept as it was"
+
+
+def test_the_answers_that_a_run_keeps_can_be_scored(done: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    log = done.with_suffix(".answers.jsonl")
+    assert cli.main(["eval", "vqa", "--predictions", str(log), "--json"]) == 0
+    again, figures = json.loads(capsys.readouterr().out)["figures"], json.loads(done.read_text())["figures"]
+    for name in ("protocol", "value", "low", "high", "records"):
+        assert [figure[name] for figure in again] == [figure[name] for figure in figures]
+
+
+def test_a_greedy_run_may_go_on_with_smaller_batches(checkpoint: Path, pictures: Path, tmp_path: Path) -> None:
+    """After running out of memory, say: nothing is drawn, so that the answers do not depend on it."""
+    out = tmp_path / "results.json"
+    assert ask(checkpoint, pictures, out, "--greedy") == 0
+    wanted, log = answers(out), out.with_suffix(".answers.jsonl")
+    log.write_text("".join(log.read_text().splitlines(keepends=True)[:4]))
+    assert ask(checkpoint, pictures, out, "--greedy", "--batch-size", "1") == 0
+    assert answers(out) == wanted
+
+
+def test_another_setting_is_no_resumption(
+    done: Path, checkpoint: Path, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "results.json"
+    shutil.copy(done.with_suffix(".answers.jsonl"), out.with_suffix(".answers.jsonl"))
+    assert ask(checkpoint, pictures, out, "--image-mode", "pad_black", "--greedy") == 2
+    assert "holds answers that were got otherwise (temperature: 0.9, now 0.0)" in capsys.readouterr().err
+
+
+def test_greedy_is_reported_as_such(
+    checkpoint: Path, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "results.json"
+    assert (
+        ask(checkpoint, pictures, out, "--greedy", "--limit", "2", "--prompt", "{question} In a word.", "--json") == 0
+    )
+    (figure, *_) = json.loads(capsys.readouterr().out)["figures"]
+    assert (figure["decoding"], figure["temperature"], figure["records"]) == ("greedy", 0.0, 2)
+    assert figure["prompt"] == "{question} In a word."
+    assert ask(checkpoint, pictures, tmp_path / "other.json", "--greedy", "--temperature", "0.5") == 2
+    assert ask(checkpoint, pictures, tmp_path / "other.json", "--prompt", "Read.") == 2
+
+
+def test_pictures_are_looked_for_before_anything_is_asked(
+    checkpoint: Path, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [{"question": "Q?", "answers": ["A"], "image": name} for name in ("../../secret.png", "gone.png")]
+    (tmp_path / "dataset.json").write_text(json.dumps(rows))
+    (tmp_path / "images").symlink_to(pictures / "images")
+    assert ask(checkpoint, tmp_path, tmp_path / "results.json") == 2
+    told = capsys.readouterr().err
+    assert "secret.png: leads outside the image folders" in told
+    assert "gone.png: is in none of" in told
+
+
+def test_published_predictions_by_command(shared_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = shared_dir / "reference" / "vqa" / "STVQA.json"
+    if not file.is_file():
+        pytest.skip(f"the published predictions are not at {file}")
+    command = ["eval", "vqa", "--predictions", str(file), "--metric", "multimodalocr", "--json"]
+    assert cli.main([*command, "--out", str(tmp_path / "results.json")]) == 0
+    (figure,) = json.loads(capsys.readouterr().out)["figures"]
+    assert round(figure["value"], 2) == 39.16
+    assert 37 < figure["low"] < 39.16 < figure["high"] < 41
+    assert (figure["records"], figure["temperature"], figure["model_hash"]) == (5000, None, None)
+    assert len(read_results(tmp_path / "results.json").records) == 5000
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        [],
+        ["--dataset", "d.json"],
+        ["--predictions", "p.json", "--model", "m"],
+        ["--predictions", "p.json", "--metric", "f1"],
+    ],
+)
+def test_what_cannot_be_done_is_said(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["eval", "vqa", *arguments]) == 2
+    assert "Mend: " in capsys.readouterr().err
+
+
+def predictions(folder: Path, name: str, said: dict[str, str]) -> Path:
+    """Four records with measures, answered as ``said``."""
+    rows: list[dict[str, Any]] = [
+        {"question_id": key, "question": f"What is {key}?", "answers": [truth], "prediction": said.get(key, truth),
+         "dataset": kind, "box": box, "image_width": 672, "image_height": 336}
+        for key, truth, kind, box in (
+            ("a", "STOP", "signs", [0, 0, 100, 40]), ("b", "12", "signs", [300, 150, 360, 160]),
+            ("c", "Привет", "papers", [600, 300, 660, 320]),
+            ("d", "longer than the others", "papers", [0, 300, 90, 312]),
+        )
+    ]  # fmt: skip
+    (folder / f"{name}.json").write_text(json.dumps(rows))
+    out = folder / f"{name}.results.json"
+    assert cli.main(["eval", "vqa", "--predictions", str(folder / f"{name}.json"), "--out", str(out)]) == 0
+    return out
+
+
+def test_compare(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = predictions(tmp_path, "before", {"a": "GO", "c": "Пока", "d": "no"})
+    after = predictions(tmp_path, "after", {"b": "13"})
+    capsys.readouterr()
+    assert cli.main(["eval", "compare", str(before), str(after), "--metric", "exact", "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    whole = told["whole"]
+    assert (whole["before"], whole["after"], whole["difference"]) == (25, 75, 50)
+    assert (whole["gained"], whole["lost"], whole["p_value"]) == (3, 1, pytest.approx(2 * 5 / 16))
+    assert whole["low"] <= 50 <= whole["high"]
+    assert [(change["id"], change["gained"]) for change in told["changes"]] == [
+        ("a", True), ("b", False), ("c", True), ("d", True),
+    ]  # fmt: skip
+    kinds = {(group["by"], group["name"]): (group["gained"], group["lost"]) for group in told["groups"]}
+    assert kinds["dataset", "signs"] == (1, 1)
+    assert kinds["dataset", "papers"] == (2, 0)
+    assert kinds["letter height", "16-24 px"] == (1, 0)  # 40 pixels of a picture twice as wide as the tower
+    assert cli.main(["eval", "compare", str(before), str(after), "--metric", "cer"]) == 0
+    shown = capsys.readouterr().out
+    assert "gained a: What is a?" in shown
+    assert "lost   b: What is b?" in shown
+
+
+def test_compare_refuses_other_questions(tmp_path: Path, done: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = predictions(tmp_path, "before", {})
+    assert cli.main(["eval", "compare", str(before), str(done)]) == 2
+    assert "has no question in common" in capsys.readouterr().err
+    assert cli.main(["eval", "compare", str(before), str(tmp_path / "before.json")]) == 2
+    assert "is not readable as results" in capsys.readouterr().err
+
+
+def test_diagnose(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    results = predictions(tmp_path, "one", {"b": "13"})
+    capsys.readouterr()
+    assert cli.main(["eval", "diagnose", str(results), "--metric", "exact", "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    values = {(group["by"], group["name"]): (group["records"], group["value"]) for group in told["groups"]}
+    assert values == {
+        ("letter height", "4-6 px"): (1, 0), ("letter height", "6-8 px"): (1, 100),
+        ("letter height", "8-12 px"): (1, 100), ("letter height", "16-24 px"): (1, 100),
+        ("answer length", "below 4 letters"): (1, 0), ("answer length", "4-7 letters"): (2, 100),
+        ("answer length", "16-31 letters"): (1, 100),
+        ("script", "cyrillic"): (1, 100), ("script", "digits"): (1, 0), ("script", "latin"): (2, 100),
+        ("position", "top left"): (1, 100), ("position", "middle centre"): (1, 0),
+        ("position", "bottom left"): (1, 100), ("position", "bottom right"): (1, 100),
+        ("dataset", "papers"): (2, 100), ("dataset", "signs"): (2, 50),
+    }  # fmt: skip
+    assert told["too_small"] == {"records": 2, "known": 4, "smallest": 7.0}
+    assert cli.main(["eval", "diagnose", str(results), "--smallest", "5.5"]) == 0
+    assert "1 of 4 records whose letters' height is known, 25.0 %" in capsys.readouterr().out
