@@ -40,7 +40,6 @@ def _blocks(text: str) -> tuple[list[str], list[str]]:
 def _furnish(folder: Path) -> None:
     """Puts down whatever the README takes for granted."""
     shutil.copytree(PARTS / "language_model", folder / "llama-13b")
-    (folder / "llama-13b/tokenizer.model").write_bytes(b"LLaMA's, which is not ours to give")
     shutil.copytree(PARTS / "vision_tower", folder / "clip-vit-large-patch14-336")
     shutil.copytree(PARTS / "vision_tower", folder / "openai/clip-vit-large-patch14-336")
     shutil.copytree(PARTS / "language_model", folder / "lmsys/vicuna-7b-v1.1")
@@ -73,6 +72,8 @@ def test_every_command_runs(tmp_path: Path) -> None:
     here = [command for command in commands if not command.startswith(tuple(ELSEWHERE))]
     assert len(here) >= 15
     for command in here:
+        if "--tokenizer" in command:  # copied as it is; the tiny model has none, and LLaMA's is not ours to give
+            (tmp_path / "llama-13b/tokenizer.model").write_bytes(b"LLaMA's")
         done = subprocess.run(
             ["bash", "-c", command], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
         )
