@@ -54,6 +54,9 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
         ["delta", "apply", "--help"],
         ["delta", "verify", "--help"],
         ["data", "inspect", "--help"],
+        ["ocr", "build", "--help"],
+        ["ocr", "converse", "--help"],
+        ["synth", "--help"],
     ],
 )
 def test_help(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
