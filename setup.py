@@ -38,7 +38,7 @@ INSTALL_REQUIRES = [
 EXTRAS_REQUIRE = {
     "cuda": ["flash-attn>=2.7", "liger-kernel>=0.6"],
     "serve": ["fastapi>=0.115", "gradio>=6.16", "python-multipart>=0.0.18", "uvicorn>=0.32"],
-    "ocr": ["onnxruntime>=1.20", "pytesseract>=0.3.13", "rapidocr>=3.4"],
+    "ocr": ["onnxruntime>=1.20", "rapidocr>=3.10"],
     "eval": ["openai>=1.50"],
     "lmms-eval": ["lmms-eval>=0.7"],
     "dev": [
@@ -47,12 +47,14 @@ EXTRAS_REQUIRE = {
         "import-linter>=2.1",
         "interrogate>=1.7",
         "mypy>=1.15",
+        "onnxruntime>=1.20",
         "openai>=1.50",
         "pre-commit>=4.0",
         "pydoclint>=0.6",
         "pytest>=8.3",
         "pytest-timeout>=2.3",
         "pytest-xdist>=3.6",
+        "rapidocr>=3.10",
         "ruff>=0.9",
         "types-PyYAML",
     ],

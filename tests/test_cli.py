@@ -62,6 +62,9 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
         ["eval", "summarize", "--help"],
         ["eval", "compare", "--help"],
         ["eval", "diagnose", "--help"],
+        ["ocr", "build", "--help"],
+        ["ocr", "converse", "--help"],
+        ["synth", "--help"],
     ],
 )
 def test_help(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:

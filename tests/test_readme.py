@@ -23,6 +23,8 @@ ELSEWHERE = {
     "llavar-peft quickstart": "tests/test_quickstart.py",
     "llavar-peft eval": "tests/evaluation; its data is other people's",
     "lmms-eval": "tests/evaluation",
+    "llavar-peft ocr": "tests/data/ocr",
+    "llavar-peft synth": "tests/data/test_synth.py",
     "accelerate launch": "tests/test_examples.py; this one takes eight GPUs",
 }
 """How commands begin that are not run here, and why."""

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from llavar_peft import __version__
-from llavar_peft.cli import adapter, compare, evaluate, judge
+from llavar_peft.cli import adapter, compare, evaluate, judge, ocr
 from llavar_peft.cli._output import is_first_rank, say
 from llavar_peft.cli.ask import ask
 from llavar_peft.cli.convert import convert
@@ -18,6 +18,7 @@ from llavar_peft.cli.delta import apply, make, verify
 from llavar_peft.cli.merge import merge
 from llavar_peft.cli.quickstart import quickstart
 from llavar_peft.cli.recipe import list_shipped, show
+from llavar_peft.cli.synth import synth
 from llavar_peft.cli.train import train
 
 _HELP = "LLaVAR: train, ask and ship a LLaVA that reads text in images."
@@ -51,6 +52,11 @@ def build_app() -> typer.Typer:
     data.command("check")(check)
     data.command("inspect")(inspect)
     app.add_typer(data, name="data")
+    app.command("synth")(synth)
+    readers = typer.Typer(help="Records out of pictures that nobody has labelled.", no_args_is_help=True)
+    readers.command("build")(ocr.build)
+    readers.command("converse")(ocr.converse)
+    app.add_typer(readers, name="ocr")
     adapters = typer.Typer(help="Adapters on disk: what they are, and whether they are whole.", no_args_is_help=True)
     adapters.command("show")(adapter.show)
     adapters.command("verify")(adapter.verify)

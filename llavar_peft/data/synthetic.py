@@ -14,7 +14,7 @@ from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 from random import Random
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, Protocol, TypeAlias
 
 from PIL import Image, ImageDraw
 
@@ -133,7 +133,21 @@ def draw_picture(kind: str, seed: int, index: int, *, shortest: int = 192, longe
     return SyntheticPicture(image=render(layout, rng), kind=kind, lines=layout.lines, questions=layout.questions)
 
 
-def make_record(picture: SyntheticPicture, name: str, task: Task, rng: Random) -> dict[str, Any]:
+class Pictured(Protocol):
+    """What a record needs to know of a picture."""
+
+    @property
+    def transcript(self) -> str:
+        """All text."""
+        ...
+
+    @property
+    def questions(self) -> tuple[tuple[str, str], ...]:
+        """Pairs of a question and its only right answer."""
+        ...
+
+
+def make_record(picture: Pictured, name: str, task: Task, rng: Random) -> dict[str, Any]:
     """Write a picture's conversation in LLaVA's record format.
 
     Args:

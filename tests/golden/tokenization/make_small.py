@@ -4,6 +4,7 @@ import random
 from pathlib import Path
 
 import sentencepiece
+from sentencepiece.sentencepiece_model_pb2 import ModelProto
 
 from llavar_peft.constants import SYSTEM_PROMPT
 
@@ -37,6 +38,10 @@ def main() -> None:
         minloglevel=2,
     )
     (HERE / "small" / "tokenizer.vocab").unlink()
+    path = HERE / "small" / "tokenizer.model"
+    model = ModelProto.FromString(path.read_bytes())
+    model.trainer_spec.model_prefix = "tokenizer"  # not where it was made
+    path.write_bytes(model.SerializeToString())
 
 
 if __name__ == "__main__":

@@ -1,0 +1,68 @@
+"""``llavar-peft synth``: text-rich pictures with exact ground truth."""
+
+from __future__ import annotations
+
+from enum import Enum
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from llavar_peft.cli._output import say, show_count
+
+
+class Kind(str, Enum):
+    """The kinds of picture; an enumeration, since typer takes no list of literals."""
+
+    RECEIPTS = "receipts"
+    COVERS = "covers"
+    SIGNS = "signs"
+    DOCUMENTS = "documents"
+
+
+def synth(
+    out: Annotated[Path, typer.Option("--out", help="Folder that gets the pictures, records.json and truth.jsonl.")],
+    count: Annotated[int, typer.Option("--n", min=1, help="How many pictures.")] = 100,
+    kind: Annotated[
+        list[Kind] | None,
+        typer.Option("--kind", help="What they are; may be given again, then they take turns. Default: all."),
+    ] = None,
+    language: Annotated[
+        list[str] | None,
+        typer.Option("--language", help="de, el, en, es, fr, it, pl or ru; may be given again. Default: en."),
+    ] = None,
+    distort: Annotated[
+        Literal["none", "light", "heavy"], typer.Option("--distort", help="What a camera does to them.")
+    ] = "none",
+    width: Annotated[int, typer.Option("--width", min=256, max=4096, help="Of each picture, in pixels.")] = 768,
+    fonts: Annotated[
+        Path | None, typer.Option("--fonts", help="A folder of further fonts, .ttf, .otf or .ttc.")
+    ] = None,
+    task: Annotated[
+        Literal["transcribe", "question", "conversation"],
+        typer.Option("--task", help="What a record asks: all text, one question, or all of them as a conversation."),
+    ] = "transcribe",
+    seed: Annotated[int, typer.Option("--seed", min=0, help="Another one gives other pictures.")] = 0,
+    workers: Annotated[
+        int | None, typer.Option("--workers", min=1, help="Processes; default: one for each CPU.")
+    ] = None,
+) -> None:
+    """Draw receipts, covers, signs and documents, with every line's text and place."""
+    from llavar_peft.data.synth.kinds import KINDS
+    from llavar_peft.data.synth.pages import SynthSettings
+    from llavar_peft.data.synth.write import write_synthetic
+
+    settings = SynthSettings(
+        kinds=tuple(one.value for one in kind) if kind else KINDS,
+        seed=seed,
+        width=width,
+        distort=distort,
+        languages=tuple(language or ["en"]),
+        fonts=fonts,
+        task=task,
+    )
+    with show_count("drawing") as progress:
+        result = write_synthetic(out, count, settings, workers, progress)
+    say(f"pictures  {result.images}: {result.pictures}, with {result.lines} lines of text")
+    say(f"records   {result.records}")
+    say(f"truth     {result.truth}")

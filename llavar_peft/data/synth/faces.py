@@ -1,0 +1,95 @@
+"""Fonts: the packaged ones, which write Latin, Greek and Cyrillic, and those of a folder of the user's.
+
+What a font cannot write it draws as an empty box, without a word; so each is asked for every letter beforehand.
+The packaged ones are DejaVu's, cut down by ``pyftsubset --no-hinting --layout-features='' --unicodes=U+0020-007E,
+U+00A0-017F,U+0384-03CE,U+0400-045F,U+0490-0491,U+2013-2014,U+2018-201E,U+2026,U+20AC,U+2116``. The quickstart's own,
+with ASCII alone, lie beside them, since they must stay as they are.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from importlib import resources
+from pathlib import Path
+from typing import Final
+
+from PIL import ImageFont
+
+from llavar_peft.data.fonts import FONT_NAMES
+from llavar_peft.errors import DataError, LlavarError
+
+SUFFIXES: Final = (".ttf", ".otf", ".ttc")
+_SMALLEST_ASKED: Final = 40  # pixels at which two glyphs are told apart
+_NO_CHARACTER: Final = "\U0010fffe"  # never assigned: what a font draws for it, it draws for all that it lacks
+
+
+def list_faces(folder: Path | None, alphabet: str) -> tuple[str, ...]:
+    """Finds fonts that can write every letter of an alphabet.
+
+    Args:
+        folder: Of further fonts, searched with all below it; None for the packaged ones alone.
+        alphabet: The letters.
+
+    Returns:
+        Files, the packaged ones first, then the folder's by name.
+
+    Raises:
+        DataError: None can, or a font or the folder cannot be read.
+    """
+    packaged = [
+        str(resources.files("llavar_peft") / "assets" / "fonts" / "wide" / f"{name}.ttf") for name in FONT_NAMES
+    ]
+    given: list[str] = []
+    if folder is not None:
+        if not folder.is_dir():
+            raise DataError.at(str(folder), "is not a folder of fonts", f"give one with {', '.join(SUFFIXES)} files")
+        given = [str(path) for path in sorted(folder.rglob("*")) if path.suffix.lower() in SUFFIXES]
+    lacking = {face: missing_letters(face, alphabet) for face in (*packaged, *given)}
+    able = tuple(face for face, missing in lacking.items() if not missing)
+    if not able:
+        nearest, missing = min(lacking.items(), key=lambda pair: len(pair[1]))
+        raise DataError.at(
+            str(folder or "fonts"),
+            f"no font has all letters ({Path(nearest).name} lacks {missing[:20]!r})",
+            "give a folder with a font that does",
+        )
+    return able
+
+
+def missing_letters(face: str, alphabet: str) -> str:
+    """The letters that a font cannot write. Raises ``DataError``: the font cannot be read."""
+    font = open_face(face, _SMALLEST_ASKED)
+    empty = _drawn(font, _NO_CHARACTER)
+    return "".join(letter for letter in alphabet if _drawn(font, letter) == empty)
+
+
+@lru_cache(maxsize=256)
+def open_face(face: str, size: int) -> ImageFont.FreeTypeFont:
+    """Opens a font.
+
+    Args:
+        face: Its file.
+        size: Em in pixels.
+
+    Returns:
+        The font; laid out by Pillow's own engine, since the other one is not in every build.
+
+    Raises:
+        DataError: It cannot be read.
+    """
+    try:
+        return ImageFont.truetype(face, size, layout_engine=ImageFont.Layout.BASIC)
+    except OSError as error:
+        raise _unreadable(face, error) from error
+
+
+def _drawn(font: ImageFont.FreeTypeFont, letter: str) -> tuple[tuple[int, int], bytes]:
+    try:
+        mask = font.getmask(letter)
+    except OSError as error:
+        raise _unreadable(str(font.path), error) from error
+    return mask.size, bytes(mask)
+
+
+def _unreadable(face: str, error: OSError) -> LlavarError:
+    return DataError.at(face, f"cannot be read as a font ({error})", "take it out of the folder")

@@ -1,0 +1,164 @@
+"""One picture with everything that is known about it, drawn from its settings, seed and number alone."""
+
+from __future__ import annotations
+
+import io
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import groupby
+from pathlib import Path
+from random import Random
+from typing import Any
+
+from PIL import Image
+
+from llavar_peft.data.synth.distort import Level, draw_camera, move_quads, photograph
+from llavar_peft.data.synth.faces import list_faces
+from llavar_peft.data.synth.kinds import KINDS, SynthKind, draw_scene
+from llavar_peft.data.synth.scene import PlacedLine, Quad
+from llavar_peft.data.synth.words import load_vocabulary
+from llavar_peft.data.synthetic import Task, make_record
+
+
+@dataclass(frozen=True, kw_only=True)
+class SynthSettings:
+    """What is drawn. Pictures are the same with the same settings, whatever their number and the order of drawing.
+
+    Attributes:
+        kinds: Which take turns.
+        seed: Another one gives other pictures.
+        width: Of each picture in pixels.
+        distort: What a camera does to it.
+        languages: Which take turns, each after all kinds.
+        fonts: A folder of further fonts.
+        task: What a record asks: all text, one question, or all questions as a conversation.
+    """
+
+    kinds: tuple[SynthKind, ...] = KINDS
+    seed: int = 0
+    width: int = 768
+    distort: Level = "none"
+    languages: tuple[str, ...] = ("en",)
+    fonts: Path | None = None
+    task: Task = "transcribe"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Page:
+    """A picture and its truth.
+
+    Attributes:
+        image: RGB; where it was photographed, before its compression.
+        kind: Of which kind.
+        language: Of its words.
+        lines: The text, in reading order.
+        quads: Where each line's ink is in the picture: four corners, clockwise from the top left, in pixels.
+        questions: What may be asked, with the answers.
+        quality: JPEG's; None for PNG.
+    """
+
+    image: Image.Image
+    kind: SynthKind
+    language: str
+    lines: tuple[PlacedLine, ...]
+    quads: tuple[Quad, ...]
+    questions: tuple[tuple[str, str], ...]
+    quality: int | None
+
+    @property
+    def transcript(self) -> str:
+        """All text in reading order, a paragraph in each line."""
+        blocks = groupby(self.lines, key=lambda line: line.block)
+        return "\n".join(" ".join(line.text for line in block) for _, block in blocks)
+
+    def encoded(self) -> tuple[str, bytes]:
+        """The picture's file: its extension and its bytes."""
+        file = io.BytesIO()
+        if self.quality is None:
+            self.image.save(file, "PNG")
+            return ".png", file.getvalue()
+        self.image.save(file, "JPEG", quality=self.quality)
+        return ".jpg", file.getvalue()
+
+
+def draw_page(settings: SynthSettings, index: int) -> Page:
+    """Draws one picture.
+
+    Args:
+        settings: What is drawn.
+        index: Its number.
+
+    Returns:
+        The picture with its truth.
+
+    Raises:
+        ConfigError: There are no words of a language.
+        DataError: No font can write a language, or a font cannot be read.
+    """
+    kind = settings.kinds[index % len(settings.kinds)]
+    language = settings.languages[index // len(settings.kinds) % len(settings.languages)]
+    rng = Random(f"{kind}/{language}/{settings.seed}/{index}")
+    words = load_vocabulary(language)
+    scene = draw_scene(kind, rng, settings.width, words, _faces(settings.fonts, words.alphabet))
+    image, quads = scene.draw(), [line.quad for line in scene.lines]
+    camera = draw_camera(settings.distort, rng, scene.width, scene.height)
+    if camera is not None:
+        image, quads = photograph(image, camera), move_quads(quads, image.size, camera)
+    return Page(
+        image=image,
+        kind=kind,
+        language=language,
+        lines=tuple(scene.lines),
+        quads=tuple(quads),
+        questions=tuple(scene.questions),
+        quality=None if camera is None else camera.quality,
+    )
+
+
+def describe_page(page: Page, index: int, settings: SynthSettings) -> tuple[str, bytes, dict[str, Any], dict[str, Any]]:
+    """Turns a picture into what is written of it.
+
+    Args:
+        page: The picture.
+        index: Its number.
+        settings: It was drawn with.
+
+    Returns:
+        Its file's name and bytes, its record in the released format, and its truth.
+    """
+    suffix, data = page.encoded()
+    name = f"{page.kind}_{index:06d}{suffix}"
+    record = make_record(page, name, settings.task, Random(f"record/{settings.seed}/{index}"))
+    lines = [
+        {
+            "text": line.text,
+            "polygon": [[round(x, 2), round(y, 2)] for x, y in quad],
+            "box": _box(quad),
+            "paragraph": line.block,
+            "size": line.size,
+            "font": Path(line.face).stem,
+        }
+        for line, quad in zip(page.lines, page.quads, strict=True)
+    ]
+    truth = {
+        "id": record["id"],
+        "image": name,
+        "kind": page.kind,
+        "language": page.language,
+        "width": page.image.width,
+        "height": page.image.height,
+        "text": page.transcript,
+        "lines": lines,
+        "questions": [list(pair) for pair in page.questions],
+    }
+    return name, data, record, truth
+
+
+def _box(quad: Quad) -> list[float]:
+    xs, ys = [x for x, _ in quad], [y for _, y in quad]
+    return [round(value, 2) for value in (min(xs), min(ys), max(xs), max(ys))]
+
+
+@lru_cache(maxsize=16)
+def _faces(fonts: Path | None, alphabet: str) -> tuple[str, ...]:
+    return list_faces(fonts, alphabet)

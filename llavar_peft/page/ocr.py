@@ -1,0 +1,77 @@
+"""The page of a build: what became records, and a few of those that did not, with the reason."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+from llavar_peft.durable import write_text
+from llavar_peft.page.pictures import Picture, embed_picture
+
+MOST_KEPT = 24
+MOST_DROPPED = 4
+"""Of each reason."""
+_LONGEST_TEXT = 600
+
+
+@dataclass(frozen=True, slots=True)
+class Card:
+    """One picture with what it says, or why it is left out."""
+
+    path: str
+    picture: Picture | None
+    question: str
+    text: str
+
+
+def write_ocr_page(records: Path) -> Path:
+    """Writes the page of a build beside its records; the same files give the same bytes.
+
+    Args:
+        records: The records' file, with ``.report.json`` beside it.
+
+    Returns:
+        The page, ``.report.html``.
+    """
+    report = json.loads(records.with_suffix(".report.json").read_text("utf-8"))
+    rows = json.loads(records.read_text("utf-8"))
+    folder = Path(report["folder"])
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent, encoding="utf-8"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    dropped = sorted(report["drops"], key=lambda drop: (drop["reason"], drop["path"]))
+    page = environment.get_template("ocr.html.j2").render(
+        report=report,
+        kept=[_kept(folder, row) for row in _spread(rows, MOST_KEPT)],
+        dropped=[
+            (reason, report["dropped"][reason], [_dropped(folder, drop) for drop in _spread(list(group), MOST_DROPPED)])
+            for reason, group in groupby(dropped, key=lambda drop: drop["reason"])
+        ],
+    )
+    path = records.with_suffix(".report.html")
+    write_text(path, page)
+    return path
+
+
+def _spread(rows: list[Any], most: int) -> list[Any]:
+    """Some of the rows, evenly spread, none picked."""
+    return [rows[number * len(rows) // most] for number in range(most)] if len(rows) > most else rows
+
+
+def _kept(folder: Path, record: dict[str, Any]) -> Card:
+    asked, answered = (turn["value"] for turn in record["conversations"])
+    cut = answered[:_LONGEST_TEXT] + " …" if len(answered) > _LONGEST_TEXT else answered
+    return Card(record["image"], embed_picture(folder, record["image"]), asked, cut)
+
+
+def _dropped(folder: Path, drop: dict[str, str]) -> Card:
+    return Card(drop["path"], embed_picture(folder, drop["path"]), "", drop["detail"])

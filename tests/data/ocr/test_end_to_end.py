@@ -1,0 +1,70 @@
+"""Synthetic documents through the builder, held to their truth."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from rapidfuzz.distance import Levenshtein
+
+from llavar_peft.cli import main
+from llavar_peft.data.synth.pages import SynthSettings
+from llavar_peft.data.synth.write import SynthResult, write_synthetic
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def drawn(tmp_path_factory: pytest.TempPathFactory) -> SynthResult:
+    settings = SynthSettings(width=800, distort="light", seed=9)
+    return write_synthetic(tmp_path_factory.mktemp("drawn"), 16, settings)
+
+
+def error_rates(drawn: SynthResult, records: Path) -> dict[str, float]:
+    """Character error rate of each record against its truth, white space aside, reading order included."""
+    lines = drawn.truth.read_text("utf-8").splitlines()
+    truths = {truth["image"]: "".join(truth["text"].split()) for truth in map(json.loads, lines)}
+    rates = {}
+    for record in json.loads(records.read_text("utf-8")):
+        read = "".join(record["conversations"][1]["value"].split())
+        rates[record["image"]] = Levenshtein.distance(read, truths[record["image"]]) / len(truths[record["image"]])
+    return rates
+
+
+# Of 16 pictures, drawn slightly turned and shadowed: records at least, mean and largest character error rate. RapidOCR
+# was seen at 16, 0.007 and 0.09. Tesseract gives no angles, so that rows of a turned receipt come apart.
+@pytest.mark.parametrize(
+    ("engine", "least", "mean", "largest"), [("rapidocr", 15, 0.03, 0.2), ("tesseract", 13, 0.2, 0.7)]
+)
+def test_documents_become_records(
+    engine: str, least: int, mean: float, largest: float, drawn: SynthResult, tmp_path: Path
+) -> None:
+    if engine == "rapidocr":
+        pytest.importorskip("rapidocr")
+        pytest.importorskip("onnxruntime")
+    elif shutil.which("tesseract") is None:
+        pytest.skip("the program tesseract is not installed")
+    out = tmp_path / "records.json"
+    options = ["--engine", engine, "--short-edge", "0", "--workers", "2"]
+    assert main(["ocr", "build", str(drawn.images), "--out", str(out), *options]) == 0
+    assert main(["data", "check", str(out), "--images", str(drawn.images)]) == 0
+    rates = error_rates(drawn, out)
+    assert len(rates) >= least
+    assert sum(rates.values()) / len(rates) <= mean, rates
+    assert max(rates.values()) <= largest, rates
+
+
+def test_photographs_and_scans(shared_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("rapidocr")
+    pytest.importorskip("onnxruntime")
+    images = shared_dir / "golden/images/inputs"
+    if not images.is_dir():
+        pytest.skip(f"no photographs at {images}")
+    out = tmp_path / "records.json"
+    assert main(["ocr", "build", str(images), "--out", str(out), "--workers", "1"]) == 0
+    assert main(["data", "check", str(out), "--images", str(images)]) == 0
+    report = json.loads((tmp_path / "records.report.json").read_text("utf-8"))
+    assert report["kept"] + len(report["drops"]) == report["images"]
+    assert not {drop["reason"] for drop in report["drops"]} & {"broken_image", "engine_failed"}

@@ -1,0 +1,173 @@
+"""Synthetic pages: drawn from (seed, number) alone, with the truth where it says it is."""
+
+from __future__ import annotations
+
+import json
+from hashlib import sha256
+from importlib import resources
+from pathlib import Path
+from random import Random
+
+import numpy as np
+import PIL
+import pytest
+from PIL import Image, ImageDraw
+
+from llavar_peft.cli import main
+from llavar_peft.data.check import check_records
+from llavar_peft.data.images import ImageRoots
+from llavar_peft.data.records import open_records
+from llavar_peft.data.synth.distort import draw_camera, homography, move_quads, photograph
+from llavar_peft.data.synth.faces import list_faces, missing_letters, open_face
+from llavar_peft.data.synth.kinds import KINDS
+from llavar_peft.data.synth.pages import Page, SynthSettings, draw_page
+from llavar_peft.data.synth.words import LANGUAGES, load_vocabulary
+from llavar_peft.data.synth.write import write_synthetic
+from llavar_peft.data.synthetic import KINDS as QUICKSTART_KINDS
+from llavar_peft.data.synthetic import draw_picture
+from llavar_peft.errors import ConfigError, DataError
+
+
+def digest(page: Page) -> str:
+    return sha256(page.encoded()[1] + repr((page.lines, page.quads, page.questions)).encode()).hexdigest()
+
+
+def test_the_quickstarts_pictures_are_what_they_were() -> None:
+    """The shipped tiny parts were trained on them."""
+    drawn = [(kind, draw_picture(kind, 3, 0)) for kind in QUICKSTART_KINDS]
+    assert [(kind, picture.transcript) for kind, picture in drawn] == [row[:2] for row in QUICKSTART]
+    if PIL.__version__ == "13.0.0":  # whose FreeType drew the expected pixels
+        pixels = [sha256(picture.image.tobytes()).hexdigest()[:12] for _, picture in drawn]
+        assert pixels == [row[2] for row in QUICKSTART]
+
+
+QUICKSTART = [
+    ("sign", "JYVDGZA 4585", "013d9883163e"),
+    ("cover", "VMC BY FNTZM", "9041f6367ec6"),
+    ("poster", "UFXMJ ON 04.08 AT 22:32", "1551038b1e9d"),
+    ("receipt", "DTSL CAKE 1.14 TOTAL 1.77", "409ecb391d5d"),
+]
+"""Kind, text and SHA-256 of the pixels of picture 0 of seed 3."""
+
+
+@pytest.mark.parametrize("distort", ["none", "heavy"])
+def test_a_page_depends_on_its_seed_and_number_alone(distort: str) -> None:
+    settings = SynthSettings(width=320, distort=distort)  # type: ignore[arg-type]
+    alone = [digest(draw_page(settings, index)) for index in (5, 2, 3)]
+    assert alone == [digest(draw_page(settings, index)) for index in (5, 2, 3)]
+    assert len({digest(draw_page(settings, index)) for index in range(12)}) == 12
+    assert digest(draw_page(SynthSettings(width=320, distort=distort, seed=1), 2)) != alone[1]  # type: ignore[arg-type]
+
+
+def test_the_number_of_workers_changes_no_byte(tmp_path: Path) -> None:
+    settings = SynthSettings(width=256, distort="light")
+    for workers, count in ((1, 34), (2, 34), (1, 7)):
+        write_synthetic(tmp_path / f"{workers}x{count}", count, settings, workers)
+
+    def files(folder: str) -> dict[str, bytes]:
+        return {path.name: path.read_bytes() for path in (tmp_path / folder).rglob("*") if path.is_file()}
+
+    assert files("1x34") == files("2x34")
+    few = {path.name: path.read_bytes() for path in (tmp_path / "1x7/images").iterdir()}
+    assert len(few) == 7
+    assert few.items() <= files("1x34").items()
+    assert (tmp_path / "1x34/truth.jsonl").read_text().startswith((tmp_path / "1x7/truth.jsonl").read_text())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("distort", ["none", "light", "heavy"])
+def test_ink_is_where_the_truth_says(kind: str, distort: str) -> None:
+    """A line's box is that of its ink, drawn alone; and the picture has that ink there."""
+    settings = SynthSettings(kinds=(kind,), width=480, distort="none")  # type: ignore[arg-type]
+    for index in range(3):
+        page = draw_page(settings, index)
+        for number in range(0, len(page.lines), 3):
+            left, top, right, bottom = _ink_box(page, number)
+            xs, ys = zip(*page.quads[number], strict=True)
+            assert (min(xs), min(ys), max(xs), max(ys)) == pytest.approx((left, top, right, bottom), abs=0.01)
+    photographed = draw_page(SynthSettings(kinds=(kind,), width=480, distort=distort), 1)  # type: ignore[arg-type]
+    assert photographed.image.width == 480
+    for quad in photographed.quads:
+        assert all(0 <= x <= 480 and 0 <= y <= photographed.image.height for x, y in quad)
+
+
+def _ink_box(page: Page, number: int) -> tuple[int, int, int, int]:
+    line = page.lines[number]
+    blank = Image.new("L", page.image.size)
+    ImageDraw.Draw(blank).text((line.left, line.baseline), line.text, 255, open_face(line.face, line.size), anchor="ls")
+    box = blank.getbbox()
+    assert box is not None
+    inked = np.asarray(blank) > 200
+    drawn = np.abs(np.asarray(page.image, dtype=int) - np.array(line.ink)).max(axis=2)
+    assert drawn[inked].max() < 60
+    return box
+
+
+def test_boxes_go_with_the_photograph() -> None:
+    page = Image.new("RGB", (400, 500), "white")
+    page.paste((255, 0, 0), (120, 200, 180, 260))
+    quad = ((120, 200), (180, 200), (180, 260), (120, 260))
+    for seed in range(8):
+        camera = draw_camera("heavy", Random(seed), *page.size)
+        assert camera is not None
+        (moved,) = move_quads([quad], page.size, camera)
+        pixels = np.asarray(photograph(page, camera), dtype=int)
+        ys, xs = np.nonzero((pixels[:, :, 0] - pixels[:, :, 1] > 100) & _near(pixels.shape[:2], moved, 12))
+        expected = [
+            min(x for x, _ in moved),
+            min(y for _, y in moved),
+            max(x for x, _ in moved),
+            max(y for _, y in moved),
+        ]
+        assert [xs.min(), ys.min(), xs.max() + 1, ys.max() + 1] == pytest.approx(expected, abs=2)
+    assert homography(quad, quad) == pytest.approx(np.eye(3), abs=1e-9)
+
+
+def _near(shape: tuple[int, ...], quad: object, margin: int) -> np.ndarray:
+    """Where to look: the desk may be reddish too."""
+    mask = np.zeros(shape, bool)
+    points = np.array(quad)
+    (left, top), (right, bottom) = points.min(0) - margin, points.max(0) + margin
+    mask[max(0, int(top)) : int(bottom), max(0, int(left)) : int(right)] = True
+    return mask
+
+
+@pytest.mark.parametrize("language", LANGUAGES)
+def test_every_language_can_be_written_with_what_is_packaged(language: str) -> None:
+    assert len(list_faces(None, load_vocabulary(language).alphabet)) == 6
+    page = draw_page(SynthSettings(kinds=("documents",), width=320, languages=(language,)), 0)
+    assert set("".join(page.transcript.split())) <= set(load_vocabulary(language).alphabet)
+
+
+def test_a_font_without_the_letters_is_not_used(tmp_path: Path) -> None:
+    ascii_only = resources.files("llavar_peft") / "assets/fonts/DejaVuSans.ttf"
+    (tmp_path / "ascii.ttf").write_bytes(ascii_only.read_bytes())
+    assert missing_letters(str(tmp_path / "ascii.ttf"), "aäbж") == "äж"
+    assert len(list_faces(tmp_path, load_vocabulary("de").alphabet)) == 6
+    assert len(list_faces(tmp_path, "abc")) == 7
+    with pytest.raises(DataError, match="no font has all letters"):
+        list_faces(tmp_path, "日本")
+    (tmp_path / "broken.ttf").write_bytes(b"no font")
+    with pytest.raises(DataError, match=r"broken\.ttf: cannot be read as a font"):
+        list_faces(tmp_path, "abc")
+    with pytest.raises(ConfigError, match="use one of de, el, en"):
+        draw_page(SynthSettings(languages=("xx",)), 0)
+
+
+@pytest.mark.parametrize("task", ["transcribe", "question", "conversation"])
+def test_the_command_writes_sound_records(task: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--n", "8", "--width", "256", "--distort", "light", "--language", "de", "--task", task]
+    assert main(["synth", "--out", str(tmp_path), *options]) == 0
+    assert "8, with" in capsys.readouterr().out
+    report = check_records(open_records(tmp_path / "records.json"), ImageRoots(tmp_path / "images"))
+    assert (report.clean, report.records, report.images_opened) == (True, 8, 8)
+    truths = [json.loads(line) for line in (tmp_path / "truth.jsonl").read_text("utf-8").splitlines()]
+    records = json.loads((tmp_path / "records.json").read_text("utf-8"))
+    assert [truth["id"] for truth in truths] == [record["id"] for record in records]
+    assert [truth["kind"] for truth in truths] == [*KINDS, *KINDS]
+    for truth, record in zip(truths, records, strict=True):
+        assert " ".join(line["text"] for line in truth["lines"]) == " ".join(truth["text"].split("\n"))
+        said = [turn["value"] for turn in record["conversations"] if turn["from"] == "gpt"]
+        answers = [truth["text"]] if task == "transcribe" else [answer for _, answer in truth["questions"]]
+        assert set(said) <= set(answers)
+        assert len(said) == (len(answers) if task == "conversation" else 1)
