@@ -5,10 +5,16 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import Any
+from contextlib import AbstractContextManager, contextmanager
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import typer
+
+if TYPE_CHECKING:
+    from rich.progress import ProgressColumn
+
+Counter: TypeAlias = AbstractContextManager[Callable[[int, int], None]]
+"""A bar: a context that gives what to call with the number done and the number in all."""
 
 
 def say(text: str) -> None:
@@ -31,41 +37,41 @@ def is_first_rank() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
-@contextmanager
-def show_progress(what: str) -> Iterator[Callable[[int, int], None]]:
+def show_progress(what: str) -> Counter:
     """A bar of bytes on stderr, with speed and time left; nothing where that is no terminal.
 
     Args:
         what: Is being done.
 
-    Yields:
-        To be called with the bytes done and the bytes in all.
+    Returns:
+        A context, which gives what is to be called with the bytes done and the bytes in all.
     """
-    from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+    from rich.progress import DownloadColumn, TransferSpeedColumn
 
-    console = Console(stderr=True)
-    columns = (TextColumn(what), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
-        task = bar.add_task(what, total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
+    return _bar(what, DownloadColumn(), TransferSpeedColumn())
 
 
-@contextmanager
-def show_count(what: str) -> Iterator[Callable[[int, int], None]]:
+def show_count(what: str) -> Counter:
     """A bar of things on stderr, with their number and the time left; nothing where that is no terminal.
 
     Args:
         what: Is being done.
 
-    Yields:
-        To be called with the number done and the number in all.
+    Returns:
+        A context, which gives what is to be called with the number done and the number in all.
     """
+    from rich.progress import MofNCompleteColumn
+
+    return _bar(what, MofNCompleteColumn())
+
+
+@contextmanager
+def _bar(what: str, *figures: ProgressColumn) -> Iterator[Callable[[int, int], None]]:
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
     console = Console(stderr=True)
-    columns = (TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    columns = (TextColumn(what), BarColumn(), *figures, TimeRemainingColumn())
     with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
         task = bar.add_task(what, total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)

@@ -1,9 +1,8 @@
-"""Tables on stdout and bars of things done on stderr."""
+"""Tables on stdout."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Protocol
 
 _FILE_WIDTH = 160
@@ -27,26 +26,6 @@ class Bounded(Protocol):
 def interval(figure: Bounded) -> str:
     """Spells an interval."""
     return f"{figure.low:.2f} to {figure.high:.2f}"
-
-
-@contextmanager
-def show_count(what: str) -> Iterator[Callable[[int, int], None]]:
-    """A bar of things done on stderr; nothing where that is no terminal.
-
-    Args:
-        what: Is being done.
-
-    Yields:
-        To be called with the number done and the number in all.
-    """
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    console = Console(stderr=True)
-    columns = (TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
-        task = bar.add_task(what, total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
 def print_table(titles: Sequence[str], rows: Sequence[Sequence[object]], *, words: int = 1) -> None:

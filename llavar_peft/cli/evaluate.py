@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from llavar_peft.cli._output import say, say_json
-from llavar_peft.cli._tables import interval, print_table, show_count
+from llavar_peft.cli._output import say, say_json, show_count
+from llavar_peft.cli._tables import interval, print_table
 from llavar_peft.config import Quantization
 from llavar_peft.errors import ConfigError
 from llavar_peft.types import ImageMode

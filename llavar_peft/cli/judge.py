@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from llavar_peft.cli._output import say, say_json
-from llavar_peft.cli._tables import print_table, show_count
+from llavar_peft.cli._output import say, say_json, show_count
+from llavar_peft.cli._tables import print_table
 from llavar_peft.cli.evaluate import (
     Adapter,
     AsJson,
