@@ -56,6 +56,11 @@ class Row:
         self._eos = engine.processor.tokenizer.eos_token_id
         self._limit = min(request.sampling.max_new_tokens, engine.context - len(request.ids))
 
+    @property
+    def text(self) -> str:
+        """What has been said so far."""
+        return self._stream.text
+
     def take(self, token: int, logprob: float | None) -> FinishReason | None:
         """Takes the next token; returns why the answer ends with it, or None."""
         self.ids.append(token)
@@ -145,10 +150,9 @@ class Batch:
         self._take(output.logits[:, -1], first=0)
 
     def _read_prompts(self, rows: Sequence[Row]) -> tuple[DynamicCache, Tensor, Tensor]:
-        """Computes what no prefix holds yet; several rows have no prefix.
+        """Computes what no prefix holds yet: the rows' cache, its mask ``[B, W]``, and ``[B, V]`` after each prompt.
 
-        Returns:
-            The rows' cache, its mask ``[B, W]``, and the logits ``[B, V]`` after each prompt.
+        Only a row that is alone may have a prefix.
         """
         device = self._engine.device
         prefix = rows[0].request.prefix
