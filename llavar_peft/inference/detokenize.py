@@ -27,8 +27,7 @@ class TextStream:
 
     def __init__(self, tokenizer: Any, stop: tuple[str, ...] = ()) -> None:
         self._tokenizer = tokenizer
-        self._skipped = frozenset(tokenizer.all_special_ids)
-        self._bytes = _byte_ids(tokenizer)
+        self._skipped, self._bytes = _special_ids(tokenizer), _byte_ids(tokenizer)
         self._stop = stop
         # Decoding goes by windows: a token's text can depend on the one before it, not on those before that.
         self._ids: list[int] = []
@@ -89,6 +88,12 @@ class TextStream:
 def _overlap(text: str, stop: str) -> int:
     """How many of the last characters may be the beginning of a stop text."""
     return next((n for n in range(min(len(stop) - 1, len(text)), 0, -1) if text.endswith(stop[:n])), 0)
+
+
+@lru_cache(maxsize=8)
+def _special_ids(tokenizer: Any) -> frozenset[int]:
+    # Not ``all_special_ids``, which leaves out the image tokens; decoding skips those too.
+    return frozenset(index for index, token in tokenizer.added_tokens_decoder.items() if token.special)
 
 
 @lru_cache(maxsize=8)

@@ -36,8 +36,10 @@ def _stream(tokenizer: Any, ids: list[int], stop: tuple[str, ...] = ()) -> tuple
 @given(data=st.data(), which=st.sampled_from([0, 1]))
 def test_any_tokens(data: st.DataObject, which: int) -> None:
     tokenizer = TOKENIZERS[which]
-    # Bytes and special tokens are among the first 259.
-    token = st.integers(0, 260) | st.integers(0, len(tokenizer) - 1)
+    # Special tokens and bytes are the first 259, the image tokens the last 3.
+    token = (
+        st.integers(0, 260) | st.integers(0, len(tokenizer) - 1) | st.integers(len(tokenizer) - 3, len(tokenizer) - 1)
+    )
     ids = data.draw(st.lists(token, max_size=40))
     whole = tokenizer.decode(ids, skip_special_tokens=True).strip()
     pieces, _ = _stream(tokenizer, ids)
