@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import EllipsisType
@@ -279,7 +279,7 @@ class Dialogue:
 
     def stream(
         self, text: str, image: Image | str | Path | None = None, **sampling: Unpack[SamplingSettings]
-    ) -> Iterator[str]:
+    ) -> Generator[str, None, None]:
         """Says something and gives the answer out as it comes.
 
         An answer that is broken off, by nobody taking more of it or by an interrupt, is remembered as far as it came.
