@@ -44,6 +44,7 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
         ["train", "--help"],
         ["ask", "--help"],
         ["chat", "--help"],
+        ["generate", "--help"],
         ["quickstart", "--help"],
         ["recipe", "--help"],
         ["recipe", "show", "--help"],
