@@ -6,14 +6,15 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from llavar_peft.inference.chat import Chat, Dialogue, load_chat
+    from llavar_peft.inference.chat import Chat, load_chat
+    from llavar_peft.inference.dialogue import Dialogue
     from llavar_peft.inference.reader import Reader, load_reader
     from llavar_peft.inference.requests import Answer, Picture, Request, Sampling
 
 _HOMES = {
     "Answer": "requests",
     "Chat": "chat",
-    "Dialogue": "chat",
+    "Dialogue": "dialogue",
     "Picture": "requests",
     "Reader": "reader",
     "Request": "requests",

@@ -2,32 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import EllipsisType
 from typing import TYPE_CHECKING
 
-from typing_extensions import Unpack
-
 from llavar_peft.config import Attention, Dtype, Quantization
-from llavar_peft.data.template import Content
-from llavar_peft.inference.decode import Batch, Row, answer_all
+from llavar_peft.inference.decode import Row, answer_all, stream_row
+from llavar_peft.inference.dialogue import Dialogue
 from llavar_peft.inference.engine import Engine
 from llavar_peft.inference.loading import open_engine
 from llavar_peft.inference.requests import (
     Answer,
     Picture,
-    Prefix,
     Request,
     Sampling,
     SamplingSettings,
     encode_messages,
+    question_content,
 )
-from llavar_peft.types import ImageMode, Role
+from llavar_peft.types import ImageMode
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+    from typing_extensions import Unpack
 
 
 def load_chat(
@@ -145,7 +143,7 @@ class Chat:
         """
         request = self.request(image, question, adapter=adapter, image_mode=image_mode, sampling=Sampling(**sampling))
         pieces: list[str] = []
-        yield from _pieces(self.engine, Row(request, self.engine, pieces.append), pieces)
+        yield from stream_row(self.engine, Row(request, self.engine, pieces.append), pieces)
 
     def conversation(
         self, image: Image | str | Path | None = None, *, adapter: str | EllipsisType | None = ...
@@ -159,7 +157,7 @@ class Chat:
         Returns:
             The conversation.
         """
-        return Dialogue(self, image, adapter=adapter)
+        return Dialogue(self.engine, image, adapter=self.resolve_adapter(adapter))
 
     def request(
         self,
@@ -172,7 +170,7 @@ class Chat:
     ) -> Request:
         """Prepares a question for ``answer``; the arguments are those of ``ask``."""
         shown = [] if image is None else [Picture.prepare(image, self.engine.processor, image_mode)]
-        content: Content = [f"{question}\n", None] if shown else [question]
+        content = question_content(question, shown[0] if shown else None)
         return Request(
             ids=encode_messages(self.engine.processor, [("human", content)], shown),
             pictures=shown,
@@ -198,149 +196,3 @@ class Chat:
             return self.adapters[0] if self.adapters else None
         self.engine.check_adapter(adapter)
         return adapter
-
-
-@dataclass(frozen=True, slots=True)
-class Said:
-    """A question and its answer.
-
-    Attributes:
-        question: The user's words.
-        picture: What came with them.
-        answer: The model's words.
-    """
-
-    question: str
-    picture: Picture | None
-    answer: str
-
-
-class Dialogue:
-    """A conversation with memory.
-
-    What has been computed for the turns before is kept and not computed again: the pictures' features, and the keys and
-    values of every token that the next prompt shares with what was said.
-
-    Args:
-        chat: Who answers.
-        image: The picture that comes with the first question.
-        adapter: Which adapter answers, None for the base; by default the first.
-
-    Attributes:
-        adapter: The adapter's name; may be changed between turns.
-        turns: What was said.
-    """
-
-    def __init__(
-        self, chat: Chat, image: Image | str | Path | None = None, *, adapter: str | EllipsisType | None = ...
-    ) -> None:
-        self.adapter = chat.resolve_adapter(adapter)
-        self.turns: list[Said] = []
-        self._engine = chat.engine
-        self._waiting: Picture | None = None
-        self._prefix: Prefix | None = None
-        self._prefix_of: str | None = None
-        if image is not None:
-            self.show(image)
-
-    def show(self, image: Image | str | Path, image_mode: ImageMode | None = None) -> None:
-        """Lays a picture beside the next question.
-
-        Args:
-            image: A picture or a local path.
-            image_mode: Overrides the model's own way of preparing pictures.
-
-        Raises:
-            ImageError: It is missing or broken.
-        """
-        self._waiting = Picture.prepare(image, self._engine.processor, image_mode)
-
-    def clear(self) -> None:
-        """Forgets what was said and shown."""
-        self.turns.clear()
-        self._waiting = self._prefix = None
-
-    def send(self, text: str, image: Image | str | Path | None = None, **sampling: Unpack[SamplingSettings]) -> str:
-        """Says something and waits for the answer.
-
-        Args:
-            text: In plain words; nothing in it is ever a special token.
-            image: A picture that comes with them.
-            **sampling: Fields of ``Sampling``.
-
-        Returns:
-            The answer.
-
-        Raises:
-            ImageError: The picture is missing or broken.
-            DataError: The conversation has become longer than the model's context.
-        """
-        return "".join(self.stream(text, image, **sampling))
-
-    def stream(
-        self, text: str, image: Image | str | Path | None = None, **sampling: Unpack[SamplingSettings]
-    ) -> Generator[str, None, None]:
-        """Says something and gives the answer out as it comes.
-
-        An answer that is broken off, by nobody taking more of it or by an interrupt, is remembered as far as it came.
-
-        Args:
-            text: As in ``send``.
-            image: As in ``send``.
-            **sampling: Fields of ``Sampling``.
-
-        Yields:
-            Pieces, in whole characters; joined, they are the answer.
-        """
-        if image is not None:
-            self.show(image)
-        picture = self._waiting
-        pieces: list[str] = []
-        row = Row(self._request(text, picture, Sampling(**sampling)), self._engine, pieces.append)
-        try:
-            yield from _pieces(self._engine, row, pieces)
-        finally:
-            if row.text or (row.answer is not None and row.answer.finish_reason != "cancelled"):
-                self.turns.append(Said(text, picture, row.text))
-                self._waiting = None
-            # Without an answer the batch was left in the middle of a step; the keys and values of before still hold.
-            if row.answer is not None:
-                self._prefix, self._prefix_of = row.answer.prefix, row.request.adapter
-
-    def _request(self, text: str, picture: Picture | None, sampling: Sampling) -> Request:
-        messages: list[tuple[Role, Content]] = []
-        for said in self.turns:
-            messages += [("human", _content(said.question, said.picture)), ("gpt", [said.answer])]
-        messages.append(("human", _content(text, picture)))
-        shown = [seen for seen in (*(said.picture for said in self.turns), picture) if seen is not None]
-        ids = encode_messages(self._engine.processor, messages, shown)
-        usable = self._prefix is not None and self._prefix_of == self.adapter
-        return Request(
-            ids=ids,
-            pictures=shown,
-            sampling=sampling,
-            adapter=self.adapter,
-            prefix=self._prefix.shared_with(ids) if self._prefix is not None and usable else None,
-            keep_prefix=True,
-        )
-
-
-def _content(words: str, picture: Picture | None) -> Content:
-    # Source: LLaVAR, llava/eval/run_llava.py: the question first, then a line break, then the picture.
-    return [words] if picture is None else [f"{words}\n", None]
-
-
-def _pieces(engine: Engine, row: Row, pieces: list[str]) -> Iterator[str]:
-    """Answers a row, and gives out the pieces that it says."""
-    batch = Batch(engine, row.request.adapter)
-    try:
-        batch.join([row])
-        while batch.rows:
-            yield from pieces
-            pieces.clear()
-            batch.step()
-        yield from pieces
-    except GeneratorExit:
-        row.cancelled = True
-        batch.step()
-        raise

@@ -8,15 +8,15 @@ Shape suffixes: B rows, T tokens, W width of the cache, D language model width, 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import groupby
-from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import DynamicCache
 
 from llavar_peft.errors import DataError
+from llavar_peft.inference.cache import cache_layers, join_caches, make_cache
 from llavar_peft.inference.detokenize import TextStream
 from llavar_peft.inference.engine import Engine
 from llavar_peft.inference.requests import Answer, FinishReason, Prefix, Request
@@ -111,7 +111,7 @@ class Batch:
         self.rows: list[Row] = []
         self._engine = engine
         self._adapter = adapter
-        self._cache = DynamicCache()
+        self._cache = make_cache(())
         self._mask_BW = torch.zeros(0, 0, dtype=torch.int64, device=engine.device)
 
     @torch.inference_mode()
@@ -125,7 +125,7 @@ class Batch:
         fresh = [row for row in rows if row.request.prefix is None]
         for group in ([fresh] if fresh else []) + [[row] for row in rows if row.request.prefix is not None]:
             cache, mask_BW, logits_BV = self._read_prompts(group)
-            self._cache, self._mask_BW = _joined(self._cache, self._mask_BW, cache, mask_BW)
+            self._cache, self._mask_BW = join_caches(self._cache, self._mask_BW, cache, mask_BW)
             self.rows += group
             self._take(logits_BV, first=len(self.rows) - len(group))
 
@@ -166,9 +166,7 @@ class Batch:
         lengths = torch.tensor([past + len(row) for row in embeds], device=device)
         columns = torch.arange(past + width, device=device)
         mask_BW = (columns[None] >= past + width - lengths[:, None]).long()
-        cache = DynamicCache()
-        for layer, (keys, values) in enumerate(prefix.layers if prefix is not None else ()):
-            cache.update(keys, values, layer)
+        cache = make_cache(prefix.layers if prefix is not None else ())
         output = self._engine.plain(
             inputs_embeds=embeds_BTD,
             attention_mask=mask_BW,
@@ -212,14 +210,14 @@ class Batch:
         kept = [index for index, row in enumerate(self.rows) if row not in ended]
         self.rows = [self.rows[index] for index in kept]
         if not kept:
-            self._cache, self._mask_BW = DynamicCache(), self._mask_BW[:0, :0]
+            self._cache, self._mask_BW = make_cache(()), self._mask_BW[:0, :0]
             return
         chosen = torch.tensor(kept, device=self._mask_BW.device)
         self._mask_BW = self._mask_BW[chosen]
         empty = int(self._mask_BW.any(dim=0).long().argmax())  # columns that only the rows gone had used
         self._mask_BW = self._mask_BW[:, empty:]
-        self._cache = _cache_of(
-            (keys[chosen, :, empty:], values[chosen, :, empty:]) for keys, values in _layers(self._cache)
+        self._cache = make_cache(
+            (keys[chosen, :, empty:], values[chosen, :, empty:]) for keys, values in cache_layers(self._cache)
         )
 
     def _prefix_of(self, index: int) -> Prefix:
@@ -231,7 +229,9 @@ class Batch:
             part = tensor[index : index + 1, :, -len(known) :]
             return part if alone else part.clone()
 
-        return Prefix(known, tuple((own(keys), own(values)) for keys, values in _layers(self._cache)))
+        return Prefix(
+            known, row.request.pictures, tuple((own(keys), own(values)) for keys, values in cache_layers(self._cache))
+        )
 
 
 def answer_all(engine: Engine, requests: Sequence[Request], *, batch_size: int = 32) -> list[Answer]:
@@ -256,6 +256,31 @@ def answer_all(engine: Engine, requests: Sequence[Request], *, batch_size: int =
     return [row.answer for row in rows if row.answer is not None]
 
 
+def stream_row(engine: Engine, row: Row, pieces: list[str]) -> Iterator[str]:
+    """Answers one row and gives out what it says. Nobody taking more of it cancels the row.
+
+    Args:
+        engine: Who answers.
+        row: Whose ``on_text`` appends to ``pieces``.
+        pieces: Empty.
+
+    Yields:
+        The pieces of text.
+    """
+    batch = Batch(engine, row.request.adapter)
+    try:
+        batch.join([row])
+        while batch.rows:
+            yield from pieces
+            pieces.clear()
+            batch.step()
+        yield from pieces
+    except GeneratorExit:
+        row.cancelled = True
+        batch.step()
+        raise
+
+
 def _check_request(request: Request, engine: Engine) -> None:
     engine.check_adapter(request.adapter)
     if len(request.ids) >= engine.context:
@@ -270,33 +295,3 @@ def _check_request(request: Request, engine: Engine) -> None:
         raise DataError.at(
             "request", f"has {places} image tokens for pictures of {tokens}", "encode it with its own pictures"
         )
-
-
-def _layers(cache: DynamicCache) -> list[tuple[Tensor, Tensor]]:
-    return [(layer.keys, layer.values) for layer in cache.layers]
-
-
-def _cache_of(layers: Any) -> DynamicCache:
-    cache = DynamicCache()
-    for index, (keys, values) in enumerate(layers):
-        cache.update(keys, values, index)
-    return cache
-
-
-def _joined(one: DynamicCache, mask_one: Tensor, two: DynamicCache, mask_two: Tensor) -> tuple[DynamicCache, Tensor]:
-    """Two batches' caches as one, the narrower one padded on the left."""
-    if not len(mask_one):
-        return two, mask_two
-    width = max(mask_one.shape[1], mask_two.shape[1])
-
-    def padded(tensor: Tensor, columns: int) -> Tensor:
-        return torch.nn.functional.pad(tensor, (0, 0, width - columns, 0))
-
-    layers = (
-        tuple(
-            torch.cat([padded(a, mask_one.shape[1]), padded(b, mask_two.shape[1])]) for a, b in zip(*pair, strict=True)
-        )
-        for pair in zip(_layers(one), _layers(two), strict=True)
-    )
-    masks = [torch.nn.functional.pad(mask, (width - mask.shape[1], 0)) for mask in (mask_one, mask_two)]
-    return _cache_of(layers), torch.cat(masks)

@@ -12,14 +12,16 @@ import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Final
-
-from typing_extensions import Self
+from typing import TYPE_CHECKING, Any, Final
 
 from llavar_peft.data.image_roots import ImageRoots
 from llavar_peft.durable import write_json, write_text
 from llavar_peft.errors import ConfigError, DataError, Fault, ImageError
+
+if TYPE_CHECKING:
+    from types import TracebackType
+
+    from typing_extensions import Self
 
 _COCO_PREFIX: Final = "COCO_val2014_"
 _NAMESPACE: Final = uuid.UUID("6f1c0c3e-6a52-5d0e-9d8e-2f6b1f0d7a11")  # any fixed one

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from itertools import takewhile
 from typing import TYPE_CHECKING, Literal, TypedDict
 
 import torch
@@ -114,17 +115,21 @@ class Prefix:
 
     Attributes:
         ids: What they were computed from, int64 ``[P]``.
+        pictures: Those in it, and perhaps more, in order.
         layers: Keys and values of each layer, ``[1, heads, P, width]``.
     """
 
     ids: Tensor
+    pictures: Sequence[Picture]
     layers: tuple[tuple[Tensor, Tensor], ...] = field(repr=False)
 
-    def shared_with(self, ids: Tensor) -> Prefix | None:
+    def shared_with(self, ids: Tensor, pictures: Sequence[Picture], image_token_id: int) -> Prefix | None:
         """The part of it that also begins another prompt, of which at least the last token is left to compute.
 
         Args:
             ids: The other prompt, int64 ``[T]``.
+            pictures: Those in it.
+            image_token_id: What stands in their places; two pictures look alike there.
 
         Returns:
             That part; None if there is none.
@@ -132,10 +137,14 @@ class Prefix:
         longest = min(len(self.ids), len(ids) - 1)
         differs = (self.ids[:longest] != ids[:longest]).nonzero()
         length = int(differs[0]) if len(differs) else longest
+        same = takewhile(lambda pair: pair[0] is pair[1], zip(self.pictures, pictures, strict=False))
+        known = sum(picture.tokens for picture, _ in same)
+        places = (ids[:length] == image_token_id).nonzero()
+        length = int(places[known]) if len(places) > known else length
         if not length:
             return None
         layers = tuple((keys[:, :, :length], values[:, :, :length]) for keys, values in self.layers)
-        return Prefix(self.ids[:length], layers)
+        return Prefix(self.ids[:length], self.pictures, layers)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -191,6 +200,14 @@ class Answer:
     def completion_tokens(self) -> int:
         """Number of tokens chosen, a closing ``</s>`` included."""
         return len(self.ids)
+
+
+def question_content(words: str, picture: Picture | None) -> Content:
+    """A question as the original lays it out: the words, then a line break and the picture.
+
+    Source: LLaVAR, llava/eval/run_llava.py, ``eval_model``.
+    """
+    return [words] if picture is None else [f"{words}\n", None]
 
 
 def encode_messages(

@@ -129,6 +129,14 @@ def test_a_conversation_computes_nothing_twice(chat: Chat, pictures: list[Path],
     assert talk.send("Read.", **GREEDY) == chat.ask(None, "Read.", **GREEDY)
 
 
+def test_another_picture_in_the_same_place_is_looked_at(chat: Chat, pictures: list[Path]) -> None:
+    talk = chat.conversation(pictures[0])
+    first = talk.send("Read.", **GREEDY)
+    talk.turns.pop()
+    second = talk.send("Read.", pictures[3], **GREEDY)
+    assert second == chat.ask(pictures[3], "Read.", **GREEDY) != first
+
+
 def test_an_answer_broken_off_is_remembered_as_far_as_it_came(chat: Chat, pictures: list[Path]) -> None:
     talk = chat.conversation(pictures[1])
     stream = talk.stream("Read.", **GREEDY)

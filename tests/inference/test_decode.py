@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
+from llavar_peft import load_chat
 from llavar_peft.errors import ConfigError, DataError
 from llavar_peft.inference.decode import Batch, Row, answer_all
 from llavar_peft.inference.engine import Engine
-from llavar_peft.inference.requests import Answer, Picture, Request, Sampling
+from llavar_peft.inference.requests import Answer, Picture, Request, Sampling, encode_messages
 from llavar_peft.inference.sampling import choose_tokens, new_generator
 
 QUESTIONS = ("Read.", "What does the sign say?", "Total?", "Who wrote it, and when? Be exact.", "Name the author.")
@@ -179,3 +182,25 @@ def test_what_cannot_be_answered_is_refused(engine: Engine, pictures: list[Path]
     for settings in wrong:
         with pytest.raises(ConfigError, match=f"{next(iter(settings))}: got"):
             Sampling(**settings)
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize("batch_size", [1, 2])
+def test_greedy_answers_are_the_originals(batch_size: int, shared_dir: Path) -> None:
+    """Ids of LLaVAR's own run_llava: shared/golden/generate."""
+    golden = shared_dir / "golden"
+    if not golden.is_dir():
+        pytest.skip(f"the original's outputs are not at {golden}")
+    tower = str(golden / "model/clip-tiny-336")
+    chat = load_chat(golden / "model/llava-tiny-v1", vision_tower=tower, dtype="float32", device="cpu")
+    cases = json.loads((golden / "generate/generate.json").read_text())
+    pixels = np.load(golden / "generate/pixels_fp16.npz")
+    processor = chat.engine.processor
+    requests = []
+    for case in cases:
+        picture = Picture(torch.tensor(pixels[case["pixel_key"]]).float(), processor.num_image_tokens)
+        ids = encode_messages(processor, [("human", [f"{case['query']}\n", None])], [picture])
+        assert ids.tolist() == case["input_ids"]
+        requests.append(Request(ids=ids, pictures=[picture], sampling=Sampling(temperature=0.0, max_new_tokens=24)))
+    answers = chat.answer(requests, batch_size=batch_size)
+    assert [list(answer.ids) for answer in answers] == [case["new_ids"] for case in cases]
