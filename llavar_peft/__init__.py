@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     )
     from llavar_peft.data.images import prepare_image
     from llavar_peft.data.tokenize import encode_record
+    from llavar_peft.inference.chat import Chat, load_chat
     from llavar_peft.models.adapters import load_adapter
     from llavar_peft.models.build import build_model
     from llavar_peft.models.configuration import LlavarConfig
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "Chat",
     "DataConfig",
     "Full",
     "LlavarConfig",
@@ -57,6 +59,7 @@ __all__ = [
     "export",
     "full_finetuning",
     "load_adapter",
+    "load_chat",
     "load_recipe",
     "lora",
     "make_delta",
@@ -78,6 +81,8 @@ _HOMES = {
     "Stage": "config",
     "prepare_image": "data.images",
     "encode_record": "data.tokenize",
+    "Chat": "inference.chat",
+    "load_chat": "inference.chat",
     "load_adapter": "models.adapters",
     "build_model": "models.build",
     "LlavarConfig": "models.configuration",

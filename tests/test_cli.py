@@ -43,6 +43,8 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
         ["--help"],
         ["train", "--help"],
         ["ask", "--help"],
+        ["chat", "--help"],
+        ["generate", "--help"],
         ["quickstart", "--help"],
         ["recipe", "--help"],
         ["recipe", "show", "--help"],
@@ -202,29 +204,6 @@ def test_data_inspect_marks_what_is_supervised() -> None:
     plain = json.loads(json.dumps(_as_plain(example, spans)))
     assert plain["labels"] == [-100, -100, 3]
     assert plain["spans"][1] == {"text": "[bold]STOP</s>", "supervised": True}
-
-
-def test_ask_hands_on_its_arguments(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    calls: list[object] = []
-
-    def ask(pictures: object, question: str, **settings: object) -> list[str]:
-        calls.append((pictures, question, settings))
-        return ["one", "two"]
-
-    def load_reader(model: object, **settings: object) -> SimpleNamespace:
-        calls.append((model, settings))
-        return SimpleNamespace(ask=ask)
-
-    monkeypatch.setitem(sys.modules, "llavar_peft.inference", SimpleNamespace(load_reader=load_reader))
-    options = ["--model", "m", "--image", "a.png", "--image", "b.png", "--quantize", "nf4", "--image-mode", "pad_black"]
-    assert run("ask", *options, "--temperature", "0", "--seed", "1", "Who?") == 0
-    assert capsys.readouterr().out == "a.png: one\nb.png: two\n"
-    assert calls[0] == (Path("m"), {"adapter": None, "vision_tower": None, "quantize": "nf4"})
-    assert calls[1] == (
-        [Path("a.png"), Path("b.png")],
-        "Who?",
-        {"max_new_tokens": 512, "temperature": 0.0, "seed": 1, "image_mode": "pad_black"},
-    )
 
 
 def modules_after(code: str) -> set[str]:

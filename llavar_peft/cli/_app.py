@@ -12,9 +12,11 @@ from llavar_peft import __version__
 from llavar_peft.cli import adapter, compare, evaluate, judge, ocr
 from llavar_peft.cli._output import is_first_rank, say
 from llavar_peft.cli.ask import ask
+from llavar_peft.cli.chat import chat
 from llavar_peft.cli.convert import convert
 from llavar_peft.cli.data import check, inspect
 from llavar_peft.cli.delta import apply, make, verify
+from llavar_peft.cli.generate import generate
 from llavar_peft.cli.merge import merge
 from llavar_peft.cli.quickstart import quickstart
 from llavar_peft.cli.recipe import list_shipped, show
@@ -42,6 +44,8 @@ def build_app() -> typer.Typer:
     app.command("quickstart")(quickstart)
     app.command("train")(train)
     app.command("ask")(ask)
+    app.command("chat")(chat)
+    app.command("generate")(generate)
     app.command("merge")(merge)
     app.command("convert")(convert)
     recipes = typer.Typer(help="Recipes shipped with the package.", no_args_is_help=True)

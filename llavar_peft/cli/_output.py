@@ -22,6 +22,11 @@ def say(text: str) -> None:
     typer.echo(text)
 
 
+def say_piece(text: str) -> None:
+    """Prints a part of a result that goes on in the same line, at once."""
+    typer.echo(text, nl=False)
+
+
 def say_json(value: Any) -> None:
     """Prints a result for programs, as one JSON document in a line."""
     typer.echo(json.dumps(value, ensure_ascii=False))

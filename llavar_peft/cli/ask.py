@@ -2,51 +2,56 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from llavar_peft.cli._options import (
+    AdapterOption,
+    GreedyOption,
+    ImageModeOption,
+    MaxNewTokensOption,
+    ModelOption,
+    QuantizeOption,
+    SeedOption,
+    TemperatureOption,
+    VisionTowerOption,
+    make_sampling,
+    open_picture,
+)
 from llavar_peft.cli._output import say, say_json
-from llavar_peft.config import Quantization
-from llavar_peft.types import ImageMode
 
 
 def ask(
     question: Annotated[str, typer.Argument(help="In plain words.", metavar="QUESTION")],
-    model: Annotated[Path, typer.Option("--model", help="A checkpoint's folder, or an adapter's.")],
+    model: ModelOption,
     image: Annotated[
-        list[Path] | None, typer.Option("--image", help="A picture; several are asked about one by one.")
+        list[str] | None,
+        typer.Option(
+            "--image",
+            help="A picture's file or http(s) address; several are asked about one by one.",
+            metavar="FILE|URL",
+        ),
     ] = None,
-    adapter: Annotated[Path | None, typer.Option("--adapter", help="An adapter's folder, laid over the model.")] = None,
-    vision_tower: Annotated[
-        str | None, typer.Option("--vision-tower", help="CLIP's folder, for a model in the released layout.")
-    ] = None,
-    quantize: Annotated[Quantization | None, typer.Option("--quantize", help="Store the base in 4 or 8 bits.")] = None,
-    image_mode: Annotated[
-        ImageMode | None, typer.Option("--image-mode", help="How pictures are prepared; default: the model's own.")
-    ] = None,
-    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1, help="Tokens at most per answer.")] = 512,
-    temperature: Annotated[
-        float, typer.Option("--temperature", min=0.0, help="0 is greedy; 0.2 is the original's.")
-    ] = 0.2,
-    seed: Annotated[int | None, typer.Option("--seed", min=0, help="Makes sampling repeatable.")] = None,
+    adapter: AdapterOption = None,
+    vision_tower: VisionTowerOption = None,
+    quantize: QuantizeOption = None,
+    image_mode: ImageModeOption = None,
+    max_new_tokens: MaxNewTokensOption = 512,
+    temperature: TemperatureOption = None,
+    greedy: GreedyOption = False,
+    seed: SeedOption = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON document instead of text.")] = False,
 ) -> None:
     """Ask a trained model about pictures."""
-    from llavar_peft.inference import load_reader
+    from llavar_peft.inference import load_chat
 
-    pictures = image or []
-    reader = load_reader(model, adapter=adapter, vision_tower=vision_tower, quantize=quantize)
-    answers = reader.ask(
-        pictures,
-        question,
-        max_new_tokens=max_new_tokens,
-        temperature=temperature,
-        seed=seed,
-        image_mode=image_mode,
-    )
-    names: list[str | None] = [str(picture) for picture in pictures] or [None]
+    sampling = make_sampling(max_new_tokens, temperature, greedy, seed)
+    names: list[str | None] = [*image] if image else [None]
+    pictures = [None if name is None else open_picture(name) for name in names]
+    chat = load_chat(model, adapter, vision_tower=vision_tower, quantize=quantize)
+    requests = [chat.request(shown, question, image_mode=image_mode, sampling=sampling) for shown in pictures]
+    answers = [answer.text for answer in chat.answer(requests)]
     if as_json:
         say_json([{"image": name, "answer": answer} for name, answer in zip(names, answers, strict=True)])
         return

@@ -7,6 +7,7 @@ rather than clipped, and transparency is laid on white. On all other files the p
 from __future__ import annotations
 
 from functools import lru_cache
+from io import BytesIO
 from pathlib import Path
 from typing import Final
 
@@ -60,6 +61,28 @@ def open_image(source: str | Path | Image.Image) -> Image.Image:
         raise ImageError.at(where, "is a folder, wanted a picture", "give the path of a file") from None
     except Exception as error:  # broken files make Pillow raise nearly anything
         raise _unreadable(where, error) from error
+    with opened:
+        return _guarded(opened, where)
+
+
+def decode_image(data: bytes, where: str) -> Image.Image:
+    """Opens a picture that is in memory, as ``open_image`` opens a file.
+
+    Args:
+        data: The file's bytes.
+        where: What to call it in messages; nothing is looked up by it.
+
+    Returns:
+        RGB, decoded.
+
+    Raises:
+        ImageError: As ``open_image``.
+    """
+    try:
+        opened = Image.open(BytesIO(data), formats=_formats())
+    except Exception as error:  # broken files make Pillow raise nearly anything
+        what = f"is not a picture ({', '.join(_formats())})" if data else "is empty"
+        raise ImageError.at(where, what, "give a picture") from error
     with opened:
         return _guarded(opened, where)
 

@@ -2,20 +2,33 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from llavar_peft.inference.chat import Chat, load_chat
+    from llavar_peft.inference.dialogue import Dialogue
     from llavar_peft.inference.reader import Reader, load_reader
+    from llavar_peft.inference.requests import Answer, Picture, Request, Sampling
 
-__all__ = ["Reader", "load_reader"]
+_HOMES = {
+    "Answer": "requests",
+    "Chat": "chat",
+    "Dialogue": "dialogue",
+    "Picture": "requests",
+    "Reader": "reader",
+    "Request": "requests",
+    "Sampling": "requests",
+    "load_chat": "chat",
+    "load_reader": "reader",
+}
+__all__ = ["Answer", "Chat", "Dialogue", "Picture", "Reader", "Request", "Sampling", "load_chat", "load_reader"]
 
 
 def __getattr__(name: str) -> Any:
-    if name not in __all__:
+    if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from llavar_peft.inference import reader
-
-    return getattr(reader, name)
+    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
 
 
 def __dir__() -> list[str]:

@@ -1,23 +1,18 @@
-"""A model ready to be asked: from one of our folders, a released one, or an adapter's."""
+"""One question about many pictures, through the library's own ``generate``."""
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llavar_peft.config import Attention, Dtype, ModelConfig, Quantization
+from llavar_peft.config import Attention, Dtype, Quantization
 from llavar_peft.data.images import open_image
-from llavar_peft.errors import ConfigError
-from llavar_peft.models.adapters import lay_adapter
-from llavar_peft.models.build import build_model
-from llavar_peft.models.fingerprints import check_base_of_adapter
+from llavar_peft.inference.loading import open_engine
 from llavar_peft.models.processing import LlavarProcessor
 from llavar_peft.models.reading import read_pictures
 from llavar_peft.types import ImageMode
-from llavar_peft.weights.adapter import ADAPTER_CONFIG, BASE_FILE, read_base_settings
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -97,7 +92,7 @@ def load_reader(
         quantize: How the language model's linear layers are stored; None leaves an adapter's base as it was trained on.
         dtype: Of the weights.
         attention: Its implementation.
-        device: None is a GPU where there is one, else the CPU.
+        device: As ``open_engine`` takes it; None is ``auto``.
 
     Returns:
         The model, ready.
@@ -106,46 +101,13 @@ def load_reader(
         ConfigError: The folder holds no model, or names a base that is not there.
         WeightsError: Weights that do not fit.
     """
-    import torch
-
-    model = _inside_run(Path(model))
-    if adapter is None and (model / ADAPTER_CONFIG).is_file():
-        adapter = model
-        base = _base_of(Path(adapter))
-    else:
-        base = ModelConfig(checkpoint=str(model), vision_tower=vision_tower)
-    if quantize is None and adapter is not None:
-        quantize = read_base_settings(Path(adapter)).get("quantize")
-    config = dataclasses.replace(base, quantize=quantize, dtype=dtype, attention=attention)
-    if adapter is not None:
-        check_base_of_adapter(Path(adapter), config)
-    place = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    built, processor = build_model(config, device=place)
-    built.eval()
-    return Reader(built if adapter is None else lay_adapter(built, Path(adapter)), processor)
-
-
-def _inside_run(folder: Path) -> Path:
-    """A run's folder stands for its result."""
-    if folder.is_dir() and not (folder / "config.json").is_file():
-        for name in ("model", "adapter"):
-            if (folder / name / "config.json").is_file():
-                return folder / name
-    return folder
-
-
-def _base_of(adapter: Path) -> ModelConfig:
-    settings = read_base_settings(adapter)
-    if not settings:
-        raise ConfigError.at(str(adapter / BASE_FILE), "no such file", "give the adapter's base as --model as well")
-    base = ModelConfig(**settings)
-    if base.checkpoint is None or Path(base.checkpoint).is_dir():
-        return base
-    # A run's folder may have been moved as a whole: the base then lies where it lay, seen from the adapter.
-    old = Path(base.checkpoint)
-    for moved in (adapter.parent / old.parent.name / old.name, adapter.parent / old.name):
-        if moved.is_dir():
-            return dataclasses.replace(base, checkpoint=str(moved))
-    raise ConfigError.at(
-        str(adapter / BASE_FILE), f"its base is not there (got {base.checkpoint!r})", "give the base as --model as well"
+    engine = open_engine(
+        model,
+        {} if adapter is None else {"default": adapter},
+        vision_tower=vision_tower,
+        quantize=quantize,
+        dtype=dtype,
+        attention=attention,
+        device=device or "auto",
     )
+    return Reader(engine.model, engine.processor)

@@ -64,13 +64,16 @@ def load_adapter(
     return lay_adapter(base, adapter, trainable=trainable)
 
 
-def lay_adapter(model: LlavarForConditionalGeneration, folder: Path, *, trainable: bool = False) -> PeftModel:
+def lay_adapter(
+    model: LlavarForConditionalGeneration, folder: Path, *, trainable: bool = False, name: str = "default"
+) -> PeftModel:
     """Lays an adapter over a model of its shape, whatever the model's numbers are.
 
     Args:
         model: From ``build_model``; changed in place.
         folder: The adapter's.
         trainable: Whether it can be trained on.
+        name: What peft is to call it.
 
     Returns:
         The model with the adapter, in ``eval`` mode.
@@ -90,10 +93,33 @@ def lay_adapter(model: LlavarForConditionalGeneration, folder: Path, *, trainabl
     settings.inference_mode = not trainable
     settings.base_model_name_or_path = model.name_or_path
     model.requires_grad_(False)
-    opened: Any = get_peft_model(model, settings)
-    load_adapter_weights(opened, tensors, where=str(folder / ADAPTER_WEIGHTS))
+    opened: Any = get_peft_model(model, settings, adapter_name=name)
+    load_adapter_weights(opened, tensors, where=str(folder / ADAPTER_WEIGHTS), name=name)
     opened.eval()
     return opened
+
+
+def lay_another(model: PeftModel, folder: Path, name: str) -> None:
+    """Lays a further adapter over a model that has one, for inference; the one that is on stays on.
+
+    Args:
+        model: From ``lay_adapter``; changed in place.
+        folder: The adapter's.
+        name: What peft is to call it.
+
+    Raises:
+        ConfigError: No adapter.
+        WeightsError: As ``load_adapter`` says. The model is then as it was.
+    """
+    from peft import PeftConfig
+
+    tensors = _read_fitting(model.get_base_model(), folder)
+    settings = PeftConfig.from_pretrained(str(folder))
+    settings.inference_mode = True
+    settings.base_model_name_or_path = model.get_base_model().name_or_path
+    model.add_adapter(name, settings)
+    load_adapter_weights(model, tensors, where=str(folder / ADAPTER_WEIGHTS), name=name)
+    model.eval()
 
 
 def _read_fitting(model: LlavarForConditionalGeneration, folder: Path) -> dict[str, torch.Tensor]:

@@ -88,13 +88,14 @@ def read_tensor(entry: TensorEntry) -> Tensor:
     return (torch.cat(blocks) if blocks else torch.empty(0)).reshape(entry.shape)
 
 
-def load_adapter_weights(model: Any, tensors: dict[str, Tensor], *, where: str) -> None:
+def load_adapter_weights(model: Any, tensors: dict[str, Tensor], *, where: str, name: str = "default") -> None:
     """Copies an adapter's tensors into a ``PeftModel``.
 
     Args:
         model: With adapters of the same settings in place.
         tensors: By peft's names.
         where: What to call them.
+        name: The adapter's in the model.
 
     Raises:
         WeightsError: One that has no place, one that is missing, or one of another shape.
@@ -102,9 +103,9 @@ def load_adapter_weights(model: Any, tensors: dict[str, Tensor], *, where: str) 
     from peft import get_peft_model_state_dict, set_peft_model_state_dict
 
     with quiet_about_biases():
-        wanted = get_peft_model_state_dict(model, save_embedding_layers=False)
+        wanted = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
     check_tensors(tensors, {name: tuple(tensor.shape) for name, tensor in wanted.items()}, where=where)
-    set_peft_model_state_dict(model, tensors)
+    set_peft_model_state_dict(model, tensors, adapter_name=name)
 
 
 def open_adapter_weights(folder: Path) -> dict[str, Tensor]:

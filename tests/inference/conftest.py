@@ -1,0 +1,51 @@
+"""A tiny LLaVAR on the shipped parts, pictures, and requests about them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from llavar_peft import ModelConfig, build_model
+from llavar_peft.data.synthetic import write_dataset
+from llavar_peft.inference.engine import Engine
+from tests.weights.adapters import LANGUAGE_MODEL, VISION_TOWER
+
+
+def _build(**settings: Any) -> Engine:
+    config = ModelConfig(
+        language_model=str(LANGUAGE_MODEL), vision_tower=str(VISION_TOWER), dtype="float32", **settings
+    )
+    return Engine(*build_model(config, seed=5))
+
+
+@pytest.fixture(scope="session")
+def engine() -> Engine:
+    return _build()
+
+
+@pytest.fixture(scope="session")
+def nf4_engine() -> Engine:
+    return _build(quantize="nf4")
+
+
+@pytest.fixture(scope="session")
+def checkpoint(engine: Engine, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("base") / "model"
+    engine.plain.save_pretrained(folder)
+    engine.processor.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    folder = tmp_path_factory.mktemp("pictures")
+    write_dataset(folder, count=6, seed=11, task="question", longest=224)
+    return sorted((folder / "images").iterdir())
+
+
+@pytest.fixture(scope="session")
+def page() -> Image.Image:
+    return Image.new("RGB", (90, 60), (200, 30, 60))

@@ -1,0 +1,225 @@
+"""``load_chat``: asking, streaming, talking, and several adapters on one base."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from llavar_peft import Chat, ModelConfig, load_chat
+from llavar_peft.config import Lora
+from llavar_peft.errors import ConfigError, WeightsError
+from llavar_peft.inference import load_reader
+from llavar_peft.inference.engine import Engine
+from llavar_peft.inference.requests import Picture, Request, Sampling, encode_messages
+from tests.weights.adapters import save_moved_adapter
+
+GREEDY = {"temperature": 0.0, "max_new_tokens": 10}
+_ADAPTERS = {
+    "with rows": Lora(rank=4, alpha=8, dropout=0.0, train_image_rows=True),
+    "v1.5 without projector": Lora(rank=2, alpha=8, dropout=0.0, train_projector=False, target="mlp"),
+    "dora": Lora(rank=4, alpha=8, dropout=0.0, variant="dora"),
+}
+
+
+@pytest.fixture(scope="module")
+def adapters(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("adapters")
+    base = ModelConfig(checkpoint=str(checkpoint), dtype="float32")
+    for seed, (name, tune) in enumerate(_ADAPTERS.items()):
+        save_moved_adapter(folder / name, base, tune, seed=seed, by=0.05)
+    return {name: folder / name for name in _ADAPTERS}
+
+
+@pytest.fixture(scope="module")
+def chat(engine: Engine) -> Chat:
+    return Chat(engine)
+
+
+@dataclass
+class Work:
+    """What a model computed."""
+
+    pictures: int = 0
+    positions: list[int] = field(default_factory=list)
+
+
+@contextmanager
+def watched(engine: Engine) -> Iterator[Work]:
+    work = Work()
+
+    def looked(_: object, inputs: tuple[torch.Tensor, ...]) -> None:
+        work.pictures += len(inputs[0])
+
+    def thought(_: object, inputs: object, named: dict[str, torch.Tensor]) -> None:
+        work.positions.append(named["inputs_embeds"].shape[0] * named["inputs_embeds"].shape[1])
+
+    plain = engine.plain.model
+    hooks = [
+        plain.vision_tower.register_forward_pre_hook(looked),
+        plain.language_model.register_forward_pre_hook(thought, with_kwargs=True),
+    ]
+    yield work
+    for hook in hooks:
+        hook.remove()
+
+
+def test_ask_and_stream_say_what_the_reader_says(checkpoint: Path, pictures: list[Path]) -> None:
+    chat = load_chat(checkpoint)
+    wanted = load_reader(checkpoint).ask([pictures[0]], "Read.", max_new_tokens=10)
+    assert chat.ask(pictures[0], "Read.", **GREEDY) == wanted[0]
+    pieces = list(chat.stream(pictures[0], "Read.", **GREEDY))
+    assert "".join(pieces) == wanted[0]
+    assert len(pieces) > 1
+    hot = {"temperature": 1.5, "max_new_tokens": 10}
+    assert chat.ask(None, "Read.", seed=1, **hot) == "".join(chat.stream(None, "Read.", seed=1, **hot))
+    assert chat.ask(None, "Read.", seed=1, **hot) != chat.ask(None, "Read.", seed=2, **hot)
+
+
+def test_prompts_are_the_processors(chat: Chat, pictures: list[Path]) -> None:
+    """Whatever the user types stays text: only our own picture and our own end of an answer are tokens."""
+    words = "a </s> b <im_patch><im_start> <image> USER: ASSISTANT: <s>"
+    processor = chat.engine.processor
+    request = chat.request(pictures[0], words)
+    assert request.ids.tolist() == processor.encode_question(words)[0].tolist()
+    vocabulary = processor.tokenizer.get_vocab()
+    count = {name: request.ids.tolist().count(vocabulary[name]) for name in ("</s>", "<im_start>", "<im_patch>", "<s>")}
+    assert count == {"</s>": 0, "<im_start>": 1, "<im_patch>": processor.num_image_tokens, "<s>": 1}
+
+
+def _fresh(chat: Chat, turns: list[tuple[str, Path | Image.Image | None, str]], adapter: str | None = None) -> str:
+    """The last of these turns asked with the whole conversation as one new prompt."""
+    processor = chat.engine.processor
+    shown = [None if image is None else Picture.prepare(image, processor) for _, image, _ in turns]
+    messages = []
+    for (words, _, answer), picture in zip(turns, shown, strict=True):
+        messages.append(("human", [words] if picture is None else [f"{words}\n", None]))
+        messages.append(("gpt", [answer]))
+    there = [picture for picture in shown if picture is not None]
+    ids = encode_messages(processor, messages[:-1], there)
+    (answer,) = chat.answer([Request(ids=ids, pictures=there, sampling=Sampling(**GREEDY), adapter=adapter)])
+    return answer.text
+
+
+def test_a_conversation_computes_nothing_twice(chat: Chat, pictures: list[Path], page: Image.Image) -> None:
+    talk = chat.conversation(pictures[0])
+    said: list[tuple[str, Path | Image.Image | None, str]] = []
+    questions = [("Read.", None), ("And the second word?", None), ("What is this?", page), ("Both?", None)]
+    for number, (words, image) in enumerate(questions):
+        with watched(chat.engine) as work:
+            answer = talk.send(words, image, **GREEDY)
+        seen = image if number else pictures[0]
+        said.append((words, seen, answer))
+        assert answer == _fresh(chat, said)
+        assert work.pictures == (seen is not None)
+        # The words, the roles, </s>, the last token of the answer before; and a new picture's tokens.
+        longest = len(words) + 40 + (chat.engine.processor.num_image_tokens if seen is not None else 0)
+        if number:
+            assert work.positions[0] <= longest
+        assert all(count == 1 for count in work.positions[1:])
+        assert len(work.positions) <= GREEDY["max_new_tokens"]
+    assert len({answer for _, _, answer in said}) > 1
+    assert [turn.answer for turn in talk.turns] == [answer for _, _, answer in said]
+    talk.clear()
+    assert talk.send("Read.", **GREEDY) == chat.ask(None, "Read.", **GREEDY)
+
+
+def test_another_picture_in_the_same_place_is_looked_at(chat: Chat, pictures: list[Path]) -> None:
+    talk = chat.conversation(pictures[0])
+    first = talk.send("Read.", **GREEDY)
+    talk.turns.pop()
+    second = talk.send("Read.", pictures[3], **GREEDY)
+    assert second == chat.ask(pictures[3], "Read.", **GREEDY) != first
+
+
+def test_an_answer_broken_off_is_remembered_as_far_as_it_came(chat: Chat, pictures: list[Path]) -> None:
+    talk = chat.conversation(pictures[1])
+    stream = talk.stream("Read.", **GREEDY)
+    begun = next(stream)
+    stream.close()
+    (turn,) = talk.turns
+    assert turn.answer.startswith(begun)
+    again = talk.send("Go on.", **GREEDY)
+    assert again == _fresh(chat, [("Read.", pictures[1], turn.answer), ("Go on.", None, "")])
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    stream = talk.stream("More.", **GREEDY)
+    next(stream)
+    hook = chat.engine.plain.model.language_model.layers[-1].register_forward_pre_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        list(stream)  # in the middle of a step
+    hook.remove()
+    said = [("Read.", pictures[1], turn.answer), ("Go on.", None, again), ("More.", None, talk.turns[-1].answer)]
+    assert talk.send("And?", **GREEDY) == _fresh(chat, [*said, ("And?", None, "")])
+
+
+@pytest.mark.parametrize("quantize", [None, "nf4"])
+def test_adapters_are_switched_as_if_each_were_alone(
+    quantize: str | None, checkpoint: Path, adapters: dict[str, Path], pictures: list[Path]
+) -> None:
+    names: list[str | None] = [None, *adapters, None, "dora", "with rows"]
+    both = load_chat(checkpoint, adapters, quantize=quantize, device="cpu")
+    assert both.adapters == tuple(adapters)
+    ids = both.request(pictures[0], "Read.").ids[None]
+    pixels = Picture.prepare(pictures[0], both.engine.processor).pixels[None]
+
+    def logits(chat: Chat, name: str | None) -> torch.Tensor:
+        chat.engine.use(name)
+        with torch.inference_mode():
+            return chat.engine.plain(input_ids=ids, pixel_values=pixels).logits[0, -40:]
+
+    alone: dict[str | None, torch.Tensor] = {}
+    answers: dict[str | None, str] = {}
+    for name in (None, *adapters):
+        one = load_chat(checkpoint, None if name is None else adapters[name], quantize=quantize, device="cpu")
+        alone[name] = logits(one, one.resolve_adapter(...))
+        answers[name] = one.ask(pictures[0], "Read.", **GREEDY)
+    for name in names:
+        torch.testing.assert_close(logits(both, name), alone[name], atol=1e-5, rtol=1e-5)
+    distances = [float((alone[a] - alone[b]).abs().max()) for a in alone for b in alone if str(a) < str(b)]
+    assert min(distances) > 1e-2
+    requests = [both.request(pictures[0], "Read.", adapter=name, sampling=Sampling(**GREEDY)) for name in names]
+    assert [answer.text for answer in both.answer(requests)] == [answers[name] for name in names]
+    assert both.ask(pictures[0], "Read.", **GREEDY) == answers["with rows"]  # the first, if a call says nothing
+
+
+def test_a_conversation_changes_its_adapter(checkpoint: Path, adapters: dict[str, Path], pictures: list[Path]) -> None:
+    chat = load_chat(checkpoint, adapters)
+    talk = chat.conversation(pictures[0], adapter=None)
+    first = talk.send("Read.", **GREEDY)
+    talk.adapter = "with rows"
+    with watched(chat.engine) as work:
+        second = talk.send("Again.", **GREEDY)
+    assert work.pictures == 1  # another projector
+    said = [("Read.", pictures[0], first), ("Again.", None, second)]
+    assert second == _fresh(chat, said, "with rows")
+    talk.adapter = None
+    with watched(chat.engine) as work:
+        third = talk.send("Again.", **GREEDY)
+    assert work.pictures == 0  # seen before
+    assert third == _fresh(chat, [*said, ("Again.", None, "")])
+
+
+def test_what_cannot_be_loaded_is_refused(checkpoint: Path, adapters: dict[str, Path], tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    base = ModelConfig(checkpoint=str(checkpoint), dtype="float32", quantize="nf4")
+    save_moved_adapter(other, base, Lora(rank=2, alpha=4, dropout=0.0))
+    with pytest.raises(ConfigError, match="stored differently"):
+        load_chat(checkpoint, {"one": adapters["dora"], "two": other})
+    assert load_chat(other).adapters == ("other",)  # knows its base, and that it was in 4 bits
+    with pytest.raises(ConfigError, match="there is no 'nothing'"):
+        load_chat(checkpoint, adapters["dora"]).ask(None, "Read.", adapter="nothing")
+    chat = load_chat(checkpoint)
+    with torch.no_grad():
+        next(chat.engine.plain.model.language_model.parameters()).add_(0.1)
+    chat.engine.plain.save_pretrained(tmp_path / "moved")
+    chat.engine.processor.save_pretrained(tmp_path / "moved")
+    with pytest.raises(WeightsError):
+        load_chat(tmp_path / "moved", adapters)

@@ -1,0 +1,113 @@
+"""``ask`` and ``chat`` as a user types them."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from llavar_peft import ModelConfig, cli, load_chat
+from llavar_peft.config import Lora
+from tests.weights.adapters import save_moved_adapter
+
+GREEDY = {"temperature": 0.0, "max_new_tokens": 8}
+OPTIONS = ("--greedy", "--max-new-tokens", "8")
+
+
+@pytest.fixture(scope="module")
+def adapter(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("adapters") / "moved"
+    save_moved_adapter(folder, ModelConfig(checkpoint=str(checkpoint)), Lora(rank=4, alpha=8, dropout=0.0), by=0.05)
+    return folder
+
+
+def run(*arguments: object) -> int:
+    return cli.main([str(argument) for argument in arguments])
+
+
+def test_ask(checkpoint: Path, adapter: Path, pictures: list[Path], capsys: pytest.CaptureFixture[str]) -> None:
+    chat = load_chat(checkpoint, adapter)
+    both = [chat.ask(picture, "Read.", **GREEDY) for picture in pictures[:2]]
+    images = ("--image", pictures[0], "--image", pictures[1])
+    assert run("ask", "--model", checkpoint, "--adapter", adapter, *images, *OPTIONS, "Read.") == 0
+    assert capsys.readouterr().out.splitlines() == [f"{p}: {a}" for p, a in zip(pictures, both, strict=False)]
+    assert run("ask", "--model", checkpoint, "--image", pictures[0], *OPTIONS, "--json", "Read.") == 0
+    wanted = [{"image": str(pictures[0]), "answer": chat.ask(pictures[0], "Read.", adapter=None, **GREEDY)}]
+    assert json.loads(capsys.readouterr().out) == wanted
+    seeded = ("ask", "--model", checkpoint, "--temperature", "2", "--max-new-tokens", "8", "--seed")
+    outputs = []
+    for seed in (1, 1, 2):
+        assert run(*seeded, seed, "Read.") == 0
+        outputs.append(capsys.readouterr().out)
+    assert outputs[0] == outputs[1] != outputs[2]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--image", "file:///etc/passwd"), "wanted https or http"),
+        (("--image", "nothing.png"), "no such file"),
+        (("--greedy", "--temperature", "1"), "--greedy: goes without drawing"),
+        (("--adapter", "nothing"), "no such folder"),
+    ],
+)
+def test_ask_refuses(
+    options: tuple[str, ...], message: str, checkpoint: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run("ask", "--model", checkpoint, *options, "Read.") == 2
+    assert message in capsys.readouterr().err
+
+
+def test_chat_through_a_pipe(
+    checkpoint: Path,
+    adapter: Path,
+    pictures: list[Path],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    lines = ["Read.", "", "And then?", "/image nothing.png", f"/image {pictures[1]}", "What is it?", "/adapter",
+             "/adapter moved", "Read.", "/adapter nobody", "/what", "/clear", "/adapter base", "Read."]  # fmt: skip
+    monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join(lines)))
+    assert run("chat", "--model", checkpoint, "--adapter", adapter, "--image", pictures[0], *OPTIONS) == 0
+    captured = capsys.readouterr()
+    talk = load_chat(checkpoint, adapter).conversation(pictures[0])
+    wanted = [talk.send("Read.", **GREEDY), talk.send("And then?", **GREEDY)]
+    wanted += [talk.send("What is it?", pictures[1], **GREEDY), "  base", "* moved", talk.send("Read.", **GREEDY)]
+    talk.clear()
+    talk.adapter = None
+    wanted.append(talk.send("Read.", **GREEDY))
+    assert captured.out.splitlines() == wanted
+    assert [line.split(":")[1] for line in captured.err.splitlines() if line.startswith("error")] == [
+        " nothing.png", " adapter", " /what"
+    ]  # fmt: skip
+
+
+@pytest.mark.skipif(os.name != "posix", reason="sends SIGINT")
+def test_ctrl_c_stops_an_answer_and_not_the_program(checkpoint: Path) -> None:
+    command = [sys.executable, "-m", "llavar_peft", "chat", "--model", str(checkpoint)]
+    process = subprocess.Popen(
+        [*command, "--temperature", "5", "--seed", "1", "--max-new-tokens", "1500"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    assert process.stdin is not None
+    assert process.stdout is not None
+    process.stdin.write(b"Go on and on.\n")
+    process.stdin.flush()
+    begun = process.stdout.read(1)  # it streams
+    process.send_signal(signal.SIGINT)
+    process.stdin.write(b"/help\n")
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 0
+    assert begun
+    assert b"error: stopped" in err
+    answer, _, rest = out.partition(b"\n/image FILE|URL")
+    assert rest
+    assert len(answer) < 1500

@@ -1,0 +1,206 @@
+"""Decoding: a row gets in any batch what it would get alone, which is what ``generate`` gives."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from llavar_peft import load_chat
+from llavar_peft.errors import ConfigError, DataError
+from llavar_peft.inference.decode import Batch, Row, answer_all
+from llavar_peft.inference.engine import Engine
+from llavar_peft.inference.requests import Answer, Picture, Request, Sampling, encode_messages
+from llavar_peft.inference.sampling import choose_tokens, new_generator
+
+QUESTIONS = ("Read.", "What does the sign say?", "Total?", "Who wrote it, and when? Be exact.", "Name the author.")
+GREEDY = Sampling(temperature=0.0, max_new_tokens=12)
+
+
+def make_requests(engine: Engine, pictures: Sequence[Path], sampling: Sampling = GREEDY) -> list[Request]:
+    """Every third without a picture, one picture of another size, lengths from 1 up."""
+    made = []
+    for index, question in enumerate(QUESTIONS):
+        mode = "keep" if index == 1 else None
+        shown = [] if index % 3 == 2 else [Picture.prepare(pictures[index], engine.processor, mode)]
+        tokens = shown[0].tokens if shown else None
+        ids = engine.processor.encode_question(question, image=bool(shown), num_image_tokens=tokens)[0]
+        own = replace(sampling, max_new_tokens=sampling.max_new_tokens if index else 1)
+        made.append(Request(ids=ids, pictures=shown, sampling=own))
+    return made
+
+
+def by_generate(engine: Engine, request: Request) -> tuple[int, ...]:
+    shown: dict[str, Any] = (
+        {"pixel_values": torch.stack([p.pixels for p in request.pictures])} if request.pictures else {}
+    )
+    with torch.inference_mode():
+        ids = engine.plain.generate(
+            input_ids=request.ids[None], do_sample=False, max_new_tokens=request.sampling.max_new_tokens, **shown
+        )
+    return tuple(ids[0, len(request.ids) :].tolist())
+
+
+def run(batch: Batch) -> None:
+    while batch.rows:
+        batch.step()
+
+
+@pytest.mark.parametrize("kind", ["engine", "nf4_engine"])
+def test_any_batch_answers_as_generate(kind: str, pictures: list[Path], request: pytest.FixtureRequest) -> None:
+    engine: Engine = request.getfixturevalue(kind)
+    requests = make_requests(engine, pictures)
+    wanted = [by_generate(engine, each) for each in requests]
+    assert len({len(ids) for ids in wanted}) > 1
+    for size in (1, 2, 5):
+        answers = answer_all(engine, requests, batch_size=size)
+        assert [answer.ids for answer in answers] == wanted
+    texts = engine.processor.tokenizer.batch_decode(wanted, skip_special_tokens=True)
+    assert [answer.text for answer in answers] == [text.strip() for text in texts]
+    assert [answer.prompt_tokens for answer in answers] == [len(each.ids) for each in requests]
+
+
+def test_rows_come_and_go(engine: Engine, pictures: list[Path]) -> None:
+    requests = make_requests(engine, pictures)
+    wanted = answer_all(engine, requests, batch_size=1)
+    rows = [Row(each, engine) for each in requests]
+    batch = Batch(engine)
+    for row in (rows[2], rows[3], rows[0], rows[1], rows[4]):  # short and long prompts, into a running batch
+        batch.join([row])
+        batch.step()
+    run(batch)
+    assert [row.answer.ids for row in rows] == [answer.ids for answer in wanted]
+
+
+def test_finished_and_cancelled_rows_cost_nothing(engine: Engine, pictures: list[Path]) -> None:
+    requests = [replace(each, sampling=GREEDY) for each in make_requests(engine, pictures)]
+    requests[1] = replace(requests[1], sampling=replace(GREEDY, max_new_tokens=3))
+    wanted = answer_all(engine, requests, batch_size=1)
+    sizes: list[int] = []
+    hook = engine.plain.lm_head.register_forward_pre_hook(lambda _, inputs: sizes.append(len(inputs[0])))
+    rows = [Row(each, engine) for each in requests]
+    batch = Batch(engine)
+    batch.join(rows)
+    batch.step()
+    rows[4].cancelled = True
+    run(batch)
+    hook.remove()
+    assert sum(sizes) == sum(len(row.ids) for row in rows)
+    assert [row.answer.ids for row in rows[:4]] == [answer.ids for answer in wanted[:4]]
+    assert (rows[4].answer.finish_reason, rows[4].answer.ids) == ("cancelled", wanted[4].ids[:2])
+
+
+def test_a_seeded_row_is_drawn_the_same_in_any_company(engine: Engine, pictures: list[Path]) -> None:
+    hot = Sampling(temperature=1.5, top_p=0.95, max_new_tokens=12, seed=3)
+    requests = [replace(each, sampling=hot) for each in make_requests(engine, pictures)]
+    torch.manual_seed(0)
+    before = torch.get_rng_state()
+    together = answer_all(engine, [*requests, make_requests(engine, pictures)[1]])
+    assert torch.equal(before, torch.get_rng_state())
+    alone = answer_all(engine, requests[::-1], batch_size=1)[::-1]
+    assert [answer.ids for answer in together[:5]] == [answer.ids for answer in alone]
+    assert together[5].ids == by_generate(engine, make_requests(engine, pictures)[1])  # greedy beside sampled
+    other = answer_all(engine, [replace(requests[1], sampling=replace(hot, seed=4))])
+    assert other[0].ids != alone[1].ids
+    narrow = answer_all(engine, [replace(requests[1], sampling=replace(hot, top_p=1e-6))])
+    assert narrow[0].ids == together[5].ids
+
+
+def test_draws_follow_the_nucleus() -> None:
+    probabilities = torch.tensor([0.05, 0.4, 0.15, 0.3, 0.1])
+    sampling = Sampling(temperature=1.0, top_p=0.8, seed=1)
+    generator = new_generator(sampling)
+    draws = 4000
+    drawn, _ = choose_tokens(probabilities.log().expand(draws, -1), [sampling] * draws, [generator] * draws)
+    shares = torch.bincount(torch.tensor(drawn), minlength=5) / draws
+    # 0.4 and 0.3 are not enough for 0.8; 0.15 makes it full.
+    torch.testing.assert_close(shares, torch.tensor([0.0, 0.4, 0.15, 0.3, 0.0]) / 0.85, atol=0.03, rtol=0)
+    tiny = Sampling(temperature=1e-6, seed=1)
+    assert choose_tokens(probabilities.log()[None] * 1e3, [tiny], [generator])[0] == [1]
+
+
+def test_logprobs_are_the_models(engine: Engine, pictures: list[Path]) -> None:
+    asked = replace(make_requests(engine, pictures)[1], sampling=replace(GREEDY, logprobs=True))
+    plain = make_requests(engine, pictures)[2]
+    answer, without = answer_all(engine, [asked, plain])
+    assert without.logprobs is None
+    whole = torch.cat([asked.ids, torch.tensor(answer.ids)])[None]
+    with torch.inference_mode():
+        logits = engine.plain(input_ids=whole, pixel_values=torch.stack([p.pixels for p in asked.pictures])).logits
+    wanted = logits.log_softmax(-1)[0, len(asked.ids) - 1 : -1].gather(1, torch.tensor(answer.ids)[:, None])[:, 0]
+    torch.testing.assert_close(torch.tensor(answer.logprobs), wanted, atol=1e-4, rtol=1e-4)
+
+
+def _streamed(engine: Engine, request: Request) -> tuple[Answer, list[str]]:
+    pieces: list[str] = []
+    row = Row(request, engine, pieces.append)
+    batch = Batch(engine)
+    batch.join([row])
+    run(batch)
+    assert row.answer is not None
+    return row.answer, pieces
+
+
+def test_stop_texts_end_the_answer_and_are_never_shown(engine: Engine, pictures: list[Path]) -> None:
+    request = replace(make_requests(engine, pictures)[3], sampling=replace(GREEDY, max_new_tokens=24))
+    answer, pieces = _streamed(engine, request)
+    assert "".join(pieces) == answer.text
+    assert len(pieces) > 3
+    stop = answer.text[4:7]
+    cut, shown = _streamed(engine, replace(request, sampling=replace(request.sampling, stop=("never", stop))))
+    assert cut.text == "".join(shown) == answer.text[: answer.text.find(stop)].rstrip()
+    assert cut.finish_reason == "stop"
+    assert cut.completion_tokens < answer.completion_tokens
+
+
+def test_the_context_is_a_limit(engine: Engine) -> None:
+    full = torch.ones(engine.context, dtype=torch.int64)
+    with pytest.raises(DataError, match="has 2048 tokens, the model's context 2048"):
+        Row(Request(ids=full), engine)
+    (answer,) = answer_all(engine, [Request(ids=full[:-2], sampling=replace(GREEDY, stop=("never",)))])
+    assert answer.completion_tokens <= 2
+
+
+def test_what_cannot_be_answered_is_refused(engine: Engine, pictures: list[Path]) -> None:
+    request = make_requests(engine, pictures)[0]
+    with pytest.raises(DataError, match="image tokens for pictures of 0"):
+        Row(replace(request, pictures=()), engine)
+    with pytest.raises(ConfigError, match="no 'receipts'"):
+        Row(replace(request, adapter="receipts"), engine)
+    wrong: tuple[dict[str, Any], ...] = (
+        {"temperature": float("nan")},
+        {"top_p": 0.0},
+        {"max_new_tokens": 0},
+        {"stop": ("",)},
+    )
+    for settings in wrong:
+        with pytest.raises(ConfigError, match=f"{next(iter(settings))}: got"):
+            Sampling(**settings)
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize("batch_size", [1, 2])
+def test_greedy_answers_are_the_originals(batch_size: int, shared_dir: Path) -> None:
+    """Ids of LLaVAR's own run_llava: shared/golden/generate."""
+    golden = shared_dir / "golden"
+    if not golden.is_dir():
+        pytest.skip(f"the original's outputs are not at {golden}")
+    tower = str(golden / "model/clip-tiny-336")
+    chat = load_chat(golden / "model/llava-tiny-v1", vision_tower=tower, dtype="float32", device="cpu")
+    cases = json.loads((golden / "generate/generate.json").read_text())
+    pixels = np.load(golden / "generate/pixels_fp16.npz")
+    processor = chat.engine.processor
+    requests = []
+    for case in cases:
+        picture = Picture(torch.tensor(pixels[case["pixel_key"]]).float(), processor.num_image_tokens)
+        ids = encode_messages(processor, [("human", [f"{case['query']}\n", None])], [picture])
+        assert ids.tolist() == case["input_ids"]
+        requests.append(Request(ids=ids, pictures=[picture], sampling=Sampling(temperature=0.0, max_new_tokens=24)))
+    answers = chat.answer(requests, batch_size=batch_size)
+    assert [list(answer.ids) for answer in answers] == [case["new_ids"] for case in cases]

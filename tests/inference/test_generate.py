@@ -1,0 +1,179 @@
+"""A file of questions to a file of answers."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from llavar_peft import cli, load_chat
+from llavar_peft.errors import ConfigError, DataError, ImageError
+from llavar_peft.inference.generate import GenerateReport, generate
+from llavar_peft.inference.requests import Sampling
+
+GREEDY = Sampling(temperature=0.0, max_new_tokens=8)
+
+
+@pytest.fixture
+def work(tmp_path: Path, pictures: list[Path]) -> Path:
+    """Seven questions of various lengths, one of them without a picture; ids of any kind, not all different."""
+    images = tmp_path / "images"
+    images.mkdir()
+    lines = []
+    for number, words in enumerate(
+        ("Read.", "What does it say? " * 5, "Total?", "Who\u2028wrote it?", "Title?", "No", "Date?")
+    ):
+        name = f"page {number}.png"
+        shutil.copy(pictures[number % len(pictures)], images / (f"COCO_val2014_{name}" if number == 4 else name))
+        fields = {"question_id": "a" if number < 2 else number, "image": name, "text": words, "category": "read"}
+        lines.append({name: value for name, value in fields.items() if not (number == 5 and name == "image")})
+    (tmp_path / "questions.jsonl").write_text(
+        "\n".join(json.dumps(line, ensure_ascii=False) for line in lines) + "\n\n"
+    )
+    return tmp_path
+
+
+def run(checkpoint: Path, work: Path, out: str = "answers.jsonl", **settings: Any) -> GenerateReport:
+    settings = {"sampling": GREEDY, **settings}
+    return generate(checkpoint, work / "questions.jsonl", work / "images", work / out, **settings)
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().split("\n") if line]
+
+
+def test_answers_are_those_of_asking_one_by_one(checkpoint: Path, work: Path) -> None:
+    chat = load_chat(checkpoint)
+    questions = [json.loads(line) for line in (work / "questions.jsonl").read_text().split("\n") if line]
+    for size in (1, 3, 8):
+        report = run(checkpoint, work, f"{size}.jsonl", batch_size=size)
+        assert (report.count, report.kept, report.skipped) == (7, 0, ())
+    answers = read(work / "1.jsonl")
+    assert (work / "1.jsonl").read_bytes() == (work / "3.jsonl").read_bytes() == (work / "8.jsonl").read_bytes()
+    for question, answer in zip(questions, answers, strict=True):
+        name = question.get("image")
+        file = name and (work / "images" / ("COCO_val2014_page 4.png" if "4" in name else name))
+        assert answer["text"] == chat.ask(file, question["text"], temperature=0.0, max_new_tokens=8)
+        assert list(answer) == ["question_id", "prompt", "text", "answer_id", "model_id", "metadata"]
+        assert (answer["question_id"], answer["prompt"]) == (question["question_id"], question["text"])
+    assert len({answer["answer_id"] for answer in answers}) == 7
+    assert sorted(path.name for path in work.iterdir()) == [
+        "1.jsonl",
+        "3.jsonl",
+        "8.jsonl",
+        "images",
+        "questions.jsonl",
+    ]
+
+
+def test_the_way_of_preparing_pictures_is_the_models_own(checkpoint: Path, work: Path) -> None:
+    processor = load_chat(checkpoint).engine.processor
+    for mode in (None, processor.inference_image_mode, "pad_black"):
+        run(checkpoint, work, f"{mode}.jsonl", image_mode=mode)
+    own, same, other = (
+        [answer["text"] for answer in read(work / f"{mode}.jsonl")]
+        for mode in (None, processor.inference_image_mode, "pad_black")
+    )
+    assert own == same != other
+
+
+def _stop_after(count: int) -> Callable[[int, int], None]:
+    def progress(done: int, total: int) -> None:
+        if done >= count:
+            raise KeyboardInterrupt
+
+    return progress
+
+
+def test_a_stopped_run_goes_on(checkpoint: Path, work: Path) -> None:
+    hot = Sampling(temperature=1.0, seed=5, max_new_tokens=8)
+    run(checkpoint, work, "whole.jsonl", sampling=hot)
+    with pytest.raises(KeyboardInterrupt):
+        run(checkpoint, work, sampling=hot, batch_size=2, progress=_stop_after(3))
+    assert not (work / "answers.jsonl").exists()
+    (part,) = (work / ".answers.jsonl.parts").glob("part-*")
+    finished = part.read_bytes()
+    assert len(finished.splitlines()) >= 3
+    with part.open("ab") as file:
+        file.write(b'{"place": 6, "te')  # killed while writing
+    with pytest.raises(ConfigError, match=r"unfinished run with other settings \(image_mode, sampling\)"):
+        run(checkpoint, work, image_mode="pad_black")
+    counts: list[tuple[int, int]] = []
+    report = run(checkpoint, work, sampling=hot, batch_size=3, progress=lambda *both: counts.append(both))
+    kept = len(finished.splitlines())
+    assert counts[-1] == (7 - kept, 7 - kept)
+    assert (report.count, report.kept) == (7, kept)
+    assert (work / "answers.jsonl").read_bytes() == (work / "whole.jsonl").read_bytes()
+    assert not (work / ".answers.jsonl.parts").exists()
+
+
+def test_two_processes_give_the_file_of_one(checkpoint: Path, work: Path) -> None:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "llavar_peft"]
+    options = ["--questions", "questions.jsonl", "--images", "images", "--answers", "two.jsonl", "--greedy"]
+    done = subprocess.run(
+        [*command, "generate", "--model", str(checkpoint), *options, "--max-new-tokens", "8"],
+        cwd=work,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.startswith("two.jsonl: 7 answers in")
+    run(checkpoint, work, "one.jsonl")
+    assert (work / "two.jsonl").read_bytes() == (work / "one.jsonl").read_bytes()
+
+
+def test_bad_pictures_are_named(checkpoint: Path, work: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (work / "images/page 2.png").unlink()
+    with pytest.raises(ImageError, match=r"questions.jsonl:3: page 2.png: is in none of"):
+        run(checkpoint, work)
+    (work / "images/page 2.png").write_text("<html>")
+    with pytest.raises(ImageError, match=r"questions.jsonl:3: .*page 2.png: is a web page"):
+        run(checkpoint, work)
+    shutil.rmtree(work / ".answers.jsonl.parts")
+    report = run(checkpoint, work, on_bad_image="skip")
+    assert (report.count, len(report.skipped)) == (6, 1)
+    assert "page 2.png: is a web page" in report.skipped[0]
+    assert "skipped: " in caplog.text
+    assert [answer["question_id"] for answer in read(work / "answers.jsonl")] == ["a", "a", 3, 4, 5, 6]
+
+
+@pytest.mark.parametrize("path", ["../secret.png", "/etc/passwd", "a\0b", "linked.png"])
+def test_pictures_stay_in_their_folder(path: str, checkpoint: Path, work: Path) -> None:
+    (work / "secret.png").write_bytes((work / "images/page 0.png").read_bytes())
+    (work / "images/linked.png").symlink_to(work / "secret.png")
+    (work / "questions.jsonl").write_text(json.dumps({"question_id": 1, "image": path, "text": "Read."}))
+    with pytest.raises(ImageError, match=r"outside the image folders|not a relative path"):
+        run(checkpoint, work)
+
+
+def test_what_is_no_question_is_refused(checkpoint: Path, work: Path) -> None:
+    (work / "questions.jsonl").write_text('{"question_id": 1}\n[]\n{"text": "Who?"}\nnothing\n')
+    with pytest.raises(DataError) as caught:
+        run(checkpoint, work)
+    assert [fault.where.rpartition(":")[2] for fault in caught.value.faults] == ["1", "2", "3", "4"]
+    (work / "questions.jsonl").write_text(json.dumps({"question_id": 1, "text": "word " * 3000}))
+    with pytest.raises(DataError, match=r"questions.jsonl:1: .* tokens, the model's context 2048"):
+        run(checkpoint, work)
+
+
+def test_the_command(checkpoint: Path, work: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    files = ["--questions", work / "questions.jsonl", "--images", work / "images", "--answers", work / "answers.jsonl"]
+    arguments = ["generate", "--model", checkpoint, *files, "--greedy", "--max-new-tokens", 8, "--batch-size", 4]
+    assert cli.main(list(map(str, arguments))) == 0
+    captured = capsys.readouterr()
+    assert "answers.jsonl: 7 answers in" in captured.out
+    assert "answering: 7 of 7" in captured.err
+    run(checkpoint, work, "wanted.jsonl")
+    assert (work / "answers.jsonl").read_bytes() == (work / "wanted.jsonl").read_bytes()
+    assert cli.main(list(map(str, arguments))) == 0
+    assert "7 answers were there already; remove it to ask again" in capsys.readouterr().out
+    (work / "questions.jsonl").write_text(json.dumps({"question_id": "new", "text": "Who?"}))
+    assert cli.main(list(map(str, arguments))) == 2
+    assert "is no answer to these questions" in capsys.readouterr().err
