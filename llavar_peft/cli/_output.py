@@ -57,7 +57,7 @@ def show_progress(what: str) -> Counter:
 
 
 def show_count(what: str) -> Counter:
-    """A bar of things on stderr, with their number and the time left; nothing where that is no terminal.
+    """A bar of things on stderr, with their number and the time left; where that is no terminal, a line for each tenth.
 
     Args:
         what: Is being done.
@@ -67,16 +67,24 @@ def show_count(what: str) -> Counter:
     """
     from rich.progress import MofNCompleteColumn
 
-    return _bar(what, MofNCompleteColumn())
+    return _bar(what, MofNCompleteColumn(), lines=True)
 
 
 @contextmanager
-def _bar(what: str, *figures: ProgressColumn) -> Iterator[Callable[[int, int], None]]:
+def _bar(what: str, *figures: ProgressColumn, lines: bool = False) -> Iterator[Callable[[int, int], None]]:
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
     console = Console(stderr=True)
     columns = (TextColumn(what), BarColumn(), *figures, TimeRemainingColumn())
     with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
-        task = bar.add_task(what, total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
+        task, tenths = bar.add_task(what, total=None), 0
+
+        def update(done: int, total: int) -> None:
+            nonlocal tenths
+            bar.update(task, completed=done, total=total)
+            if lines and not console.is_terminal and total and done * 10 // total > tenths:
+                tenths = done * 10 // total
+                typer.echo(f"{what}: {done} of {total}", err=True)
+
+        yield update
