@@ -36,6 +36,8 @@ __all__ = ["MAX_PIXELS", "ImageRoots", "image_token_count", "open_image", "prepa
 _KEEP_LONG: Final = 448
 _KEEP_SHORT: Final = 224
 _BAND_PIXELS: Final = 2**22  # of a padded picture that are in memory at once
+_LONGEST_PADDED: Final = 16_384  # pixels; beyond it a strip is made shorter before it is padded
+_LONGEST_PADDED_RATIO: Final = 8
 _LONGEST_RATIO: Final = 32  # beyond it only what the crop shows is resized
 
 
@@ -123,6 +125,10 @@ def _pad(image: Image.Image, settings: _Settings) -> Image.Image:
     if width == height:
         return _square(image, settings)
     side = max(width, height)
+    if side > _LONGEST_PADDED and side > _LONGEST_PADDED_RATIO * min(width, height):
+        # The square has as many pixels as the side squared: hours for a strip of a million pixels.
+        width, height = (max(1, length * _LONGEST_PADDED // side) for length in image.size)
+        image, side = image.resize((width, height), Image.Resampling.BOX), _LONGEST_PADDED
     new_width, new_height = _resized_size((side, side), settings)
     left, top = (side - width) // 2, (side - height) // 2
     columns = Image.new("RGB", (new_width, side), settings.colour)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Literal, TypedDict
 import torch
 from torch import Tensor
 
-from llavar_peft.constants import SYSTEM_PROMPT
+from llavar_peft.constants import SYSTEM_PROMPT, TOP_K
 from llavar_peft.data.images import image_token_count, prepare_image
 from llavar_peft.data.template import Content, conversation_pieces
 from llavar_peft.data.text_encoder import text_encoder
@@ -31,12 +31,13 @@ FinishReason = Literal["stop", "length", "cancelled"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sampling:
-    """How an answer is drawn. Defaults: LLaVAR, llava/eval/run_llava.py.
+    """How an answer is drawn. Defaults: LLaVAR, llava/eval/run_llava.py, on the transformers of its day.
 
     Attributes:
         max_new_tokens: Tokens at most, the closing ``</s>`` included.
         temperature: 0 is greedy.
         top_p: Share of the probability that is drawn from.
+        top_k: Tokens that are drawn from at most, the likeliest ones; 0 for all.
         seed: Makes the draw repeatable, whatever else is in the batch.
         stop: Texts that end the answer, and are no part of it.
         logprobs: Whether the chosen tokens' log-probabilities (at temperature 1) are kept.
@@ -48,6 +49,7 @@ class Sampling:
     max_new_tokens: int = 1024
     temperature: float = 0.2
     top_p: float = 1.0
+    top_k: int = TOP_K
     seed: int | None = None
     stop: tuple[str, ...] = ()
     logprobs: bool = False
@@ -57,6 +59,7 @@ class Sampling:
             (self.max_new_tokens < 1, "max_new_tokens", self.max_new_tokens, "at least 1"),
             (not 0 <= self.temperature < math.inf, "temperature", self.temperature, "0 or more"),
             (not 0 < self.top_p <= 1, "top_p", self.top_p, "more than 0 and at most 1"),
+            (self.top_k < 0, "top_k", self.top_k, "0 or more"),
             (self.seed is not None and not 0 <= self.seed < 2**63, "seed", self.seed, "0 to 2^63 - 1"),
             ("" in self.stop, "stop", self.stop, "a tuple of texts that are not empty"),
         )
@@ -71,6 +74,7 @@ class SamplingSettings(TypedDict, total=False):
     max_new_tokens: int
     temperature: float
     top_p: float
+    top_k: int
     seed: int | None
     stop: tuple[str, ...]
     logprobs: bool

@@ -45,7 +45,10 @@ def choose_tokens(
 
 
 def _draw(logits_BV: Tensor, samplings: Sequence[Sampling], generators: Sequence[torch.Generator]) -> Tensor:
-    """Nucleus sampling by one uniform number for each row."""
+    """Sampling from the likeliest tokens, then from their nucleus, by one uniform number for each row.
+
+    Source: transformers 4.28, ``TopKLogitsWarper`` (what is as likely as the last stays too) and ``TopPLogitsWarper``.
+    """
 
     def column(values: Sequence[float]) -> Tensor:
         return torch.tensor(values, dtype=torch.float32, device=logits_BV.device)[:, None]
@@ -53,8 +56,14 @@ def _draw(logits_BV: Tensor, samplings: Sequence[Sampling], generators: Sequence
     # The largest logit is 0, so that a tiny temperature does not overflow.
     scaled_BV = (logits_BV - logits_BV.amax(dim=-1, keepdim=True)) / column([s.temperature for s in samplings])
     probabilities_BV, ids_BV = scaled_BV.softmax(dim=-1).sort(dim=-1, descending=True, stable=True)
+    # 0 stands for all: the last of them has the least probability.
+    last_B1 = torch.tensor([(s.top_k or probabilities_BV.shape[1]) - 1 for s in samplings], device=logits_BV.device)
+    least_B1 = probabilities_BV.gather(1, last_B1[:, None].clamp(max=probabilities_BV.shape[1] - 1))
+    probabilities_BV = probabilities_BV * (probabilities_BV >= least_B1)
+    probabilities_BV = probabilities_BV / probabilities_BV.sum(dim=-1, keepdim=True)
     upto_BV = probabilities_BV.cumsum(dim=-1)
-    kept_BV = upto_BV - probabilities_BV < column([s.top_p for s in samplings])  # always the first
+    within_BV = upto_BV - probabilities_BV < column([s.top_p for s in samplings])
+    kept_BV = within_BV & (probabilities_BV > 0)  # always the first
     mass_B1 = (probabilities_BV * kept_BV).sum(dim=-1, keepdim=True)
     uniform_B1 = column([float(torch.rand((), generator=generator)) for generator in generators])
     place_B1 = (upto_BV <= uniform_B1 * mass_B1).sum(dim=-1, keepdim=True)

@@ -5,12 +5,16 @@ from __future__ import annotations
 import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoTokenizer
 
 from llavar_peft import ModelConfig, cli, load_chat
 from llavar_peft.config import Lora
@@ -88,11 +92,25 @@ def test_chat_through_a_pipe(
     ]  # fmt: skip
 
 
+@pytest.fixture
+def endless(checkpoint: Path, tmp_path: Path) -> Path:
+    """A model that says one of two letters, whatever it sees: its answers end at their limit."""
+    folder = tmp_path / "endless"
+    shutil.copytree(checkpoint, folder)
+    tensors = load_file(folder / "model.safetensors")
+    head = torch.zeros_like(tensors["lm_head.weight"])
+    either = AutoTokenizer.from_pretrained(folder).convert_tokens_to_ids(["A", "B"])
+    direction = torch.randn(head.shape[1], generator=torch.Generator().manual_seed(0)) * 1e3
+    head[either] = torch.stack([direction, -direction])
+    save_file({**tensors, "lm_head.weight": head}, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
 @pytest.mark.skipif(os.name != "posix", reason="sends SIGINT")
-def test_ctrl_c_stops_an_answer_and_not_the_program(checkpoint: Path) -> None:
-    command = [sys.executable, "-m", "llavar_peft", "chat", "--model", str(checkpoint)]
+def test_ctrl_c_stops_an_answer_and_not_the_program(endless: Path) -> None:
+    command = [sys.executable, "-m", "llavar_peft", "chat", "--model", str(endless)]
     process = subprocess.Popen(
-        [*command, "--temperature", "5", "--seed", "1", "--max-new-tokens", "1500"],
+        [*command, "--max-new-tokens", "1500"],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,

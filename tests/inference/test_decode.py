@@ -121,8 +121,33 @@ def test_draws_follow_the_nucleus() -> None:
     shares = torch.bincount(torch.tensor(drawn), minlength=5) / draws
     # 0.4 and 0.3 are not enough for 0.8; 0.15 makes it full.
     torch.testing.assert_close(shares, torch.tensor([0.0, 0.4, 0.15, 0.3, 0.0]) / 0.85, atol=0.03, rtol=0)
+    # Of the two likeliest alone, 0.4 is less than 0.6.
+    for top_p, wanted in ((1.0, [0.0, 4 / 7, 0.0, 3 / 7, 0.0]), (0.5, [0.0, 1.0, 0.0, 0.0, 0.0])):
+        two = replace(sampling, top_k=2, top_p=top_p)
+        drawn, _ = choose_tokens(probabilities.log().expand(draws, -1), [two] * draws, [generator] * draws)
+        shares = torch.bincount(torch.tensor(drawn), minlength=5) / draws
+        torch.testing.assert_close(shares, torch.tensor(wanted), atol=0.03, rtol=0)
     tiny = Sampling(temperature=1e-6, seed=1)
     assert choose_tokens(probabilities.log()[None] * 1e3, [tiny], [generator])[0] == [1]
+
+
+def test_only_the_likeliest_tokens_are_drawn_as_by_the_original() -> None:
+    """Which ones: held to the library's own filters, with ties at the border, and 0 for all."""
+    from transformers.generation.logits_process import TopKLogitsWarper, TopPLogitsWarper
+
+    torch.manual_seed(0)
+    free_BV = torch.randn(3, 200).repeat_interleave(400, 0)
+    generator = new_generator(Sampling(seed=2))
+    for top_k, top_p in ((50, 1.0), (50, 0.9), (7, 1.0), (0, 1.0), (1000, 1.0)):
+        sampling = Sampling(temperature=2.0, top_k=top_k, top_p=top_p)
+        # Of tied tokens a nucleus may hold any.
+        logits_BV = free_BV if top_p < 1 else free_BV.mul(4).round().div(4)
+        drawn, _ = choose_tokens(logits_BV, [sampling] * 1200, [generator] * 1200)
+        kept_BV = TopKLogitsWarper(top_k or 200)(None, logits_BV / 2)
+        kept_BV = TopPLogitsWarper(top_p)(None, kept_BV) if top_p < 1 else kept_BV
+        assert bool(kept_BV.gather(1, torch.tensor(drawn)[:, None]).isfinite().all())
+        assert len(set(drawn[:400])) > min(top_k or 200, 50) // 2
+    assert Sampling().top_k == 50
 
 
 def test_logprobs_are_the_models(engine: Engine, pictures: list[Path]) -> None:
@@ -176,6 +201,7 @@ def test_what_cannot_be_answered_is_refused(engine: Engine, pictures: list[Path]
     wrong: tuple[dict[str, Any], ...] = (
         {"temperature": float("nan")},
         {"top_p": 0.0},
+        {"top_k": -1},
         {"max_new_tokens": 0},
         {"stop": ("",)},
     )

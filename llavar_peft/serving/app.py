@@ -1,0 +1,230 @@
+"""The OpenAI-compatible API over one model and its adapters.
+
+Source: OpenAI's API reference, ``/v1/chat/completions`` and ``/v1/models``.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+import uuid
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
+
+from llavar_peft.inference.engine import Engine
+from llavar_peft.inference.requests import Answer
+from llavar_peft.serving.conversation import read_conversation
+from llavar_peft.serving.gate import Gate, Receive, Scope, Send
+from llavar_peft.serving.limits import Limits, RefusedError
+from llavar_peft.serving.metrics import Metrics
+from llavar_peft.serving.pictures import PictureReader
+from llavar_peft.serving.replies import Reply
+from llavar_peft.serving.schema import ChatRequest, logprobs_of, parse_request, usage
+from llavar_peft.serving.service import Service
+
+
+def create_app(
+    engine: Engine,
+    *,
+    name: str,
+    limits: Limits | None = None,
+    api_key: str | None = None,
+    hosts: frozenset[str] | None = None,
+    media_domains: frozenset[str] = frozenset(),
+) -> FastAPI:
+    """Makes the server's application; it owns the engine until it shuts down.
+
+    Args:
+        engine: The model with its adapters, each of which is a model to clients.
+        name: What clients call the model without an adapter.
+        limits: What clients may ask for.
+        api_key: Asked for on ``/v1`` and ``/metrics``.
+        hosts: Names that the server answers to; None is any.
+        media_domains: Hosts that pictures may be fetched from.
+
+    Returns:
+        The application.
+    """
+    caps = limits or Limits()
+    metrics, service = Metrics(), Service(engine, rows=caps.rows, waiting=caps.waiting)
+    api = _Api(service, PictureReader(engine.processor, caps, domains=media_domains), metrics, caps, name)
+
+    @asynccontextmanager
+    async def _alive(_: FastAPI) -> AsyncIterator[None]:
+        yield
+        await asyncio.to_thread(service.close)
+
+    # Its documentation pages take their scripts from elsewhere.
+    app = FastAPI(title="llavar-peft", docs_url=None, redoc_url=None, openapi_url=None, lifespan=_alive)
+    app.add_api_route("/v1/chat/completions", api.complete, methods=["POST"], response_model=None)
+    app.add_api_route("/v1/models", api.models, methods=["GET"])
+    app.add_api_route("/health", api.health, methods=["GET"])
+    app.add_api_route("/metrics", api.metrics_text, methods=["GET"], response_model=None)
+    app.add_exception_handler(RefusedError, _refused)
+    app.add_exception_handler(HTTPException, _not_here)
+    app.add_middleware(Gate, api_key=api_key, hosts=hosts, metrics=metrics)
+    app.state.service = service
+    app.state.limits = caps
+    return app
+
+
+class _EventStream(StreamingResponse):
+    """A stream whose answers are cancelled also when the client leaves before its first event."""
+
+    def __init__(self, events: AsyncIterator[str], reply: Reply) -> None:
+        super().__init__(events, media_type="text/event-stream", headers={"cache-control": "no-store"})
+        self._reply = reply
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self._reply.cancel()
+
+
+class _Api:
+    def __init__(self, service: Service, pictures: PictureReader, metrics: Metrics, limits: Limits, name: str) -> None:
+        self._service = service
+        self._pictures = pictures
+        self._metrics = metrics
+        self._limits = limits
+        self._models: Mapping[str, str | None] = {name: None, **{one: one for one in service.engine.adapters}}
+        self._since = int(time.time())
+
+    async def models(self) -> dict[str, Any]:
+        """The model and each adapter."""
+        about = {"object": "model", "created": self._since, "owned_by": "llavar-peft"}
+        return {"object": "list", "data": [{"id": name, **about} for name in self._models]}
+
+    async def health(self) -> dict[str, str]:
+        """That the server is there."""
+        return {"status": "ok"}
+
+    async def metrics_text(self) -> PlainTextResponse:
+        """Counts for Prometheus."""
+        text = self._metrics.text(running=self._service.running, waiting=self._service.waiting)
+        return PlainTextResponse(text, media_type="text/plain; version=0.0.4")
+
+    async def complete(self, request: Request) -> Response:
+        """A chat completion, whole or as a stream of server-sent events."""
+        deadline = time.monotonic() + self._limits.seconds
+        asked = await asyncio.to_thread(parse_request, await read_body(request, self._limits))
+        if asked.model not in self._models:
+            raise RefusedError(
+                404, "there is no such model; GET /v1/models lists them", "model_not_found", param="model"
+            )
+        wanted = await asyncio.to_thread(
+            read_conversation,
+            asked,
+            self._service.engine.processor,
+            self._pictures,
+            self._limits,
+            adapter=self._models[asked.model],
+        )
+        reply = Reply(self._service, wanted, deadline=deadline, retry_after=self._limits.retry_after)
+        head = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": asked.model}
+        if asked.stream:
+            return _EventStream(self._stream(reply, asked, head), reply)
+        answers = await reply.answers(request)
+        self._count(answers)
+        choices = [self._choice(number, answer) for number, answer in enumerate(answers)]
+        return JSONResponse({**head, "object": "chat.completion", "choices": choices, "usage": usage(answers)})
+
+    def _choice(self, number: int, answer: Answer) -> dict[str, Any]:
+        return {
+            "index": number,
+            "message": {"role": "assistant", "content": answer.text},
+            "finish_reason": "length" if answer.finish_reason == "cancelled" else answer.finish_reason,
+            "logprobs": logprobs_of(answer, self._service.engine.processor.tokenizer),
+        }
+
+    async def _stream(self, reply: Reply, asked: ChatRequest, head: Mapping[str, Any]) -> AsyncIterator[str]:
+        def chunk(*choices: dict[str, Any], **more: Any) -> str:
+            return _event({**head, "object": "chat.completion.chunk", "choices": list(choices), **more})
+
+        def part(number: int, delta: dict[str, str], reason: str | None = None, logprobs: Any = None) -> dict[str, Any]:
+            return {"index": number, "delta": delta, "finish_reason": reason, "logprobs": logprobs}
+
+        for number in range(len(reply.jobs)):
+            yield chunk(part(number, {"role": "assistant", "content": ""}))
+        answers: dict[int, Answer] = {}
+        try:
+            async for number, event in reply.events():
+                if isinstance(event, str):
+                    yield chunk(part(number, {"content": event}))
+                else:
+                    answers[number] = event
+                    choice = self._choice(number, event)
+                    yield chunk(part(number, {}, choice["finish_reason"], choice["logprobs"]))
+        except RefusedError as error:  # the status is out already
+            yield _event(error.body())
+            return
+        self._count(list(answers.values()))
+        if asked.stream_options is not None and asked.stream_options.include_usage:
+            yield chunk(usage=usage(list(answers.values())))
+        yield "data: [DONE]\n\n"
+
+    def _count(self, answers: list[Answer]) -> None:
+        used = usage(answers)
+        self._metrics.count_tokens(used["prompt_tokens"], used["completion_tokens"])
+
+
+async def read_body(request: Request, limits: Limits) -> bytes:
+    """Reads a request's body, and stops as soon as it is too large or takes too long.
+
+    Args:
+        request: Whose body was not read yet.
+        limits: What is accepted.
+
+    Returns:
+        The bytes.
+
+    Raises:
+        RefusedError: It is not JSON by its header, too large, or too slow.
+    """
+    # A page elsewhere can send forms and plain text to this machine unasked, but not JSON.
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if kind != "application/json":
+        raise RefusedError(415, "send application/json", "unsupported_media_type")
+    too_large = RefusedError(413, f"the body is larger than {limits.body_bytes} bytes", "body_too_large")
+    said = request.headers.get("content-length", "0")
+    if said.isdigit() and int(said[:20]) > limits.body_bytes:
+        raise too_large
+
+    async def _read() -> bytes:
+        body = bytearray()
+        async for block in request.stream():
+            body += block
+            if len(body) > limits.body_bytes:
+                raise too_large
+        return bytes(body)
+
+    try:
+        return await asyncio.wait_for(_read(), limits.body_seconds)
+    except asyncio.TimeoutError:
+        raise RefusedError(408, "the body took too long", "body_too_slow") from None
+    except ClientDisconnect:
+        raise RefusedError(400, "the body broke off", "body_broken") from None
+
+
+async def _refused(_: Request, error: Exception) -> JSONResponse:
+    if not isinstance(error, RefusedError):
+        raise error
+    headers = None if error.retry_after is None else {"retry-after": str(error.retry_after)}
+    return JSONResponse(error.body(), status_code=error.status, headers=headers)
+
+
+async def _not_here(_: Request, error: Exception) -> JSONResponse:
+    status = error.status_code if isinstance(error, HTTPException) else 500
+    return JSONResponse(RefusedError(status, "there is nothing here for this request", "not_found").body(), status)
+
+
+def _event(value: Mapping[str, Any]) -> str:
+    return f"data: {json.dumps(value, ensure_ascii=False)}\n\n"

@@ -1,0 +1,67 @@
+"""Puts the page into the API's application: one process, one address."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Final
+
+from llavar_peft.data.layouts import KINDS
+from llavar_peft.data.synthetic import draw_picture
+
+if TYPE_CHECKING:
+    from fastapi import FastAPI
+
+PREFIX: Final = "/ui"
+_LARGEST_FILE: Final = 14 * 2**20  # bytes; in base64 it still fits the API's 20 MB
+_EXAMPLES_SEED: Final = 3_000_017
+
+
+def mount_page(app: FastAPI, *, models: Sequence[str], most_tokens: int, api_key: str | None = None) -> None:
+    """Adds the page under ``PREFIX``. Before the application starts, and as its last middleware, which comes first.
+
+    Args:
+        app: The API's application, whose models the page asks.
+        models: Their names.
+        most_tokens: That an answer can have.
+        api_key: The API's key, which then guards the page as well.
+    """
+    # Gradio keeps uploads in a folder that all users of a machine share, unless it is told of another when imported.
+    files = TemporaryDirectory(prefix="llavar-peft-page-")
+    os.environ["GRADIO_TEMP_DIR"] = files.name
+    app.state.page_files = files  # removed with the application
+    import gradio as gr
+
+    from llavar_peft.serving.page import build_page
+    from llavar_peft.serving.page_client import PageClient
+    from llavar_peft.serving.page_guard import PageGuard
+    from llavar_peft.serving.page_looks import STYLE, make_theme
+
+    with TemporaryDirectory() as folder:  # Gradio makes copies
+        page = build_page(PageClient(app, models, most_tokens, api_key), draw_examples(Path(folder)))
+    gr.mount_gradio_app(
+        app, page, PREFIX, footer_links=[], run_history=False, show_error=False, max_file_size=_LARGEST_FILE,
+        ssr_mode=False, enable_monitoring=False, pwa=False, mcp_server=False, root_path=PREFIX,
+        theme=make_theme(), css=STYLE,
+    )  # fmt: skip
+    app.add_middleware(PageGuard, prefix=PREFIX, files=Path(files.name), api_key=api_key)
+
+
+def draw_examples(folder: Path) -> list[tuple[str, str]]:
+    """Draws a picture of each kind.
+
+    Args:
+        folder: Gets the files.
+
+    Returns:
+        Files, each with a question about it.
+    """
+    examples = []
+    for number, kind in enumerate(KINDS):
+        drawn = draw_picture(kind, _EXAMPLES_SEED, number, longest=320)
+        path = folder / f"{kind}.png"
+        drawn.image.save(path)
+        examples.append((str(path), drawn.questions[0][0]))
+    return examples

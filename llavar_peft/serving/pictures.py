@@ -1,0 +1,112 @@
+"""Pictures that clients send: measured before they are decoded, looked at once."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import hashlib
+import re
+import threading
+from collections import OrderedDict
+from io import BytesIO
+
+from PIL import Image
+
+from llavar_peft.data.image_files import decode_image
+from llavar_peft.errors import ImageError
+from llavar_peft.inference.fetch import FetchRules, fetch
+from llavar_peft.inference.requests import Picture
+from llavar_peft.models.processing import LlavarProcessor
+from llavar_peft.serving.limits import Limits, RefusedError
+
+_DATA_URL = re.compile(r"data:image/[a-z0-9.+-]{1,40};base64,", re.IGNORECASE)
+# What browsers and cameras write; the decoders of rarer formats are no business of strangers.
+_FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "GIF", "BMP")
+_KEPT = 64
+
+
+class PictureReader:
+    """Opens clients' pictures, and keeps the last of them with what the model saw in them.
+
+    Args:
+        processor: The model's.
+        limits: What is accepted.
+        domains: Hosts that pictures may be fetched from; none by default.
+    """
+
+    def __init__(self, processor: LlavarProcessor, limits: Limits, *, domains: frozenset[str] = frozenset()) -> None:
+        self._processor = processor
+        self._limits = limits
+        self._rules = FetchRules(max_bytes=limits.image_bytes, public_only=True, domains=domains)
+        self._known: OrderedDict[bytes, Picture] = OrderedDict()
+        self._lock = threading.Lock()
+        self._decoding = threading.Semaphore(limits.decoding)
+
+    def open(self, url: str) -> Picture:
+        """Opens a picture. For a thread of its own: decoding takes a while, and fetching longer.
+
+        Args:
+            url: As the client wrote it. It is never a path.
+
+        Returns:
+            The picture; the same object for the same bytes, as long as it is kept.
+
+        Raises:
+            RefusedError: It is too large, not a picture, or not to be fetched.
+        """
+        data = self._data(url)
+        key = hashlib.blake2b(data, digest_size=32).digest()
+        with self._lock:
+            if key in self._known:
+                self._known.move_to_end(key)
+                return self._known[key]
+        picture = self._prepare(data)
+        with self._lock:
+            picture = self._known.setdefault(key, picture)
+            while len(self._known) > _KEPT:
+                self._known.popitem(last=False)
+        return picture
+
+    def _data(self, url: str) -> bytes:
+        head = _DATA_URL.match(url)
+        if head is None:
+            return self._fetched(url)
+        if (len(url) - head.end()) * 3 // 4 > self._limits.image_bytes + 2:
+            raise RefusedError(413, "a picture is too large", "image_too_large", param="messages")
+        try:
+            return base64.b64decode(url[head.end() :], validate=True)
+        except (binascii.Error, ValueError):
+            raise _unreadable("a picture's data URL is not valid base64") from None
+
+    def _fetched(self, url: str) -> bytes:
+        if not self._rules.domains:
+            raise _unreadable("pictures are taken from data URLs only (data:image/png;base64,...)")
+        try:
+            return fetch(url, self._rules)
+        except ImageError:
+            # What was found there, or why not, is nobody's business: it would map our network.
+            raise _unreadable("a picture cannot be fetched from this address") from None
+
+    def _prepare(self, data: bytes) -> Picture:
+        try:
+            with Image.open(BytesIO(data), formats=_FORMATS) as opened:
+                width, height = opened.size
+        except Image.DecompressionBombError:  # Pillow's own limit is higher than any that is sensible here
+            raise self._too_many_pixels() from None
+        except Exception:  # noqa: BLE001 - broken files make Pillow raise nearly anything
+            raise _unreadable("a picture cannot be read (PNG, JPEG, WebP, GIF and BMP are)") from None
+        if width * height > self._limits.pixels:
+            raise self._too_many_pixels()
+        try:
+            with self._decoding:
+                return Picture.prepare(decode_image(data, "picture"), self._processor)
+        except ImageError:
+            raise _unreadable("a picture cannot be read") from None
+
+    def _too_many_pixels(self) -> RefusedError:
+        most = self._limits.pixels // 1_000_000
+        return RefusedError(413, f"a picture has more than {most} megapixels", "image_too_large", param="messages")
+
+
+def _unreadable(message: str) -> RefusedError:
+    return RefusedError(400, message, "invalid_image", param="messages")

@@ -1,0 +1,141 @@
+"""Real servers for the tests: over a socket, or called in the same process without one."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import json
+import socket
+import threading
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from io import BytesIO
+from typing import Any
+
+import uvicorn
+from fastapi import FastAPI
+from PIL import Image
+
+from llavar_peft import Chat
+from llavar_peft.serving.app import create_app
+from llavar_peft.serving.page_app import mount_page
+from llavar_peft.serving.run import listen
+
+MODEL = "tiny"
+JSON = ((b"host", b"localhost"), (b"content-type", b"application/json"))
+
+
+@contextmanager
+def serving(chat: Chat, *, ui: bool = False, **settings: Any) -> Iterator[tuple[str, FastAPI]]:
+    """A server on a free port until the context ends: its address, and the application."""
+    app = create_app(chat.engine, name=MODEL, **settings)
+    if ui:
+        names = [MODEL, *chat.adapters]
+        mount_page(app, models=names, most_tokens=app.state.limits.new_tokens, api_key=settings.get("api_key"))
+    bound = listen("127.0.0.1", 0)
+    server = uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=1))
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [bound]})
+    thread.start()
+    while not server.started and thread.is_alive():
+        time.sleep(0.01)
+    try:
+        yield f"http://127.0.0.1:{bound.getsockname()[1]}", app
+    finally:
+        server.should_exit = True
+        thread.join()
+
+
+@dataclass
+class Reply:
+    """What came back."""
+
+    status: int
+    headers: dict[str, str]
+    body: bytes
+
+    @property
+    def json(self) -> Any:
+        """The body."""
+        return json.loads(self.body)
+
+    @property
+    def message(self) -> str:
+        """Of an error."""
+        return str(self.json["error"]["message"])
+
+
+async def call(
+    app: Any,
+    body: bytes | Iterable[bytes] = b"",
+    *,
+    method: str = "POST",
+    path: str = "/v1/chat/completions",
+    headers: Sequence[tuple[bytes, bytes]] = JSON,
+    pause: float = 0.0,
+) -> Reply:
+    """One request by ASGI; a body in several parts is sent in several messages, with pauses (seconds) before them."""
+    parts = iter([body] if isinstance(body, bytes) else body)
+    sent: list[Any] = []
+    whole = False
+
+    async def receive() -> Any:
+        nonlocal whole
+        await asyncio.sleep(3600 if whole else pause)  # the client stays
+        part = next(parts, None)
+        whole = part is None
+        return {"type": "http.request", "body": part or b"", "more_body": part is not None}
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    scope = {
+        "type": "http", "asgi": {"version": "3.0", "spec_version": "2.4"}, "http_version": "1.1", "method": method,
+        "scheme": "http", "path": path, "raw_path": path.encode(), "root_path": "", "query_string": b"",
+        "headers": list(headers), "client": ("127.0.0.1", 1), "server": ("127.0.0.1", 80),
+    }  # fmt: skip
+    await app(scope, receive, send)
+    answered = {name.decode().lower(): value.decode() for name, value in sent[0]["headers"]}
+    return Reply(sent[0]["status"], answered, b"".join(message.get("body", b"") for message in sent[1:]))
+
+
+def ask_body(text: str, *urls: str, **fields: Any) -> bytes:
+    """A request with pictures; greedy and short unless told otherwise."""
+    parts = [{"type": "text", "text": text}, *({"type": "image_url", "image_url": {"url": url}} for url in urls)]
+    body = {"model": MODEL, "messages": [{"role": "user", "content": parts}], "temperature": 0, "max_tokens": 4}
+    return json.dumps(body | fields).encode()
+
+
+def png(width: int = 40, height: int = 30, colour: str = "red") -> bytes:
+    """A picture's file."""
+    file = BytesIO()
+    Image.new("RGB", (width, height), colour).save(file, "PNG")
+    return file.getvalue()
+
+
+def data_url(data: bytes, kind: str = "image/png") -> str:
+    """A file as an address."""
+    return f"data:{kind};base64,{base64.b64encode(data).decode()}"
+
+
+class Neighbour:
+    """A server in the same network, which counts who comes."""
+
+    def __init__(self) -> None:
+        self._socket = socket.create_server(("127.0.0.1", 0))
+        self.port = self._socket.getsockname()[1]
+        self.visits = 0
+        threading.Thread(target=self._run, daemon=True).start()
+
+    def _run(self) -> None:
+        while True:
+            try:
+                connection, _ = self._socket.accept()
+            except OSError:
+                return
+            self.visits += 1
+            connection.close()
+
+    def close(self) -> None:
+        self._socket.close()

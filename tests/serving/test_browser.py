@@ -1,0 +1,145 @@
+"""The page in a real browser: what a person does there, and how it looks on a wide and on a narrow screen."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from fastapi import FastAPI
+
+from llavar_peft import Chat
+from tests.serving.browser import Browser, browsing, find_chromium
+from tests.serving.server import MODEL, serving
+
+CHROMIUM = find_chromium()
+pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium on this machine")
+
+ASK, QUESTION = "button#ask", "#question textarea"
+
+
+@pytest.fixture(scope="module")
+def server(chat: Chat) -> Iterator[tuple[str, FastAPI]]:
+    with serving(chat, ui=True) as running:
+        yield running
+
+
+@pytest.fixture
+def browser(server: tuple[str, FastAPI]) -> Iterator[Browser]:
+    assert CHROMIUM is not None
+    with browsing(CHROMIUM) as page:
+        page.resize(1280, 900)
+        page.open(f"{server[0]}/ui/")
+        page.wait_for(f"document.querySelector({ASK!r}) && document.querySelectorAll('#window_0 h2').length")
+        yield page
+
+
+def _words(side: int) -> str:
+    return f"[...document.querySelectorAll('#window_{side} .answer:not(.waiting) .words')].map(it => it.textContent)"
+
+
+def _answers(browser: Browser, side: int, count: int) -> list[str]:
+    """What a side has answered, once that many answers are whole."""
+    found: list[str] = json.loads(browser.wait_for(f"(w => w.length == {count} && JSON.stringify(w))({_words(side)})"))
+    return found
+
+
+def _look(browser: Browser, name: str) -> None:
+    """Keeps a picture of the page where LLAVAR_SCREENSHOTS says, for somebody to look at."""
+    if folder := os.environ.get("LLAVAR_SCREENSHOTS"):
+        browser.shoot(Path(folder) / f"{name}.png")
+
+
+def _choose(browser: Browser, where: str, name: str) -> None:
+    browser.click(f"#{where} input")
+    browser.type(f"#{where} input", name)
+    browser.press("Enter")
+    browser.wait_for(f"document.querySelector('#{where} input').value == {name!r}")
+
+
+def test_a_picture_is_asked_about(browser: Browser, chat: Chat, pictures: list[Path], tmp_path: Path) -> None:
+    browser.save_to(tmp_path)
+    browser.give_file("#picture input[type=file]", pictures[0])
+    browser.wait_for("document.querySelector('#picture img')?.naturalWidth > 0")
+    _draw_greedily(browser)
+    for count, text in enumerate(("Read.", "Again?"), start=1):
+        browser.type(QUESTION, text)
+        # While the stream of the answer before is being closed, Gradio lets a click go unheard: a person clicks again.
+        asked = f"document.querySelectorAll('#window_0 .question').length == {count}"
+        browser.wait_for(f"{asked} || (document.querySelector({ASK!r}).click(), false)", pause=0.5)
+        answers = _answers(browser, 0, count)
+    talk = chat.conversation(pictures[0], adapter=None)
+    sampling = {"temperature": 0.0, "max_new_tokens": 12}
+    assert answers == [talk.send("Read.", **sampling), talk.send("Again?", **sampling)]
+    _look(browser, "asked")
+
+    browser.click("#as_json")
+    path = tmp_path / "conversation.json"
+    browser.wait_for("new Promise(done => setTimeout(() => done(true), 500))")
+    assert [turn["question"] for turn in json.loads(path.read_text("utf-8"))["turns"]] == ["Read.", "Again?"]
+    # A page that is mounted has no manifest; browsers ask for an icon unasked.
+    assert [one for one in browser.complaints if "manifest" not in one and "favicon" not in one] == []
+    assert all(url.startswith(("http://127.0.0.1:", "data:", "blob:")) for url in browser.requested), browser.requested
+
+
+def _draw_greedily(browser: Browser) -> None:
+    """Temperature 0 and 12 tokens, by the page's own fields."""
+    browser.wait_for(
+        "(() => { const it = [...document.querySelectorAll('button')].find(b => /is drawn/.test(b.textContent));"
+        " it?.click(); return !!it })()"
+    )
+    for name, value in (("Temperature", 0), ("Tokens", 12)):
+        # As a hand would: Svelte hears of a slider by these events alone.
+        browser.wait_for(
+            f"(() => {{ const it = document.querySelector('input[type=range][aria-label*={name}]');"
+            f" if (!it) return false; it.value = {value};"
+            " for (const kind of ['input', 'change', 'pointerup']) it.dispatchEvent(new Event(kind, {bubbles: true}));"
+            f" return document.querySelector('input[type=number][aria-label*={name}]').value == {value} }})()"
+        )
+
+
+def test_two_models_side_by_side_wide_and_narrow(browser: Browser, pictures: list[Path]) -> None:
+    browser.give_file("#picture input[type=file]", pictures[1])
+    browser.wait_for("document.querySelector('#picture img')?.naturalWidth > 0")
+    _choose(browser, "model", "one")
+    _choose(browser, "other", "two")
+    browser.wait_for("document.querySelector('#window_1 h2')?.textContent == 'two'")
+    _draw_greedily(browser)
+    browser.type(QUESTION, "Read <b>it</b> ${1+1}.")
+    browser.click(ASK)
+    assert _answers(browser, 0, 1) != _answers(browser, 1, 1)
+    shown = "document.querySelector('#window_0 .question').textContent"
+    assert browser.run(shown) == "Read <b>it</b> ${1+1}."
+    tops = "[0, 1].map(side => document.querySelector(`#window_${side}`).getBoundingClientRect().top)"
+    for width in (1280, 390):
+        browser.resize(width, 900)
+        browser.wait_for("new Promise(done => requestAnimationFrame(() => requestAnimationFrame(() => done(true))))")
+        assert browser.run("document.documentElement.scrollWidth") <= width
+        left, right = browser.run(tops)
+        assert (left == right) == (width == 1280)
+        _look(browser, f"compared-{width}")
+
+
+def test_an_example_is_one_click_away(browser: Browser) -> None:
+    browser.click(".gallery-item, table tbody tr")
+    browser.wait_for(f"document.querySelector({QUESTION!r}).value.length > 3")
+    browser.wait_for("document.querySelector('#picture img')?.naturalWidth > 0")
+    _draw_greedily(browser)
+    browser.click(ASK)
+    assert len(_answers(browser, 0, 1)) == 1
+
+
+def test_stop_ends_an_answer(browser: Browser, server: tuple[str, FastAPI]) -> None:
+    _choose(browser, "model", MODEL)
+    _choose(browser, "other", "one")
+    browser.type(QUESTION, "Go on and on.")
+    browser.click(ASK)
+    browser.wait_for("!!document.querySelector('#window_0 .waiting')")
+    browser.click("button#stop")
+    service, deadline = server[1].state.service, time.monotonic() + 5
+    while service.running and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert service.running == service.waiting == 0

@@ -1,0 +1,154 @@
+"""The page by its own endpoints, as Gradio's client calls them, and what they refuse."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from html import unescape
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from gradio_client import Client, handle_file
+from PIL import Image
+
+from llavar_peft import Chat
+from tests.serving.server import MODEL, serving
+
+GREEDY = {"temperature": 0, "tokens": 12, "seed": None}
+
+
+@pytest.fixture(scope="module")
+def address(chat: Chat) -> Iterator[str]:
+    with serving(chat, ui=True) as (url, _):
+        yield f"{url}/ui/"
+
+
+@pytest.fixture
+def client(address: str) -> Client:
+    return Client(address, verbose=False, analytics_enabled=False, download_files=False)
+
+
+def ask(client: Client, picture: Path | None, question: str, model: str = MODEL, other: str = "(nobody)") -> list[Any]:
+    """All that the endpoint gave out on the way."""
+    shown = handle_file(str(picture)) if picture else None
+    job = client.submit(picture=shown, question=question, model=model, other=other, api_name="/ask", **GREEDY)
+    job.result(60)
+    return job.outputs()
+
+
+def said(html: Any) -> list[str]:
+    html = html["value"] if isinstance(html, dict) else html
+    return [unescape(part.partition("</span>")[0]) for part in html.split('<span class="words">')[1:]]
+
+
+def conversation(client: Client) -> dict[str, Any]:
+    return json.loads(client.predict(api_name="/as_json"))
+
+
+def test_an_answer_comes_in_pieces_and_is_the_models(client: Client, chat: Chat, pictures: list[Path]) -> None:
+    outputs = ask(client, pictures[0], "Read.")
+    wanted = chat.ask(pictures[0], "Read.", adapter=None, temperature=0, max_new_tokens=12)
+    assert said(outputs[-1][1]) == [wanted]
+    assert len({said(output[1])[0] for output in outputs}) > 2
+    assert conversation(client) == {
+        "picture": pictures[0].name,
+        "turns": [{"question": "Read.", "answers": [{"model": MODEL, "text": wanted}]}],
+    }
+    assert client.predict(api_name="/as_text") == f"Picture: {pictures[0].name}\n\nQ: Read.\n{MODEL}: {wanted}\n"
+
+
+def test_two_models_answer_side_by_side(client: Client, chat: Chat, pictures: list[Path]) -> None:
+    one, two = chat.adapters
+    outputs = ask(client, pictures[1], "Read.", one, two)
+    wanted = [chat.ask(pictures[1], "Read.", adapter=name, temperature=0, max_new_tokens=12) for name in (one, two)]
+    assert wanted[0] != wanted[1]
+    assert [said(window) for window in outputs[-1][1:]] == [[wanted[0]], [wanted[1]]]
+    (turn,) = conversation(client)["turns"]
+    assert [answer["model"] for answer in turn["answers"]] == [one, two]
+
+
+def test_another_picture_begins_another_conversation(client: Client, pictures: list[Path]) -> None:
+    ask(client, pictures[0], "Read.")
+    ask(client, pictures[0], "Again.")
+    assert [turn["question"] for turn in conversation(client)["turns"]] == ["Read.", "Again."]
+    ask(client, pictures[1], "Read.")
+    assert len(conversation(client)["turns"]) == 1
+
+
+def test_what_is_not_a_picture_is_refused_in_short(
+    client: Client, address: str, pictures: list[Path], tmp_path: Path
+) -> None:
+    broken = tmp_path / "broken.png"
+    broken.write_bytes(pictures[0].read_bytes()[:60])
+    with pytest.raises(Exception, match="picture cannot be read"):
+        ask(client, broken, "Read.")
+    with pytest.raises(Exception, match="Write a question"):
+        ask(client, None, "  ")
+    assert conversation(client)["turns"] == []
+
+
+def test_a_huge_picture_is_not_decoded(client: Client, tmp_path: Path) -> None:
+    huge = tmp_path / "huge.png"
+    Image.new("1", (12000, 12000)).save(huge)
+    with pytest.raises(Exception, match="picture"):
+        ask(client, huge, "Read.")
+
+
+NOT_UPLOADED = (
+    "/etc/hostname", "http://127.0.0.1:9/x.png", "https://example.org/x.png", "../README.md", "file:///etc/hostname",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("path", NOT_UPLOADED)
+@pytest.mark.parametrize("meta", [{"meta": {"_type": "gradio.FileData"}}, {}])
+@pytest.mark.parametrize("place", [0, 1, 5])
+def test_a_client_names_neither_files_nor_addresses(address: str, path: str, meta: dict[str, Any], place: int) -> None:
+    """Gradio by itself takes any file of this machine, and fetches any address, in any field."""
+    data: list[Any] = [None, "Read.", MODEL, "(nobody)", 0, 4, None]
+    data[place] = {"path": path, **meta}
+    with httpx.Client(base_url=address, timeout=30) as http:
+        event = http.post("gradio_api/call/ask", json={"data": data}).json()["event_id"]
+        told = http.get(f"gradio_api/call/ask/{event}").text
+    assert told.startswith("event: error"), told
+    assert "uploaded" in told
+
+
+def test_files_are_given_out_of_the_uploads_alone(address: str, pictures: list[Path]) -> None:
+    for path in ("/etc/hostname", "README.md", str(pictures[0]), str(Path(__file__)), "/proc/self/environ"):
+        assert httpx.get(f"{address}gradio_api/file={path}").status_code == 404
+    with pictures[0].open("rb") as file:
+        (path,) = httpx.post(f"{address}gradio_api/upload", files={"files": file}).json()
+    assert httpx.get(f"{address}gradio_api/file={path}").content == pictures[0].read_bytes()
+
+
+def test_an_upload_has_a_largest_size(address: str) -> None:
+    answer = httpx.post(f"{address}gradio_api/upload", files={"files": ("a.png", b"0" * (15 * 2**20))}, timeout=30)
+    assert answer.status_code == 413
+
+
+def test_nothing_is_asked_of_other_machines(address: str) -> None:
+    html = httpx.get(address).text
+    for tag in ("<script src=", "<link"):
+        for part in html.split(tag)[1:]:
+            assert "://" not in part.partition(">")[0].replace(address.partition("/ui")[0], ""), part[:200]
+    assert "fonts.googleapis" not in html
+    config = httpx.get(f"{address}config").json()
+    assert config["analytics_enabled"] is False
+
+
+def test_the_key_is_asked_for(chat: Chat) -> None:
+    with serving(chat, ui=True, api_key="secret") as (root, _):
+        url = f"{root}/ui/"
+        assert httpx.get(url).status_code == 401
+        assert httpx.get(url, auth=("anyone", "secret")).status_code == 200
+        assert httpx.post(f"{url}gradio_api/queue/join", json={}).status_code == 401
+        client = Client(
+            url,
+            verbose=False,
+            analytics_enabled=False,
+            download_files=False,
+            headers={"Authorization": "Bearer secret"},
+        )
+        assert said(ask(client, None, "Read.")[-1][1])

@@ -1,0 +1,211 @@
+"""The page's parts that need no Gradio: its guard, its way of asking, and what it writes down."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import json
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from fastapi import FastAPI, Request
+from fastapi.responses import JSONResponse, PlainTextResponse, StreamingResponse
+
+from llavar_peft.serving.page_client import PageClient, RefusedError
+from llavar_peft.serving.page_guard import PageGuard
+from llavar_peft.serving.page_record import Exchange, Talk
+
+
+def guarded(api_key: str | None = None) -> Any:
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        keys = dict(scope["headers"]).get(b"authorization", b"").decode()
+        await PlainTextResponse(f"{scope['path']} {keys}")(scope, receive, send)
+
+    return httpx.AsyncClient(
+        transport=httpx.ASGITransport(PageGuard(app, prefix="/ui", files=Path("/srv/page"), api_key=api_key)),
+        base_url="http://localhost",
+    )
+
+
+def get(client: Any, path: str, **headers: str) -> Any:
+    return asyncio.run(client.get(path, headers=headers))
+
+
+@pytest.mark.parametrize(
+    ("path", "status"),
+    [
+        ("/ui", 200),
+        ("/ui/", 200),
+        ("/ui/gradio_api/queue/join", 200),
+        ("/ui/gradio_api/file=/srv/page/0123/picture.png", 200),
+        ("/ui/gradio_api/file=/etc/passwd", 404),
+        ("/ui/gradio_api/file=/srv/page/../../etc/passwd", 404),
+        ("/ui/gradio_api/file=/srv/page%2F..%2F..%2Fetc%2Fpasswd", 404),
+        ("/ui/gradio_api/file=/srv/pages/x.png", 404),
+        ("/ui/gradio_api/file=pyproject.toml", 404),
+        ("/ui/gradio_api/file=/srv/page/%00", 404),
+        ("/ui/assets/index.js", 200),
+        ("/ui/gradio_api/file=http://169.254.169.254/latest", 404),
+        ("/ui/gradio_api/file=//evil.example/x:y", 404),
+        ("/ui/gradio_api/file=HTTP%3A%2F%2Fevil.example", 404),
+        ("/ui/gradio_api/proxy=https://evil.example", 404),
+        ("/ui/gradio_api/vibe-edit", 404),
+        ("/ui/gradio_api/runs", 404),
+        ("/ui/gradio_api/component_server", 404),
+        ("/ui/monitoring/summary", 404),
+        ("/ui/login", 404),
+        ("/uix/anything", 200),  # not the page's
+    ],
+)
+def test_only_the_doors_that_the_page_needs_are_open(path: str, status: int) -> None:
+    assert get(guarded(), path).status_code == status
+
+
+def test_the_key_guards_every_door() -> None:
+    client = guarded("secret")
+    for path in (
+        "/ui/",
+        "/ui/assets/x.js",
+        "/ui/gradio_api/upload",
+        "/ui/gradio_api/file=/srv/page/x",
+        "/ui/monitoring",
+    ):
+        refused = get(client, path)
+        assert refused.status_code == 401
+        assert refused.headers["www-authenticate"].startswith("Basic")
+    basic = base64.b64encode(b"anyone:secret").decode()
+    for given in (f"Basic {basic}", "Bearer secret", f"basic {basic}"):
+        assert get(client, "/ui/", Authorization=given).text == "/ui/ Bearer secret"
+    for wrong in ("Basic c2VjcmV0", "Basic !", "Bearer", "Bearer secre", "Digest secret", "secret"):
+        assert get(client, "/ui/", Authorization=wrong).status_code == 401
+    assert get(client, "/v1/models").text == "/v1/models "  # the API's own to refuse
+
+
+def test_other_sites_may_neither_ask_nor_frame() -> None:
+    client = guarded()
+    assert get(client, "/ui/", Origin="http://localhost").status_code == 200
+    for origin in ("http://evil.example", "null", "http://localhost:1"):
+        assert get(client, "/ui/gradio_api/queue/join", Origin=origin).status_code == 403
+    policy = get(client, "/ui/").headers["content-security-policy"]
+    assert "default-src 'self'" in policy
+    assert "frame-ancestors 'none'" in policy
+
+
+def api() -> tuple[FastAPI, dict[str, Any]]:
+    """As the API answers, good and bad."""
+    app, seen = FastAPI(), {"left": False}
+
+    @app.post("/v1/chat/completions")
+    async def complete(request: Request) -> Any:
+        body = seen["body"] = await request.json()
+        seen["key"] = request.headers.get("authorization")
+        words = body["messages"][-1]["content"]
+        if words == "busy":
+            return JSONResponse({"error": {"message": "full"}}, 429, {"Retry-After": "7"})
+        if words == "wrong":
+            return JSONResponse({"error": {"message": "the picture is too large"}}, 400)
+        if words == "broken":
+            raise RuntimeError("secret detail")
+
+        async def pieces() -> Any:
+            try:
+                for piece in ("It ", "säys", " so"):
+                    event = f"data: {json.dumps({'choices': [{'delta': {'content': piece}}]})}\n\n".encode()
+                    yield event[:9]
+                    yield event[9:]
+                yield b'data: {"choices": []}\n\n'
+                if words == "for ever":
+                    await asyncio.sleep(60)
+                yield b"data: [DONE]\n\n"
+            finally:
+                seen["left"] = True
+
+        return StreamingResponse(pieces(), media_type="text/event-stream")
+
+    return app, seen
+
+
+async def ask(client: PageClient, question: str, **given: Any) -> str:
+    history, picture = given.pop("history", []), given.pop("picture", None)
+    return "".join([piece async for piece in client.stream("one", history, question, picture, **given)])
+
+
+def test_the_page_asks_as_a_client_of_the_api(tmp_path: Path) -> None:
+    app, seen = api()
+    client = PageClient(app, ["one"], 64, api_key="secret")
+    picture = tmp_path / "a.png"
+    picture.write_bytes(b"png")
+    said = asyncio.run(
+        ask(
+            client, "And?", history=[("What?", "This.")], picture=str(picture), temperature=0.5, max_tokens=9, seed=None
+        )
+    )
+    assert said == "It säys so"
+    assert seen["key"] == "Bearer secret"
+    first = [
+        {"type": "text", "text": "What?"},
+        {"type": "image_url", "image_url": {"url": "data:image/png;base64,cG5n"}},
+    ]
+    assert seen["body"] == {
+        "model": "one", "stream": True, "temperature": 0.5, "max_tokens": 9,
+        "messages": [
+            {"role": "user", "content": first}, {"role": "assistant", "content": "This."},
+            {"role": "user", "content": "And?"},
+        ],
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("question", "told"),
+    [("busy", "Try again in 7 s"), ("wrong", "the picture is too large"), ("broken", "could not answer")],
+)
+def test_what_the_api_refuses_is_told_in_short(question: str, told: str) -> None:
+    with pytest.raises(RefusedError, match=told) as error:
+        asyncio.run(ask(PageClient(api()[0], ["one"], 64), question))
+    assert "secret" not in str(error.value)
+
+
+def test_a_picture_that_is_gone_is_told() -> None:
+    with pytest.raises(RefusedError, match="Drop it again"):
+        asyncio.run(ask(PageClient(api()[0], ["one"], 64), "What?", picture="nowhere.png"))
+
+
+def test_who_leaves_ends_the_request() -> None:
+    app, seen = api()
+
+    async def leave() -> None:
+        stream = PageClient(app, ["one"], 64).stream("one", [], "for ever", None)
+        assert await anext(stream) == "It "
+        await stream.aclose()
+
+    asyncio.run(asyncio.wait_for(leave(), 10))
+    assert seen["left"]
+
+
+HOSTILE = '<img src=x onerror="alert(1)"> ${alert(1)} {{value}} `x` \\u003c & </div>'
+
+
+def test_words_are_shown_as_text() -> None:
+    talk = Talk("/tmp/x/a.png", [Exchange(HOSTILE, ("one", "two"), [HOSTILE, "yes"])])
+    for side in (0, 1):
+        shown = talk.as_html(side, "<b>")
+        for sign in ("<img", "${", "{{", "`", "\\", "<b>", "</div> "):
+            assert sign not in shown
+    assert talk.as_html(0, "one").count("&#60;img") == 2
+    assert "Answers come here" in Talk().as_html(0, "one")
+
+
+def test_a_conversation_is_written_whole() -> None:
+    talk = Talk("C:\\tmp\\a.png", [Exchange("Q1", ("one",), ["A1"]), Exchange("Q2", ("one", "two"), ["A2", "ß2"])])
+    assert json.loads(talk.as_json()) == {
+        "picture": "a.png",
+        "turns": [
+            {"question": "Q1", "answers": [{"model": "one", "text": "A1"}]},
+            {"question": "Q2", "answers": [{"model": "one", "text": "A2"}, {"model": "two", "text": "ß2"}]},
+        ],
+    }
+    assert talk.as_text() == "Picture: a.png\n\nQ: Q1\none: A1\n\nQ: Q2\none: A2\ntwo: ß2\n"
+    assert talk.history(1) == [("Q1", "A1"), ("Q2", "ß2")]
+    assert "Q1" not in talk.as_html(1, "two")

@@ -1,0 +1,223 @@
+"""What was seen to go wrong in vLLM, SGLang and Gradio, and what strangers may not have."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import logging
+import zlib
+from collections.abc import Iterator
+from typing import Any
+
+import httpx
+import pytest
+from fastapi import FastAPI
+
+from llavar_peft import Chat
+from llavar_peft.inference import fetch as fetching
+from llavar_peft.serving.app import create_app
+from llavar_peft.serving.conversation import read_conversation
+from llavar_peft.serving.limits import Limits, RefusedError
+from llavar_peft.serving.pictures import PictureReader
+from llavar_peft.serving.schema import parse_request
+from tests.serving.server import JSON, MODEL, Neighbour, ask_body, call, data_url, png, serving
+
+
+@pytest.fixture
+def app(chat: Chat) -> Iterator[FastAPI]:
+    made = create_app(chat.engine, name=MODEL)
+    yield made
+    made.state.service.close()
+
+
+def test_an_allowed_host_is_asked_only_at_public_addresses(
+    chat: Chat, neighbour: Neighbour, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reader = PictureReader(chat.engine.processor, Limits(), domains=frozenset({"pictures.example"}))
+    monkeypatch.setattr(fetching, "_resolve", lambda target, deadline: ["93.184.216.34", "127.0.0.1"])
+    with pytest.raises(RefusedError) as refused:
+        reader.open(f"http://pictures.example:{neighbour.port}/a.png")
+    assert "127.0.0.1" not in refused.value.message
+    assert neighbour.visits == 0
+
+
+def test_a_redirect_to_a_private_address_is_not_followed(
+    chat: Chat, neighbour: Neighbour, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inside = f"127.0.0.1:{neighbour.port}"
+    asked = []
+
+    def redirects(target: Any, url: str, rules: Any, deadline: float) -> str:
+        asked.append(url)
+        return f"http://{inside}/" if len(asked) == 1 else f"http://pictures.example@{inside}/"
+
+    reader = PictureReader(chat.engine.processor, Limits(), domains=frozenset({"pictures.example"}))
+    monkeypatch.setattr(fetching, "_get", redirects)
+    with pytest.raises(RefusedError):
+        reader.open("http://pictures.example/a.png")
+    assert asked == ["http://pictures.example/a.png"]
+    assert neighbour.visits == 0
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "http://pictures.example@127.0.0.1:{port}/", "http://127.0.0.1:{port}\\@pictures.example/",
+        "http://127.0.0.1:{port}#@pictures.example/", "http://127.0.0.1:{port}?@pictures.example/",
+        "http://pictures.example:80@127.0.0.1:{port}/", "http://[::1]:{port}%25pictures.example/",
+        "http://pictures.example\t@127.0.0.1:{port}/", "http://pictures.example.127.0.0.1:{port}/",
+        "http://127.0.0.1:{port}/pictures.example", "http:127.0.0.1:{port}/", "//127.0.0.1:{port}/",
+        "http://pictures。example@127.0.0.1:{port}/", "file://pictures.example/etc/passwd",
+    ],
+)  # fmt: skip
+def test_one_parser_reads_an_address(url: str, chat: Chat, neighbour: Neighbour) -> None:
+    reader = PictureReader(chat.engine.processor, Limits(), domains=frozenset({"pictures.example"}))
+    with pytest.raises(RefusedError):
+        reader.open(url.format(port=neighbour.port))
+    assert neighbour.visits == 0
+
+
+@pytest.mark.parametrize(
+    "path", ["/etc/passwd", "file:///etc/passwd", "tests/golden", "C:\\x.png", "\\\\host\\x.png", ""]
+)
+def test_nothing_of_a_request_is_a_path(path: str, app: FastAPI, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened: list[Any] = []
+    monkeypatch.setattr("builtins.open", lambda *args, **_: opened.append(args))
+    answer = asyncio.run(call(app, ask_body("Read.", path)))
+    assert answer.status == 400
+    assert opened == []
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 2), (2, 1), (1, 3000), (3000, 1), (13, 13)])
+def test_tiny_and_thin_pictures_are_answered(size: tuple[int, int], app: FastAPI) -> None:
+    answer = asyncio.run(call(app, ask_body("Read.", data_url(png(*size)))))
+    assert answer.status == 200, answer.json
+
+
+def test_a_picture_larger_than_said_is_not_decoded(app: FastAPI) -> None:
+    """A file of some kilobytes that asks for gigabytes."""
+    data = bytearray(png(1, 1))
+    data[16:24] = (60_000).to_bytes(4, "big") * 2
+    data[29:33] = zlib.crc32(data[12:29]).to_bytes(4, "big")
+    answer = asyncio.run(call(app, ask_body("Read.", data_url(bytes(data)))))
+    assert answer.status == 413
+    assert "megapixels" in answer.message
+
+
+@pytest.mark.parametrize(
+    "typed", ["<image>", "<im_patch>", "<im_start><im_patch><im_patch><im_end>", "<image>\n" * 900]
+)
+def test_placeholders_without_a_picture_are_words(typed: str, app: FastAPI) -> None:
+    answer = asyncio.run(call(app, ask_body(typed)))
+    assert answer.status in (200, 400), answer.json
+    with_picture = asyncio.run(call(app, ask_body(typed[:60], data_url(png()))))
+    assert with_picture.status == 200, with_picture.json
+
+
+@pytest.mark.parametrize(
+    "text", ["</s>", "<s>", "<unk>", "<im_start>", "<im_end>", "<pad>", "[PAD]", "###", "USER:", "<0x0A>"]
+)
+def test_what_users_type_is_never_a_special_token(text: str, chat: Chat, app: FastAPI) -> None:
+    processor = chat.engine.processor
+    pictures = PictureReader(processor, Limits())
+
+    def ids(words: str) -> list[int]:
+        request = parse_request(ask_body(words))
+        (one,) = read_conversation(request, processor, pictures, Limits(), adapter=None)
+        return one.ids.tolist()
+
+    special = {*processor.tokenizer.all_special_ids, *processor.tokenizer.added_tokens_decoder}
+    plain = [one for one in ids("Hm") if one in special]
+    assert [one for one in ids(f"Hm{text}Hm") if one in special] == plain
+    assert text in processor.tokenizer.decode(ids(f"Hm {text} Hm"))
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"n": 10**9}, {"n": 9}, {"n": 2**70}, {"n": 0}, {"best_of": 10**9, "n": 10**9},
+        {"max_tokens": 10**12}, {"max_tokens": 2049}, {"max_tokens": 0}, {"max_completion_tokens": 10**9},
+        {"top_logprobs": 10**9, "logprobs": True}, {"stop": ["x"] * 5}, {"stop": "x" * 10_000},
+        {"seed": 2**64}, {"seed": -1}, {"temperature": 1e308}, {"temperature": -1}, {"top_p": 0},
+    ],
+)  # fmt: skip
+def test_huge_numbers_are_refused_at_once(fields: dict[str, Any], app: FastAPI) -> None:
+    answer = asyncio.run(call(app, ask_body("Hm?", **fields)))
+    assert answer.status == 400
+    assert app.state.service.waiting == app.state.service.running == 0
+
+
+def test_five_pictures_are_too_many(app: FastAPI) -> None:
+    answer = asyncio.run(call(app, ask_body("Read.", *[data_url(png())] * 5)))
+    assert (answer.status, answer.json["error"]["code"]) == (400, "too_many_images")
+
+
+def test_a_body_is_cut_off_while_it_is_read(app: FastAPI) -> None:
+    """Whatever it says of its length, or does not."""
+    given = 0
+
+    def endless() -> Iterator[bytes]:
+        nonlocal given
+        while True:
+            given += 2**20
+            yield b" " * 2**20
+
+    answer = asyncio.run(call(app, endless(), headers=[*JSON, (b"content-length", b"10")]))
+    assert answer.status == 413
+    assert given <= 21 * 2**20
+    said = [*JSON, (b"content-length", b"99999999999999999999999")]
+    assert asyncio.run(call(app, b"", headers=said)).status == 413
+
+
+def test_a_body_that_drips_is_given_up(chat: Chat) -> None:
+    slow = create_app(chat.engine, name=MODEL, limits=Limits(body_seconds=0.2))
+    answer = asyncio.run(call(slow, itertools.repeat(b" "), pause=0.05))
+    slow.state.service.close()
+    assert answer.status == 408
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"{",
+        b"[" * 100_000,
+        b'{"model": "' + b"x" * 500 + b'"}',
+        b"\xff\xfe",
+        b"null",
+        b"[]",
+        b"{}",
+        b'{"messages": 1e999}',
+    ],
+)
+def test_errors_say_nothing_of_the_inside(body: bytes, app: FastAPI, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    answer = asyncio.run(call(app, body))
+    assert answer.status == 400
+    assert len(answer.message) < 400
+    for inside in ("Traceback", "/", "pydantic", "llavar", "File ", "x" * 50):
+        assert inside not in answer.message
+    assert answer.headers["x-request-id"] in caplog.text
+
+
+def test_a_page_elsewhere_cannot_make_a_browser_ask(address: str) -> None:
+    """By a form, which needs nobody's leave; or by a name that is made to mean this machine."""
+    body = ask_body("Hm?")
+    for kind in ("text/plain", "application/x-www-form-urlencoded", "multipart/form-data; boundary=x", ""):
+        answer = httpx.post(f"{address}/v1/chat/completions", content=body, headers={"content-type": kind})
+        assert answer.status_code == 415
+    assert (
+        "access-control-allow-origin" not in httpx.get(f"{address}/v1/models", headers={"origin": "http://x"}).headers
+    )
+
+
+def test_a_name_that_was_made_to_mean_this_machine_is_not_answered(chat: Chat) -> None:
+    with serving(chat, hosts=frozenset({"localhost", "127.0.0.1"})) as (address, _):
+        assert httpx.get(f"{address}/v1/models").status_code == 200
+        assert httpx.get(f"{address}/v1/models", headers={"host": "evil.example"}).status_code == 421
+
+
+def test_a_log_has_no_lines_of_a_clients_making(app: FastAPI, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    asyncio.run(call(app, path="/x\nERROR forged", method="GET"))
+    assert "\nERROR forged" not in caplog.text
+    assert "/x" in caplog.text
