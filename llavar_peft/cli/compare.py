@@ -7,13 +7,15 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from llavar_peft.cli._output import say, say_json
+from llavar_peft.cli._output import say, say_json, show_count
 from llavar_peft.cli._tables import interval, print_table
-from llavar_peft.cli.evaluate import AsJson
+from llavar_peft.cli.evaluate import AsJson, Images, Tower
 from llavar_peft.errors import ConfigError
 
 if TYPE_CHECKING:
+    from llavar_peft.evaluation.before_training import Outlook
     from llavar_peft.evaluation.compare import Comparison, Difference
+    from llavar_peft.evaluation.diagnostics import TooSmall
     from llavar_peft.evaluation.results import Results
 
 Metric = Annotated[
@@ -41,14 +43,51 @@ def compare(
 
 
 def diagnose(
-    results: Annotated[Path, typer.Argument(help="A results file of 'eval vqa'.", metavar="RESULTS")],
+    results: Annotated[
+        Path | None, typer.Argument(help="A results file of 'eval vqa'; or give --records.", metavar="[RESULTS]")
+    ] = None,
     metric: Metric = None,
     smallest: Annotated[
         float, typer.Option("--smallest", min=0.0, help="Pixels of the tower from which letters can be read.")
     ] = 7.0,
+    records: Annotated[
+        list[Path] | None, typer.Option("--records", help="Records instead, before a model is trained on them.")
+    ] = None,
+    model: Annotated[
+        Path | None, typer.Option("--model", help="With --records: the checkpoint whose processor counts tokens.")
+    ] = None,
+    vision_tower: Tower = None,
+    images: Images = None,
+    max_length: Annotated[int, typer.Option("--max-length", min=1, help="With --records: tokens per record.")] = 2048,
     as_json: AsJson = False,
 ) -> None:
-    """Show what a model reads and what not: by the letters' height, length, script, place and kind of text."""
+    """Show what a model reads and what not, by the letters' height, length, script, place and kind of text.
+
+    Of records: how many are cut at --max-length, and how many hold text too small to be read.
+    """
+    if (results is None) == (not records):
+        raise ConfigError.at("eval diagnose", "needs RESULTS, or --records", "give one of them")
+    if results is not None:
+        _diagnose_results(results, metric, smallest, as_json=as_json)
+        return
+    if model is None:
+        raise ConfigError.at("--records", "are counted in a model's tokens", "give the model as --model")
+    from llavar_peft.data.images import ImageRoots
+    from llavar_peft.data.records import open_records
+    from llavar_peft.evaluation.before_training import look_ahead
+    from llavar_peft.models.build import load_processor
+
+    processor = load_processor(str(model), vision_tower=vision_tower)
+    opened, roots = open_records([str(path) for path in records or ()]), ImageRoots(images) if images else None
+    with show_count("looking") as progress:
+        outlook = look_ahead(opened, processor, max_length, roots, smallest, progress)
+    if as_json:
+        say_json(outlook.as_dict())
+    else:
+        _show_outlook(outlook)
+
+
+def _diagnose_results(results: Path, metric: str | None, smallest: float, *, as_json: bool) -> None:
     from dataclasses import asdict
 
     from llavar_peft.evaluation.diagnostics import break_down, count_too_small
@@ -62,14 +101,36 @@ def diagnose(
         return
     rows = [(group.by, group.name, group.records, f"{group.value:.2f}", interval(group)) for group in groups]
     print_table(("by", "kind", "records", f"{protocol} %", "95 % interval"), rows, words=2)
+    _show_too_small(small, "data set")
+
+
+def _show_outlook(outlook: Outlook) -> None:
+    rows = [
+        (name, part.records, part.cut, _share(part.cut, part.records), part.lost, *part.percentiles.values())
+        for name, part in (("all", outlook.every), ("OCR", outlook.ocr))
+        if part.records
+    ]
+    shares = [f"{share} %" for share in outlook.every.percentiles]
+    print_table(("records", "looked at", "cut", "share", "nothing left", *(f"tokens, {one}" for one in shares)), rows)
+    say(f"cut: longer than {outlook.max_length} tokens; {outlook.every.records} of {outlook.total} records looked at")
+    if outlook.heights:
+        heights = ", ".join(f"{share} % up to {height:g}" for share, height in outlook.heights.items())
+        say(f"letters' height in pixels of the tower: {heights}")
+    _show_too_small(outlook.too_small, "file of records")
+
+
+def _show_too_small(small: TooSmall, source: str) -> None:
     if small.known:
-        share = 100 * small.records / small.known
         say(
-            f"too small to be read (below {smallest:g} px of the tower): {small.records} of {small.known} records "
-            f"whose letters' height is known, {share:.1f} %"
+            f"too small to be read (below {small.smallest:g} px of the tower): {small.records} of {small.known} "
+            f"records whose letters' height is known, {_share(small.records, small.known)}"
         )
     else:
-        say("the letters' height is not known: the data set gives neither text_height nor box, or no picture's size")
+        say(f"the letters' height is not known: the {source} gives neither text_height nor box, or no picture's size")
+
+
+def _share(part: int, whole: int) -> str:
+    return f"{100 * part / whole:.1f} %"
 
 
 def _scored_by(results: Results, metric: str | None) -> str:

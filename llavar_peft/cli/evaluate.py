@@ -169,9 +169,10 @@ def mme(
 def open_model(
     model: Path, adapter: Path | None, vision_tower: str | None, quantize: Quantization | None, setting: Setting
 ) -> tuple[Reader, Setting]:
-    """Opens a model, and completes the setting with what it is and how it prepares pictures."""
+    """Opens a model, and completes the setting with what it is, how it prepares pictures and what it draws from."""
     from dataclasses import replace
 
+    from llavar_peft.constants import TOP_K
     from llavar_peft.evaluation.identity import identify_model
     from llavar_peft.inference import load_reader
 
@@ -182,6 +183,7 @@ def open_model(
         model=f"{name} ({quantize})" if quantize else name,
         model_hash=identify_model(model, adapter),
         image_mode=setting.image_mode or reader.processor.inference_image_mode,
+        top_k=TOP_K if setting.temperature else None,
     )
 
 
@@ -229,7 +231,8 @@ def _show(results: Results, out: Path | None) -> None:
     ]
     print_table(("protocol", "%", "95 % interval", "records", "better"), rows)
     setting = results.figures[0].as_dict()
-    for key in ("model", "model_hash", "prompt", "image_mode", "temperature", "decoding"):
-        say(f"{key.replace('_', ' '):<12} {'not said' if setting[key] is None else setting[key]}")
+    for key in ("model", "model_hash", "prompt", "image_mode", "temperature", "top_k", "decoding"):
+        if key != "top_k" or setting["decoding"] == "sampled":
+            say(f"{key.replace('_', ' '):<12} {'not said' if setting[key] is None else setting[key]}")
     if out is not None:
         say(f"{'results':<12} {out}")

@@ -91,6 +91,7 @@ def _ask(reader: Reader, batch: Sequence[Question], roots: ImageRoots, setting: 
         max_new_tokens=int(setting.max_new_tokens or 0),
         image_mode=setting.image_mode,
         temperature=setting.temperature or 0.0,
+        top_k=setting.top_k or 0,
         # By place, so that the answers after an interruption are those of an uninterrupted run.
         seed=None if setting.seed is None else setting.seed + start,
     )
@@ -116,7 +117,7 @@ def _header(questions: Sequence[Question], setting: Setting) -> dict[str, Any]:
     for question in questions:
         asked.update(json.dumps([question.id, question.question, question.image]).encode())
     # Where the model lies does not matter, what it is does; nor does a batch where nothing is drawn.
-    leave_out = {"model"} if setting.temperature else {"model", "seed", "batch_size"}
+    leave_out = {"model"} if setting.temperature else {"model", "seed", "batch_size", "top_k"}
     how = {key: value for key, value in asdict(setting).items() if key not in leave_out}
     return {"setting": how, "questions": asked.hexdigest()[:16]}  # the keys are questions.LOG_HEADER
 

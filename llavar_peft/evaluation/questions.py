@@ -11,7 +11,7 @@ import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
-from typing import Any, Final
+from typing import Any, Final, TypedDict
 
 from llavar_peft.constants import IMAGE_PLACEHOLDER
 from llavar_peft.data.records import parse_record
@@ -195,9 +195,7 @@ def _parse(row: Mapping[str, Any], where: str, index: str) -> Question:
         image=_image(row, where),
         answer=None if truth_key == "answer" else _answer(row, where),
         fields=_fields(row),
-        text_height=_number(row, "text_height", where),
-        box=_box(row, where),
-        size=_size(row),
+        **read_measures(row, where),
     )
 
 
@@ -212,10 +210,32 @@ def _parse_record(row: Mapping[str, Any], where: str) -> Question:
         truths=(answered.text.strip(),),
         image=conversation.images[0] if conversation.images else None,
         fields=_fields(row),
-        text_height=_number(row, "text_height", where),
-        box=_box(row, where),
-        size=_size(row),
+        **read_measures(row, where),
     )
+
+
+class Measures(TypedDict):
+    """What a record says of its text's size; see ``Question``."""
+
+    text_height: float | None
+    box: tuple[float, float, float, float] | None
+    size: tuple[int, int] | None
+
+
+def read_measures(row: Mapping[str, Any], where: str) -> Measures:
+    """Takes from a record how large its text is.
+
+    Args:
+        row: The record.
+        where: Its name in messages.
+
+    Returns:
+        What it says, None for what it does not.
+
+    Raises:
+        DataError: A height that is no positive number, or a box without area.
+    """
+    return {"text_height": _number(row, "text_height", where), "box": _box(row, where), "size": _size(row)}
 
 
 def _first(row: Mapping[str, Any], keys: tuple[str, ...]) -> Any:

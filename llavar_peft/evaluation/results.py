@@ -10,7 +10,7 @@ from typing import Any, Final
 
 import numpy as np
 
-from llavar_peft.durable import write_json
+from llavar_peft.durable import write_text
 from llavar_peft.errors import DataError
 from llavar_peft.evaluation.metrics import LOWER_IS_BETTER, PROTOCOLS, Protocol, Score, applies, score
 from llavar_peft.evaluation.questions import Question
@@ -30,6 +30,7 @@ class Setting:
         prompt: What was asked, ``{question}`` standing for the question.
         image_mode: How pictures were prepared.
         temperature: 0 is greedy.
+        top_k: Tokens that were sampled from at most, the likeliest ones; 0 for all.
         max_new_tokens: Tokens at most per answer.
         seed: Of the sampling.
         batch_size: Questions asked at once, on which sampled answers depend.
@@ -40,6 +41,7 @@ class Setting:
     prompt: str | None = None
     image_mode: ImageMode | None = None
     temperature: float | None = None
+    top_k: int | None = None
     max_new_tokens: int | None = None
     seed: int | None = None
     batch_size: int | None = None
@@ -204,7 +206,10 @@ def rate(records: Sequence[Answered], protocol: str) -> tuple[float, float, floa
 
 def write_results(results: Results, path: Path) -> None:
     """Writes a results file, whole or not at all."""
-    write_json(path, results.as_dict())
+    text = json.dumps(results.as_dict(), indent=2, ensure_ascii=False)
+    if any("\ud800" <= letter <= "\udfff" for letter in text):  # half a character, which only an escape can spell
+        text = json.dumps(results.as_dict(), indent=2)
+    write_text(path, text + "\n")
 
 
 def read_results(path: str | Path) -> Results:

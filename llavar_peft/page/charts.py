@@ -191,14 +191,19 @@ def loss_chart(steps: Sequence[Point], held_out: Sequence[Point], last_step: int
     return Chart(chart.title, chart.summary, chart.marks, chart.x_ticks, chart.y_ticks, ", ".join(notes))
 
 
-def rate_chart(rates: Sequence[Point], last_step: int) -> Chart | None:
-    """Returns the learning rate over the steps, from 0."""
-    points = _finite(rates)
+def plain_chart(title: str, values: Sequence[Point], last_step: int, *, window: int = 1) -> Chart | None:
+    """Returns one quantity over the steps, on an axis from 0; with a window each step faint under its running mean."""
+    points = _finite(values)
     if not points:
         return None
-    top = max(y for _, y in points) or 1.0
+    series, top = [Series("main", title.lower(), points)], max(y for _, y in points)
+    if 3 <= window < len(points):
+        smooth = running_mean(points, window)
+        series = [Series("faint", "each step", points), Series("main", f"mean of {window} steps", smooth)]
+        top = 1.15 * max(y for _, y in smooth)  # a few steps out of all proportion must not flatten the others
+    top = top or 1.0
     axis = _Axis(-0.04 * top, 1.08 * top)
-    return _assemble("Learning rate", [Series("main", "rate", points)], last_step, axis, _y_ticks(axis, 2))
+    return _assemble(title, series, last_step, axis, _y_ticks(axis, 2))
 
 
 def accuracy_chart(series: Sequence[Series], last_step: int) -> Chart | None:

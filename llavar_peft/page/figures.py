@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
-from llavar_peft.page.charts import Chart, Point, Series, accuracy_chart, loss_chart, rate_chart
+from llavar_peft.page.charts import Chart, Point, Series, accuracy_chart, loss_chart, plain_chart
 from llavar_peft.page.gallery import shown
 from llavar_peft.page.looks import Moment, wilson
 from llavar_peft.page.records import Look, StageLog, StepLine
@@ -37,6 +37,8 @@ class StageView:
     loss: Chart | None
     accuracy: Chart | None
     rate: Chart | None
+    speed: Chart | None
+    memory: Chart | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,6 +141,7 @@ def describe_stage(stage: StageLog) -> StageView:
         Series("chars", "characters", _shares(looks, lambda look: look.character_accuracy), dots=True),
         Series("blank", "blanked picture", _shares(looks, lambda look: look.blank_exact_match), dots=True),
     ]
+    window = min(51, len(stage.steps) // 10) | 1
     rates = [(float(step.step), step.learning_rate) for step in stage.steps if step.learning_rate is not None]
     return StageView(
         name=stage.name,
@@ -146,8 +149,18 @@ def describe_stage(stage: StageLog) -> StageView:
         facts=tuple(_stage_facts(stage)),
         loss=loss_chart([(float(step.step), step.loss) for step in stage.steps], held, last),
         accuracy=accuracy_chart(series, last),
-        rate=rate_chart(rates, last),
+        rate=plain_chart("Learning rate", rates, last),
+        speed=plain_chart("Useful tokens per second", _speeds(stage.steps), last, window=window),
+        memory=plain_chart("Peak memory, MB", _peaks(stage.steps), last),
     )
+
+
+def _speeds(steps: Sequence[StepLine]) -> list[Point]:
+    return [(float(step.step), step.tokens / step.seconds) for step in steps if step.tokens and step.seconds]
+
+
+def _peaks(steps: Sequence[StepLine]) -> list[Point]:
+    return [(float(step.step), step.peak_memory_mb) for step in steps if step.peak_memory_mb is not None]
 
 
 def _shares(looks: Sequence[Look], share: Callable[[Look], float | None]) -> list[Point]:

@@ -134,14 +134,18 @@ def _asked(seen: Sequence[tuple[Moment, Sample]]) -> Asked:
 
 
 def _answer(moment: Moment, sample: Sample) -> Answer:
-    return Answer(moment.short, tuple(_compare(sample)), sample.correct)
+    return make_answer(moment.short, sample.answer, sample.truth, correct=sample.correct)
 
 
-def _compare(sample: Sample) -> Iterator[tuple[str, bool]]:
+def make_answer(label: str, answer: str, truth: str, *, correct: bool) -> Answer:
+    """Returns an answer whose parts that differ from the truth are marked, where it is wrong and close to it."""
+    return Answer(label, tuple(_compare(shown(answer), shown(truth), correct=correct)), correct)
+
+
+def _compare(answer: str, truth: str, *, correct: bool) -> Iterator[tuple[str, bool]]:
     """Yields the answer in parts, those that differ from the truth marked; an empty marked part is an omission."""
-    truth, answer = shown(sample.truth), shown(sample.answer)
     matcher = SequenceMatcher(None, truth, answer, autojunk=False)
-    comparable = not sample.correct and max(len(truth), len(answer)) <= _LONGEST_COMPARED
+    comparable = not correct and max(len(truth), len(answer)) <= _LONGEST_COMPARED
     if not comparable or not answer or matcher.ratio() < _ALIKE:
         yield answer, False
         return

@@ -8,10 +8,8 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
-from llavar_peft.durable import write_text
 from llavar_peft.page.pictures import Picture, embed_picture
+from llavar_peft.page.templates import put_page, render
 
 MOST_KEPT = 24
 MOST_DROPPED = 4
@@ -41,15 +39,9 @@ def write_ocr_page(records: Path) -> Path:
     report = json.loads(records.with_suffix(".report.json").read_text("utf-8"))
     rows = json.loads(records.read_text("utf-8"))
     folder = Path(report["folder"])
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent, encoding="utf-8"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
     dropped = sorted(report["drops"], key=lambda drop: (drop["reason"], drop["path"]))
-    page = environment.get_template("ocr.html.j2").render(
+    page = render(
+        "ocr.html.j2",
         report=report,
         kept=[_kept(folder, row) for row in _spread(rows, MOST_KEPT)],
         dropped=[
@@ -57,9 +49,7 @@ def write_ocr_page(records: Path) -> Path:
             for reason, group in groupby(dropped, key=lambda drop: drop["reason"])
         ],
     )
-    path = records.with_suffix(".report.html")
-    write_text(path, page)
-    return path
+    return put_page(records.with_suffix(".report.html"), page)
 
 
 def _spread(rows: list[Any], most: int) -> list[Any]:

@@ -2,29 +2,24 @@
 
 from __future__ import annotations
 
-import os
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
-from llavar_peft.errors import EnvironmentFaultError
 from llavar_peft.page.figures import (
     describe_stage,
     drop_rows,
     headline,
     look_rows,
     on_other_records,
-    percent,
     run_figures,
 )
 from llavar_peft.page.gallery import MOST_CARDS, Gallery, make_gallery
 from llavar_peft.page.looks import Moment, moments
 from llavar_peft.page.records import RunLog, read_run
+from llavar_peft.page.templates import MOST_BYTES, put_page, render
 
 PAGE_NAME = "index.html"
-MOST_BYTES = 3_000_000
 _LONGEST_RECIPE = 40_000
 
 
@@ -58,47 +53,46 @@ def write_run_page(
     most = MOST_CARDS
     while True:
         gallery = make_gallery(looks, most)
-        page = _render(run, looks, gallery, title or run_dir.resolve().name, extra, notes, model_dir)
+        page = render(
+            "run.html.j2",
+            title=title or run_dir.resolve().name,
+            facts=tuple(extra),
+            **{**run_values(run, looks, gallery, model_dir), "notes": [*notes, *run.remarks]},
+        )
         if len(page) <= MOST_BYTES or not gallery.cards:
             break
         most = len(gallery.cards) // 2
-    return _replace(run_dir / PAGE_NAME, page)
+    return put_page(run_dir / PAGE_NAME, page)
 
 
-def _render(
-    run: RunLog,
-    looks: Sequence[Moment],
-    gallery: Gallery,
-    title: str,
-    extra: Sequence[tuple[str, str]],
-    notes: Sequence[str],
-    model_dir: str | None,
-) -> bytes:
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent, encoding="utf-8"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters["percent"] = percent
-    text = environment.get_template("run.html.j2").render(
-        title=title,
-        headline=headline(looks),
-        figures=run_figures(run.stages),
-        other_records=on_other_records(looks),
-        looks=look_rows(looks),
-        stages=[describe_stage(stage) for stage in run.stages],
-        gallery=gallery,
-        dropped=drop_rows(run.stages),
-        recipe=run.recipe[:_LONGEST_RECIPE],
-        recipe_cut=len(run.recipe) > _LONGEST_RECIPE,
-        versions=run.versions,
-        facts=tuple(extra),
-        notes=[*notes, *run.remarks],
-        command=_ask_command(model_dir, gallery),
-    )
-    return text.encode("utf-8", errors="replace")
+def run_values(
+    run: RunLog, looks: Sequence[Moment], gallery: Gallery, model_dir: str | None = None
+) -> dict[str, object]:
+    """Gathers what the templates of a run's sections show.
+
+    Args:
+        run: What it wrote.
+        looks: Its looks.
+        gallery: Pictures of them.
+        model_dir: The model's folder as ``llavar-peft ask`` should be given it.
+
+    Returns:
+        Values by their names in ``run_stages.html.j2`` and ``run_rest.html.j2``, and the headline's.
+    """
+    return {
+        "headline": headline(looks),
+        "figures": run_figures(run.stages),
+        "other_records": on_other_records(looks),
+        "looks": look_rows(looks),
+        "stages": [describe_stage(stage) for stage in run.stages],
+        "gallery": gallery,
+        "dropped": drop_rows(run.stages),
+        "recipe": run.recipe[:_LONGEST_RECIPE],
+        "recipe_cut": len(run.recipe) > _LONGEST_RECIPE,
+        "versions": run.versions,
+        "notes": list(run.remarks),
+        "command": _ask_command(model_dir, gallery),
+    }
 
 
 def _ask_command(model_dir: str | None, gallery: Gallery) -> str:
@@ -107,20 +101,3 @@ def _ask_command(model_dir: str | None, gallery: Gallery) -> str:
     question = next((one for one in questions if one.isprintable() and len(one) <= 80), "What is written here?")
     quoted = shlex.quote(question) if set(question) & set('"$`\\!') else f'"{question}"'
     return f"llavar-peft ask --model {shlex.quote(model_dir) if model_dir else 'DIR'} --image FILE {quoted}"
-
-
-def _replace(path: Path, page: bytes) -> Path:
-    """Writes beside the old page, then puts the new one in its place, so that no reader meets half a page."""
-    aside = path.with_name(f".{path.name}.{os.getpid()}.new")
-    try:
-        with aside.open("wb") as file:
-            file.write(page)
-            file.flush()
-            os.fsync(file.fileno())
-        aside.replace(path)
-    except OSError as error:
-        aside.unlink(missing_ok=True)
-        raise EnvironmentFaultError.at(
-            str(path), f"the page cannot be written ({error.strerror})", "free space there, or allow writing"
-        ) from error
-    return path

@@ -5,12 +5,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llavar_peft.errors import DataError
-from llavar_peft.evaluation.metrics import LOWER_IS_BETTER, PROTOCOLS, Protocol, score
+from llavar_peft.evaluation.metrics import LOWER_IS_BETTER, PROTOCOLS, Protocol, Score, score
 from llavar_peft.evaluation.normalisation import normalise
+from llavar_peft.evaluation.questions import Question
+from llavar_peft.evaluation.results import Setting, score_answers
 from llavar_peft.evaluation.statistics import difference_interval, ratio_intervals, sign_test, sum_by_name
 
 texts = st.one_of(
@@ -127,6 +129,52 @@ def test_a_truth_of_letters_is_found_by_the_paper_s_protocol(words: list[str]) -
     truth = " ".join(words)
     assert score("multimodalocr", truth, [truth]).value == 1
     assert score("multimodalocr", f"It says: {truth}, I think", [truth]).value == 1
+
+
+words_of_letters = st.lists(st.text("bcdÀß中59", min_size=1, max_size=5), min_size=1, max_size=4).map(" ".join)
+
+
+@given(truth=words_of_letters, blank=st.sampled_from(["", " ", "\n\t"]))
+def test_an_empty_answer_gets_nothing(truth: str, blank: str) -> None:
+    for protocol in PROTOCOLS:
+        value = score(protocol, blank, [truth] * 10).value
+        assert value == (1 if protocol in LOWER_IS_BETTER else 0), protocol
+
+
+@given(truth=words_of_letters, before=st.text('.!?()[]"*~', max_size=3), after=st.text('.!?()[]"*~', max_size=3))
+def test_signs_at_the_ends_of_an_answer(truth: str, before: str, after: str) -> None:
+    """They are nothing to protocols that look for words, and errors to those that count letters."""
+    said, signs = f"{before}{truth}{after}", len(before) + len(after)
+    for protocol in ("multimodalocr", "substring"):
+        assert score(protocol, said, [truth]).value == 1, protocol
+    assert score("exact", said, [truth]).value == (signs == 0)
+    assert score("cer", said, [truth]) == Score(signs, len(truth))
+    assert score("wer", said, [truth]).points == bool(before) + bool(after) - (
+        bool(before) and bool(after) and " " not in truth
+    )
+    distance = signs / len(said)
+    assert score("anls", said, [truth]).value == pytest.approx(1 - distance if distance < 0.5 else 0)
+
+
+@given(truth=words_of_letters, sign=st.sampled_from("$€£#%"))
+def test_signs_at_the_ends_of_a_truth(truth: str, sign: str) -> None:
+    """The paper's protocol asks for a word's border beside them, which a space or an end is not."""
+    for marked in (f"{sign}{truth}", f"{truth}{sign}"):
+        assert score("substring", f"it is {marked} in all", [marked]).value == 1
+        assert score("exact", marked, [marked]).value == 1
+        hidden = normalise(marked) != normalise(truth)
+        assert score("multimodalocr", f"it is {marked} in all", [marked]).value == (not hidden)
+
+
+@given(rows=st.lists(st.tuples(texts, texts), min_size=1, max_size=8), order=st.randoms(use_true_random=False))
+@settings(max_examples=8)  # each takes a bootstrap
+def test_the_order_of_records_does_not_matter(rows: list[tuple[str, str]], order) -> None:
+    questions = [Question(str(n), "Q?", (truth,), answer=said) for n, (said, truth) in enumerate(rows)]
+    figures = score_answers(questions, "d", Setting()).figures
+    order.shuffle(questions)
+    for one, other in zip(figures, score_answers(questions, "d", Setting()).figures, strict=True):
+        assert (one.protocol, one.records) == (other.protocol, other.records)
+        assert one.value == pytest.approx(other.value)
 
 
 @given(text=texts)

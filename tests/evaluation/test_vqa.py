@@ -45,6 +45,7 @@ def test_every_figure_says_how_it_was_taken(done: Path, checkpoint: Path) -> Non
         assert figure["records"] == 5
         assert figure["prompt"] == "{question}"
         assert (figure["image_mode"], figure["temperature"], figure["decoding"]) == ("pad_black", 0.9, "sampled")
+        assert figure["top_k"] == 50  # the original's, by its library's default
         assert figure["model_hash"] == identify_model(checkpoint)
     record = content["records"][0]
     assert record["fields"] == {"kind": "sign"}
@@ -109,6 +110,7 @@ def test_greedy_is_reported_as_such(
     )
     (figure, *_) = json.loads(capsys.readouterr().out)["figures"]
     assert (figure["decoding"], figure["temperature"], figure["records"]) == ("greedy", 0.0, 2)
+    assert figure["top_k"] is None
     assert figure["prompt"] == "{question} In a word."
     assert ask(checkpoint, pictures, tmp_path / "other.json", "--greedy", "--temperature", "0.5") == 2
     assert ask(checkpoint, pictures, tmp_path / "other.json", "--prompt", "Read.") == 2
@@ -220,3 +222,24 @@ def test_diagnose(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert told["too_small"] == {"records": 2, "known": 4, "smallest": 7.0}
     assert cli.main(["eval", "diagnose", str(results), "--smallest", "5.5"]) == 0
     assert "1 of 4 records whose letters' height is known, 25.0 %" in capsys.readouterr().out
+
+
+def test_drawn_questions_are_told_apart_without_a_hand(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """``synth``, ``eval vqa``, ``eval diagnose``, ``report``: heights and places come along, of photographs too."""
+    drawn, out = tmp_path / "drawn", tmp_path / "results.json"
+    assert cli.main(["synth", "--out", str(drawn), "--n", "8", "--task", "question", "--distort", "light"]) == 0
+    asked = ["--dataset", str(drawn / "records.json"), "--images", str(drawn / "images"), "--model", str(checkpoint)]
+    assert cli.main(["eval", "vqa", *asked, "--greedy", "--max-new-tokens", "4", "--out", str(out)]) == 0
+    records = read_results(out).records
+    assert all(record.letter_height and record.position for record in records)
+    capsys.readouterr()
+    assert cli.main(["eval", "diagnose", str(out), "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert {"letter height", "position", "kind"} <= {group["by"] for group in told["groups"]}
+    assert told["too_small"]["known"] == 8
+    page = tmp_path / "page.html"
+    shown = ["report", "--results", str(out), "--images", str(drawn / "images"), "--out", str(page)]
+    assert cli.main(shown) == 0
+    assert page.read_text(encoding="utf-8").count("<img") == 8

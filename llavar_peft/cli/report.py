@@ -1,0 +1,50 @@
+"""``llavar-peft report``: what a run learnt, what it scores and what it reads, on one page."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from llavar_peft.cli._output import say
+
+
+def report(
+    run: Annotated[
+        Path | None, typer.Argument(help="A run's folder; results in it (*.results.json) are found.", metavar="[RUN]")
+    ] = None,
+    results: Annotated[
+        list[Path] | None, typer.Option("--results", help="A results file of 'eval vqa' or 'mme'; several are fine.")
+    ] = None,
+    before: Annotated[
+        list[Path] | None,
+        typer.Option("--before", help="What to compare with: results of the same questions, or another run's folder."),
+    ] = None,
+    images: Annotated[
+        list[Path] | None,
+        typer.Option("--images", help="A folder of the results' pictures; default: those of the run's recipe."),
+    ] = None,
+    metric: Annotated[
+        str | None, typer.Option("--metric", help="The protocol that tells best from worst; default: the first.")
+    ] = None,
+    pictures: Annotated[
+        int, typer.Option("--pictures", min=0, help="In each row; fewer where the page would be more than 3 MB.")
+    ] = 6,
+    title: Annotated[str | None, typer.Option("--title", help="Of the page; default: the run's name.")] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", help="The page; default: report.html in the run's folder.")
+    ] = None,
+) -> None:
+    """Write a run's report: one HTML file that needs nothing else, for runs, for results, or for both."""
+    from llavar_peft.evaluation.report import ReportSettings, write_report
+
+    settings = ReportSettings(
+        results=results or (),
+        before=before or (),
+        images=images or (),
+        metric=metric,
+        pictures=pictures,
+        title=title,
+    )
+    say(str(write_report(run, out, settings)))

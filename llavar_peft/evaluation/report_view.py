@@ -1,0 +1,161 @@
+"""Results as a report shows them: tables, bars by kind of text, and what changed."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Final
+
+from llavar_peft.evaluation.compare import Comparison, compare_results
+from llavar_peft.evaluation.diagnostics import Group, break_down, count_too_small
+from llavar_peft.evaluation.report_cards import Pictures, changed_cards, extreme_cards
+from llavar_peft.evaluation.results import Figure, Results
+from llavar_peft.page.report import Bar, Bars, Cards, DatasetView, FigureRow
+
+PAPER: Final[Mapping[str, Mapping[str, float]]] = {
+    "stvqa": {"multimodalocr": 39.2},
+    "ocrvqa": {"multimodalocr": 23.8},
+    "textvqa": {"multimodalocr": 48.5},
+    "docvqa": {"multimodalocr": 11.6},
+}
+"""LLaVAR's figures by data set, in small letters without signs, and protocol. Source: arXiv 2306.17107, Table 2."""
+PAPER_MME: Final = {"mme score": 80.0}
+"""Accuracy and accuracy+, of 200, which LLaVAR's released answers come to on MME's OCR pictures."""
+_SETTINGS: Final = (
+    "model", "model_hash", "prompt", "image_mode", "decoding", "temperature", "top_k", "max_new_tokens", "seed",
+)  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Labelled:
+    """Results with what to call them in a column, and their file's name."""
+
+    label: str
+    name: str
+    results: Results
+
+
+def view_dataset(chain: Sequence[Labelled], protocol: str, pictures: Pictures, shown: int) -> DatasetView:
+    """Says what was found on one data set.
+
+    Args:
+        chain: Results on the same questions, in order: before, after stage 1, after stage 2.
+        protocol: Which tells best from worst, and what changed.
+        pictures: Where pictures are.
+        shown: How many of them in each row.
+
+    Returns:
+        The tables and pictures.
+
+    Raises:
+        DataError: The results contradict each other.
+    """
+    latest = chain[-1].results
+    steps = list(pairwise(chain))
+    comparisons = [compare_results(one.results, other.results, protocol) for one, other in steps]
+    sections: list[Cards] = []
+    answers = [(one.label, one.results) for one in chain]
+    if comparisons:
+        sections += changed_cards(answers, protocol, comparisons[-1], pictures, shown)
+    sections += extreme_cards(answers, protocol, pictures, shown)
+    return DatasetView(
+        name=Path(latest.dataset).stem,
+        records=len(latest.records),
+        settings=tuple((one.label, _facts(one.results)) for one in chain),
+        rows=tuple(_rows(chain)),
+        protocol=protocol,
+        changed=" ".join(
+            _told(one.label, other.label, comparison)
+            for (one, other), comparison in zip(steps, comparisons, strict=True)
+        ),
+        bars=tuple(_bars(break_down(latest, protocol))),
+        too_small=_too_small(latest),
+        sections=tuple(section for section in sections if section.cards),
+    )
+
+
+def bar_share(percent: float) -> float:
+    """How long a bar is, 0 to 1: error rates may be above 100 %."""
+    return min(max(percent / 100, 0.0), 1.0)
+
+
+def _facts(results: Results) -> tuple[tuple[str, str], ...]:
+    said = results.figures[0].as_dict()
+    facts = [(key.replace("_", " "), str(said[key])) for key in _SETTINGS if said[key] is not None]
+    return (("data set", results.dataset), *facts)
+
+
+def _rows(chain: Sequence[Labelled]) -> list[FigureRow]:
+    by_result = [{figure.protocol: figure for figure in one.results.figures} for one in chain]
+    paper = _paper(chain[-1].results)
+    rows = []
+    for protocol, figure in by_result[-1].items():
+        cells = tuple(_cell(one.label, figures.get(protocol)) for one, figures in zip(chain, by_result, strict=True))
+        rows.append(
+            FigureRow(
+                protocol,
+                figure.lower_is_better,
+                cells,
+                _difference(chain, protocol),
+                f"{paper[protocol]:.1f}" if protocol in paper else "",
+            )
+        )
+    return rows
+
+
+def _cell(label: str, figure: Figure | None) -> tuple[str, str | None, str]:
+    if figure is None:
+        return label, None, ""
+    return label, f"{figure.value:.1f}", f"{figure.low:.1f} to {figure.high:.1f}"
+
+
+def _difference(chain: Sequence[Labelled], protocol: str) -> str:
+    """The last result's to the one before it; of figures that are no sums over records there is none."""
+    pair = [one.results for one in chain[-2:]]
+    if len(pair) < 2 or any(protocol not in record.scores for results in pair for record in results.records[:1]):
+        return ""
+    whole = compare_results(pair[0], pair[1], protocol).whole
+    return f"{whole.difference:+.1f} ({whole.low:+.1f} to {whole.high:+.1f}), p {whole.p_value:.2g}"
+
+
+def _paper(results: Results) -> Mapping[str, float]:
+    """The paper's figures on the data set, as its file is called: ``TextVQA_0.5.1_val.json``."""
+    name = re.sub("[^a-z]", "", Path(results.dataset).stem.lower())
+    of_dataset = next((figures for known, figures in PAPER.items() if name.startswith(known)), {})
+    return {**of_dataset, **PAPER_MME}
+
+
+def _told(before: str, after: str, comparison: Comparison) -> str:
+    whole = comparison.whole
+    others = f"; {comparison.unpaired} more are in one of them only" if comparison.unpaired else ""
+    return (
+        f"From {before!r} to {after!r}: {whole.gained:,} of {whole.records:,} answers became better, {whole.lost:,} "
+        f"became worse{others}."
+    )
+
+
+def _bars(groups: Sequence[Group]) -> list[Bars]:
+    by: dict[str, list[Bar]] = {}
+    for group in groups:
+        bar = Bar(
+            group.name,
+            group.records,
+            f"{group.value:.1f}",
+            f"{group.low:.1f} to {group.high:.1f}",
+            bar_share(group.value),
+        )
+        by.setdefault(group.by, []).append(bar)
+    return [Bars(name.replace("_", " "), tuple(bars)) for name, bars in by.items()]
+
+
+def _too_small(results: Results) -> str:
+    small = count_too_small(results.records)
+    if not small.known:
+        return "The letters’ height is not known: the data set gives neither text_height nor box."
+    return (
+        f"Too small to be read, below {small.smallest:g} pixels of the tower: {small.records:,} of the {small.known:,} "
+        f"records whose letters’ height is known, {100 * small.records / small.known:.1f} %."
+    )

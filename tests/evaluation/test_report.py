@@ -1,0 +1,220 @@
+"""The report: of a run, of results, of both; safe whatever a model or a file says, and never beyond its size."""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from llavar_peft import cli
+from llavar_peft.errors import ConfigError, DataError
+from llavar_peft.evaluation.questions import read_predictions
+from llavar_peft.evaluation.report import ReportSettings, write_report
+from llavar_peft.evaluation.results import Setting, score_answers, write_results
+from llavar_peft.page.templates import MOST_BYTES
+
+XSS = "</dd><script>alert('x')</script><img src=x onerror=\"alert(1)\">&'{{ 7 * 7 }}"
+
+
+class Page(HTMLParser):
+    """A page's tags with their attributes, and its words."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(convert_charrefs=True)
+        self.source = path.read_text(encoding="utf-8")
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self._words: list[str] = []
+        self._style = False
+        self.feed(self.source)
+        self.text = " ".join(" ".join(self._words).split())
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        self._style = tag == "style"
+
+    def handle_data(self, data: str) -> None:
+        if not self._style:
+            self._words.append(data)
+
+    def handle_endtag(self, tag: str) -> None:
+        self._style = False
+
+    def count(self, tag: str) -> int:
+        return sum(name == tag for name, _ in self.tags)
+
+
+def results(path: Path, said: dict[str, str], model: Path | None = None, **more: Any) -> Path:
+    """Results of a few questions, answered as ``said``, else right."""
+    rows = [
+        {"question_id": key, "question": f"What is {key}?", "answers": [f"TRUTH {key}"], "image": f"{key}.png",
+         "prediction": said.get(key, f"TRUTH {key}"), "text_height": 10 + 5 * number, "image_width": 336,
+         "image_height": 336, **more}
+        for number, key in enumerate("abcd")
+    ]  # fmt: skip
+    source = path.with_name("STVQA.json")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    source.write_text(json.dumps(rows), encoding="utf-8")
+    questions = read_predictions(source)
+    measures = {one.id: (one.text_height, None) for one in questions}
+    setting = Setting(model=None if model is None else str(model), temperature=0.0)
+    write_results(score_answers(questions, str(source), setting, (), measures), path)
+    return path
+
+
+@pytest.fixture
+def images(tmp_path: Path) -> Path:
+    folder = tmp_path / "images"
+    folder.mkdir()
+    for number, key in enumerate("abcd"):
+        Image.new("RGB", (60, 40), (60 * number, 90, 120)).save(folder / f"{key}.png")
+    return folder
+
+
+@pytest.fixture
+def run(tmp_path: Path, images: Path) -> Path:
+    """Two stages of 30 steps, with results after each."""
+    folder = tmp_path / "run"
+    for stage in ("one", "two"):
+        (folder / stage).mkdir(parents=True)
+        steps = [
+            {"step": n, "loss": 3 / n, "tokens": 1000, "seconds": 0.5, "learning_rate": 1e-3, "peak_memory_mb": 100 + n}
+            for n in range(1, 31)
+        ]
+        (folder / stage / "metrics.jsonl").write_text("".join(json.dumps(step) + "\n" for step in steps))
+    (folder / "stages.json").write_text('["one", "two"]')
+    (folder / "recipe.yaml").write_text(f"stages: [{{data: {{images: {images}}}}}]\n")
+    # By their names the second would come first.
+    results(folder / "z.results.json", {"a": "wrong", "b": "TRUTH x"}, folder / "one/model")
+    results(folder / "a.results.json", {"b": "TRUTH x", "c": "TRUTH"}, folder / "model")
+    return folder
+
+
+def test_a_run_with_what_each_stage_changed(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["report", str(run), "--metric", "exact"]) == 0
+    assert capsys.readouterr().out.strip() == str(run / "report.html")
+    page = Page(run / "report.html")
+    for words in (
+        "STVQA 50.0 %",
+        "Protocol after one after two Difference Published",
+        "exact 50.0 0.0 to 100.0 50.0 0.0 to 100.0 +0.0",
+        "39.2",  # the paper's, on a data set of this name
+        "From 'after one' to 'after two': 1 of 4 answers became better, 1 became worse.",
+        "By letter height",
+        "Useful tokens per second 2,000",
+        "Peak memory, MB",
+        "Learning rate",
+    ):
+        assert words in page.text, words
+    better, worse, best, _ = re.split("Became better|Became worse|>Best|>Worst", page.source)[1:]
+    assert ["What is a?" in part for part in (better, worse)] == [True, False]
+    assert ["What is c?" in part for part in (better, worse)] == [False, True]
+    assert "TRUTH<mark> c</mark>" not in worse  # what is left out is a bar
+    assert "TRUTH<mark></mark>" in worse
+    assert best.index("What is a?") < best.index("What is d?")  # both right: the smaller letters first
+    assert page.count("img") == 6  # of the folder that the recipe names
+    first = (run / "report.html").read_bytes()
+    write_report(run, settings=ReportSettings(metric="exact"))
+    assert (run / "report.html").read_bytes() == first
+
+
+def test_results_without_a_run_beside_another_run_s(run: Path, tmp_path: Path) -> None:
+    mine, out = results(tmp_path / "mine.json", {"a": "wrong"}), tmp_path / "page.html"
+    settings = ReportSettings(results=[mine], before=[run], metric="exact", title="Mine")
+    page = Page(write_report(None, out, settings))
+    # Of the other run's two, the later.
+    assert "Protocol before: a mine Difference" in page.text
+    assert "exact 50.0 0.0 to 100.0 75.0" in page.text
+    assert "2 of 4 answers became better, 1 became worse" in page.text
+    assert "give its folder by --images" in page.text
+    assert "Loss" not in page.text
+
+
+def test_a_run_without_results_and_one_that_just_began(run: Path, tmp_path: Path) -> None:
+    for path in run.glob("*.results.json"):
+        path.unlink()
+    page = Page(write_report(run))
+    assert "No results of an evaluation were found" in page.text
+    assert "Useful tokens per second" in page.text
+    (tmp_path / "new").mkdir()
+    assert "Nothing has been written" in Page(write_report(tmp_path / "new")).text
+
+
+def test_other_questions_have_tables_of_their_own(run: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other.json"
+    other.write_text(json.dumps([{"question": "Else?", "answers": ["A"], "answer": "A", "prediction": "A"}]))
+    assert cli.main(["eval", "vqa", "--predictions", str(other), "--out", str(tmp_path / "o.json")]) == 0
+    page = Page(write_report(run, settings=ReportSettings(results=[tmp_path / "o.json"], before=[run])))
+    assert "other 1 records" in page.text
+    assert "Protocol before: a after one after two" in page.text
+
+
+def test_hostile_text_stays_text(tmp_path: Path, images: Path) -> None:
+    folder = tmp_path / "<b>run"
+    evil = {"id": XSS, "image": None, "question": XSS, "truth": XSS, "answer": XSS, "correct": False}
+    look = {"step": 1, "when": "end", "exact_match": 0.0, "count": 1, "samples": [evil]}
+    (folder / "s<i>").mkdir(parents=True)
+    (folder / "s<i>/probe.jsonl").write_text(json.dumps(look))
+    (folder / "s<i>/metrics.jsonl").write_text(json.dumps({"step": 1, "loss": 1.0}) + "\n")
+    (folder / "recipe.yaml").write_text(f"name: {json.dumps(XSS)}")
+    rows = [
+        {"question_id": f"{XSS}{n}", "question": XSS, "answers": [f"{XSS}{n}"], "prediction": said, XSS: f"<u>{n}"[:40],
+         "image": image}
+        for n, (said, image) in enumerate([(XSS, XSS), ("\x00\ud800\u202e\x1b[31m", "../../secret.png"), ("", "a.png")])
+    ]  # fmt: skip
+    source = tmp_path / "<img src=x onerror=alert(1)>.json"
+    source.write_text(json.dumps(rows))
+    Image.new("RGB", (8, 8)).save(tmp_path / "secret.png")
+    setting = Setting(model=XSS, prompt=XSS, model_hash=XSS)
+    for name in ("x", f"{XSS[:4].replace('/', '')}y"):
+        write_results(score_answers(read_predictions(source), str(source), setting), folder / f"{name}.results.json")
+    page = Page(write_report(folder, settings=ReportSettings(title=XSS, images=[images])))
+    assert not {"script", "u", "object", "iframe"} & {name for name, _ in page.tags}
+    assert not [name for _, attributes in page.tags for name in attributes if name.startswith("on")]
+    pictures = [attributes["src"] for name, attributes in page.tags if name == "img"]
+    assert pictures  # that of the third question; the second leads out of its folder
+    assert len(set(pictures)) == 1
+    addresses = [value for _, attributes in page.tags for name, value in attributes.items() if name in {"src", "href"}]
+    assert all(value and value.startswith("data:") for value in addresses)
+    assert any("default-src 'none'" in (attributes.get("content") or "") for _, attributes in page.tags)
+    assert "{{ 7 * 7 }}" in page.source
+    assert not re.search(r"url\(|@import", page.source)
+    assert not set(page.source) & (set(map(chr, range(32))) - {"\n", "\t"})
+
+
+def test_stays_under_the_cap(tmp_path: Path) -> None:
+    folder = tmp_path / "noise"
+    folder.mkdir()
+    rows = []
+    for number in range(60):
+        noise = Image.frombytes("RGB", (400, 400), random.Random(number).randbytes(400 * 400 * 3))
+        noise.save(folder / f"{number}.png", compress_level=0)
+        rows.append({"question": "Q?", "answers": ["A" * 5000], "prediction": "B", "image": f"{number}.png"})
+    source = tmp_path / "many.json"
+    source.write_text(json.dumps(rows))
+    write_results(score_answers(read_predictions(source), str(source), Setting()), tmp_path / "r.json")
+    settings = ReportSettings(results=[tmp_path / "r.json"], images=[folder], pictures=40)
+    page = write_report(None, tmp_path / "page.html", settings)
+    assert MOST_BYTES / 4 < page.stat().st_size <= MOST_BYTES
+    assert 8 <= Page(page).count("img") < 60
+
+
+def test_what_cannot_be_reported_is_said(run: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="neither a run nor results"):
+        write_report(None, tmp_path / "page.html")
+    with pytest.raises(ConfigError, match="no place to go"):
+        write_report(None)
+    with pytest.raises(ConfigError, match="was not scored by 'f1'"):
+        write_report(run, settings=ReportSettings(metric="f1"))
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ConfigError, match="holds no results"):
+        write_report(run, settings=ReportSettings(before=[tmp_path / "empty"]))
+    with pytest.raises(DataError, match="not readable as results"):
+        write_report(run, settings=ReportSettings(results=[run / "recipe.yaml"]))
+    with pytest.raises(DataError, match="no such folder"):
+        write_report(tmp_path / "none")
