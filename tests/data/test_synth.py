@@ -21,6 +21,8 @@ from llavar_peft.data.synth.distort import draw_camera, homography, move_quads, 
 from llavar_peft.data.synth.faces import list_faces, missing_letters, open_face
 from llavar_peft.data.synth.kinds import KINDS
 from llavar_peft.data.synth.pages import Page, SynthSettings, draw_page
+from llavar_peft.data.synth.places import measure_answer
+from llavar_peft.data.synth.scene import PlacedLine
 from llavar_peft.data.synth.words import LANGUAGES, load_vocabulary
 from llavar_peft.data.synth.write import write_synthetic
 from llavar_peft.data.synthetic import KINDS as QUICKSTART_KINDS
@@ -171,3 +173,30 @@ def test_the_command_writes_sound_records(task: str, tmp_path: Path, capsys: pyt
         answers = [truth["text"]] if task == "transcribe" else [answer for _, answer in truth["questions"]]
         assert set(said) <= set(answers)
         assert len(said) == (len(answers) if task == "conversation" else 1)
+        assert (record["kind"], record["image_width"]) == (truth["kind"], truth["width"])
+        inside = [line for line in truth["lines"] if _within(line["box"], record.get("box", [0, 0, 1e4, 1e4]))]
+        assert "".join(said[0].split()) in "".join("".join(line["text"].split()) for line in inside)
+        heights = [line["polygon"][3][1] - line["polygon"][0][1] for line in inside]
+        assert 0.5 * min(heights) <= record["text_height"] <= 1.5 * max(heights)
+
+
+def _within(box: list[float], around: list[float]) -> bool:
+    return all(a >= b for a, b in zip(box[:2], around[:2], strict=True)) and all(
+        a <= b for a, b in zip(box[2:], around[2:], strict=True)
+    )
+
+
+def test_an_answer_is_looked_for_where_it_stands() -> None:
+    """Not where the same letters happen to be: a page's number in a sentence, the price of something else."""
+    words = ["paid 7 in all", "tea", "7", "milk", "7", "a title", "of two lines", "page 7"]
+    lines = [PlacedLine(text, "", 9, 0, 0, (0, 0, 0), 0) for text in words]
+    quads = [((0, y), (50, y), (50, y + 10 + y / 10), (0, y + 10 + y / 10)) for y in range(0, 800, 100)]
+
+    def found(question: str, answer: str) -> tuple[float, list[float] | None]:
+        measured = measure_answer(question, answer, lines, quads)
+        return measured["text_height"], measured.get("box")
+
+    assert found("How much is tea?", "7") == (30, [0, 200, 50, 230])
+    assert found("How much is milk?", "7") == (50, [0, 400, 50, 450])
+    assert found("What is the title?", "a title of two lines") == (65, [0, 500, 50, 670])
+    assert found("What is there to read?", "all of it") == (45, None)

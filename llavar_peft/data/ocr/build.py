@@ -12,13 +12,15 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from random import Random
+from statistics import median
 from typing import Any, Literal, TypeAlias
 
 from llavar_peft.constants import IMAGE_PLACEHOLDER
 from llavar_peft.data.ocr.duplicates import Candidate, find_duplicates
+from llavar_peft.data.ocr.frame import upright_boxes
 from llavar_peft.data.ocr.journal import Journal
 from llavar_peft.data.ocr.lines import OcrLine, letter_count
-from llavar_peft.data.ocr.quality import Limits, judge, script_counts
+from llavar_peft.data.ocr.quality import Limits, confident, judge, script_counts
 from llavar_peft.data.ocr.reading import (
     PictureReader,
     ReadingSettings,
@@ -163,12 +165,17 @@ def _read(images: Path, paths: list[str], settings: BuildSettings, journal: Jour
 def _records(
     readings: Iterator[dict[str, Any]], settings: BuildSettings, report: BuildReport, identities: Mapping[str, str]
 ) -> list[dict[str, Any]]:
-    """Judges readings, leaves copies out and writes what is left, in the order of the pictures' paths."""
+    """Judges readings, leaves copies out and writes what is left, in the order of the pictures' paths.
+
+    Beside what the format asks for a record says how large its picture and letters are, for ``eval diagnose``.
+    """
     good: dict[str, Candidate] = {}
+    sizes: dict[str, dict[str, float]] = {}
     for entry in readings:
         candidate = _candidate(entry, settings, report)
         if candidate is not None:
             good[candidate.path] = candidate
+            sizes[candidate.path] = _sizes(entry, settings)
     copies = {} if settings.keep_duplicates else find_duplicates(list(good.values()))
     for path, original in copies.items():
         del good[path]
@@ -177,7 +184,7 @@ def _records(
     records = []
     for path in sorted(good):
         text = good[path].text
-        records.append(make_record(identities[path], path, text, settings.seed))
+        records.append(make_record(identities[path], path, text, settings.seed) | sizes[path])
         report.letters += letter_count(text)
         report.scripts += script_counts(text)
     report.kept = len(records)
@@ -194,9 +201,17 @@ def _candidate(entry: Mapping[str, Any], settings: BuildSettings, report: BuildR
     report.lines += verdict.lines
     report.lines_left_out += verdict.left_out
     if verdict.reason is not None:
-        report.drops.append(Drop(path, verdict.reason, verdict.detail))
+        reason = "blank_page" if verdict.reason == "no_text" and entry["blank"] else verdict.reason
+        report.drops.append(Drop(path, reason, verdict.detail))
         return None
     return Candidate(path, entry["width"] * entry["height"], int(entry["hash"], 16), verdict.text)
+
+
+def _sizes(entry: Mapping[str, Any], settings: BuildSettings) -> dict[str, float]:
+    """The picture's size, and the median height of its lines, in its pixels."""
+    lines = confident(map(OcrLine.from_json, entry["lines"][settings.reading.engine]), settings.limits)
+    height = median(box.height for box in upright_boxes(lines))
+    return {"image_width": entry["width"], "image_height": entry["height"], "text_height": round(height, 1)}
 
 
 def _identities(paths: Sequence[str]) -> dict[str, str]:

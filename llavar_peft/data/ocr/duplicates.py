@@ -9,11 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import islice, pairwise
 from typing import TYPE_CHECKING, Final
 
 import numpy as np
-from rapidfuzz.distance import Levenshtein
+
+from llavar_peft.data.ocr.same_text import agree, similar_texts
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -22,8 +22,8 @@ SIDE: Final = 16
 BITS: Final = SIDE * SIDE
 NEAR: Final = 12
 """Bits of 256 that may differ between two copies."""
-SAME_TEXT: Final = 0.2
-"""Character error rate below which two copies say the same."""
+NOISE: Final = 12
+"""Levels of grey that squares of an empty page may differ by."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +59,13 @@ def difference_hash(image: Image) -> int:
     return int.from_bytes(np.packbits(grey_HW[:, 1:] > grey_HW[:, :-1]).tobytes(), "big")
 
 
+def is_blank(image: Image) -> bool:
+    """Whether a picture shows nothing: squares of 8 x 8 pixels are all equally bright, up to a scanner's noise."""
+    grey = image.convert("L")
+    squares_HW = np.asarray(grey.reduce(8) if min(grey.size) >= 8 else grey, dtype=np.int16)
+    return int(squares_HW.max() - squares_HW.min()) <= NOISE
+
+
 def find_duplicates(pictures: Sequence[Candidate]) -> Mapping[str, str]:
     """Says which pictures are copies of which.
 
@@ -80,29 +87,27 @@ def find_duplicates(pictures: Sequence[Candidate]) -> Mapping[str, str]:
 
     for first, second in _near_pairs([picture.hash for picture in pictures], texts):
         one, other = sorted((find(first), find(second)))
-        if one != other and _agree(texts[first], texts[second]):
+        if one != other and agree(texts[first], texts[second]):
             root[other] = one
     return {pictures[number].path: pictures[find(number)].path for number in range(len(root)) if find(number) != number}
 
 
-def _agree(first: str, second: str) -> bool:
-    return bool(Levenshtein.normalized_distance(first, second, score_cutoff=SAME_TEXT) <= SAME_TEXT)
-
-
 def _near_pairs(hashes: Sequence[int], texts: Sequence[str]) -> Iterator[tuple[int, int]]:
-    """Pairs of near hashes; of NEAR + 1 bands of the bits such a pair has at least one in common."""
-    edges = [round(BITS * band / (NEAR + 1)) for band in range(NEAR + 2)]
-    for low, high in pairwise(edges):
-        buckets: dict[int, list[tuple[int, int, int]]] = {}
-        for number, (bits, text) in enumerate(zip(hashes, texts, strict=True)):
-            buckets.setdefault(bits >> low & (1 << high - low) - 1, []).append((len(text), number, bits))
+    """Pairs of near hashes whose texts may agree; some come several times.
+
+    Of NEAR + 1 bands of the bits a near pair has at least one in common. A band takes bits from all over the picture:
+    one that took those of the margin would be the same for all pages.
+    """
+    twins: dict[tuple[int, str], int] = {}
+    for number, twin in enumerate(zip(hashes, texts, strict=True)):
+        if twins.setdefault(twin, number) != number:
+            yield twins[twin], number
+    for band in range(NEAR + 1):
+        mask = sum(1 << bit for bit in range(band, BITS, NEAR + 1))
+        buckets: dict[int, list[int]] = {}
+        for number in twins.values():
+            buckets.setdefault(hashes[number] & mask, []).append(number)
         for bucket in buckets.values():
-            bucket.sort()
-            for place, (length, first, bits) in enumerate(bucket):
-                # White pages share many bands; texts whose lengths differ cannot agree.
-                longest = length / (1 - SAME_TEXT)
-                for other_length, second, other in islice(bucket, place + 1, None):
-                    if other_length > longest:
-                        break
-                    if (bits ^ other).bit_count() <= NEAR:
-                        yield first, second
+            for first, second in similar_texts(bucket, texts):
+                if (hashes[first] ^ hashes[second]).bit_count() <= NEAR:
+                    yield first, second

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import unicodedata
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Literal
@@ -18,6 +18,7 @@ from llavar_peft.data.ocr.paragraphs import merge_lines
 Reason = Literal[
     "broken_image",
     "engine_failed",
+    "blank_page",
     "no_text",
     "low_confidence",
     "few_letters",
@@ -83,11 +84,11 @@ def judge(lines: Sequence[OcrLine], limits: Limits, second: Sequence[OcrLine] | 
     Returns:
         The text, and the first reason against it.
     """
-    good = _confident(lines, limits)
+    good = confident(lines, limits)
     text = transcribe(good)
     reason, detail = _fault(lines, text, limits)
     if reason is None and second is not None:
-        differing = disagreement(text, transcribe(_confident(second, limits)))
+        differing = disagreement(text, transcribe(confident(second, limits)))
         if differing > limits.max_disagreement:
             reason, detail = "engines_disagree", f"character error rate {differing:.2f}"
     return Verdict(text, len(good), len(lines) - len(good), reason, detail)
@@ -110,7 +111,8 @@ def _fault(lines: Sequence[OcrLine], text: str, limits: Limits) -> tuple[Reason 
     return None, ""
 
 
-def _confident(lines: Sequence[OcrLine], limits: Limits) -> list[OcrLine]:
+def confident(lines: Iterable[OcrLine], limits: Limits) -> list[OcrLine]:
+    """The lines that an engine is sure enough of."""
     return [line for line in lines if line.confidence >= limits.min_confidence]
 
 

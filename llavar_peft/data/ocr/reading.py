@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from llavar_peft.data.image_roots import ImageRoots
-from llavar_peft.data.ocr.duplicates import difference_hash
+from llavar_peft.data.ocr.duplicates import difference_hash, is_blank
 from llavar_peft.data.ocr.engines import OcrError, open_engine
 from llavar_peft.data.ocr.journal import Journal
 from llavar_peft.data.ocr.lines import EngineName, OcrLine
@@ -74,7 +74,7 @@ class PictureReader:
     def heading(self) -> dict[str, Any]:
         """What readings depend on."""
         return {
-            "format": 1,
+            "format": 2,
             "engines": {engine.name: engine.version for engine in self._engines},
             "short_edge": self._settings.short_edge,
         }
@@ -86,6 +86,7 @@ class PictureReader:
             image = self._roots.open(path)
             scaled, scale = bring_short_edge(image, self._settings.short_edge)
             entry |= {"width": image.width, "height": image.height, "hash": f"{difference_hash(image):064x}"}
+            entry["blank"] = is_blank(image)
             entry["lines"] = {
                 engine.name: [_scaled(line, 1 / scale).as_json() for line in engine.read(scaled)]
                 for engine in self._engines

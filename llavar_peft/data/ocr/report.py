@@ -11,6 +11,7 @@ from llavar_peft.data.ocr.quality import Reason
 _WHY: dict[Reason, str] = {
     "broken_image": "cannot be opened",
     "engine_failed": "the engine failed on it",
+    "blank_page": "nothing is on it",
     "no_text": "no text seen",
     "low_confidence": "half of its letters are uncertain",
     "few_letters": "too few letters",

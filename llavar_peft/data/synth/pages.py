@@ -12,9 +12,11 @@ from typing import Any
 
 from PIL import Image
 
+from llavar_peft.constants import IMAGE_PLACEHOLDER
 from llavar_peft.data.synth.distort import Level, draw_camera, move_quads, photograph
 from llavar_peft.data.synth.faces import list_faces
 from llavar_peft.data.synth.kinds import KINDS, SynthKind, draw_scene
+from llavar_peft.data.synth.places import measure_answer, surround
 from llavar_peft.data.synth.scene import PlacedLine, Quad
 from llavar_peft.data.synth.words import load_vocabulary
 from llavar_peft.data.synthetic import Task, make_record
@@ -124,16 +126,25 @@ def describe_page(page: Page, index: int, settings: SynthSettings) -> tuple[str,
         settings: It was drawn with.
 
     Returns:
-        Its file's name and bytes, its record in the released format, and its truth.
+        Its file's name and bytes, its record in the released format, and its truth. Beside what the format asks for,
+        the record says kind and language, and where its first answer stands: ``eval diagnose`` tells by them.
     """
     suffix, data = page.encoded()
     name = f"{page.kind}_{index:06d}{suffix}"
     record = make_record(page, name, settings.task, Random(f"record/{settings.seed}/{index}"))
+    asked, answered = (turn["value"] for turn in record["conversations"][:2])
+    record |= {
+        "kind": page.kind,
+        "language": page.language,
+        "image_width": page.image.width,
+        "image_height": page.image.height,
+        **measure_answer(asked.replace(IMAGE_PLACEHOLDER, ""), answered, page.lines, page.quads),
+    }
     lines = [
         {
             "text": line.text,
             "polygon": [[round(x, 2), round(y, 2)] for x, y in quad],
-            "box": _box(quad),
+            "box": surround([quad]),
             "paragraph": line.block,
             "size": line.size,
             "font": Path(line.face).stem,
@@ -152,11 +163,6 @@ def describe_page(page: Page, index: int, settings: SynthSettings) -> tuple[str,
         "questions": [list(pair) for pair in page.questions],
     }
     return name, data, record, truth
-
-
-def _box(quad: Quad) -> list[float]:
-    xs, ys = [x for x, _ in quad], [y for _, y in quad]
-    return [round(value, 2) for value in (min(xs), min(ys), max(xs), max(ys))]
 
 
 @lru_cache(maxsize=16)

@@ -68,3 +68,43 @@ def test_photographs_and_scans(shared_dir: Path, tmp_path: Path, capsys: pytest.
     report = json.loads((tmp_path / "records.report.json").read_text("utf-8"))
     assert report["kept"] + len(report["drops"]) == report["images"]
     assert not {drop["reason"] for drop in report["drops"]} & {"broken_image", "engine_failed"}
+
+
+PDFS = Path("/usr/share/doc")
+
+
+def _pages(folder: Path, count: int) -> dict[str, str]:
+    """Renders pages of installed manuals; their text, as the PDF has it."""
+    pdfium = pytest.importorskip("pypdfium2")
+    texts: dict[str, str] = {}
+    for path in sorted(PDFS.rglob("*.pdf")) if PDFS.is_dir() else ():
+        with pdfium.PdfDocument(path) as document:
+            for number in range(min(len(document), 12)):
+                page = document[number]
+                text = page.get_textpage().get_text_bounded()
+                # Pages of running text: neither titles nor tables of contents.
+                if 800 <= len(text) <= 2500 and ". . ." not in text and text.isascii():
+                    name = f"{path.stem}_{number:03}.png"
+                    page.render(scale=150 / 72).to_pil().convert("RGB").save(folder / name)
+                    texts[name] = text
+                if len(texts) == count:
+                    return texts
+    return texts
+
+
+def test_pages_of_installed_manuals(tmp_path: Path) -> None:
+    pytest.importorskip("rapidocr")
+    pytest.importorskip("onnxruntime")
+    images = tmp_path / "pages"
+    images.mkdir()
+    texts = _pages(images, 3)
+    if not texts:
+        pytest.skip(f"no manual as PDF under {PDFS}")
+    out = tmp_path / "records.json"
+    assert main(["ocr", "build", str(images), "--out", str(out), "--short-edge", "0", "--workers", "1"]) == 0
+    assert main(["data", "check", str(out), "--images", str(images)]) == 0
+    records = json.loads(out.read_text("utf-8"))
+    assert len(records) == len(texts)
+    for record in records:
+        read, text = ("".join(it.split()) for it in (record["conversations"][1]["value"], texts[record["image"]]))
+        assert Levenshtein.distance(read, text) / len(text) <= 0.03, record

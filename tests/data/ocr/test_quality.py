@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
+from itertools import combinations
 from random import Random
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 
-from llavar_peft.data.ocr.duplicates import BITS, NEAR, Candidate, difference_hash, find_duplicates
+from llavar_peft.data.ocr.duplicates import (
+    BITS,
+    NEAR,
+    Candidate,
+    _near_pairs,
+    difference_hash,
+    find_duplicates,
+    is_blank,
+)
 from llavar_peft.data.ocr.lines import OcrLine
 from llavar_peft.data.ocr.quality import Limits, disagreement, judge, script_share
+from llavar_peft.data.ocr.same_text import _by_pieces, agree, similar_texts
 from llavar_peft.data.synthetic import draw_picture
 
 
@@ -113,3 +123,60 @@ def test_the_order_of_pictures_does_not_matter(drawn: list[tuple[int, int]], rng
     rng.shuffle(pictures)
     assert find_duplicates(pictures) == found
     assert not {*found} & {*found.values()}
+
+
+def quadratic(pictures: list[Candidate]) -> dict[str, str]:
+    """The rule itself: all pairs, then groups."""
+    ordered = sorted(pictures, key=lambda one: (-one.pixels, one.path))
+    groups = [{number} for number in range(len(ordered))]
+    for first, second in combinations(range(len(ordered)), 2):
+        one, other = ordered[first], ordered[second]
+        near = (one.hash ^ other.hash).bit_count() <= NEAR
+        if near and agree("".join(one.text.split()), "".join(other.text.split())):
+            joined = groups[first] | groups[second]
+            for number in joined:
+                groups[number] = joined
+    return {ordered[n].path: ordered[min(group)].path for n, group in enumerate(groups) if n != min(group)}
+
+
+@given(st.lists(st.text("ab", max_size=24) | st.text("abcdé", max_size=12), max_size=12))
+def test_pieces_miss_no_texts_that_agree(texts: list[str]) -> None:
+    ordered = sorted(range(len(texts)), key=lambda number: len(texts[number]))
+    found = {tuple(sorted(pair)) for pair in _by_pieces(ordered, texts)}
+    assert {pair for pair in combinations(range(len(texts)), 2) if agree(texts[pair[0]], texts[pair[1]])} <= found
+
+
+@given(st.integers(0, 1 << 32))
+@settings(max_examples=12)
+def test_copies_are_those_of_comparing_all_pairs(seed: int) -> None:
+    """Among pages of a few kinds, most of them almost blank: texts of all lengths, hashes at the border of near."""
+    rng = Random(seed)
+    kinds = [0, 0, 0, rng.getrandbits(BITS), rng.getrandbits(40)]
+    said = ["".join(rng.choices("abc ", k=rng.choice((0, 5, 9, 20, 60)))) for _ in range(30)]
+    pictures = []
+    for number in range(150):
+        text = list(rng.choice(said))
+        for _ in range(rng.choice((0, 1, 3))):
+            text.insert(rng.randint(0, len(text)), rng.choice("abcd"))
+        flipped = sum(1 << bit for bit in rng.sample(range(BITS), rng.choice((0, 2, 6, 7, 13))))
+        pictures.append(Candidate(f"{number:03}", rng.randint(1, 3), rng.choice(kinds) ^ flipped, "".join(text)))
+    assert find_duplicates(pictures) == quadratic(pictures)
+
+
+def test_pages_that_are_almost_blank_are_not_all_compared() -> None:
+    """Each with a few words of its own; and dense pages with the same white margin."""
+    rng = Random(0)
+    texts = ["".join(rng.choices("abcdefghijklmnopqrstuvwxyz", k=rng.randint(5, 30))) for _ in range(3000)]
+    assert sum(1 for _ in similar_texts(range(3000), texts)) < 3000 * 30
+    margin = (1 << 64) - 1
+    hashes = [rng.getrandbits(BITS) & ~margin for _ in range(3000)]
+    assert sum(1 for _ in _near_pairs(hashes, ["x" * 900] * 3000)) == 0
+
+
+def test_an_empty_page_is_told_from_one_that_says_little() -> None:
+    page = Image.new("RGB", (1000, 1400), (250, 248, 244))
+    assert is_blank(page)
+    noisy = Image.effect_noise((1000, 1400), 8).convert("RGB")
+    assert is_blank(noisy)
+    ImageDraw.Draw(page).text((500, 1350), "12", (40, 40, 40), ImageFont.load_default(24))
+    assert not is_blank(page)
