@@ -1,0 +1,1 @@
+"""Whether a machine can do what the package needs: ``llavar-peft doctor``."""
