@@ -1,4 +1,4 @@
-"""The benchmark of weights works, and what it compares gives the same numbers. Times are not looked at."""
+"""The benchmarks work, and what they compare gives the same numbers. Times are not looked at."""
 
 from __future__ import annotations
 
@@ -6,8 +6,10 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+from transformers import TrainerCallback
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
@@ -67,3 +69,153 @@ def test_the_command(tmp_path: Path) -> None:
     assert done.stdout == (tmp_path / "found.md").read_text()
     assert "| apply: ours |" in done.stdout
     assert sorted(path.name for path in tmp_path.iterdir()) == ["found.json", "found.md"]
+
+
+@pytest.fixture
+def scripts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The scripts can be imported."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS / "gpu"))
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+
+
+@pytest.mark.usefixtures("scripts")
+def test_text_and_pictures_are_those_of_the_original(tmp_path: Path) -> None:
+    import data
+    from data_table import table
+
+    model = Path(__file__).parent / "golden/tokenization/small/tokenizer.model"
+    report: dict[str, Any] = {
+        "text": data.text(model, count=8, rounds=2),
+        "pictures": data.pictures(tmp_path / "pictures", count=6, rounds=2),
+    }
+    assert report["text"]["differ"] == report["pictures"]["differ"] == 0
+    assert report["text"]["tokens"] > 8 * data.IMAGE_TOKENS
+    found = {how: {key: [0.01] * 3 for key in ("open_s", "private_mib", "us_per_record")} for how in data.HOW}
+    report.update(data.about(), date="", command="", rounds=2, load_before=[0.0], load_after=[0.0])
+    printed = table({**report, "records": {"records": 1, "bytes": 1, "found": found}})
+    assert "ids and labels the same in every one of 8" in printed
+    assert "not measured" in table({**report, "text": None, "records": {"records": 1, "bytes": 1, "found": found}})
+
+
+@pytest.mark.usefixtures("scripts")
+def test_records_are_opened_in_each_way(tmp_path: Path) -> None:
+    import data_records
+
+    data_records.write_records(tmp_path / "records.json", 20_000)
+    for how in ("json.load", "index, first time", "index, again"):
+        assert set(data_records.measure(how, tmp_path / "records.json")) == {"open_s", "private_mib", "us_per_record"}
+    assert (tmp_path / "records.json.index").is_file()
+
+
+class _Losses(TrainerCallback):
+    def __init__(self) -> None:
+        self.losses: list[float] = []
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        self.losses += [float(logs["loss"])] if "loss" in logs else []
+
+
+@pytest.mark.usefixtures("scripts")
+@pytest.mark.parametrize("stage", ["stage1", "stage2", "lora"])
+def test_contenders_of_the_training_have_the_same_losses(stage: str, tmp_path: Path) -> None:
+    from train_contenders import LENGTHS, Cell, contender
+    from train_model import SHAPES, Records
+
+    shape, losses = SHAPES["tiny"], {}
+    records = Records(LENGTHS[stage], 6, shape)
+    for name in ("original", "ours", "all logits", "whole tower"):
+        cell = Cell(stage=stage, shape=shape, batch=2, steps=3, folder=tmp_path / name)
+        callback = _Losses()
+        contender(name, cell, records, callback).train()
+        losses[name] = callback.losses
+    assert len(losses["original"]) == 3
+    assert len(set(losses["original"])) == 3
+    for found in losses.values():
+        assert found == pytest.approx(losses["original"], abs=1e-5)
+
+
+@pytest.mark.usefixtures("scripts")
+def test_the_gpu_benchmark_runs_where_there_is_none() -> None:
+    pytest.importorskip("bitsandbytes")
+    import train_cell
+
+    plain = {"size": "tiny", "steps": 3, "lengths": "stage2", "longest": None, "recompute": "auto", "cap_gib": None}
+    for cell in (
+        {"name": "stage1", "rank": None, "quantize": None, "batch": 2},
+        {"name": "QLoRA", "rank": 4, "quantize": "nf4", "batch": 1, "longest": 256, "recompute": True},
+    ):
+        found = train_cell.measure({**plain, **cell})
+        assert found["tokens_per_second"] > 0
+        assert found["flops_per_second"] > 0
+
+
+@pytest.mark.usefixtures("scripts")
+def test_flops_of_a_llama_are_those_by_hand() -> None:
+    """6.6e9 weights in the layers of a 7B, each multiplied and added forward and backward to the input."""
+    from train_cell import flops
+    from train_model import SHAPES, Records
+
+    (item,) = Records("stage2", 1, SHAPES["7b"], longest=2048)
+    weights = 32 * (4 * 4096**2 + 3 * 4096 * 11008)
+    frozen = flops("7b", [item], rank=None)
+    assert frozen == pytest.approx(4 * weights * 2048, rel=0.1)
+    assert frozen < flops("7b", [item], rank=128) < 1.1 * frozen
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("scripts")
+def test_the_command_that_trains_in_turns(tmp_path: Path) -> None:
+    arguments = ["--small", "--stages=lora", "--rounds=1", f"--out={tmp_path / 'found'}"]
+    command = [sys.executable, str(BENCHMARKS / "train.py"), *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    report = json.loads((tmp_path / "found.json").read_text())
+    found = report["speed"][0]["found"]
+    assert list(found) == ["original", "original, keeping", "ours, recomputing", "ours", "trl"]
+    assert all(len(found[name]["cpu"]) == len(found[name]["losses"]) == 2 for name in ("original", "ours"))
+    assert all(found[name]["peak"] > found[name]["imports"] > 0 for name in ("original", "ours"))
+    assert done.stdout.endswith((tmp_path / "found.md").read_text())  # DeepSpeed, where there is one, prints first
+    assert "| each as it comes |" in done.stdout
+
+
+def test_every_way_of_asking_gives_the_originals_answers(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import inference
+    import inference_inputs
+    import inference_table
+    import inference_work
+
+    asked = inference_inputs.write_questions(tmp_path / "data", 3)
+    inference_inputs.write_model(tmp_path / "model", "tiny")
+    given = (str(tmp_path / "model"), tmp_path / "data")
+    found = inference.compare_questions([inference_work.measure_questions(*given, tmp_path, 6, (1, 2))])
+    assert {name: one["same"] for name, one in found.items()} == {"original": 3, "batch 1": 3, "batch 2": 3}
+    turns = inference.compare_turns(inference_work.measure_turns(*given, tokens=6, talks=2))
+    assert (turns["same"], turns["of"]) == (2, 2)
+    plain, packed = (inference_work.measure_storage(*given, 6, way) for way in (None, "nf4"))
+    assert packed["weights"] < plain["weights"]
+    assert plain["texts"] == found_texts(tmp_path / "original.jsonl")
+    storage = json.loads(json.dumps(inference.compare_storage(plain, packed, [one["answer"] for one in asked])))
+    lines = inference_table.run_table({**ABOUT, "questions": found, "turns": turns, "storage": storage}).splitlines()
+    assert sum(line.endswith("| 3 of 3 |") for line in lines) == 3
+
+
+def found_texts(answers: Path) -> list[str]:
+    return [json.loads(line)["text"] for line in answers.read_text().splitlines()]
+
+
+ABOUT = {
+    "date": "2026-01-01", "command": "python", "packages": {}, "python": "3", "threads": "1", "model": "tiny",
+    "machine": {"cores": 1, "memory": 2**30, "system": "Linux", "kind": "x86_64", "gpu": None},
+    "load_before": 0.0, "load_after": 0.0,
+}  # fmt: skip
+
+
+def test_a_command_is_told_without_this_machines_folders(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import inference
+
+    typed = ["--model", str(tmp_path / "mine"), "--out", "results/found", f"--work={tmp_path / 'here'}"]
+    assert inference.command_line(typed) == (
+        "python benchmarks/inference.py --model mine --out results/found --work=here"
+    )

@@ -1,19 +1,16 @@
-"""What opening a million records costs: an index over the file against ``json.load``.
+"""What opening a million records costs, measured in a process of its own: ``data.py`` runs this.
 
-    python benchmarks/records.py [--records 1000000]
+    python data_records.py HOW PATH
 
-Each line is measured in a process of its own. Private memory is what no other process shares, over what the process
-took before; the file and its index are shared by all ranks and workers.
+Private memory is what no other process shares, over what the process took before; the file and its index are shared by
+all ranks and workers.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import random
-import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -47,11 +44,12 @@ def measure(how: str, path: Path) -> dict[str, float]:
     """Opens the records one way and reads some in random order.
 
     Returns:
-        Seconds to open, private MiB after opening, microseconds a record, microseconds a record of ``preflight``.
+        ``open_s``; ``private_mib`` after opening; ``us_per_record`` in random order; ``preflight_s`` of all records,
+        where there is an index already and their pictures are in ``images`` beside the file.
     """
     open_: Callable[[], Any]
     if how == "json.load":
-        open_ = lambda: json.loads(path.read_bytes())  # noqa: E731
+        open_ = lambda: json.load(path.open(encoding="utf-8"))  # noqa: E731
     else:
         from llavar_peft.data.check import preflight
         from llavar_peft.data.image_roots import ImageRoots
@@ -66,8 +64,8 @@ def measure(how: str, path: Path) -> dict[str, float]:
     for index in order:
         records[index]
     figures = {"open_s": opened, "private_mib": memory, "us_per_record": (time.perf_counter() - start) / READ * 1e6}
-    if how == "index, again":
-        images = path.parent / "images"
+    images = path.parent / "images"
+    if how == "index, again" and images.is_dir():
         start = time.perf_counter()
         found = preflight(records, ImageRoots(images))
         figures["preflight_s"] = time.perf_counter() - start
@@ -76,37 +74,5 @@ def measure(how: str, path: Path) -> dict[str, float]:
     return figures
 
 
-def say(text: str) -> None:
-    """Writes a line to the standard output."""
-    sys.stdout.write(text + "\n")
-
-
-def main() -> None:
-    """Prints the table."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--records", type=int, default=1_000_000)
-    parser.add_argument("--measure", nargs=2, metavar=("HOW", "PATH"), help=argparse.SUPPRESS)
-    options = parser.parse_args()
-    if options.measure:
-        say(json.dumps(measure(options.measure[0], Path(options.measure[1]))))
-        return
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "records.json"
-        write_records(path, options.records)
-        (Path(folder) / "images").mkdir()
-        for index in range(options.records):
-            (Path(folder) / "images" / f"GCC_train_{index:09d}.jpg").touch()
-        say(f"{options.records} records, {path.stat().st_size / 2**20:.0f} MiB\n")
-        say(
-            "| | open, s | private memory, MiB | us/record, random order | preflight of all, s |\n|---|---|---|---|---|"
-        )
-        for how in ("json.load", "index, first time", "index, again"):
-            command = [sys.executable, __file__, "--measure", how, str(path)]
-            found = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
-            last = f"{found['preflight_s']:.1f}" if "preflight_s" in found else ""
-            opened = f"{found['open_s']:.3f} | {found['private_mib']:.0f} | {found['us_per_record']:.1f}"
-            say(f"| {how} | {opened} | {last} |")
-
-
 if __name__ == "__main__":
-    main()
+    sys.stdout.write(json.dumps(measure(sys.argv[1], Path(sys.argv[2]))) + "\n")

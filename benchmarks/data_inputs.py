@@ -1,0 +1,92 @@
+"""What ``data.py`` measures on: conversations of English words, and photographs of a kind."""
+
+from __future__ import annotations
+
+from itertools import accumulate
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import numpy as np
+from lengths import draw_turns
+from PIL import Image
+
+TOKENS_PER_WORD = 1.9
+"""Of LLaMA's tokenizer, on the sentences below with their punctuation."""
+RARE, RARE_SHARE = 20_000, 0.2
+"""Words beside those below, the n-th met 1/n times as often as the first, and their share of all words: what is kept
+from one conversation to the next helps with some words and not with others, as in natural text."""
+_SYLLABLES = "ba re ti con der ing mo la ven sta per qui tor ness lo pri cha ment fe gu"
+_WORDS = (
+    "the a of in on and with is are to there this that which by at from two three several another people man woman"
+    " group person street table building sign letters reads displayed restaurant entrance background foreground image"
+    " scene standing sitting holding wearing visible possibly suggests appears located positioned surrounding"
+    " colorful wooden vintage umbrella traffic bicycle refrigerator skateboard atmosphere enjoying preparing"
+    " photograph advertisement characteristic conversation environment 24 1998 STOP OPEN"
+)
+WORDS = _WORDS.split()
+SIZES = ((640, 480), (480, 640), (640, 427), (427, 640), (500, 375), (640, 640))
+"""Pixels of the pictures, in turn: COCO's usual ones."""
+
+
+def conversations(count: int, seed: int) -> list[dict[str, Any]]:
+    """Records with a picture each, as long as LLaVA-Instruct's.
+
+    Args:
+        count: How many.
+        seed: Of the draw.
+
+    Returns:
+        Records as they would stand in a file.
+    """
+    draw = Random(seed)
+    syllables = _SYLLABLES.split()
+    rare = ["".join(draw.choices(syllables, k=draw.randint(2, 4))) for _ in range(RARE)]
+    weights = list(accumulate(1 / (number + 1) for number in range(RARE)))
+    records = []
+    for number, pairs in enumerate(draw_turns("stage2", count, seed)):
+        turns = []
+        for first, (question, answer) in enumerate(pairs):
+            asked = _sentences(draw, question, "?", rare, weights)
+            value = asked if first else draw.choice((f"<image>\n{asked}", f"{asked}\n<image>"))
+            told = _sentences(draw, answer, ".", rare, weights)
+            turns += [{"from": "human", "value": value}, {"from": "gpt", "value": told}]
+        records.append({"id": f"{number:09d}", "image": f"{number:012d}.jpg", "conversations": turns})
+    return records
+
+
+def _sentences(draw: Random, tokens: int, stop: str, rare: list[str], weights: list[float]) -> str:
+    words = draw.choices(WORDS, k=max(2, round(tokens / TOKENS_PER_WORD)))
+    unusual = draw.choices(rare, cum_weights=weights, k=len(words))
+    words = [other if draw.random() < RARE_SHARE else word for word, other in zip(words, unusual, strict=True)]
+    for start in range(0, len(words), 14):
+        words[start] = words[start].capitalize()
+        end = min(start + 13, len(words) - 1)
+        words[end] += stop if end == len(words) - 1 else "."
+    if len(words) > 20:
+        words[7] += ","
+        words[19] += ".\n\n"
+    return " ".join(words).replace("\n ", "\n")
+
+
+def write_pictures(folder: Path, count: int, seed: int) -> list[Path]:
+    """Writes JPEGs of COCO's sizes: soft shapes with a sensor's noise, about as many bytes as COCO's.
+
+    Args:
+        folder: An existing folder.
+        count: How many.
+        seed: Of the draw.
+
+    Returns:
+        Their paths.
+    """
+    draw = np.random.default_rng(seed)
+    paths = []
+    for number in range(count):
+        width, height = SIZES[number % len(SIZES)]
+        shapes = Image.fromarray(draw.integers(0, 256, (height // 16, width // 16, 3), dtype=np.uint8))
+        soft = np.asarray(shapes.resize((width, height), Image.Resampling.BICUBIC), dtype=np.float32)
+        noisy = soft + draw.normal(0, 8, soft.shape).astype(np.float32)
+        paths.append(folder / f"{number:012d}.jpg")
+        Image.fromarray(noisy.clip(0, 255).astype(np.uint8)).save(paths[-1], quality=90)
+    return paths

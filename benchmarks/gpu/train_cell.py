@@ -1,0 +1,141 @@
+"""One cell of ``gpu/train.py``, measured in a process of its own; that script runs this one.
+
+python train_cell.py CELL_AS_JSON
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from train_contenders import Cell, ours, stage_of
+from train_model import SHAPES, Records, build, configuration
+from transformers import TrainerCallback
+
+from llavar_peft import Lora, Projector
+from llavar_peft.models.build import _quantization, expected_shapes
+from llavar_peft.models.modeling import LlavarForConditionalGeneration
+from llavar_peft.models.tuning import prepare_for
+
+GIB = 2**30
+
+
+class Clock(TrainerCallback):
+    """Notes when each optimizer step is over."""
+
+    def __init__(self) -> None:
+        self.ends: list[float] = []
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """A step is done."""
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        self.ends.append(time.perf_counter())
+
+
+def random_model(size: str, quantize: Any, device: str) -> Any:
+    """A model of random weights that are made on the device.
+
+    Args:
+        size: A key of ``SHAPES``.
+        quantize: As in ``ModelConfig``.
+        device: Where.
+
+    Returns:
+        The model.
+    """
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    if quantize is None:
+        return build(SHAPES[size], device=device, dtype=dtype)
+    config = configuration(SHAPES[size])
+    state = {}
+    for name, shape in expected_shapes(config).items():
+        tensor = torch.empty(shape, dtype=dtype, device=device)
+        whole = torch.nn.init.ones_ if name.endswith("weight") else torch.nn.init.zeros_
+        state[name] = whole(tensor) if len(shape) < 2 else tensor.normal_(std=0.02)
+    return LlavarForConditionalGeneration.from_pretrained(
+        None,
+        config=config,
+        state_dict=state,
+        dtype=dtype,
+        attn_implementation="sdpa",
+        device_map={"": device},
+        **_quantization(quantize, dtype),
+    ).train()
+
+
+def flops(size: str, records: Any, *, rank: int | None) -> float:
+    """What a training step of some records has to compute, nothing computed twice; attention is causal.
+
+    Forward, and backward to the inputs, through every layer: the projector lies before them. Weight gradients of
+    adapters alone; the head at supervised positions; the tower forward, without its last layer.
+
+    Args:
+        size: A key of ``SHAPES``.
+        records: Items.
+        rank: Of LoRA on all linear layers, None where the language model is frozen.
+
+    Returns:
+        Floating-point operations, a multiplication and an addition being two.
+    """
+    shape = SHAPES[size]
+    layer = 4 * shape.hidden**2 + 3 * shape.hidden * shape.inner
+    adapters = 0 if rank is None else rank * (8 * shape.hidden + 3 * (shape.hidden + shape.inner))
+    tower = 12 * shape.tower**2 * (shape.tower_layers - 1)
+    total = 0.0
+    for item in records:
+        tokens, places = len(item.example.input_ids), shape.image_tokens + 1
+        attention = 2 * tokens * shape.hidden  # scores and values, half of them masked
+        each = 4 * (layer + adapters) + 2 * adapters + 3 * attention
+        total += tokens * shape.layers * each + item.example.supervised * shape.words * shape.hidden * 4
+        total += places * (2 * tower + 4 * places * shape.tower * (shape.tower_layers - 1))
+    return total
+
+
+def measure(cell: dict[str, Any]) -> dict[str, Any]:
+    """Trains some steps.
+
+    Args:
+        cell: From ``gpu/train.py``.
+
+    Returns:
+        Tokens and floating-point operations a second, GiB at most, or how the memory ran out.
+    """
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    batch, steps = cell["batch"], cell["steps"]
+    model = random_model(cell["size"], cell["quantize"], device)
+    tune = Projector() if cell["rank"] is None else Lora(rank=cell["rank"], alpha=2.0 * cell["rank"])
+    if device == "cuda":
+        torch.cuda.empty_cache()
+        if cell["cap_gib"]:
+            whole = torch.cuda.get_device_properties(0).total_memory
+            torch.cuda.set_per_process_memory_fraction(cell["cap_gib"] * GIB / whole)
+        torch.cuda.reset_peak_memory_stats()
+    records = Records(cell["lengths"], batch * steps, SHAPES[cell["size"]], longest=cell["longest"])
+    clock = Clock()
+    with tempfile.TemporaryDirectory() as folder:
+        given = Cell(stage=cell["name"], shape=SHAPES[cell["size"]], batch=batch, steps=steps, folder=Path(folder))
+        precision = "bf16" if device == "cuda" else "fp32"
+        stage = stage_of(given, tune=tune, packing=True, recompute=cell["recompute"], precision=precision)
+        try:
+            ours(given, records, clock, model=prepare_for(model, tune), stage=stage).train()
+        except torch.OutOfMemoryError as error:
+            return {"out_of_memory": str(error).splitlines()[0]}
+    timed, first = records.items[2 * batch :], 1  # two steps to warm up: recomputation is settled in the second
+    seconds = clock.ends[-1] - clock.ends[first]
+    return {
+        "tokens_per_second": sum(len(item.example.input_ids) for item in timed) / seconds,
+        "flops_per_second": flops(cell["size"], timed, rank=cell["rank"]) / seconds,
+        "peak_gib": torch.cuda.max_memory_allocated() / GIB if device == "cuda" else None,
+        "reserved_gib": torch.cuda.max_memory_reserved() / GIB if device == "cuda" else None,
+        "device": torch.cuda.get_device_name() if device == "cuda" else "CPU",
+    }
+
+
+if __name__ == "__main__":
+    sys.stdout.write(json.dumps(measure(json.loads(sys.argv[1]))) + "\n")

@@ -1,0 +1,89 @@
+"""What ``inference.py`` measures on: a model, if none is given, and questions about drawn pictures."""
+
+from __future__ import annotations
+
+import json
+import sys
+from importlib.resources import files as package_files
+from pathlib import Path
+from typing import Any
+
+SIZES: dict[str, tuple[dict[str, int], dict[str, int]] | None] = {
+    "tiny": None,
+    "small": (
+        {"hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 8, "num_attention_heads": 12},
+        {"hidden_size": 384, "intermediate_size": 1536, "num_hidden_layers": 6, "num_attention_heads": 6},
+    ),
+    "7b": (
+        {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32},
+        {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16},
+    ),
+}
+"""Language model and tower; ``tiny`` has the package's own. The others' towers see 336 pixels in patches of 14."""
+
+
+def write_model(folder: Path, size: str) -> None:
+    """Writes a checkpoint with random numbers (of ``tiny``, the projector's alone) and the tiny model's tokenizer.
+
+    Args:
+        folder: The checkpoint's.
+        size: A key of ``SIZES``.
+    """
+    import torch
+
+    from llavar_peft import ModelConfig, build_model
+    from llavar_peft.models import LlavarForConditionalGeneration
+
+    parts = Path(str(package_files("llavar_peft") / "assets/tiny"))
+    tiny = ModelConfig(
+        language_model=str(parts / "language_model"), vision_tower=str(parts / "vision_tower"), dtype="float32"
+    )
+    model, processor = build_model(tiny, seed=0)
+    shape = SIZES[size]
+    if shape is not None:
+        config, (text, tower) = model.config, shape
+        config.text_config.update(
+            {**text, "num_key_value_heads": text["num_attention_heads"], "initializer_range": 0.02}
+        )
+        config.text_config.head_dim = text["hidden_size"] // text["num_attention_heads"]
+        config.vision_config.update({**tower, "image_size": 336, "patch_size": 14})
+        config.image_seq_length = (336 // 14) ** 2
+        torch.manual_seed(0)
+        with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+            model = LlavarForConditionalGeneration(config)
+        if torch.cuda.is_available():
+            model = model.to(torch.bfloat16)
+        images = processor.image_processor
+        images.size, images.crop_size = {"shortest_edge": 336}, {"height": 336, "width": 336}
+        processor.patch_size = 14
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+
+
+def write_questions(folder: Path, count: int) -> list[dict[str, Any]]:
+    """Draws pictures and writes questions about them in the original's format.
+
+    Args:
+        folder: Gets ``images`` and ``questions.jsonl``.
+        count: How many.
+
+    Returns:
+        The questions, with the right ``answer`` of each.
+    """
+    from llavar_peft.data.synthetic import write_dataset
+
+    # The quickstart's held-out pictures have another seed still: none of these strings was ever trained on.
+    records = json.loads(write_dataset(folder, count=count, seed=2_000_003, task="question", longest=320).read_text())
+    asked = []
+    for number, record in enumerate(records):
+        question, answer = (turn["value"] for turn in record["conversations"])
+        words = question.replace("<image>", "").strip()
+        asked.append({"question_id": number, "image": record["image"], "text": words, "answer": answer})
+    lines = (json.dumps({key: one[key] for key in ("question_id", "image", "text")}) + "\n" for one in asked)
+    (folder / "questions.jsonl").write_text("".join(lines), encoding="utf-8")
+    return asked
+
+
+if __name__ == "__main__":
+    write_model(Path(sys.argv[1]), sys.argv[2])
+    sys.stdout.write("null\n")

@@ -1,0 +1,174 @@
+"""What ``train.py`` trains: a LLaVAR of random weights, and records of random words as long as real ones."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from lengths import TEMPLATE_TOKENS, TURN_TOKENS, draw_turns
+from torch.utils.data import Dataset
+from transformers import CLIPVisionConfig, LlamaConfig
+
+from llavar_peft.constants import IGNORE_INDEX
+from llavar_peft.data.dataset import Item
+from llavar_peft.models.configuration import LlavarConfig, make_config
+from llavar_peft.models.modeling import LlavarForConditionalGeneration
+from llavar_peft.types import Example
+
+BOS, EOS, FIRST_WORD = 1, 2, 3
+PATCH = 14
+PICTURES = 8
+"""Different ones; records share them."""
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """A model's size.
+
+    Attributes:
+        hidden: Width of the language model.
+        inner: Width of its MLP.
+        layers: Their number.
+        heads: Of the attention.
+        words: Rows of the embeddings, the image tokens included.
+        tower: Width of the tower, whose MLP is four times as wide.
+        tower_layers: Their number, the last one, which nobody looks at, included.
+        side: Pixels of a picture's side.
+    """
+
+    hidden: int
+    inner: int
+    layers: int
+    heads: int
+    words: int
+    tower: int
+    tower_layers: int
+    side: int
+
+    @property
+    def image_tokens(self) -> int:
+        """Patches of a picture."""
+        return (self.side // PATCH) ** 2
+
+
+SHAPES = {
+    "tiny": Shape(32, 64, 2, 2, 100, 16, 3, 28),
+    "middle": Shape(384, 1024, 6, 6, 800, 96, 3, 336),
+    "7b": Shape(4096, 11008, 32, 32, 32003, 1024, 24, 336),
+    "13b": Shape(5120, 13824, 40, 40, 32003, 1024, 24, 336),
+}
+"""``middle``: head and tower have about their 13B share of the work (1 and 2 % there)."""
+
+
+def configuration(shape: Shape) -> LlavarConfig:
+    """The model's configuration."""
+    text = LlamaConfig(
+        hidden_size=shape.hidden,
+        intermediate_size=shape.inner,
+        num_hidden_layers=shape.layers,
+        num_attention_heads=shape.heads,
+        max_position_embeddings=2048,
+        rms_norm_eps=1e-6,
+        vocab_size=shape.words,
+        pad_token_id=0,
+    )
+    tower = CLIPVisionConfig(
+        hidden_size=shape.tower,
+        intermediate_size=4 * shape.tower,
+        num_hidden_layers=shape.tower_layers,
+        num_attention_heads=max(1, shape.tower // 64),
+        image_size=shape.side,
+        patch_size=PATCH,
+    )
+    return make_config(text, tower, vocab_size=shape.words, image_token_id=shape.words - 3)
+
+
+def build(shape: Shape, *, device: str = "cpu", dtype: torch.dtype = torch.float32) -> LlavarForConditionalGeneration:
+    """A model of random weights, the same at each call.
+
+    Args:
+        shape: Its size.
+        device: Where its weights are made.
+        dtype: Of its weights.
+
+    Returns:
+        The model, in training mode.
+    """
+    torch.manual_seed(0)
+    with torch.device(device):
+        model: Any = LlavarForConditionalGeneration._from_config(
+            configuration(shape), attn_implementation="sdpa", dtype=dtype
+        )
+    made: LlavarForConditionalGeneration = model.train()
+    return made
+
+
+class Records(Dataset[Item]):
+    """Items of a stage, each with a picture before its first question.
+
+    Args:
+        stage: ``"stage1"`` or ``"stage2"``: whose lengths they have.
+        count: How many.
+        shape: The model's.
+        longest: Tokens of all of them, instead of drawn lengths.
+    """
+
+    def __init__(self, stage: str, count: int, shape: Shape, *, longest: int | None = None) -> None:
+        self._draw = torch.Generator().manual_seed(0)
+        self._shape = shape
+        side = (PICTURES, 3, shape.side, shape.side)
+        self._pictures = torch.randn(side, generator=self._draw)
+        turns = draw_turns(stage, count, seed=0)
+        if longest is not None:
+            rest = longest - self._tokens(((0, 0),))
+            turns = [((rest // 4, rest - rest // 4),)] * count
+        self.items = [self._item(number, one) for number, one in enumerate(turns)]
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, index: int) -> Item:
+        """The item."""
+        return self.items[index]
+
+    def __iter__(self) -> Iterator[Item]:
+        return iter(self.items)
+
+    def estimated_tokens(self, index: int) -> int:
+        """How long an item is: what the library's sampler asks."""
+        return len(self.items[index].example.input_ids)
+
+    def _tokens(self, turns: tuple[tuple[int, int], ...]) -> int:
+        texts = sum(TURN_TOKENS + question + answer + 1 for question, answer in turns)
+        return TEMPLATE_TOKENS + self._shape.image_tokens + 2 + texts
+
+    def _words(self, count: int) -> torch.Tensor:
+        return torch.randint(FIRST_WORD, self._shape.words - 3, (count,), generator=self._draw)
+
+    def _item(self, number: int, turns: tuple[tuple[int, int], ...]) -> Item:
+        patch, start, end = (self._shape.words - back for back in (3, 2, 1))
+        picture = torch.tensor([start, *[patch] * self._shape.image_tokens, end])
+        parts = [torch.tensor([BOS]), self._words(TEMPLATE_TOKENS - 1), picture]
+        supervised = [False] * 3
+        for question, answer in turns:
+            parts += [self._words(TURN_TOKENS + question), self._words(answer), torch.tensor([EOS])]
+            supervised += [False, True, True]
+        labels = [
+            part if learnt else torch.full_like(part, IGNORE_INDEX)
+            for part, learnt in zip(parts, supervised, strict=True)
+        ]
+        example = Example(
+            id=str(number),
+            input_ids=torch.cat(parts),
+            labels=torch.cat(labels),
+            images=("random",),
+            image_token_counts=(self._shape.image_tokens,),
+        )
+        return Item(example, (self._pictures[number % PICTURES],), None)
+
+
+def with_words(shape: Shape, words: int) -> Shape:
+    """The same model with another vocabulary."""
+    return replace(shape, words=words)

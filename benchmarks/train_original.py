@@ -1,0 +1,105 @@
+"""The original's training step, written anew on today's packages, for ``train.py`` to compare with.
+
+Rows padded to the longest, the whole tower, features spliced in picture by picture, logits at all positions in float32,
+the mean over shifted logits. In stage 1 the whole embedding is trained and all rows but two are put back before each
+forward pass. Attention is SDPA, as fast as the flash-attention that the original patched in.
+
+Source: LLaVAR, llava/model/llava.py, ``LlavaLlamaForCausalLM``; llava/train/train.py, ``train``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+from torch.utils.data import SequentialSampler
+
+from llavar_peft.config import Projector, Tune
+from llavar_peft.constants import IGNORE_INDEX
+from llavar_peft.data.dataset import Collator, Item
+from llavar_peft.models.modeling import LlavarForConditionalGeneration
+from llavar_peft.models.tuning import TRAINED_ROWS, prepare_for
+
+
+def prepare(model: LlavarForConditionalGeneration, tune: Tune) -> Any:
+    """Freezes what the original froze.
+
+    Args:
+        model: A plain model; it is changed in place.
+        tune: The stage's value; adapters are the same as ours.
+
+    Returns:
+        What to train.
+    """
+    if not isinstance(tune, Projector):
+        return prepare_for(model, tune)
+    model.requires_grad_(False)
+    model.model.multi_modal_projector.requires_grad_(True)
+    model.get_input_embeddings().requires_grad_(True)
+    return model
+
+
+class OriginalTrainer(transformers.Trainer):
+    """The library's trainer with the original's loss, on records in their order.
+
+    Args:
+        model: What ``prepare`` returned.
+        arguments: The parent's settings.
+        dataset: Items.
+        callbacks: The parent's callbacks.
+    """
+
+    def __init__(self, model: Any, arguments: Any, dataset: Any, callbacks: list[Any]) -> None:
+        super().__init__(model=model, args=arguments, train_dataset=dataset, data_collator=padded, callbacks=callbacks)
+        self.remove_callback(transformers.PrinterCallback)
+        self.model_accepts_loss_kwargs = False
+        self._core = model.get_base_model() if hasattr(model, "get_base_model") else model
+        embeddings = self._core.get_input_embeddings().weight
+        self._rows = embeddings.detach().clone() if embeddings.requires_grad and _frozen(self._core) else None
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> SequentialSampler:
+        return SequentialSampler(self.train_dataset)
+
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """Cross entropy over logits at every position."""
+        core = self._core
+        embeddings = core.get_input_embeddings()
+        if self._rows is not None:
+            with torch.no_grad():
+                embeddings.weight[:-TRAINED_ROWS] = self._rows[:-TRAINED_ROWS]
+        embeds = _spliced(core, embeddings(inputs["input_ids"]), inputs)
+        hidden = core.model.language_model(
+            inputs_embeds=embeds, attention_mask=inputs["attention_mask"], use_cache=False
+        ).last_hidden_state
+        logits = core.lm_head(hidden).float()
+        shifted = logits[:, :-1].contiguous().flatten(0, 1)
+        targets = inputs["labels"][:, 1:].contiguous().flatten()
+        return nn.functional.cross_entropy(shifted, targets, ignore_index=IGNORE_INDEX)
+
+
+def padded(items: Sequence[Item]) -> dict[str, Any]:
+    """A padded batch, without what is for our trainer."""
+    batch = Collator(0)(items)
+    return {name: value for name, value in batch.items() if name not in ("ids", "faults")}
+
+
+def _frozen(core: Any) -> bool:
+    return not core.lm_head.weight.requires_grad
+
+
+def _spliced(core: Any, embeds_BTD: Tensor, inputs: dict[str, Any]) -> Tensor:
+    config = core.config
+    with torch.no_grad():
+        tower = core.model.vision_tower(inputs["pixel_values"], output_hidden_states=True)
+        features_NPC = tower.hidden_states[config.vision_feature_layer][:, 1:]
+    projected_NPD = core.model.multi_modal_projector(features_NPC)
+    rows = []
+    for ids, row_TD, picture_PD in zip(inputs["input_ids"], embeds_BTD, projected_NPD, strict=True):
+        first = int((ids == config.image_token_index).nonzero()[0])
+        rows.append(torch.cat((row_TD[:first], picture_PD, row_TD[first + len(picture_PD) :])))
+    return torch.stack(rows)

@@ -1,0 +1,110 @@
+"""The tables of ``train.py``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lengths import about as lengths_of
+from rounds import against, figure, ratio
+
+MIB = 2**20
+NAMES = {
+    "original": "the original's step, recomputing (as released)",
+    "original, keeping": "the original's step, keeping activations",
+    "ours, recomputing": "ours, recomputing",
+    "ours": "ours, as it comes (recomputes what memory asks for)",
+    "trl": "TRL's SFTTrainer on the stock LLaVA, as it comes (recomputing)",
+    "padded": "without packing: rows padded",
+    "all logits": "logits at all positions, not in chunks at supervised ones",
+    "whole tower": "the tower's unused last layer computed",
+    "dropout": "LoRA's dropout of 0.05 on",
+    "decoding": "pictures decoded in the step",
+    "decoding ahead": "pictures decoded ahead by 2 workers",
+}
+PAIRS = (
+    ("both recomputing", "original", "ours, recomputing"),
+    ("both keeping activations", "original, keeping", "ours"),
+    ("each as it comes", "original", "ours"),
+    ("TRL, both recomputing", "trl", "ours, recomputing"),
+    ("TRL, each as it comes", "trl", "ours"),
+)
+SPEED_GOALS = {"stage1": 1.6, "stage2": 1.6, "lora": 2.0}
+MEMORY_GOAL = 4.0
+SPEED_HEAD = "| | tokens/s of CPU time | tokens/s |\n|---|---|---|"
+MEMORY_HEAD = "| | peak over imports, MiB | of it over the model, MiB |\n|---|---|---|"
+LEGEND = (
+    "Useful tokens (without padding) for each second: median (least–most) of the rounds, a step each in turn. Peak:"
+    " `VmHWM` of a process of its own, counted from when the model was ready; over imports it holds weights, gradients"
+    " and optimizer states, over the model all but the weights. Where speed is measured glibc's allocator keeps what is"
+    " freed, where memory is, it gives it back. Losses: the largest difference from the original's in"
+    " any step. Ratios: of the rounds' own; below 1.15 there is no result. No dropout, so that losses can be compared."
+)
+
+
+def train_table(report: dict[str, Any]) -> str:
+    """A report as Markdown."""
+    machine = report["machine"]
+    packages = ", ".join(f"{name} {number}" for name, number in report["packages"].items())
+    lines = [
+        (
+            f"{report['date']}, `{report['command']}`: {machine['cores']} cores, {machine['memory'] / 2**30:.0f} GiB,"
+            f" {machine['system']} {machine['kind']}, Python {report['python']}, {packages}; {report['threads']}"
+            f" thread; load average {report['load_before'][0]:.1f} before, {report['load_after'][0]:.1f} after;"
+            f" {report['rounds']} rounds; {report['seconds'] / 60:.1f} minutes in all."
+        ),
+        "",
+        f"* {lengths_of('stage1')}",
+        f"* {lengths_of('stage2')} (also LoRA's; benchmarks/lengths.py says where these are from)",
+        f"* model: {report['model']}",
+    ]
+    for cell in report["speed"]:
+        lines += [
+            "",
+            f"### {cell['stage']}, {cell['batch']} records a step, vocabulary {cell['words']}",
+            "",
+            *_cell(cell),
+        ]
+        lines += ["", "| times faster, in CPU time | | goal |\n|---|---|---|"]
+        for what, peer, name in PAIRS:
+            if f"{peer} / {name}" in cell["ratios"]:
+                found = cell["ratios"][f"{peer} / {name}"]
+                goal = "" if "TRL" in what else against(found[0], SPEED_GOALS[cell["stage"]])
+                lines.append(f"| {what} | {ratio(found)} | {goal} |")
+    for cell in report["memory"]:
+        lines += ["", f"### Memory: {cell['stage']}, vocabulary {cell['words']}", "", *_cell(cell, memory=True)]
+        lines += ["", "| times less memory | over imports | over the model | goal |\n|---|---|---|---|"]
+        lines += [_memory_row(cell, *pair) for pair in PAIRS if set(pair[1:]) <= _ran(cell)]
+    if report["levers"]:
+        lines += ["", "### Levers, each turned off (or on) alone; ratio of CPU time to ours as it comes"]
+    for cell in report["levers"]:
+        lines += ["", f"{cell['stage']}:", "", *_cell(cell), ""]
+        lines += [f"* {NAMES[name]}: {ratio(found)}" for name, found in cell["ratios"].items()]
+    lines += [f"* {line}" for line in report["simulated"]]
+    return "\n".join([*lines, "", LEGEND]) + "\n"
+
+
+def _ran(cell: dict[str, Any]) -> set[str]:
+    return {name for name, found in cell["found"].items() if found["absent"] is None}
+
+
+def _cell(cell: dict[str, Any], *, memory: bool = False) -> list[str]:
+    lines = [MEMORY_HEAD if memory else SPEED_HEAD]
+    for name, found in cell["found"].items():
+        if found["absent"]:
+            columns = [f"not measured: {found['absent']}", ""]
+        elif memory:
+            columns = [f"{(found['peak'] - found[over]) / MIB:,.0f}" for over in ("imports", "model")]
+        else:
+            columns = [figure(found[key], 0) for key in ("cpu_rate", "wall_rate")]
+        lines.append(f"| {NAMES[name]} | {' | '.join(columns)} |")
+    if cell["apart"]:
+        apart = ", ".join(f"{name} {value:.1e}" for name, value in cell["apart"].items())
+        lines += ["", f"Losses apart from {cell['first']}'s, at most: {apart}."]
+    return lines
+
+
+def _memory_row(cell: dict[str, Any], what: str, peer: str, name: str) -> str:
+    one, other = cell["found"][peer], cell["found"][name]
+    got = [(one["peak"] - one[over]) / (other["peak"] - other[over]) for over in ("imports", "model")]
+    goal = "" if "TRL" in what else ", ".join(against(value, MEMORY_GOAL) for value in got)
+    return f"| {what} | {got[0]:.2f} | {got[1]:.2f} | {goal} |"
