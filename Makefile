@@ -21,11 +21,13 @@ parity:  ## Held against what the original's code gave.
 	$(PYTHON) -m pytest -m parity
 
 torture:  ## Kills, corrupts and starves runs.
-	$(PYTHON) -m pytest -m torture
+	LLAVAR_TORTURE_KILLS=200 $(PYTHON) -m pytest -m torture --timeout 7200
 
 gpu:  ## What needs a CUDA device.
 	$(PYTHON) -m pytest -m gpu
 
 bench:  ## Times and memory against named peers.
-	$(PYTHON) benchmarks/records.py
+	$(PYTHON) benchmarks/data.py
+	$(PYTHON) benchmarks/train.py --levers
 	$(PYTHON) benchmarks/weights.py --dry-run-13b
+	$(PYTHON) benchmarks/inference.py

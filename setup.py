@@ -19,9 +19,11 @@ INSTALL_REQUIRES = [
     "jinja2>=3.1.6",
     "msgspec>=0.19",
     "numpy>=1.26",
+    "packaging>=23.0",
     "peft>=0.18",
     "pillow>=11.0",
     "protobuf>=5.0",
+    "psutil>=5.9",
     "pydantic>=2.10",
     "pyyaml>=6.0",
     "rapidfuzz>=3.10",
@@ -36,13 +38,16 @@ INSTALL_REQUIRES = [
 ]
 
 EXTRAS_REQUIRE = {
-    "cuda": ["flash-attn>=2.7", "liger-kernel>=0.6"],
+    "cuda": ["flash-attn>=2.7"],
     "serve": ["fastapi>=0.115", "gradio>=6.16", "python-multipart>=0.0.18", "uvicorn>=0.32"],
     "ocr": ["onnxruntime>=1.20", "rapidocr>=3.10"],
     "eval": ["openai>=1.50"],
     "lmms-eval": ["lmms-eval>=0.7"],
     "dev": [
         "build>=1.2",
+        "fastapi>=0.115",
+        "gradio>=6.16",
+        "httpx>=0.27",
         "hypothesis>=6.120",
         "import-linter>=2.1",
         "interrogate>=1.7",
@@ -51,12 +56,14 @@ EXTRAS_REQUIRE = {
         "openai>=1.50",
         "pre-commit>=4.0",
         "pydoclint>=0.6",
+        "pypdfium2>=4.30",
         "pytest>=8.3",
         "pytest-timeout>=2.3",
         "pytest-xdist>=3.6",
         "rapidocr>=3.10",
         "ruff>=0.9",
         "types-PyYAML",
+        "uvicorn>=0.32",
     ],
 }
 

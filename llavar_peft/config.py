@@ -19,6 +19,7 @@ LossAverage = Literal["micro_batch", "token"]
 LoraVariant = Literal["lora", "rslora", "dora", "pissa"]
 LoraTarget = Literal["all-linear", "attention", "mlp"]
 LoraBias = Literal["none", "lora"]
+Recompute = bool | Literal["auto"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -167,14 +168,19 @@ class Stage:
     """Records per forward pass and rank."""
     packing: bool = True
     """Whether the records of a forward pass lie end to end in one row, each attending to itself, instead of padded."""
+    balance: bool = True
+    """Whether a step's records are divided so that its micro batches have about as many tokens each; else as drawn."""
+    max_tokens: int | None = None
+    """Tokens per forward pass and rank: a larger micro batch runs in several, with the same loss. None is one pass."""
     max_length: int = 2048
     """Tokens per record, image tokens included; longer ones are truncated, never through an image."""
     loss_average: LossAverage = "micro_batch"
     """``micro_batch`` averages over each micro batch, then over those (the original); ``token`` over all tokens."""
     precision: Precision = "auto"
     """``auto`` is bf16 on a GPU that has it, else fp32."""
-    gradient_checkpointing: bool = False
-    """Whether activations are computed again in the backward pass, to save memory."""
+    gradient_checkpointing: Recompute = False
+    """Whether activations are computed again in the backward pass, to save memory; ``auto``: in as many layers as each
+    batch and the free memory ask for."""
     save_every_steps: int | None = None
     """Optimizer steps between two checkpoints; None saves at the end only (and on interruption)."""
     keep_checkpoints: int = 1

@@ -82,14 +82,16 @@ def explained(error: ErrorDetails, hint: Any) -> tuple[str, str]:
 
 def _explained_choice(value: object, hint: Any) -> tuple[str, str]:
     literals = [member for member in members(hint) if typing.get_origin(member) is typing.Literal]
-    choices = [choice for member in literals for choice in typing.get_args(member)]
-    near = nearest(value, choices) if isinstance(value, str) else None
-    listed = len(literals) < len(members(hint))
+    names = [choice for member in literals for choice in typing.get_args(member)]
+    near = nearest(value, names) if isinstance(value, str) else None
+    switch = bool in members(hint)
+    choices = [True, False, *names] if switch else names
+    listed = len(literals) + switch < len(members(hint))
     otherwise = ", or leave the field out" if optional(hint) else ""
     if listed and isinstance(value, str):
         otherwise = f", or write [{value}]"
     mend = f"did you mean '{near}'?" if near else f"choose one of them{otherwise}"
-    return f"expected one of {', '.join(map(repr, choices))}{' or a list' * listed}, got {shown(value)}", mend
+    return f"expected one of {', '.join(map(shown, choices))}{' or a list' * listed}, got {shown(value)}", mend
 
 
 def _integer_mend(value: object) -> str:
@@ -108,6 +110,8 @@ def _untagged(loc: tuple[str | int, ...], plain: object) -> Path | None:
         node = look_up(plain, path)
         alternatives = members(hint)
         if len(alternatives) > 1:
+            if part == "bool":
+                return None  # the error of the names beside it says all
             cls = class_for(hint, node)
             if cls is None and isinstance(node, list) is not str(part).startswith("tuple"):
                 return None

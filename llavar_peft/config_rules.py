@@ -131,6 +131,8 @@ def _stage(path: str, stage: Stage) -> Iterator[Violation]:
             f"{stage.global_batch_size} is not a multiple of micro_batch_size {stage.micro_batch_size}",
             "choose numbers that divide: global = micro x ranks x accumulation",
         )
+    if stage.max_tokens is not None:
+        yield from _token_budget(f"{path}.max_tokens", stage)
     yield from _data(f"{path}.data", stage.data)
     yield from _optim(f"{path}.optim", stage.optim)
     yield from _probe(f"{path}.probe", stage.probe, stage.data)
@@ -139,6 +141,14 @@ def _stage(path: str, stage: Stage) -> Iterator[Violation]:
         if not stage.tune.train_projector and stage.optim.projector_learning_rate is not None:
             what = "given, but tune.train_projector is false"
             yield f"{path}.optim.projector_learning_rate", what, "remove the rate or train the projector"
+
+
+def _token_budget(path: str, stage: Stage) -> Iterator[Violation]:
+    if not stage.packing:
+        yield path, "padded rows are not divided by tokens", "set packing to true, or use a smaller micro_batch_size"
+    elif stage.max_tokens is not None and stage.max_tokens < stage.max_length:
+        what = f"{stage.max_tokens} is less than one record may have (max_length {stage.max_length})"
+        yield path, what, "give at least max_length"
 
 
 def _data(path: str, data: DataConfig) -> Iterator[Violation]:

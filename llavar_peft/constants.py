@@ -23,6 +23,12 @@ UNK_TOKEN: Final = "<unk>"
 PAD_TOKEN: Final = UNK_TOKEN
 """The original pads with ``<unk>`` (id 0)."""
 
+TOP_K: Final = 50
+"""Tokens that are drawn from at most, which the original leaves to its library.
+
+Source: transformers 4.28, ``GenerationConfig``.
+"""
+
 SYSTEM_PROMPT: Final = (
     "You are LLaVA, a large language and vision assistant trained by UW Madison WAIV Lab."
     "You are able to understand the visual content that the user provides, "

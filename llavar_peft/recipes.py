@@ -17,6 +17,7 @@ from llavar_peft.config import (
     Precision,
     ProbeConfig,
     Projector,
+    Recompute,
     Stage,
 )
 from llavar_peft.recipe_files import list_presets, list_recipes, load_recipe, read_recipe
@@ -45,7 +46,7 @@ def projector_pretraining(
     micro_batch_size: int = 8,
     max_length: int = 1024,
     precision: Precision = "auto",
-    gradient_checkpointing: bool = True,
+    gradient_checkpointing: Recompute = True,
     save_every_steps: int | None = None,
     probe: ProbeConfig | None = None,
 ) -> Stage:
@@ -63,7 +64,7 @@ def projector_pretraining(
         micro_batch_size: Records per forward pass and rank.
         max_length: Tokens per record.
         precision: Number format of the arithmetic; the paper's is bf16.
-        gradient_checkpointing: Whether activations are computed again in the backward pass, to save memory.
+        gradient_checkpointing: Whether activations are computed again in the backward pass, to save memory, or "auto".
         save_every_steps: Optimizer steps between two checkpoints.
         probe: What is looked at while training.
 
@@ -98,7 +99,7 @@ def full_finetuning(
     micro_batch_size: int = 4,
     max_length: int = 2048,
     precision: Precision = "auto",
-    gradient_checkpointing: bool = True,
+    gradient_checkpointing: Recompute = True,
     save_every_steps: int | None = None,
     probe: ProbeConfig | None = None,
 ) -> Stage:
@@ -116,7 +117,7 @@ def full_finetuning(
         micro_batch_size: Records per forward pass and rank.
         max_length: Tokens per record.
         precision: Number format of the arithmetic; the paper's is bf16.
-        gradient_checkpointing: Whether activations are computed again in the backward pass, to save memory.
+        gradient_checkpointing: Whether activations are computed again in the backward pass, to save memory, or "auto".
         save_every_steps: Optimizer steps between two checkpoints.
         probe: What is looked at while training.
 
@@ -161,7 +162,7 @@ def lora(
     micro_batch_size: int = 4,
     max_length: int = 2048,
     precision: Precision = "auto",
-    gradient_checkpointing: bool = True,
+    gradient_checkpointing: Recompute = True,
     save_every_steps: int | None = None,
     probe: ProbeConfig | None = None,
 ) -> Stage:
@@ -190,7 +191,7 @@ def lora(
         micro_batch_size: Records per forward pass and rank.
         max_length: Tokens per record.
         precision: Number format of the arithmetic.
-        gradient_checkpointing: Whether activations are computed again in the backward pass, to save memory.
+        gradient_checkpointing: Whether activations are computed again in the backward pass, to save memory, or "auto".
         save_every_steps: Optimizer steps between two checkpoints.
         probe: What is looked at while training.
 

@@ -144,16 +144,16 @@ def test_an_unexpected_error_says_how_to_see_more(failing, capsys: pytest.Captur
 def test_train_hands_on_its_arguments(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     calls: list[object] = []
 
-    def run_recipe(recipe, stages=None, *, restart=False) -> Path:
-        calls.append((recipe, stages, restart))
+    def run_recipe(recipe, stages=None, *, restart=False, allow_changes=False) -> Path:
+        calls.append((recipe, stages, restart, allow_changes))
         return Path("runs/tiny/model")
 
     monkeypatch.setitem(sys.modules, "llavar_peft.training.trainer", SimpleNamespace(run_recipe=run_recipe))
     assert run("train", "tiny", "seed=3", "--stage", "finetune", "--stage", "pretrain", "--restart") == 0
-    assert run("train", "tiny") == 0
+    assert run("train", "tiny", "--allow-changes") == 0
     assert calls == [
-        (load_recipe("tiny", ["seed=3"]), ["finetune", "pretrain"], True),
-        (load_recipe("tiny"), None, False),
+        (load_recipe("tiny", ["seed=3"]), ["finetune", "pretrain"], True, False),
+        (load_recipe("tiny"), None, False, True),
     ]
     assert capsys.readouterr().out.splitlines()[0] == str(Path("runs/tiny/model"))
 

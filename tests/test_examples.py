@@ -2,26 +2,33 @@
 
 from __future__ import annotations
 
+import json
+import os
+import runpy
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import yaml
 
 from llavar_peft.data.synthetic import write_dataset
+from tests.weights.adapters import save_wide_model
 
 ROOT = Path(__file__).parents[1]
 EXAMPLES = ROOT / "examples"
+PARTS = ROOT / "llavar_peft/assets/tiny"
 
 
 def test_two_stages_in_python(tmp_path: Path) -> None:
-    parts = ROOT / "llavar_peft/assets/tiny"
+
     for number, task in ((1, "transcribe"), (2, "conversation")):
         write_dataset(tmp_path / f"data{number}", count=4, seed=number, task=task)  # type: ignore[arg-type]
     arguments = [
-        f"--language-model={parts / 'language_model'}",
-        f"--vision-tower={parts / 'vision_tower'}",
+        f"--language-model={PARTS / 'language_model'}",
+        f"--vision-tower={PARTS / 'vision_tower'}",
         *(f"--stage{n}={tmp_path / f'data{n}/records.json'}" for n in (1, 2)),
         *(f"--stage{n}-images={tmp_path / f'data{n}/images'}" for n in (1, 2)),
         f"--output-dir={tmp_path / 'run'}",
@@ -33,6 +40,100 @@ def test_two_stages_in_python(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.strip() == str(tmp_path / "run/model")
     assert (tmp_path / "run/model/model.safetensors").is_file()
+
+
+@pytest.mark.slow
+def test_from_pictures_to_a_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The whole way on eight pictures; in this process, which has imported everything."""
+    pytest.importorskip("rapidocr")
+    pytest.importorskip("onnxruntime")
+    monkeypatch.setattr(sys, "argv", ["ocr_to_model.py", f"--out={tmp_path}", "--pages=8", "--steps=1"])
+    runpy.run_path(str(EXAMPLES / "ocr_to_model.py"), run_name="__main__")
+    summary = json.loads((tmp_path / "summary.json").read_text(encoding="utf-8"))
+    build = summary["build"]
+    assert build["images"] == 8
+    assert build["kept"] + sum(build["dropped"].values()) == 8
+    assert build["kept"] >= 6
+    figures = summary["percent, 95 % interval"]
+    assert all(low <= value <= high for each in figures.values() for value, low, high in each.values())
+    page = (tmp_path / "run/report.html").read_text(encoding="utf-8")
+    assert "after pretrain" in page
+    assert "after finetune" in page
+    assert "data:image/" in page
+
+
+def test_vllm_is_given_the_stock_export(tmp_path: Path) -> None:
+    """With a vLLM that tells what it was asked for; the real one wants a GPU."""
+    told = tmp_path / "vllm"
+    told.write_text('#!/usr/bin/env bash\nprintf "%s\\n" "$@"\n')
+    told.chmod(0o755)
+    save_wide_model(tmp_path / "model")
+    path = os.pathsep.join([str(tmp_path), str(Path(sys.executable).parent), os.environ["PATH"]])
+    asked: dict[str, list[str]] = {}
+    for rank in ("0", "1"):
+        environment = {**os.environ, "PATH": path, "API_KEY": "k", "RANK": rank, "GPUS": "4", "HEAD": "10.0.0.1"}
+        command = ["bash", str(EXAMPLES / "vllm.sh"), str(tmp_path / "model")]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr[-2000:]
+        asked[rank] = done.stdout.split()
+    assert json.loads((tmp_path / "model-vllm/config.json").read_text())["model_type"] == "llava"
+    for words in asked.values():
+        assert words[words.index("--data-parallel-size") + 1] == "8"
+        assert str(tmp_path / "model-vllm") in words
+    assert "--headless" not in asked["0"]
+    assert asked["1"][asked["1"].index("--data-parallel-start-rank") + 1] == "4"
+
+
+_SCONTROL = """#!/usr/bin/env bash
+if [ "$1" = show ]; then echo 127.0.0.1; else echo "$@" > "$SLURM_STUB/requeued"; fi
+"""
+_SRUN = """#!/usr/bin/env bash
+shift
+pids=()
+for rank in 0 1; do
+  SLURM_PROCID=$rank SLURM_LOCALID=$rank "$@" & pids+=($!)
+done
+echo "${pids[@]}" > "$SLURM_STUB/pids.part" && mv "$SLURM_STUB/pids.part" "$SLURM_STUB/pids"
+status=0
+for pid in "${pids[@]}"; do wait "$pid" || status=$?; done
+exit "$status"
+"""
+
+
+def test_slurm_starts_the_ranks_and_puts_an_interrupted_job_back(tmp_path: Path) -> None:
+    """With a Slurm of two processes on this machine; they shard as two nodes' would, by gloo."""
+    for name, text in (("scontrol", _SCONTROL), ("srun", _SRUN)):
+        (tmp_path / name).write_text(text)
+        (tmp_path / name).chmod(0o755)
+    write_dataset(tmp_path / "data", count=8, seed=1, task="transcribe")
+    run = tmp_path / "run"
+    settings = [
+        f"output_dir={run}",
+        f"model.language_model={PARTS / 'language_model'}",
+        f"model.vision_tower={PARTS / 'vision_tower'}",
+        *(f"stages.{n}.data.records={tmp_path / 'data/records.json'}" for n in (0, 1)),
+        *(f"stages.{n}.data.images={tmp_path / 'data/images'}" for n in (0, 1)),
+        *(f"stages.{n}.{name}" for n in (0, 1) for name in ("data.holdout=0", "data.workers=0", "epochs=500")),
+        *(f"stages.{n}.{name}" for n in (0, 1) for name in ("global_batch_size=4", "micro_batch_size=2")),
+    ]
+    environment = {
+        **os.environ,
+        "PATH": os.pathsep.join([str(tmp_path), str(Path(sys.executable).parent), os.environ["PATH"]]),
+        "SLURM_STUB": str(tmp_path), "SLURM_JOB_ID": str(os.getpid()), "SLURM_NTASKS": "2",
+        "SLURM_JOB_NODELIST": "here", "SLURM_CPUS_PER_TASK": "1", "ACCELERATE_MIXED_PRECISION": "no",
+    }  # fmt: skip
+    command = ["bash", str(EXAMPLES / "slurm.sh"), "tiny", *settings]
+    metrics, deadline = run / "pretrain/metrics.jsonl", time.monotonic() + 120
+    with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) as job:
+        while not (metrics.is_file() and metrics.read_text()) and job.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.1)
+        for pid in (tmp_path / "pids").read_text().split():
+            os.kill(int(pid), signal.SIGTERM)
+        _, told = job.communicate(timeout=120)
+    assert job.returncode == 4, told[-2000:]
+    assert (tmp_path / "requeued").read_text().split() == ["requeue", str(os.getpid())]
+    (checkpoint,) = (run / "pretrain").glob("checkpoint-*")
+    assert len(list(checkpoint.glob("optimizer_*_of_2.safetensors"))) == 2
 
 
 def test_accelerate_launches_the_package() -> None:

@@ -20,7 +20,7 @@ from llavar_peft.errors import DataError, EnvironmentFaultError
 from llavar_peft.page import write_run_page
 from llavar_peft.page.charts import loss_chart, running_mean
 from llavar_peft.page.looks import wilson
-from llavar_peft.page.write import MOST_BYTES
+from llavar_peft.page.templates import MOST_BYTES
 
 XSS = "</dd><script>alert('x')</script><img src=x onerror=\"alert(1)\">&'{{ 7 * 7 }}"
 

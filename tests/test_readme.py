@@ -23,8 +23,11 @@ ELSEWHERE = {
     "python -m pytest": "this is it",
     "llavar-peft quickstart": "tests/test_quickstart.py",
     "llavar-peft eval": "tests/evaluation; its data is other people's",
+    "llavar-peft report": "tests/evaluation/test_report.py",
     "lmms-eval": "tests/evaluation",
     "llavar-peft ocr": "tests/data/ocr",
+    "llavar-peft serve": "tests/serving",
+    "python examples/openai_client.py": "tests/serving/test_api.py",
     "llavar-peft synth": "tests/data/test_synth.py",
     "accelerate launch": "tests/test_examples.py; this one takes eight GPUs",
 }

@@ -96,12 +96,16 @@ def test_types_and_combinations_are_reported_together() -> None:
         ({"seed": True}, "seed: expected an integer, got true; write a whole number such as 1"),
         ({"seed": "3"}, "seed: expected an integer, got '3'; write 3"),
         ({"seed": 3.0}, "seed: expected an integer, got 3.0; write 3"),
+        (
+            {"stages__0__packing": 1},
+            "stages.0.packing: expected true or false, got 1; write one of the two, without quotes",
+        ),
         ({"seed": -1}, "seed: expected an integer from 0 to 4294967295, got -1; take a smaller seed"),
         ({"stages__0__max_steps": "1e3"}, "stages.0.max_steps: expected an integer, got '1e3'; write 1000"),
         ({"stages__0__epochs": True}, "stages.0.epochs: expected a number, got true; write a number such as 0.5"),
         (
             {"stages__0__gradient_checkpointing": 1},
-            "stages.0.gradient_checkpointing: expected true or false, got 1; write one of the two, without quotes",
+            "stages.0.gradient_checkpointing: expected one of true, false, 'auto', got 1; choose one of them",
         ),
         ({"stages__0__name": 2024}, "stages.0.name: expected a string, got 2024; put it in quotes"),
         (

@@ -16,10 +16,13 @@ from llavar_peft.cli.chat import chat
 from llavar_peft.cli.convert import convert
 from llavar_peft.cli.data import check, inspect
 from llavar_peft.cli.delta import apply, make, verify
+from llavar_peft.cli.doctor import doctor
 from llavar_peft.cli.generate import generate
 from llavar_peft.cli.merge import merge
 from llavar_peft.cli.quickstart import quickstart
 from llavar_peft.cli.recipe import list_shipped, show
+from llavar_peft.cli.report import report
+from llavar_peft.cli.serve import serve
 from llavar_peft.cli.synth import synth
 from llavar_peft.cli.train import train
 
@@ -46,6 +49,9 @@ def build_app() -> typer.Typer:
     app.command("ask")(ask)
     app.command("chat")(chat)
     app.command("generate")(generate)
+    app.command("serve")(serve)
+    app.command("report")(report)
+    app.command("doctor")(doctor)
     app.command("merge")(merge)
     app.command("convert")(convert)
     recipes = typer.Typer(help="Recipes shipped with the package.", no_args_is_help=True)

@@ -7,7 +7,9 @@ from typing import Annotated
 import typer
 
 from llavar_peft.cli._output import is_first_rank, say
-from llavar_peft.errors import ConfigError
+from llavar_peft.cli._tables import print_table
+from llavar_peft.config import Recipe
+from llavar_peft.errors import ConfigError, EnvironmentFaultError
 from llavar_peft.recipes import load_recipe
 
 
@@ -29,6 +31,12 @@ def train(
         list[str] | None, typer.Option("--stage", help="Run only this stage; may be given several times.")
     ] = None,
     restart: Annotated[bool, typer.Option("--restart", help="Begin again instead of going on.")] = False,
+    allow_changes: Annotated[
+        bool, typer.Option("--allow-changes", help="Go on although recipe, records or number of processes changed.")
+    ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Two steps of each stage on its longest records, a save and a resume.")
+    ] = False,
 ) -> None:
     """Train a recipe's stages, or go on where an earlier run stopped."""
     settings = overrides or []
@@ -45,8 +53,48 @@ def train(
             raise ConfigError.at(
                 "--stage", f"{recipe or preset} has no stage {name!r}", f"use one of {', '.join(names)}"
             )
+    if dry_run:
+        _try_out(wanted, tuple(stage or ()))
+        return
     from llavar_peft.training.trainer import run_recipe
 
-    folder = run_recipe(wanted, stages=stage or None, restart=restart)
+    folder = run_recipe(wanted, stages=stage or None, restart=restart, allow_changes=allow_changes)
     if is_first_rank():
         say(str(folder))
+
+
+def _try_out(recipe: Recipe, stages: tuple[str, ...]) -> None:
+    import shutil
+    from pathlib import Path
+
+    from llavar_peft.training.dry_run import dry_run
+
+    rows, disk = [], 0
+    for trial in dry_run(recipe, stages):
+        kept = max(1, next(one.keep_checkpoints for one in recipe.stages if one.name == trial.stage))
+        # One more is written before the oldest goes.
+        disk += trial.result_bytes + (kept + 1) * trial.checkpoint_bytes
+        rows.append((
+            trial.stage, trial.longest, trial.tokens, f"{trial.peak_bytes / 2**30:.2f}", f"{trial.seconds:.2f}",
+            trial.steps, f"{trial.projected / 3600:.1f}", f"{trial.checkpoint_bytes / 1e9:.2f}",
+        ))  # fmt: skip
+    if not is_first_rank():
+        return
+    titles = (
+        "stage",
+        "longest record",
+        "tokens a step",
+        "peak GiB",
+        "s a step",
+        "steps",
+        "hours in all",
+        "checkpoint GB",
+    )
+    print_table(titles, rows)
+    there = next(one for one in Path(recipe.output_dir).absolute().parents if one.is_dir())
+    free = shutil.disk_usage(there).free
+    say(f"disk: {disk / 1e9:.1f} GB wanted, {free / 1e9:.1f} GB free in {there}")
+    if disk > free:
+        raise EnvironmentFaultError.at(
+            recipe.output_dir, f"wants {disk / 1e9:.1f} GB (got {free / 1e9:.1f} GB free)", "make room, or give another"
+        )

@@ -16,7 +16,10 @@ from torch import Tensor, nn
 from transformers import LlavaForConditionalGeneration, LlavaModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.models.clip.modeling_clip import CLIPEncoderLayer
+from transformers.models.llava.modeling_llava import LlavaCausalLMOutputWithPast
 
+from llavar_peft.constants import IGNORE_INDEX
+from llavar_peft.models.chunked_loss import LossHead
 from llavar_peft.models.configuration import LlavarConfig
 
 
@@ -140,11 +143,62 @@ class LlavarForConditionalGeneration(LlavaForConditionalGeneration):
 
     config: LlavarConfig
     config_class = LlavarConfig
+    lm_head: nn.Linear
 
     def __init__(self, config: LlavarConfig) -> None:
         super().__init__(config)
         self.model = LlavarModel(config)
+        self.lm_head = LossHead.of(self.lm_head)
         self.post_init()
+
+    def forward(  # noqa: PLR0913, PLR0917 - the library's own, and one more
+        self,
+        input_ids: Tensor | None = None,
+        pixel_values: Tensor | Sequence[Tensor] | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Any = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        logits_to_keep: int | Tensor = 0,
+        targets: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """The parent's, or, with ``targets``, the loss without logits.
+
+        Args:
+            input_ids: ``[B, T]``.
+            pixel_values: ``[N, 3, H, W]`` or a sequence of ``[3, H, W]``, in reading order over the batch.
+            attention_mask: ``[B, T]``.
+            position_ids: ``[B, T]``.
+            past_key_values: The cache of keys and values.
+            inputs_embeds: ``[B, T, D]`` instead of ``input_ids``.
+            labels: ``[B, T]``, for the parent's loss.
+            logits_to_keep: Positions whose logits are wanted.
+            targets: ``[B, T]``, what each position has to predict; ``IGNORE_INDEX`` where nothing.
+            **kwargs: What the parent's ``forward`` takes.
+
+        Returns:
+            The parent's output. With ``targets`` its ``loss`` is the summed cross entropy in float32, and ``logits`` is
+            None; without a supervised position it is 0 and still hangs on every trained parameter.
+        """
+        inputs = {
+            "input_ids": input_ids,
+            "pixel_values": pixel_values,
+            "attention_mask": attention_mask,
+            "position_ids": position_ids,
+            "past_key_values": past_key_values,
+            "inputs_embeds": inputs_embeds,
+            **kwargs,
+        }
+        if targets is None:
+            return super().forward(**inputs, labels=labels, logits_to_keep=logits_to_keep)
+        hidden_BTD = self.model(**inputs).last_hidden_state
+        supervised_BT = targets != IGNORE_INDEX
+        if not supervised_BT.any():
+            nothing = self.lm_head(hidden_BTD[0, :1], targets.new_zeros(1)) * 0.0
+            return LlavaCausalLMOutputWithPast(loss=nothing)
+        return LlavaCausalLMOutputWithPast(loss=self.lm_head(hidden_BTD[supervised_BT], targets[supervised_BT]))
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
         """Saves under the names the modules have, also where the weights came in the released layout.

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from llavar_peft.constants import TOP_K
 from llavar_peft.data.images import prepare_image
 from llavar_peft.models.processing import LlavarProcessor
 from llavar_peft.types import ImageMode
@@ -26,6 +27,7 @@ def read_pictures(  # noqa: PLR0913 - the knobs of generation, by name
     image_mode: ImageMode | None = None,
     temperature: float = 0.0,
     top_p: float = 1.0,
+    top_k: int = TOP_K,
     seed: int | None = None,
 ) -> list[str]:
     """Answers one question about each picture, as one batch.
@@ -41,6 +43,7 @@ def read_pictures(  # noqa: PLR0913 - the knobs of generation, by name
         image_mode: Overrides the processor's ``inference_image_mode``.
         temperature: 0 is greedy.
         top_p: Share of the probability that is sampled from.
+        top_k: Tokens that are sampled from at most; 0 for all. The default is the original's.
         seed: Makes sampling repeatable; the global generator is left as it was.
 
     Returns:
@@ -67,7 +70,7 @@ def read_pictures(  # noqa: PLR0913 - the knobs of generation, by name
         same = len({tuple(picture.shape) for picture in pixels}) == 1
         inputs["pixel_values"] = torch.stack(pixels) if same else pixels
     if temperature > 0:
-        inputs.update(do_sample=True, temperature=temperature, top_p=top_p, top_k=0)
+        inputs.update(do_sample=True, temperature=temperature, top_p=top_p, top_k=top_k)
     else:
         inputs.update(do_sample=False, temperature=None, top_p=None, top_k=None)
     with torch.random.fork_rng(enabled=temperature > 0), torch.inference_mode():

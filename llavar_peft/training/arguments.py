@@ -58,7 +58,7 @@ def training_arguments(recipe: Recipe, stage: Stage, directory: Path, *, ranks: 
         fp16=precision == "fp16",
         tf32=True if cuda and precision != "fp32" and torch.cuda.get_device_capability()[0] >= 8 else None,
         use_cpu=not cuda and not torch.backends.mps.is_available(),
-        gradient_checkpointing=stage.gradient_checkpointing,
+        gradient_checkpointing=bool(stage.gradient_checkpointing),
         gradient_checkpointing_kwargs={"use_reentrant": False} if stage.gradient_checkpointing else None,
         dataloader_num_workers=stage.data.workers,
         dataloader_pin_memory=cuda,

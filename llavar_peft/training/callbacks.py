@@ -9,11 +9,11 @@ import threading
 from types import FrameType
 from typing import Any
 
-import torch
 from tqdm.auto import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from llavar_peft.training.probe import Probe
+from llavar_peft.training.ranks import on_any_rank
 
 logger = logging.getLogger(__name__)
 
@@ -84,7 +84,7 @@ class StopOnSignal(TrainerCallback):
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Stops after this step if a signal came to any rank."""
-        if _on_any_rank(self.requested, args.device):
+        if on_any_rank(self.requested, args.device):
             self.requested = True
             # A run at its last step is finished, not interrupted.
             if state.global_step < state.max_steps:
@@ -136,11 +136,3 @@ class LookAtPictures(TrainerCallback):
         """Looks at the result, unless the run was interrupted."""
         if state.global_step >= state.max_steps:
             self.probe.look(kwargs["model"], step=state.global_step, when="end")
-
-
-def _on_any_rank(flag: bool, device: torch.device) -> bool:
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return flag
-    value = torch.tensor(int(flag), device=device)
-    torch.distributed.all_reduce(value, op=torch.distributed.ReduceOp.MAX)
-    return bool(value)

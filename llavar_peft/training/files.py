@@ -1,4 +1,4 @@
-"""What a run writes, and how: aside, synced, renamed."""
+"""A run's lines of figures, and what it ran on."""
 
 from __future__ import annotations
 
@@ -12,11 +12,6 @@ from pathlib import Path
 from typing import Any
 
 from llavar_peft.durable import write_text
-
-CHECKPOINT_PREFIX = "checkpoint-"
-STAGING = ".staging"
-COMPLETE = "stage.json"
-"""Written last into a finished stage's ``model`` folder's parent."""
 
 _PACKAGES = (
     "llavar_peft", "torch", "transformers", "peft", "accelerate", "bitsandbytes", "flash_attn", "datasets", "pillow",
@@ -45,12 +40,6 @@ def drop_lines_after(path: Path, step: int) -> None:
     if path.is_file():
         kept = [line for line in read_lines(path) if int(line["step"]) <= step]
         write_text(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in kept))
-
-
-def checkpoints(stage_dir: Path) -> list[Path]:
-    """The stage's checkpoints, oldest first. What a killed run left in staging is none."""
-    found = [path for path in stage_dir.glob(f"{CHECKPOINT_PREFIX}*") if path.name.split("-")[-1].isdigit()]
-    return sorted(found, key=lambda path: int(path.name.split("-")[-1]))
 
 
 def describe_environment() -> dict[str, Any]:

@@ -20,7 +20,7 @@ from llavar_peft.models.processing import LlavarProcessor
 from llavar_peft.models.reading import read_pictures
 from llavar_peft.text_metrics import character_accuracy, exact_match
 from llavar_peft.training.files import append_line
-from llavar_peft.training.stage_trainer import supervised_loss
+from llavar_peft.training.loss import supervised_loss
 
 _THUMBNAIL = (480, 480)
 

@@ -12,6 +12,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,13 +26,19 @@ from llavar_peft.durable import write_json, write_text
 from llavar_peft.errors import ConfigError, Fault
 from llavar_peft.recipes import dump_recipe
 from llavar_peft.training import files
+from llavar_peft.training.checkpoints import checkpoints
 from llavar_peft.training.saving import load_full, load_projector
 from llavar_peft.validation import recipe_to_mapping
+
+logger = logging.getLogger(__name__)
 
 STAGES_FILE = "stages.json"
 FINISHED_FILE = "stage.json"
 # Changing these does not change a run's result.
-_HARMLESS = ("report_to", "keep_checkpoints", "save_every_steps", "probe", "workers", "output_dir")
+_HARMLESS = (
+    "report_to", "keep_checkpoints", "save_every_steps", "probe", "workers", "output_dir", "gradient_checkpointing",
+    "max_tokens",
+)  # fmt: skip
 
 
 class RunFolder:
@@ -58,12 +65,13 @@ class RunFolder:
         """Where a LoRA stage that is not the last leaves the model with its adapter merged: the next stage's base."""
         return self.directory(stage) / "model"
 
-    def open(self, *, restart: bool, stages: Sequence[Stage]) -> None:
+    def open(self, *, restart: bool, stages: Sequence[Stage], allow_changes: bool = False) -> None:
         """Makes the folder, or takes up one that an earlier run of the same recipe left.
 
         Args:
             restart: Whether to throw away what it left for ``stages``.
             stages: The stages about to run.
+            allow_changes: Whether to go on with another recipe than the folder's.
 
         Raises:
             ConfigError: The folder holds results of another recipe.
@@ -72,7 +80,7 @@ class RunFolder:
             for stage in stages:
                 shutil.rmtree(self.directory(stage), ignore_errors=True)
                 shutil.rmtree(self.result(stage), ignore_errors=True)
-        self._refuse_another()
+        self._refuse_another(allow_changes)
         for stage in self.recipe.stages:
             self.directory(stage).mkdir(parents=True, exist_ok=True)
         write_text(self.root / RESOLVED_RECIPE_FILE, dump_recipe(self.recipe))
@@ -110,9 +118,9 @@ class RunFolder:
             load_full(model, folder)
         return folder
 
-    def _refuse_another(self) -> None:
+    def _refuse_another(self, allowed: bool) -> None:
         written = self.root / RESOLVED_RECIPE_FILE
-        begun = any(self.finished(stage) or files.checkpoints(self.directory(stage)) for stage in self.recipe.stages)
+        begun = any(self.finished(stage) or checkpoints(self.directory(stage)) for stage in self.recipe.stages)
         if not (written.is_file() and begun):
             return
         before = yaml.safe_load(written.read_text(encoding="utf-8"))
@@ -125,9 +133,13 @@ class RunFolder:
         ]
         if faults:
             lines = "\n".join(f"  {fault.where}: {fault.what}" for fault in faults)
+            if allowed:
+                logger.warning("%s: goes on with a changed recipe\n%s", self.root, lines)
+                return
             raise ConfigError(
                 f"{written}: another recipe's run is in this folder\n{lines}\n"
-                "Mend: take another output_dir, undo the change, or pass --restart to begin anew.",
+                "Mend: take another output_dir, undo the change, pass --restart to begin anew, or --allow-changes to "
+                "go on all the same.",
                 faults,
             )
 

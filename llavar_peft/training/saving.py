@@ -16,7 +16,7 @@ from llavar_peft.durable import write_json
 from llavar_peft.models import pissa
 from llavar_peft.models.fingerprints import fingerprint_base
 from llavar_peft.models.sources import read_checkpoint, read_parts
-from llavar_peft.models.tuning import EmbeddingWithTrainedRows, is_quantized
+from llavar_peft.models.tuning import EmbeddingWithTrainedRows, folded_state_dict, is_quantized
 from llavar_peft.weights import names
 from llavar_peft.weights.adapter import (
     BASE_FILE,
@@ -55,39 +55,38 @@ def save_whole(
         model: The model, unwrapped.
         processor: Saved beside it.
         folder: An existing folder.
-        state: The model's state under a plain model's names.
+        state: The model's ``state_dict()``, gathered if the model is sharded; of adapters at least what is trained.
         tune: What the stage trains.
         base: What an adapter is an adapter of.
     """
     if isinstance(tune, Lora):
-        _save_adapter(model, folder, base)
+        _save_adapter(model, folder, base, state)
     elif is_quantized(model):
         model.config.save_pretrained(str(folder))
     else:
-        model.save_pretrained(str(folder), state_dict=dict(state), max_shard_size=_SHARD_SIZE)
+        model.save_pretrained(str(folder), state_dict=folded_state_dict(state), max_shard_size=_SHARD_SIZE)
     if isinstance(tune, Projector):
-        embedding = model.get_input_embeddings()
-        whole = embedding.weight.detach().float()
-        if isinstance(embedding, EmbeddingWithTrainedRows):
-            # In float32, whatever the base is kept in: a resumed run goes on from exactly these.
-            whole = torch.cat([whole[: embedding.first], embedding.rows.detach().float()])
-        projector = model.model.multi_modal_projector
-        save_projector(folder, projector.weight.float(), projector.bias.float(), whole)
+        # In float32, whatever the base is kept in: a resumed run goes on from exactly these.
+        parts = ("model.multi_modal_projector.", names.EMBEDDINGS.removesuffix("weight"))
+        exact = folded_state_dict({name: tensor.float() for name, tensor in state.items() if name.startswith(parts)})
+        save_projector(folder, *(exact[it] for it in (names.PROJECTOR_WEIGHT, names.PROJECTOR_BIAS, names.EMBEDDINGS)))
     processor.save_pretrained(str(folder))
 
 
-def _save_adapter(model: Any, folder: Path, base: ModelConfig) -> None:
+def _save_adapter(model: Any, folder: Path, base: ModelConfig, state: Mapping[str, Tensor]) -> None:
     for settings in model.peft_config.values():
         settings.base_model_name_or_path = base.checkpoint or base.language_model
     with quiet_about_biases():
         # Nothing of the embeddings is saved but the rows that were trained.
-        model.save_pretrained(str(folder), save_embedding_layers=False)
+        model.save_pretrained(str(folder), save_embedding_layers=False, state_dict=dict(state))
     if pissa.is_residual(model):
         pissa.save_on_whole_base(model, folder)
     write_checksums(folder)
     model.get_base_model().config.save_pretrained(str(folder))
     # What "auto" came to: a merge has to quantize the same numbers again.
-    dtype = str(model.get_input_embeddings().weight.dtype).removeprefix("torch.")
+    embedding = model.get_input_embeddings()
+    # Under trained rows lies the base's own; asking the wrapper would add the rows to it, which shards forbid.
+    dtype = str(getattr(embedding, "original_module", embedding).weight.dtype).removeprefix("torch.")
     write_json(folder / BASE_FILE, {**dataclasses.asdict(base), "dtype": dtype})
     write_json(folder / FINGERPRINT_FILE, {"base": fingerprint_base(base)})
 

@@ -6,11 +6,9 @@ Added here: logits at supervised positions only, the loss's average as configure
 
 from __future__ import annotations
 
-import math
-import shutil
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,19 +16,32 @@ import torch
 import transformers
 from torch import Tensor, nn
 from torch.utils.data import Dataset, Sampler
+from transformers.trainer import SCHEDULER_NAME
 
 from llavar_peft.config import Lora, ModelConfig, Projector, Recipe, Stage
 from llavar_peft.constants import IGNORE_INDEX
-from llavar_peft.data.dataset import Collator, EpochSampler, Item, TrainingDataset
-from llavar_peft.durable import settle_folder
-from llavar_peft.errors import EnvironmentFaultError
-from llavar_peft.models.packed import let_pack, packed_arguments
+from llavar_peft.data.dataset import Collator, Item, TrainingDataset
+from llavar_peft.data.sampler import Balance, EpochSampler
+from llavar_peft.models.packed import let_pack
 from llavar_peft.models.processing import LlavarProcessor
-from llavar_peft.models.tuning import folded_state_dict, is_quantized, part_of
-from llavar_peft.training import files
+from llavar_peft.models.tuning import is_quantized, part_of
 from llavar_peft.training.card import write_card
+from llavar_peft.training.checkpoint_writer import CheckpointWriter
+from llavar_peft.training.checkpoints import Origin
+from llavar_peft.training.finite import refuse_non_finite
 from llavar_peft.training.ledger import FaultLedger
+from llavar_peft.training.loss import supervised_loss
+from llavar_peft.training.passes import SUPERVISED, passes
+from llavar_peft.training.recomputation import Recomputation
 from llavar_peft.training.saving import load_trained, save_whole
+from llavar_peft.training.sharding import (
+    gathered_state,
+    load_shard,
+    make_sharding_real,
+    refuse_unsharded,
+    refuse_what_cannot_be_sharded,
+    save_shard,
+)
 
 LogSink = Callable[[dict[str, Any]], None]
 
@@ -41,7 +52,7 @@ class Meter:
 
     tokens: int = 0
     supervised: int = 0
-    records: tuple[str, ...] = ()
+    losses: list[tuple[Tensor, tuple[str, ...]]] = field(default_factory=list)
     since: float = 0.0
 
 
@@ -55,6 +66,7 @@ class StageTrainer(transformers.Trainer):
         arguments: The parent's settings, made from the stage by ``training_arguments``.
         dataset: Records as items.
         ledger: Counts records that cannot be trained on, and stops the run above its share.
+        origin: What a run that goes on from a checkpoint has to share.
         base: What the stage starts from, as an adapter has to name it.
         recipe: The run.
         sink: Takes each step's figures.
@@ -70,13 +82,14 @@ class StageTrainer(transformers.Trainer):
         *,
         dataset: TrainingDataset,
         ledger: FaultLedger,
+        origin: Origin,
         base: ModelConfig,
         recipe: Recipe,
         sink: LogSink,
         callbacks: list[transformers.TrainerCallback],
     ) -> None:
         self.optimizer: torch.optim.Optimizer | None = None
-        packed = stage.packing and let_pack(model)
+        self.packed = stage.packing and let_pack(model)
         self.stage = stage
         self.ledger = ledger
         self.base = base
@@ -92,35 +105,70 @@ class StageTrainer(transformers.Trainer):
             model=model,
             args=arguments,
             train_dataset=dataset,
-            data_collator=Collator(processor.tokenizer.pad_token_id, packed=packed),
+            data_collator=Collator(processor.tokenizer.pad_token_id, packed=self.packed),
             processing_class=processor,
             callbacks=callbacks,
         )
         if unquantized_part:
             model._hf_peft_config_loaded = False  # type: ignore[assignment]
+        self.checkpoints = CheckpointWriter(
+            Path(str(self.args.output_dir)), origin, keep=stage.keep_checkpoints, accelerator=self.accelerator
+        )
+        self.recomputation = Recomputation(model, auto=stage.gradient_checkpointing == "auto", device=self.args.device)
         # Its table of figures for each step; the run has metrics.jsonl and a progress line.
         self.remove_callback(transformers.PrinterCallback)
         # "token": the parent counts the labels of the whole accumulation and hands the number to compute_loss.
         self.model_accepts_loss_kwargs = stage.loss_average == "token"
+        if self.sharded:
+            refuse_what_cannot_be_sharded(stage.tune, stage.name)
+
+    # -- processes ----------------------------------------------------------------------------------------------------
+
+    def create_accelerator_and_postprocess(self) -> None:
+        """The parent's; FSDP, if it was asked for, is real afterwards."""
+        super().create_accelerator_and_postprocess()
+        self.sharded = make_sharding_real(self.accelerator)
+        if self.sharded:
+            self.is_fsdp_enabled: bool = True
+
+    def _prepare_for_training(
+        self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None
+    ) -> tuple[nn.Module, Any]:
+        if self.sharded and resume_from_checkpoint:
+            # While every rank has the whole model still.
+            load_trained(self.model, Path(resume_from_checkpoint))
+        prepared: tuple[nn.Module, Any] = super()._prepare_for_training(
+            max_steps, train_dataloader, resume_from_checkpoint
+        )
+        if self.accelerator.is_fsdp2:
+            refuse_unsharded(prepared[0])
+        return prepared
 
     # -- data ---------------------------------------------------------------------------------------------------------
 
     def _get_train_sampler(self, train_dataset: Dataset[Item] | None = None) -> Sampler[int]:
         dataset: Any = train_dataset if train_dataset is not None else self.train_dataset
-        return EpochSampler(len(dataset), seed=self.recipe.seed, shuffle=self.stage.data.shuffle)
+        stage = self.stage
+        even = Balance(stage.global_batch_size, stage.micro_batch_size, dataset.estimated_tokens)
+        return EpochSampler(
+            len(dataset), seed=self.recipe.seed, shuffle=stage.data.shuffle, balanced=even if stage.balance else None
+        )
 
     # -- loss ---------------------------------------------------------------------------------------------------------
 
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
     ) -> Tensor:
-        """The parent's step, after the batch's faults are taken out and counted."""
+        """The parent's step, after the batch's faults are taken out and counted; in several passes if it is large."""
         self.ledger.note(inputs.pop("faults"))
         ids = tuple(inputs.pop("ids"))
-        self.meter.records += ids
         self.meter.tokens += sum(inputs["lengths"]) if "lengths" in inputs else int(inputs["attention_mask"].sum())
-        self.meter.supervised += int((inputs["labels"][:, 1:] != IGNORE_INDEX).sum())
-        loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
+        inputs[SUPERVISED] = int((inputs["labels"][:, 1:] != IGNORE_INDEX).sum())
+        self.meter.supervised += inputs[SUPERVISED]
+        loss = torch.zeros((), device=self.args.device)
+        for part in passes(self.accelerator, model, inputs, max_tokens=self.stage.max_tokens):
+            loss += super().training_step(model, part, num_items_in_batch)
+        self.meter.losses.append((loss, ids))
         return loss
 
     def compute_loss(
@@ -141,9 +189,11 @@ class StageTrainer(transformers.Trainer):
         Returns:
             The loss, or the loss and the output.
         """
-        inputs.pop("faults", None)
-        inputs.pop("ids", None)
-        loss_sum, count, outputs = supervised_loss(model, inputs)
+        count = inputs.pop(SUPERVISED)
+        tokens = inputs["input_ids"].numel()
+        self.recomputation.plan(tokens, settled=bool(self.optimizer is not None and self.optimizer.state))
+        with self.recomputation.measuring(tokens):
+            loss_sum, _, outputs = supervised_loss(model, inputs)
         if num_items_in_batch is None:
             loss = loss_sum / max(count, 1)
         else:
@@ -152,15 +202,10 @@ class StageTrainer(transformers.Trainer):
             loss = loss_sum * ranks / num_items_in_batch
         return (loss, outputs) if return_outputs else loss
 
-    def _clip_grad_norm(self, model: nn.Module) -> Any:
-        norm = super()._clip_grad_norm(model)
-        value = float(norm) if norm is not None else 0.0
-        if not math.isfinite(value):
-            raise EnvironmentFaultError.at(
-                f"{self.stage.name}:step {self.state.global_step + 1}",
-                f"the gradient is not finite (norm {value}), records {', '.join(self.meter.records[:16])}",
-                "look at these records, lower the learning rate, or train in bf16 instead of fp16; nothing was updated",
-            )
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        where = f"{self.stage.name}:step {self.state.global_step + 1}"
+        refuse_non_finite(self.accelerator, self.meter.losses, float(norm), where=where)
         return norm
 
     # -- optimizer ----------------------------------------------------------------------------------------------------
@@ -224,26 +269,55 @@ class StageTrainer(transformers.Trainer):
         return str(self.staging) if self.staging is not None else super()._get_output_dir(trial)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """Writes a checkpoint aside; rank 0 gives it its name after all ranks have written."""
-        run = Path(str(self.args.output_dir))
-        name = f"{files.CHECKPOINT_PREFIX}{self.state.global_step}"
-        self.staging = run / files.STAGING
+        """The parent's, into a folder aside; without its rotation, which would count what is there now."""
+        whole = super()._save_checkpoint
         limit, self.args.save_total_limit = self.args.save_total_limit, None
+
+        def save(staging: Path) -> None:
+            self.staging = staging
+            whole(model, trial)
+
         try:
-            if self.is_world_process_zero():
-                shutil.rmtree(self.staging, ignore_errors=True)
-            self.accelerator.wait_for_everyone()
-            super()._save_checkpoint(model, trial)
-            self.accelerator.wait_for_everyone()
-            if self.is_world_process_zero():
-                settle_folder(self.staging / name, run / name)
-                shutil.rmtree(self.staging, ignore_errors=True)
-                for old in files.checkpoints(run)[: -max(1, self.stage.keep_checkpoints)]:
-                    shutil.rmtree(old)
-            self.accelerator.wait_for_everyone()
+            self.checkpoints.write(self.state.global_step, save, ending=self.control.should_training_stop)
         finally:
             self.args.save_total_limit = limit
             self.staging = None
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """The parent's; shards are gathered by all ranks and written by the first.
+
+        Args:
+            output_dir: The folder.
+            _internal_call: As the parent's.
+        """
+        if not self.sharded:
+            super().save_model(output_dir, _internal_call)
+            return
+        state = gathered_state(self.model, trained_only=isinstance(self.stage.tune, Lora))
+        self._save(output_dir, state)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if not self.accelerator.is_fsdp2:
+            super()._save_optimizer_and_scheduler(output_dir)
+            return
+        save_shard(self.model, self._inner_optimizer(), self._shard_file(output_dir))
+        if self.args.should_save:
+            torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if not (self.accelerator.is_fsdp2 and checkpoint):
+            super()._load_optimizer_and_scheduler(checkpoint)
+            return
+        load_shard(self.model, self._inner_optimizer(), self._shard_file(checkpoint))
+        self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint) / SCHEDULER_NAME, weights_only=True))
+
+    def _inner_optimizer(self) -> torch.optim.Optimizer:
+        wrapped: Any = self.optimizer
+        inner: torch.optim.Optimizer = wrapped.optimizer
+        return inner
+
+    def _shard_file(self, folder: str) -> Path:
+        return Path(folder) / f"optimizer_{self.args.process_index}_of_{self.args.world_size}.safetensors"
 
     def _save(self, output_dir: str | None = None, state_dict: Mapping[str, Tensor] | None = None) -> None:
         """Saves the model whole, under a plain model's names, and its processor (and no pickled arguments)."""
@@ -253,54 +327,15 @@ class StageTrainer(transformers.Trainer):
         folder.mkdir(parents=True, exist_ok=True)
         model = self.accelerator.unwrap_model(self.model)
         state = dict(state_dict) if state_dict is not None else model.state_dict()
-        save_whole(
-            model, self.processing_class, folder, state=folded_state_dict(state), tune=self.stage.tune, base=self.base
-        )
+        save_whole(model, self.processing_class, folder, state=state, tune=self.stage.tune, base=self.base)
         if isinstance(self.stage.tune, Lora):
             run = Path(str(self.args.output_dir))
             write_card(folder, self.recipe, self.stage, run=run, step=self.state.global_step)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+        if self.sharded:
+            return  # before it was sharded
+        if self.is_deepspeed_enabled:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
         else:
             load_trained(self.model, Path(resume_from_checkpoint))
-
-
-def supervised_loss(model: nn.Module, inputs: Mapping[str, Any]) -> tuple[Tensor, int, Any]:
-    """Runs the model and sums the cross entropy of the next token over supervised positions.
-
-    Args:
-        model: A LLaVAR, wrapped as it may be.
-        inputs: A batch of ``Collator``'s, without what is for the trainer.
-
-    Returns:
-        The sum in float32, the number of supervised positions, and the model's output. Without a supervised position
-        the sum is 0 and still hangs on every trained parameter.
-    """
-    labels = inputs["labels"]
-    targets = nn.functional.pad(labels, (0, 1), value=IGNORE_INDEX)[:, 1:]
-    supervised = targets != IGNORE_INDEX
-    count = int(supervised.sum())
-    # One index for all rows: the positions where any row is supervised.
-    positions = supervised.any(dim=0).nonzero()[:, 0]
-    if not len(positions):
-        positions = torch.zeros(1, dtype=torch.int64, device=labels.device)
-    forwarded = {name: value for name, value in inputs.items() if name not in ("labels", "lengths")}
-    if "lengths" in inputs:
-        forwarded.update(packed_arguments(inputs["lengths"], _unwrapped(model), labels.device))
-    outputs = model(**forwarded, logits_to_keep=positions, use_cache=False)
-    logits = outputs.logits.float()
-    if count == 0:
-        return logits.sum() * 0.0, 0, outputs
-    loss = nn.functional.cross_entropy(
-        logits.flatten(0, 1), targets[:, positions].flatten(), ignore_index=IGNORE_INDEX, reduction="sum"
-    )
-    return loss, count, outputs
-
-
-def _unwrapped(model: Any) -> Any:
-    """The model whose configuration says which attention it has: within DDP's wrapper, if there is one."""
-    while not hasattr(model, "config"):
-        model = model.module
-    return model

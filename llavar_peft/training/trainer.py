@@ -6,6 +6,7 @@ import dataclasses
 import logging
 import shutil
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,8 @@ from llavar_peft.constants import METRICS_FILE, PROBE_FILE
 from llavar_peft.data.dataset import TrainingDataset
 from llavar_peft.durable import settle_folder
 from llavar_peft.errors import ConfigError, InterruptedRunError, LlavarError
+from llavar_peft.models.build import build_model
+from llavar_peft.models.merging import merge_adapter
 from llavar_peft.models.modeling import LlavarForConditionalGeneration
 from llavar_peft.models.packed import let_go
 from llavar_peft.models.processing import LlavarProcessor
@@ -27,10 +30,22 @@ from llavar_peft.page import write_run_page
 from llavar_peft.training import files
 from llavar_peft.training.arguments import resolve_precision, training_arguments
 from llavar_peft.training.callbacks import LookAtPictures, ProgressBar, StopOnSignal
+from llavar_peft.training.checkpoint_writer import named_if_full
+from llavar_peft.training.checkpoints import (
+    Origin,
+    checkpoints,
+    discard_unfinished,
+    newest_good,
+    origin_of,
+    refuse_another_origin,
+    step_of,
+)
 from llavar_peft.training.ledger import DROPPED_FILE, FaultLedger
+from llavar_peft.training.out_of_memory import explained
 from llavar_peft.training.probe import Probe
 from llavar_peft.training.records import stage_records
 from llavar_peft.training.results import RunFolder
+from llavar_peft.training.run_lock import locked
 from llavar_peft.training.saving import save_plain, save_result
 from llavar_peft.training.stage_trainer import StageTrainer
 from llavar_peft.validation import validate_recipe
@@ -73,25 +88,33 @@ class Trainer:
         self.ranks = self.processes.num_processes
         self.main = self.processes.is_main_process
 
-    def train(self, stages: Sequence[str] | None = None, *, restart: bool = False) -> Path:
+    def train(self, stages: Sequence[str] | None = None, *, restart: bool = False, allow_changes: bool = False) -> Path:
         """Runs the recipe, or some of its stages; what is finished already is taken up, not run again.
 
         Args:
             stages: Names of the stages to run; None is all of them.
             restart: Whether to throw away what earlier runs left for these stages.
+            allow_changes: Whether to go on although recipe, records or number of processes changed.
 
         Returns:
             The folder of the last stage's result: a model, or an adapter.
 
         Raises:
-            ConfigError: A stage is unknown, or builds on one that has not run; or the folder belongs to another recipe.
+            ConfigError: A stage is unknown, or builds on one that has not run; or the folder belongs to another recipe,
+                or to other records.
+            EnvironmentFaultError: Another run is at work in the folder; the disk is full; the memory did not suffice; a
+                loss or gradient is not finite.
             DataError: Records or pictures that cannot be trained on, beyond what the recipe allows.
             InterruptedRunError: Stopped by a signal, after saving.
         """
         wanted = self._wanted(stages)
-        if self.main:
-            self.run.open(restart=restart, stages=wanted)
-        self.processes.wait_for_everyone()
+        with locked(self.run.root) if self.main else nullcontext():
+            if self.main:
+                self.run.open(restart=restart, stages=wanted, allow_changes=allow_changes)
+            self.processes.wait_for_everyone()
+            return self._run_stages(wanted, allow_changes=allow_changes)
+
+    def _run_stages(self, wanted: Sequence[Stage], *, allow_changes: bool) -> Path:
         # Everything that can be wrong with the data is found before the first step of the first stage.
         data = {stage.name: stage_records(stage, self.processor, seed=self.recipe.seed) for stage in wanted}
         result = Path(self.recipe.output_dir)
@@ -100,9 +123,11 @@ class Trainer:
                 logger.info("%s: finished before, its result is taken up", stage.name)
                 result = self.run.take_up(stage, self.model)
                 self.base = self._based_on(stage, result)
+                self._discard_checkpoints(stage)
             elif stage in wanted:
                 train_set, held_out = data[stage.name]
-                result = self._run_stage(stage, train_set, held_out)
+                with explained(stage, self.recipe.model, ranks=self.ranks):
+                    result = self._run_stage(stage, train_set, held_out, allow_changes=allow_changes)
             else:
                 self._check_needed(stage, wanted)
         return result
@@ -127,12 +152,16 @@ class Trainer:
                 f"run {stage.name!r} first, or give its result as model.projector",
             )
 
-    def _run_stage(self, stage: Stage, train_set: TrainingDataset, held_out: TrainingDataset) -> Path:
+    def _run_stage(
+        self, stage: Stage, train_set: TrainingDataset, held_out: TrainingDataset, *, allow_changes: bool
+    ) -> Path:
         directory = self.run.directory(stage)
         processor: Any = train_set.processor
         arguments = training_arguments(self.recipe, stage, directory, ranks=self.ranks)
         transformers.set_seed(self.recipe.seed)
-        resume = self._resume_point(directory)
+        records = stage.data.records
+        origin = origin_of((records,) if isinstance(records, str) else records, ranks=self.ranks)
+        resume = self._resume_point(directory, origin, allow_changes=allow_changes)
         trained = prepare_for(self.model, stage.tune, new_rows=trains_image_rows(self.recipe, stage), checkpoint=resume)
         count, whole = trained_parameters(trained)
         logger.info(
@@ -155,6 +184,7 @@ class Trainer:
             arguments,
             dataset=train_set,
             ledger=FaultLedger(self._dropped(directory), stage.data, total=len(train_set), ranks=self.ranks),
+            origin=origin,
             base=self.base,
             recipe=self.recipe,
             sink=sink,
@@ -182,13 +212,15 @@ class Trainer:
         if self.main:
             shutil.rmtree(staged, ignore_errors=True)
         engine.accelerator.wait_for_everyone()
-        engine.save_model(str(staged))
+        with named_if_full(final, staged):
+            engine.save_model(str(staged))
         engine.accelerator.wait_for_everyone()
         # The last stage's adapters stay adapters; another stage builds on the plain model.
         keep = isinstance(stage.tune, Lora) and stage == self.recipe.stages[-1]
         quantized = is_quantized(self.model)
-        trained = engine.accelerator.unwrap_model(engine.model)
-        self.model = trained if keep else finish(trained)
+        if not engine.sharded:
+            trained = engine.accelerator.unwrap_model(engine.model)
+            self.model = trained if keep else finish(trained)
         if self.main:
             if not isinstance(stage.tune, Lora):
                 if quantized:
@@ -196,21 +228,28 @@ class Trainer:
                 write_checksums(staged)
             settle_folder(staged, final)
             if isinstance(stage.tune, Lora) and not keep:
-                self._save_merged(stage)
+                self._save_merged(stage, from_disk=engine.sharded)
             self.run.mark_finished(stage, steps=engine.state.global_step)
-            for checkpoint in files.checkpoints(self.run.directory(stage)):
-                shutil.rmtree(checkpoint)
+            self._discard_checkpoints(stage)
             self._write_page()
         engine.accelerator.wait_for_everyone()
         engine.accelerator.free_memory()
         self.base = self._based_on(stage, final)
+        if engine.sharded and stage != self.recipe.stages[-1]:
+            # What is sharded stays so; the next stage wants a whole model.
+            self.model = build_model(dataclasses.replace(self.base, quantize=self.recipe.model.quantize))[0]
         return final
 
-    def _save_merged(self, stage: Stage) -> None:
+    def _save_merged(self, stage: Stage, *, from_disk: bool) -> None:
         final = self.run.merged(stage)
         staged = final.with_name(f".{final.name}.part")
         shutil.rmtree(staged, ignore_errors=True)
-        save_plain(self.model, self.processor, staged)
+        with named_if_full(final, staged):
+            if from_disk:
+                base = self.base.checkpoint or str(self.base.language_model)
+                merge_adapter(base, self.run.result(stage), staged, probe=False)
+            else:
+                save_plain(self.model, self.processor, staged)
         write_checksums(staged)
         settle_folder(staged, final)
 
@@ -224,16 +263,30 @@ class Trainer:
             self.base, checkpoint=str(result.resolve()), language_model=None, vision_tower=None, projector=None
         )
 
-    def _resume_point(self, directory: Path) -> Path | None:
-        found = files.checkpoints(directory)
-        step = int(found[-1].name.removeprefix(files.CHECKPOINT_PREFIX)) if found else 0
+    def _resume_point(self, directory: Path, origin: Origin, *, allow_changes: bool) -> Path | None:
+        if self.main:
+            discard_unfinished(directory)
+            newest_good(directory)
+        self.processes.wait_for_everyone()
+        # What is broken has another name by now.
+        found = checkpoints(directory)[-1:]
+        if found and not allow_changes:
+            refuse_another_origin(found[0], origin)
+        step = step_of(found[0]) if found else 0
         if self.main:
             # A run that starts at its beginning takes its first look again.
             for name in (METRICS_FILE, PROBE_FILE):
                 files.drop_lines_after(directory / name, step if found else -1)
         if found:
             logger.info("%s: goes on from step %d", directory.name, step)
-        return found[-1] if found else None
+        return found[0] if found else None
+
+    def _discard_checkpoints(self, stage: Stage) -> None:
+        if self.main:
+            directory = self.run.directory(stage)
+            discard_unfinished(directory)
+            for checkpoint in checkpoints(directory):
+                shutil.rmtree(checkpoint)
 
     def _dropped(self, directory: Path) -> Path:
         rank = self.processes.process_index
@@ -248,18 +301,19 @@ class Trainer:
                 logger.warning("the run's page was not written: %s", error)
 
 
-def run_recipe(recipe: Recipe, stages: Sequence[str] | None = None, *, restart: bool = False) -> Path:
+def run_recipe(
+    recipe: Recipe, stages: Sequence[str] | None = None, *, restart: bool = False, allow_changes: bool = False
+) -> Path:
     """Builds the recipe's model and trains it: what ``llavar-peft train`` calls.
 
     Args:
         recipe: The run.
         stages: Names of the stages to run; None is all of them.
         restart: Whether to throw away what earlier runs left.
+        allow_changes: Whether to go on although recipe, records or number of processes changed.
 
     Returns:
         The folder of the last stage's result.
     """
-    from llavar_peft.models.build import build_model
-
     model, processor = build_model(recipe.model, seed=recipe.seed)
-    return Trainer(model, processor, recipe).train(stages, restart=restart)
+    return Trainer(model, processor, recipe).train(stages, restart=restart, allow_changes=allow_changes)

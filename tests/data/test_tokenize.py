@@ -1,5 +1,6 @@
 """Ids and labels of records: the original's on ordinary ones, the promised ones on the others."""
 
+import dataclasses
 import gzip
 import json
 from collections.abc import Mapping
@@ -12,9 +13,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
+from tokenizers import Tokenizer
+from transformers import PreTrainedTokenizerFast
 
 from llavar_peft.constants import IGNORE_INDEX
 from llavar_peft.data import decode_supervision, encode_record
+from llavar_peft.data.text_encoder import text_encoder, whole_characters
 from llavar_peft.errors import ConfigError, DataError
 from llavar_peft.models.tokenizer import add_image_tokens, load_tokenizer
 from llavar_peft.types import Example
@@ -281,3 +285,25 @@ def test_the_labels_decode_to_the_answer(small: Settings, question: str, answer:
     example = encode_record(record(question, answer), small, 10**6)
     whole = answer.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
     assert "".join(answers(example, small)) == f" {whole}</s>".replace("▁", " ")
+
+
+@given(text=st.text(alphabet="ab \n▁é\U0001f600<s>/", min_size=1, max_size=30) | TEXT.filter(bool), data=st.data())
+def test_words_encoded_apart_give_the_ids_of_the_whole(small: Settings, text: str, data: st.DataObject) -> None:
+    encoder = text_encoder(small)
+    text = whole_characters(text)
+    start = data.draw(st.none() | st.integers(0, len(text)))
+    assert encoder.words is not None
+    assert encoder.encode(text, start) == dataclasses.replace(encoder, words=None).encode(text, start)
+
+
+def test_a_piece_of_two_words_is_kept_whole(small: Settings) -> None:
+    """A vocabulary that is not LLaMA's may have one; then words are not encoded apart."""
+    form = json.loads(small.tokenizer.backend_tokenizer.to_str())
+    form["model"]["vocab"]["e▁s"] = len(small.tokenizer)
+    form["model"]["merges"].insert(0, ["e", "▁s"])
+    form["model"]["merges"].insert(0, ["▁", "s"])
+    form["model"]["vocab"].setdefault("▁s", len(small.tokenizer) + 1)
+    joined = Settings(PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(form)), bos_token="<s>"))
+    encoder = text_encoder(joined)
+    assert encoder.words is None
+    assert form["model"]["vocab"]["e▁s"] in encoder.encode("the sun")[0]

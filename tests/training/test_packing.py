@@ -18,7 +18,7 @@ from llavar_peft.data.tokenize import encode_record
 from llavar_peft.models.packed import let_go, let_pack, packed_arguments
 from llavar_peft.models.processing import LlavarProcessor
 from llavar_peft.models.tuning import prepare_for
-from llavar_peft.training.stage_trainer import supervised_loss
+from llavar_peft.training.loss import supervised_loss
 
 TUNES: tuple[Tune, ...] = (Projector(), Full(), Lora(rank=4, alpha=8.0, dropout=0.0))
 TEXTS = ("Read.", "What does the sign say, and in which colour?", "Say nothing.", "Is there a second line of text?")

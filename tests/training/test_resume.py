@@ -31,9 +31,9 @@ class SignalAt(TrainerCallback):  # type: ignore[misc]
             os.kill(os.getpid(), self.number)
 
 
-def _train(recipe: Recipe, callbacks: tuple[TrainerCallback, ...] = ()) -> Path:
+def _train(recipe: Recipe, callbacks: tuple[TrainerCallback, ...] = (), *, allow_changes: bool = False) -> Path:
     model, processor = build_model(recipe.model, seed=recipe.seed)
-    return Trainer(model, processor, recipe, callbacks=callbacks).train()
+    return Trainer(model, processor, recipe, callbacks=callbacks).train(allow_changes=allow_changes)
 
 
 def _figures(recipe: Recipe, stage: str) -> list[tuple[int, float, float]]:

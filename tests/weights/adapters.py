@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaForCausalLM
 
 import llavar_peft
 from llavar_peft import ModelConfig, build_model
@@ -26,5 +28,30 @@ def save_moved_adapter(folder: Path, base: ModelConfig, tune: Lora, *, seed: int
         if parameter.requires_grad:
             parameter.data += torch.randn(parameter.shape, generator=generator) * by
     folder.mkdir(parents=True)
-    save_whole(wrapped, processor, folder, state={}, tune=tune, base=base)
+    save_whole(wrapped, processor, folder, state=wrapped.state_dict(), tune=tune, base=base)
     return wrapped.eval()
+
+
+def save_wide_model(folder: Path) -> Path:
+    """Saves a model whose language model is more than twice as wide as its tower, as LLaVAR's is: 5120 and 1024."""
+    tower = CLIPVisionConfig(
+        hidden_size=48, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4, image_size=120, patch_size=10
+    )
+    text = LlamaConfig(
+        hidden_size=112, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, vocab_size=860,
+        pad_token_id=0, bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    for name, source, config in (("t", VISION_TOWER, tower), ("l", LANGUAGE_MODEL, text)):
+        made = CLIPVisionModel(config) if name == "t" else LlamaForCausalLM(config)
+        made.save_pretrained(folder.with_name(name))
+        for path in source.iterdir():
+            if path.name not in ("config.json", "model.safetensors"):
+                shutil.copy(path, folder.with_name(name))
+    parts = ModelConfig(
+        language_model=str(folder.with_name("l")), vision_tower=str(folder.with_name("t")), dtype="float32"
+    )
+    model, processor = build_model(parts)
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return folder

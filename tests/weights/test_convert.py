@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+from transformers import LlavaConfig, LlavaForConditionalGeneration
 
 from llavar_peft import ModelConfig, build_model, cli, export
 from llavar_peft.data.images import prepare_image
@@ -25,7 +25,7 @@ from llavar_peft.inference import load_reader
 from llavar_peft.weights import names
 from llavar_peft.weights.stock import to_one_layer, to_two_layers
 from llavar_peft.weights.store import open_weights
-from tests.weights.adapters import LANGUAGE_MODEL, VISION_TOWER
+from tests.weights.adapters import LANGUAGE_MODEL, VISION_TOWER, save_wide_model
 
 LAYOUTS = ("llavar", "original", "hf-llava")
 
@@ -106,7 +106,7 @@ print(json.dumps({
 def test_stock_transformers_says_the_same(form: str, layouts: dict[str, Path], tmp_path: Path) -> None:
     source = layouts["llavar"]
     if form == "two-sided":
-        source = _wide(tmp_path / "wide")
+        source = save_wide_model(tmp_path / "wide")
     folder = tmp_path / "stock"
     export(source, folder, to="hf-llava", projector=form, dtype="float32")  # type: ignore[arg-type]
     picture = draw_picture("sign", 3, 1).image
@@ -133,33 +133,6 @@ def test_stock_transformers_says_the_same(form: str, layouts: dict[str, Path], t
     assert torch.allclose(torch.tensor(told["logits"]), logits, atol=1e-5)
     tokenizer = reader.processor.tokenizer
     assert told["text"].strip() == tokenizer.decode(answer, skip_special_tokens=True).strip()
-
-
-def _wide(folder: Path) -> Path:
-    """A model whose language model is more than twice as wide as its tower, as LLaVAR's is: 5120 and 1024."""
-    tower = CLIPVisionConfig(
-        hidden_size=48, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4, image_size=120, patch_size=10
-    )
-    text = LlamaConfig(
-        hidden_size=112, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, vocab_size=860,
-        pad_token_id=0, bos_token_id=1, eos_token_id=2,
-    )  # fmt: skip
-    torch.manual_seed(0)
-    for name, source, config in (("t", VISION_TOWER, tower), ("l", LANGUAGE_MODEL, text)):
-        from transformers import CLIPVisionModel, LlamaForCausalLM
-
-        made = CLIPVisionModel(config) if name == "t" else LlamaForCausalLM(config)
-        made.save_pretrained(folder.with_name(name))
-        for path in source.iterdir():
-            if path.name not in ("config.json", "model.safetensors"):
-                shutil.copy(path, folder.with_name(name))
-    parts = ModelConfig(
-        language_model=str(folder.with_name("l")), vision_tower=str(folder.with_name("t")), dtype="float32"
-    )
-    model, processor = build_model(parts)
-    model.save_pretrained(folder)
-    processor.save_pretrained(folder)
-    return folder
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

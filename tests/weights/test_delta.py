@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import subprocess
-import sys
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -23,6 +21,7 @@ from llavar_peft.weights.store import open_weights
 from llavar_peft.weights.table import CHECKSUMS_FILE
 from llavar_peft.weights.verify import verify_delta
 from tests.weights.conftest import LLAMA, LLAVA, draw_llama, finetune, make_llava, write_folder
+from tests.weights.killing import kill_twenty_times
 
 
 def _original_delta(base: dict[str, Tensor], target: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -313,40 +312,11 @@ def test_two_at_once_are_refused(base: Path, target: Path, tmp_path: Path) -> No
     make_delta(base, target, tmp_path / "out", progress=meet)
 
 
-_KILLER = """
-import json, os, random, signal, sys, time
-from pathlib import Path
-import torch
-from llavar_peft.weights import delta, writer
-
-base, diff, out = sys.argv[1:]
+_JOB = """
+from llavar_peft.weights import delta
 writer._SYNC_AFTER = 20_000
-torch.set_num_threads(1)  # a forked child has no threads of its parent
-rng = random.Random(0)
-
-def start(folder):
-    child = os.fork()
-    if child == 0:
-        delta.apply_delta(base, diff, folder, progress=lambda done, total: time.sleep(0.02))
-        os._exit(0)
-    return child
-
-delta.apply_delta(base, diff, out + "-first")  # imports what each child would otherwise spend its life importing
-started = time.perf_counter()
-os.waitpid(start(out + "-whole"), 0)
-whole = time.perf_counter() - started
-journal = Path(out).with_name("." + Path(out).name + ".part") / ".journal"
-kept = []
-for _ in range(20):
-    child = start(out)
-    time.sleep(rng.uniform(0.0, whole))
-    os.kill(child, signal.SIGKILL)
-    os.waitpid(child, 0)
-    kept.append(len(journal.read_text().splitlines()) if journal.is_file() else 0)
-    if Path(out).exists():
-        os.rename(out, out + str(len(kept)))  # too late: finished; the next attempt begins anew
-delta.apply_delta(base, diff, out)
-print(json.dumps(kept))
+def work(folder, progress):
+    delta.apply_delta(first, second, folder, progress=progress)
 """
 
 
@@ -354,16 +324,7 @@ print(json.dumps(kept))
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="kills forked processes")
 def test_killed_at_twenty_random_moments(base: Path, target: Path, tmp_path: Path) -> None:
     make_delta(base, target, tmp_path / "delta")
-    command = [sys.executable, "-c", _KILLER, str(base), str(tmp_path / "delta"), str(tmp_path / "out")]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    kept = json.loads(done.stdout)
-    assert max(kept) > 1, kept  # some attempts left work that the next ones did not repeat
-    whole = tmp_path / "out-whole"
-    for folder in tmp_path.glob("out*"):
-        assert sorted(path.name for path in folder.iterdir()) == sorted(path.name for path in whole.iterdir())
-        assert _same(folder, dict(open_weights(whole)))
-    assert not (tmp_path / ".out.part").exists()
+    kill_twenty_times(_JOB, base, tmp_path / "delta", tmp_path)
 
 
 @pytest.mark.torture

@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import json
 import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -22,9 +19,9 @@ from llavar_peft.errors import LlavarError
 from llavar_peft.models.modeling import LlavarForConditionalGeneration
 from llavar_peft.weights.checksums import write_checksums
 from llavar_peft.weights.pairing import FINGERPRINT_FILE
-from llavar_peft.weights.store import open_weights
 from llavar_peft.weights.table import read_file_table
 from tests.weights.adapters import LANGUAGE_MODEL, VISION_TOWER, save_moved_adapter
+from tests.weights.killing import kill_twenty_times
 
 TUNE = Lora(rank=4, alpha=8, dropout=0.0)
 PARTS = ModelConfig(language_model=str(LANGUAGE_MODEL), vision_tower=str(VISION_TOWER), dtype="float32")
@@ -188,57 +185,15 @@ def test_a_base_of_another_shape_is_refused(
         assert _nothing_left(tmp_path)
 
 
-_KILLER = """
-import json, os, random, signal, sys, time
-from pathlib import Path
-import torch
+_JOB = """
 from llavar_peft import merge_adapter
-from llavar_peft.weights import writer
-
-base, adapter, out = sys.argv[1:]
 writer._SYNC_AFTER = 200_000
-torch.set_num_threads(1)  # a forked child has no threads of its parent
-rng = random.Random(0)
-options = dict(dtype="float16", shard_size=2_000_000, probe=False)
-
-def start(folder):
-    child = os.fork()
-    if child == 0:
-        merge_adapter(base, adapter, folder, progress=lambda done, total: time.sleep(0.01), **options)
-        os._exit(0)
-    return child
-
-merge_adapter(base, adapter, out + "-first", **options)  # imports what each child would otherwise spend its life on
-started = time.perf_counter()
-os.waitpid(start(out + "-whole"), 0)
-whole = time.perf_counter() - started
-journal = Path(out).with_name("." + Path(out).name + ".part") / ".journal"
-kept = []
-for _ in range(20):
-    child = start(out)
-    time.sleep(rng.uniform(0.0, whole))
-    os.kill(child, signal.SIGKILL)
-    os.waitpid(child, 0)
-    kept.append(len(journal.read_text().splitlines()) if journal.is_file() else 0)
-    if Path(out).exists():
-        os.rename(out, out + str(len(kept)))  # too late: finished; the next attempt begins anew
-merge_adapter(base, adapter, out, **options)
-print(json.dumps(kept))
+def work(folder, progress):
+    merge_adapter(first, second, folder, progress=progress, dtype="float16", shard_size=2_000_000, probe=False)
 """
 
 
 @pytest.mark.torture
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="kills forked processes")
 def test_killed_at_twenty_random_moments(base: Path, adapter: Path, tmp_path: Path) -> None:
-    command = [sys.executable, "-c", _KILLER, str(base), str(adapter), str(tmp_path / "out")]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    kept = json.loads(done.stdout)
-    assert max(kept) > 1, kept  # some attempts left work that the next ones did not repeat
-    whole = tmp_path / "out-whole"
-    wanted = open_weights(whole)
-    for folder in tmp_path.glob("out*"):
-        assert sorted(path.name for path in folder.iterdir()) == sorted(path.name for path in whole.iterdir())
-        got = open_weights(folder)
-        assert all(torch.equal(got[name], wanted[name]) for name in wanted)
-    assert not (tmp_path / ".out.part").exists()
+    kill_twenty_times(_JOB, base, adapter, tmp_path)

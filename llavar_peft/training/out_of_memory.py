@@ -1,0 +1,79 @@
+"""Out of memory: how much there was, and which settings would help, the cheapest first."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import psutil
+import torch
+
+from llavar_peft.config import Full, Lora, ModelConfig, Stage
+from llavar_peft.errors import EnvironmentFaultError
+
+_TEXTS = ("out of memory", "can't allocate memory", "not enough memory")
+_GIB = 2**30
+
+
+@contextmanager
+def explained(stage: Stage, model: ModelConfig, *, ranks: int) -> Iterator[None]:
+    """Turns the libraries' errors about memory into one that helps.
+
+    Args:
+        stage: What is being trained.
+        model: How the base is stored.
+        ranks: Number of processes.
+
+    Yields:
+        While it trains.
+
+    Raises:
+        EnvironmentFaultError: The memory did not suffice.
+    """
+    try:
+        yield
+    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and not any(text in str(error).lower() for text in _TEXTS):
+            raise
+        mend = "; or ".join(remedies(stage, model, ranks=ranks)) or "take a device with more memory"
+        raise EnvironmentFaultError.at(f"stage {stage.name}", f"out of memory ({_measured()})", mend) from error
+
+
+def remedies(stage: Stage, model: ModelConfig, *, ranks: int) -> list[str]:
+    """Settings that take less memory, in the order in which to try them: first those that change no result.
+
+    Args:
+        stage: What is being trained.
+        model: How the base is stored.
+        ranks: Number of processes.
+
+    Returns:
+        What to set, without what is set already.
+    """
+    found = []
+    if stage.gradient_checkpointing is not True:
+        found.append("set gradient_checkpointing: true")
+    several = stage.micro_batch_size > 1
+    if several and stage.packing and (stage.max_tokens is None or stage.max_tokens > stage.max_length):
+        found.append(f"set max_tokens: {stage.max_length}")
+    elif several:
+        found.append(f"set micro_batch_size: {stage.micro_batch_size // 2} (global_batch_size can stay)")
+    if stage.optim.optimizer == "adamw" and torch.cuda.is_available():
+        found.append("set optim.optimizer: paged_adamw_8bit")
+    if isinstance(stage.tune, Full):
+        found.append("shard the model over more GPUs (examples/accelerate)" if ranks > 1 else "set tune: lora")
+    if isinstance(stage.tune, Lora) and model.quantize is None:
+        found.append("set model.quantize: nf4")
+    if stage.max_length > 1024:
+        found.append(f"set max_length: {stage.max_length // 2}")
+    return found
+
+
+def _measured() -> str:
+    if torch.cuda.is_available():
+        peak, total = torch.cuda.max_memory_allocated(), torch.cuda.get_device_properties(0).total_memory
+        return f"peak {peak / _GIB:.1f} GiB of the device's {total / _GIB:.1f}"
+    used, memory = psutil.Process().memory_info().rss, psutil.virtual_memory()
+    return (
+        f"{used / _GIB:.1f} GiB in use, {memory.available / _GIB:.1f} of the machine's {memory.total / _GIB:.1f} left"
+    )

@@ -1,0 +1,22 @@
+"""What the processes of a run have to agree on."""
+
+from __future__ import annotations
+
+import torch
+
+
+def on_any_rank(flag: bool, device: torch.device) -> bool:
+    """Whether something holds on one of the ranks at least; every rank has to ask.
+
+    Args:
+        flag: Whether it holds here.
+        device: Where this rank trains.
+
+    Returns:
+        The same on all ranks.
+    """
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return flag
+    value = torch.tensor(int(flag), device=device)
+    torch.distributed.all_reduce(value, op=torch.distributed.ReduceOp.MAX)
+    return bool(value)

@@ -1,0 +1,71 @@
+"""A run that is killed again and again ends where one that is left alone ends, to the last bit."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from llavar_peft import Full, Lora, Projector, Recipe
+from llavar_peft.config import Tune
+from llavar_peft.recipes import dump_recipe
+from tests.training.conftest import tiny_data, tiny_model, tiny_recipe
+
+__all__ = ["tiny_data", "tiny_model", "tiny_recipe"]
+
+KILLS = int(os.environ.get("LLAVAR_TORTURE_KILLS", "20"))
+KINDS: dict[str, tuple[Tune, str | None, int]] = {
+    "projector": (Projector(), None, 0),
+    "full": (Full(), None, 1),
+    "lora": (Lora(rank=4, alpha=8.0, dropout=0.1), None, 0),
+    "qlora": (Lora(rank=4, alpha=8.0, dropout=0.1), "nf4", 0),
+}
+
+
+def _figures(run: Path) -> list[tuple[Any, ...]]:
+    lines = (json.loads(line) for line in (run / "stage1/metrics.jsonl").read_text().splitlines())
+    return [(line["step"], line["loss"], line["grad_norm"], line["tokens"]) for line in lines]
+
+
+@pytest.mark.torture
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="kills forked processes")
+@pytest.mark.parametrize("kind", KINDS)
+def test_killed_at_random_moments(kind: str, tiny_recipe: Recipe, tmp_path: Path) -> None:
+    tune, quantize, workers = KINDS[kind]
+    stage = tiny_recipe.stages[0]
+    stage = dataclasses.replace(
+        stage, tune=tune, epochs=2, save_every_steps=1, data=dataclasses.replace(stage.data, workers=workers)
+    )
+    model = dataclasses.replace(tiny_recipe.model, quantize=quantize)
+    run = tmp_path / "run"
+    recipe = dataclasses.replace(tiny_recipe, model=model, stages=(stage,), output_dir=str(run))
+    (tmp_path / "recipe.yaml").write_text(dump_recipe(recipe))
+    number = list(KINDS).index(kind)
+    count = KILLS // len(KINDS) + (number < KILLS % len(KINDS))
+    command = [sys.executable, str(Path(__file__).with_name("killer.py")), str(tmp_path / "recipe.yaml")]
+    done = subprocess.run([*command, str(count), str(number)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    report = json.loads(done.stdout.splitlines()[-1])
+    assert report["in a save"] >= 2
+    assert report["in a save"] + report["at a time"] == count
+
+    whole = tmp_path / "run-whole"
+    result = "adapter/adapter_model.safetensors" if isinstance(tune, Lora) else "model/model.safetensors"
+    expected = load_file(whole / result)
+    ended = [path for path in tmp_path.glob("run*") if path != whole]
+    assert ended
+    for path in ended:
+        assert _figures(path) == _figures(whole)
+        weights = load_file(path / result)
+        assert sorted(weights) == sorted(expected)
+        assert all(torch.equal(weights[name], one) for name, one in expected.items())
+        left = [one.name for one in path.rglob("*") if one.name.startswith((".", "checkpoint-"))]
+        assert left == []

@@ -1,0 +1,98 @@
+"""Micro batches in several passes, and layers that recompute as memory asks: the same losses and weights."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from llavar_peft import Full, Lora, Recipe, Trainer, build_model
+from llavar_peft.config import Stage
+from llavar_peft.data.dataset import Collator
+from llavar_peft.models.packed import let_pack
+from llavar_peft.models.tuning import prepare_for
+from llavar_peft.training.loss import supervised_loss
+from llavar_peft.training.recomputation import Recomputation
+from tests.training.test_packing import _items
+
+
+def _run(recipe: Recipe, stage: Stage, name: str) -> tuple[list[dict[str, Any]], dict[str, torch.Tensor]]:
+    recipe = dataclasses.replace(recipe, stages=(stage,), output_dir=f"{recipe.output_dir}-{name}")
+    model, processor = build_model(recipe.model, seed=recipe.seed)
+    folder = Trainer(model, processor, recipe).train()
+    lines = (Path(recipe.output_dir) / stage.name / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines], load_file(next(folder.glob("*model.safetensors")))
+
+
+@pytest.mark.parametrize("average", ["token", "micro_batch"])
+def test_a_token_budget_changes_no_loss_and_no_weight(average: Any, tiny_recipe: Recipe) -> None:
+    stage = dataclasses.replace(
+        tiny_recipe.stages[1], loss_average=average, max_steps=4, global_batch_size=8, micro_batch_size=4
+    )
+    whole, expected = _run(tiny_recipe, stage, "whole")
+    longest = max(line["tokens"] for line in whole) // 8 * 3 // 2
+    # A micro batch of four does not fit into one and a half records' tokens: it takes two passes at least.
+    divided, weights = _run(tiny_recipe, dataclasses.replace(stage, max_length=longest, max_tokens=longest), "divided")
+    assert [line["loss"] for line in divided] == pytest.approx([line["loss"] for line in whole], abs=1e-5)
+    assert [line["tokens"] for line in divided] == [line["tokens"] for line in whole]
+    for name, one in expected.items():
+        torch.testing.assert_close(weights[name], one, atol=1e-5, rtol=1e-4)
+
+
+def test_auto_recomputes_what_the_memory_asks_for_and_changes_nothing(tiny_recipe: Recipe) -> None:
+    stage = dataclasses.replace(
+        tiny_recipe.stages[1], tune=Lora(rank=4, alpha=8.0, dropout=0.1), max_steps=3, gradient_checkpointing="auto"
+    )
+    auto, expected = _run(tiny_recipe, stage, "auto")
+    for other in (True, False):
+        lines, weights = _run(tiny_recipe, dataclasses.replace(stage, gradient_checkpointing=other), str(other))
+        assert [line["loss"] for line in lines] == [line["loss"] for line in auto]
+        assert all(torch.equal(weights[name], one) for name, one in expected.items())
+
+
+@pytest.mark.parametrize("tune", [Full(), Lora(rank=4, alpha=8.0)], ids=["full", "lora"])
+def test_the_number_of_layers_follows_tokens_and_memory(tune: Any, tiny_recipe: Recipe) -> None:
+    model, processor = build_model(tiny_recipe.model)
+    trained = prepare_for(model, tune).train()
+    trained.gradient_checkpointing_enable({"use_reentrant": False})
+    assert let_pack(model)
+    batch = Collator(0, packed=True)(_items(processor, pictures=(True,) * 4))
+    tokens = batch["input_ids"].numel()
+    memory = [0]
+    made = Recomputation(trained, auto=True, device=torch.device("cpu"), free=lambda device: memory[0])
+    made.plan(tokens, settled=False)
+    assert made.recomputed == len(made.layers) - 1
+    with made.measuring(tokens):
+        loss, _, _ = supervised_loss(
+            trained, {name: one for name, one in batch.items() if name not in ("ids", "faults")}
+        )
+    loss.backward()
+    assert made.cost is not None
+    # A LLaMA layer keeps some 10 to 40 vectors of its width for each token.
+    width = model.config.text_config.hidden_size
+    assert 10 <= made.cost.per_token / width / 4 <= 40
+    assert made.cost.input_per_token == width * 4
+    found = []
+    for memory[0] in (0, 2**22, 2**24, 2**40):
+        made.plan(tokens, settled=True)
+        found.append(made.recomputed)
+        assert [layer.gradient_checkpointing for layer in made.layers].count(True) == made.recomputed
+    assert found[0] == len(made.layers)
+    assert found[-1] == 0
+    assert found == sorted(found, reverse=True)
+    made.plan(tokens, settled=False)
+    assert made.recomputed == len(made.layers)
+
+
+def test_without_auto_nothing_is_touched(tiny_recipe: Recipe) -> None:
+    model, _ = build_model(tiny_recipe.model)
+    trained = prepare_for(model, Full())
+    trained.gradient_checkpointing_enable({"use_reentrant": False})
+    made = Recomputation(trained, auto=False, device=torch.device("cpu"))
+    made.plan(10, settled=True)
+    assert all(layer.gradient_checkpointing for layer in model.model.language_model.layers)
