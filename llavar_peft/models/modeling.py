@@ -128,6 +128,12 @@ class LlavarModel(LlavaModel):
 
     def _no_picture(self) -> Tensor:
         parameter = next(self.multi_modal_projector.parameters())
+        if hasattr(parameter, "ds_id"):
+            # ZeRO-3 gathers each module's weights as it is called: the ranks would wait for one another in other modules.
+            size, tower = self.config.vision_config.image_size, next(self.vision_tower.parameters())
+            black_13HW = torch.zeros(1, 3, size, size, dtype=tower.dtype, device=tower.device)
+            features: Tensor = self.get_image_features(black_13HW).pooler_output[0]
+            return features.sum() * 0.0
         nothing_1C = torch.zeros(
             1, self.config.vision_config.hidden_size, dtype=parameter.dtype, device=parameter.device
         )

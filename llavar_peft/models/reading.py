@@ -73,7 +73,8 @@ def read_pictures(  # noqa: PLR0913 - the knobs of generation, by name
         inputs.update(do_sample=True, temperature=temperature, top_p=top_p, top_k=top_k)
     else:
         inputs.update(do_sample=False, temperature=None, top_p=None, top_k=None)
-    with torch.random.fork_rng(enabled=temperature > 0), torch.inference_mode():
+    # Not inference_mode: what an engine with sharded weights gathers here and keeps, a backward pass must be able to use.
+    with torch.random.fork_rng(enabled=temperature > 0), torch.no_grad():
         if temperature > 0 and seed is not None:
             torch.manual_seed(seed)
         generated = model.generate(max_new_tokens=max_new_tokens, **inputs)  # type: ignore[operator]

@@ -28,13 +28,7 @@ def training_arguments(recipe: Recipe, stage: Stage, directory: Path, *, ranks: 
     Raises:
         ConfigError: The global batch does not divide by micro batch times ranks.
     """
-    per_step = stage.micro_batch_size * ranks
-    if stage.global_batch_size % per_step:
-        raise ConfigError.at(
-            f"stages.{stage.name}.global_batch_size",
-            f"does not divide (got {stage.global_batch_size}, micro batch {stage.micro_batch_size} x {ranks} ranks)",
-            f"use a multiple of {per_step}, or a smaller micro_batch_size",
-        )
+    accumulated = micro_batches(stage, ranks=ranks)
     cuda = torch.cuda.is_available()
     precision = resolve_precision(stage.precision)
     optim = stage.optim
@@ -42,7 +36,7 @@ def training_arguments(recipe: Recipe, stage: Stage, directory: Path, *, ranks: 
         output_dir=str(directory),
         run_name=f"{Path(recipe.output_dir).name}-{stage.name}",
         per_device_train_batch_size=stage.micro_batch_size,
-        gradient_accumulation_steps=stage.global_batch_size // per_step,
+        gradient_accumulation_steps=accumulated,
         num_train_epochs=stage.epochs,
         max_steps=stage.max_steps if stage.max_steps is not None else -1,
         learning_rate=optim.learning_rate,
@@ -82,3 +76,26 @@ def resolve_precision(precision: Precision) -> str:
     if precision != "auto":
         return precision
     return "bf16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else "fp32"
+
+
+def micro_batches(stage: Stage, *, ranks: int) -> int:
+    """How many micro batches a rank has in each optimizer step.
+
+    Args:
+        stage: The stage.
+        ranks: Number of processes.
+
+    Returns:
+        The number.
+
+    Raises:
+        ConfigError: The global batch does not divide by micro batch times ranks.
+    """
+    per_step = stage.micro_batch_size * ranks
+    if stage.global_batch_size % per_step:
+        raise ConfigError.at(
+            f"stages.{stage.name}.global_batch_size",
+            f"does not divide (got {stage.global_batch_size}, micro batch {stage.micro_batch_size} x {ranks} ranks)",
+            f"use a multiple of {per_step}, or a smaller micro_batch_size",
+        )
+    return stage.global_batch_size // per_step

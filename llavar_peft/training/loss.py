@@ -32,7 +32,7 @@ def supervised_loss(model: nn.Module, inputs: Mapping[str, Any]) -> tuple[Tensor
 
 
 def _unwrapped(model: Any) -> Any:
-    """The model whose configuration says which attention it has: within DDP's wrapper, if there is one."""
-    while not hasattr(model, "config"):
+    """The model whose configuration says which attention it has: within the wrapper of DDP or DeepSpeed, if there is one."""
+    while not hasattr(getattr(model, "config", None), "text_config"):
         model = model.module
     return model

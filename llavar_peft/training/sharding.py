@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,8 @@ from torch.distributed.tensor import DTensor
 
 from llavar_peft.config import Lora, Tune
 from llavar_peft.errors import ConfigError, EnvironmentFaultError, WeightsError
+
+_ITSELF = "itself"
 
 
 def asked_for_sharding() -> bool:
@@ -103,50 +106,53 @@ def gathered_state(model: nn.Module, *, trained_only: bool) -> dict[str, Tensor]
     return {name: value for name, value in state.items() if isinstance(value, Tensor)}
 
 
-def save_shard(model: nn.Module, optimizer: torch.optim.Optimizer, path: Path) -> None:
+def save_states(named: Mapping[str, Tensor], optimizer: torch.optim.Optimizer, path: Path, *, weights: bool) -> None:
     """Writes this rank's optimizer states.
 
     Args:
-        model: Sharded.
-        optimizer: Over its parameters.
+        named: What the optimizer steps, with names that are the same when the run goes on.
+        optimizer: Over these.
         path: This rank's file.
+        weights: Whether the tensors themselves are written too: of masters nothing else has all the digits.
     """
     tensors, plain = dict[str, Tensor](), dict[str, Any]()
-    for name, parameter in model.named_parameters():
+    for name, parameter in named.items():
+        if weights:
+            tensors[f"{name}|{_ITSELF}"] = parameter
         for key, value in optimizer.state.get(parameter, {}).items():
-            if isinstance(value, Tensor):
-                tensors[f"{name}|{key}"] = _local(value).detach().cpu().contiguous()
-            else:
-                plain[f"{name}|{key}"] = value
+            (tensors if isinstance(value, Tensor) else plain)[f"{name}|{key}"] = value
+    whole = {entry: _local(tensor).detach().cpu().contiguous() for entry, tensor in tensors.items()}
     groups = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
-    save_file(tensors, str(path), metadata={"states": json.dumps(plain), "groups": json.dumps(groups)})
+    save_file(whole, str(path), metadata={"states": json.dumps(plain), "groups": json.dumps(groups)})
 
 
-def load_shard(model: nn.Module, optimizer: torch.optim.Optimizer, path: Path) -> None:
-    """Takes up what ``save_shard`` wrote.
+def load_states(named: Mapping[str, Tensor], optimizer: torch.optim.Optimizer, path: Path) -> None:
+    """Takes up what ``save_states`` wrote.
 
     Args:
-        model: Sharded over as many ranks as then.
-        optimizer: Over its parameters.
+        named: As it was then, on as many ranks.
+        optimizer: Over these.
         path: This rank's file.
 
     Raises:
         WeightsError: It does not hold the states of these shards.
     """
-    parameters = dict(model.named_parameters())
     with safe_open(path, framework="pt") as file:
         told = file.metadata() or {}
         for entry in file.keys():  # noqa: SIM118 - it is no dictionary
             name, _, key = entry.rpartition("|")
-            parameter, value = parameters.get(name), file.get_tensor(entry)
+            parameter, value = named.get(name), file.get_tensor(entry)
             if parameter is None or (value.ndim and value.shape != _local(parameter).shape):
                 raise WeightsError.at(
                     f"{path}:{entry}", "is of another model or number of ranks", "begin with --restart"
                 )
-            optimizer.state[parameter][key] = _like(value, parameter) if value.ndim else value
+            if key == _ITSELF:
+                parameter.data.copy_(value)
+            else:
+                optimizer.state[parameter][key] = _like(value, parameter) if value.ndim else value
     for entry, plain in json.loads(told.get("states", "{}")).items():
         name, _, key = entry.rpartition("|")
-        optimizer.state[parameters[name]][key] = plain
+        optimizer.state[named[name]][key] = plain
     for group, saved in zip(optimizer.param_groups, json.loads(told.get("groups", "[]")), strict=True):
         group.update(saved)
 

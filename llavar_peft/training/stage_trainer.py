@@ -36,12 +36,13 @@ from llavar_peft.training.recomputation import Recomputation
 from llavar_peft.training.saving import load_trained, save_whole
 from llavar_peft.training.sharding import (
     gathered_state,
-    load_shard,
+    load_states,
     make_sharding_real,
     refuse_unsharded,
     refuse_what_cannot_be_sharded,
-    save_shard,
+    save_states,
 )
+from llavar_peft.training.zero import masters, prepare_zero
 
 LogSink = Callable[[dict[str, Any]], None]
 
@@ -127,9 +128,10 @@ class StageTrainer(transformers.Trainer):
     def create_accelerator_and_postprocess(self) -> None:
         """The parent's; FSDP, if it was asked for, is real afterwards."""
         super().create_accelerator_and_postprocess()
-        self.sharded = make_sharding_real(self.accelerator)
-        if self.sharded:
+        self.zero = prepare_zero(self.accelerator)
+        if fsdp := make_sharding_real(self.accelerator):
             self.is_fsdp_enabled: bool = True
+        self.sharded = fsdp or self.zero
 
     def _prepare_for_training(
         self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None
@@ -137,11 +139,13 @@ class StageTrainer(transformers.Trainer):
         if self.sharded and resume_from_checkpoint:
             # While every rank has the whole model still.
             load_trained(self.model, Path(resume_from_checkpoint))
-        prepared: tuple[nn.Module, Any] = super()._prepare_for_training(
-            max_steps, train_dataloader, resume_from_checkpoint
-        )
+        # DeepSpeed would look for checkpoints of its own.
+        resume = None if self.zero else resume_from_checkpoint
+        prepared: tuple[nn.Module, Any] = super()._prepare_for_training(max_steps, train_dataloader, resume)
         if self.accelerator.is_fsdp2:
             refuse_unsharded(prepared[0])
+        if self.zero:
+            self._load_optimizer_and_scheduler(resume_from_checkpoint)
         return prepared
 
     # -- data ---------------------------------------------------------------------------------------------------------
@@ -290,31 +294,31 @@ class StageTrainer(transformers.Trainer):
             output_dir: The folder.
             _internal_call: As the parent's.
         """
-        if not self.sharded:
+        if self.zero or not self.sharded:
             super().save_model(output_dir, _internal_call)
             return
         state = gathered_state(self.model, trained_only=isinstance(self.stage.tune, Lora))
         self._save(output_dir, state)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        if not self.accelerator.is_fsdp2:
+        if not (self.zero or self.accelerator.is_fsdp2):
             super()._save_optimizer_and_scheduler(output_dir)
             return
-        save_shard(self.model, self._inner_optimizer(), self._shard_file(output_dir))
+        save_states(*self._stepped(), self._shard_file(output_dir), weights=self.zero)
         if self.args.should_save:
             torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        if not (self.accelerator.is_fsdp2 and checkpoint):
+        if not (checkpoint and (self.zero or self.accelerator.is_fsdp2)):
             super()._load_optimizer_and_scheduler(checkpoint)
             return
-        load_shard(self.model, self._inner_optimizer(), self._shard_file(checkpoint))
+        load_states(*self._stepped(), self._shard_file(checkpoint))
         self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint) / SCHEDULER_NAME, weights_only=True))
 
-    def _inner_optimizer(self) -> torch.optim.Optimizer:
+    def _stepped(self) -> tuple[dict[str, Tensor], torch.optim.Optimizer]:
+        """What this rank's optimizer steps, by name, and the optimizer itself."""
         wrapped: Any = self.optimizer
-        inner: torch.optim.Optimizer = wrapped.optimizer
-        return inner
+        return masters(wrapped.optimizer) if self.zero else (dict(self.model.named_parameters()), wrapped.optimizer)
 
     def _shard_file(self, folder: str) -> Path:
         return Path(folder) / f"optimizer_{self.args.process_index}_of_{self.args.world_size}.safetensors"
@@ -333,9 +337,5 @@ class StageTrainer(transformers.Trainer):
             write_card(folder, self.recipe, self.stage, run=run, step=self.state.global_step)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        if self.sharded:
-            return  # before it was sharded
-        if self.is_deepspeed_enabled:
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
-        else:
+        if not self.sharded:  # else it was done while the model was whole
             load_trained(self.model, Path(resume_from_checkpoint))

@@ -28,7 +28,7 @@ from llavar_peft.models.processing import LlavarProcessor
 from llavar_peft.models.tuning import finish, is_quantized, prepare_for, trained_parameters
 from llavar_peft.page import write_run_page
 from llavar_peft.training import files
-from llavar_peft.training.arguments import resolve_precision, training_arguments
+from llavar_peft.training.arguments import micro_batches, resolve_precision, training_arguments
 from llavar_peft.training.callbacks import LookAtPictures, ProgressBar, StopOnSignal
 from llavar_peft.training.checkpoint_writer import named_if_full
 from llavar_peft.training.checkpoints import (
@@ -48,6 +48,7 @@ from llavar_peft.training.results import RunFolder
 from llavar_peft.training.run_lock import locked
 from llavar_peft.training.saving import save_plain, save_result
 from llavar_peft.training.stage_trainer import StageTrainer
+from llavar_peft.training.zero import leave_zero
 from llavar_peft.validation import validate_recipe
 from llavar_peft.weights.checksums import write_checksums
 
@@ -115,7 +116,9 @@ class Trainer:
             return self._run_stages(wanted, allow_changes=allow_changes)
 
     def _run_stages(self, wanted: Sequence[Stage], *, allow_changes: bool) -> Path:
-        # Everything that can be wrong with the data is found before the first step of the first stage.
+        # Everything that can be wrong with batches and data is found before the first step of the first stage.
+        for stage in wanted:
+            micro_batches(stage, ranks=self.ranks)
         data = {stage.name: stage_records(stage, self.processor, seed=self.recipe.seed) for stage in wanted}
         result = Path(self.recipe.output_dir)
         for stage in self.recipe.stages:
@@ -157,12 +160,13 @@ class Trainer:
     ) -> Path:
         directory = self.run.directory(stage)
         processor: Any = train_set.processor
-        arguments = training_arguments(self.recipe, stage, directory, ranks=self.ranks)
         transformers.set_seed(self.recipe.seed)
         records = stage.data.records
         origin = origin_of((records,) if isinstance(records, str) else records, ranks=self.ranks)
         resume = self._resume_point(directory, origin, allow_changes=allow_changes)
         trained = prepare_for(self.model, stage.tune, new_rows=trains_image_rows(self.recipe, stage), checkpoint=resume)
+        # After the model: with ZeRO-3's settings around, peft takes it for partitioned.
+        arguments = training_arguments(self.recipe, stage, directory, ranks=self.ranks)
         count, whole = trained_parameters(trained)
         logger.info(
             "%s: %d records, %d held out; trains %s of %s parameters in %s",
@@ -194,6 +198,7 @@ class Trainer:
             engine.train(resume_from_checkpoint=str(resume) if resume else None)
         finally:
             let_go(self.model)
+            leave_zero()
             stop.restore()
             if bar.bar is not None:
                 bar.bar.close()

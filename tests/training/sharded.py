@@ -26,11 +26,17 @@ class Look(TrainerCallback):  # type: ignore[misc]
 
     def on_step_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         trained = [each for each in model.parameters() if each.requires_grad]
-        here = sum(each.to_local().numel() if isinstance(each, DTensor) else each.numel() for each in trained)
-        self.shards.append((here, sum(each.numel() for each in trained)))
+        self.shards.append((sum(map(_here, trained)), sum(getattr(each, "ds_numel", each.numel()) for each in trained)))
         if state.global_step == self.signal_at:
             self.signal_at = None
             os.kill(os.getpid(), signal.SIGTERM)
+
+
+def _here(parameter: Any) -> int:
+    """How many numbers of it this rank holds; of a ZeRO-3 parameter what is gathered at the time is another matter."""
+    if isinstance(parameter, DTensor):
+        return parameter.to_local().numel()
+    return parameter.ds_tensor.numel() if hasattr(parameter, "ds_tensor") else parameter.numel()
 
 
 def run(recipe: Recipe, look: Look) -> None:

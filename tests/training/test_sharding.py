@@ -1,4 +1,4 @@
-"""FSDP2 on two processes gives the losses and the whole weights of one; and it is FSDP2, not DDP under its name."""
+"""FSDP2 and ZeRO-3 on two processes give the losses and whole weights of one; and they do shard, not DDP by their name."""
 
 from __future__ import annotations
 
@@ -24,6 +24,13 @@ FSDP = {
     "FSDP_TRANSFORMER_CLS_TO_WRAP": "LlamaDecoderLayer",
     "FSDP_RESHARD_AFTER_FORWARD": "true",
     "FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT",
+}
+
+ZERO_3 = {
+    "ACCELERATE_USE_DEEPSPEED": "true",
+    "ACCELERATE_DEEPSPEED_ZERO_STAGE": "3",
+    "ACCELERATE_DEEPSPEED_ZERO3_INIT": "false",
+    "DS_ACCELERATOR": "cpu",
 }
 
 
@@ -62,13 +69,16 @@ def _losses(run_folder: Path, stage: str) -> list[float]:
     return [json.loads(line)["loss"] for line in (run_folder / stage / "metrics.jsonl").read_text().splitlines()]
 
 
-def test_two_shards_equal_a_whole(tiny_recipe: Recipe, tmp_path: Path) -> None:
+@pytest.mark.parametrize("engine", ["FSDP2", "ZeRO-3"])
+def test_two_shards_equal_a_whole(engine: str, tiny_recipe: Recipe, tmp_path: Path) -> None:
+    if engine == "ZeRO-3":
+        pytest.importorskip("deepspeed")
     recipes = _recipes(tiny_recipe, tmp_path / "records.json")
     for name, recipe in recipes.items():
         run(dataclasses.replace(recipe, output_dir=str(tmp_path / "whole" / name)), Look(None))
         sharded = dataclasses.replace(recipe, output_dir=str(tmp_path / "sharded" / name))
         (tmp_path / f"{name}.yaml").write_text(dump_recipe(sharded))
-    done = _launch(tmp_path, **FSDP)
+    done = _launch(tmp_path, **(FSDP if engine == "FSDP2" else ZERO_3))
     assert done.returncode == 0, done.stderr[-3000:]
     for name, recipe in recipes.items():
         for rank in ("0", "1"):
