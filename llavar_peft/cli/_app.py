@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 from dataclasses import dataclass
 from typing import Annotated
 
@@ -113,3 +114,11 @@ def _configure_logging(debug: bool) -> None:
     logging.basicConfig(format="%(levelname)s %(name)s: %(message)s" if debug else "%(message)s", force=True)
     # Only this package speaks at INFO: a library's lines would bury its progress. Other ranks report problems only.
     logging.getLogger("llavar_peft").setLevel(level if is_first_rank() else logging.WARNING)
+    # Where it is installed, accelerate imports it, and it logs to standard output, where our results go.
+    logging.getLogger("DeepSpeed").addFilter(_to_standard_error)
+
+
+def _to_standard_error(record: logging.LogRecord) -> bool:
+    if record.levelno >= logging.WARNING and is_first_rank():
+        print(f"DeepSpeed: {record.getMessage()}", file=sys.stderr)  # noqa: T201 - its handler writes elsewhere
+    return False

@@ -9,7 +9,7 @@ import typer
 from llavar_peft.cli._output import is_first_rank, say
 from llavar_peft.cli._tables import print_table
 from llavar_peft.config import Recipe
-from llavar_peft.errors import ConfigError, EnvironmentFaultError
+from llavar_peft.errors import ConfigError, EnvironmentFaultError, InterruptedRunError
 from llavar_peft.recipes import load_recipe
 
 
@@ -56,9 +56,15 @@ def train(
     if dry_run:
         _try_out(wanted, tuple(stage or ()))
         return
+    from llavar_peft.training.ranks import leave_together
     from llavar_peft.training.trainer import run_recipe
 
-    folder = run_recipe(wanted, stages=stage or None, restart=restart, allow_changes=allow_changes)
+    try:
+        folder = run_recipe(wanted, stages=stage or None, restart=restart, allow_changes=allow_changes)
+    except InterruptedRunError:
+        leave_together()
+        raise
+    leave_together()
     if is_first_rank():
         say(str(folder))
 

@@ -74,7 +74,7 @@ def build_model(
             device_map={"": device},
             **_quantization(config.quantize, dtype),
         )
-    if config.quantize == "int8":
+    if config.quantize is not None:
         _keep_scales(model)
     _set_generation(model, parts.tokenizer)
     model.name_or_path = model.config._name_or_path = parts.source
@@ -214,13 +214,16 @@ def _quantization(quantize: Quantization | None, dtype: torch.dtype) -> dict[str
 
 
 def _keep_scales(model: LlavarForConditionalGeneration) -> None:
-    """Mends int8 layers whose weight somebody moved to the CPU, where it was: DoRA does so in each forward pass.
+    """Sees to it that using quantized layers leaves their scales as they are. Seen with bitsandbytes 0.50.2.
 
-    bitsandbytes takes a moved weight for a new one, whose scales (SCB) it looks for beside it; those of one in use are
-    in the layer's state. Seen with bitsandbytes 0.50.2 and peft 0.21.2 (peft/utils/integrations.py,
-    ``dequantize_module_weight``).
+    On a CPU with AVX512-bf16, Linear4bit rewrites its weight for a kernel of its own as soon as it answers, its scales
+    rounded to bfloat16; a run that looks at answers between its steps could not be repeated, nor its base merged onto.
+
+    Linear8bitLt takes a weight that somebody moved to the CPU, where it was, for a new one, whose scales (SCB) it looks
+    for beside it; those of one in use are in the layer's state. DoRA does so in each forward pass (peft 0.21.2,
+    peft/utils/integrations.py, ``dequantize_module_weight``).
     """
-    from bitsandbytes.nn import Linear8bitLt
+    from bitsandbytes.nn import Linear4bit, Linear8bitLt
 
     def before(layer: Any, _: Any) -> None:
         if layer.weight.CB is not None and layer.weight.SCB is None and layer.state.SCB is not None:
@@ -229,6 +232,8 @@ def _keep_scales(model: LlavarForConditionalGeneration) -> None:
     for module in model.modules():
         if isinstance(module, Linear8bitLt):
             module.register_forward_pre_hook(before)
+        elif isinstance(module, Linear4bit):
+            module.support_avx512bf16_for_cpu = False
 
 
 def _set_generation(model: LlavarForConditionalGeneration, tokenizer: PreTrainedTokenizerFast) -> None:

@@ -20,3 +20,9 @@ def on_any_rank(flag: bool, device: torch.device) -> bool:
     value = torch.tensor(int(flag), device=device)
     torch.distributed.all_reduce(value, op=torch.distributed.ReduceOp.MAX)
     return bool(value)
+
+
+def leave_together() -> None:
+    """Ends the group of processes, where every rank has come to the same end; else one whose threads live on aborts."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()

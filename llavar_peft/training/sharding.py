@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -32,20 +32,20 @@ def asked_for_sharding() -> bool:
     return os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
 
 
-def make_sharding_real(accelerator: Accelerator) -> bool:
+def make_sharding_real(accelerator: Accelerator) -> int:
     """Sees to it that a run that is to be sharded is; accelerate runs plain DDP without a word where there is no GPU.
 
     Args:
         accelerator: Just made.
 
     Returns:
-        Whether the model will be sharded, by either version.
+        The version of FSDP that will shard the model; 0 is none.
 
     Raises:
         EnvironmentFaultError: It cannot be: FSDP's first version on a CPU, or another reason that accelerate has.
     """
     if not asked_for_sharding() or accelerator.num_processes == 1:
-        return False
+        return 0
     if accelerator.distributed_type == DistributedType.MULTI_CPU:
         plugin = FullyShardedDataParallelPlugin()
         if plugin.fsdp_version != 2:
@@ -53,14 +53,15 @@ def make_sharding_real(accelerator: Accelerator) -> bool:
                 "accelerate", "FSDP's first version needs GPUs, and would run as DDP here", "set fsdp_version: 2"
             )
         accelerator.state.fsdp_plugin = plugin
-        accelerator.state.distributed_type = DistributedType.FSDP
+        # In both: whoever looks at accelerate's state again takes the process's over into it.
+        accelerator.state.distributed_type = PartialState().distributed_type = DistributedType.FSDP
     if accelerator.distributed_type != DistributedType.FSDP:
         raise EnvironmentFaultError.at(
             "accelerate",
             f"was asked for FSDP and would run {accelerator.distributed_type}",
             "look at the configuration given to accelerate launch",
         )
-    return True
+    return int(accelerator.state.fsdp_plugin.fsdp_version)
 
 
 def refuse_unsharded(model: nn.Module) -> None:
@@ -123,6 +124,7 @@ def save_states(named: Mapping[str, Tensor], optimizer: torch.optim.Optimizer, p
             (tensors if isinstance(value, Tensor) else plain)[f"{name}|{key}"] = value
     whole = {entry: _local(tensor).detach().cpu().contiguous() for entry, tensor in tensors.items()}
     groups = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
+    path.parent.mkdir(parents=True, exist_ok=True)  # the rank that writes the weights may come later
     save_file(whole, str(path), metadata={"states": json.dumps(plain), "groups": json.dumps(groups)})
 
 

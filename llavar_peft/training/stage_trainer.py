@@ -129,9 +129,10 @@ class StageTrainer(transformers.Trainer):
         """The parent's; FSDP, if it was asked for, is real afterwards."""
         super().create_accelerator_and_postprocess()
         self.zero = prepare_zero(self.accelerator)
-        if fsdp := make_sharding_real(self.accelerator):
+        self.fsdp = make_sharding_real(self.accelerator)
+        if self.fsdp:
             self.is_fsdp_enabled: bool = True
-        self.sharded = fsdp or self.zero
+        self.sharded = bool(self.fsdp) or self.zero
 
     def _prepare_for_training(
         self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None
@@ -142,7 +143,7 @@ class StageTrainer(transformers.Trainer):
         # DeepSpeed would look for checkpoints of its own.
         resume = None if self.zero else resume_from_checkpoint
         prepared: tuple[nn.Module, Any] = super()._prepare_for_training(max_steps, train_dataloader, resume)
-        if self.accelerator.is_fsdp2:
+        if self.fsdp == 2:
             refuse_unsharded(prepared[0])
         if self.zero:
             self._load_optimizer_and_scheduler(resume_from_checkpoint)
@@ -301,7 +302,7 @@ class StageTrainer(transformers.Trainer):
         self._save(output_dir, state)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        if not (self.zero or self.accelerator.is_fsdp2):
+        if not (self.zero or self.fsdp == 2):
             super()._save_optimizer_and_scheduler(output_dir)
             return
         save_states(*self._stepped(), self._shard_file(output_dir), weights=self.zero)
@@ -309,7 +310,7 @@ class StageTrainer(transformers.Trainer):
             torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        if not (checkpoint and (self.zero or self.accelerator.is_fsdp2)):
+        if not (checkpoint and (self.zero or self.fsdp == 2)):
             super()._load_optimizer_and_scheduler(checkpoint)
             return
         load_states(*self._stepped(), self._shard_file(checkpoint))

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 from fastapi import FastAPI
 
 from llavar_peft import Chat
@@ -132,6 +133,21 @@ def test_an_example_is_one_click_away(browser: Browser) -> None:
     assert len(_answers(browser, 0, 1)) == 1
 
 
+@pytest.fixture
+def endless(chat: Chat) -> Iterator[None]:
+    """The model says one of two letters, whatever it sees: its answers end at their limit."""
+    head = chat.engine.plain.lm_head.weight
+    before = head.detach().clone()
+    direction = torch.randn(head.shape[1], generator=torch.Generator().manual_seed(0)) * 1e3
+    letters = chat.engine.processor.tokenizer.convert_tokens_to_ids(["A", "B"])
+    with torch.no_grad():
+        head.zero_()
+        head[letters] = torch.stack([direction, -direction])
+        yield
+        head.copy_(before)
+
+
+@pytest.mark.usefixtures("endless")
 def test_stop_ends_an_answer(browser: Browser, server: tuple[str, FastAPI]) -> None:
     _choose(browser, "model", MODEL)
     _choose(browser, "other", "one")

@@ -75,7 +75,7 @@ def test_an_adapter_holds_everything_and_reads_as_in_training(
     assert kinds["model.language_model.layers.0.self_attn.q_proj.base_layer"] == _STORED[quantize]
     assert {kinds[name] for name in kinds if "vision_tower" in name and name.endswith("_proj")} == {"Linear"}
     assert kinds["model.multi_modal_projector.modules_to_save.default"] == "Linear"
-    assert (kinds["model.language_model.embed_tokens"], kinds["lm_head"]) == ("Embedding", "Linear")
+    assert (kinds["model.language_model.embed_tokens"], kinds["lm_head"]) == ("Embedding", "LossHead")
 
     reader = load_reader(result)
     processor = trainer.processor

@@ -34,7 +34,7 @@ def _adapter(folder: Path, base: ModelConfig, tune: Lora) -> Path:
         if parameter.requires_grad:
             parameter.data += torch.randn(parameter.shape, generator=generator) * 0.03
     folder.mkdir(parents=True)
-    save_whole(wrapped, processor, folder, state={}, tune=tune, base=base)
+    save_whole(wrapped, processor, folder, state=wrapped.state_dict(), tune=tune, base=base)
     return folder
 
 
