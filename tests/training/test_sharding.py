@@ -1,4 +1,4 @@
-"""FSDP2 and ZeRO-3 on two processes give the losses and whole weights of one; and they do shard, not DDP by their name."""
+"""FSDP2 and ZeRO-3 on two processes give the losses and whole weights of one; and they do shard, not DDP by name."""
 
 from __future__ import annotations
 

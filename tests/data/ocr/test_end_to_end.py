@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -33,6 +34,14 @@ def error_rates(drawn: SynthResult, records: Path) -> dict[str, float]:
     return rates
 
 
+def _need(engine: str) -> None:
+    if engine == "rapidocr":
+        pytest.importorskip("rapidocr")
+        pytest.importorskip("onnxruntime")
+    elif shutil.which("tesseract") is None:
+        pytest.skip("the program tesseract is not installed")
+
+
 # Of 16 pictures, drawn slightly turned and shadowed: records at least, mean and largest character error rate. RapidOCR
 # was seen at 16, 0.007 and 0.09. Tesseract gives no angles, so that rows of a turned receipt come apart.
 @pytest.mark.parametrize(
@@ -41,11 +50,7 @@ def error_rates(drawn: SynthResult, records: Path) -> dict[str, float]:
 def test_documents_become_records(
     engine: str, least: int, mean: float, largest: float, drawn: SynthResult, tmp_path: Path
 ) -> None:
-    if engine == "rapidocr":
-        pytest.importorskip("rapidocr")
-        pytest.importorskip("onnxruntime")
-    elif shutil.which("tesseract") is None:
-        pytest.skip("the program tesseract is not installed")
+    _need(engine)
     out = tmp_path / "records.json"
     options = ["--engine", engine, "--short-edge", "0", "--workers", "2"]
     assert main(["ocr", "build", str(drawn.images), "--out", str(out), *options]) == 0
@@ -92,19 +97,25 @@ def _pages(folder: Path, count: int) -> dict[str, str]:
     return texts
 
 
-def test_pages_of_installed_manuals(tmp_path: Path) -> None:
-    pytest.importorskip("rapidocr")
-    pytest.importorskip("onnxruntime")
+@pytest.mark.parametrize("engine", ["rapidocr", "tesseract"])
+def test_pages_of_installed_manuals(engine: str, tmp_path: Path) -> None:
+    _need(engine)
     images = tmp_path / "pages"
     images.mkdir()
-    texts = _pages(images, 3)
+    texts = _pages(images, 2)
     if not texts:
         pytest.skip(f"no manual as PDF under {PDFS}")
     out = tmp_path / "records.json"
-    assert main(["ocr", "build", str(images), "--out", str(out), "--short-edge", "0", "--workers", "1"]) == 0
+    assert (
+        main(
+            ["ocr", "build", str(images), "--out", str(out), "--short-edge", "0", "--workers", "1", "--engine", engine]
+        )
+        == 0
+    )
     assert main(["data", "check", str(out), "--images", str(images)]) == 0
     records = json.loads(out.read_text("utf-8"))
     assert len(records) == len(texts)
     for record in records:
-        read, text = ("".join(it.split()) for it in (record["conversations"][1]["value"], texts[record["image"]]))
-        assert Levenshtein.distance(read, text) / len(text) <= 0.03, record
+        # In any order: a PDF keeps its words as they were drawn, tables and code by column.
+        read, there = (Counter(it.split()) for it in (record["conversations"][1]["value"], texts[record["image"]]))
+        assert (read & there).total() >= 0.85 * there.total(), record
