@@ -18,6 +18,7 @@ from llavar_peft.cli.convert import convert
 from llavar_peft.cli.data import check, inspect
 from llavar_peft.cli.delta import apply, make, verify
 from llavar_peft.cli.doctor import doctor
+from llavar_peft.cli.estimate import estimate
 from llavar_peft.cli.generate import generate
 from llavar_peft.cli.merge import merge
 from llavar_peft.cli.quickstart import quickstart
@@ -53,6 +54,7 @@ def build_app() -> typer.Typer:
     app.command("serve")(serve)
     app.command("report")(report)
     app.command("doctor")(doctor)
+    app.command("estimate")(estimate)
     app.command("merge")(merge)
     app.command("convert")(convert)
     recipes = typer.Typer(help="Recipes shipped with the package.", no_args_is_help=True)

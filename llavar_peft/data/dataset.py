@@ -115,12 +115,34 @@ class TrainingDataset(Dataset[Item]):
             Tokens; text is taken at four bytes a token, a picture at the tower's square size.
         """
         raw = self.records[int(self.indices[position])]
-        turns = raw.get("conversations")
-        texts = [turn.get("value") for turn in turns if isinstance(turn, Mapping)] if isinstance(turns, list) else []
-        length = sum(len(text.encode()) for text in texts if isinstance(text, str)) // 4
-        named = raw.get("image")
-        pictures = len(named) if isinstance(named, list) else int(named is not None)
-        return min(length + pictures * self.processor.num_image_tokens, self.max_length)
+        return min(text_tokens(raw) + picture_count(raw) * self.processor.num_image_tokens, self.max_length)
+
+
+def text_tokens(raw: Mapping[str, Any]) -> int:
+    """About how many tokens a record's text has, at four bytes a token.
+
+    Args:
+        raw: As it stands in its file, sound or not.
+
+    Returns:
+        The number.
+    """
+    turns = raw.get("conversations")
+    texts = [turn.get("value") for turn in turns if isinstance(turn, Mapping)] if isinstance(turns, list) else []
+    return sum(len(text.encode()) for text in texts if isinstance(text, str)) // 4
+
+
+def picture_count(raw: Mapping[str, Any]) -> int:
+    """How many pictures a record names.
+
+    Args:
+        raw: As it stands in its file, sound or not.
+
+    Returns:
+        The number.
+    """
+    named = raw.get("image")
+    return len(named) if isinstance(named, list) else int(named is not None)
 
 
 def _faulty(raw: Mapping[str, Any], index: int, fault: str) -> Item:

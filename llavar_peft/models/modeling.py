@@ -129,7 +129,7 @@ class LlavarModel(LlavaModel):
     def _no_picture(self) -> Tensor:
         parameter = next(self.multi_modal_projector.parameters())
         if hasattr(parameter, "ds_id"):
-            # ZeRO-3 gathers each module's weights as it is called: the ranks would wait for one another in other modules.
+            # ZeRO-3 gathers a module's weights as it is called: ranks in different modules would wait for one another.
             size, tower = self.config.vision_config.image_size, next(self.vision_tower.parameters())
             black_13HW = torch.zeros(1, 3, size, size, dtype=tower.dtype, device=tower.device)
             features: Tensor = self.get_image_features(black_13HW).pooler_output[0]

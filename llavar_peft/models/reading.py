@@ -73,7 +73,7 @@ def read_pictures(  # noqa: PLR0913 - the knobs of generation, by name
         inputs.update(do_sample=True, temperature=temperature, top_p=top_p, top_k=top_k)
     else:
         inputs.update(do_sample=False, temperature=None, top_p=None, top_k=None)
-    # Not inference_mode: what an engine with sharded weights gathers here and keeps, a backward pass must be able to use.
+    # Not inference_mode: what an engine of sharded weights gathers here and keeps, a backward pass has to use.
     with torch.random.fork_rng(enabled=temperature > 0), torch.no_grad():
         if temperature > 0 and seed is not None:
             torch.manual_seed(seed)

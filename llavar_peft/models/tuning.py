@@ -182,6 +182,18 @@ def _train_rows(model: LlavarForConditionalGeneration) -> None:
         model.set_input_embeddings(EmbeddingWithTrainedRows(embedding))
 
 
+def target_layers(tune: Lora) -> tuple[str, ...]:
+    """Names of the language model's layers that get adapters.
+
+    Args:
+        tune: The stage's value.
+
+    Returns:
+        The names, without where they stand.
+    """
+    return tuple(_TARGETS[tune.target] if isinstance(tune.target, str) else tune.target)
+
+
 def lora_config(tune: Lora) -> LoraConfig:
     """The ``peft`` configuration of a stage's value.
 
@@ -190,7 +202,7 @@ def lora_config(tune: Lora) -> LoraConfig:
     """
     from peft import LoraConfig
 
-    names = _TARGETS[tune.target] if isinstance(tune.target, str) else tune.target
+    names = target_layers(tune)
     attention = [name for name in names if name in ATTENTION_LAYERS]
     mlp = [name for name in names if name in MLP_LAYERS]
     blocks = [rf"{block}\.({'|'.join(layers)})" for block, layers in (("self_attn", attention), ("mlp", mlp)) if layers]

@@ -32,7 +32,7 @@ def supervised_loss(model: nn.Module, inputs: Mapping[str, Any]) -> tuple[Tensor
 
 
 def _unwrapped(model: Any) -> Any:
-    """The model whose configuration says which attention it has: within the wrapper of DDP or DeepSpeed, if there is one."""
+    """The model whose configuration says which attention it has: within the wrapper of DDP or DeepSpeed, if any."""
     while not hasattr(getattr(model, "config", None), "text_config"):
         model = model.module
     return model

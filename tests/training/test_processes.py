@@ -1,44 +1,99 @@
-"""Two processes give the losses and the weights of one."""
+"""Several processes give the losses and the weights of one; a rank that dies costs a minute at most, and no step."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import os
+import signal
+import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from llavar_peft import Recipe
-from llavar_peft.config import LossAverage
 from llavar_peft.recipes import dump_recipe
+from tests.training.sharded import Look, run
+
+ROOT = Path(__file__).parents[2]
 
 
-@pytest.mark.parametrize("average", ["token", "micro_batch"])
-def test_two_processes_equal_one(average: LossAverage, tiny_recipe: Recipe, tmp_path: Path) -> None:
-    stages = tuple(dataclasses.replace(stage, loss_average=average, max_steps=3) for stage in tiny_recipe.stages)
-    for processes in (1, 2):
-        output = tmp_path / str(processes)
-        recipe = dataclasses.replace(tiny_recipe, stages=stages, output_dir=str(output))
-        (tmp_path / f"{processes}.yaml").write_text(dump_recipe(recipe))
-        launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-        done = subprocess.run(
-            [*launch, "-m", "llavar_peft", "train", str(tmp_path / f"{processes}.yaml")],
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        assert done.returncode == 0, done.stderr[-2000:]
-    for stage in stages:
-        one, two = (
-            [json.loads(line) for line in (tmp_path / n / stage.name / "metrics.jsonl").read_text().splitlines()]
-            for n in ("1", "2")
+def _assert_same(ours: Path, theirs: Path, recipe: Recipe) -> None:
+    for stage in recipe.stages:
+        two, one = (
+            [json.loads(line) for line in (folder / stage.name / "metrics.jsonl").read_text().splitlines()]
+            for folder in (ours, theirs)
         )
         assert [line["tokens"] for line in two] == [line["tokens"] for line in one]
         assert [line["loss"] for line in two] == pytest.approx([line["loss"] for line in one], rel=1e-5)
-    ours, theirs = (load_file(tmp_path / n / "model/model.safetensors") for n in ("2", "1"))
-    for name, tensor in theirs.items():
-        torch.testing.assert_close(ours[name], tensor, atol=1e-5, rtol=1e-4)
+    found, wanted = (load_file(folder / "model/model.safetensors") for folder in (ours, theirs))
+    for name, tensor in wanted.items():
+        torch.testing.assert_close(found[name], tensor, atol=1e-5, rtol=1e-4)
+
+
+def test_two_processes_equal_one(tiny_recipe: Recipe, tmp_path: Path) -> None:
+    recipes = {}
+    for average in ("token", "micro_batch"):
+        stages = tuple(dataclasses.replace(stage, loss_average=average, max_steps=3) for stage in tiny_recipe.stages)  # type: ignore[arg-type]
+        one = dataclasses.replace(tiny_recipe, stages=stages, output_dir=str(tmp_path / "1" / average))
+        run(one, Look(None))
+        recipes[average] = dataclasses.replace(one, output_dir=str(tmp_path / "2" / average))
+        (tmp_path / f"{average}.yaml").write_text(dump_recipe(recipes[average]))
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    done = subprocess.run(
+        [*launch, "-m", "tests.training.sharded", str(tmp_path)], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    for average, recipe in recipes.items():
+        _assert_same(tmp_path / "2" / average, tmp_path / "1" / average, recipe)
+
+
+def _launch_nodes(recipe: Path) -> list[subprocess.Popen[str]]:
+    """Two launchers on loopback, as on two nodes, each with a rank."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    there = ["--nnodes=2", "--nproc_per_node=1", "--master_addr=127.0.0.1", f"--master_port={port}"]
+    return [
+        subprocess.Popen(
+            [sys.executable, "-m", "torch.distributed.run", *there, f"--node_rank={node}",
+             "-m", "llavar_peft", "train", str(recipe)],
+            cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+        )
+        for node in (0, 1)
+    ]  # fmt: skip
+
+
+def test_two_nodes_end_with_a_killed_rank_and_go_on(tiny_recipe: Recipe, tmp_path: Path) -> None:
+    stage = dataclasses.replace(tiny_recipe.stages[1], epochs=3, save_every_steps=1)
+    one = dataclasses.replace(tiny_recipe, stages=(stage,), output_dir=str(tmp_path / "one"))
+    run(one, Look(None))
+    two = dataclasses.replace(one, output_dir=str(tmp_path / "two"))
+    (tmp_path / "two.yaml").write_text(dump_recipe(two))
+    metrics = tmp_path / "two" / stage.name / "metrics.jsonl"
+
+    nodes, deadline = _launch_nodes(tmp_path / "two.yaml"), time.monotonic() + 120
+    while not (metrics.is_file() and metrics.read_text().count("\n") >= 2) and time.monotonic() < deadline:
+        assert all(node.poll() is None for node in nodes), [node.communicate()[1][-2000:] for node in nodes]
+        time.sleep(0.02)
+    (rank,) = psutil.Process(nodes[1].pid).children()
+    os.kill(rank.pid, signal.SIGKILL)
+    killed = time.monotonic()
+    for node in nodes:
+        node.communicate(timeout=60)
+        assert node.returncode != 0
+    assert time.monotonic() - killed < 60
+    assert not (tmp_path / "two/model").exists()
+    assert metrics.read_text().count("\n") < 12
+
+    again = _launch_nodes(tmp_path / "two.yaml")
+    told = [node.communicate(timeout=120)[1] for node in again]
+    assert [node.returncode for node in again] == [0, 0], told[0][-2000:]
+    assert "goes on from step" in told[0]
+    _assert_same(tmp_path / "two", tmp_path / "one", two)
