@@ -11,31 +11,34 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
 from safetensors.torch import load_file
 
 from llavar_peft import Lora, Recipe
+from llavar_peft.config import Quantization
 from llavar_peft.recipes import dump_recipe
 from tests.training.sharded import Look, run
 
-FSDP = {
-    "ACCELERATE_USE_FSDP": "true",
-    "FSDP_VERSION": "2",
-    "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
-    "FSDP_TRANSFORMER_CLS_TO_WRAP": "LlamaDecoderLayer",
-    "FSDP_RESHARD_AFTER_FORWARD": "true",
-    "FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT",
-}
-
-ZERO_3 = {
-    "ACCELERATE_USE_DEEPSPEED": "true",
-    "ACCELERATE_DEEPSPEED_ZERO_STAGE": "3",
-    "ACCELERATE_DEEPSPEED_ZERO3_INIT": "false",
-    "DS_ACCELERATOR": "cpu",
-}
+EXAMPLES = Path(__file__).parents[2] / "examples/accelerate"
+ENGINES = {"FSDP2": "qlora_fsdp2_2gpu.yaml", "ZeRO-3": "zero3_8gpu.yaml"}
 
 
-def _recipes(tiny_recipe: Recipe, records: Path) -> dict[str, Recipe]:
-    """Both stages, and LoRA with a break in the middle; every third record has no picture."""
+def _environment(example: str) -> dict[str, str]:
+    """What ``accelerate launch`` with an example's file gives its processes; here they compute in float32."""
+    parsed = launch_command_parser().parse_args(["--config_file", str(EXAMPLES / example), "train.py"])
+    settings, defaults, _ = _validate_launch_command(parsed)
+    if settings.use_deepspeed:
+        settings.deepspeed_fields_from_accelerate_config = ",".join(defaults.deepspeed_config)
+        _, whole = prepare_deepspeed_cmd_env(settings)
+    else:
+        whole = prepare_multi_gpu_env(settings)
+    given = {name: value for name, value in whole.items() if name.startswith(("ACCELERATE_", "FSDP_"))}
+    return {**given, "ACCELERATE_MIXED_PRECISION": "no", "DS_ACCELERATOR": "cpu"}
+
+
+def _recipes(tiny_recipe: Recipe, records: Path, *, quantize: Quantization | None) -> dict[str, Recipe]:
+    """Both stages, and (Q)LoRA with a break in the middle; every third record has no picture."""
     told = json.loads(Path(str(tiny_recipe.stages[0].data.records)).read_text())
     for number, record in enumerate(told):
         if number % 3 == 0:
@@ -52,7 +55,9 @@ def _recipes(tiny_recipe: Recipe, records: Path) -> dict[str, Recipe]:
     lora = dataclasses.replace(two, tune=Lora(rank=4, alpha=8, dropout=0.0), max_steps=4, gradient_checkpointing=False)
     return {
         "plain": dataclasses.replace(tiny_recipe, stages=(one, two)),
-        "resumed": dataclasses.replace(tiny_recipe, stages=(lora,)),
+        "resumed": dataclasses.replace(
+            tiny_recipe, stages=(lora,), model=dataclasses.replace(tiny_recipe.model, quantize=quantize)
+        ),
     }
 
 
@@ -69,16 +74,14 @@ def _losses(run_folder: Path, stage: str) -> list[float]:
     return [json.loads(line)["loss"] for line in (run_folder / stage / "metrics.jsonl").read_text().splitlines()]
 
 
-@pytest.mark.parametrize("engine", ["FSDP2", "ZeRO-3"])
+@pytest.mark.parametrize("engine", ENGINES)
 def test_two_shards_equal_a_whole(engine: str, tiny_recipe: Recipe, tmp_path: Path) -> None:
-    if engine == "ZeRO-3":
-        pytest.importorskip("deepspeed")
-    recipes = _recipes(tiny_recipe, tmp_path / "records.json")
+    recipes = _recipes(tiny_recipe, tmp_path / "records.json", quantize="nf4" if engine == "FSDP2" else None)
     for name, recipe in recipes.items():
         run(dataclasses.replace(recipe, output_dir=str(tmp_path / "whole" / name)), Look(None))
         sharded = dataclasses.replace(recipe, output_dir=str(tmp_path / "sharded" / name))
         (tmp_path / f"{name}.yaml").write_text(dump_recipe(sharded))
-    done = _launch(tmp_path, **(FSDP if engine == "FSDP2" else ZERO_3))
+    done = _launch(tmp_path, **_environment(ENGINES[engine]))
     assert done.returncode == 0, done.stderr[-3000:]
     for name, recipe in recipes.items():
         for rank in ("0", "1"):
@@ -102,6 +105,6 @@ def _assert_close(path: Path, other: Path) -> None:
 
 def test_the_first_version_is_refused_where_it_would_be_ddp(tiny_recipe: Recipe, tmp_path: Path) -> None:
     (tmp_path / "a.yaml").write_text(dump_recipe(dataclasses.replace(tiny_recipe, output_dir=str(tmp_path / "run"))))
-    done = _launch(tmp_path, **{**FSDP, "FSDP_VERSION": "1"})
+    done = _launch(tmp_path, **_environment("fsdp1_8gpu.yaml"))
     assert done.returncode != 0
     assert "FSDP's first version needs GPUs" in done.stderr
