@@ -39,12 +39,14 @@ INSTALL_REQUIRES = [
 
 EXTRAS_REQUIRE = {
     "cuda": ["flash-attn>=2.7"],
+    "deepspeed": ["deepspeed>=0.18"],
     "serve": ["fastapi>=0.115", "gradio>=6.16", "python-multipart>=0.0.18", "uvicorn>=0.32"],
     "ocr": ["onnxruntime>=1.20", "rapidocr>=3.10"],
     "eval": ["openai>=1.50"],
     "lmms-eval": ["lmms-eval>=0.7"],
     "dev": [
         "build>=1.2",
+        "deepspeed>=0.18",
         "fastapi>=0.115",
         "gradio>=6.16",
         "httpx>=0.27",

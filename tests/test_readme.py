@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
 import re
+import shlex
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -15,6 +13,7 @@ import pytest
 import llavar_peft
 from llavar_peft import ModelConfig, build_model, make_delta
 from llavar_peft.data.synthetic import write_dataset
+from tests.commands import command, python
 
 ROOT = Path(llavar_peft.__file__).parents[1]
 PARTS = Path(llavar_peft.__file__).parent / "assets/tiny"
@@ -73,29 +72,44 @@ def _furnish(folder: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
 @pytest.mark.skipif(not (ROOT / "README.md").is_file(), reason="needs the repository")
-def test_every_command_runs(tmp_path: Path) -> None:
+def test_every_command_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     _furnish(tmp_path)
-    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
-    environment = {**os.environ, "PATH": path, "HF_HUB_OFFLINE": "1"}
-    commands, python = _blocks((ROOT / "README.md").read_text(encoding="utf-8"))
-    here = [command for command in commands if not command.startswith(tuple(ELSEWHERE))]
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    lines, blocks = _blocks((ROOT / "README.md").read_text(encoding="utf-8"))
+    here = [line for line in lines if not line.startswith(tuple(ELSEWHERE))]
     assert len(here) >= 15
-    for command in here:
-        if "--tokenizer" in command:  # copied as it is; the tiny model has none, and LLaMA's is not ours to give
+    for line in here:
+        if "--tokenizer" in line:  # copied as it is; the tiny model has none, and LLaMA's is not ours to give
             (tmp_path / "llama-13b/tokenizer.model").write_bytes(b"LLaMA's")
-        done = subprocess.run(
-            ["bash", "-c", command], cwd=tmp_path, env=environment, stdin=subprocess.DEVNULL, capture_output=True,
-            text=True, check=False,
-        )  # fmt: skip
-        assert done.returncode == 0, f"{command}\n{done.stdout[-1000:]}\n{done.stderr[-2000:]}"
+        typed, _, into = line.partition(" > ")
+        program, *words = shlex.split(typed)
+        assert program == "llavar-peft"
+        done = command(words, tmp_path)
+        assert done.status == 0, f"{line}\n{done.stdout[-1000:]}\n{done.stderr[-2000:]}"
+        if into:
+            (tmp_path / into).write_text(done.stdout, encoding="utf-8")
     for name in ("llavar-13b", "runs/mine/model", "runs/receipts/adapter", "merged", "receipts-delta", "mine-released"):
         assert (tmp_path / name).is_dir(), name
 
     shutil.rmtree(tmp_path / "runs/receipts")
-    assert len(python) == 2
-    for block in python:
-        done = subprocess.run(
-            [sys.executable, "-c", block], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
-        )
-        assert done.returncode == 0, done.stderr[-2000:]
+    assert len(blocks) == 2
+    for block in blocks:
+        done = python(block, tmp_path)
+        assert done.status == 0, done.stderr[-2000:]
     assert (tmp_path / "runs/receipts/adapter/adapter_model.safetensors").is_file()
+
+
+def test_every_measured_figure_is_one_that_a_benchmark_printed() -> None:
+    """Each row of the README's tables is a row, or some columns of one, of a committed result."""
+    printed = [
+        [cell.strip() for cell in line.strip("|").split("|")]
+        for path in (ROOT / "benchmarks/results").glob("*.md")
+        for line in path.read_text(encoding="utf-8").splitlines()
+        if line.startswith("|")
+    ]
+    measured = (ROOT / "README.md").read_text(encoding="utf-8").split("## Measured")[1]
+    rows = [line.strip("|").split("|") for line in measured.splitlines() if line.startswith("|")]
+    assert len(rows) > 10
+    for row in rows:
+        first, *others = (cell.strip() for cell in row)
+        assert any(first == found[0] and set(others) <= set(found) for found in printed), row

@@ -66,6 +66,7 @@ def _extra(name: str, requirements: Sequence[Requirement]) -> Finding:
         "serve": "serve",
         "lmms-eval": "lmms-eval",
         "cuda": "speed on GPUs",
+        "deepspeed": "ZeRO",
     }
     lacking = [one.name for one in requirements if check_requirement(one).state == "fault"]
     label = f"[{name}]"
