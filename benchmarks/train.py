@@ -9,7 +9,7 @@ class (``pip install trl``; without it its lines say so). They make one step eac
 before warms up. Speed is measured at a vocabulary of 800, where the head has about its share of a 13B model's work,
 memory at 32003.
 
-Linux only; about eleven minutes on two idle cores without ``--levers``, twice that with them.
+Linux only; half an hour on one idle core without ``--levers``, three quarters with them.
 """
 
 from __future__ import annotations

@@ -57,6 +57,7 @@ def train_table(report: dict[str, Any]) -> str:
         f"* {lengths_of('stage2')} (also LoRA's; benchmarks/lengths.py says where these are from)",
         f"* model: {report['model']}",
     ]
+    lines += _summary(report)
     for cell in report["speed"]:
         lines += [
             "",
@@ -81,6 +82,22 @@ def train_table(report: dict[str, Any]) -> str:
         lines += [f"* {NAMES[name]}: {ratio(found)}" for name, found in cell["ratios"].items()]
     lines += [f"* {line}" for line in report["simulated"]]
     return "\n".join([*lines, "", LEGEND]) + "\n"
+
+
+def _summary(report: dict[str, Any]) -> list[str]:
+    """All stages beside one another: how many times faster ours is, and in how much less memory."""
+    stages = [cell["stage"] for cell in report["speed"]]
+    rule = "|---" * (len(stages) + 1) + "|"
+    lines = ["", f"| times faster, in CPU time | {' | '.join(stages)} |", rule]
+    for what, peer, name in PAIRS:
+        found = [cell["ratios"].get(f"{peer} / {name}") for cell in report["speed"]]
+        lines.append(f"| {what} | {' | '.join(ratio(one) if one else 'not measured' for one in found)} |")
+    lines += ["", f"| peak over imports, MiB | {' | '.join(stages)} |", rule]
+    for name in next(iter(report["memory"]), {"found": {}})["found"]:
+        each = [cell["found"][name] for cell in report["memory"]]
+        peaks = ["not measured" if one["absent"] else f"{(one['peak'] - one['imports']) / MIB:,.0f}" for one in each]
+        lines.append(f"| {NAMES[name]} | {' | '.join(peaks)} |")
+    return lines
 
 
 def _ran(cell: dict[str, Any]) -> set[str]:
