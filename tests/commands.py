@@ -18,6 +18,7 @@ _PRELOADED = [
     "llavar_peft.cli", "llavar_peft.inference", "llavar_peft.models.merging", "llavar_peft.training.dry_run",
     "llavar_peft.training.trainer", "peft",
 ]  # fmt: skip
+_DEFAULT = multiprocessing.get_all_start_methods()[0]
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,8 @@ def _within(what: Callable[..., None], given: object, folder: Path, streams: Seq
         os.dup2(os.open(stream, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
     sys.stdout, sys.stderr = (open(number, "w", encoding="utf-8", closefd=False) for number in (1, 2))  # noqa: SIM115
     os.chdir(folder)
+    # Its own processes start as those of a fresh interpreter do; else each of them would import everything.
+    multiprocessing.set_start_method(_DEFAULT, force=True)
     what(given)
 
 
