@@ -74,6 +74,7 @@ LESSONS = (
 )
 """Each starts from the file of the one before it, and can be repeated by itself."""
 BATCH = 16
+HELD_OUT = 96
 
 
 class Pages:
@@ -154,7 +155,7 @@ def teach(tower: CLIPVisionModel, lesson: Lesson, directory: Path) -> None:
         nn.init.zeros_(parameter)  # features start out large: random codes would be far off, and all there is to learn
     started = time.perf_counter()
     drawn = Pages(round(lesson.easy * lesson.steps) * BATCH, lesson)
-    tests = [_held_out(kind, FIRST.seed) for kind in (random_page, layout_page)]
+    tests = [_held_out(kind, FIRST.seed, min(HELD_OUT, lesson.pages // 2)) for kind in (random_page, layout_page)]
     print(f"{len(drawn.pages)} pages drawn in {time.perf_counter() - started:.0f} s", flush=True)
     parameters = [*tower.parameters(), *head.parameters(), *code.parameters()]
     optimizers, schedules = make_optimizers(
@@ -216,10 +217,10 @@ def write_preprocessor(directory: Path) -> None:
     (directory / "preprocessor_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
 
 
-def _held_out(draw: object, seed: int) -> tuple[Tensor, Tensor, Tensor]:
-    """96 pages that are not learnt from."""
+def _held_out(draw: object, seed: int, count: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Pages that are not learnt from."""
     assert callable(draw)
-    pages = [draw(Random(f"held out/{seed}/{n}")) for n in range(96)]
+    pages = [draw(Random(f"held out/{seed}/{n}")) for n in range(count)]
     rng = np.random.default_rng([seed, 1, 1])
     pixels = np.stack([colour_page(np.asarray(mask), box, rng) for mask, _, box in pages])
     return torch.from_numpy(pixels), *targets([lines for _, lines, _ in pages])
