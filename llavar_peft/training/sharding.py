@@ -32,6 +32,19 @@ def asked_for_sharding() -> bool:
     return os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
 
 
+def refuse_first_version_without_gpu() -> None:
+    """Looks at what ``accelerate launch`` was told, before accelerate does.
+
+    Raises:
+        EnvironmentFaultError: FSDP's first version on a CPU: depending on its other settings accelerate runs DDP there
+            without a word, or raises an error about devices.
+    """
+    if asked_for_sharding() and os.environ.get("FSDP_VERSION", "1") != "2" and not torch.accelerator.is_available():
+        raise EnvironmentFaultError.at(
+            "accelerate", "FSDP's first version needs GPUs, and cannot shard here", "set fsdp_version: 2"
+        )
+
+
 def make_sharding_real(accelerator: Accelerator) -> int:
     """Sees to it that a run that is to be sharded is; accelerate runs plain DDP without a word where there is no GPU.
 
@@ -42,17 +55,12 @@ def make_sharding_real(accelerator: Accelerator) -> int:
         The version of FSDP that will shard the model; 0 is none.
 
     Raises:
-        EnvironmentFaultError: It cannot be: FSDP's first version on a CPU, or another reason that accelerate has.
+        EnvironmentFaultError: It cannot be, for a reason that accelerate has.
     """
     if not asked_for_sharding() or accelerator.num_processes == 1:
         return 0
     if accelerator.distributed_type == DistributedType.MULTI_CPU:
-        plugin = FullyShardedDataParallelPlugin()
-        if plugin.fsdp_version != 2:
-            raise EnvironmentFaultError.at(
-                "accelerate", "FSDP's first version needs GPUs, and would run as DDP here", "set fsdp_version: 2"
-            )
-        accelerator.state.fsdp_plugin = plugin
+        accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin()
         # In both: whoever looks at accelerate's state again takes the process's over into it.
         accelerator.state.distributed_type = PartialState().distributed_type = DistributedType.FSDP
     if accelerator.distributed_type != DistributedType.FSDP:

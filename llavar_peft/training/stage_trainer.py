@@ -38,6 +38,7 @@ from llavar_peft.training.sharding import (
     gathered_state,
     load_states,
     make_sharding_real,
+    refuse_first_version_without_gpu,
     refuse_unsharded,
     refuse_what_cannot_be_sharded,
     save_states,
@@ -127,6 +128,7 @@ class StageTrainer(transformers.Trainer):
 
     def create_accelerator_and_postprocess(self) -> None:
         """The parent's; FSDP, if it was asked for, is real afterwards."""
+        refuse_first_version_without_gpu()
         super().create_accelerator_and_postprocess()
         self.zero = prepare_zero(self.accelerator)
         self.fsdp = make_sharding_real(self.accelerator)
