@@ -78,8 +78,33 @@ def test_the_answers_that_a_run_keeps_can_be_scored(done: Path, capsys: pytest.C
     log = done.with_suffix(".answers.jsonl")
     assert cli.main(["eval", "vqa", "--predictions", str(log), "--json"]) == 0
     again, figures = json.loads(capsys.readouterr().out)["figures"], json.loads(done.read_text())["figures"]
-    for name in ("protocol", "value", "low", "high", "records"):
-        assert [figure[name] for figure in again] == [figure[name] for figure in figures]
+    # Their head says how they were got; only where the model lies is not in it.
+    assert again == [{**figure, "model": None} for figure in figures]
+    assert cli.main(["eval", "vqa", "--predictions", str(log), "--temperature", "0.9"]) == 0
+    assert cli.main(["eval", "vqa", "--predictions", str(log), "--greedy"]) == 2
+    assert "--temperature: contradicts" in capsys.readouterr().err
+    assert cli.main(["eval", "vqa", "--predictions", str(log), "--adapter", "a"]) == 2
+    assert "--adapter: is of a model" in capsys.readouterr().err
+
+
+def test_how_answers_were_got_is_taken_from_their_file_and_from_the_options(
+    pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    how = {"model_hash": "abc", "prompt": "{question} Read.", "image_mode": "pad"}
+    rows = [
+        {"question_id": n, "text": "said", "model_id": "m", "metadata": {**how, "temperature": n}} for n in range(5)
+    ]
+    answers = tmp_path / "answers.jsonl"
+    answers.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    command = ["eval", "vqa", "--dataset", str(pictures / "dataset.json"), "--predictions", str(answers), "--json"]
+    assert cli.main([*command, "--batch-size", "4"]) == 0
+    (figure, *_) = json.loads(capsys.readouterr().out)["figures"]
+    # The temperatures differ, so that there is none of them all.
+    assert figure.items() >= {**how, "model": "m", "temperature": None, "batch_size": 4}.items()
+    assert cli.main([*command, "--greedy"]) == 0
+    assert json.loads(capsys.readouterr().out)["figures"][0]["decoding"] == "greedy"
+    assert cli.main([*command, "--prompt", "{question}"]) == 2
+    assert "--prompt: contradicts" in capsys.readouterr().err
 
 
 def test_a_greedy_run_may_go_on_with_smaller_batches(checkpoint: Path, pictures: Path, tmp_path: Path) -> None:
