@@ -13,13 +13,17 @@ from typing import TYPE_CHECKING, Any, Final
 
 from llavar_peft.durable import write_json
 from llavar_peft.errors import ConfigError, EnvironmentFaultError, LlavarError, MissingDependencyError
-from llavar_peft.evaluation.judge import SYSTEM, Case, parse_scores
+from llavar_peft.evaluation.judge import SYSTEM, Case
+from llavar_peft.evaluation.judge_scores import is_refusal, parse_scores
 from llavar_peft.evaluation.reviews import Review, Scores
 
 if TYPE_CHECKING:
     from openai import OpenAI
 
 KEY_VARIABLE: Final = "OPENAI_API_KEY"
+_REFUSALS: Final = frozenset({401, 403, 404})
+_REJECTIONS: Final = frozenset({400, 413, 422})  # too long, or with something in it: one request's own affair
+_REJECTED_IN_A_ROW: Final = 5  # after which it is the judge's settings that are wrong, not the questions
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,8 +60,10 @@ class Verdict:
         content: The judge's last words.
         scores: In the order of the prompt; None where no attempt gave any.
         sent: Requests that were answered; 0 where the answer was known.
-        malformed: Replies without scores.
-        refused: Those of them in which the judge, or a filter before it, refused.
+        malformed: Replies without scores that are no refusals.
+        refused: Replies in which the judge, or a filter before it, refused, and requests that the endpoint would not
+            take.
+        rejection: Why the endpoint would not take it.
     """
 
     content: str
@@ -65,6 +71,7 @@ class Verdict:
     sent: int = 0
     malformed: int = 0
     refused: int = 0
+    rejection: LlavarError | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,8 +82,8 @@ class Judged:
         reviews: One for each case, in order.
         sent: Replies that were asked for.
         known: Replies that an earlier run had.
-        malformed: Replies without scores, refusals included; they were asked for again.
-        refused: Refusals.
+        malformed: Replies without scores; they were asked for again.
+        refused: Refusals, counted apart; they were asked for again, but for requests that the endpoint would not take.
     """
 
     reviews: tuple[Review, ...]
@@ -84,6 +91,10 @@ class Judged:
     known: int
     malformed: int
     refused: int
+
+
+class _RejectedError(Exception):
+    """The endpoint will not take this request, whoever sends it."""
 
 
 class Judge:
@@ -110,15 +121,15 @@ class Judge:
             prompt: The user's message.
 
         Returns:
-            The reply and its scores.
+            The reply and its scores. A request that the endpoint would not take (too long, say) has none.
 
         Raises:
-            ConfigError: The endpoint refuses the key, the model's name, or the request.
+            ConfigError: The endpoint refuses the key or the model's name.
             EnvironmentFaultError: It cannot be reached, or gives up.
         """
         request = {
             "model": self.config.model,
-            "messages": [{"role": "system", "content": SYSTEM}, {"role": "user", "content": prompt}],
+            "messages": [{"role": "system", "content": SYSTEM}, {"role": "user", "content": _sendable(prompt)}],
             "temperature": self.config.temperature,
             "max_tokens": self.config.max_tokens,
         }
@@ -128,13 +139,17 @@ class Judge:
             return Verdict(known, parse_scores(known))
         content, refused = "", 0
         for attempt in range(1, self.config.attempts + 1):
-            content, declined = self._send(request)
+            try:
+                content, declined = self._send(request)
+            except _RejectedError as error:
+                fault = _refusal(error)
+                return Verdict(str(fault), None, attempt, attempt - 1 - refused, refused + 1, fault)
             scores = parse_scores(content)
             if scores is not None:
                 write_json(place, {"request": request, "reply": content})
-                return Verdict(content, scores, attempt, attempt - 1, refused)
-            refused += declined
-        return Verdict(content, None, self.config.attempts, self.config.attempts, refused)
+                return Verdict(content, scores, attempt, attempt - 1 - refused, refused)
+            refused += declined or is_refusal(content)
+        return Verdict(content, None, self.config.attempts, self.config.attempts - refused, refused)
 
     def _place(self, request: dict[str, Any]) -> Path:
         text = json.dumps({"base_url": self.config.base_url, **request}, sort_keys=True)
@@ -146,16 +161,16 @@ class Judge:
 
         try:
             reply = self._client.chat.completions.with_raw_response.create(**request)
-        except openai.BadRequestError as error:
+        except openai.APIStatusError as error:
             if error.code == "content_filter":  # Azure's way of refusing
                 return "", True
-            raise _refusal(error) from error
-        except (openai.AuthenticationError, openai.PermissionDeniedError, openai.NotFoundError) as error:
-            raise _refusal(error) from error
+            if error.status_code in _REJECTIONS:
+                raise _RejectedError(str(error)) from error
+            if error.status_code in _REFUSALS:
+                raise _refusal(error) from error
+            raise _unreachable(error, str(self._client.base_url)) from error
         except openai.APIError as error:
-            raise EnvironmentFaultError.at(
-                str(self._client.base_url), f"the judge cannot be asked ({error})", "see to it, and run the same again"
-            ) from error
+            raise _unreachable(error, str(self._client.base_url)) from error
         return _read_reply(reply.http_response.content)
 
 
@@ -178,7 +193,7 @@ def judge_cases(
         The reviews. A case that no attempt gave scores for has none.
 
     Raises:
-        ConfigError: The endpoint refuses.
+        ConfigError: The endpoint refuses, or will not take several requests in a row.
         EnvironmentFaultError: It cannot be reached. What was judged is kept; running again goes on from there.
     """
     tasks = [(case, swapped) for case in cases for swapped in ((False, True) if swap else (False,))]
@@ -188,7 +203,9 @@ def judge_cases(
         asked = {pool.submit(judge.ask, prompt): prompt for prompt in prompts}
         verdicts = _collect(asked, pool, progress)
     reviews = [
-        _review(number, case, verdicts[case.prompt()], verdicts[case.prompt(swapped=True)] if swap else None)
+        _review(
+            number, case, verdicts[case.prompt()], verdicts[case.prompt(swapped=True)] if swap else None, judge.config
+        )
         for number, case in enumerate(cases, 1)
     ]
     every = list(verdicts.values())
@@ -205,9 +222,13 @@ def _collect(
     asked: dict[Future[Verdict], str], pool: ThreadPoolExecutor, progress: Callable[[int, int], None] | None
 ) -> dict[str, Verdict]:
     verdicts: dict[str, Verdict] = {}
+    rejected = 0
     try:
         for done, future in enumerate(as_completed(asked), 1):
-            verdicts[asked[future]] = future.result()
+            verdict = verdicts[asked[future]] = future.result()
+            rejected = rejected + 1 if verdict.rejection is not None else 0
+            if verdict.rejection is not None and rejected == min(_REJECTED_IN_A_ROW, len(asked)):
+                raise verdict.rejection
             if progress is not None:
                 progress(done, len(asked))
     except BaseException:
@@ -216,7 +237,13 @@ def _collect(
     return verdicts
 
 
-def _review(number: int, case: Case, verdict: Verdict, swapped: Verdict | None) -> Review:
+def _review(number: int, case: Case, verdict: Verdict, swapped: Verdict | None, judge: JudgeConfig) -> Review:
+    how = {
+        "judge_model": judge.model,
+        "judge_temperature": judge.temperature,
+        "judge_max_tokens": judge.max_tokens,
+        **case.ours.how,
+    }
     other = swapped.scores if swapped is not None else None
     return Review(
         id=number,
@@ -228,6 +255,7 @@ def _review(number: int, case: Case, verdict: Verdict, swapped: Verdict | None) 
         scores=verdict.scores,
         swapped_content=swapped.content if swapped is not None else None,
         swapped_scores=(other[1], other[0]) if other is not None else None,
+        how=how,
     )
 
 
@@ -248,6 +276,17 @@ def _refusal(error: Exception) -> LlavarError:
     return ConfigError.at(
         "the judge's endpoint", f"refuses the request ({error})", "correct the key, the judge's name or the address"
     )
+
+
+def _unreachable(error: Exception, address: str) -> LlavarError:
+    return EnvironmentFaultError.at(
+        address, f"the judge cannot be asked ({error})", "see to it, and run the same again"
+    )
+
+
+def _sendable(prompt: str) -> str:
+    """Half a character, which a model may have answered with, cannot be sent."""
+    return prompt.encode("utf-8", "replace").decode()
 
 
 def _read_reply(content: bytes) -> tuple[str, bool]:
