@@ -180,7 +180,7 @@ def test_what_cannot_be_done_is_said(arguments: list[str], capsys: pytest.Captur
     assert "Mend: " in capsys.readouterr().err
 
 
-def predictions(folder: Path, name: str, said: dict[str, str]) -> Path:
+def predictions(folder: Path, name: str, said: dict[str, str], *more: str) -> Path:
     """Four records with measures, answered as ``said``."""
     rows: list[dict[str, Any]] = [
         {"question_id": key, "question": f"What is {key}?", "answers": [truth], "prediction": said.get(key, truth),
@@ -193,7 +193,7 @@ def predictions(folder: Path, name: str, said: dict[str, str]) -> Path:
     ]  # fmt: skip
     (folder / f"{name}.json").write_text(json.dumps(rows))
     out = folder / f"{name}.results.json"
-    assert cli.main(["eval", "vqa", "--predictions", str(folder / f"{name}.json"), "--out", str(out)]) == 0
+    assert cli.main(["eval", "vqa", "--predictions", str(folder / f"{name}.json"), "--out", str(out), *more]) == 0
     return out
 
 
@@ -218,6 +218,26 @@ def test_compare(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     shown = capsys.readouterr().out
     assert "gained a: What is a?" in shown
     assert "lost   b: What is b?" in shown
+
+
+def test_comparisons_and_diagnoses_say_how_answers_were_got(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = predictions(tmp_path, "before", {"a": "GO"}, "--greedy", "--prompt", "{question} Read.")
+    after = predictions(tmp_path, "after", {"b": "13"}, "--temperature", "0.9", "--prompt", "{question} Read.")
+    capsys.readouterr()
+    assert cli.main(["eval", "compare", str(before), str(after), "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["settings"] == {"temperature": [0, 0.9]}
+    assert [told[side]["temperature"] for side in ("first", "second")] == [0, 0.9]
+    assert told["first"]["prompt"] == "{question} Read."
+    assert cli.main(["eval", "compare", str(before), str(after)]) == 0
+    shown = capsys.readouterr().out
+    assert "temperature: 0.0 in A, 0.9 in B" in shown
+    assert "prompt: {question} Read. in both" in shown
+    assert cli.main(["eval", "diagnose", str(after), "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert (told["setting"]["temperature"], told["dataset"]) == (0.9, str(tmp_path / "after.json"))
+    assert cli.main(["eval", "diagnose", str(after)]) == 0
+    assert "temperature: 0.9" in capsys.readouterr().out
 
 
 def test_compare_refuses_other_questions(tmp_path: Path, done: Path, capsys: pytest.CaptureFixture[str]) -> None:
