@@ -102,7 +102,8 @@ def judge(
     The key comes from OPENAI_API_KEY. Replies are kept: a broken run costs nothing twice.
     """
     from llavar_peft.evaluation.judge import read_cases
-    from llavar_peft.evaluation.judging import Judge, JudgeConfig, judge_cases
+    from llavar_peft.evaluation.judge_client import Judge, JudgeConfig
+    from llavar_peft.evaluation.judging import judge_cases
     from llavar_peft.evaluation.reviews import summarize_reviews, write_reviews
 
     cases = read_cases(questions, contexts, rules, reference, answers)

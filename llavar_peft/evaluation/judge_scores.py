@@ -45,7 +45,7 @@ def parse_scores(reply: str) -> Scores | None:
     order, numbers = "", list[float]()
     for line in lines:
         tokens = _tokens(line)
-        if tokens is None:  # the reasons begin
+        if tokens is None or (len(numbers) == 2 and not any(number for _, number in tokens)):  # the reasons begin
             break
         for label, number in tokens:
             order += label or "."

@@ -10,19 +10,19 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
-from typing import Any, Final, TypedDict
+from typing import Any, Final
 
 from llavar_peft.constants import IMAGE_PLACEHOLDER
 from llavar_peft.data.records import parse_record
 from llavar_peft.errors import DataError, LlavarError
+from llavar_peft.evaluation.measures import MEASURES, read_measures
 from llavar_peft.evaluation.question_files import MEND, read_rows
 
 _IDS: Final = ("question_id", "questionId", "id")
 _TRUTHS: Final = ("gt_answers", "answers", "truths", "truth")
 _ANSWERS: Final = ("prediction", "predict", "answer")
 _IMAGES: Final = ("image_path", "image", "file_path", "file_name", "image_id")
-_MEASURES: Final = ("text_height", "box", "image_width", "image_height")
-_USED: Final = {*_IDS, *_TRUTHS, *_ANSWERS, *_IMAGES, *_MEASURES, "question", "conversations"}
+_USED: Final = {*_IDS, *_TRUTHS, *_ANSWERS, *_IMAGES, *MEASURES, "question", "conversations"}
 _LONGEST_FIELD: Final = 40
 
 
@@ -185,30 +185,6 @@ def _parse_record(row: Mapping[str, Any], where: str) -> Question:
     )
 
 
-class Measures(TypedDict):
-    """What a record says of its text's size; see ``Question``."""
-
-    text_height: float | None
-    box: tuple[float, float, float, float] | None
-    size: tuple[int, int] | None
-
-
-def read_measures(row: Mapping[str, Any], where: str) -> Measures:
-    """Takes from a record how large its text is.
-
-    Args:
-        row: The record.
-        where: Its name in messages.
-
-    Returns:
-        What it says, None for what it does not.
-
-    Raises:
-        DataError: A height that is no positive number, or a box without area.
-    """
-    return {"text_height": _number(row, "text_height", where), "box": _box(row, where), "size": _size(row)}
-
-
 def _first(row: Mapping[str, Any], keys: tuple[str, ...]) -> Any:
     return next((row[key] for key in keys if row.get(key) is not None), None)
 
@@ -262,33 +238,3 @@ def _fields(row: Mapping[str, Any]) -> dict[str, str]:
         if key not in _USED and isinstance(kind, str | int) and 0 < len(str(kind)) <= _LONGEST_FIELD:
             fields[key] = str(kind)
     return fields
-
-
-def _number(row: Mapping[str, Any], key: str, where: str) -> float | None:
-    value = row.get(key)
-    if value is None:
-        return None
-    if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
-        raise DataError.at(f"{where}: {key}", f"got {value!r}, wanted a positive number", "give pixels of the picture")
-    return float(value)
-
-
-def _box(row: Mapping[str, Any], where: str) -> tuple[float, float, float, float] | None:
-    value = row.get("box")
-    if value is None:
-        return None
-    numbers = value if isinstance(value, list) else []
-    if len(numbers) != 4 or not all(isinstance(number, int | float) for number in numbers):
-        raise DataError.at(
-            f"{where}: box", "is not four numbers", "give left, top, right, bottom in the picture's pixels"
-        )
-    left, top, right, bottom = (float(number) for number in numbers)
-    if right <= left or bottom <= top:
-        raise DataError.at(f"{where}: box", f"has no area (got {value})", "give left, top, right, bottom")
-    return left, top, right, bottom
-
-
-def _size(row: Mapping[str, Any]) -> tuple[int, int] | None:
-    width, height = row.get("image_width"), row.get("image_height")
-    ints = isinstance(width, int) and isinstance(height, int)
-    return (int(width), int(height)) if ints and width and height and width > 0 and height > 0 else None

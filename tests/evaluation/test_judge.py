@@ -273,7 +273,7 @@ def test_an_endpoint_that_is_not_there(
     released: list[str], monkeypatch: pytest.MonkeyPatch, capsys, tmp_path: Path
 ) -> None:
     from llavar_peft.errors import EnvironmentFaultError
-    from llavar_peft.evaluation.judging import Judge, JudgeConfig
+    from llavar_peft.evaluation.judge_client import Judge, JudgeConfig
 
     monkeypatch.setenv("OPENAI_API_KEY", "secret")
     config = JudgeConfig(model="judge", base_url="http://127.0.0.1:9/v1", retries=0, timeout=2)
@@ -419,6 +419,8 @@ def test_several_are_asked_at_once(endpoint: Endpoint, released: list[str]) -> N
         ("In the picture there are:\n2 3", None),
         ("10/10.5 9", None),
         ("- 8\n- 9", (8, 9)),
+        ("8 9\n\nAssistant 1:\nIt is right.", (8, 9)),
+        ("Assistant 1:\n8\nAssistant 2:\n9", (8, 9)),
     ],
 )
 def test_scores_are_read(reply: str, scores: tuple[float, float] | None) -> None:
