@@ -22,7 +22,17 @@ def write_text(path: Path, text: str) -> None:
 
 def write_json(path: Path, value: Any) -> None:
     """Writes a value as JSON, whole or not at all."""
-    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+    write_text(path, spell_json(value, indent=2) + "\n")
+
+
+def spell_json(value: Any, *, indent: int | None = None, separators: tuple[str, str] | None = None) -> str:
+    """Spells a value as JSON that every encoding of Unicode can hold, with letters as they are where that can be."""
+    text = json.dumps(value, indent=indent, separators=separators, ensure_ascii=False)
+    try:
+        text.encode()
+    except UnicodeEncodeError:  # half a character, which only an escape can spell
+        return json.dumps(value, indent=indent, separators=separators)
+    return text
 
 
 def settle_folder(staged: Path, final: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -88,8 +89,6 @@ def diagnose(
 
 
 def _diagnose_results(results: Path, metric: str | None, smallest: float, *, as_json: bool) -> None:
-    from dataclasses import asdict
-
     from llavar_peft.evaluation.diagnostics import break_down, count_too_small
     from llavar_peft.evaluation.results import read_results
 
@@ -97,11 +96,22 @@ def _diagnose_results(results: Path, metric: str | None, smallest: float, *, as_
     protocol = _scored_by(read, metric)
     groups, small = break_down(read, protocol), count_too_small(read.records, smallest)
     if as_json:
-        say_json({"protocol": protocol, "groups": [asdict(group) for group in groups], "too_small": asdict(small)})
+        say_json(
+            {
+                "protocol": protocol,
+                "dataset": read.dataset,
+                "setting": asdict(read.setting),
+                "groups": [asdict(group) for group in groups],
+                "too_small": asdict(small),
+            }
+        )
         return
     rows = [(group.by, group.name, group.records, f"{group.value:.2f}", interval(group)) for group in groups]
     print_table(("by", "kind", "records", f"{protocol} %", "95 % interval"), rows, words=2)
     _show_too_small(small, "data set")
+    for key, value in asdict(read.setting).items():
+        if value is not None:
+            say(f"{key.replace('_', ' ')}: {value}")
 
 
 def _show_outlook(outlook: Outlook) -> None:
@@ -143,8 +153,12 @@ def _scored_by(results: Results, metric: str | None) -> str:
 def _show_comparison(comparison: Comparison, shown: int) -> None:
     titles = ("by", "kind", "records", "A %", "B %", "B - A", "95 % interval", "gained", "lost", "p (sign test)")
     print_table(titles, [_difference_row(one) for one in (comparison.whole, *comparison.groups)], words=2)
-    for key, (one, other) in comparison.settings.items():
-        say(f"{key.replace('_', ' ')}: {one} in A, {other} in B")
+    for key, value in asdict(comparison.first).items():
+        if key in comparison.settings:
+            one, other = comparison.settings[key]
+            say(f"{key.replace('_', ' ')}: {one} in A, {other} in B")
+        elif value is not None:
+            say(f"{key.replace('_', ' ')}: {value} in both")
     if comparison.unpaired:
         say(f"{comparison.unpaired} records are in one of them only, and left out")
     for change in comparison.changes[:shown]:

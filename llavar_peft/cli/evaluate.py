@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, overload
 
 import typer
 
@@ -43,6 +43,7 @@ AsJson = Annotated[bool, typer.Option("--json", help="One JSON document instead 
 
 
 def vqa(
+    context: typer.Context,
     dataset: Annotated[
         Path | None, typer.Option("--dataset", help="Questions: of ST-VQA, TextVQA, DocVQA, OCR-VQA, or anyone's.")
     ] = None,
@@ -69,6 +70,12 @@ def vqa(
     batch_size: Batch = 8,
     seed: Seed = 0,
     limit: Annotated[int | None, typer.Option("--limit", min=1, help="Takes the first questions only.")] = None,
+    split: Annotated[
+        str | None, typer.Option("--split", help="Takes those of train, val or test only, where the file says it.")
+    ] = None,
+    name: Annotated[
+        str | None, typer.Option("--name", help="Of the data set, e.g. TextVQA, for the paper's figures beside it.")
+    ] = None,
     out: Annotated[
         Path | None, typer.Option("--out", help="The results file; default with a model: <dataset>.results.json here.")
     ] = None,
@@ -76,7 +83,8 @@ def vqa(
 ) -> None:
     """Ask a model a text VQA benchmark and score it, or score answers that are there.
 
-    Running the same command again goes on where it stopped: finished answers lie beside the results file.
+    Running the same command again goes on where it stopped: finished answers lie beside the results file. With
+    --predictions, --prompt, --temperature and the like say how the answers were got, where the file does not.
     """
     from llavar_peft.data.images import ImageRoots
     from llavar_peft.evaluation.diagnostics import measure
@@ -92,10 +100,10 @@ def vqa(
     roots = ImageRoots(images) if images else None
     reader = None
     if model is None or dataset is None:
-        setting = Setting(prompt=None, image_mode=image_mode)
-        answered = read_predictions(predictions or source, dataset, limit=limit)
+        setting = _stated(context, predictions or source)
+        answered = read_predictions(predictions or source, dataset, limit=limit, split=split)
     else:
-        questions = read_questions(dataset, limit=limit)
+        questions = read_questions(dataset, limit=limit, split=split)
         chosen = Setting(
             prompt=prompt,
             image_mode=image_mode,
@@ -109,10 +117,11 @@ def vqa(
         answered = ask_all(reader, questions, roots or ImageRoots(), setting, out.with_suffix(".answers.jsonl"))
     side = int(reader.processor.image_processor.crop_size["height"]) if reader else _RELEASED_SIDE
     measures = measure(answered, roots, setting.image_mode or "pad", side)
-    _finish(score_answers(answered, str(source), setting, protocols, measures), out, as_json=as_json)
+    _finish(score_answers(answered, name or str(source), setting, protocols, measures), out, as_json=as_json)
 
 
 def mme(
+    context: typer.Context,
     answers: Annotated[
         Path | None,
         typer.Option("--answers", help="Answers that are there: picture, question, truth, answer, by tabs."),
@@ -143,7 +152,7 @@ def mme(
     from llavar_peft.evaluation.results import Setting
 
     if answers is not None and folder is None and model is None:
-        results = score_pictures(read_answers(answers), str(answers), Setting(image_mode=image_mode))
+        results = score_pictures(read_answers(answers), str(answers), _stated(context, answers))
     elif folder is not None and model is not None and answers is None:
         questions, pictures = read_folder(folder)
         out = out or Path("mme.results.json")
@@ -197,6 +206,27 @@ def ask_all(
         return answer_questions(reader, questions, roots, setting, log, progress)
 
 
+def _stated(context: typer.Context, answers: Path) -> Setting:
+    """How answers that are there were got: as their file says, and as the options say that were given."""
+    from llavar_peft.evaluation.results import Setting
+    from llavar_peft.evaluation.stated import read_setting, state_setting
+
+    given = {
+        name: value
+        for name, value in context.params.items()
+        if getattr(context.get_parameter_source(name), "name", "") == "COMMANDLINE"
+    }
+    for name in ("adapter", "vision_tower", "quantize"):
+        if name in given:
+            raise ConfigError.at(
+                f"--{name.replace('_', '-')}", f"is of a model, and {answers} is there already", "leave it out"
+            )
+    temperature = choose_temperature(given.get("temperature"), None, greedy=given.get("greedy", False))
+    kept = ("prompt", "image_mode", "max_new_tokens", "seed", "batch_size")
+    told = Setting(temperature=temperature, **{name: given[name] for name in kept if name in given})
+    return state_setting(read_setting(answers), told, str(answers))
+
+
 def _protocols(names: Sequence[str]) -> list[Protocol]:
     from llavar_peft.evaluation.metrics import PROTOCOLS
 
@@ -206,7 +236,11 @@ def _protocols(names: Sequence[str]) -> list[Protocol]:
     return [protocol for protocol in PROTOCOLS if protocol in names]
 
 
-def choose_temperature(given: float | None, protocol: float, *, greedy: bool) -> float:
+@overload
+def choose_temperature(given: float | None, protocol: float, *, greedy: bool) -> float: ...
+@overload
+def choose_temperature(given: float | None, protocol: None, *, greedy: bool) -> float | None: ...
+def choose_temperature(given: float | None, protocol: float | None, *, greedy: bool) -> float | None:
     """The temperature that the options come to; the protocol's where they say nothing."""
     if greedy and given:
         raise ConfigError.at("--greedy", f"is temperature 0 (got --temperature {given:g} too)", "give one of them")

@@ -102,7 +102,8 @@ def judge(
     The key comes from OPENAI_API_KEY. Replies are kept: a broken run costs nothing twice.
     """
     from llavar_peft.evaluation.judge import read_cases
-    from llavar_peft.evaluation.judging import Judge, JudgeConfig, judge_cases
+    from llavar_peft.evaluation.judge_client import Judge, JudgeConfig
+    from llavar_peft.evaluation.judging import judge_cases
     from llavar_peft.evaluation.reviews import summarize_reviews, write_reviews
 
     cases = read_cases(questions, contexts, rules, reference, answers)
@@ -124,7 +125,7 @@ def judge(
     else:
         _show(summary)
         say(f"{judged.sent} replies by {model} at temperature {temperature:g}, {judged.known} known from before")
-        say(f"{judged.malformed} replies had no scores and were asked for again, {judged.refused} of them refusals")
+        say(f"{judged.malformed} replies had no scores, {judged.refused} were refusals; such are asked for again")
     if summary.unscored:
         raise typer.Exit(_INCOMPLETE)
 
@@ -158,10 +159,13 @@ def _show(summary: Summary) -> None:
     rows = []
     for one in summary.categories:
         row: list[object] = [
-            one.name, one.reviews, f"{one.reference:.3f}", f"{one.ours:.3f}", f"{one.ratio:.1f}",
-            f"{one.low:.1f} to {one.high:.1f}",
+            one.name, one.reviews, f"{one.reference:.3f}", f"{one.ours:.3f}",
+            *(("-", "-") if one.ratio is None else (f"{one.ratio:.1f}", f"{one.low:.1f} to {one.high:.1f}")),
         ]  # fmt: skip
         rows.append([*row, one.swapped_ratio, one.agreement] if swapped else row)
     print_table([*titles, "ratio swapped %", "agreement %"] if swapped else titles, rows)
     if summary.unscored:
-        say(f"without scores, and left out: {', '.join(str(question) for question in summary.unscored)}")
+        unscored = ", ".join(str(question) for question in summary.unscored)
+        say(f"without scores{', in one order or both' if swapped else ''}, and left out: {unscored}")
+    for how in summary.settings:
+        say("; ".join(f"{key.replace('_', ' ')}: {value}" for key, value in how.items()))

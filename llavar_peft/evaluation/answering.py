@@ -9,7 +9,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from llavar_peft.durable import write_text
+from llavar_peft.durable import spell_json, write_text
 from llavar_peft.errors import ConfigError, DataError, Fault, ImageError
 from llavar_peft.evaluation.questions import Question
 from llavar_peft.evaluation.results import Setting
@@ -73,7 +73,7 @@ def answer_questions(
             for one, answer in zip(batch, answered, strict=True)
         ]
         with log.open("a", encoding="utf-8") as file:
-            file.write("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+            file.write("".join(spell_json(line) + "\n" for line in lines))
         answers += answered
     if progress is not None:
         progress(len(questions), len(questions))
@@ -119,7 +119,7 @@ def _header(questions: Sequence[Question], setting: Setting) -> dict[str, Any]:
     # Where the model lies does not matter, what it is does; nor does a batch where nothing is drawn.
     leave_out = {"model"} if setting.temperature else {"model", "seed", "batch_size", "top_k"}
     how = {key: value for key, value in asdict(setting).items() if key not in leave_out}
-    return {"setting": how, "questions": asked.hexdigest()[:16]}  # the keys are questions.LOG_HEADER
+    return {"setting": how, "questions": asked.hexdigest()[:16]}  # the keys are question_files.LOG_HEADER
 
 
 def _resume(log: Path, header: dict[str, Any], batch_size: int, total: int) -> list[str]:

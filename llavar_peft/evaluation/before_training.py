@@ -17,7 +17,8 @@ from llavar_peft.data.synthetic import OCR_INSTRUCTIONS
 from llavar_peft.data.tokenize import encode_conversation
 from llavar_peft.errors import DataError
 from llavar_peft.evaluation.diagnostics import SMALLEST, TooSmall, measure
-from llavar_peft.evaluation.questions import Question, read_measures
+from llavar_peft.evaluation.measures import read_measures
+from llavar_peft.evaluation.questions import Question
 
 if TYPE_CHECKING:
     from llavar_peft.data.images import ImageRoots

@@ -11,7 +11,7 @@ import numpy as np
 from llavar_peft.errors import DataError
 from llavar_peft.evaluation.diagnostics import group_records
 from llavar_peft.evaluation.metrics import LOWER_IS_BETTER, Score
-from llavar_peft.evaluation.results import Answered, Results
+from llavar_peft.evaluation.results import Answered, Results, Setting
 from llavar_peft.evaluation.statistics import difference_interval, sign_test, sum_by_name
 
 Pair = tuple[Answered, Answered]
@@ -83,6 +83,8 @@ class Comparison:
         changes: Answers that became better or worse, in the questions' order.
         unpaired: Records that only one of them has.
         settings: What else differs, by name: of the first, of the second.
+        first: How the first's answers were got.
+        second: How the second's were.
     """
 
     protocol: str
@@ -91,6 +93,8 @@ class Comparison:
     changes: tuple[Change, ...]
     unpaired: int
     settings: dict[str, tuple[Any, Any]]
+    first: Setting
+    second: Setting
 
     def as_dict(self) -> dict[str, Any]:
         """The same, ready for JSON."""
@@ -144,6 +148,8 @@ def compare_results(first: Results, second: Results, protocol: str) -> Compariso
         changes=tuple(changes),
         unpaired=len(first.records) + len(second.records) - 2 * len(pairs),
         settings={key: (before[key], after[key]) for key in before if before[key] != after[key]},
+        first=first.setting,
+        second=second.setting,
     )
 
 

@@ -7,27 +7,21 @@ contexts (a single caption, no objects); here they are judged as their rule says
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
 from llavar_peft.data.image_roots import ImageRoots
-from llavar_peft.durable import write_text
+from llavar_peft.durable import spell_json, write_text
 from llavar_peft.errors import DataError
 from llavar_peft.evaluation.questions import Question
 from llavar_peft.evaluation.results import Setting
-from llavar_peft.evaluation.reviews import Scores
+from llavar_peft.evaluation.stated import stated_in
 
 SYSTEM: Final = "You are a helpful and precise assistant for checking the quality of the answer."
 """The system text, byte for byte the original's."""
 
-_LABEL: Final = re.compile(r"\b(?:assistant|answer)\s*#?\s*([12])\b", re.IGNORECASE)
-_OUT_OF: Final = re.compile(r"\s*(?:/|out of)\s*10\b", re.IGNORECASE)
-_NUMBER: Final = re.compile(r"(?<![\w.-])\d+(?:\.\d+)?(?!\w)")
-_FILLERS: Final = re.compile(r"\b(?:scores?|ratings?|and|for|tuple)\b", re.IGNORECASE)
-_HIGHEST: Final = 10
 _COCO: Final = "COCO_val2014_"
 
 
@@ -38,10 +32,12 @@ class Said:
     Attributes:
         id: The answer's, or its question's where it has none.
         text: Its words.
+        how: What its file says of how it was got; see ``stated.stated_in``.
     """
 
     id: int | str
     text: str
+    how: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,35 +160,7 @@ def write_answers(answered: Sequence[Question], setting: Setting, path: Path) ->
         }
         for one in answered
     ]
-    write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-
-
-def parse_scores(reply: str) -> Scores | None:
-    """Reads the two scores that a judge was told to begin with.
-
-    ``8 9``, ``8, 9.5``, ``8/10 9/10``, ``**8 9**``, and ``Assistant 1: 8, Assistant 2: 9``, on two lines too, are.
-    Numbers within a sentence are not, nor what lies outside the scale, nor scores in the wrong order.
-
-    Args:
-        reply: The judge's words.
-
-    Returns:
-        The first and the second score, or None.
-    """
-    lines = [line for line in reply.splitlines() if line.strip()]
-    if not lines:
-        return None
-    start = lines[0]
-    if len(lines) > 1 and _LABEL.findall(lines[0]) == ["1"] and _LABEL.findall(lines[1]) == ["2"]:
-        start = f"{lines[0]} {lines[1]}"
-    if _LABEL.findall(start) not in ([], ["1", "2"]):
-        return None
-    bare = _OUT_OF.sub("", _LABEL.sub("", start))
-    numbers = [float(number) for number in _NUMBER.findall(bare)]
-    rest = _FILLERS.sub("", _NUMBER.sub("", bare))
-    if len(numbers) != 2 or any(char.isalnum() for char in rest) or max(numbers) > _HIGHEST:
-        return None
-    return numbers[0], numbers[1]
+    write_text(path, "".join(spell_json(row) + "\n" for row in rows))
 
 
 def _is_there(image: str, roots: ImageRoots) -> bool:
@@ -221,7 +189,7 @@ def _read_said(path: Path) -> dict[Any, Said]:
     found = {}
     for where, row in _rows(path):
         identity = _get(row, "question_id", where)
-        found[str(identity)] = Said(row.get("answer_id", identity), str(_get(row, "text", where)))
+        found[str(identity)] = Said(row.get("answer_id", identity), str(_get(row, "text", where)), stated_in(row))
     return found
 
 

@@ -1,70 +1,17 @@
-"""Asking a judge over any OpenAI-compatible endpoint: several at once, patiently, and never twice for the same."""
+"""Having all cases judged: several at once, each once, and what came of it."""
 
 from __future__ import annotations
 
-import hashlib
-import json
-import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import Final
 
-from llavar_peft.durable import write_json
-from llavar_peft.errors import ConfigError, EnvironmentFaultError, LlavarError, MissingDependencyError
-from llavar_peft.evaluation.judge import SYSTEM, Case, parse_scores
-from llavar_peft.evaluation.reviews import Review, Scores
+from llavar_peft.evaluation.judge import Case
+from llavar_peft.evaluation.judge_client import Judge, JudgeConfig, Verdict
+from llavar_peft.evaluation.reviews import Review
 
-if TYPE_CHECKING:
-    from openai import OpenAI
-
-KEY_VARIABLE: Final = "OPENAI_API_KEY"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class JudgeConfig:
-    """Who is asked, and how.
-
-    Attributes:
-        model: The judge's name at the endpoint.
-        base_url: The endpoint; None is the client's own choice.
-        temperature: The original's is 0.2.
-        max_tokens: Of a reply; the original's is 1024.
-        attempts: How often a question is asked whose reply has no scores in it.
-        retries: How often a request is sent again that a server refused or lost; the client waits in between, as long
-            as ``Retry-After`` says, else longer each time. More than two minutes end the run, to go on later.
-        concurrency: Requests under way at once.
-        timeout: Seconds that a reply may take.
-    """
-
-    model: str
-    base_url: str | None = None
-    temperature: float = 0.2
-    max_tokens: int = 1024
-    attempts: int = 3
-    retries: int = 8
-    concurrency: int = 4
-    timeout: float = 120.0
-
-
-@dataclass(frozen=True, slots=True)
-class Verdict:
-    """What came of asking one thing.
-
-    Attributes:
-        content: The judge's last words.
-        scores: In the order of the prompt; None where no attempt gave any.
-        sent: Requests that were answered; 0 where the answer was known.
-        malformed: Replies without scores.
-        refused: Those of them in which the judge, or a filter before it, refused.
-    """
-
-    content: str
-    scores: Scores | None
-    sent: int = 0
-    malformed: int = 0
-    refused: int = 0
+_REJECTED_IN_A_ROW: Final = 5  # after which it is the judge's settings that are wrong, not the questions
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,8 +22,8 @@ class Judged:
         reviews: One for each case, in order.
         sent: Replies that were asked for.
         known: Replies that an earlier run had.
-        malformed: Replies without scores, refusals included; they were asked for again.
-        refused: Refusals.
+        malformed: Replies without scores; they were asked for again.
+        refused: Refusals, counted apart; they were asked for again, but for requests that the endpoint would not take.
     """
 
     reviews: tuple[Review, ...]
@@ -84,79 +31,6 @@ class Judged:
     known: int
     malformed: int
     refused: int
-
-
-class Judge:
-    """A judge with a memory.
-
-    Args:
-        config: Who, and how.
-        cache: Folder of the replies that had scores, one file for each request. It may be shared between runs.
-
-    Raises:
-        MissingDependencyError: ``openai`` is not installed.
-        ConfigError: There is no key in the environment.
-    """
-
-    def __init__(self, config: JudgeConfig, cache: Path) -> None:
-        self.config = config
-        self.cache = cache
-        self._client = _client(config)
-
-    def ask(self, prompt: str) -> Verdict:
-        """Asks one thing, again where the reply has no scores in it, unless its reply is known.
-
-        Args:
-            prompt: The user's message.
-
-        Returns:
-            The reply and its scores.
-
-        Raises:
-            ConfigError: The endpoint refuses the key, the model's name, or the request.
-            EnvironmentFaultError: It cannot be reached, or gives up.
-        """
-        request = {
-            "model": self.config.model,
-            "messages": [{"role": "system", "content": SYSTEM}, {"role": "user", "content": prompt}],
-            "temperature": self.config.temperature,
-            "max_tokens": self.config.max_tokens,
-        }
-        place = self._place(request)
-        known = _recall(place)
-        if known is not None:
-            return Verdict(known, parse_scores(known))
-        content, refused = "", 0
-        for attempt in range(1, self.config.attempts + 1):
-            content, declined = self._send(request)
-            scores = parse_scores(content)
-            if scores is not None:
-                write_json(place, {"request": request, "reply": content})
-                return Verdict(content, scores, attempt, attempt - 1, refused)
-            refused += declined
-        return Verdict(content, None, self.config.attempts, self.config.attempts, refused)
-
-    def _place(self, request: dict[str, Any]) -> Path:
-        text = json.dumps({"base_url": self.config.base_url, **request}, sort_keys=True)
-        return self.cache / f"{hashlib.sha256(text.encode()).hexdigest()}.json"
-
-    def _send(self, request: dict[str, Any]) -> tuple[str, bool]:
-        """Returns the reply, and whether it is a refusal."""
-        import openai
-
-        try:
-            reply = self._client.chat.completions.with_raw_response.create(**request)
-        except openai.BadRequestError as error:
-            if error.code == "content_filter":  # Azure's way of refusing
-                return "", True
-            raise _refusal(error) from error
-        except (openai.AuthenticationError, openai.PermissionDeniedError, openai.NotFoundError) as error:
-            raise _refusal(error) from error
-        except openai.APIError as error:
-            raise EnvironmentFaultError.at(
-                str(self._client.base_url), f"the judge cannot be asked ({error})", "see to it, and run the same again"
-            ) from error
-        return _read_reply(reply.http_response.content)
 
 
 def judge_cases(
@@ -178,7 +52,7 @@ def judge_cases(
         The reviews. A case that no attempt gave scores for has none.
 
     Raises:
-        ConfigError: The endpoint refuses.
+        ConfigError: The endpoint refuses, or will not take several requests in a row.
         EnvironmentFaultError: It cannot be reached. What was judged is kept; running again goes on from there.
     """
     tasks = [(case, swapped) for case in cases for swapped in ((False, True) if swap else (False,))]
@@ -188,7 +62,9 @@ def judge_cases(
         asked = {pool.submit(judge.ask, prompt): prompt for prompt in prompts}
         verdicts = _collect(asked, pool, progress)
     reviews = [
-        _review(number, case, verdicts[case.prompt()], verdicts[case.prompt(swapped=True)] if swap else None)
+        _review(
+            number, case, verdicts[case.prompt()], verdicts[case.prompt(swapped=True)] if swap else None, judge.config
+        )
         for number, case in enumerate(cases, 1)
     ]
     every = list(verdicts.values())
@@ -205,9 +81,13 @@ def _collect(
     asked: dict[Future[Verdict], str], pool: ThreadPoolExecutor, progress: Callable[[int, int], None] | None
 ) -> dict[str, Verdict]:
     verdicts: dict[str, Verdict] = {}
+    rejected = 0
     try:
         for done, future in enumerate(as_completed(asked), 1):
-            verdicts[asked[future]] = future.result()
+            verdict = verdicts[asked[future]] = future.result()
+            rejected = rejected + 1 if verdict.rejection is not None else 0
+            if verdict.rejection is not None and rejected == min(_REJECTED_IN_A_ROW, len(asked)):
+                raise verdict.rejection
             if progress is not None:
                 progress(done, len(asked))
     except BaseException:
@@ -216,7 +96,13 @@ def _collect(
     return verdicts
 
 
-def _review(number: int, case: Case, verdict: Verdict, swapped: Verdict | None) -> Review:
+def _review(number: int, case: Case, verdict: Verdict, swapped: Verdict | None, judge: JudgeConfig) -> Review:
+    how = {
+        "judge_model": judge.model,
+        "judge_temperature": judge.temperature,
+        "judge_max_tokens": judge.max_tokens,
+        **case.ours.how,
+    }
     other = swapped.scores if swapped is not None else None
     return Review(
         id=number,
@@ -228,44 +114,5 @@ def _review(number: int, case: Case, verdict: Verdict, swapped: Verdict | None) 
         scores=verdict.scores,
         swapped_content=swapped.content if swapped is not None else None,
         swapped_scores=(other[1], other[0]) if other is not None else None,
+        how=how,
     )
-
-
-def _client(config: JudgeConfig) -> OpenAI:
-    try:
-        from openai import OpenAI
-    except ImportError as error:
-        raise MissingDependencyError.at("openai", "is not installed", "pip install 'llavar-peft[eval]'") from error
-    key = os.environ.get(KEY_VARIABLE)
-    if not key:
-        raise ConfigError.at(
-            KEY_VARIABLE, "is not set", "set it in the environment (to anything, for an endpoint that asks for no key)"
-        )
-    return OpenAI(api_key=key, base_url=config.base_url, max_retries=config.retries, timeout=config.timeout)
-
-
-def _refusal(error: Exception) -> LlavarError:
-    return ConfigError.at(
-        "the judge's endpoint", f"refuses the request ({error})", "correct the key, the judge's name or the address"
-    )
-
-
-def _read_reply(content: bytes) -> tuple[str, bool]:
-    """Finds the words in a reply, and whether they are a refusal; in what is no reply (a proxy's page, say) none."""
-    try:
-        choice = json.loads(content)["choices"][0]
-        words, refusal = choice["message"].get("content"), choice["message"].get("refusal")
-        filtered = choice.get("finish_reason") == "content_filter"
-    except (ValueError, LookupError, TypeError, AttributeError):
-        return "", False
-    told = words or refusal
-    return told if isinstance(told, str) else "", bool(refusal) or filtered
-
-
-def _recall(place: Path) -> str | None:
-    """A reply of an earlier run; one that cannot be read any more is asked for again."""
-    try:
-        reply = json.loads(place.read_text(encoding="utf-8"))["reply"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-    return reply if isinstance(reply, str) and parse_scores(reply) is not None else None

@@ -87,7 +87,7 @@ def read_folder(folder: str | Path) -> tuple[tuple[Question, ...], Path]:
 
 def _lines(path: Path) -> list[str]:
     try:
-        return [line for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+        return [line for line in path.read_text(encoding="utf-8-sig").split("\n") if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
         raise DataError.at(str(path), f"cannot be read ({error})", "correct the path") from error
 

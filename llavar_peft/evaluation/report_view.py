@@ -16,12 +16,13 @@ from llavar_peft.evaluation.results import Figure, Results
 from llavar_peft.page.report import Bar, Bars, Cards, DatasetView, FigureRow
 
 PAPER: Final[Mapping[str, Mapping[str, float]]] = {
-    "stvqa": {"multimodalocr": 39.2},
-    "ocrvqa": {"multimodalocr": 23.8},
-    "textvqa": {"multimodalocr": 48.5},
-    "docvqa": {"multimodalocr": 11.6},
+    "st": {"multimodalocr": 39.2},
+    "ocr": {"multimodalocr": 23.8},
+    "text": {"multimodalocr": 48.5},
+    "doc": {"multimodalocr": 11.6},
 }
-"""LLaVAR's figures by data set, in small letters without signs, and protocol. Source: arXiv 2306.17107, Table 2."""
+"""LLaVAR's figures by data set, as it is called before ``VQA``, and protocol. Source: arXiv 2306.17107, Table 2."""
+_VQA: Final = re.compile(rf"(?<![a-z])({'|'.join(PAPER)})[-_ ]?VQA", re.IGNORECASE)
 PAPER_MME: Final = {"mme score": 80.0}
 """Accuracy and accuracy+, of 200, which LLaVAR's released answers come to on MME's OCR pictures."""
 _SETTINGS: Final = (
@@ -122,10 +123,9 @@ def _difference(chain: Sequence[Labelled], protocol: str) -> str:
 
 
 def _paper(results: Results) -> Mapping[str, float]:
-    """The paper's figures on the data set, as its file is called: ``TextVQA_0.5.1_val.json``."""
-    name = re.sub("[^a-z]", "", Path(results.dataset).stem.lower())
-    of_dataset = next((figures for known, figures in PAPER.items() if name.startswith(known)), {})
-    return {**of_dataset, **PAPER_MME}
+    """The paper's figures on the data set, as it or its file is called: ``TextVQA_0.5.1_val``, ``LLaVAR_STVQA``."""
+    named = _VQA.search(Path(results.dataset).name)
+    return {**(PAPER[named[1].lower()] if named else {}), **PAPER_MME}
 
 
 def _told(before: str, after: str, comparison: Comparison) -> str:

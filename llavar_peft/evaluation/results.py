@@ -10,7 +10,7 @@ from typing import Any, Final
 
 import numpy as np
 
-from llavar_peft.durable import write_text
+from llavar_peft.durable import write_json
 from llavar_peft.errors import DataError
 from llavar_peft.evaluation.metrics import LOWER_IS_BETTER, PROTOCOLS, Protocol, Score, applies, score
 from llavar_peft.evaluation.questions import Question
@@ -206,10 +206,7 @@ def rate(records: Sequence[Answered], protocol: str) -> tuple[float, float, floa
 
 def write_results(results: Results, path: Path) -> None:
     """Writes a results file, whole or not at all."""
-    text = json.dumps(results.as_dict(), indent=2, ensure_ascii=False)
-    if any("\ud800" <= letter <= "\udfff" for letter in text):  # half a character, which only an escape can spell
-        text = json.dumps(results.as_dict(), indent=2)
-    write_text(path, text + "\n")
+    write_json(path, results.as_dict())
 
 
 def read_results(path: str | Path) -> Results:

@@ -6,14 +6,14 @@ A line is ``{"id", "question_id", "answer1_id", "answer2_id", "category", "conte
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
 
-from llavar_peft.durable import write_text
+from llavar_peft.durable import spell_json, write_text
 from llavar_peft.errors import DataError
 from llavar_peft.evaluation.statistics import ratio_intervals
 
@@ -37,6 +37,7 @@ class Review:
         scores: Read from them; None where no reply could be read.
         swapped_content: The judge's words on our answer first, where it was asked.
         swapped_scores: Read from these, the reference's first again.
+        how: Who judged, and how our answer was got, as far as it is known: names with values.
     """
 
     id: int
@@ -48,6 +49,7 @@ class Review:
     scores: Scores | None
     swapped_content: str | None = None
     swapped_scores: Scores | None = None
+    how: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,10 +61,12 @@ class Category:
         reviews: How many have scores.
         reference: Mean score of the reference, to three places as in the original.
         ours: Mean score of ours.
-        ratio: Ours in percent of the reference's: the ratio of the means, not the mean of ratios.
+        ratio: Ours in percent of the reference's: the ratio of the means, not the mean of ratios; None where the
+            reference got nothing.
         low: Lower end of the ratio's 95 % bootstrap interval.
         high: Upper end.
         swapped_ratio: The ratio with our answer shown first.
+        both_orders: How many have scores in both orders; the next two are of these.
         agreement: Percent of the questions whose better answer, or tie, is the same in both orders.
     """
 
@@ -70,9 +74,10 @@ class Category:
     reviews: int
     reference: float
     ours: float
-    ratio: float
-    low: float
-    high: float
+    ratio: float | None
+    low: float | None
+    high: float | None
+    both_orders: int = 0
     swapped_ratio: float | None = None
     agreement: float | None = None
 
@@ -83,11 +88,14 @@ class Summary:
 
     Attributes:
         categories: In the file's order, and all of them last.
-        unscored: Questions whose review has no scores; they enter nothing.
+        unscored: Questions whose review has no scores, or not in the order that was asked for a second time; what is
+            missing enters nothing.
+        settings: Who judged, and how our answers were got: each way that occurs.
     """
 
     categories: tuple[Category, ...]
     unscored: tuple[int | str, ...]
+    settings: tuple[Mapping[str, Any], ...] = ()
 
     def as_dict(self) -> dict[str, Any]:
         """The same, ready for JSON."""
@@ -113,10 +121,16 @@ def summarize_reviews(reviews: Sequence[Review]) -> Summary:
         raise DataError.at("reviews", f"none of {len(reviews)} has scores", "look at what the judge replied")
     names = list(dict.fromkeys(review.category for review in scored))
     kinds = [(name, [review for review in scored if review.category == name]) for name in names]
+    ways = [dict(review.how) for review in reviews]
     return Summary(
         tuple(_category(name, members) for name, members in [*kinds, (ALL, scored)]),
-        tuple(review.question_id for review in reviews if review.scores is None),
+        tuple(review.question_id for review in reviews if _lacks_scores(review)),
+        tuple(how for place, how in enumerate(ways) if how and how not in ways[:place]),
     )
+
+
+def _lacks_scores(review: Review) -> bool:
+    return review.scores is None or (review.swapped_content is not None and review.swapped_scores is None)
 
 
 def _category(name: str, reviews: Sequence[Review]) -> Category:
@@ -130,17 +144,18 @@ def _category(name: str, reviews: Sequence[Review]) -> Category:
         reviews=len(reviews),
         reference=reference,
         ours=ours,
-        ratio=round(100 * ours / reference, 1),
-        low=100 * low,
-        high=100 * high,
+        ratio=round(100 * ours / reference, 1) if reference else None,
+        low=100 * low if reference else None,
+        high=100 * high if reference else None,
+        both_orders=len(both),
         swapped_ratio=_ratio([other for _, other in both]) if both else None,
         agreement=round(100 * same / len(both), 1) if both else None,
     )
 
 
-def _ratio(scores: Sequence[Scores]) -> float:
+def _ratio(scores: Sequence[Scores]) -> float | None:
     reference, ours = (round(float(mean), 3) for mean in np.mean(np.array(scores, dtype=float), axis=0))
-    return round(100 * ours / reference, 1)
+    return round(100 * ours / reference, 1) if reference else None
 
 
 def _better(scores: Scores) -> int:
@@ -149,7 +164,7 @@ def _better(scores: Scores) -> int:
 
 def write_reviews(reviews: Sequence[Review], path: Path) -> None:
     """Writes reviews in the original's form; ``tuple`` is null where there are no scores, never [-1, -1]."""
-    write_text(path, "".join(json.dumps(_plain(review), ensure_ascii=False) + "\n" for review in reviews))
+    write_text(path, "".join(spell_json(_plain(review)) + "\n" for review in reviews))
 
 
 def _plain(review: Review) -> dict[str, Any]:
@@ -164,6 +179,8 @@ def _plain(review: Review) -> dict[str, Any]:
     }
     if review.swapped_content is not None:
         plain["swapped"] = {"content": review.swapped_content, "tuple": review.swapped_scores}
+    if review.how:
+        plain["metadata"] = dict(review.how)
     return plain
 
 
@@ -180,7 +197,7 @@ def read_reviews(path: str | Path) -> tuple[Review, ...]:
         DataError: It cannot be read, or a line is no review.
     """
     try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
+        lines = Path(path).read_text(encoding="utf-8").split("\n")  # not splitlines: words may hold U+2028
     except (OSError, UnicodeDecodeError) as error:
         raise DataError.at(str(path), f"cannot be read ({error})", "correct the path") from error
     return tuple(_read(line, f"{path}:{number}") for number, line in enumerate(lines, 1) if line.strip())
@@ -200,6 +217,7 @@ def _read(line: str, where: str) -> Review:
             scores=_scores(plain["tuple"]),
             swapped_content=swapped.get("content"),
             swapped_scores=_scores(swapped.get("tuple")),
+            how=dict(plain.get("metadata") or {}),
         )
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise DataError.at(where, f"is no review ({error!r})", "write or fetch the file again") from error

@@ -9,13 +9,26 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from llavar_peft import cli
 from llavar_peft.errors import ConfigError, DataError
-from llavar_peft.evaluation.judge import parse_scores, read_cases
-from llavar_peft.evaluation.reviews import read_reviews, summarize_reviews
+from llavar_peft.evaluation.judge import read_cases
+from llavar_peft.evaluation.judge_scores import is_refusal, parse_scores
+from llavar_peft.evaluation.reviews import Review, read_reviews, summarize_reviews, write_reviews
 
 pytest.importorskip("openai")
+
+forms = (
+    "{} {}", "{}, {}", "{}/10 {}/10", "**{} {}**", "({}, {})", "Scores: {} and {}.", "Scores:\n{} {}", "{}\n{}",
+    "```\n{} {}\n```", "1. {}\n2. {}", "Assistant 1: {}, Assistant 2: {}", "Score of Assistant 1: {}\nAssistant 2: {}",
+)  # fmt: skip
+score_texts = st.sampled_from([*map(str, range(1, 11)), "7.5", "8.0"])
+parts = st.sampled_from(
+    ["8", "9", "1", "2", "1.", "2)", "10", "11", "/10", " ", "\n", ":", "-", ".", "Assistant 1", "Assistant 2",
+     "Scores:", "points", "```", "**", "\u2028", "\ud83d", "\u0665", "\u00b2"]
+)  # fmt: skip
 
 Answer = tuple[int, dict[str, str], Any]
 
@@ -141,6 +154,7 @@ def test_prompts_are_the_original_s(endpoint: Endpoint, released: list[str], tmp
     assert lines[1] == {
         "id": 2, "question_id": 1, "answer1_id": 1, "answer2_id": "id1", "category": "conv", "content": "8 9\nBecause.",
         "tuple": [8, 9],
+        "metadata": {"judge_model": "judge", "judge_temperature": 0.2, "judge_max_tokens": 1024},
     }  # fmt: skip
 
 
@@ -165,7 +179,7 @@ def test_nonsense_and_refusals_are_asked_again_and_counted(
     endpoint.reply = reply
     assert judge(endpoint, released, "--json") == 3
     told = json.loads(capsys.readouterr().out)
-    assert (told["sent"], told["malformed"], told["refused"], told["unscored"]) == (8, 1 + 3 + 2, 3, [1])
+    assert (told["sent"], told["malformed"], told["refused"], told["unscored"]) == (8, 1 + 2, 3, [1])
     reviews = read_reviews(tmp_path / "reviews.jsonl")
     assert [review.scores for review in reviews] == [(9, 6.5), None, (8, 4)]
     assert '"tuple": null' in (tmp_path / "reviews.jsonl").read_text()
@@ -175,6 +189,42 @@ def test_nonsense_and_refusals_are_asked_again_and_counted(
     assert judge(endpoint, released, "--json") == 0
     assert len(endpoint.requests) == 1
     assert [review.scores for review in read_reviews(tmp_path / "reviews.jsonl")] == [(9, 6.5), (5, 5), (8, 4)]
+
+
+@pytest.mark.parametrize("status", [400, 413, 422])
+def test_a_request_that_is_refused_is_that_question_s_affair(
+    endpoint: Endpoint, released: list[str], status: int, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """Too long a context, say. A refusal in plain words counts as one too, apart from nonsense."""
+
+    def reply(prompt: str, number: int) -> Answer:
+        if "Which book?" in prompt:
+            return fail(status)
+        if "Which animal?" in prompt and number == 0:
+            return ok("I'm sorry, I can't judge that.")
+        return ok("8 9")
+
+    endpoint.reply = reply
+    assert judge(endpoint, released, "--json") == 3
+    told = json.loads(capsys.readouterr().out)
+    assert (told["sent"], told["malformed"], told["refused"], told["unscored"]) == (4, 0, 2, [0])
+    assert str(status) in read_reviews(tmp_path / "reviews.jsonl")[0].content
+
+
+@pytest.mark.parametrize(("questions", "asked"), [(3, 3), (9, 5)])
+def test_requests_that_are_refused_in_a_row_end_the_run(
+    endpoint: Endpoint, released: list[str], questions: int, asked: int, tmp_path: Path, capsys
+) -> None:
+    """A parameter that the endpoint does not know, say; where all are refused, fewer are enough."""
+    row = {"image": "1.png", "text": "Which book?", "category": "read"}
+    write_lines(tmp_path / "questions.jsonl", [{**row, "question_id": number} for number in range(questions)])
+    for name in ("gpt4", "ours"):
+        said = [{"question_id": number, "text": f"{name} {number}"} for number in range(questions)]
+        write_lines(tmp_path / f"{name}.jsonl", said)
+    endpoint.reply = lambda prompt, number: fail(400)
+    assert judge(endpoint, released, "--concurrency", "1") == 2
+    assert "refuses the request" in capsys.readouterr().err
+    assert asked <= len(endpoint.requests) <= asked + 1
 
 
 @pytest.mark.parametrize(
@@ -223,7 +273,7 @@ def test_an_endpoint_that_is_not_there(
     released: list[str], monkeypatch: pytest.MonkeyPatch, capsys, tmp_path: Path
 ) -> None:
     from llavar_peft.errors import EnvironmentFaultError
-    from llavar_peft.evaluation.judging import Judge, JudgeConfig
+    from llavar_peft.evaluation.judge_client import Judge, JudgeConfig
 
     monkeypatch.setenv("OPENAI_API_KEY", "secret")
     config = JudgeConfig(model="judge", base_url="http://127.0.0.1:9/v1", retries=0, timeout=2)
@@ -260,6 +310,54 @@ def test_swapped_order_and_its_agreement(
     assert len(endpoint.requests) == 6
 
 
+def test_a_swapped_review_without_scores_is_told(
+    endpoint: Endpoint, released: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def reply(prompt: str, number: int) -> Answer:
+        ours_first = prompt.index("ours") < prompt.index("reference")
+        return ok("no idea") if ours_first and "Which animal?" in prompt else ok("8 9")
+
+    endpoint.reply = reply
+    assert judge(endpoint, released, "--swap", "--json") == 3
+    told = json.loads(capsys.readouterr().out)
+    assert told["unscored"] == [1]
+    assert (told["categories"][-1]["reviews"], told["categories"][-1]["both_orders"]) == (3, 2)
+    assert summarize_reviews(read_reviews(tmp_path / "reviews.jsonl")).unscored == (1,)
+
+
+def test_figures_say_who_judged_whom(
+    endpoint: Endpoint, released: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    how = {"model_hash": "abc", "prompt": "{question}", "image_mode": "pad", "temperature": 0.7}
+    said = [{"question_id": n, "text": f"ours {n}", "model_id": "m", "metadata": how} for n in range(3)]
+    write_lines(tmp_path / "ours.jsonl", said)
+    assert judge(endpoint, released, "--temperature", "0") == 0
+    assert "judge model: judge; judge temperature: 0.0;" in capsys.readouterr().out
+    assert cli.main(["eval", "summarize", str(tmp_path / "reviews.jsonl"), "--json"]) == 0
+    (told,) = json.loads(capsys.readouterr().out)
+    wanted = {"judge_model": "judge", "judge_temperature": 0.0, "judge_max_tokens": 1024, "model": "m", **how}
+    assert told["settings"] == [wanted]
+
+
+def test_odd_letters_are_kept_and_a_reference_without_points_is_none(tmp_path: Path) -> None:
+    path = tmp_path / "reviews.jsonl"
+    reviews = [Review(1, 0, 0, 1, "conv", "0 9\nHe said \u2028 x \x85 y \ud83d", (0.0, 9.0))]
+    write_reviews(reviews, path)
+    assert list(read_reviews(path)) == reviews
+    (_, whole) = summarize_reviews(reviews).categories
+    assert (whole.reference, whole.ours, whole.ratio, whole.low) == (0, 9, None, None)
+    assert cli.main(["eval", "summarize", str(path)]) == 0
+
+
+def test_half_a_character_is_sent_and_remembered(endpoint: Endpoint, released: list[str], tmp_path: Path) -> None:
+    write_lines(tmp_path / "ours.jsonl", [{"question_id": n, "text": f"ours \ud83d {n}"} for n in range(3)])
+    endpoint.reply = lambda prompt, number: ok("8 9\nWell \ud83d")
+    assert judge(endpoint, released) == 0
+    assert judge(endpoint, released) == 0
+    assert len(endpoint.requests) == 3
+    assert read_reviews(tmp_path / "reviews.jsonl")[0].content == "8 9\nWell \ud83d"
+
+
 def test_several_are_asked_at_once(endpoint: Endpoint, released: list[str]) -> None:
     together = threading.Barrier(3, timeout=20)
 
@@ -293,10 +391,71 @@ def test_several_are_asked_at_once(endpoint: Endpoint, released: list[str]) -> N
         ("-1 -1", None),
         ("", None),
         ("nan inf", None),
+        ("1. 8\n2. 9", (8, 9)),
+        ("1) 8\n2) 9\nBecause.", (8, 9)),
+        ("1: 8\n\n2: 9", (8, 9)),
+        ("1. Assistant 1: 8\n2. Assistant 2: 9", (8, 9)),
+        ("1. 8", None),
+        ("1. 8 9", None),
+        ("1. 8 2. 9", None),
+        ("1 8\n2 9", None),
+        ("2. 9\n1. 8", None),
+        ("Scores:\n8 9", (8, 9)),
+        ("Here are the scores:\n\n8 9\nBecause.", (8, 9)),
+        ("8\n9", (8, 9)),
+        ("8\n9\nBecause of 3 things.", (8, 9)),
+        ("8\n9\n7", None),
+        ("8 9\n7 6", None),
+        ("```\n8 9\n```\nBecause.", (8, 9)),
+        ("```text\n8 9\n```", (8, 9)),
+        ("Assistant 1: 8 points\nAssistant 2: 9 points", (8, 9)),
+        ("Assistant 1: 8 points, since it is right.\nAssistant 2: 9 points.", None),
+        ("Score of Assistant 1: 8\nScore of Assistant 2: 9", (8, 9)),
+        ("Assistant 1's score: 8/10\nAssistant 2's score: 9/10", (8, 9)),
+        ("8 for Assistant 1, 9 for Assistant 2", (8, 9)),
+        ("Assistant 1 and Assistant 2: 8 9", (8, 9)),
+        ("Assistant 1: 8 9 Assistant 2:", None),
+        ("Assistant 1: 8\nAssistant 1: 9", None),
+        ("In the picture there are:\n2 3", None),
+        ("10/10.5 9", None),
+        ("- 8\n- 9", (8, 9)),
+        ("8 9\n\nAssistant 1:\nIt is right.", (8, 9)),
+        ("Assistant 1:\n8\nAssistant 2:\n9", (8, 9)),
     ],
 )
 def test_scores_are_read(reply: str, scores: tuple[float, float] | None) -> None:
     assert parse_scores(reply) == scores
+
+
+@given(reply=st.one_of(st.text(max_size=40), st.lists(parts, max_size=12).map("".join)))
+def test_whatever_is_said_is_read_within_the_scale_or_not_at_all(reply: str) -> None:
+    scores = parse_scores(reply)
+    assert scores is None or all(0 <= score <= 10 for score in scores)
+    is_refusal(reply)
+
+
+@given(
+    first=score_texts, second=score_texts, form=st.sampled_from(forms), after=st.sampled_from(["", "\nBecause 3 < 4."])
+)
+def test_scores_are_read_in_every_form_that_judges_use(first: str, second: str, form: str, after: str) -> None:
+    assert parse_scores(form.format(first, second) + after) == (float(first), float(second))
+
+
+@pytest.mark.parametrize(
+    ("reply", "refused"),
+    [
+        ("I'm sorry, but I can\u2019t assist with that.", True),
+        ("I cannot help with this request.", True),
+        ("Sorry, no.", True),
+        ("Unfortunately, I am not able to see it.", True),
+        ("As an AI, I have no opinion.", True),
+        ("I would rather talk first.", False),
+        ("The answer says that it is sorry.", False),
+        ("", False),
+    ],
+)
+def test_refusals_in_plain_words_are_known(reply: str, refused: bool) -> None:
+    assert is_refusal(reply) == refused
 
 
 @pytest.mark.parity

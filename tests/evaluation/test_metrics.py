@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from unicodedata import normalize
 
 import numpy as np
 import pytest
@@ -164,6 +165,74 @@ def test_signs_at_the_ends_of_a_truth(truth: str, sign: str) -> None:
         assert score("exact", marked, [marked]).value == 1
         hidden = normalise(marked) != normalise(truth)
         assert score("multimodalocr", f"it is {marked} in all", [marked]).value == (not hidden)
+
+
+@given(truth=words_of_letters, sign=st.sampled_from("$€£#%"), before=st.booleans())
+def test_a_sign_that_an_answer_leaves_out(truth: str, sign: str, before: bool) -> None:
+    marked = f"{sign}{truth}" if before else f"{truth}{sign}"
+    for protocol in ("multimodalocr", "substring", "vqa-accuracy", "exact"):
+        assert score(protocol, truth, [marked] * 10).value == 0, protocol
+    assert score("cer", truth, [marked]) == Score(1, len(marked))
+    assert score("wer", truth, [marked]) == Score(1, len(truth.split()))
+    distance = 1 / len(marked)
+    assert score("anls", truth, [marked]).value == pytest.approx(1 - distance if distance < 0.5 else 0)
+
+
+@given(truth=words_of_letters, before=st.text('!?()[]",;-', max_size=3), after=st.text('!?()[]",;-', max_size=3))
+def test_signs_of_writing_at_the_ends_are_nothing_to_vqa_accuracy(truth: str, before: str, after: str) -> None:
+    """Its normalisation drops these; ``*``, ``$`` and the like it keeps."""
+    assert score("vqa-accuracy", f"{before}{truth}{after}", [truth] * 10).value == 1
+    assert score("vqa-accuracy", truth, [f"{before}{truth}{after}"] * 10).value == 1
+    assert score("vqa-accuracy", f"{truth}*", [truth] * 10).value == 0
+
+
+@given(answer=words_of_letters)
+def test_an_empty_truth(answer: str) -> None:
+    """As the programs have it: looked for within an answer, nothing is found everywhere."""
+    found = {protocol: score(protocol, answer, [""] * 10).value for protocol in PROTOCOLS}
+    assert found == {
+        "multimodalocr": 1, "substring": 1, "vqa-accuracy": 0, "anls": 0, "exact": 0, "cer": len(answer),
+        "wer": len(answer.split()),
+    }  # fmt: skip
+    nothing = {protocol: score(protocol, "", [""] * 10).value for protocol in PROTOCOLS}
+    assert nothing == {
+        "multimodalocr": 0, "substring": 1, "vqa-accuracy": 1, "anls": 1, "exact": 1, "cer": 0, "wer": 0,
+    }  # fmt: skip
+
+
+@given(word=st.text("éñçüÅ", min_size=1, max_size=6))
+def test_no_protocol_takes_composed_and_decomposed_letters_for_the_same(word: str) -> None:
+    """None of the programs does, so that no published figure would be met if ours did."""
+    apart = normalize("NFD", word)
+    for answer, truth in ((word, apart), (apart, word)):
+        for protocol in ("multimodalocr", "substring", "vqa-accuracy", "anls", "exact"):
+            assert score(protocol, answer, [truth] * 10).value == 0, protocol
+        assert score("cer", answer, [truth]) == Score(len(apart), len(truth))
+        assert score("wer", answer, [truth]) == Score(1, 1)
+
+
+@pytest.mark.parametrize(
+    ("answer", "truth", "values"),  # in the order of PROTOCOLS
+    [
+        ("cafe\u0301", "caf\u00e9", (0, 0, 0, 0.6, 0, 2 / 4, 1)),
+        ("caf\u00e9", "cafe\u0301", (0, 0, 0, 0.6, 0, 2 / 5, 1)),
+        ("cafe\u0301", "cafe", (1, 1, 0, 0.8, 0, 1 / 4, 1)),  # a mark is no letter: the word ends before it
+        ("STRASSE", "stra\u00dfe", (0, 0, 0, 5 / 7, 0, 7 / 6, 1)),
+        ("x\u00a0y", "x y", (1, 0, 1, 1, 1, 0, 0)),  # a space that does not break
+        ("\uff15", "5", (0, 0, 0, 0, 0, 1, 1)),
+        ("\u4e2d", "\u4e2d\u6587", (0, 0, 0, 0, 0, 1 / 2, 1)),
+    ],
+)
+def test_unicode_as_each_protocol_has_it(answer: str, truth: str, values: tuple[float, ...]) -> None:
+    found = [score(protocol, answer, [truth] * 10).value for protocol in PROTOCOLS]
+    assert found == pytest.approx(list(values))
+
+
+@given(word=st.text("bcdàéяж", min_size=1, max_size=8))
+def test_case_in_any_script(word: str) -> None:
+    for protocol in PROTOCOLS:
+        value = score(protocol, word.upper(), [word] * 10).value
+        assert value == (protocol not in {"exact"}), protocol  # and every letter, the only word, is an error
 
 
 @given(rows=st.lists(st.tuples(texts, texts), min_size=1, max_size=8), order=st.randoms(use_true_random=False))

@@ -104,3 +104,19 @@ def test_a_model_is_asked(checkpoint: Path, tmp_path: Path, capsys: pytest.Captu
     assert (figure["records"], figure["temperature"]) == (4, 0.2)
     assert cli.main(["eval", "compare", str(out), str(out)]) == 0
     assert cli.main(["eval", "mme", "--folder", str(tmp_path)]) == 2
+
+
+def test_answers_may_hold_separators_of_lines(tmp_path: Path) -> None:
+    path = tmp_path / "answers.txt"
+    path.write_text("a.jpg\tQ1\tYes\tYes \u2028 it \x85 is\na.jpg\tQ2\tNo\tno\n", encoding="utf-8")
+    assert [question.answer for question in read_answers(path)] == ["Yes \u2028 it \x85 is", "no"]
+
+
+def test_how_answers_were_got_may_be_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "answers.txt"
+    path.write_text("a.jpg\tQ1\tYes\tYes\na.jpg\tQ2\tNo\tno\n", encoding="utf-8")
+    assert cli.main(["eval", "mme", "--answers", str(path), "--temperature", "0.2", "--json"]) == 0
+    figure = json.loads(capsys.readouterr().out)["figures"][0]
+    assert (figure["temperature"], figure["seed"]) == (0.2, None)
+    assert cli.main(["eval", "mme", "--answers", str(path), "--quantize", "nf4"]) == 2
+    assert "--quantize: is of a model" in capsys.readouterr().err

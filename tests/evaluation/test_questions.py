@@ -87,6 +87,8 @@ def write(folder: Path, content: Any, name: str = "data.json") -> Path:
         ([{"question": "Q?", "answer": "A", "image": "x.jpg"}], ("0", "Q?", ("A",), "x.jpg", None)),
         ([{"question": "Q?", "answers": 2019, "image": "x.jpg"}], ("0", "Q?", ("2019",), "x.jpg", None)),
         ([{"question": "Q?", "answers": "A", "predict": ""}], ("0", "Q?", ("A",), None, "")),
+        ([{"question": "Q?", "answers": "A", "answer": 5}], ("0", "Q?", ("A",), None, "5")),
+        ([{"question_id": 0, "id": "x", "question": "Q?", "answers": "A"}], ("0", "Q?", ("A",), None, None)),
         ([{"id": "r", "image": "x.jpg", "conversations": TURNS}], ("r", "What is sold?", ("TEA",), "x.jpg", None)),
     ],
 )
@@ -123,7 +125,9 @@ def test_ids_that_occur_twice_give_way_to_places(tmp_path: Path) -> None:
         ({"questions": 1}, "is of an unknown form"),
         ([1], r":0: is int, wanted an object"),
         ([{"question": " ", "answers": ["A"]}], "has no question"),
-        ([{"question": "Q?", "answers": []}], "has no right answers"),
+        ([{"question": "Q?", "answers": []}], r"has no right answers \(answers is empty\)"),
+        ([{"question": "Q?", "gt_answers": [], "answer": "said"}], r"no right answers \(gt_answers is empty\)"),
+        ([{"question": "Q?", "gt_answers": ["A"], "answer": True}], "answer: is not a text"),
         ([{"question": "Q?", "answers": [None]}], "are not texts"),
         ([{"question": "Q?", "answers": ["A"], "image": 3.5}], "image: is not a text"),
         ([{"question": "Q?", "answers": ["A"], "box": [1, 2, 1, 4]}], "has no area"),
@@ -155,3 +159,49 @@ def test_predictions_are_joined_to_their_data_set(tmp_path: Path) -> None:
         read_predictions(write(tmp_path, said[:1], "said.json"), dataset)
     with pytest.raises(DataError, match="has no answer"):
         read_predictions(dataset)
+
+
+def test_the_id_0_is_an_id(tmp_path: Path) -> None:
+    rows = [{"question_id": number, "question": f"{number}?", "answers": ["A"]} for number in (2, 1, 0)]
+    said = [{"question_id": number, "answer": f"to {number}"} for number in range(3)]
+    joined = read_predictions(write(tmp_path, said, "said.json"), write(tmp_path, rows))
+    assert [(one.id, one.question, one.answer) for one in joined] == [
+        ("2", "2?", "to 2"), ("1", "1?", "to 1"), ("0", "0?", "to 0"),
+    ]  # fmt: skip
+
+
+def test_answers_are_not_joined_by_ids_that_occur_twice(tmp_path: Path) -> None:
+    rows = [{"question_id": number, "question": "Q?", "answers": ["A"]} for number in (0, 1, 1)]
+    said = [{"question_id": number, "answer": "said"} for number in (0, 1, 2)]
+    dataset, predictions = write(tmp_path, rows), write(tmp_path, said, "said.json")
+    with pytest.raises(DataError, match=r"data\.json:2: has the id '1' of .*data\.json:1 too"):
+        read_predictions(predictions, dataset)
+    assert len(read_predictions(predictions, dataset, limit=2)) == 2
+    with pytest.raises(DataError, match=r"said\.json:1: answers the question '0' again"):
+        read_predictions(write(tmp_path, said[:1] * 2, "said.json"), dataset, limit=2)
+
+
+def test_the_original_s_files_of_answers_are_joined(tmp_path: Path) -> None:
+    """``text``, as its model_vqa and ``llavar-peft generate`` write it; a number is its text."""
+    dataset = write(tmp_path, [{"question_id": number, "question": "Q?", "answers": ["A"]} for number in (5, 6)])
+    rows = [
+        {"question_id": 5, "prompt": "Q?", "text": "said", "answer_id": "u", "model_id": "m", "metadata": {}},
+        {"question_id": 6, "answer": 7.5},
+    ]
+    joined = read_predictions(write(tmp_path, rows, "answers.jsonl"), dataset)
+    assert [one.answer for one in joined] == ["said", "7.5"]
+    with pytest.raises(DataError, match=r":1: has no answer"):
+        read_predictions(write(tmp_path, [rows[0], {"question_id": 6, "answer": None}], "answers.jsonl"), dataset)
+
+
+def test_a_part_of_a_data_set(tmp_path: Path) -> None:
+    book = {"questions": ["Q?"], "answers": ["A"], "imageURL": "http://x.org/a.gif"}
+    ocr_vqa = write(tmp_path, {str(number): {**book, "split": number % 3 + 1} for number in range(4)})
+    assert [one.id for one in read_questions(ocr_vqa, split="train")] == ["0/0", "3/0"]
+    assert [one.id for one in read_questions(ocr_vqa, split="test")] == ["2/0"]
+    rows = [{"question": f"{name}?", "answers": ["A"], "set_name": name} for name in ("train", "val")]
+    assert [one.question for one in read_questions(write(tmp_path, rows), split="val")] == ["val?"]
+    with pytest.raises(DataError, match="holds no questions of the split 'test'"):
+        read_questions(write(tmp_path, rows), split="test")
+    with pytest.raises(DataError, match="does not say which split"):
+        read_questions(write(tmp_path, [{"question": "Q?", "answers": ["A"]}]), split="test")

@@ -14,8 +14,10 @@ from PIL import Image
 
 from llavar_peft import cli
 from llavar_peft.errors import ConfigError, DataError
-from llavar_peft.evaluation.questions import read_predictions
+from llavar_peft.evaluation.questions import Question, read_predictions
 from llavar_peft.evaluation.report import ReportSettings, write_report
+from llavar_peft.evaluation.report_cards import Pictures
+from llavar_peft.evaluation.report_view import Labelled, view_dataset
 from llavar_peft.evaluation.results import Setting, score_answers, write_results
 from llavar_peft.page.templates import MOST_BYTES
 
@@ -185,6 +187,35 @@ def test_hostile_text_stays_text(tmp_path: Path, images: Path) -> None:
     assert "{{ 7 * 7 }}" in page.source
     assert not re.search(r"url\(|@import", page.source)
     assert not set(page.source) & (set(map(chr, range(32))) - {"\n", "\t"})
+
+
+@pytest.mark.parametrize(
+    ("name", "published"),
+    [
+        ("LLaVAR_STVQA.json", "39.2"),
+        ("ST-VQA_first500.json", "39.2"),
+        ("TextVQA_0.5.1_val.json", "48.5"),
+        ("results/docVQA.json", "11.6"),
+        ("ocr-vqa test", "23.8"),  # given by --name
+        ("test-vqa.json", ""),
+        ("TESTVQA.json", ""),
+        ("val_v1.0.json", ""),
+    ],
+)
+def test_the_paper_s_figures_are_found_by_the_data_set_s_name(name: str, published: str) -> None:
+    scored = score_answers([Question("0", "Q?", ("A",), answer="A")], name, Setting())
+    view = view_dataset([Labelled("now", "now", scored)], "multimodalocr", Pictures([]), 0)
+    assert next(row.paper for row in view.rows if row.protocol == "multimodalocr") == published
+
+
+def test_a_data_set_may_be_named(tmp_path: Path) -> None:
+    source = tmp_path / "val_v1.0.json"
+    source.write_text(json.dumps([{"question": "Q?", "gt_answers": ["A"], "answer": "A"}]))
+    out = tmp_path / "r.json"
+    assert cli.main(["eval", "vqa", "--predictions", str(source), "--name", "DocVQA", "--out", str(out)]) == 0
+    page = Page(write_report(None, tmp_path / "page.html", ReportSettings(results=[out])))
+    assert "DocVQA 1 records" in page.text
+    assert "11.6" in page.text
 
 
 def test_stays_under_the_cap(tmp_path: Path) -> None:

@@ -78,8 +78,33 @@ def test_the_answers_that_a_run_keeps_can_be_scored(done: Path, capsys: pytest.C
     log = done.with_suffix(".answers.jsonl")
     assert cli.main(["eval", "vqa", "--predictions", str(log), "--json"]) == 0
     again, figures = json.loads(capsys.readouterr().out)["figures"], json.loads(done.read_text())["figures"]
-    for name in ("protocol", "value", "low", "high", "records"):
-        assert [figure[name] for figure in again] == [figure[name] for figure in figures]
+    # Their head says how they were got; only where the model lies is not in it.
+    assert again == [{**figure, "model": None} for figure in figures]
+    assert cli.main(["eval", "vqa", "--predictions", str(log), "--temperature", "0.9"]) == 0
+    assert cli.main(["eval", "vqa", "--predictions", str(log), "--greedy"]) == 2
+    assert "--temperature: contradicts" in capsys.readouterr().err
+    assert cli.main(["eval", "vqa", "--predictions", str(log), "--adapter", "a"]) == 2
+    assert "--adapter: is of a model" in capsys.readouterr().err
+
+
+def test_how_answers_were_got_is_taken_from_their_file_and_from_the_options(
+    pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    how = {"model_hash": "abc", "prompt": "{question} Read.", "image_mode": "pad"}
+    rows = [
+        {"question_id": n, "text": "said", "model_id": "m", "metadata": {**how, "temperature": n}} for n in range(5)
+    ]
+    answers = tmp_path / "answers.jsonl"
+    answers.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    command = ["eval", "vqa", "--dataset", str(pictures / "dataset.json"), "--predictions", str(answers), "--json"]
+    assert cli.main([*command, "--batch-size", "4"]) == 0
+    (figure, *_) = json.loads(capsys.readouterr().out)["figures"]
+    # The temperatures differ, so that there is none of them all.
+    assert figure.items() >= {**how, "model": "m", "temperature": None, "batch_size": 4}.items()
+    assert cli.main([*command, "--greedy"]) == 0
+    assert json.loads(capsys.readouterr().out)["figures"][0]["decoding"] == "greedy"
+    assert cli.main([*command, "--prompt", "{question}"]) == 2
+    assert "--prompt: contradicts" in capsys.readouterr().err
 
 
 def test_a_greedy_run_may_go_on_with_smaller_batches(checkpoint: Path, pictures: Path, tmp_path: Path) -> None:
@@ -155,7 +180,7 @@ def test_what_cannot_be_done_is_said(arguments: list[str], capsys: pytest.Captur
     assert "Mend: " in capsys.readouterr().err
 
 
-def predictions(folder: Path, name: str, said: dict[str, str]) -> Path:
+def predictions(folder: Path, name: str, said: dict[str, str], *more: str) -> Path:
     """Four records with measures, answered as ``said``."""
     rows: list[dict[str, Any]] = [
         {"question_id": key, "question": f"What is {key}?", "answers": [truth], "prediction": said.get(key, truth),
@@ -168,7 +193,7 @@ def predictions(folder: Path, name: str, said: dict[str, str]) -> Path:
     ]  # fmt: skip
     (folder / f"{name}.json").write_text(json.dumps(rows))
     out = folder / f"{name}.results.json"
-    assert cli.main(["eval", "vqa", "--predictions", str(folder / f"{name}.json"), "--out", str(out)]) == 0
+    assert cli.main(["eval", "vqa", "--predictions", str(folder / f"{name}.json"), "--out", str(out), *more]) == 0
     return out
 
 
@@ -193,6 +218,26 @@ def test_compare(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     shown = capsys.readouterr().out
     assert "gained a: What is a?" in shown
     assert "lost   b: What is b?" in shown
+
+
+def test_comparisons_and_diagnoses_say_how_answers_were_got(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = predictions(tmp_path, "before", {"a": "GO"}, "--greedy", "--prompt", "{question} Read.")
+    after = predictions(tmp_path, "after", {"b": "13"}, "--temperature", "0.9", "--prompt", "{question} Read.")
+    capsys.readouterr()
+    assert cli.main(["eval", "compare", str(before), str(after), "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["settings"] == {"temperature": [0, 0.9]}
+    assert [told[side]["temperature"] for side in ("first", "second")] == [0, 0.9]
+    assert told["first"]["prompt"] == "{question} Read."
+    assert cli.main(["eval", "compare", str(before), str(after)]) == 0
+    shown = capsys.readouterr().out
+    assert "temperature: 0.0 in A, 0.9 in B" in shown
+    assert "prompt: {question} Read. in both" in shown
+    assert cli.main(["eval", "diagnose", str(after), "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert (told["setting"]["temperature"], told["dataset"]) == (0.9, str(tmp_path / "after.json"))
+    assert cli.main(["eval", "diagnose", str(after)]) == 0
+    assert "temperature: 0.9" in capsys.readouterr().out
 
 
 def test_compare_refuses_other_questions(tmp_path: Path, done: Path, capsys: pytest.CaptureFixture[str]) -> None:

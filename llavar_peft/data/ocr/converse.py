@@ -179,7 +179,8 @@ def read_captions(path: Path) -> dict[str, str]:
     """
     try:
         text = path.read_text("utf-8")
-        value = json.loads(text) if path.suffix == ".json" else [json.loads(line) for line in text.splitlines()]
+        lines = [line for line in text.split("\n") if line.strip()]  # not splitlines: words may hold U+2028
+        value = json.loads(text) if path.suffix == ".json" else [json.loads(line) for line in lines]
         found = value if isinstance(value, dict) else {entry["image"]: entry["caption"] for entry in value}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataError.at(
@@ -260,7 +261,7 @@ def _converse_one(task: _Task, model: ChatModel, settings: ConverseSettings) -> 
             return _Made((), attempt, "refused", str(error))
         checked = check_reply(reply, task.evidence)
         if len(checked.turns) >= settings.least:
-            return _Made(checked.turns, attempt)
+            return _Made(checked.turns[: settings.most], attempt)
         outcome = "ungrounded" if checked.understood else "malformed"
         faults = checked.faults or (f"there are {len(checked.turns)} turns, wanted at least {settings.least}",)
         messages += [

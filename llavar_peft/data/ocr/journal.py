@@ -10,6 +10,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
 
+from llavar_peft.durable import spell_json
 from llavar_peft.errors import DataError, EnvironmentFaultError
 
 
@@ -108,7 +109,7 @@ def read_entries(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
 
 
 def _line(value: Mapping[str, Any]) -> bytes:
-    return (json.dumps(value, ensure_ascii=False, separators=(",", ":")) + "\n").encode()
+    return (spell_json(value, separators=(",", ":")) + "\n").encode()
 
 
 def _decoded(line: bytes, where: str) -> dict[str, Any]:

@@ -198,6 +198,25 @@ def test_every_conversation_is_well_formed(records: Path, server: Server) -> Non
     assert "Read by program 2:\nGRAND 0PENING" in asked
 
 
+def test_no_more_turns_are_kept_than_were_asked_for(records: Path, server: Server) -> None:
+    report, made = run(records, server, least=1, most=1)
+    assert (report.kept, report.turns) == (12, 12)
+    assert all(len(record["conversations"]) == 2 for record in made)
+
+
+def test_half_a_character_is_remembered(records: Path, server: Server) -> None:
+    server.answer = lambda *_: (200, "\ud83d " + written(SOUND))
+    assert run(records, server)[0].kept == 12
+    assert run(records, server)[0].remembered == 12
+
+
+def test_captions_may_hold_separators_of_lines(tmp_path: Path) -> None:
+    path = tmp_path / "captions.jsonl"
+    line = json.dumps({"image": "a.jpg", "caption": "two\u2028lines \x85"}, ensure_ascii=False)
+    path.write_text(line + "\n\n", encoding="utf-8")
+    assert read_captions(path) == {"a.jpg": "two\u2028lines \x85"}
+
+
 def test_nothing_is_paid_for_twice(records: Path, server: Server) -> None:
     first, made = run(records, server)
     again, same = run(records, server)
