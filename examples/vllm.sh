@@ -5,6 +5,7 @@
 #   machine 1:  HEAD=10.0.0.1 RANK=1 bash examples/vllm.sh llavar-13b
 #   anywhere:   python examples/openai_client.py poster.png "Who starred?" --url http://10.0.0.1:8000/v1 --key "$API_KEY"
 #
+# The machines talk to each other unprotected (port 13345 and others): keep them in a network of their own.
 # An adapter is merged first: llavar-peft merge --base llavar-13b --adapter runs/receipts/adapter --out merged
 set -euo pipefail
 
@@ -21,6 +22,6 @@ parallel=(--data-parallel-size $((nodes * gpus)) --data-parallel-size-local "$gp
 if [ "$rank" -gt 0 ]; then
   exec vllm serve "$exported" --headless --data-parallel-start-rank $((rank * gpus)) "${parallel[@]}"
 fi
-# The pictures' addresses are the clients' own data, so that nothing is fetched for them.
+# Pictures come as the clients' own data: no address has the one name that may be fetched from.
 exec vllm serve "$exported" --served-model-name "$(basename "$model")" --host 0.0.0.0 --port 8000 \
-  --api-key "$API_KEY" --limit-mm-per-prompt '{"image": 4}' --allowed-media-domains localhost "${parallel[@]}"
+  --api-key "$API_KEY" --limit-mm-per-prompt '{"image": 4}' --allowed-media-domains none.invalid "${parallel[@]}"

@@ -233,6 +233,8 @@ def _is_public(address: str) -> bool:
             within = ipaddress.IPv4Address(int(parsed) & 0xFFFFFFFF)
         if within is not None:
             return _is_public(str(within))
+        if parsed.is_site_local:  # withdrawn long ago, and still routed within some networks
+            return False
     return parsed.is_global and not parsed.is_multicast and not parsed.is_reserved
 
 

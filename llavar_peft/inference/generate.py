@@ -27,7 +27,7 @@ from llavar_peft.data.image_roots import ImageRoots
 from llavar_peft.errors import DataError, Fault, ImageError
 from llavar_peft.inference.chat import Chat, load_chat
 from llavar_peft.inference.decode import Batch, Row
-from llavar_peft.inference.questions import Journal, Question, check_finished, read_questions, write_answers
+from llavar_peft.inference.questions import Journal, Question, earlier_answers, read_questions, write_answers
 from llavar_peft.inference.requests import Request, Sampling
 from llavar_peft.types import ImageMode
 
@@ -86,7 +86,7 @@ def generate(  # noqa: PLR0913 - a run's settings, by name
     on_bad_image: BadImagePolicy = "stop",
     progress: Callable[[int, int], None] | None = None,
 ) -> GenerateReport:
-    """Answers a file of questions. Run again, it goes on where it was stopped.
+    """Answers a file of questions. Run again, it goes on where it was stopped, or with questions that were added.
 
     Under ``accelerate launch`` or ``torchrun`` each process answers a share, and the first joins them: the file is the
     same as one process's.
@@ -119,18 +119,24 @@ def generate(  # noqa: PLR0913 - a run's settings, by name
     name = str(model) if adapter is None else f"{model}+{adapter}"
     settings: dict[str, Any] = {
         "questions": hashlib.sha256(Path(questions).read_bytes()).hexdigest(),
+        "images": None if images is None else str(images),
         "model": name,
+        "vision_tower": vision_tower,
         "quantize": quantize,
         "image_mode": image_mode,
         "sampling": {**dataclasses.asdict(sampling), "stop": list(sampling.stop)},
     }
     with _processes() as here:
         journal = Journal(path, here.rank)
+        earlier: list[dict[str, Any]] = []
         if path.is_file() and not journal.folder.is_dir():
-            count = check_finished(path, asked)
-            return GenerateReport(answers=path, count=count, kept=count)
+            earlier = earlier_answers(path, asked, name)
+            if len(earlier) == len(asked):
+                return GenerateReport(answers=path, count=len(earlier), kept=len(earlier))
         if here.rank == 0:
             journal.begin(settings)
+            with journal:
+                journal.write(earlier)
         here.wait()
         before = journal.read()
         todo = [question for question in _share(asked, here) if question.place not in before]

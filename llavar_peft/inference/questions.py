@@ -228,32 +228,36 @@ def write_answers(path: Path, questions: Sequence[Question], done: Mapping[int, 
     return len(lines)
 
 
-def check_finished(path: Path, questions: Sequence[Question]) -> int:
-    """Counts the answers of a finished file.
+def earlier_answers(path: Path, questions: Sequence[Question], model: str) -> list[dict[str, Any]]:
+    """Reads an answers' file that is there already: a finished one, or one that the original left unfinished.
 
     Args:
-        path: The file.
-        questions: What it should answer; some may have been skipped.
+        path: The file; a last line that was cut off is passed over.
+        questions: What it should answer, in their order; some may be missing.
+        model: The ``model_id`` that answers have to bear.
 
     Returns:
-        The number of answers.
+        Its answers, as ``Journal`` holds them.
 
     Raises:
-        ConfigError: It answers other questions.
+        ConfigError: It answers other questions, or another model answered them.
     """
+    *whole, rest = path.read_text(encoding="utf-8").split("\n")
     remaining = iter(questions)
-    count = 0
-    for line in filter(None, path.read_text(encoding="utf-8").split("\n")):
+    entries = []
+    for number, line in enumerate([*whole, rest], start=1):
+        if not line:
+            continue
         try:
             answered = json.loads(line)
-            known = any(question.id == answered["question_id"] for question in remaining)
+            asked, by, text = (answered["question_id"], answered["prompt"]), answered["model_id"], answered["text"]
         except (ValueError, TypeError, KeyError):
-            known = False
-        if not known:
-            raise ConfigError.at(
-                f"{path}:{count + 1}",
-                "is there already, and is no answer to these questions",
-                "name another file, or remove it",
-            )
-        count += 1
-    return count
+            if number > len(whole):
+                continue
+            asked, by, text = None, model, None
+        found = next((one for one in remaining if (one.id, one.text) == asked), None)
+        if found is None or by != model:
+            what = "is no answer to these questions" if found is None else f"is an answer of {by!r}, wanted {model!r}"
+            raise ConfigError.at(f"{path}:{number}", f"is there already, and {what}", "name another file, or remove it")
+        entries.append({"place": found.place, "text": text})
+    return entries

@@ -67,7 +67,7 @@ def write_stock_companions(parts: Parts, activation: str, dtype: str | None, sta
         dtype: Of the weights, by torch's name; None where they keep their own.
         staged: The folder.
     """
-    if "pad" not in (parts.inference_image_mode, parts.image_mode):
+    if parts.inference_image_mode != "pad":
         logger.warning("pictures will be padded; %s is not known to stock LLaVA", parts.inference_image_mode)
     config = stock_config(parts, activation)
     described = {**config.to_diff_dict(), **({"dtype": dtype} if dtype is not None else {})}

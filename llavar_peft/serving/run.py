@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 import signal
 import socket
 
@@ -28,7 +29,7 @@ def check_reach(host: str, api_key: str | None) -> frozenset[str] | None:
     Raises:
         ConfigError: Others can reach it, and there is no key.
     """
-    if host in LOOPBACK or host.startswith("127."):
+    if host in LOOPBACK or _is_loopback(host):
         return LOOPBACK | {host}
     if not api_key:
         raise ConfigError.at(
@@ -36,6 +37,14 @@ def check_reach(host: str, api_key: str | None) -> frozenset[str] | None:
             "give --api-key (or LLAVAR_API_KEY), or leave --host out",
         )  # fmt: skip
     return None
+
+
+def _is_loopback(host: str) -> bool:
+    """Of an address; a name that begins like one may lead anywhere."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
 
 
 def listen(host: str, port: int) -> socket.socket:

@@ -110,7 +110,7 @@ def test_what_is_no_plain_url_is_refused_unasked(url: str, monkeypatch: pytest.M
     [
         "127.0.0.1", "localhost", "2130706433", "0x7f.1", "0.0.0.0", "10.1.2.3", "192.168.0.1", "172.16.9.9",
         "169.254.169.254", "100.64.0.1", "224.0.0.1", "255.255.255.255", "[::1]", "[::ffff:127.0.0.1]", "[fc00::1]",
-        "[fe80::1]", "[64:ff9b::7f00:1]", "[2002:7f00:1::]", "[::]",
+        "[fe80::1]", "[fec0::1]", "[64:ff9b::7f00:1]", "[2002:7f00:1::]", "[::]",
     ],
 )  # fmt: skip
 def test_private_addresses_are_refused_before_connecting(host: str, monkeypatch: pytest.MonkeyPatch) -> None:

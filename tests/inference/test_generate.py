@@ -113,6 +113,30 @@ def test_a_stopped_run_goes_on(checkpoint: Path, work: Path) -> None:
     assert not (work / ".answers.jsonl.parts").exists()
 
 
+@pytest.mark.parametrize("there", ["", "three", "three and a half", "other ends"])
+def test_answers_that_are_there_are_kept_and_the_others_given(there: str, checkpoint: Path, work: Path) -> None:
+    run(checkpoint, work, "whole.jsonl")
+    whole = (work / "whole.jsonl").read_bytes()
+    lines = whole.splitlines(keepends=True)
+    found = {"": [], "three": lines[:3], "three and a half": [*lines[:3], lines[3][:40]], "other ends": lines[::6]}
+    (work / "answers.jsonl").write_bytes(b"".join(found[there]))
+    report = run(checkpoint, work)
+    assert (report.count, report.kept) == (7, sum(line.endswith(b"\n") for line in found[there]))
+    assert (work / "answers.jsonl").read_bytes() == whole
+
+
+@pytest.mark.parametrize(("field", "value"), [("model_id", "other"), ("prompt", "Else?"), ("question_id", "b")])
+def test_answers_of_another_run_are_refused(field: str, value: str, checkpoint: Path, work: Path) -> None:
+    run(checkpoint, work)
+    answers = read(work / "answers.jsonl")
+    answers[1][field] = value
+    (work / "answers.jsonl").write_text("".join(json.dumps(answer) + "\n" for answer in answers))
+    before = (work / "answers.jsonl").read_bytes()
+    with pytest.raises(ConfigError, match=r"answers.jsonl:2: is there already, and is (no|an) answer"):
+        run(checkpoint, work)
+    assert (work / "answers.jsonl").read_bytes() == before
+
+
 def test_two_processes_give_the_file_of_one(checkpoint: Path, work: Path) -> None:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "llavar_peft"]
     options = ["--questions", "questions.jsonl", "--images", "images", "--answers", "two.jsonl", "--greedy"]

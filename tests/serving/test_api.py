@@ -265,7 +265,7 @@ def test_what_runs_when_the_server_stops_is_answered(chat: Chat) -> None:
     assert not service._thread.is_alive()
 
 
-@pytest.mark.parametrize("host", ["0.0.0.0", "192.168.1.2", "::"])
+@pytest.mark.parametrize("host", ["0.0.0.0", "192.168.1.2", "::", "127.example.net"])
 def test_elsewhere_only_with_a_key(host: str, checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["serve", "--model", str(checkpoint), "--host", host]) == 2
     assert "there is no API key" in capsys.readouterr().err

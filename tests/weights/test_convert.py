@@ -65,6 +65,15 @@ def test_any_to_any_to_the_bit(start: str, end: str, layouts: dict[str, Path], t
     assert torch.equal(*logits)
 
 
+@pytest.mark.parametrize("layout", ["llavar", "original"])
+def test_an_export_that_prepares_pictures_otherwise_says_so(
+    layout: str, layouts: dict[str, Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A released model is asked with black bars at one side, which stock LLaVA does not know."""
+    export(layouts[layout], tmp_path / "out", to="hf-llava", vision_tower=_tower(layout))
+    assert ("pictures will be padded; pad_black is not known" in caplog.text) == (layout == "original")
+
+
 _PLAIN = st.text(st.characters(codec="ascii", categories=["L", "N"], include_characters="_."), min_size=1, max_size=20)
 
 
