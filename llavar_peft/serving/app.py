@@ -7,10 +7,13 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import time
 import uuid
-from collections.abc import AsyncIterator, Mapping
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager, contextmanager
+from functools import partial
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -20,14 +23,17 @@ from starlette.requests import ClientDisconnect
 
 from llavar_peft.inference.engine import Engine
 from llavar_peft.inference.requests import Answer
+from llavar_peft.inference.requests import Request as Wanted
 from llavar_peft.serving.conversation import read_conversation
-from llavar_peft.serving.gate import Gate, Receive, Scope, Send
+from llavar_peft.serving.gate import Gate, Receive, Scope, Send, plain
 from llavar_peft.serving.limits import Limits, RefusedError
 from llavar_peft.serving.metrics import Metrics
 from llavar_peft.serving.pictures import PictureReader
 from llavar_peft.serving.replies import Reply
 from llavar_peft.serving.schema import ChatRequest, logprobs_of, parse_request, usage
 from llavar_peft.serving.service import Service
+
+logger = logging.getLogger(__name__)
 
 
 def create_app(
@@ -59,6 +65,7 @@ def create_app(
     @asynccontextmanager
     async def _alive(_: FastAPI) -> AsyncIterator[None]:
         yield
+        api.close()
         await asyncio.to_thread(service.close)
 
     # Its documentation pages take their scripts from elsewhere.
@@ -97,6 +104,12 @@ class _Api:
         self._limits = limits
         self._models: Mapping[str, str | None] = {name: None, **{one: one for one in service.engine.adapters}}
         self._since = int(time.time())
+        self._reading = 0
+        self._openers = ThreadPoolExecutor(4 * limits.decoding, thread_name_prefix="llavar-pictures")
+
+    def close(self) -> None:
+        """Begins no further picture."""
+        self._openers.shutdown(wait=False, cancel_futures=True)
 
     async def models(self) -> dict[str, Any]:
         """The model and each adapter."""
@@ -115,19 +128,8 @@ class _Api:
     async def complete(self, request: Request) -> Response:
         """A chat completion, whole or as a stream of server-sent events."""
         deadline = time.monotonic() + self._limits.seconds
-        asked = await asyncio.to_thread(parse_request, await read_body(request, self._limits))
-        if asked.model not in self._models:
-            raise RefusedError(
-                404, "there is no such model; GET /v1/models lists them", "model_not_found", param="model"
-            )
-        wanted = await asyncio.to_thread(
-            read_conversation,
-            asked,
-            self._service.engine.processor,
-            self._pictures,
-            self._limits,
-            adapter=self._models[asked.model],
-        )
+        with self._admitted():
+            asked, wanted = await self._read(request, deadline)
         reply = Reply(self._service, wanted, deadline=deadline, retry_after=self._limits.retry_after)
         head = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": asked.model}
         if asked.stream:
@@ -136,6 +138,36 @@ class _Api:
         self._count(answers)
         choices = [self._choice(number, answer) for number, answer in enumerate(answers)]
         return JSONResponse({**head, "object": "chat.completion", "choices": choices, "usage": usage(answers)})
+
+    @contextmanager
+    def _admitted(self) -> Iterator[None]:
+        """While a request is read, which costs memory and time: not of more than could be answered."""
+        limits, service = self._limits, self._service
+        if self._reading + service.waiting + service.running >= limits.waiting + limits.rows:
+            raise RefusedError(429, "many are asking; come back in a moment", "busy", retry_after=limits.retry_after)
+        self._reading += 1
+        try:
+            yield
+        finally:
+            self._reading -= 1
+
+    async def _read(self, request: Request, deadline: float) -> tuple[ChatRequest, list[Wanted]]:
+        body = await read_body(request, self._limits)
+        asked = await asyncio.to_thread(parse_request, body)
+        if asked.model not in self._models:
+            raise RefusedError(
+                404, "there is no such model; GET /v1/models lists them", "model_not_found", param="model"
+            )
+        read = partial(
+            read_conversation, asked, self._service.engine.processor, self._pictures, self._limits,
+            adapter=self._models[asked.model],
+        )  # fmt: skip
+        # Threads of their own: whoever sends words alone does not wait for pictures.
+        reading = asyncio.get_running_loop().run_in_executor(self._openers if b"image_url" in body else None, read)
+        try:
+            return asked, await asyncio.wait_for(reading, max(0.0, deadline - time.monotonic()))
+        except asyncio.TimeoutError:
+            raise RefusedError(504, "reading the request took too long", "timeout") from None
 
     def _choice(self, number: int, answer: Answer) -> dict[str, Any]:
         return {
@@ -214,10 +246,12 @@ async def read_body(request: Request, limits: Limits) -> bytes:
         raise RefusedError(400, "the body broke off", "body_broken") from None
 
 
-async def _refused(_: Request, error: Exception) -> JSONResponse:
+async def _refused(request: Request, error: Exception) -> JSONResponse:
     if not isinstance(error, RefusedError):
         raise error
     headers = None if error.retry_after is None else {"retry-after": str(error.retry_after)}
+    why = "" if error.__cause__ is None else f" ({plain(repr(error.__cause__))})"
+    logger.info("request %s refused: %s%s", request.state.request_id, error.message, why)
     return JSONResponse(error.body(), status_code=error.status, headers=headers)
 
 

@@ -80,7 +80,7 @@ class Gate:
         finally:
             seconds = time.perf_counter() - started
             self._metrics.count_request(scope["path"], status, seconds)
-            logger.info("%s %s %d %.3fs %s", scope["method"], _plain(scope["path"]), status, seconds, name)
+            logger.info("%s %s %d %.3fs %s", scope["method"], plain(scope["path"]), status, seconds, name)
 
     def _admit(self, scope: Scope) -> None:
         headers = dict(scope["headers"])
@@ -106,6 +106,13 @@ async def _refuse(send: Send, error: RefusedError, *, begun: bool) -> None:
     await send({"type": "http.response.body", "body": body})
 
 
-def _plain(path: str) -> str:
-    """A path as it may stand in a log: no line breaks or control characters of a client's making."""
-    return path[:200].encode("unicode_escape").decode()
+def plain(text: str) -> str:
+    """What may stand in a log: without line breaks or control characters of a client's making.
+
+    Args:
+        text: The client's.
+
+    Returns:
+        Its beginning.
+    """
+    return text[:200].encode("unicode_escape").decode()

@@ -20,9 +20,12 @@ from llavar_peft.models.processing import LlavarProcessor
 from llavar_peft.serving.limits import Limits, RefusedError
 
 _DATA_URL = re.compile(r"data:image/[a-z0-9.+-]{1,40};base64,", re.IGNORECASE)
-# What browsers and cameras write; the decoders of rarer formats are no business of strangers.
-_FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "GIF", "BMP")
+# What browsers and cameras write; the decoders of rarer formats are no business of strangers. JPEG's opens MPO too, which
+# has no entry of its own in Pillow: named here, it would end the search before the others' turn.
+_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
 _KEPT = 64
+_SCANS = 100
+"""Of a JPEG; cameras write 1, progressive files have about 10. Each is a pass over all pixels for a few bytes."""
 
 
 class PictureReader:
@@ -75,33 +78,36 @@ class PictureReader:
             raise RefusedError(413, "a picture is too large", "image_too_large", param="messages")
         try:
             return base64.b64decode(url[head.end() :], validate=True)
-        except (binascii.Error, ValueError):
-            raise _unreadable("a picture's data URL is not valid base64") from None
+        except (binascii.Error, ValueError) as error:
+            raise _unreadable("a picture's data URL is not valid base64") from error
 
     def _fetched(self, url: str) -> bytes:
         if not self._rules.domains:
             raise _unreadable("pictures are taken from data URLs only (data:image/png;base64,...)")
         try:
             return fetch(url, self._rules)
-        except ImageError:
-            # What was found there, or why not, is nobody's business: it would map our network.
-            raise _unreadable("a picture cannot be fetched from this address") from None
+        except ImageError as error:
+            # What was found there, or why not, is for the log alone: it would map our network.
+            raise _unreadable("a picture cannot be fetched from this address") from error
 
     def _prepare(self, data: bytes) -> Picture:
         try:
             with Image.open(BytesIO(data), formats=_FORMATS) as opened:
                 width, height = opened.size
+                scans = data.count(b"\xff\xda") if opened.format in ("JPEG", "MPO") else 0
         except Image.DecompressionBombError:  # Pillow's own limit is higher than any that is sensible here
             raise self._too_many_pixels() from None
-        except Exception:  # noqa: BLE001 - broken files make Pillow raise nearly anything
-            raise _unreadable("a picture cannot be read (PNG, JPEG, WebP, GIF and BMP are)") from None
+        except Exception as error:
+            raise _unreadable("a picture cannot be read (PNG, JPEG, WebP, GIF and BMP are)") from error
+        if scans > _SCANS:
+            raise _unreadable(f"a picture has more than {_SCANS} scans")
         if width * height > self._limits.pixels:
             raise self._too_many_pixels()
         try:
             with self._decoding:
                 return Picture.prepare(decode_image(data, "picture"), self._processor)
-        except ImageError:
-            raise _unreadable("a picture cannot be read") from None
+        except ImageError as error:
+            raise _unreadable("a picture cannot be read") from error
 
     def _too_many_pixels(self) -> RefusedError:
         most = self._limits.pixels // 1_000_000

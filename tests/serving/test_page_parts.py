@@ -63,6 +63,23 @@ def test_only_the_doors_that_the_page_needs_are_open(path: str, status: int) -> 
     assert get(guarded(), path).status_code == status
 
 
+@pytest.mark.parametrize("path", ["/ui/gradio_api/queue/join", "/ui/gradio_api/upload"])
+def test_bodies_end_at_the_limit_while_they_are_read(path: str) -> None:
+    sent = []
+
+    async def blocks(count: int) -> Any:
+        for _ in range(count):
+            sent.append(1)
+            yield b"0" * 1_000_000
+
+    client = guarded()
+    assert asyncio.run(client.post(path, content=blocks(19))).status_code == 200
+    sent.clear()
+    assert asyncio.run(client.post(path, content=blocks(500))).status_code == 413
+    assert len(sent) <= 22
+    assert asyncio.run(client.post(path, content=b"0" * 20_000_001)).status_code == 413
+
+
 def test_the_key_guards_every_door() -> None:
     client = guarded("secret")
     for path in (

@@ -7,11 +7,13 @@ import itertools
 import logging
 import zlib
 from collections.abc import Iterator
+from io import BytesIO
 from typing import Any
 
 import httpx
 import pytest
 from fastapi import FastAPI
+from PIL import Image
 
 from llavar_peft import Chat
 from llavar_peft.inference import fetch as fetching
@@ -102,6 +104,44 @@ def test_a_picture_larger_than_said_is_not_decoded(app: FastAPI) -> None:
     answer = asyncio.run(call(app, ask_body("Read.", data_url(bytes(data)))))
     assert answer.status == 413
     assert "megapixels" in answer.message
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "MPO", "WEBP", "GIF", "BMP"])
+def test_every_format_that_is_promised_is_read(kind: str, app: FastAPI) -> None:
+    file = BytesIO()
+    Image.new("RGB", (40, 30), "red").save(file, kind)
+    answer = asyncio.run(call(app, ask_body("Read.", data_url(file.getvalue()))))
+    assert answer.status == 200, answer.json
+
+
+def test_a_picture_of_endless_scans_is_not_decoded(app: FastAPI, caplog: pytest.LogCaptureFixture) -> None:
+    """A megabyte of scans, each a pass over all pixels, would take minutes."""
+    file = BytesIO()
+    Image.new("L", (640, 480), 90).save(file, "JPEG", progressive=True)
+    data = file.getvalue()
+    last = data.rindex(b"\xff\xda")
+    assert asyncio.run(call(app, ask_body("Read.", data_url(data)))).status == 200
+    many = data[:last] + data[last:-2] * 200 + data[-2:]
+    answer = asyncio.run(call(app, ask_body("Read.", data_url(many))))
+    assert answer.status == 400
+    assert "more than 100 scans" in answer.message
+
+
+def test_the_log_knows_more_than_the_client(app: FastAPI, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO):
+        answer = asyncio.run(call(app, ask_body("Read.", data_url(b"no picture"))))
+    assert answer.status == 400
+    (line,) = (record.getMessage() for record in caplog.records if " refused: " in record.getMessage())
+    assert "UnidentifiedImageError" in line
+    assert "Unidentified" not in answer.message
+
+
+def test_a_full_server_says_so_before_it_reads(chat: Chat) -> None:
+    full = create_app(chat.engine, name=MODEL, limits=Limits(waiting=0, rows=0))
+    answer = asyncio.run(call(full, b"{"))
+    full.state.service.close()
+    assert answer.status == 429
+    assert int(dict(answer.headers)["retry-after"]) > 0
 
 
 @pytest.mark.parametrize(
