@@ -20,8 +20,8 @@ from llavar_peft.models.processing import LlavarProcessor
 from llavar_peft.serving.limits import Limits, RefusedError
 
 _DATA_URL = re.compile(r"data:image/[a-z0-9.+-]{1,40};base64,", re.IGNORECASE)
-# What browsers and cameras write; the decoders of rarer formats are no business of strangers. JPEG's opens MPO too, which
-# has no entry of its own in Pillow: named here, it would end the search before the others' turn.
+# What browsers and cameras write; the decoders of rarer formats are no business of strangers. JPEG's opens MPO too,
+# which has no entry of its own in Pillow: named here, it would end the search before the others' turn.
 _FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
 _KEPT = 64
 _SCANS = 100
