@@ -36,6 +36,11 @@ def render(template: str, **values: object) -> bytes:
     return environment.get_template(template).render(**values).encode("utf-8", errors="replace")
 
 
+def aside_of(path: Path) -> Path:
+    """Where a page is while it is written."""
+    return path.with_name(f".{path.name}.part")
+
+
 def put_page(path: Path, page: bytes) -> Path:
     """Writes beside the old page, then puts the new one in its place, so that no reader meets half a page.
 
@@ -49,7 +54,7 @@ def put_page(path: Path, page: bytes) -> Path:
     Raises:
         EnvironmentFaultError: It cannot be written there.
     """
-    aside = path.with_name(f".{path.name}.{os.getpid()}.new")
+    aside = aside_of(path)  # one name: what a killed run left is written over
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with aside.open("wb") as file:

@@ -17,9 +17,16 @@ from llavar_peft.page.figures import (
 from llavar_peft.page.gallery import MOST_CARDS, Gallery, make_gallery
 from llavar_peft.page.looks import Moment, moments
 from llavar_peft.page.records import RunLog, read_run
-from llavar_peft.page.templates import MOST_BYTES, put_page, render
+from llavar_peft.page.templates import MOST_BYTES, aside_of, put_page, render
 
 PAGE_NAME = "index.html"
+
+
+def has_run_page(run_dir: Path) -> bool:
+    """Whether a run has its page, whole: a run that was killed while it wrote it has not."""
+    return (run_dir / PAGE_NAME).is_file() and not aside_of(run_dir / PAGE_NAME).exists()
+
+
 _LONGEST_RECIPE = 40_000
 
 

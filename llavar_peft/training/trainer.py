@@ -26,7 +26,7 @@ from llavar_peft.models.modeling import LlavarForConditionalGeneration
 from llavar_peft.models.packed import let_go
 from llavar_peft.models.processing import LlavarProcessor
 from llavar_peft.models.tuning import finish, is_quantized, prepare_for, trained_parameters
-from llavar_peft.page import write_run_page
+from llavar_peft.page import has_run_page, write_run_page
 from llavar_peft.training import files
 from llavar_peft.training.arguments import micro_batches, resolve_precision, training_arguments
 from llavar_peft.training.callbacks import LookAtPictures, ProgressBar, StopOnSignal
@@ -127,6 +127,8 @@ class Trainer:
                 result = self.run.take_up(stage, self.model)
                 self.base = self._based_on(stage, result)
                 self._discard_checkpoints(stage)
+                if not has_run_page(self.run.root):
+                    self._write_page()
             elif stage in wanted:
                 train_set, held_out = data[stage.name]
                 with explained(stage, self.recipe.model, ranks=self.ranks):

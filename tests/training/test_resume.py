@@ -103,6 +103,17 @@ def test_a_second_stage_continues_from_the_firsts_result(tiny_recipe: Recipe, tm
     assert all(torch.equal(ours[name], expected[name]) for name in expected)
 
 
+def test_a_page_that_a_kill_cut_off_is_written_again(tiny_recipe: Recipe) -> None:
+    _train(tiny_recipe)
+    root = Path(tiny_recipe.output_dir)
+    page = (root / "index.html").read_bytes()
+    (root / ".index.html.part").write_bytes(page[:100])
+    (root / "index.html").unlink()
+    _train(tiny_recipe)
+    assert (root / "index.html").stat().st_size > len(page) / 2
+    assert not (root / ".index.html.part").exists()
+
+
 def test_a_finished_run_is_not_run_again(tiny_recipe: Recipe) -> None:
     result = _train(tiny_recipe)
     written = {path: path.stat().st_mtime_ns for path in result.rglob("*") if path.is_file()}
