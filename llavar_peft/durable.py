@@ -9,15 +9,25 @@ from pathlib import Path
 from typing import Any
 
 
-def write_text(path: Path, text: str) -> None:
+def aside_of(path: Path) -> Path:
+    """Where a file is while it is written: one name, so that what a killed run left is written over."""
+    return path.with_name(f".{path.name}.part")
+
+
+def write_bytes(path: Path, data: bytes) -> None:
     """Writes a file whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.part")
-    with aside.open("w", encoding="utf-8") as file:
-        file.write(text)
+    aside = aside_of(path)
+    with aside.open("wb") as file:
+        file.write(data)
         file.flush()
         os.fsync(file.fileno())
     aside.replace(path)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a file in UTF-8, whole or not at all."""
+    write_bytes(path, text.encode("utf-8"))
 
 
 def write_json(path: Path, value: Any) -> None:

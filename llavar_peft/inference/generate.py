@@ -119,7 +119,7 @@ def generate(  # noqa: PLR0913 - a run's settings, by name
     name = str(model) if adapter is None else f"{model}+{adapter}"
     settings: dict[str, Any] = {
         "questions": hashlib.sha256(Path(questions).read_bytes()).hexdigest(),
-        "images": None if images is None else str(images),
+        "images": None if images is None else str(Path(images).resolve()),
         "model": name,
         "vision_tower": vision_tower,
         "quantize": quantize,
@@ -129,14 +129,14 @@ def generate(  # noqa: PLR0913 - a run's settings, by name
     with _processes() as here:
         journal = Journal(path, here.rank)
         earlier: list[dict[str, Any]] = []
-        if path.is_file() and not journal.folder.is_dir():
+        if path.is_file() and not journal.begun:
             earlier = earlier_answers(path, asked, name)
             if len(earlier) == len(asked):
                 return GenerateReport(answers=path, count=len(earlier), kept=len(earlier))
         if here.rank == 0:
-            journal.begin(settings)
-            with journal:
-                journal.write(earlier)
+            if earlier:
+                logger.warning("%s: its %d answers are kept, however they were sampled", path, len(earlier))
+            journal.begin(settings, earlier)
         here.wait()
         before = journal.read()
         todo = [question for question in _share(asked, here) if question.place not in before]

@@ -136,29 +136,39 @@ class Journal:
     def __init__(self, answers: Path, rank: int) -> None:
         self.folder = answers.with_name(f".{answers.name}.parts")
         self._path = self.folder / f"part-{rank:05d}.jsonl"
+        self._settings = self.folder / "settings.json"
 
-    def begin(self, settings: Mapping[str, Any]) -> None:
-        """Makes the folder, or checks that the run which left it was the same. For one process.
+    @property
+    def begun(self) -> bool:
+        """Whether a run left something to go on with."""
+        return self._settings.is_file()
+
+    def begin(self, settings: Mapping[str, Any], earlier: Sequence[Mapping[str, Any]] = ()) -> None:
+        """Begins a run, or checks that the one to go on with was the same. For one process.
 
         Args:
             settings: What the answers depend on, plain enough for JSON.
+            earlier: Entries that a run which begins has already.
 
         Raises:
             ConfigError: It was another run.
         """
-        path = self.folder / "settings.json"
+        if not self.begun:
+            shutil.rmtree(self.folder, ignore_errors=True)  # what was being removed when a run was killed
+            write_text(self._path, "".join(json.dumps(entry) + "\n" for entry in earlier))
+            write_json(self._settings, settings)  # last: without it the run has not begun
+            return
         try:
-            earlier = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else dict(settings)
+            left = json.loads(self._settings.read_text(encoding="utf-8"))
         except ValueError:
-            earlier = {}
-        differing = sorted(name for name in {*settings, *earlier} if settings.get(name) != earlier.get(name))
+            left = {}
+        differing = sorted(name for name in {*settings, *left} if settings.get(name) != left.get(name))
         if differing:
             raise ConfigError.at(
                 str(self.folder),
                 f"is of an unfinished run with other settings ({', '.join(differing)})",
                 "repeat that run's settings to go on with it, or remove the folder",
             )
-        write_json(path, settings)
 
     def read(self) -> dict[int, dict[str, Any]]:
         """What all processes have done: by the question's place ``{"text": ...}`` or ``{"skipped": why}``."""

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import os
+from contextlib import suppress
 from pathlib import Path
 from typing import Final
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+from llavar_peft.durable import aside_of, write_bytes
 from llavar_peft.errors import EnvironmentFaultError
 from llavar_peft.page.figures import percent
 
@@ -36,11 +37,6 @@ def render(template: str, **values: object) -> bytes:
     return environment.get_template(template).render(**values).encode("utf-8", errors="replace")
 
 
-def aside_of(path: Path) -> Path:
-    """Where a page is while it is written."""
-    return path.with_name(f".{path.name}.part")
-
-
 def put_page(path: Path, page: bytes) -> Path:
     """Writes beside the old page, then puts the new one in its place, so that no reader meets half a page.
 
@@ -54,16 +50,11 @@ def put_page(path: Path, page: bytes) -> Path:
     Raises:
         EnvironmentFaultError: It cannot be written there.
     """
-    aside = aside_of(path)  # one name: what a killed run left is written over
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with aside.open("wb") as file:
-            file.write(page)
-            file.flush()
-            os.fsync(file.fileno())
-        aside.replace(path)
+        write_bytes(path, page)
     except OSError as error:
-        aside.unlink(missing_ok=True)
+        with suppress(OSError):
+            aside_of(path).unlink(missing_ok=True)
         raise EnvironmentFaultError.at(
             str(path), f"the page cannot be written ({error.strerror})", "free space there, or allow writing"
         ) from error

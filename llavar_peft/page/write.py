@@ -6,6 +6,7 @@ import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
+from llavar_peft.durable import aside_of
 from llavar_peft.page.figures import (
     describe_stage,
     drop_rows,
@@ -17,17 +18,15 @@ from llavar_peft.page.figures import (
 from llavar_peft.page.gallery import MOST_CARDS, Gallery, make_gallery
 from llavar_peft.page.looks import Moment, moments
 from llavar_peft.page.records import RunLog, read_run
-from llavar_peft.page.templates import MOST_BYTES, aside_of, put_page, render
+from llavar_peft.page.templates import MOST_BYTES, put_page, render
 
 PAGE_NAME = "index.html"
+_LONGEST_RECIPE = 40_000
 
 
 def has_run_page(run_dir: Path) -> bool:
     """Whether a run has its page, whole: a run that was killed while it wrote it has not."""
     return (run_dir / PAGE_NAME).is_file() and not aside_of(run_dir / PAGE_NAME).exists()
-
-
-_LONGEST_RECIPE = 40_000
 
 
 def write_run_page(

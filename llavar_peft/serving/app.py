@@ -19,11 +19,11 @@ from typing import Any
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.exceptions import HTTPException
-from starlette.requests import ClientDisconnect
 
 from llavar_peft.inference.engine import Engine
 from llavar_peft.inference.requests import Answer
 from llavar_peft.inference.requests import Request as Wanted
+from llavar_peft.serving.body import read_body
 from llavar_peft.serving.conversation import read_conversation
 from llavar_peft.serving.gate import Gate, Receive, Scope, Send, plain
 from llavar_peft.serving.limits import Limits, RefusedError
@@ -152,6 +152,10 @@ class _Api:
             self._reading -= 1
 
     async def _read(self, request: Request, deadline: float) -> tuple[ChatRequest, list[Wanted]]:
+        # A page elsewhere can send forms and plain text to this machine unasked, but not JSON.
+        kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+        if kind != "application/json":
+            raise RefusedError(415, "send application/json", "unsupported_media_type")
         body = await read_body(request, self._limits)
         asked = await asyncio.to_thread(parse_request, body)
         if asked.model not in self._models:
@@ -206,44 +210,6 @@ class _Api:
     def _count(self, answers: list[Answer]) -> None:
         used = usage(answers)
         self._metrics.count_tokens(used["prompt_tokens"], used["completion_tokens"])
-
-
-async def read_body(request: Request, limits: Limits) -> bytes:
-    """Reads a request's body, and stops as soon as it is too large or takes too long.
-
-    Args:
-        request: Whose body was not read yet.
-        limits: What is accepted.
-
-    Returns:
-        The bytes.
-
-    Raises:
-        RefusedError: It is not JSON by its header, too large, or too slow.
-    """
-    # A page elsewhere can send forms and plain text to this machine unasked, but not JSON.
-    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    if kind != "application/json":
-        raise RefusedError(415, "send application/json", "unsupported_media_type")
-    too_large = RefusedError(413, f"the body is larger than {limits.body_bytes} bytes", "body_too_large")
-    said = request.headers.get("content-length", "0")
-    if said.isdigit() and int(said[:20]) > limits.body_bytes:
-        raise too_large
-
-    async def _read() -> bytes:
-        body = bytearray()
-        async for block in request.stream():
-            body += block
-            if len(body) > limits.body_bytes:
-                raise too_large
-        return bytes(body)
-
-    try:
-        return await asyncio.wait_for(_read(), limits.body_seconds)
-    except asyncio.TimeoutError:
-        raise RefusedError(408, "the body took too long", "body_too_slow") from None
-    except ClientDisconnect:
-        raise RefusedError(400, "the body broke off", "body_broken") from None
 
 
 async def _refused(request: Request, error: Exception) -> JSONResponse:

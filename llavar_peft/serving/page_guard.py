@@ -6,7 +6,6 @@ are named here are open.
 
 from __future__ import annotations
 
-import asyncio
 import base64
 import binascii
 import hmac
@@ -16,14 +15,16 @@ from pathlib import Path
 from typing import Any, Final, TypeAlias
 from urllib.parse import urlsplit
 
-from llavar_peft.serving.limits import Limits
+from starlette.requests import Request
+
+from llavar_peft.serving.body import read_body
+from llavar_peft.serving.limits import Limits, RefusedError
 
 Scope: TypeAlias = MutableMapping[str, Any]
 Receive: TypeAlias = Callable[[], Awaitable[MutableMapping[str, Any]]]
 Send: TypeAlias = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 App: TypeAlias = Callable[[Scope, Receive, Send], Awaitable[None]]
 
-_LIMITS: Final = Limits()
 _API: Final = "/gradio_api/"
 _DOORS: Final = re.compile(
     r"/?|/config|/theme\.css|/(assets|static)/.*"
@@ -80,11 +81,16 @@ class PageGuard:
         elif scope["method"] in ("GET", "HEAD"):
             await self._app(self._with_bearer(scope), receive, _adding_headers(send))
         else:
-            body = await _read(receive, headers)
-            if body is None:
-                await _answer(send, 413, b"Too large, or too slow.")
-            else:
-                await self._app(self._with_bearer(scope), _replaying(body, receive), _adding_headers(send))
+            await self._with_body(self._with_bearer(scope), receive, send)
+
+    async def _with_body(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Reads the body first: Gradio itself would read on without end."""
+        try:
+            body = await read_body(Request(scope, receive), Limits())
+        except RefusedError as error:
+            await _answer(send, error.status, error.message.encode())
+            return
+        await self._app(scope, _replaying(body, receive), _adding_headers(send))
 
     def _is_open(self, path: str) -> bool:
         door = _DOORS.fullmatch(path)
@@ -118,28 +124,6 @@ def _from_elsewhere(headers: MutableMapping[bytes, bytes]) -> bool:
     return origin is not None and urlsplit(origin.decode("latin-1")).netloc != headers.get(b"host", b"").decode(
         "latin-1"
     )
-
-
-async def _read(receive: Receive, headers: MutableMapping[bytes, bytes]) -> bytes | None:
-    """A body, which Gradio itself would read without end; None if it is too large or too slow."""
-    said = headers.get(b"content-length", b"0")
-    if said.isdigit() and int(said[:20]) > _LIMITS.body_bytes:
-        return None
-
-    async def _all() -> bytes | None:
-        body = bytearray()
-        while True:
-            message = await receive()
-            body += message.get("body", b"")
-            if message["type"] == "http.disconnect" or len(body) > _LIMITS.body_bytes:
-                return None
-            if not message.get("more_body", False):
-                return bytes(body)
-
-    try:
-        return await asyncio.wait_for(_all(), _LIMITS.body_seconds)
-    except asyncio.TimeoutError:
-        return None
 
 
 def _replaying(body: bytes, receive: Receive) -> Receive:

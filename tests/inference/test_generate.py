@@ -120,6 +120,9 @@ def test_answers_that_are_there_are_kept_and_the_others_given(there: str, checkp
     lines = whole.splitlines(keepends=True)
     found = {"": [], "three": lines[:3], "three and a half": [*lines[:3], lines[3][:40]], "other ends": lines[::6]}
     (work / "answers.jsonl").write_bytes(b"".join(found[there]))
+    # What a run leaves that was killed while it removed its folder.
+    (work / ".answers.jsonl.parts").mkdir()
+    (work / ".answers.jsonl.parts/part-00001.jsonl").write_text('{"place": 6, "text": "of another run"}\n')
     report = run(checkpoint, work)
     assert (report.count, report.kept) == (7, sum(line.endswith(b"\n") for line in found[there]))
     assert (work / "answers.jsonl").read_bytes() == whole
