@@ -182,8 +182,8 @@ def open_model(
     from dataclasses import replace
 
     from llavar_peft.constants import TOP_K
-    from llavar_peft.evaluation.identity import identify_model
     from llavar_peft.inference import load_reader
+    from llavar_peft.weights.identity import identify_model
 
     reader = load_reader(model, adapter=adapter, vision_tower=vision_tower, quantize=quantize)
     name = f"{model} + {adapter}" if adapter else str(model)

@@ -15,9 +15,9 @@ from lmms_eval.models.registry_v2 import ModelManifest
 
 from llavar_peft.constants import IMAGE_PLACEHOLDER
 from llavar_peft.errors import ConfigError, DataError
-from llavar_peft.evaluation.identity import identify_model
 from llavar_peft.inference import load_reader
 from llavar_peft.models.reading import read_pictures
+from llavar_peft.weights.identity import identify_model
 
 if TYPE_CHECKING:
     from lmms_eval.api.instance import Instance

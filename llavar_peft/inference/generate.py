@@ -30,6 +30,7 @@ from llavar_peft.inference.decode import Batch, Row
 from llavar_peft.inference.questions import Journal, Question, earlier_answers, read_questions, write_answers
 from llavar_peft.inference.requests import Request, Sampling
 from llavar_peft.types import ImageMode
+from llavar_peft.weights.identity import identify_model
 
 logger = logging.getLogger(__name__)
 
@@ -97,7 +98,8 @@ def generate(  # noqa: PLR0913 - a run's settings, by name
         images: The folder that pictures' paths start from, and may not leave; None if no question has one.
         answers: The file to write, in the order of the questions.
         sampling: How answers are drawn; of a seed, each question gets one of its own.
-        batch_size: Rows at most that are answered at a time; greedy answers do not depend on it.
+        batch_size: Rows at most that are answered at a time. In float32 greedy answers do not depend on it; at half
+            precision or in 4 bits sums round otherwise in another batch, and close calls may fall the other way.
         adapter: An adapter's folder.
         vision_tower: Where the tower is, for a checkpoint in the released layout.
         quantize: How the language model's linear layers are stored.
@@ -121,6 +123,7 @@ def generate(  # noqa: PLR0913 - a run's settings, by name
         "questions": hashlib.sha256(Path(questions).read_bytes()).hexdigest(),
         "images": None if images is None else str(Path(images).resolve()),
         "model": name,
+        "weights": identify_model(model, adapter) if Path(model).is_dir() else None,
         "vision_tower": vision_tower,
         "quantize": quantize,
         "image_mode": image_mode,

@@ -10,6 +10,7 @@ import uvicorn
 from fastapi import FastAPI
 
 from llavar_peft.errors import ConfigError, EnvironmentFaultError
+from llavar_peft.serving.connection import Connection
 from llavar_peft.serving.gate import LOOPBACK
 
 _GRACE = 10  # seconds that answers have to come to their end
@@ -73,6 +74,24 @@ def listen(host: str, port: int) -> socket.socket:
     return bound
 
 
+def make_server(app: FastAPI, *, grace: int = _GRACE) -> uvicorn.Server:
+    """A server with this package's settings.
+
+    Args:
+        app: From ``create_app``.
+        grace: Seconds that answers have to come to their end when it is stopped.
+
+    Returns:
+        The server, which does not run yet.
+    """
+    config = uvicorn.Config(
+        app, http=Connection, ws="none", log_level="warning", access_log=False, server_header=False,
+        timeout_graceful_shutdown=grace, timeout_keep_alive=5, limit_concurrency=_CONNECTIONS,
+        h11_max_incomplete_event_size=64 * 1024,
+    )  # fmt: skip
+    return uvicorn.Server(config)
+
+
 def serve(app: FastAPI, bound: socket.socket) -> None:
     """Serves until Ctrl-C or SIGTERM, which let running answers end.
 
@@ -80,14 +99,11 @@ def serve(app: FastAPI, bound: socket.socket) -> None:
         app: From ``create_app``.
         bound: From ``listen``.
     """
-    config = uvicorn.Config(
-        app, log_level="warning", access_log=False, server_header=False, timeout_graceful_shutdown=_GRACE,
-        timeout_keep_alive=5, limit_concurrency=_CONNECTIONS, h11_max_incomplete_event_size=64 * 1024, ws="none",
-    )  # fmt: skip
+    server = make_server(app)
     # uvicorn takes the signals, and raises them again when it has ended: then they have done what they were for.
     before = {number: signal.signal(number, lambda *_: None) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        uvicorn.Server(config).run(sockets=[bound])
+        server.run(sockets=[bound])
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from llavar_peft import cli
-from llavar_peft.evaluation.identity import identify_model
 from llavar_peft.evaluation.results import read_results
+from llavar_peft.weights.identity import identify_model
 
 
 def ask(checkpoint: Path, pictures: Path, out: Path, *more: str) -> int:

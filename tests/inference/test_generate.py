@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from llavar_peft import cli, load_chat
 from llavar_peft.errors import ConfigError, DataError, ImageError
@@ -111,6 +112,19 @@ def test_a_stopped_run_goes_on(checkpoint: Path, work: Path) -> None:
     assert (report.count, report.kept) == (7, kept)
     assert (work / "answers.jsonl").read_bytes() == (work / "whole.jsonl").read_bytes()
     assert not (work / ".answers.jsonl.parts").exists()
+
+
+def test_a_stopped_run_goes_on_with_the_same_weights_alone(checkpoint: Path, work: Path, tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(checkpoint, model)
+    with pytest.raises(KeyboardInterrupt):
+        run(model, work, batch_size=2, progress=_stop_after(3))
+    (file,) = model.glob("*.safetensors")
+    tensors = load_file(file)
+    name = next(name for name in tensors if name.endswith("multi_modal_projector.bias"))
+    save_file({**tensors, name: tensors[name] + 1}, file, metadata={"format": "pt"})
+    with pytest.raises(ConfigError, match=r"unfinished run with other settings \(weights\)"):
+        run(model, work)
 
 
 @pytest.mark.parametrize("there", ["", "three", "three and a half", "other ends"])

@@ -14,14 +14,13 @@ from dataclasses import dataclass
 from io import BytesIO
 from typing import Any
 
-import uvicorn
 from fastapi import FastAPI
 from PIL import Image
 
 from llavar_peft import Chat
 from llavar_peft.serving.app import create_app
 from llavar_peft.serving.page_app import mount_page
-from llavar_peft.serving.run import listen
+from llavar_peft.serving.run import listen, make_server
 
 MODEL = "tiny"
 JSON = ((b"host", b"localhost"), (b"content-type", b"application/json"))
@@ -35,7 +34,7 @@ def serving(chat: Chat, *, ui: bool = False, **settings: Any) -> Iterator[tuple[
         names = [MODEL, *chat.adapters]
         mount_page(app, models=names, most_tokens=app.state.limits.new_tokens, api_key=settings.get("api_key"))
     bound = listen("127.0.0.1", 0)
-    server = uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=1))
+    server = make_server(app, grace=1)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [bound]})
     thread.start()
     while not server.started and thread.is_alive():

@@ -23,8 +23,9 @@ import pytest
 from fastapi import FastAPI
 
 from llavar_peft import Chat, cli
+from llavar_peft.serving.app import create_app
 from llavar_peft.serving.limits import Limits
-from tests.serving.server import JSON, MODEL, ask_body, call, data_url, png, serving
+from tests.serving.server import JSON, MODEL, Reply, ask_body, call, data_url, png, serving
 
 GREEDY = {"temperature": 0.0, "max_tokens": 12}
 
@@ -212,6 +213,29 @@ def test_a_full_queue_sends_clients_away(chat: Chat) -> None:
         # Nothing of it stays behind.
         assert app.state.service.waiting == 0
         assert client.chat.completions.create(model=MODEL, messages=hello, n=2, **GREEDY).choices
+
+
+def test_sixty_four_wait_and_the_next_is_sent_away(chat: Chat, monkeypatch: pytest.MonkeyPatch) -> None:
+    goes_on, look = threading.Event(), chat.engine.look
+    monkeypatch.setattr(chat.engine, "look", lambda *args: (goes_on.wait(60), look(*args)))
+    app = create_app(chat.engine, name=MODEL)
+    service = app.state.service
+
+    async def ask_all() -> list[Reply]:
+        running = asyncio.create_task(call(app, ask_body("Go on.")))
+        while not service.running:
+            await asyncio.sleep(0.01)
+        waiting = [asyncio.create_task(call(app, ask_body("Go on.", n=8))) for _ in range(8)]
+        while service.waiting < 64:
+            await asyncio.sleep(0.01)
+        refused = await call(app, ask_body("Hello"))
+        goes_on.set()
+        return [refused, *await asyncio.gather(running, *waiting)]
+
+    replies = asyncio.run(asyncio.wait_for(ask_all(), 60))
+    service.close()
+    assert [reply.status for reply in replies] == [429, *[200] * 9]
+    assert replies[0].headers["retry-after"] == "5"
 
 
 def test_an_answer_that_takes_too_long_ends(chat: Chat) -> None:

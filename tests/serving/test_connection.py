@@ -1,0 +1,97 @@
+"""Those who only hold a connection do not keep it."""
+
+from __future__ import annotations
+
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+
+import pytest
+
+from llavar_peft import Chat
+from llavar_peft.serving.connection import Connection
+from llavar_peft.serving.limits import Limits
+from tests.serving.server import ask_body, serving
+
+HEALTH = b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n"
+
+
+@pytest.fixture
+def port(chat: Chat, monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
+    monkeypatch.setattr(Connection, "head_seconds", 0.5)
+    monkeypatch.setattr(Connection, "stalled_seconds", 0.5)
+    with serving(chat, limits=Limits(body_seconds=0.3)) as (address, _):
+        yield int(address.rpartition(":")[2])
+
+
+def _ends(connection: socket.socket, drip: bytes = b"") -> float:
+    """Seconds until the server ends a connection on which a byte comes now and then."""
+    began = time.monotonic()
+    connection.settimeout(0.1)
+    while time.monotonic() - began < 5:
+        with suppress(TimeoutError):
+            if not connection.recv(65536):
+                break
+        if drip:
+            connection.sendall(drip)
+    return time.monotonic() - began
+
+
+def _read(connection: socket.socket, end: bytes) -> bytes:
+    """An answer, whose head and body come one after the other."""
+    read = b""
+    while not read.endswith(end):
+        read += connection.recv(65536) or pytest.fail(f"the answer broke off: {read!r}")
+    return read
+
+
+@pytest.mark.parametrize("drip", [b"", b"X-A: b\r\n"])
+def test_no_head_comes(drip: bytes, port: int) -> None:
+    with socket.create_connection(("127.0.0.1", port)) as connection, suppress(ConnectionError):
+        connection.sendall(b"GET /health HTTP/1.1\r\n" if drip else b"")
+        assert 0.3 < _ends(connection, drip) < 3
+
+
+def test_no_second_head_comes(port: int) -> None:
+    with socket.create_connection(("127.0.0.1", port)) as connection, suppress(ConnectionError):
+        for _ in range(2):
+            connection.sendall(HEALTH)
+            assert _read(connection, b'"ok"}').startswith(b"HTTP/1.1 200")
+            time.sleep(0.3)  # an idle connection is kept, for as long as others are
+        connection.sendall(HEALTH[:9])
+        assert 0.3 < _ends(connection, b"e") < 3
+
+
+def test_the_rest_of_a_refused_body_drips(port: int) -> None:
+    head = b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+    with socket.create_connection(("127.0.0.1", port)) as connection, suppress(ConnectionError):
+        connection.sendall(head + b"Content-Length: 5000\r\n\r\n")
+        assert _read(connection, b"}}").startswith(b"HTTP/1.1 408")
+        assert 0.3 < _ends(connection, b" ") < 3
+
+
+def test_a_client_that_reads_nothing(chat: Chat, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Connection, "stalled_seconds", 0.5)
+    with serving(chat) as (address, app):
+        app.add_api_route("/long", lambda: "x" * 30_000_000, methods=["GET"])
+        with socket.create_connection(("127.0.0.1", int(address.rpartition(":")[2]))) as connection:
+            connection.sendall(b"GET /long HTTP/1.1\r\nHost: localhost\r\n\r\n")
+            time.sleep(2)
+            connection.settimeout(5)
+            read = 0
+            with suppress(ConnectionError):
+                while data := connection.recv(1 << 20):
+                    read += len(data)
+            assert read < 30_000_000
+
+
+def test_a_slow_answer_is_waited_for(port: int) -> None:
+    """Longer than heads are: the time is for asking, not for answering."""
+    body = ask_body("Go on.", temperature=2, max_tokens=900, n=8)
+    head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n"
+    with socket.create_connection(("127.0.0.1", port)) as connection:
+        began = time.monotonic()
+        connection.sendall(f"{head}Content-Type: application/json\r\n\r\n".encode() + body)
+        assert connection.recv(65536).startswith(b"HTTP/1.1 200")
+        assert time.monotonic() - began > Connection.head_seconds
