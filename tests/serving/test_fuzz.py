@@ -44,7 +44,11 @@ def files() -> list[bytes]:
         buffer = BytesIO()
         image.save(buffer, kind)
         found.append(buffer.getvalue())
-    return found
+    buffer = BytesIO()
+    image.save(buffer, "JPEG", progressive=True)
+    data = buffer.getvalue()
+    scan = data.rindex(b"\xff\xda")
+    return [*found, data[:scan] + data[scan:-2] * 200 + data[-2:]]  # scans without end
 
 
 def _mutated(data: bytes, draw: random.Random) -> bytes:
