@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
+import warnings
 from dataclasses import dataclass
 from typing import Annotated
 
@@ -112,6 +113,9 @@ def _global_options(
 
 
 def _configure_logging(debug: bool) -> None:
+    if not debug and not sys.warnoptions:
+        # What libraries tell one another of their next versions is nothing that a user of this command can mend.
+        warnings.filterwarnings("ignore", category=FutureWarning)
     level = logging.DEBUG if debug else logging.INFO
     logging.basicConfig(format="%(levelname)s %(name)s: %(message)s" if debug else "%(message)s", force=True)
     # Only this package speaks at INFO: a library's lines would bury its progress. Other ranks report problems only.

@@ -21,6 +21,7 @@ from llavar_peft.inference.detokenize import TextStream
 from llavar_peft.inference.engine import Engine
 from llavar_peft.inference.requests import Answer, FinishReason, Prefix, Request
 from llavar_peft.inference.sampling import choose_tokens, new_generator
+from llavar_peft.models.modeling import CACHE_ARGUMENT
 
 
 class Row:
@@ -144,8 +145,8 @@ class Batch:
             input_ids=last_B1,
             attention_mask=self._mask_BW,
             position_ids=places_B1,
-            past_key_values=self._cache,
             use_cache=True,
+            **{CACHE_ARGUMENT: self._cache},
         )
         self._take(output.logits[:, -1], first=0)
 
@@ -171,9 +172,9 @@ class Batch:
             inputs_embeds=embeds_BTD,
             attention_mask=mask_BW,
             position_ids=(mask_BW.cumsum(dim=1) - 1).clamp(min=0)[:, past:],
-            past_key_values=cache,
             use_cache=True,
             logits_to_keep=1,
+            **{CACHE_ARGUMENT: cache},
         )
         return cache, mask_BW, output.logits[:, -1]
 

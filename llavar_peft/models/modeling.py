@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from typing import Any
+from inspect import signature
+from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +22,11 @@ from transformers.models.llava.modeling_llava import LlavaCausalLMOutputWithPast
 from llavar_peft.constants import IGNORE_INDEX
 from llavar_peft.models.chunked_loss import LossHead
 from llavar_peft.models.configuration import LlavarConfig
+
+CACHE_ARGUMENT: Final = (
+    "cache" if "cache" in signature(LlavaForConditionalGeneration.forward).parameters else "past_key_values"
+)
+"""What ``forward`` calls the cache of keys and values: transformers 5.24 gave it another name."""
 
 
 class UnusedCLIPEncoderLayer(CLIPEncoderLayer):
@@ -92,7 +98,6 @@ class LlavarModel(LlavaModel):
         pixel_values: Tensor | Sequence[Tensor] | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
-        past_key_values: Any = None,
         inputs_embeds: Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
@@ -106,9 +111,8 @@ class LlavarModel(LlavaModel):
             pixel_values: ``[N, 3, H, W]`` or a sequence of ``[3, H, W]``, in reading order over the batch.
             attention_mask: ``[B, T]``.
             position_ids: ``[B, T]``.
-            past_key_values: The cache of keys and values.
             inputs_embeds: ``[B, T, D]`` instead of ``input_ids``.
-            **kwargs: What the parent's ``forward`` takes.
+            **kwargs: What the parent's ``forward`` takes, the cache among it (``CACHE_ARGUMENT``).
 
         Returns:
             The parent's output.
@@ -121,7 +125,6 @@ class LlavarModel(LlavaModel):
             pixel_values=pixel_values,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             **kwargs,
         )
@@ -157,13 +160,12 @@ class LlavarForConditionalGeneration(LlavaForConditionalGeneration):
         self.lm_head = LossHead.of(self.lm_head)
         self.post_init()
 
-    def forward(  # noqa: PLR0913, PLR0917 - the library's own, and one more
+    def forward(
         self,
         input_ids: Tensor | None = None,
         pixel_values: Tensor | Sequence[Tensor] | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
-        past_key_values: Any = None,
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
         logits_to_keep: int | Tensor = 0,
@@ -177,12 +179,11 @@ class LlavarForConditionalGeneration(LlavaForConditionalGeneration):
             pixel_values: ``[N, 3, H, W]`` or a sequence of ``[3, H, W]``, in reading order over the batch.
             attention_mask: ``[B, T]``.
             position_ids: ``[B, T]``.
-            past_key_values: The cache of keys and values.
             inputs_embeds: ``[B, T, D]`` instead of ``input_ids``.
             labels: ``[B, T]``, for the parent's loss.
             logits_to_keep: Positions whose logits are wanted.
             targets: ``[B, T]``, what each position has to predict; ``IGNORE_INDEX`` where nothing.
-            **kwargs: What the parent's ``forward`` takes.
+            **kwargs: What the parent's ``forward`` takes, the cache among it (``CACHE_ARGUMENT``).
 
         Returns:
             The parent's output. With ``targets`` its ``loss`` is the summed cross entropy in float32, and ``logits`` is
@@ -193,7 +194,6 @@ class LlavarForConditionalGeneration(LlavaForConditionalGeneration):
             "pixel_values": pixel_values,
             "attention_mask": attention_mask,
             "position_ids": position_ids,
-            "past_key_values": past_key_values,
             "inputs_embeds": inputs_embeds,
             **kwargs,
         }

@@ -10,6 +10,12 @@ import transformers
 from llavar_peft.config import Precision, Recipe, Stage
 from llavar_peft.errors import ConfigError
 
+# transformers 5.24 gave recomputation another name.
+_RECOMPUTING = (
+    "activation_checkpointing"
+    if "activation_checkpointing" in transformers.TrainingArguments.__dataclass_fields__
+    else "gradient_checkpointing"
+)
 _OPTIMIZERS = {"adamw": "adamw_torch", "adamw_8bit": "adamw_bnb_8bit", "paged_adamw_8bit": "paged_adamw_8bit"}
 
 
@@ -52,8 +58,6 @@ def training_arguments(recipe: Recipe, stage: Stage, directory: Path, *, ranks: 
         fp16=precision == "fp16",
         tf32=True if cuda and precision != "fp32" and torch.cuda.get_device_capability()[0] >= 8 else None,
         use_cpu=not cuda and not torch.backends.mps.is_available(),
-        gradient_checkpointing=bool(stage.gradient_checkpointing),
-        gradient_checkpointing_kwargs={"use_reentrant": False} if stage.gradient_checkpointing else None,
         dataloader_num_workers=stage.data.workers,
         dataloader_pin_memory=cuda,
         save_strategy="steps" if stage.save_every_steps else "no",
@@ -68,6 +72,10 @@ def training_arguments(recipe: Recipe, stage: Stage, directory: Path, *, ranks: 
         disable_tqdm=True,
         ddp_find_unused_parameters=False,
         log_level="error",
+        **{
+            _RECOMPUTING: bool(stage.gradient_checkpointing),
+            f"{_RECOMPUTING}_kwargs": {"use_reentrant": False} if stage.gradient_checkpointing else None,
+        },
     )
 
 

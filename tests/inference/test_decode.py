@@ -52,6 +52,7 @@ def run(batch: Batch) -> None:
         batch.step()
 
 
+@pytest.mark.filterwarnings("error:.*cache.*:FutureWarning")  # names change; users are not to read of it
 @pytest.mark.parametrize("kind", ["engine", "nf4_engine"])
 def test_any_batch_answers_as_generate(kind: str, pictures: list[Path], request: pytest.FixtureRequest) -> None:
     engine: Engine = request.getfixturevalue(kind)

@@ -44,6 +44,7 @@ def test_a_token_budget_changes_no_loss_and_no_weight(average: Any, tiny_recipe:
         torch.testing.assert_close(weights[name], one, atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.filterwarnings("error:.gradient_checkpointing.:FutureWarning")
 def test_auto_recomputes_what_the_memory_asks_for_and_changes_nothing(tiny_recipe: Recipe) -> None:
     stage = dataclasses.replace(
         tiny_recipe.stages[1], tune=Lora(rank=4, alpha=8.0, dropout=0.1), max_steps=3, gradient_checkpointing="auto"
