@@ -119,6 +119,7 @@ def _configure_logging(debug: bool) -> None:
     logging.getLogger("llavar_peft").setLevel(level if is_first_rank() else logging.WARNING)
     # Where it is installed, accelerate imports it, and it logs to standard output, where our results go.
     logging.getLogger("DeepSpeed").addFilter(_to_standard_error)
+    logging.getLogger("bitsandbytes.autograd._functions").addFilter(_is_news)
 
 
 class _StandardError(logging.Handler):
@@ -130,6 +131,11 @@ class _StandardError(logging.Handler):
             print(self.format(record), file=sys.stderr, flush=True)  # noqa: T201
         except Exception:  # noqa: BLE001 - as every handler: a line that cannot be written ends nothing
             self.handleError(record)
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    """Not what bitsandbytes says of each layer at each token, and what 8 bits are."""
+    return not record.getMessage().startswith("MatMul8bitLt: inputs will be cast")
 
 
 def _to_standard_error(record: logging.LogRecord) -> bool:
