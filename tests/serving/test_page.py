@@ -15,7 +15,7 @@ from gradio_client import Client, handle_file
 from PIL import Image
 
 from llavar_peft import Chat
-from tests.serving.server import MODEL, serving
+from tests.serving.server import MODEL, progressive, serving
 
 GREEDY = {"temperature": 0, "tokens": 12, "seed": None}
 
@@ -95,6 +95,14 @@ def test_a_huge_picture_is_not_decoded(client: Client, tmp_path: Path) -> None:
     Image.new("1", (12000, 12000)).save(huge)
     with pytest.raises(Exception, match="picture"):
         ask(client, huge, "Read.")
+
+
+def test_endless_scans_come_to_the_api_as_they_are(client: Client, tmp_path: Path) -> None:
+    """Told to change a picture's mode, Gradio would go through all of them first, and the API see a harmless file."""
+    endless = tmp_path / "endless.jpg"
+    endless.write_bytes(progressive(200))
+    with pytest.raises(Exception, match="more than 100 scans"):
+        ask(client, endless, "Read.")
 
 
 NOT_UPLOADED = (
