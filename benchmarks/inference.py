@@ -1,11 +1,12 @@
 """Asking: batches, second turns, 4 bits, a cold start and the server, against the original's way.
 
     python benchmarks/inference.py [--model DIR] [--size small] [--questions 64] [--tokens 32] [--rounds 3]
-        [--tasks questions turns storage start server] [--clients 32] [--seconds 120] [--out STEM]
+        [--tasks questions turns storage start server] [--dtype bfloat16] [--clients 32] [--seconds 120] [--out STEM]
 
 * questions: a file of questions, one record at a time as the original does, and by ``llavar-peft generate`` in batches;
 * turns: the second turn of a conversation, with what the first left behind and with everything computed again;
-* storage: the language model in 4 bits against the same not quantized: memory, tokens a second, whether answers agree;
+* storage: the language model in 4 bits, the rest in --dtype, against the whole in bfloat16 and in float32: memory,
+  tokens a second, whether answers agree;
 * start: from the command ``llavar-peft ask`` to its first token, in a new process;
 * server: ``llavar-peft serve`` under many clients at once, whose answers must be those of a single client.
 
@@ -35,6 +36,7 @@ from inference_table import run_table
 from weights import about, run
 
 BATCHES = (1, 8, 32)
+DTYPES = ("bfloat16", "float32")
 TASKS = ("questions", "turns", "storage", "start", "server")
 _IMPORTS = "from llavar_peft.inference.chat import load_chat"
 
@@ -69,21 +71,26 @@ def compare_turns(found: dict[str, Any]) -> dict[str, Any]:
     return {**times, "same": found["same"], "of": len(found["kept"])}
 
 
-def compare_storage(plain: dict[str, Any], packed: dict[str, Any], truths: Sequence[str]) -> dict[str, Any]:
-    """Two ways of storing one model, and how far their greedy answers agree."""
+def compare_storage(found: dict[str, dict[str, Any]], truths: Sequence[str]) -> dict[str, Any]:
+    """Ways of storing one model by name, and how far the greedy answers of ``nf4`` agree with those of the others."""
+    keep = ("dtype", "device", "load", "weights", "peak", "rates")
+    ways = {
+        name: {**{key: one[key] for key in keep}, "right": count_same(one["texts"], truths)}
+        for name, one in found.items()
+    }
+    agreement = {name: agree(one, found["nf4"]) for name, one in found.items() if name != "nf4"}
+    return {"ways": ways, "agreement": agreement, "of": len(truths)}
+
+
+def agree(plain: dict[str, Any], packed: dict[str, Any]) -> dict[str, float]:
+    """How many answers are the same, and which part of the tokens comes before the first that differs."""
     shared = [
         next((place for place, (one, two) in enumerate(zip(a, b, strict=False)) if one != two), min(len(a), len(b)))
         for a, b in zip(plain["ids"], packed["ids"], strict=True)
     ]
-    keep = ("dtype", "device", "load", "weights", "peak", "rates")
     return {
-        **{
-            name: {**{key: one[key] for key in keep}, "right": count_same(one["texts"], truths)}
-            for name, one in (("not quantized", plain), ("nf4", packed))
-        },
         "same": count_same(plain["texts"], packed["texts"]),
-        "same_tokens": sum(shared) / sum(len(ids) for ids in plain["ids"]),
-        "of": len(truths),
+        "tokens": sum(shared) / sum(len(ids) for ids in plain["ids"]),
     }
 
 
@@ -152,8 +159,12 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
         talks = min(options.questions, 8 * options.rounds)
         found["turns"] = compare_turns(work("turns", model, folder, tokens=options.tokens, talks=talks))
     if "storage" in options.tasks:
-        ways = [work("storage", model, folder, tokens=options.tokens, quantize=way) for way in (None, "nf4")]
-        found["storage"] = compare_storage(*ways, [one["answer"] for one in asked])
+        contenders = {**{name: (name, None) for name in DTYPES}, "nf4": (options.dtype, "nf4")}
+        ways = {
+            name: work("storage", model, folder, tokens=options.tokens, dtype=dtype, quantize=quantize)
+            for name, (dtype, quantize) in contenders.items()
+        }
+        found["storage"] = compare_storage(ways, [one["answer"] for one in asked])
     if "start" in options.tasks:
         found["start"] = measure_start(model, folder / "data/images" / asked[0]["image"], options.rounds)
     if "server" in options.tasks:
@@ -172,6 +183,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=32, help="at most for each answer")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
+    parser.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="of what is not in 4 bits, for storage")
     parser.add_argument("--clients", type=int, default=32)
     parser.add_argument("--seconds", type=float, default=120.0, help="that the clients ask for")
     parser.add_argument("--work", type=Path, help="an existing folder to work in; default: a temporary one")

@@ -57,18 +57,18 @@ def _storage(found: dict[str, Any]) -> list[str]:
         "| weights | model, MiB | peak over imports, MiB | load, s | tokens/s, batch 1 | batch 8 | right answers |"
     ]
     lines.append("|---|---|---|---|---|---|---|")
-    for name in ("not quantized", "nf4"):
-        one = found[name]
+    for name, one in found["ways"].items():
         rates = " | ".join(f"{one['rates'][size]:.1f}" for size in ("1", "8"))
+        label = f"nf4, the rest {one['dtype']}" if name == "nf4" else name
         lines.append(
-            f"| {name}, {one['dtype']} on {one['device']} | {one['weights'] / MIB:.1f} | {one['peak'] / MIB:.0f} |"
+            f"| {label}, on {one['device']} | {one['weights'] / MIB:.1f} | {one['peak'] / MIB:.0f} |"
             f" {one['load']:.1f} | {rates} | {one['right']} of {found['of']} |"
         )
-    agreement = (
-        f"Greedy answers of nf4 that are those of the other: {found['same']} of {found['of']}; tokens until the first"
-        f" that differs: {found['same_tokens']:.1%}. Tokens/s: while answering, prompts not counted."
+    agreement = "; ".join(
+        f"those of {name}: {one['same']} of {found['of']}, tokens until the first that differs: {one['tokens']:.1%}"
+        for name, one in found["agreement"].items()
     )
-    return [*lines, "", agreement]
+    return [*lines, "", f"Greedy answers of nf4 that are {agreement}. Tokens/s: while answering, prompts not counted."]
 
 
 def _start(found: dict[str, Any]) -> list[str]:

@@ -25,7 +25,7 @@ from llavar_peft.inference.generate import generate
 from llavar_peft.inference.requests import encode_messages, question_content
 
 if TYPE_CHECKING:
-    from llavar_peft.config import Quantization
+    from llavar_peft.config import Dtype, Quantization
 
 
 def read_questions(data: Path) -> list[dict[str, Any]]:
@@ -129,21 +129,22 @@ def _second_turn(chat: Chat, image: Path, said: tuple[str, str, str], sampling: 
     yield from stream_row(chat.engine, Row(request, chat.engine, pieces.append), pieces)
 
 
-def measure_storage(model: str, data: Path, tokens: int, quantize: Quantization | None) -> dict[str, Any]:
+def measure_storage(model: str, data: Path, tokens: int, dtype: Dtype, quantize: Quantization | None) -> dict[str, Any]:
     """Loads a model stored in one way and answers all questions.
 
     Args:
         model: The checkpoint.
         data: Questions and pictures.
         tokens: At most for each answer.
-        quantize: How.
+        dtype: Of the weights that are not quantized.
+        quantize: How the language model's layers are.
 
     Returns:
         ``dtype``, ``load`` seconds, ``weights`` bytes, ``peak`` bytes over imports (on a GPU, of its memory), tokens a
         second as ``rates`` by batch size, and the answers' ``texts`` and ``ids``.
     """
     before, began = _peak(), time.perf_counter()
-    chat = load_chat(model, quantize=quantize)
+    chat = load_chat(model, dtype=dtype, quantize=quantize)
     load = time.perf_counter() - began
     plain, sampling = chat.engine.plain, Sampling(temperature=0.0, max_new_tokens=tokens)
     requests = [
@@ -194,7 +195,7 @@ def main(task: str, model: str, data: str, out: str, settings: str) -> None:
     elif task == "turns":
         found = measure_turns(model, Path(data), given["tokens"], given["talks"])
     else:
-        found = measure_storage(model, Path(data), given["tokens"], given["quantize"])
+        found = measure_storage(model, Path(data), given["tokens"], given["dtype"], given["quantize"])
     sys.stdout.write(json.dumps(found) + "\n")
 
 

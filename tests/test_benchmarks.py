@@ -192,10 +192,16 @@ def test_every_way_of_asking_gives_the_originals_answers(monkeypatch: pytest.Mon
     assert {name: one["same"] for name, one in found.items()} == {"original": 3, "batch 1": 3, "batch 2": 3}
     turns = inference.compare_turns(inference_work.measure_turns(*given, tokens=6, talks=2))
     assert (turns["same"], turns["of"]) == (2, 2)
-    plain, packed = (inference_work.measure_storage(*given, 6, way) for way in (None, "nf4"))
-    assert packed["weights"] < plain["weights"]
-    assert plain["texts"] == found_texts(tmp_path / "original.jsonl")
-    storage = json.loads(json.dumps(inference.compare_storage(plain, packed, [one["answer"] for one in asked])))
+    contenders = {"bfloat16": ("bfloat16", None), "float32": ("float32", None), "nf4": ("bfloat16", "nf4")}
+    ways = {name: inference_work.measure_storage(*given, 6, *way) for name, way in contenders.items()}
+    assert {name: one["dtype"] for name, one in ways.items()} == {
+        name: dtype for name, (dtype, _) in contenders.items()
+    }
+    assert ways["nf4"]["weights"] < ways["bfloat16"]["weights"] < 0.6 * ways["float32"]["weights"]
+    assert ways["float32"]["texts"] == found_texts(tmp_path / "original.jsonl")
+    storage = json.loads(json.dumps(inference.compare_storage(ways, [one["answer"] for one in asked])))
+    assert inference.agree(ways["nf4"], ways["nf4"]) == {"same": 3, "tokens": 1.0}
+    assert set(storage["agreement"]) == {"bfloat16", "float32"}
     lines = inference_table.run_table({**ABOUT, "questions": found, "turns": turns, "storage": storage}).splitlines()
     assert sum(line.endswith("| 3 of 3 |") for line in lines) == 3
 

@@ -1,6 +1,8 @@
 """The command line: what it prints, what it exits with, and what it does not import."""
 
+import io
 import json
+import logging
 import shutil
 import subprocess
 import sys
@@ -102,6 +104,16 @@ def test_faults_of_a_recipe_go_to_stderr_with_status_2(capsys: pytest.CaptureFix
     assert captured.out == ""
     assert "1 problem\n  stages.0.optim.learing_rate: unknown field; did you mean 'learning_rate'?" in captured.err
     assert "Traceback" not in captured.err
+
+
+def test_the_log_goes_where_standard_error_is_by_then(monkeypatch: pytest.MonkeyPatch) -> None:
+    before, later = io.StringIO(), io.StringIO()
+    monkeypatch.setattr(sys, "stderr", before)
+    assert run("recipe", "list") == 0
+    before.close()
+    monkeypatch.setattr(sys, "stderr", later)
+    logging.getLogger("llavar_peft.anything").info("%d words", 2)
+    assert later.getvalue() == "2 words\n"
 
 
 @pytest.mark.parametrize(

@@ -117,11 +117,29 @@ def _configure_logging(debug: bool) -> None:
         # What libraries tell one another of their next versions is nothing that a user of this command can mend.
         warnings.filterwarnings("ignore", category=FutureWarning)
     level = logging.DEBUG if debug else logging.INFO
-    logging.basicConfig(format="%(levelname)s %(name)s: %(message)s" if debug else "%(message)s", force=True)
+    layout = "%(levelname)s %(name)s: %(message)s" if debug else "%(message)s"
+    logging.basicConfig(format=layout, handlers=[_StandardError()], force=True)
     # Only this package speaks at INFO: a library's lines would bury its progress. Other ranks report problems only.
     logging.getLogger("llavar_peft").setLevel(level if is_first_rank() else logging.WARNING)
     # Where it is installed, accelerate imports it, and it logs to standard output, where our results go.
     logging.getLogger("DeepSpeed").addFilter(_to_standard_error)
+    logging.getLogger("bitsandbytes.autograd._functions").addFilter(_is_news)
+
+
+class _StandardError(logging.Handler):
+    """Writes to what standard error is by then: logging's own handler keeps to one that may be closed meanwhile."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Writes a line."""
+        try:
+            print(self.format(record), file=sys.stderr, flush=True)  # noqa: T201
+        except Exception:  # noqa: BLE001 - as every handler: a line that cannot be written ends nothing
+            self.handleError(record)
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    """Not what bitsandbytes says of each layer at each token, and what 8 bits are."""
+    return not record.getMessage().startswith("MatMul8bitLt: inputs will be cast")
 
 
 def _to_standard_error(record: logging.LogRecord) -> bool:

@@ -45,6 +45,7 @@ def load_chat(
             run's, which stands for its result.
         adapter: An adapter's folder, laid over ``model``; or several by name, of which each call chooses one.
         quantize: How the language model's linear layers are stored; None leaves an adapter's base as it was trained on.
+            With ``int8``, what else is in a batch can change an answer's logits a little (bitsandbytes' outliers).
         device: ``auto`` is a GPU where there is one, then Apple's (not quantized), then the CPU.
         dtype: Of the weights; ``auto`` is bfloat16 on a GPU that has it, else float32.
         vision_tower: Where the tower is, for a checkpoint in the released layout.

@@ -1,7 +1,8 @@
 """Decoding in batches whose rows come, go and are drawn each in its own way.
 
 Rows are aligned on the right: a prompt shorter than the batch is wide has padding on its left, which attention does not
-see and positions do not count, so that a row gets what it would get alone.
+see and positions do not count, so that a row gets what it would get alone. Not quite on ``int8``: bitsandbytes looks
+for columns of large activations in the whole batch, and multiplies those columns unrounded for every row of it.
 
 Shape suffixes: B rows, T tokens, W width of the cache, D language model width, V vocabulary.
 """

@@ -20,7 +20,7 @@ _EXAMPLES_SEED: Final = 3_000_017
 
 
 def mount_page(app: FastAPI, *, models: Sequence[str], most_tokens: int, api_key: str | None = None) -> None:
-    """Adds the page under ``PREFIX``. Before the application starts, and as its last middleware, which comes first.
+    """Adds the page under ``PREFIX``, before the application starts.
 
     Args:
         app: The API's application, whose models the page asks.
@@ -33,6 +33,7 @@ def mount_page(app: FastAPI, *, models: Sequence[str], most_tokens: int, api_key
     os.environ["GRADIO_TEMP_DIR"] = files.name
     app.state.page_files = files  # removed with the application
     import gradio as gr
+    from starlette.middleware import Middleware
 
     from llavar_peft.serving.page import build_page
     from llavar_peft.serving.page_client import PageClient
@@ -46,7 +47,8 @@ def mount_page(app: FastAPI, *, models: Sequence[str], most_tokens: int, api_key
         ssr_mode=False, enable_monitoring=False, pwa=False, mcp_server=False, root_path=PREFIX,
         theme=make_theme(), css=STYLE,
     )  # fmt: skip
-    app.add_middleware(PageGuard, prefix=PREFIX, files=Path(files.name), api_key=api_key)
+    # Not ``add_middleware``, which puts it outermost: the gate names, logs and counts what the guard refuses.
+    app.user_middleware.append(Middleware(PageGuard, prefix=PREFIX, files=Path(files.name), api_key=api_key))
 
 
 def draw_examples(folder: Path) -> list[tuple[str, str]]:

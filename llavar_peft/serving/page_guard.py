@@ -9,21 +9,20 @@ from __future__ import annotations
 import base64
 import binascii
 import hmac
+import logging
 import re
-from collections.abc import Awaitable, Callable, MutableMapping
+from collections.abc import MutableMapping
 from pathlib import Path
-from typing import Any, Final, TypeAlias
+from typing import Final
 from urllib.parse import urlsplit
 
 from starlette.requests import Request
 
 from llavar_peft.serving.body import read_body
+from llavar_peft.serving.gate import App, Message, Receive, Scope, Send
 from llavar_peft.serving.limits import Limits, RefusedError
 
-Scope: TypeAlias = MutableMapping[str, Any]
-Receive: TypeAlias = Callable[[], Awaitable[MutableMapping[str, Any]]]
-Send: TypeAlias = Callable[[MutableMapping[str, Any]], Awaitable[None]]
-App: TypeAlias = Callable[[Scope, Receive, Send], Awaitable[None]]
+logger = logging.getLogger(__name__)
 
 _API: Final = "/gradio_api/"
 _DOORS: Final = re.compile(
@@ -40,15 +39,12 @@ _POLICY: Final = (
     b" connect-src 'self' blob: data:; object-src 'none'; base-uri 'self'; form-action 'self';"
     b" frame-ancestors 'none'"
 )
-_HEADERS: Final = (
-    (b"content-security-policy", _POLICY),
-    (b"referrer-policy", b"no-referrer"),
-    (b"x-content-type-options", b"nosniff"),
-)
+_HEADERS: Final = ((b"content-security-policy", _POLICY), (b"referrer-policy", b"no-referrer"))
+_CHALLENGE: Final = (b"www-authenticate", b'Basic realm="llavar-peft"')
 
 
 class PageGuard:
-    """ASGI middleware before the page; other paths go by untouched.
+    """ASGI middleware before the page, behind ``Gate``, which names requests; other paths go by untouched.
 
     With a key, a browser asks for it as the password (of any user); programs may also send it as the API's clients do.
 
@@ -71,26 +67,25 @@ class PageGuard:
         if scope["type"] != "http" or not (path == self._prefix or path.startswith(f"{self._prefix}/")):
             await self._app(scope, receive, send)
             return
+        try:
+            self._admit(scope)
+            if scope["method"] not in ("GET", "HEAD"):
+                # The body first: Gradio itself would read on without end.
+                receive = _replaying(await read_body(Request(scope, receive), Limits()), receive)
+        except RefusedError as error:
+            logger.info("request %s refused: %s", scope["state"]["request_id"], error.message)
+            await _answer(send, error)
+            return
+        await self._app(self._with_bearer(scope), receive, _adding_headers(send))
+
+    def _admit(self, scope: Scope) -> None:
         headers = {name.lower(): value for name, value in scope["headers"]}
         if self._api_key is not None and not _knows(headers.get(b"authorization", b""), self._api_key):
-            await _answer(send, 401, b"A key is needed.", (b"www-authenticate", b'Basic realm="llavar-peft"'))
-        elif _from_elsewhere(headers):
-            await _answer(send, 403, b"Not from another site.")
-        elif not self._is_open(path[len(self._prefix) :]):
-            await _answer(send, 404, b"Not found.")
-        elif scope["method"] in ("GET", "HEAD"):
-            await self._app(self._with_bearer(scope), receive, _adding_headers(send))
-        else:
-            await self._with_body(self._with_bearer(scope), receive, send)
-
-    async def _with_body(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Reads the body first: Gradio itself would read on without end."""
-        try:
-            body = await read_body(Request(scope, receive), Limits())
-        except RefusedError as error:
-            await _answer(send, error.status, error.message.encode())
-            return
-        await self._app(scope, _replaying(body, receive), _adding_headers(send))
+            raise RefusedError(401, "A key is needed.", "invalid_api_key")
+        if _from_elsewhere(headers):
+            raise RefusedError(403, "Not from another site.", "wrong_origin")
+        if not self._is_open(scope["path"][len(self._prefix) :]):
+            raise RefusedError(404, "Not found.", "not_found")
 
     def _is_open(self, path: str) -> bool:
         door = _DOORS.fullmatch(path)
@@ -127,16 +122,16 @@ def _from_elsewhere(headers: MutableMapping[bytes, bytes]) -> bool:
 
 
 def _replaying(body: bytes, receive: Receive) -> Receive:
-    left = [{"type": "http.request", "body": body, "more_body": False}]
+    left: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
 
-    async def replaying() -> MutableMapping[str, Any]:
+    async def replaying() -> Message:
         return left.pop() if left else await receive()
 
     return replaying
 
 
 def _adding_headers(send: Send) -> Send:
-    async def adding(message: MutableMapping[str, Any]) -> None:
+    async def adding(message: Message) -> None:
         if message["type"] == "http.response.start":
             message["headers"] = [*message.get("headers", []), *_HEADERS]
         await send(message)
@@ -144,7 +139,8 @@ def _adding_headers(send: Send) -> Send:
     return adding
 
 
-async def _answer(send: Send, status: int, text: bytes, *headers: tuple[bytes, bytes]) -> None:
-    plain = (b"content-type", b"text/plain; charset=utf-8")
-    await send({"type": "http.response.start", "status": status, "headers": [plain, *headers, *_HEADERS]})
-    await send({"type": "http.response.body", "body": text})
+async def _answer(send: Send, error: RefusedError) -> None:
+    challenge = [_CHALLENGE] if error.status == 401 else []
+    headers = [(b"content-type", b"text/plain; charset=utf-8"), *challenge, *_HEADERS]
+    await send({"type": "http.response.start", "status": error.status, "headers": headers})
+    await send({"type": "http.response.body", "body": error.message.encode()})

@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
+from llavar_peft.inference.detokenize import bytes_of_tokens
 from llavar_peft.inference.requests import Answer
 from llavar_peft.serving.limits import RefusedError
 
@@ -139,13 +140,25 @@ def usage(answers: Sequence[Answer]) -> dict[str, int]:
 
 
 def logprobs_of(answer: Answer, tokenizer: Any) -> dict[str, Any] | None:
-    """The chosen tokens with their log-probabilities, if they were asked for."""
+    """The tokens that an answer's text is made of, with their log-probabilities, if they were asked for.
+
+    Others that were chosen (a closing ``</s>``, white space at the ends, a stop text) are counted in the usage alone.
+    """
     if answer.logprobs is None:
         return None
-    tokens = tokenizer.convert_ids_to_tokens(list(answer.ids))
+    parts = bytes_of_tokens(tokenizer, answer.ids, answer.text)
     return {
         "content": [
-            {"token": token, "logprob": logprob, "bytes": list(token.encode()), "top_logprobs": []}
-            for token, logprob in zip(tokens, answer.logprobs, strict=True)
+            {"token": _spelled(part), "logprob": logprob, "bytes": list(part), "top_logprobs": []}
+            for part, logprob in zip(parts, answer.logprobs, strict=True)
+            if part
         ]
     }
+
+
+def _spelled(part: bytes) -> str:
+    r"""A token as text; the part of a character as OpenAI spells it, ``\xe2\x82``."""
+    try:
+        return part.decode()
+    except UnicodeDecodeError:
+        return "".join(f"\\x{byte:02x}" for byte in part)

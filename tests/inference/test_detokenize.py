@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llavar_peft.inference.detokenize import TextStream
+from llavar_peft.inference.detokenize import TextStream, bytes_of_tokens
 from llavar_peft.models.tokenizer import add_image_tokens, load_tokenizer
 from tests.weights.adapters import LANGUAGE_MODEL
 
@@ -33,14 +33,29 @@ def _stream(tokenizer: Any, ids: list[int], stop: tuple[str, ...] = ()) -> tuple
     return pieces, stream.stopped
 
 
-@given(data=st.data(), which=st.sampled_from([0, 1]))
-def test_any_tokens(data: st.DataObject, which: int) -> None:
-    tokenizer = TOKENIZERS[which]
+@pytest.fixture(scope="session")
+def llama(shared_dir: Path) -> Any:
+    folder = shared_dir / "reference/tokenizer"
+    if not folder.is_dir():
+        pytest.skip(f"LLaMA's tokenizer.model is not at {folder}")
+    return _load(folder)
+
+
+def _ids(data: st.DataObject, tokenizer: Any) -> list[int]:
     # Special tokens and bytes are the first 259, the image tokens the last 3.
     token = (
         st.integers(0, 260) | st.integers(0, len(tokenizer) - 1) | st.integers(len(tokenizer) - 3, len(tokenizer) - 1)
     )
-    ids = data.draw(st.lists(token, max_size=40))
+    # What is UTF-8 over several tokens would seldom come by itself.
+    spelled = st.text(max_size=3).map(lambda text: [3 + byte for byte in text.encode()])
+    parts = data.draw(st.lists(token.map(lambda one: [one]) | spelled, max_size=30))
+    return [one for part in parts for one in part]
+
+
+@given(data=st.data(), which=st.sampled_from([0, 1]))
+def test_any_tokens(data: st.DataObject, which: int) -> None:
+    tokenizer = TOKENIZERS[which]
+    ids = _ids(data, tokenizer)
     whole = tokenizer.decode(ids, skip_special_tokens=True).strip()
     pieces, _ = _stream(tokenizer, ids)
     assert "".join(pieces) == whole
@@ -59,3 +74,51 @@ def test_never_half_a_character(tokenizer: Any) -> None:
     assert "".join(pieces) == text
     assert not any("\ufffd" in piece for piece in pieces)
     assert sum(bool(piece) for piece in pieces) > 5
+
+
+def _check_bytes(data: st.DataObject, tokenizer: Any) -> None:
+    ids = _ids(data, tokenizer)
+    raw = tokenizer.decode(ids, skip_special_tokens=True)
+    stop = data.draw(st.none() | st.text(st.sampled_from(raw or "x"), min_size=1, max_size=3))
+    stream = TextStream(tokenizer, () if stop is None else (stop,))
+    said = []
+    for token in ids:
+        said.append(token)
+        stream.add(token)
+        if stream.stopped:
+            break
+    stream.close()
+    parts = bytes_of_tokens(tokenizer, said, stream.text)
+    assert len(parts) == len(said)
+    assert b"".join(parts).decode() == stream.text
+    special = {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
+    for token, part in zip(said, parts, strict=True):
+        if token in special:
+            assert part == b""
+        elif 3 <= token < 259:  # itself, nothing, or the sign for what is no UTF-8
+            assert part in (bytes([token - 3]), b"", "\ufffd".encode())
+        else:
+            assert part.decode() in tokenizer.convert_ids_to_tokens(token).replace("▁", " ")
+
+
+@given(data=st.data(), which=st.sampled_from([0, 1]))
+def test_each_token_has_its_bytes_of_the_text(data: st.DataObject, which: int) -> None:
+    _check_bytes(data, TOKENIZERS[which])
+
+
+@given(data=st.data())
+def test_each_of_llamas_tokens_has_its_bytes_of_the_text(data: st.DataObject, llama: Any) -> None:
+    _check_bytes(data, llama)
+
+
+@pytest.mark.parametrize("tokenizer", TOKENIZERS)
+def test_characters_over_several_tokens_are_single_bytes(tokenizer: Any) -> None:
+    smile = [3 + byte for byte in "🙂".encode()]
+    (word,) = (index for piece, index in tokenizer.get_vocab().items() if piece == "▁the")
+    ids = [3 + ord(" "), word, *smile, word, *smile[:3], tokenizer.eos_token_id]
+    text = "the🙂 the\ufffd\ufffd\ufffd"
+    assert tokenizer.decode(ids, skip_special_tokens=True).strip() == text
+    smiles = [bytes([byte]) for byte in "🙂".encode()]
+    assert bytes_of_tokens(tokenizer, ids, text) == [
+        b"", b"the", *smiles, b" the", *["\ufffd".encode()] * 3, b"",
+    ]  # fmt: skip

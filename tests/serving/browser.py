@@ -74,8 +74,16 @@ class Browser:
         self._call("Network.setExtraHTTPHeaders", headers=headers)
 
     def save_to(self, folder: Path) -> None:
+        self._call_browser("Browser.setDownloadBehavior", behavior="allow", downloadPath=str(folder))
+
+    def allow_clipboard(self) -> None:
+        """As a person would who is asked whether this page may read it."""
+        self._call_browser("Browser.grantPermissions", permissions=["clipboardReadWrite", "clipboardSanitizedWrite"])
+        self._call("Emulation.setFocusEmulationEnabled", enabled=True)
+
+    def _call_browser(self, method: str, **params: Any) -> None:
         session, self._session = self._session, None
-        self._call("Browser.setDownloadBehavior", behavior="allow", downloadPath=str(folder))
+        self._call(method, **params)
         self._session = session
 
     def open(self, url: str) -> None:
@@ -99,6 +107,15 @@ class Browser:
 
     def click(self, selector: str) -> None:
         self.wait_for(f"(() => {{ const it = document.querySelector({selector!r}); it?.click(); return !!it }})()")
+
+    def press_mouse(self, selector: str) -> None:
+        """A click of the hand: some things a page may do only after one."""
+        place = self.wait_for(
+            f"(() => {{ const it = document.querySelector({selector!r}); it?.scrollIntoView({{block: 'center'}});"
+            " const at = it?.getBoundingClientRect(); return at && [at.x + at.width / 2, at.y + at.height / 2] })()"
+        )
+        for kind in ("mousePressed", "mouseReleased"):
+            self._call("Input.dispatchMouseEvent", type=kind, x=place[0], y=place[1], button="left", clickCount=1)
 
     def type(self, selector: str, text: str) -> None:
         self.wait_for(

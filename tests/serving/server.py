@@ -113,6 +113,15 @@ def png(width: int = 40, height: int = 30, colour: str = "red") -> bytes:
     return file.getvalue()
 
 
+def progressive(more: int = 0) -> bytes:
+    """A JPEG of several scans, with its last one repeated as often again."""
+    file = BytesIO()
+    Image.new("L", (640, 480), 90).save(file, "JPEG", progressive=True)
+    data = file.getvalue()
+    last = data.rindex(b"\xff\xda")
+    return data[:last] + data[last:-2] * (1 + more) + data[-2:]
+
+
 def data_url(data: bytes, kind: str = "image/png") -> str:
     """A file as an address."""
     return f"data:{kind};base64,{base64.b64encode(data).decode()}"

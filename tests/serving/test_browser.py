@@ -159,3 +159,47 @@ def test_stop_ends_an_answer(browser: Browser, server: tuple[str, FastAPI]) -> N
     while service.running and time.monotonic() < deadline:
         time.sleep(0.02)
     assert service.running == service.waiting == 0
+
+
+@pytest.fixture
+def unhurried(chat: Chat) -> Iterator[None]:
+    """A tenth of a second for each token."""
+    hook = chat.engine.plain.lm_head.register_forward_hook(lambda *_: time.sleep(0.1))
+    yield
+    hook.remove()
+
+
+_WATCH = """(() => {
+  window.seen = [];
+  new MutationObserver(() => {
+    const answer = document.querySelector("#window_0 .answer");
+    if (answer) seen.push([answer.querySelector(".words").textContent, answer.classList.contains("waiting")]);
+  }).observe(document.querySelector("#window_0"), {childList: true, subtree: true, characterData: true});
+})()"""
+_COPY = "#window_0 .answer .copy"
+
+
+@pytest.mark.usefixtures("endless", "unhurried")
+def test_an_answer_grows_before_the_eyes_and_is_copied(browser: Browser) -> None:
+    browser.allow_clipboard()
+    _draw_greedily(browser)
+    browser.type(QUESTION, "Go on.")
+    browser.run(_WATCH)
+    browser.click(ASK)
+    (answer,) = _answers(browser, 0, 1)
+    seen = browser.run("seen")
+    growing = [text for text, waiting in seen if waiting and text]
+    assert len(set(growing)) > 3
+    assert all(later.startswith(text) for text, later in zip(growing, [*growing[1:], answer], strict=True))
+    assert 0 < len(growing[0]) < len(answer) == 12
+
+    for clipboard in (True, False):  # as over plain HTTP from elsewhere
+        browser.run("navigator.clipboard.writeText('something else')")
+        browser.wait_for("navigator.clipboard.readText().then(text => text == 'something else')")
+        browser.run(f"document.querySelector({_COPY!r}).textContent = 'copy'")
+        if not clipboard:
+            browser.run("Object.defineProperty(navigator, 'clipboard', {value: undefined, configurable: true})")
+        browser.press_mouse(_COPY)
+        browser.wait_for(f"document.querySelector({_COPY!r}).textContent == 'copied'")
+        browser.run("delete navigator.clipboard")  # what was put before it
+        assert browser.run("navigator.clipboard.readText()") == answer

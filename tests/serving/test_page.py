@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from html import unescape
+from http.client import HTTPConnection
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from gradio_client import Client, handle_file
 from PIL import Image
 
 from llavar_peft import Chat
-from tests.serving.server import MODEL, serving
+from tests.serving.server import MODEL, progressive, serving
 
 GREEDY = {"temperature": 0, "tokens": 12, "seed": None}
 
@@ -96,6 +97,14 @@ def test_a_huge_picture_is_not_decoded(client: Client, tmp_path: Path) -> None:
         ask(client, huge, "Read.")
 
 
+def test_endless_scans_come_to_the_api_as_they_are(client: Client, tmp_path: Path) -> None:
+    """Told to change a picture's mode, Gradio would go through all of them first, and the API see a harmless file."""
+    endless = tmp_path / "endless.jpg"
+    endless.write_bytes(progressive(200))
+    with pytest.raises(Exception, match="more than 100 scans"):
+        ask(client, endless, "Read.")
+
+
 NOT_UPLOADED = (
     "/etc/hostname", "http://127.0.0.1:9/x.png", "https://example.org/x.png", "../README.md", "file:///etc/hostname",
 )  # fmt: skip
@@ -138,17 +147,53 @@ def test_nothing_is_asked_of_other_machines(address: str) -> None:
     assert config["analytics_enabled"] is False
 
 
-def test_the_key_is_asked_for(chat: Chat) -> None:
+@pytest.fixture(scope="module")
+def keyed(chat: Chat) -> Iterator[str]:
     with serving(chat, ui=True, api_key="secret") as (root, _):
-        url = f"{root}/ui/"
-        assert httpx.get(url).status_code == 401
-        assert httpx.get(url, auth=("anyone", "secret")).status_code == 200
-        assert httpx.post(f"{url}gradio_api/queue/join", json={}).status_code == 401
-        client = Client(
-            url,
-            verbose=False,
-            analytics_enabled=False,
-            download_files=False,
-            headers={"Authorization": "Bearer secret"},
-        )
-        assert said(ask(client, None, "Read.")[-1][1])
+        yield root
+
+
+def test_the_key_is_asked_for(keyed: str) -> None:
+    url = f"{keyed}/ui/"
+    assert httpx.get(url).status_code == 401
+    assert httpx.get(url, auth=("anyone", "secret")).status_code == 200
+    assert httpx.post(f"{url}gradio_api/queue/join", json={}).status_code == 401
+    client = Client(
+        url,
+        verbose=False,
+        analytics_enabled=False,
+        download_files=False,
+        headers={"Authorization": "Bearer secret"},
+    )
+    assert said(ask(client, None, "Read.")[-1][1])
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "headers", "status", "why"),
+    [
+        ("GET", "", {"Authorization": "Bearer wrong"}, 401, "A key is needed"),
+        ("GET", "", {"Origin": "http://elsewhere.example"}, 403, "Not from another site"),
+        ("GET", "monitoring/summary", {}, 404, "Not found"),
+        ("POST", "gradio_api/queue/join", {"Content-Length": "30000000"}, 413, "the body is larger"),
+    ],
+)
+def test_what_is_refused_has_a_name_and_is_in_the_log(
+    keyed: str, method: str, path: str, headers: dict[str, str], status: int, why: str, caplog: Any
+) -> None:
+    caplog.set_level("INFO", "llavar_peft")
+    before = _refusals(keyed, status)
+    connection = HTTPConnection(keyed.removeprefix("http://"), timeout=30)
+    connection.request(method, f"/ui/{path}", headers={"Authorization": "Bearer secret", **headers})
+    answer = connection.getresponse()
+    assert (answer.status, answer.headers.get_all("x-content-type-options")) == (status, ["nosniff"])
+    name = answer.headers["x-request-id"]
+    connection.close()
+    assert _refusals(keyed, status) == before + 1
+    told = [record.getMessage() for record in caplog.records if name in record.getMessage()]
+    assert told[0].startswith(f"request {name} refused: {why}")
+    assert told[1].startswith(f"{method} /ui/{path} {status} ")
+
+
+def _refusals(root: str, status: int) -> int:
+    lines = httpx.get(f"{root}/metrics", headers={"Authorization": "Bearer secret"}).text.splitlines()
+    return sum(int(line.rpartition(" ")[2]) for line in lines if f'path="other",status="{status}"' in line)

@@ -13,6 +13,8 @@ import pytest
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, PlainTextResponse, StreamingResponse
 
+from llavar_peft.serving.gate import Gate
+from llavar_peft.serving.metrics import Metrics
 from llavar_peft.serving.page_client import PageClient, RefusedError
 from llavar_peft.serving.page_guard import PageGuard
 from llavar_peft.serving.page_record import Exchange, Talk
@@ -23,10 +25,9 @@ def guarded(api_key: str | None = None) -> Any:
         keys = dict(scope["headers"]).get(b"authorization", b"").decode()
         await PlainTextResponse(f"{scope['path']} {keys}")(scope, receive, send)
 
-    return httpx.AsyncClient(
-        transport=httpx.ASGITransport(PageGuard(app, prefix="/ui", files=Path("/srv/page"), api_key=api_key)),
-        base_url="http://localhost",
-    )
+    guard = PageGuard(app, prefix="/ui", files=Path("/srv/page"), api_key=api_key)
+    gate = Gate(guard, api_key=None, hosts=None, metrics=Metrics())
+    return httpx.AsyncClient(transport=httpx.ASGITransport(gate), base_url="http://localhost")
 
 
 def get(client: Any, path: str, **headers: str) -> Any:

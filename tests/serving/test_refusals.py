@@ -22,7 +22,7 @@ from llavar_peft.serving.conversation import read_conversation
 from llavar_peft.serving.limits import Limits, RefusedError
 from llavar_peft.serving.pictures import PictureReader
 from llavar_peft.serving.schema import parse_request
-from tests.serving.server import JSON, MODEL, Neighbour, ask_body, call, data_url, png, serving
+from tests.serving.server import JSON, MODEL, Neighbour, ask_body, call, data_url, png, progressive, serving
 
 
 @pytest.fixture
@@ -116,13 +116,8 @@ def test_every_format_that_is_promised_is_read(kind: str, app: FastAPI) -> None:
 
 def test_a_picture_of_endless_scans_is_not_decoded(app: FastAPI, caplog: pytest.LogCaptureFixture) -> None:
     """A megabyte of scans, each a pass over all pixels, would take minutes."""
-    file = BytesIO()
-    Image.new("L", (640, 480), 90).save(file, "JPEG", progressive=True)
-    data = file.getvalue()
-    last = data.rindex(b"\xff\xda")
-    assert asyncio.run(call(app, ask_body("Read.", data_url(data)))).status == 200
-    many = data[:last] + data[last:-2] * 200 + data[-2:]
-    answer = asyncio.run(call(app, ask_body("Read.", data_url(many))))
+    assert asyncio.run(call(app, ask_body("Read.", data_url(progressive())))).status == 200
+    answer = asyncio.run(call(app, ask_body("Read.", data_url(progressive(200)))))
     assert answer.status == 400
     assert "more than 100 scans" in answer.message
 
