@@ -99,7 +99,7 @@ def generate(  # noqa: PLR0913 - a run's settings, by name
         answers: The file to write, in the order of the questions.
         sampling: How answers are drawn; of a seed, each question gets one of its own.
         batch_size: Rows at most that are answered at a time. In float32 greedy answers do not depend on it; at half
-            precision or in 4 bits sums round otherwise in another batch, and close calls may fall the other way.
+            precision or quantized, sums round otherwise in another batch, and close calls may fall the other way.
         adapter: An adapter's folder.
         vision_tower: Where the tower is, for a checkpoint in the released layout.
         quantize: How the language model's linear layers are stored.
