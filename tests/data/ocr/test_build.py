@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from llavar_peft.cli import main
+from llavar_peft.constants import OCR_INSTRUCTIONS
 from llavar_peft.data.check import check_records
 from llavar_peft.data.images import ImageRoots
 from llavar_peft.data.ocr.build import BuildSettings, build_records, journal_path, report_path
@@ -22,7 +23,6 @@ from llavar_peft.data.ocr.journal import Journal
 from llavar_peft.data.ocr.quality import Limits
 from llavar_peft.data.ocr.reading import ReadingSettings, bring_short_edge
 from llavar_peft.data.records import open_records
-from llavar_peft.data.synthetic import OCR_INSTRUCTIONS
 from llavar_peft.errors import DataError, EnvironmentFaultError, ImageError
 
 pytest.importorskip("rapidocr")

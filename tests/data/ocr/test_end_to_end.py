@@ -11,7 +11,7 @@ import pytest
 from rapidfuzz.distance import Levenshtein
 
 from llavar_peft.cli import main
-from llavar_peft.data.synth.pages import SynthSettings
+from llavar_peft.data.synth.settings import SynthSettings
 from llavar_peft.data.synth.write import SynthResult, write_synthetic
 
 pytestmark = pytest.mark.slow
