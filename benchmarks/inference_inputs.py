@@ -70,10 +70,12 @@ def write_questions(folder: Path, count: int) -> list[dict[str, Any]]:
     Returns:
         The questions, with the right ``answer`` of each.
     """
-    from llavar_peft.data.synthetic import write_dataset
+    from llavar_peft.data.synth.settings import SynthSettings
+    from llavar_peft.data.synth.write import write_synthetic
 
     # The quickstart's held-out pictures have another seed still: none of these strings was ever trained on.
-    records = json.loads(write_dataset(folder, count=count, seed=2_000_003, task="question", longest=320).read_text())
+    settings = SynthSettings(style="plain", seed=2_000_003, width=320, task="question")
+    records = json.loads(write_synthetic(folder, count, settings).records.read_text())
     asked = []
     for number, record in enumerate(records):
         question, answer = (turn["value"] for turn in record["conversations"])

@@ -40,6 +40,20 @@ SYSTEM_PROMPT: Final = (
 USER_ROLE: Final = "USER"
 ASSISTANT_ROLE: Final = "ASSISTANT"
 
+OCR_INSTRUCTIONS: Final[tuple[str, ...]] = (
+    "Identify any text visible in the image provided.",
+    "List all the text you can see in the given image.",
+    "Enumerate the words or sentences visible in the picture.",
+    "Describe any readable text present in the image.",
+    "Report any discernible text you see in the image.",
+    "Share any legible words or sentences visible in the picture.",
+    "Provide a list of texts observed in the provided image.",
+    "Note down any readable words or phrases shown in the photo.",
+    "Report on any text that can be clearly read in the image.",
+    "Mention any discernable and legible text present in the given picture.",
+)
+"""The ten questions of the noisy OCR data. Source: arXiv 2306.17107, appendix; the spelling is the original's."""
+
 ATTENTION_LAYERS: Final = ("q_proj", "k_proj", "v_proj", "o_proj")
 MLP_LAYERS: Final = ("gate_proj", "up_proj", "down_proj")
 LINEAR_LAYERS: Final = ATTENTION_LAYERS + MLP_LAYERS

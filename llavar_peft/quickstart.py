@@ -19,7 +19,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from llavar_peft.config import Lora, Quantization, Recipe
-from llavar_peft.data.synthetic import write_dataset
+from llavar_peft.data.synth.settings import SynthSettings, Task
+from llavar_peft.data.synth.write import SynthResult, write_synthetic
 from llavar_peft.errors import ConfigError
 from llavar_peft.recipes import load_recipe
 
@@ -215,11 +216,16 @@ def _draw(root: Path, *, seed: int) -> None:
         if not (root / "data" / folder).is_dir():
             staged = root / "data" / f".{folder}"
             shutil.rmtree(staged, ignore_errors=True)
-            write_dataset(staged, count=count, seed=seed * 10 + number, task=task, longest=_LONGEST, processes=_cores())
+            _write(staged, count, seed * 10 + number, task, _cores())
             staged.rename(root / "data" / folder)
 
 
-_SETS: tuple[tuple[str, Literal["transcribe", "question", "conversation"], int], ...] = (
+def _write(folder: Path, count: int, seed: int, task: Task, workers: int) -> SynthResult:
+    settings = SynthSettings(style="plain", seed=seed, task=task, width=_LONGEST)
+    return write_synthetic(folder, count, settings, workers)
+
+
+_SETS: tuple[tuple[str, Task, int], ...] = (
     ("stage1", "transcribe", 1400),
     ("stage2", "conversation", 5600),
 )
@@ -232,7 +238,7 @@ def _cores() -> int:
 def _draw_held_out(root: Path, seed: int) -> list[tuple[Path, str, str]]:
     folder = root / "data/held_out"
     if not (folder / "records.json").is_file():
-        write_dataset(folder, count=_HELD_OUT_PICTURES, seed=_HELD_OUT_SEED + seed, task="question", longest=_LONGEST)
+        _write(folder, _HELD_OUT_PICTURES, _HELD_OUT_SEED + seed, "question", 1)
     records: list[dict[str, Any]] = json.loads((folder / "records.json").read_text(encoding="utf-8"))
     return [
         (

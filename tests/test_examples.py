@@ -14,7 +14,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from llavar_peft.data.synthetic import write_dataset
+from llavar_peft.data.synth.settings import SynthSettings
+from llavar_peft.data.synth.write import write_synthetic
 from tests.weights.adapters import save_wide_model
 
 ROOT = Path(__file__).parents[1]
@@ -24,7 +25,7 @@ PARTS = ROOT / "llavar_peft/assets/tiny"
 
 def test_two_stages_in_python(tmp_path: Path) -> None:
     for number, task in ((1, "transcribe"), (2, "conversation")):
-        write_dataset(tmp_path / f"data{number}", count=4, seed=number, task=task)  # type: ignore[arg-type]
+        write_synthetic(tmp_path / f"data{number}", 4, SynthSettings(style="plain", seed=number, task=task))  # type: ignore[arg-type]
     arguments = [
         f"--language-model={PARTS / 'language_model'}",
         f"--vision-tower={PARTS / 'vision_tower'}",
@@ -104,7 +105,7 @@ def test_slurm_starts_the_ranks_and_puts_an_interrupted_job_back(tmp_path: Path)
     for name, text in (("scontrol", _SCONTROL), ("srun", _SRUN)):
         (tmp_path / name).write_text(text)
         (tmp_path / name).chmod(0o755)
-    write_dataset(tmp_path / "data", count=8, seed=1, task="transcribe")
+    write_synthetic(tmp_path / "data", 8, SynthSettings(style="plain", seed=1, task="transcribe"))
     run = tmp_path / "run"
     settings = [
         f"output_dir={run}",

@@ -1,8 +1,11 @@
 """The package as a whole: what it exports, what it imports, how it is layered, documented and packed."""
 
+import ast
 import json
 import subprocess
 import sys
+from importlib.metadata import entry_points
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -48,6 +51,28 @@ def test_the_configuration_needs_neither_torch_nor_transformers() -> None:
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, check=True)
     assert not {"torch", "transformers", "PIL"} & set(json.loads(done.stdout))
+
+
+def test_lmms_eval_finds_the_model() -> None:
+    """By what the installed package declares, as far as it can be told where lmms-eval is not installed."""
+    (entry,) = (one for one in entry_points(group="lmms_eval.models") if one.name == "llavar")
+    spec = find_spec(entry.module)  # not loaded: it imports lmms-eval
+    assert spec is not None
+    assert spec.origin is not None
+    tree = ast.parse(Path(spec.origin).read_text(encoding="utf-8"))
+    there = {node.name: node for node in tree.body if isinstance(node, ast.ClassDef | ast.FunctionDef)}
+    (named,) = (
+        keyword.value
+        for call in ast.walk(there[entry.attr])
+        if isinstance(call, ast.Call)
+        for keyword in call.keywords
+        if keyword.arg == "simple_class_path"
+    )
+    path = ast.literal_eval(ast.unparse(named).removeprefix("f").replace("{__name__}", entry.module))
+    model = there[path.removeprefix(f"{entry.module}.")]
+    assert isinstance(model, ast.ClassDef)
+    methods = {one.name for one in model.body if isinstance(one, ast.FunctionDef)}
+    assert {"generate_until", "loglikelihood", "generate_until_multi_round"} <= methods  # what its base leaves abstract
 
 
 def tool(*command: str) -> None:

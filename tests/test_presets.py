@@ -105,9 +105,10 @@ def test_commands(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_training_by_a_preset_with_and_without_a_recipe(tmp_path: Path) -> None:
-    from llavar_peft.data.synthetic import write_dataset
+    from llavar_peft.data.synth.settings import SynthSettings
+    from llavar_peft.data.synth.write import write_synthetic
 
-    write_dataset(tmp_path / "data", count=6, seed=1, task="question")
+    write_synthetic(tmp_path / "data", 6, SynthSettings(style="plain", seed=1, task="question"))
     parts = ROOT / "llavar_peft/assets/tiny"
     settings = [
         f"model.language_model={parts / 'language_model'}",

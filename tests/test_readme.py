@@ -12,7 +12,8 @@ import pytest
 
 import llavar_peft
 from llavar_peft import ModelConfig, build_model, make_delta
-from llavar_peft.data.synthetic import write_dataset
+from llavar_peft.data.synth.settings import SynthSettings
+from llavar_peft.data.synth.write import write_synthetic
 from tests.commands import command, python
 
 ROOT = Path(llavar_peft.__file__).parents[1]
@@ -27,7 +28,7 @@ ELSEWHERE = {
     "llavar-peft ocr": "tests/data/ocr",
     "llavar-peft serve": "tests/serving",
     "python examples/openai_client.py": "tests/serving/test_api.py",
-    "llavar-peft synth": "tests/data/test_synth.py",
+    "llavar-peft synth": "tests/data/test_synth.py, test_synth_plain.py",
     "accelerate launch": "tests/test_examples.py; this one takes eight GPUs",
 }
 """How commands begin that are not run here, and why."""
@@ -54,7 +55,7 @@ def _furnish(folder: Path) -> None:
     model.save_pretrained(folder / "trained")
     processor.save_pretrained(folder / "trained")
     make_delta(folder / "llama-13b", folder / "trained", folder / "LLaVAR_delta")
-    write_dataset(folder / "drawn", count=8, seed=1, task="question")
+    write_synthetic(folder / "drawn", 8, SynthSettings(style="plain", seed=1, task="question"))
     drawn = folder / "drawn/images"
     for records, images in (
         ("receipts.json", "receipts"),

@@ -8,6 +8,9 @@ them is what stage 1 trains.
 from collections.abc import Iterable
 from typing import TypeAlias
 
+from llavar_peft.data.synth.faces import CAP_HEIGHT, text_width
+from llavar_peft.data.synth.scene import PlacedLine
+
 SIDE = 12
 """Cells along a side: 12 patches of 10 pixels are a picture of 120."""
 
@@ -24,10 +27,17 @@ RAMP = 0.2
 """How near to a cell's edge, in cells, a character's middle must lie for the next cell to get a share of it."""
 
 Line: TypeAlias = list[tuple[str, float, float]]
-"""Characters with the x and y of their middle, in cells, from left to right."""
+"""Characters with the x and y of their middle, mostly in cells, from left to right."""
 
 Cells: TypeAlias = tuple[list[int], list[float]]
 """Row by row, each cell's class and how much of it there is; the rest of the cell is blank."""
+
+
+def centres(line: PlacedLine) -> Line:
+    """A drawn line's characters with the x and y of their middles in pixels; y is the middle of the capitals."""
+    y = line.baseline - CAP_HEIGHT * line.size / 2
+    ends = [line.left + line.size * text_width(line.text[:n], line.face) for n in range(len(line.text) + 1)]
+    return [(c, (a + b) / 2, y) for c, a, b in zip(line.text, ends, ends[1:], strict=False)]
 
 
 def fill_cells(lines: Iterable[Line]) -> Cells:

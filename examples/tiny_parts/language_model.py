@@ -15,16 +15,17 @@ from random import Random
 from typing import TypeAlias
 
 import torch
-from grid import BLANK, CELL, CHARACTERS, SIDE, Cells, Line, fill_cells
+from grid import BLANK, CELL, CHARACTERS, SIDE, Cells, Line, centres, fill_cells
 from optimizers import make_optimizers
 from tokenizer import make_tokenizer
 from torch import Tensor, nn
 from transformers import CLIPImageProcessorPil, GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from llavar_peft.constants import IGNORE_INDEX, USER_ROLE
+from llavar_peft.constants import IGNORE_INDEX, OCR_INSTRUCTIONS, USER_ROLE
 from llavar_peft.data import encode_record
-from llavar_peft.data.layouts import KINDS, TextLine, draw_layout
-from llavar_peft.data.synthetic import OCR_INSTRUCTIONS
+from llavar_peft.data.synth.plain import draw_layout
+from llavar_peft.data.synth.scene import PlacedLine
+from llavar_peft.data.synth.settings import KINDS
 from llavar_peft.models.processing import LlavarProcessor
 from llavar_peft.models.tokenizer import add_image_tokens, load_tokenizer
 
@@ -37,13 +38,13 @@ Sample: TypeAlias = tuple[list[int], list[int], int, Cells]
 """Ids (0 where the page goes), labels, where the page begins, the page."""
 
 
-def page_cells(lines: Sequence[TextLine], width: int, height: int, rng: Random) -> Cells:
+def page_cells(lines: Sequence[PlacedLine], width: int, height: int, rng: Random) -> Cells:
     """A layout as cells, centred on a square as LLaVA's pad mode does it, a little off at times."""
     long_side = max(width, height)
     dx, dy = (long_side - width) / 2, (long_side - height) / 2
     scale = SIDE / long_side
     return fill_cells(
-        [(c, (x + dx) * scale + rng.gauss(0, 0.05), (y + dy) * scale) for c, x, y in line.centres()] for line in lines
+        [(c, (x + dx) * scale + rng.gauss(0, 0.05), (y + dy) * scale) for c, x, y in centres(line)] for line in lines
     )
 
 
@@ -78,7 +79,7 @@ def make_sample(processor: LlavarProcessor, rng: Random, *, system: bool, repeat
         if rng.random() < 0.5:
             pairs.append((rng.choice(("What does the sign say?", "Which words are on the sign?")), transcript))
     else:
-        layout = draw_layout(rng.choice((*KINDS, "receipt")), rng, most_items=2)
+        layout = draw_layout(rng.choice((*KINDS["plain"], "receipts")), rng, most_items=2)
         write = rng.choice((str, str, str, str.lower, str.title))
         lines = [replace(line, text=write(line.text)) for line in layout.lines]
         cells = page_cells(lines, layout.width, layout.height, rng)
@@ -188,7 +189,7 @@ def make_language_model(directory: Path, *, steps: tuple[int, int], batch: int, 
     torch.manual_seed(seed)
     asked = {
         q
-        for kind in KINDS
+        for kind in KINDS["plain"]
         for n in range(400)
         for q, _ in draw_layout(kind, Random(f"{kind}/{n}"), most_items=2).questions
     }

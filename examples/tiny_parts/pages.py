@@ -7,12 +7,13 @@ from typing import TypeAlias
 
 import numpy as np
 import torch
-from grid import CELL, SIDE, Line, fill_cells
+from grid import CELL, SIDE, Line, centres, fill_cells
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
 from torch import Tensor
 
-from llavar_peft.data.fonts import CAP_HEIGHT, FONT_NAMES, load_font
-from llavar_peft.data.layouts import CAPITALS, KINDS, draw_layout
+from llavar_peft.data.synth.faces import CAP_HEIGHT, FONT_NAMES, open_face, packaged_face
+from llavar_peft.data.synth.plain import CAPITALS, draw_layout
+from llavar_peft.data.synth.settings import KINDS
 
 PIXELS = SIDE * CELL
 MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -50,7 +51,7 @@ def _font(rng: Random, size: int) -> ImageFont.FreeTypeFont:
         face = ImageFont.load_default(size)
         if isinstance(face, ImageFont.FreeTypeFont):
             return face
-    return load_font(rng.choice(FONT_NAMES), size)
+    return open_face(packaged_face(rng.choice(FONT_NAMES)), size)
 
 
 def random_page(rng: Random, layouts: float = 0.35) -> Page:
@@ -65,15 +66,15 @@ def random_page(rng: Random, layouts: float = 0.35) -> Page:
 
 def layout_page(rng: Random) -> Page:
     """Draw one of the layouts that the quickstart's pictures have, of other strings."""
-    layout = draw_layout(rng.choice(KINDS), rng, shortest=200, longest=400, most_items=2)
+    layout = draw_layout(rng.choice(KINDS["plain"]), rng, shortest=200, longest=400, most_items=2)
     side = max(layout.width, layout.height)
     left, top = (side - layout.width) // 2, (side - layout.height) // 2
     canvas = Image.new("L", (side, side))
     pen = ImageDraw.Draw(canvas)
     for line in layout.lines:
-        pen.text((line.left + left, line.baseline + top), line.text, 255, load_font(line.font, line.size), anchor="ls")
+        pen.text((line.left + left, line.baseline + top), line.text, 255, open_face(line.face, line.size), anchor="ls")
     lines = [
-        [(c, (x + left) / side * SIDE, (y + top) / side * SIDE) for c, x, y in line.centres()] for line in layout.lines
+        [(c, (x + left) / side * SIDE, (y + top) / side * SIDE) for c, x, y in centres(line)] for line in layout.lines
     ]
     scale = PIXELS / side
     box = (left * scale, top * scale, (left + layout.width) * scale, (top + layout.height) * scale)

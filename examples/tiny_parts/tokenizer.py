@@ -15,8 +15,7 @@ from pathlib import Path
 from tokenizers import Tokenizer, decoders, models, normalizers
 from transformers import PreTrainedTokenizerFast
 
-from llavar_peft.constants import ASSISTANT_ROLE, SYSTEM_PROMPT, USER_ROLE
-from llavar_peft.data.synthetic import OCR_INSTRUCTIONS
+from llavar_peft.constants import ASSISTANT_ROLE, OCR_INSTRUCTIONS, SYSTEM_PROMPT, USER_ROLE
 
 SPECIAL = ("<unk>", "<s>", "</s>")
 

@@ -137,6 +137,8 @@ def _show_too_small(small: TooSmall, source: str) -> None:
         )
     else:
         say(f"the letters' height is not known: the {source} gives neither text_height nor box, or no picture's size")
+        if source == "data set":
+            say("to take it from an OCR pass: ocr build IMAGES --out read.json, then eval vqa --heights read.json")
 
 
 def _share(part: int, whole: int) -> str:

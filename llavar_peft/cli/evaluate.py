@@ -73,6 +73,14 @@ def vqa(
     split: Annotated[
         str | None, typer.Option("--split", help="Takes those of train, val or test only, where the file says it.")
     ] = None,
+    heights: Annotated[
+        Path | None,
+        typer.Option(
+            "--heights",
+            help="Records of 'ocr build' on the same pictures: where the data set does not say how high an answer's "
+            "letters are, those of its picture are in the median.",
+        ),
+    ] = None,
     name: Annotated[
         str | None, typer.Option("--name", help="Of the data set, e.g. TextVQA, for the paper's figures beside it.")
     ] = None,
@@ -87,7 +95,7 @@ def vqa(
     --predictions, --prompt, --temperature and the like say how the answers were got, where the file does not.
     """
     from llavar_peft.data.images import ImageRoots
-    from llavar_peft.evaluation.diagnostics import measure
+    from llavar_peft.evaluation.diagnostics import borrow_heights, measure
     from llavar_peft.evaluation.questions import read_predictions, read_questions
     from llavar_peft.evaluation.results import Setting, score_answers
 
@@ -116,7 +124,8 @@ def vqa(
         reader, setting = open_model(model, adapter, vision_tower, quantize, chosen)
         answered = ask_all(reader, questions, roots or ImageRoots(), setting, out.with_suffix(".answers.jsonl"))
     side = int(reader.processor.image_processor.crop_size["height"]) if reader else _RELEASED_SIDE
-    measures = measure(answered, roots, setting.image_mode or "pad", side)
+    measured = borrow_heights(answered, heights) if heights else answered
+    measures = measure(measured, roots, setting.image_mode or "pad", side)
     _finish(score_answers(answered, name or str(source), setting, protocols, measures), out, as_json=as_json)
 
 

@@ -17,6 +17,10 @@ def report(
     results: Annotated[
         list[Path] | None, typer.Option("--results", help="A results file of 'eval vqa' or 'mme'; several are fine.")
     ] = None,
+    reviews: Annotated[
+        list[Path] | None,
+        typer.Option("--reviews", help="A file that 'eval judge' wrote; *.reviews.jsonl in a run's folder are found."),
+    ] = None,
     before: Annotated[
         list[Path] | None,
         typer.Option("--before", help="What to compare with: results of the same questions, or another run's folder."),
@@ -41,6 +45,7 @@ def report(
 
     settings = ReportSettings(
         results=results or (),
+        reviews=reviews or (),
         before=before or (),
         images=images or (),
         metric=metric,

@@ -17,6 +17,7 @@ class Kind(str, Enum):
     RECEIPTS = "receipts"
     COVERS = "covers"
     SIGNS = "signs"
+    POSTERS = "posters"
     DOCUMENTS = "documents"
 
 
@@ -27,6 +28,14 @@ def synth(
         list[Kind] | None,
         typer.Option("--kind", help="What they are; may be given again, then they take turns. Default: all."),
     ] = None,
+    style: Annotated[
+        Literal["detailed", "plain"],
+        typer.Option(
+            "--style",
+            help="detailed: small print, words of a language; plain: a few large letters, random words, no documents, "
+            "as the quickstart draws.",
+        ),
+    ] = "detailed",
     language: Annotated[
         list[str] | None,
         typer.Option("--language", help="de, el, en, es, fr, it, pl or ru; may be given again. Default: en."),
@@ -34,7 +43,15 @@ def synth(
     distort: Annotated[
         Literal["none", "light", "heavy"], typer.Option("--distort", help="What a camera does to them.")
     ] = "none",
-    width: Annotated[int, typer.Option("--width", min=256, max=4096, help="Of each picture, in pixels.")] = 768,
+    width: Annotated[
+        int | None,
+        typer.Option(
+            "--width",
+            min=256,
+            max=4096,
+            help="Of each picture, in pixels (default: 768); of a plain one the most that its longer side has (448).",
+        ),
+    ] = None,
     fonts: Annotated[
         Path | None, typer.Option("--fonts", help="A folder of further fonts, .ttf, .otf or .ttc.")
     ] = None,
@@ -47,13 +64,13 @@ def synth(
         int | None, typer.Option("--workers", min=1, help="Processes; default: one for each CPU.")
     ] = None,
 ) -> None:
-    """Draw receipts, covers, signs and documents, with every line's text and place."""
-    from llavar_peft.data.synth.kinds import KINDS
-    from llavar_peft.data.synth.pages import SynthSettings
+    """Draw receipts, covers, signs, posters and documents, with every line's text and place."""
+    from llavar_peft.data.synth.settings import SynthSettings
     from llavar_peft.data.synth.write import write_synthetic
 
     settings = SynthSettings(
-        kinds=tuple(one.value for one in kind) if kind else KINDS,
+        style=style,
+        kinds=tuple(one.value for one in kind or ()),
         seed=seed,
         width=width,
         distort=distort,

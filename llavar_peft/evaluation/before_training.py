@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
+from llavar_peft.constants import OCR_INSTRUCTIONS
 from llavar_peft.data.records import parse_record
-from llavar_peft.data.synthetic import OCR_INSTRUCTIONS
 from llavar_peft.data.tokenize import encode_conversation
 from llavar_peft.errors import DataError
 from llavar_peft.evaluation.diagnostics import SMALLEST, TooSmall, measure

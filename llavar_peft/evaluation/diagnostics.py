@@ -1,7 +1,7 @@
 """Where a model reads and where it does not: by the letters' height as the tower sees them, by length, script, place.
 
 The paper's curve of recognisable sizes is the first of these. Heights need a data set that gives ``text_height`` or
-``box``, in the picture's pixels.
+``box``, in the picture's pixels, or an OCR pass over its pictures.
 """
 
 from __future__ import annotations
@@ -9,10 +9,14 @@ from __future__ import annotations
 import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Final
 
 from llavar_peft.data.images import ImageRoots
+from llavar_peft.data.records import open_records
+from llavar_peft.errors import DataError
+from llavar_peft.evaluation.measures import read_measures
 from llavar_peft.evaluation.questions import Question
 from llavar_peft.evaluation.results import Answered, Results, rate
 from llavar_peft.types import ImageMode
@@ -113,6 +117,38 @@ def measure(questions: Iterable[Question], roots: ImageRoots | None, mode: Image
             continue
         found[question.id] = (height * tower_scale(size, mode, side), _middle(question.box, size))
     return found
+
+
+def borrow_heights(questions: Sequence[Question], records: Path) -> list[Question]:
+    """Takes from an OCR pass how high letters are, for the questions whose data set does not say it.
+
+    Args:
+        questions: Of one data set.
+        records: What ``ocr build`` made of its pictures. They say the median height of each picture's lines, so it is
+            the picture's letters that are measured, not the answer's.
+
+    Returns:
+        The questions, those that lack a height with their picture's, where the records have it.
+
+    Raises:
+        DataError: The records cannot be read, or none is of one of these pictures.
+    """
+    wanted = {question.image for question in questions}
+    store = open_records(records)
+    known = {
+        record["image"]: read_measures(record, f"{records}: record {number}")
+        for number, record in enumerate(store[place] for place in range(len(store)))
+        if record.get("image") in wanted
+    }
+    if not known:
+        raise DataError.at(
+            str(records), "is of none of the pictures asked about", "run 'ocr build' on the folder that --images names"
+        )
+    return [
+        question if question.image not in known or question.text_height or question.box
+        else replace(question, text_height=known[question.image]["text_height"], size=known[question.image]["size"])
+        for question in questions
+    ]  # fmt: skip
 
 
 def _middle(box: tuple[float, float, float, float] | None, size: tuple[int, int]) -> tuple[float, float] | None:

@@ -31,13 +31,17 @@ def parse_scores(reply: str) -> Scores | None:
 
     ``8 9``, ``8, 9.5``, ``8/10 9/10``, ``**8 9**`` and ``Assistant 1: 8, Assistant 2: 9`` are, on one line or on two,
     in a list, in a fence, or below a heading that names scores. Numbers within a sentence are not, nor what lies
-    outside the scale, nor scores in the wrong order, nor anything that two readers could read in two ways.
+    outside the scale, nor scores in the wrong order, nor anything that two readers could read in two ways. Scores with
+    words behind them on their line (``8 9 Both are good``) are not either: the judge was told to give them a line of
+    their own, and the original refuses such a line too. The judge is asked again.
 
     Args:
         reply: The judge's words.
 
     Returns:
         The first and the second score, or None.
+
+    Source: LLaVA, eval_gpt_review_visual.py, parse_score.
     """
     lines = [line for line in reply.splitlines() if any(map(str.isalnum, line)) and not line.strip().startswith("```")]
     if lines and _HEADING.match(lines[0]):

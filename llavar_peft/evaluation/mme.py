@@ -5,6 +5,9 @@ Two ways of taking an answer for yes or no are reported, each under its name:
 ``mme``             the original's: ``yes``, else ``no``, among the first four letters; anything else is wrong
 ``mme-first-word``  the first whole word that is ``yes`` or ``no``, wherever it stands
 
+A part of the benchmark is scored as the whole is, so long as its pictures have both their questions: accuracy+ is of
+pairs, and a file or folder that holds one question of a picture is refused, not scored as half a pair.
+
 Source: MME, arXiv 2306.13394, eval_tool/calculation.py; LLaVAR, MME/mme_eval.py.
 """
 

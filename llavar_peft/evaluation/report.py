@@ -7,16 +7,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from llavar_peft.errors import ConfigError
+from llavar_peft.errors import ConfigError, DataError
 from llavar_peft.evaluation.metrics import LOWER_IS_BETTER
 from llavar_peft.evaluation.report_cards import Pictures
 from llavar_peft.evaluation.report_view import Labelled, bar_share, view_dataset
 from llavar_peft.evaluation.results import Results, read_results
+from llavar_peft.evaluation.reviews import read_reviews, summarize_reviews
 from llavar_peft.page.records import RunLog, read_run
 from llavar_peft.page.report import REPORT_NAME, DatasetView, Head, write_report_page
 
 RESULTS: Final = "*.results.json"
 """What ``eval vqa`` calls results where no name is given."""
+REVIEWS: Final = "*.reviews.jsonl"
+"""What a judge's reviews in a run's folder are found by."""
 _SAME: Final = 0.5  # share of the smaller one's questions that two results of one data set have in common
 
 
@@ -26,6 +29,7 @@ class ReportSettings:
 
     Attributes:
         results: Results files, in order; the run's folder is searched for more.
+        reviews: Files of a judge's reviews, in order; the run's folder is searched for more.
         before: The previous run's results, files or a run's folder.
         images: Folders of pictures; none stands for those that the run's recipe names.
         metric: The protocol that pictures and changes are told by; None is each result's first.
@@ -34,6 +38,7 @@ class ReportSettings:
     """
 
     results: Sequence[Path] = ()
+    reviews: Sequence[Path] = ()
     before: Sequence[Path] = ()
     images: Sequence[Path] = ()
     metric: str | None = None
@@ -65,7 +70,8 @@ def write_report(run_dir: Path | None, out: Path | None = None, settings: Report
     found = [path for path in _results_of(run) if path.resolve() not in {one.resolve() for one in settings.results}]
     now = [_labelled(path, run) for path in [*found, *settings.results]]
     before = [_labelled(path, None, before=True) for path in _previous(settings.before)]
-    if run is None and not now:
+    reviews = [*(sorted(run_dir.glob(REVIEWS)) if run_dir is not None else ()), *settings.reviews]
+    if run is None and not now and not reviews:
         raise ConfigError.at("report", "has neither a run nor results", "name a run's folder, or give --results")
     chains = [_told_apart([*_on_the_same(before, chain), *chain]) for chain in _by_dataset(now)]
     chosen = [_metric(chain, settings.metric) for chain in chains]
@@ -75,6 +81,7 @@ def write_report(run_dir: Path | None, out: Path | None = None, settings: Report
         return [view_dataset(chain, protocol, pictures, shown) for chain, protocol in zip(chains, chosen, strict=True)]
 
     heads = [_head(chain, protocol) for chain, protocol in zip(chains, chosen, strict=True)]
+    heads += [_judged(path) for path in dict.fromkeys(path.resolve() for path in reviews)]
     title = settings.title or (run_dir.resolve().name if run_dir is not None else "Evaluation")
     return write_report_page(page, title, heads, views, run, settings.pictures)
 
@@ -188,6 +195,25 @@ def _head(chain: Sequence[Labelled], protocol: str) -> Head:
     if protocol in LOWER_IS_BETTER:
         note += ", lower is better"
     return Head(Path(latest.dataset).stem, f"{figure.value:.1f}", bar_share(figure.value), note)
+
+
+def _judged(path: Path) -> Head:
+    """What a judge's reviews come to: ours in percent of the reference's."""
+    summary = summarize_reviews(read_reviews(path))
+    *kinds, whole = summary.categories
+    judges = dict.fromkeys(str(how["judge_model"]) for how in summary.settings if "judge_model" in how)
+    by = f" by {', '.join(judges)}" if judges else ""
+    parts = [f"{kind.name} {kind.ratio:.1f}" for kind in kinds if len(kinds) > 1 and kind.ratio is not None]
+    if whole.ratio is None or whole.low is None or whole.high is None:
+        raise DataError.at(str(path), "gives the reference no points at all", "look at what the judge replied")
+    if summary.unscored:
+        parts.append(f"{len(summary.unscored)} without scores")
+    note = [
+        f"judged{by} against the reference, {whole.low:.1f} to {whole.high:.1f}",
+        f"{whole.reviews:,} reviews",
+        *parts,
+    ]
+    return Head(path.name.split(".")[0], f"{whole.ratio:.1f}", bar_share(whole.ratio), ", ".join(note))
 
 
 def _images_of(run: RunLog | None) -> list[Path]:

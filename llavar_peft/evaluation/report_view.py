@@ -154,7 +154,10 @@ def _bars(groups: Sequence[Group]) -> list[Bars]:
 def _too_small(results: Results) -> str:
     small = count_too_small(results.records)
     if not small.known:
-        return "The letters’ height is not known: the data set gives neither text_height nor box."
+        return (
+            "The letters’ height is not known: the data set gives neither text_height nor box. "
+            "It can be taken from an OCR pass: llavar-peft eval vqa --heights."
+        )
     return (
         f"Too small to be read, below {small.smallest:g} pixels of the tower: {small.records:,} of the {small.known:,} "
         f"records whose letters’ height is known, {100 * small.records / small.known:.1f} %."

@@ -8,8 +8,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Final
 
-from llavar_peft.data.layouts import KINDS
-from llavar_peft.data.synthetic import draw_picture
+from llavar_peft.data.synth.pages import draw_page
+from llavar_peft.data.synth.settings import SynthSettings
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
@@ -61,9 +61,10 @@ def draw_examples(folder: Path) -> list[tuple[str, str]]:
         Files, each with a question about it.
     """
     examples = []
-    for number, kind in enumerate(KINDS):
-        drawn = draw_picture(kind, _EXAMPLES_SEED, number, longest=320)
-        path = folder / f"{kind}.png"
+    settings = SynthSettings(style="plain", seed=_EXAMPLES_SEED, width=320)
+    for number, kind in enumerate(settings.turns):
+        drawn = draw_page(settings, number)
+        path = folder / f"{kind.removesuffix('s')}.png"
         drawn.image.save(path)
         examples.append((str(path), drawn.questions[0][0]))
     return examples

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from llavar_peft import ModelConfig, build_model
-from llavar_peft.data.synthetic import write_dataset
+from llavar_peft.data.synth.settings import SynthSettings
+from llavar_peft.data.synth.write import write_synthetic
 
 
 @pytest.fixture(scope="session")
@@ -31,7 +32,8 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Five pictures, and a data set of a question on each: ``dataset.json``."""
     folder = tmp_path_factory.mktemp("pictures")
-    records = json.loads(write_dataset(folder, count=5, seed=4, task="question").read_text())
+    drawn = write_synthetic(folder, 5, SynthSettings(style="plain", seed=4, task="question"))
+    records = json.loads(drawn.records.read_text())
     rows = [
         {
             "question_id": number,

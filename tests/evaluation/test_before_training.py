@@ -8,7 +8,7 @@ import pytest
 from llavar_peft import cli
 from llavar_peft.data.images import ImageRoots
 from llavar_peft.data.records import open_records
-from llavar_peft.data.synth.pages import SynthSettings
+from llavar_peft.data.synth.settings import SynthSettings
 from llavar_peft.data.synth.write import write_synthetic
 from llavar_peft.data.tokenize import encode_record
 from llavar_peft.models.build import load_processor

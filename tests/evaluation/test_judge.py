@@ -406,6 +406,8 @@ def test_several_are_asked_at_once(endpoint: Endpoint, released: list[str]) -> N
         ("8\n9\nBecause of 3 things.", (8, 9)),
         ("8\n9\n7", None),
         ("8 9\n7 6", None),
+        ("8 9 Both are good.", None),  # nor does the original
+        ("8 9. Both are good.", None),
         ("```\n8 9\n```\nBecause.", (8, 9)),
         ("```text\n8 9\n```", (8, 9)),
         ("Assistant 1: 8 points\nAssistant 2: 9 points", (8, 9)),

@@ -1,4 +1,7 @@
-"""lmms-eval asking our model, through its own registry and requests. Needs ``pip install lmms-eval``."""
+"""lmms-eval asking our model, through its own registry and requests.
+
+``pip install --no-deps lmms-eval loguru`` is enough for it.
+"""
 
 import json
 from pathlib import Path
@@ -9,7 +12,7 @@ from PIL import Image
 
 from llavar_peft.errors import ConfigError, DataError
 
-pytest.importorskip("lmms_eval.api.model", reason="lmms-eval is not installed (extra lmms-eval)")
+pytest.importorskip("lmms_eval.api.model", reason="lmms-eval is not installed (pip install --no-deps lmms-eval loguru)")
 
 from lmms_eval.api.instance import Instance
 from lmms_eval.models.registry_v2 import ModelRegistryV2

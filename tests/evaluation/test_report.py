@@ -19,6 +19,7 @@ from llavar_peft.evaluation.report import ReportSettings, write_report
 from llavar_peft.evaluation.report_cards import Pictures
 from llavar_peft.evaluation.report_view import Labelled, view_dataset
 from llavar_peft.evaluation.results import Setting, score_answers, write_results
+from llavar_peft.evaluation.reviews import Review, write_reviews
 from llavar_peft.page.templates import MOST_BYTES
 
 XSS = "</dd><script>alert('x')</script><img src=x onerror=\"alert(1)\">&'{{ 7 * 7 }}"
@@ -95,6 +96,26 @@ def run(tmp_path: Path, images: Path) -> Path:
     results(folder / "z.results.json", {"a": "wrong", "b": "TRUTH x"}, folder / "one/model")
     results(folder / "a.results.json", {"b": "TRUTH x", "c": "TRUTH"}, folder / "model")
     return folder
+
+
+def test_what_a_judge_said_is_among_the_figures(run: Path, tmp_path: Path) -> None:
+    def review(number: int, category: str, scores: tuple[float, float] | None) -> Review:
+        how = {"judge_model": "gpt-4"}
+        return Review(number, number, "a", "b", category, "8 9", scores, how=how)
+
+    reviews = [review(1, "conv", (8, 6)), review(2, "detail", (10, 10)), review(3, "detail", None)]
+    write_reviews(reviews, run / "coco.reviews.jsonl")
+    write_report(run)
+    said = "judged by gpt-4 against the reference, 75.0 to 100.0, 2 reviews, conv 75.0, detail 100.0, 1 without scores"
+    text = Page(run / "report.html").text
+    assert f"coco 88.9 % {said}" in text
+    assert "STVQA 50.0 %" in text
+    alone = ["report", "--reviews", str(run / "coco.reviews.jsonl"), "--out", str(tmp_path / "alone.html")]
+    assert cli.main(alone) == 0
+    assert f"coco 88.9 % {said}" in Page(tmp_path / "alone.html").text
+    write_reviews([review(1, "conv", (0, 5))], run / "coco.reviews.jsonl")
+    with pytest.raises(DataError, match="gives the reference no points at all"):
+        write_report(run)
 
 
 def test_a_run_with_what_each_stage_changed(run: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -48,7 +48,7 @@ def test_every_figure_says_how_it_was_taken(done: Path, checkpoint: Path) -> Non
         assert figure["top_k"] == 50  # the original's, by its library's default
         assert figure["model_hash"] == identify_model(checkpoint)
     record = content["records"][0]
-    assert record["fields"] == {"kind": "sign"}
+    assert record["fields"] == {"kind": "signs"}
     assert 0 < record["letter_height"] < 20  # as the tower sees it: the pictures are larger
 
 

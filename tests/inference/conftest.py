@@ -9,7 +9,8 @@ import pytest
 from PIL import Image
 
 from llavar_peft import ModelConfig, build_model
-from llavar_peft.data.synthetic import write_dataset
+from llavar_peft.data.synth.settings import SynthSettings
+from llavar_peft.data.synth.write import write_synthetic
 from llavar_peft.inference.engine import Engine
 from tests.weights.adapters import LANGUAGE_MODEL, VISION_TOWER
 
@@ -42,7 +43,7 @@ def checkpoint(engine: Engine, tmp_path_factory: pytest.TempPathFactory) -> Path
 @pytest.fixture(scope="session")
 def pictures(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     folder = tmp_path_factory.mktemp("pictures")
-    write_dataset(folder, count=6, seed=11, task="question", longest=224)
+    write_synthetic(folder, 6, SynthSettings(style="plain", seed=11, width=224, task="question"))
     return sorted((folder / "images").iterdir())
 
 

@@ -10,7 +10,8 @@ from fastapi import FastAPI
 
 from llavar_peft import Chat, ModelConfig, build_model, load_chat
 from llavar_peft.config import Lora
-from llavar_peft.data.synthetic import write_dataset
+from llavar_peft.data.synth.settings import SynthSettings
+from llavar_peft.data.synth.write import write_synthetic
 from llavar_peft.inference.engine import Engine
 from tests.serving.server import Neighbour, serving
 from tests.weights.adapters import LANGUAGE_MODEL, VISION_TOWER, save_moved_adapter
@@ -38,7 +39,7 @@ def chat(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Chat:
 @pytest.fixture(scope="session")
 def pictures(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     folder = tmp_path_factory.mktemp("pictures")
-    write_dataset(folder, count=3, seed=11, task="question", longest=224)
+    write_synthetic(folder, 3, SynthSettings(style="plain", seed=11, width=224, task="question"))
     return sorted((folder / "images").iterdir())
 
 

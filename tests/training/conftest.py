@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from llavar_peft import DataConfig, Full, ModelConfig, OptimConfig, ProbeConfig, Projector, Recipe, Stage
-from llavar_peft.data.synthetic import write_dataset
+from llavar_peft.data.synth.settings import SynthSettings
+from llavar_peft.data.synth.write import write_synthetic
 
 
 @pytest.fixture(scope="session")
@@ -22,7 +23,7 @@ def tiny_model() -> ModelConfig:
 @pytest.fixture(scope="session")
 def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("data")
-    write_dataset(folder, count=18, seed=7, task="question")
+    write_synthetic(folder, 18, SynthSettings(style="plain", seed=7, task="question"))
     return folder
 
 

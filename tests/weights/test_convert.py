@@ -19,7 +19,8 @@ from transformers import LlavaConfig, LlavaForConditionalGeneration
 
 from llavar_peft import ModelConfig, build_model, cli, export
 from llavar_peft.data.images import prepare_image
-from llavar_peft.data.synthetic import draw_picture
+from llavar_peft.data.synth.pages import draw_page
+from llavar_peft.data.synth.settings import SynthSettings
 from llavar_peft.errors import ConfigError, LlavarError, WeightsError
 from llavar_peft.inference import load_reader
 from llavar_peft.weights import names
@@ -118,7 +119,7 @@ def test_stock_transformers_says_the_same(form: str, layouts: dict[str, Path], t
         source = save_wide_model(tmp_path / "wide")
     folder = tmp_path / "stock"
     export(source, folder, to="hf-llava", projector=form, dtype="float32")  # type: ignore[arg-type]
-    picture = draw_picture("sign", 3, 1).image
+    picture = draw_page(SynthSettings(style="plain", kinds=("signs",), seed=3), 1).image
     picture.save(tmp_path / "sign.png")
     question = "What does the sign say?"
     done = subprocess.run(

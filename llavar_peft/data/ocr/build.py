@@ -15,7 +15,7 @@ from random import Random
 from statistics import median
 from typing import Any, Literal, TypeAlias
 
-from llavar_peft.constants import IMAGE_PLACEHOLDER
+from llavar_peft.constants import IMAGE_PLACEHOLDER, OCR_INSTRUCTIONS
 from llavar_peft.data.ocr.duplicates import Candidate, find_duplicates
 from llavar_peft.data.ocr.frame import upright_boxes
 from llavar_peft.data.ocr.journal import Journal
@@ -29,7 +29,6 @@ from llavar_peft.data.ocr.reading import (
     read_pictures,
 )
 from llavar_peft.data.ocr.report import BuildReport, Drop
-from llavar_peft.data.synthetic import OCR_INSTRUCTIONS
 from llavar_peft.durable import write_json
 from llavar_peft.errors import DataError, ImageError
 

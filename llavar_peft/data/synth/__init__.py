@@ -1,6 +1,9 @@
-"""Synthetic text-rich pictures as a tool: receipts, covers, signs and documents with exact ground truth.
+"""Synthetic text-rich pictures as a tool, with exact ground truth, in two styles.
 
-``words`` vocabularies · ``faces`` fonts and what they can write · ``scene`` what stands where · ``kinds`` the four
-layouts · ``distort`` the camera · ``pages`` one picture · ``write`` many of them. The quickstart's pictures are
-``llavar_peft.data.synthetic``'s and stay as they are.
+``detailed`` is small print in eight languages, as a camera may see it; ``plain`` is few large letters on flat colours,
+which a tower of 12 x 12 patches can read: the quickstart's.
+
+``settings`` what is drawn · ``words`` vocabularies · ``faces`` fonts and what they can write · ``scene`` what stands
+where · ``detailed`` and ``plain`` the kinds of picture · ``distort`` the camera · ``pages`` one picture · ``records``
+its conversation · ``write`` many of them.
 """

@@ -11,12 +11,13 @@ from typing import TYPE_CHECKING, Final, Literal, TypeAlias
 import numpy as np
 from PIL import Image, ImageFilter
 
-from llavar_peft.data.synth.scene import Colour, Quad
+from llavar_peft.data.synth.colours import Colour
+from llavar_peft.data.synth.scene import Quad
 
 if TYPE_CHECKING:
     import numpy.typing as npt
 
-Level: TypeAlias = Literal["none", "light", "heavy"]
+_Seen: TypeAlias = Literal["light", "heavy"]
 _Span: TypeAlias = tuple[float, float]
 
 
@@ -41,7 +42,7 @@ class _Strength:
     quality: tuple[int, int]
 
 
-_LEVELS: Final[dict[Level, _Strength]] = {
+_LEVELS: Final[dict[_Seen, _Strength]] = {
     "light": _Strength(2.0, 0.008, (0.0, 0.2), (0.0, 0.6), (0.0, 4.0), (75, 95)),
     "heavy": _Strength(7.0, 0.03, (0.2, 0.45), (0.3, 1.0), (4.0, 12.0), (40, 75)),
 }
@@ -74,11 +75,11 @@ class Camera:
     quality: int
 
 
-def draw_camera(level: Level, rng: Random, width: int, height: int) -> Camera | None:
+def draw_camera(level: _Seen, rng: Random, width: int, height: int) -> Camera:
     """Draws a photograph's properties.
 
     Args:
-        level: How strong; ``"none"`` gives None.
+        level: How strong.
         rng: Where they come from.
         width: Of the page in pixels.
         height: Of the page in pixels.
@@ -86,8 +87,6 @@ def draw_camera(level: Level, rng: Random, width: int, height: int) -> Camera | 
     Returns:
         The properties. The photograph shows the whole page and is as wide as it.
     """
-    if level == "none":
-        return None
     strength = _LEVELS[level]
     angle = radians(rng.uniform(-strength.turn, strength.turn))
     corners = []

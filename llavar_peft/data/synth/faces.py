@@ -1,9 +1,10 @@
-"""Fonts: the packaged ones, which write Latin, Greek and Cyrillic, and those of a folder of the user's.
+"""Fonts: the packaged ones, so that drawing does not depend on the machine, and those of a folder of the user's.
 
 What a font cannot write it draws as an empty box, without a word; so each is asked for every letter beforehand.
-The packaged ones are DejaVu's, cut down by ``pyftsubset --no-hinting --layout-features='' --unicodes=U+0020-007E,
-U+00A0-017F,U+0384-03CE,U+0400-045F,U+0490-0491,U+2013-2014,U+2018-201E,U+2026,U+20AC,U+2116``. The quickstart's own,
-with ASCII alone, lie beside them, since they must stay as they are.
+The packaged ones are six DejaVu faces, licence beside them, for Latin, Greek and Cyrillic, cut down by
+``pyftsubset --no-hinting --layout-features='' --unicodes=U+0020-007E,U+00A0-017F,U+0384-03CE,U+0400-045F,U+0490-0491,
+U+2013-2014,U+2018-201E,U+2026,U+20AC,U+2116``. Their hints and kerning must stay away: the shipped tiny parts have
+learnt from what they draw.
 """
 
 from __future__ import annotations
@@ -15,12 +16,31 @@ from typing import Final
 
 from PIL import ImageFont
 
-from llavar_peft.data.fonts import FONT_NAMES
 from llavar_peft.errors import DataError, LlavarError
 
+FONT_NAMES: Final = (
+    "DejaVuSans",
+    "DejaVuSans-Bold",
+    "DejaVuSerif",
+    "DejaVuSerif-Bold",
+    "DejaVuSansMono",
+    "DejaVuSansMono-Bold",
+)
+"""The packaged faces."""
+
+CAP_HEIGHT: Final = 0.73
+"""Height of a capital letter, as a share of the font size (DejaVu; most Latin faces lie between 0.66 and 0.74)."""
+
 SUFFIXES: Final = (".ttf", ".otf", ".ttc")
+_UNIT: Final = 100  # size in pixels at which letters are measured
 _SMALLEST_ASKED: Final = 40  # pixels at which two glyphs are told apart
 _NO_CHARACTER: Final = "\U0010fffe"  # never assigned: what a font draws for it, it draws for all that it lacks
+
+
+@lru_cache(maxsize=len(FONT_NAMES))
+def packaged_face(name: str) -> str:
+    """The file of a packaged face."""
+    return str(resources.files("llavar_peft") / "assets" / "fonts" / f"{name}.ttf")
 
 
 def list_faces(folder: Path | None, alphabet: str) -> tuple[str, ...]:
@@ -36,9 +56,7 @@ def list_faces(folder: Path | None, alphabet: str) -> tuple[str, ...]:
     Raises:
         DataError: None can, or a font or the folder cannot be read.
     """
-    packaged = [
-        str(resources.files("llavar_peft") / "assets" / "fonts" / "wide" / f"{name}.ttf") for name in FONT_NAMES
-    ]
+    packaged = [packaged_face(name) for name in FONT_NAMES]
     given: list[str] = []
     if folder is not None:
         if not folder.is_dir():
@@ -63,7 +81,7 @@ def missing_letters(face: str, alphabet: str) -> str:
     return "".join(letter for letter in alphabet if _drawn(font, letter) == empty)
 
 
-@lru_cache(maxsize=256)
+@lru_cache(maxsize=512)
 def open_face(face: str, size: int) -> ImageFont.FreeTypeFont:
     """Opens a font.
 
@@ -81,6 +99,17 @@ def open_face(face: str, size: int) -> ImageFont.FreeTypeFont:
         return ImageFont.truetype(face, size, layout_engine=ImageFont.Layout.BASIC)
     except OSError as error:
         raise _unreadable(face, error) from error
+
+
+def text_width(text: str, face: str) -> float:
+    """A text's advance width in a packaged face, which has no kerning, as a multiple of the font size."""
+    return sum(_advance(letter, face) for letter in text) / _UNIT
+
+
+@lru_cache(maxsize=1 << 12)
+def _advance(letter: str, face: str) -> float:
+    """In 64ths of a pixel, so that sums of it are exact."""
+    return open_face(face, _UNIT).getlength(letter)
 
 
 def _drawn(font: ImageFont.FreeTypeFont, letter: str) -> tuple[tuple[int, int], bytes]:

@@ -13,36 +13,14 @@ from typing import Any
 from PIL import Image
 
 from llavar_peft.constants import IMAGE_PLACEHOLDER
-from llavar_peft.data.synth.distort import Level, draw_camera, move_quads, photograph
+from llavar_peft.data.synth.detailed import draw_detailed
 from llavar_peft.data.synth.faces import list_faces
-from llavar_peft.data.synth.kinds import KINDS, SynthKind, draw_scene
 from llavar_peft.data.synth.places import measure_answer, surround
-from llavar_peft.data.synth.scene import PlacedLine, Quad
+from llavar_peft.data.synth.plain import draw_plain
+from llavar_peft.data.synth.records import make_record
+from llavar_peft.data.synth.scene import PlacedLine, Quad, Scene
+from llavar_peft.data.synth.settings import Level, SynthKind, SynthSettings
 from llavar_peft.data.synth.words import load_vocabulary
-from llavar_peft.data.synthetic import Task, make_record
-
-
-@dataclass(frozen=True, kw_only=True)
-class SynthSettings:
-    """What is drawn. Pictures are the same with the same settings, whatever their number and the order of drawing.
-
-    Attributes:
-        kinds: Which take turns.
-        seed: Another one gives other pictures.
-        width: Of each picture in pixels.
-        distort: What a camera does to it.
-        languages: Which take turns, each after all kinds.
-        fonts: A folder of further fonts.
-        task: What a record asks: all text, one question, or all questions as a conversation.
-    """
-
-    kinds: tuple[SynthKind, ...] = KINDS
-    seed: int = 0
-    width: int = 768
-    distort: Level = "none"
-    languages: tuple[str, ...] = ("en",)
-    fonts: Path | None = None
-    task: Task = "transcribe"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,7 +55,7 @@ class Page:
         """The picture's file: its extension and its bytes."""
         file = io.BytesIO()
         if self.quality is None:
-            self.image.save(file, "PNG")
+            self.image.save(file, "PNG", compress_level=1)  # half the time, a sixth larger
             return ".png", file.getvalue()
         self.image.save(file, "JPEG", quality=self.quality)
         return ".jpg", file.getvalue()
@@ -97,15 +75,10 @@ def draw_page(settings: SynthSettings, index: int) -> Page:
         ConfigError: There are no words of a language.
         DataError: No font can write a language, or a font cannot be read.
     """
-    kind = settings.kinds[index % len(settings.kinds)]
-    language = settings.languages[index // len(settings.kinds) % len(settings.languages)]
-    rng = Random(f"{kind}/{language}/{settings.seed}/{index}")
-    words = load_vocabulary(language)
-    scene = draw_scene(kind, rng, settings.width, words, _faces(settings.fonts, words.alphabet))
-    image, quads = scene.draw(), [line.quad for line in scene.lines]
-    camera = draw_camera(settings.distort, rng, scene.width, scene.height)
-    if camera is not None:
-        image, quads = photograph(image, camera), move_quads(quads, image.size, camera)
+    kind = settings.turns[index % len(settings.turns)]
+    language = settings.languages[index // len(settings.turns) % len(settings.languages)]
+    rng, scene = _invent(settings, kind, language, index)
+    image, quads, quality = _distorted(*scene.draw(), settings.distort, rng)
     return Page(
         image=image,
         kind=kind,
@@ -113,7 +86,7 @@ def draw_page(settings: SynthSettings, index: int) -> Page:
         lines=tuple(scene.lines),
         quads=tuple(quads),
         questions=tuple(scene.questions),
-        quality=None if camera is None else camera.quality,
+        quality=quality,
     )
 
 
@@ -163,6 +136,30 @@ def describe_page(page: Page, index: int, settings: SynthSettings) -> tuple[str,
         "questions": [list(pair) for pair in page.questions],
     }
     return name, data, record, truth
+
+
+def _invent(settings: SynthSettings, kind: SynthKind, language: str, index: int) -> tuple[Random, Scene]:
+    """The picture, not yet drawn, and the generator that it came from."""
+    if settings.style == "plain":
+        # Named as when there was one of each: another name would be another picture.
+        rng = Random(f"{kind.removesuffix('s')}/{settings.seed}/{index}")
+        return rng, draw_plain(kind, rng, settings.pixels)
+    rng = Random(f"{kind}/{language}/{settings.seed}/{index}")
+    words = load_vocabulary(language)
+    return rng, draw_detailed(kind, rng, settings.pixels, words, _faces(settings.fonts, words.alphabet))
+
+
+def _distorted(
+    page: Image.Image, quads: list[Quad], level: Level, rng: Random
+) -> tuple[Image.Image, list[Quad], int | None]:
+    """What a camera makes of a page and its lines, and the quality of the file."""
+    if level == "none":
+        return page, quads, None
+    # Not above: it takes numpy, whose threads would keep `write` from forking.
+    from llavar_peft.data.synth.distort import draw_camera, move_quads, photograph
+
+    camera = draw_camera(level, rng, *page.size)
+    return photograph(page, camera), move_quads(quads, page.size, camera), camera.quality
 
 
 @lru_cache(maxsize=16)

@@ -9,10 +9,10 @@ from typing import Final, Literal, TypeAlias
 
 from PIL import Image, ImageDraw
 
+from llavar_peft.data.synth.colours import Colour
 from llavar_peft.data.synth.faces import open_face
 from llavar_peft.data.synth.words import Vocabulary
 
-Colour: TypeAlias = tuple[int, int, int]
 Quad: TypeAlias = tuple[tuple[float, float], tuple[float, float], tuple[float, float], tuple[float, float]]
 Align: TypeAlias = Literal["left", "centre", "right"]
 
@@ -42,15 +42,14 @@ class PlacedLine:
     ink: Colour
     block: int
 
-    @property
-    def quad(self) -> Quad:
-        """The corners of the ink, clockwise from the top left, in pixels."""
-        # Not the font's getbbox, which counts the space before the first letter.
-        mask, (x, y) = open_face(self.face, self.size).getmask2(self.text, "L", anchor="ls")
-        box = mask.getbbox() or (0, 0, 0, 0)
-        left, right = (value + x + self.left for value in box[::2])
-        top, bottom = (value + y + self.baseline for value in box[1::2])
-        return (left, top), (right, top), (right, bottom), (left, bottom)
+    def draw(self, image: Image.Image) -> Quad:
+        """Writes the text and returns the corners of its ink, clockwise from the top left, in pixels."""
+        # As ImageDraw.text does it, which keeps the mask to itself; the font's getbbox counts the space before the ink.
+        mask, offset = open_face(self.face, self.size).getmask2(self.text, "L", anchor="ls")
+        x, y = self.left + offset[0], self.baseline + offset[1]
+        image.im.paste(self.ink, (x, y, x + mask.size[0], y + mask.size[1]), mask)
+        left, top, right, bottom = mask.getbbox() or (0, 0, 0, 0)
+        return (x + left, y + top), (x + right, y + top), (x + right, y + bottom), (x + left, y + bottom)
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,8 +89,8 @@ class Scene:
     shapes: list[Shape] = field(default_factory=list)
     questions: list[tuple[str, str]] = field(default_factory=list)
 
-    def draw(self) -> Image.Image:
-        """Returns the picture, RGB."""
+    def draw(self) -> tuple[Image.Image, list[Quad]]:
+        """Returns the picture, RGB, and where each line's ink is."""
         image = Image.new("RGB", (self.width, self.height), self.paper)
         canvas = ImageDraw.Draw(image)
         for shape in self.shapes:
@@ -103,10 +102,7 @@ class Scene:
                 canvas.rectangle(shape.box, fill=shape.colour)
             else:
                 canvas.ellipse(shape.box, fill=shape.colour)
-        for line in self.lines:
-            font = open_face(line.face, line.size)
-            canvas.text((line.left, line.baseline), line.text, line.ink, font, anchor="ls")
-        return image
+        return image, [line.draw(image) for line in self.lines]
 
 
 @dataclass

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import json
 import os
+import signal
+import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from multiprocessing import get_context
+from multiprocessing.context import BaseContext
 from pathlib import Path
 from typing import Any, Final
 
-from llavar_peft.data.synth.pages import SynthSettings, describe_page, draw_page
+from llavar_peft.data.synth.pages import describe_page, draw_page
+from llavar_peft.data.synth.settings import SynthSettings
 from llavar_peft.durable import write_json, write_text
 from llavar_peft.errors import EnvironmentFaultError
 
@@ -91,8 +95,22 @@ def _drawn(
     if workers == 1 or count <= _FEW:
         yield from map(draw, range(count))
         return
-    with ProcessPoolExecutor(workers, get_context("spawn")) as pool:
+    with ProcessPoolExecutor(
+        workers,
+        _context(),
+        initializer=signal.signal,  # Ctrl-C is for the parent to answer
+        initargs=(signal.SIGINT, signal.SIG_IGN),
+    ) as pool:
         yield from pool.map(draw, range(count), chunksize=8)
+
+
+def _context() -> BaseContext:
+    """How processes start: forked ones at once, but only a process of one thread may fork safely.
+
+    Spawned ones import everything anew and run the caller's script once more.
+    """
+    alone = sys.platform == "linux" and len(os.listdir("/proc/self/task")) == 1
+    return get_context("fork" if alone else "spawn")
 
 
 def _draw(images: Path, settings: SynthSettings, index: int) -> tuple[dict[str, Any], dict[str, Any]]:

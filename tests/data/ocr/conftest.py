@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from llavar_peft.data.synth.pages import SynthSettings
+from llavar_peft.data.synth.settings import SynthSettings
 from llavar_peft.data.synth.write import write_synthetic
 
 

@@ -13,8 +13,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from llavar_peft.cli import main
+from llavar_peft.constants import OCR_INSTRUCTIONS
 from llavar_peft.data.check import check_records
 from llavar_peft.data.images import ImageRoots
 from llavar_peft.data.ocr.build import BuildSettings, build_records, journal_path, report_path
@@ -22,8 +24,10 @@ from llavar_peft.data.ocr.journal import Journal
 from llavar_peft.data.ocr.quality import Limits
 from llavar_peft.data.ocr.reading import ReadingSettings, bring_short_edge
 from llavar_peft.data.records import open_records
-from llavar_peft.data.synthetic import OCR_INSTRUCTIONS
+from llavar_peft.data.synth.settings import SynthSettings
+from llavar_peft.data.synth.write import write_synthetic
 from llavar_peft.errors import DataError, EnvironmentFaultError, ImageError
+from llavar_peft.evaluation.results import read_results
 
 pytest.importorskip("rapidocr")
 pytest.importorskip("onnxruntime")
@@ -67,6 +71,58 @@ def test_records_are_in_the_released_format(built: Path) -> None:
         assert question in OCR_INSTRUCTIONS
         assert asked["value"] in (f"<image>\n{question}", f"{question}\n<image>")
         assert answered["value"]
+
+
+def test_a_benchmark_takes_the_letters_height_from_an_ocr_pass(
+    built: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    records = json.loads(built.read_text("utf-8"))
+    asked = {"question": "What does it say?", "answers": ["A"], "prediction": "A"}
+    rows = [{"question_id": record["id"], "image": record["image"], **asked} for record in records]
+    rows.append({"question_id": "other", "image": "other.png", **asked})
+    rows[0] |= {"text_height": 10, "image_width": 336, "image_height": 100}
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    command = ["eval", "vqa", "--predictions", str(tmp_path / "rows.json"), "--out", str(tmp_path / "results.json")]
+    assert main(command) == 0
+    assert main(["eval", "diagnose", str(tmp_path / "results.json")]) == 0
+    assert "of 1 records whose letters' height is known" in capsys.readouterr().out
+    assert main([*command, "--heights", str(built)]) == 0
+    heights = {one.id: one.letter_height for one in read_results(tmp_path / "results.json").records}
+    assert heights.pop("other") is None
+    assert heights.pop(records[0]["id"]) == 10  # the data set's own
+    assert heights == {
+        one["id"]: pytest.approx(one["text_height"] * 336 / max(one["image_width"], one["image_height"]))
+        for one in records[1:]
+    }
+    (tmp_path / "rows.json").write_text(json.dumps(rows[-1:]))
+    assert main(command) == 0
+    assert main(["eval", "diagnose", str(tmp_path / "results.json")]) == 0
+    assert "eval vqa --heights" in capsys.readouterr().out
+    assert main([*command, "--heights", str(built)]) == 2
+    assert "is of none of the pictures asked about" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(shutil.which("tesseract") is None, reason="the program tesseract is not installed")
+def test_two_engines_keep_what_both_read(tmp_path: Path) -> None:
+    """RapidOCR reads a page that stands on its head, Tesseract does not."""
+    images = write_synthetic(tmp_path, 1, SynthSettings(kinds=("covers",), width=420, seed=4)).images
+    with Image.open(images / "covers_000000.png") as cover:
+        cover.rotate(180).save(images / "turned.png")
+    alone = ["--workers", "1", "--keep-duplicates"]
+    assert main(["ocr", "build", str(images), "--out", str(tmp_path / "both.json"), "--both", *alone]) == 0
+    (record,) = json.loads((tmp_path / "both.json").read_text("utf-8"))
+    truth = json.loads((tmp_path / "truth.jsonl").read_text("utf-8"))
+    assert record["image"] == truth["image"]
+    assert record["conversations"][1]["value"].split() == truth["text"].split()
+    report = json.loads((tmp_path / "both.report.json").read_text("utf-8"))
+    assert set(report["reading"]["engines"]) == {"rapidocr", "tesseract"}
+    assert [(drop["path"], drop["reason"]) for drop in report["drops"]] == [("turned.png", "engines_disagree")]
+    # Nothing is read again: RapidOCR's own reading of it is there, and is a record where a disagreement is let pass.
+    shutil.copy(journal_path(tmp_path / "both.json"), journal_path(tmp_path / "any.json"))
+    more = ["--both", *alone, "--max-disagreement", "1"]
+    assert main(["ocr", "build", str(images), "--out", str(tmp_path / "any.json"), *more]) == 0
+    _, turned = json.loads((tmp_path / "any.json").read_text("utf-8"))
+    assert set(turned["conversations"][1]["value"].split()) == set(truth["text"].split())
 
 
 def test_other_limits_read_nothing_again(signs: Path, built: Path, tmp_path: Path) -> None:

@@ -11,7 +11,8 @@ from PIL import Image
 from llavar_peft.data.ocr.engines import open_engine
 from llavar_peft.data.ocr.lines import EngineName
 from llavar_peft.data.ocr.quality import transcribe
-from llavar_peft.data.synth.pages import SynthSettings, draw_page
+from llavar_peft.data.synth.pages import draw_page
+from llavar_peft.data.synth.settings import SynthSettings
 from llavar_peft.errors import MissingDependencyError
 from llavar_peft.text_metrics import character_accuracy
 

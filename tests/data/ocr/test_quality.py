@@ -22,7 +22,8 @@ from llavar_peft.data.ocr.duplicates import (
 from llavar_peft.data.ocr.lines import OcrLine
 from llavar_peft.data.ocr.quality import Limits, disagreement, judge, script_share
 from llavar_peft.data.ocr.same_text import _by_pieces, agree, similar_texts
-from llavar_peft.data.synthetic import draw_picture
+from llavar_peft.data.synth.pages import draw_page
+from llavar_peft.data.synth.settings import SynthKind, SynthSettings
 
 
 def line(text: str, confidence: float = 0.9, top: float = 0) -> OcrLine:
@@ -78,16 +79,16 @@ def test_scripts() -> None:
     assert script_share("日本 ab", "CJK") == 0.5
 
 
-def picture(kind: str, index: int) -> Image.Image:
-    return draw_picture(kind, 0, index).image
+def picture(kind: SynthKind, index: int) -> Image.Image:
+    return draw_page(SynthSettings(style="plain", kinds=(kind,)), index).image
 
 
 def test_a_copy_has_nearly_the_same_hash() -> None:
     for index in range(6):
-        image = picture("poster", index)
+        image = picture("posters", index)
         scaled = image.resize((image.width * 3 // 4, image.height * 3 // 4), Image.Resampling.LANCZOS)
         assert (difference_hash(image) ^ difference_hash(scaled)).bit_count() <= NEAR
-        assert (difference_hash(image) ^ difference_hash(picture("poster", index + 1))).bit_count() > NEAR
+        assert (difference_hash(image) ^ difference_hash(picture("posters", index + 1))).bit_count() > NEAR
 
 
 def near(value: int, bits: int, rng: Random) -> int:

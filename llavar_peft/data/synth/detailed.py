@@ -1,12 +1,13 @@
-"""The four kinds of picture: what they say, and where. Sizes are shares of the picture's width."""
+"""The detailed style's kinds of picture: what they say, and where. Sizes are shares of the picture's width."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from random import Random
-from typing import Literal, TypeAlias, get_args
 
-from llavar_peft.data.synth.scene import Align, Colour, Pen, Scene, Shape
+from llavar_peft.data.synth.colours import Colour, draw_colours, draw_paper
+from llavar_peft.data.synth.scene import Align, Pen, Scene, Shape
+from llavar_peft.data.synth.settings import SynthKind
 from llavar_peft.data.synth.words import (
     Vocabulary,
     draw_code,
@@ -18,13 +19,9 @@ from llavar_peft.data.synth.words import (
     draw_price,
     draw_sentence,
 )
-from llavar_peft.data.synthetic import draw_colours
-
-SynthKind: TypeAlias = Literal["receipts", "covers", "signs", "documents"]
-KINDS: tuple[SynthKind, ...] = get_args(SynthKind)
 
 
-def draw_scene(kind: SynthKind, rng: Random, width: int, words: Vocabulary, faces: Sequence[str]) -> Scene:
+def draw_detailed(kind: SynthKind, rng: Random, width: int, words: Vocabulary, faces: Sequence[str]) -> Scene:
     """Invents a picture.
 
     Args:
@@ -42,20 +39,14 @@ def draw_scene(kind: SynthKind, rng: Random, width: int, words: Vocabulary, face
         "covers": _cover,
         "signs": _sign,
         "documents": _document,
+        "posters": _poster,
     }
     return layouts[kind](Pen(rng, words, faces, width))
 
 
-def _paper(rng: Random) -> tuple[Colour, Colour]:
-    """White or nearly so, with dark ink."""
-    shade = rng.randint(232, 255)
-    dark = rng.randint(10, 70)
-    return (shade, shade, shade - rng.randint(0, 14)), (dark, dark, dark)
-
-
 def _receipt(pen: Pen) -> Scene:
     rng, words, width = pen.rng, pen.words, pen.width
-    paper, pen.ink = _paper(rng)
+    paper, pen.ink = draw_paper(rng)
     face, heavy = rng.choice(pen.faces), rng.choice(pen.faces)
     size, margin = round(width * rng.uniform(0.034, 0.048)), width * rng.uniform(0.05, 0.1)
     left, right = margin, width - margin
@@ -162,10 +153,43 @@ def _sign(pen: Pen) -> Scene:
     return _scene(pen, height, paper, [frame] if rng.random() < 0.6 else [], asked)
 
 
+def _poster(pen: Pen) -> Scene:
+    rng, words, width = pen.rng, pen.words, pen.width
+    height = round(width * rng.uniform(1.25, 1.5))
+    paper, pen.ink = draw_colours(rng)
+    margin = width * rng.uniform(0.06, 0.12)
+    left, right = margin, width - margin
+    align: Align = rng.choice(("left", "centre"))
+    face, heavy = rng.choice(pen.faces), rng.choice(pen.faces)
+    name, date, hour = draw_name(rng, words), draw_date(rng), draw_hour(rng)
+    name = name.upper() if rng.random() < 0.5 else name
+    pen.y = height * rng.uniform(0.05, 0.1)
+    pen.line(draw_phrase(rng, words, 1, 3), face, width * 0.05, left, right, align)
+    pen.gap(width * 0.03)
+    largest = pen.fit(max(name.split(), key=len), heavy, width * rng.uniform(0.1, 0.16), right - left)
+    pen.wrapped(name, heavy, largest, left, right, align)
+    art = (round(left), round(pen.y + width * 0.06), round(right), round(height * 0.68))
+    shapes = [Shape(rng.choice(("area", "ellipse", "frame")), art, draw_colours(rng)[0], round(width * 0.01) + 1)]
+    pen.y = max(pen.y, height * 0.72)
+    pen.gap(0)
+    for text in (date, hour):
+        pen.line(text, heavy, width * rng.uniform(0.07, 0.1), left, right, align)
+    pen.gap(width * 0.03)
+    room = f"{words.room} {draw_number(rng, rng.randint(1, 3))}"
+    pen.line(f"{draw_name(rng, words)}, {room}", face, width * 0.045, left, right, align)
+    asked = [
+        ("What is the name on the poster?", name),
+        ("On which date is the show?", date),
+        ("At what time does the show start?", hour),
+        ("In which room is the show?", room),
+    ]
+    return _scene(pen, max(height, pen.y + margin / 2), paper, shapes if art[3] > art[1] else [], asked)
+
+
 def _document(pen: Pen) -> Scene:
     rng, words, width = pen.rng, pen.words, pen.width
     height = round(width * rng.uniform(1.25, 1.42))
-    paper, pen.ink = _paper(rng)
+    paper, pen.ink = draw_paper(rng)
     face, heavy = rng.choice(pen.faces), rng.choice(pen.faces)
     size, margin = max(11, round(width * rng.uniform(0.019, 0.026))), width * rng.uniform(0.08, 0.11)
     left, right = margin, width - margin
