@@ -4,21 +4,19 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import yaml
 
+from tests.commands import command
+
 QUESTION = "Identify any text visible in the image provided."
 
 
-def _run(*arguments: str, status: int = 0) -> str:
-    done = subprocess.run(
-        [sys.executable, "-m", "llavar_peft", *arguments], capture_output=True, text=True, check=False, timeout=800
-    )
-    assert done.returncode == status, done.stderr[-2000:]
+def _run(folder: Path, *arguments: str, status: int = 0) -> str:
+    done = command(arguments, folder)
+    assert done.status == status, done.stderr[-2000:]
     return done.stdout + done.stderr
 
 
@@ -72,31 +70,33 @@ def _recipe(folder: Path, shared_dir: Path) -> Path:
 
 @pytest.mark.slow
 def test_from_photographs_to_an_answer(folder: Path, shared_dir: Path) -> None:
-    assert "0 faults" in _run("data", "check", str(folder / "records.json"), "--images", str(folder / "images"))
+    assert "0 faults" in _run(folder, "data", "check", str(folder / "records.json"), "--images", str(folder / "images"))
     recipe = _recipe(folder, shared_dir)
-    _run("train", str(recipe))
+    _run(folder, "train", str(recipe))
     model = folder / "run/model"
     config = json.loads((model / "config.json").read_text())
     assert config["text_config"]["vocab_size"] == 32003
     assert config["image_seq_length"] == 576
     assert (folder / "run/stage1/model/mm_projector.bin").is_file()
-    lines = _run("data", "inspect", str(folder / "records.json"), "--model", str(model), "--json").splitlines()
+    lines = _run(folder, "data", "inspect", str(folder / "records.json"), "--model", str(model), "--json").splitlines()
     encoded = [json.loads(line) for line in lines]
     assert len(encoded) == len(json.loads((folder / "records.json").read_text()))
     assert all(record["input_ids"].count(32000) == 576 * len(record["images"]) for record in encoded)
     picture = folder / "images/text_wide.png"
-    assert _run("ask", "--model", str(model), "--image", str(picture), "--max-new-tokens", "4", QUESTION).strip()
+    assert _run(
+        folder, "ask", "--model", str(model), "--image", str(picture), "--max-new-tokens", "4", QUESTION
+    ).strip()
 
 
 def test_a_broken_picture_is_found_before_any_step(folder: Path, shared_dir: Path) -> None:
     recipe = _recipe(folder, shared_dir)
     (folder / "images/cmyk.jpg").unlink()
-    said = _run("train", str(recipe), status=2)
+    said = _run(folder, "train", str(recipe), status=2)
     assert "cmyk.jpg" in said
     assert "Traceback" not in said
     assert not (folder / "run/stage1/metrics.jsonl").exists()
     broken = (folder / "images/text_wide.png").read_bytes()[:200]
     (folder / "images/text_wide.png").write_bytes(broken)
-    said = _run("data", "check", str(folder / "records.json"), "--images", str(folder / "images"), status=2)
+    said = _run(folder, "data", "check", str(folder / "records.json"), "--images", str(folder / "images"), status=2)
     assert "cmyk.jpg" in said
     assert "text_wide.png" in said

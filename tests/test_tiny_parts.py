@@ -19,7 +19,7 @@ SHIPPED = ROOT / "llavar_peft/assets/tiny"
 
 def _make(out: Path) -> dict[str, str]:
     subprocess.run(
-        [sys.executable, str(ROOT / "examples/tiny_parts/make_tiny_parts.py"), "--out", str(out), "--scale", "0.001"],
+        [sys.executable, str(ROOT / "examples/tiny_parts/make_tiny_parts.py"), "--out", str(out), "--scale", "0.0001"],
         check=True,
         capture_output=True,
         timeout=600,

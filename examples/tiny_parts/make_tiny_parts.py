@@ -34,7 +34,7 @@ def main() -> None:
     if options.part != "vision_tower":
         make_language_model(
             options.out / "language_model",
-            steps=(max(4, round(2400 * options.scale)), max(4, round(1400 * options.scale))),
+            steps=(max(2, round(2400 * options.scale)), max(2, round(1400 * options.scale))),
             batch=16,
             rate=3e-3,
             seed=0,

@@ -62,7 +62,7 @@ class Lesson:
 
     def scaled(self, scale: float) -> "Lesson":
         """The same lesson with a share of the steps and pages, for a trial."""
-        sizes = {"pages": max(32, round(self.pages * scale)), "steps": max(4, round(self.steps * scale))}
+        sizes = {"pages": max(32, round(self.pages * scale)), "steps": max(2, round(self.steps * scale))}
         return replace(self, **sizes, heads_first=round(self.heads_first * scale))
 
 

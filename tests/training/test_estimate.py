@@ -18,7 +18,7 @@ from llavar_peft.recipes import dump_recipe, load_recipe
 from llavar_peft.training.estimate import estimate_stage, what_would_help
 from llavar_peft.training.estimate.memory import count, memory
 
-_TOKENS, _SPOKEN = 1600, 1600 - 4 * 16
+_TOKENS, _SPOKEN = 1000, 1000 - 4 * 16
 _LLAMA = {
     "model_type": "llama", "hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 4,
     "num_attention_heads": 8, "vocab_size": 8000, "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},

@@ -21,7 +21,7 @@ pytestmark = pytest.mark.slow
 @pytest.fixture(scope="module")
 def drawn(tmp_path_factory: pytest.TempPathFactory) -> SynthResult:
     settings = SynthSettings(width=800, distort="light", seed=9)
-    return write_synthetic(tmp_path_factory.mktemp("drawn"), 16, settings)
+    return write_synthetic(tmp_path_factory.mktemp("drawn"), 10, settings)
 
 
 def error_rates(drawn: SynthResult, records: Path) -> dict[str, float]:
@@ -48,10 +48,10 @@ def _need(engine: str) -> None:
         pytest.skip("the program tesseract is not installed")
 
 
-# Of 16 pictures, drawn slightly turned and shadowed: records at least, mean and largest character error rate. RapidOCR
-# was seen at 16, 0.007 and 0.09. Tesseract gives no angles, so that rows of a turned receipt come apart.
+# Of 10 pictures, drawn slightly turned and shadowed: records at least, mean and largest character error rate. RapidOCR
+# was seen at 10, 0 and 0, Tesseract at 9, 0.036 and 0.28.
 @pytest.mark.parametrize(
-    ("engine", "least", "mean", "largest"), [("rapidocr", 15, 0.03, 0.2), ("tesseract", 13, 0.2, 0.7)]
+    ("engine", "least", "mean", "largest"), [("rapidocr", 9, 0.02, 0.1), ("tesseract", 8, 0.1, 0.5)]
 )
 def test_documents_become_records(
     engine: str, least: int, mean: float, largest: float, drawn: SynthResult, tmp_path: Path
