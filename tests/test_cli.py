@@ -6,6 +6,7 @@ import logging
 import shutil
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -114,6 +115,18 @@ def test_the_log_goes_where_standard_error_is_by_then(monkeypatch: pytest.Monkey
     monkeypatch.setattr(sys, "stderr", later)
     logging.getLogger("llavar_peft.anything").info("%d words", 2)
     assert later.getvalue() == "2 words\n"
+
+
+@pytest.mark.parametrize(("options", "shown"), [((), 0), (("--debug",), 1)])
+def test_what_libraries_tell_one_another_is_for_debugging(
+    options: tuple[str, ...], shown: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "warnoptions", [])
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        assert run(*options, "recipe", "list") == 0
+        warnings.warn("the argument has another name from version 6 on", FutureWarning, stacklevel=1)
+    assert len(seen) == shown
 
 
 @pytest.mark.parametrize(

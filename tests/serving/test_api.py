@@ -146,6 +146,7 @@ def test_seeds_stops_choices_and_logprobs(client: openai.OpenAI, pictures: list[
     content = done.choices[0].logprobs.content or []
     assert done.usage is not None
     assert 0 < len(content) <= done.usage.completion_tokens
+    assert b"".join(bytes(one.bytes or ()) for one in content).decode() == done.choices[0].message.content
     assert all(one.logprob <= 0 for one in content)
 
 
