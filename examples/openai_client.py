@@ -23,6 +23,7 @@ def main() -> None:
     parser.add_argument("--url", default="http://127.0.0.1:8000/v1")
     parser.add_argument("--key", default="none", help="the server's --api-key")
     parser.add_argument("--temperature", type=float, default=0.2)
+    parser.add_argument("--max-tokens", type=int, default=512, help="of an answer")
     args = parser.parse_args()
 
     client = OpenAI(base_url=args.url, api_key=args.key)
@@ -35,7 +36,7 @@ def main() -> None:
         messages.append({"role": "user", "content": [{"type": "text", "text": question}, *first]})
         answer = ""
         stream = client.chat.completions.create(
-            model=model, messages=messages, temperature=args.temperature, max_tokens=512, stream=True
+            model=model, messages=messages, temperature=args.temperature, max_tokens=args.max_tokens, stream=True
         )
         for chunk in stream:
             piece = chunk.choices[0].delta.content if chunk.choices else None

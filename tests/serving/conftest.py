@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 from fastapi import FastAPI
 
 from llavar_peft import Chat, ModelConfig, build_model, load_chat
@@ -34,6 +36,28 @@ def chat(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Chat:
     for seed, name in enumerate(("one", "two")):
         save_moved_adapter(folder / name, base, Lora(rank=2, alpha=8, dropout=0.0), seed=seed, by=0.1)
     return load_chat(checkpoint, {name: folder / name for name in ("one", "two")}, device="cpu")
+
+
+@pytest.fixture
+def endless(chat: Chat) -> Iterator[None]:
+    """The model says one of two letters, whatever it sees: its answers end at their limit."""
+    head = chat.engine.plain.lm_head.weight
+    before = head.detach().clone()
+    direction = torch.randn(head.shape[1], generator=torch.Generator().manual_seed(0)) * 1e3
+    letters = chat.engine.processor.tokenizer.convert_tokens_to_ids(["A", "B"])
+    with torch.no_grad():
+        head.zero_()
+        head[letters] = torch.stack([direction, -direction])
+        yield
+        head.copy_(before)
+
+
+@pytest.fixture
+def unhurried(chat: Chat) -> Iterator[None]:
+    """A tenth of a second for each token."""
+    hook = chat.engine.plain.lm_head.register_forward_hook(lambda *_: time.sleep(0.1))
+    yield
+    hook.remove()
 
 
 @pytest.fixture(scope="session")

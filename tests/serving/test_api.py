@@ -116,11 +116,11 @@ def test_the_example_asks_turn_by_turn(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     example = Path(__file__).parents[2] / "examples/openai_client.py"
-    asked = [str(pictures[0]), "Read.", "Again?", "--model", "one", "--temperature", "0"]
+    asked = [str(pictures[0]), "Read.", "Again?", "--model", "one", "--temperature", "0", "--max-tokens", "24"]
     monkeypatch.setattr(sys, "argv", [example.name, *asked, "--url", f"{server[0]}/v1"])
     runpy.run_path(str(example), run_name="__main__")
     talk = chat.conversation(pictures[0], adapter="one")
-    said = [talk.send(text, temperature=0.0, max_new_tokens=512) for text in ("Read.", "Again?")]
+    said = [talk.send(text, temperature=0.0, max_new_tokens=24) for text in ("Read.", "Again?")]
     assert capsys.readouterr().out == "".join(f"{one}\n" for one in said)
 
 
@@ -188,12 +188,12 @@ def _until(what: Any) -> None:
     assert what()
 
 
+@pytest.mark.usefixtures("endless")
 @pytest.mark.parametrize("stream", [True, False])
 def test_a_client_that_leaves_frees_its_place(stream: bool, chat: Chat) -> None:
     with serving(chat) as (address, app):
         service, port = app.state.service, int(address.rpartition(":")[2])
-        # Hot enough not to end soon; several, so that one of them surely goes on.
-        body = ask_body("Go on.", temperature=2, max_tokens=1500, n=8, stream=stream)
+        body = ask_body("Go on.", max_tokens=1500, n=8, stream=stream)
         with socket.create_connection(("127.0.0.1", port)) as connection:
             head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n"
             connection.sendall(f"{head}Content-Type: application/json\r\n\r\n".encode() + body)

@@ -9,7 +9,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
 from fastapi import FastAPI
 
 from llavar_peft import Chat
@@ -133,20 +132,6 @@ def test_an_example_is_one_click_away(browser: Browser) -> None:
     assert len(_answers(browser, 0, 1)) == 1
 
 
-@pytest.fixture
-def endless(chat: Chat) -> Iterator[None]:
-    """The model says one of two letters, whatever it sees: its answers end at their limit."""
-    head = chat.engine.plain.lm_head.weight
-    before = head.detach().clone()
-    direction = torch.randn(head.shape[1], generator=torch.Generator().manual_seed(0)) * 1e3
-    letters = chat.engine.processor.tokenizer.convert_tokens_to_ids(["A", "B"])
-    with torch.no_grad():
-        head.zero_()
-        head[letters] = torch.stack([direction, -direction])
-        yield
-        head.copy_(before)
-
-
 @pytest.mark.usefixtures("endless")
 def test_stop_ends_an_answer(browser: Browser, server: tuple[str, FastAPI]) -> None:
     _choose(browser, "model", MODEL)
@@ -159,14 +144,6 @@ def test_stop_ends_an_answer(browser: Browser, server: tuple[str, FastAPI]) -> N
     while service.running and time.monotonic() < deadline:
         time.sleep(0.02)
     assert service.running == service.waiting == 0
-
-
-@pytest.fixture
-def unhurried(chat: Chat) -> Iterator[None]:
-    """A tenth of a second for each token."""
-    hook = chat.engine.plain.lm_head.register_forward_hook(lambda *_: time.sleep(0.1))
-    yield
-    hook.remove()
 
 
 _WATCH = """(() => {

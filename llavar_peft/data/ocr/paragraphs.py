@@ -60,19 +60,17 @@ class Paragraph:
 
 @dataclass(frozen=True, slots=True)
 class _Row:
-    """Pieces on one baseline, from left to right."""
+    """Pieces on one baseline.
+
+    Attributes:
+        pieces: From left to right.
+        box: Around all of them.
+        height: Of a typical piece, in pixels; slant makes the row's own box higher.
+    """
 
     pieces: tuple[tuple[Box, OcrLine], ...]
-
-    @property
-    def box(self) -> Box:
-        """Around all of them."""
-        return _around([box for box, _ in self.pieces])
-
-    @property
-    def height(self) -> float:
-        """Of a typical piece, in pixels; slant makes the row's own box higher."""
-        return median(box.height for box, _ in self.pieces)
+    box: Box
+    height: float
 
 
 def merge_lines(lines: Sequence[OcrLine]) -> tuple[Paragraph, ...]:
@@ -88,7 +86,7 @@ def merge_lines(lines: Sequence[OcrLine]) -> tuple[Paragraph, ...]:
     rows = [_row(group) for group in _linked(placed, lambda a, b: _same_line(a[0], b[0]))]
     rows.sort(key=lambda row: (row.box.top, row.box.left))
     blocks = [_by_top(group) for group in _paragraph_rows(rows)]
-    tables = [_table_rows(group) for group in _linked(blocks, _same_table)]
+    tables = [_table_rows(group) for group in _beside_each_other(blocks)]
     order = reading_order([_around([row.box for row in block]) for block in tables])
     return tuple(_paragraph(tables[index]) for index in order)
 
@@ -157,11 +155,24 @@ def _same_column(above: _Row, below: _Row) -> bool:
     return shared >= 0.5 * min(one.width, other.width) and apart <= SAME_EDGE * mean
 
 
+def _beside_each_other(blocks: Sequence[Sequence[_Row]]) -> list[list[Sequence[_Row]]]:
+    """Groups paragraphs that are one table's columns."""
+    around = [_around([row.box for row in block]) for block in blocks]
+
+    def linked(first: int, second: int) -> bool:
+        one, other = around[first], around[second]
+        # Before anything that takes time: a page has many paragraphs, and few pairs that stand side by side.
+        if max(one.top, other.top) > min(one.bottom, other.bottom):
+            return False
+        if max(one.left, other.left) < min(one.right, other.right):
+            return False
+        return _same_table(blocks[first], blocks[second])
+
+    return [[blocks[number] for number in group] for group in _linked(range(len(blocks)), linked)]
+
+
 def _same_table(first: Sequence[_Row], second: Sequence[_Row]) -> bool:
     few, many = sorted((first, second), key=len)
-    one, other = _around([row.box for row in few]), _around([row.box for row in many])
-    if max(one.left, other.left) < min(one.right, other.right):
-        return False
     widths = [median(row.box.width / row.height for row in block) for block in (few, many)]
     if min(widths) >= NARROW or (len(many) >= PROSE_LINES and widths[1] >= PROSE):
         return False
@@ -188,7 +199,9 @@ def _by_top(rows: Sequence[_Row]) -> list[_Row]:
 
 
 def _row(pieces: Sequence[tuple[Box, OcrLine]]) -> _Row:
-    return _Row(tuple(sorted(pieces, key=lambda piece: (piece[0].left, *_place(piece)))))
+    in_order = tuple(sorted(pieces, key=lambda piece: (piece[0].left, *_place(piece))))
+    boxes = [box for box, _ in in_order]
+    return _Row(in_order, _around(boxes), median(box.height for box in boxes))
 
 
 def _around(boxes: Sequence[Box]) -> Box:
