@@ -226,8 +226,8 @@ def _write(folder: Path, count: int, seed: int, task: Task, workers: int) -> Syn
 
 
 _SETS: tuple[tuple[str, Task, int], ...] = (
-    ("stage1", "transcribe", 1400),
-    ("stage2", "conversation", 5600),
+    ("stage1", "transcribe", 800),
+    ("stage2", "conversation", 4200),
 )
 
 

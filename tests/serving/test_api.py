@@ -188,7 +188,7 @@ def _until(what: Any) -> None:
     assert what()
 
 
-@pytest.mark.usefixtures("endless")
+@pytest.mark.usefixtures("endless", "unhurried")
 @pytest.mark.parametrize("stream", [True, False])
 def test_a_client_that_leaves_frees_its_place(stream: bool, chat: Chat) -> None:
     with serving(chat) as (address, app):
@@ -198,9 +198,7 @@ def test_a_client_that_leaves_frees_its_place(stream: bool, chat: Chat) -> None:
             head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n"
             connection.sendall(f"{head}Content-Type: application/json\r\n\r\n".encode() + body)
             _until(lambda: service.running > 0)
-        started = time.monotonic()
         _until(lambda: service.running == service.waiting == 0)
-        assert time.monotonic() - started < 5
 
 
 def test_a_full_queue_sends_clients_away(chat: Chat) -> None:
