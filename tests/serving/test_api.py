@@ -198,7 +198,9 @@ def test_a_client_that_leaves_frees_its_place(stream: bool, chat: Chat) -> None:
             head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n"
             connection.sendall(f"{head}Content-Type: application/json\r\n\r\n".encode() + body)
             _until(lambda: service.running > 0)
+        started = time.monotonic()
         _until(lambda: service.running == service.waiting == 0)
+        assert time.monotonic() - started < 5
 
 
 def test_a_full_queue_sends_clients_away(chat: Chat) -> None:

@@ -14,7 +14,7 @@ from llavar_peft.serving.connection import Connection
 from llavar_peft.serving.limits import Limits
 from tests.serving.server import ask_body, serving
 
-PATIENCE = 20
+PATIENCE = 3
 HEALTH = b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n"
 
 
