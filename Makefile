@@ -11,7 +11,6 @@ quality:  ## Everything that can be checked without running the code.
 	ruff format --check .
 	mypy
 	lint-imports
-	pydoclint --config pyproject.toml llavar_peft
 	interrogate --config pyproject.toml llavar_peft
 
 test:  ## The README's test command.

@@ -57,7 +57,6 @@ EXTRAS_REQUIRE = {
         "onnxruntime>=1.20",
         "openai>=1.50",
         "pre-commit>=4.0",
-        "pydoclint>=0.6",
         "pypdfium2>=4.30",
         "pytest>=8.3",
         "pytest-timeout>=2.3",
@@ -78,17 +77,17 @@ setup(
     license="Apache-2.0",
     license_files=["LICENSE", "llavar_peft/assets/fonts/LICENSE.txt"],
     python_requires=">=3.10",
-    packages=[*find_packages(include=["llavar_peft", "llavar_peft.*"]), "llavar_peft.adapters"],
-    package_dir={"llavar_peft.adapters": "adapters"},  # presets, which people look for at the top
+    packages=[*find_packages(include=["llavar_peft", "llavar_peft.*"]), "llavar_peft.recipe.shipped"],
+    package_dir={"llavar_peft.recipe.shipped": "examples/recipes"},
     package_data={
-        "llavar_peft": ["py.typed", "presets/*.yaml", "assets/**/*", "page/*.j2"],
-        "llavar_peft.adapters": ["*.yaml"],
+        "llavar_peft": ["py.typed", "assets/**/*", "page/*.j2"],
+        "llavar_peft.recipe.shipped": ["*.yaml"],
     },
     install_requires=INSTALL_REQUIRES,
     extras_require=EXTRAS_REQUIRE,
     entry_points={
         "console_scripts": ["llavar-peft = llavar_peft.cli:main"],
-        "lmms_eval.models": ["llavar = llavar_peft.evaluation.lmms:manifest"],
+        "lmms_eval.models": ["llavar = llavar_peft.evaluation.lmms_eval_model:manifest"],
     },
     classifiers=[
         "Development Status :: 4 - Beta",

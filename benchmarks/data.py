@@ -1,13 +1,13 @@
-"""Data: opening a million records, conversations and pictures per second, against the original's pipeline.
+"""Data: opening a million records, conversations and images per second, against the original's pipeline.
 
     python benchmarks/data.py [--tokenizer tokenizer.model] [--rounds 5] [--small] [--out STEM]
 
 * records: ``open_records`` against ``json.load``, each in a process of its own;
 * text: ``encode_record`` against the slow tokenizer called as ``preprocess_v1`` calls it; ids and labels of every
   conversation are compared;
-* pictures: ``prepare_image`` against ``expand2square`` and ``CLIPImageProcessor``; every pixel is compared.
+* images: ``prepare_image`` against ``expand2square`` and ``CLIPImageProcessor``; every pixel is compared.
 
-Text and pictures are measured in CPU time of one core, in alternating rounds. LLaMA's ``tokenizer.model`` is not
+Text and images are measured in CPU time of one core, in alternating rounds. LLaMA's ``tokenizer.model`` is not
 shipped; without one (``--tokenizer``, or ``reference/tokenizer`` of the folder that ``LLAVAR_SHARED`` names) text is
 left out. Linux only; about five minutes and 1 GB of disk.
 """
@@ -26,14 +26,14 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from data_inputs import conversations, write_pictures
+from data_inputs import conversations, write_images
 from data_records import write_records
 from data_table import GOALS, table
 from rounds import ratios, spread
 from weights import about, run
 
-from llavar_peft.data.tokenize import encode_record
-from llavar_peft.models.tokenizer import add_image_tokens, load_tokenizer
+from llavar_peft.data.encode_record import encode_record
+from llavar_peft.models.llama_tokenizer import add_image_tokens, load_tokenizer
 
 HOW = ("json.load", "index, first time", "index, again")
 MAX_LENGTH, IMAGE_TOKENS = 2048, 576
@@ -45,7 +45,7 @@ class Sizes:
 
     records: int
     conversations: int
-    pictures: int
+    images: int
 
 
 FULL, SMALL = Sizes(1_000_000, 400, 60), Sizes(60_000, 12, 6)
@@ -66,7 +66,7 @@ class Settings:
 
 
 def records(work: Path, count: int, rounds: int) -> dict[str, Any]:
-    """Opens a file of records in each way, round by round.
+    """Open a file of records in each way, round by round.
 
     Args:
         work: A folder to write in.
@@ -163,24 +163,24 @@ def text(model: Path, count: int, rounds: int) -> dict[str, Any]:
     return {**timed, "tokens": tokens, "differ": differ}
 
 
-def pictures(work: Path, count: int, rounds: int) -> dict[str, Any]:
+def images(work: Path, count: int, rounds: int) -> dict[str, Any]:
     """Files to pixels.
 
     Args:
         work: A folder to write in.
-        count: Number of pictures.
+        count: Number of images.
         rounds: How often.
 
     Returns:
-        What ``alternate`` gives, ``bytes`` of all pictures and how many of them ``differ``.
+        What ``alternate`` gives, ``bytes`` of all images and how many of them ``differ``.
     """
     from data_original import prepare
     from transformers import CLIPImageProcessorPil
 
-    from llavar_peft.data.images import prepare_image
+    from llavar_peft.data.image_preparation import prepare_image
 
     work.mkdir()
-    paths = write_pictures(work, count, seed=0)
+    paths = write_images(work, count, seed=0)
     clip = CLIPImageProcessorPil(size={"shortest_edge": 336}, crop_size={"height": 336, "width": 336})
     differ = sum(not prepare_image(path, "pad", clip).equal(prepare(path, clip)) for path in paths)
     timed = alternate(lambda path: prepare_image(path, "pad", clip), lambda path: prepare(path, clip), paths, rounds)
@@ -188,7 +188,7 @@ def pictures(work: Path, count: int, rounds: int) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Prints the tables, and with ``--out`` writes them and the figures."""
+    """Print the tables, and with ``--out`` writes them and the figures."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     shared = os.environ.get("LLAVAR_SHARED", "")
     given = Path(shared) / "reference/tokenizer/tokenizer.model" if shared else None
@@ -205,7 +205,7 @@ def main() -> None:
         work = Path(folder)
         has_tokenizer = options.tokenizer is not None and options.tokenizer.is_file()
         report["text"] = text(options.tokenizer, sizes.conversations, options.rounds) if has_tokenizer else None
-        report["pictures"] = pictures(work / "pictures", sizes.pictures, options.rounds)
+        report["pictures"] = images(work / "pictures", sizes.images, options.rounds)
         report["records"] = records(work, sizes.records, options.rounds)
     report["load_after"] = os.getloadavg()
     printed = table(report)

@@ -26,11 +26,11 @@ _WORDS = (
 )
 WORDS = _WORDS.split()
 SIZES = ((640, 480), (480, 640), (640, 427), (427, 640), (500, 375), (640, 640))
-"""Pixels of the pictures, in turn: COCO's usual ones."""
+"""Pixels of the images, in turn: COCO's usual ones."""
 
 
 def conversations(count: int, seed: int) -> list[dict[str, Any]]:
-    """Records with a picture each, as long as LLaVA-Instruct's.
+    """Records with an image each, as long as LLaVA-Instruct's.
 
     Args:
         count: How many.
@@ -69,8 +69,8 @@ def _sentences(draw: Random, tokens: int, stop: str, rare: list[str], weights: l
     return " ".join(words).replace("\n ", "\n")
 
 
-def write_pictures(folder: Path, count: int, seed: int) -> list[Path]:
-    """Writes JPEGs of COCO's sizes: soft shapes with a sensor's noise, about as many bytes as COCO's.
+def write_images(folder: Path, count: int, seed: int) -> list[Path]:
+    """Write JPEGs of COCO's sizes: soft shapes with a sensor's noise, about as many bytes as COCO's.
 
     Args:
         folder: An existing folder.

@@ -1,7 +1,7 @@
 """The original's data pipeline, written anew on today's packages, for ``data.py`` to compare with.
 
 The tokenizer is the library's slow SentencePiece one (Python, one piece looked up after the other), called as
-``preprocess_v1`` calls it: the whole conversation, then every round and every round's instruction once more. Pictures
+``preprocess_v1`` calls it: the whole conversation, then every round and every round's instruction once more. Images
 go through ``expand2square`` and ``CLIPImageProcessor``.
 
 Source: LLaVAR, llava/train/train.py, ``preprocess_multimodal``, ``preprocess_v1``, ``LazySupervisedDataset``.
@@ -65,17 +65,17 @@ class SlowTokenizer(SentencePieceBackend):
     def build_inputs_with_special_tokens(
         self, token_ids_0: list[int], token_ids_1: list[int] | None = None
     ) -> list[int]:
-        """Sets ``<s>`` before a text."""
+        """Set ``<s>`` before a text."""
         return [self.bos_token_id, *token_ids_0]
 
 
 def preprocess(sources: Sequence[dict[str, str]], tokenizer: SlowTokenizer, image_tokens: int) -> dict[str, Tensor]:
-    """Makes ids and labels of one record's turns.
+    """Make ids and labels of one record's turns.
 
     Args:
         sources: ``conversations`` as they stand in the record.
         tokenizer: The slow one.
-        image_tokens: Number of ``<im_patch>`` for the picture; 0 for a record without one.
+        image_tokens: Number of ``<im_patch>`` for the image; 0 for a record without one.
 
     Returns:
         ``input_ids`` and ``labels``, ``[T]``.
@@ -105,7 +105,7 @@ def _prompt(turns: Sequence[dict[str, str]]) -> str:
 
 
 def _mask(prompt: str, labels: Tensor, tokenizer: SlowTokenizer) -> None:
-    """Takes the labels of all but the answers out, by counting the tokens of each round again."""
+    """Take the labels of all but the answers out, by counting the tokens of each round again."""
     tokens = int(labels.ne(tokenizer.pad_token_id).sum())
     separator = f"{_SEPARATORS[0]}{ASSISTANT_ROLE}: "
     position = 1
@@ -124,7 +124,7 @@ def _mask(prompt: str, labels: Tensor, tokenizer: SlowTokenizer) -> None:
 
 
 def expand_to_square(image: Image.Image, colour: tuple[int, ...]) -> Image.Image:
-    """Lays a picture on the middle of a square of one colour."""
+    """Apply an image on the middle of a square of one colour."""
     width, height = image.size
     if width == height:
         return image
@@ -135,10 +135,10 @@ def expand_to_square(image: Image.Image, colour: tuple[int, ...]) -> Image.Image
 
 
 def prepare(path: Path, processor: CLIPImageProcessorPil) -> Tensor:
-    """Opens a picture and makes pixels of it, as under ``--image_aspect_ratio pad``.
+    """Open an image and makes pixels of it, as under ``--image_aspect_ratio pad``.
 
     Args:
-        path: The picture.
+        path: The image.
         processor: CLIP's.
 
     Returns:

@@ -22,7 +22,7 @@ READ = 50_000
 
 
 def write_records(path: Path, count: int) -> None:
-    """Writes records as long as those of ``chat_llavar.json`` (383 bytes on average), indented as it is."""
+    """Write records as long as those of ``chat_llavar.json`` (383 bytes on average), indented as it is."""
     draw = random.Random(0)
     with path.open("w", encoding="utf-8") as file:
         for index in range(count):
@@ -41,19 +41,19 @@ def private_mib() -> float:
 
 
 def measure(how: str, path: Path) -> dict[str, float]:
-    """Opens the records one way and reads some in random order.
+    """Open the records one way and reads some in random order.
 
     Returns:
         ``open_s``; ``private_mib`` after opening; ``us_per_record`` in random order; ``preflight_s`` of all records,
-        where there is an index already and their pictures are in ``images`` beside the file.
+        where there is an index already and their images are in ``images`` beside the file.
     """
     open_: Callable[[], Any]
     if how == "json.load":
         open_ = lambda: json.load(path.open(encoding="utf-8"))  # noqa: E731
     else:
-        from llavar_peft.data.check import preflight
+        from llavar_peft.data.check_records import preflight
         from llavar_peft.data.image_roots import ImageRoots
-        from llavar_peft.data.records import open_records
+        from llavar_peft.data.record_store import open_records
 
         open_ = lambda: open_records(path)  # noqa: E731
     before, start = private_mib(), time.perf_counter()

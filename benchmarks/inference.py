@@ -42,7 +42,7 @@ _IMPORTS = "from llavar_peft.inference.chat import load_chat"
 
 
 def work(task: str, model: str, folder: Path, **settings: Any) -> dict[str, Any]:
-    """Measures a task of ``inference_work.py`` in a process of its own."""
+    """Measure a task of ``inference_work.py`` in a process of its own."""
     with tempfile.TemporaryDirectory(dir=folder) as out:
         found: dict[str, Any] = run("inference_work.py", task, model, folder / "data", out, json.dumps(settings))
     return found
@@ -50,13 +50,13 @@ def work(task: str, model: str, folder: Path, **settings: Any) -> dict[str, Any]
 
 def compare_questions(rounds: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Rates by contender over the rounds, and how many answers are the original's."""
-    wanted = rounds[0]["original"]["answers"]
+    expected = rounds[0]["original"]["answers"]
     return {
         name: {
             "rate": spread([one[name]["rate"] for one in rounds]),
             "ratio": spread([one[name]["rate"] / one["original"]["rate"] for one in rounds]),
-            "same": min(count_same(one[name]["answers"], wanted) for one in rounds),
-            "of": len(wanted),
+            "same": min(count_same(one[name]["answers"], expected) for one in rounds),
+            "of": len(expected),
         }
         for name in rounds[0]
     }
@@ -175,7 +175,7 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Prints the tables, and with ``--out`` writes them and the figures."""
+    """Print the tables, and with ``--out`` writes them and the figures."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="a checkpoint; default: one of --size, of random numbers")
     parser.add_argument("--size", choices=SIZES, default="small")

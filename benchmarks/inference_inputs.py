@@ -1,4 +1,4 @@
-"""What ``inference.py`` measures on: a model, if none is given, and questions about drawn pictures."""
+"""What ``inference.py`` measures on: a model, if none is given, and questions about drawn images."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ SIZES: dict[str, tuple[dict[str, int], dict[str, int]] | None] = {
 
 
 def write_model(folder: Path, size: str) -> None:
-    """Writes a checkpoint with random numbers (of ``tiny``, the projector's alone) and the tiny model's tokenizer.
+    """Write a checkpoint with random numbers (of ``tiny``, the projector's alone) and the tiny model's tokenizer.
 
     Args:
         folder: The checkpoint's.
@@ -32,7 +32,7 @@ def write_model(folder: Path, size: str) -> None:
     import torch
 
     from llavar_peft import ModelConfig, build_model
-    from llavar_peft.models import LlavarForConditionalGeneration
+    from llavar_peft.models.modeling_llavar import LlavarForConditionalGeneration
 
     parts = Path(str(package_files("llavar_peft") / "assets/tiny"))
     tiny = ModelConfig(
@@ -61,7 +61,7 @@ def write_model(folder: Path, size: str) -> None:
 
 
 def write_questions(folder: Path, count: int) -> list[dict[str, Any]]:
-    """Draws pictures and writes questions about them in the original's format.
+    """Draw images and writes questions about them in the original's format.
 
     Args:
         folder: Gets ``images`` and ``questions.jsonl``.
@@ -70,10 +70,10 @@ def write_questions(folder: Path, count: int) -> list[dict[str, Any]]:
     Returns:
         The questions, with the right ``answer`` of each.
     """
-    from llavar_peft.data.synth.settings import SynthSettings
-    from llavar_peft.data.synth.write import write_synthetic
+    from llavar_peft.datagen.synth.synth_settings import SynthSettings
+    from llavar_peft.datagen.synth.write_synthetic import write_synthetic
 
-    # The quickstart's held-out pictures have another seed still: none of these strings was ever trained on.
+    # The quickstart's held-out images have another seed still: none of these strings was ever trained on.
     settings = SynthSettings(style="plain", seed=2_000_003, width=320, task="question")
     records = json.loads(write_synthetic(folder, count, settings).records.read_text())
     asked = []

@@ -2,7 +2,7 @@
 
 Source: LLaVAR, llava/eval/model_vqa.py, ``eval_model``, on current ``transformers``. As there: the prompt is spelled
 out and tokenized whole, ``generate`` runs on one row, the answer is decoded anew after each token to look for ``</s>``,
-and each line is flushed. Otherwise than there, so that answers can be compared: greedy, and pictures prepared in this
+and each line is flushed. Otherwise than there, so that answers can be compared: greedy, and images prepared in this
 model's own way, by this package.
 """
 
@@ -17,8 +17,8 @@ import torch
 from transformers import StoppingCriteria, StoppingCriteriaList
 
 from llavar_peft.constants import SYSTEM_PROMPT
-from llavar_peft.data.images import open_image, prepare_image
-from llavar_peft.data.template import image_block
+from llavar_peft.data.conversation_template import image_block
+from llavar_peft.data.image_preparation import open_image, prepare_image
 
 if TYPE_CHECKING:
     from llavar_peft.inference.engine import Engine
@@ -48,12 +48,12 @@ class KeywordsStoppingCriteria(StoppingCriteria):
 
 @torch.inference_mode()
 def answer_file(engine: Engine, questions: Path, images: Path, answers: Path, *, max_new_tokens: int) -> None:
-    """Answers a file of questions.
+    """Answer a file of questions.
 
     Args:
         engine: The model, loaded.
         questions: JSON lines with ``question_id``, ``image`` and ``text``.
-        images: Where the pictures are.
+        images: Where the images are.
         answers: The file to write.
         max_new_tokens: Tokens at most for each answer.
     """

@@ -60,10 +60,10 @@ def make_bodies(model: str, data: Path, asked: Sequence[dict[str, Any]], tokens:
     """The questions as an OpenAI client sends them, greedy."""
     bodies = []
     for one in asked:
-        picture = base64.b64encode((data / "images" / one["image"]).read_bytes()).decode()
+        image = base64.b64encode((data / "images" / one["image"]).read_bytes()).decode()
         parts = [
             {"type": "text", "text": one["text"]},
-            {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{picture}"}},
+            {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{image}"}},
         ]
         messages = [{"role": "user", "content": parts}]
         bodies.append({"model": model, "messages": messages, "temperature": 0, "max_tokens": tokens})
@@ -86,7 +86,7 @@ class Client:
         return json.loads(self._http.getresponse().read())
 
     def ask(self, body: dict[str, Any], tally: Tally, *, stream: bool) -> str | None:
-        """Asks, notes the time, and gives the answer; None if there is none, which is noted too."""
+        """Ask, notes the time, and gives the answer; None if there is none, which is noted too."""
         began = time.perf_counter()
         try:
             self._http.request(
@@ -138,7 +138,7 @@ class Memory(threading.Thread):
         self.start()
 
     def run(self) -> None:
-        """Looks, until stopped."""
+        """Look, until stopped."""
         while not self._done.wait(0.25):
             try:
                 self.sizes.append(self._process.memory_info().rss)
@@ -146,7 +146,7 @@ class Memory(threading.Thread):
                 return
 
     def stop(self) -> dict[str, float]:
-        """Ends the watch; medians of the second and of the last quarter, and how far they are apart."""
+        """End the watch; medians of the second and of the last quarter, and how far they are apart."""
         self._done.set()
         self.join()
         quarter = max(1, len(self.sizes) // 4)
@@ -157,7 +157,7 @@ class Memory(threading.Thread):
 
 
 def ask_all(
-    port: int, bodies: Sequence[dict[str, Any]], *, clients: int, seconds: float, wanted: Sequence[str]
+    port: int, bodies: Sequence[dict[str, Any]], *, clients: int, seconds: float, expected: Sequence[str]
 ) -> Tally:
     """Clients that ask in an order of their own, one question after another, until the time is over.
 
@@ -166,7 +166,7 @@ def ask_all(
         bodies: The questions.
         clients: How many; every second one streams.
         seconds: How long.
-        wanted: The right answers.
+        expected: The right answers.
 
     Returns:
         What they got.
@@ -178,8 +178,8 @@ def ask_all(
         while time.monotonic() < until:
             place = draw.randrange(len(bodies))
             said = client.ask(bodies[place], tally, stream=bool(number % 2))
-            if said is not None and said != wanted[place]:
-                tally.wrong.append((said, wanted[place]))
+            if said is not None and said != expected[place]:
+                tally.wrong.append((said, expected[place]))
 
     threads = [threading.Thread(target=work, args=(number,)) for number in range(clients)]
     for thread in threads:
@@ -192,7 +192,7 @@ def ask_all(
 def load_server(
     port: int, pid: int, bodies: Sequence[dict[str, Any]], *, clients: int, seconds: float
 ) -> dict[str, Any]:
-    """Measures a server that is ready.
+    """Measure a server that is ready.
 
     Args:
         port: Where it listens on this machine.
@@ -206,12 +206,12 @@ def load_server(
     """
     single, client = Tally(), Client(port)
     began = time.perf_counter()
-    wanted = [client.ask(body, single, stream=bool(number % 2)) for number, body in enumerate(bodies)]
+    expected = [client.ask(body, single, stream=bool(number % 2)) for number, body in enumerate(bodies)]
     one = single.summary(time.perf_counter() - began)
     if single.failed:
         raise SystemExit(f"a single client got no answer: {single.failed[0]}")
     memory, began = Memory(pid), time.perf_counter()
-    tally = ask_all(port, bodies, clients=clients, seconds=seconds, wanted=[text or "" for text in wanted])
+    tally = ask_all(port, bodies, clients=clients, seconds=seconds, expected=[text or "" for text in expected])
     many = tally.summary(time.perf_counter() - began)
     return {
         "clients": clients,
@@ -227,11 +227,11 @@ def load_server(
 def measure_server(
     model: str, data: Path, asked: Sequence[dict[str, Any]], *, clients: int, seconds: float, tokens: int
 ) -> dict[str, Any]:
-    """Starts a server, measures it, and ends it.
+    """Start a server, measures it, and ends it.
 
     Args:
         model: The checkpoint.
-        data: Where the pictures are.
+        data: Where the images are.
         asked: The questions.
         clients: How many ask at once.
         seconds: How long.
@@ -260,7 +260,7 @@ def measure_server(
 
 
 def _wait_until_ready(port: int, server: subprocess.Popen[bytes]) -> str:
-    """Waits until the server answers; gives the name of its model."""
+    """Wait until the server answers; gives the name of its model."""
     until = time.monotonic() + _PATIENCE
     while server.poll() is None and time.monotonic() < until:
         try:

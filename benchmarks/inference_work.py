@@ -19,13 +19,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from inference_original import answer_file
 
-from llavar_peft.inference import Chat, Picture, Request, Sampling, load_chat
-from llavar_peft.inference.decode import Batch, Row, stream_row
-from llavar_peft.inference.generate import generate
-from llavar_peft.inference.requests import encode_messages, question_content
+from llavar_peft.inference.answer_file import generate_answers
+from llavar_peft.inference.batch_decoder import DecodingBatch, Row, stream_row
+from llavar_peft.inference.chat import Chat, load_chat
+from llavar_peft.inference.generation_request import PromptImage, Request, Sampling, encode_messages, question_content
 
 if TYPE_CHECKING:
-    from llavar_peft.config import Dtype, Quantization
+    from llavar_peft.recipe.schema import Dtype, Quantization
 
 
 def read_questions(data: Path) -> list[dict[str, Any]]:
@@ -38,11 +38,11 @@ def _texts(answers: Path) -> list[str]:
 
 
 def measure_questions(model: str, data: Path, out: Path, tokens: int, sizes: Sequence[int]) -> dict[str, Any]:
-    """A file of questions in the original's way, and by ``generate`` at each batch size.
+    """A file of questions in the original's way, and by ``generate_answers`` at each batch size.
 
     Args:
         model: The checkpoint.
-        data: Questions and pictures.
+        data: Questions and images.
         out: Gets the answers.
         tokens: At most for each answer.
         sizes: Of batches.
@@ -62,7 +62,7 @@ def measure_questions(model: str, data: Path, out: Path, tokens: int, sizes: Seq
     sampling = Sampling(temperature=0.0, max_new_tokens=tokens)
     for size in sizes:
         path = out / f"batch_{size}.jsonl"
-        report = generate(model, questions, images, path, sampling=sampling, batch_size=size)
+        report = generate_answers(model, questions, images, path, sampling=sampling, batch_size=size)
         found[f"batch {size}"] = {
             "seconds": report.seconds,
             "rate": asked / report.seconds,
@@ -93,7 +93,7 @@ def measure_turns(model: str, data: Path, tokens: int, talks: int) -> dict[str, 
 
     Args:
         model: The checkpoint.
-        data: Questions and pictures.
+        data: Questions and images.
         tokens: At most for each answer.
         talks: How many.
 
@@ -118,23 +118,23 @@ def measure_turns(model: str, data: Path, tokens: int, talks: int) -> dict[str, 
 
 
 def _second_turn(chat: Chat, image: Path, said: tuple[str, str, str], sampling: Sampling) -> Iterator[str]:
-    """The original's way: picture, tower, and the whole conversation, from the beginning."""
+    """The original's way: image, tower, and the whole conversation, from the beginning."""
     first, answer, second = said
-    picture = Picture.prepare(image, chat.engine.processor)
-    turns: Any = [("human", question_content(first, picture)), ("gpt", [answer]), ("human", [second])]
+    prompt_image = PromptImage.prepare(image, chat.engine.processor)
+    turns: Any = [("human", question_content(first, prompt_image)), ("gpt", [answer]), ("human", [second])]
     request = Request(
-        ids=encode_messages(chat.engine.processor, turns, [picture]), pictures=[picture], sampling=sampling
+        ids=encode_messages(chat.engine.processor, turns, [prompt_image]), images=[prompt_image], sampling=sampling
     )
     pieces: list[str] = []
     yield from stream_row(chat.engine, Row(request, chat.engine, pieces.append), pieces)
 
 
 def measure_storage(model: str, data: Path, tokens: int, dtype: Dtype, quantize: Quantization | None) -> dict[str, Any]:
-    """Loads a model stored in one way and answers all questions.
+    """Load a model stored in one way and answers all questions.
 
     Args:
         model: The checkpoint.
-        data: Questions and pictures.
+        data: Questions and images.
         tokens: At most for each answer.
         dtype: Of the weights that are not quantized.
         quantize: How the language model's layers are.
@@ -169,7 +169,7 @@ def _decode(chat: Chat, requests: Sequence[Request], size: int) -> float:
     rates = []
     for start in range(0, min(len(requests), 4 * size), size):
         rows = [Row(request, chat.engine) for request in requests[start : start + size]]
-        batch, count = Batch(chat.engine), 0
+        batch, count = DecodingBatch(chat.engine), 0
         batch.join(rows)
         began = time.perf_counter()
         while batch.rows:
@@ -188,7 +188,7 @@ def _peak() -> float:
 
 
 def main(task: str, model: str, data: str, out: str, settings: str) -> None:
-    """Measures one task."""
+    """Measure one task."""
     given = json.loads(settings)
     if task == "questions":
         found = measure_questions(model, Path(data), Path(out), given["tokens"], given["sizes"])

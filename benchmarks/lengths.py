@@ -51,7 +51,7 @@ KINDS = {
 
 
 def draw_turns(stage: str, count: int, seed: int) -> list[tuple[tuple[int, int], ...]]:
-    """Draws records as the tokens of their questions and answers.
+    """Draw records as the tokens of their questions and answers.
 
     Args:
         stage: ``"stage1"`` or ``"stage2"``.

@@ -46,7 +46,7 @@ WARM_UP = 1
 def measure(
     stage: str, names: Sequence[str], shape: Shape, *, batch: int, steps: int, work: Path, lean: bool = False
 ) -> dict[str, Any]:
-    """Trains contenders in turn.
+    """Train contenders in turn.
 
     Args:
         stage: A key of ``TUNES``.
@@ -99,7 +99,7 @@ def summary(stage: str, done: dict[str, Steps], tokens: Sequence[int], *, shape:
 
 
 def with_ratios(cell: dict[str, Any]) -> dict[str, Any]:
-    """Adds how many times faster ours is, for each pair of which both ran."""
+    """Add how many times faster ours is, for each pair of which both ran."""
     found, cell["ratios"] = cell["found"], {}
     for _, peer, name in PAIRS:
         if peer in found and name in found and not (found[peer]["absent"] or found[name]["absent"]):
@@ -108,7 +108,7 @@ def with_ratios(cell: dict[str, Any]) -> dict[str, Any]:
 
 
 def with_lever_ratios(cell: dict[str, Any], clock: str = "cpu") -> dict[str, Any]:
-    """Adds how many times longer a step takes with each lever than the first contender's."""
+    """Add how many times longer a step takes with each lever than the first contender's."""
     base = cell["found"][cell["first"]][clock][WARM_UP:]
     others = {name: found[clock][WARM_UP:] for name, found in cell["found"].items() if name != cell["first"]}
     return {**cell, "ratios": {name: ratios(taken, base) for name, taken in others.items()}}
@@ -130,7 +130,7 @@ def levers(stages: Sequence[str], shape: Shape, *, small: bool, steps: int, work
 
 
 def main() -> None:
-    """Prints the tables, and with ``--out`` writes them and the figures of every step."""
+    """Print the tables, and with ``--out`` writes them and the figures of every step."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--stages", nargs="+", choices=TUNES, default=list(TUNES))
     parser.add_argument("--rounds", type=int, default=5)

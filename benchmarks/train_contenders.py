@@ -20,13 +20,13 @@ from train_model import Records, Shape, build
 from transformers import LlavaForConditionalGeneration
 
 from llavar_peft import DataConfig, Full, Lora, ModelConfig, OptimConfig, Projector, Recipe, Stage
-from llavar_peft.config import Precision, Recompute, Tune
 from llavar_peft.models.build import build_model
-from llavar_peft.models.modeling import UnusedCLIPEncoderLayer
-from llavar_peft.models.tuning import TRAINED_ROWS, lora_config, prepare_for
-from llavar_peft.training.arguments import training_arguments
-from llavar_peft.training.checkpoints import Origin
-from llavar_peft.training.ledger import FaultLedger
+from llavar_peft.models.modeling_llavar import UnusedCLIPEncoderLayer
+from llavar_peft.models.tuning import TRAINED_ROWS, apply_tuning, lora_config
+from llavar_peft.recipe.schema import Precision, Recompute, Tune
+from llavar_peft.training.checkpoint_folders import Origin
+from llavar_peft.training.dropped_records import DroppedRecords
+from llavar_peft.training.stage_arguments import training_arguments
 from llavar_peft.training.stage_trainer import StageTrainer
 
 TUNES: dict[str, Tune] = {
@@ -103,7 +103,7 @@ def ours(cell: Cell, records: Dataset[Any], callback: Any, *, model: Any, stage:
         cell: What it is given.
         records: The items.
         callback: Of the benchmark.
-        model: What ``prepare_for`` returned.
+        model: What ``apply_tuning`` returned.
         stage: From ``stage_of``.
         trainer: A class of it; None is ``StageTrainer``.
 
@@ -118,7 +118,7 @@ def ours(cell: Cell, records: Dataset[Any], callback: Any, *, model: Any, stage:
         stage,
         arguments,
         dataset=dataset,
-        ledger=FaultLedger(cell.folder / "dropped.jsonl", stage.data, total=len(dataset)),
+        ledger=DroppedRecords(cell.folder / "dropped.jsonl", stage.data, total=len(dataset)),
         origin=Origin(ranks=1, records={}),
         base=recipe.model,
         recipe=recipe,
@@ -128,7 +128,7 @@ def ours(cell: Cell, records: Dataset[Any], callback: Any, *, model: Any, stage:
 
 
 def contender(name: str, cell: Cell, records: Records, callback: Any) -> Any:
-    """Makes one by name.
+    """Make one by name.
 
     Args:
         name: ``original``, ``original, keeping``, ``ours, recomputing``, ``ours``, ``trl``, or a lever of ours:
@@ -157,7 +157,7 @@ def contender(name: str, cell: Cell, records: Records, callback: Any) -> Any:
             if isinstance(layer, UnusedCLIPEncoderLayer):
                 layer.__class__ = UnusedCLIPEncoderLayer.__base__
     trainer = AllLogits if name == "all logits" else None
-    return ours(cell, records, callback, model=prepare_for(seeded(plain), stage.tune), stage=stage, trainer=trainer)
+    return ours(cell, records, callback, model=apply_tuning(seeded(plain), stage.tune), stage=stage, trainer=trainer)
 
 
 def seeded(model: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Levers of ``train.py`` that need inputs of their own: pictures decoded ahead, and batches balanced over ranks."""
+"""Levers of ``train.py`` that need inputs of their own: images decoded ahead, and batches balanced over ranks."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from data_inputs import write_pictures
+from data_inputs import write_images
 from lengths import TEMPLATE_TOKENS, TURN_TOKENS, draw_turns
 from torch.utils.data import Dataset
 from train_contenders import TUNES, Cell, ours, seeded, stage_of
@@ -15,21 +15,21 @@ from train_model import Records, Shape, build
 from transformers import CLIPImageProcessorPil
 from turns import Steps, Turn, take_turns, useful_tokens
 
-from llavar_peft.data.dataset import Item
-from llavar_peft.data.images import prepare_image
-from llavar_peft.data.sampler import even_bins
-from llavar_peft.models.tuning import prepare_for
+from llavar_peft.data.epoch_sampler import balance_bins
+from llavar_peft.data.image_preparation import prepare_image
+from llavar_peft.data.training_dataset import Item
+from llavar_peft.models.tuning import apply_tuning
 
 RANKS, RECORDS, STEPS = 8, 4, 500
 WORKERS = 2
 
 
 class Decoded(Dataset[Item]):
-    """Records whose pictures are opened when they are asked for.
+    """Records whose images are opened when they are asked for.
 
     Args:
         records: The records.
-        paths: Pictures.
+        paths: Images.
         side: Of a prepared one, in pixels.
     """
 
@@ -66,13 +66,13 @@ def decoding(shape: Shape, *, batch: int, steps: int, work: Path) -> tuple[dict[
     folder = work / "jpeg"
     folder.mkdir(parents=True)
     records = Records("stage1", steps * batch, shape)
-    opened = Decoded(records, write_pictures(folder, 12, seed=0), shape.side)
+    opened = Decoded(records, write_images(folder, 12, seed=0), shape.side)
 
     def maker(name: str, workers: int) -> Any:
         def make(turn: Turn) -> Any:
             cell = Cell(stage="stage1", shape=shape, batch=batch, steps=steps, folder=work / name, workers=workers)
             stage = stage_of(cell, packing=True, recompute="auto")
-            model = prepare_for(seeded(build(shape)), TUNES["stage1"])
+            model = apply_tuning(seeded(build(shape)), TUNES["stage1"])
             return ours(cell, opened, turn, model=model, stage=stage)
 
         return make
@@ -92,7 +92,7 @@ def even_ranks() -> str:
         step = lengths[start : start + RANKS * RECORDS]
         padded = max(max(step[rank : rank + RECORDS]) * RECORDS for rank in range(0, len(step), RECORDS))
         drawn = max(sum(step[rank : rank + RECORDS]) for rank in range(0, len(step), RECORDS))
-        even = max(sum(step[index] for index in one) for one in even_bins(step, RANKS, capacity=RECORDS))
+        even = max(sum(step[index] for index in one) for one in balance_bins(step, RANKS, capacity=RECORDS))
         gains.append((drawn / even, padded / even))
     drawn, padded = (sum(gain) / len(gain) for gain in zip(*gains, strict=True))
     return (

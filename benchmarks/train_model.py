@@ -12,14 +12,14 @@ from torch.utils.data import Dataset
 from transformers import CLIPVisionConfig, LlamaConfig
 
 from llavar_peft.constants import IGNORE_INDEX
-from llavar_peft.data.dataset import Item
-from llavar_peft.models.configuration import LlavarConfig, make_config
-from llavar_peft.models.modeling import LlavarForConditionalGeneration
+from llavar_peft.data.training_dataset import Item
+from llavar_peft.models.llavar_config import LlavarConfig, make_config
+from llavar_peft.models.modeling_llavar import LlavarForConditionalGeneration
 from llavar_peft.types import Example
 
 BOS, EOS, FIRST_WORD = 1, 2, 3
 PATCH = 14
-PICTURES = 8
+IMAGES = 8
 """Different ones; records share them."""
 
 
@@ -35,7 +35,7 @@ class Shape:
         words: Rows of the embeddings, the image tokens included.
         tower: Width of the tower, whose MLP is four times as wide.
         tower_layers: Their number, the last one, which nobody looks at, included.
-        side: Pixels of a picture's side.
+        side: Pixels of an image's side.
     """
 
     hidden: int
@@ -49,7 +49,7 @@ class Shape:
 
     @property
     def image_tokens(self) -> int:
-        """Patches of a picture."""
+        """Patches of an image."""
         return (self.side // PATCH) ** 2
 
 
@@ -106,7 +106,7 @@ def build(shape: Shape, *, device: str = "cpu", dtype: torch.dtype = torch.float
 
 
 class Records(Dataset[Item]):
-    """Items of a stage, each with a picture before its first question.
+    """Items of a stage, each with an image before its first question.
 
     Args:
         stage: ``"stage1"`` or ``"stage2"``: whose lengths they have.
@@ -118,8 +118,8 @@ class Records(Dataset[Item]):
     def __init__(self, stage: str, count: int, shape: Shape, *, longest: int | None = None) -> None:
         self._draw = torch.Generator().manual_seed(0)
         self._shape = shape
-        side = (PICTURES, 3, shape.side, shape.side)
-        self._pictures = torch.randn(side, generator=self._draw)
+        side = (IMAGES, 3, shape.side, shape.side)
+        self._images = torch.randn(side, generator=self._draw)
         turns = draw_turns(stage, count, seed=0)
         if longest is not None:
             rest = longest - self._tokens(((0, 0),))
@@ -149,8 +149,8 @@ class Records(Dataset[Item]):
 
     def _item(self, number: int, turns: tuple[tuple[int, int], ...]) -> Item:
         patch, start, end = (self._shape.words - back for back in (3, 2, 1))
-        picture = torch.tensor([start, *[patch] * self._shape.image_tokens, end])
-        parts = [torch.tensor([BOS]), self._words(TEMPLATE_TOKENS - 1), picture]
+        image = torch.tensor([start, *[patch] * self._shape.image_tokens, end])
+        parts = [torch.tensor([BOS]), self._words(TEMPLATE_TOKENS - 1), image]
         supervised = [False] * 3
         for question, answer in turns:
             parts += [self._words(TURN_TOKENS + question), self._words(answer), torch.tensor([EOS])]
@@ -166,7 +166,7 @@ class Records(Dataset[Item]):
             images=("random",),
             image_token_counts=(self._shape.image_tokens,),
         )
-        return Item(example, (self._pictures[number % PICTURES],), None)
+        return Item(example, (self._images[number % IMAGES],), None)
 
 
 def with_words(shape: Shape, words: int) -> Shape:

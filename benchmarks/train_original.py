@@ -1,6 +1,6 @@
 """The original's training step, written anew on today's packages, for ``train.py`` to compare with.
 
-Rows padded to the longest, the whole tower, features spliced in picture by picture, logits at all positions in float32,
+Rows padded to the longest, the whole tower, features spliced in image by image, logits at all positions in float32,
 the mean over shifted logits. In stage 1 the whole embedding is trained and all rows but two are put back before each
 forward pass. Attention is SDPA, as fast as the flash-attention that the original patched in.
 
@@ -17,15 +17,15 @@ import transformers
 from torch import Tensor, nn
 from torch.utils.data import SequentialSampler
 
-from llavar_peft.config import Projector, Tune
 from llavar_peft.constants import IGNORE_INDEX
-from llavar_peft.data.dataset import Collator, Item
-from llavar_peft.models.modeling import LlavarForConditionalGeneration
-from llavar_peft.models.tuning import TRAINED_ROWS, prepare_for
+from llavar_peft.data.training_dataset import Collator, Item
+from llavar_peft.models.modeling_llavar import LlavarForConditionalGeneration
+from llavar_peft.models.tuning import TRAINED_ROWS, apply_tuning
+from llavar_peft.recipe.schema import Projector, Tune
 
 
 def prepare(model: LlavarForConditionalGeneration, tune: Tune) -> Any:
-    """Freezes what the original froze.
+    """Freeze what the original froze.
 
     Args:
         model: A plain model; it is changed in place.
@@ -35,7 +35,7 @@ def prepare(model: LlavarForConditionalGeneration, tune: Tune) -> Any:
         What to train.
     """
     if not isinstance(tune, Projector):
-        return prepare_for(model, tune)
+        return apply_tuning(model, tune)
     model.requires_grad_(False)
     model.model.multi_modal_projector.requires_grad_(True)
     model.get_input_embeddings().requires_grad_(True)
@@ -99,7 +99,7 @@ def _spliced(core: Any, embeds_BTD: Tensor, inputs: dict[str, Any]) -> Tensor:
         features_NPC = tower.hidden_states[config.vision_feature_layer][:, 1:]
     projected_NPD = core.model.multi_modal_projector(features_NPC)
     rows = []
-    for ids, row_TD, picture_PD in zip(inputs["input_ids"], embeds_BTD, projected_NPD, strict=True):
+    for ids, row_TD, image_PD in zip(inputs["input_ids"], embeds_BTD, projected_NPD, strict=True):
         first = int((ids == config.image_token_index).nonzero()[0])
-        rows.append(torch.cat((row_TD[:first], picture_PD, row_TD[first + len(picture_PD) :])))
+        rows.append(torch.cat((row_TD[:first], image_PD, row_TD[first + len(image_PD) :])))
     return torch.stack(rows)

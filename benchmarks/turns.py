@@ -61,7 +61,7 @@ class Turn(TrainerCallback):
         self.losses: list[float] = []
 
     def wait(self) -> None:
-        """Waits for the turn."""
+        """Wait for the turn."""
         self.line.recv()
         self._cpu, self._wall = time.process_time(), time.perf_counter()
 
@@ -77,7 +77,7 @@ class Turn(TrainerCallback):
 
 
 def take_turns(makers: dict[str, Callable[[Turn], Any]], steps: int, *, lean: bool = False) -> dict[str, Steps]:
-    """Trains all contenders, a step each in turn; the order is turned round after each step.
+    """Train all contenders, a step each in turn; the order is turned round after each step.
 
     Args:
         makers: Makes each contender's trainer, in its own process.
@@ -150,7 +150,7 @@ def _train(make: Callable[[Turn], Any], line: Connection, lean: bool) -> None:
 
 
 def _allocate(lean: bool) -> None:
-    """Sets glibc's allocator, for this process; another one stays as it is."""
+    """Set glibc's allocator, for this process; another one stays as it is."""
     set_option = getattr(ctypes.CDLL(None), "mallopt", None)
     if set_option is None:
         return

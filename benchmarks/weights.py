@@ -60,7 +60,7 @@ POLL = 0.02
 
 
 def run(script: str, *arguments: str | Path) -> Any:
-    """Runs a script beside this one in a process of its own; returns what it printed as JSON."""
+    """Run a script beside this one in a process of its own; returns what it printed as JSON."""
     command = [sys.executable, str(HERE / script), *map(str, arguments)]
     done = subprocess.run(command, check=False, capture_output=True, text=True)
     if done.returncode:
@@ -118,7 +118,7 @@ class Sampler(threading.Thread):
         self.start()
 
     def run(self) -> None:
-        """Looks every fiftieth of a second, until stopped."""
+        """Look every fiftieth of a second, until stopped."""
         while not self._done.wait(POLL):
             try:
                 text = self._status.read_text()
@@ -128,7 +128,7 @@ class Sampler(threading.Thread):
                 self.peak = max(self.peak, int(text.split("RssAnon:")[1].split()[0]) * 1024.0)
 
     def stop(self) -> None:
-        """Ends the watch."""
+        """End the watch."""
         self._done.set()
         self.join()
 
@@ -203,7 +203,7 @@ def about() -> dict[str, Any]:
 
 
 def main() -> None:
-    """Prints the tables, and with ``--out`` writes them and the figures of every run."""
+    """Print the tables, and with ``--out`` writes them and the figures of every run."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--size", choices=("tiny", "small", "full"), default="full", help="0.3 MB, 0.3 or 2.3 GB a side"

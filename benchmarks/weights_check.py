@@ -16,12 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llavar_peft.weights import names
-from llavar_peft.weights.store import open_weights
+from llavar_peft.weights.io import tensor_names
+from llavar_peft.weights.io.open_weights import open_weights
 
 
 def compare(ours: Path, peer: Path, base: Path | None) -> dict[str, Any]:
-    """Compares tensor by tensor.
+    """Compare tensor by tensor.
 
     Returns:
         ``tensors``, ``elements``, ``differing`` elements and the ``largest`` difference; ``equal``, which is False
@@ -30,7 +30,7 @@ def compare(ours: Path, peer: Path, base: Path | None) -> dict[str, Any]:
     new, old = open_weights(ours), open_weights(peer)
     before = open_weights(base) if base is not None else None
     # Buffers that the original carries along are not part of the weights.
-    needed = {name for name in old if base is not None or names.from_released(name) is not None}
+    needed = {name for name in old if base is not None or tensor_names.from_released(name) is not None}
     found = {"tensors": len(new), "elements": 0, "differing": 0, "largest": 0.0}
     equal = set(new) == needed
     for name in needed & set(new):

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from llavar_peft.weights.table import TensorEntry
+    from llavar_peft.weights.io.tensor_table import TensorEntry
 
 PIECE = 1 << 23
 """Bytes that the bare copy moves at once."""
@@ -100,7 +100,7 @@ def merge_peft(inputs: Path, out: Path) -> None:
     import torch
     from peft import PeftModel
 
-    from llavar_peft.models import LlavarForConditionalGeneration
+    from llavar_peft.models.modeling_llavar import LlavarForConditionalGeneration
 
     model = LlavarForConditionalGeneration.from_pretrained(inputs / "checkpoint", dtype=torch.float16)
     PeftModel.from_pretrained(model, str(inputs / "adapter")).merge_and_unload().save_pretrained(out)
@@ -115,10 +115,10 @@ def loop(whole: dict[str, TensorEntry], base: dict[str, TensorEntry], out: Path,
         out: The result's folder.
         form: Of the result's files.
     """
-    from llavar_peft.weights.blocks import read_blocks
-    from llavar_peft.weights.layout import TensorSpec
-    from llavar_peft.weights.stream import stream
-    from llavar_peft.weights.writer import FolderWriter
+    from llavar_peft.weights.io.folder_writer import FolderWriter
+    from llavar_peft.weights.io.shard_layout import TensorSpec
+    from llavar_peft.weights.io.stream_tensors import stream
+    from llavar_peft.weights.io.tensor_blocks import read_blocks
 
     def blocks(name: str) -> Iterator[Tensor]:
         beside = read_blocks(base[name]) if name in base else iter(())
@@ -136,7 +136,7 @@ def loop(whole: dict[str, TensorEntry], base: dict[str, TensorEntry], out: Path,
 
 def make_loop(inputs: Path, out: Path) -> None:
     """The loop of ``make_delta``."""
-    from llavar_peft.weights.released import view_as_released
+    from llavar_peft.weights.delta.released_layout import view_as_released
 
     old, new = (view_as_released(inputs / name).table for name in ("base", "target"))
     loop(new, old, out, form="bin")
@@ -144,7 +144,7 @@ def make_loop(inputs: Path, out: Path) -> None:
 
 def apply_loop(inputs: Path, out: Path) -> None:
     """The loop of ``apply_delta``."""
-    from llavar_peft.weights.released import view_as_released
+    from llavar_peft.weights.delta.released_layout import view_as_released
 
     old, step = (view_as_released(inputs / name).table for name in ("base", "delta"))
     loop(step, old, out, form="bin")
@@ -152,13 +152,13 @@ def apply_loop(inputs: Path, out: Path) -> None:
 
 def merge_loop(inputs: Path, out: Path) -> None:
     """The loop of ``merge_adapter``."""
-    from llavar_peft.weights.blocks import read_blocks
-    from llavar_peft.weights.table import read_table
+    from llavar_peft.weights.io.tensor_blocks import read_blocks
+    from llavar_peft.weights.io.tensor_table import read_tensor_table
 
-    for entry in read_table(inputs / "adapter/adapter_model.safetensors").values():
+    for entry in read_tensor_table(inputs / "adapter/adapter_model.safetensors").values():
         for _ in read_blocks(entry):
             pass
-    loop(read_table(inputs / "checkpoint"), {}, out, form="safetensors")
+    loop(read_tensor_table(inputs / "checkpoint"), {}, out, form="safetensors")
 
 
 def copy(written: Path, read: Path, out: Path) -> None:
@@ -233,7 +233,7 @@ def counters() -> dict[str, float]:
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Measures one contender."""
+    """Measure one contender."""
     task, name, inputs, out, tiny = arguments
     contender = CONTENDERS[task][name]
     rehearsal = Path(out).with_name("rehearsal")

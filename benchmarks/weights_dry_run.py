@@ -26,16 +26,16 @@ import weights_inputs as inputs
 from weights_contenders import counters
 
 from llavar_peft import apply_delta
-from llavar_peft.weights import stream, writer
-from llavar_peft.weights.blocks import rows_per_block
-from llavar_peft.weights.layout import TensorSpec, index_of, lay_out, plan_shards, seal
+from llavar_peft.weights.io import folder_writer, stream_tensors
+from llavar_peft.weights.io.shard_layout import TensorSpec, allocate_shards, finish_shards, index_of, plan_shards
+from llavar_peft.weights.io.tensor_blocks import rows_per_block
 
 HALF = 2
 """Bytes of a number in fp16."""
 
 
 def write_sparse(folder: Path, shape: inputs.Shape, *, llavar: bool) -> int:
-    """Writes a model of zeros in the released layout, in holes.
+    """Write a model of zeros in the released layout, in holes.
 
     Returns:
         Bytes of its tensors.
@@ -45,8 +45,8 @@ def write_sparse(folder: Path, shape: inputs.Shape, *, llavar: bool) -> int:
     shards = plan_shards(specs, "bin")
     folder.mkdir()
     for file, shard in shards.items():
-        lay_out(folder / file, shard)
-        seal(folder / file, {spec.name: _checksum_of_zeros(spec.nbytes) for spec in shard})
+        allocate_shards(folder / file, shard)
+        finish_shards(folder / file, {spec.name: _checksum_of_zeros(spec.nbytes) for spec in shard})
     index = index_of(shards, "bin")
     if index is not None:
         (folder / index[0]).write_text(index[1])
@@ -74,7 +74,7 @@ def on_paper(shape: inputs.Shape, sizes: Mapping[str, int]) -> dict[str, int]:
     tables = [sizes for sizes in inputs.tensor_shapes(shape, llavar=True).values() if len(sizes) == 2]
     block = max(min(rows, rows_per_block((rows, columns))) * columns for rows, columns in tables) * HALF
     largest = max(rows * columns for rows, columns in tables) * HALF
-    workers = stream._WORKERS
+    workers = stream_tensors._WORKERS
     return {
         "in_memory": sum(sizes.values()),
         "limit": 1_500_000_000 + 2 * largest,
@@ -86,7 +86,7 @@ def on_paper(shape: inputs.Shape, sizes: Mapping[str, int]) -> dict[str, int]:
 
 
 def dry_run(folder: Path, tiny: Path, shape: inputs.Shape) -> dict[str, Any]:
-    """Writes the files and applies the delta.
+    """Write the files and applies the delta.
 
     Args:
         folder: For the files, which are removed again.
@@ -100,12 +100,12 @@ def dry_run(folder: Path, tiny: Path, shape: inputs.Shape) -> dict[str, Any]:
     sizes["delta"] = _write_elsewhere(folder / "zeros-delta", shape, llavar=True)
     outs = [folder / name for name in ("zeros-rehearsal", "zeros-out")]
     apply_delta(tiny / "base", tiny / "delta", outs[0])
-    before, write_all = counters(), writer._write_all
-    writer._write_all = skip_zeros
+    before, write_all = counters(), folder_writer._write_all
+    folder_writer._write_all = skip_zeros
     try:
         report = apply_delta(folder / "zeros-base", folder / "zeros-delta", outs[1])
     finally:
-        writer._write_all = write_all
+        folder_writer._write_all = write_all
     after = counters()
     made = [folder / "zeros-base", folder / "zeros-delta", outs[1]]
     disk = sum(path.stat().st_blocks * 512 for one in made for path in one.iterdir())

@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llavar_peft.weights.pairing import FINGERPRINT_FILE
+from llavar_peft.weights.base_check import FINGERPRINT_FILE
 
 if TYPE_CHECKING:
     from torch import Generator, Tensor
@@ -97,7 +97,7 @@ def flat_config(shape: Shape, *, llavar: bool) -> dict[str, Any]:
 
 
 def write_inputs(folder: Path, size: str) -> dict[str, Any]:
-    """Writes all of them.
+    """Write all of them.
 
     Args:
         folder: Gets a folder for each of ``MODELS``.
@@ -143,7 +143,7 @@ def _trained(base: Path, shapes: Mapping[str, tuple[int, ...]], generator: Gener
     """The base some training away, with what LLaVA adds."""
     import torch
 
-    from llavar_peft.weights.store import open_weights
+    from llavar_peft.weights.io.open_weights import open_weights
 
     old = open_weights(base)
     for name, sizes in shapes.items():
@@ -195,9 +195,9 @@ def _write_checkpoint(folder: Path, target: Path, shape: Shape, generator: Gener
     from transformers import CLIPVisionConfig, LlamaConfig
 
     from llavar_peft.models.build import expected_shapes
-    from llavar_peft.models.configuration import llama_config_from_released, make_config
-    from llavar_peft.weights import names
-    from llavar_peft.weights.store import SAFE_SINGLE, open_weights
+    from llavar_peft.models.llavar_config import llama_config_from_released, make_config
+    from llavar_peft.weights.io import tensor_names
+    from llavar_peft.weights.io.open_weights import SAFE_SINGLE, open_weights
 
     text: LlamaConfig = llama_config_from_released(flat_config(shape, llavar=True))
     tower = CLIPVisionConfig(
@@ -208,7 +208,7 @@ def _write_checkpoint(folder: Path, target: Path, shape: Shape, generator: Gener
     config.dtype = "float16"
     released = open_weights(target)
     tensors = {
-        name: released[old] if (old := names.to_released(name)) is not None else _drawn(name, sizes, generator)
+        name: released[old] if (old := tensor_names.to_released(name)) is not None else _drawn(name, sizes, generator)
         for name, sizes in expected_shapes(config).items()
     }
     folder.mkdir()
@@ -220,12 +220,12 @@ def _write_adapter(folder: Path, checkpoint: Path, shape: Shape, generator: Gene
     """LoRA on every linear layer of the language model and the projector in full, saved by ``peft``."""
     import torch
 
-    from llavar_peft.config import Lora
-    from llavar_peft.models import LlavarForConditionalGeneration
-    from llavar_peft.models.tuning import prepare_for
+    from llavar_peft.models.modeling_llavar import LlavarForConditionalGeneration
+    from llavar_peft.models.tuning import apply_tuning
+    from llavar_peft.recipe.schema import Lora
 
     model = LlavarForConditionalGeneration.from_pretrained(checkpoint, dtype=torch.float16)
-    wrapped = prepare_for(model, Lora(rank=shape.rank, alpha=2 * shape.rank, dropout=0.0))
+    wrapped = apply_tuning(model, Lora(rank=shape.rank, alpha=2 * shape.rank, dropout=0.0))
     for parameter in wrapped.parameters():
         if parameter.requires_grad:
             parameter.data += torch.randn(parameter.shape, generator=generator) * 0.002

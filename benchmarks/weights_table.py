@@ -33,9 +33,9 @@ def run_table(report: dict[str, Any]) -> str:
     lines += ["", LEGEND, "", "| goal | wanted | measured: work | measured: whole process |", "|---|---|---|---|"]
     for goal in report["goals"]:
         name = WHAT[goal["what"]].format(**goal)
-        wanted = f"{'at most' if goal['what'] == 'time' else 'at least'} {goal['goal']:g}"
+        expected = f"{'at most' if goal['what'] == 'time' else 'at least'} {goal['goal']:g}"
         got = [f"{goal[key]:.2f}{'' if met(goal, key) else ' (missed)'}" for key in ("work", "process")]
-        lines.append(f"| {goal['task']}: {name} | {wanted} | {' | '.join(got)} |")
+        lines.append(f"| {goal['task']}: {name} | {expected} | {' | '.join(got)} |")
     lines += ["", *_checks(report)]
     if "thirteen_b" in report:
         lines += ["", *_thirteen_b(report["thirteen_b"])]

@@ -1,10 +1,10 @@
-"""From pictures that nobody has labelled to a model, its scores and its report: each step a command of the package.
+"""From images that nobody has labelled to a model, its scores and its report: each step a command of the package.
 
     python examples/ocr_to_model.py --out runs/ocr --pages 120
 
-Pictures are drawn by ``synth`` (``--pictures`` adds a folder of yours), read by ``ocr build``, looked at by ``data
+Images are drawn by ``synth`` (``--pictures`` adds a folder of yours), read by ``ocr build``, looked at by ``data
 check``, split, trained on by the tiny model in two stages, asked of both stages' models by ``eval vqa``, and told by
-``eval diagnose`` and ``report``. For a real model, give your pictures and replace the preset ``tiny`` by ``llavar-7b``.
+``eval diagnose`` and ``report``. For a real model, give your images and replace the preset ``tiny`` by ``llavar-7b``.
 """
 
 import argparse
@@ -35,26 +35,26 @@ def main() -> None:
             raise SystemExit(f"{step} ended with status {status}")
         took[step] = round(time.perf_counter() - began, 1)
 
-    pictures, records, model = out / "drawn/images", out / "records.json", out / "run"
+    images, records, model = out / "drawn/images", out / "records.json", out / "run"
     run("draw", "synth", "--out", out / "drawn", "--n", args.pages, "--distort", "light", "--workers", args.workers)
-    if args.pictures:
-        shutil.copytree(args.pictures, pictures / "more", dirs_exist_ok=True)
-    run("build", "ocr", "build", pictures, "--out", records, "--short-edge", 0, "--workers", args.workers)
-    run("check", "data", "check", records, "--images", pictures)
+    if args.images:
+        shutil.copytree(args.images, images / "more", dirs_exist_ok=True)
+    run("build", "ocr", "build", images, "--out", records, "--short-edge", 0, "--workers", args.workers)
+    run("check", "data", "check", records, "--images", images)
     train, held_out = split(records)
-    run("train", "train", "tiny", *settings(train, pictures, model, args.steps))
+    run("train", "train", "tiny", *settings(train, images, model, args.steps))
     run("look ahead", "eval", "diagnose", "--records", train, "--model", model / "model", "--max-length", 512)
-    asked = ("eval", "vqa", "--dataset", held_out, "--images", pictures, "--greedy", "--max-new-tokens", 64)
+    asked = ("eval", "vqa", "--dataset", held_out, "--images", images, "--greedy", "--max-new-tokens", 64)
     run("ask stage 1", *asked, "--model", model / "pretrain/model", "--out", model / "before.results.json")
     run("ask stage 2", *asked, "--model", model / "model", "--out", model / "held_out.results.json")
     run("diagnose", "eval", "diagnose", model / "held_out.results.json", "--metric", "cer")
-    run("report", "report", model, "--metric", "cer", "--images", pictures)
+    run("report", "report", model, "--metric", "cer", "--images", images)
     (out / "summary.json").write_text(json.dumps(summary(out, took), indent=2) + "\n", encoding="utf-8")
     print(out / "summary.json")
 
 
 def split(records: Path) -> tuple[Path, Path]:
-    """Holds every fifth record out, so that all kinds are in both parts."""
+    """Hold every fifth record out, so that all kinds are in both parts."""
     rows = json.loads(records.read_text(encoding="utf-8"))
     parts = {
         records.with_name("train.json"): [row for number, row in enumerate(rows) if number % 5],
@@ -66,13 +66,13 @@ def split(records: Path) -> tuple[Path, Path]:
     return train, held_out
 
 
-def settings(train: Path, pictures: Path, out: Path, steps: int) -> Sequence[str]:
+def settings(train: Path, images: Path, out: Path, steps: int) -> Sequence[str]:
     """The preset ``tiny`` on these records."""
     parts = files("llavar_peft") / "assets/tiny"
     shared = [f"model.{part}={parts / part}" for part in ("language_model", "vision_tower")]
     of_stages = {
         "data.records": train,
-        "data.images": pictures,
+        "data.images": images,
         "data.holdout": 4,
         "data.max_bad_share": 0.5,
         "max_steps": steps,

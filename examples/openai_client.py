@@ -1,9 +1,9 @@
-"""Asks a server about a picture with OpenAI's own client: ours, or vLLM with the model that examples/vllm.sh exports.
+"""Asks a server about an image with OpenAI's own client: ours, or vLLM with the model that examples/vllm.sh exports.
 
     llavar-peft serve --model llavar-13b --adapter receipts=runs/receipts/adapter
     python examples/openai_client.py poster.png "Who starred in the movie?" "And when was it?" --model receipts
 
-Each question is a turn of one conversation. The server keeps what it computed of the picture and of the turns before.
+Each question is a turn of one conversation. The server keeps what it computed of the image and of the turns before.
 """
 
 import argparse
@@ -28,8 +28,8 @@ def main() -> None:
 
     client = OpenAI(base_url=args.url, api_key=args.key)
     model = args.model or client.models.list().data[0].id
-    kind = mimetypes.guess_type(args.picture)[0] or "image/png"
-    url = f"data:{kind};base64,{base64.b64encode(args.picture.read_bytes()).decode()}"
+    kind = mimetypes.guess_type(args.image)[0] or "image/png"
+    url = f"data:{kind};base64,{base64.b64encode(args.image.read_bytes()).decode()}"
     messages: list[Any] = []
     for question in args.questions:
         first = [{"type": "image_url", "image_url": {"url": url}}] if not messages else []

@@ -9,7 +9,18 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from llavar_peft.config import (
+    from llavar_peft.data.encode_record import encode_record
+    from llavar_peft.data.image_preparation import prepare_image
+    from llavar_peft.inference.chat import Chat, load_chat
+    from llavar_peft.models.adapter_loading import load_adapter
+    from llavar_peft.models.build import build_model
+    from llavar_peft.models.export_layout import export
+    from llavar_peft.models.llavar_config import LlavarConfig
+    from llavar_peft.models.merge_adapter import merge_adapter
+    from llavar_peft.models.modeling_llavar import LlavarForConditionalGeneration
+    from llavar_peft.models.processing_llavar import LlavarProcessor
+    from llavar_peft.recipe.presets import load_recipe
+    from llavar_peft.recipe.schema import (
         DataConfig,
         Full,
         Lora,
@@ -20,20 +31,10 @@ if TYPE_CHECKING:
         Recipe,
         Stage,
     )
-    from llavar_peft.data.images import prepare_image
-    from llavar_peft.data.tokenize import encode_record
-    from llavar_peft.inference.chat import Chat, load_chat
-    from llavar_peft.models.adapters import load_adapter
-    from llavar_peft.models.build import build_model
-    from llavar_peft.models.configuration import LlavarConfig
-    from llavar_peft.models.exporting import export
-    from llavar_peft.models.merging import merge_adapter
-    from llavar_peft.models.modeling import LlavarForConditionalGeneration
-    from llavar_peft.models.processing import LlavarProcessor
-    from llavar_peft.recipes import full_finetuning, load_recipe, lora, projector_pretraining
+    from llavar_peft.recipe.stages import full_finetuning, lora, projector_pretraining
     from llavar_peft.training.trainer import Trainer
-    from llavar_peft.weights.delta import apply_delta, make_delta
-    from llavar_peft.weights.verify import verify_delta
+    from llavar_peft.weights.delta.delta_files import apply_delta, make_delta
+    from llavar_peft.weights.delta.verify_delta import verify_delta
 
 __version__ = "0.1.0"
 
@@ -70,34 +71,34 @@ __all__ = [
 ]
 
 _HOMES = {
-    "DataConfig": "config",
-    "Full": "config",
-    "Lora": "config",
-    "ModelConfig": "config",
-    "OptimConfig": "config",
-    "ProbeConfig": "config",
-    "Projector": "config",
-    "Recipe": "config",
-    "Stage": "config",
-    "prepare_image": "data.images",
-    "encode_record": "data.tokenize",
+    "DataConfig": "recipe.schema",
+    "Full": "recipe.schema",
+    "Lora": "recipe.schema",
+    "ModelConfig": "recipe.schema",
+    "OptimConfig": "recipe.schema",
+    "ProbeConfig": "recipe.schema",
+    "Projector": "recipe.schema",
+    "Recipe": "recipe.schema",
+    "Stage": "recipe.schema",
+    "prepare_image": "data.image_preparation",
+    "encode_record": "data.encode_record",
     "Chat": "inference.chat",
     "load_chat": "inference.chat",
-    "load_adapter": "models.adapters",
+    "load_adapter": "models.adapter_loading",
     "build_model": "models.build",
-    "LlavarConfig": "models.configuration",
-    "LlavarForConditionalGeneration": "models.modeling",
-    "LlavarProcessor": "models.processing",
-    "full_finetuning": "recipes",
-    "load_recipe": "recipes",
-    "lora": "recipes",
-    "projector_pretraining": "recipes",
+    "LlavarConfig": "models.llavar_config",
+    "LlavarForConditionalGeneration": "models.modeling_llavar",
+    "LlavarProcessor": "models.processing_llavar",
+    "full_finetuning": "recipe.stages",
+    "load_recipe": "recipe.presets",
+    "lora": "recipe.stages",
+    "projector_pretraining": "recipe.stages",
     "Trainer": "training.trainer",
-    "apply_delta": "weights.delta",
-    "make_delta": "weights.delta",
-    "export": "models.exporting",
-    "merge_adapter": "models.merging",
-    "verify_delta": "weights.verify",
+    "apply_delta": "weights.delta.delta_files",
+    "make_delta": "weights.delta.delta_files",
+    "export": "models.export_layout",
+    "merge_adapter": "models.merge_adapter",
+    "verify_delta": "weights.delta.verify_delta",
 }
 
 

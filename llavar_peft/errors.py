@@ -1,6 +1,6 @@
 """The one family of errors. Each is also a builtin exception, and each knows its exit status.
 
-A message reads ``<file>:<record or key>: what (got, wanted). Mend: ...``.
+A message reads ``<file>:<record or key>: what (got, wanted). Fix: ...``.
 """
 
 from __future__ import annotations
@@ -11,20 +11,20 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Fault:
-    """One thing that is wrong, where it is, and how to mend it.
+    """One thing that is wrong, where it is, and how to fix it.
 
     Attributes:
         where: File and record or key, e.g. ``"records.json:17"`` or ``"stages.0.epochs"``.
         what: What is wrong, with the value got and the value wanted.
-        mend: What the reader should do, one sentence without a final stop.
+        fix: What the reader should do, one sentence without a final stop.
     """
 
     where: str
     what: str
-    mend: str
+    fix: str
 
     def __str__(self) -> str:
-        return f"{self.where}: {self.what}. Mend: {self.mend}."
+        return f"{self.where}: {self.what}. Fix: {self.fix}."
 
 
 class LlavarError(Exception):
@@ -45,9 +45,9 @@ class LlavarError(Exception):
         self.faults = tuple(faults)
 
     @classmethod
-    def at(cls, where: str, what: str, mend: str) -> LlavarError:
-        """Makes an error of this class from one fault."""
-        fault = Fault(where, what, mend)
+    def at(cls, where: str, what: str, fix: str) -> LlavarError:
+        """Make an error of this class from one fault."""
+        fault = Fault(where, what, fix)
         return cls(str(fault), (fault,))
 
 

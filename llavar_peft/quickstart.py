@@ -18,22 +18,22 @@ from importlib.resources import files as package_files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from llavar_peft.config import Lora, Quantization, Recipe
-from llavar_peft.data.synth.settings import SynthSettings, Task
-from llavar_peft.data.synth.write import SynthResult, write_synthetic
+from llavar_peft.datagen.synth.synth_settings import SynthSettings, Task
+from llavar_peft.datagen.synth.write_synthetic import SynthResult, write_synthetic
 from llavar_peft.errors import ConfigError
-from llavar_peft.recipes import load_recipe
+from llavar_peft.recipe.presets import load_recipe
+from llavar_peft.recipe.schema import Lora, Quantization, Recipe
 
 if TYPE_CHECKING:
-    from llavar_peft.inference import Reader
+    from llavar_peft.inference.reader import Reader
 
 logger = logging.getLogger(__name__)
 
 QuickstartTune = Literal["full", "lora", "qlora"]
-_HELD_OUT_PICTURES = 200
-_BLANK_PICTURES = 100
+_HELD_OUT_IMAGES = 200
+_BLANK_IMAGES = 100
 _LONGEST = 320  # pixels: drawn and read back in two thirds of the time that 448 take
-# Far from the training pictures' seed, so that no string is seen twice.
+# Far from the training images' seed, so that no string is seen twice.
 _HELD_OUT_SEED = 1_000_003
 
 
@@ -44,8 +44,8 @@ class QuickstartResult:
     Attributes:
         page: The HTML page.
         model: The folder to ask: a model, or an adapter that knows its base.
-        exact_match: Share of unseen pictures answered exactly.
-        blank_exact_match: The same with the pictures blanked: what guessing gives.
+        exact_match: Share of unseen images answered exactly.
+        blank_exact_match: The same with the images blanked: what guessing gives.
         before: The same before any training.
         seconds: Wall time of the whole.
     """
@@ -59,14 +59,14 @@ class QuickstartResult:
 
 
 def run_quickstart(output_dir: str | Path, tune: QuickstartTune = "full", *, seed: int = 0) -> QuickstartResult:
-    """Draws pictures, trains both stages, scores unseen pictures and writes the page.
+    """Draw images, trains both stages, scores unseen images and writes the page.
 
     Run again in the same folder, it goes on where it stopped.
 
     Args:
         output_dir: Gets the data, the parts, the run and its page.
         tune: What stage 2 trains: the whole language model, adapters, or adapters on a 4-bit base.
-        seed: Draws the pictures, the projector and the order of records.
+        seed: Draws the images, the projector and the order of records.
 
     Returns:
         The scores and where things are.
@@ -80,15 +80,15 @@ def run_quickstart(output_dir: str | Path, tune: QuickstartTune = "full", *, see
     recipe = quickstart_recipe(root, tune, seed=seed)
     _draw(root, seed=seed)
     # After the drawing, whose forked processes then hold nothing of torch.
-    from llavar_peft.inference import load_reader
-    from llavar_peft.page import write_run_page
-    from llavar_peft.training import run_recipe
+    from llavar_peft.inference.reader import load_reader
+    from llavar_peft.page.run_page import write_run_page
+    from llavar_peft.training.trainer import run_recipe
 
     model = run_recipe(recipe)
     reader = load_reader(model)
     held_out = _draw_held_out(root, seed)
     exact, wrong = score(reader, held_out)
-    blank, _ = score(reader, held_out[:_BLANK_PICTURES], blank=True)
+    blank, _ = score(reader, held_out[:_BLANK_IMAGES], blank=True)
     before = _before(root / recipe.stages[0].name / "probe.jsonl")
     seconds = time.perf_counter() - began
     page = write_run_page(
@@ -100,7 +100,7 @@ def run_quickstart(output_dir: str | Path, tune: QuickstartTune = "full", *, see
             ("The same with the pictures blanked", f"{blank:.1%}"),
             ("Wall time, this run", f"{seconds:.0f} s"),
         ),
-        notes=(_ABOUT_PICTURES, _ABOUT_PARTS, *(f"Wrong: {line}" for line in wrong[:8])),
+        notes=(_ABOUT_IMAGES, _ABOUT_PARTS, *(f"Wrong: {line}" for line in wrong[:8])),
         model_dir=str(model),
     )
     result = QuickstartResult(
@@ -111,7 +111,7 @@ def run_quickstart(output_dir: str | Path, tune: QuickstartTune = "full", *, see
     return result
 
 
-_ABOUT_PICTURES = (
+_ABOUT_IMAGES = (
     "The pictures are drawn: signs, covers, posters and receipts in several fonts, sizes and colours, text at free "
     "positions, strings of random letters and digits without those that some fonts draw alike (O and 0, I, l and 1). "
     "The held-out pictures hold strings that no training picture holds."
@@ -170,31 +170,31 @@ _LORA_RATE = 2.5e-3
 def score(
     reader: Reader, questions: Sequence[tuple[Path, str, str]], *, blank: bool = False, batch_size: int = 25
 ) -> tuple[float, list[str]]:
-    """Asks about pictures and counts exact answers.
+    """Ask about images and counts exact answers.
 
     Args:
         reader: The model.
-        questions: (picture, question, truth).
-        blank: Whether each picture is replaced by one of its size in its corner's colour.
-        batch_size: Pictures per forward pass.
+        questions: (image, question, truth).
+        blank: Whether each image is replaced by one of its size in its corner's colour.
+        batch_size: Images per forward pass.
 
     Returns:
         The share of exact answers, and a line for each wrong one.
     """
     from PIL import Image
 
-    from llavar_peft.data.images import open_image
-    from llavar_peft.models.reading import read_pictures
-    from llavar_peft.text_metrics import exact_match
+    from llavar_peft.data.image_preparation import open_image
+    from llavar_peft.data.text_metrics import exact_match
+    from llavar_peft.models.generate import answer_images
 
     right, wrong = 0, []
     for start in range(0, len(questions), batch_size):
         asked = questions[start : start + batch_size]
-        pictures = [open_image(path) for path, _, _ in asked]
+        images = [open_image(path) for path, _, _ in asked]
         if blank:
-            pictures = [Image.new("RGB", picture.size, picture.getpixel((0, 0))) for picture in pictures]
-        answers = read_pictures(
-            reader.model, reader.processor, [question for _, question, _ in asked], pictures, max_new_tokens=24
+            images = [Image.new("RGB", image.size, image.getpixel((0, 0))) for image in images]
+        answers = answer_images(
+            reader.model, reader.processor, [question for _, question, _ in asked], images, max_new_tokens=24
         )
         for (path, question, truth), answer in zip(asked, answers, strict=True):
             if exact_match(answer, truth):
@@ -205,7 +205,7 @@ def score(
 
 
 def _draw(root: Path, *, seed: int) -> None:
-    """Writes the parts and the pictures, unless an earlier run of this folder did."""
+    """Write the parts and the images, unless an earlier run of this folder did."""
     parts = root / "parts"
     if not parts.is_dir():
         staged = root / ".parts"
@@ -238,7 +238,7 @@ def _cores() -> int:
 def _draw_held_out(root: Path, seed: int) -> list[tuple[Path, str, str]]:
     folder = root / "data/held_out"
     if not (folder / "records.json").is_file():
-        _write(folder, _HELD_OUT_PICTURES, _HELD_OUT_SEED + seed, "question", 1)
+        _write(folder, _HELD_OUT_IMAGES, _HELD_OUT_SEED + seed, "question", 1)
     records: list[dict[str, Any]] = json.loads((folder / "records.json").read_text(encoding="utf-8"))
     return [
         (

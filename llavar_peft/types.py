@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 Role = Literal["human", "gpt"]
 ImageMode = Literal["pad", "square", "keep", "pad_black"]
-"""How a picture becomes a tensor: see ``llavar_peft.data.images``."""
+"""How an image becomes a tensor: see ``llavar_peft.data.image_preparation``."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,7 +23,7 @@ class Turn:
 
     Attributes:
         role: Who speaks, in the released data's spelling.
-        text: The words; ``<image>`` marks the place of a picture.
+        text: The words; ``<image>`` marks the place of an image.
     """
 
     role: Role
@@ -47,13 +47,13 @@ class Conversation:
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """A conversation as the model sees it, before its pictures are opened.
+    """A conversation as the model sees it, before its images are opened.
 
     Attributes:
         id: The record's id.
         input_ids: Token ids, int64 ``[T]``.
         labels: The ids at supervised positions and -100 elsewhere, int64 ``[T]``.
-        images: The pictures that have a place in ``input_ids``, in order, as written in the record.
+        images: The images that have a place in ``input_ids``, in order, as written in the record.
         image_token_counts: How many ``<im_patch>`` each of ``images`` takes.
         dropped: Why this record cannot be trained on, as a short machine-readable reason, else None.
     """
@@ -75,7 +75,7 @@ class Batch(TypedDict, total=False):
     """What the model's ``forward`` takes.
 
     ``input_ids``, ``labels``, ``attention_mask``: int64 ``[B, T]``; ``pixel_values``: float32 ``[N, 3, H, W]`` for all
-    pictures of the batch in reading order, absent when there are none.
+    images of the batch in reading order, absent when there are none.
     """
 
     input_ids: Tensor
@@ -97,13 +97,13 @@ class Processor(Protocol):
 
     @property
     def num_image_tokens(self) -> int:
-        """Number of ``<im_patch>`` for one picture of the tower's square size."""
+        """Number of ``<im_patch>`` for one image of the tower's square size."""
         ...
 
 
 class ImageLoader(Protocol):
-    """Opens a record's picture by the path written in the record."""
+    """Opens a record's image by the path written in the record."""
 
     def __call__(self, path: str) -> Image:
-        """Returns the picture upright, in RGB. Raises ``ImageError``."""
+        """Return the image upright, in RGB. Raises ``ImageError``."""
         ...

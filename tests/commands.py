@@ -15,7 +15,7 @@ from pathlib import Path
 from llavar_peft.cli import main
 
 _PRELOADED = [
-    "llavar_peft.cli", "llavar_peft.inference", "llavar_peft.models.merging", "llavar_peft.training.dry_run",
+    "llavar_peft.cli", "llavar_peft.inference", "llavar_peft.models.merge_adapter", "llavar_peft.preflight.dry_run",
     "llavar_peft.training.trainer", "peft",
 ]  # fmt: skip
 _DEFAULT = multiprocessing.get_all_start_methods()[0]
@@ -31,12 +31,12 @@ class Done:
 
 
 def command(arguments: Sequence[str], folder: Path) -> Done:
-    """Runs ``llavar-peft`` in a folder, without a terminal."""
+    """Run ``llavar-peft`` in a folder, without a terminal."""
     return _run(_command, list(arguments), folder)
 
 
 def python(code: str, folder: Path) -> Done:
-    """Runs Python in a folder, without a terminal."""
+    """Run Python in a folder, without a terminal."""
     return _run(_python, code, folder)
 
 

@@ -79,14 +79,14 @@ def scripts(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("scripts")
-def test_text_and_pictures_are_those_of_the_original(tmp_path: Path) -> None:
+def test_text_and_images_are_those_of_the_original(tmp_path: Path) -> None:
     import data
     from data_table import table
 
     model = Path(__file__).parent / "golden/tokenization/small/tokenizer.model"
     report: dict[str, Any] = {
         "text": data.text(model, count=8, rounds=2),
-        "pictures": data.pictures(tmp_path / "pictures", count=6, rounds=2),
+        "pictures": data.images(tmp_path / "pictures", count=6, rounds=2),
     }
     assert report["text"]["differ"] == report["pictures"]["differ"] == 0
     assert report["text"]["tokens"] > 8 * data.IMAGE_TOKENS

@@ -13,9 +13,9 @@ from types import SimpleNamespace
 import pytest
 
 from llavar_peft import __version__, cli
-from llavar_peft.cli import train as train_module
+from llavar_peft.cli import train_command as train_module
 from llavar_peft.errors import ConfigError, EnvironmentFaultError, InterruptedRunError, LlavarError
-from llavar_peft.recipes import list_presets, list_recipes, load_recipe, read_recipe
+from llavar_peft.recipe.presets import list_presets, list_recipes, load_recipe, read_recipe
 
 
 def run(*arguments: str) -> int:
@@ -24,7 +24,7 @@ def run(*arguments: str) -> int:
 
 @pytest.fixture
 def failing(monkeypatch: pytest.MonkeyPatch):
-    """Makes ``train`` raise what the test gives it."""
+    """Make ``train`` raise what the test gives it."""
 
     def arrange(error: BaseException) -> None:
         def load(*_: object, **__: object) -> None:
@@ -185,12 +185,12 @@ def test_train_hands_on_its_arguments(monkeypatch: pytest.MonkeyPatch, capsys: p
 
 def test_an_unknown_stage_is_found_before_anything_is_loaded(capsys: pytest.CaptureFixture[str]) -> None:
     assert run("train", "tiny", "--stage", "finetun") == 2
-    assert "tiny has no stage 'finetun'. Mend: use one of pretrain, finetune." in capsys.readouterr().err
+    assert "tiny has no stage 'finetun'. Fix: use one of pretrain, finetune." in capsys.readouterr().err
 
 
 @pytest.fixture
 def records(tmp_path: Path) -> Path:
-    """Two records; the picture of the second is missing."""
+    """Two records; the image of the second is missing."""
     from PIL import Image
 
     Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
@@ -209,7 +209,7 @@ def test_data_check(records: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run("data", "check", str(records), "--images", str(records.parent), "--json") == 2
     found = json.loads(capsys.readouterr().out)
     assert found["records"] == 2
-    assert [sorted(fault) for fault in found["faults"]] == [["index", "kind", "mend", "what", "where"]]
+    assert [sorted(fault) for fault in found["faults"]] == [["index", "kind", "fix", "what", "where"]]
     shutil.copy(records.parent / "a.png", records.parent / "b.png")
     assert run("data", "check", str(records), "--images", str(records.parent)) == 0
 
@@ -217,7 +217,7 @@ def test_data_check(records: Path, capsys: pytest.CaptureFixture[str]) -> None:
 def test_data_inspect_marks_what_is_supervised() -> None:
     import torch
 
-    from llavar_peft.cli.data import _as_plain, _as_text
+    from llavar_peft.cli.data_command import _as_plain, _as_text
     from llavar_peft.types import Example
 
     example = Example(id="a", input_ids=torch.tensor([1, 2, 3]), labels=torch.tensor([-100, -100, 3]))

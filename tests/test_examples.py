@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from llavar_peft.data.synth.settings import SynthSettings
-from llavar_peft.data.synth.write import write_synthetic
+from llavar_peft.datagen.synth.synth_settings import SynthSettings
+from llavar_peft.datagen.synth.write_synthetic import write_synthetic
 from tests.weights.adapters import save_wide_model
 
 ROOT = Path(__file__).parents[1]
@@ -43,8 +43,8 @@ def test_two_stages_in_python(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_from_pictures_to_a_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The whole way on eight pictures; in this process, which has imported everything."""
+def test_from_images_to_a_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The whole way on eight images; in this process, which has imported everything."""
     pytest.importorskip("rapidocr")
     pytest.importorskip("onnxruntime")
     monkeypatch.setattr(sys, "argv", ["ocr_to_model.py", f"--out={tmp_path}", "--pages=8", "--steps=1"])

@@ -104,10 +104,10 @@ def test_every_file_is_packed(tmp_path: Path) -> None:
     """What is no Python (presets, templates, fonts, py.typed) is easily forgotten in a wheel."""
     tool(sys.executable, "setup.py", "-q", "build", "--build-base", str(tmp_path / "build"))
     package = ROOT / "llavar_peft"
-    wanted = {
+    expected = {
         path.relative_to(package)
         for path in package.rglob("*")
         if path.is_file() and "__pycache__" not in path.parts and path.suffix != ".pyc"
     }
     built = tmp_path / "build" / "lib" / "llavar_peft"
-    assert wanted - {path.relative_to(built) for path in built.rglob("*")} == set()
+    assert expected - {path.relative_to(built) for path in built.rglob("*")} == set()

@@ -17,10 +17,10 @@ import pytest
 from PIL import Image
 
 from llavar_peft.errors import DataError, EnvironmentFaultError
-from llavar_peft.page import write_run_page
 from llavar_peft.page.charts import loss_chart, running_mean
-from llavar_peft.page.looks import wilson
-from llavar_peft.page.templates import MOST_BYTES
+from llavar_peft.page.page_templates import MOST_BYTES
+from llavar_peft.page.probe_moments import wilson
+from llavar_peft.page.run_page import write_run_page
 
 XSS = "</dd><script>alert('x')</script><img src=x onerror=\"alert(1)\">&'{{ 7 * 7 }}"
 
@@ -83,7 +83,7 @@ def look(at: int, when: str, share: float, samples: list[dict[str, Any]], **more
     return {"step": at, "when": when, "samples": samples, "blank_exact_match": 0.0, **figures, **more}
 
 
-def picture(path: Path, seed: int, size: tuple[int, int] = (40, 30), noise: bool = False) -> None:
+def image(path: Path, seed: int, size: tuple[int, int] = (40, 30), noise: bool = False) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     image = Image.new("RGB", size, (seed % 256, 90, 120))
     if noise:
@@ -93,11 +93,11 @@ def picture(path: Path, seed: int, size: tuple[int, int] = (40, 30), noise: bool
 
 @pytest.fixture
 def run(tmp_path: Path) -> Path:
-    """Two stages, two pictures, looks at start, middle and end."""
+    """Two stages, two images, looks at start, middle and end."""
     folder = tmp_path / "signs"
     for stage, shares in (("one", (0.0, 0.5, 0.5)), ("two", (0.5, 0.5, 1.0))):
         for number in (1, 2):
-            picture(folder / stage / "probe" / f"{number}.png", number)
+            image(folder / stage / "probe" / f"{number}.png", number)
         append(folder / stage / "metrics.jsonl", *(step(n, 3.0 / n, peak_memory_mb=2048) for n in range(1, 41)))
         for at, when, share in zip((0, 20, 40), ("start", "step", "end"), shares, strict=True):
             first = "SHOP 1" if share else f"SHAP 1 {stage}"
@@ -134,7 +134,7 @@ def test_tells_the_run(run: Path) -> None:
     assert page.text.startswith("Signs Training run Signs")
 
 
-def test_each_picture_stands_once_with_all_its_answers(run: Path) -> None:
+def test_each_image_stands_once_with_all_its_answers(run: Path) -> None:
     text = page_of(run)
     assert len(Elements(text).all("img")) == 2
     first = re.sub(r"<[^>]+>", " ", text.split("<article>")[1].split("</dl>")[0]).split()
@@ -192,7 +192,7 @@ def test_nothing_is_fetched(run: Path) -> None:
 def test_stays_under_the_cap_and_says_so(tmp_path: Path, side: int, count: int) -> None:
     samples = [sample(number, "x" * 5000) for number in range(count)]
     for number in range(count):
-        picture(tmp_path / "s" / "probe" / f"{number}.png", number, (side, side), noise=True)
+        image(tmp_path / "s" / "probe" / f"{number}.png", number, (side, side), noise=True)
     looks = [look(at, "step", 0.0, samples) for at in range(1, 30)]
     append(tmp_path / "s" / "probe.jsonl", look(0, "start", 0.0, samples), *looks)
     append(tmp_path / "s" / "metrics.jsonl", *(step(n, 1 + n % 7) for n in range(1, 5001)))
@@ -288,16 +288,16 @@ def test_dropped_records_are_counted_by_kind_over_all_ranks(run: Path) -> None:
     assert "two 9 other reasons 9" in text
 
 
-def test_a_picture_outside_the_stage_is_not_shown(run: Path) -> None:
-    picture(run.parent / "secret.png", 7)
+def test_a_image_outside_the_stage_is_not_shown(run: Path) -> None:
+    image(run.parent / "secret.png", 7)
     append(run / "two" / "probe.jsonl", look(50, "end", 0.1, [sample(3, "x", image="../../secret.png")]))
     text = page_of(run)
     assert len(Elements(text).all("img")) == 2
     assert "Picture not found" in text
 
 
-def test_one_id_on_two_pictures_is_two_records(run: Path) -> None:
-    picture(run / "two" / "probe" / "1.png", 99)
+def test_one_id_on_two_images_is_two_records(run: Path) -> None:
+    image(run / "two" / "probe" / "1.png", 99)
     lines = [
         look(0, "start", 0.0, [sample(1, "x", truth="other")]),
         look(40, "end", 0.0, [sample(1, "y", truth="other")]),
@@ -322,7 +322,7 @@ def test_a_text_only_record_and_one_without_control(run: Path) -> None:
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "P", "RGBA", "LA", "CMYK", "I;16"])
-def test_any_picture_mode(run: Path, mode: str) -> None:
+def test_any_image_mode(run: Path, mode: str) -> None:
     source = Image.new("RGB", (700, 20), "navy").convert("L" if mode in {"LA", "I;16"} else "RGB").convert(mode)
     source.save(run / "one" / "probe" / "1.png", "TIFF" if mode == "CMYK" else "PNG")
     shown = Elements(page_of(run)).all("img")

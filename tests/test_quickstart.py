@@ -1,4 +1,4 @@
-"""The README's first command: a tiny LLaVAR learns to read pictures it has never seen."""
+"""The README's first command: a tiny LLaVAR learns to read images it has never seen."""
 
 from __future__ import annotations
 
@@ -36,10 +36,10 @@ def test_quickstart_learns_to_read_and_can_be_asked(tmp_path: Path) -> None:
     assert "http://" not in page
     assert "https://" not in page
 
-    # A picture of one's own, by another font and of another size.
-    picture = Image.new("RGB", (400, 200), "white")
-    ImageDraw.Draw(picture).text((60, 60), "KHABE", "black", ImageFont.load_default(70))
-    picture.save(tmp_path / "mine.png")
+    # An image of one's own, by another font and of another size.
+    image = Image.new("RGB", (400, 200), "white")
+    ImageDraw.Draw(image).text((60, 60), "KHABE", "black", ImageFont.load_default(70))
+    image.save(tmp_path / "mine.png")
     answer = _run(
         "ask", "--model", result["model"], "--image", str(tmp_path / "mine.png"), "--temperature", "0",
         "What does the sign say?",

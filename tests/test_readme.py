@@ -12,8 +12,8 @@ import pytest
 
 import llavar_peft
 from llavar_peft import ModelConfig, build_model, make_delta
-from llavar_peft.data.synth.settings import SynthSettings
-from llavar_peft.data.synth.write import write_synthetic
+from llavar_peft.datagen.synth.synth_settings import SynthSettings
+from llavar_peft.datagen.synth.write_synthetic import write_synthetic
 from tests.commands import command, python
 
 ROOT = Path(llavar_peft.__file__).parents[1]
@@ -44,7 +44,7 @@ def _blocks(text: str) -> tuple[list[str], list[str]]:
 
 
 def _furnish(folder: Path) -> None:
-    """Puts down whatever the README takes for granted."""
+    """Put down whatever the README takes for granted."""
     shutil.copytree(PARTS / "language_model", folder / "llama-13b")
     shutil.copytree(PARTS / "vision_tower", folder / "clip-vit-large-patch14-336")
     shutil.copytree(PARTS / "vision_tower", folder / "openai/clip-vit-large-patch14-336")

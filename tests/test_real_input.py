@@ -82,13 +82,11 @@ def test_from_photographs_to_an_answer(folder: Path, shared_dir: Path) -> None:
     encoded = [json.loads(line) for line in lines]
     assert len(encoded) == len(json.loads((folder / "records.json").read_text()))
     assert all(record["input_ids"].count(32000) == 576 * len(record["images"]) for record in encoded)
-    picture = folder / "images/text_wide.png"
-    assert _run(
-        folder, "ask", "--model", str(model), "--image", str(picture), "--max-new-tokens", "4", QUESTION
-    ).strip()
+    image = folder / "images/text_wide.png"
+    assert _run(folder, "ask", "--model", str(model), "--image", str(image), "--max-new-tokens", "4", QUESTION).strip()
 
 
-def test_a_broken_picture_is_found_before_any_step(folder: Path, shared_dir: Path) -> None:
+def test_a_broken_image_is_found_before_any_step(folder: Path, shared_dir: Path) -> None:
     recipe = _recipe(folder, shared_dir)
     (folder / "images/cmyk.jpg").unlink()
     said = _run(folder, "train", str(recipe), status=2)

@@ -5,7 +5,7 @@
 No result of this is committed yet: it has not been run on a GPU. ``--sizes tiny`` tries its whole path in seconds,
 on a CPU too.
 
-Weights are random and made on the device, in bf16; pictures have 336 pixels, records the lengths of ``lengths.py``.
+Weights are random and made on the device, in bf16; images have 336 pixels, records the lengths of ``lengths.py``.
 Each cell runs in a process of its own, memory caps by ``torch.cuda.set_per_process_memory_fraction``. Utilisation
 counts what has to be computed, once, against the device's dense bf16 peak (989 TFLOP/s for an H200 or H100 SXM).
 Quantized cells need bitsandbytes, and while they are built the whole model in bf16.
@@ -60,7 +60,7 @@ def cells(size: str, steps: int) -> list[dict[str, Any]]:
 
 
 def run(cell: dict[str, Any]) -> dict[str, Any]:
-    """Measures one cell.
+    """Measure one cell.
 
     Args:
         cell: From ``cells``.
@@ -96,7 +96,7 @@ def row(cell: dict[str, Any], found: dict[str, Any], peak_tflops: float) -> str:
 
 
 def main() -> None:
-    """Prints the table, and with ``--out`` writes it and the figures."""
+    """Print the table, and with ``--out`` writes it and the figures."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sizes", nargs="+", choices=("tiny", "7b", "13b"), default=["7b", "13b"])
     parser.add_argument("--steps", type=int, default=12)

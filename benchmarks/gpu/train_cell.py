@@ -19,8 +19,8 @@ from transformers import TrainerCallback
 
 from llavar_peft import Lora, Projector
 from llavar_peft.models.build import _quantization, expected_shapes
-from llavar_peft.models.modeling import LlavarForConditionalGeneration
-from llavar_peft.models.tuning import prepare_for
+from llavar_peft.models.modeling_llavar import LlavarForConditionalGeneration
+from llavar_peft.models.tuning import apply_tuning
 
 GIB = 2**30
 
@@ -98,7 +98,7 @@ def flops(size: str, records: Any, *, rank: int | None) -> float:
 
 
 def measure(cell: dict[str, Any]) -> dict[str, Any]:
-    """Trains some steps.
+    """Train some steps.
 
     Args:
         cell: From ``gpu/train.py``.
@@ -123,7 +123,7 @@ def measure(cell: dict[str, Any]) -> dict[str, Any]:
         precision = "bf16" if device == "cuda" else "fp32"
         stage = stage_of(given, tune=tune, packing=True, recompute=cell["recompute"], precision=precision)
         try:
-            ours(given, records, clock, model=prepare_for(model, tune), stage=stage).train()
+            ours(given, records, clock, model=apply_tuning(model, tune), stage=stage).train()
         except torch.OutOfMemoryError as error:
             return {"out_of_memory": str(error).splitlines()[0]}
     timed, first = records.items[2 * batch :], 1  # two steps to warm up: recomputation is settled in the second

@@ -1,6 +1,6 @@
 """The one idea that both parts share: a page as a square grid of cells, each holding one character or nothing.
 
-The vision tower learns to say which character stands in each patch of a picture; the language model learns to read
+The vision tower learns to say which character stands in each patch of an image; the language model learns to read
 pages whose cells are filled with its own character embeddings. Neither sees the other's side: the projector that joins
 them is what stage 1 trains.
 """
@@ -8,11 +8,11 @@ them is what stage 1 trains.
 from collections.abc import Iterable
 from typing import TypeAlias
 
-from llavar_peft.data.synth.faces import CAP_HEIGHT, text_width
-from llavar_peft.data.synth.scene import PlacedLine
+from llavar_peft.datagen.synth.font_faces import CAP_HEIGHT, text_width
+from llavar_peft.datagen.synth.scene import PlacedLine
 
 SIDE = 12
-"""Cells along a side: 12 patches of 10 pixels are a picture of 120."""
+"""Cells along a side: 12 patches of 10 pixels are an image of 120."""
 
 CELL = 10
 """Pixels along a cell's side."""

@@ -1,6 +1,6 @@
 """Makes the tiny language model: it learns the conversation template, to spell, and to read pages made of characters.
 
-Where a picture's features will stand, a page is laid out in cells that hold the embeddings of its characters, as one
+Where an image's features will stand, a page is laid out in cells that hold the embeddings of its characters, as one
 would draw a sign or a receipt in plain text. It never sees a pixel. The tokens `<im_start>` and `<im_end>` do not exist
 yet; the mean of all embeddings, which is what new rows start as, stands for them.
 """
@@ -22,12 +22,12 @@ from torch import Tensor, nn
 from transformers import CLIPImageProcessorPil, GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from llavar_peft.constants import IGNORE_INDEX, OCR_INSTRUCTIONS, USER_ROLE
-from llavar_peft.data import encode_record
-from llavar_peft.data.synth.plain import draw_layout
-from llavar_peft.data.synth.scene import PlacedLine
-from llavar_peft.data.synth.settings import KINDS
-from llavar_peft.models.processing import LlavarProcessor
-from llavar_peft.models.tokenizer import add_image_tokens, load_tokenizer
+from llavar_peft.data.encode_record import encode_record
+from llavar_peft.datagen.synth.plain_style import draw_layout
+from llavar_peft.datagen.synth.scene import PlacedLine
+from llavar_peft.datagen.synth.synth_settings import KINDS
+from llavar_peft.models.llama_tokenizer import add_image_tokens, load_tokenizer
+from llavar_peft.models.processing_llavar import LlavarProcessor
 
 HIDDEN, HEADS, LAYERS, MLP = 128, 4, 4, 256
 EMBEDDING_STD = 0.5
@@ -99,7 +99,7 @@ def make_sample(processor: LlavarProcessor, rng: Random, *, system: bool, repeat
 
 
 def page_processor(directory: Path) -> LlavarProcessor:
-    """What encodes conversations about pages: a picture has as many patches as a page has cells."""
+    """What encodes conversations about pages: an image has as many patches as a page has cells."""
     tokenizer = load_tokenizer(directory)
     add_image_tokens(tokenizer)
     size = {"height": SIDE * CELL, "width": SIDE * CELL}
@@ -127,9 +127,9 @@ class PageEmbedder:
         tokens = torch.zeros(len(samples), longest, dtype=torch.long)
         labels = torch.full_like(tokens, IGNORE_INDEX)
         mask = torch.zeros_like(tokens)
-        for n, (ids, wanted, _, _) in enumerate(samples):
+        for n, (ids, expected, _, _) in enumerate(samples):
             tokens[n, : len(ids)] = torch.tensor(ids)
-            labels[n, : len(ids)] = torch.tensor(wanted)
+            labels[n, : len(ids)] = torch.tensor(expected)
             mask[n, : len(ids)] = 1
         embeds = self.table(tokens.masked_fill(tokens >= self.table.num_embeddings, 0))
         border = self.table.weight.detach().mean(0)
@@ -235,8 +235,8 @@ def learn(
         embeds, mask, labels = embed(samples)
         hidden = model.model(inputs_embeds=embeds, attention_mask=mask, use_cache=False).last_hidden_state
         asked_for = labels[:, 1:] != IGNORE_INDEX
-        logits, wanted = model.lm_head(hidden[:, :-1][asked_for]), labels[:, 1:][asked_for]
-        loss = nn.functional.cross_entropy(logits, wanted)
+        logits, expected = model.lm_head(hidden[:, :-1][asked_for]), labels[:, 1:][asked_for]
+        loss = nn.functional.cross_entropy(logits, expected)
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for optimizer, schedule in zip(optimizers, schedules, strict=True):
@@ -244,7 +244,7 @@ def learn(
             schedule.step()
             optimizer.zero_grad()
         if step % 50 == 0 or step == steps - 1:
-            right = (logits.argmax(-1) == wanted).float().mean()
+            right = (logits.argmax(-1) == expected).float().mean()
             spent = time.perf_counter() - started
             print(f"language model {step:5d} loss {loss.item():.3f} pieces {right:.4f} {spent:.0f} s", flush=True)
     pool.shutdown(cancel_futures=True)

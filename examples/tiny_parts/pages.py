@@ -11,9 +11,9 @@ from grid import CELL, SIDE, Line, centres, fill_cells
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
 from torch import Tensor
 
-from llavar_peft.data.synth.faces import CAP_HEIGHT, FONT_NAMES, open_face, packaged_face
-from llavar_peft.data.synth.plain import CAPITALS, draw_layout
-from llavar_peft.data.synth.settings import KINDS
+from llavar_peft.datagen.synth.font_faces import CAP_HEIGHT, FONT_NAMES, open_face, packaged_face
+from llavar_peft.datagen.synth.plain_style import CAPITALS, draw_layout
+from llavar_peft.datagen.synth.synth_settings import KINDS
 
 PIXELS = SIDE * CELL
 MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -65,7 +65,7 @@ def random_page(rng: Random, layouts: float = 0.35) -> Page:
 
 
 def layout_page(rng: Random) -> Page:
-    """Draw one of the layouts that the quickstart's pictures have, of other strings."""
+    """Draw one of the layouts that the quickstart's images have, of other strings."""
     layout = draw_layout(rng.choice(KINDS["plain"]), rng, shortest=200, longest=400, most_items=2)
     side = max(layout.width, layout.height)
     left, top = (side - layout.width) // 2, (side - layout.height) // 2

@@ -47,7 +47,7 @@ class Lesson:
         steps: Optimizer steps.
         rate: Highest learning rate.
         easy: Share of the steps with pages of single letters.
-        layouts: Share of the other pages that are laid out as the quickstart's pictures are.
+        layouts: Share of the other pages that are laid out as the quickstart's images are.
         heads_first: Steps in which the heads alone learn.
         seed: Of the pages and of all draws.
     """
@@ -188,14 +188,14 @@ def teach(tower: CLIPVisionModel, lesson: Lesson, directory: Path) -> None:
 def _class_loss(scores: Tensor, classes: Tensor, shares: Tensor) -> Tensor:
     """Cross-entropy against a cell's character and, for the rest of it, blank, which counts less."""
     log = scores.log_softmax(-1)
-    wanted = shares * log.gather(-1, classes[..., None])[..., 0] + 0.3 * (1 - shares) * log[..., BLANK]
-    return -(wanted * torch.where(classes == BLANK, 0.3, 1.0)).mean() * 2
+    expected = shares * log.gather(-1, classes[..., None])[..., 0] + 0.3 * (1 - shares) * log[..., BLANK]
+    return -(expected * torch.where(classes == BLANK, 0.3, 1.0)).mean() * 2
 
 
 def _code_loss(codes: Tensor, classes: Tensor, shares: Tensor) -> Tensor:
     """Squared distance of each cell from its code: its share at its character's place, zero elsewhere."""
-    wanted = nn.functional.one_hot(classes, BLANK + 1)[..., :BLANK] * shares[..., None]
-    return (codes - wanted).square().sum(-1)
+    expected = nn.functional.one_hot(classes, BLANK + 1)[..., :BLANK] * shares[..., None]
+    return (codes - expected).square().sum(-1)
 
 
 def write_preprocessor(directory: Path) -> None:

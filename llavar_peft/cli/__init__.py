@@ -6,8 +6,8 @@ import sys
 import traceback
 from collections.abc import Sequence
 
-from llavar_peft.cli._app import Session, build_app
-from llavar_peft.cli._output import complain
+from llavar_peft.cli.app import Session, build_app
+from llavar_peft.cli.output import complain
 from llavar_peft.errors import LlavarError
 
 _UNEXPECTED = 1
@@ -15,7 +15,7 @@ _INTERRUPTED = 130  # what a shell reports for a command that Ctrl-C ended: 128 
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command line.
+    """Run the command line.
 
     Args:
         arguments: What follows the program's name; None takes the process's own.

@@ -1,4 +1,4 @@
-"""Opening pictures so that nothing in them is lost.
+"""Opening images so that nothing in them is lost.
 
 Differs from the original on purpose where the original loses text: EXIF rotation is applied, 16-bit grey is scaled
 rather than clipped, and transparency is laid on white. On all other files the pixels are the original's.
@@ -17,7 +17,7 @@ from PIL import Image, UnidentifiedImageError
 from llavar_peft.errors import ImageError, LlavarError
 
 MAX_PIXELS: Final = 2**26
-"""Pictures above 67 megapixels (8192 x 8192) are refused: decoded they take 256 MiB in every worker, and a 20 kB PNG
+"""Images above 67 megapixels (8192 x 8192) are refused: decoded they take 256 MiB in every worker, and a 20 kB PNG
 can ask for gigabytes."""
 
 # Formats that hold photographs and scans. Others run programs (EPS) or have no mark to know them by (TGA).
@@ -32,20 +32,20 @@ _TURNS: Final = {
     8: Image.Transpose.ROTATE_90,
 }
 _ORIENTATION: Final = 0x0112
-_NOT_PICTURES: Final = ((b"version https://git-lfs", "a Git LFS pointer"), (b"<", "a web page or other markup"))
+_NOT_IMAGES: Final = ((b"version https://git-lfs", "a Git LFS pointer"), (b"<", "a web page or other markup"))
 
 
 def open_image(source: str | Path | Image.Image) -> Image.Image:
-    """Opens a picture: upright, RGB, transparency on white, 16 bits scaled to 8.
+    """Open an image: upright, RGB, transparency on white, 16 bits scaled to 8.
 
     Args:
-        source: A local path (never fetched from the net), or a picture, of which the same is made.
+        source: A local path (never fetched from the net), or an image, of which the same is made.
 
     Returns:
-        RGB, decoded, its file closed. An upright RGB picture given is handed back as it is.
+        RGB, decoded, its file closed. An upright RGB image given is handed back as it is.
 
     Raises:
-        ImageError: It is missing, broken, not a picture, larger than ``MAX_PIXELS``, or has several frames.
+        ImageError: It is missing, broken, not an image, larger than ``MAX_PIXELS``, or has several frames.
     """
     if isinstance(source, Image.Image):
         if type(source) is Image.Image and source.mode == "RGB" and not source.info and source.width * source.height:
@@ -58,7 +58,7 @@ def open_image(source: str | Path | Image.Image) -> Image.Image:
     except FileNotFoundError:
         raise ImageError.at(where, "no such file", "give the path of a local picture") from None
     except IsADirectoryError:
-        raise ImageError.at(where, "is a folder, wanted a picture", "give the path of a file") from None
+        raise ImageError.at(where, "is a folder, expected a picture", "give the path of a file") from None
     except Exception as error:  # broken files make Pillow raise nearly anything
         raise _unreadable(where, error) from error
     with opened:
@@ -66,7 +66,7 @@ def open_image(source: str | Path | Image.Image) -> Image.Image:
 
 
 def decode_image(data: bytes, where: str) -> Image.Image:
-    """Opens a picture that is in memory, as ``open_image`` opens a file.
+    """Open an image that is in memory, as ``open_image`` opens a file.
 
     Args:
         data: The file's bytes.
@@ -98,7 +98,7 @@ def _guarded(image: Image.Image, where: str) -> Image.Image:
     if not width or not height:
         raise ImageError.at(where, f"has no pixels ({width} x {height})", "replace or remove it")
     try:
-        # An MPO is one photograph with previews or depth beside it; its first frame is the picture.
+        # An MPO is one photograph with previews or depth beside it; its first frame is the image.
         frames = 1 if image.format == "MPO" else int(getattr(image, "n_frames", 1))
         if frames == 1:
             return _upright_rgb(image)
@@ -107,7 +107,7 @@ def _guarded(image: Image.Image, where: str) -> Image.Image:
     except Exception as error:  # OSError mostly, but IndexError, TypeError, SyntaxError, ... were seen
         raise _unreadable(where, error) from error
     raise ImageError.at(
-        where, f"is an animation or a document of {frames} frames, wanted one picture", "save the frame that is meant"
+        where, f"is an animation or a document of {frames} frames, expected one picture", "save the frame that is meant"
     )
 
 
@@ -129,7 +129,7 @@ def _upright_rgb(image: Image.Image) -> Image.Image:
 
 
 def _orientation(image: Image.Image) -> int:
-    """1 to 8 by EXIF; damaged EXIF must not cost a good picture and counts as upright."""
+    """1 to 8 by EXIF; damaged EXIF must not cost a good image and counts as upright."""
     try:
         return int(image.getexif().get(_ORIENTATION, 1))
     except Exception:  # noqa: BLE001 - parsing it raises whatever struct, int or Pillow raise
@@ -154,7 +154,7 @@ def _eight_bits(values_HW: np.ndarray) -> np.ndarray:
 
 def _unreadable(where: str, error: Exception) -> LlavarError:
     if isinstance(error, UnidentifiedImageError):
-        what = f"is {_what_it_is(where)}, wanted a picture ({', '.join(_formats())})"
+        what = f"is {_what_it_is(where)}, expected a picture ({', '.join(_formats())})"
     elif isinstance(error, PermissionError):
         what = "may not be read (permission denied)"
     else:
@@ -170,7 +170,7 @@ def _what_it_is(where: str) -> str:
         return "not a picture"
     if not start:
         return "an empty file"
-    return next((name for prefix, name in _NOT_PICTURES if start.startswith(prefix)), "not a picture")
+    return next((name for prefix, name in _NOT_IMAGES if start.startswith(prefix)), "not a picture")
 
 
 @lru_cache(maxsize=1)

@@ -1,4 +1,4 @@
-"""Finding records' pictures below their roots, and nowhere else."""
+"""Finding records' images below their roots, and nowhere else."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _LISTED_AFTER: Final = 64  # look-ups in a folder, after which reading it whole 
 
 
 class ImageRoots:
-    """The folders that records' pictures are looked up in, first match first.
+    """The folders that records' images are looked up in, first match first.
 
     Records may come from anywhere, so that a path may not leave the roots: not absolutely, not by ``..``, not by a
     symbolic link (a root itself may be one, and links from one root into another are fine).
@@ -45,7 +45,7 @@ class ImageRoots:
         return f"ImageRoots({[str(root) for root in self.roots]})"
 
     def resolve(self, path: str, *, guess: bool = True) -> Path:
-        """Finds a picture's file.
+        """Find an image's file.
 
         Args:
             path: As written in the record, with ``/``.
@@ -76,7 +76,7 @@ class ImageRoots:
         raise self._missing(path, guess=guess)
 
     def open(self, path: str) -> Image.Image:
-        """Opens a picture by the path written in the record, upright and in RGB. Raises ``ImageError``."""
+        """Open an image by the path written in the record, upright and in RGB. Raises ``ImageError``."""
         from llavar_peft.data.image_files import open_image
 
         return open_image(self.resolve(path))
@@ -104,12 +104,12 @@ class ImageRoots:
         where = ", ".join(str(root) for root in self.roots)
         there = f" (there is {similar[0]})" if similar else ""
         folder = any(os.path.isdir(os.path.join(root, path)) for root in self.roots)
-        what = "is a folder, wanted a picture" if folder else f"is in none of {where}{there}"
+        what = "is a folder, expected a picture" if folder else f"is in none of {where}{there}"
         return ImageError.at(path, what, "get the picture, correct the path, or add the folder that has it")
 
 
 def _similar(root: Path, path: str) -> Sequence[str]:
-    """Names beside a missing one that may be meant: other slashes, other case, other extension, a slip."""
+    """Name beside a missing one that may be meant: other slashes, other case, other extension, a slip."""
     if "\\" in path and (root / path.replace("\\", "/")).is_file():
         return [path.replace("\\", "/")]
     folder, name = os.path.split(path)
@@ -125,7 +125,7 @@ def _similar(root: Path, path: str) -> Sequence[str]:
 
 
 class Finder:
-    """Answers for very many pictures whether they are there, without opening them.
+    """Answers for very many images whether they are there, without opening them.
 
     A folder that is asked for often is read once, which on a network disk is a thousand times faster than asking for
     each file. What it was like then is what is answered.

@@ -83,7 +83,7 @@ class IndexedFile:
             raise _malformed(self.where(index), text, error) from error
 
     def where(self, index: int) -> str:
-        """Names a record, e.g. ``"records.json:17"``, counted from 0."""
+        """Name a record, e.g. ``"records.json:17"``, counted from 0."""
         return f"{self.path}:{index}"
 
     def __getstate__(self) -> dict[str, Any]:
@@ -154,7 +154,7 @@ def _load(place: Path, stamp: _Stamp) -> npt.NDArray[np.uint64] | None:
 
 
 def _save(place: Path, stamp: _Stamp, offsets: npt.NDArray[np.uint64]) -> None:
-    """Writes aside and renames: ranks that start together each write, and none reads half a file."""
+    """Write aside and renames: ranks that start together each write, and none reads half a file."""
     place.parent.mkdir(parents=True, exist_ok=True)
     header = _HEADER.pack(_MAGIC, stamp.size, stamp.mtime_ns, len(offsets) - 1, stamp.ends, zlib.crc32(offsets.data))
     handle, aside = tempfile.mkstemp(dir=place.parent, prefix=f".{place.name}.", suffix=".part")
@@ -173,19 +173,21 @@ def _save(place: Path, stamp: _Stamp, offsets: npt.NDArray[np.uint64]) -> None:
 def _scan(path: Path, file: mmap.mmap) -> npt.NDArray[np.uint64]:
     head = file[:_ENDS]
     if head.startswith((b"\xff\xfe", b"\xfe\xff")):
-        raise _fault(path, "is UTF-16, wanted UTF-8", "save it as UTF-8")
+        raise _fault(path, "is UTF-16, expected UTF-8", "save it as UTF-8")
     if head.startswith((b"\x1f\x8b", b"PK", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")):
         raise _fault(path, "is compressed", "unpack it")
     start = len(_BOM) if head.startswith(_BOM) else 0
     first = head[start:].lstrip(_SPACE)[:1]
     lines = path.suffix.lower() != ".json"
     if lines and first == b"[":
-        raise _fault(path, "starts with '[', wanted one JSON object per line", "rename it to .json if it is one array")
+        raise _fault(
+            path, "starts with '[', expected one JSON object per line", "rename it to .json if it is one array"
+        )
     if not lines and first != b"[":
         what = "no text" if not first else repr(first.decode("latin-1"))
         raise _fault(
             path,
-            f"starts with {what}, wanted '[': one array of records",
+            f"starts with {what}, expected '[': one array of records",
             "rename it to .jsonl if it has one record per line, put a single record into [ ]",
         )
     return _scan_lines(file, start) if lines else _scan_array(path, file, start)
@@ -234,7 +236,7 @@ def _scan_lines(file: mmap.mmap, start: int) -> npt.NDArray[np.uint64]:
 
 
 def _malformed(where: str, text: bytes | memoryview, error: Exception) -> LlavarError:
-    """Says where in a text JSON ends, as far as that is known."""
+    """Say where in a text JSON ends, as far as that is known."""
     if isinstance(error, RecursionError):
         return DataError.at(where, "is nested too deeply", "remove the record")
     found = re.search(r"\(byte (\d+)\)", str(error))
@@ -251,11 +253,11 @@ def _malformed(where: str, text: bytes | memoryview, error: Exception) -> Llavar
         record = ", after its end"
     elif before.lstrip(_SPACE)[:1] == b"[" and at < _COUNTED_BYTES:
         record = f", record {_count_records(before)}"
-    mend = "correct it there"
+    fix = "correct it there"
     if re.match(rb"-?(NaN|Inf)", bytes(text[max(0, at - 1) : at + 8]).lstrip(b" :,[-")):
-        mend = "NaN and Infinity are not JSON: write null or leave them out"
+        fix = "NaN and Infinity are not JSON: write null or leave them out"
     return DataError.at(
-        f"{where}", f"is not JSON at line {line}, column {column}{record} ({reason}, near {near!r})", mend
+        f"{where}", f"is not JSON at line {line}, column {column}{record} ({reason}, near {near!r})", fix
     )
 
 
@@ -273,5 +275,5 @@ def _count_records(before: bytes) -> int:
     return record
 
 
-def _fault(path: Path, what: str, mend: str) -> LlavarError:
-    return DataError.at(str(path), what, mend)
+def _fault(path: Path, what: str, fix: str) -> LlavarError:
+    return DataError.at(str(path), what, fix)

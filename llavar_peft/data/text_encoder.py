@@ -44,7 +44,7 @@ class Words:
         self._known: dict[str, list[int]] = {}
 
     def encode(self, text: str) -> list[int]:
-        """Encodes a text in which ``▁`` stands for spaces."""
+        """Encode a text in which ``▁`` stands for spaces."""
         ids: list[int] = []
         known = self._known
         for word in _WORD.findall(text):
@@ -81,7 +81,7 @@ class TextEncoder:
     end: int | None
 
     def encode(self, text: str, answer_start: int | None = None) -> tuple[list[int], int]:
-        """Encodes one stretch of text between special tokens.
+        """Encode one stretch of text between special tokens.
 
         Args:
             text: Any text that is not empty, of ``whole_characters``.
@@ -107,7 +107,7 @@ class TextEncoder:
         return whole, len(whole) if first is None else first
 
     def image_block(self, tokens: int) -> list[int]:
-        """The ids of a picture's place, with ``tokens`` x ``<im_patch>``."""
+        """The ids of an image's place, with ``tokens`` x ``<im_patch>``."""
         patches = [self.patch] * tokens
         return patches if self.start is None or self.end is None else [self.start, *patches, self.end]
 
@@ -139,13 +139,17 @@ def _make(tokenizer: Any, use_im_start_end: bool) -> TextEncoder:
 
     where = str(tokenizer.name_or_path or type(tokenizer).__name__)
     if not tokenizer.is_fast:
-        raise ConfigError.at(where, "is a slow tokenizer", "open it with llavar_peft.models.tokenizer.load_tokenizer")
+        raise ConfigError.at(
+            where, "is a slow tokenizer", "open it with llavar_peft.models.llama_tokenizer.load_tokenizer"
+        )
     vocabulary = tokenizer.get_vocab()
     names = ADDED_TOKENS if use_im_start_end else (IMAGE_PATCH_TOKEN,)
     missing = [name for name in names if name not in vocabulary]
     if missing:
         raise ConfigError.at(
-            where, f"has no token {', '.join(missing)}", "call llavar_peft.models.tokenizer.add_image_tokens on it"
+            where,
+            f"has no token {', '.join(missing)}",
+            "call llavar_peft.models.llama_tokenizer.add_image_tokens on it",
         )
     backend = tokenizer.backend_tokenizer
     bare = Tokenizer(backend.model)
@@ -178,7 +182,7 @@ def _ends_with_words(bare: Tokenizer) -> bool:
 
 
 def whole_characters(text: str) -> str:
-    """Joins surrogate pairs and replaces lone surrogates, which JSON can hold and UTF-8 cannot."""
+    """Join surrogate pairs and replaces lone surrogates, which JSON can hold and UTF-8 cannot."""
     if text.isascii():
         return text
     try:

@@ -7,20 +7,20 @@ from pathlib import Path
 from types import EllipsisType
 from typing import TYPE_CHECKING
 
-from llavar_peft.config import Attention, Dtype, Quantization
-from llavar_peft.inference.decode import Row, answer_all, stream_row
+from llavar_peft.inference.batch_decoder import Row, answer_all, stream_row
 from llavar_peft.inference.dialogue import Dialogue
 from llavar_peft.inference.engine import Engine
-from llavar_peft.inference.loading import open_engine
-from llavar_peft.inference.requests import (
+from llavar_peft.inference.generation_request import (
     Answer,
-    Picture,
+    PromptImage,
     Request,
     Sampling,
     SamplingSettings,
     encode_messages,
     question_content,
 )
+from llavar_peft.inference.open_engine import open_engine
+from llavar_peft.recipe.schema import Attention, Dtype, Quantization
 from llavar_peft.types import ImageMode
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ def load_chat(
     vision_tower: str | None = None,
     attention: Attention = "auto",
 ) -> Chat:
-    """Opens a model to ask.
+    """Open a model to ask.
 
     Args:
         model: A checkpoint's folder, ours or in the released layout; an adapter's, whose base is then opened; or a
@@ -101,20 +101,20 @@ class Chat:
         image_mode: ImageMode | None = None,
         **sampling: Unpack[SamplingSettings],
     ) -> str:
-        """Asks one question.
+        """Ask one question.
 
         Args:
-            image: A picture or a local path; None asks without one.
+            image: An image or a local path; None asks without one.
             question: In plain words; nothing in it is ever a special token.
             adapter: Which one answers, None for the base; by default the first.
-            image_mode: Overrides the model's own way of preparing pictures.
+            image_mode: Overrides the model's own way of preparing images.
             **sampling: Fields of ``Sampling``.
 
         Returns:
             The answer.
 
         Raises:
-            ImageError: The picture is missing or broken.
+            ImageError: The image is missing or broken.
             ConfigError: There is no such adapter, or a value is out of its range.
             DataError: The question is longer than the model's context.
         """
@@ -130,7 +130,7 @@ class Chat:
         image_mode: ImageMode | None = None,
         **sampling: Unpack[SamplingSettings],
     ) -> Iterator[str]:
-        """Asks as ``ask`` does, and gives the answer out as it comes, in whole characters.
+        """Ask as ``ask`` does, and gives the answer out as it comes, in whole characters.
 
         Args:
             image: As in ``ask``.
@@ -152,7 +152,7 @@ class Chat:
         """Begins a conversation, which remembers what was said and seen.
 
         Args:
-            image: The picture it is about, if there is one; later turns can bring others.
+            image: The image it is about, if there is one; later turns can bring others.
             adapter: Which one answers, None for the base; by default the first.
 
         Returns:
@@ -169,18 +169,18 @@ class Chat:
         image_mode: ImageMode | None = None,
         sampling: Sampling | None = None,
     ) -> Request:
-        """Prepares a question for ``answer``; the arguments are those of ``ask``."""
-        shown = [] if image is None else [Picture.prepare(image, self.engine.processor, image_mode)]
+        """Prepare a question for ``answer``; the arguments are those of ``ask``."""
+        shown = [] if image is None else [PromptImage.prepare(image, self.engine.processor, image_mode)]
         content = question_content(question, shown[0] if shown else None)
         return Request(
             ids=encode_messages(self.engine.processor, [("human", content)], shown),
-            pictures=shown,
+            images=shown,
             sampling=sampling or Sampling(),
             adapter=self.resolve_adapter(adapter),
         )
 
     def answer(self, requests: Sequence[Request], *, batch_size: int = 32) -> list[Answer]:
-        """Answers many questions, in batches.
+        """Answer many questions, in batches.
 
         Args:
             requests: From ``request``; neighbours with the same adapter are batched.

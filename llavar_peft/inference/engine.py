@@ -1,6 +1,6 @@
 """A model, its processor, and the adapters over it, of which one at a time is on, or none.
 
-Shape suffixes: P patches of a picture, D language model width.
+Shape suffixes: P patches of an image, D language model width.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 from llavar_peft.errors import ConfigError
-from llavar_peft.inference.requests import Picture
+from llavar_peft.inference.generation_request import PromptImage
 
 if TYPE_CHECKING:
-    from llavar_peft.models.modeling import LlavarForConditionalGeneration
-    from llavar_peft.models.processing import LlavarProcessor
+    from llavar_peft.models.modeling_llavar import LlavarForConditionalGeneration
+    from llavar_peft.models.processing_llavar import LlavarProcessor
 
 
 class Engine:
@@ -66,7 +66,7 @@ class Engine:
         return int(self.plain.config.text_config.max_position_embeddings)
 
     def check_adapter(self, name: str | None) -> None:
-        """Raises ``ConfigError`` if there is no such adapter. None, the base, is always there."""
+        """Raise ``ConfigError`` if there is no such adapter. None, the base, is always there."""
         if name is not None and name not in self._inner:
             there = ", ".join(self._inner) or "none"
             raise ConfigError.at("adapter", f"there is no {name!r} (there are: {there})", "name one of these")
@@ -95,20 +95,20 @@ class Engine:
         self._active = adapter
 
     @torch.inference_mode()
-    def look(self, pictures: Sequence[Picture], adapter: str | None) -> None:
-        """Runs tower and projector on the pictures that this adapter has not looked at; fills their ``features``.
+    def look(self, images: Sequence[PromptImage], adapter: str | None) -> None:
+        """Run tower and projector on the images that this adapter has not looked at; fills their ``features``.
 
         Args:
-            pictures: Of any sizes; those of one size go through together.
+            images: Of any sizes; those of one size go through together.
             adapter: Whose projector it is.
         """
         self.use(adapter)
-        waiting = {id(picture): picture for picture in pictures if adapter not in picture.features}
-        by_size: dict[tuple[int, ...], list[Picture]] = {}
-        for picture in waiting.values():
-            by_size.setdefault(tuple(picture.pixels.shape), []).append(picture)
+        waiting = {id(image): image for image in images if adapter not in image.features}
+        by_size: dict[tuple[int, ...], list[PromptImage]] = {}
+        for image in waiting.values():
+            by_size.setdefault(tuple(image.pixels.shape), []).append(image)
         for alike in by_size.values():
-            pixels = torch.stack([picture.pixels for picture in alike]).to(self.device)
+            pixels = torch.stack([image.pixels for image in alike]).to(self.device)
             features: list[Tensor] = self.plain.model.get_image_features(pixels).pooler_output
-            for picture, features_PD in zip(alike, features, strict=True):
-                picture.features[adapter] = features_PD
+            for image, features_PD in zip(alike, features, strict=True):
+                image.features[adapter] = features_PD

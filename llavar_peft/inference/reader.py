@@ -1,4 +1,4 @@
-"""One question about many pictures, through the library's own ``generate``."""
+"""One question about many images, through the library's own ``generate``."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llavar_peft.config import Attention, Dtype, Quantization
-from llavar_peft.data.images import open_image
-from llavar_peft.inference.loading import open_engine
-from llavar_peft.models.processing import LlavarProcessor
-from llavar_peft.models.reading import read_pictures
+from llavar_peft.data.image_preparation import open_image
+from llavar_peft.inference.open_engine import open_engine
+from llavar_peft.models.generate import answer_images
+from llavar_peft.models.processing_llavar import LlavarProcessor
+from llavar_peft.recipe.schema import Attention, Dtype, Quantization
 from llavar_peft.types import ImageMode
 
 if TYPE_CHECKING:
@@ -41,29 +41,29 @@ class Reader:
         seed: int | None = None,
         image_mode: ImageMode | None = None,
     ) -> list[str]:
-        """Asks the same question about each picture.
+        """Ask the same question about each image.
 
         Args:
-            images: Files or pictures; none asks without a picture.
+            images: Files or images; none asks without an image.
             question: In plain words; nothing in it is ever a special token.
             max_new_tokens: Tokens at most for each answer.
             temperature: 0 is greedy; the original's ``run_llava`` uses 0.2.
             top_p: Share of the probability that is sampled from.
             seed: Makes sampling repeatable.
-            image_mode: Overrides the model's own way of preparing pictures.
+            image_mode: Overrides the model's own way of preparing images.
 
         Returns:
-            One answer for each picture (or one, without).
+            One answer for each image (or one, without).
 
         Raises:
-            ImageError: A picture is missing or broken.
+            ImageError: An image is missing or broken.
         """
-        pictures: list[Image | None] = [open_image(image) for image in images] or [None]
-        return read_pictures(
+        opened_images: list[Image | None] = [open_image(image) for image in images] or [None]
+        return answer_images(
             self.model,
             self.processor,
-            [question] * len(pictures),
-            pictures,
+            [question] * len(opened_images),
+            opened_images,
             max_new_tokens=max_new_tokens,
             temperature=temperature,
             top_p=top_p,
@@ -82,7 +82,7 @@ def load_reader(
     attention: Attention = "auto",
     device: str | None = None,
 ) -> Reader:
-    """Opens a model for asking.
+    """Open a model for asking.
 
     Args:
         model: A checkpoint's folder, ours or in the released layout; an adapter's, whose base is then opened; or a

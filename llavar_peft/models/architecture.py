@@ -9,10 +9,10 @@ from typing import Any
 
 from transformers import CLIPVisionConfig, LlamaConfig
 
-from llavar_peft.config import ModelConfig
 from llavar_peft.constants import MODEL_TYPE
 from llavar_peft.errors import ConfigError
-from llavar_peft.models.configuration import LlavarConfig, llama_config_from_released, make_config
+from llavar_peft.models.llavar_config import LlavarConfig, llama_config_from_released, make_config
+from llavar_peft.recipe.schema import ModelConfig
 
 _LLAMA = {"7b": (4096, 11008, 32), "13b": (5120, 13824, 40)}
 """Width, MLP's width, layers and heads. Source: LLaMA (arXiv 2302.13971), table 2, and its released params.json."""
@@ -81,7 +81,7 @@ def _llama(name: str, described: dict[str, Any] | None, setting: str) -> LlamaCo
     size = re.search(r"(?<![0-9.])(7|13)b(?![a-z0-9])", name.lower())
     if size is None:
         raise ConfigError.at(
-            setting, f"no folder, and its name says no size (got {name!r}, wanted 7b or 13b in it)", "give a folder"
+            setting, f"no folder, and its name says no size (got {name!r}, expected 7b or 13b in it)", "give a folder"
         )
     width, inner, layers = _LLAMA[size.group()]
     return LlamaConfig(

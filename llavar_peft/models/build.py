@@ -15,16 +15,16 @@ import torch
 from transformers import PreTrainedTokenizerFast
 from transformers.utils import logging as hf_logging
 
-from llavar_peft.config import Attention, ModelConfig, Quantization
 from llavar_peft.errors import ConfigError, MissingDependencyError
-from llavar_peft.models.configuration import LlavarConfig
-from llavar_peft.models.modeling import LlavarForConditionalGeneration
-from llavar_peft.models.parts import Parts
-from llavar_peft.models.processing import LlavarProcessor
-from llavar_peft.models.registration import register
-from llavar_peft.models.sources import read_checkpoint, read_parts, resolve_folder
-from llavar_peft.weights.projector import lay_projector
-from llavar_peft.weights.strict import check_tensors
+from llavar_peft.models.auto_classes import register
+from llavar_peft.models.checkpoint_loading import read_checkpoint, read_parts, resolve_folder
+from llavar_peft.models.llavar_config import LlavarConfig
+from llavar_peft.models.model_parts import Parts
+from llavar_peft.models.modeling_llavar import LlavarForConditionalGeneration
+from llavar_peft.models.processing_llavar import LlavarProcessor
+from llavar_peft.recipe.schema import Attention, ModelConfig, Quantization
+from llavar_peft.weights.io.check_tensors import check_tensors
+from llavar_peft.weights.projector_file import apply_projector
 
 logger = logging.getLogger(__name__)
 
@@ -38,7 +38,7 @@ _UNQUANTIZED = ["model.vision_tower", "model.multi_modal_projector", "lm_head"]
 def build_model(
     config: ModelConfig, *, device: str | torch.device | None = None, seed: int = 0
 ) -> tuple[LlavarForConditionalGeneration, LlavarProcessor]:
-    """Builds a LLaVAR.
+    """Build a LLaVAR.
 
     Args:
         config: Where the model comes from: ``language_model`` and ``vision_tower``; or ``checkpoint``, ours or in the
@@ -58,7 +58,7 @@ def build_model(
     _check_sources(config)
     parts = read_checkpoint(config) if config.checkpoint is not None else read_parts(config, seed=seed)
     if config.projector is not None:
-        lay_projector(parts.tensors, config.projector)
+        apply_projector(parts.tensors, config.projector)
     check_tensors(parts.tensors, expected_shapes(parts.config), where=parts.source)
     dtype = resolve_dtype(config.dtype)
     attention = resolve_attention(config.attention, dtype)
@@ -84,7 +84,7 @@ def build_model(
 
 
 def load_processor(model: str, *, vision_tower: str | None = None) -> LlavarProcessor:
-    """Opens a checkpoint's processor alone, without its weights.
+    """Open a checkpoint's processor alone, without its weights.
 
     Args:
         model: A checkpoint's folder, ours or in the released layout; or an adapter's.
@@ -214,7 +214,7 @@ def _quantization(quantize: Quantization | None, dtype: torch.dtype) -> dict[str
 
 
 def _keep_scales(model: LlavarForConditionalGeneration) -> None:
-    """Sees to it that using quantized layers leaves their scales as they are. Seen with bitsandbytes 0.50.2.
+    """See to it that using quantized layers leaves their scales as they are. Seen with bitsandbytes 0.50.2.
 
     On a CPU with AVX512-bf16, Linear4bit rewrites its weight for a kernel of its own as soon as it answers, its scales
     rounded to bfloat16; a run that looks at answers between its steps could not be repeated, nor its base merged onto.

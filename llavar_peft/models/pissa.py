@@ -17,10 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llavar_peft.durable import write_json
+from llavar_peft.atomic_files import write_json
 from llavar_peft.errors import ConfigError
-from llavar_peft.weights.adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS
-from llavar_peft.weights.store import open_weights
+from llavar_peft.weights.adapter.adapter_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from llavar_peft.weights.io.open_weights import open_weights
 
 _ADAPTER = "default"
 _A, _B = ".lora_A.weight", ".lora_B.weight"
@@ -29,7 +29,7 @@ _INITIALISATION = "pissa_niter_4"
 
 
 def make_residual(model: Any, checkpoint: Path | None) -> None:
-    """Moves the principal components of each adapted layer from the base into its adapter.
+    """Move the principal components of each adapted layer from the base into its adapter.
 
     Args:
         model: A ``PeftModel`` with new adapters; it is changed in place.

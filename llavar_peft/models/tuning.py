@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from llavar_peft.config import Full, Lora, Projector, Tune
 from llavar_peft.constants import ATTENTION_LAYERS, LINEAR_LAYERS, MLP_LAYERS
 from llavar_peft.errors import ConfigError
 from llavar_peft.models import pissa
-from llavar_peft.models.modeling import LlavarForConditionalGeneration
+from llavar_peft.models.modeling_llavar import LlavarForConditionalGeneration
+from llavar_peft.recipe.schema import Full, Lora, Projector, Tune
 
 if TYPE_CHECKING:
     from peft import LoraConfig, PeftModel
@@ -51,7 +51,7 @@ class EmbeddingWithTrainedRows(nn.Module):
         return self.embedding.weight
 
     def forward(self, input_ids: Tensor) -> Tensor:
-        """Looks ids up.
+        """Look ids up.
 
         Args:
             input_ids: ``[B, T]``.
@@ -71,10 +71,10 @@ class EmbeddingWithTrainedRows(nn.Module):
         return self.embedding
 
 
-def prepare_for(
+def apply_tuning(
     model: LlavarForConditionalGeneration, tune: Tune, *, new_rows: bool = False, checkpoint: Path | None = None
 ) -> Any:
-    """Freezes what a stage does not train and adds what it trains.
+    """Freeze what a stage does not train and adds what it trains.
 
     Trained tensors are brought to float32 where the base is kept in half precision, as the original's autocast training
     keeps them.
@@ -113,11 +113,11 @@ def prepare_for(
     return wrapped
 
 
-def finish(trained: Any) -> LlavarForConditionalGeneration:
-    """Makes a plain model again of what a stage trained: rows folded in, adapters merged.
+def merge_tuning(trained: Any) -> LlavarForConditionalGeneration:
+    """Make a plain model again of what a stage trained: rows folded in, adapters merged.
 
     Args:
-        trained: What ``prepare_for`` returned.
+        trained: What ``apply_tuning`` returned.
 
     Returns:
         The plain model, nothing of it trainable.
@@ -165,7 +165,7 @@ def trained_parameters(model: nn.Module) -> tuple[int, int]:
 
 
 def trained_names(model: nn.Module) -> list[str]:
-    """Names of the parameters that a stage trains, in the modules' order."""
+    """Name of the parameters that a stage trains, in the modules' order."""
     return [name for name, parameter in model.named_parameters() if parameter.requires_grad]
 
 
@@ -183,7 +183,7 @@ def _train_rows(model: LlavarForConditionalGeneration) -> None:
 
 
 def target_layers(tune: Lora) -> tuple[str, ...]:
-    """Names of the language model's layers that get adapters.
+    """Name of the language model's layers that get adapters.
 
     Args:
         tune: The stage's value.

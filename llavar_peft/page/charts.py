@@ -67,14 +67,14 @@ class _Axis:
     log: bool = False
 
     def share(self, value: float) -> float:
-        """Returns where ``value`` lies between ``low`` (0) and ``high`` (1)."""
+        """Return where ``value`` lies between ``low`` (0) and ``high`` (1)."""
         if self.log:
             return math.log(value / self.low) / math.log(self.high / self.low)
         return (value - self.low) / (self.high - self.low)
 
 
 def running_mean(points: Sequence[Point], window: int) -> list[Point]:
-    """Returns the centred mean over ``window`` points, over fewer at both ends."""
+    """Return the centred mean over ``window`` points, over fewer at both ends."""
     sums = [0.0]
     for _, y in points:
         sums.append(sums[-1] + y)
@@ -87,7 +87,7 @@ def running_mean(points: Sequence[Point], window: int) -> list[Point]:
 
 
 def _thin(points: Sequence[Point]) -> list[Point]:
-    """Returns at most about ``_MOST_POINTS`` points that keep each stretch's lowest and highest."""
+    """Return at most about ``_MOST_POINTS`` points that keep each stretch's lowest and highest."""
     if len(points) <= _MOST_POINTS:
         return list(points)
     size = math.ceil(2 * len(points) / _MOST_POINTS)
@@ -99,14 +99,14 @@ def _thin(points: Sequence[Point]) -> list[Point]:
     return kept
 
 
-def _nice_step(span: float, wanted: int) -> float:
-    rough = span / wanted
+def _nice_step(span: float, expected: int) -> float:
+    rough = span / expected
     power = float(10.0 ** math.floor(math.log10(rough)))
     return next((power * factor for factor in (1, 2, 5, 10) if power * factor >= rough * 0.999), power * 10)
 
 
-def _linear_ticks(low: float, high: float, wanted: int, *, whole: bool = False) -> list[float]:
-    step = _nice_step(high - low, wanted)
+def _linear_ticks(low: float, high: float, expected: int, *, whole: bool = False) -> list[float]:
+    step = _nice_step(high - low, expected)
     step = max(1.0, step) if whole else step
     first = math.ceil(low / step - 1e-9)
     return [number * step for number in range(first, math.floor(high / step + 1e-9) + 1)]
@@ -135,7 +135,7 @@ def _finite(points: Sequence[Point]) -> list[Point]:
 
 
 def _loss_axis(raw: Sequence[float], others: Sequence[float]) -> _Axis:
-    """Returns a log axis for a wide positive range, else a linear one that a few spikes do not stretch."""
+    """Return a log axis for a wide positive range, else a linear one that a few spikes do not stretch."""
     low, high = min([*raw, *others]), max([*raw, *others])
     if low > 0 and high / low > _LOG_FROM_RATIO:
         return _Axis(low / 1.15, high * 1.15, log=True)
@@ -164,13 +164,13 @@ def _assemble(title: str, series: Sequence[Series], last_step: int, y_axis: _Axi
     return Chart(title, f"{title} over {last_step} steps. {said}", marks, x_ticks, tuple(y_ticks), "")
 
 
-def _y_ticks(axis: _Axis, wanted: int) -> list[Tick]:
-    values = _log_ticks(axis.low, axis.high) if axis.log else _linear_ticks(axis.low, axis.high, wanted)
+def _y_ticks(axis: _Axis, expected: int) -> list[Tick]:
+    values = _log_ticks(axis.low, axis.high) if axis.log else _linear_ticks(axis.low, axis.high, expected)
     return [Tick(100 * (1 - axis.share(value)), _tick_label(value)) for value in values]
 
 
 def loss_chart(steps: Sequence[Point], held_out: Sequence[Point], last_step: int) -> Chart | None:
-    """Returns the loss over the steps: each step faint, a running mean over it, the held-out loss as dots."""
+    """Return the loss over the steps: each step faint, a running mean over it, the held-out loss as dots."""
     raw, held = _finite(steps), _finite(held_out)
     if not raw and not held:
         return None
@@ -192,7 +192,7 @@ def loss_chart(steps: Sequence[Point], held_out: Sequence[Point], last_step: int
 
 
 def plain_chart(title: str, values: Sequence[Point], last_step: int, *, window: int = 1) -> Chart | None:
-    """Returns one quantity over the steps, on an axis from 0; with a window each step faint under its running mean."""
+    """Return one quantity over the steps, on an axis from 0; with a window each step faint under its running mean."""
     points = _finite(values)
     if not points:
         return None
@@ -207,7 +207,7 @@ def plain_chart(title: str, values: Sequence[Point], last_step: int, *, window: 
 
 
 def accuracy_chart(series: Sequence[Series], last_step: int) -> Chart | None:
-    """Returns shares between 0 and 1 over the steps, on an axis from 0 to 100 %."""
+    """Return shares between 0 and 1 over the steps, on an axis from 0 to 100 %."""
     shown = [one for one in series if _finite(one.points)]
     if not shown:
         return None

@@ -24,47 +24,47 @@ class JsonRecord:
         self._value = cast("Mapping[str, object]", value)
         self.where = where
 
-    def _fault(self, key: str, wanted: str) -> LlavarError:
+    def _fault(self, key: str, expected: str) -> LlavarError:
         got = repr(self._value[key]) if key in self._value else "nothing"
-        return DataError.at(f"{self.where}:{key}", f"expected {wanted}, got {got[:80]}", MEND_LINE)
+        return DataError.at(f"{self.where}:{key}", f"expected {expected}, got {got[:80]}", MEND_LINE)
 
     def text(self, key: str) -> str:
-        """Returns a string."""
+        """Return a string."""
         value = self._value.get(key)
         if not isinstance(value, str):
             raise self._fault(key, "a string")
         return value
 
     def optional_text(self, key: str) -> str | None:
-        """Returns a string, or None where there is none."""
+        """Return a string, or None where there is none."""
         return None if self._value.get(key) is None else self.text(key)
 
     def integer(self, key: str) -> int:
-        """Returns an integer."""
+        """Return an integer."""
         value = self._value.get(key)
         if not isinstance(value, int) or isinstance(value, bool):
             raise self._fault(key, "an integer")
         return value
 
     def number(self, key: str) -> float:
-        """Returns a number; NaN and the infinities are numbers."""
+        """Return a number; NaN and the infinities are numbers."""
         value = self._value.get(key)
         if not isinstance(value, int | float) or isinstance(value, bool):
             raise self._fault(key, "a number")
         return float(value)
 
     def optional_number(self, key: str) -> float | None:
-        """Returns a number, or None where there is none."""
+        """Return a number, or None where there is none."""
         return None if self._value.get(key) is None else self.number(key)
 
     def flag(self, key: str) -> bool:
-        """Returns true or false."""
+        """Return true or false."""
         if not isinstance(self._value.get(key), bool):
             raise self._fault(key, "true or false")
         return bool(self._value[key])
 
     def records(self, key: str) -> Iterator[JsonRecord]:
-        """Yields the objects of a list, which may be absent."""
+        """Yield the objects of a list, which may be absent."""
         value = self._value.get(key)
         if value is not None and not isinstance(value, list):
             raise self._fault(key, "a list")
@@ -73,7 +73,7 @@ class JsonRecord:
 
 
 def read_lines(path: Path) -> Iterator[JsonRecord]:
-    """Yields the objects of a JSON Lines file; an unfinished last line is left out."""
+    """Yield the objects of a JSON Lines file; an unfinished last line is left out."""
     if not path.is_file():
         return
     lines = [(number, line) for number, line in enumerate(path.read_bytes().split(b"\n"), 1) if line.strip()]

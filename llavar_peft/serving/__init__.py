@@ -1,1 +1,1 @@
-"""Serving a model: the OpenAI-compatible API and the page. The extra ``serve`` holds what it needs."""
+"""Serving a model over HTTP. Requires the `serve` extra."""

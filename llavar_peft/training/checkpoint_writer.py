@@ -12,7 +12,7 @@ from accelerate import Accelerator
 from safetensors import SafetensorError
 
 from llavar_peft.errors import EnvironmentFaultError
-from llavar_peft.training.checkpoints import (
+from llavar_peft.training.checkpoint_folders import (
     PREFIX,
     STAGING,
     Origin,
@@ -20,9 +20,9 @@ from llavar_peft.training.checkpoints import (
     is_disk_full,
     newest_good,
     rotate,
-    seal,
+    write_manifest,
 )
-from llavar_peft.training.ranks import on_any_rank
+from llavar_peft.training.rank_agreement import on_any_rank
 
 logger = logging.getLogger(__name__)
 
@@ -32,7 +32,7 @@ _MEND = "free some space and run the same command again"
 
 @contextmanager
 def named_if_full(final: Path, staged: Path) -> Iterator[None]:
-    """Says which result did not fit on the disk, and takes away what there is of it.
+    """Say which result did not fit on the disk, and takes away what there is of it.
 
     Args:
         final: The folder that was to appear.
@@ -73,7 +73,7 @@ class CheckpointWriter:
         self.failures = 0
 
     def write(self, step: int, save: Callable[[Path], None], *, ending: bool) -> None:
-        """Saves one checkpoint.
+        """Save one checkpoint.
 
         Args:
             step: Optimizer steps done.
@@ -88,7 +88,7 @@ class CheckpointWriter:
 
         def settle() -> None:
             if main:
-                seal(staging / name, self.directory / name, self.origin)
+                write_manifest(staging / name, self.directory / name, self.origin)
 
         if main:
             discard_unfinished(self.directory)

@@ -8,16 +8,16 @@ from contextlib import contextmanager
 import psutil
 import torch
 
-from llavar_peft.config import Full, Lora, ModelConfig, Stage
 from llavar_peft.errors import EnvironmentFaultError
+from llavar_peft.recipe.schema import Full, Lora, ModelConfig, Stage
 
 _TEXTS = ("out of memory", "can't allocate memory", "not enough memory")
 _GIB = 2**30
 
 
 @contextmanager
-def explained(stage: Stage, model: ModelConfig, *, ranks: int) -> Iterator[None]:
-    """Turns the libraries' errors about memory into one that helps.
+def explain_out_of_memory(stage: Stage, model: ModelConfig, *, ranks: int) -> Iterator[None]:
+    """Turn the libraries' errors about memory into one that helps.
 
     Args:
         stage: What is being trained.
@@ -35,11 +35,11 @@ def explained(stage: Stage, model: ModelConfig, *, ranks: int) -> Iterator[None]
     except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and not any(text in str(error).lower() for text in _TEXTS):
             raise
-        mend = "; or ".join(remedies(stage, model, ranks=ranks)) or "take a device with more memory"
-        raise EnvironmentFaultError.at(f"stage {stage.name}", f"out of memory ({_measured()})", mend) from error
+        fix = "; or ".join(memory_remedies(stage, model, ranks=ranks)) or "take a device with more memory"
+        raise EnvironmentFaultError.at(f"stage {stage.name}", f"out of memory ({_measured()})", fix) from error
 
 
-def remedies(stage: Stage, model: ModelConfig, *, ranks: int) -> list[str]:
+def memory_remedies(stage: Stage, model: ModelConfig, *, ranks: int) -> list[str]:
     """Settings that take less memory, in the order in which to try them: first those that change no result.
 
     Args:

@@ -16,7 +16,7 @@ LOCK_FILE = ".lock"
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Holds a run's folder; a process that dies lets go of it.
+    """Hold a run's folder; a process that dies lets go of it.
 
     Args:
         folder: Made if it is not there.

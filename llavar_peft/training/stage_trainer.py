@@ -18,32 +18,32 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset, Sampler
 from transformers.trainer import SCHEDULER_NAME
 
-from llavar_peft.config import Lora, ModelConfig, Projector, Recipe, Stage
 from llavar_peft.constants import IGNORE_INDEX
-from llavar_peft.data.dataset import Collator, Item, TrainingDataset
-from llavar_peft.data.sampler import Balance, EpochSampler
-from llavar_peft.models.packed import let_pack
-from llavar_peft.models.processing import LlavarProcessor
+from llavar_peft.data.epoch_sampler import Balance, EpochSampler
+from llavar_peft.data.training_dataset import Collator, Item, TrainingDataset
+from llavar_peft.models.packed_attention import enable_packing
+from llavar_peft.models.processing_llavar import LlavarProcessor
 from llavar_peft.models.tuning import is_quantized, part_of
-from llavar_peft.training.card import write_card
+from llavar_peft.recipe.schema import Lora, ModelConfig, Projector, Recipe, Stage
+from llavar_peft.training.activation_checkpointing import Recomputation
+from llavar_peft.training.checkpoint_folders import Origin
 from llavar_peft.training.checkpoint_writer import CheckpointWriter
-from llavar_peft.training.checkpoints import Origin
-from llavar_peft.training.finite import refuse_non_finite
-from llavar_peft.training.ledger import FaultLedger
-from llavar_peft.training.loss import supervised_loss
-from llavar_peft.training.passes import SUPERVISED, passes
-from llavar_peft.training.recomputation import Recomputation
-from llavar_peft.training.saving import load_trained, save_whole
-from llavar_peft.training.sharding import (
+from llavar_peft.training.deepspeed_zero import configure_zero, masters
+from llavar_peft.training.dropped_records import DroppedRecords
+from llavar_peft.training.fsdp import (
+    check_fsdp_version,
+    check_sharding,
+    check_sharding_support,
+    enable_sharding,
     gathered_state,
     load_states,
-    make_sharding_real,
-    refuse_first_version_without_gpu,
-    refuse_unsharded,
-    refuse_what_cannot_be_sharded,
     save_states,
 )
-from llavar_peft.training.zero import masters, prepare_zero
+from llavar_peft.training.model_card import write_card
+from llavar_peft.training.nan_guard import check_finite
+from llavar_peft.training.save_weights import load_trained, save_whole
+from llavar_peft.training.split_micro_batch import SUPERVISED, split_micro_batch
+from llavar_peft.training.supervised_loss import supervised_loss
 
 LogSink = Callable[[dict[str, Any]], None]
 
@@ -83,7 +83,7 @@ class StageTrainer(transformers.Trainer):
         arguments: transformers.TrainingArguments,
         *,
         dataset: TrainingDataset,
-        ledger: FaultLedger,
+        ledger: DroppedRecords,
         origin: Origin,
         base: ModelConfig,
         recipe: Recipe,
@@ -91,7 +91,7 @@ class StageTrainer(transformers.Trainer):
         callbacks: list[transformers.TrainerCallback],
     ) -> None:
         self.optimizer: torch.optim.Optimizer | None = None
-        self.packed = stage.packing and let_pack(model)
+        self.packed = stage.packing and enable_packing(model)
         self.stage = stage
         self.ledger = ledger
         self.base = base
@@ -122,16 +122,16 @@ class StageTrainer(transformers.Trainer):
         # "token": the parent counts the labels of the whole accumulation and hands the number to compute_loss.
         self.model_accepts_loss_kwargs = stage.loss_average == "token"
         if self.sharded:
-            refuse_what_cannot_be_sharded(stage.tune, stage.name)
+            check_sharding_support(stage.tune, stage.name)
 
     # -- processes ----------------------------------------------------------------------------------------------------
 
     def create_accelerator_and_postprocess(self) -> None:
         """The parent's; FSDP, if it was asked for, is real afterwards."""
-        refuse_first_version_without_gpu()
+        check_fsdp_version()
         super().create_accelerator_and_postprocess()
-        self.zero = prepare_zero(self.accelerator)
-        self.fsdp = make_sharding_real(self.accelerator)
+        self.zero = configure_zero(self.accelerator)
+        self.fsdp = enable_sharding(self.accelerator)
         if self.fsdp:
             self.is_fsdp_enabled: bool = True
         self.sharded = bool(self.fsdp) or self.zero
@@ -146,7 +146,7 @@ class StageTrainer(transformers.Trainer):
         resume = None if self.zero else resume_from_checkpoint
         prepared: tuple[nn.Module, Any] = super()._prepare_for_training(max_steps, train_dataloader, resume)
         if self.fsdp == 2:
-            refuse_unsharded(prepared[0])
+            check_sharding(prepared[0])
         if self.zero:
             self._load_optimizer_and_scheduler(resume_from_checkpoint)
         return prepared
@@ -173,7 +173,7 @@ class StageTrainer(transformers.Trainer):
         inputs[SUPERVISED] = int((inputs["labels"][:, 1:] != IGNORE_INDEX).sum())
         self.meter.supervised += inputs[SUPERVISED]
         loss = torch.zeros((), device=self.args.device)
-        for part in passes(self.accelerator, model, inputs, max_tokens=self.stage.max_tokens):
+        for part in split_micro_batch(self.accelerator, model, inputs, max_tokens=self.stage.max_tokens):
             loss += super().training_step(model, part, num_items_in_batch)
         self.meter.losses.append((loss, ids))
         return loss
@@ -212,7 +212,7 @@ class StageTrainer(transformers.Trainer):
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)
         where = f"{self.stage.name}:step {self.state.global_step + 1}"
-        refuse_non_finite(self.accelerator, self.meter.losses, float(norm), where=where)
+        check_finite(self.accelerator, self.meter.losses, float(norm), where=where)
         return norm
 
     # -- optimizer ----------------------------------------------------------------------------------------------------
@@ -243,7 +243,7 @@ class StageTrainer(transformers.Trainer):
     # -- log ----------------------------------------------------------------------------------------------------------
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Adds tokens and time to each step's figures and hands them to the run's log."""
+        """Add tokens and time to each step's figures and hands them to the run's log."""
         if "loss" in logs:
             now = time.perf_counter()
             seconds = now - self.meter.since if self.meter.since else 0.0
@@ -327,7 +327,7 @@ class StageTrainer(transformers.Trainer):
         return Path(folder) / f"optimizer_{self.args.process_index}_of_{self.args.world_size}.safetensors"
 
     def _save(self, output_dir: str | None = None, state_dict: Mapping[str, Tensor] | None = None) -> None:
-        """Saves the model whole, under a plain model's names, and its processor (and no pickled arguments)."""
+        """Save the model whole, under a plain model's names, and its processor (and no pickled arguments)."""
         if not self.args.should_save:
             return
         folder = Path(output_dir or str(self.args.output_dir))

@@ -14,43 +14,43 @@ import torch
 import transformers
 from accelerate import PartialState
 
-from llavar_peft.config import Lora, ModelConfig, Recipe, Stage
-from llavar_peft.config_rules import trains_image_rows
+from llavar_peft.atomic_files import commit_folder
 from llavar_peft.constants import METRICS_FILE, PROBE_FILE
-from llavar_peft.data.dataset import TrainingDataset
-from llavar_peft.durable import settle_folder
+from llavar_peft.data.training_dataset import TrainingDataset
 from llavar_peft.errors import ConfigError, InterruptedRunError, LlavarError
 from llavar_peft.models.build import build_model
-from llavar_peft.models.merging import merge_adapter
-from llavar_peft.models.modeling import LlavarForConditionalGeneration
-from llavar_peft.models.packed import let_go
-from llavar_peft.models.processing import LlavarProcessor
-from llavar_peft.models.tuning import finish, is_quantized, prepare_for, trained_parameters
-from llavar_peft.page import has_run_page, write_run_page
-from llavar_peft.training import files
-from llavar_peft.training.arguments import micro_batches, resolve_precision, training_arguments
-from llavar_peft.training.callbacks import LookAtPictures, ProgressBar, StopOnSignal
-from llavar_peft.training.checkpoint_writer import named_if_full
-from llavar_peft.training.checkpoints import (
+from llavar_peft.models.merge_adapter import merge_adapter
+from llavar_peft.models.modeling_llavar import LlavarForConditionalGeneration
+from llavar_peft.models.packed_attention import disable_packing
+from llavar_peft.models.processing_llavar import LlavarProcessor
+from llavar_peft.models.tuning import apply_tuning, is_quantized, merge_tuning, trained_parameters
+from llavar_peft.page.run_page import has_run_page, write_run_page
+from llavar_peft.recipe.schema import Lora, ModelConfig, Recipe, Stage
+from llavar_peft.recipe.schema_rules import trains_image_rows
+from llavar_peft.recipe.validate import validate_recipe
+from llavar_peft.training import run_files
+from llavar_peft.training.checkpoint_folders import (
     Origin,
+    check_same_run,
     checkpoints,
     discard_unfinished,
     newest_good,
     origin_of,
-    refuse_another_origin,
     step_of,
 )
-from llavar_peft.training.ledger import DROPPED_FILE, FaultLedger
-from llavar_peft.training.out_of_memory import explained
-from llavar_peft.training.probe import Probe
-from llavar_peft.training.records import stage_records
-from llavar_peft.training.results import RunFolder
+from llavar_peft.training.checkpoint_writer import named_if_full
+from llavar_peft.training.deepspeed_zero import reset_zero
+from llavar_peft.training.dropped_records import DROPPED_FILE, DroppedRecords
+from llavar_peft.training.holdout_probe import Probe
+from llavar_peft.training.out_of_memory import explain_out_of_memory
+from llavar_peft.training.run_folder import RunFolder
 from llavar_peft.training.run_lock import locked
-from llavar_peft.training.saving import save_plain, save_result
+from llavar_peft.training.save_weights import save_plain, save_result
+from llavar_peft.training.stage_arguments import micro_batches, resolve_precision, training_arguments
+from llavar_peft.training.stage_records import stage_records
 from llavar_peft.training.stage_trainer import StageTrainer
-from llavar_peft.training.zero import leave_zero
-from llavar_peft.validation import validate_recipe
-from llavar_peft.weights.checksums import write_checksums
+from llavar_peft.training.trainer_callbacks import EvalCallback, ProgressBar, StopOnSignal
+from llavar_peft.weights.io.weight_checksums import write_checksums
 
 logger = logging.getLogger(__name__)
 
@@ -90,7 +90,7 @@ class Trainer:
         self.main = self.processes.is_main_process
 
     def train(self, stages: Sequence[str] | None = None, *, restart: bool = False, allow_changes: bool = False) -> Path:
-        """Runs the recipe, or some of its stages; what is finished already is taken up, not run again.
+        """Run the recipe, or some of its stages; what is finished already is taken up, not run again.
 
         Args:
             stages: Names of the stages to run; None is all of them.
@@ -105,21 +105,21 @@ class Trainer:
                 or to other records.
             EnvironmentFaultError: Another run is at work in the folder; the disk is full; the memory did not suffice; a
                 loss or gradient is not finite.
-            DataError: Records or pictures that cannot be trained on, beyond what the recipe allows.
+            DataError: Records or images that cannot be trained on, beyond what the recipe allows.
             InterruptedRunError: Stopped by a signal, after saving.
         """
-        wanted = self._wanted(stages)
+        expected = self._expected(stages)
         with locked(self.run.root) if self.main else nullcontext():
             if self.main:
-                self.run.open(restart=restart, stages=wanted, allow_changes=allow_changes)
+                self.run.open(restart=restart, stages=expected, allow_changes=allow_changes)
             self.processes.wait_for_everyone()
-            return self._run_stages(wanted, allow_changes=allow_changes)
+            return self._run_stages(expected, allow_changes=allow_changes)
 
-    def _run_stages(self, wanted: Sequence[Stage], *, allow_changes: bool) -> Path:
+    def _run_stages(self, expected: Sequence[Stage], *, allow_changes: bool) -> Path:
         # Everything that can be wrong with batches and data is found before the first step of the first stage.
-        for stage in wanted:
+        for stage in expected:
             micro_batches(stage, ranks=self.ranks)
-        data = {stage.name: stage_records(stage, self.processor, seed=self.recipe.seed) for stage in wanted}
+        data = {stage.name: stage_records(stage, self.processor, seed=self.recipe.seed) for stage in expected}
         result = Path(self.recipe.output_dir)
         for stage in self.recipe.stages:
             if self.run.finished(stage):
@@ -129,15 +129,15 @@ class Trainer:
                 self._discard_checkpoints(stage)
                 if not has_run_page(self.run.root):
                     self._write_page()
-            elif stage in wanted:
+            elif stage in expected:
                 train_set, held_out = data[stage.name]
-                with explained(stage, self.recipe.model, ranks=self.ranks):
+                with explain_out_of_memory(stage, self.recipe.model, ranks=self.ranks):
                     result = self._run_stage(stage, train_set, held_out, allow_changes=allow_changes)
             else:
-                self._check_needed(stage, wanted)
+                self._check_needed(stage, expected)
         return result
 
-    def _wanted(self, names: Sequence[str] | None) -> tuple[Stage, ...]:
+    def _expected(self, names: Sequence[str] | None) -> tuple[Stage, ...]:
         known = {stage.name: stage for stage in self.recipe.stages}
         unknown = [name for name in names or () if name not in known]
         if unknown:
@@ -146,9 +146,9 @@ class Trainer:
             )
         return tuple(stage for stage in self.recipe.stages if names is None or stage.name in names)
 
-    def _check_needed(self, stage: Stage, wanted: Sequence[Stage]) -> None:
+    def _check_needed(self, stage: Stage, expected: Sequence[Stage]) -> None:
         order = [known.name for known in self.recipe.stages]
-        later = [other.name for other in wanted if order.index(other.name) > order.index(stage.name)]
+        later = [other.name for other in expected if order.index(other.name) > order.index(stage.name)]
         given = self.recipe.model.projector is not None or self.recipe.model.checkpoint is not None
         if later and not given:
             raise ConfigError.at(
@@ -166,7 +166,9 @@ class Trainer:
         records = stage.data.records
         origin = origin_of((records,) if isinstance(records, str) else records, ranks=self.ranks)
         resume = self._resume_point(directory, origin, allow_changes=allow_changes)
-        trained = prepare_for(self.model, stage.tune, new_rows=trains_image_rows(self.recipe, stage), checkpoint=resume)
+        trained = apply_tuning(
+            self.model, stage.tune, new_rows=trains_image_rows(self.recipe, stage), checkpoint=resume
+        )
         # After the model: with ZeRO-3's settings around, peft takes it for partitioned.
         arguments = training_arguments(self.recipe, stage, directory, ranks=self.ranks)
         count, whole = trained_parameters(trained)
@@ -180,7 +182,7 @@ class Trainer:
         probe = Probe(stage.probe, held_out, processor, directory, batch_size=stage.micro_batch_size, writes=self.main)
 
         def sink(figures: dict[str, Any]) -> None:
-            files.append_line(directory / METRICS_FILE, figures)
+            run_files.append_line(directory / METRICS_FILE, figures)
             bar.show(figures)
 
         engine = StageTrainer(
@@ -189,18 +191,18 @@ class Trainer:
             stage,
             arguments,
             dataset=train_set,
-            ledger=FaultLedger(self._dropped(directory), stage.data, total=len(train_set), ranks=self.ranks),
+            ledger=DroppedRecords(self._dropped(directory), stage.data, total=len(train_set), ranks=self.ranks),
             origin=origin,
             base=self.base,
             recipe=self.recipe,
             sink=sink,
-            callbacks=[bar, stop, *([LookAtPictures(probe)] if len(held_out) else []), *self.callbacks],
+            callbacks=[bar, stop, *([EvalCallback(probe)] if len(held_out) else []), *self.callbacks],
         )
         try:
             engine.train(resume_from_checkpoint=str(resume) if resume else None)
         finally:
-            let_go(self.model)
-            leave_zero()
+            disable_packing(self.model)
+            reset_zero()
             stop.restore()
             if bar.bar is not None:
                 bar.bar.close()
@@ -227,13 +229,13 @@ class Trainer:
         quantized = is_quantized(self.model)
         if not engine.sharded:
             trained = engine.accelerator.unwrap_model(engine.model)
-            self.model = trained if keep else finish(trained)
+            self.model = trained if keep else merge_tuning(trained)
         if self.main:
             if not isinstance(stage.tune, Lora):
                 if quantized:
                     save_result(self.recipe.model, staged)
                 write_checksums(staged)
-            settle_folder(staged, final)
+            commit_folder(staged, final)
             if isinstance(stage.tune, Lora) and not keep:
                 self._save_merged(stage, from_disk=engine.sharded)
             self.run.mark_finished(stage, steps=engine.state.global_step)
@@ -258,7 +260,7 @@ class Trainer:
             else:
                 save_plain(self.model, self.processor, staged)
         write_checksums(staged)
-        settle_folder(staged, final)
+        commit_folder(staged, final)
 
     def _based_on(self, stage: Stage, result: Path) -> ModelConfig:
         """What an adapter of the next stage is an adapter of."""
@@ -278,12 +280,12 @@ class Trainer:
         # What is broken has another name by now.
         found = checkpoints(directory)[-1:]
         if found and not allow_changes:
-            refuse_another_origin(found[0], origin)
+            check_same_run(found[0], origin)
         step = step_of(found[0]) if found else 0
         if self.main:
             # A run that starts at its beginning takes its first look again.
             for name in (METRICS_FILE, PROBE_FILE):
-                files.drop_lines_after(directory / name, step if found else -1)
+                run_files.drop_lines_after(directory / name, step if found else -1)
         if found:
             logger.info("%s: goes on from step %d", directory.name, step)
         return found[0] if found else None
@@ -311,7 +313,7 @@ class Trainer:
 def run_recipe(
     recipe: Recipe, stages: Sequence[str] | None = None, *, restart: bool = False, allow_changes: bool = False
 ) -> Path:
-    """Builds the recipe's model and trains it: what ``llavar-peft train`` calls.
+    """Build the recipe's model and trains it: what ``llavar-peft train`` calls.
 
     Args:
         recipe: The run.

@@ -1,1 +1,1 @@
-"""Weights as files: shards, names, the stage-1 projector file."""
+"""Weights as files: deltas, adapters, merges and conversions that never hold a whole model in memory."""

@@ -10,9 +10,9 @@ import pytest
 from PIL import Image
 
 from llavar_peft.data import image_roots
-from llavar_peft.data.check import check_records, preflight
-from llavar_peft.data.images import ImageRoots
-from llavar_peft.data.records import RecordStore, open_records
+from llavar_peft.data.check_records import check_records, preflight
+from llavar_peft.data.image_preparation import ImageRoots
+from llavar_peft.data.record_store import RecordStore, open_records
 
 
 def record(identity: Any, image: Any = "a.png", *texts: str) -> dict[str, Any]:
@@ -80,7 +80,7 @@ def test_every_fault_is_listed_with_its_record(tmp_path: Path, roots: ImageRoots
         found = [finding for finding in report if finding.index == index]
         assert sorted(finding.kind for finding in found) == sorted(kinds)
         assert any(what in str(finding) for finding in found), found
-        assert all(finding.where.startswith(records.where(index)) and finding.mend for finding in found)
+        assert all(finding.where.startswith(records.where(index)) and finding.fix for finding in found)
     assert [finding.index for finding in report] == sorted(finding.index for finding in report)
     assert sum(report.counts.values()) == len(report)
     assert (report.counts["placeholder"], report.counts["image_broken"]) == (2, 2)
@@ -88,7 +88,7 @@ def test_every_fault_is_listed_with_its_record(tmp_path: Path, roots: ImageRoots
     assert json.loads(json.dumps(report.as_dict()))["faults"][0]["where"] == records.where(4)
 
 
-def test_pictures_need_not_be_opened(tmp_path: Path, roots: ImageRoots) -> None:
+def test_images_need_not_be_opened(tmp_path: Path, roots: ImageRoots) -> None:
     report = check_records(store(tmp_path, [record(0, "broken.png"), record(1, "b.jpg")]), roots, open_images=False)
     assert [finding.kind for finding in report] == ["image_missing"]
     assert report.images_opened == 0

@@ -1,4 +1,4 @@
-"""Pictures: the original's pixels for ordinary files, and no text lost in the others."""
+"""Images: the original's pixels for ordinary files, and no text lost in the others."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from PIL import Image, ImageFile, ImageOps
 from transformers import CLIPImageProcessorPil
 
 from llavar_peft.data.image_files import MAX_PIXELS
-from llavar_peft.data.images import ImageRoots, image_token_count, open_image, prepare_image
+from llavar_peft.data.image_preparation import ImageRoots, image_token_count, open_image, prepare_image
 from llavar_peft.errors import ConfigError, ImageError
 from llavar_peft.types import ImageMode
 
@@ -67,7 +67,7 @@ def saved(image: Image.Image, path: Path, **options: Any) -> Path:
     # The original raises for a strip of one pixel's height in the other modes.
     [(mode, name) for mode in MODES for name in ORDINARY if mode == "pad" or name != "extreme_600x1.png"],
 )
-def test_ordinary_pictures_have_the_original_s_pixels(mode: ImageMode, name: str) -> None:
+def test_ordinary_images_have_the_original_s_pixels(mode: ImageMode, name: str) -> None:
     assert_golden(GOLDEN / "inputs" / name, GOLDEN, mode, name)
 
 
@@ -164,7 +164,7 @@ def test_a_strip_of_a_million_pixels_takes_no_hours(monkeypatch: pytest.MonkeyPa
     for image in (long, long.transpose(Image.Transpose.ROTATE_90)):
         whole = prepare_image(image, "pad", CLIP)
         with monkeypatch.context() as patch:
-            patch.setattr("llavar_peft.data.images._LONGEST_PADDED", 6000)
+            patch.setattr("llavar_peft.data.image_preparation._LONGEST_PADDED", 6000)
             short = prepare_image(image, "pad", CLIP)
         assert float((short - whole).abs().max()) < 4 / 255 / 0.26
     for size in ((20, 1_000_000), (1_000_000, 20)):
@@ -189,7 +189,7 @@ def test_image_tokens_are_counted_as_the_original_does() -> None:
     assert image_token_count(torch.zeros(3, 161, 447), 14) == 11 * 31
 
 
-# ---- nothing in the picture is lost
+# ---- nothing in the image is lost
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "TIFF", "WEBP"])
@@ -208,7 +208,7 @@ def test_exif_turns_once(tmp_path: Path, kind: str, orientation: int) -> None:
         assert np.array_equal(open_image(opened.convert("RGB")), upright)
 
 
-def test_damaged_exif_costs_no_picture(tmp_path: Path) -> None:
+def test_damaged_exif_costs_no_image(tmp_path: Path) -> None:
     path = saved(noise(8, 4), tmp_path / "a.png", exif=b"Exif\0\0II*\0\xff\xff\xff\xffgarbage")
     assert open_image(path).size == (8, 4)
 
@@ -257,7 +257,7 @@ def test_what_is_transparent_is_white_and_black_text_on_it_stays_black(mode: str
     assert (pixels[:, 1:] == 255).all()
 
 
-def test_the_golden_pictures_that_are_read_better() -> None:
+def test_the_golden_images_that_are_read_better() -> None:
     inputs = GOLDEN / "inputs"
     assert open_image(inputs / "exif6.jpg").size == (160, 300)
     with Image.open(inputs / "gray16.png") as opened:
@@ -281,7 +281,7 @@ def test_a_bomb_is_refused_before_it_is_decoded(tmp_path: Path) -> None:
     header = chunk(b"IHDR", struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0))
     path.write_bytes(b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", b"not even zlib") + chunk(b"IEND", b""))
     assert side * side > MAX_PIXELS
-    with pytest.raises(ImageError, match=r"bomb\.png: has 8193 x 8193 = 67 megapixels .*Mend: scale it down"):
+    with pytest.raises(ImageError, match=r"bomb\.png: has 8193 x 8193 = 67 megapixels .*Fix: scale it down"):
         open_image(path)
 
 
@@ -292,7 +292,7 @@ def test_animations_are_refused(kind: str, tmp_path: Path) -> None:
         open_image(path)
 
 
-def test_a_photograph_with_a_second_view_is_one_picture(tmp_path: Path) -> None:
+def test_a_photograph_with_a_second_view_is_one_image(tmp_path: Path) -> None:
     path = saved(noise(8, 6), tmp_path / "a.mpo", save_all=True, append_images=[noise(4, 4)])
     assert open_image(path).size == (8, 6)
 
@@ -303,7 +303,7 @@ def test_a_photograph_with_a_second_view_is_one_picture(tmp_path: Path) -> None:
         (b"", "is an empty file"),
         (b"\n<!DOCTYPE html><html>Not found</html>", "is a web page"),
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:0", "is a Git LFS pointer"),
-        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "is not a picture, wanted a picture"),
+        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "is not a picture, expected a picture"),
     ],
 )
 def test_other_files_are_named(content: bytes, what: str, tmp_path: Path) -> None:
@@ -408,7 +408,7 @@ def test_the_first_root_that_has_it_wins(roots: ImageRoots, tmp_path: Path) -> N
         ("train", "is a folder"),
     ],
 )
-def test_a_missing_picture_is_named_with_what_may_be_meant(roots: ImageRoots, path: str, hint: str) -> None:
+def test_a_missing_image_is_named_with_what_may_be_meant(roots: ImageRoots, path: str, hint: str) -> None:
     with pytest.raises(ImageError, match=hint):
         roots.resolve(path)
 

@@ -18,7 +18,7 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from llavar_peft.data import record_index
-from llavar_peft.data.records import RecordStore, open_records, parse_record
+from llavar_peft.data.record_store import RecordStore, open_records, parse_record
 from llavar_peft.errors import DataError
 from llavar_peft.types import Conversation, Turn
 
@@ -65,45 +65,48 @@ def test_a_leading_answer_is_dropped() -> None:
 
 
 @pytest.mark.parametrize("places", [0, 1, 2])
-def test_one_picture_may_have_any_number_of_places(places: int) -> None:
+def test_one_image_may_have_any_number_of_places(places: int) -> None:
     raw = record(conversations=turns(("human", "<image>" * places), ("gpt", "b")))
     assert parse_record(raw, "x").images == ("a.png",)
 
 
-def test_several_pictures_have_a_place_each() -> None:
+def test_several_images_have_a_place_each() -> None:
     raw = record(
         image=["a.png", "b.png"], conversations=turns(("human", "<image>"), ("gpt", "b"), ("human", "<image>"))
     )
     assert parse_record(raw, "x").images == ("a.png", "b.png")
     raw["image"].append("c.png")
-    assert whats(raw) == ["r.json:7: has 2 <image> for 3 pictures. Mend: write <image> once for each picture."]
+    assert whats(raw) == ["r.json:7: has 2 <image> for 3 pictures. Fix: write <image> once for each picture."]
 
 
 @pytest.mark.parametrize(
     ("raw", "what"),
     [
-        ([], "r.json:7: is a list, wanted an object"),
-        (None, "is null, wanted an object"),
+        ([], "r.json:7: is a list, expected an object"),
+        (None, "is null, expected an object"),
         (record(1.5), "r.json:7: id: is a number"),
         (record(True), "id: is a boolean"),
-        (record(image=3), "image: is an integer, wanted a relative path"),
+        (record(image=3), "image: is an integer, expected a relative path"),
         (record(image=""), "leave 'image' out"),
         (record(image=["a.png", None]), "image[1]: is null"),
-        ({"images": "a.png", "conversations": turns(("human", "a"))}, "has 'images', wanted 'image'"),
+        ({"images": "a.png", "conversations": turns(("human", "a"))}, "has 'images', expected 'image'"),
         ({"id": "a"}, "has no 'conversations'"),
         ({"conversation": []}, "rename 'conversation'"),
-        (record(conversations="[]"), "has text as 'conversations', wanted a list"),
+        (record(conversations="[]"), "has text as 'conversations', expected a list"),
         (record(conversations=[]), "has no turn by 'human'"),
         (record(conversations=turns(("gpt", "a"))), "has no turn by 'human'"),
         (record(conversations=["a"]), "conversations[0]: is text"),
         (record(conversations=[{"value": "a"}]), "conversations[0]: has no 'from'"),
         (record(conversations=[{"from": "human"}]), "conversations[0]: has no 'value'"),
         (record(conversations=turns(("human", 3))), "has an integer as 'value'"),
-        (record(conversations=turns(("bot", "a"))), "is by 'bot', wanted 'human' or 'gpt'"),
+        (record(conversations=turns(("bot", "a"))), "is by 'bot', expected 'human' or 'gpt'"),
         (record(conversations=turns((["human"], "a"))), "is by ['human']"),
         (record(conversations=turns(("system", "a"))), "the system text belongs to the template"),
-        (record(conversations=turns(("gpt", "a"), ("gpt", "b"))), "conversations[1]: is by 'gpt', wanted 'human'"),
-        (record(conversations=turns(("human", "a"), ("human", "b"))), "conversations[1]: is by 'human', wanted 'gpt'"),
+        (record(conversations=turns(("gpt", "a"), ("gpt", "b"))), "conversations[1]: is by 'gpt', expected 'human'"),
+        (
+            record(conversations=turns(("human", "a"), ("human", "b"))),
+            "conversations[1]: is by 'human', expected 'gpt'",
+        ),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
@@ -111,7 +114,7 @@ def test_faults_are_named(raw: object, what: str) -> None:
     found = whats(raw)
     assert len(found) == 1
     assert what in found[0]
-    assert "Mend: " in found[0]
+    assert "Fix: " in found[0]
 
 
 def test_all_faults_of_a_record_are_reported_together() -> None:
@@ -308,7 +311,7 @@ def test_the_index_goes_where_it_can(tmp_path: Path, monkeypatch: pytest.MonkeyP
     [
         ("a.json", "", "a.json: is empty"),
         ("a.json", " \n", "starts with no text"),
-        ("a.json", '{"id": 1}', "starts with '{', wanted '.': one array of records.*rename it to .jsonl"),
+        ("a.json", '{"id": 1}', "starts with '{', expected '.': one array of records.*rename it to .jsonl"),
         ("a.jsonl", "[{}]", "rename it to .json"),
         ("a.json", b"\xff\xfe[\0]\0", "is UTF-16"),
         ("a.json", b"\x1f\x8b\x08\0", "is compressed"),
@@ -326,7 +329,7 @@ def test_files_that_are_not_records_are_named(name: str, content: str | bytes, w
     with pytest.raises(DataError, match=rf"(?s){what}") as caught:
         open_records(write(tmp_path / name, content))
     assert str(tmp_path / name) in str(caught.value)
-    assert "Mend: " in str(caught.value)
+    assert "Fix: " in str(caught.value)
 
 
 def test_a_bad_line_is_named_when_it_is_read(tmp_path: Path) -> None:

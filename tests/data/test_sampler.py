@@ -9,8 +9,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llavar_peft.data.packing import divide
-from llavar_peft.data.sampler import Balance, EpochSampler, bins_within, even_bins
+from llavar_peft.data.epoch_sampler import Balance, EpochSampler, balance_bins, bins_under_limit
+from llavar_peft.data.split_packed_batch import split_batch
 
 SIZES = st.lists(st.integers(1, 2000), min_size=1, max_size=64)
 
@@ -48,7 +48,7 @@ def test_the_datas_own_order_is_not_touched() -> None:
 @given(sizes=SIZES, bins=st.integers(1, 8))
 def test_even_bins_hold_everything_once_and_no_more_than_their_share(sizes: list[int], bins: int) -> None:
     capacity = -(-len(sizes) // bins)
-    divided = even_bins(sizes, bins, capacity=capacity)
+    divided = balance_bins(sizes, bins, capacity=capacity)
     assert sorted(index for one in divided for index in one) == list(range(len(sizes)))
     assert max(map(len, divided)) <= capacity
     sums = [sum(sizes[index] for index in one) for one in divided]
@@ -72,7 +72,7 @@ def test_ranks_that_wait_for_each_other_get_about_as_much() -> None:
 
 @given(sizes=SIZES, limit=st.integers(1, 4000))
 def test_no_bin_is_above_its_limit_unless_one_thing_is(sizes: list[int], limit: int) -> None:
-    divided = bins_within(sizes, limit)
+    divided = bins_under_limit(sizes, limit)
     assert sorted(index for one in divided for index in one) == list(range(len(sizes)))
     for one in divided:
         assert sum(sizes[index] for index in one) <= limit or len(one) == 1
@@ -81,7 +81,7 @@ def test_no_bin_is_above_its_limit_unless_one_thing_is(sizes: list[int], limit: 
 
 
 @pytest.mark.parametrize("stacked", [True, False], ids=["one size", "several sizes"])
-def test_a_row_divided_holds_each_conversation_with_its_pictures(stacked: bool) -> None:
+def test_a_row_divided_holds_each_conversation_with_its_images(stacked: bool) -> None:
     pixels: Any = torch.arange(4.0)[:, None, None, None].expand(4, 3, 2, 2)
     batch: dict[str, Any] = {
         "input_ids": torch.arange(10)[None],
@@ -90,17 +90,17 @@ def test_a_row_divided_holds_each_conversation_with_its_pictures(stacked: bool) 
         "pictures": (1, 0, 2, 1),
         "pixel_values": pixels if stacked else list(pixels),
     }
-    first, second, third = divide(batch, [[0, 3], [1], [2]])
+    first, second, third = split_batch(batch, [[0, 3], [1], [2]])
     assert first["input_ids"].tolist() == [[0, 1, 2, 9]]
     assert first["labels"].tolist() == [[100, 101, 102, 109]]
     assert (first["lengths"], first["pictures"]) == ((3, 1), (1, 1))
-    assert [float(picture.mean()) for picture in first["pixel_values"]] == [0.0, 3.0]
+    assert [float(image.mean()) for image in first["pixel_values"]] == [0.0, 3.0]
     assert "pixel_values" not in second
-    assert [float(picture.mean()) for picture in third["pixel_values"]] == [1.0, 2.0]
+    assert [float(image.mean()) for image in third["pixel_values"]] == [1.0, 2.0]
 
 
 def test_a_row_without_a_conversation_has_nothing_to_learn() -> None:
     batch = {"input_ids": torch.tensor([[5, 6]]), "labels": torch.tensor([[5, 6]]), "lengths": (2,), "pictures": (0,)}
-    _, nothing = divide(batch, [[0], []])
+    _, nothing = split_batch(batch, [[0], []])
     assert nothing["input_ids"].shape == (1, 1)
     assert (nothing["labels"] == -100).all()

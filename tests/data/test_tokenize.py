@@ -17,10 +17,11 @@ from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
 from llavar_peft.constants import IGNORE_INDEX
-from llavar_peft.data import decode_supervision, encode_record
+from llavar_peft.data.encode_record import encode_record
+from llavar_peft.data.supervised_text import decode_supervision
 from llavar_peft.data.text_encoder import text_encoder, whole_characters
 from llavar_peft.errors import ConfigError, DataError
-from llavar_peft.models.tokenizer import add_image_tokens, load_tokenizer
+from llavar_peft.models.llama_tokenizer import add_image_tokens, load_tokenizer
 from llavar_peft.types import Example
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "tokenization"
@@ -156,7 +157,7 @@ def test_an_empty_answer_supervises_nothing_and_the_others_stay(small: Settings)
 def test_why_a_record_is_dropped(
     small: Settings, texts: tuple[str, ...], image: str | None, max_length: int, reason: str
 ) -> None:
-    if max_length < 0:  # counted back from the picture's place
+    if max_length < 0:  # counted back from the image's place
         whole = encode_record(record(*texts, image=image), small, 2048)
         max_length = whole.input_ids.tolist().index(small.tokenizer.convert_tokens_to_ids("<im_end>"))
     example = encode_record(record(*texts, image=image), small, max_length)
@@ -165,10 +166,10 @@ def test_why_a_record_is_dropped(
     assert len(example.input_ids) > 0
 
 
-# ---- pictures
+# ---- images
 
 
-def test_pictures_take_their_places_in_order(small: Settings) -> None:
+def test_images_take_their_places_in_order(small: Settings) -> None:
     example = encode_record(record("<image> a <image>\nb", "A", "<image>", "B", image=["1", "2", "3"]), small, 2048)
     assert example.images == ("1", "2", "3")
     assert example.image_token_counts == (4, 4, 4)
@@ -177,32 +178,32 @@ def test_pictures_take_their_places_in_order(small: Settings) -> None:
     )
 
 
-def test_one_picture_takes_every_place(small: Settings) -> None:
+def test_one_image_takes_every_place(small: Settings) -> None:
     example = encode_record(record("<image><image>\nb", "A", image="1"), small, 2048)
     assert example.images == ("1", "1")
     assert spelled(example, small).endswith("USER:[image x4][image x4]b ASSISTANT: A</s>")
 
 
-def test_a_picture_without_a_place_is_not_used(small: Settings) -> None:
+def test_a_image_without_a_place_is_not_used(small: Settings) -> None:
     assert encode_record(record("b", "A", image="1"), small, 2048).images == ()
 
 
-def test_more_places_than_pictures_is_an_error(small: Settings) -> None:
+def test_more_places_than_images_is_an_error(small: Settings) -> None:
     with pytest.raises(DataError, match="3 <image> for 2 pictures"):
         encode_record(record("<image><image><image>", "A", image=["1", "2"]), small, 2048)
 
 
-def test_without_a_picture_the_placeholder_is_text(small: Settings) -> None:
+def test_without_a_image_the_placeholder_is_text(small: Settings) -> None:
     example = encode_record(record("write <image> here", "A"), small, 2048)
     assert "USER: write <image> here ASSISTANT: A</s>" in spelled(example, small)
 
 
-def test_a_picture_in_an_answer_is_not_supervised(small: Settings) -> None:
+def test_a_image_in_an_answer_is_not_supervised(small: Settings) -> None:
     example = encode_record(record("Q", "see <image> there", image="1"), small, 2048)
     assert answers(example, small) == [" see", "there</s>"]
 
 
-def test_pictures_before_the_first_words(small: Settings) -> None:
+def test_images_before_the_first_words(small: Settings) -> None:
     front = Settings(small.tokenizer, sep_image_conv_front=True)
     example = encode_record(record(" Who?\n<image> ", "A", image="1"), front, 2048)
     assert spelled(example, front).endswith("USER:[image x4]USER: Who? ASSISTANT: A</s>")
@@ -212,13 +213,13 @@ def test_pictures_before_the_first_words(small: Settings) -> None:
     )
 
 
-def test_a_picture_to_be_measured_needs_its_folder(small: Settings) -> None:
+def test_a_image_to_be_measured_needs_its_folder(small: Settings) -> None:
     keep = Settings(small.tokenizer, image_mode="keep")
     with pytest.raises(DataError, match="no image folders were given"):
         encode_record(record("<image>", "A", image="1"), keep, 2048)
 
 
-def test_a_measured_picture_takes_its_own_number_of_tokens(small: Settings) -> None:
+def test_a_measured_image_takes_its_own_number_of_tokens(small: Settings) -> None:
     from transformers import CLIPImageProcessorPil
 
     class Folder:
@@ -235,7 +236,7 @@ def test_a_measured_picture_takes_its_own_number_of_tokens(small: Settings) -> N
 # ---- truncation
 
 
-def test_truncation_never_goes_through_a_picture(small: Settings) -> None:
+def test_truncation_never_goes_through_a_image(small: Settings) -> None:
     raw = record("a\n<image>", "A", "<image>\nb", "B", image=["1", "2"])
     whole = encode_record(raw, small, 2048)
     ids = whole.input_ids.tolist()

@@ -1,4 +1,4 @@
-"""A small model that answers, though nothing sensible, and pictures to ask it about."""
+"""A small model that answers, though nothing sensible, and images to ask it about."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from llavar_peft import ModelConfig, build_model
-from llavar_peft.data.synth.settings import SynthSettings
-from llavar_peft.data.synth.write import write_synthetic
+from llavar_peft.datagen.synth.synth_settings import SynthSettings
+from llavar_peft.datagen.synth.write_synthetic import write_synthetic
 
 
 @pytest.fixture(scope="session")
@@ -29,8 +29,8 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Five pictures, and a data set of a question on each: ``dataset.json``."""
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Five images, and a data set of a question on each: ``dataset.json``."""
     folder = tmp_path_factory.mktemp("pictures")
     drawn = write_synthetic(folder, 5, SynthSettings(style="plain", seed=4, task="question"))
     records = json.loads(drawn.records.read_text())

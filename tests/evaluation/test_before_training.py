@@ -6,17 +6,17 @@ from pathlib import Path
 import pytest
 
 from llavar_peft import cli
-from llavar_peft.data.images import ImageRoots
-from llavar_peft.data.records import open_records
-from llavar_peft.data.synth.settings import SynthSettings
-from llavar_peft.data.synth.write import write_synthetic
-from llavar_peft.data.tokenize import encode_record
+from llavar_peft.data.encode_record import encode_record
+from llavar_peft.data.image_preparation import ImageRoots
+from llavar_peft.data.record_store import open_records
+from llavar_peft.datagen.synth.synth_settings import SynthSettings
+from llavar_peft.datagen.synth.write_synthetic import write_synthetic
 from llavar_peft.models.build import load_processor
 
 
 @pytest.fixture(scope="module")
 def drawn(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Four signs and four documents, all text of each; and a conversation without a picture."""
+    """Four signs and four documents, all text of each; and a conversation without an image."""
     folder = tmp_path_factory.mktemp("drawn")
     write_synthetic(folder, 8, SynthSettings(kinds=("signs", "documents"), width=512, seed=3), workers=1)
     records = json.loads((folder / "records.json").read_text())
@@ -64,4 +64,4 @@ def test_where_nothing_is_known_of_the_letters(
 @pytest.mark.parametrize("arguments", [[], ["r.json", "--records", "s.json"], ["--records", "s.json"]])
 def test_what_is_missing_is_said(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["eval", "diagnose", *arguments]) == 2
-    assert "Mend: " in capsys.readouterr().err
+    assert "Fix: " in capsys.readouterr().err

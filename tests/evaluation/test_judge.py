@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 
 from llavar_peft import cli
 from llavar_peft.errors import ConfigError, DataError
-from llavar_peft.evaluation.judge import read_cases
-from llavar_peft.evaluation.judge_scores import is_refusal, parse_scores
-from llavar_peft.evaluation.reviews import Review, read_reviews, summarize_reviews, write_reviews
+from llavar_peft.evaluation.judge.judge_cases import read_cases
+from llavar_peft.evaluation.judge.judge_reviews import Review, read_reviews, summarize_reviews, write_reviews
+from llavar_peft.evaluation.judge.judge_scores import is_refusal, parse_scores
 
 pytest.importorskip("openai")
 
@@ -273,7 +273,7 @@ def test_an_endpoint_that_is_not_there(
     released: list[str], monkeypatch: pytest.MonkeyPatch, capsys, tmp_path: Path
 ) -> None:
     from llavar_peft.errors import EnvironmentFaultError
-    from llavar_peft.evaluation.judge_client import Judge, JudgeConfig
+    from llavar_peft.evaluation.judge.judge_client import Judge, JudgeConfig
 
     monkeypatch.setenv("OPENAI_API_KEY", "secret")
     config = JudgeConfig(model="judge", base_url="http://127.0.0.1:9/v1", retries=0, timeout=2)
@@ -335,8 +335,8 @@ def test_figures_say_who_judged_whom(
     assert "judge model: judge; judge temperature: 0.0;" in capsys.readouterr().out
     assert cli.main(["eval", "summarize", str(tmp_path / "reviews.jsonl"), "--json"]) == 0
     (told,) = json.loads(capsys.readouterr().out)
-    wanted = {"judge_model": "judge", "judge_temperature": 0.0, "judge_max_tokens": 1024, "model": "m", **how}
-    assert told["settings"] == [wanted]
+    expected = {"judge_model": "judge", "judge_temperature": 0.0, "judge_max_tokens": 1024, "model": "m", **how}
+    assert told["settings"] == [expected]
 
 
 def test_odd_letters_are_kept_and_a_reference_without_points_is_none(tmp_path: Path) -> None:

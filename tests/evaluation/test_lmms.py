@@ -17,23 +17,23 @@ pytest.importorskip("lmms_eval.api.model", reason="lmms-eval is not installed (p
 from lmms_eval.api.instance import Instance
 from lmms_eval.models.registry_v2 import ModelRegistryV2
 
-from llavar_peft.evaluation.lmms import manifest
-from llavar_peft.inference import load_reader
+from llavar_peft.evaluation.lmms_eval_model import manifest
+from llavar_peft.inference.reader import load_reader
 
 
 @pytest.fixture(scope="module")
-def model(checkpoint: Path, pictures: Path) -> Any:
+def model(checkpoint: Path, images: Path) -> Any:
     registry = ModelRegistryV2()
     registry.register_manifest(manifest())
     arguments = {"batch_size": 2, "max_batch_size": None, "device": "cpu"}
     opened = registry.get_model_class("llavar").create_from_arg_string(f"pretrained={checkpoint}", arguments)
-    opened.task_dict["reading"] = {"test": json.loads((pictures / "dataset.json").read_text())["data"]}
+    opened.task_dict["reading"] = {"test": json.loads((images / "dataset.json").read_text())["data"]}
     return opened
 
 
-def requests(model: Any, pictures: Path, count: int, **how: Any) -> list[Instance]:
+def requests(model: Any, images: Path, count: int, **how: Any) -> list[Instance]:
     def visual(row: dict[str, Any]) -> list[Image.Image]:
-        return [Image.open(pictures / "images" / row["image"])]
+        return [Image.open(images / "images" / row["image"])]
 
     rows = model.task_dict["reading"]["test"][:count]
     return [
@@ -47,23 +47,23 @@ def requests(model: Any, pictures: Path, count: int, **how: Any) -> list[Instanc
     ]
 
 
-def test_answers_are_those_of_asking_directly(model: Any, pictures: Path, checkpoint: Path) -> None:
+def test_answers_are_those_of_asking_directly(model: Any, images: Path, checkpoint: Path) -> None:
     rows = model.task_dict["reading"]["test"]
     reader = load_reader(checkpoint, device="cpu")
-    direct = [reader.ask([pictures / "images" / row["image"]], row["question"], max_new_tokens=6)[0] for row in rows]
-    assert model.generate_until(requests(model, pictures, 5, temperature=0, num_beams=1)) == direct
+    direct = [reader.ask([images / "images" / row["image"]], row["question"], max_new_tokens=6)[0] for row in rows]
+    assert model.generate_until(requests(model, images, 5, temperature=0, num_beams=1)) == direct
     stop = next(answer for answer in direct if answer)[-1]
-    assert model.generate_until(requests(model, pictures, 5, until=[stop])) == [
+    assert model.generate_until(requests(model, images, 5, until=[stop])) == [
         answer.split(stop)[0].strip() for answer in direct
     ]
 
 
-def test_what_it_does_not_do_is_said(model: Any, pictures: Path) -> None:
-    with pytest.raises(ConfigError, match="num_beams: got 3, wanted 1"):
-        model.generate_until(requests(model, pictures, 1, num_beams=3))
+def test_what_it_does_not_do_is_said(model: Any, images: Path) -> None:
+    with pytest.raises(ConfigError, match="num_beams: got 3, expected 1"):
+        model.generate_until(requests(model, images, 1, num_beams=3))
     with pytest.raises(ConfigError, match="by likelihood"):
         model.loglikelihood([])
-    (request,) = requests(model, pictures, 1)
+    (request,) = requests(model, images, 1)
     several = (*request.args[:2], lambda row: [Image.new("RGB", (8, 8))] * 2, *request.args[3:])
     request.arguments = several
     with pytest.raises(DataError, match="reading:0: has 2 pictures"):

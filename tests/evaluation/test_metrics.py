@@ -10,11 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llavar_peft.errors import DataError
-from llavar_peft.evaluation.metrics import LOWER_IS_BETTER, PROTOCOLS, Protocol, Score, score
-from llavar_peft.evaluation.normalisation import normalise
-from llavar_peft.evaluation.questions import Question
-from llavar_peft.evaluation.results import Setting, score_answers
-from llavar_peft.evaluation.statistics import difference_interval, ratio_intervals, sign_test, sum_by_name
+from llavar_peft.evaluation.vqa.answer_metrics import LOWER_IS_BETTER, PROTOCOLS, Protocol, Score, score
+from llavar_peft.evaluation.vqa.confidence_intervals import difference_interval, ratio_intervals, sign_test, sum_by_name
+from llavar_peft.evaluation.vqa.scored_results import Setting, score_answers
+from llavar_peft.evaluation.vqa.vqa_normalization import normalise
+from llavar_peft.evaluation.vqa.vqa_questions import VqaQuestion
 
 texts = st.one_of(
     st.text(max_size=30), st.text("ab $.,'-5\nÀß中", max_size=12), st.sampled_from(["", "...", "$5", "a"])
@@ -26,7 +26,7 @@ TEN_NEEDED: Protocol = "vqa-accuracy"
 @pytest.mark.parity
 @pytest.mark.parametrize(("protocol", "wanted"), [("multimodalocr", 39.16), ("substring", 40.02)])
 def test_the_published_predictions_have_the_published_figure(
-    shared_dir: Path, protocol: Protocol, wanted: float
+    shared_dir: Path, protocol: Protocol, expected: float
 ) -> None:
     """Source: arXiv 2306.17107, Table 2 (39.2 on ST-VQA); the predictions are MultimodalOCR's."""
     file = shared_dir / "reference" / "vqa" / "STVQA.json"
@@ -34,7 +34,7 @@ def test_the_published_predictions_have_the_published_figure(
         pytest.skip(f"the published predictions are not at {file}")
     records = json.loads(file.read_text(encoding="utf-8"))
     points = sum(score(protocol, record["answer"], record["gt_answers"]).points for record in records)
-    assert round(100 * points / len(records), 2) == wanted
+    assert round(100 * points / len(records), 2) == expected
 
 
 @pytest.mark.parametrize(
@@ -238,7 +238,7 @@ def test_case_in_any_script(word: str) -> None:
 @given(rows=st.lists(st.tuples(texts, texts), min_size=1, max_size=8), order=st.randoms(use_true_random=False))
 @settings(max_examples=8)  # each takes a bootstrap
 def test_the_order_of_records_does_not_matter(rows: list[tuple[str, str]], order) -> None:
-    questions = [Question(str(n), "Q?", (truth,), answer=said) for n, (said, truth) in enumerate(rows)]
+    questions = [VqaQuestion(str(n), "Q?", (truth,), answer=said) for n, (said, truth) in enumerate(rows)]
     figures = score_answers(questions, "d", Setting()).figures
     order.shuffle(questions)
     for one, other in zip(figures, score_answers(questions, "d", Setting()).figures, strict=True):
@@ -269,8 +269,8 @@ def test_the_sign_test_is_exact() -> None:
     assert sign_test(2000, 1500) < 1e-15
 
 
-def test_intervals_are_those_of_theory_and_wider_where_questions_share_a_picture() -> None:
-    """Of 400 fair coins: 50 +- 1.96 * 2.5 points; of 100 pictures with four equal answers each, twice as wide."""
+def test_intervals_are_those_of_theory_and_wider_where_questions_share_a_image() -> None:
+    """Of 400 fair coins: 50 +- 1.96 * 2.5 points; of 100 images with four equal answers each, twice as wide."""
     coins = np.random.default_rng(3).permutation(np.repeat([0.0, 1.0], 200))[:, None]
     ((low, high),) = ratio_intervals(coins, np.ones_like(coins))
     assert (low, high) == pytest.approx((0.451, 0.549), abs=0.01)

@@ -8,8 +8,8 @@ from PIL import Image
 
 from llavar_peft import cli
 from llavar_peft.errors import DataError
-from llavar_peft.evaluation.mme import read_answers, read_folder, read_yes_or_no, score_pictures
-from llavar_peft.evaluation.results import Setting
+from llavar_peft.evaluation.vqa.mme_ocr import read_answers, read_folder, read_yes_or_no, score_images
+from llavar_peft.evaluation.vqa.scored_results import Setting
 
 
 @pytest.mark.parity
@@ -23,8 +23,8 @@ def test_published_answers(
         pytest.skip(f"the published answers are not at {file}")
     assert cli.main(["eval", "mme", "--answers", str(file), "--json"]) == 0
     figures = {one["protocol"]: one["value"] for one in json.loads(capsys.readouterr().out)["figures"]}
-    wanted = {"mme accuracy": accuracy, "mme accuracy+": plus, "mme score": score, "mme neither": 0}
-    assert {protocol: figures[protocol] for protocol in wanted} == wanted
+    expected = {"mme accuracy": accuracy, "mme accuracy+": plus, "mme score": score, "mme neither": 0}
+    assert {protocol: figures[protocol] for protocol in expected} == expected
 
 
 @pytest.mark.parametrize(
@@ -50,7 +50,7 @@ def test_rules(answer: str, prefix: str | None, word: str | None) -> None:
 def test_both_questions_count_for_accuracy_plus(tmp_path: Path) -> None:
     lines = ["a.jpg\tQ1\tYes\tYes.", "b.jpg\tQ1\tYes\tno", "a.jpg\tQ2\tNo\tno, it is\tnot", "b.jpg\tQ2\tNo\tI think no"]
     (tmp_path / "OCR.txt").write_text("\n".join(lines) + "\n")
-    results = score_pictures(read_answers(tmp_path / "OCR.txt"), "OCR.txt", Setting())
+    results = score_images(read_answers(tmp_path / "OCR.txt"), "OCR.txt", Setting())
     values = {figure.protocol: figure.value for figure in results.figures}
     assert values["mme accuracy"] == 50  # "I th" is neither
     assert values["mme accuracy+"] == 50
@@ -63,7 +63,7 @@ def test_both_questions_count_for_accuracy_plus(tmp_path: Path) -> None:
     [
         ("a.jpg\tQ\tYes", "has 3 columns"),
         ("a.jpg\tQ\tperhaps\tYes", "another truth than yes or no"),
-        ("a.jpg\tQ\tYes\tYes", "has 1 questions on a.jpg, wanted 2"),
+        ("a.jpg\tQ\tYes\tYes", "has 1 questions on a.jpg, expected 2"),
         ("", "holds no questions"),
     ],
 )
@@ -85,13 +85,13 @@ def benchmark(root: Path, *, apart: bool) -> Path:
 
 @pytest.mark.parametrize("apart", [False, True])
 def test_folder(tmp_path: Path, apart: bool) -> None:
-    questions, pictures = read_folder(benchmark(tmp_path, apart=apart))
+    questions, images = read_folder(benchmark(tmp_path, apart=apart))
     assert [(one.image, one.question, one.truths) for one in questions[:2]] == [
         ("0001.jpg", "Is it A?", ("yes",)),
         ("0001.jpg", "Is it B?", ("no",)),
     ]
-    assert (pictures / "0001.jpg").is_file()
-    (pictures / "0002.jpg").unlink()
+    assert (images / "0001.jpg").is_file()
+    (images / "0002.jpg").unlink()
     with pytest.raises(DataError, match=r"0002\.txt: has no picture"):
         read_folder(tmp_path)
 

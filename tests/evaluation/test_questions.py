@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from llavar_peft.errors import DataError
-from llavar_peft.evaluation.questions import read_predictions, read_questions
+from llavar_peft.evaluation.vqa.vqa_questions import read_predictions, read_vqa_questions
 
 TURNS = [{"from": "human", "value": "<image>\nWhat is sold?"}, {"from": "gpt", "value": " TEA "}]
 
@@ -92,13 +92,13 @@ def write(folder: Path, content: Any, name: str = "data.json") -> Path:
         ([{"id": "r", "image": "x.jpg", "conversations": TURNS}], ("r", "What is sold?", ("TEA",), "x.jpg", None)),
     ],
 )
-def test_forms(content: Any, wanted: tuple[Any, ...], tmp_path: Path) -> None:
+def test_forms(content: Any, expected: tuple[Any, ...], tmp_path: Path) -> None:
     files = [write(tmp_path, content)]
     if isinstance(content, list):
         files.append(write(tmp_path, content, "data.jsonl"))
     for file in files:
-        (read,) = read_questions(file)
-        assert (read.id, read.question, read.truths, read.image, read.answer) == wanted
+        (read,) = read_vqa_questions(file)
+        assert (read.id, read.question, read.truths, read.image, read.answer) == expected
 
 
 def test_kinds_and_measures(tmp_path: Path) -> None:
@@ -107,15 +107,15 @@ def test_kinds_and_measures(tmp_path: Path) -> None:
         "url": "http://" + "x" * 50, "box": [10, 20, 30, 28], "text_height": 7.5, "image_width": 640,
         "image_height": 480,
     }  # fmt: skip
-    (read,) = read_questions(write(tmp_path, [row]))
+    (read,) = read_vqa_questions(write(tmp_path, [row]))
     assert read.fields == {"dataset": "icdar", "question_types": "form + table"}
     assert (read.box, read.text_height, read.size) == ((10, 20, 30, 28), 7.5, (640, 480))
 
 
 def test_ids_that_occur_twice_give_way_to_places(tmp_path: Path) -> None:
     rows = [{"id": "same", "question": "Q?", "answers": ["A"]}] * 2
-    assert [question.id for question in read_questions(write(tmp_path, rows))] == ["0", "1"]
-    assert len(read_questions(write(tmp_path, rows), limit=1)) == 1
+    assert [question.id for question in read_vqa_questions(write(tmp_path, rows))] == ["0", "1"]
+    assert len(read_vqa_questions(write(tmp_path, rows), limit=1)) == 1
 
 
 @pytest.mark.parametrize(
@@ -123,7 +123,7 @@ def test_ids_that_occur_twice_give_way_to_places(tmp_path: Path) -> None:
     [
         ([], "holds no questions"),
         ({"questions": 1}, "is of an unknown form"),
-        ([1], r":0: is int, wanted an object"),
+        ([1], r":0: is int, expected an object"),
         ([{"question": " ", "answers": ["A"]}], "has no question"),
         ([{"question": "Q?", "answers": []}], r"has no right answers \(answers is empty\)"),
         ([{"question": "Q?", "gt_answers": [], "answer": "said"}], r"no right answers \(gt_answers is empty\)"),
@@ -137,16 +137,16 @@ def test_ids_that_occur_twice_give_way_to_places(tmp_path: Path) -> None:
 )
 def test_faults_are_named(content: Any, message: str, tmp_path: Path) -> None:
     with pytest.raises(DataError, match=message) as caught:
-        read_questions(write(tmp_path, content))
-    assert "Mend: " in str(caught.value)
+        read_vqa_questions(write(tmp_path, content))
+    assert "Fix: " in str(caught.value)
 
 
 def test_broken_files(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="cannot be read"):
-        read_questions(tmp_path / "none.json")
+        read_vqa_questions(tmp_path / "none.json")
     (tmp_path / "bad.jsonl").write_text('{"question": "Q?", "answers": ["A"]}\n{"question', encoding="utf-8")
     with pytest.raises(DataError, match=r"bad\.jsonl:2: is not JSON"):
-        read_questions(tmp_path / "bad.jsonl")
+        read_vqa_questions(tmp_path / "bad.jsonl")
 
 
 def test_predictions_are_joined_to_their_data_set(tmp_path: Path) -> None:
@@ -197,11 +197,11 @@ def test_the_original_s_files_of_answers_are_joined(tmp_path: Path) -> None:
 def test_a_part_of_a_data_set(tmp_path: Path) -> None:
     book = {"questions": ["Q?"], "answers": ["A"], "imageURL": "http://x.org/a.gif"}
     ocr_vqa = write(tmp_path, {str(number): {**book, "split": number % 3 + 1} for number in range(4)})
-    assert [one.id for one in read_questions(ocr_vqa, split="train")] == ["0/0", "3/0"]
-    assert [one.id for one in read_questions(ocr_vqa, split="test")] == ["2/0"]
+    assert [one.id for one in read_vqa_questions(ocr_vqa, split="train")] == ["0/0", "3/0"]
+    assert [one.id for one in read_vqa_questions(ocr_vqa, split="test")] == ["2/0"]
     rows = [{"question": f"{name}?", "answers": ["A"], "set_name": name} for name in ("train", "val")]
-    assert [one.question for one in read_questions(write(tmp_path, rows), split="val")] == ["val?"]
+    assert [one.question for one in read_vqa_questions(write(tmp_path, rows), split="val")] == ["val?"]
     with pytest.raises(DataError, match="holds no questions of the split 'test'"):
-        read_questions(write(tmp_path, rows), split="test")
+        read_vqa_questions(write(tmp_path, rows), split="test")
     with pytest.raises(DataError, match="does not say which split"):
-        read_questions(write(tmp_path, [{"question": "Q?", "answers": ["A"]}]), split="test")
+        read_vqa_questions(write(tmp_path, [{"question": "Q?", "answers": ["A"]}]), split="test")

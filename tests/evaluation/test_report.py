@@ -14,13 +14,13 @@ from PIL import Image
 
 from llavar_peft import cli
 from llavar_peft.errors import ConfigError, DataError
-from llavar_peft.evaluation.questions import Question, read_predictions
-from llavar_peft.evaluation.report import ReportSettings, write_report
-from llavar_peft.evaluation.report_cards import Pictures
-from llavar_peft.evaluation.report_view import Labelled, view_dataset
-from llavar_peft.evaluation.results import Setting, score_answers, write_results
-from llavar_peft.evaluation.reviews import Review, write_reviews
-from llavar_peft.page.templates import MOST_BYTES
+from llavar_peft.evaluation.judge.judge_reviews import Review, write_reviews
+from llavar_peft.evaluation.report.report_cards import Images
+from llavar_peft.evaluation.report.report_view import Labelled, view_dataset
+from llavar_peft.evaluation.report.write_report import ReportSettings, write_report
+from llavar_peft.evaluation.vqa.scored_results import Setting, score_answers, write_results
+from llavar_peft.evaluation.vqa.vqa_questions import VqaQuestion, read_predictions
+from llavar_peft.page.page_templates import MOST_BYTES
 
 XSS = "</dd><script>alert('x')</script><img src=x onerror=\"alert(1)\">&'{{ 7 * 7 }}"
 
@@ -199,9 +199,9 @@ def test_hostile_text_stays_text(tmp_path: Path, images: Path) -> None:
     page = Page(write_report(folder, settings=ReportSettings(title=XSS, images=[images])))
     assert not {"script", "u", "object", "iframe"} & {name for name, _ in page.tags}
     assert not [name for _, attributes in page.tags for name in attributes if name.startswith("on")]
-    pictures = [attributes["src"] for name, attributes in page.tags if name == "img"]
-    assert pictures  # that of the third question; the second leads out of its folder
-    assert len(set(pictures)) == 1
+    sources = [attributes["src"] for name, attributes in page.tags if name == "img"]
+    assert sources  # that of the third question; the second leads out of its folder
+    assert len(set(sources)) == 1
     addresses = [value for _, attributes in page.tags for name, value in attributes.items() if name in {"src", "href"}]
     assert all(value and value.startswith("data:") for value in addresses)
     assert any("default-src 'none'" in (attributes.get("content") or "") for _, attributes in page.tags)
@@ -224,8 +224,8 @@ def test_hostile_text_stays_text(tmp_path: Path, images: Path) -> None:
     ],
 )
 def test_the_paper_s_figures_are_found_by_the_data_set_s_name(name: str, published: str) -> None:
-    scored = score_answers([Question("0", "Q?", ("A",), answer="A")], name, Setting())
-    view = view_dataset([Labelled("now", "now", scored)], "multimodalocr", Pictures([]), 0)
+    scored = score_answers([VqaQuestion("0", "Q?", ("A",), answer="A")], name, Setting())
+    view = view_dataset([Labelled("now", "now", scored)], "multimodalocr", Images([]), 0)
     assert next(row.paper for row in view.rows if row.protocol == "multimodalocr") == published
 
 
@@ -250,7 +250,7 @@ def test_stays_under_the_cap(tmp_path: Path) -> None:
     source = tmp_path / "many.json"
     source.write_text(json.dumps(rows))
     write_results(score_answers(read_predictions(source), str(source), Setting()), tmp_path / "r.json")
-    settings = ReportSettings(results=[tmp_path / "r.json"], images=[folder], pictures=40)
+    settings = ReportSettings(results=[tmp_path / "r.json"], images=[folder], images_per_row=40)
     page = write_report(None, tmp_path / "page.html", settings)
     assert MOST_BYTES / 4 < page.stat().st_size <= MOST_BYTES
     assert 8 <= Page(page).count("img") < 60

@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from llavar_peft.evaluation.questions import read_predictions
-from llavar_peft.evaluation.report import ReportSettings, write_report
-from llavar_peft.evaluation.results import Setting, score_answers, write_results
+from llavar_peft.evaluation.report.write_report import ReportSettings, write_report
+from llavar_peft.evaluation.vqa.scored_results import Setting, score_answers, write_results
+from llavar_peft.evaluation.vqa.vqa_questions import read_predictions
 from tests.serving.browser import Browser, browsing, find_chromium
 
 CHROMIUM = find_chromium()
@@ -46,7 +46,7 @@ def _results(path: Path, source: Path, said: dict[int, str], setting: Setting) -
 
 @pytest.fixture(scope="module")
 def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Of two stages with curves, pictures, the paper's figures, and answers that no line can hold."""
+    """Of two stages with curves, images, the paper's figures, and answers that no line can hold."""
     folder = tmp_path_factory.mktemp("report") / "run"
     images = folder.parent / "images"
     images.mkdir()

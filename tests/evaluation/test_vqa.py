@@ -8,16 +8,16 @@ from typing import Any
 import pytest
 
 from llavar_peft import cli
-from llavar_peft.evaluation.results import read_results
-from llavar_peft.weights.identity import identify_model
+from llavar_peft.evaluation.vqa.scored_results import read_results
+from llavar_peft.weights.model_hash import identify_model
 
 
-def ask(checkpoint: Path, pictures: Path, out: Path, *more: str) -> int:
+def ask(checkpoint: Path, images: Path, out: Path, *more: str) -> int:
     known = [
         "--dataset",
-        str(pictures / "dataset.json"),
+        str(images / "dataset.json"),
         "--images",
-        str(pictures / "images"),
+        str(images / "images"),
         "--model",
         str(checkpoint),
     ]
@@ -25,9 +25,9 @@ def ask(checkpoint: Path, pictures: Path, out: Path, *more: str) -> int:
 
 
 @pytest.fixture(scope="module")
-def done(checkpoint: Path, pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def done(checkpoint: Path, images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("done") / "results.json"
-    assert ask(checkpoint, pictures, out, "--image-mode", "pad_black") == 0
+    assert ask(checkpoint, images, out, "--image-mode", "pad_black") == 0
     return out
 
 
@@ -49,28 +49,28 @@ def test_every_figure_says_how_it_was_taken(done: Path, checkpoint: Path) -> Non
         assert figure["model_hash"] == identify_model(checkpoint)
     record = content["records"][0]
     assert record["fields"] == {"kind": "signs"}
-    assert 0 < record["letter_height"] < 20  # as the tower sees it: the pictures are larger
+    assert 0 < record["letter_height"] < 20  # as the tower sees it: the images are larger
 
 
 def test_a_run_that_was_killed_goes_on_as_if_it_had_not_been(
-    done: Path, checkpoint: Path, pictures: Path, tmp_path: Path
+    done: Path, checkpoint: Path, images: Path, tmp_path: Path
 ) -> None:
     """Sampled answers included; of a batch that was written half, nothing is kept."""
     whole = done.with_suffix(".answers.jsonl").read_text().splitlines(keepends=True)
     assert len(whole) == 1 + 5
     out = tmp_path / "results.json"
     out.with_suffix(".answers.jsonl").write_text("".join(whole[:4]) + whole[4][:20])
-    assert ask(checkpoint, pictures, out, "--image-mode", "pad_black") == 0
+    assert ask(checkpoint, images, out, "--image-mode", "pad_black") == 0
     assert answers(out) == answers(done)
     assert out.with_suffix(".answers.jsonl").read_text() == "".join(whole)
 
 
-def test_finished_answers_are_not_asked_for_again(done: Path, checkpoint: Path, pictures: Path, tmp_path: Path) -> None:
+def test_finished_answers_are_not_asked_for_again(done: Path, checkpoint: Path, images: Path, tmp_path: Path) -> None:
     out, log = tmp_path / "results.json", tmp_path / "results.answers.jsonl"
     lines = done.with_suffix(".answers.jsonl").read_text().splitlines()
     first = {**json.loads(lines[1]), "answer": "kept as it was"}
     log.write_text("\n".join([lines[0], json.dumps(first), *lines[2:]]) + "\n")
-    assert ask(checkpoint, pictures, out, "--image-mode", "pad_black") == 0
+    assert ask(checkpoint, images, out, "--image-mode", "pad_black") == 0
     assert answers(out)[0] == "kept as it was"
 
 
@@ -88,7 +88,7 @@ def test_the_answers_that_a_run_keeps_can_be_scored(done: Path, capsys: pytest.C
 
 
 def test_how_answers_were_got_is_taken_from_their_file_and_from_the_options(
-    pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     how = {"model_hash": "abc", "prompt": "{question} Read.", "image_mode": "pad"}
     rows = [
@@ -96,7 +96,7 @@ def test_how_answers_were_got_is_taken_from_their_file_and_from_the_options(
     ]
     answers = tmp_path / "answers.jsonl"
     answers.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    command = ["eval", "vqa", "--dataset", str(pictures / "dataset.json"), "--predictions", str(answers), "--json"]
+    command = ["eval", "vqa", "--dataset", str(images / "dataset.json"), "--predictions", str(answers), "--json"]
     assert cli.main([*command, "--batch-size", "4"]) == 0
     (figure, *_) = json.loads(capsys.readouterr().out)["figures"]
     # The temperatures differ, so that there is none of them all.
@@ -107,46 +107,44 @@ def test_how_answers_were_got_is_taken_from_their_file_and_from_the_options(
     assert "--prompt: contradicts" in capsys.readouterr().err
 
 
-def test_a_greedy_run_may_go_on_with_smaller_batches(checkpoint: Path, pictures: Path, tmp_path: Path) -> None:
+def test_a_greedy_run_may_go_on_with_smaller_batches(checkpoint: Path, images: Path, tmp_path: Path) -> None:
     """After running out of memory, say: nothing is drawn, so that the answers do not depend on it."""
     out = tmp_path / "results.json"
-    assert ask(checkpoint, pictures, out, "--greedy") == 0
-    wanted, log = answers(out), out.with_suffix(".answers.jsonl")
+    assert ask(checkpoint, images, out, "--greedy") == 0
+    expected, log = answers(out), out.with_suffix(".answers.jsonl")
     log.write_text("".join(log.read_text().splitlines(keepends=True)[:4]))
-    assert ask(checkpoint, pictures, out, "--greedy", "--batch-size", "1") == 0
-    assert answers(out) == wanted
+    assert ask(checkpoint, images, out, "--greedy", "--batch-size", "1") == 0
+    assert answers(out) == expected
 
 
 def test_another_setting_is_no_resumption(
-    done: Path, checkpoint: Path, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    done: Path, checkpoint: Path, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "results.json"
     shutil.copy(done.with_suffix(".answers.jsonl"), out.with_suffix(".answers.jsonl"))
-    assert ask(checkpoint, pictures, out, "--image-mode", "pad_black", "--greedy") == 2
+    assert ask(checkpoint, images, out, "--image-mode", "pad_black", "--greedy") == 2
     assert "holds answers that were got otherwise (temperature: 0.9, now 0.0)" in capsys.readouterr().err
 
 
 def test_greedy_is_reported_as_such(
-    checkpoint: Path, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    checkpoint: Path, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "results.json"
-    assert (
-        ask(checkpoint, pictures, out, "--greedy", "--limit", "2", "--prompt", "{question} In a word.", "--json") == 0
-    )
+    assert ask(checkpoint, images, out, "--greedy", "--limit", "2", "--prompt", "{question} In a word.", "--json") == 0
     (figure, *_) = json.loads(capsys.readouterr().out)["figures"]
     assert (figure["decoding"], figure["temperature"], figure["records"]) == ("greedy", 0.0, 2)
     assert figure["top_k"] is None
     assert figure["prompt"] == "{question} In a word."
-    assert ask(checkpoint, pictures, tmp_path / "other.json", "--greedy", "--temperature", "0.5") == 2
-    assert ask(checkpoint, pictures, tmp_path / "other.json", "--prompt", "Read.") == 2
+    assert ask(checkpoint, images, tmp_path / "other.json", "--greedy", "--temperature", "0.5") == 2
+    assert ask(checkpoint, images, tmp_path / "other.json", "--prompt", "Read.") == 2
 
 
-def test_pictures_are_looked_for_before_anything_is_asked(
-    checkpoint: Path, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_images_are_looked_for_before_anything_is_asked(
+    checkpoint: Path, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     rows = [{"question": "Q?", "answers": ["A"], "image": name} for name in ("../../secret.png", "gone.png")]
     (tmp_path / "dataset.json").write_text(json.dumps(rows))
-    (tmp_path / "images").symlink_to(pictures / "images")
+    (tmp_path / "images").symlink_to(images / "images")
     assert ask(checkpoint, tmp_path, tmp_path / "results.json") == 2
     told = capsys.readouterr().err
     assert "secret.png: leads outside the image folders" in told
@@ -177,7 +175,7 @@ def test_published_predictions_by_command(shared_dir: Path, tmp_path: Path, caps
 )
 def test_what_cannot_be_done_is_said(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["eval", "vqa", *arguments]) == 2
-    assert "Mend: " in capsys.readouterr().err
+    assert "Fix: " in capsys.readouterr().err
 
 
 def predictions(folder: Path, name: str, said: dict[str, str], *more: str) -> Path:
@@ -213,7 +211,7 @@ def test_compare(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     kinds = {(group["by"], group["name"]): (group["gained"], group["lost"]) for group in told["groups"]}
     assert kinds["dataset", "signs"] == (1, 1)
     assert kinds["dataset", "papers"] == (2, 0)
-    assert kinds["letter height", "16-24 px"] == (1, 0)  # 40 pixels of a picture twice as wide as the tower
+    assert kinds["letter height", "16-24 px"] == (1, 0)  # 40 pixels of an image twice as wide as the tower
     assert cli.main(["eval", "compare", str(before), str(after), "--metric", "cer"]) == 0
     shown = capsys.readouterr().out
     assert "gained a: What is a?" in shown

@@ -1,4 +1,4 @@
-"""A tiny LLaVAR on the shipped parts, pictures, and requests about them."""
+"""A tiny LLaVAR on the shipped parts, images, and requests about them."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import pytest
 from PIL import Image
 
 from llavar_peft import ModelConfig, build_model
-from llavar_peft.data.synth.settings import SynthSettings
-from llavar_peft.data.synth.write import write_synthetic
+from llavar_peft.datagen.synth.synth_settings import SynthSettings
+from llavar_peft.datagen.synth.write_synthetic import write_synthetic
 from llavar_peft.inference.engine import Engine
 from tests.weights.adapters import LANGUAGE_MODEL, VISION_TOWER
 
@@ -41,7 +41,7 @@ def checkpoint(engine: Engine, tmp_path_factory: pytest.TempPathFactory) -> Path
 
 
 @pytest.fixture(scope="session")
-def pictures(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+def images(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     folder = tmp_path_factory.mktemp("pictures")
     write_synthetic(folder, 6, SynthSettings(style="plain", seed=11, width=224, task="question"))
     return sorted((folder / "images").iterdir())

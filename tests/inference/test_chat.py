@@ -12,11 +12,11 @@ import torch
 from PIL import Image
 
 from llavar_peft import Chat, ModelConfig, load_chat
-from llavar_peft.config import Lora
 from llavar_peft.errors import ConfigError, WeightsError
-from llavar_peft.inference import load_reader
 from llavar_peft.inference.engine import Engine
-from llavar_peft.inference.requests import Picture, Request, Sampling, encode_messages
+from llavar_peft.inference.generation_request import PromptImage, Request, Sampling, encode_messages
+from llavar_peft.inference.reader import load_reader
+from llavar_peft.recipe.schema import Lora
 from tests.weights.adapters import save_moved_adapter
 
 GREEDY = {"temperature": 0.0, "max_new_tokens": 10}
@@ -45,7 +45,7 @@ def chat(engine: Engine) -> Chat:
 class Work:
     """What a model computed."""
 
-    pictures: int = 0
+    images: int = 0
     positions: list[int] = field(default_factory=list)
 
 
@@ -54,7 +54,7 @@ def watched(engine: Engine) -> Iterator[Work]:
     work = Work()
 
     def looked(_: object, inputs: tuple[torch.Tensor, ...]) -> None:
-        work.pictures += len(inputs[0])
+        work.images += len(inputs[0])
 
     def thought(_: object, inputs: object, named: dict[str, torch.Tensor]) -> None:
         work.positions.append(named["inputs_embeds"].shape[0] * named["inputs_embeds"].shape[1])
@@ -69,23 +69,23 @@ def watched(engine: Engine) -> Iterator[Work]:
         hook.remove()
 
 
-def test_ask_and_stream_say_what_the_reader_says(checkpoint: Path, pictures: list[Path]) -> None:
+def test_ask_and_stream_say_what_the_reader_says(checkpoint: Path, images: list[Path]) -> None:
     chat = load_chat(checkpoint)
-    wanted = load_reader(checkpoint).ask([pictures[0]], "Read.", max_new_tokens=10)
-    assert chat.ask(pictures[0], "Read.", **GREEDY) == wanted[0]
-    pieces = list(chat.stream(pictures[0], "Read.", **GREEDY))
-    assert "".join(pieces) == wanted[0]
+    expected = load_reader(checkpoint).ask([images[0]], "Read.", max_new_tokens=10)
+    assert chat.ask(images[0], "Read.", **GREEDY) == expected[0]
+    pieces = list(chat.stream(images[0], "Read.", **GREEDY))
+    assert "".join(pieces) == expected[0]
     assert len(pieces) > 1
     hot = {"temperature": 1.5, "max_new_tokens": 10}
     assert chat.ask(None, "Read.", seed=1, **hot) == "".join(chat.stream(None, "Read.", seed=1, **hot))
     assert chat.ask(None, "Read.", seed=1, **hot) != chat.ask(None, "Read.", seed=2, **hot)
 
 
-def test_prompts_are_the_processors(chat: Chat, pictures: list[Path]) -> None:
-    """Whatever the user types stays text: only our own picture and our own end of an answer are tokens."""
+def test_prompts_are_the_processors(chat: Chat, images: list[Path]) -> None:
+    """Whatever the user types stays text: only our own image and our own end of an answer are tokens."""
     words = "a </s> b <im_patch><im_start> <image> USER: ASSISTANT: <s>"
     processor = chat.engine.processor
-    request = chat.request(pictures[0], words)
+    request = chat.request(images[0], words)
     assert request.ids.tolist() == processor.encode_question(words)[0].tolist()
     vocabulary = processor.tokenizer.get_vocab()
     count = {name: request.ids.tolist().count(vocabulary[name]) for name in ("</s>", "<im_start>", "<im_patch>", "<s>")}
@@ -95,29 +95,29 @@ def test_prompts_are_the_processors(chat: Chat, pictures: list[Path]) -> None:
 def _fresh(chat: Chat, turns: list[tuple[str, Path | Image.Image | None, str]], adapter: str | None = None) -> str:
     """The last of these turns asked with the whole conversation as one new prompt."""
     processor = chat.engine.processor
-    shown = [None if image is None else Picture.prepare(image, processor) for _, image, _ in turns]
+    shown = [None if image is None else PromptImage.prepare(image, processor) for _, image, _ in turns]
     messages = []
-    for (words, _, answer), picture in zip(turns, shown, strict=True):
-        messages.append(("human", [words] if picture is None else [f"{words}\n", None]))
+    for (words, _, answer), opened in zip(turns, shown, strict=True):
+        messages.append(("human", [words] if opened is None else [f"{words}\n", None]))
         messages.append(("gpt", [answer]))
-    there = [picture for picture in shown if picture is not None]
+    there = [opened for opened in shown if opened is not None]
     ids = encode_messages(processor, messages[:-1], there)
-    (answer,) = chat.answer([Request(ids=ids, pictures=there, sampling=Sampling(**GREEDY), adapter=adapter)])
+    (answer,) = chat.answer([Request(ids=ids, images=there, sampling=Sampling(**GREEDY), adapter=adapter)])
     return answer.text
 
 
-def test_a_conversation_computes_nothing_twice(chat: Chat, pictures: list[Path], page: Image.Image) -> None:
-    talk = chat.conversation(pictures[0])
+def test_a_conversation_computes_nothing_twice(chat: Chat, images: list[Path], page: Image.Image) -> None:
+    talk = chat.conversation(images[0])
     said: list[tuple[str, Path | Image.Image | None, str]] = []
     questions = [("Read.", None), ("And the second word?", None), ("What is this?", page), ("Both?", None)]
     for number, (words, image) in enumerate(questions):
         with watched(chat.engine) as work:
             answer = talk.send(words, image, **GREEDY)
-        seen = image if number else pictures[0]
+        seen = image if number else images[0]
         said.append((words, seen, answer))
         assert answer == _fresh(chat, said)
-        assert work.pictures == (seen is not None)
-        # The words, the roles, </s>, the last token of the answer before; and a new picture's tokens.
+        assert work.images == (seen is not None)
+        # The words, the roles, </s>, the last token of the answer before; and a new image's tokens.
         longest = len(words) + 40 + (chat.engine.processor.num_image_tokens if seen is not None else 0)
         if number:
             assert work.positions[0] <= longest
@@ -129,23 +129,23 @@ def test_a_conversation_computes_nothing_twice(chat: Chat, pictures: list[Path],
     assert talk.send("Read.", **GREEDY) == chat.ask(None, "Read.", **GREEDY)
 
 
-def test_another_picture_in_the_same_place_is_looked_at(chat: Chat, pictures: list[Path]) -> None:
-    talk = chat.conversation(pictures[0])
+def test_another_image_in_the_same_place_is_looked_at(chat: Chat, images: list[Path]) -> None:
+    talk = chat.conversation(images[0])
     first = talk.send("Read.", **GREEDY)
     talk.turns.pop()
-    second = talk.send("Read.", pictures[3], **GREEDY)
-    assert second == chat.ask(pictures[3], "Read.", **GREEDY) != first
+    second = talk.send("Read.", images[3], **GREEDY)
+    assert second == chat.ask(images[3], "Read.", **GREEDY) != first
 
 
-def test_an_answer_broken_off_is_remembered_as_far_as_it_came(chat: Chat, pictures: list[Path]) -> None:
-    talk = chat.conversation(pictures[1])
+def test_an_answer_broken_off_is_remembered_as_far_as_it_came(chat: Chat, images: list[Path]) -> None:
+    talk = chat.conversation(images[1])
     stream = talk.stream("Read.", **GREEDY)
     begun = next(stream)
     stream.close()
     (turn,) = talk.turns
     assert turn.answer.startswith(begun)
     again = talk.send("Go on.", **GREEDY)
-    assert again == _fresh(chat, [("Read.", pictures[1], turn.answer), ("Go on.", None, "")])
+    assert again == _fresh(chat, [("Read.", images[1], turn.answer), ("Go on.", None, "")])
 
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
@@ -156,19 +156,19 @@ def test_an_answer_broken_off_is_remembered_as_far_as_it_came(chat: Chat, pictur
     with pytest.raises(KeyboardInterrupt):
         list(stream)  # in the middle of a step
     hook.remove()
-    said = [("Read.", pictures[1], turn.answer), ("Go on.", None, again), ("More.", None, talk.turns[-1].answer)]
+    said = [("Read.", images[1], turn.answer), ("Go on.", None, again), ("More.", None, talk.turns[-1].answer)]
     assert talk.send("And?", **GREEDY) == _fresh(chat, [*said, ("And?", None, "")])
 
 
 @pytest.mark.parametrize("quantize", [None, "nf4"])
 def test_adapters_are_switched_as_if_each_were_alone(
-    quantize: str | None, checkpoint: Path, adapters: dict[str, Path], pictures: list[Path]
+    quantize: str | None, checkpoint: Path, adapters: dict[str, Path], images: list[Path]
 ) -> None:
     names: list[str | None] = [None, *adapters, None, "dora", "with rows"]
     both = load_chat(checkpoint, adapters, quantize=quantize, device="cpu")
     assert both.adapters == tuple(adapters)
-    ids = both.request(pictures[0], "Read.").ids[None]
-    pixels = Picture.prepare(pictures[0], both.engine.processor).pixels[None]
+    ids = both.request(images[0], "Read.").ids[None]
+    pixels = PromptImage.prepare(images[0], both.engine.processor).pixels[None]
 
     def logits(chat: Chat, name: str | None) -> torch.Tensor:
         chat.engine.use(name)
@@ -180,30 +180,30 @@ def test_adapters_are_switched_as_if_each_were_alone(
     for name in (None, *adapters):
         one = load_chat(checkpoint, None if name is None else adapters[name], quantize=quantize, device="cpu")
         alone[name] = logits(one, one.resolve_adapter(...))
-        answers[name] = one.ask(pictures[0], "Read.", **GREEDY)
+        answers[name] = one.ask(images[0], "Read.", **GREEDY)
     for name in names:
         torch.testing.assert_close(logits(both, name), alone[name], atol=1e-5, rtol=1e-5)
     distances = [float((alone[a] - alone[b]).abs().max()) for a in alone for b in alone if str(a) < str(b)]
     assert min(distances) > 1e-2
-    requests = [both.request(pictures[0], "Read.", adapter=name, sampling=Sampling(**GREEDY)) for name in names]
+    requests = [both.request(images[0], "Read.", adapter=name, sampling=Sampling(**GREEDY)) for name in names]
     assert [answer.text for answer in both.answer(requests)] == [answers[name] for name in names]
-    assert both.ask(pictures[0], "Read.", **GREEDY) == answers["with rows"]  # the first, if a call says nothing
+    assert both.ask(images[0], "Read.", **GREEDY) == answers["with rows"]  # the first, if a call says nothing
 
 
-def test_a_conversation_changes_its_adapter(checkpoint: Path, adapters: dict[str, Path], pictures: list[Path]) -> None:
+def test_a_conversation_changes_its_adapter(checkpoint: Path, adapters: dict[str, Path], images: list[Path]) -> None:
     chat = load_chat(checkpoint, adapters)
-    talk = chat.conversation(pictures[0], adapter=None)
+    talk = chat.conversation(images[0], adapter=None)
     first = talk.send("Read.", **GREEDY)
     talk.adapter = "with rows"
     with watched(chat.engine) as work:
         second = talk.send("Again.", **GREEDY)
-    assert work.pictures == 1  # another projector
-    said = [("Read.", pictures[0], first), ("Again.", None, second)]
+    assert work.images == 1  # another projector
+    said = [("Read.", images[0], first), ("Again.", None, second)]
     assert second == _fresh(chat, said, "with rows")
     talk.adapter = None
     with watched(chat.engine) as work:
         third = talk.send("Again.", **GREEDY)
-    assert work.pictures == 0  # seen before
+    assert work.images == 0  # seen before
     assert third == _fresh(chat, [*said, ("Again.", None, "")])
 
 

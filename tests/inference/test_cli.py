@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
 from llavar_peft import ModelConfig, cli, load_chat
-from llavar_peft.config import Lora
+from llavar_peft.recipe.schema import Lora
 from tests.weights.adapters import save_moved_adapter
 
 GREEDY = {"temperature": 0.0, "max_new_tokens": 8}
@@ -35,15 +35,15 @@ def run(*arguments: object) -> int:
     return cli.main([str(argument) for argument in arguments])
 
 
-def test_ask(checkpoint: Path, adapter: Path, pictures: list[Path], capsys: pytest.CaptureFixture[str]) -> None:
+def test_ask(checkpoint: Path, adapter: Path, images: list[Path], capsys: pytest.CaptureFixture[str]) -> None:
     chat = load_chat(checkpoint, adapter)
-    both = [chat.ask(picture, "Read.", **GREEDY) for picture in pictures[:2]]
-    images = ("--image", pictures[0], "--image", pictures[1])
-    assert run("ask", "--model", checkpoint, "--adapter", adapter, *images, *OPTIONS, "Read.") == 0
-    assert capsys.readouterr().out.splitlines() == [f"{p}: {a}" for p, a in zip(pictures, both, strict=False)]
-    assert run("ask", "--model", checkpoint, "--image", pictures[0], *OPTIONS, "--json", "Read.") == 0
-    wanted = [{"image": str(pictures[0]), "answer": chat.ask(pictures[0], "Read.", adapter=None, **GREEDY)}]
-    assert json.loads(capsys.readouterr().out) == wanted
+    both = [chat.ask(opened, "Read.", **GREEDY) for opened in images[:2]]
+    named = ("--image", images[0], "--image", images[1])
+    assert run("ask", "--model", checkpoint, "--adapter", adapter, *named, *OPTIONS, "Read.") == 0
+    assert capsys.readouterr().out.splitlines() == [f"{p}: {a}" for p, a in zip(images, both, strict=False)]
+    assert run("ask", "--model", checkpoint, "--image", images[0], *OPTIONS, "--json", "Read.") == 0
+    expected = [{"image": str(images[0]), "answer": chat.ask(images[0], "Read.", adapter=None, **GREEDY)}]
+    assert json.loads(capsys.readouterr().out) == expected
     seeded = ("ask", "--model", checkpoint, "--temperature", "2", "--max-new-tokens", "8", "--seed")
     outputs = []
     for seed in (1, 1, 2):
@@ -71,22 +71,22 @@ def test_ask_refuses(
 def test_chat_through_a_pipe(
     checkpoint: Path,
     adapter: Path,
-    pictures: list[Path],
+    images: list[Path],
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    lines = ["Read.", "", "And then?", "/image nothing.png", f"/image {pictures[1]}", "What is it?", "/adapter",
+    lines = ["Read.", "", "And then?", "/image nothing.png", f"/image {images[1]}", "What is it?", "/adapter",
              "/adapter moved", "Read.", "/adapter nobody", "/what", "/clear", "/adapter base", "Read."]  # fmt: skip
     monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join(lines)))
-    assert run("chat", "--model", checkpoint, "--adapter", adapter, "--image", pictures[0], *OPTIONS) == 0
+    assert run("chat", "--model", checkpoint, "--adapter", adapter, "--image", images[0], *OPTIONS) == 0
     captured = capsys.readouterr()
-    talk = load_chat(checkpoint, adapter).conversation(pictures[0])
-    wanted = [talk.send("Read.", **GREEDY), talk.send("And then?", **GREEDY)]
-    wanted += [talk.send("What is it?", pictures[1], **GREEDY), "  base", "* moved", talk.send("Read.", **GREEDY)]
+    talk = load_chat(checkpoint, adapter).conversation(images[0])
+    expected = [talk.send("Read.", **GREEDY), talk.send("And then?", **GREEDY)]
+    expected += [talk.send("What is it?", images[1], **GREEDY), "  base", "* moved", talk.send("Read.", **GREEDY)]
     talk.clear()
     talk.adapter = None
-    wanted.append(talk.send("Read.", **GREEDY))
-    assert captured.out.splitlines() == wanted
+    expected.append(talk.send("Read.", **GREEDY))
+    assert captured.out.splitlines() == expected
     assert [line.split(":")[1] for line in captured.err.splitlines() if line.startswith("error")] == [
         " nothing.png", " adapter", " /what"
     ]  # fmt: skip

@@ -14,32 +14,30 @@ import torch
 
 from llavar_peft import load_chat
 from llavar_peft.errors import ConfigError, DataError
-from llavar_peft.inference.decode import Batch, Row, answer_all
+from llavar_peft.inference.batch_decoder import DecodingBatch, Row, answer_all
 from llavar_peft.inference.engine import Engine
-from llavar_peft.inference.requests import Answer, Picture, Request, Sampling, encode_messages
-from llavar_peft.inference.sampling import choose_tokens, new_generator
+from llavar_peft.inference.generation_request import Answer, PromptImage, Request, Sampling, encode_messages
+from llavar_peft.inference.token_sampling import choose_tokens, new_generator
 
 QUESTIONS = ("Read.", "What does the sign say?", "Total?", "Who wrote it, and when? Be exact.", "Name the author.")
 GREEDY = Sampling(temperature=0.0, max_new_tokens=12)
 
 
-def make_requests(engine: Engine, pictures: Sequence[Path], sampling: Sampling = GREEDY) -> list[Request]:
-    """Every third without a picture, one picture of another size, lengths from 1 up."""
+def make_requests(engine: Engine, images: Sequence[Path], sampling: Sampling = GREEDY) -> list[Request]:
+    """Every third without an image, one image of another size, lengths from 1 up."""
     made = []
     for index, question in enumerate(QUESTIONS):
         mode = "keep" if index == 1 else None
-        shown = [] if index % 3 == 2 else [Picture.prepare(pictures[index], engine.processor, mode)]
+        shown = [] if index % 3 == 2 else [PromptImage.prepare(images[index], engine.processor, mode)]
         tokens = shown[0].tokens if shown else None
         ids = engine.processor.encode_question(question, image=bool(shown), num_image_tokens=tokens)[0]
         own = replace(sampling, max_new_tokens=sampling.max_new_tokens if index else 1)
-        made.append(Request(ids=ids, pictures=shown, sampling=own))
+        made.append(Request(ids=ids, images=shown, sampling=own))
     return made
 
 
 def by_generate(engine: Engine, request: Request) -> tuple[int, ...]:
-    shown: dict[str, Any] = (
-        {"pixel_values": torch.stack([p.pixels for p in request.pictures])} if request.pictures else {}
-    )
+    shown: dict[str, Any] = {"pixel_values": torch.stack([p.pixels for p in request.images])} if request.images else {}
     with torch.inference_mode():
         ids = engine.plain.generate(
             input_ids=request.ids[None], do_sample=False, max_new_tokens=request.sampling.max_new_tokens, **shown
@@ -47,66 +45,66 @@ def by_generate(engine: Engine, request: Request) -> tuple[int, ...]:
     return tuple(ids[0, len(request.ids) :].tolist())
 
 
-def run(batch: Batch) -> None:
+def run(batch: DecodingBatch) -> None:
     while batch.rows:
         batch.step()
 
 
 @pytest.mark.filterwarnings("error:.*cache.*:FutureWarning")  # names change; users are not to read of it
 @pytest.mark.parametrize("kind", ["engine", "nf4_engine"])
-def test_any_batch_answers_as_generate(kind: str, pictures: list[Path], request: pytest.FixtureRequest) -> None:
+def test_any_batch_answers_as_generate(kind: str, images: list[Path], request: pytest.FixtureRequest) -> None:
     engine: Engine = request.getfixturevalue(kind)
-    requests = make_requests(engine, pictures)
-    wanted = [by_generate(engine, each) for each in requests]
-    assert len({len(ids) for ids in wanted}) > 1
+    requests = make_requests(engine, images)
+    expected = [by_generate(engine, each) for each in requests]
+    assert len({len(ids) for ids in expected}) > 1
     for size in (1, 2, 5):
         answers = answer_all(engine, requests, batch_size=size)
-        assert [answer.ids for answer in answers] == wanted
-    texts = engine.processor.tokenizer.batch_decode(wanted, skip_special_tokens=True)
+        assert [answer.ids for answer in answers] == expected
+    texts = engine.processor.tokenizer.batch_decode(expected, skip_special_tokens=True)
     assert [answer.text for answer in answers] == [text.strip() for text in texts]
     assert [answer.prompt_tokens for answer in answers] == [len(each.ids) for each in requests]
 
 
-def test_rows_come_and_go(engine: Engine, pictures: list[Path]) -> None:
-    requests = make_requests(engine, pictures)
-    wanted = answer_all(engine, requests, batch_size=1)
+def test_rows_come_and_go(engine: Engine, images: list[Path]) -> None:
+    requests = make_requests(engine, images)
+    expected = answer_all(engine, requests, batch_size=1)
     rows = [Row(each, engine) for each in requests]
-    batch = Batch(engine)
+    batch = DecodingBatch(engine)
     for row in (rows[2], rows[3], rows[0], rows[1], rows[4]):  # short and long prompts, into a running batch
         batch.join([row])
         batch.step()
     run(batch)
-    assert [row.answer.ids for row in rows] == [answer.ids for answer in wanted]
+    assert [row.answer.ids for row in rows] == [answer.ids for answer in expected]
 
 
-def test_finished_and_cancelled_rows_cost_nothing(engine: Engine, pictures: list[Path]) -> None:
-    requests = [replace(each, sampling=GREEDY) for each in make_requests(engine, pictures)]
+def test_finished_and_cancelled_rows_cost_nothing(engine: Engine, images: list[Path]) -> None:
+    requests = [replace(each, sampling=GREEDY) for each in make_requests(engine, images)]
     requests[1] = replace(requests[1], sampling=replace(GREEDY, max_new_tokens=3))
-    wanted = answer_all(engine, requests, batch_size=1)
+    expected = answer_all(engine, requests, batch_size=1)
     sizes: list[int] = []
     hook = engine.plain.lm_head.register_forward_pre_hook(lambda _, inputs: sizes.append(len(inputs[0])))
     rows = [Row(each, engine) for each in requests]
-    batch = Batch(engine)
+    batch = DecodingBatch(engine)
     batch.join(rows)
     batch.step()
     rows[4].cancelled = True
     run(batch)
     hook.remove()
     assert sum(sizes) == sum(len(row.ids) for row in rows)
-    assert [row.answer.ids for row in rows[:4]] == [answer.ids for answer in wanted[:4]]
-    assert (rows[4].answer.finish_reason, rows[4].answer.ids) == ("cancelled", wanted[4].ids[:2])
+    assert [row.answer.ids for row in rows[:4]] == [answer.ids for answer in expected[:4]]
+    assert (rows[4].answer.finish_reason, rows[4].answer.ids) == ("cancelled", expected[4].ids[:2])
 
 
-def test_a_seeded_row_is_drawn_the_same_in_any_company(engine: Engine, pictures: list[Path]) -> None:
+def test_a_seeded_row_is_drawn_the_same_in_any_company(engine: Engine, images: list[Path]) -> None:
     hot = Sampling(temperature=1.5, top_p=0.95, max_new_tokens=12, seed=3)
-    requests = [replace(each, sampling=hot) for each in make_requests(engine, pictures)]
+    requests = [replace(each, sampling=hot) for each in make_requests(engine, images)]
     torch.manual_seed(0)
     before = torch.get_rng_state()
-    together = answer_all(engine, [*requests, make_requests(engine, pictures)[1]])
+    together = answer_all(engine, [*requests, make_requests(engine, images)[1]])
     assert torch.equal(before, torch.get_rng_state())
     alone = answer_all(engine, requests[::-1], batch_size=1)[::-1]
     assert [answer.ids for answer in together[:5]] == [answer.ids for answer in alone]
-    assert together[5].ids == by_generate(engine, make_requests(engine, pictures)[1])  # greedy beside sampled
+    assert together[5].ids == by_generate(engine, make_requests(engine, images)[1])  # greedy beside sampled
     other = answer_all(engine, [replace(requests[1], sampling=replace(hot, seed=4))])
     assert other[0].ids != alone[1].ids
     narrow = answer_all(engine, [replace(requests[1], sampling=replace(hot, top_p=1e-6))])
@@ -123,11 +121,11 @@ def test_draws_follow_the_nucleus() -> None:
     # 0.4 and 0.3 are not enough for 0.8; 0.15 makes it full.
     torch.testing.assert_close(shares, torch.tensor([0.0, 0.4, 0.15, 0.3, 0.0]) / 0.85, atol=0.03, rtol=0)
     # Of the two likeliest alone, 0.4 is less than 0.6.
-    for top_p, wanted in ((1.0, [0.0, 4 / 7, 0.0, 3 / 7, 0.0]), (0.5, [0.0, 1.0, 0.0, 0.0, 0.0])):
+    for top_p, expected in ((1.0, [0.0, 4 / 7, 0.0, 3 / 7, 0.0]), (0.5, [0.0, 1.0, 0.0, 0.0, 0.0])):
         two = replace(sampling, top_k=2, top_p=top_p)
         drawn, _ = choose_tokens(probabilities.log().expand(draws, -1), [two] * draws, [generator] * draws)
         shares = torch.bincount(torch.tensor(drawn), minlength=5) / draws
-        torch.testing.assert_close(shares, torch.tensor(wanted), atol=0.03, rtol=0)
+        torch.testing.assert_close(shares, torch.tensor(expected), atol=0.03, rtol=0)
     tiny = Sampling(temperature=1e-6, seed=1)
     assert choose_tokens(probabilities.log()[None] * 1e3, [tiny], [generator])[0] == [1]
 
@@ -151,30 +149,30 @@ def test_only_the_likeliest_tokens_are_drawn_as_by_the_original() -> None:
     assert Sampling().top_k == 50
 
 
-def test_logprobs_are_the_models(engine: Engine, pictures: list[Path]) -> None:
-    asked = replace(make_requests(engine, pictures)[1], sampling=replace(GREEDY, logprobs=True))
-    plain = make_requests(engine, pictures)[2]
+def test_logprobs_are_the_models(engine: Engine, images: list[Path]) -> None:
+    asked = replace(make_requests(engine, images)[1], sampling=replace(GREEDY, logprobs=True))
+    plain = make_requests(engine, images)[2]
     answer, without = answer_all(engine, [asked, plain])
     assert without.logprobs is None
     whole = torch.cat([asked.ids, torch.tensor(answer.ids)])[None]
     with torch.inference_mode():
-        logits = engine.plain(input_ids=whole, pixel_values=torch.stack([p.pixels for p in asked.pictures])).logits
-    wanted = logits.log_softmax(-1)[0, len(asked.ids) - 1 : -1].gather(1, torch.tensor(answer.ids)[:, None])[:, 0]
-    torch.testing.assert_close(torch.tensor(answer.logprobs), wanted, atol=1e-4, rtol=1e-4)
+        logits = engine.plain(input_ids=whole, pixel_values=torch.stack([p.pixels for p in asked.images])).logits
+    expected = logits.log_softmax(-1)[0, len(asked.ids) - 1 : -1].gather(1, torch.tensor(answer.ids)[:, None])[:, 0]
+    torch.testing.assert_close(torch.tensor(answer.logprobs), expected, atol=1e-4, rtol=1e-4)
 
 
 def _streamed(engine: Engine, request: Request) -> tuple[Answer, list[str]]:
     pieces: list[str] = []
     row = Row(request, engine, pieces.append)
-    batch = Batch(engine)
+    batch = DecodingBatch(engine)
     batch.join([row])
     run(batch)
     assert row.answer is not None
     return row.answer, pieces
 
 
-def test_stop_texts_end_the_answer_and_are_never_shown(engine: Engine, pictures: list[Path]) -> None:
-    request = replace(make_requests(engine, pictures)[3], sampling=replace(GREEDY, max_new_tokens=24))
+def test_stop_texts_end_the_answer_and_are_never_shown(engine: Engine, images: list[Path]) -> None:
+    request = replace(make_requests(engine, images)[3], sampling=replace(GREEDY, max_new_tokens=24))
     answer, pieces = _streamed(engine, request)
     assert "".join(pieces) == answer.text
     assert len(pieces) > 3
@@ -193,10 +191,10 @@ def test_the_context_is_a_limit(engine: Engine) -> None:
     assert answer.completion_tokens <= 2
 
 
-def test_what_cannot_be_answered_is_refused(engine: Engine, pictures: list[Path]) -> None:
-    request = make_requests(engine, pictures)[0]
+def test_what_cannot_be_answered_is_refused(engine: Engine, images: list[Path]) -> None:
+    request = make_requests(engine, images)[0]
     with pytest.raises(DataError, match="image tokens for pictures of 0"):
-        Row(replace(request, pictures=()), engine)
+        Row(replace(request, images=()), engine)
     with pytest.raises(ConfigError, match="no 'receipts'"):
         Row(replace(request, adapter="receipts"), engine)
     wrong: tuple[dict[str, Any], ...] = (
@@ -225,9 +223,9 @@ def test_greedy_answers_are_the_originals(batch_size: int, shared_dir: Path) -> 
     processor = chat.engine.processor
     requests = []
     for case in cases:
-        picture = Picture(torch.tensor(pixels[case["pixel_key"]]).float(), processor.num_image_tokens)
-        ids = encode_messages(processor, [("human", [f"{case['query']}\n", None])], [picture])
+        image = PromptImage(torch.tensor(pixels[case["pixel_key"]]).float(), processor.num_image_tokens)
+        ids = encode_messages(processor, [("human", [f"{case['query']}\n", None])], [image])
         assert ids.tolist() == case["input_ids"]
-        requests.append(Request(ids=ids, pictures=[picture], sampling=Sampling(temperature=0.0, max_new_tokens=24)))
+        requests.append(Request(ids=ids, images=[image], sampling=Sampling(temperature=0.0, max_new_tokens=24)))
     answers = chat.answer(requests, batch_size=batch_size)
     assert [list(answer.ids) for answer in answers] == [case["new_ids"] for case in cases]

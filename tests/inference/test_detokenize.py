@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llavar_peft.inference.detokenize import TextStream, bytes_of_tokens
-from llavar_peft.models.tokenizer import add_image_tokens, load_tokenizer
+from llavar_peft.inference.text_stream import TextStream, bytes_of_tokens
+from llavar_peft.models.llama_tokenizer import add_image_tokens, load_tokenizer
 from tests.weights.adapters import LANGUAGE_MODEL
 
 SENTENCEPIECE = Path(__file__).parents[1] / "golden/tokenization/small"

@@ -1,4 +1,4 @@
-"""Pictures by URL: what is fetched, and what is refused before or while it is."""
+"""Images by URL: what is fetched, and what is refused before or while it is."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from PIL import Image
 
 from llavar_peft.data.image_files import decode_image
 from llavar_peft.errors import ImageError
-from llavar_peft.inference.fetch import FetchRules, fetch
+from llavar_peft.inference.fetch_image import FetchRules, fetch
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
-    picture: ClassVar[bytes] = b""
+    image: ClassVar[bytes] = b""
 
     def do_GET(self) -> None:
         name = self.path.partition("?")[0]
@@ -30,14 +30,14 @@ class Handler(http.server.BaseHTTPRequestHandler):
             return
         self.send_response(404 if name == "/missing" else 200)
         if name == "/short":
-            self.send_header("Content-Length", str(len(self.picture) + 9))
+            self.send_header("Content-Length", str(len(self.image) + 9))
         self.end_headers()
         blocks = {"/endless": 2**30, "/drip": 100}.get(name, 0)
         try:
             for _ in range(blocks):
                 self.wfile.write(b"\0" if name == "/drip" else bytes(2**16))
                 time.sleep(0.1 if name == "/drip" else 0)
-            self.wfile.write(self.picture)
+            self.wfile.write(self.image)
         except OSError:
             return  # the client has gone
 
@@ -48,7 +48,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 def site() -> Iterator[str]:
     buffer = io.BytesIO()
     Image.new("RGB", (9, 5), (1, 2, 3)).save(buffer, "PNG")
-    Handler.picture = buffer.getvalue()
+    Handler.image = buffer.getvalue()
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield f"http://127.0.0.1:{server.server_port}"
@@ -56,9 +56,9 @@ def site() -> Iterator[str]:
     server.server_close()
 
 
-def test_a_picture_comes_through(site: str) -> None:
+def test_a_image_comes_through(site: str) -> None:
     assert decode_image(fetch(f"{site}/a b.png".replace(" ", "%20")), "it").size == (9, 5)
-    assert fetch(f"{site}/to?/to?{site}/b.png") == Handler.picture  # relative and absolute redirects
+    assert fetch(f"{site}/to?/to?{site}/b.png") == Handler.image  # relative and absolute redirects
 
 
 @pytest.mark.parametrize(
@@ -140,13 +140,13 @@ def test_redirects_are_checked_again_and_names_asked_for_once(site: str, monkeyp
         return resolve(host, *rest, **named)
 
     monkeypatch.setattr(socket, "getaddrinfo", counted)
-    assert fetch(f"{named}/a.png", rules) == Handler.picture
+    assert fetch(f"{named}/a.png", rules) == Handler.image
     assert len(asked) == 1  # what was checked is what was connected to
     with pytest.raises(ImageError, match=r"127\.0\.0\.1, which is not among the allowed hosts"):
         fetch(f"{named}/to?{site}/a.png", rules)
 
 
-def test_what_is_fetched_need_not_be_a_picture() -> None:
+def test_what_is_fetched_need_not_be_a_image() -> None:
     for data in (b"", b"<html>", b"\x89PNG\r\n\x1a\n" + bytes(20)):
         with pytest.raises(ImageError, match=r"https://host/a\.png: "):
             decode_image(data, "https://host/a.png")

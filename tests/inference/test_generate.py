@@ -15,23 +15,23 @@ from safetensors.torch import load_file, save_file
 
 from llavar_peft import cli, load_chat
 from llavar_peft.errors import ConfigError, DataError, ImageError
-from llavar_peft.inference.generate import GenerateReport, generate
-from llavar_peft.inference.requests import Sampling
+from llavar_peft.inference.answer_file import GenerateReport, generate_answers
+from llavar_peft.inference.generation_request import Sampling
 
 GREEDY = Sampling(temperature=0.0, max_new_tokens=8)
 
 
 @pytest.fixture
-def work(tmp_path: Path, pictures: list[Path]) -> Path:
-    """Seven questions of various lengths, one of them without a picture; ids of any kind, not all different."""
-    images = tmp_path / "images"
-    images.mkdir()
+def work(tmp_path: Path, images: list[Path]) -> Path:
+    """Seven questions of various lengths, one of them without an image; ids of any kind, not all different."""
+    folder = tmp_path / "images"
+    folder.mkdir()
     lines = []
     for number, words in enumerate(
         ("Read.", "What does it say? " * 5, "Total?", "Who\u2028wrote it?", "Title?", "No", "Date?")
     ):
         name = f"page {number}.png"
-        shutil.copy(pictures[number % len(pictures)], images / (f"COCO_val2014_{name}" if number == 4 else name))
+        shutil.copy(images[number % len(images)], folder / (f"COCO_val2014_{name}" if number == 4 else name))
         fields = {"question_id": "a" if number < 2 else number, "image": name, "text": words, "category": "read"}
         lines.append({name: value for name, value in fields.items() if not (number == 5 and name == "image")})
     (tmp_path / "questions.jsonl").write_text(
@@ -42,7 +42,7 @@ def work(tmp_path: Path, pictures: list[Path]) -> Path:
 
 def run(checkpoint: Path, work: Path, out: str = "answers.jsonl", **settings: Any) -> GenerateReport:
     settings = {"sampling": GREEDY, **settings}
-    return generate(checkpoint, work / "questions.jsonl", work / "images", work / out, **settings)
+    return generate_answers(checkpoint, work / "questions.jsonl", work / "images", work / out, **settings)
 
 
 def read(path: Path) -> list[dict[str, Any]]:
@@ -73,7 +73,7 @@ def test_answers_are_those_of_asking_one_by_one(checkpoint: Path, work: Path) ->
     ]
 
 
-def test_the_way_of_preparing_pictures_is_the_models_own(checkpoint: Path, work: Path) -> None:
+def test_the_way_of_preparing_images_is_the_models_own(checkpoint: Path, work: Path) -> None:
     processor = load_chat(checkpoint).engine.processor
     for mode in (None, processor.inference_image_mode, "pad_black"):
         run(checkpoint, work, f"{mode}.jsonl", image_mode=mode)
@@ -170,7 +170,7 @@ def test_two_processes_give_the_file_of_one(checkpoint: Path, work: Path) -> Non
     assert (work / "two.jsonl").read_bytes() == (work / "one.jsonl").read_bytes()
 
 
-def test_bad_pictures_are_named(checkpoint: Path, work: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_bad_images_are_named(checkpoint: Path, work: Path, caplog: pytest.LogCaptureFixture) -> None:
     (work / "images/page 2.png").unlink()
     with pytest.raises(ImageError, match=r"questions.jsonl:3: page 2.png: is in none of"):
         run(checkpoint, work)
@@ -186,7 +186,7 @@ def test_bad_pictures_are_named(checkpoint: Path, work: Path, caplog: pytest.Log
 
 
 @pytest.mark.parametrize("path", ["../secret.png", "/etc/passwd", "a\0b", "linked.png"])
-def test_pictures_stay_in_their_folder(path: str, checkpoint: Path, work: Path) -> None:
+def test_images_stay_in_their_folder(path: str, checkpoint: Path, work: Path) -> None:
     (work / "secret.png").write_bytes((work / "images/page 0.png").read_bytes())
     (work / "images/linked.png").symlink_to(work / "secret.png")
     (work / "questions.jsonl").write_text(json.dumps({"question_id": 1, "image": path, "text": "Read."}))

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from llavar_peft import Chat, cli, load_chat
-from llavar_peft.inference.decode import Batch, Row, answer_all
+from llavar_peft.inference.batch_decoder import DecodingBatch, Row, answer_all
 from llavar_peft.inference.engine import Engine
-from llavar_peft.inference.requests import Request
+from llavar_peft.inference.generation_request import Request
 from tests.inference.test_decode import by_generate, make_requests
 
 
@@ -40,28 +40,28 @@ def quiet(caplog: pytest.LogCaptureFixture) -> None:
 
 
 @pytest.mark.usefixtures("quiet")
-def test_asking_is_generate(int8: Chat, pictures: list[Path]) -> None:
-    requests = make_requests(int8.engine, pictures)
-    wanted = [by_generate(int8.engine, each) for each in requests]
-    assert len({len(ids) for ids in wanted}) > 1
-    assert [answer.ids for answer in answer_all(int8.engine, requests, batch_size=1)] == wanted
-    text = int8.engine.processor.tokenizer.decode(wanted[4], skip_special_tokens=True)
-    assert int8.ask(pictures[4], "Name the author.", temperature=0.0, max_new_tokens=12) == text.strip()
+def test_asking_is_generate(int8: Chat, images: list[Path]) -> None:
+    requests = make_requests(int8.engine, images)
+    expected = [by_generate(int8.engine, each) for each in requests]
+    assert len({len(ids) for ids in expected}) > 1
+    assert [answer.ids for answer in answer_all(int8.engine, requests, batch_size=1)] == expected
+    text = int8.engine.processor.tokenizer.decode(expected[4], skip_special_tokens=True)
+    assert int8.ask(images[4], "Name the author.", temperature=0.0, max_new_tokens=12) == text.strip()
 
 
 def _first_logits(engine: Engine, requests: Sequence[Request]) -> torch.Tensor:
     """Those of each prompt's end, ``[B, V]``, answered together."""
     seen: list[torch.Tensor] = []
     hook = engine.plain.lm_head.register_forward_hook(lambda _, inputs, output: seen.append(output[:, -1]))
-    Batch(engine).join([Row(each, engine) for each in requests])
+    DecodingBatch(engine).join([Row(each, engine) for each in requests])
     hook.remove()
     return seen[0]
 
 
 @pytest.mark.usefixtures("quiet")
-def test_only_outliers_tie_an_answer_to_its_batch(int8: Chat, pictures: list[Path]) -> None:
+def test_only_outliers_tie_an_answer_to_its_batch(int8: Chat, images: list[Path]) -> None:
     engine = int8.engine
-    requests = make_requests(engine, pictures)
+    requests = make_requests(engine, images)
 
     def apart() -> float:
         alone = torch.cat([_first_logits(engine, [each]) for each in requests])
@@ -82,9 +82,9 @@ def test_only_outliers_tie_an_answer_to_its_batch(int8: Chat, pictures: list[Pat
             layer.state.threshold = 6.0
 
 
-def test_ask_in_8_bits(checkpoint: Path, int8: Chat, pictures: list[Path], capfd: pytest.CaptureFixture[str]) -> None:
-    asked = ["ask", "--model", str(checkpoint), "--quantize", "int8", "--image", str(pictures[0])]
+def test_ask_in_8_bits(checkpoint: Path, int8: Chat, images: list[Path], capfd: pytest.CaptureFixture[str]) -> None:
+    asked = ["ask", "--model", str(checkpoint), "--quantize", "int8", "--image", str(images[0])]
     assert cli.main([*asked, "--greedy", "--max-new-tokens", "8", "Read."]) == 0
     captured = capfd.readouterr()
-    assert captured.out.splitlines()[-1] == int8.ask(pictures[0], "Read.", temperature=0.0, max_new_tokens=8)
+    assert captured.out.splitlines()[-1] == int8.ask(images[0], "Read.", temperature=0.0, max_new_tokens=8)
     assert "MatMul8bitLt" not in captured.err  # a line for each layer and token

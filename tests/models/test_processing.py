@@ -11,11 +11,11 @@ from PIL import Image
 from transformers import AutoProcessor, CLIPImageProcessor, CLIPImageProcessorPil
 
 from llavar_peft.constants import EOS_TOKEN
-from llavar_peft.data.template import conversation_pieces, image_block, prompt_text, split_placeholders
+from llavar_peft.data.conversation_template import conversation_pieces, image_block, prompt_text, split_placeholders
 from llavar_peft.errors import ConfigError, DataError
-from llavar_peft.models.processing import LlavarProcessor
-from llavar_peft.models.registration import register
-from llavar_peft.models.tokenizer import add_image_tokens, load_tokenizer
+from llavar_peft.models.auto_classes import register
+from llavar_peft.models.llama_tokenizer import add_image_tokens, load_tokenizer
+from llavar_peft.models.processing_llavar import LlavarProcessor
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "tokenization"
 INFERENCE = [json.loads(line) for line in gzip.decompress((GOLDEN / "inference.jsonl.gz").read_bytes()).splitlines()]
@@ -50,7 +50,7 @@ def llama(shared_dir: Path) -> Any:
 
 
 @pytest.fixture
-def picture() -> Image.Image:
+def image() -> Image.Image:
     return Image.new("RGB", (90, 40), (200, 30, 30))
 
 
@@ -69,8 +69,8 @@ def test_questions_are_encoded_as_run_llava_does(llama: Any, case: dict[str, Any
     else:
         ids = processor.encode_question(case["query"])
     assert ids.tolist() == [case["input_ids"]]
-    pictures = None if case["text_only"] else Image.new("RGB", (8, 8))
-    assert processor(pictures, case["prompt"], return_tensors="pt")["input_ids"].tolist() == [case["input_ids"]]
+    images = None if case["text_only"] else Image.new("RGB", (8, 8))
+    assert processor(images, case["prompt"], return_tensors="pt")["input_ids"].tolist() == [case["input_ids"]]
 
 
 @pytest.mark.parity
@@ -120,8 +120,8 @@ def test_roles_must_alternate(tokenizer: Any) -> None:
         make(tokenizer).apply_chat_template([{"role": "assistant", "content": "Hi"}])
 
 
-def test_a_chat_becomes_ids_and_a_mask_of_the_answers(tokenizer: Any, picture: Image.Image) -> None:
-    chat = [{"role": "user", "content": [CHAT[0]["content"][0], {"type": "image", "image": picture}]}, *CHAT[1:]]
+def test_a_chat_becomes_ids_and_a_mask_of_the_answers(tokenizer: Any, image: Image.Image) -> None:
+    chat = [{"role": "user", "content": [CHAT[0]["content"][0], {"type": "image", "image": image}]}, *CHAT[1:]]
     processor = make(tokenizer)
     out = processor.apply_chat_template(
         chat, tokenize=True, return_dict=True, return_tensors="pt", return_assistant_tokens_mask=True
@@ -136,10 +136,10 @@ def test_a_chat_becomes_ids_and_a_mask_of_the_answers(tokenizer: Any, picture: I
 # ---- calling it
 
 
-def test_pictures_take_their_places_over_a_batch(tokenizer: Any, picture: Image.Image) -> None:
+def test_images_take_their_places_over_a_batch(tokenizer: Any, image: Image.Image) -> None:
     processor = make(tokenizer)
     out = processor(
-        [[picture], [picture, picture]],
+        [[image], [image, image]],
         ["a <image>", "<image> b <image>"],
         padding=True,
         padding_side="left",
@@ -151,18 +151,18 @@ def test_pictures_take_their_places_over_a_batch(tokenizer: Any, picture: Image.
     assert out["attention_mask"][1].all()
 
 
-def test_pixels_are_those_of_the_mode(tokenizer: Any, picture: Image.Image) -> None:
-    padded = make(tokenizer)(picture, return_tensors="pt")["pixel_values"]
-    black = make(tokenizer, inference_image_mode="pad_black")(picture, return_tensors="pt")["pixel_values"]
+def test_pixels_are_those_of_the_mode(tokenizer: Any, image: Image.Image) -> None:
+    padded = make(tokenizer)(image, return_tensors="pt")["pixel_values"]
+    black = make(tokenizer, inference_image_mode="pad_black")(image, return_tensors="pt")["pixel_values"]
     assert padded.shape == black.shape == (1, 3, 56, 56)
     assert not torch.equal(padded, black)
-    assert torch.equal(make(tokenizer)(picture, image_mode="pad_black", return_tensors="pt")["pixel_values"], black)
+    assert torch.equal(make(tokenizer)(image, image_mode="pad_black", return_tensors="pt")["pixel_values"], black)
 
 
-def test_a_prompt_that_spells_the_picture_out_is_the_same(tokenizer: Any, picture: Image.Image) -> None:
+def test_a_prompt_that_spells_the_image_out_is_the_same(tokenizer: Any, image: Image.Image) -> None:
     processor = make(tokenizer)
-    short = processor(picture, "a\n<image> b")["input_ids"]
-    assert processor(picture, f"a\n{image_block(16, use_im_start_end=True)} b")["input_ids"] == short
+    short = processor(image, "a\n<image> b")["input_ids"]
+    assert processor(image, f"a\n{image_block(16, use_im_start_end=True)} b")["input_ids"] == short
 
 
 @pytest.mark.parametrize(
@@ -178,16 +178,16 @@ def test_a_prompt_that_spells_the_picture_out_is_the_same(tokenizer: Any, pictur
     ],
 )
 def test_what_cannot_be_meant_is_refused(
-    tokenizer: Any, picture: Image.Image, images: int, text: str | None, options: dict[str, Any], message: str
+    tokenizer: Any, image: Image.Image, images: int, text: str | None, options: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(DataError, match=message):
-        make(tokenizer)([picture] * images or None, text, **options)
+        make(tokenizer)([image] * images or None, text, **options)
 
 
 # ---- making, saving, opening
 
 
-def test_it_is_saved_and_opened_as_one(tokenizer: Any, tmp_path: Path, picture: Image.Image) -> None:
+def test_it_is_saved_and_opened_as_one(tokenizer: Any, tmp_path: Path, image: Image.Image) -> None:
     register()
     made = make(
         tokenizer,
@@ -205,7 +205,7 @@ def test_it_is_saved_and_opened_as_one(tokenizer: Any, tmp_path: Path, picture: 
         assert opened.chat_template == made.chat_template
         assert opened.num_image_tokens == 64
         assert opened.encode_question("a\n b").tolist() == made.encode_question("a\n b").tolist()
-        assert torch.equal(opened(picture)["pixel_values"], made(picture)["pixel_values"])
+        assert torch.equal(opened(image)["pixel_values"], made(image)["pixel_values"])
 
 
 def test_any_clip_image_processor_becomes_the_pillow_one(tokenizer: Any) -> None:

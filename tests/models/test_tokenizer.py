@@ -14,7 +14,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from llavar_peft.constants import ADDED_TOKENS, IMAGE_PATCH_TOKEN
 from llavar_peft.errors import ConfigError, MissingDependencyError, WeightsError
-from llavar_peft.models.tokenizer import add_image_tokens, load_tokenizer
+from llavar_peft.models.llama_tokenizer import add_image_tokens, load_tokenizer
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "tokenization"
 SMALL = GOLDEN / "small"

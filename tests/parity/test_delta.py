@@ -14,8 +14,8 @@ import torch
 
 from llavar_peft import apply_delta, make_delta, verify_delta
 from llavar_peft.errors import WeightsError
-from llavar_peft.weights.pairing import FINGERPRINT_FILE
-from llavar_peft.weights.store import open_weights
+from llavar_peft.weights.base_check import FINGERPRINT_FILE
+from llavar_peft.weights.io.open_weights import open_weights
 
 pytestmark = pytest.mark.parity
 
@@ -39,7 +39,7 @@ def _hashes(folder: Path) -> dict[str, str]:
     return {name: hashlib.sha256(tensor.contiguous().numpy().tobytes()).hexdigest() for name, tensor in tensors.items()}
 
 
-def _wanted(summary: dict[str, Any], key: str) -> dict[str, str]:
+def _expected(summary: dict[str, Any], key: str) -> dict[str, str]:
     # Frequencies of RoPE are computed; the original carried them along.
     return {name: fields[key] for name, fields in summary["tensors"].items() if not name.endswith("inv_freq")}
 
@@ -49,9 +49,9 @@ def test_bytes_equal_the_originals(form: str, golden: Path, summary: dict[str, A
     base, target = golden / "train/vicuna-tiny-v1", golden / "model/llava-tiny-v1"
     released = golden / "delta/llava-tiny-v1-delta"
     make_delta(base, target, tmp_path / "delta", form=form, shard_size=5_000_000)
-    assert _hashes(tmp_path / "delta") == _wanted(summary, "sha256_delta")
+    assert _hashes(tmp_path / "delta") == _expected(summary, "sha256_delta")
     apply_delta(base, released, tmp_path / "applied", form=form, shard_size=5_000_000)
-    assert _hashes(tmp_path / "applied") == _wanted(summary, "sha256_reapplied")
+    assert _hashes(tmp_path / "applied") == _expected(summary, "sha256_reapplied")
     config = json.loads((tmp_path / "delta/config.json").read_text())
     assert {**config, "_name_or_path": "llava-tiny-v1"} == json.loads((released / "config.json").read_text())
     for name in ("tokenizer.model", "added_tokens.json", "special_tokens_map.json", "tokenizer_config.json"):

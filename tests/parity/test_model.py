@@ -41,13 +41,13 @@ def _batches(golden: Path) -> list[dict[str, Any]]:
         names = ("input_ids", "attention_mask", "labels")
         batch = {name: torch.tensor(outputs[f"{number}/{name}"]).long() for name in names}
         rows = {row["row"]: row["key"] for row in described["pixel_key"] if row["batch"] == number}
-        pictures = [
+        images = [
             torch.tensor(pixels[key]).float()
             for row, key in sorted(rows.items())
             if (batch["input_ids"][row] == 32000).any()
         ]
-        if pictures:
-            batch["pixel_values"] = torch.stack(pictures)
+        if images:
+            batch["pixel_values"] = torch.stack(images)
         expected = {name.split("/", 1)[1]: outputs[name] for name in outputs.files if name.startswith(f"{number}/")}
         batches.append({"inputs": batch, "expected": expected})
     return batches
@@ -77,19 +77,19 @@ def test_greedy_answers_equal_the_originals(golden: Path, released: tuple[Any, A
     for case in cases:
         ids = processor.encode_question(case["query"])
         assert ids[0].tolist() == case["input_ids"]
-        picture = torch.tensor(pixels[case["pixel_key"]]).float()[None]
+        image = torch.tensor(pixels[case["pixel_key"]]).float()[None]
         with torch.inference_mode():
-            made = model.generate(input_ids=ids, pixel_values=picture, do_sample=False, max_new_tokens=24)
+            made = model.generate(input_ids=ids, pixel_values=image, do_sample=False, max_new_tokens=24)
         assert made[0, ids.shape[1] :].tolist() == case["new_ids"]
 
 
-def test_asking_by_file_prepares_pictures_as_run_llava_did(golden: Path, released: tuple[Any, Any]) -> None:
-    from llavar_peft.inference import Reader
+def test_asking_by_file_prepares_images_as_run_llava_did(golden: Path, released: tuple[Any, Any]) -> None:
+    from llavar_peft.inference.reader import Reader
 
     model, processor = released
     assert processor.inference_image_mode == "pad_black"
     reader = Reader(model, processor)
-    # Pictures whose pixels are not prepared better than in the original (no rotation, transparency or 16 bits).
+    # Images whose pixels are not prepared better than in the original (no rotation, transparency or 16 bits).
     cases = [c for c in json.loads((golden / "generate/generate.json").read_text()) if "text_wide" in c["image"]]
     assert cases
     for case in cases:
@@ -112,7 +112,7 @@ def test_a_saved_model_is_the_same_model(golden: Path, released: tuple[Any, Any]
 def test_auto_classes_open_a_saved_folder(released: tuple[Any, Any], tmp_path: Path) -> None:
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
-    from llavar_peft.models import register
+    from llavar_peft.models.auto_classes import register
 
     model, processor = released
     model.save_pretrained(tmp_path)

@@ -22,7 +22,7 @@ from llavar_peft import (
     Trainer,
     build_model,
 )
-from llavar_peft.weights import names
+from llavar_peft.weights.io import tensor_names
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +60,7 @@ def _recipe(golden: Path, output: Path, *, number: int, rate: float, projector: 
 
 def _lay(model: Any, arrays: Any) -> None:
     """The arrays that the original drew at random: not to be drawn again."""
-    ours = {names.from_released(n.removeprefix("init:")): n for n in arrays.files if n.startswith("init:")}
+    ours = {tensor_names.from_released(n.removeprefix("init:")): n for n in arrays.files if n.startswith("init:")}
     state = model.state_dict()
     for name, key in ours.items():
         rows = f"rows:{key.removeprefix('init:')}"
@@ -87,12 +87,12 @@ def _compare(golden: Path, output: Path, model: Any, *, number: int, before: dic
     arrays = np.load(folder / "weights.npz")
     for key in [key for key in arrays.files if key.startswith("final:")]:
         released = key.removeprefix("final:")
-        ours = after[names.from_released(released)]
+        ours = after[tensor_names.from_released(released)]
         if f"rows:{released}" in arrays.files:
             ours = ours[torch.tensor(arrays[f"rows:{released}"]).long()]
         np.testing.assert_allclose(ours.numpy(), arrays[key], atol=2e-6, rtol=0, err_msg=released)
     for released, described in summary["tensors"].items():
-        name = names.from_released(released)
+        name = tensor_names.from_released(released)
         if name is None:
             continue
         changed = (after[name] != before[name]).reshape(after[name].shape[0], -1).any(dim=1).nonzero()[:, 0].tolist()
@@ -102,7 +102,7 @@ def _compare(golden: Path, output: Path, model: Any, *, number: int, before: dic
             assert changed == described["changed_rows"], released
         if not changed:
             assert _digest(after[name]) == described["sha256_final"], released
-    tower = [name for name in after if name.startswith(names.TOWER)]
+    tower = [name for name in after if name.startswith(tensor_names.TOWER)]
     assert tower
     assert all(torch.equal(after[name], before[name]) for name in tower)
 

@@ -96,7 +96,7 @@ class Browser:
         return found["result"].get("value")
 
     def wait_for(self, script: str, *, seconds: float = PATIENCE, pause: float = 0.05) -> Any:
-        """Waits until a script gives something true, and returns that; tries again after each pause (seconds)."""
+        """Wait until a script gives something true, and returns that; tries again after each pause (seconds)."""
         until = time.monotonic() + seconds
         while time.monotonic() < until:
             found = self.run(script)

@@ -1,4 +1,4 @@
-"""The tiny model with two adapters, and pictures."""
+"""The tiny model with two adapters, and images."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ import torch
 from fastapi import FastAPI
 
 from llavar_peft import Chat, ModelConfig, build_model, load_chat
-from llavar_peft.config import Lora
-from llavar_peft.data.synth.settings import SynthSettings
-from llavar_peft.data.synth.write import write_synthetic
+from llavar_peft.datagen.synth.synth_settings import SynthSettings
+from llavar_peft.datagen.synth.write_synthetic import write_synthetic
 from llavar_peft.inference.engine import Engine
+from llavar_peft.recipe.schema import Lora
 from tests.serving.server import Neighbour, serving
 from tests.weights.adapters import LANGUAGE_MODEL, VISION_TOWER, save_moved_adapter
 
@@ -61,7 +61,7 @@ def unhurried(chat: Chat) -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
-def pictures(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+def images(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     folder = tmp_path_factory.mktemp("pictures")
     write_synthetic(folder, 3, SynthSettings(style="plain", seed=11, width=224, task="question"))
     return sorted((folder / "images").iterdir())

@@ -18,9 +18,9 @@ from fastapi import FastAPI
 from PIL import Image
 
 from llavar_peft import Chat
-from llavar_peft.serving.app import create_app
-from llavar_peft.serving.page_app import mount_page
-from llavar_peft.serving.run import listen, make_server
+from llavar_peft.serving.api.api_app import create_app
+from llavar_peft.serving.run_server import listen, make_server
+from llavar_peft.serving.ui.mount_page import mount_page
 
 MODEL = "tiny"
 JSON = ((b"host", b"localhost"), (b"content-type", b"application/json"))
@@ -100,14 +100,14 @@ async def call(
 
 
 def ask_body(text: str, *urls: str, **fields: Any) -> bytes:
-    """A request with pictures; greedy and short unless told otherwise."""
+    """A request with images; greedy and short unless told otherwise."""
     parts = [{"type": "text", "text": text}, *({"type": "image_url", "image_url": {"url": url}} for url in urls)]
     body = {"model": MODEL, "messages": [{"role": "user", "content": parts}], "temperature": 0, "max_tokens": 4}
     return json.dumps(body | fields).encode()
 
 
 def png(width: int = 40, height: int = 30, colour: str = "red") -> bytes:
-    """A picture's file."""
+    """An image's file."""
     file = BytesIO()
     Image.new("RGB", (width, height), colour).save(file, "PNG")
     return file.getvalue()

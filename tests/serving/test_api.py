@@ -23,8 +23,8 @@ import pytest
 from fastapi import FastAPI
 
 from llavar_peft import Chat, cli
-from llavar_peft.serving.app import create_app
-from llavar_peft.serving.limits import Limits
+from llavar_peft.serving.api.api_app import create_app
+from llavar_peft.serving.api.request_limits import RequestLimits
 from tests.serving.server import JSON, MODEL, Reply, ask_body, call, data_url, png, serving
 
 GREEDY = {"temperature": 0.0, "max_tokens": 12}
@@ -41,19 +41,17 @@ def client(server: tuple[str, FastAPI]) -> openai.OpenAI:
     return openai.OpenAI(base_url=f"{server[0]}/v1", api_key="any", max_retries=0)
 
 
-def _messages(text: str, *pictures: Path) -> list[Any]:
-    shown = [{"type": "image_url", "image_url": {"url": data_url(picture.read_bytes())}} for picture in pictures]
+def _messages(text: str, *images: Path) -> list[Any]:
+    shown = [{"type": "image_url", "image_url": {"url": data_url(image.read_bytes())}} for image in images]
     return [{"role": "user", "content": [*shown, {"type": "text", "text": text}]}]
 
 
-def test_answers_are_those_of_asking_directly(chat: Chat, client: openai.OpenAI, pictures: list[Path]) -> None:
-    for picture in pictures:
+def test_answers_are_those_of_asking_directly(chat: Chat, client: openai.OpenAI, images: list[Path]) -> None:
+    for image in images:
         for model, adapter in ((MODEL, None), ("one", "one"), ("two", "two")):
-            direct = chat.request(picture, "What does it say?", adapter=adapter)
-            expected = chat.ask(picture, "What does it say?", adapter=adapter, temperature=0.0, max_new_tokens=12)
-            done = client.chat.completions.create(
-                model=model, messages=_messages("What does it say?", picture), **GREEDY
-            )
+            direct = chat.request(image, "What does it say?", adapter=adapter)
+            expected = chat.ask(image, "What does it say?", adapter=adapter, temperature=0.0, max_new_tokens=12)
+            done = client.chat.completions.create(model=model, messages=_messages("What does it say?", image), **GREEDY)
             assert done.choices[0].message.content == expected
             assert done.choices[0].finish_reason in ("stop", "length")
             assert done.usage is not None
@@ -61,17 +59,17 @@ def test_answers_are_those_of_asking_directly(chat: Chat, client: openai.OpenAI,
             assert done.usage.total_tokens == done.usage.prompt_tokens + done.usage.completion_tokens
 
 
-def test_many_clients_get_what_each_would_get_alone(client: openai.OpenAI, pictures: list[Path]) -> None:
+def test_many_clients_get_what_each_would_get_alone(client: openai.OpenAI, images: list[Path]) -> None:
     asked = [
-        (model, f"Read {word}.", picture)
+        (model, f"Read {word}.", image)
         for model in (MODEL, "one")
         for word in ("it", "the sign", "all")
-        for picture in pictures
+        for image in images
     ]
 
     def ask(what: tuple[str, str, Path]) -> str | None:
-        model, text, picture = what
-        done = client.chat.completions.create(model=model, messages=_messages(text, picture), **GREEDY)
+        model, text, image = what
+        done = client.chat.completions.create(model=model, messages=_messages(text, image), **GREEDY)
         return done.choices[0].message.content
 
     alone = [ask(what) for what in asked]
@@ -79,8 +77,8 @@ def test_many_clients_get_what_each_would_get_alone(client: openai.OpenAI, pictu
         assert list(pool.map(ask, asked)) == alone
 
 
-def test_streaming(client: openai.OpenAI, pictures: list[Path]) -> None:
-    messages = _messages("Read.", pictures[0])
+def test_streaming(client: openai.OpenAI, images: list[Path]) -> None:
+    messages = _messages("Read.", images[0])
     whole = client.chat.completions.create(model=MODEL, messages=messages, **GREEDY)
     chunks = list(
         client.chat.completions.create(
@@ -95,12 +93,12 @@ def test_streaming(client: openai.OpenAI, pictures: list[Path]) -> None:
     assert len({chunk.id for chunk in chunks}) == 1
 
 
-def test_a_conversation_goes_on(chat: Chat, client: openai.OpenAI, pictures: list[Path]) -> None:
-    talk = chat.conversation(pictures[0], adapter=None)
+def test_a_conversation_goes_on(chat: Chat, client: openai.OpenAI, images: list[Path]) -> None:
+    talk = chat.conversation(images[0], adapter=None)
     first = talk.send("Read.", temperature=0.0, max_new_tokens=12)
     second = talk.send("Again?", temperature=0.0, max_new_tokens=12)
     messages = [
-        *_messages("Read.", pictures[0]),
+        *_messages("Read.", images[0]),
         {"role": "assistant", "content": first},
         {"role": "user", "content": "Again?"},
     ]
@@ -111,21 +109,21 @@ def test_a_conversation_goes_on(chat: Chat, client: openai.OpenAI, pictures: lis
 def test_the_example_asks_turn_by_turn(
     server: tuple[str, FastAPI],
     chat: Chat,
-    pictures: list[Path],
+    images: list[Path],
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     example = Path(__file__).parents[2] / "examples/openai_client.py"
-    asked = [str(pictures[0]), "Read.", "Again?", "--model", "one", "--temperature", "0", "--max-tokens", "24"]
+    asked = [str(images[0]), "Read.", "Again?", "--model", "one", "--temperature", "0", "--max-tokens", "24"]
     monkeypatch.setattr(sys, "argv", [example.name, *asked, "--url", f"{server[0]}/v1"])
     runpy.run_path(str(example), run_name="__main__")
-    talk = chat.conversation(pictures[0], adapter="one")
+    talk = chat.conversation(images[0], adapter="one")
     said = [talk.send(text, temperature=0.0, max_new_tokens=24) for text in ("Read.", "Again?")]
     assert capsys.readouterr().out == "".join(f"{one}\n" for one in said)
 
 
-def test_seeds_stops_choices_and_logprobs(client: openai.OpenAI, pictures: list[Path]) -> None:
-    messages: Any = _messages("Tell.", pictures[0])
+def test_seeds_stops_choices_and_logprobs(client: openai.OpenAI, images: list[Path]) -> None:
+    messages: Any = _messages("Tell.", images[0])
 
     def drawn(**settings: Any) -> list[str | None]:
         done = client.chat.completions.create(
@@ -204,7 +202,7 @@ def test_a_client_that_leaves_frees_its_place(stream: bool, chat: Chat) -> None:
 
 
 def test_a_full_queue_sends_clients_away(chat: Chat) -> None:
-    limits = Limits(rows=1, waiting=2)
+    limits = RequestLimits(rows=1, waiting=2)
     with serving(chat, limits=limits) as (address, app):
         client = openai.OpenAI(base_url=f"{address}/v1", api_key="any", max_retries=0)
         hello: list[Any] = [{"role": "user", "content": "Hello"}]
@@ -240,7 +238,7 @@ def test_sixty_four_wait_and_the_next_is_sent_away(chat: Chat, monkeypatch: pyte
 
 
 def test_an_answer_that_takes_too_long_ends(chat: Chat) -> None:
-    with serving(chat, limits=Limits(seconds=0.0)) as (address, app):
+    with serving(chat, limits=RequestLimits(seconds=0.0)) as (address, app):
         client = openai.OpenAI(base_url=f"{address}/v1", api_key="any", max_retries=0)
         with pytest.raises(openai.APIStatusError) as late:
             client.chat.completions.create(model=MODEL, messages=[{"role": "user", "content": "Hello"}])
@@ -254,10 +252,10 @@ def test_a_batch_that_breaks_takes_nothing_else_with_it(
     secret = "/home/somebody/secret"
     whole = chat.engine.look
 
-    def breaks(pictures: Any, adapter: str | None) -> None:
+    def breaks(images: Any, adapter: str | None) -> None:
         if adapter == "two":
             raise RuntimeError(f"CUDA error at {secret}")
-        whole(pictures, adapter)
+        whole(images, adapter)
 
     monkeypatch.setattr(chat.engine, "look", breaks)
     with serving(chat) as (address, app):
@@ -323,17 +321,17 @@ def test_the_command_serves_until_a_signal(number: signal.Signals, checkpoint: P
     assert b"Traceback" not in err
 
 
-def test_a_picture_is_looked_at_once(chat: Chat) -> None:
-    from llavar_peft.serving.pictures import PictureReader
+def test_a_image_is_looked_at_once(chat: Chat) -> None:
+    from llavar_peft.serving.api.request_images import RequestImageReader
 
-    reader = PictureReader(chat.engine.processor, Limits())
+    reader = RequestImageReader(chat.engine.processor, RequestLimits())
     url = data_url(png())
     assert reader.open(url) is reader.open(url)
     assert reader.open(url) is not reader.open(data_url(png(colour="blue")))
 
 
 def test_the_body_may_come_in_any_parts(chat: Chat) -> None:
-    from llavar_peft.serving.app import create_app
+    from llavar_peft.serving.api.api_app import create_app
 
     app = create_app(chat.engine, name=MODEL)
     body = ask_body("Hello")

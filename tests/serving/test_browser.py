@@ -48,7 +48,7 @@ def _answers(browser: Browser, side: int, count: int) -> list[str]:
 
 
 def _look(browser: Browser, name: str) -> None:
-    """Keeps a picture of the page where LLAVAR_SCREENSHOTS says, for somebody to look at."""
+    """Keep an image of the page where LLAVAR_SCREENSHOTS says, for somebody to look at."""
     if folder := os.environ.get("LLAVAR_SCREENSHOTS"):
         browser.shoot(Path(folder) / f"{name}.png")
 
@@ -60,9 +60,9 @@ def _choose(browser: Browser, where: str, name: str) -> None:
     browser.wait_for(f"document.querySelector('#{where} input').value == {name!r}")
 
 
-def test_a_picture_is_asked_about(browser: Browser, chat: Chat, pictures: list[Path], tmp_path: Path) -> None:
+def test_a_image_is_asked_about(browser: Browser, chat: Chat, images: list[Path], tmp_path: Path) -> None:
     browser.save_to(tmp_path)
-    browser.give_file("#picture input[type=file]", pictures[0])
+    browser.give_file("#picture input[type=file]", images[0])
     browser.wait_for("document.querySelector('#picture img')?.naturalWidth > 0")
     _draw_greedily(browser)
     for count, text in enumerate(("Read.", "Again?"), start=1):
@@ -71,7 +71,7 @@ def test_a_picture_is_asked_about(browser: Browser, chat: Chat, pictures: list[P
         asked = f"document.querySelectorAll('#window_0 .question').length == {count}"
         browser.wait_for(f"{asked} || (document.querySelector({ASK!r}).click(), false)", pause=0.5)
         answers = _answers(browser, 0, count)
-    talk = chat.conversation(pictures[0], adapter=None)
+    talk = chat.conversation(images[0], adapter=None)
     sampling = {"temperature": 0.0, "max_new_tokens": 12}
     assert answers == [talk.send("Read.", **sampling), talk.send("Again?", **sampling)]
     _look(browser, "asked")
@@ -101,8 +101,8 @@ def _draw_greedily(browser: Browser) -> None:
         )
 
 
-def test_two_models_side_by_side_wide_and_narrow(browser: Browser, pictures: list[Path]) -> None:
-    browser.give_file("#picture input[type=file]", pictures[1])
+def test_two_models_side_by_side_wide_and_narrow(browser: Browser, images: list[Path]) -> None:
+    browser.give_file("#picture input[type=file]", images[1])
     browser.wait_for("document.querySelector('#picture img')?.naturalWidth > 0")
     _choose(browser, "model", "one")
     _choose(browser, "other", "two")

@@ -14,8 +14,8 @@ from tests.serving.server import MODEL, Neighbour, ask_body
 SECRET = "root:x:0:0"
 
 
-def _ask_page(address: str, picture: Any) -> str:
-    data = [picture, "Read.", MODEL, "(nobody)", 0, 4, None]
+def _ask_page(address: str, image: Any) -> str:
+    data = [image, "Read.", MODEL, "(nobody)", 0, 4, None]
     told = []
     for path in ("call/ask", "call/v2/ask"):
         started = httpx.post(f"{address}/ui/gradio_api/{path}", json={"data": data}, timeout=30)
@@ -87,8 +87,8 @@ def test_cve_2024_11449_the_page_fetches_no_address(meta: Any, address: str, nei
 @pytest.mark.parametrize("path", ["/etc/passwd", "file:///etc/passwd", "../../../../etc/passwd", "/proc/self/environ"])
 def test_cve_2024_12065_the_page_opens_no_file_of_this_machine(path: str, address: str) -> None:
     """Local files by crafted requests to the page: one makes Gradio copy the file, another asks for the copy."""
-    for picture in (path, {"path": path}, {"path": path, "meta": {"_type": "gradio.FileData"}}):
-        assert SECRET not in _ask_page(address, picture)
+    for image in (path, {"path": path}, {"path": path, "meta": {"_type": "gradio.FileData"}}):
+        assert SECRET not in _ask_page(address, image)
     for prefix in ("/ui/gradio_api/file=", "/ui/file=", "/ui/gradio_api/file/", "/ui/gradio_api/proxy=", "/file="):
         answer = httpx.get(f"{address}{prefix}{path}", follow_redirects=True)
         assert answer.status_code in (400, 403, 404)
@@ -98,7 +98,7 @@ def test_cve_2024_12065_the_page_opens_no_file_of_this_machine(path: str, addres
 
 @pytest.mark.parametrize("scheme", ["http", "https", "ftp", "gopher"])
 def test_cve_2024_12068_the_api_fetches_no_address(scheme: str, address: str, neighbour: Neighbour) -> None:
-    """Server-side requests by a picture's address."""
+    """Server-side requests by an image's address."""
     for host in ("127.0.0.1", "localhost", "[::ffff:127.0.0.1]", "2130706433", "127.1", "0x7f.1", "0"):
         body = ask_body("Read.", f"{scheme}://{host}:{neighbour.port}/x.png")
         answer = httpx.post(

@@ -19,9 +19,9 @@ from fastapi import FastAPI
 from PIL import Image
 
 from llavar_peft import Chat
-from llavar_peft.serving.app import create_app
-from llavar_peft.serving.limits import Limits
-from llavar_peft.serving.service import Job
+from llavar_peft.serving.api.api_app import create_app
+from llavar_peft.serving.api.request_limits import RequestLimits
+from llavar_peft.serving.api.scheduler import Job
 from tests.serving.server import JSON, MODEL, Reply, ask_body, call, data_url
 
 REQUESTS, AT_ONCE, SECONDS = 2000, 20, 30
@@ -84,12 +84,12 @@ def _request(number: int, files: list[bytes]) -> bytes:
     """The request with that number; always the same."""
     draw = random.Random(number)
     kind = number % 4
-    pictures = [
+    images = [
         _mutated(draw.choice(files), draw) if kind == 0 else draw.choice(files)
         for _ in range(draw.choice((0, 1, 1, 2)))
     ]
     body = ask_body(
-        draw.choice(("Read.", "What is it?", "", "é日本")), *map(data_url, pictures), model=draw.choice((MODEL, "one")),
+        draw.choice(("Read.", "What is it?", "", "é日本")), *map(data_url, images), model=draw.choice((MODEL, "one")),
         stream=draw.random() < 0.2, n=draw.choice((1, 1, 2)), temperature=draw.choice((0, 0.7)), max_tokens=4,
     )  # fmt: skip
     if kind == 1:
@@ -118,7 +118,7 @@ async def _end(app: FastAPI) -> None:
 def test_nothing_breaks_hangs_or_stays(chat: Chat, files: list[bytes], caplog: pytest.LogCaptureFixture) -> None:
     process, memory = psutil.Process(), []
     before = set(threading.enumerate())
-    app = create_app(chat.engine, name=MODEL, limits=Limits(new_tokens=16, seconds=SECONDS))
+    app = create_app(chat.engine, name=MODEL, limits=RequestLimits(new_tokens=16, seconds=SECONDS))
 
     async def ask(number: int) -> Reply:
         return await asyncio.wait_for(call(app, _request(number, files), headers=JSON), SECONDS + 5)

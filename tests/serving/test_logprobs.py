@@ -68,8 +68,8 @@ def test_bytes_are_the_answer_whole_and_streamed(client: openai.OpenAI) -> None:
             if choice.logprobs is not None:
                 streamed[choice.index] += choice.logprobs.content or []
     assert grown == texts
-    for content, wanted in zip(streamed, listed, strict=True):
-        assert [(one.token, one.bytes) for one in content] == [(one.token, one.bytes) for one in wanted]
+    for content, expected in zip(streamed, listed, strict=True):
+        assert [(one.token, one.bytes) for one in content] == [(one.token, one.bytes) for one in expected]
 
 
 def test_a_stop_text_is_not_among_them(client: openai.OpenAI) -> None:

@@ -31,10 +31,10 @@ def client(address: str) -> Client:
     return Client(address, verbose=False, analytics_enabled=False, download_files=False)
 
 
-def ask(client: Client, picture: Path | None, question: str, model: str = MODEL, other: str = "(nobody)") -> list[Any]:
+def ask(client: Client, image: Path | None, question: str, model: str = MODEL, other: str = "(nobody)") -> list[Any]:
     """All that the endpoint gave out on the way."""
-    shown = handle_file(str(picture)) if picture else None
-    job = client.submit(picture=shown, question=question, model=model, other=other, api_name="/ask", **GREEDY)
+    shown = handle_file(str(image)) if image else None
+    job = client.submit(image=shown, question=question, model=model, other=other, api_name="/ask", **GREEDY)
     job.result(60)
     return job.outputs()
 
@@ -48,41 +48,41 @@ def conversation(client: Client) -> dict[str, Any]:
     return json.loads(client.predict(api_name="/as_json"))
 
 
-def test_an_answer_comes_in_pieces_and_is_the_models(client: Client, chat: Chat, pictures: list[Path]) -> None:
-    outputs = ask(client, pictures[0], "Read.")
-    wanted = chat.ask(pictures[0], "Read.", adapter=None, temperature=0, max_new_tokens=12)
-    assert said(outputs[-1][1]) == [wanted]
+def test_an_answer_comes_in_pieces_and_is_the_models(client: Client, chat: Chat, images: list[Path]) -> None:
+    outputs = ask(client, images[0], "Read.")
+    expected = chat.ask(images[0], "Read.", adapter=None, temperature=0, max_new_tokens=12)
+    assert said(outputs[-1][1]) == [expected]
     assert len({said(output[1])[0] for output in outputs}) > 2
     assert conversation(client) == {
-        "picture": pictures[0].name,
-        "turns": [{"question": "Read.", "answers": [{"model": MODEL, "text": wanted}]}],
+        "picture": images[0].name,
+        "turns": [{"question": "Read.", "answers": [{"model": MODEL, "text": expected}]}],
     }
-    assert client.predict(api_name="/as_text") == f"Picture: {pictures[0].name}\n\nQ: Read.\n{MODEL}: {wanted}\n"
+    assert client.predict(api_name="/as_text") == f"Picture: {images[0].name}\n\nQ: Read.\n{MODEL}: {expected}\n"
 
 
-def test_two_models_answer_side_by_side(client: Client, chat: Chat, pictures: list[Path]) -> None:
+def test_two_models_answer_side_by_side(client: Client, chat: Chat, images: list[Path]) -> None:
     one, two = chat.adapters
-    outputs = ask(client, pictures[1], "Read.", one, two)
-    wanted = [chat.ask(pictures[1], "Read.", adapter=name, temperature=0, max_new_tokens=12) for name in (one, two)]
-    assert wanted[0] != wanted[1]
-    assert [said(window) for window in outputs[-1][1:]] == [[wanted[0]], [wanted[1]]]
+    outputs = ask(client, images[1], "Read.", one, two)
+    expected = [chat.ask(images[1], "Read.", adapter=name, temperature=0, max_new_tokens=12) for name in (one, two)]
+    assert expected[0] != expected[1]
+    assert [said(window) for window in outputs[-1][1:]] == [[expected[0]], [expected[1]]]
     (turn,) = conversation(client)["turns"]
     assert [answer["model"] for answer in turn["answers"]] == [one, two]
 
 
-def test_another_picture_begins_another_conversation(client: Client, pictures: list[Path]) -> None:
-    ask(client, pictures[0], "Read.")
-    ask(client, pictures[0], "Again.")
+def test_another_image_begins_another_conversation(client: Client, images: list[Path]) -> None:
+    ask(client, images[0], "Read.")
+    ask(client, images[0], "Again.")
     assert [turn["question"] for turn in conversation(client)["turns"]] == ["Read.", "Again."]
-    ask(client, pictures[1], "Read.")
+    ask(client, images[1], "Read.")
     assert len(conversation(client)["turns"]) == 1
 
 
-def test_what_is_not_a_picture_is_refused_in_short(
-    client: Client, address: str, pictures: list[Path], tmp_path: Path
+def test_what_is_not_a_image_is_refused_in_short(
+    client: Client, address: str, images: list[Path], tmp_path: Path
 ) -> None:
     broken = tmp_path / "broken.png"
-    broken.write_bytes(pictures[0].read_bytes()[:60])
+    broken.write_bytes(images[0].read_bytes()[:60])
     with pytest.raises(Exception, match="picture cannot be read"):
         ask(client, broken, "Read.")
     with pytest.raises(Exception, match="Write a question"):
@@ -90,7 +90,7 @@ def test_what_is_not_a_picture_is_refused_in_short(
     assert conversation(client)["turns"] == []
 
 
-def test_a_huge_picture_is_not_decoded(client: Client, tmp_path: Path) -> None:
+def test_a_huge_image_is_not_decoded(client: Client, tmp_path: Path) -> None:
     huge = tmp_path / "huge.png"
     Image.new("1", (12000, 12000)).save(huge)
     with pytest.raises(Exception, match="picture"):
@@ -98,7 +98,7 @@ def test_a_huge_picture_is_not_decoded(client: Client, tmp_path: Path) -> None:
 
 
 def test_endless_scans_come_to_the_api_as_they_are(client: Client, tmp_path: Path) -> None:
-    """Told to change a picture's mode, Gradio would go through all of them first, and the API see a harmless file."""
+    """Told to change an image's mode, Gradio would go through all of them first, and the API see a harmless file."""
     endless = tmp_path / "endless.jpg"
     endless.write_bytes(progressive(200))
     with pytest.raises(Exception, match="more than 100 scans"):
@@ -124,12 +124,12 @@ def test_a_client_names_neither_files_nor_addresses(address: str, path: str, met
     assert "uploaded" in told
 
 
-def test_files_are_given_out_of_the_uploads_alone(address: str, pictures: list[Path]) -> None:
-    for path in ("/etc/hostname", "README.md", str(pictures[0]), str(Path(__file__)), "/proc/self/environ"):
+def test_files_are_given_out_of_the_uploads_alone(address: str, images: list[Path]) -> None:
+    for path in ("/etc/hostname", "README.md", str(images[0]), str(Path(__file__)), "/proc/self/environ"):
         assert httpx.get(f"{address}gradio_api/file={path}").status_code == 404
-    with pictures[0].open("rb") as file:
+    with images[0].open("rb") as file:
         (path,) = httpx.post(f"{address}gradio_api/upload", files={"files": file}).json()
-    assert httpx.get(f"{address}gradio_api/file={path}").content == pictures[0].read_bytes()
+    assert httpx.get(f"{address}gradio_api/file={path}").content == images[0].read_bytes()
 
 
 def test_an_upload_has_a_largest_size(address: str) -> None:

@@ -13,11 +13,11 @@ import pytest
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, PlainTextResponse, StreamingResponse
 
-from llavar_peft.serving.gate import Gate
-from llavar_peft.serving.metrics import Metrics
-from llavar_peft.serving.page_client import PageClient, RefusedError
-from llavar_peft.serving.page_guard import PageGuard
-from llavar_peft.serving.page_record import Exchange, Talk
+from llavar_peft.serving.api.middleware import RequestMiddleware
+from llavar_peft.serving.api.server_metrics import Metrics
+from llavar_peft.serving.ui.page_client import PageClient, PageRefusedError
+from llavar_peft.serving.ui.page_guard import PageGuard
+from llavar_peft.serving.ui.page_talk import Exchange, Talk
 
 
 def guarded(api_key: str | None = None) -> Any:
@@ -26,7 +26,7 @@ def guarded(api_key: str | None = None) -> Any:
         await PlainTextResponse(f"{scope['path']} {keys}")(scope, receive, send)
 
     guard = PageGuard(app, prefix="/ui", files=Path("/srv/page"), api_key=api_key)
-    gate = Gate(guard, api_key=None, hosts=None, metrics=Metrics())
+    gate = RequestMiddleware(guard, api_key=None, hosts=None, metrics=Metrics())
     return httpx.AsyncClient(transport=httpx.ASGITransport(gate), base_url="http://localhost")
 
 
@@ -146,19 +146,17 @@ def api() -> tuple[FastAPI, dict[str, Any]]:
 
 
 async def ask(client: PageClient, question: str, **given: Any) -> str:
-    history, picture = given.pop("history", []), given.pop("picture", None)
-    return "".join([piece async for piece in client.stream("one", history, question, picture, **given)])
+    history, image = given.pop("history", []), given.pop("picture", None)
+    return "".join([piece async for piece in client.stream("one", history, question, image, **given)])
 
 
 def test_the_page_asks_as_a_client_of_the_api(tmp_path: Path) -> None:
     app, seen = api()
     client = PageClient(app, ["one"], 64, api_key="secret")
-    picture = tmp_path / "a.png"
-    picture.write_bytes(b"png")
+    image = tmp_path / "a.png"
+    image.write_bytes(b"png")
     said = asyncio.run(
-        ask(
-            client, "And?", history=[("What?", "This.")], picture=str(picture), temperature=0.5, max_tokens=9, seed=None
-        )
+        ask(client, "And?", history=[("What?", "This.")], image=str(image), temperature=0.5, max_tokens=9, seed=None)
     )
     assert said == "It säys so"
     assert seen["key"] == "Bearer secret"
@@ -180,14 +178,14 @@ def test_the_page_asks_as_a_client_of_the_api(tmp_path: Path) -> None:
     [("busy", "Try again in 7 s"), ("wrong", "the picture is too large"), ("broken", "could not answer")],
 )
 def test_what_the_api_refuses_is_told_in_short(question: str, told: str) -> None:
-    with pytest.raises(RefusedError, match=told) as error:
+    with pytest.raises(PageRefusedError, match=told) as error:
         asyncio.run(ask(PageClient(api()[0], ["one"], 64), question))
     assert "secret" not in str(error.value)
 
 
-def test_a_picture_that_is_gone_is_told() -> None:
-    with pytest.raises(RefusedError, match="Drop it again"):
-        asyncio.run(ask(PageClient(api()[0], ["one"], 64), "What?", picture="nowhere.png"))
+def test_a_image_that_is_gone_is_told() -> None:
+    with pytest.raises(PageRefusedError, match="Drop it again"):
+        asyncio.run(ask(PageClient(api()[0], ["one"], 64), "What?", image="nowhere.png"))
 
 
 def test_who_leaves_ends_the_request() -> None:

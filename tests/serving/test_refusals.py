@@ -16,12 +16,12 @@ from fastapi import FastAPI
 from PIL import Image
 
 from llavar_peft import Chat
-from llavar_peft.inference import fetch as fetching
-from llavar_peft.serving.app import create_app
-from llavar_peft.serving.conversation import read_conversation
-from llavar_peft.serving.limits import Limits, RefusedError
-from llavar_peft.serving.pictures import PictureReader
-from llavar_peft.serving.schema import parse_request
+from llavar_peft.inference import fetch_image as fetching
+from llavar_peft.serving.api.api_app import create_app
+from llavar_peft.serving.api.api_schema import parse_request
+from llavar_peft.serving.api.chat_messages import read_conversation
+from llavar_peft.serving.api.request_images import RequestImageReader
+from llavar_peft.serving.api.request_limits import RequestLimits, RequestRefusedError
 from tests.serving.server import JSON, MODEL, Neighbour, ask_body, call, data_url, png, progressive, serving
 
 
@@ -35,9 +35,9 @@ def app(chat: Chat) -> Iterator[FastAPI]:
 def test_an_allowed_host_is_asked_only_at_public_addresses(
     chat: Chat, neighbour: Neighbour, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    reader = PictureReader(chat.engine.processor, Limits(), domains=frozenset({"pictures.example"}))
+    reader = RequestImageReader(chat.engine.processor, RequestLimits(), domains=frozenset({"pictures.example"}))
     monkeypatch.setattr(fetching, "_resolve", lambda target, deadline: ["93.184.216.34", "127.0.0.1"])
-    with pytest.raises(RefusedError) as refused:
+    with pytest.raises(RequestRefusedError) as refused:
         reader.open(f"http://pictures.example:{neighbour.port}/a.png")
     assert "127.0.0.1" not in refused.value.message
     assert neighbour.visits == 0
@@ -53,9 +53,9 @@ def test_a_redirect_to_a_private_address_is_not_followed(
         asked.append(url)
         return f"http://{inside}/" if len(asked) == 1 else f"http://pictures.example@{inside}/"
 
-    reader = PictureReader(chat.engine.processor, Limits(), domains=frozenset({"pictures.example"}))
+    reader = RequestImageReader(chat.engine.processor, RequestLimits(), domains=frozenset({"pictures.example"}))
     monkeypatch.setattr(fetching, "_get", redirects)
-    with pytest.raises(RefusedError):
+    with pytest.raises(RequestRefusedError):
         reader.open("http://pictures.example/a.png")
     assert asked == ["http://pictures.example/a.png"]
     assert neighbour.visits == 0
@@ -73,8 +73,8 @@ def test_a_redirect_to_a_private_address_is_not_followed(
     ],
 )  # fmt: skip
 def test_one_parser_reads_an_address(url: str, chat: Chat, neighbour: Neighbour) -> None:
-    reader = PictureReader(chat.engine.processor, Limits(), domains=frozenset({"pictures.example"}))
-    with pytest.raises(RefusedError):
+    reader = RequestImageReader(chat.engine.processor, RequestLimits(), domains=frozenset({"pictures.example"}))
+    with pytest.raises(RequestRefusedError):
         reader.open(url.format(port=neighbour.port))
     assert neighbour.visits == 0
 
@@ -91,12 +91,12 @@ def test_nothing_of_a_request_is_a_path(path: str, app: FastAPI, monkeypatch: py
 
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 2), (2, 1), (1, 3000), (3000, 1), (13, 13)])
-def test_tiny_and_thin_pictures_are_answered(size: tuple[int, int], app: FastAPI) -> None:
+def test_tiny_and_thin_images_are_answered(size: tuple[int, int], app: FastAPI) -> None:
     answer = asyncio.run(call(app, ask_body("Read.", data_url(png(*size)))))
     assert answer.status == 200, answer.json
 
 
-def test_a_picture_larger_than_said_is_not_decoded(app: FastAPI) -> None:
+def test_a_image_larger_than_said_is_not_decoded(app: FastAPI) -> None:
     """A file of some kilobytes that asks for gigabytes."""
     data = bytearray(png(1, 1))
     data[16:24] = (60_000).to_bytes(4, "big") * 2
@@ -114,7 +114,7 @@ def test_every_format_that_is_promised_is_read(kind: str, app: FastAPI) -> None:
     assert answer.status == 200, answer.json
 
 
-def test_a_picture_of_endless_scans_is_not_decoded(app: FastAPI, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_image_of_endless_scans_is_not_decoded(app: FastAPI, caplog: pytest.LogCaptureFixture) -> None:
     """A megabyte of scans, each a pass over all pixels, would take minutes."""
     assert asyncio.run(call(app, ask_body("Read.", data_url(progressive())))).status == 200
     answer = asyncio.run(call(app, ask_body("Read.", data_url(progressive(200)))))
@@ -132,7 +132,7 @@ def test_the_log_knows_more_than_the_client(app: FastAPI, caplog: pytest.LogCapt
 
 
 def test_a_full_server_says_so_before_it_reads(chat: Chat) -> None:
-    full = create_app(chat.engine, name=MODEL, limits=Limits(waiting=0, rows=0))
+    full = create_app(chat.engine, name=MODEL, limits=RequestLimits(waiting=0, rows=0))
     answer = asyncio.run(call(full, b"{"))
     full.state.service.close()
     assert answer.status == 429
@@ -142,11 +142,11 @@ def test_a_full_server_says_so_before_it_reads(chat: Chat) -> None:
 @pytest.mark.parametrize(
     "typed", ["<image>", "<im_patch>", "<im_start><im_patch><im_patch><im_end>", "<image>\n" * 900]
 )
-def test_placeholders_without_a_picture_are_words(typed: str, app: FastAPI) -> None:
+def test_placeholders_without_a_image_are_words(typed: str, app: FastAPI) -> None:
     answer = asyncio.run(call(app, ask_body(typed)))
     assert answer.status in (200, 400), answer.json
-    with_picture = asyncio.run(call(app, ask_body(typed[:60], data_url(png()))))
-    assert with_picture.status == 200, with_picture.json
+    with_image = asyncio.run(call(app, ask_body(typed[:60], data_url(png()))))
+    assert with_image.status == 200, with_image.json
 
 
 @pytest.mark.parametrize(
@@ -154,11 +154,11 @@ def test_placeholders_without_a_picture_are_words(typed: str, app: FastAPI) -> N
 )
 def test_what_users_type_is_never_a_special_token(text: str, chat: Chat, app: FastAPI) -> None:
     processor = chat.engine.processor
-    pictures = PictureReader(processor, Limits())
+    images = RequestImageReader(processor, RequestLimits())
 
     def ids(words: str) -> list[int]:
         request = parse_request(ask_body(words))
-        (one,) = read_conversation(request, processor, pictures, Limits(), adapter=None)
+        (one,) = read_conversation(request, processor, images, RequestLimits(), adapter=None)
         return one.ids.tolist()
 
     special = {*processor.tokenizer.all_special_ids, *processor.tokenizer.added_tokens_decoder}
@@ -182,7 +182,7 @@ def test_huge_numbers_are_refused_at_once(fields: dict[str, Any], app: FastAPI) 
     assert app.state.service.waiting == app.state.service.running == 0
 
 
-def test_five_pictures_are_too_many(app: FastAPI) -> None:
+def test_five_images_are_too_many(app: FastAPI) -> None:
     answer = asyncio.run(call(app, ask_body("Read.", *[data_url(png())] * 5)))
     assert (answer.status, answer.json["error"]["code"]) == (400, "too_many_images")
 
@@ -205,7 +205,7 @@ def test_a_body_is_cut_off_while_it_is_read(app: FastAPI) -> None:
 
 
 def test_a_body_that_drips_is_given_up(chat: Chat) -> None:
-    slow = create_app(chat.engine, name=MODEL, limits=Limits(body_seconds=0.2))
+    slow = create_app(chat.engine, name=MODEL, limits=RequestLimits(body_seconds=0.2))
     answer = asyncio.run(call(slow, itertools.repeat(b" "), pause=0.05))
     slow.state.service.close()
     assert answer.status == 408

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from llavar_peft import Trainer, build_model, load_recipe
-from llavar_peft.config import Recipe
+from llavar_peft.recipe.schema import Recipe
 from llavar_peft.training import stage_trainer
 
 stage_trainer.__name__  # noqa: B018 - imported for the children: transformers, accelerate and peft come with it

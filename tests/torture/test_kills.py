@@ -15,8 +15,8 @@ import torch
 from safetensors.torch import load_file
 
 from llavar_peft import Full, Lora, Projector, Recipe
-from llavar_peft.config import Tune
-from llavar_peft.recipes import dump_recipe
+from llavar_peft.recipe.recipe_yaml import dump_recipe
+from llavar_peft.recipe.schema import Tune
 from tests.training.conftest import tiny_data, tiny_model, tiny_recipe
 
 __all__ = ["tiny_data", "tiny_model", "tiny_recipe"]

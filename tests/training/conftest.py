@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from llavar_peft import DataConfig, Full, ModelConfig, OptimConfig, ProbeConfig, Projector, Recipe, Stage
-from llavar_peft.data.synth.settings import SynthSettings
-from llavar_peft.data.synth.write import write_synthetic
+from llavar_peft.datagen.synth.synth_settings import SynthSettings
+from llavar_peft.datagen.synth.write_synthetic import write_synthetic
 
 
 @pytest.fixture(scope="session")

@@ -13,16 +13,16 @@ from pathlib import Path
 
 import torch
 
-from llavar_peft.config import ModelConfig, Stage
 from llavar_peft.constants import IGNORE_INDEX
 from llavar_peft.models.architecture import architecture
-from llavar_peft.models.configuration import LlavarConfig
-from llavar_peft.models.modeling import LlavarForConditionalGeneration
-from llavar_peft.models.packed import let_pack
-from llavar_peft.models.tuning import prepare_for
-from llavar_peft.recipes import load_recipe
-from llavar_peft.training.estimate.memory import compute_dtype, storage_dtype
-from llavar_peft.training.loss import supervised_loss
+from llavar_peft.models.llavar_config import LlavarConfig
+from llavar_peft.models.modeling_llavar import LlavarForConditionalGeneration
+from llavar_peft.models.packed_attention import enable_packing
+from llavar_peft.models.tuning import apply_tuning
+from llavar_peft.preflight.estimate.estimate_memory import compute_dtype, storage_dtype
+from llavar_peft.recipe.presets import load_recipe
+from llavar_peft.recipe.schema import ModelConfig, Stage
+from llavar_peft.training.supervised_loss import supervised_loss
 
 
 def _resident(kind: str) -> int:
@@ -32,11 +32,11 @@ def _resident(kind: str) -> int:
 
 def measure(model: LlavarForConditionalGeneration, stage: Stage, tokens: int, autocast: torch.dtype | None) -> None:
     """Two optimizer steps; in the second, gradients and states are there as in a run."""
-    trained = prepare_for(model, stage.tune)
+    trained = apply_tuning(model, stage.tune)
     if stage.gradient_checkpointing:
         trained.gradient_checkpointing_enable({"use_reentrant": False})
     trained.train()
-    let_pack(model)
+    enable_packing(model)
     learnt = [one for one in trained.parameters() if one.requires_grad]
     optimizer = torch.optim.AdamW(learnt, lr=1e-4)
     side = model.config.vision_config.image_size
@@ -56,13 +56,13 @@ def measure(model: LlavarForConditionalGeneration, stage: Stage, tokens: int, au
         optimizer.zero_grad(set_to_none=False)
 
 
-def _in_a_child(config: LlavarConfig, wanted: ModelConfig, stage: Stage, tokens: int) -> None:
+def _in_a_child(config: LlavarConfig, expected: ModelConfig, stage: Stage, tokens: int) -> None:
     child = os.fork()
     if child == 0:
         try:
             torch.manual_seed(0)
             before = _resident("VmRSS")
-            model = LlavarForConditionalGeneration(config).to(storage_dtype(wanted.dtype))
+            model = LlavarForConditionalGeneration(config).to(storage_dtype(expected.dtype))
             Path("/proc/self/clear_refs").write_text("5")
             measure(model, stage, tokens, compute_dtype(stage.precision))
             print(stage.name, _resident("VmHWM") - before, flush=True)  # noqa: T201

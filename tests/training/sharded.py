@@ -14,7 +14,7 @@ from transformers import TrainerCallback
 
 from llavar_peft import Recipe, Trainer, build_model
 from llavar_peft.errors import InterruptedRunError
-from llavar_peft.recipe_files import load_recipe
+from llavar_peft.recipe.presets import load_recipe
 
 
 class Look(TrainerCallback):  # type: ignore[misc]
@@ -40,7 +40,7 @@ def _here(parameter: Any) -> int:
 
 
 def run(recipe: Recipe, look: Look) -> None:
-    """Trains, and goes on once if it was interrupted."""
+    """Train, and goes on once if it was interrupted."""
     for _ in range(2):
         model, processor = build_model(recipe.model, seed=recipe.seed)
         try:

@@ -26,11 +26,11 @@ from llavar_peft import (
     make_delta,
     merge_adapter,
 )
-from llavar_peft.config import Quantization
-from llavar_peft.data import prepare_image
+from llavar_peft.data.image_preparation import prepare_image
 from llavar_peft.errors import ConfigError, WeightsError
-from llavar_peft.inference import load_reader
-from llavar_peft.models.tuning import finish, prepare_for, trained_names
+from llavar_peft.inference.reader import load_reader
+from llavar_peft.models.tuning import apply_tuning, merge_tuning, trained_names
+from llavar_peft.recipe.schema import Quantization
 
 IDS = torch.tensor([[1, 40, 41, 42, 43, 44, 45]])
 _STORED = {None: "Linear", "nf4": "Linear4bit", "int8": "Linear8bitLt"}
@@ -80,15 +80,15 @@ def test_an_adapter_holds_everything_and_reads_as_in_training(
     reader = load_reader(result)
     processor = trainer.processor
     ids = processor.encode_question("What does the sign say?")
-    picture = sorted((tiny_data / "images").iterdir())[0]
-    pixels = prepare_image(picture, "pad", processor)[None]
-    wanted = _logits(trainer.model, ids, pixels)
+    image = sorted((tiny_data / "images").iterdir())[0]
+    pixels = prepare_image(image, "pad", processor)[None]
+    expected = _logits(trainer.model, ids, pixels)
     # On a quantized base stage 1's rows and projector are laid over the source before it is quantized again: the same.
-    torch.testing.assert_close(_logits(reader.model, ids, pixels), wanted, atol=1e-5, rtol=1e-5)
-    assert len(reader.ask([picture], "What does the sign say?", max_new_tokens=4)) == 1
+    torch.testing.assert_close(_logits(reader.model, ids, pixels), expected, atol=1e-5, rtol=1e-5)
+    assert len(reader.ask([image], "What does the sign say?", max_new_tokens=4)) == 1
     plain, _ = build_model(trainer.base, seed=recipe.seed)
     opened = PeftModel.from_pretrained(plain, str(result))
-    torch.testing.assert_close(_logits(opened, ids, pixels), wanted, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(_logits(opened, ids, pixels), expected, atol=1e-5, rtol=1e-5)
 
 
 def test_from_the_parts_alone_the_rows_are_trained_and_nothing_else_of_the_embeddings(tiny_recipe: Recipe) -> None:
@@ -104,10 +104,10 @@ def test_from_the_parts_alone_the_rows_are_trained_and_nothing_else_of_the_embed
     base, processor = build_model(recipe.model, seed=recipe.seed)
     assert not torch.equal(rows[0], base.get_input_embeddings().weight[-2:])
     ids = torch.cat([IDS, torch.tensor([processor.tokenizer.convert_tokens_to_ids(["<im_start>", "<im_end>"])])], dim=1)
-    wanted = _logits(trainer.model, ids)
-    torch.testing.assert_close(_logits(load_reader(result).model, ids), wanted, atol=1e-5, rtol=1e-5)
+    expected = _logits(trainer.model, ids)
+    torch.testing.assert_close(_logits(load_reader(result).model, ids), expected, atol=1e-5, rtol=1e-5)
     embeddings = base.get_input_embeddings().weight.detach().clone()
-    merged = finish(load_adapter(base, result)).get_input_embeddings().weight
+    merged = merge_tuning(load_adapter(base, result)).get_input_embeddings().weight
     assert torch.equal(merged[:-2], embeddings[:-2])
     assert torch.equal(merged[-2:], rows[0])
 
@@ -174,7 +174,7 @@ def test_the_folder_says_what_it_is(tiny_recipe: Recipe) -> None:
 
 def test_half_precision_trains_in_float32_beside_it(tiny_recipe: Recipe) -> None:
     model, _ = build_model(dataclasses.replace(tiny_recipe.model, dtype="bfloat16"))
-    wrapped = prepare_for(model, Lora(rank=4, train_image_rows=True))
+    wrapped = apply_tuning(model, Lora(rank=4, train_image_rows=True))
     dtypes = {parameter.dtype for parameter in wrapped.parameters() if parameter.requires_grad}
     assert dtypes == {torch.float32}
 

@@ -18,17 +18,17 @@ from transformers import TrainerCallback
 
 from llavar_peft import Full, Lora, Recipe
 from llavar_peft.errors import ConfigError, EnvironmentFaultError, InterruptedRunError
-from llavar_peft.training.checkpoints import (
+from llavar_peft.training.checkpoint_folders import (
     MANIFEST,
     Origin,
+    check_same_run,
     checkpoints,
-    fault_of,
+    find_checkpoint_fault,
     newest_good,
-    refuse_another_origin,
-    seal,
+    write_manifest,
 )
-from llavar_peft.training.finite import refuse_non_finite
-from llavar_peft.training.out_of_memory import remedies
+from llavar_peft.training.nan_guard import check_finite
+from llavar_peft.training.out_of_memory import memory_remedies
 from llavar_peft.training.run_lock import locked
 from tests.training.test_resume import SignalAt, _figures, _train, _weights
 
@@ -67,7 +67,7 @@ def saved(tmp_path: Path) -> Path:
         staged.mkdir(parents=True)
         for name in ("model.safetensors", "optimizer.pt", "rng_state.pth"):
             (staged / name).write_bytes(os.urandom(5000))
-        seal(staged, directory / f"checkpoint-{step}", Origin(1, {"records.json": "0"}))
+        write_manifest(staged, directory / f"checkpoint-{step}", Origin(1, {"records.json": "0"}))
     return directory
 
 
@@ -90,14 +90,14 @@ def test_a_broken_checkpoint_is_set_aside_and_the_one_before_is_taken(
 
 def test_every_byte_of_a_checkpoint_is_held(saved: Path) -> None:
     folder = saved / "checkpoint-1"
-    assert fault_of(folder) is None
+    assert find_checkpoint_fault(folder) is None
     for path in sorted(folder.iterdir()):
         if path.name != MANIFEST:
             before = path.read_bytes()
             _flip(path)
-            assert path.name in (fault_of(folder) or "")
+            assert path.name in (find_checkpoint_fault(folder) or "")
             path.write_bytes(before)
-    assert fault_of(folder) is None
+    assert find_checkpoint_fault(folder) is None
 
 
 def test_a_run_goes_on_from_the_last_good_checkpoint_and_ends_the_same(tiny_recipe: Recipe, tmp_path: Path) -> None:
@@ -160,7 +160,7 @@ def test_a_disk_that_stays_full_stops_the_run_which_goes_on_later(
 ) -> None:
     recipe = _one_stage(tiny_recipe, save_every_steps=1)
     expected = _weights(_train(dataclasses.replace(recipe, output_dir=str(tmp_path / "whole"))))
-    with pytest.raises(EnvironmentFaultError, match=r"the disk is full; checkpoint-1 is kept. Mend: free") as stopped:
+    with pytest.raises(EnvironmentFaultError, match=r"the disk is full; checkpoint-1 is kept. Fix: free") as stopped:
         _train(recipe, (full_disk(2, 3),))
     assert stopped.value.exit_code == 3
     _limit_files(None)
@@ -177,7 +177,7 @@ def test_a_result_that_does_not_fit_on_the_disk_is_named(full_disk: Any, tiny_re
             _limit_files(100_000)
 
     recipe = _one_stage(tiny_recipe)
-    with pytest.raises(EnvironmentFaultError, match=r"run.model: not saved, the disk is full. Mend: free"):
+    with pytest.raises(EnvironmentFaultError, match=r"run.model: not saved, the disk is full. Fix: free"):
         _train(recipe, (FullAtTheEnd(),))
     _limit_files(None)
     assert not [path.name for path in Path(recipe.output_dir).iterdir() if "model" in path.name]
@@ -199,11 +199,11 @@ def test_the_guilty_micro_batch_is_named() -> None:
     accelerator = Accelerator(cpu=True)
     good, bad = torch.tensor(1.0), torch.tensor(float("nan"))
     losses = [(good, ("a", "b")), (bad, ("c", "d")), (good, ("e",))]
-    refuse_non_finite(accelerator, losses[:1], 1.0, where="s:step 1")
+    check_finite(accelerator, losses[:1], 1.0, where="s:step 1")
     with pytest.raises(EnvironmentFaultError, match=r"^s:step 1: the loss is not finite, records c, d. Mend"):
-        refuse_non_finite(accelerator, losses, float("nan"), where="s:step 1")
+        check_finite(accelerator, losses, float("nan"), where="s:step 1")
     with pytest.raises(EnvironmentFaultError, match=r"the gradient is not finite \(norm inf\), records a, b. Mend"):
-        refuse_non_finite(accelerator, losses[:1], float("inf"), where="s:step 1")
+        check_finite(accelerator, losses[:1], float("inf"), where="s:step 1")
 
 
 def test_other_records_are_refused_unless_allowed(tiny_recipe: Recipe, tiny_data: Path, tmp_path: Path) -> None:
@@ -224,11 +224,11 @@ def test_other_records_are_refused_unless_allowed(tiny_recipe: Recipe, tiny_data
 
 def test_another_number_of_processes_is_refused(saved: Path) -> None:
     origin = Origin(1, {"records.json": "0"})
-    refuse_another_origin(saved / "checkpoint-1", origin)
+    check_same_run(saved / "checkpoint-1", origin)
     # The same file elsewhere is the same.
-    refuse_another_origin(saved / "checkpoint-1", Origin(1, {"moved/records.json": "0"}))
+    check_same_run(saved / "checkpoint-1", Origin(1, {"moved/records.json": "0"}))
     with pytest.raises(ConfigError, match="ranks: was 1, is 8"):
-        refuse_another_origin(saved / "checkpoint-1", dataclasses.replace(origin, ranks=8))
+        check_same_run(saved / "checkpoint-1", dataclasses.replace(origin, ranks=8))
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="a forked process holds the folder")
@@ -265,11 +265,11 @@ def test_too_little_memory_is_explained(tiny_recipe: Recipe) -> None:
 
 def test_remedies_are_those_not_taken_yet_results_unchanged_first(tiny_recipe: Recipe) -> None:
     stage = dataclasses.replace(tiny_recipe.stages[1], micro_batch_size=4, max_length=2048)
-    found = remedies(stage, tiny_recipe.model, ranks=1)
+    found = memory_remedies(stage, tiny_recipe.model, ranks=1)
     assert [one.split()[1] for one in found] == ["gradient_checkpointing:", "max_tokens:", "tune:", "max_length:"]
     frugal = dataclasses.replace(
         stage, gradient_checkpointing=True, micro_batch_size=1, tune=Lora(), max_length=512, packing=False
     )
     model = dataclasses.replace(tiny_recipe.model, quantize="nf4")
-    assert remedies(frugal, model, ranks=1) == []
-    assert remedies(dataclasses.replace(frugal, tune=Full()), tiny_recipe.model, ranks=8)[0].startswith("shard")
+    assert memory_remedies(frugal, model, ranks=1) == []
+    assert memory_remedies(dataclasses.replace(frugal, tune=Full()), tiny_recipe.model, ranks=8)[0].startswith("shard")

@@ -8,16 +8,16 @@ import pytest
 
 from llavar_peft import DataConfig
 from llavar_peft.errors import DataError
-from llavar_peft.training.ledger import FaultLedger
+from llavar_peft.training.dropped_records import DroppedRecords
 
 IMAGE = ("a", "image: a.png: broken")
 
 
-def _ledger(path: Path, **settings: object) -> FaultLedger:
-    return FaultLedger(path / "dropped.jsonl", DataConfig(records="r.json", **settings), total=100)  # type: ignore[arg-type]
+def _ledger(path: Path, **settings: object) -> DroppedRecords:
+    return DroppedRecords(path / "dropped.jsonl", DataConfig(records="r.json", **settings), total=100)  # type: ignore[arg-type]
 
 
-def test_a_bad_picture_stops_each_run_until_it_is_repaired(tmp_path: Path) -> None:
+def test_a_bad_image_stops_each_run_until_it_is_repaired(tmp_path: Path) -> None:
     for _ in range(2):
         with pytest.raises(DataError, match=r"a\.png: broken"):
             _ledger(tmp_path).note([IMAGE])

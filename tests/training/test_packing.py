@@ -12,23 +12,23 @@ import torch
 from safetensors.torch import load_file
 
 from llavar_peft import Full, Lora, Projector, Recipe, Trainer, build_model
-from llavar_peft.config import Tune
-from llavar_peft.data.dataset import Collator, Item
-from llavar_peft.data.tokenize import encode_record
-from llavar_peft.models.packed import let_go, let_pack, packed_arguments
-from llavar_peft.models.processing import LlavarProcessor
-from llavar_peft.models.tuning import prepare_for
-from llavar_peft.training.loss import supervised_loss
+from llavar_peft.data.encode_record import encode_record
+from llavar_peft.data.training_dataset import Collator, Item
+from llavar_peft.models.packed_attention import disable_packing, enable_packing, packed_arguments
+from llavar_peft.models.processing_llavar import LlavarProcessor
+from llavar_peft.models.tuning import apply_tuning
+from llavar_peft.recipe.schema import Tune
+from llavar_peft.training.supervised_loss import supervised_loss
 
 TUNES: tuple[Tune, ...] = (Projector(), Full(), Lora(rank=4, alpha=8.0, dropout=0.0))
 TEXTS = ("Read.", "What does the sign say, and in which colour?", "Say nothing.", "Is there a second line of text?")
 
 
-def _items(processor: LlavarProcessor, *, pictures: tuple[bool, ...]) -> list[Item]:
+def _items(processor: LlavarProcessor, *, images: tuple[bool, ...]) -> list[Item]:
     generator = torch.Generator().manual_seed(0)
     size = processor.image_processor.crop_size["height"]
     items = []
-    for number, (text, has) in enumerate(zip(TEXTS, pictures, strict=True)):
+    for number, (text, has) in enumerate(zip(TEXTS, images, strict=True)):
         turns = [
             {"from": "human", "value": f"{text}\n<image>" if has else text},
             {"from": "gpt", "value": text.upper()},
@@ -59,19 +59,19 @@ def _gradients(model: Any, batch: dict[str, Any]) -> tuple[float, dict[str, torc
 )
 @pytest.mark.parametrize("tune", TUNES, ids=lambda tune: type(tune).__name__)
 def test_loss_and_gradients_are_those_of_padded_rows(
-    tune: Tune, pictures: tuple[bool, ...], checkpointing: bool, tiny_recipe: Recipe
+    tune: Tune, images: tuple[bool, ...], checkpointing: bool, tiny_recipe: Recipe
 ) -> None:
     built, processor = build_model(tiny_recipe.model)
-    model = prepare_for(built, tune)
+    model = apply_tuning(built, tune)
     if checkpointing:
         model.enable_input_require_grads()
         model.gradient_checkpointing_enable({"use_reentrant": False})
     model.train()
-    items, pad = _items(processor, pictures=pictures), processor.tokenizer.pad_token_id
+    items, pad = _items(processor, images=images), processor.tokenizer.pad_token_id
     loss, gradients = _gradients(model, Collator(pad)(items))
-    assert let_pack(built)
+    assert enable_packing(built)
     packed_loss, packed = _gradients(model, Collator(pad, packed=True)(items))
-    let_go(built)
+    disable_packing(built)
     assert packed_loss == pytest.approx(loss, abs=1e-5)
     assert set(packed) == set(gradients)
     largest = max(float(one.abs().max()) for one in gradients.values())
@@ -81,25 +81,25 @@ def test_loss_and_gradients_are_those_of_padded_rows(
 
 def test_conversations_do_not_see_each_other(tiny_recipe: Recipe) -> None:
     model, processor = build_model(tiny_recipe.model)
-    items = _items(processor, pictures=(False,) * 4)
+    items = _items(processor, images=(False,) * 4)
     rows = [item.example.input_ids for item in items]
     lengths = tuple(map(len, rows))
     alone = [model(input_ids=row[None], use_cache=False).logits[0] for row in rows]
-    let_pack(model)
+    enable_packing(model)
     arguments = packed_arguments(lengths, model, torch.device("cpu"))
     together = model(input_ids=torch.cat(rows)[None], use_cache=False, **arguments).logits[0].split(lengths)
     for one, other in zip(alone, together, strict=True):
         torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-5)
     # Padded rows, and generation, go on working meanwhile.
     again = model(input_ids=rows[0][None], use_cache=False).logits[0]
-    let_go(model)
+    disable_packing(model)
     torch.testing.assert_close(again, alone[0], atol=1e-4, rtol=1e-5)
     assert model.config.text_config._attn_implementation == "sdpa"
 
 
 def test_eager_attention_pads(tiny_recipe: Recipe) -> None:
     model, _ = build_model(dataclasses.replace(tiny_recipe.model, attention="eager"))
-    assert not let_pack(model)
+    assert not enable_packing(model)
 
 
 def test_a_run_ends_at_the_same_weights(tiny_recipe: Recipe) -> None:

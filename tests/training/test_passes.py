@@ -12,12 +12,12 @@ import torch
 from safetensors.torch import load_file
 
 from llavar_peft import Full, Lora, Recipe, Trainer, build_model
-from llavar_peft.config import Stage
-from llavar_peft.data.dataset import Collator
-from llavar_peft.models.packed import let_pack
-from llavar_peft.models.tuning import prepare_for
-from llavar_peft.training.loss import supervised_loss
-from llavar_peft.training.recomputation import Recomputation
+from llavar_peft.data.training_dataset import Collator
+from llavar_peft.models.packed_attention import enable_packing
+from llavar_peft.models.tuning import apply_tuning
+from llavar_peft.recipe.schema import Stage
+from llavar_peft.training.activation_checkpointing import Recomputation
+from llavar_peft.training.supervised_loss import supervised_loss
 from tests.training.test_packing import _items
 
 
@@ -59,10 +59,10 @@ def test_auto_recomputes_what_the_memory_asks_for_and_changes_nothing(tiny_recip
 @pytest.mark.parametrize("tune", [Full(), Lora(rank=4, alpha=8.0)], ids=["full", "lora"])
 def test_the_number_of_layers_follows_tokens_and_memory(tune: Any, tiny_recipe: Recipe) -> None:
     model, processor = build_model(tiny_recipe.model)
-    trained = prepare_for(model, tune).train()
+    trained = apply_tuning(model, tune).train()
     trained.gradient_checkpointing_enable({"use_reentrant": False})
-    assert let_pack(model)
-    batch = Collator(0, packed=True)(_items(processor, pictures=(True,) * 4))
+    assert enable_packing(model)
+    batch = Collator(0, packed=True)(_items(processor, images=(True,) * 4))
     tokens = batch["input_ids"].numel()
     memory = [0]
     made = Recomputation(trained, auto=True, device=torch.device("cpu"), free=lambda device: memory[0])
@@ -92,7 +92,7 @@ def test_the_number_of_layers_follows_tokens_and_memory(tune: Any, tiny_recipe: 
 
 def test_without_auto_nothing_is_touched(tiny_recipe: Recipe) -> None:
     model, _ = build_model(tiny_recipe.model)
-    trained = prepare_for(model, Full())
+    trained = apply_tuning(model, Full())
     trained.gradient_checkpointing_enable({"use_reentrant": False})
     made = Recomputation(trained, auto=False, device=torch.device("cpu"))
     made.plan(10, settled=True)

@@ -17,7 +17,7 @@ from transformers import TrainerCallback
 
 from llavar_peft import Full, Lora, Recipe, Trainer, build_model, load_adapter
 from llavar_peft.errors import ConfigError, InterruptedRunError
-from llavar_peft.models.tuning import prepare_for
+from llavar_peft.models.tuning import apply_tuning
 
 TUNE = Lora(rank=4, alpha=8, dropout=0.1, variant="pissa")
 IDS = torch.tensor([[1, 40, 41, 42, 43, 44, 45]])
@@ -53,7 +53,7 @@ def test_at_the_start_the_model_is_the_base(recipe: Recipe) -> None:
     plain, _ = build_model(recipe.model)
     whole = plain.model.language_model.layers[0].mlp.up_proj.weight.detach().clone()
     before = _logits(plain)
-    wrapped = prepare_for(plain, TUNE)
+    wrapped = apply_tuning(plain, TUNE)
     torch.testing.assert_close(_logits(wrapped), before, atol=1e-4, rtol=1e-4)
     left = wrapped.get_base_model().model.language_model.layers[0].mlp.up_proj.base_layer.weight
     largest = float(torch.linalg.svdvals(left)[0])
@@ -84,7 +84,7 @@ def test_every_checkpoint_and_the_result_fit_the_whole_base(recipe: Recipe) -> N
 def _residual(recipe: Recipe, seed: int, start: Path | None = None) -> torch.Tensor:
     torch.manual_seed(seed)
     model, _ = build_model(recipe.model)
-    prepare_for(model, TUNE, new_rows=True, checkpoint=start)
+    apply_tuning(model, TUNE, new_rows=True, checkpoint=start)
     weight: torch.Tensor = model.model.language_model.layers[0].self_attn.q_proj.base_layer.weight
     return weight
 
@@ -122,5 +122,5 @@ def test_a_stage_that_follows_builds_on_the_merged_adapter_also_when_it_is_taken
 
 def test_a_rank_beyond_the_layer_is_refused(recipe: Recipe) -> None:
     model, _ = build_model(recipe.model)
-    with pytest.raises(ConfigError, match=r"pissa cannot take 500 components out of .*Mend: use a rank of \d+ at most"):
-        prepare_for(model, dataclasses.replace(TUNE, rank=500))
+    with pytest.raises(ConfigError, match=r"pissa cannot take 500 components out of .*Fix: use a rank of \d+ at most"):
+        apply_tuning(model, dataclasses.replace(TUNE, rank=500))

@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import load_file
 
 from llavar_peft import Recipe
-from llavar_peft.recipes import dump_recipe
+from llavar_peft.recipe.recipe_yaml import dump_recipe
 from tests.training.sharded import Look, run
 
 ROOT = Path(__file__).parents[2]
@@ -32,8 +32,8 @@ def _assert_same(ours: Path, theirs: Path, recipe: Recipe) -> None:
         )
         assert [line["tokens"] for line in two] == [line["tokens"] for line in one]
         assert [line["loss"] for line in two] == pytest.approx([line["loss"] for line in one], rel=1e-5)
-    found, wanted = (load_file(folder / "model/model.safetensors") for folder in (ours, theirs))
-    for name, tensor in wanted.items():
+    found, expected = (load_file(folder / "model/model.safetensors") for folder in (ours, theirs))
+    for name, tensor in expected.items():
         torch.testing.assert_close(found[name], tensor, atol=1e-5, rtol=1e-4)
 
 

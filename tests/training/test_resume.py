@@ -15,8 +15,8 @@ from safetensors.torch import load_file
 from transformers import TrainerCallback
 
 from llavar_peft import Full, Lora, Projector, Recipe, Trainer, build_model
-from llavar_peft.config import Tune
 from llavar_peft.errors import ConfigError, InterruptedRunError
+from llavar_peft.recipe.schema import Tune
 
 
 class SignalAt(TrainerCallback):  # type: ignore[misc]

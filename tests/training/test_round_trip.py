@@ -11,10 +11,10 @@ import pytest
 import torch
 
 from llavar_peft import Lora, OptimConfig, Recipe, Trainer, apply_delta, build_model, make_delta, merge_adapter
-from llavar_peft.config import LoraVariant, Quantization
-from llavar_peft.data import prepare_image
-from llavar_peft.inference import load_reader
-from llavar_peft.weights.store import open_weights
+from llavar_peft.data.image_preparation import prepare_image
+from llavar_peft.inference.reader import load_reader
+from llavar_peft.recipe.schema import LoraVariant, Quantization
+from llavar_peft.weights.io.open_weights import open_weights
 
 _WAYS: tuple[tuple[LoraVariant, Quantization | None], ...] = (
     ("lora", None), ("rslora", None), ("dora", None), ("pissa", None),
@@ -33,10 +33,10 @@ def test_from_training_to_the_applied_delta(
     model = dataclasses.replace(tiny_recipe.model, quantize=quantize)
     recipe = dataclasses.replace(tiny_recipe, model=model, stages=(stage,))
     built, processor = build_model(recipe.model, seed=recipe.seed)
-    picture = sorted((tiny_data / "images").iterdir())[0]
+    image = sorted((tiny_data / "images").iterdir())[0]
     inputs = {
         "input_ids": processor.encode_question("What does the sign say?"),
-        "pixel_values": prepare_image(picture, "pad", processor)[None],
+        "pixel_values": prepare_image(image, "pad", processor)[None],
     }
     before = _logits(built, inputs)
     trainer = Trainer(built, processor, recipe)

@@ -16,8 +16,8 @@ from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu
 from safetensors.torch import load_file
 
 from llavar_peft import Lora, Recipe
-from llavar_peft.config import Quantization
-from llavar_peft.recipes import dump_recipe
+from llavar_peft.recipe.recipe_yaml import dump_recipe
+from llavar_peft.recipe.schema import Quantization
 from tests.training.sharded import Look, run
 
 EXAMPLES = Path(__file__).parents[2] / "examples/accelerate"
@@ -38,7 +38,7 @@ def _environment(example: str) -> dict[str, str]:
 
 
 def _recipes(tiny_recipe: Recipe, records: Path, *, quantize: Quantization | None) -> dict[str, Recipe]:
-    """Both stages, and (Q)LoRA with a break in the middle; every third record has no picture."""
+    """Both stages, and (Q)LoRA with a break in the middle; every third record has no image."""
     told = json.loads(Path(str(tiny_recipe.stages[0].data.records)).read_text())
     for number, record in enumerate(told):
         if number % 3 == 0:
@@ -89,8 +89,8 @@ def test_two_shards_equal_a_whole(engine: str, tiny_recipe: Recipe, tmp_path: Pa
             # Answers drawn before the first step leave the root's shards gathered until its first backward pass.
             assert all(0 < here <= 0.6 * whole for here, whole in shards[1:]), shards
         for stage in recipe.stages:
-            wanted = _losses(tmp_path / "whole" / name, stage.name)
-            assert _losses(tmp_path / "sharded" / name, stage.name) == pytest.approx(wanted, rel=1e-5)
+            expected = _losses(tmp_path / "whole" / name, stage.name)
+            assert _losses(tmp_path / "sharded" / name, stage.name) == pytest.approx(expected, rel=1e-5)
     for file in ("plain/stage1/model/mm_projector.safetensors", "plain/model/model.safetensors"):
         _assert_close(tmp_path / "sharded" / file, tmp_path / "whole" / file)
     _assert_close(*(tmp_path / which / "resumed/adapter/adapter_model.safetensors" for which in ("sharded", "whole")))

@@ -11,18 +11,18 @@ from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaFo
 
 import llavar_peft
 from llavar_peft import ModelConfig, build_model
-from llavar_peft.config import Lora
-from llavar_peft.models.tuning import prepare_for
-from llavar_peft.training.saving import save_whole
+from llavar_peft.models.tuning import apply_tuning
+from llavar_peft.recipe.schema import Lora
+from llavar_peft.training.save_weights import save_whole
 
 TINY_PARTS = Path(llavar_peft.__file__).parent / "assets/tiny"
 LANGUAGE_MODEL, VISION_TOWER = TINY_PARTS / "language_model", TINY_PARTS / "vision_tower"
 
 
 def save_moved_adapter(folder: Path, base: ModelConfig, tune: Lora, *, seed: int = 0, by: float = 0.03) -> Any:
-    """Saves an adapter whose every trained number was moved; returns peft's model."""
+    """Save an adapter whose every trained number was moved; returns peft's model."""
     model, processor = build_model(base)
-    wrapped = prepare_for(model, tune)
+    wrapped = apply_tuning(model, tune)
     generator = torch.Generator().manual_seed(seed)
     for parameter in wrapped.parameters():
         if parameter.requires_grad:
@@ -33,7 +33,7 @@ def save_moved_adapter(folder: Path, base: ModelConfig, tune: Lora, *, seed: int
 
 
 def save_wide_model(folder: Path) -> Path:
-    """Saves a model whose language model is more than twice as wide as its tower, as LLaVAR's is: 5120 and 1024."""
+    """Save a model whose language model is more than twice as wide as its tower, as LLaVAR's is: 5120 and 1024."""
     tower = CLIPVisionConfig(
         hidden_size=48, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4, image_size=120, patch_size=10
     )

@@ -9,13 +9,13 @@ from pathlib import Path
 
 import torch
 
-from llavar_peft.weights.store import open_weights
+from llavar_peft.weights.io.open_weights import open_weights
 
 _KILLER = """
 import json, os, random, signal, sys, time
 from pathlib import Path
 import torch
-from llavar_peft.weights import writer
+from llavar_peft.weights.io import folder_writer
 
 first, second, out = sys.argv[1:]
 torch.set_num_threads(1)  # a forked child has no threads of its parent
@@ -49,7 +49,7 @@ print(json.dumps(kept))
 
 
 def kill_twenty_times(job: str, first: Path, second: Path, tmp_path: Path) -> None:
-    """Checks that a job ends the same however often it was killed.
+    """Check that a job ends the same however often it was killed.
 
     Args:
         job: Python that defines ``work(folder, progress)``, which reads ``first`` and ``second``.
@@ -63,10 +63,10 @@ def kill_twenty_times(job: str, first: Path, second: Path, tmp_path: Path) -> No
     kept = json.loads(done.stdout)
     assert max(kept) > 1, kept  # some attempts left work that the next ones did not repeat
     whole = tmp_path / "out-whole"
-    wanted = open_weights(whole)
+    expected = open_weights(whole)
     for folder in tmp_path.glob("out*"):
         assert sorted(path.name for path in folder.iterdir()) == sorted(path.name for path in whole.iterdir())
         got = open_weights(folder)
-        assert sorted(got) == sorted(wanted)
-        assert all(torch.equal(got[name], wanted[name]) for name in wanted)
+        assert sorted(got) == sorted(expected)
+        assert all(torch.equal(got[name], expected[name]) for name in expected)
     assert not (tmp_path / ".out.part").exists()

@@ -14,9 +14,9 @@ from safetensors.torch import load_file, save_file
 import llavar_peft
 from llavar_peft import Lora, ModelConfig, build_model, cli
 from llavar_peft.errors import ConfigError, WeightsError
-from llavar_peft.models.tuning import prepare_for
-from llavar_peft.training.saving import save_whole
-from llavar_peft.weights.adapter_report import describe_adapter, verify_adapter
+from llavar_peft.models.tuning import apply_tuning
+from llavar_peft.training.save_weights import save_whole
+from llavar_peft.weights.adapter.adapter_report import describe_adapter, verify_adapter
 
 TINY_PARTS = Path(llavar_peft.__file__).parent / "assets/tiny"
 PARTS = ModelConfig(
@@ -28,7 +28,7 @@ LAYER = "base_model.model.model.language_model.layers.0.mlp.down_proj"
 def _adapter(folder: Path, base: ModelConfig, tune: Lora) -> Path:
     """Every trained number moved; saved as a run saves it."""
     model, processor = build_model(base)
-    wrapped = prepare_for(model, tune, new_rows=base.language_model is not None)
+    wrapped = apply_tuning(model, tune, new_rows=base.language_model is not None)
     generator = torch.Generator().manual_seed(0)
     for parameter in wrapped.parameters():
         if parameter.requires_grad:

@@ -18,14 +18,14 @@ from safetensors.torch import load_file, save_file
 from transformers import LlavaConfig, LlavaForConditionalGeneration
 
 from llavar_peft import ModelConfig, build_model, cli, export
-from llavar_peft.data.images import prepare_image
-from llavar_peft.data.synth.pages import draw_page
-from llavar_peft.data.synth.settings import SynthSettings
+from llavar_peft.data.image_preparation import prepare_image
+from llavar_peft.datagen.synth.drawn_page import draw_page
+from llavar_peft.datagen.synth.synth_settings import SynthSettings
 from llavar_peft.errors import ConfigError, LlavarError, WeightsError
-from llavar_peft.inference import load_reader
-from llavar_peft.weights import names
-from llavar_peft.weights.stock import to_one_layer, to_two_layers
-from llavar_peft.weights.store import open_weights
+from llavar_peft.inference.reader import load_reader
+from llavar_peft.weights.io import tensor_names
+from llavar_peft.weights.io.open_weights import open_weights
+from llavar_peft.weights.two_layer_projector import to_one_layer, to_two_layers
 from tests.weights.adapters import LANGUAGE_MODEL, VISION_TOWER, save_wide_model
 
 LAYOUTS = ("llavar", "original", "hf-llava")
@@ -51,9 +51,9 @@ def _tower(layout: str) -> Path | None:
 @pytest.mark.parametrize(("start", "end"), list(itertools.product(LAYOUTS, LAYOUTS)))
 def test_any_to_any_to_the_bit(start: str, end: str, layouts: dict[str, Path], tmp_path: Path) -> None:
     export(layouts[start], tmp_path / "out", to=end, vision_tower=_tower(start))  # type: ignore[arg-type]
-    wanted, got = open_weights(layouts[end]), open_weights(tmp_path / "out")
-    assert set(wanted) == set(got)
-    for name, tensor in wanted.items():
+    expected, got = open_weights(layouts[end]), open_weights(tmp_path / "out")
+    assert set(expected) == set(got)
+    for name, tensor in expected.items():
         assert tensor.dtype == got[name].dtype
         assert torch.equal(tensor, got[name]), name
     ids = torch.tensor([[1, 40, 41, 861, *[860] * 144, 862, 43]])
@@ -67,7 +67,7 @@ def test_any_to_any_to_the_bit(start: str, end: str, layouts: dict[str, Path], t
 
 
 @pytest.mark.parametrize("layout", ["llavar", "original"])
-def test_an_export_that_prepares_pictures_otherwise_says_so(
+def test_an_export_that_prepares_images_otherwise_says_so(
     layout: str, layouts: dict[str, Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """A released model is asked with black bars at one side, which stock LLaVA does not know."""
@@ -78,12 +78,14 @@ def test_an_export_that_prepares_pictures_otherwise_says_so(
 _PLAIN = st.text(st.characters(codec="ascii", categories=["L", "N"], include_characters="_."), min_size=1, max_size=20)
 
 
-@given(_PLAIN, st.sampled_from(["model.language_model.", "model.vision_tower.", "lm_head.", names.STOCK_PROJECTOR]))
+@given(
+    _PLAIN, st.sampled_from(["model.language_model.", "model.vision_tower.", "lm_head.", tensor_names.STOCK_PROJECTOR])
+)
 def test_names_go_there_and_back(rest: str, stem: str) -> None:
     name = stem + rest
     if "inv_freq" not in name and "position_ids" not in name and not rest.startswith("vision_model."):
-        assert names.from_stock(names.to_stock(name)) == name
-        assert names.from_stock(name) == name  # as the modules of transformers 5 are called
+        assert tensor_names.from_stock(tensor_names.to_stock(name)) == name
+        assert tensor_names.from_stock(name) == name  # as the modules of transformers 5 are called
 
 
 # -- stock transformers -------------------------------------------------------------------------
@@ -119,8 +121,8 @@ def test_stock_transformers_says_the_same(form: str, layouts: dict[str, Path], t
         source = save_wide_model(tmp_path / "wide")
     folder = tmp_path / "stock"
     export(source, folder, to="hf-llava", projector=form, dtype="float32")  # type: ignore[arg-type]
-    picture = draw_page(SynthSettings(style="plain", kinds=("signs",), seed=3), 1).image
-    picture.save(tmp_path / "sign.png")
+    image = draw_page(SynthSettings(style="plain", kinds=("signs",), seed=3), 1).image
+    image.save(tmp_path / "sign.png")
     question = "What does the sign say?"
     done = subprocess.run(
         [sys.executable, "-c", _STOCK_SCRIPT, str(folder), str(tmp_path / "sign.png"), question],
@@ -131,7 +133,7 @@ def test_stock_transformers_says_the_same(form: str, layouts: dict[str, Path], t
     assert (told["type"], told["told"]) == ("LlavaProcessor", {})
     reader = load_reader(source, dtype="float32")
     ids = reader.processor.encode_question(question)
-    pixels = prepare_image(picture, "pad", reader.processor)[None]
+    pixels = prepare_image(image, "pad", reader.processor)[None]
     assert told["ids"] == ids[0].tolist()
     assert told["pixels"] == pytest.approx(float(pixels.double().sum()), abs=1e-3)
     with torch.no_grad():
@@ -152,12 +154,12 @@ def test_two_layers_are_the_one(form: str, dtype: torch.dtype) -> None:
     weight, bias, x = (torch.randn(*shape, generator=generator).to(dtype) for shape in ((40, 16), (40,), (9, 16)))
     layers = to_two_layers(weight, bias, form)  # type: ignore[arg-type]
     first, second = (
-        [layers[f"{names.STOCK_PROJECTOR}{number}.{part}"] for part in ("weight", "bias")] for number in (1, 2)
+        [layers[f"{tensor_names.STOCK_PROJECTOR}{number}.{part}"] for part in ("weight", "bias")] for number in (1, 2)
     )
     middle = torch.nn.functional.linear(x, *first)
     got = torch.nn.functional.linear(middle.relu() if form == "two-sided" else middle, *second)
-    wanted = torch.nn.functional.linear(x, weight, bias)
-    assert torch.allclose(got, wanted, rtol=4 * torch.finfo(dtype).eps, atol=8 * torch.finfo(dtype).eps)
+    expected = torch.nn.functional.linear(x, weight, bias)
+    assert torch.allclose(got, expected, rtol=4 * torch.finfo(dtype).eps, atol=8 * torch.finfo(dtype).eps)
     back = to_one_layer(layers, "relu" if form == "two-sided" else "linear", "here")
     assert torch.equal(back[0], weight)
     assert torch.equal(back[1], bias)
@@ -250,16 +252,16 @@ def test_stock_llava_itself_opens_what_transformers_saved_again(layouts: dict[st
     stock.save_pretrained(tmp_path / "again")
     assert isinstance(stock.config, LlavaConfig)
     export(tmp_path / "again", tmp_path / "ours", to="llavar")
-    wanted = open_weights(layouts["llavar"])
-    assert all(torch.equal(tensor, wanted[name]) for name, tensor in open_weights(tmp_path / "ours").items())
+    expected = open_weights(layouts["llavar"])
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in open_weights(tmp_path / "ours").items())
 
 
-def test_pictures_are_prepared_as_in_training(layouts: dict[str, Path], tmp_path: Path) -> None:
+def test_images_are_prepared_as_in_training(layouts: dict[str, Path], tmp_path: Path) -> None:
     from transformers import AutoProcessor
 
     stock = AutoProcessor.from_pretrained(layouts["hf-llava"])
     ours = load_reader(layouts["llavar"]).processor
     for size in ((300, 200), (200, 300), (90, 90), (640, 333), (50, 49)):
-        picture = Image.effect_noise(size, 90).convert("RGB")
-        got = stock.image_processor(picture, return_tensors="pt")["pixel_values"][0]
-        assert torch.equal(got, prepare_image(picture, "pad", ours))
+        image = Image.effect_noise(size, 90).convert("RGB")
+        got = stock.image_processor(image, return_tensors="pt")["pixel_values"][0]
+        assert torch.equal(got, prepare_image(image, "pad", ours))

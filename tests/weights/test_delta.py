@@ -15,11 +15,12 @@ from torch import Tensor
 
 from llavar_peft import cli
 from llavar_peft.errors import ConfigError, EnvironmentFaultError, InterruptedRunError, LlavarError, WeightsError
-from llavar_peft.weights.delta import apply_delta, make_delta
-from llavar_peft.weights.pairing import FINGERPRINT_FILE
-from llavar_peft.weights.store import open_weights
-from llavar_peft.weights.table import CHECKSUMS_FILE
-from llavar_peft.weights.verify import verify_delta
+from llavar_peft.weights.base_check import FINGERPRINT_FILE
+from llavar_peft.weights.delta.delta_files import apply_delta, make_delta
+from llavar_peft.weights.delta.verify_delta import verify_delta
+from llavar_peft.weights.io import folder_writer
+from llavar_peft.weights.io.open_weights import open_weights
+from llavar_peft.weights.io.tensor_table import CHECKSUMS_FILE
 from tests.weights.conftest import LLAMA, LLAVA, draw_llama, finetune, make_llava, write_folder
 from tests.weights.killing import kill_twenty_times
 
@@ -33,11 +34,11 @@ def _original_delta(base: dict[str, Tensor], target: dict[str, Tensor]) -> dict[
     return delta
 
 
-def _same(folder: Path, wanted: dict[str, Tensor]) -> bool:
+def _same(folder: Path, expected: dict[str, Tensor]) -> bool:
     got = open_weights(folder)
-    return set(got) == set(wanted) and all(
+    return set(got) == set(expected) and all(
         got[name].dtype == tensor.dtype and torch.equal(got[name].view(torch.int16), tensor.view(torch.int16))
-        for name, tensor in wanted.items()
+        for name, tensor in expected.items()
     )
 
 
@@ -51,14 +52,14 @@ def test_make_and_apply(
 ) -> None:
     delta, again = tmp_path / "delta", tmp_path / "again"
     report = make_delta(base, target, delta, form=form, shard_size=100_000)
-    wanted = _original_delta(llama, llava)
-    assert report.tensors == len(wanted)
-    assert _same(delta, wanted)
+    expected = _original_delta(llama, llava)
+    assert report.tensors == len(expected)
+    assert _same(delta, expected)
     apply_delta(base, delta, again, form=form)
-    for name, tensor in wanted.items():
+    for name, tensor in expected.items():
         if name in llama:
             tensor[: llama[name].shape[0]] += llama[name]
-    assert _same(again, wanted)
+    assert _same(again, expected)
 
 
 def test_the_files_are_those_that_were_released(base: Path, target: Path, tmp_path: Path) -> None:
@@ -226,7 +227,7 @@ def test_damage_is_named_and_nothing_is_left(
         apply_delta(folders["base"], folders["delta"], tmp_path / "out", force=True)
     assert _DAMAGE[damage] in str(raised.value)
     assert str(folders[side]) in str(raised.value)
-    assert "Mend: " in str(raised.value)
+    assert "Fix: " in str(raised.value)
     assert _nothing_left(tmp_path / "out")
 
 
@@ -314,10 +315,10 @@ def test_two_at_once_are_refused(base: Path, target: Path, tmp_path: Path) -> No
 
 
 _JOB = """
-from llavar_peft.weights import delta
-writer._SYNC_AFTER = 20_000
+from llavar_peft.weights.delta import delta_files
+folder_writer._SYNC_AFTER = 20_000
 def work(folder, progress):
-    delta.apply_delta(first, second, folder, progress=progress)
+    delta_files.apply_delta(first, second, folder, progress=progress)
 """
 
 
@@ -333,9 +334,8 @@ def test_killed_at_twenty_random_moments(base: Path, target: Path, tmp_path: Pat
 def test_a_full_disk_is_named_and_can_be_continued(
     base: Path, target: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from llavar_peft.weights import writer
 
-    whole = writer._write_all
+    whole = folder_writer._write_all
     left = 100_000
 
     def fill(file: object, view: memoryview) -> None:
@@ -347,7 +347,7 @@ def test_a_full_disk_is_named_and_can_be_continued(
         whole(file, view)
 
     with monkeypatch.context() as patch:
-        patch.setattr(writer, "_write_all", fill)
+        patch.setattr(folder_writer, "_write_all", fill)
         with pytest.raises(EnvironmentFaultError, match="free some space"):
             make_delta(base, target, tmp_path / "out")
     assert not (tmp_path / "out").exists()
@@ -362,4 +362,4 @@ def test_commands(base: Path, target: Path, tmp_path: Path, capsys: pytest.Captu
     shutil.rmtree(out)
     wrong = ["delta", "apply", "--base", str(target), "--delta", str(delta), "--out", str(out)]
     assert cli.main(wrong) == 2
-    assert "Mend:" in capsys.readouterr().err
+    assert "Fix:" in capsys.readouterr().err

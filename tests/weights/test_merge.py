@@ -12,11 +12,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from llavar_peft import ModelConfig, apply_delta, build_model, cli, load_adapter, make_delta, merge_adapter
-from llavar_peft.config import Lora
 from llavar_peft.errors import ConfigError, WeightsError
-from llavar_peft.inference import load_reader
-from llavar_peft.models.tuning import finish
-from llavar_peft.weights.store import open_weights
+from llavar_peft.inference.reader import load_reader
+from llavar_peft.models.tuning import merge_tuning
+from llavar_peft.recipe.schema import Lora
+from llavar_peft.weights.io.open_weights import open_weights
 from tests.weights.adapters import TINY_PARTS, save_moved_adapter
 
 _VARIANTS = {
@@ -60,7 +60,7 @@ def _farthest(folder: Path, wanted: dict[str, Tensor]) -> float:
 def test_the_merge_is_pefts(name: str, checkpoint: Path, tmp_path: Path) -> None:
     wrapped = _train_nothing_but_move(tmp_path / "adapter", checkpoint, _VARIANTS[name])
     report = merge_adapter(checkpoint, tmp_path / "adapter", tmp_path / "merged")
-    wanted = finish(wrapped).state_dict()
+    wanted = merge_tuning(wrapped).state_dict()
     assert report.tensors == len(wanted)
     before = dict(open_weights(checkpoint))
     assert _farthest(checkpoint, wanted) > 1e-2  # or there was nothing to merge
@@ -82,7 +82,7 @@ def test_the_merged_model_answers_as_the_adapter_does(checkpoint: Path, tmp_path
 def test_it_is_rounded_once(dtype: str, checkpoint: Path, tmp_path: Path) -> None:
     wrapped = _train_nothing_but_move(tmp_path / "adapter", checkpoint, _VARIANTS["lora"])
     merge_adapter(checkpoint, tmp_path / "adapter", tmp_path / "merged", dtype=dtype)
-    wanted = finish(wrapped).state_dict()
+    wanted = merge_tuning(wrapped).state_dict()
     for name, tensor in open_weights(tmp_path / "merged").items():
         exact = wanted[name].float()
         assert tensor.dtype == getattr(torch, dtype)

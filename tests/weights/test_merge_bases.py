@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 
 from llavar_peft import ModelConfig, apply_delta, build_model, cli, make_delta, merge_adapter
-from llavar_peft.config import Lora
 from llavar_peft.errors import ConfigError, WeightsError
-from llavar_peft.inference import load_reader
-from llavar_peft.models import merge_probe
-from llavar_peft.weights import names
-from llavar_peft.weights.merge import plan_merge
-from llavar_peft.weights.store import open_weights
+from llavar_peft.inference.reader import load_reader
+from llavar_peft.models import merge_logits_gap
+from llavar_peft.recipe.schema import Lora
+from llavar_peft.weights.io import tensor_names
+from llavar_peft.weights.io.open_weights import open_weights
+from llavar_peft.weights.merge.merge_plan import plan_merge
 from tests.weights.adapters import LANGUAGE_MODEL, VISION_TOWER, save_moved_adapter
 
 PARTS = ModelConfig(language_model=str(LANGUAGE_MODEL), vision_tower=str(VISION_TOWER), dtype="float32")
@@ -50,8 +50,8 @@ def test_an_adapter_of_a_plain_language_model_becomes_a_whole_model(tmp_path: Pa
     assert report.gaps["result"].relative < 1e-5
     merged = load_reader(tmp_path / "merged", dtype="float32")
     assert torch.allclose(_logits(merged.model), _logits(wrapped), atol=1e-4)
-    wanted = wrapped.get_base_model().model.multi_modal_projector.weight
-    assert torch.equal(merged.model.model.multi_modal_projector.weight, wanted)
+    expected = wrapped.get_base_model().model.multi_modal_projector.weight
+    assert torch.equal(merged.model.model.multi_modal_projector.weight, expected)
     assert merged.processor.image_mode == "pad"
 
 
@@ -67,9 +67,9 @@ def test_it_goes_all_the_way_to_a_delta(variant: str, tmp_path: Path) -> None:
     assert _logits(applied.model).argmax(-1).equal(_logits(wrapped).argmax(-1))
     merge_adapter(LANGUAGE_MODEL, tmp_path / "adapter", tmp_path / "merged", dtype="float16")
     merged, there = open_weights(tmp_path / "merged"), open_weights(tmp_path / "applied")
-    assert {names.to_released(name) for name in merged} - {None} == set(there)
+    assert {tensor_names.to_released(name) for name in merged} - {None} == set(there)
     for name, tensor in there.items():
-        ours = merged[names.from_released(name) or ""]
+        ours = merged[tensor_names.from_released(name) or ""]
         assert torch.allclose(tensor.float(), ours.float(), atol=2e-3), name
     config = json.loads((tmp_path / "delta/config.json").read_text())
     assert (config["model_type"], config["vocab_size"]) == ("llava", 863)
@@ -132,7 +132,7 @@ def test_onto_what_it_was_trained_on_or_onto_the_original(quantize: str, checkpo
     default, asked = open_weights(tmp_path / "None"), open_weights(tmp_path / "dequantized")
     assert all(torch.equal(tensor, asked[name]) for name, tensor in default.items())
     tower = "model.vision_tower.encoder.layers.0.self_attn.q_proj.weight"
-    for name in (tower, names.HEAD, names.EMBEDDINGS):
+    for name in (tower, tensor_names.HEAD, tensor_names.EMBEDDINGS):
         assert torch.equal(default[name], open_weights(checkpoint)[name])
     described = json.loads((tmp_path / "None/merge.json").read_text())
     assert (described["onto"], described["trained_on"]["kind"]) == ("dequantized", quantize)
@@ -172,10 +172,10 @@ def test_the_probe_sees_the_models_own_logits(variant: str, checkpoint: Path, tm
     base = ModelConfig(checkpoint=str(checkpoint), dtype="float32")
     wrapped = save_moved_adapter(tmp_path / "adapter", base, tune)
     plan = plan_merge(checkpoint, tmp_path / "adapter")
-    text, image_id = merge_probe._configuration(plan.merged.base.config)
-    got = merge_probe.probe_logits(merge_probe.UnmergedWeights(plan.merged), text, IDS[0], image_id)
+    text, image_id = merge_logits_gap._configuration(plan.merged.base.config)
+    got = merge_logits_gap.probe_logits(merge_logits_gap.UnmergedWeights(plan.merged), text, IDS[0], image_id)
     assert torch.allclose(got, _logits(wrapped)[0], atol=1e-4)
-    plain = merge_probe.probe_logits(merge_probe.StoredWeights(checkpoint), text, IDS[0], image_id)
+    plain = merge_logits_gap.probe_logits(merge_logits_gap.StoredWeights(checkpoint), text, IDS[0], image_id)
     assert not torch.allclose(got, plain, atol=1e-1)
     assert torch.allclose(plain, _logits(build_model(base)[0])[0], atol=1e-4)
 

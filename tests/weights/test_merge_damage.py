@@ -14,12 +14,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from llavar_peft import ModelConfig, build_model, make_delta, merge_adapter
-from llavar_peft.config import Lora
 from llavar_peft.errors import LlavarError
-from llavar_peft.models.modeling import LlavarForConditionalGeneration
-from llavar_peft.weights.checksums import write_checksums
-from llavar_peft.weights.pairing import FINGERPRINT_FILE
-from llavar_peft.weights.table import read_file_table
+from llavar_peft.models.modeling_llavar import LlavarForConditionalGeneration
+from llavar_peft.recipe.schema import Lora
+from llavar_peft.weights.base_check import FINGERPRINT_FILE
+from llavar_peft.weights.io.tensor_table import read_file_tensor_table
+from llavar_peft.weights.io.weight_checksums import write_checksums
 from tests.weights.adapters import LANGUAGE_MODEL, VISION_TOWER, save_moved_adapter
 from tests.weights.killing import kill_twenty_times
 
@@ -61,7 +61,9 @@ def _halve(path: Path) -> None:
 
 def _flip(path: Path) -> None:
     """The lowest bit of a number of the language model."""
-    place = next(entry.offset for name, entry in read_file_table(path).items() if ".language_model.layers." in name)
+    place = next(
+        entry.offset for name, entry in read_file_tensor_table(path).items() if ".language_model.layers." in name
+    )
     content = bytearray(path.read_bytes())
     content[place] ^= 1
     path.write_bytes(content)
@@ -128,7 +130,7 @@ def test_damage_is_named_and_nothing_is_left(
         text = str(raised.value)
         assert named in text
         assert str(tmp_path) in text
-        assert "Mend: " in text
+        assert "Fix: " in text
         assert _nothing_left(tmp_path)
 
 
@@ -181,7 +183,7 @@ def test_a_base_of_another_shape_is_refused(
         with pytest.raises(LlavarError) as raised:
             merge_adapter(other, adapter, tmp_path / "out", force=force)
         assert str(adapter) in str(raised.value)
-        assert "Mend: " in str(raised.value)
+        assert "Fix: " in str(raised.value)
         assert _nothing_left(tmp_path)
 
 

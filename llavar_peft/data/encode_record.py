@@ -1,0 +1,221 @@
+"""A record's ids and labels, built turn by turn, so that the two can never disagree.
+
+Each stretch of text between special tokens is encoded on its own; white space next to an image is stripped, as the
+original's tokenizer does. On ordinary records the ids and labels are the original's.
+
+Source: LLaVAR, llava/train/train.py, ``preprocess_multimodal`` and ``preprocess_v1``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import groupby
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+import torch
+
+from llavar_peft.constants import IGNORE_INDEX
+from llavar_peft.data.conversation_template import (
+    Content,
+    Piece,
+    conversation_pieces,
+    images_to_front,
+    split_placeholders,
+)
+from llavar_peft.data.image_preparation import prepare_image
+from llavar_peft.data.record_store import parse_record
+from llavar_peft.data.text_encoder import TextEncoder, text_encoder, whole_characters
+from llavar_peft.errors import ConfigError, DataError
+from llavar_peft.types import Conversation, Example, Processor, Turn
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+
+class Roots(Protocol):
+    """The folders that images are looked up in (``llavar_peft.data.image_preparation.ImageRoots`` is one)."""
+
+    def open(self, path: str) -> Image:
+        """Open an image by the path written in the record, upright and in RGB."""
+        ...
+
+
+@dataclass(slots=True)
+class Encoding:
+    """Ids and labels of some pieces.
+
+    Attributes:
+        ids: Token ids, ``<s>`` first.
+        labels: The id where it is supervised, else -100; as long as ``ids``.
+        images: For each image in order, where its place begins and ends in ``ids``.
+    """
+
+    ids: list[int]
+    labels: list[int]
+    images: list[tuple[int, int]] = field(default_factory=list)
+
+    def add(self, ids: list[int], supervised_from: int) -> None:
+        """Appends ids of which those from an index on are supervised."""
+        self.ids += ids
+        self.labels += [IGNORE_INDEX] * supervised_from + ids[supervised_from:]
+
+
+def encode_record(
+    record: Mapping[str, Any], processor: Processor, max_length: int, *, roots: Roots | None = None
+) -> Example:
+    """Encode a raw record for training.
+
+    Args:
+        record: As it stands in its file: ``id``, ``conversations``, optionally ``image``.
+        processor: Tokenizer and image settings.
+        max_length: Tokens that the example may have, image tokens included. A longer one is cut at its end; an image
+            that the cut would go through is left out with everything after it.
+        roots: Where the images are; needed in image mode ``"keep"`` only, which has to measure them.
+
+    Returns:
+        Its ids and labels; ``dropped`` is set, and no label is left, if it cannot be trained on:
+        ``"no_answer"`` (only human turns), ``"empty_answer"`` (all answers are empty), ``"truncated_before_answer"``,
+        ``"truncated_in_image"``.
+
+    Raises:
+        DataError: The record is malformed, or has more ``<image>`` than (several) images.
+        ImageError: An image has to be measured and cannot be opened.
+        ConfigError: The processor's tokenizer has no image tokens, or ``max_length`` is not positive.
+    """
+    conversation = parse_record(record, f"record {record.get('id', '?')!s}")
+    return encode_conversation(conversation, processor, max_length, roots=roots)
+
+
+def encode_conversation(
+    conversation: Conversation, processor: Processor, max_length: int, *, roots: Roots | None = None
+) -> Example:
+    """Encode a validated record; see ``encode_record``."""
+    if max_length < 1:
+        raise ConfigError.at("max_length", f"got {max_length}, expected at least 1", "give the number of tokens")
+    contents = _contents(conversation, front=processor.sep_image_conv_front)
+    paths = _placed_images(conversation, sum(part is None for content in contents for part in content))
+    counts = tuple(_image_tokens(path, processor, roots, conversation.id) for path in paths)
+    pieces = conversation_pieces(zip((turn.role for turn in conversation.turns), contents, strict=True))
+    encoding = encode_pieces(pieces, text_encoder(processor), counts)
+
+    cut = _cut(encoding, max_length)
+    kept = sum(end <= cut for _, end in encoding.images)
+    labels = encoding.labels[:cut]
+    dropped = None
+    if _unsupervised(labels):
+        dropped = _why_unsupervised(conversation.turns, encoding, cut, max_length)
+    return Example(
+        id=conversation.id,
+        input_ids=_tensor(encoding.ids[:cut]),
+        labels=_tensor(labels),
+        images=paths[:kept],
+        image_token_counts=counts[:kept],
+        dropped=dropped,
+    )
+
+
+def encode_pieces(pieces: Sequence[Piece], encoder: TextEncoder, image_tokens: Sequence[int]) -> Encoding:
+    """Encode a conversation's pieces, ``<s>`` first.
+
+    Args:
+        pieces: From ``conversation_pieces``.
+        encoder: From ``text_encoder``.
+        image_tokens: How many ``<im_patch>`` each image takes, in order; one for each ``image`` piece.
+
+    Returns:
+        Ids and labels, not truncated.
+    """
+    encoding = Encoding([encoder.bos], [IGNORE_INDEX])
+    counts = iter(image_tokens)
+    runs = [(kind, list(run)) for kind, run in groupby(pieces, key=lambda piece: piece.kind)]
+    for index, (kind, run) in enumerate(runs):
+        if kind == "text":
+            after_image = index > 0 and runs[index - 1][0] == "image"
+            before_image = index + 1 < len(runs) and runs[index + 1][0] == "image"
+            _add_text(encoding, run, encoder, after_image=after_image, before_image=before_image)
+        elif kind == "end":
+            encoding.add([encoder.eos], 0 if run[0].supervised else 1)
+        else:
+            for _ in run:
+                block = encoder.image_block(next(counts))
+                encoding.images.append((len(encoding.ids), len(encoding.ids) + len(block)))
+                encoding.add(block, len(block))
+    return encoding
+
+
+def _add_text(
+    encoding: Encoding, run: Sequence[Piece], encoder: TextEncoder, *, after_image: bool, before_image: bool
+) -> None:
+    """Encode adjacent text pieces as one stretch. What is supervised among them is always their last part."""
+    prompt = whole_characters("".join(piece.text for piece in run if not piece.supervised))
+    text = prompt + whole_characters("".join(piece.text for piece in run if piece.supervised))
+    answer_start = len(prompt)
+    if before_image:
+        text = text.rstrip()
+    if after_image:
+        stripped = text.lstrip()
+        answer_start = max(0, answer_start - (len(text) - len(stripped)))
+        text = stripped
+    if text:
+        encoding.add(*encoder.encode(text, answer_start))
+
+
+def _contents(conversation: Conversation, *, front: bool) -> list[Content]:
+    """Each turn's words and image places. Without an image ``<image>`` is ordinary text, as in the original."""
+    if not conversation.images:
+        return [[turn.text] for turn in conversation.turns]
+    contents: list[Content] = [split_placeholders(turn.text) for turn in conversation.turns]
+    if front and contents:
+        contents[0] = images_to_front(contents[0])
+    return contents
+
+
+def _placed_images(conversation: Conversation, places: int) -> tuple[str, ...]:
+    images = conversation.images
+    if len(images) == 1:
+        return images * places
+    if places > len(images):
+        raise DataError.at(
+            f"record {conversation.id}",
+            f"has {places} <image> for {len(images)} pictures",
+            "name one picture for each <image>, or a single one for all of them",
+        )
+    return images[:places]
+
+
+def _image_tokens(path: str, processor: Processor, roots: Roots | None, record: str) -> int:
+    if processor.image_mode != "keep":
+        return processor.num_image_tokens
+    if roots is None:
+        raise DataError.at(
+            f"record {record}",
+            'in image mode "keep" the number of image tokens depends on the picture, and no image folders were given',
+            "pass roots=ImageRoots(...)",
+        )
+    height, width = prepare_image(roots.open(path), "keep", processor).shape[-2:]
+    return (height // processor.patch_size) * (width // processor.patch_size)
+
+
+def _cut(encoding: Encoding, max_length: int) -> int:
+    """Where to cut: at ``max_length``, or before the image that this would go through."""
+    for start, end in encoding.images:
+        if start < max_length < end:
+            return start
+    return min(max_length, len(encoding.ids))
+
+
+def _unsupervised(labels: list[int]) -> bool:
+    return labels.count(IGNORE_INDEX) == len(labels)
+
+
+def _tensor(ids: list[int]) -> torch.Tensor:
+    # Three times faster than torch.tensor on a list.
+    return torch.from_numpy(np.array(ids, dtype=np.int64))
+
+
+def _why_unsupervised(turns: Sequence[Turn], encoding: Encoding, cut: int, max_length: int) -> str:
+    if _unsupervised(encoding.labels):
+        return "empty_answer" if any(turn.role == "gpt" for turn in turns) else "no_answer"
+    return "truncated_in_image" if cut < max_length else "truncated_before_answer"

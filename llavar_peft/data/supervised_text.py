@@ -1,0 +1,67 @@
+"""An example read back as text, with what is supervised in it: for ``llavar-peft data inspect``."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import groupby
+from typing import Any
+
+from llavar_peft.constants import BOS_TOKEN, EOS_TOKEN, IGNORE_INDEX
+from llavar_peft.data.text_encoder import TextEncoder, text_encoder
+from llavar_peft.types import Example, Processor
+
+_SPACE = "▁"
+
+
+def decode_supervision(example: Example, processor: Processor) -> list[tuple[str, bool]]:
+    """Read an example back, in spans of one kind.
+
+    Args:
+        example: From ``encode_record``.
+        processor: The one it was encoded with.
+
+    Returns:
+        (text, supervised) in reading order. An image is one unsupervised ``[image x576]``; special tokens are spelled
+        out. White space beside an image is missing, as it is from the ids.
+    """
+    encoder = text_encoder(processor)
+    spans: list[tuple[str, bool]] = []
+    tokens = zip(example.input_ids.tolist(), (example.labels != IGNORE_INDEX).tolist(), strict=True)
+    counts = iter(example.image_token_counts)
+    after_special = True
+    for (kind, supervised), run in groupby(tokens, key=lambda pair: (_kind(pair[0], encoder), pair[1])):
+        ids = [token for token, _ in run]
+        if kind == "text":
+            text = _decode(processor.tokenizer, ids, keep_space=not after_special)
+        elif kind == "image":
+            text = _images(ids.count(encoder.patch), counts)
+        else:
+            text = {encoder.bos: BOS_TOKEN, encoder.eos: EOS_TOKEN}[ids[0]] * len(ids)
+        after_special = kind != "text"
+        if spans and spans[-1][1] == supervised:
+            text = spans.pop()[0] + text
+        spans.append((text, supervised))
+    return spans
+
+
+def _images(patches: int, counts: Iterator[int]) -> str:
+    """Spell the images of one run, which may be several that touch."""
+    text = ""
+    while patches > 0:
+        one = next(counts, patches)
+        text += f"[image x{one}]"
+        patches -= one
+    return text
+
+
+def _kind(token: int, encoder: TextEncoder) -> str:
+    if token in (encoder.patch, encoder.start, encoder.end):
+        return "image"
+    return "special" if token in (encoder.bos, encoder.eos) else "text"
+
+
+def _decode(tokenizer: Any, ids: list[int], *, keep_space: bool) -> str:
+    """Decode text ids. The decoder strips one leading space, the text's own unless a special token precedes it."""
+    text: str = tokenizer.decode(ids, skip_special_tokens=False)
+    leads = str(tokenizer.convert_ids_to_tokens(ids[0])).startswith(_SPACE)
+    return f" {text}" if keep_space and leads else text

@@ -1,0 +1,1 @@
+"""Tools that make data sets: OCR of unlabeled images, and synthetic text-rich images."""

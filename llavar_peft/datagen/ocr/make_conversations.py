@@ -1,0 +1,286 @@
+"""Conversations about images by a language model that never sees them: it gets what was read, and a caption.
+
+Source: arXiv 2306.17107, section 3: text-only GPT-4, two OCR results and a caption, 16K conversations. The wording of
+the request is ours; what comes back is checked, which the paper does not speak of.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from random import Random
+from typing import Any, Final, Literal
+
+from llavar_peft.atomic_files import write_json
+from llavar_peft.constants import IMAGE_PLACEHOLDER
+from llavar_peft.data.record_store import open_records, parse_record
+from llavar_peft.datagen.ocr.build_records import journal_path
+from llavar_peft.datagen.ocr.check_replies import Pair, check_reply
+from llavar_peft.datagen.ocr.ocr_lines import OcrLine
+from llavar_peft.datagen.ocr.openai_client import ChatModel, Endpoint, EndpointRefusedError, Message
+from llavar_peft.datagen.ocr.quality_filter import transcribe
+from llavar_peft.datagen.ocr.resume_journal import ResumeJournal, read_entries
+from llavar_peft.errors import DataError, EnvironmentFaultError, InterruptedRunError
+
+REQUEST: Final = """\
+You write training conversations between a person and an assistant who both look at the same picture. You cannot see \
+it. You are given what programs read in it, which may hold mistakes, and perhaps a caption.
+
+Write {low} to {high} turns. Ask what a person would want to know from the text in the picture: what it is, what it \
+says, names, dates, prices, and what follows from them. Each question must be clear without the turns before it. \
+Answer in one to three sentences, as if you saw the picture, and only from what is given: fix obvious mistakes of \
+reading, but invent no word and no number. Never mention that you were given text, OCR or a caption.
+
+Reply with JSON alone: {{"turns": [{{"question": "...", "answer": "..."}}, ...]}}"""
+
+AGAIN: Final = "That cannot be used:\n{faults}\nReply with the whole conversation again, mended, as JSON alone."
+
+Outcome = Literal["refused", "malformed", "ungrounded"]
+_REFUSED_IN_A_ROW: Final = 10  # after which it is the command that is wrong, not the images
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConverseSettings:
+    """How conversations are made.
+
+    Attributes:
+        endpoint: The model.
+        least: Turns that must be sound.
+        most: Turns asked for at most.
+        attempts: How often the model is asked for one image.
+        seed: Draws, with a record's id, whether the image stands before or after the first question.
+        concurrency: Requests at a time.
+    """
+
+    endpoint: Endpoint
+    least: int = 2
+    most: int = 5
+    attempts: int = 3
+    seed: int = 0
+    concurrency: int = 4
+
+
+@dataclass
+class ConverseReport:
+    """What became of the images.
+
+    Attributes:
+        images: How many there were.
+        kept: Conversations written.
+        turns: Questions in them.
+        repaired: Conversations that took more than one request.
+        asked: Requests that were sent.
+        remembered: Requests that had been answered before.
+        drops: Images left out: record, outcome, detail.
+    """
+
+    images: int
+    kept: int = 0
+    turns: int = 0
+    repaired: int = 0
+    asked: int = 0
+    remembered: int = 0
+    drops: list[tuple[str, Outcome, str]] = field(default_factory=list)
+
+    def as_dict(self) -> dict[str, Any]:
+        """The same, ready for JSON."""
+        return {**vars(self), "dropped": dict(Counter(outcome for _, outcome, _ in self.drops).most_common())}
+
+
+@dataclass(frozen=True, slots=True)
+class _Task:
+    """One image: its record's id, its path, what was read and its caption."""
+
+    identity: str
+    image: str
+    readings: Mapping[str, str]
+    caption: str
+
+    @property
+    def evidence(self) -> tuple[str, ...]:
+        return (*self.readings.values(), self.caption)
+
+
+@dataclass(frozen=True, slots=True)
+class _Made:
+    """What became of one image: its turns, or why there are none."""
+
+    turns: tuple[Pair, ...]
+    requests: int
+    outcome: Outcome | None = None
+    detail: str = ""
+
+
+def make_conversations(
+    records: Path,
+    out: Path,
+    settings: ConverseSettings,
+    captions: Mapping[str, str] | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> ConverseReport:
+    """Make a conversation for each record that ``build_records`` wrote.
+
+    Args:
+        records: Its file, with the readings beside it; those of two engines are better than one's.
+        out: The conversations' file, ``.json``; replies are kept beside it.
+        settings: How.
+        captions: By the images' paths as in the records.
+        progress: Called with (images done, images in all).
+
+    Returns:
+        What became of them; the same is written beside the conversations.
+
+    Raises:
+        DataError: The records or the readings are missing or malformed, or no conversation could be made.
+        InterruptedRunError: Ctrl-C, or the endpoint fails; run again, it goes on.
+        EnvironmentFaultError: The key, the address or the model's name is wrong.
+        MissingDependencyError: ``openai`` is not installed.
+    """
+    tasks = _tasks(records, captions or {})
+    report = ConverseReport(len(tasks))
+    with ResumeJournal(out.with_suffix(".replies.jsonl"), {"format": 1}) as journal:
+        model = ChatModel(settings.endpoint, journal)
+        try:
+            made = dict(_made(tasks, model, settings, report, progress))
+        except KeyboardInterrupt:
+            raise InterruptedRunError.at(
+                str(journal.path), "stopped; what was answered is kept", "run the same command again to go on"
+            ) from None
+        report.asked, report.remembered = model.asked, model.remembered
+    written = [_record(task, made[task.identity], settings.seed) for task in tasks if task.identity in made]
+    report.kept, report.turns = len(written), sum(len(turns) for turns in made.values())
+    report.drops.sort()
+    write_json(out, written)
+    write_json(out.with_suffix(".report.json"), report.as_dict())
+    if tasks and not written:
+        _, outcome, detail = report.drops[0]
+        raise DataError.at(
+            str(records), f"no conversation could be made (first: {outcome}, {detail})", "try a better model"
+        )
+    return report
+
+
+def read_captions(path: Path) -> dict[str, str]:
+    """Read captions: a JSON object from image to caption, or JSON lines with ``image`` and ``caption``.
+
+    Args:
+        path: The file.
+
+    Returns:
+        Captions by image.
+
+    Raises:
+        DataError: It is missing or of another form.
+    """
+    try:
+        text = path.read_text("utf-8")
+        lines = [line for line in text.split("\n") if line.strip()]  # not splitlines: words may hold U+2028
+        value = json.loads(text) if path.suffix == ".json" else [json.loads(line) for line in lines]
+        found = value if isinstance(value, dict) else {entry["image"]: entry["caption"] for entry in value}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError.at(
+            str(path),
+            f"cannot be read as captions ({type(error).__name__}: {error})",
+            'write {"a.jpg": "...", ...}, or lines of {"image": ..., "caption": ...}',
+        ) from error
+    for image, caption in found.items():
+        if not isinstance(caption, str):
+            raise DataError.at(f"{path}:{image}", f"is {type(caption).__name__}, expected text", "write the caption")
+    return found
+
+
+def _tasks(records: Path, captions: Mapping[str, str]) -> list[_Task]:
+    readings: dict[str, dict[str, str]] = {}
+    source = journal_path(records)
+    if not source.is_file():
+        raise DataError.at(str(source), "is missing", "run llavar-peft ocr build, which writes it beside the records")
+    for _, entry in read_entries(source):
+        found = entry.get("lines", {}).items()
+        readings[entry["path"]] = {
+            name: transcribe([OcrLine.from_json(line) for line in lines]) for name, lines in found
+        }
+    tasks = []
+    store = open_records(str(records))
+    for index in range(len(store)):
+        conversation = parse_record(store[index], store.where(index))
+        for image in conversation.images:
+            if image not in readings:
+                raise DataError.at(store.where(index), f"{image} was never read", "run llavar-peft ocr build again")
+            tasks.append(_Task(conversation.id, image, readings[image], captions.get(image, "")))
+    return tasks
+
+
+def _made(
+    tasks: Sequence[_Task],
+    model: ChatModel,
+    settings: ConverseSettings,
+    report: ConverseReport,
+    progress: Callable[[int, int], None] | None,
+) -> Iterator[tuple[str, tuple[Pair, ...]]]:
+    """Ask for all images, several at a time; an error that is not one image's own stops it."""
+    waiting, running, refused = iter(tasks), dict[Future[_Made], _Task](), 0
+    pool = ThreadPoolExecutor(settings.concurrency)
+    try:
+        for done in range(1, len(tasks) + 1):
+            for task in islice(waiting, settings.concurrency - len(running)):
+                running[pool.submit(_converse_one, task, model, settings)] = task
+            finished = next(iter(wait(running, return_when=FIRST_COMPLETED).done))
+            task, made = running.pop(finished), finished.result()
+            refused = refused + 1 if made.outcome == "refused" else 0
+            if refused == _REFUSED_IN_A_ROW:
+                raise EnvironmentFaultError.at(
+                    settings.endpoint.model, f"refuses all ({made.detail})", "check the model's name and its limits"
+                )
+            if progress is not None:
+                progress(done, len(tasks))
+            if made.outcome is not None:
+                report.drops.append((task.identity, made.outcome, made.detail))
+                continue
+            report.repaired += made.requests > 1
+            yield task.identity, made.turns
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _converse_one(task: _Task, model: ChatModel, settings: ConverseSettings) -> _Made:
+    messages: list[Message] = [
+        {"role": "system", "content": REQUEST.format(low=settings.least, high=settings.most)},
+        {"role": "user", "content": _describe(task)},
+    ]
+    outcome: Outcome = "malformed"
+    faults: Sequence[str] = ()
+    for attempt in range(1, settings.attempts + 1):
+        try:
+            reply = model.ask(messages)
+        except EndpointRefusedError as error:
+            return _Made((), attempt, "refused", str(error))
+        checked = check_reply(reply, task.evidence)
+        if len(checked.turns) >= settings.least:
+            return _Made(checked.turns[: settings.most], attempt)
+        outcome = "ungrounded" if checked.understood else "malformed"
+        faults = checked.faults or (f"there are {len(checked.turns)} turns, expected at least {settings.least}",)
+        messages += [
+            {"role": "assistant", "content": reply},
+            {"role": "user", "content": AGAIN.format(faults="\n".join(f"- {fault}" for fault in faults))},
+        ]
+    return _Made((), settings.attempts, outcome, "; ".join(faults))
+
+
+def _describe(task: _Task) -> str:
+    parts = [f"Caption:\n{task.caption}"] if task.caption else []
+    parts += [f"Read by program {number}:\n{text}" for number, text in enumerate(task.readings.values(), 1)]
+    return "\n\n".join(parts)
+
+
+def _record(task: _Task, turns: Sequence[Pair], seed: int) -> dict[str, Any]:
+    first = Random(f"{seed}/{task.identity}").choice((f"{IMAGE_PLACEHOLDER}\n{{}}", f"{{}}\n{IMAGE_PLACEHOLDER}"))
+    conversation: list[dict[str, str]] = []
+    for number, (question, answer) in enumerate(turns):
+        conversation.append({"from": "human", "value": question if number else first.format(question)})
+        conversation.append({"from": "gpt", "value": answer})
+    return {"id": task.identity, "image": task.image, "conversations": conversation}

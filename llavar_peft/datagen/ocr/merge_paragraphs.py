@@ -1,0 +1,216 @@
+"""Lines to paragraphs, by geometry alone.
+
+Three steps, each over pairs and so blind to the order in which lines come: pieces on one baseline with a small gap are
+one line; lines below each other, alike in height and in one column, are a paragraph; paragraphs side by side whose
+lines pair up and of which one is narrow are a table, read row by row. All limits are multiples of a line's height, so
+that a page moved or scaled gives the same.
+
+Source: arXiv 2306.17107 says that paragraphs were merged by geometry and not how; these rules are ours.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from statistics import median
+from typing import Final, TypeVar
+
+from llavar_peft.datagen.ocr.ocr_lines import OcrLine
+from llavar_peft.datagen.ocr.reading_order import reading_order
+from llavar_peft.datagen.ocr.upright_boxes import Box, upright_boxes
+
+SAME_BASELINE: Final = 0.5
+"""How far apart two pieces' middles may be on one baseline, in heights."""
+WIDEST_SPACE: Final = 0.8
+"""Gap between two pieces of one line at most, in heights."""
+LINE_DISTANCE: Final = 1.75
+"""From middle to middle of two lines of a paragraph at most, in heights."""
+EVEN: Final = 1.4
+"""The same at most, as a multiple of the distance to the nearest line: a wider one ends a paragraph."""
+SAME_HEIGHT: Final = 0.7
+"""How high the lower of two lines of a paragraph is at least, as a share of the higher one."""
+SAME_EDGE: Final = 2.0
+"""How far apart left edges, middles or right edges of one column may be, in heights."""
+SAME_ROW_HEIGHT: Final = 0.4
+"""The same in a row of a table, where one cell may have no high letters."""
+PAIRED: Final = 2 / 3
+"""Share of the shorter column's lines that must have one beside them in a table."""
+NARROW: Final = 6.0
+"""Width, in heights, below which a column may hold a table's cells."""
+PROSE: Final = 9.0
+"""Width, in heights, from which ``PROSE_LINES`` lines are no table's cells, whatever stands beside them."""
+PROSE_LINES: Final = 3
+
+
+_T = TypeVar("_T")
+
+
+@dataclass(frozen=True, slots=True)
+class Paragraph:
+    """Lines that are read on end.
+
+    Attributes:
+        text: The lines, joined by spaces.
+        lines: As the engine gave them, in reading order.
+    """
+
+    text: str
+    lines: tuple[OcrLine, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class _Row:
+    """Pieces on one baseline.
+
+    Attributes:
+        pieces: From left to right.
+        box: Around all of them.
+        height: Of a typical piece, in pixels; slant makes the row's own box higher.
+    """
+
+    pieces: tuple[tuple[Box, OcrLine], ...]
+    box: Box
+    height: float
+
+
+def merge_lines(lines: Sequence[OcrLine]) -> tuple[Paragraph, ...]:
+    """Merge lines to paragraphs and puts these in reading order.
+
+    Args:
+        lines: A page's, in any order.
+
+    Returns:
+        Paragraphs that hold each line exactly once, wherever the engine began.
+    """
+    placed = sorted(zip(upright_boxes(lines), lines, strict=True), key=_place)
+    rows = [_row(group) for group in _linked(placed, lambda a, b: _same_line(a[0], b[0]))]
+    rows.sort(key=lambda row: (row.box.top, row.box.left))
+    blocks = [_by_top(group) for group in _paragraph_rows(rows)]
+    tables = [_table_rows(group) for group in _beside_each_other(blocks)]
+    order = reading_order([_around([row.box for row in block]) for block in tables])
+    return tuple(_paragraph(tables[index]) for index in order)
+
+
+def _place(item: tuple[Box, OcrLine]) -> tuple[float | str, ...]:
+    """Sorts pieces so that the result does not depend on the engine's order."""
+    box, line = item
+    return box.top, box.left, box.right, box.bottom, line.text, line.confidence
+
+
+def _linked(items: Sequence[_T], linked: Callable[[_T, _T], bool]) -> list[list[_T]]:
+    """Group what is linked, directly or through others; groups and members keep the order given."""
+    group_of = list(range(len(items)))
+    for second in range(len(items)):
+        for first in range(second):
+            if group_of[first] != group_of[second] and linked(items[first], items[second]):
+                old, new = sorted((group_of[first], group_of[second]), reverse=True)
+                group_of = [new if group == old else group for group in group_of]
+    groups: dict[int, list[_T]] = {}
+    for group, item in zip(group_of, items, strict=True):
+        groups.setdefault(group, []).append(item)
+    return list(groups.values())
+
+
+def _same_baseline(first: Box, second: Box) -> bool:
+    return abs(first.middle - second.middle) <= SAME_BASELINE * min(first.height, second.height)
+
+
+def _same_line(first: Box, second: Box) -> bool:
+    gap = max(first.left, second.left) - min(first.right, second.right)
+    return _same_baseline(first, second) and gap <= WIDEST_SPACE * (first.height + second.height) / 2
+
+
+def _paragraph_rows(rows: Sequence[_Row]) -> list[list[_Row]]:
+    """Group lines below each other, where their distances are even."""
+    distances = {
+        (first, second): abs(rows[first].box.middle - rows[second].box.middle)
+        for second in range(len(rows))
+        for first in range(second)
+        if _same_column(rows[first], rows[second])
+    }
+    nearest = [float("inf")] * len(rows)
+    for pair, distance in distances.items():
+        for number in pair:
+            nearest[number] = min(nearest[number], distance)
+
+    def linked(first: int, second: int) -> bool:
+        distance = distances.get((first, second))
+        return distance is not None and distance <= EVEN * min(nearest[first], nearest[second])
+
+    return [[rows[number] for number in group] for group in _linked(range(len(rows)), linked)]
+
+
+def _same_column(above: _Row, below: _Row) -> bool:
+    low, high = sorted((above.height, below.height))
+    one, other, mean = above.box, below.box, (low + high) / 2
+    distance = abs(other.middle - one.middle) / mean
+    if low < SAME_HEIGHT * high or not SAME_BASELINE < distance <= LINE_DISTANCE:
+        return False
+    shared = min(one.right, other.right) - max(one.left, other.left)
+    apart = min(
+        abs(one.left - other.left),
+        abs(one.right - other.right),
+        abs(one.left + one.right - other.left - other.right) / 2,
+    )
+    return shared >= 0.5 * min(one.width, other.width) and apart <= SAME_EDGE * mean
+
+
+def _beside_each_other(blocks: Sequence[Sequence[_Row]]) -> list[list[Sequence[_Row]]]:
+    """Group paragraphs that are one table's columns."""
+    around = [_around([row.box for row in block]) for block in blocks]
+
+    def linked(first: int, second: int) -> bool:
+        one, other = around[first], around[second]
+        # Before anything that takes time: a page has many paragraphs, and few pairs that stand side by side.
+        if max(one.top, other.top) > min(one.bottom, other.bottom):
+            return False
+        if max(one.left, other.left) < min(one.right, other.right):
+            return False
+        return _same_table(blocks[first], blocks[second])
+
+    return [[blocks[number] for number in group] for group in _linked(range(len(blocks)), linked)]
+
+
+def _same_table(first: Sequence[_Row], second: Sequence[_Row]) -> bool:
+    few, many = sorted((first, second), key=len)
+    widths = [median(row.box.width / row.height for row in block) for block in (few, many)]
+    if min(widths) >= NARROW or (len(many) >= PROSE_LINES and widths[1] >= PROSE):
+        return False
+    paired = sum(any(_same_row(row, mate) for mate in many) for row in few)
+    return paired >= PAIRED * len(few)
+
+
+def _same_row(first: _Row, second: _Row) -> bool:
+    low, high = sorted((first.height, second.height))
+    return low >= SAME_ROW_HEIGHT * high and abs(first.box.middle - second.box.middle) <= SAME_BASELINE * low
+
+
+def _table_rows(blocks: Sequence[Sequence[_Row]]) -> list[_Row]:
+    """The rows of one paragraph, or those of several side by side run together."""
+    rows = sorted((row for block in blocks for row in block), key=lambda row: (row.box.top, row.box.left))
+    if len(blocks) == 1:
+        return rows
+    joined = [_row([piece for row in group for piece in row.pieces]) for group in _linked(rows, _same_row)]
+    return _by_top(joined)
+
+
+def _by_top(rows: Sequence[_Row]) -> list[_Row]:
+    return sorted(rows, key=lambda row: (row.box.middle, row.box.left))
+
+
+def _row(pieces: Sequence[tuple[Box, OcrLine]]) -> _Row:
+    in_order = tuple(sorted(pieces, key=lambda piece: (piece[0].left, *_place(piece))))
+    boxes = [box for box, _ in in_order]
+    return _Row(in_order, _around(boxes), median(box.height for box in boxes))
+
+
+def _around(boxes: Sequence[Box]) -> Box:
+    whole = boxes[0]
+    for box in boxes[1:]:
+        whole = whole | box
+    return whole
+
+
+def _paragraph(rows: Sequence[_Row]) -> Paragraph:
+    lines = tuple(line for row in rows for _, line in row.pieces)
+    return Paragraph(" ".join(line.text for line in lines), lines)

@@ -1,0 +1,1 @@
+"""Synthetic text-rich images with exact ground truth."""

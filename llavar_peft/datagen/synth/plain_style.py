@@ -1,0 +1,221 @@
+"""The plain style: few large letters on flat colours, which 12 x 12 patches can resolve. The quickstart's images.
+
+Every string that a question asks for is random, so a model that has not read the image cannot answer. Letters that
+several faces draw alike are left out of the random strings: no O, I and Q beside 0 and 1. Words stand at free places;
+the one promise is legibility: a line's letters are on average at least ``SMALLEST_PITCH`` of the image's longer side
+apart.
+
+The shipped tiny parts have learnt from these images: what is drawn for a kind, a seed and a number stays as it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from random import Random
+from typing import Final, TypeAlias
+
+from llavar_peft.datagen.synth.font_faces import packaged_face, text_width
+from llavar_peft.datagen.synth.scene import PlacedLine, Scene, Shape
+from llavar_peft.datagen.synth.synth_settings import LEAST_PLAIN, SynthKind
+from llavar_peft.datagen.synth.text_colours import Colour, draw_colours
+
+CAPITALS: Final = "ABCDEFGHJKLMNPRSTUVWXYZ"
+DIGITS: Final = "0123456789"
+FACES: Final = ("DejaVuSans", "DejaVuSans-Bold", "DejaVuSerif-Bold", "DejaVuSansMono-Bold")
+ITEMS: Final = (
+    "tea", "milk", "soup", "cake", "rice", "bread", "pizza", "salad", "juice", "fish", "egg", "apple", "beans"
+)  # fmt: skip
+
+SMALLEST_PITCH: Final = 0.085
+"""Smallest average distance of neighbouring letters, as a share of the longer side: 10.2 of 120 pixels."""
+
+SMALLEST_SIZE: Final = 0.125
+"""Smallest font size, as a share of the longer side: 15 of 120 pixels."""
+
+LARGEST: Final = 1.8
+"""Greatest size of letters, as a multiple of the smallest: what a tower that sees 3 x 3 patches at once can tell."""
+
+_BLACK: Final[Colour] = (0, 0, 0)
+_WHITE: Final[Colour] = (255, 255, 255)
+
+
+def draw_plain(kind: SynthKind, rng: Random, longest: int) -> Scene:
+    """Invents an image with its colours.
+
+    Args:
+        kind: One of the style's.
+        rng: Where every choice comes from.
+        longest: Greatest length of the longer side in pixels.
+
+    Returns:
+        The image, not yet drawn.
+    """
+    scene = draw_layout(kind, rng, longest=longest, largest=LARGEST)
+    scene.paper, ink = draw_colours(rng)
+    scene.lines = [replace(line, ink=ink) for line in scene.lines]
+    if rng.random() < 0.3:
+        thickness = max(1, round(max(scene.width, scene.height) * 0.008))
+        scene.shapes.append(Shape("frame", (0, 0, scene.width - 1, scene.height - 1), ink, thickness))
+    return scene
+
+
+def draw_layout(
+    kind: SynthKind,
+    rng: Random,
+    *,
+    shortest: int = LEAST_PLAIN,
+    longest: int = 448,
+    largest: float = 2.6,
+    most_items: int = 1,
+) -> Scene:
+    """Invents an image's text, questions and arrangement, in black on white.
+
+    Args:
+        kind: One of the style's.
+        rng: Where every choice comes from.
+        shortest: Least length of the longer side in pixels.
+        longest: Greatest length of the longer side in pixels.
+        largest: Greatest size of a single word's letters, as a multiple of the smallest that is legible.
+        most_items: Items on a receipt at most, beside its total.
+
+    Returns:
+        The image, not yet drawn.
+    """
+    while True:
+        rows, questions = _receipt(rng, most_items) if kind == "receipts" else _CONTENT[kind](rng)
+        long_side, aspect = rng.randint(shortest, longest), rng.uniform(0.7, 1.0)
+        wide = rng.random() < 0.6
+        width, height = (long_side, round(long_side * aspect)) if wide else (round(long_side * aspect), long_side)
+        lines = _place(rng, rows, packaged_face(rng.choice(FACES)), width, height, largest=largest)
+        if lines is not None:
+            return Scene(width=width, height=height, paper=_WHITE, lines=lines, questions=questions)
+
+
+def _word(rng: Random, low: int, high: int) -> str:
+    return "".join(rng.choices(CAPITALS, k=rng.randint(low, high)))
+
+
+def _number(rng: Random, length: int) -> str:
+    return rng.choice(DIGITS[1:]) + "".join(rng.choices(DIGITS, k=length - 1))
+
+
+def _price(rng: Random, longest: int) -> str:
+    return f"{_number(rng, rng.randint(1, longest))}.{''.join(rng.choices(DIGITS, k=2))}"
+
+
+_Content: TypeAlias = tuple[list[str], list[tuple[str, str]]]
+
+
+def _sign(rng: Random) -> _Content:
+    words = [_word(rng, 3, 7) for _ in range(rng.choice((1, 1, 2)))]
+    lines = list(words)
+    asked = [(rng.choice(("What does the sign say?", "Which words are on the sign?")), " ".join(words))]
+    if rng.random() < 0.6:
+        number = _number(rng, rng.randint(2, 4))
+        lines.append(number)
+        asked.append(("Which number is on the sign?", number))
+    return lines, asked
+
+
+def _cover(rng: Random) -> _Content:
+    words = [_word(rng, 3, 7) for _ in range(rng.choice((1, 2)))]
+    author = _word(rng, 4, 7)
+    asked = [
+        (rng.choice(("What is the title of this book?", "What is the book called?")), " ".join(words)),
+        (rng.choice(("Who wrote this book?", "Who is the author?")), author),
+    ]
+    return [*words, f"BY {author}"], asked
+
+
+def _poster(rng: Random) -> _Content:
+    name = _word(rng, 4, 7)
+    date = f"{rng.randint(1, 28):02d}.{rng.randint(1, 12):02d}"
+    hour = f"{rng.randint(10, 23)}:{rng.choice(DIGITS[:6])}{rng.choice(DIGITS)}"
+    asked = [
+        (rng.choice(("Who is playing?", "What is the name on the poster?")), name),
+        ("On which date is the show?", date),
+        ("At what time does the show start?", hour),
+    ]
+    return [name, f"ON {date}", f"AT {hour}"], asked
+
+
+def _receipt(rng: Random, most_items: int = 1) -> _Content:
+    shop = _word(rng, 4, 7)
+    items = rng.sample(ITEMS, rng.randint(1, most_items))
+    prices = [_price(rng, 1) for _ in items]
+    total = _price(rng, 2)
+    asked = [
+        (rng.choice(("What is the name of the shop?", "Which shop is this receipt from?")), shop),
+        (rng.choice(("What is the total?", "How much was paid in total?")), total),
+        *((f"How much is the {item}?", price) for item, price in zip(items, prices, strict=True)),
+    ]
+    rows = [f"{item.upper()}\t{price}" for item, price in zip(items, prices, strict=True)]
+    return [shop, *rows, f"TOTAL\t{total}"], asked
+
+
+_CONTENT: Final[dict[SynthKind, Callable[[Random], _Content]]] = {
+    "signs": _sign,
+    "covers": _cover,
+    "posters": _poster,
+    "receipts": _receipt,
+}
+
+
+def _smallest(text: str, face: str, long_side: int) -> float:
+    """Font size below which a line is not legible, in pixels."""
+    letters = "".join(character for character in text if character.isalnum())
+    pitch = text_width(letters, face) / len(letters)
+    return long_side * max(SMALLEST_SIZE, SMALLEST_PITCH / pitch)
+
+
+def _place(
+    rng: Random, rows: list[str], face: str, width: int, height: int, *, largest: float
+) -> list[PlacedLine] | None:
+    """Try one arrangement; None where it does not fit."""
+    long_side, margin = max(width, height), 0.02 * max(width, height)
+    room = width - 2 * margin
+    sizes: list[int] = []
+    for row in rows:
+        flat = row.replace("\t", "  ")
+        low, high = _smallest(flat, face, long_side), room / text_width(flat, face)
+        if high < low:
+            return None
+        expected = low * rng.uniform(1.0, 1.25 if "\t" in row or " " in row else largest)
+        sizes.append(int(min(high, expected)) + 1)
+    spacing = rng.uniform(1.12, 1.6)
+    tall = sum(sizes) * spacing
+    if tall > height - 2 * margin:
+        least = [int(_smallest(row.replace("\t", "  "), face, long_side)) + 1 for row in rows]
+        sizes = [max(low, int(size * 0.7)) for low, size in zip(least, sizes, strict=True)]
+        spacing = 1.15
+        tall = sum(sizes) * spacing
+    if tall > height - 2 * margin:
+        return None
+    return _stack(rng, rows, sizes, face, spacing, (margin, width - margin, height - margin - tall))
+
+
+def _stack(
+    rng: Random, rows: list[str], sizes: list[int], face: str, spacing: float, area: tuple[float, float, float]
+) -> list[PlacedLine] | None:
+    """Stand the rows on top of each other, at a free height; `area` is left, right and the free height."""
+    left, right, free = area
+    widths = [text_width(row.replace("\t", "  "), face) * size for row, size in zip(rows, sizes, strict=True)]
+    if max(widths) > right - left:
+        return None
+    style = rng.choice(("left", "centre", "free"))
+    span = rng.uniform(max(widths), right - left)
+    start = rng.uniform(left, right - span)
+    top, lines = rng.uniform(left, max(left, free)), list[PlacedLine]()
+    for row, size, width in zip(rows, sizes, widths, strict=True):
+        top += size * spacing
+        slack = (span - width) * {"left": 0.0, "centre": 0.5, "free": rng.random()}[style]
+        baseline = round(top - size * (spacing - 0.9))
+        label, _, value = row.partition("\t")
+        if not value:
+            lines.append(PlacedLine(row, face, size, round(start + slack), baseline, _BLACK, 0))
+            continue
+        lines.append(PlacedLine(label, face, size, round(start), baseline, _BLACK, 0))
+        value_left = start + span - text_width(value, face) * size
+        lines.append(PlacedLine(value, face, size, round(value_left), baseline, _BLACK, 0))
+    return lines

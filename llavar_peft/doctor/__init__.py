@@ -1,1 +1,0 @@
-"""Whether a machine can do what the package needs: ``llavar-peft doctor``."""

@@ -1,0 +1,1 @@
+"""GPT-4, or another model, as a judge of answers."""

@@ -1,0 +1,229 @@
+"""The report: a run's curves, its figures beside the previous run's and the paper's, and what it reads, on one page."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from llavar_peft.errors import ConfigError, DataError
+from llavar_peft.evaluation.judge.judge_reviews import read_reviews, summarize_reviews
+from llavar_peft.evaluation.report.report_cards import Images
+from llavar_peft.evaluation.report.report_view import Labelled, bar_share, view_dataset
+from llavar_peft.evaluation.vqa.answer_metrics import LOWER_IS_BETTER
+from llavar_peft.evaluation.vqa.scored_results import Results, read_results
+from llavar_peft.page.report_page import REPORT_NAME, DatasetView, Head, write_report_page
+from llavar_peft.page.run_log import RunLog, read_run
+
+RESULTS: Final = "*.results.json"
+"""What ``eval vqa`` calls results where no name is given."""
+REVIEWS: Final = "*.reviews.jsonl"
+"""What a judge's reviews in a run's folder are found by."""
+_SAME: Final = 0.5  # share of the smaller one's questions that two results of one data set have in common
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReportSettings:
+    """What a report shows.
+
+    Attributes:
+        results: Results files, in order; the run's folder is searched for more.
+        reviews: Files of a judge's reviews, in order; the run's folder is searched for more.
+        before: The previous run's results, files or a run's folder.
+        images: Folders of images; none stands for those that the run's recipe names.
+        metric: The protocol that images and changes are told by; None is each result's first.
+        images_per_row: How many in each row of them; fewer where the page would grow beyond 3 MB.
+        title: Of the page; None is the run's name.
+    """
+
+    results: Sequence[Path] = ()
+    reviews: Sequence[Path] = ()
+    before: Sequence[Path] = ()
+    images: Sequence[Path] = ()
+    metric: str | None = None
+    images_per_row: int = 6
+    title: str | None = None
+
+
+def write_report(run_dir: Path | None, out: Path | None = None, settings: ReportSettings | None = None) -> Path:
+    """Write the report of a run, of results, or of both; the same files give the same bytes.
+
+    Args:
+        run_dir: The run's folder; None for results alone.
+        out: The page; None is ``report.html`` in the run's folder.
+        settings: What it shows.
+
+    Returns:
+        The page.
+
+    Raises:
+        ConfigError: There is nothing to report, nowhere to write it, or no result has the metric.
+        DataError: A file is not what it should be, or results on one data set contradict each other.
+        EnvironmentFaultError: The page cannot be written.
+    """
+    settings = settings or ReportSettings()
+    run = read_run(run_dir) if run_dir is not None else None
+    page = out or (run_dir / REPORT_NAME if run_dir is not None else None)
+    if page is None:
+        raise ConfigError.at("report", "has no run and no place to go", "name a run's folder, or give --out")
+    found = [path for path in _results_of(run) if path.resolve() not in {one.resolve() for one in settings.results}]
+    now = [_labelled(path, run) for path in [*found, *settings.results]]
+    before = [_labelled(path, None, before=True) for path in _previous(settings.before)]
+    reviews = [*(sorted(run_dir.glob(REVIEWS)) if run_dir is not None else ()), *settings.reviews]
+    if run is None and not now and not reviews:
+        raise ConfigError.at("report", "has neither a run nor results", "name a run's folder, or give --results")
+    chains = [_told_apart([*_on_the_same(before, chain), *chain]) for chain in _by_dataset(now)]
+    chosen = [_metric(chain, settings.metric) for chain in chains]
+    images = Images(settings.images or _images_of(run))
+
+    def views(shown: int) -> list[DatasetView]:
+        return [view_dataset(chain, protocol, images, shown) for chain, protocol in zip(chains, chosen, strict=True)]
+
+    heads = [_head(chain, protocol) for chain, protocol in zip(chains, chosen, strict=True)]
+    heads += [_judged(path) for path in dict.fromkeys(path.resolve() for path in reviews)]
+    title = settings.title or (run_dir.resolve().name if run_dir is not None else "Evaluation")
+    return write_report_page(page, title, heads, views, run, settings.images_per_row)
+
+
+def _results_of(run: RunLog | None) -> list[Path]:
+    """Results in a run's folder and its stages', those of earlier stages' models first."""
+    if run is None:
+        return []
+    folders = [run.folder, *(stage.folder for stage in run.stages)]
+    paths = sorted({path for folder in folders for path in folder.glob(RESULTS)})
+    names = [stage.name for stage in run.stages]
+
+    def place(path: Path) -> tuple[int, str]:
+        stage = _stage_of(read_results(path), run)
+        return (len(names) if stage is None else names.index(stage), path.name)
+
+    return sorted(paths, key=place)
+
+
+def _stage_of(results: Results, run: RunLog) -> str | None:
+    """The stage whose result was asked, where its folder says so; the last stage's lies at the run's top."""
+    if results.setting.model is None:
+        return None
+    # With an adapter laid over it, or quantized, the name goes on after a space.
+    model = Path(results.setting.model.split(" + ")[-1].split(" (")[0]).resolve()
+    if not model.is_relative_to(run.folder.resolve()) or not run.stages:
+        return None
+    first = (*model.relative_to(run.folder.resolve()).parts, "")[0]
+    return next((stage.name for stage in run.stages if stage.name == first), run.stages[-1].name)
+
+
+def _labelled(path: Path, run: RunLog | None, *, before: bool = False) -> Labelled:
+    results = read_results(path)
+    stage = _stage_of(results, run) if run is not None else None
+    name = path.name.removesuffix(".json").removesuffix(".results")
+    return Labelled(f"before: {name}" if before else name if stage is None else f"after {stage}", name, results)
+
+
+def _previous(given: Sequence[Path]) -> list[Path]:
+    """Files as they are; a run's folder stands for its latest results."""
+    paths: list[Path] = []
+    for path in given:
+        if not path.is_dir():
+            paths.append(path)
+            continue
+        inside = _results_of(read_run(path))
+        if not inside:
+            raise ConfigError.at(str(path), f"holds no results ({RESULTS})", "give files that 'eval vqa --out' wrote")
+        paths += inside
+    return paths
+
+
+def _keys(results: Results) -> set[tuple[str, str, tuple[str, ...]]]:
+    return {(record.id, record.question, tuple(sorted(record.truths))) for record in results.records}
+
+
+def _alike(one: Results, other: Results) -> bool:
+    keys, others = _keys(one), _keys(other)
+    return len(keys & others) >= _SAME * min(len(keys), len(others))
+
+
+def _by_dataset(results: Sequence[Labelled]) -> list[list[Labelled]]:
+    """Results that answer the same questions, together and in order."""
+    chains: list[list[Labelled]] = []
+    for one in results:
+        chain = next((chain for chain in chains if _alike(chain[0].results, one.results)), None)
+        if chain is None:
+            chains.append([one])
+        else:
+            chain.append(one)
+    return chains
+
+
+def _on_the_same(before: Sequence[Labelled], chain: Sequence[Labelled]) -> list[Labelled]:
+    """The latest of the previous run's results on the same questions."""
+    return [one for one in before if _alike(one.results, chain[0].results)][-1:]
+
+
+def _told_apart(chain: Sequence[Labelled]) -> list[Labelled]:
+    """Where two would have the same label, the files' names are added; where these are the same too, numbers."""
+    labels = [one.label for one in chain]
+    named = [one.label if labels.count(one.label) == 1 else f"{one.label} ({one.name})" for one in chain]
+    numbered = [
+        label if named.count(label) == 1 else f"{label} {named[: place + 1].count(label)}"
+        for place, label in enumerate(named)
+    ]
+    return [Labelled(label, one.name, one.results) for label, one in zip(numbered, chain, strict=True)]
+
+
+def _metric(chain: Sequence[Labelled], expected: str | None) -> str:
+    """A protocol that all of them were scored by."""
+    shared = [name for name in _protocols(chain[-1]) if all(name in _protocols(one) for one in chain)]
+    if expected in shared:
+        return expected
+    if expected is not None or not shared:
+        have = ", ".join(shared) or "none in common"
+        raise ConfigError.at(
+            "--metric", f"{chain[-1].name} was not scored by {expected!r} (has {have})", "choose another"
+        )
+    return shared[0]
+
+
+def _protocols(one: Labelled) -> list[str]:
+    return list(one.results.records[0].scores)
+
+
+def _head(chain: Sequence[Labelled], protocol: str) -> Head:
+    latest = chain[-1].results
+    figure = next(one for one in latest.figures if one.protocol.startswith(protocol))
+    note = f"{figure.protocol}, {figure.low:.1f} to {figure.high:.1f}, {figure.records:,} records"
+    if protocol in LOWER_IS_BETTER:
+        note += ", lower is better"
+    return Head(Path(latest.dataset).stem, f"{figure.value:.1f}", bar_share(figure.value), note)
+
+
+def _judged(path: Path) -> Head:
+    """What a judge's reviews come to: ours in percent of the reference's."""
+    summary = summarize_reviews(read_reviews(path))
+    *kinds, whole = summary.categories
+    judges = dict.fromkeys(str(how["judge_model"]) for how in summary.settings if "judge_model" in how)
+    by = f" by {', '.join(judges)}" if judges else ""
+    parts = [f"{kind.name} {kind.ratio:.1f}" for kind in kinds if len(kinds) > 1 and kind.ratio is not None]
+    if whole.ratio is None or whole.low is None or whole.high is None:
+        raise DataError.at(str(path), "gives the reference no points at all", "look at what the judge replied")
+    if summary.unscored:
+        parts.append(f"{len(summary.unscored)} without scores")
+    note = [
+        f"judged{by} against the reference, {whole.low:.1f} to {whole.high:.1f}",
+        f"{whole.reviews:,} reviews",
+        *parts,
+    ]
+    return Head(path.name.split(".")[0], f"{whole.ratio:.1f}", bar_share(whole.ratio), ", ".join(note))
+
+
+def _images_of(run: RunLog | None) -> list[Path]:
+    """The folders of images that a run's recipe names, as far as they are there."""
+    import yaml
+
+    recipe = yaml.safe_load(run.recipe) if run is not None and run.recipe else None
+    stages = recipe.get("stages") if isinstance(recipe, dict) else None
+    named: list[str] = []
+    for stage in stages if isinstance(stages, list) else ():
+        images = (stage.get("data") or {}).get("images")
+        named += [images] if isinstance(images, str) else images or []
+    return [Path(name) for name in dict.fromkeys(named) if Path(name).is_dir()]

@@ -1,0 +1,1 @@
+"""Text VQA and MME: questions, answers, metrics and results."""

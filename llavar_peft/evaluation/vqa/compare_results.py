@@ -1,0 +1,195 @@
+"""Two results on the same questions: how far apart, how surely, and which answers changed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from llavar_peft.errors import DataError
+from llavar_peft.evaluation.vqa.answer_metrics import LOWER_IS_BETTER, Score
+from llavar_peft.evaluation.vqa.confidence_intervals import difference_interval, sign_test, sum_by_name
+from llavar_peft.evaluation.vqa.diagnose_results import group_records
+from llavar_peft.evaluation.vqa.scored_results import Answered, Results, Setting
+
+Pair = tuple[Answered, Answered]
+
+
+@dataclass(frozen=True, slots=True)
+class Difference:
+    """How the second result differs from the first on some records.
+
+    Attributes:
+        by: What these records were told apart by; empty for all of them.
+        name: What they have in common.
+        records: How many they are.
+        before: The first's figure, in percent.
+        after: The second's.
+        low: Lower end of the 95 % paired bootstrap interval of ``after - before``.
+        high: Upper end.
+        gained: Records on which the second is better.
+        lost: Records on which it is worse.
+        p_value: Of the exact two-sided sign test.
+    """
+
+    by: str
+    name: str
+    records: int
+    before: float
+    after: float
+    low: float
+    high: float
+    gained: int
+    lost: int
+    p_value: float
+
+    @property
+    def difference(self) -> float:
+        """``after - before``, in points."""
+        return self.after - self.before
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """An answer that became better or worse.
+
+    Attributes:
+        id: The question's.
+        question: Its words.
+        truths: The right answers.
+        before: What the first answered.
+        after: What the second answered.
+        gained: Whether it became better.
+    """
+
+    id: str
+    question: str
+    truths: tuple[str, ...]
+    before: str
+    after: str
+    gained: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """What two results differ in.
+
+    Attributes:
+        protocol: What was compared.
+        whole: All records that both have.
+        groups: Some of them, by kind and by the letters' size.
+        changes: Answers that became better or worse, in the questions' order.
+        unpaired: Records that only one of them has.
+        settings: What else differs, by name: of the first, of the second.
+        first: How the first's answers were got.
+        second: How the second's were.
+    """
+
+    protocol: str
+    whole: Difference
+    groups: tuple[Difference, ...]
+    changes: tuple[Change, ...]
+    unpaired: int
+    settings: dict[str, tuple[Any, Any]]
+    first: Setting
+    second: Setting
+
+    def as_dict(self) -> dict[str, Any]:
+        """The same, ready for JSON."""
+        plain = asdict(self)
+        for told, one in ((plain["whole"], self.whole), *zip(plain["groups"], self.groups, strict=True)):
+            told["difference"] = one.difference
+        return plain
+
+
+def compare_results(first: Results, second: Results, protocol: str) -> Comparison:
+    """Compare two results, question by question.
+
+    Args:
+        first: Before.
+        second: After.
+        protocol: Which scores; both have them.
+
+    Returns:
+        The differences, second minus first.
+
+    Raises:
+        DataError: They have no question in common, ask different things under one id, or lack the protocol's scores.
+    """
+    for results in (first, second):
+        if any(protocol not in record.scores for record in results.records):
+            have = ", ".join(results.records[0].scores)
+            raise DataError.at(
+                results.dataset,
+                f"was not scored by {protocol} (has {have})",
+                "choose another --metric, or score it again",
+            )
+    others = {record.id: record for record in second.records}
+    pairs = [(record, others[record.id]) for record in first.records if record.id in others]
+    _check(pairs, first, second)
+    by_id = {pair[0].id: pair for pair in pairs}
+    groups = [
+        _difference(by, name, [by_id[record.id] for record in members], protocol)
+        for by, kinds in group_records([record for record, _ in pairs]).items()
+        for name, members in kinds.items()
+    ]
+    changes = [
+        Change(one.id, one.question, one.truths, one.answer, other.answer, better > 0)
+        for one, other in pairs
+        if (better := _better(one.scores[protocol], other.scores[protocol], protocol))
+    ]
+    before, after = asdict(first.setting), asdict(second.setting)
+    return Comparison(
+        protocol=protocol,
+        whole=_difference("", "all", pairs, protocol),
+        groups=tuple(groups),
+        changes=tuple(changes),
+        unpaired=len(first.records) + len(second.records) - 2 * len(pairs),
+        settings={key: (before[key], after[key]) for key in before if before[key] != after[key]},
+        first=first.setting,
+        second=second.setting,
+    )
+
+
+def _check(pairs: Sequence[Pair], first: Results, second: Results) -> None:
+    if not pairs:
+        raise DataError.at(
+            second.dataset, f"has no question in common with {first.dataset}", "compare results on the same data set"
+        )
+    for one, other in pairs:
+        if one.question != other.question or sorted(one.truths) != sorted(other.truths):
+            raise DataError.at(
+                f"{second.dataset}:{one.id}",
+                f"is another question than that of {first.dataset} (got {other.question!r}, expected {one.question!r})",
+                "compare results on the same data set",
+            )
+
+
+def _better(before: Score, after: Score, protocol: str) -> int:
+    """1 where the second is better, -1 where it is worse, else 0."""
+    sign = (after.value > before.value) - (after.value < before.value)
+    return -sign if protocol in LOWER_IS_BETTER else sign
+
+
+def _difference(by: str, name: str, pairs: Sequence[Pair], protocol: str) -> Difference:
+    scores = [(one.scores[protocol], other.scores[protocol]) for one, other in pairs]
+    table = np.array([[one.points, one.out_of, other.points, other.out_of] for one, other in scores])
+    before, before_of, after, after_of = table.T
+    swapped = np.stack([after, after_of, before, before_of], axis=1)
+    low, high = difference_interval(sum_by_name(swapped, [one.drawn_with for one, _ in pairs]))
+    signs = [_better(one, other, protocol) for one, other in scores]
+    gained, lost = signs.count(1), signs.count(-1)
+    return Difference(
+        by=by,
+        name=name,
+        records=len(pairs),
+        before=100 * float(before.sum() / max(before_of.sum(), 1e-12)),
+        after=100 * float(after.sum() / max(after_of.sum(), 1e-12)),
+        low=100 * low,
+        high=100 * high,
+        gained=gained,
+        lost=lost,
+        p_value=sign_test(gained, lost),
+    )

@@ -1,0 +1,95 @@
+"""How sure a figure is: bootstrap intervals, and the exact sign test for two runs on the same questions."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Hashable, Sequence
+from typing import TYPE_CHECKING, Final, TypeAlias
+
+import numpy as np
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
+
+    FloatArray: TypeAlias = npt.NDArray[np.float64]
+
+RESAMPLES: Final = 1000
+CONFIDENCE: Final = 0.95
+_SEED: Final = 0
+
+
+def ratio_intervals(points: FloatArray, out_of: FloatArray) -> list[tuple[float, float]]:
+    """Intervals of figures that are sums of points over sums of what could be reached: percentile bootstrap, 95 %.
+
+    What is drawn again is a row; see ``sum_by_name``.
+
+    Args:
+        points: ``[N, M]``: of N rows, in M ways of scoring.
+        out_of: ``[N, M]``.
+
+    Returns:
+        Lower and upper end for each way, the same for the same numbers.
+    """
+    generator = np.random.default_rng(_SEED)
+    rows = len(points)
+    both = np.concatenate([points, out_of], axis=1)
+    ratios = np.empty((RESAMPLES, points.shape[1]))
+    for number in range(RESAMPLES):
+        drawn = np.bincount(generator.integers(0, rows, rows), minlength=rows)
+        sums = drawn @ both
+        ratios[number] = sums[: points.shape[1]] / np.maximum(sums[points.shape[1] :], 1e-12)
+    tail = (1.0 - CONFIDENCE) / 2
+    low, high = np.quantile(ratios, [tail, 1.0 - tail], axis=0)
+    return list(zip(low.tolist(), high.tolist(), strict=True))
+
+
+def sum_by_name(rows: FloatArray, names: Sequence[Hashable]) -> FloatArray:
+    """Add up the rows of one name, so that they are drawn together: questions on one image are not independent.
+
+    Args:
+        rows: ``[N, M]``.
+        names: N of them.
+
+    Returns:
+        One row for each name.
+    """
+    places: dict[Hashable, int] = {}
+    which = np.array([places.setdefault(name, len(places)) for name in names])
+    sums = np.zeros((len(places), rows.shape[1]))
+    np.add.at(sums, which, rows)
+    return sums
+
+
+def difference_interval(rows: FloatArray) -> tuple[float, float]:
+    """Interval of the difference between two figures on the same rows, which are drawn together.
+
+    Args:
+        rows: ``[N, 4]``: points and what could be reached of one run, then of that which is subtracted.
+
+    Returns:
+        Lower and upper end.
+    """
+    generator = np.random.default_rng(_SEED)
+    differences = np.empty(RESAMPLES)
+    for number in range(RESAMPLES):
+        drawn = np.bincount(generator.integers(0, len(rows), len(rows)), minlength=len(rows))
+        points, out_of, other_points, other_out_of = drawn @ rows
+        differences[number] = points / max(out_of, 1e-12) - other_points / max(other_out_of, 1e-12)
+    tail = (1.0 - CONFIDENCE) / 2
+    low, high = np.quantile(differences, [tail, 1.0 - tail])
+    return float(low), float(high)
+
+
+def sign_test(gained: int, lost: int) -> float:
+    """The exact two-sided sign test: how often a fair coin falls at least as unevenly.
+
+    Args:
+        gained: Pairs in which one side is better.
+        lost: Pairs in which the other is; ties are left out.
+
+    Returns:
+        The p value; 1 where nothing differs.
+    """
+    changed = gained + lost
+    tail = sum(math.comb(changed, count) for count in range(min(gained, lost) + 1))
+    return min(1.0, 2 * tail / 2**changed) if changed else 1.0

@@ -1,0 +1,266 @@
+"""What a merge costs in logits: a few tokens and an image's worth of features through the model before and after it.
+
+The language model is computed from disk, a block of rows at a time: neither model is ever in memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from transformers import LlamaConfig
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
+
+from llavar_peft.constants import MODEL_TYPE, SYSTEM_PROMPT
+from llavar_peft.errors import ConfigError, MissingDependencyError, WeightsError
+from llavar_peft.models.llama_tokenizer import load_tokenizer
+from llavar_peft.models.llavar_config import llama_config_from_released
+from llavar_peft.weights.adapter.lora_updates import LowRank
+from llavar_peft.weights.io import tensor_names
+from llavar_peft.weights.io.tensor_blocks import read_blocks
+from llavar_peft.weights.io.tensor_table import read_tensor_table
+from llavar_peft.weights.merge.merge_plan import MergePlan
+from llavar_peft.weights.merge.merge_stream import MergedTensors
+
+PATCHES = 16
+"""How many vectors of random features stand for the image."""
+_TEXT = (
+    f"{SYSTEM_PROMPT} USER: What is written on the sign?",
+    " ASSISTANT: The sign says OPEN DAILY 9:00 - 17:30, closed on 24.12. and 31.12.; call (020) 7946-0018.",
+)
+_EPSILON = 1e-12
+
+
+@dataclass(frozen=True, slots=True)
+class LogitsGap:
+    """How far the logits of two models are apart on the probe.
+
+    Attributes:
+        tokens: Positions compared.
+        relative: Root mean square of the difference, over that of the first model's logits around their mean.
+        largest: Largest absolute difference.
+        same_top: Share of the positions at which both have the same likeliest token.
+    """
+
+    tokens: int
+    relative: float
+    largest: float
+    same_top: float
+
+
+class Weights(Protocol):
+    """A model that is computed from disk."""
+
+    def linear(self, name: str, x: Tensor) -> Tensor:
+        """A linear layer's output, fp32, without its bias."""
+
+    def whole(self, name: str) -> Tensor:
+        """A small tensor, fp32."""
+
+    def rows(self, name: str, ids: Tensor) -> Tensor:
+        """Rows of a tensor, fp32, shape (len(ids), width)."""
+
+
+class StoredWeights:
+    """The tensors of a folder.
+
+    Args:
+        folder: With weights under our names, or released ones.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._table = {
+            tensor_names.from_released(name) or name: entry for name, entry in read_tensor_table(folder).items()
+        }
+
+    def linear(self, name: str, x: Tensor) -> Tensor:
+        """A linear layer's output."""
+        return torch.cat([x @ block.float().T for block in read_blocks(self._table[name])], dim=-1)
+
+    def whole(self, name: str) -> Tensor:
+        """A small tensor."""
+        return torch.cat([block.float() for block in read_blocks(self._table[name])])
+
+    def rows(self, name: str, ids: Tensor) -> Tensor:
+        """Rows of a tensor."""
+        return _pick(read_blocks(self._table[name]), ids)
+
+
+class UnmergedWeights:
+    """A base with the adapters beside its weights, as it was trained.
+
+    Args:
+        merged: The merge; its own way of quantizing is the one that the base is seen through.
+    """
+
+    def __init__(self, merged: MergedTensors) -> None:
+        self._merged = merged
+        self._stored = {ours: name for name in merged.base.shapes if (ours := merged.base.ours(name)) is not None}
+
+    def linear(self, name: str, x: Tensor) -> Tensor:
+        """A linear layer's output."""
+        parts, start = [], 0
+        for block in self._merged.before(self._stored[name]):
+            rows = block.float()
+            parts.append(self._output(name, x, rows, start))
+            start += len(rows)
+        return torch.cat(parts, dim=-1)
+
+    def whole(self, name: str) -> Tensor:
+        """A small tensor."""
+        return torch.cat(list(self._merged.blocks(self._stored[name], "float32")))
+
+    def rows(self, name: str, ids: Tensor) -> Tensor:
+        """Rows of a tensor."""
+        return _pick(self._merged.blocks(self._stored[name], "float32"), ids)
+
+    def _output(self, name: str, x: Tensor, rows: Tensor, start: int) -> Tensor:
+        first = output = x @ rows.T
+        weights = self._merged.weights
+        for number, adapter in enumerate(self._merged.adapters):
+            update = adapter.updates.get(name)
+            if update is None:
+                continue
+            if isinstance(update, LowRank):
+                before = output if weights is None else first
+                moved = update.output(x, before, rows, start)
+            else:
+                moved = x @ update.applied(rows, start).T
+            if weights is None:
+                rows, output = update.applied(rows, start), moved
+            else:
+                output = output + weights[number] * (moved - first)
+        return output
+
+
+def measure_merge(plan: MergePlan, folder: Path, tokenizers: tuple[Path, ...]) -> dict[str, LogitsGap]:
+    """Measure how far a merge's result is from the model as it was trained.
+
+    Args:
+        plan: The merge.
+        folder: Its result.
+        tokenizers: Folders that may hold the model's tokenizer; the first that does counts.
+
+    Returns:
+        The gap of the ``result``; and, for a result on a dequantized base, what it would have been on the
+        ``original``, unrounded.
+
+    Raises:
+        WeightsError: A file that was just written cannot be read.
+    """
+    merged = plan.merged
+    text, image_id = _configuration(merged.base.config)
+    ids = _probe_ids(tokenizers, text.vocab_size, image_id)
+    as_trained = MergedTensors(merged.base, merged.adapters, merged.weights, plan.trained)
+    expected = probe_logits(UnmergedWeights(as_trained), text, ids, image_id)
+    gaps = {"result": gap(expected, probe_logits(StoredWeights(folder), text, ids, image_id))}
+    if merged.rounding is not None:
+        original = UnmergedWeights(MergedTensors(merged.base, merged.adapters, merged.weights))
+        gaps["original"] = gap(expected, probe_logits(original, text, ids, image_id))
+    return gaps
+
+
+@torch.no_grad()
+def probe_logits(weights: Weights, config: LlamaConfig, ids: Tensor, image_id: int) -> Tensor:
+    """Run the projector and the language model.
+
+    Args:
+        weights: Of the model.
+        config: Of its language model.
+        ids: Shape (tokens,); where ``image_id`` stands, random features go through the projector.
+        image_id: The id of ``<im_patch>``.
+
+    Returns:
+        Logits in fp32, shape (tokens, vocabulary).
+
+    Source: transformers, models/llama/modeling_llama.py.
+    """
+    patch = ids == image_id
+    x = weights.rows(tensor_names.EMBEDDINGS, ids)
+    bias = weights.whole(tensor_names.PROJECTOR_BIAS)
+    width = _projector_width(weights)
+    features = torch.randn(int(patch.sum()), width, generator=torch.Generator().manual_seed(0))
+    x[patch] = weights.linear(tensor_names.PROJECTOR_WEIGHT, features) + bias
+    positions = torch.arange(len(ids))[None]
+    cos, sin = LlamaRotaryEmbedding(config)(x[None], positions)
+    for layer in range(config.num_hidden_layers):
+        stem = f"model.language_model.layers.{layer}."
+        x = x + _attention(weights, config, stem, _norm(weights, config, stem + "input_layernorm", x), cos, sin)
+        normed = _norm(weights, config, stem + "post_attention_layernorm", x)
+        gate = nn.functional.silu(weights.linear(stem + "mlp.gate_proj.weight", normed))
+        up = weights.linear(stem + "mlp.up_proj.weight", normed)
+        x = x + weights.linear(stem + "mlp.down_proj.weight", gate * up)
+    return weights.linear(tensor_names.HEAD, _norm(weights, config, "model.language_model.norm", x))
+
+
+def gap(expected: Tensor, got: Tensor) -> LogitsGap:
+    """How far two models' logits, of shape (tokens, vocabulary), are apart."""
+    apart = got - expected
+    spread = (expected - expected.mean(-1, keepdim=True)).square().mean().sqrt()
+    return LogitsGap(
+        tokens=len(expected),
+        relative=float(apart.square().mean().sqrt() / (spread + _EPSILON)),
+        largest=float(apart.abs().max()),
+        same_top=float((expected.argmax(-1) == got.argmax(-1)).float().mean()),
+    )
+
+
+def _attention(weights: Weights, config: LlamaConfig, stem: str, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    def heads(name: str, count: int | None) -> Tensor:
+        whole = weights.linear(f"{stem}self_attn.{name}.weight", x)
+        return whole.view(1, len(x), count or config.num_attention_heads, -1).transpose(1, 2)
+
+    few = config.num_key_value_heads
+    query, key = apply_rotary_pos_emb(heads("q_proj", None), heads("k_proj", few), cos, sin)
+    value = heads("v_proj", few)
+    mixed = nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
+    return weights.linear(f"{stem}self_attn.o_proj.weight", mixed.transpose(1, 2).reshape(len(x), -1))
+
+
+def _norm(weights: Weights, config: LlamaConfig, name: str, x: Tensor) -> Tensor:
+    return nn.functional.rms_norm(x, (x.shape[-1],), weights.whole(f"{name}.weight"), config.rms_norm_eps)
+
+
+def _projector_width(weights: Weights) -> int:
+    return weights.rows(tensor_names.PROJECTOR_WEIGHT, torch.tensor([0])).shape[1]
+
+
+def _pick(blocks: Iterator[Tensor], ids: Tensor) -> Tensor:
+    found, start = [], 0
+    order = ids.argsort()
+    ordered = ids[order]
+    for block in blocks:
+        inside = ordered[(ordered >= start) & (ordered < start + len(block))]
+        found.append(block[inside - start].float())
+        start += len(block)
+    return torch.cat(found)[order.argsort()]
+
+
+def _configuration(config: Any) -> tuple[LlamaConfig, int]:
+    """The language model's configuration, and the id of ``<im_patch>``."""
+    if config.get("model_type") == MODEL_TYPE:
+        return LlamaConfig(**config["text_config"]), int(config["image_token_index"])
+    text = llama_config_from_released(config)
+    return text, text.vocab_size - (3 if config.get("mm_use_im_start_end") else 1)
+
+
+def _probe_ids(tokenizers: tuple[Path, ...], vocab_size: int, image_id: int) -> Tensor:
+    """Text around an image; random ids where no tokenizer is at hand."""
+    for folder in tokenizers:
+        try:
+            tokenizer = load_tokenizer(folder)
+        except (ConfigError, WeightsError, MissingDependencyError):
+            continue
+        before, after = (tokenizer.encode(text, add_special_tokens=False) for text in _TEXT)
+        break
+    else:
+        drawn = torch.randint(3, image_id, (64,), generator=torch.Generator().manual_seed(0)).tolist()
+        before, after = drawn[:32], drawn[32:]
+    image = [image_id] * PATCHES
+    if vocab_size > image_id + 2:  # <im_start> and <im_end> follow <im_patch>
+        image = [image_id + 1, *image, image_id + 2]
+    return torch.tensor([1, *before, *image, *after])

@@ -1,0 +1,275 @@
+"""What turns images and words into the model's input: one processor, for training and for inference.
+
+Shape suffixes: B batch, T tokens, N images, H and W pixels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any, Final, get_args
+
+import torch
+from torch import Tensor
+from transformers import BatchFeature, CLIPImageProcessorPil, ProcessorMixin
+
+from llavar_peft.constants import ADDED_TOKENS, IMAGE_PATCH_TOKEN, IMAGE_PLACEHOLDER
+from llavar_peft.data.conversation_template import CHAT_TEMPLATE, Content, conversation_pieces, image_block
+from llavar_peft.data.encode_record import encode_pieces
+from llavar_peft.data.image_preparation import prepare_image
+from llavar_peft.data.text_encoder import text_encoder
+from llavar_peft.errors import ConfigError, DataError
+from llavar_peft.types import ImageMode, Role
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+_MODES: Final = get_args(ImageMode)
+# What the tokenizer's call may be asked for. Truncation is not: it would go through an image.
+_TEXT_OPTIONS: Final = frozenset(
+    {
+        "padding",
+        "padding_side",
+        "max_length",
+        "pad_to_multiple_of",
+        "return_attention_mask",
+        "return_offsets_mapping",
+        "return_token_type_ids",
+        "verbose",
+    }
+)
+
+
+class LlavarProcessor(ProcessorMixin):
+    """Tokenizer, image processor, and how the two meet.
+
+    Saved as ``processor_config.json`` beside the tokenizer; ``AutoProcessor.from_pretrained`` opens it.
+
+    Args:
+        image_processor: CLIP's; one of another backend is replaced by the Pillow one, whose pixels are the original's.
+        tokenizer: From ``load_tokenizer``, with the image tokens added.
+        patch_size: Side of the tower's patches, in pixels.
+        image_mode: How images are prepared in training.
+        inference_image_mode: How they are prepared in ``__call__``: ``"pad_black"`` is ``run_llava``'s.
+        use_im_start_end: Whether images stand between ``<im_start>`` and ``<im_end>``.
+        sep_image_conv_front: Whether, in training, images go before the first words of the conversation.
+        chat_template: Jinja; ``llava_v1`` if not given.
+
+    Raises:
+        ConfigError: A mode is unknown, or the tokenizer lacks the image tokens.
+    """
+
+    image_token: Final = IMAGE_PATCH_TOKEN
+
+    def __init__(
+        self,
+        image_processor: Any,
+        tokenizer: Any,
+        patch_size: int = 14,
+        image_mode: ImageMode = "pad",
+        inference_image_mode: ImageMode = "pad",
+        use_im_start_end: bool = True,
+        sep_image_conv_front: bool = False,
+        chat_template: str | None = None,
+    ) -> None:
+        _check_mode("image_mode", image_mode)
+        _check_mode("inference_image_mode", inference_image_mode)
+        if not isinstance(image_processor, CLIPImageProcessorPil):
+            settings = image_processor.to_dict()
+            settings.pop("image_processor_type", None)
+            image_processor = CLIPImageProcessorPil(**settings)
+        self.patch_size = patch_size
+        self.image_mode: ImageMode = image_mode
+        self.inference_image_mode: ImageMode = inference_image_mode
+        self.use_im_start_end = use_im_start_end
+        self.sep_image_conv_front = sep_image_conv_front
+        super().__init__(image_processor, tokenizer, chat_template=chat_template or CHAT_TEMPLATE)
+        text_encoder(self)  # says now, not in the first batch, if the tokenizer does not fit
+
+    @property
+    def num_image_tokens(self) -> int:
+        """Number of ``<im_patch>`` for one image of the tower's square size (576 at 336 pixels)."""
+        side = int(self.image_processor.crop_size["height"]) // self.patch_size
+        return side * side
+
+    @property
+    def image_token_id(self) -> int:
+        """Id of ``<im_patch>``."""
+        return text_encoder(self).patch
+
+    def __call__(
+        self,
+        images: Any = None,
+        text: str | Sequence[str] | None = None,
+        *,
+        return_tensors: str | None = None,
+        image_mode: ImageMode | None = None,
+        add_special_tokens: bool = True,
+        return_text_replacement_offsets: bool = False,
+        **options: Any,
+    ) -> BatchFeature:
+        """Prepare prompts and the images in them, for inference.
+
+        A prompt is trusted: ``</s>`` in it is the token. ``encode_question`` is for words of unknown origin.
+
+        Args:
+            images: An image (PIL image or local path), a list of them in reading order, or a list for each prompt.
+            text: A prompt or several; each ``<image>`` in them takes one image.
+            return_tensors: ``"pt"`` for tensors.
+            image_mode: Instead of ``inference_image_mode``.
+            add_special_tokens: Whether ``<s>`` is put first where the prompt does not spell it.
+            return_text_replacement_offsets: For ``apply_chat_template``: where the text grew.
+            **options: Of the tokenizer's call: ``padding``, ``padding_side``, ``return_attention_mask``, ...
+
+        Returns:
+            ``input_ids`` and ``attention_mask`` (``[B, T]``) if there is text, ``pixel_values`` (float32
+            ``[N, 3, H, W]``, a list where sizes differ) if there are images.
+
+        Raises:
+            DataError: The prompts do not have as many ``<image>`` as there are images, or an option is unknown.
+            ImageError: An image cannot be opened.
+        """
+        if images is None and text is None:
+            raise DataError.at("processor", "got neither images nor text", "pass at least one of them")
+        _check_options(options)
+        pixels = [prepare_image(image, image_mode or self.inference_image_mode, self) for image in _flat(images)]
+        data: dict[str, Any] = {}
+        if text is not None:
+            prompts = [self._collapse(prompt) for prompt in ([text] if isinstance(text, str) else text)]
+            blocks = [self._block(opened) for opened in pixels]
+            spelled, offsets = _expand(prompts, blocks, self.tokenizer.bos_token if add_special_tokens else "")
+            data.update(self.tokenizer(spelled, add_special_tokens=False, **options))
+            if return_text_replacement_offsets:
+                data["text_replacement_offsets"] = offsets
+        if pixels:
+            same = len({opened.shape for opened in pixels}) == 1
+            data["pixel_values"] = torch.stack(pixels) if same else pixels
+        return BatchFeature(data, tensor_type=return_tensors, skip_tensor_conversion=["text_replacement_offsets"])
+
+    def encode_question(
+        self,
+        question: str,
+        image: bool = True,
+        history: Iterable[tuple[str, str]] = (),
+        *,
+        num_image_tokens: int | None = None,
+    ) -> Tensor:
+        """Encode a question as ``run_llava`` does: the words, a line break, the image, and an open ``ASSISTANT:``.
+
+        Nothing in the words becomes a special token or an image's place.
+
+        Args:
+            question: The user's words.
+            image: Whether an image belongs to the conversation; it stands in the first question.
+            history: (question, answer) of the turns before this one.
+            num_image_tokens: Of this image, where its mode is ``keep``; None is the tower's square size.
+
+        Returns:
+            Ids, int64 ``[1, T]``.
+
+        Source: LLaVAR, llava/eval/run_llava.py, ``eval_model``.
+        """
+        messages: list[tuple[Role, Content]] = []
+        for asked, answered in history:
+            messages += [("human", [asked]), ("gpt", [answered])]
+        messages.append(("human", [question]))
+        if image:
+            messages[0] = ("human", [f"{messages[0][1][0]}\n", None])
+        pieces = conversation_pieces(messages, answer_next=True)
+        tokens = self.num_image_tokens if num_image_tokens is None else num_image_tokens
+        encoding = encode_pieces(pieces, text_encoder(self), [tokens] if image else [])
+        return torch.tensor([encoding.ids], dtype=torch.int64)
+
+    def _collapse(self, prompt: str) -> str:
+        """Take an image's place that the prompt already spells out back to ``<image>``."""
+        block = image_block(self.num_image_tokens, use_im_start_end=self.use_im_start_end)
+        prompt = prompt.replace(block, IMAGE_PLACEHOLDER)
+        stray = [name for name in ADDED_TOKENS if name in prompt]
+        if stray:
+            raise DataError.at(
+                "processor",
+                f"the text spells {', '.join(stray)} other than as a whole picture's place of this model",
+                f"write {IMAGE_PLACEHOLDER} where a picture stands; words of unknown origin go to encode_question",
+            )
+        return prompt
+
+    def _block(self, image_3HW: Tensor) -> str:
+        height, width = image_3HW.shape[-2:]
+        tokens = (height // self.patch_size) * (width // self.patch_size)
+        return image_block(tokens, use_im_start_end=self.use_im_start_end)
+
+    @property
+    def model_input_names(self) -> list[str]:
+        """Name of what ``__call__`` returns."""
+        return ["input_ids", "attention_mask", "pixel_values"]
+
+
+def _check_mode(name: str, got: str) -> None:
+    if got not in _MODES:
+        raise ConfigError.at(name, f"got {got!r}, expected one of {', '.join(_MODES)}", "choose one of these")
+
+
+def _check_options(options: dict[str, Any]) -> None:
+    for name in ("audio", "videos"):  # apply_chat_template passes them always
+        if options.pop(name, None):
+            raise DataError.at("processor", f"got {name}, which this model does not take", "leave them out")
+    if options.pop("truncation", False):
+        raise DataError.at(
+            "processor", "got truncation, which could cut through a picture", "shorten the words of the prompt"
+        )
+    unknown = sorted(set(options) - _TEXT_OPTIONS)
+    if unknown:
+        raise DataError.at(
+            "processor",
+            f"got unknown options {', '.join(unknown)}",
+            "leave them out, and give words of unknown origin to encode_question",
+        )
+
+
+def _flat(images: Any) -> list[Image | str]:
+    if images is None:
+        return []
+    if not isinstance(images, list | tuple):
+        return [images]
+    return [image for entry in images for image in _flat(entry)]
+
+
+def _expand(prompts: Sequence[str], blocks: Sequence[str], bos: str) -> tuple[list[str], list[list[dict[str, Any]]]]:
+    """Spell each ``<image>`` out, in order over all prompts, and puts ``bos`` first.
+
+    Args:
+        prompts: The texts.
+        blocks: What each image is spelled as.
+        bos: The first token's text, or nothing.
+
+    Returns:
+        The texts, and for each of them where it grew, in the form that ``ProcessorMixin`` reads.
+    """
+    places = sum(prompt.count(IMAGE_PLACEHOLDER) for prompt in prompts)
+    if places != len(blocks):
+        raise DataError.at(
+            "processor", f"got {len(blocks)} pictures for {places} {IMAGE_PLACEHOLDER} in the text", "give one for each"
+        )
+    remaining = iter(blocks)
+    texts, offsets = [], []
+    for prompt in prompts:
+        first, *rest = prompt.split(IMAGE_PLACEHOLDER)
+        text = "" if prompt.startswith(bos) else bos
+        grown = [_growth("", 0, text, 0)] if text else []
+        text, read = text + first, len(first)
+        for part in rest:
+            block = next(remaining)
+            grown.append(_growth(IMAGE_PLACEHOLDER, read, block, len(text)))
+            text, read = text + block + part, read + len(IMAGE_PLACEHOLDER) + len(part)
+        texts.append(text)
+        offsets.append(grown)
+    return texts, offsets
+
+
+def _growth(old: str, start: int, new: str, new_start: int) -> dict[str, Any]:
+    return {
+        "type": "image",
+        "span": (start, start + len(old)),
+        "new_span": (new_start, new_start + len(new)),
+        "text": old,
+        "replacement": new,
+    }

@@ -1,0 +1,106 @@
+"""What computes: torch's build against the machine, GPUs, attention kernels, bitsandbytes."""
+
+from __future__ import annotations
+
+import importlib.util
+import shutil
+from collections.abc import Iterator
+
+import psutil
+
+from llavar_peft.preflight.doctor_findings import DoctorFinding, fault_finding, note_finding, ok_finding
+
+_GIB = 2**30
+_WHEELS = "see https://pytorch.org/get-started/locally for the build that fits your driver"
+
+
+def check_devices() -> Iterator[DoctorFinding]:
+    """Look at torch and what it can compute on.
+
+    Yields:
+        A finding for torch, one for each GPU or one for the CPU, and one for each library of kernels.
+    """
+    try:
+        import torch
+    except ImportError as error:
+        yield fault_finding("torch", f"cannot be imported ({error})", "pip install torch")
+        return
+    build = f"CUDA {torch.version.cuda}" if torch.version.cuda else "CPU"
+    if torch.cuda.is_available():
+        yield ok_finding("torch's build", build)
+        yield from _gpus()
+    elif torch.backends.mps.is_available():
+        yield ok_finding("torch's build", "MPS")
+    elif shutil.which("nvidia-smi") and torch.version.cuda:
+        yield fault_finding(
+            "torch's build", f"{build}, but no GPU can be used", f"update the NVIDIA driver, or {_WHEELS}"
+        )
+    elif shutil.which("nvidia-smi"):
+        yield fault_finding("torch's build", "is for the CPU, and this machine has NVIDIA's driver", _WHEELS)
+    else:
+        yield ok_finding("torch's build", build)
+        memory = psutil.virtual_memory()
+        cores = psutil.cpu_count(logical=False) or psutil.cpu_count()
+        yield note_finding(
+            "GPU", f"none; {cores} cores, {memory.available / _GIB:.0f} of {memory.total / _GIB:.0f} GiB free",
+            "a tiny model trains here; for 7B or 13B take a machine with a GPU",
+        )  # fmt: skip
+    yield _attention(torch.cuda.is_available())
+    yield _four_bits()
+
+
+def _gpus() -> Iterator[DoctorFinding]:
+    import torch
+
+    for index in range(torch.cuda.device_count()):
+        about = torch.cuda.get_device_properties(index)
+        try:
+            free, total = torch.cuda.mem_get_info(index)
+        except RuntimeError as error:
+            yield fault_finding(
+                f"GPU {index}", f"{about.name} does not answer ({str(error).splitlines()[0]})", "restart it"
+            )
+            continue
+        what = f"{about.name} ({about.major}.{about.minor}), {free / _GIB:.0f} of {total / _GIB:.0f} GiB free"
+        if about.major >= 8:
+            yield ok_finding(f"GPU {index}", f"{what}, bf16")
+        else:
+            yield note_finding(f"GPU {index}", f"{what}, no bf16", "train with precision: fp16")
+        if free < total / 2:
+            yield note_finding(
+                f"GPU {index}", "more than half of its memory is taken", "look who is there with nvidia-smi"
+            )
+
+
+def _attention(gpu: bool) -> DoctorFinding:
+    if importlib.util.find_spec("flash_attn") is None:
+        if gpu:
+            return note_finding(
+                "flash-attn", "is missing; torch's own attention is used", "pip install 'llavar-peft[cuda]'"
+            )
+        return ok_finding("flash-attn", "is for GPUs; torch's own attention is used")
+    try:
+        import flash_attn
+    except ImportError as error:
+        fix = "install the wheel for this very torch and Python, or uninstall it"
+        return fault_finding("flash-attn", f"cannot be imported ({error})", fix)
+    return ok_finding("flash-attn", str(flash_attn.__version__))
+
+
+def _four_bits() -> DoctorFinding:
+    """Packs some numbers and unpacks them: a library that imports may still lack kernels for this GPU."""
+    import torch
+
+    try:
+        from bitsandbytes.functional import dequantize_4bit, quantize_4bit
+
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        numbers = torch.linspace(-1, 1, 4096, device=device).reshape(64, 64)
+        packed, state = quantize_4bit(numbers, quant_type="nf4")
+        error = float((dequantize_4bit(packed, state) - numbers).abs().max())
+    except Exception as problem:  # noqa: BLE001 - whatever is wrong with it, it cannot be used
+        what = f"does not work ({type(problem).__name__}: {str(problem).splitlines()[0][:120]})"
+        return fault_finding("4 bits", what, "python -m bitsandbytes says more; reinstall bitsandbytes for this CUDA")
+    if error > 0.2:
+        return fault_finding("4 bits", f"give wrong numbers on {device} (off by {error:.2f})", "reinstall bitsandbytes")
+    return ok_finding("4 bits", f"bitsandbytes packs and unpacks nf4 on {device}")

@@ -1,0 +1,178 @@
+"""Trying a recipe before it costs a night: of each stage two steps on its longest records, a save and a resume.
+
+The model is built for each stage as the recipe starts, so that a later stage is tried without the results of those
+before it. Everything is written to a folder beside the run's, and removed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import resource
+import shutil
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from accelerate import PartialState
+
+from llavar_peft.atomic_files import write_json
+from llavar_peft.constants import METRICS_FILE
+from llavar_peft.errors import InterruptedRunError
+from llavar_peft.models.build import build_model
+from llavar_peft.recipe.schema import Recipe, Stage
+from llavar_peft.training.checkpoint_folders import checkpoints
+from llavar_peft.training.stage_records import stage_records
+from llavar_peft.training.trainer import Trainer
+
+_SAMPLE = 1000
+"""Records whose lengths stand for all, when the time of the whole is told."""
+
+
+@dataclass(frozen=True, slots=True)
+class Trial:
+    """What a stage's two steps came to.
+
+    Attributes:
+        stage: Its name.
+        longest: Tokens of the longest record, about.
+        tokens: Of the larger step, over all ranks.
+        peak_bytes: Memory at most, of this rank's GPU or, without one, process.
+        seconds: Of the second step.
+        steps: That the whole stage has.
+        projected: Seconds that the whole stage takes, by its tokens.
+        checkpoint_bytes: On the disk, of one checkpoint.
+        result_bytes: On the disk, of the stage's result.
+    """
+
+    stage: str
+    longest: int
+    tokens: int
+    peak_bytes: int
+    seconds: float
+    steps: int
+    projected: float
+    checkpoint_bytes: int
+    result_bytes: int
+
+
+def dry_run(recipe: Recipe, stages: tuple[str, ...] = ()) -> Iterator[Trial]:
+    """Tries a recipe's stages, one after the other.
+
+    Args:
+        recipe: The run; under ``accelerate launch`` every rank tries it.
+        stages: Names of the stages to try; empty is all.
+
+    Yields:
+        Each stage's trial as it is done.
+
+    Raises:
+        LlavarError: Whatever would have stopped the run.
+    """
+    processes = PartialState(cpu=not (torch.cuda.is_available() or torch.backends.mps.is_available()))
+    output = Path(recipe.output_dir)
+    folder = output.with_name(f".{output.name}.dry-run")
+    if processes.is_main_process:
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+    processes.wait_for_everyone()
+    try:
+        for stage in recipe.stages:
+            if not stages or stage.name in stages:
+                yield _try(recipe, stage, folder / stage.name, processes)
+    finally:
+        processes.wait_for_everyone()
+        if processes.is_main_process:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+class _StopOnce(transformers.TrainerCallback):
+    """Ends the first attempt after its first step has been saved; the second has to go on there."""
+
+    def __init__(self) -> None:
+        self.checkpoint_bytes = 0
+        self.seconds = 0.0
+        self._began = 0.0
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.seconds = time.perf_counter() - self._began
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._began = time.perf_counter()
+        if state.global_step == 1 and not self.checkpoint_bytes:
+            self.checkpoint_bytes = _size(checkpoints(Path(args.output_dir))[-1])
+            raise InterruptedRunError.at("dry run", "ends after its first step", "nothing is to be done")
+
+
+def _try(recipe: Recipe, stage: Stage, folder: Path, processes: PartialState) -> Trial:
+    model, processor = build_model(recipe.model, seed=recipe.seed)
+    dataset, _ = stage_records(stage, processor, seed=recipe.seed)
+    lengths = sorted(((dataset.estimated_tokens(i), i) for i in range(len(dataset))), reverse=True)
+    batch = min(stage.global_batch_size, 2 * stage.micro_batch_size * processes.num_processes)
+    if processes.is_main_process:
+        folder.mkdir(parents=True)
+        longest = [dataset.records[int(dataset.indices[i])] for _, i in lengths[: 2 * batch]]
+        write_json(folder / "records.json", longest)
+    processes.wait_for_everyone()
+    trial = _shortened(recipe, stage, folder, batch)
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    stop = _StopOnce()
+    try:
+        Trainer(model, processor, trial, callbacks=[stop]).train()
+    except InterruptedRunError:
+        if not stop.checkpoint_bytes:
+            raise
+    del model
+    model, processor = build_model(recipe.model, seed=recipe.seed)
+    result = Trainer(model, processor, trial, callbacks=[stop]).train()
+    processes.wait_for_everyone()
+    lines = (folder / "run" / stage.name / METRICS_FILE).read_text(encoding="utf-8").splitlines()
+    figures = [json.loads(line) for line in lines]
+    every = max(1, len(dataset) // _SAMPLE)
+    sample = [length for length, _ in lengths[::every]]
+    steps = stage.max_steps or math.ceil(math.ceil(len(dataset) / stage.global_batch_size) * stage.epochs)
+    tokens = steps * stage.global_batch_size * sum(sample) / len(sample)
+    return Trial(
+        stage=stage.name,
+        longest=lengths[0][0],
+        tokens=max(line["tokens"] for line in figures),
+        peak_bytes=_peak(),
+        seconds=stop.seconds,
+        steps=steps,
+        projected=tokens * stop.seconds / figures[-1]["tokens"],
+        checkpoint_bytes=stop.checkpoint_bytes,
+        result_bytes=_size(result),
+    )
+
+
+def _shortened(recipe: Recipe, stage: Stage, folder: Path, batch: int) -> Recipe:
+    data = dataclasses.replace(stage.data, records=str(folder / "records.json"), shuffle=False, holdout=0)
+    short = dataclasses.replace(
+        stage,
+        data=data,
+        global_batch_size=batch,
+        epochs=2.0,
+        max_steps=2,
+        save_every_steps=1,
+        keep_checkpoints=1,
+        probe=dataclasses.replace(stage.probe, images=0, every_steps=0),
+    )
+    return dataclasses.replace(recipe, stages=(short,), output_dir=str(folder / "run"), report_to=())
+
+
+def _peak() -> int:
+    if torch.cuda.is_available():
+        return int(torch.cuda.max_memory_allocated())
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def _size(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())

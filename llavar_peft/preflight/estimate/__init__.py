@@ -1,0 +1,1 @@
+"""Estimates of memory, compute and time for a recipe, made without a GPU."""

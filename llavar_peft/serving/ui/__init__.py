@@ -1,0 +1,1 @@
+"""The Gradio page for asking a served model."""

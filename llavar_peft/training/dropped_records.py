@@ -1,0 +1,71 @@
+"""The records that cannot be trained on: counted, named, and above a share the end of the run."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
+
+from llavar_peft.errors import DataError
+from llavar_peft.recipe.schema import DataConfig
+from llavar_peft.training.run_files import append_line, read_metric_lines
+
+logger = logging.getLogger(__name__)
+
+DROPPED_FILE = "dropped.jsonl"
+_SHOWN = 20
+
+
+class DroppedRecords:
+    """Counts each record once, however many epochs meet it, and over restarts.
+
+    Args:
+        path: ``dropped.jsonl`` of the stage; lines that stand there count.
+        data: The policy: ``on_bad_image`` and ``max_bad_share``.
+        total: Number of records trained on.
+        ranks: Processes that share them; each sees its part and counts for all.
+    """
+
+    def __init__(self, path: Path, data: DataConfig, *, total: int, ranks: int = 1) -> None:
+        self.path = path
+        self.data = data
+        self.allowed = int(data.max_bad_share * total) / max(ranks, 1)
+        self.total = total
+        self.reasons: dict[str, str] = {str(line["id"]): str(line["reason"]) for line in read_metric_lines(path)}
+
+    def note(self, faults: Iterable[tuple[str, str]]) -> None:
+        """Take a batch's faults.
+
+        Args:
+            faults: Pairs of record id and reason, the reason's kind before its first colon.
+
+        Raises:
+            DataError: A bad image under the policy ``stop``, or more records than the share allows.
+        """
+        for record, reason in faults:
+            # Known from an earlier run or not: the policy holds each time.
+            if reason.startswith("image:") and self.data.on_bad_image == "stop":
+                raise DataError.at(
+                    f"record {record}",
+                    reason.removeprefix("image:").strip(),
+                    "repair the picture, or set data.on_bad_image to skip",
+                )
+            if record not in self.reasons:
+                self.reasons[record] = reason
+                append_line(self.path, {"id": record, "reason": reason})
+            if len(self.reasons) > self.allowed:
+                raise self._too_many()
+
+    def _too_many(self) -> DataError:
+        kinds = Counter(reason.split(". Fix:")[0].split(" (")[0][:80] for reason in self.reasons.values())
+        ids = ", ".join(list(self.reasons)[:_SHOWN])
+        more = f", and {len(self.reasons) - _SHOWN} more" if len(self.reasons) > _SHOWN else ""
+        counted = "; ".join(f"{count} x {kind}" for kind, count in kinds.most_common())
+        error = DataError.at(
+            str(self.path),
+            f"{len(self.reasons)} of {self.total} records cannot be trained on, more than the share of "
+            f"{self.data.max_bad_share:.2%}: {counted}. Records {ids}{more}",
+            "look at them with 'llavar-peft data check', raise max_length, or raise data.max_bad_share",
+        )
+        return DataError(str(error), error.faults)

@@ -1,0 +1,183 @@
+"""What an adapter's folder says of itself to people: a model card in Hugging Face's form, and the recipe.
+
+Source of the form: huggingface.co/docs/hub/model-cards.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from llavar_peft.atomic_files import write_text
+from llavar_peft.constants import METRICS_FILE, PROBE_FILE, RESOLVED_RECIPE_FILE
+from llavar_peft.recipe.recipe_yaml import dump_recipe
+from llavar_peft.recipe.schema import Lora, ModelConfig, Recipe, Stage
+from llavar_peft.training.run_files import read_metric_lines
+from llavar_peft.weights.adapter.adapter_files import read_adapter_table, read_base_settings, read_settings
+from llavar_peft.weights.adapter.adapter_parts import AdapterPart, row_indices, split_adapter
+from llavar_peft.weights.base_check import FINGERPRINT_FILE
+from llavar_peft.weights.weights_fingerprint import digest, read_fingerprint
+
+CARD_FILE = "README.md"
+
+
+def write_card(folder: Path, recipe: Recipe, stage: Stage, *, run: Path, step: int) -> None:
+    """Write ``README.md`` and ``recipe.yaml`` beside an adapter.
+
+    Args:
+        folder: The adapter's, otherwise complete.
+        recipe: The run.
+        stage: The stage that trained it.
+        run: Where the stage's figures are.
+        step: Optimizer steps done.
+    """
+    write_text(folder / RESOLVED_RECIPE_FILE, f"# The stage that trained this: {stage.name}\n{dump_recipe(recipe)}")
+    base = ModelConfig(**read_base_settings(folder))
+    parts, settings = split_adapter(read_adapter_table(folder)), read_settings(folder)
+    sections = [
+        _header(base, stage),
+        f"# {stage.name}: an adapter for LLaVAR\n",
+        _about_base(folder, base),
+        _about_training(parts, settings, stage, step),
+        _USE.format(base=_name(base.checkpoint or base.language_model or ""), kind=_base_call(base)),
+        _figures(run, step),
+    ]
+    write_text(folder / CARD_FILE, "\n".join(section for section in sections if section))
+
+
+def _header(base: ModelConfig, stage: Stage) -> str:
+    variant = stage.tune.variant if isinstance(stage.tune, Lora) else ""
+    sources = [base.checkpoint] if base.checkpoint else [base.language_model, base.vision_tower]
+    named = [_name(source) for source in sources if source]
+    fields = {
+        "library_name": "peft",
+        "base_model": named[0] if len(named) == 1 else named,
+        "pipeline_tag": "image-text-to-text",
+        "tags": list(dict.fromkeys(["lora", variant, "llava", "llavar", "ocr", f"base_model:adapter:{named[0]}"])),
+    }
+    return f"---\n{yaml.safe_dump(fields, sort_keys=False, allow_unicode=True)}---\n"
+
+
+def _name(source: str) -> str:
+    """A hub name or a relative path as it is; of an absolute path, which means nothing elsewhere, its end."""
+    path = Path(source)
+    return path.name if path.is_absolute() else source
+
+
+def _about_base(folder: Path, base: ModelConfig) -> str:
+    known = read_fingerprint(folder / FINGERPRINT_FILE) or {}
+    lines = ["## Base\n"]
+    if base.checkpoint is not None:
+        lines.append(f"- checkpoint `{_name(base.checkpoint)}`")
+    else:
+        lines.append(f"- language model `{_name(base.language_model or '')}`, a new LLaVAR made from it")
+    if base.vision_tower is not None:
+        lines.append(f"- vision tower `{_name(base.vision_tower)}`")
+    if base.projector is not None:
+        lines.append(f"- projector `{_name(base.projector)}` laid over it")
+    stored = {None: "in full precision", "nf4": "in 4 bits (nf4, double quantization)", "int8": "in 8 bits"}
+    lines.append(f"- trained on it stored {stored[base.quantize]}")
+    if "base" in known:
+        tensors = known["base"]["tensors"]
+        lines.append(f"- fingerprint `{digest(known['base'])}` over {len(tensors)} tensors (`{FINGERPRINT_FILE}`)")
+    return "\n".join(lines) + "\n"
+
+
+def _about_training(parts: tuple[AdapterPart, ...], settings: dict[str, Any], stage: Stage, step: int) -> str:
+    tune, optim = stage.tune, stage.optim
+    if not isinstance(tune, Lora):
+        return ""
+    adapted = list(dict.fromkeys(part.kind for part in parts if "A" in part.tensors))
+    count = sum(part.parameters for part in parts)
+    target = tune.target if isinstance(tune.target, str) else ", ".join(tune.target)
+    lines = [
+        "## What was trained\n",
+        f"- {tune.variant}, rank {tune.rank}, alpha {tune.alpha:g}, dropout {tune.dropout:g}",
+        f"- on {target}: {', '.join(adapted)} of the language model; the vision tower is frozen",
+    ]
+    if tune.variant == "pissa":
+        lines.append(
+            f"- saved as an ordinary LoRA of rank {settings['r']} on the whole base, which gives the same as PiSSA's "
+            f"rank {tune.rank} on its residual"
+        )
+    for part in parts:
+        if part.whole:
+            lines.append(f"- `{part.module}` in full")
+        elif "rows" in part.tensors:
+            lines.append(f"- rows {', '.join(map(str, row_indices(part, settings)))} of `{part.module}`")
+    rates = [f"{optim.learning_rate:g}"]
+    for name, rate in (("projector", optim.projector_learning_rate), ("rows", optim.rows_learning_rate)):
+        rates += [f"{name} {rate:g}"] if rate is not None else []
+    lines.append(
+        f"- {step} steps of {stage.global_batch_size} records, learning rate {', '.join(rates)}, {stage.optim.schedule}"
+    )
+    lines.append(f"- {count:,} numbers in all; the whole recipe is in `{RESOLVED_RECIPE_FILE}`, stage `{stage.name}`")
+    return "\n".join(lines) + "\n"
+
+
+def _base_call(base: ModelConfig) -> str:
+    if base.checkpoint is not None:
+        tower = f', vision_tower="{_name(base.vision_tower)}"' if base.vision_tower else ""
+        return f'checkpoint="{_name(base.checkpoint)}"{tower}'
+    return f'language_model="{_name(base.language_model or "")}", vision_tower="{_name(base.vision_tower or "")}"'
+
+
+_USE = """\
+## How to use it
+
+With this library, which refuses another base:
+
+```python
+from llavar_peft import ModelConfig, build_model, load_adapter
+
+model, processor = build_model(ModelConfig({kind}))
+model = load_adapter(model, "this/folder")
+```
+
+With `peft` alone:
+
+```python
+from peft import PeftModel
+
+model = PeftModel.from_pretrained(model, "this/folder")  # model: the base, as above
+```
+
+On the command line: ask it, check it, merge it, or ship it as a delta to LLaMA:
+
+    llavar-peft ask --model this/folder --image poster.png "What does it say?"
+    llavar-peft adapter verify this/folder --base {base}
+    llavar-peft merge --base {base} --adapter this/folder --out merged
+    llavar-peft delta make --base LLAMA --target {base} --adapter this/folder --out delta
+"""
+
+
+def _figures(run: Path, step: int) -> str:
+    rows = list(_measured(run, step))
+    if not rows:
+        return ""
+    return "\n".join(["## Figures of the run\n", "| | |", "|---|---|", *(f"| {a} | {b} |" for a, b in rows)]) + "\n"
+
+
+def _measured(run: Path, step: int) -> Iterator[tuple[str, str]]:
+    steps = [line for line in read_metric_lines(run / METRICS_FILE) if line["step"] <= step]
+    if steps:
+        yield "loss, first and last step", f"{steps[0]['loss']:.4f}, {steps[-1]['loss']:.4f}"
+        yield "tokens, of which supervised", f"{_total(steps, 'tokens'):,}, {_total(steps, 'supervised_tokens'):,}"
+    looks = [line for line in read_metric_lines(run / PROBE_FILE) if line["step"] <= step]
+    for name, what, form in (
+        ("held_out_loss", "held-out loss", ".4f"),
+        ("exact_match", "exact match on held-out pictures", ".1%"),
+        ("character_accuracy", "character accuracy on them", ".1%"),
+    ):
+        known = [line for line in looks if line.get(name) is not None]
+        if known:
+            first, last = known[0], known[-1]
+            before = f"; {first[name]:{form}} at step {first['step']}" if first is not last else ""
+            yield what, f"{last[name]:{form}} at step {last['step']}{before}"
+
+
+def _total(lines: list[dict[str, Any]], name: str) -> int:
+    return sum(int(line[name]) for line in lines)

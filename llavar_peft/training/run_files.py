@@ -1,0 +1,70 @@
+"""A run's lines of figures, and what it ran on."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import platform
+import shutil
+import subprocess
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from llavar_peft.atomic_files import write_text
+
+_PACKAGES = (
+    "llavar_peft", "torch", "transformers", "peft", "accelerate", "bitsandbytes", "flash_attn", "datasets", "pillow",
+    "safetensors", "tokenizers", "numpy",
+)  # fmt: skip
+
+
+def append_line(path: Path, value: Mapping[str, Any]) -> None:
+    """Add one JSON line."""
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(value, ensure_ascii=False) + "\n")
+
+
+def read_metric_lines(path: Path) -> Iterator[dict[str, Any]]:
+    """JSON lines of a file, without a last one that was cut off by a crash."""
+    if not path.is_file():
+        return
+    with path.open(encoding="utf-8") as file:
+        for line in file:
+            if line.endswith("\n"):
+                yield json.loads(line)
+
+
+def drop_lines_after(path: Path, step: int) -> None:
+    """Remove the lines of steps that a resumed run will take again."""
+    if path.is_file():
+        kept = [line for line in read_metric_lines(path) if int(line["step"]) <= step]
+        write_text(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in kept))
+
+
+def describe_environment() -> dict[str, Any]:
+    """Versions of what a result depends on, and the git revision of the working directory."""
+    versions = {}
+    for package in _PACKAGES:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return {"python": platform.python_version(), "platform": platform.platform(), "git": git_revision(), **versions}
+
+
+def git_revision() -> str | None:
+    """The revision of the git checkout that this package runs from, with ``+changes``; None outside of one."""
+    here = Path(__file__).resolve().parent
+    git = shutil.which("git")
+    if git is None:
+        return None
+
+    def ask(*arguments: str) -> str | None:
+        done = subprocess.run([git, *arguments], cwd=here, capture_output=True, text=True, check=False)
+        return done.stdout.strip() if done.returncode == 0 else None
+
+    revision = ask("rev-parse", "HEAD")
+    if revision is None:
+        return None
+    return revision + ("+changes" if ask("status", "--porcelain", "--untracked-files=no", str(here)) else "")

@@ -1,0 +1,181 @@
+"""What a checkpoint holds, and how a stage's result is taken up again."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from llavar_peft.atomic_files import write_json
+from llavar_peft.constants import PROJECTOR_SAFETENSORS
+from llavar_peft.models import pissa
+from llavar_peft.models.adapter_base_check import fingerprint_base
+from llavar_peft.models.checkpoint_loading import read_checkpoint, read_parts
+from llavar_peft.models.tuning import EmbeddingWithTrainedRows, folded_state_dict, is_quantized
+from llavar_peft.recipe.schema import Lora, ModelConfig, Projector, Tune
+from llavar_peft.weights.adapter.adapter_files import (
+    BASE_FILE,
+    load_adapter_weights,
+    open_adapter_weights,
+    quiet_about_biases,
+)
+from llavar_peft.weights.base_check import FINGERPRINT_FILE
+from llavar_peft.weights.io import tensor_names
+from llavar_peft.weights.io.check_tensors import check_tensors
+from llavar_peft.weights.io.open_weights import open_weights
+from llavar_peft.weights.io.weight_checksums import write_checksums
+from llavar_peft.weights.projector_file import apply_projector, save_projector
+
+if TYPE_CHECKING:
+    from llavar_peft.models.processing_llavar import LlavarProcessor
+
+_SHARD_SIZE = "5GB"
+
+
+def save_whole(
+    model: Any,
+    processor: LlavarProcessor,
+    folder: Path,
+    *,
+    state: Mapping[str, Tensor],
+    tune: Tune,
+    base: ModelConfig,
+) -> None:
+    """Save what a stage trains, loadable by ``from_pretrained``.
+
+    Full and projector stages save the whole model; a projector stage also ``mm_projector.bin`` and its safetensors
+    twin; a LoRA stage the adapter with everything it trained. A quantized base is not written again: there a
+    projector stage saves projector, configuration and processor.
+
+    Args:
+        model: The model, unwrapped.
+        processor: Saved beside it.
+        folder: An existing folder.
+        state: The model's ``state_dict()``, gathered if the model is sharded; of adapters at least what is trained.
+        tune: What the stage trains.
+        base: What an adapter is an adapter of.
+    """
+    if isinstance(tune, Lora):
+        _save_adapter(model, folder, base, state)
+    elif is_quantized(model):
+        model.config.save_pretrained(str(folder))
+    else:
+        model.save_pretrained(str(folder), state_dict=folded_state_dict(state), max_shard_size=_SHARD_SIZE)
+    if isinstance(tune, Projector):
+        # In float32, whatever the base is kept in: a resumed run goes on from exactly these.
+        parts = ("model.multi_modal_projector.", tensor_names.EMBEDDINGS.removesuffix("weight"))
+        exact = folded_state_dict({name: tensor.float() for name, tensor in state.items() if name.startswith(parts)})
+        save_projector(
+            folder,
+            *(
+                exact[it]
+                for it in (tensor_names.PROJECTOR_WEIGHT, tensor_names.PROJECTOR_BIAS, tensor_names.EMBEDDINGS)
+            ),
+        )
+    processor.save_pretrained(str(folder))
+
+
+def _save_adapter(model: Any, folder: Path, base: ModelConfig, state: Mapping[str, Tensor]) -> None:
+    for settings in model.peft_config.values():
+        settings.base_model_name_or_path = base.checkpoint or base.language_model
+    with quiet_about_biases():
+        # Nothing of the embeddings is saved but the rows that were trained.
+        model.save_pretrained(str(folder), save_embedding_layers=False, state_dict=dict(state))
+    if pissa.is_residual(model):
+        pissa.save_on_whole_base(model, folder)
+    write_checksums(folder)
+    model.get_base_model().config.save_pretrained(str(folder))
+    # What "auto" came to: a merge has to quantize the same numbers again.
+    embedding = model.get_input_embeddings()
+    # Under trained rows lies the base's own; asking the wrapper would add the rows to it, which shards forbid.
+    dtype = str(getattr(embedding, "original_module", embedding).weight.dtype).removeprefix("torch.")
+    write_json(folder / BASE_FILE, {**dataclasses.asdict(base), "dtype": dtype})
+    write_json(folder / FINGERPRINT_FILE, {"base": fingerprint_base(base)})
+
+
+def save_plain(model: Any, processor: LlavarProcessor, folder: Path) -> None:
+    """Save a plain model and its processor.
+
+    Args:
+        model: Without adapters, not quantized.
+        processor: Saved beside it.
+        folder: Made if it is not there.
+    """
+    model.save_pretrained(str(folder), max_shard_size=_SHARD_SIZE)
+    processor.save_pretrained(str(folder))
+
+
+def save_result(config: ModelConfig, folder: Path) -> None:
+    """Completes a projector stage's result whose base is quantized in memory.
+
+    The source's own tensors are written, with the trained projector and rows laid over: what was quantized to train on
+    is not what the projector was made for.
+
+    Args:
+        config: Where the base came from.
+        folder: Holds ``mm_projector.safetensors``; the weights are added.
+    """
+    from huggingface_hub import save_torch_state_dict
+
+    parts = read_checkpoint(config) if config.checkpoint is not None else read_parts(config, seed=0)
+    apply_projector(parts.tensors, folder)
+    save_torch_state_dict(parts.tensors, str(folder), max_shard_size=_SHARD_SIZE)
+    # These weights are not quantized, whatever the model in memory is.
+    parts.config.save_pretrained(str(folder))
+
+
+def load_trained(model: Any, folder: Path) -> None:
+    """Take up a checkpoint's weights into a model that was prepared for the same stage, in place.
+
+    Args:
+        model: What ``prepare_for`` returned.
+        folder: A checkpoint of that stage.
+
+    Raises:
+        WeightsError: A tensor is missing, extra or misshapen.
+    """
+    from peft import PeftModel
+
+    if isinstance(model, PeftModel):
+        tensors = open_adapter_weights(folder)
+        load_adapter_weights(
+            model, pissa.on_residual(model, tensors) if pissa.is_residual(model) else tensors, where=str(folder)
+        )
+    elif isinstance(model.get_input_embeddings(), EmbeddingWithTrainedRows) or is_quantized(model):
+        load_projector(model, folder / PROJECTOR_SAFETENSORS)
+    else:
+        load_full(model, folder)
+
+
+def load_full(model: nn.Module, folder: Path) -> None:
+    """Copy a whole checkpoint's tensors into a plain model."""
+    stored = open_weights(folder)
+    target = model.state_dict()
+    check_tensors(stored, {name: tuple(tensor.shape) for name, tensor in target.items()}, where=str(folder))
+    with torch.no_grad():
+        for name, tensor in stored.items():
+            target[name].copy_(tensor)
+
+
+def load_projector(model: Any, path: Path) -> None:
+    """Copy stage 1's result into a model, whether its rows are a parameter of their own or not."""
+    stored = open_weights(path)
+    projector, embedding = model.model.multi_modal_projector, model.get_input_embeddings()
+    expected = {
+        tensor_names.RELEASED_PROJECTOR_WEIGHT: tuple(projector.weight.shape),
+        tensor_names.RELEASED_PROJECTOR_BIAS: tuple(projector.bias.shape),
+        tensor_names.RELEASED_EMBEDDINGS: tuple(embedding.weight.shape),
+    }
+    check_tensors(stored, expected, where=str(path))
+    rows = stored[tensor_names.RELEASED_EMBEDDINGS][-2:]
+    with torch.no_grad():
+        projector.weight.copy_(stored[tensor_names.RELEASED_PROJECTOR_WEIGHT])
+        projector.bias.copy_(stored[tensor_names.RELEASED_PROJECTOR_BIAS])
+        if isinstance(embedding, EmbeddingWithTrainedRows):
+            embedding.rows.copy_(rows)
+        elif model.config.use_im_start_end:
+            embedding.weight[-2:] = rows.to(embedding.weight.dtype)

@@ -1,0 +1,109 @@
+"""A stage's settings, spelled as ``transformers.TrainingArguments``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+import transformers
+
+from llavar_peft.errors import ConfigError
+from llavar_peft.recipe.schema import Precision, Recipe, Stage
+
+# transformers 5.24 gave recomputation another name.
+_RECOMPUTING = (
+    "activation_checkpointing"
+    if "activation_checkpointing" in transformers.TrainingArguments.__dataclass_fields__
+    else "gradient_checkpointing"
+)
+_OPTIMIZERS = {"adamw": "adamw_torch", "adamw_8bit": "adamw_bnb_8bit", "paged_adamw_8bit": "paged_adamw_8bit"}
+
+
+def training_arguments(recipe: Recipe, stage: Stage, directory: Path, *, ranks: int) -> transformers.TrainingArguments:
+    """Make the parent's settings.
+
+    Args:
+        recipe: The run, for its seed and trackers.
+        stage: The stage.
+        directory: Where its checkpoints go.
+        ranks: Number of processes.
+
+    Returns:
+        Settings whose effective batch is exactly the stage's.
+
+    Raises:
+        ConfigError: The global batch does not divide by micro batch times ranks.
+    """
+    accumulated = micro_batches(stage, ranks=ranks)
+    cuda = torch.cuda.is_available()
+    precision = resolve_precision(stage.precision)
+    optim = stage.optim
+    return transformers.TrainingArguments(
+        output_dir=str(directory),
+        run_name=f"{Path(recipe.output_dir).name}-{stage.name}",
+        per_device_train_batch_size=stage.micro_batch_size,
+        gradient_accumulation_steps=accumulated,
+        num_train_epochs=stage.epochs,
+        max_steps=stage.max_steps if stage.max_steps is not None else -1,
+        learning_rate=optim.learning_rate,
+        lr_scheduler_type=optim.schedule,
+        warmup_steps=optim.warmup_ratio,
+        weight_decay=optim.weight_decay,
+        max_grad_norm=optim.max_grad_norm,
+        adam_beta1=optim.beta1,
+        adam_beta2=optim.beta2,
+        adam_epsilon=optim.epsilon,
+        optim=_OPTIMIZERS[optim.optimizer],
+        bf16=precision == "bf16",
+        fp16=precision == "fp16",
+        tf32=True if cuda and precision != "fp32" and torch.cuda.get_device_capability()[0] >= 8 else None,
+        use_cpu=not cuda and not torch.backends.mps.is_available(),
+        dataloader_num_workers=stage.data.workers,
+        dataloader_pin_memory=cuda,
+        save_strategy="steps" if stage.save_every_steps else "no",
+        save_steps=stage.save_every_steps or 500,
+        logging_strategy="steps",
+        logging_steps=1,
+        logging_nan_inf_filter=False,
+        report_to=list(recipe.report_to) or "none",
+        seed=recipe.seed,
+        data_seed=recipe.seed,
+        remove_unused_columns=False,
+        disable_tqdm=True,
+        ddp_find_unused_parameters=False,
+        log_level="error",
+        **{
+            _RECOMPUTING: bool(stage.gradient_checkpointing),
+            f"{_RECOMPUTING}_kwargs": {"use_reentrant": False} if stage.gradient_checkpointing else None,
+        },
+    )
+
+
+def resolve_precision(precision: Precision) -> str:
+    """What ``auto`` means here: bf16 on a GPU that has it, else fp32."""
+    if precision != "auto":
+        return precision
+    return "bf16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else "fp32"
+
+
+def micro_batches(stage: Stage, *, ranks: int) -> int:
+    """How many micro batches a rank has in each optimizer step.
+
+    Args:
+        stage: The stage.
+        ranks: Number of processes.
+
+    Returns:
+        The number.
+
+    Raises:
+        ConfigError: The global batch does not divide by micro batch times ranks.
+    """
+    per_step = stage.micro_batch_size * ranks
+    if stage.global_batch_size % per_step:
+        raise ConfigError.at(
+            f"stages.{stage.name}.global_batch_size",
+            f"does not divide (got {stage.global_batch_size}, micro batch {stage.micro_batch_size} x {ranks} ranks)",
+            f"use a multiple of {per_step}, or a smaller micro_batch_size",
+        )
+    return stage.global_batch_size // per_step

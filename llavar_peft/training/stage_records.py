@@ -1,0 +1,68 @@
+"""A stage's records, opened, checked as far as that is cheap, and split."""
+
+from __future__ import annotations
+
+import copy
+import logging
+
+from llavar_peft.data.check_records import preflight
+from llavar_peft.data.image_preparation import ImageRoots
+from llavar_peft.data.record_store import open_records
+from llavar_peft.data.training_dataset import TrainingDataset, split_holdout
+from llavar_peft.errors import DataError
+from llavar_peft.models.processing_llavar import LlavarProcessor
+from llavar_peft.recipe.schema import Stage
+
+logger = logging.getLogger(__name__)
+
+_SHOWN = 10
+
+
+def stage_records(stage: Stage, processor: LlavarProcessor, *, seed: int) -> tuple[TrainingDataset, TrainingDataset]:
+    """Open a stage's data before any time is spent on training.
+
+    Args:
+        stage: The stage.
+        processor: The model's; the stage's image mode is laid over a copy of it.
+        seed: The run's: draws what is held out.
+
+    Returns:
+        What is trained on and what is held out.
+
+    Raises:
+        DataError: Records are malformed or their images missing, beyond what the stage allows.
+    """
+    data = stage.data
+    records = open_records(_paths(data.records))
+    if not len(records):
+        raise DataError.at(", ".join(_paths(data.records)), "no records", "give a file with at least one record")
+    roots = ImageRoots(_paths(data.images))
+    faults = preflight(records, roots)
+    skipped = {index for index, _ in faults}
+    if faults:
+        allowed = int(data.max_bad_share * len(records)) if data.on_bad_image == "skip" else 0
+        listed = "\n".join(str(fault) for _, fault in faults[:_SHOWN])
+        more = f"\nand {len(faults) - _SHOWN} more" if len(faults) > _SHOWN else ""
+        if len(skipped) > allowed:
+            raise DataError(
+                f"stage {stage.name}: {len(skipped)} of {len(records)} records cannot be trained on\n{listed}{more}\n"
+                "Mend them ('llavar-peft data check' lists all), or set data.on_bad_image to skip and "
+                "data.max_bad_share to the share that may be missing.",
+                [fault for _, fault in faults],
+            )
+        logger.warning("stage %s: skips %d records\n%s%s", stage.name, len(skipped), listed, more)
+    usable = [index for index in range(len(records)) if index not in skipped]
+    kept, held = split_holdout(len(usable), data.holdout, seed=seed)
+    own = processor
+    if data.image_mode is not None:
+        own = copy.copy(processor)
+        own.image_mode = data.image_mode
+
+    def dataset(positions: list[int]) -> TrainingDataset:
+        return TrainingDataset(records, [usable[i] for i in positions], roots, own, max_length=stage.max_length)
+
+    return dataset(kept), dataset(held)
+
+
+def _paths(given: str | tuple[str, ...]) -> tuple[str, ...]:
+    return (given,) if isinstance(given, str) else tuple(given)

@@ -1,0 +1,1 @@
+"""The released delta format: make, apply and verify."""

@@ -1,0 +1,209 @@
+"""A folder of weights seen as the released layout has it: tensor names, flat configuration, tokenizer files."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from llavar_peft.constants import (
+    ADDED_TOKENS,
+    BOS_TOKEN,
+    EOS_TOKEN,
+    MODEL_TYPE,
+    PAD_TOKEN,
+    RELEASED_MODEL_TYPE,
+    UNK_TOKEN,
+)
+from llavar_peft.errors import ConfigError, WeightsError
+from llavar_peft.weights.io import tensor_names
+from llavar_peft.weights.io.tensor_table import TensorEntry, read_tensor_table
+
+_TOKENIZER_MODEL, _ADDED_FILE = "tokenizer.model", "added_tokens.json"
+_TOKENIZER_FILES = (
+    _TOKENIZER_MODEL, "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", _ADDED_FILE,
+)  # fmt: skip
+_TEXT_FIELDS = (
+    "bos_token_id", "eos_token_id", "hidden_act", "hidden_size", "initializer_range", "intermediate_size",
+    "max_position_embeddings", "num_attention_heads", "num_hidden_layers", "rms_norm_eps", "vocab_size",
+)  # fmt: skip
+_ORIGINAL_TOWER = "openai/clip-vit-large-patch14-336"
+_FLOATS = ("float16", "bfloat16", "float32", "float64")
+
+
+@dataclass(frozen=True, slots=True)
+class ReleasedView:
+    """A model on disk, by released names.
+
+    Attributes:
+        folder: Where it lies.
+        config: Its flat configuration.
+        table: Its tensors by released names, in the order of the files; without buffers and without a tower.
+    """
+
+    folder: Path
+    config: dict[str, Any]
+    table: dict[str, TensorEntry]
+
+
+def view_as_released(folder: str | Path) -> ReleasedView:
+    """Open a LLaMA, a Vicuna, a released LLaVA, a delta, or a checkpoint of ours.
+
+    Args:
+        folder: With ``config.json`` and weights.
+
+    Returns:
+        Its tensors and configuration as the released layout would have them.
+
+    Raises:
+        ConfigError: No such folder, or another kind of model.
+        WeightsError: Weights that are missing, cut off, or quantized.
+    """
+    path = Path(folder)
+    config = read_model_config(path)
+    kind = config.get("model_type")
+    if kind == MODEL_TYPE:
+        rename, flat = tensor_names.to_released, flatten_config(config)
+    elif kind in ("llama", RELEASED_MODEL_TYPE) and "text_config" not in config:
+        rename, flat = _without_buffers, config
+    else:
+        raise ConfigError.at(
+            f"{path / 'config.json'}:model_type",
+            f"has no released layout (got {kind!r}, expected 'llama', {MODEL_TYPE!r}, or a released 'llava')",
+            "give a LLaMA, a Vicuna, a released LLaVA or LLaVAR, or a checkpoint of this package",
+        )
+    table = {new: entry for old, entry in read_tensor_table(path).items() if (new := rename(old)) is not None}
+    strange = [name for name, entry in table.items() if entry.dtype not in _FLOATS]
+    if strange:
+        raise WeightsError.at(
+            f"{path}:{strange[0]}", f"quantized or no number (got {table[strange[0]].dtype})", "use unquantized weights"
+        )
+    return ReleasedView(path, flat, table)
+
+
+def _without_buffers(name: str) -> str | None:
+    return None if tensor_names.from_released(name) is None else name
+
+
+def read_model_config(folder: Path) -> dict[str, Any]:
+    """Read a model's ``config.json``.
+
+    Args:
+        folder: Of the model.
+
+    Returns:
+        Its content.
+
+    Raises:
+        ConfigError: No such folder or file, or no JSON object.
+    """
+    path = folder / "config.json"
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        what = "no such folder" if not folder.is_dir() else "no config.json in it"
+        raise ConfigError.at(str(folder), what, "give the folder that the model was saved to") from None
+    except (OSError, ValueError) as error:
+        raise ConfigError.at(str(path), f"not readable as JSON ({error})", "fetch the file again") from error
+    if not isinstance(config, dict):
+        raise ConfigError.at(str(path), f"holds a {type(config).__name__}, expected an object", "fetch the file again")
+    return config
+
+
+def flatten_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The released, flat ``config.json`` of one of ours.
+
+    Args:
+        config: Our ``config.json``, parsed.
+
+    Returns:
+        What the original's ``LlavaConfig`` reads.
+
+    Source: the ``config.json`` of the released LLaVAR delta.
+    """
+    text, vision = config["text_config"], config["vision_config"]
+    flat = {key: text[key] for key in _TEXT_FIELDS if key in text}
+    is_original = (vision.get("hidden_size"), vision.get("image_size"), vision.get("patch_size")) == (1024, 336, 14)
+    tower = _ORIGINAL_TOWER if is_original else vision.get("_name_or_path") or "clip"
+    if text.get("num_key_value_heads") not in (None, text.get("num_attention_heads")):
+        flat["num_key_value_heads"] = text["num_key_value_heads"]  # which the original's LLaMA does not know
+    return dict(
+        sorted(
+            {
+                **flat,
+                "architectures": ["LlavaLlamaForCausalLM"],
+                "freeze_mm_mlp_adapter": False,
+                "mm_hidden_size": vision["hidden_size"],
+                "mm_use_im_start_end": config.get("use_im_start_end", True),
+                "mm_vision_select_layer": config.get("vision_feature_layer", -2),
+                "mm_vision_tower": tower,
+                "model_type": RELEASED_MODEL_TYPE,
+                "pad_token_id": 0,
+                "sep_image_conv_front": config.get("sep_image_conv_front", False),
+                "tie_word_embeddings": False,
+                "torch_dtype": "float16",
+                "transformers_version": "4.28.1",
+                "tune_mm_mlp_adapter": False,
+                "use_cache": True,
+                "use_mm_proj": True,
+            }.items()
+        )
+    )
+
+
+def copy_companions(view: ReleasedView, staged: Path, tokenizers: Sequence[Path]) -> None:
+    """Write what belongs to a model besides its weights: configuration, tokenizer, generation settings.
+
+    The original's code opens a ``tokenizer.model`` and nothing else. Where the model has none and another of the
+    folders does, that one is taken, with the image tokens beside it as the original saves them.
+
+    Args:
+        view: The model.
+        staged: The folder in the making.
+        tokenizers: Folders with tokenizers, the model's own first.
+    """
+    config = {**view.config, "torch_dtype": "float16"}
+    config.pop("dtype", None)
+    (staged / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    for name in (*_TOKENIZER_FILES, "generation_config.json"):
+        if (tokenizers[0] / name).is_file():
+            shutil.copyfile(tokenizers[0] / name, staged / name)
+    model = next((folder / _TOKENIZER_MODEL for folder in tokenizers if (folder / _TOKENIZER_MODEL).is_file()), None)
+    complete = (staged / _TOKENIZER_MODEL).is_file() and (staged / _ADDED_FILE).is_file()
+    if model is not None and config.get("model_type") == RELEASED_MODEL_TYPE and not complete:
+        _write_released_tokenizer(model, staged, config)
+
+
+def _write_released_tokenizer(model: Path, staged: Path, config: Mapping[str, Any]) -> None:
+    """Replaces the tokenizer's files. Source: those of the released LLaVAR delta."""
+    for name in _TOKENIZER_FILES:
+        (staged / name).unlink(missing_ok=True)
+    shutil.copyfile(model, staged / _TOKENIZER_MODEL)
+    added = ADDED_TOKENS if config.get("mm_use_im_start_end") else ADDED_TOKENS[:1]
+    first = int(config["vocab_size"]) - len(added)
+    plain = {"lstrip": False, "normalized": True, "rstrip": False, "single_word": False}
+    special = {
+        role: {"content": content, **plain}
+        for role, content in (("bos_token", BOS_TOKEN), ("eos_token", EOS_TOKEN), ("unk_token", UNK_TOKEN))
+    }
+    settings = {
+        "add_bos_token": True,
+        "add_eos_token": False,
+        "clean_up_tokenization_spaces": False,
+        "model_max_length": config.get("max_position_embeddings", 2048),
+        "pad_token": None,
+        "padding_side": "right",
+        "sp_model_kwargs": {},
+        "tokenizer_class": "LlamaTokenizer",
+        **{role: {"__type": "AddedToken", **token} for role, token in special.items()},
+    }
+    for name, content in (
+        (_ADDED_FILE, {token: first + number for number, token in enumerate(added)}),
+        ("special_tokens_map.json", {**special, "pad_token": PAD_TOKEN}),
+        ("tokenizer_config.json", settings),
+    ):
+        text = json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False)
+        (staged / name).write_text(text + "\n", encoding="utf-8")

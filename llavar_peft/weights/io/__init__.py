@@ -1,0 +1,1 @@
+"""Reading and writing folders of weights, tensor by tensor."""

@@ -1,0 +1,49 @@
+"""A recipe tried on its longest records leaves nothing behind."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+
+from llavar_peft import Recipe, cli
+from llavar_peft.preflight.dry_run import dry_run
+from llavar_peft.recipe.recipe_yaml import dump_recipe
+
+
+def test_each_stage_is_tried_on_its_longest_records(
+    tiny_recipe: Recipe, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    records = json.loads(Path(str(tiny_recipe.stages[0].data.records)).read_text())
+    records[5]["conversations"][1]["value"] = "long " * 300
+    (tmp_path / "records.json").write_text(json.dumps(records))
+    stages = tuple(
+        dataclasses.replace(stage, data=dataclasses.replace(stage.data, records=str(tmp_path / "records.json")))
+        for stage in tiny_recipe.stages
+    )
+    recipe = dataclasses.replace(tiny_recipe, stages=stages)
+    (tmp_path / "mine.yaml").write_text(dump_recipe(recipe))
+    before = sorted(path.name for path in tmp_path.iterdir())
+    assert cli.main(["train", str(tmp_path / "mine.yaml"), "--dry-run"]) == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == before
+    told = capsys.readouterr().out
+    assert all(stage.name in told for stage in stages)
+    assert "GB free" in told
+
+    (trial,) = dry_run(recipe, ("stage2",))  # without stage 1's result
+    assert trial.longest > 300
+    assert trial.tokens > trial.longest
+    assert trial.steps == 4
+    assert trial.projected > trial.seconds > 0
+    assert trial.checkpoint_bytes > trial.result_bytes > 10**6
+    assert trial.peak_bytes > 10**8
+
+
+def test_what_would_stop_the_run_stops_the_trial(tiny_recipe: Recipe, tmp_path: Path) -> None:
+    data = dataclasses.replace(tiny_recipe.stages[0].data, images=str(tmp_path / "nowhere"))
+    recipe = dataclasses.replace(tiny_recipe, stages=(dataclasses.replace(tiny_recipe.stages[0], data=data),))
+    (tmp_path / "mine.yaml").write_text(dump_recipe(recipe))
+    assert cli.main(["train", str(tmp_path / "mine.yaml"), "--dry-run"]) == 2
+    assert [path.name for path in tmp_path.iterdir()] == ["mine.yaml"]
