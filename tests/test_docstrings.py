@@ -11,7 +11,7 @@ import pytest
 import llavar_peft
 
 PACKAGE = Path(llavar_peft.__file__).parent
-_SECTION = re.compile(r"^\s*Args:\n((?:[ \t]+.*\n?|\n)+)", re.MULTILINE)
+_SECTION = re.compile(r"^Args:\n((?:[ \t]+.*\n|\n)+)", re.MULTILINE)
 _ENTRY = re.compile(r"^(\s+)(\*{0,2}\w+):\s")
 
 
@@ -46,7 +46,7 @@ def _faults(tree: ast.AST) -> list[str]:
                 continue
         else:
             continue
-        unknown = set(_described(ast.get_docstring(node, clean=False) or "")) - parameters
+        unknown = set(_described(ast.get_docstring(node) or "")) - parameters
         faults += [
             f"line {node.lineno}: {node.name} describes {name!r}, which it does not take" for name in sorted(unknown)
         ]
