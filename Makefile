@@ -1,32 +1,37 @@
-# The same commands that .ci/run runs, and the rarer ones.
+# Development commands; .ci/run runs `quality`, `docs` and the tests.
 PYTHON ?= python
-.PHONY: style quality test parity torture gpu bench
+.PHONY: style quality test parity torture gpu docs bench
 
-style:  ## Rewrite the code in the house's style.
+style:  ## Format the code and fix what ruff can fix.
 	ruff check --fix .
 	ruff format .
 
-quality:  ## Everything that can be checked without running the code.
+quality:  ## Check what can be checked without running the code.
 	ruff check .
 	ruff format --check .
 	mypy
 	lint-imports
 	interrogate --config pyproject.toml llavar_peft
 
-test:  ## The README's test command.
+test:  ## Run the README's test command.
 	$(PYTHON) -m pytest
 
-parity:  ## Held against what the original's code gave.
+parity:  ## Compare with the outputs of the original code.
 	$(PYTHON) -m pytest -m parity
 
-torture:  ## Kills, corrupts and starves runs.
+torture:  ## Kill, corrupt and starve runs.
 	LLAVAR_TORTURE_KILLS=200 $(PYTHON) -m pytest -m torture --timeout 7200
 
-gpu:  ## What needs a CUDA device.
+gpu:  ## Run the tests that need a CUDA device.
 	$(PYTHON) -m pytest -m gpu
 
-bench:  ## Times and memory against named peers.
+docs:  ## Build the documentation into build/site.
+	$(PYTHON) -m mkdocs build --strict
+
+bench:  ## Measure time and memory against named peers.
 	$(PYTHON) benchmarks/data.py
 	$(PYTHON) benchmarks/train.py --levers
 	$(PYTHON) benchmarks/weights.py --dry-run-13b
 	$(PYTHON) benchmarks/inference.py
+	$(PYTHON) benchmarks/hardware.py
+	$(PYTHON) benchmarks/write_docs.py

@@ -14,14 +14,6 @@ from llavar_peft import ModelConfig, build_model
 
 
 @pytest.fixture(scope="module")
-def golden(shared_dir: Path) -> Path:
-    folder = shared_dir / "golden"
-    if not folder.is_dir():
-        pytest.skip(f"the original's outputs are not at {folder}")
-    return folder
-
-
-@pytest.fixture(scope="module")
 def released(golden: Path) -> tuple[Any, Any]:
     return build_model(
         ModelConfig(

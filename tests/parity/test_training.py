@@ -26,11 +26,8 @@ from llavar_peft.weights.io import tensor_names
 
 
 @pytest.fixture(scope="module")
-def golden(shared_dir: Path) -> Path:
-    folder = shared_dir / "golden/train"
-    if not folder.is_dir():
-        pytest.skip(f"the original's training is not at {folder}")
-    return folder
+def golden(golden: Path) -> Path:
+    return golden / "train"
 
 
 def _model_config(golden: Path, projector: str | None = None) -> ModelConfig:

@@ -1,0 +1,83 @@
+"""Write docs/benchmarks.md and the README's tables from benchmarks/results, so that no figure is typed by hand.
+
+    python benchmarks/write_docs.py
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks/results"
+SECTIONS = {
+    "Hardware requirements": ("hardware", "Estimated memory of the fullest GPU, by `python benchmarks/hardware.py`."),
+    "Training speed and memory": (
+        "train",
+        "One training step each in turn on the same records, with equal losses, against the original's step and TRL. "
+        "Ratios above 1 mean that this library is faster or smaller; ratios below 1.15 are reported as no result.",
+    ),
+    "Data loading": ("data", "Opening a million records, and preparing text and images, against the original's code."),
+    "Inference": (
+        "inference_quickstart",
+        "Answering files of questions, conversations, and the server, with the model of the quickstart.",
+    ),
+    "Inference with a larger model": ("inference", "The same with a model of random weights."),
+    "Deltas and merges": (
+        "weights",
+        "From disk to disk, against the original's in-memory scripts, peft, and loops that only read and write.",
+    ),
+    "A 13B delta": ("weights_13b", "A dry run over sparse files of the size of a 13B model."),
+    "From unlabeled images to a model": ("ocr_to_model", "The example `examples/ocr_to_model.py` from start to end."),
+}
+"""Title: (file under results, introduction)."""
+
+README_TABLES = {"hardware": ("hardware", 0, None), "results": ("train", 0, None)}
+
+
+def tables(name: str) -> list[list[str]]:
+    """Return the Markdown tables in a result, each as its lines."""
+    found: list[list[str]] = []
+    previous = ""
+    for line in (RESULTS / f"{name}.md").read_text(encoding="utf-8").splitlines():
+        if line.startswith("|"):
+            if not previous.startswith("|"):
+                found.append([])
+            found[-1].append(line)
+        previous = line
+    return found
+
+
+def benchmarks_page() -> str:
+    """Return the text of docs/benchmarks.md."""
+    parts = [
+        "# Benchmarks",
+        "",
+        "This page is written by `python benchmarks/write_docs.py` from the files in `benchmarks/results`, which the",
+        "benchmark scripts write. Each result starts with its date, command and machine. All results come from two CPU",
+        "cores; `benchmarks/gpu` has not been run on a GPU yet.",
+    ]
+    for title, (name, introduction) in SECTIONS.items():
+        text = re.sub(r"^#", "###", (RESULTS / f"{name}.md").read_text(encoding="utf-8").strip(), flags=re.MULTILINE)
+        parts += ["", f"## {title}", "", introduction, "", text]
+    return "\n".join(parts) + "\n"
+
+
+def readme(text: str) -> str:
+    """Return the README with its tables replaced by those of the results."""
+    for marker, (name, number, _) in README_TABLES.items():
+        table = "\n".join(tables(name)[number])
+        pattern = rf"(<!-- {marker} -->\n).*?(<!-- /{marker} -->)"
+        text = re.sub(pattern, lambda match, table=table: f"{match[1]}\n{table}\n\n{match[2]}", text, flags=re.DOTALL)
+    return text
+
+
+def main() -> None:
+    """Write both files."""
+    (ROOT / "docs/benchmarks.md").write_text(benchmarks_page(), encoding="utf-8")
+    path = ROOT / "README.md"
+    path.write_text(readme(path.read_text(encoding="utf-8")), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
