@@ -1,0 +1,35 @@
+"""The notebook runs from the first cell to the last."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+import llavar_peft
+
+ROOT = Path(llavar_peft.__file__).parents[1]
+NOTEBOOK = ROOT / "examples/receipts.ipynb"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not NOTEBOOK.is_file(), reason="needs the repository")
+def test_the_notebook_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    nbformat = pytest.importorskip("nbformat", reason="needs nbclient and ipykernel")
+    nbclient = pytest.importorskip("nbclient", reason="needs nbclient and ipykernel")
+    pytest.importorskip("rapidocr", reason="needs the extra ocr")
+    # The commands in its cells are the ones installed beside this interpreter.
+    monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    notebook = nbformat.read(NOTEBOOK, as_version=4)
+    client = nbclient.NotebookClient(
+        notebook, timeout=600, kernel_name="python3", resources={"metadata": {"path": str(tmp_path)}}
+    )
+    client.execute()
+    out = tmp_path / "runs/receipts-notebook/run"
+    assert (out / "adapter/adapter_model.safetensors").is_file()
+    assert (out / "report.html").is_file()
+    printed = [output.get("text", "") for cell in notebook.cells for output in cell.get("outputs", ())]
+    assert not [text for text in printed if text.startswith("error:")]
