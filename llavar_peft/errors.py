@@ -24,7 +24,7 @@ class Fault:
     fix: str
 
     def __str__(self) -> str:
-        return f"{self.where}: {self.what}. Fix: {self.fix}."
+        return f"{self.where}: {self.what}. Fix: {self.fix}{'' if self.fix.endswith('?') else '.'}"
 
 
 class LlavarError(Exception):
@@ -49,6 +49,12 @@ class LlavarError(Exception):
         """Make an error of this class from one fault."""
         fault = Fault(where, what, fix)
         return cls(str(fault), (fault,))
+
+    @classmethod
+    def listing(cls, where: str, faults: Sequence[Fault]) -> LlavarError:
+        """Make an error of this class from several faults of one source, one per line."""
+        lines = [f"  {fault.where}: {fault.what}; {fault.fix}" for fault in faults]
+        return cls("\n".join([f"{where}: {len(faults)} problem{'' if len(faults) == 1 else 's'}", *lines]), faults)
 
 
 class ConfigError(LlavarError, ValueError):

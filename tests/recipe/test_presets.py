@@ -95,7 +95,7 @@ def test_a_recipe_that_is_none_is_still_reported_as_such(tmp_path: Path) -> None
 
 def test_commands(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["train", "--preset", "qlroa"]) == 2
-    assert "perhaps you meant 'qlora'" in capsys.readouterr().err
+    assert "did you mean 'qlora'?" in capsys.readouterr().err
     assert cli.main(["train", "--preset", "qlora", "model.checkpoint=/nowhere"]) == 2
     error = capsys.readouterr().err
     assert "2 problems\n  stages.0.data.records: missing" in error

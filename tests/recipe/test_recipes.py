@@ -176,7 +176,7 @@ def test_wrong_overrides_are_all_named() -> None:
     text = str(caught.value)
     assert text.startswith("overrides: 7 problems\n")
     assert "stages.0.epoch: unknown field; did you mean 'epochs'?" in text
-    assert "stages.5: there is no number 5; there are 2 here, counted from 0" in text
+    assert "stages.5: no entry 5; the list has 2 entries, counted from 0" in text
     assert "stages.1.tune.rank: unknown field; only tune: lora has it" in text
     assert len(caught.value.faults) == len(wrong)
 
@@ -189,7 +189,7 @@ def test_override_values_are_validated_with_the_rest() -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("a: 1\na: 2\n", r"recipe\.yaml:2:1: 'a' is written twice"),
+        ("a: 1\na: 2\n", r"recipe\.yaml:2:1: duplicate key 'a'"),
         ("a: 1\n\tb: 2\n", r"recipe\.yaml:2:1: "),
         ("model: !!python/object:os.system {}\n", r"recipe\.yaml:1:8: "),
         ("", r"recipe\.yaml: 1 problem"),
@@ -207,7 +207,7 @@ def test_merge_keys_are_no_duplicates(tmp_path: Path) -> None:
 
 
 def test_a_recipe_that_is_not_there(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="perhaps you meant 'llavar-13b'"):
+    with pytest.raises(ConfigError, match=r"Fix: did you mean 'llavar-13b'\?$"):
         load_recipe("llavar13b")
     with pytest.raises(ConfigError, match="cannot be read: Is a directory"):
         load_recipe(tmp_path)

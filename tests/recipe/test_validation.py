@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llavar_peft.errors import ConfigError
-from llavar_peft.recipe.field_paths import fields_of, type_at
 from llavar_peft.recipe.schema import DataConfig, Full, Lora, ModelConfig, OptimConfig, Projector, Recipe, Stage
+from llavar_peft.recipe.schema_fields import fields_of, type_at
 from llavar_peft.recipe.validate import recipe_from_mapping, recipe_to_mapping, validate_recipe
 
 STAGE = {
@@ -100,7 +100,10 @@ def test_types_and_combinations_are_reported_together() -> None:
             {"stages__0__packing": 1},
             "stages.0.packing: expected true or false, got 1; write one of the two, without quotes",
         ),
-        ({"seed": -1}, "seed: expected an integer from 0 to 4294967295, got -1; take a smaller seed"),
+        (
+            {"seed": -1},
+            "seed: expected an integer from 0 to 4294967295, got -1; use the default, 0, or another value in this range",
+        ),
         ({"stages__0__max_steps": "1e3"}, "stages.0.max_steps: expected an integer, got '1e3'; write 1000"),
         ({"stages__0__epochs": True}, "stages.0.epochs: expected a number, got true; write a number such as 0.5"),
         (
@@ -133,14 +136,14 @@ def test_types_and_combinations_are_reported_together() -> None:
             {"stages__0__tune": {"rank": 8}},
             (
                 "stages.0.tune: expected one of projector, full, lora, got a mapping; "
-                "say which, e.g. tune: lora or tune: {type: lora, rank: 16}"
+                "write for example tune: lora or tune: {type: lora, rank: 16}"
             ),
         ),
         ({"stages__0__tune": {"type": "full", "rank": 8}}, "stages.0.tune.rank: unknown field; only tune: lora has it"),
         ({"stages__0__rank": 8}, "stages.0.rank: unknown field; it belongs at stages.N.tune.rank"),
         ({"stages__0": 7}, "stages.0: expected a mapping of fields, got 7; write its fields below it, indented"),
         ({"model": None}, "model: expected a mapping of fields, got nothing; write its fields below it, indented"),
-        ({"stages": []}, "stages: there is no stage; add one, for example projector_pretraining(...) or lora(...)"),
+        ({"stages": []}, "stages: expected at least one entry, got an empty list; add an entry"),
     ],
 )
 def test_wrong_types(values: dict[str, Any], expected: str) -> None:
@@ -220,6 +223,68 @@ def test_what_must_be_allowed(values: dict[str, Any]) -> None:
     recipe_from_mapping(changed(**values), "recipe.yaml")
 
 
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        (
+            {"stages__0__optim__warmup_ratio": 1.5},
+            (
+                "stages.0.optim.warmup_ratio: expected a number from 0 to 1, got 1.5; "
+                "use the default, 0.03, or another value in this range"
+            ),
+        ),
+        (
+            {"stages__0__optim__learning_rate": "-2e-5"},
+            "stages.0.optim.learning_rate: expected a number above 0, got '-2e-5'; use a value in this range",
+        ),
+        (
+            {"stages__0__max_steps": 0},
+            "stages.0.max_steps: expected an integer of 1 or more, got 0; use a value in this range",
+        ),
+        (
+            {"stages__0__data__holdout": 1.5},
+            (
+                "stages.0.data.holdout: expected a share up to 1 or a whole number of records, got 1.5; "
+                "use for example 0.01 or 64"
+            ),
+        ),
+        (
+            {"output_dir": " "},
+            "output_dir: expected a non-blank string, got ' '; fill it in, or leave the field out if it is optional",
+        ),
+        (
+            {"stages__0__name": "a/b"},
+            "stages.0.name: expected a folder name, got 'a/b'; use at most 100 letters, digits, '-' and '_'",
+        ),
+        (
+            {"stages__0__tune": {"type": "lora", "target": ["q_prj"]}},
+            (
+                "stages.0.tune.target.0: expected one of 'q_proj', 'k_proj', 'v_proj', 'o_proj', 'gate_proj', 'up_proj', "
+                "'down_proj', got 'q_prj'; did you mean 'q_proj'?"
+            ),
+        ),
+        (
+            {"stages__0__tune": {"type": "lora", "target": 3}},
+            (
+                "stages.0.tune.target: expected one of 'all-linear', 'attention', 'mlp' or a list, got 3; "
+                "choose one of them"
+            ),
+        ),
+        (
+            {"stages__0__tune": {"type": "lora", "target": []}},
+            "stages.0.tune.target: expected at least one entry, got an empty list; add an entry",
+        ),
+    ],
+)
+def test_broken_constraints_of_single_fields(values: dict[str, Any], expected: str) -> None:
+    assert problems(changed(**values)) == [expected]
+
+
+def test_a_broken_constraint_hides_no_other_fault_and_causes_none() -> None:
+    values: dict[str, Any] = {"stages__0__max_length": 0, "stages__0__max_tokens": 100, "model__quantize": "nf4"}
+    assert [line.split(":")[0] for line in problems(changed(**values))] == ["stages.0.max_length", "stages.0.tune"]
+
+
 def test_stage_names_are_unique_without_case() -> None:
     mapping = {**MAPPING, "stages": [STAGE, {**STAGE, "name": "ONE"}]}
     assert [line.split(":")[0] for line in problems(mapping)] == ["stages.0.name", "stages.1.name"]
@@ -241,7 +306,7 @@ def test_a_misspelt_field_hides_no_other_fault_and_causes_none() -> None:
     mapping = changed(model={"language_model": "vicuna", "vison_tower": "clip"}, stages__0__epochs=0)
     assert problems(mapping) == [
         "model.vison_tower: unknown field; did you mean 'vision_tower'?",
-        "stages.0.epochs: expected a number above 0, got 0; write a positive, finite number",
+        "stages.0.epochs: expected a number above 0, got 0; use the default, 1.0, or another value in this range",
     ]
 
 
