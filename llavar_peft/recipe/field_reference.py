@@ -73,7 +73,8 @@ def _type_name(hint: Any) -> str:
         elif typing.get_origin(member) is typing.Literal:
             names += [f"`{choice}`" for choice in typing.get_args(member)]
         elif typing.get_origin(member) is tuple:
-            names.append(f"list of {_type_name(typing.get_args(member)[0])}")
+            element = typing.get_args(member)[0]
+            names.append("list of strings" if element is str else f"list of {_type_name(element)}")
         else:
             names.append(_TYPE_NAMES[member])
     return ", ".join(names) + ", or null" * is_optional(hint)

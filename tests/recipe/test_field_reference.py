@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import inspect
 import typing
 
 from llavar_peft.constants import LINEAR_LAYERS
@@ -21,7 +20,8 @@ def rows(text: str) -> dict[str, dict[str, list[str]]]:
 
 
 def test_every_field_of_every_class_has_a_row_with_an_explanation() -> None:
-    classes = {cls for _, cls in inspect.getmembers(schema, dataclasses.is_dataclass)}
+    own = [value for value in vars(schema).values() if getattr(value, "__module__", "") == schema.__name__]
+    classes = {value for value in own if dataclasses.is_dataclass(value)}
     assert classes == set(CONFIG_CLASSES)
     found = rows(describe_fields())
     for cls in CONFIG_CLASSES:
@@ -40,7 +40,7 @@ def test_types_defaults_and_constraints_are_shown() -> None:
     assert found["Recipe"]["stages"][:3] == ["list of [Stage](#stage)", "required", "not empty"]
     assert found["Recipe"]["seed"][2] == "from 0 to 4294967295"
     assert found["Lora"]["dropout"][2] == "from 0 to below 1"
-    assert found["DataConfig"]["records"][:3] == ["string, list of string", "required", "not empty"]
+    assert found["DataConfig"]["records"][:3] == ["string, list of strings", "required", "not empty"]
     assert found["DataConfig"]["images"][1] == "`[]`"
 
 

@@ -102,7 +102,10 @@ def test_types_and_combinations_are_reported_together() -> None:
         ),
         (
             {"seed": -1},
-            "seed: expected an integer from 0 to 4294967295, got -1; use the default, 0, or another value in this range",
+            (
+                "seed: expected an integer from 0 to 4294967295, got -1; "
+                "use the default, 0, or another value in this range"
+            ),
         ),
         ({"stages__0__max_steps": "1e3"}, "stages.0.max_steps: expected an integer, got '1e3'; write 1000"),
         ({"stages__0__epochs": True}, "stages.0.epochs: expected a number, got true; write a number such as 0.5"),
@@ -235,7 +238,7 @@ def test_what_must_be_allowed(values: dict[str, Any]) -> None:
         ),
         (
             {"stages__0__optim__learning_rate": "-2e-5"},
-            "stages.0.optim.learning_rate: expected a number above 0, got '-2e-5'; use a value in this range",
+            "stages.0.optim.learning_rate: expected a number above 0, got -2e-05; use a value in this range",
         ),
         (
             {"stages__0__max_steps": 0},
@@ -259,8 +262,8 @@ def test_what_must_be_allowed(values: dict[str, Any]) -> None:
         (
             {"stages__0__tune": {"type": "lora", "target": ["q_prj"]}},
             (
-                "stages.0.tune.target.0: expected one of 'q_proj', 'k_proj', 'v_proj', 'o_proj', 'gate_proj', 'up_proj', "
-                "'down_proj', got 'q_prj'; did you mean 'q_proj'?"
+                "stages.0.tune.target.0: expected one of 'q_proj', 'k_proj', 'v_proj', 'o_proj', 'gate_proj', "
+                "'up_proj', 'down_proj', got 'q_prj'; did you mean 'q_proj'?"
             ),
         ),
         (
