@@ -28,7 +28,7 @@ def test_an_unknown_name_is_an_attribute_error() -> None:
 
 
 def test_public_names_have_homes() -> None:
-    assert {*llavar_peft._HOMES, "__version__"} == {*llavar_peft.__all__}
+    assert {*llavar_peft._MODULES, "__version__"} == {*llavar_peft.__all__}
 
 
 def test_importing_is_light() -> None:
