@@ -43,7 +43,7 @@ _ABOUT_IMAGES = (
 )
 _ABOUT_PARTS = (
     "Like CLIP and Vicuna, the parts are pretrained separately: the vision tower on images of random text, the "
-    "language model on spelling and answering from text. examples/tiny_parts trains both from scratch."
+    "language model on writing words and answering from text. examples/tiny_parts trains both from scratch."
 )
 
 

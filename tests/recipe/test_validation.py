@@ -1,4 +1,4 @@
-"""Every fault of a recipe is found, all at once, each at its place and with a fix."""
+"""All faults of a recipe are reported together, each with its path and a fix."""
 
 import copy
 import dataclasses
@@ -50,7 +50,7 @@ def problems(mapping: Any) -> list[str]:
     return [line.strip() for line in lines]
 
 
-def test_a_sound_recipe_is_read() -> None:
+def test_a_valid_recipe_is_read() -> None:
     recipe = recipe_from_mapping(MAPPING, "recipe.yaml")
     assert recipe.stages[0].tune == Full()
     assert recipe.stages[0].data.records == "records.json"
@@ -69,7 +69,7 @@ def test_a_sound_recipe_is_read() -> None:
     )
 
 
-def test_the_broken_file_of_the_style_guide() -> None:
+def test_the_example_of_the_style_guide() -> None:
     stage = {**STAGE, "optim": {"learing_rate": 2e-5}}
     second = {**STAGE, "name": "two", "tune": {"type": "lora", "rnk": 8}, "epochs": "three", "max_steps": "three"}
     assert problems({**MAPPING, "stages": [stage, second]}) == [
@@ -203,7 +203,7 @@ def test_wrong_types(values: dict[str, Any], expected: str) -> None:
         ({"stages__0__name": "Model"}, "stages.0.name"),
     ],
 )
-def test_values_out_of_range_or_at_odds(values: dict[str, Any], where: str) -> None:
+def test_values_out_of_range_or_contradictory(values: dict[str, Any], where: str) -> None:
     assert [line.split(":")[0] for line in problems(changed(**values))] == [where]
 
 
@@ -222,7 +222,7 @@ def test_values_out_of_range_or_at_odds(values: dict[str, Any], where: str) -> N
         {"stages__0__name": "v1.2_a-b"},
     ],
 )
-def test_what_must_be_allowed(values: dict[str, Any]) -> None:
+def test_valid_combinations_are_accepted(values: dict[str, Any]) -> None:
     recipe_from_mapping(changed(**values), "recipe.yaml")
 
 
@@ -305,7 +305,7 @@ def test_integers_are_numbers() -> None:
     assert isinstance(epochs, float)
 
 
-def test_a_misspelt_field_hides_no_other_fault_and_causes_none() -> None:
+def test_a_misspelled_field_hides_no_other_fault_and_causes_none() -> None:
     mapping = changed(model={"language_model": "vicuna", "vison_tower": "clip"}, stages__0__epochs=0)
     assert problems(mapping) == [
         "model.vison_tower: unknown field; did you mean 'vision_tower'?",
@@ -314,7 +314,7 @@ def test_a_misspelt_field_hides_no_other_fault_and_causes_none() -> None:
 
 
 @pytest.mark.parametrize("mapping", [None, [], "text", 3])
-def test_what_is_no_mapping(mapping: Any) -> None:
+def test_a_recipe_that_is_not_a_mapping_is_rejected(mapping: Any) -> None:
     assert len(problems(mapping)) == 1
 
 
@@ -326,18 +326,18 @@ def test_missing_fields() -> None:
     ]
 
 
-def test_an_alias_that_contains_itself_ends() -> None:
+def test_an_alias_that_contains_itself_is_rejected() -> None:
     stages: list[Any] = []
     stages.append(stages)
     assert problems({**MAPPING, "stages": stages})
 
 
-def test_values_that_yaml_makes_but_no_field_takes() -> None:
+def test_values_of_types_that_no_field_has_are_rejected() -> None:
     found = problems(changed(stages__0__name=datetime.date(2024, 1, 1), output_dir="\udcff"))
     assert [line.split(":")[0] for line in found] == ["stages.0.name", "output_dir"]
 
 
-def test_input_is_left_as_it_was() -> None:
+def test_the_input_is_not_changed() -> None:
     mapping = changed(stages__0__tune="lora", stages__0__epoch=3)
     before = copy.deepcopy(mapping)
     problems(mapping)
@@ -351,7 +351,7 @@ def recipe(**values: Any) -> Recipe:
     return dataclasses.replace(recipe_from_mapping(MAPPING, "recipe.yaml"), **values)
 
 
-def test_python_values_are_checked_and_mended() -> None:
+def test_python_values_are_checked_and_converted() -> None:
     stage = dataclasses.replace(recipe().stages[0], epochs=2, tune="lora", data=DataConfig(records=Path("a")))  # type: ignore[arg-type]
     given = recipe(stages=[stage], output_dir=Path("runs/y"))
     checked = validate_recipe(given)
@@ -373,12 +373,12 @@ def test_python_values_are_checked_and_mended() -> None:
         {"model": ModelConfig(checkpoint="x", quantize="nf4")},
     ],
 )
-def test_python_values_that_are_wrong(values: dict[str, Any]) -> None:
+def test_invalid_python_values_are_rejected(values: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match=r"^Recipe: 1 problem\n"):
         validate_recipe(recipe(**values))
 
 
-def test_what_is_no_recipe_at_all() -> None:
+def test_a_value_that_is_not_a_recipe_is_rejected() -> None:
     with pytest.raises(ConfigError, match="expected a Recipe, got dict"):
         validate_recipe(MAPPING)  # type: ignore[arg-type]
 
@@ -428,7 +428,7 @@ def test_round_trip_is_exact(value: Recipe) -> None:
     assert validate_recipe(value) == value
 
 
-def test_every_field_is_reached_by_its_path() -> None:
+def test_every_field_is_found_by_its_path() -> None:
     mapping = recipe_to_mapping(recipe())
     assert type_at(mapping, ("stages", 0, "optim", "learning_rate")) is float
     assert type_at(mapping, ("stages", 0, "tune", "rank")) is None
