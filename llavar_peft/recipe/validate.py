@@ -45,6 +45,8 @@ _STAGE = {
 _REPLACEMENTS: dict[str, Any] = _STAGE | {
     "model": {"checkpoint": "x"},
     "checkpoint": "x",
+    "language_model": "x",
+    "vision_tower": "x",
     "projector": "x",
     "stages": [_STAGE],
     "output_dir": "x",

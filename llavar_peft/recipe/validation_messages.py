@@ -68,7 +68,7 @@ def explain_error(error: ErrorDetails, path: Path, mapping: Mapping[str, Any]) -
         return f"{error['msg']}, {got}", "use for example 0.01 or 64"
     if hint is None:
         return f"{error['msg'][:1].lower()}{error['msg'][1:]}, {got}", "see the field's explanation in the schema"
-    if isinstance(value, dict) and kind == "union_tag_invalid":
+    if isinstance(value, dict) and kind == "union_tag_invalid" and _choices(hint) == list(TUNES):
         value = value["type"]
         got = f"got {format_value(value)}"
     return f"expected {_expected(hint)}, {got}", _fix(value, hint)

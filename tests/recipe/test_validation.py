@@ -274,6 +274,14 @@ def test_valid_combinations_are_accepted(values: dict[str, Any]) -> None:
             ),
         ),
         (
+            {"stages__0__data__images": {"x": 1}},
+            "stages.0.data.images: expected a string or a list of strings, got a mapping; write a name",
+        ),
+        (
+            {"stages__0__gradient_checkpointing": []},
+            "stages.0.gradient_checkpointing: expected one of true, false, 'auto', got a list; choose one of them",
+        ),
+        (
             {"stages__0__tune": {"type": "lora", "target": []}},
             "stages.0.tune.target: expected at least one entry, got an empty list; add an entry",
         ),
