@@ -28,7 +28,7 @@ _TYPE_NAMES = {str: "string", int: "integer", float: "number", bool: "true or fa
 
 
 def describe_fields() -> str:
-    """Return Markdown tables of all recipe fields, with one section for each configuration class."""
+    """Return Markdown tables of all recipe fields, with a third-level section for each configuration class."""
     return "\n\n".join(_section(cls) for cls in CONFIG_CLASSES) + "\n"
 
 
@@ -49,7 +49,7 @@ def field_explanations() -> dict[str, dict[str, str]]:
 
 
 def _section(cls: type) -> str:
-    heading = f"## {cls.__name__}\n\n{inspect.cleandoc(cls.__doc__ or '').replace('``', '`')}\n"
+    heading = f"### {cls.__name__}\n\n{inspect.cleandoc(cls.__doc__ or '').replace('``', '`')}\n"
     rows = ["| Field | Type | Default | Constraint | Explanation |", "|---|---|---|---|---|"]
     types = fields_of(cls)
     for field in dataclasses.fields(cls):

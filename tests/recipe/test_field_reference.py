@@ -13,7 +13,7 @@ from llavar_peft.recipe.field_reference import CONFIG_CLASSES, describe_fields, 
 def rows(text: str) -> dict[str, dict[str, list[str]]]:
     """Return the cells of each field's row, by section and field."""
     found: dict[str, dict[str, list[str]]] = {}
-    for section in text.split("## ")[1:]:
+    for section in text.split("### ")[1:]:
         lines = [line.split(" | ") for line in section.splitlines() if line.startswith("| `")]
         found[section.partition("\n")[0]] = {line[0].strip("| `"): line[1:] for line in lines}
     return found
