@@ -82,7 +82,7 @@ def _type_name(hint: Any) -> str:
 
 def _constraint(cls: type, name: str) -> str:
     schema = json_schema_of(cls, name)
-    if "minItems" in schema or "minLength" in schema:
+    if any("minItems" in alternative for alternative in schema.get("oneOf", [schema])):
         return "not empty"
     if (cls, name) == (DataConfig, "holdout"):
         return "0 or more; from 1 up a whole number"

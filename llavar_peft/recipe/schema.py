@@ -56,6 +56,9 @@ _BY_KIND = Discriminator(_kind)
 Text = Annotated[str, Field(pattern=r"^[^\x00]*[^\s\x00\x1c-\x1f][^\x00]*$")]
 """A string that is not blank and has no NUL character."""
 TextOrList = Annotated[Annotated[Text, Tag("text")] | Annotated[tuple[Text, ...], Tag("list")], _BY_KIND]
+TextOrFilledList = Annotated[
+    Annotated[Text, Tag("text")] | Annotated[tuple[Text, ...], Field(min_length=1), Tag("list")], _BY_KIND
+]
 PositiveInteger = Annotated[int, Field(ge=1)]
 IntegerFromZero = Annotated[int, Field(ge=0)]
 PositiveNumber = Annotated[float, Field(gt=0, allow_inf_nan=False), _FROM_TEXT]
@@ -65,8 +68,14 @@ ShareBelowOne = Annotated[float, Field(ge=0, lt=1), _FROM_TEXT]
 Recompute = Annotated[Annotated[bool, Tag("switch")] | Annotated[Literal["auto"], Tag("text")], _BY_KIND]
 
 
+class _Strict:
+    """Reject unknown fields, and values that would have to be converted to the field's type."""
+
+    __pydantic_config__: ClassVar[dict[str, object]] = {"extra": "forbid", "strict": True}
+
+
 @dataclass(frozen=True, kw_only=True)
-class ModelConfig:
+class ModelConfig(_Strict):
     """Where the model comes from and how its weights are stored.
 
     Set either ``language_model`` and ``vision_tower`` for a new LLaVAR, or ``checkpoint`` for an existing one. A
@@ -98,10 +107,10 @@ class ModelConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class DataConfig:
+class DataConfig(_Strict):
     """The training records and their images."""
 
-    records: Annotated[TextOrList, Field(min_length=1)]
+    records: TextOrFilledList
     """One or more files in the released format (JSON, JSONL, Parquet) or folders written by ``datasets``."""
     images: TextOrList = ()
     """Folders in which the records' image paths are searched, in this order."""
@@ -121,7 +130,7 @@ class DataConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Projector:
+class Projector(_Strict):
     """Train only the projector and the ``<im_start>`` and ``<im_end>`` input embeddings (stage 1)."""
 
     type: Literal["projector"] = "projector"
@@ -129,7 +138,7 @@ class Projector:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Full:
+class Full(_Strict):
     """Train the projector and the whole language model; the vision tower stays frozen (stage 2)."""
 
     type: Literal["full"] = "full"
@@ -137,7 +146,7 @@ class Full:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Lora:
+class Lora(_Strict):
     """Train low-rank adapters on the language model's linear layers, and the projector in full."""
 
     type: Literal["lora"] = "lora"
@@ -151,7 +160,7 @@ class Lora:
     variant: LoraVariant = "lora"
     """LoRA variant, as implemented by peft."""
     target: Annotated[
-        Annotated[LoraTarget, Tag("text")] | Annotated[tuple[LinearLayer, ...], Tag("list"), Field(min_length=1)],
+        Annotated[LoraTarget, Tag("text")] | Annotated[tuple[LinearLayer, ...], Field(min_length=1), Tag("list")],
         _BY_KIND,
     ] = "all-linear"
     """Layers of the language model that get adapters: a group, or a list of names such as [q_proj, v_proj]."""
@@ -167,7 +176,7 @@ Tune = Annotated[Projector | Full | Lora, Field(discriminator="type")]
 
 
 @dataclass(frozen=True, kw_only=True)
-class OptimConfig:
+class OptimConfig(_Strict):
     """The optimizer and its schedule. Source of the defaults: both training scripts of LLaVAR."""
 
     learning_rate: PositiveNumber
@@ -197,7 +206,7 @@ class OptimConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ProbeConfig:
+class ProbeConfig(_Strict):
     """Checks during training: the held-out loss, and the answers to some held-out images."""
 
     every_steps: IntegerFromZero = 0
@@ -211,7 +220,7 @@ class ProbeConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Stage:
+class Stage(_Strict):
     """One part of a run: what is trained, on which data, and how."""
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_](?:[A-Za-z0-9._-]{0,98}[A-Za-z0-9_-])?$")]
@@ -258,7 +267,7 @@ class Stage:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Recipe:
+class Recipe(_Strict):
     """A whole run."""
 
     model: ModelConfig
@@ -271,5 +280,3 @@ class Recipe:
     """Seed of all random numbers; 32 bits wide, as NumPy requires."""
     report_to: tuple[Text, ...] = ()
     """Experiment trackers by their names in transformers: ``tensorboard``, ``wandb``, ``mlflow``, ..."""
-
-    __pydantic_config__: ClassVar[dict[str, object]] = {"extra": "forbid", "strict": True}

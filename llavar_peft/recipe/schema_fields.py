@@ -137,8 +137,9 @@ def json_schema_of(cls: type, name: str) -> dict[str, Any]:
 def bounds_of(cls: type, name: str) -> str:
     """Describe the numbers that a field accepts, for example ``from 0 to 1``; empty if it is unbounded."""
     schema = json_schema_of(cls, name)
-    low, high = schema.get("minimum"), schema.get("maximum")
-    above, below = schema.get("exclusiveMinimum"), schema.get("exclusiveMaximum")
+    keys = ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum")
+    # All bounds are whole; some versions of pydantic return them as floats.
+    low, high, above, below = (int(schema[key]) if key in schema else None for key in keys)
     if low is not None and (high is not None or below is not None):
         return f"from {low} to {high}" if below is None else f"from {low} to below {below}"
     if above is not None:

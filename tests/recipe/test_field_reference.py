@@ -41,7 +41,8 @@ def test_types_defaults_and_constraints_are_shown() -> None:
     assert found["Recipe"]["seed"][2] == "from 0 to 4294967295"
     assert found["Lora"]["dropout"][2] == "from 0 to below 1"
     assert found["DataConfig"]["records"][:3] == ["string, list of strings", "required", "not empty"]
-    assert found["DataConfig"]["images"][1] == "`[]`"
+    assert found["DataConfig"]["images"][1:3] == ["`[]`", ""]
+    assert found["Lora"]["target"][2] == "not empty"
 
 
 def test_explanations_are_the_docstrings_under_the_fields() -> None:
