@@ -1,6 +1,6 @@
-"""LLaVAR, LLaVA for text-rich images, on today's Hugging Face stack.
+"""LLaVAR, LLaVA for text-rich images, on the current Hugging Face stack.
 
-Names are imported when they are first used: ``import llavar_peft`` loads neither torch nor transformers.
+Names are imported on first use: ``import llavar_peft`` loads neither torch nor transformers.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ __all__ = [
     "verify_delta",
 ]
 
-_HOMES = {
+_MODULES = {
     "DataConfig": "recipe.schema",
     "Full": "recipe.schema",
     "Lora": "recipe.schema",
@@ -103,10 +103,10 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
+    if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
-    globals()[name] = value  # the next access does not come here
+    value = getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)
+    globals()[name] = value  # the next access finds it without calling this function
     return value
 
 

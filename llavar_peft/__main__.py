@@ -1,4 +1,4 @@
-"""``python -m llavar_peft`` is the command ``llavar-peft``; ``accelerate launch -m llavar_peft train ...`` needs it."""
+"""Run the command line by ``python -m llavar_peft``, as ``accelerate launch -m llavar_peft train ...`` requires."""
 
 import sys
 

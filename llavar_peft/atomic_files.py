@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all: written aside, synced, renamed."""
+"""Files and folders that are written atomically: under a temporary name, synchronized to disk, then renamed."""
 
 from __future__ import annotations
 
@@ -10,43 +10,43 @@ from typing import Any
 
 
 def staging_path(path: Path) -> Path:
-    """Where a file is while it is written: one name, so that what a killed run left is written over."""
+    """Return the temporary name of a file; it is always the same, so that leftovers of a killed run are replaced."""
     return path.with_name(f".{path.name}.part")
 
 
 def write_bytes(path: Path, data: bytes) -> None:
-    """Write a file whole or not at all."""
+    """Write a file atomically."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = staging_path(path)
-    with aside.open("wb") as file:
+    staged = staging_path(path)
+    with staged.open("wb") as file:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())
-    aside.replace(path)
+    staged.replace(path)
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a file in UTF-8, whole or not at all."""
+    """Write a file in UTF-8 atomically."""
     write_bytes(path, text.encode("utf-8"))
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write a value as JSON, whole or not at all."""
+    """Write a value as JSON atomically."""
     write_text(path, dump_json(value, indent=2) + "\n")
 
 
 def dump_json(value: Any, *, indent: int | None = None, separators: tuple[str, str] | None = None) -> str:
-    """Spell a value as JSON that every encoding of Unicode can hold, with letters as they are where that can be."""
+    """Format a value as JSON; characters outside ASCII are escaped only if the text cannot be encoded otherwise."""
     text = json.dumps(value, indent=indent, separators=separators, ensure_ascii=False)
     try:
         text.encode()
-    except UnicodeEncodeError:  # half a character, which only an escape can spell
+    except UnicodeEncodeError:  # a lone surrogate, which has no UTF-8 form
         return json.dumps(value, indent=indent, separators=separators)
     return text
 
 
 def commit_folder(staged: Path, final: Path) -> None:
-    """Make a finished folder appear under its name at once; one that stands there is replaced."""
+    """Move a finished folder to its final name, replacing any folder of that name."""
     for entry in sorted(staged.rglob("*")):
         if entry.is_file():
             with entry.open("rb") as file:

@@ -1,4 +1,4 @@
-"""Names and numbers of LLaVAR that more than one module needs (the only copy).
+"""Names and numbers of LLaVAR that several modules use.
 
 Source: LLaVAR, llava/conversation.py (``conv_llava_v1``) and llava/train/train.py.
 """
@@ -6,25 +6,25 @@ Source: LLaVAR, llava/conversation.py (``conv_llava_v1``) and llava/train/train.
 from typing import Final
 
 IGNORE_INDEX: Final = -100
-"""Label of a position that carries no loss."""
+"""Label of a position that is not supervised."""
 
 IMAGE_PLACEHOLDER: Final = "<image>"
-"""What a record's text holds where an image stands. Never a token."""
+"""Marks the position of an image in a record's text. It is not a token."""
 
 IMAGE_PATCH_TOKEN: Final = "<im_patch>"
 IMAGE_START_TOKEN: Final = "<im_start>"
 IMAGE_END_TOKEN: Final = "<im_end>"
 ADDED_TOKENS: Final = (IMAGE_PATCH_TOKEN, IMAGE_START_TOKEN, IMAGE_END_TOKEN)
-"""In the order of their ids: 32000, 32001, 32002 on LLaMA's vocabulary."""
+"""In the order of their ids: 32000, 32001, 32002 with LLaMA's vocabulary."""
 
 BOS_TOKEN: Final = "<s>"
 EOS_TOKEN: Final = "</s>"
 UNK_TOKEN: Final = "<unk>"
 PAD_TOKEN: Final = UNK_TOKEN
-"""The original pads with ``<unk>`` (id 0)."""
+"""LLaVAR pads with ``<unk>`` (id 0)."""
 
 TOP_K: Final = 50
-"""Tokens that are drawn from at most, which the original leaves to its library.
+"""Number of most likely tokens that sampling is limited to; LLaVAR uses its library's default.
 
 Source: transformers 4.28, ``GenerationConfig``.
 """
@@ -35,7 +35,7 @@ SYSTEM_PROMPT: Final = (
     "and assist the user with a variety of tasks using natural language."
     "Follow the instructions carefully and explain your answers in detail."
 )
-"""Byte for byte the original's; there is no space between its sentences."""
+"""Identical to LLaVAR's prompt, which has no space between its sentences."""
 
 USER_ROLE: Final = "USER"
 ASSISTANT_ROLE: Final = "ASSISTANT"
@@ -52,7 +52,7 @@ OCR_INSTRUCTIONS: Final[tuple[str, ...]] = (
     "Report on any text that can be clearly read in the image.",
     "Mention any discernable and legible text present in the given picture.",
 )
-"""The ten questions of the noisy OCR data. Source: arXiv 2306.17107, appendix; the spelling is the original's."""
+"""The ten questions of the noisy OCR data, unchanged. Source: arXiv 2306.17107, appendix."""
 
 ATTENTION_LAYERS: Final = ("q_proj", "k_proj", "v_proj", "o_proj")
 MLP_LAYERS: Final = ("gate_proj", "up_proj", "down_proj")
@@ -60,15 +60,15 @@ LINEAR_LAYERS: Final = ATTENTION_LAYERS + MLP_LAYERS
 """The linear layers of each of LLaMA's decoder layers."""
 
 MODEL_TYPE: Final = "llavar"
-"""``model_type`` of our configuration."""
+"""``model_type`` of this package's configuration."""
 
 RELEASED_MODEL_TYPE: Final = "llava"
-"""``model_type`` that the released, flat ``config.json`` carries."""
+"""``model_type`` in the flat ``config.json`` of the released layout."""
 
 PROJECTOR_BIN: Final = "mm_projector.bin"
-"""Stage 1's file in the original's layout."""
+"""The file of stage 1 in LLaVAR's layout."""
 PROJECTOR_SAFETENSORS: Final = "mm_projector.safetensors"
-"""The same tensors under the same names, as safetensors."""
+"""The same tensors with the same names, as safetensors."""
 
 METRICS_FILE: Final = "metrics.jsonl"
 PROBE_FILE: Final = "probe.jsonl"

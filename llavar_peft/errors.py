@@ -1,6 +1,6 @@
-"""The one family of errors. Each is also a builtin exception, and each knows its exit status.
+"""The package's errors. Each is also a builtin exception and has its own exit status.
 
-A message reads ``<file>:<record or key>: what (got, wanted). Fix: ...``.
+A message has the form ``where: what (got X, expected Y). Fix: ...``.
 """
 
 from __future__ import annotations
@@ -11,12 +11,12 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Fault:
-    """One thing that is wrong, where it is, and how to fix it.
+    """One problem, its location, and its fix.
 
     Attributes:
-        where: File and record or key, e.g. ``"records.json:17"`` or ``"stages.0.epochs"``.
-        what: What is wrong, with the value got and the value wanted.
-        fix: What the reader should do, one sentence without a final stop.
+        where: File and record or key, for example ``"records.json:17"`` or ``"stages.0.epochs"``.
+        what: The problem, with the actual and the expected value.
+        fix: What the user should do, without a full stop.
     """
 
     where: str
@@ -24,18 +24,19 @@ class Fault:
     fix: str
 
     def __str__(self) -> str:
-        return f"{self.where}: {self.what}. Fix: {self.fix}."
+        return f"{self.where}: {self.what}. Fix: {self.fix}{'' if self.fix.endswith('?') else '.'}"
 
 
 class LlavarError(Exception):
-    """Base of the family.
+    """Base class of the package's errors.
 
     Args:
-        message: What the reader sees.
-        faults: The single faults, where the error reports several at once.
+        message: The message for the user.
+        faults: The single faults, for an error that reports several.
 
     Attributes:
-        exit_code: What the command line exits with: 2 input, 3 environment, 4 interrupted but resumable.
+        exit_code: Exit status of the command line: 2 for input, 3 for the environment, 4 for an interrupted run that
+            can be resumed.
     """
 
     exit_code: int = 2
@@ -46,40 +47,46 @@ class LlavarError(Exception):
 
     @classmethod
     def at(cls, where: str, what: str, fix: str) -> LlavarError:
-        """Make an error of this class from one fault."""
+        """Return an error with one fault."""
         fault = Fault(where, what, fix)
         return cls(str(fault), (fault,))
 
+    @classmethod
+    def listing(cls, where: str, faults: Sequence[Fault]) -> LlavarError:
+        """Return an error with several faults of one source, which its message lists line by line."""
+        lines = [f"  {fault.where}: {fault.what}; {fault.fix}" for fault in faults]
+        return cls("\n".join([f"{where}: {len(faults)} problem{'' if len(faults) == 1 else 's'}", *lines]), faults)
+
 
 class ConfigError(LlavarError, ValueError):
-    """A recipe, or a combination of settings, that cannot be run."""
+    """A recipe or a combination of settings is invalid."""
 
 
 class DataError(LlavarError, ValueError):
-    """Records that cannot be trained on."""
+    """Records cannot be used for training."""
 
 
 class ImageError(LlavarError, OSError):
-    """An image that is missing, broken, too large or outside its root."""
+    """An image is missing, unreadable, too large or outside its folder."""
 
 
 class WeightsError(LlavarError, ValueError):
-    """Weights that do not fit the model: a tensor missing, extra, misshapen or not finite."""
+    """Weights do not fit the model: a tensor is missing, unexpected, of the wrong shape or not finite."""
 
 
 class MissingDependencyError(LlavarError, ImportError):
-    """A package that this job needs is not installed or cannot work here."""
+    """A required package is not installed or does not work on this machine."""
 
     exit_code = 3
 
 
 class EnvironmentFaultError(LlavarError, RuntimeError):
-    """The machine, not the input, stands in the way (disk, device, permissions, another run)."""
+    """The machine prevents the work: its disk, a device, permissions or another run."""
 
     exit_code = 3
 
 
 class InterruptedRunError(LlavarError, RuntimeError):
-    """A run stopped on request after saving; running the same command again continues it."""
+    """A run was interrupted and saved; the same command resumes it."""
 
     exit_code = 4

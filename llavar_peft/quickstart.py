@@ -1,8 +1,8 @@
-"""The quickstart: a tiny LLaVAR learns to read on a machine without GPU, weights or network.
+"""The quickstart: train a tiny LLaVAR to read, on a machine without a GPU, downloaded weights or network access.
 
-The recipe is the real one: stage 1 trains the projector and two embedding rows, stage 2 the projector and the language
-model (or adapters on it), the tower is frozen throughout. What is tiny are the parts, which the package ships; see
-``examples/tiny_parts`` for how they are made from nothing.
+The recipe has the paper's stages: stage 1 trains the projector and two embedding rows, stage 2 the projector and the
+language model or adapters on it; the vision tower is frozen. Only the parts are tiny. The package contains them;
+``examples/tiny_parts`` trains them from scratch.
 """
 
 from __future__ import annotations
@@ -32,22 +32,32 @@ logger = logging.getLogger(__name__)
 QuickstartTune = Literal["full", "lora", "qlora"]
 _HELD_OUT_IMAGES = 200
 _BLANK_IMAGES = 100
-_LONGEST = 320  # pixels: drawn and read back in two thirds of the time that 448 take
-# Far from the training images' seed, so that no string is seen twice.
-_HELD_OUT_SEED = 1_000_003
+_WIDTH = 320  # pixels; takes two thirds of the time of 448
+_HELD_OUT_SEED = 1_000_003  # far from the seeds of the training images, so that no string occurs in both
+_LORA_LEARNING_RATE = 2.5e-3
+_SETS: tuple[tuple[str, Task, int], ...] = (("stage1", "transcribe", 800), ("stage2", "conversation", 4200))
+_ABOUT_IMAGES = (
+    "The images are synthetic: signs, covers, posters and receipts in several fonts, sizes and colors, with text at "
+    "random positions. The text consists of random letters and digits, except those that some fonts draw alike (O and "
+    "0, I, l and 1). The held-out images contain strings that no training image contains."
+)
+_ABOUT_PARTS = (
+    "Like CLIP and Vicuna, the parts are pretrained separately: the vision tower on images of random text, the "
+    "language model on writing words and answering from text. examples/tiny_parts trains both from scratch."
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class QuickstartResult:
-    """What came out.
+    """The result of a quickstart.
 
     Attributes:
         page: The HTML page.
-        model: The folder to ask: a model, or an adapter that knows its base.
-        exact_match: Share of unseen images answered exactly.
-        blank_exact_match: The same with the images blanked: what guessing gives.
-        before: The same before any training.
-        seconds: Wall time of the whole.
+        model: Folder of the trained model, or of the adapter, which names its base.
+        exact_match: Share of unseen images that are answered exactly.
+        blank_exact_match: The same share with blank images, which measures guessing.
+        before: The same share before training.
+        seconds: Wall time of the whole quickstart.
     """
 
     page: Path
@@ -59,27 +69,24 @@ class QuickstartResult:
 
 
 def run_quickstart(output_dir: str | Path, tune: QuickstartTune = "full", *, seed: int = 0) -> QuickstartResult:
-    """Draw images, trains both stages, scores unseen images and writes the page.
+    """Draw images, train both stages, score unseen images and write the page.
 
-    Run again in the same folder, it goes on where it stopped.
+    An interrupted quickstart is resumed when it is run again in the same folder.
 
     Args:
-        output_dir: Gets the data, the parts, the run and its page.
+        output_dir: Folder for the data, the parts, the run and its page.
         tune: What stage 2 trains: the whole language model, adapters, or adapters on a 4-bit base.
-        seed: Draws the images, the projector and the order of records.
-
-    Returns:
-        The scores and where things are.
+        seed: Seed of the images, the projector and the order of the records.
 
     Raises:
-        ConfigError: The folder holds a run of other settings.
-        InterruptedRunError: Stopped by a signal, after saving.
+        ConfigError: The folder contains a run with other settings.
+        InterruptedRunError: The run was stopped by a signal and saved.
     """
     began = time.perf_counter()
     root = Path(output_dir).resolve()
     recipe = quickstart_recipe(root, tune, seed=seed)
     _draw(root, seed=seed)
-    # After the drawing, whose forked processes then hold nothing of torch.
+    # Imported after drawing, so that the processes forked for it do not contain torch.
     from llavar_peft.inference.reader import load_reader
     from llavar_peft.page.run_page import write_run_page
     from llavar_peft.training.trainer import run_recipe
@@ -89,15 +96,15 @@ def run_quickstart(output_dir: str | Path, tune: QuickstartTune = "full", *, see
     held_out = _draw_held_out(root, seed)
     exact, wrong = score(reader, held_out)
     blank, _ = score(reader, held_out[:_BLANK_IMAGES], blank=True)
-    before = _before(root / recipe.stages[0].name / "probe.jsonl")
+    before = _score_before_training(root / recipe.stages[0].name / "probe.jsonl")
     seconds = time.perf_counter() - began
     page = write_run_page(
         root,
         title=f"Quickstart: a tiny LLaVAR learns to read ({tune})",
         extra=(
             ("Exact match before training", f"{before:.1%}"),
-            (f"Exact match on {len(held_out)} unseen pictures", f"{exact:.1%}"),
-            ("The same with the pictures blanked", f"{blank:.1%}"),
+            (f"Exact match on {len(held_out)} unseen images", f"{exact:.1%}"),
+            ("Exact match with blank images", f"{blank:.1%}"),
             ("Wall time, this run", f"{seconds:.0f} s"),
         ),
         notes=(_ABOUT_IMAGES, _ABOUT_PARTS, *(f"Wrong: {line}" for line in wrong[:8])),
@@ -111,34 +118,14 @@ def run_quickstart(output_dir: str | Path, tune: QuickstartTune = "full", *, see
     return result
 
 
-_ABOUT_IMAGES = (
-    "The pictures are drawn: signs, covers, posters and receipts in several fonts, sizes and colours, text at free "
-    "positions, strings of random letters and digits without those that some fonts draw alike (O and 0, I, l and 1). "
-    "The held-out pictures hold strings that no training picture holds."
-)
-_ABOUT_PARTS = (
-    "The parts start out like CLIP and Vicuna do: the tower has learnt characters from pictures of random text, the "
-    "language model has learnt to spell and to answer from text; neither has met the other. "
-    "examples/tiny_parts makes both from nothing."
-)
-
-
 def quickstart_recipe(root: Path, tune: QuickstartTune, *, seed: int = 0) -> Recipe:
-    """The recipe that the quickstart runs: the preset ``tiny``, with its paths and stage 2's ``tune``.
-
-    Args:
-        root: The output folder.
-        tune: What stage 2 trains.
-        seed: The run's.
-
-    Returns:
-        The recipe.
+    """Return the shipped recipe ``tiny`` with the quickstart's paths and the selected ``tune`` in stage 2.
 
     Raises:
         ConfigError: ``tune`` is unknown.
     """
     if tune not in ("full", "lora", "qlora"):
-        raise ConfigError.at("--tune", f"got {tune!r}", "use full, lora or qlora")
+        raise ConfigError.at("--tune", f"unknown value (got {tune!r})", "use full, lora or qlora")
     preset = load_recipe("tiny")
     quantize: Quantization | None = "nf4" if tune == "qlora" else None
     model = dataclasses.replace(
@@ -159,27 +146,21 @@ def quickstart_recipe(root: Path, tune: QuickstartTune, *, seed: int = 0) -> Rec
         stages[1] = dataclasses.replace(
             stages[1],
             tune=Lora(rank=16, alpha=32.0, dropout=0.0),
-            optim=dataclasses.replace(stages[1].optim, learning_rate=_LORA_RATE),
+            optim=dataclasses.replace(stages[1].optim, learning_rate=_LORA_LEARNING_RATE),
         )
     return dataclasses.replace(preset, model=model, stages=tuple(stages), output_dir=str(root), seed=seed)
-
-
-_LORA_RATE = 2.5e-3
 
 
 def score(
     reader: Reader, questions: Sequence[tuple[Path, str, str]], *, blank: bool = False, batch_size: int = 25
 ) -> tuple[float, list[str]]:
-    """Ask about images and counts exact answers.
+    """Return the share of exact answers to questions about images, and a line for each wrong answer.
 
     Args:
         reader: The model.
-        questions: (image, question, truth).
-        blank: Whether each image is replaced by one of its size in its corner's colour.
-        batch_size: Images per forward pass.
-
-    Returns:
-        The share of exact answers, and a line for each wrong one.
+        questions: Triples of image, question and expected answer.
+        blank: Whether each image is replaced by a blank one of its size, in the color of its corner.
+        batch_size: Number of images per forward pass.
     """
     from PIL import Image
 
@@ -189,23 +170,23 @@ def score(
 
     right, wrong = 0, []
     for start in range(0, len(questions), batch_size):
-        asked = questions[start : start + batch_size]
-        images = [open_image(path) for path, _, _ in asked]
+        batch = questions[start : start + batch_size]
+        images = [open_image(path) for path, _, _ in batch]
         if blank:
             images = [Image.new("RGB", image.size, image.getpixel((0, 0))) for image in images]
         answers = answer_images(
-            reader.model, reader.processor, [question for _, question, _ in asked], images, max_new_tokens=24
+            reader.model, reader.processor, [question for _, question, _ in batch], images, max_new_tokens=24
         )
-        for (path, question, truth), answer in zip(asked, answers, strict=True):
+        for (path, question, truth), answer in zip(batch, answers, strict=True):
             if exact_match(answer, truth):
                 right += 1
             else:
-                wrong.append(f"{path.name}: {question} {truth!r}, read as {answer!r}")
+                wrong.append(f"{path.name}: {question} expected {truth!r}, got {answer!r}")
     return right / len(questions), wrong
 
 
 def _draw(root: Path, *, seed: int) -> None:
-    """Write the parts and the images, unless an earlier run of this folder did."""
+    """Write the parts and the training images, unless they exist."""
     parts = root / "parts"
     if not parts.is_dir():
         staged = root / ".parts"
@@ -221,14 +202,8 @@ def _draw(root: Path, *, seed: int) -> None:
 
 
 def _write(folder: Path, count: int, seed: int, task: Task, workers: int) -> SynthResult:
-    settings = SynthSettings(style="plain", seed=seed, task=task, width=_LONGEST)
+    settings = SynthSettings(style="plain", seed=seed, task=task, width=_WIDTH)
     return write_synthetic(folder, count, settings, workers)
-
-
-_SETS: tuple[tuple[str, Task, int], ...] = (
-    ("stage1", "transcribe", 800),
-    ("stage2", "conversation", 4200),
-)
 
 
 def _cores() -> int:
@@ -250,6 +225,6 @@ def _draw_held_out(root: Path, seed: int) -> list[tuple[Path, str, str]]:
     ]
 
 
-def _before(path: Path) -> float:
+def _score_before_training(path: Path) -> float:
     lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line]
     return next((float(line["exact_match"] or 0.0) for line in lines if line["when"] == "start"), 0.0)

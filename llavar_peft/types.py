@@ -1,4 +1,4 @@
-"""Each form of the data has one type, and the data flows one way.
+"""The types of the data on its way through the package.
 
 JSON record -> ``Conversation`` -> ``Example`` -> ``Batch`` -> loss.
 """
@@ -14,16 +14,16 @@ if TYPE_CHECKING:
 
 Role = Literal["human", "gpt"]
 ImageMode = Literal["pad", "square", "keep", "pad_black"]
-"""How an image becomes a tensor: see ``llavar_peft.data.image_preparation``."""
+"""Conversion of an image to a tensor; see ``llavar_peft.data.image_preparation``."""
 
 
 @dataclass(frozen=True, slots=True)
 class Turn:
-    """One side's words.
+    """One message of a conversation.
 
     Attributes:
-        role: Who speaks, in the released data's spelling.
-        text: The words; ``<image>`` marks the place of an image.
+        role: The speaker, named as in the released data.
+        text: The message; ``<image>`` marks the position of an image.
     """
 
     role: Role
@@ -32,12 +32,12 @@ class Turn:
 
 @dataclass(frozen=True, slots=True)
 class Conversation:
-    """A record, validated.
+    """A validated record.
 
     Attributes:
         id: The record's id, as a string.
-        turns: Alternating, a human turn first (a leading ``gpt`` turn is dropped, as in the original).
-        images: Relative paths as written in the record, in order; empty for a text-only record.
+        turns: Alternating turns, a human one first. A leading ``gpt`` turn of the record is dropped, as in LLaVAR.
+        images: Relative image paths as written in the record, in order; empty for a record without images.
     """
 
     id: str
@@ -47,15 +47,15 @@ class Conversation:
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """A conversation as the model sees it, before its images are opened.
+    """A tokenized conversation whose images are not opened yet.
 
     Attributes:
         id: The record's id.
         input_ids: Token ids, int64 ``[T]``.
         labels: The ids at supervised positions and -100 elsewhere, int64 ``[T]``.
-        images: The images that have a place in ``input_ids``, in order, as written in the record.
-        image_token_counts: How many ``<im_patch>`` each of ``images`` takes.
-        dropped: Why this record cannot be trained on, as a short machine-readable reason, else None.
+        images: The images that have a position in ``input_ids``, in order, as written in the record.
+        image_token_counts: Number of ``<im_patch>`` tokens of each of ``images``.
+        dropped: A short machine-readable reason if the record cannot be used for training, else None.
     """
 
     id: str
@@ -67,15 +67,15 @@ class Example:
 
     @property
     def supervised(self) -> int:
-        """Number of positions that carry loss."""
+        """Number of supervised positions."""
         return int((self.labels != -100).sum())
 
 
 class Batch(TypedDict, total=False):
-    """What the model's ``forward`` takes.
+    """The arguments of the model's ``forward``.
 
     ``input_ids``, ``labels``, ``attention_mask``: int64 ``[B, T]``; ``pixel_values``: float32 ``[N, 3, H, W]`` for all
-    images of the batch in reading order, absent when there are none.
+    images of the batch in reading order, absent if there are none.
     """
 
     input_ids: Tensor
@@ -85,7 +85,7 @@ class Batch(TypedDict, total=False):
 
 
 class Processor(Protocol):
-    """What the data code needs to know of a processor (``llavar_peft.models.LlavarProcessor`` is one)."""
+    """The parts of a processor that the data code uses, for example of ``llavar_peft.models.LlavarProcessor``."""
 
     tokenizer: Any
     image_processor: Any
@@ -97,12 +97,12 @@ class Processor(Protocol):
 
     @property
     def num_image_tokens(self) -> int:
-        """Number of ``<im_patch>`` for one image of the tower's square size."""
+        """Number of ``<im_patch>`` tokens of an image in the tower's square size."""
         ...
 
 
 class ImageLoader(Protocol):
-    """Opens a record's image by the path written in the record."""
+    """Open an image by the path written in the record."""
 
     def __call__(self, path: str) -> Image:
         """Return the image upright, in RGB. Raises ``ImageError``."""

@@ -258,4 +258,4 @@ def test_the_module_is_the_command() -> None:
         [sys.executable, "-m", "llavar_peft", "recipe", "show", "nope"], capture_output=True, text=True, check=False
     )
     assert done.returncode == 2
-    assert done.stderr.startswith("error: nope: there is no such file, nor a recipe of this name.")
+    assert done.stderr.startswith("error: nope: no such file or shipped recipe.")

@@ -1,4 +1,4 @@
-"""The README's first command: a tiny LLaVAR learns to read images it has never seen."""
+"""The README's first command trains a tiny LLaVAR to read unseen images."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from PIL import Image, ImageDraw, ImageFont
 
-# It reaches about 0.91; below this something is broken, whatever the machine's rounding.
+# It reaches about 0.91, within a margin for the machine's rounding.
 LEAST = 0.87
 
 
@@ -36,7 +36,7 @@ def test_quickstart_learns_to_read_and_can_be_asked(tmp_path: Path) -> None:
     assert "http://" not in page
     assert "https://" not in page
 
-    # An image of one's own, by another font and of another size.
+    # An image with another font and of another size.
     image = Image.new("RGB", (400, 200), "white")
     ImageDraw.Draw(image).text((60, 60), "KHABE", "black", ImageFont.load_default(70))
     image.save(tmp_path / "mine.png")

@@ -12,7 +12,7 @@ from llavar_peft.cli.tables import print_table
 from llavar_peft.recipe.presets import load_recipe
 
 if TYPE_CHECKING:
-    from llavar_peft.preflight.estimate.estimate_stage import StageEstimate
+    from llavar_peft.preflight.estimate_stage import StageEstimate
 
 _GIB = 2**30
 _OUTSIDE = _GIB
@@ -43,7 +43,7 @@ def estimate(
     if recipe is None and preset is None:
         raise typer.BadParameter("give a RECIPE, a --preset, or both")
     expected = load_recipe(recipe, settings, preset=preset)
-    from llavar_peft.preflight.estimate.estimate_stage import estimate_stage, what_would_help
+    from llavar_peft.preflight.estimate_stage import estimate_stage, what_would_help
 
     found = [estimate_stage(expected.model, stage, gpus=gpus, sharded=shard) for stage in expected.stages]
     if as_json:

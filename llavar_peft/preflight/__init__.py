@@ -1,1 +1,1 @@
-"""Checks before a run: the environment, the memory and time it needs, and a trial of each stage."""
+"""Checks before a run: the environment, the memory and time it needs, and a dry run of each stage."""

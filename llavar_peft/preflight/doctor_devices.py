@@ -1,4 +1,4 @@
-"""What computes: torch's build against the machine, GPUs, attention kernels, bitsandbytes."""
+"""Checks of the compute devices: torch's build, GPUs, flash-attention and bitsandbytes."""
 
 from __future__ import annotations
 
@@ -15,11 +15,7 @@ _WHEELS = "see https://pytorch.org/get-started/locally for the build that fits y
 
 
 def check_devices() -> Iterator[DoctorFinding]:
-    """Look at torch and what it can compute on.
-
-    Yields:
-        A finding for torch, one for each GPU or one for the CPU, and one for each library of kernels.
-    """
+    """Check torch, each GPU or the CPU, and the libraries of kernels."""
     try:
         import torch
     except ImportError as error:
@@ -33,17 +29,17 @@ def check_devices() -> Iterator[DoctorFinding]:
         yield ok_finding("torch's build", "MPS")
     elif shutil.which("nvidia-smi") and torch.version.cuda:
         yield fault_finding(
-            "torch's build", f"{build}, but no GPU can be used", f"update the NVIDIA driver, or {_WHEELS}"
+            "torch's build", f"{build}, but no GPU is usable", f"update the NVIDIA driver, or {_WHEELS}"
         )
     elif shutil.which("nvidia-smi"):
-        yield fault_finding("torch's build", "is for the CPU, and this machine has NVIDIA's driver", _WHEELS)
+        yield fault_finding("torch's build", "is for the CPU only, but this machine has an NVIDIA driver", _WHEELS)
     else:
         yield ok_finding("torch's build", build)
         memory = psutil.virtual_memory()
         cores = psutil.cpu_count(logical=False) or psutil.cpu_count()
         yield note_finding(
             "GPU", f"none; {cores} cores, {memory.available / _GIB:.0f} of {memory.total / _GIB:.0f} GiB free",
-            "a tiny model trains here; for 7B or 13B take a machine with a GPU",
+            "use a machine with a GPU to train 7B or 13B models; this one can train a tiny model",
         )  # fmt: skip
     yield _attention(torch.cuda.is_available())
     yield _four_bits()
@@ -58,7 +54,7 @@ def _gpus() -> Iterator[DoctorFinding]:
             free, total = torch.cuda.mem_get_info(index)
         except RuntimeError as error:
             yield fault_finding(
-                f"GPU {index}", f"{about.name} does not answer ({str(error).splitlines()[0]})", "restart it"
+                f"GPU {index}", f"{about.name} does not respond ({str(error).splitlines()[0]})", "restart the machine"
             )
             continue
         what = f"{about.name} ({about.major}.{about.minor}), {free / _GIB:.0f} of {total / _GIB:.0f} GiB free"
@@ -67,28 +63,27 @@ def _gpus() -> Iterator[DoctorFinding]:
         else:
             yield note_finding(f"GPU {index}", f"{what}, no bf16", "train with precision: fp16")
         if free < total / 2:
-            yield note_finding(
-                f"GPU {index}", "more than half of its memory is taken", "look who is there with nvidia-smi"
-            )
+            fix = "find the processes that use it with nvidia-smi"
+            yield note_finding(f"GPU {index}", "more than half of its memory is in use", fix)
 
 
 def _attention(gpu: bool) -> DoctorFinding:
     if importlib.util.find_spec("flash_attn") is None:
         if gpu:
             return note_finding(
-                "flash-attn", "is missing; torch's own attention is used", "pip install 'llavar-peft[cuda]'"
+                "flash-attn", "is not installed; torch's attention is used", "pip install 'llavar-peft[cuda]'"
             )
-        return ok_finding("flash-attn", "is for GPUs; torch's own attention is used")
+        return ok_finding("flash-attn", "is for GPUs only; torch's attention is used")
     try:
         import flash_attn
     except ImportError as error:
-        fix = "install the wheel for this very torch and Python, or uninstall it"
+        fix = "install the wheel that matches torch and Python, or uninstall it"
         return fault_finding("flash-attn", f"cannot be imported ({error})", fix)
     return ok_finding("flash-attn", str(flash_attn.__version__))
 
 
 def _four_bits() -> DoctorFinding:
-    """Packs some numbers and unpacks them: a library that imports may still lack kernels for this GPU."""
+    """Quantize and dequantize numbers: a library that imports may still lack kernels for this GPU."""
     import torch
 
     try:
@@ -96,11 +91,15 @@ def _four_bits() -> DoctorFinding:
 
         device = "cuda" if torch.cuda.is_available() else "cpu"
         numbers = torch.linspace(-1, 1, 4096, device=device).reshape(64, 64)
-        packed, state = quantize_4bit(numbers, quant_type="nf4")
-        error = float((dequantize_4bit(packed, state) - numbers).abs().max())
-    except Exception as problem:  # noqa: BLE001 - whatever is wrong with it, it cannot be used
+        quantized, state = quantize_4bit(numbers, quant_type="nf4")
+        error = float((dequantize_4bit(quantized, state) - numbers).abs().max())
+    except Exception as problem:  # noqa: BLE001 - any failure means that it is unusable
         what = f"does not work ({type(problem).__name__}: {str(problem).splitlines()[0][:120]})"
-        return fault_finding("4 bits", what, "python -m bitsandbytes says more; reinstall bitsandbytes for this CUDA")
+        return fault_finding(
+            "4 bits", what, "run python -m bitsandbytes for details; reinstall bitsandbytes for this CUDA version"
+        )
     if error > 0.2:
-        return fault_finding("4 bits", f"give wrong numbers on {device} (off by {error:.2f})", "reinstall bitsandbytes")
-    return ok_finding("4 bits", f"bitsandbytes packs and unpacks nf4 on {device}")
+        return fault_finding(
+            "4 bits", f"bitsandbytes gives wrong results on {device} (error {error:.2f})", "reinstall bitsandbytes"
+        )
+    return ok_finding("4 bits", f"bitsandbytes quantizes and dequantizes nf4 on {device}")

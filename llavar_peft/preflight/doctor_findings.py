@@ -1,4 +1,4 @@
-"""What the doctor says."""
+"""The findings of ``llavar-peft doctor``."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ State: TypeAlias = Literal["ok", "note", "fault"]
 
 @dataclass(frozen=True, slots=True)
 class DoctorFinding:
-    """One thing that was looked at.
+    """The result of one check.
 
     Attributes:
-        name: Of the thing.
-        state: ``"fault"`` where something that is needed does not work; ``"note"`` where something could be better.
+        name: What was checked.
+        state: ``"fault"`` if something required does not work, ``"note"`` if something could be improved.
         what: What was found.
-        fix: What the reader should do; empty where nothing is to be done.
+        fix: What the user should do; empty if nothing.
     """
 
     name: str
@@ -26,15 +26,15 @@ class DoctorFinding:
 
 
 def ok_finding(name: str, what: str) -> DoctorFinding:
-    """Nothing to be done."""
+    """Return the finding that something works."""
     return DoctorFinding(name, "ok", what)
 
 
 def note_finding(name: str, what: str, fix: str) -> DoctorFinding:
-    """Works, but could be better."""
+    """Return the finding that something works but could be improved."""
     return DoctorFinding(name, "note", what, fix)
 
 
 def fault_finding(name: str, what: str, fix: str) -> DoctorFinding:
-    """Do not work."""
+    """Return the finding that something required does not work."""
     return DoctorFinding(name, "fault", what, fix)

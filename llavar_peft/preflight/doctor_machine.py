@@ -1,4 +1,4 @@
-"""Where things are written, and what the system allows."""
+"""Checks of the folders that are written, and of the system's limits."""
 
 from __future__ import annotations
 
@@ -14,19 +14,16 @@ from llavar_peft.preflight.doctor_findings import DoctorFinding, fault_finding, 
 
 _GB = 1e9
 _FULL_CHECKPOINT = 190
-"""GB: a 13B model in full, fp32 weights and Adam's states, as one checkpoint holds it."""
-_SHARED = 2**30
-_FILES = 4096
+"""GB of a checkpoint of a fully trained 13B model: fp32 weights and Adam's states."""
+_SHARED_MEMORY = 2**30
+_OPEN_FILES = 4096
 
 
 def check_machine(output: Path) -> Iterator[DoctorFinding]:
-    """Look at folders and limits.
+    """Check folders, limits and programs.
 
     Args:
-        output: Where runs are to be written; it need not exist.
-
-    Yields:
-        A finding each.
+        output: The folder for runs; it need not exist.
     """
     yield _folder("output folder", output, enough=_FULL_CHECKPOINT)
     from huggingface_hub.constants import HF_HUB_CACHE
@@ -35,29 +32,33 @@ def check_machine(output: Path) -> Iterator[DoctorFinding]:
     yield _folder("temporary files", Path(tempfile.gettempdir()), enough=2)
     yield from _limits()
     yield _launcher()
-    for program, use in (("tesseract", "ocr build --engine tesseract"),):
-        found = shutil.which(program)
-        yield ok_finding(program, found) if found else note_finding(program, "is missing", f"install it for {use}")
+    tesseract = shutil.which("tesseract")
+    if tesseract:
+        yield ok_finding("tesseract", tesseract)
+    else:
+        yield note_finding("tesseract", "is not installed", "install it to use ocr build --engine tesseract")
 
 
 def _folder(name: str, path: Path, *, enough: float) -> DoctorFinding:
-    """Whether one can write there; tried, as permissions alone do not tell (read-only mounts, quotas)."""
-    there = next(one for one in (path.absolute(), *path.absolute().parents) if one.exists())
+    """Write a file to a folder; its permissions do not show read-only mounts and quotas."""
+    existing = next(one for one in (path.absolute(), *path.absolute().parents) if one.exists())
     try:
-        with tempfile.NamedTemporaryFile(dir=there, prefix=".doctor-") as file:
+        with tempfile.NamedTemporaryFile(dir=existing, prefix=".doctor-") as file:
             file.write(b"0" * 4096)
             file.flush()
             os.fsync(file.fileno())
     except OSError as error:
         return fault_finding(
-            name, f"{path} cannot be written ({error.strerror})", "give another folder, or its permissions"
+            name, f"{path} cannot be written ({error.strerror})", "use another folder, or change its permissions"
         )
-    free = shutil.disk_usage(there).free / _GB
+    free = shutil.disk_usage(existing).free / _GB
     if free < 1:
-        return fault_finding(name, f"{path}: {free:.1f} GB free", "make room")
+        return fault_finding(name, f"{path}: {free:.1f} GB free", "free disk space")
     if free < enough:
         return note_finding(
-            name, f"{path}: {free:.0f} GB free", f"a 13B model in full wants {enough:g} GB here; adapters less"
+            name,
+            f"{path}: {free:.0f} GB free",
+            f"free up to {enough:g} GB for fully trained 13B models; adapters need less",
         )
     return ok_finding(name, f"{path}: {free:.0f} GB free")
 
@@ -66,17 +67,19 @@ def _limits() -> Iterator[DoctorFinding]:
     shared = Path("/dev/shm")
     if shared.is_dir():
         size = shutil.disk_usage(shared).total
-        if size < _SHARED:
+        if size < _SHARED_MEMORY:
             fix = "start the container with --shm-size 8g, or set stages.N.data.workers=0"
-            yield note_finding(
-                "shared memory", f"{size / 2**20:.0f} MiB in /dev/shm, which image workers hand pictures over by", fix
-            )
+            yield note_finding("shared memory", f"{size / 2**20:.0f} MiB in /dev/shm, which image workers need", fix)
         else:
             yield ok_finding("shared memory", f"{size / 2**30:.0f} GiB")
     if hasattr(psutil.Process(), "rlimit"):
         soft, _ = psutil.Process().rlimit(psutil.RLIMIT_NOFILE)
-        if 0 <= soft < _FILES:
-            yield note_finding("open files", f"at most {soft}", f"ulimit -n {_FILES}, if image workers run out of them")
+        if 0 <= soft < _OPEN_FILES:
+            yield note_finding(
+                "open files",
+                f"at most {soft}",
+                f"run ulimit -n {_OPEN_FILES} if image workers fail with too many open files",
+            )
         else:
             yield ok_finding("open files", f"at most {soft}")
 
@@ -85,10 +88,10 @@ def _launcher() -> DoctorFinding:
     from accelerate.commands.config.config_args import default_config_file, load_config_from_file
 
     if not Path(default_config_file).is_file():
-        return ok_finding("accelerate", "has no settings of its own; give it --config_file examples/accelerate/*.yaml")
+        return ok_finding("accelerate", "has no default configuration; use --config_file examples/accelerate/*.yaml")
     try:
         settings = load_config_from_file(default_config_file)
-    except Exception as error:  # noqa: BLE001 - a file of the user's; whatever is wrong with it
+    except Exception as error:  # noqa: BLE001 - the user's file may be invalid in any way
         return fault_finding(
             "accelerate", f"{default_config_file} cannot be read ({error})", "run accelerate config again"
         )

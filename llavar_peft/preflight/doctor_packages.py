@@ -1,4 +1,4 @@
-"""Python and the packages, against this package's own metadata."""
+"""Checks of Python and of the installed packages against this package's requirements."""
 
 from __future__ import annotations
 
@@ -16,21 +16,17 @@ _DISTRIBUTION = "llavar-peft"
 
 
 def check_packages() -> Iterator[DoctorFinding]:
-    """Look at Python, at every package that is needed, and at what the extras would add.
-
-    Yields:
-        A finding for Python, one for each needed package, and one for each extra.
-    """
+    """Check Python, every required package, and the packages of each extra."""
     try:
         about = metadata.metadata(_DISTRIBUTION)
     except metadata.PackageNotFoundError:
-        yield fault_finding(_DISTRIBUTION, "is not installed", "pip install -e . in its folder")
+        yield fault_finding(_DISTRIBUTION, "is not installed", "run pip install -e . in its folder")
         return
     expected, running = about["Requires-Python"], platform.python_version()
     if running in SpecifierSet(expected):
         yield ok_finding("Python", f"{running} ({sys.executable})")
     else:
-        yield fault_finding("Python", f"{running}, expected {expected}", f"install Python {expected}")
+        yield fault_finding("Python", f"got {running}, expected {expected}", f"install Python {expected}")
     requirements = [Requirement(text) for text in metadata.requires(_DISTRIBUTION) or ()]
     for requirement in requirements:
         if requirement.marker is None or requirement.marker.evaluate({"extra": ""}):
@@ -41,38 +37,30 @@ def check_packages() -> Iterator[DoctorFinding]:
 
 
 def check_requirement(requirement: Requirement) -> DoctorFinding:
-    """Whether a package is installed in a version that will do.
-
-    Args:
-        requirement: As in the package's metadata.
-
-    Returns:
-        The finding.
-    """
+    """Check that a package is installed in a suitable version."""
     fix = f"pip install '{requirement.name}{requirement.specifier}'"
     try:
         version = metadata.version(requirement.name)
     except metadata.PackageNotFoundError:
-        return fault_finding(requirement.name, f"is missing (wanted {requirement.specifier})", fix)
+        return fault_finding(requirement.name, f"is not installed (expected {requirement.specifier})", fix)
     if not requirement.specifier.contains(version, prereleases=True):
-        return fault_finding(requirement.name, f"is {version} (wanted {requirement.specifier})", fix)
+        return fault_finding(requirement.name, f"got {version}, expected {requirement.specifier}", fix)
     return ok_finding(requirement.name, version)
 
 
 def _extra(name: str, requirements: Sequence[Requirement]) -> DoctorFinding:
-    needed = {
+    purposes = {
         "ocr": "ocr build",
         "eval": "eval judge",
         "serve": "serve",
         "lmms-eval": "lmms-eval",
-        "cuda": "speed on GPUs",
+        "cuda": "flash-attention",
         "deepspeed": "ZeRO",
     }
-    lacking = [one.name for one in requirements if check_requirement(one).state == "fault"]
+    missing = [one.name for one in requirements if check_requirement(one).state == "fault"]
     label = f"[{name}]"
-    if not lacking:
-        return ok_finding(label, "is there")
-    why = f", for {needed[name]}" if name in needed else ""
-    return note_finding(
-        label, f"lacks {', '.join(lacking)}{why}", f"pip install '{_DISTRIBUTION}[{name}]' if you want it"
-    )
+    if not missing:
+        return ok_finding(label, "is installed")
+    purpose = f", needed for {purposes[name]}" if name in purposes else ""
+    fix = f"run pip install '{_DISTRIBUTION}[{name}]' to use it"
+    return note_finding(label, f"missing: {', '.join(missing)}{purpose}", fix)

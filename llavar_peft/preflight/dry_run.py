@@ -1,7 +1,7 @@
-"""Trying a recipe before it costs a night: of each stage two steps on its longest records, a save and a resume.
+"""The dry run of a recipe: each stage trains two steps on its longest records, with a checkpoint and a resume between.
 
-The model is built for each stage as the recipe starts, so that a later stage is tried without the results of those
-before it. Everything is written to a folder beside the run's, and removed.
+The model is built for each stage from the recipe's start, so that a later stage can be tested without the results of
+earlier ones. Everything is written to a hidden folder next to the run's, which is removed at the end.
 """
 
 from __future__ import annotations
@@ -32,23 +32,23 @@ from llavar_peft.training.stage_records import stage_records
 from llavar_peft.training.trainer import Trainer
 
 _SAMPLE = 1000
-"""Records whose lengths stand for all, when the time of the whole is told."""
+"""Number of records from whose lengths the duration of the whole stage is estimated."""
 
 
 @dataclass(frozen=True, slots=True)
 class Trial:
-    """What a stage's two steps came to.
+    """The measurements of a stage's two steps.
 
     Attributes:
-        stage: Its name.
-        longest: Tokens of the longest record, about.
-        tokens: Of the larger step, over all ranks.
-        peak_bytes: Memory at most, of this rank's GPU or, without one, process.
-        seconds: Of the second step.
-        steps: That the whole stage has.
-        projected: Seconds that the whole stage takes, by its tokens.
-        checkpoint_bytes: On the disk, of one checkpoint.
-        result_bytes: On the disk, of the stage's result.
+        stage: The stage's name.
+        longest: Approximate number of tokens of the longest record.
+        tokens: Tokens of the larger step, over all ranks.
+        peak_bytes: Peak memory of this rank's GPU or, without a GPU, process.
+        seconds: Duration of the second step.
+        steps: Number of steps of the whole stage.
+        projected: Estimated duration of the whole stage in seconds, from its number of tokens.
+        checkpoint_bytes: Size of one checkpoint on disk.
+        result_bytes: Size of the stage's result on disk.
     """
 
     stage: str
@@ -63,17 +63,14 @@ class Trial:
 
 
 def dry_run(recipe: Recipe, stages: tuple[str, ...] = ()) -> Iterator[Trial]:
-    """Tries a recipe's stages, one after the other.
+    """Try a recipe's stages, one after the other.
 
     Args:
-        recipe: The run; under ``accelerate launch`` every rank tries it.
-        stages: Names of the stages to try; empty is all.
-
-    Yields:
-        Each stage's trial as it is done.
+        recipe: The run; under ``accelerate launch`` every rank takes part.
+        stages: Names of the stages to try; empty tries all.
 
     Raises:
-        LlavarError: Whatever would have stopped the run.
+        LlavarError: Any error that would stop the run.
     """
     processes = PartialState(cpu=not (torch.cuda.is_available() or torch.backends.mps.is_available()))
     output = Path(recipe.output_dir)
@@ -85,7 +82,7 @@ def dry_run(recipe: Recipe, stages: tuple[str, ...] = ()) -> Iterator[Trial]:
     try:
         for stage in recipe.stages:
             if not stages or stage.name in stages:
-                yield _try(recipe, stage, folder / stage.name, processes)
+                yield _try_stage(recipe, stage, folder / stage.name, processes)
     finally:
         processes.wait_for_everyone()
         if processes.is_main_process:
@@ -93,7 +90,7 @@ def dry_run(recipe: Recipe, stages: tuple[str, ...] = ()) -> Iterator[Trial]:
 
 
 class _StopOnce(transformers.TrainerCallback):
-    """Ends the first attempt after its first step has been saved; the second has to go on there."""
+    """Stop the first attempt after its first step has been saved; the second attempt has to resume there."""
 
     def __init__(self) -> None:
         self.checkpoint_bytes = 0
@@ -107,10 +104,10 @@ class _StopOnce(transformers.TrainerCallback):
         self._began = time.perf_counter()
         if state.global_step == 1 and not self.checkpoint_bytes:
             self.checkpoint_bytes = _size(checkpoints(Path(args.output_dir))[-1])
-            raise InterruptedRunError.at("dry run", "ends after its first step", "nothing is to be done")
+            raise InterruptedRunError.at("dry run", "stopped after the first step", "no action is needed")
 
 
-def _try(recipe: Recipe, stage: Stage, folder: Path, processes: PartialState) -> Trial:
+def _try_stage(recipe: Recipe, stage: Stage, folder: Path, processes: PartialState) -> Trial:
     model, processor = build_model(recipe.model, seed=recipe.seed)
     dataset, _ = stage_records(stage, processor, seed=recipe.seed)
     lengths = sorted(((dataset.estimated_tokens(i), i) for i in range(len(dataset))), reverse=True)
@@ -120,18 +117,18 @@ def _try(recipe: Recipe, stage: Stage, folder: Path, processes: PartialState) ->
         longest = [dataset.records[int(dataset.indices[i])] for _, i in lengths[: 2 * batch]]
         write_json(folder / "records.json", longest)
     processes.wait_for_everyone()
-    trial = _shortened(recipe, stage, folder, batch)
+    short = _shorten(recipe, stage, folder, batch)
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
     stop = _StopOnce()
     try:
-        Trainer(model, processor, trial, callbacks=[stop]).train()
+        Trainer(model, processor, short, callbacks=[stop]).train()
     except InterruptedRunError:
         if not stop.checkpoint_bytes:
             raise
     del model
     model, processor = build_model(recipe.model, seed=recipe.seed)
-    result = Trainer(model, processor, trial, callbacks=[stop]).train()
+    result = Trainer(model, processor, short, callbacks=[stop]).train()
     processes.wait_for_everyone()
     lines = (folder / "run" / stage.name / METRICS_FILE).read_text(encoding="utf-8").splitlines()
     figures = [json.loads(line) for line in lines]
@@ -143,7 +140,7 @@ def _try(recipe: Recipe, stage: Stage, folder: Path, processes: PartialState) ->
         stage=stage.name,
         longest=lengths[0][0],
         tokens=max(line["tokens"] for line in figures),
-        peak_bytes=_peak(),
+        peak_bytes=_peak_memory(),
         seconds=stop.seconds,
         steps=steps,
         projected=tokens * stop.seconds / figures[-1]["tokens"],
@@ -152,7 +149,7 @@ def _try(recipe: Recipe, stage: Stage, folder: Path, processes: PartialState) ->
     )
 
 
-def _shortened(recipe: Recipe, stage: Stage, folder: Path, batch: int) -> Recipe:
+def _shorten(recipe: Recipe, stage: Stage, folder: Path, batch: int) -> Recipe:
     data = dataclasses.replace(stage.data, records=str(folder / "records.json"), shuffle=False, holdout=0)
     short = dataclasses.replace(
         stage,
@@ -167,7 +164,7 @@ def _shortened(recipe: Recipe, stage: Stage, folder: Path, batch: int) -> Recipe
     return dataclasses.replace(recipe, stages=(short,), output_dir=str(folder / "run"), report_to=())
 
 
-def _peak() -> int:
+def _peak_memory() -> int:
     if torch.cuda.is_available():
         return int(torch.cuda.max_memory_allocated())
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

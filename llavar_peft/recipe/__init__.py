@@ -1,1 +1,1 @@
-"""Recipes: what a run is, as frozen dataclasses and as YAML, validated in one place."""
+"""Recipes: the description of a run as dataclasses and YAML, and its validation."""

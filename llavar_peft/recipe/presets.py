@@ -1,4 +1,4 @@
-"""Recipes and adapter presets found by name, read from YAML, and laid over each other."""
+"""The shipped recipes and presets by name, and the loading of a recipe with a preset and overrides applied."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from llavar_peft.errors import ConfigError
-from llavar_peft.recipe.field_paths import nearest
 from llavar_peft.recipe.recipe_yaml import apply_overrides, parse_yaml
 from llavar_peft.recipe.schema import Recipe
+from llavar_peft.recipe.schema_fields import nearest
 from llavar_peft.recipe.validate import recipe_from_mapping
 
 _HERE = Path(__file__).parent
-# setup.py packs the repository's examples/recipes into the package; a checkout reads the folder itself.
+# setup.py packs the repository's examples/recipes into the package; a checkout reads that folder itself.
 _CHECKOUT = _HERE.parents[1] / "examples" / "recipes"
 _SHIPPED = next((folder for folder in (_HERE / "shipped", _CHECKOUT) if folder.is_dir()), _HERE / "shipped")
 _SUFFIX = ".yaml"
@@ -22,14 +22,14 @@ _RATES = ("learning_rate", "projector_learning_rate", "rows_learning_rate")
 
 
 def list_recipes() -> dict[str, str]:
-    """Return the recipes shipped with the package: their names, each with its first line's description."""
+    """Return the names of the shipped recipes, each with its one-line description."""
     return {name: line for name, line in _shipped().items() if not _is_preset(name)}
 
 
 def list_presets() -> dict[str, str]:
-    """Return the adapter presets shipped with the package: their names, each with its description.
+    """Return the names of the shipped presets, each with its one-line description.
 
-    A preset says what is trained and how in one stage, but neither of which model nor on what.
+    A preset describes what one stage trains and how, but neither the model nor the data.
     """
     return {name: line for name, line in _shipped().items() if _is_preset(name)}
 
@@ -40,21 +40,17 @@ def _shipped() -> dict[str, str]:
 
 
 def _is_preset(name: str) -> bool:
-    """A preset describes one stage; a recipe also has an output folder."""
     return "output_dir" not in parse_yaml((_SHIPPED / f"{name}{_SUFFIX}").read_text(encoding="utf-8"), name)
 
 
 def read_recipe(name_or_path: str | Path) -> str:
-    """Return the text of a recipe, comments included.
+    """Return the YAML text of a recipe, including comments.
 
     Args:
-        name_or_path: A shipped recipe's or preset's name, else a YAML file's path.
-
-    Returns:
-        The YAML text.
+        name_or_path: The name of a shipped recipe or preset, or the path of a YAML file.
 
     Raises:
-        ConfigError: There is no such recipe, or the file cannot be read.
+        ConfigError: The recipe does not exist or cannot be read.
     """
     where = str(name_or_path)
     known = list(_shipped())
@@ -63,45 +59,42 @@ def read_recipe(name_or_path: str | Path) -> str:
     path = Path(name_or_path).expanduser()
     if not path.exists():
         near = nearest(where, known)
-        names = f"perhaps you meant '{near}'" if near else f"give a YAML file, or one of {', '.join(known)}"
-        raise ConfigError.at(where, "there is no such file, nor a recipe of this name", names)
+        names = f"did you mean '{near}'?" if near else f"use a YAML file, or one of {', '.join(known)}"
+        raise ConfigError.at(where, "no such file or shipped recipe", names)
     try:
         return path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
-        raise ConfigError.at(where, f"cannot be read: {reason}", "give a YAML file in UTF-8") from error
+        reason = error.strerror if isinstance(error, OSError) else "the file is not UTF-8 text"
+        raise ConfigError.at(where, f"cannot be read: {reason}", "use a YAML file in UTF-8") from error
 
 
 def load_recipe(
     name_or_path: str | Path | None = None, overrides: Sequence[str] = (), *, preset: str | None = None
 ) -> Recipe:
-    """Read a recipe and validates it once, with its preset and its overrides in place.
+    """Read a recipe, apply a preset and overrides, and validate the result.
 
     Args:
-        name_or_path: A shipped recipe's or preset's name (see ``list_recipes``, ``list_presets``), else a YAML file's
-            path. None is the preset alone, which the overrides complete.
+        name_or_path: The name of a shipped recipe or preset (see ``list_recipes``, ``list_presets``), or the path of a
+            YAML file. None uses the preset alone, which the overrides complete.
         overrides: Each ``path=value``, e.g. ``stages.0.optim.learning_rate=1e-3``; the value is YAML.
-        preset: A preset's name: its ``tune`` and learning rates replace those of the recipe's last stage, and what it
-            says of the model is laid over the recipe's.
-
-    Returns:
-        The recipe.
+        preset: Name of a preset. Its ``tune`` and learning rates replace those of the recipe's last stage; its model
+            settings are added to the recipe's.
 
     Raises:
-        ConfigError: There is no such recipe or preset, or something in it is wrong; everything that is wrong is named.
+        ConfigError: The recipe or preset does not exist, or is invalid; the message lists everything that is wrong.
     """
     chosen = _read_preset(preset) if preset is not None else None
     if name_or_path is None:
         if chosen is None:
-            raise ConfigError.at("recipe", "neither a recipe nor a preset is named", "name one of the two")
-        # Opened, so that what is missing is named by its own path.
+            raise ConfigError.at("recipe", "neither a recipe nor a preset is given", "name one of the two")
+        # Empty mappings, so that each missing field is reported with its own path.
         mapping = {"model": {}, **chosen, "stages": [{"data": {}, **chosen["stages"][0]}]}
         where = f"preset {preset}, to be completed by PATH=VALUE"
     else:
         where = str(name_or_path)
         mapping = parse_yaml(read_recipe(name_or_path), where)
         if chosen is not None:
-            mapping, where = _laid_over(mapping, chosen), f"{where} with preset {preset}"
+            mapping, where = _apply_preset(mapping, chosen), f"{where} with preset {preset}"
     if overrides and isinstance(mapping, dict):
         mapping = apply_overrides(mapping, overrides)
     return recipe_from_mapping(mapping, where)
@@ -111,13 +104,13 @@ def _read_preset(name: str) -> dict[str, Any]:
     known = list_presets()
     if name not in known:
         near = nearest(name, known)
-        fix = f"perhaps you meant '{near}'" if near else f"use one of {', '.join(known)}"
-        raise ConfigError.at("--preset", f"there is no preset {name!r}", fix)
+        fix = f"did you mean '{near}'?" if near else f"use one of {', '.join(known)}"
+        raise ConfigError.at("--preset", f"unknown preset {name!r}", fix)
     return dict(parse_yaml(read_recipe(name), name))
 
 
-def _laid_over(mapping: Any, preset: dict[str, Any]) -> Any:
-    """A recipe with a preset's choices; one that is no recipe stays as it is, for validation to say so."""
+def _apply_preset(mapping: Any, preset: dict[str, Any]) -> Any:
+    """Return a recipe with a preset applied; an invalid recipe stays unchanged and is reported by the validation."""
     stages = mapping.get("stages") if isinstance(mapping, dict) else None
     if not (isinstance(stages, list) and stages and isinstance(stages[-1], dict)):
         return mapping

@@ -1,12 +1,18 @@
-"""A run is a value: frozen dataclasses without behaviour.
+"""The recipe: a whole training run as one value, made of frozen dataclasses without behavior.
 
-YAML and Python spell the same value. Validation happens at one place, ``llavar_peft.recipe.validate.validate_recipe``.
+YAML and Python describe the same value. Each field declares its constraints in its type and is explained once, in the
+docstring under it. Python does not check types or constraints on construction; ``validate.validate_recipe`` does.
+Constraints that involve several fields are in ``schema_rules``.
 """
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
+
+from pydantic import AfterValidator, BeforeValidator, Discriminator, Field, Tag
+from pydantic_core import PydanticCustomError
 
 from llavar_peft.types import ImageMode
 
@@ -14,189 +20,263 @@ Quantization = Literal["nf4", "int8"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Attention = Literal["auto", "flash_attention_2", "sdpa", "eager"]
 Precision = Literal["auto", "bf16", "fp16", "fp32"]
+Schedule = Literal["cosine", "linear", "constant", "constant_with_warmup"]
+Optimizer = Literal["adamw", "adamw_8bit", "paged_adamw_8bit"]
 BadImagePolicy = Literal["stop", "skip"]
 LossAverage = Literal["micro_batch", "token"]
 LoraVariant = Literal["lora", "rslora", "dora", "pissa"]
 LoraTarget = Literal["all-linear", "attention", "mlp"]
 LoraBias = Literal["none", "lora"]
-Recompute = bool | Literal["auto"]
+LinearLayer = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+_NUMBER = re.compile(r"\s*[-+]?(\d[\d_]*\.?\d*|\.\d+)([eE][-+]?\d+)?\s*")
+
+
+def _number_from_text(value: object) -> object:
+    """Convert ``2e-5``, which YAML 1.1 reads as text because it has no decimal point, to a number."""
+    return float(value) if isinstance(value, str) and _NUMBER.fullmatch(value) else value
+
+
+def _kind(value: object) -> str:
+    """Select the alternative of a union that a value is validated against, so that only its errors are reported."""
+    if isinstance(value, str):
+        return "text"
+    return "list" if isinstance(value, list | tuple) else "switch"
+
+
+def _whole_from_one(value: float) -> float:
+    if value > 1 and value != int(value):
+        raise PydanticCustomError("holdout", "expected a share up to 1 or a whole number of records")
+    return value
+
+
+_FROM_TEXT = BeforeValidator(_number_from_text)
+_BY_KIND = Discriminator(_kind)
+
+Text = Annotated[str, Field(pattern=r"^[^\x00]*[^\s\x00\x1c-\x1f][^\x00]*$")]
+"""A string that is not blank and has no NUL character."""
+TextOrList = Annotated[Annotated[Text, Tag("text")] | Annotated[tuple[Text, ...], Tag("list")], _BY_KIND]
+TextOrFilledList = Annotated[
+    Annotated[Text, Tag("text")] | Annotated[tuple[Text, ...], Field(min_length=1), Tag("list")], _BY_KIND
+]
+PositiveInteger = Annotated[int, Field(ge=1)]
+IntegerFromZero = Annotated[int, Field(ge=0)]
+PositiveNumber = Annotated[float, Field(gt=0, allow_inf_nan=False), _FROM_TEXT]
+NumberFromZero = Annotated[float, Field(ge=0, allow_inf_nan=False), _FROM_TEXT]
+Share = Annotated[float, Field(ge=0, le=1), _FROM_TEXT]
+ShareBelowOne = Annotated[float, Field(ge=0, lt=1), _FROM_TEXT]
+Recompute = Annotated[Annotated[bool, Tag("switch")] | Annotated[Literal["auto"], Tag("text")], _BY_KIND]
+
+
+class _Strict:
+    """Reject unknown fields, and values that would have to be converted to the field's type."""
+
+    __pydantic_config__: ClassVar[dict[str, object]] = {"extra": "forbid", "strict": True}
 
 
 @dataclass(frozen=True, kw_only=True)
-class ModelConfig:
-    """Where the model comes from and how its base is stored.
+class ModelConfig(_Strict):
+    """Where the model comes from and how its weights are stored.
 
-    Either ``language_model`` and ``vision_tower`` (a new LLaVAR from its parts), or ``checkpoint`` (one of ours; or one
-    in the released layout, and then ``vision_tower`` says where the tower is taken from).
+    Set either ``language_model`` and ``vision_tower`` for a new LLaVAR, or ``checkpoint`` for an existing one. A
+    checkpoint in the released layout does not contain the vision tower and needs ``vision_tower`` as well.
     """
 
-    language_model: str | None = None
-    """Folder (or hub name) of a LLaMA or Vicuna."""
-    vision_tower: str | None = None
-    """Folder (or hub name) of a CLIP vision tower with its ``preprocessor_config.json``."""
-    checkpoint: str | None = None
-    """Folder (or hub name) of a LLaVAR checkpoint, ours or in the released layout."""
-    projector: str | None = None
-    """A stage-1 ``mm_projector.bin`` or ``.safetensors`` laid over the model."""
+    language_model: Text | None = None
+    """Folder or hub name of a LLaMA or Vicuna model."""
+    vision_tower: Text | None = None
+    """Folder or hub name of a CLIP vision tower with its ``preprocessor_config.json``."""
+    checkpoint: Text | None = None
+    """Folder or hub name of a LLaVAR checkpoint, in this package's or in the released layout."""
+    projector: Text | None = None
+    """A stage-1 file, ``mm_projector.bin`` or ``.safetensors``, that replaces the projector's weights."""
     quantize: Quantization | None = None
-    """How the language model's linear layers are stored; tower, projector, embeddings and ``lm_head`` never are."""
+    """Storage of the language model's linear layers. Vision tower, projector, embeddings and ``lm_head`` are never
+    quantized."""
     dtype: Dtype = "auto"
-    """Of the weights in memory: ``auto`` is bfloat16 on a GPU that has it, else float32."""
+    """Number format of the weights in memory; ``auto`` is bfloat16 on a GPU that supports it, else float32."""
     attention: Attention = "auto"
-    """``auto`` takes flash-attention where it is installed and possible, else PyTorch's SDPA."""
+    """Attention implementation; ``auto`` uses flash-attention where it is installed and supported, else PyTorch's
+    SDPA."""
     image_mode: ImageMode = "pad"
-    """Preparation of images in training, for a model from parts. Source: LLaVAR, ``--image_aspect_ratio pad``."""
+    """Image preparation in training, for a model built from parts. Source: LLaVAR, ``--image_aspect_ratio pad``."""
     use_im_start_end: bool = True
-    """Whether images stand between ``<im_start>`` and ``<im_end>``. Source: LLaVAR, ``--mm_use_im_start_end``."""
+    """Whether ``<im_start>`` and ``<im_end>`` enclose each image. Source: LLaVAR, ``--mm_use_im_start_end``."""
     vision_feature_layer: int = -2
-    """Which hidden state of the tower is projected. Source: LLaVAR, ``--mm_vision_select_layer``."""
+    """The tower's hidden state that is projected. Source: LLaVAR, ``--mm_vision_select_layer``."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class DataConfig:
-    """Records and the images they name."""
+class DataConfig(_Strict):
+    """The training records and their images."""
 
-    records: str | tuple[str, ...]
-    """One or more files in the released format: JSON, JSONL, Parquet, or a folder written by ``datasets``."""
-    images: str | tuple[str, ...] = ()
-    """Folders that the records' image paths are looked up in, in this order."""
+    records: TextOrFilledList
+    """One or more files in the released format (JSON, JSONL, Parquet) or folders written by ``datasets``."""
+    images: TextOrList = ()
+    """Folders in which the records' image paths are searched, in this order."""
     image_mode: ImageMode | None = None
-    """Overrides the processor's training mode."""
+    """Image preparation in training, if it differs from the processor's."""
     on_bad_image: BadImagePolicy = "stop"
-    """What a missing or broken image does to the run."""
-    max_bad_share: float = 0.01
-    """Share of records that may be skipped (bad images), or dropped (no label left), before the run stops."""
-    holdout: float = 0.0
-    """Share of records (or, from 1 up, their number) kept out of training for the held-out loss and the OCR probe."""
+    """Whether a missing or unreadable image stops the run or skips its record."""
+    max_bad_share: Share = 0.01
+    """Share of records that may be skipped (unreadable image) or dropped (no supervised token left) before the run
+    stops."""
+    holdout: Annotated[NumberFromZero, AfterValidator(_whole_from_one)] = 0.0
+    """Share of records, or from 1 up their number, that is held out of training for the held-out loss and the probe."""
     shuffle: bool = True
-    """Whether each epoch has its own order, drawn from (seed, epoch)."""
-    workers: int = 4
-    """Processes that open images, per rank."""
+    """Whether the records are shuffled in each epoch; the order depends on the seed and the epoch."""
+    workers: IntegerFromZero = 4
+    """Number of processes per rank that open images."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Projector:
-    """Trains the projector and the ``<im_start>``/``<im_end>`` input rows, and nothing else (stage 1)."""
+class Projector(_Strict):
+    """Train only the projector and the ``<im_start>`` and ``<im_end>`` input embeddings (stage 1)."""
 
     type: Literal["projector"] = "projector"
+    """Selects this method."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Full:
-    """Trains the projector and the whole language model; the tower stays frozen (stage 2)."""
+class Full(_Strict):
+    """Train the projector and the whole language model; the vision tower stays frozen (stage 2)."""
 
     type: Literal["full"] = "full"
+    """Selects this method."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Lora:
-    """Trains low-rank adapters on the language model's linear layers, and the projector in full."""
+class Lora(_Strict):
+    """Train low-rank adapters on the language model's linear layers, and the projector in full."""
 
     type: Literal["lora"] = "lora"
-    rank: int = 64
+    """Selects this method."""
+    rank: PositiveInteger = 64
     """Rank r of the update B A."""
-    alpha: float = 128.0
-    """The update is scaled by alpha / r (by alpha / sqrt(r) for rslora)."""
-    dropout: float = 0.05
+    alpha: PositiveNumber = 128.0
+    """The update is scaled by alpha / r, or by alpha / sqrt(r) for rslora."""
+    dropout: ShareBelowOne = 0.05
     """Dropout on the adapter's input."""
     variant: LoraVariant = "lora"
-    """Which of peft's variants."""
-    target: LoraTarget | tuple[str, ...] = "all-linear"
-    """The language model's layers that get adapters: by group, or by name as in [q_proj, v_proj]. Never the tower's."""
+    """LoRA variant, as implemented by peft."""
+    target: Annotated[
+        Annotated[LoraTarget, Tag("text")] | Annotated[tuple[LinearLayer, ...], Field(min_length=1), Tag("list")],
+        _BY_KIND,
+    ] = "all-linear"
+    """Layers of the language model that get adapters: a group, or a list of names such as [q_proj, v_proj]."""
     bias: LoraBias = "none"
-    """``lora`` trains a bias in each adapter; such an adapter cannot be merged, for LLaMA's layers have no biases."""
+    """``lora`` trains a bias in each adapter; such an adapter cannot be merged because LLaMA's layers have no bias."""
     train_projector: bool = True
-    """Whether the projector is trained in full beside the adapters."""
+    """Whether the projector is trained in full, in addition to the adapters."""
     train_image_rows: bool | None = None
-    """Whether the ``<im_start>``/``<im_end>`` rows are trained too; None trains them where nothing has yet."""
+    """Whether the ``<im_start>`` and ``<im_end>`` embeddings are trained; None trains them if they are untrained."""
 
 
-Tune = Projector | Full | Lora
+Tune = Annotated[Projector | Full | Lora, Field(discriminator="type")]
 
 
 @dataclass(frozen=True, kw_only=True)
-class OptimConfig:
-    """The optimizer and its schedule. Defaults: LLaVAR, both training scripts."""
+class OptimConfig(_Strict):
+    """The optimizer and its schedule. Source of the defaults: both training scripts of LLaVAR."""
 
-    learning_rate: float
+    learning_rate: PositiveNumber
     """Peak learning rate."""
-    projector_learning_rate: float | None = None
-    """The projector's own, where it differs."""
-    rows_learning_rate: float | None = None
-    """That of the ``<im_start>``/``<im_end>`` rows, where they are trained apart and it differs."""
-    schedule: Literal["cosine", "linear", "constant", "constant_with_warmup"] = "cosine"
-    warmup_ratio: float = 0.03
-    """Share of the steps over which the rate rises from 0."""
-    weight_decay: float = 0.0
-    max_grad_norm: float = 1.0
-    """Gradients are clipped to this total L2 norm. Source: the Trainer's default, which the original keeps."""
-    beta1: float = 0.9
-    beta2: float = 0.999
-    epsilon: float = 1e-8
-    optimizer: Literal["adamw", "adamw_8bit", "paged_adamw_8bit"] = "adamw"
+    projector_learning_rate: PositiveNumber | None = None
+    """Peak learning rate of the projector, if it differs."""
+    rows_learning_rate: PositiveNumber | None = None
+    """Peak learning rate of the ``<im_start>`` and ``<im_end>`` embeddings where they are trained separately, if it
+    differs."""
+    schedule: Schedule = "cosine"
+    """Course of the learning rate after the warmup."""
+    warmup_ratio: Share = 0.03
+    """Share of the steps during which the learning rate rises from 0."""
+    weight_decay: NumberFromZero = 0.0
+    """Weight decay of AdamW; 0 disables it."""
+    max_grad_norm: NumberFromZero = 1.0
+    """Maximum L2 norm of all gradients together; 0 disables clipping. Source: the default of ``transformers.Trainer``,
+    which LLaVAR keeps."""
+    beta1: ShareBelowOne = 0.9
+    """AdamW's decay rate of the first moment."""
+    beta2: ShareBelowOne = 0.999
+    """AdamW's decay rate of the second moment."""
+    epsilon: PositiveNumber = 1e-8
+    """AdamW's term against division by zero."""
+    optimizer: Optimizer = "adamw"
+    """AdamW with its state in float32, in 8 bits, or in 8 bits paged to CPU memory when the GPU's is full."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class ProbeConfig:
-    """What is looked at while training: held-out loss, and reading a few held-out images."""
+class ProbeConfig(_Strict):
+    """Checks during training: the held-out loss, and the answers to some held-out images."""
 
-    every_steps: int = 0
-    """Optimizer steps between two looks; 0 looks only at a stage's start and end."""
-    images: int = 8
-    """Number of held-out images that are read aloud (greedy)."""
-    loss_records: int = 64
-    """Number of held-out records that the held-out loss is averaged over."""
-    max_new_tokens: int = 64
+    every_steps: IntegerFromZero = 0
+    """Optimizer steps between two probes; 0 runs them only at the start and the end of a stage."""
+    images: IntegerFromZero = 8
+    """Number of held-out images to answer (greedy decoding)."""
+    loss_records: PositiveInteger = 64
+    """Number of held-out records over which the held-out loss is averaged."""
+    max_new_tokens: PositiveInteger = 64
+    """Maximum number of tokens per answer."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Stage:
-    """One part of a run: what trains, on what, how."""
+class Stage(_Strict):
+    """One part of a run: what is trained, on which data, and how."""
 
-    name: str
-    """Folder of its results under ``output_dir``."""
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_](?:[A-Za-z0-9._-]{0,98}[A-Za-z0-9_-])?$")]
+    """Name of the folder of the stage's results under ``output_dir``."""
     data: DataConfig
+    """The training records and their images."""
     tune: Tune = field(default_factory=Full)
+    """What is trained: ``projector``, ``full`` or ``lora``; or a mapping with this ``type`` and its options."""
     optim: OptimConfig
-    epochs: float = 1.0
-    """Passes over the records."""
-    max_steps: int | None = None
-    """Stops after this many optimizer steps, whatever ``epochs`` says."""
-    global_batch_size: int
-    """Records per optimizer step, over all ranks and accumulation."""
-    micro_batch_size: int
+    """The optimizer and its schedule."""
+    epochs: PositiveNumber = 1.0
+    """Number of passes over the records."""
+    max_steps: PositiveInteger | None = None
+    """Number of optimizer steps, instead of ``epochs``."""
+    global_batch_size: PositiveInteger
+    """Records per optimizer step, over all ranks and accumulation steps."""
+    micro_batch_size: PositiveInteger
     """Records per forward pass and rank."""
     packing: bool = True
-    """Whether the records of a forward pass lie end to end in one row, each attending to itself, instead of padded."""
+    """Whether the records of a forward pass are concatenated in one row, each attending only to itself, instead of
+    padded."""
     balance: bool = True
-    """Whether a step's records are divided so that its micro batches have about as many tokens each; else as drawn."""
-    max_tokens: int | None = None
-    """Tokens per forward pass and rank: a larger micro batch runs in several, with the same loss. None is one pass."""
-    max_length: int = 2048
-    """Tokens per record, image tokens included; longer ones are truncated, never through an image."""
+    """Whether a step's records are distributed so that its micro batches have similar numbers of tokens, instead of in
+    the order drawn."""
+    max_tokens: PositiveInteger | None = None
+    """Tokens per forward pass and rank; a larger micro batch runs in several passes, with the same loss. None runs one
+    pass."""
+    max_length: PositiveInteger = 2048
+    """Tokens per record, including image tokens; longer records are truncated, but never within an image."""
     loss_average: LossAverage = "micro_batch"
-    """``micro_batch`` averages over each micro batch, then over those (the original); ``token`` over all tokens."""
+    """``micro_batch`` averages over each micro batch and then over the micro batches, as LLaVAR does; ``token``
+    averages over all tokens of a step."""
     precision: Precision = "auto"
-    """``auto`` is bf16 on a GPU that has it, else fp32."""
+    """Number format of the computation; ``auto`` is bf16 on a GPU that supports it, else fp32."""
     gradient_checkpointing: Recompute = False
-    """Whether activations are computed again in the backward pass, to save memory; ``auto``: in as many layers as each
-    batch and the free memory ask for."""
-    save_every_steps: int | None = None
-    """Optimizer steps between two checkpoints; None saves at the end only (and on interruption)."""
-    keep_checkpoints: int = 1
-    """How many of them are kept."""
+    """Whether activations are recomputed in the backward pass to save memory; ``auto`` recomputes in as many layers as
+    the batch and the free memory require."""
+    save_every_steps: PositiveInteger | None = None
+    """Optimizer steps between two checkpoints; None saves only at the end and on interruption."""
+    keep_checkpoints: PositiveInteger = 1
+    """Number of checkpoints to keep."""
     probe: ProbeConfig = field(default_factory=ProbeConfig)
+    """Checks during training."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Recipe:
+class Recipe(_Strict):
     """A whole run."""
 
     model: ModelConfig
-    stages: tuple[Stage, ...]
-    output_dir: str
-    seed: int = 0
-    report_to: tuple[str, ...] = ()
-    """Trackers by their name in transformers: ``tensorboard``, ``wandb``, ``mlflow``, ..."""
-
-    __pydantic_config__: ClassVar[dict[str, object]] = {"extra": "forbid", "strict": True}
+    """Where the model comes from and how its weights are stored."""
+    stages: Annotated[tuple[Stage, ...], Field(min_length=1)]
+    """The run's stages, in order; each starts from the result of the one before."""
+    output_dir: Text
+    """Folder of the run's results."""
+    seed: Annotated[int, Field(ge=0, le=2**32 - 1)] = 0
+    """Seed of all random numbers; 32 bits wide, as NumPy requires."""
+    report_to: tuple[Text, ...] = ()
+    """Experiment trackers by their names in transformers: ``tensorboard``, ``wandb``, ``mlflow``, ..."""

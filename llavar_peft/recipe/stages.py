@@ -1,215 +1,189 @@
-"""Stages with the paper's numbers; the functions behind the shipped recipes.
+"""Functions that build stages with the paper's settings.
 
-Source of the defaults: LLaVAR (arXiv 2306.17107), scripts/pretrain and scripts/finetune; where a default is another's,
-its docstring says so.
+Source of the defaults: LLaVAR (arXiv 2306.17107), scripts/pretrain and scripts/finetune, unless stated otherwise.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import inspect
+import typing
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, TypedDict, TypeVar
+
 from llavar_peft.recipe.schema import (
     DataConfig,
     Full,
+    LinearLayer,
     Lora,
     LoraBias,
     LoraTarget,
     LoraVariant,
+    LossAverage,
     OptimConfig,
+    Optimizer,
     Precision,
     ProbeConfig,
     Projector,
     Recompute,
+    Schedule,
     Stage,
+    Tune,
 )
+from llavar_peft.recipe.schema_fields import nearest
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+Function = TypeVar("Function", bound=Callable[..., Stage])
 
 
-def projector_pretraining(
-    data: DataConfig,
-    *,
-    name: str = "pretrain",
-    epochs: float = 1.0,
-    max_steps: int | None = None,
-    learning_rate: float = 2e-3,
-    global_batch_size: int = 128,
-    micro_batch_size: int = 8,
-    max_length: int = 1024,
-    precision: Precision = "auto",
-    gradient_checkpointing: Recompute = True,
-    save_every_steps: int | None = None,
-    probe: ProbeConfig | None = None,
-) -> Stage:
-    """Make stage 1: the projector and the ``<im_start>``/``<im_end>`` input rows learn, all else is frozen.
+class StageOptions(TypedDict, total=False):
+    """Options of a stage: the fields of ``Stage`` and ``OptimConfig``, which explain them."""
 
-    Any field that has no argument here is set with ``dataclasses.replace(stage, ...)``.
+    name: str
+    epochs: float
+    max_steps: int | None
+    global_batch_size: int
+    micro_batch_size: int
+    packing: bool
+    balance: bool
+    max_tokens: int | None
+    max_length: int
+    loss_average: LossAverage
+    precision: Precision
+    gradient_checkpointing: Recompute
+    save_every_steps: int | None
+    keep_checkpoints: int
+    probe: ProbeConfig | None
+    learning_rate: float
+    projector_learning_rate: float | None
+    rows_learning_rate: float | None
+    schedule: Schedule
+    warmup_ratio: float
+    weight_decay: float
+    max_grad_norm: float
+    beta1: float
+    beta2: float
+    epsilon: float
+    optimizer: Optimizer
+
+
+class LoraOptions(StageOptions, total=False):
+    """Options of a LoRA stage: in addition the fields of ``Lora``."""
+
+    rank: int
+    alpha: float
+    dropout: float
+    variant: LoraVariant
+    target: LoraTarget | tuple[LinearLayer, ...]
+    bias: LoraBias
+    train_projector: bool
+    train_image_rows: bool | None
+
+
+_PRETRAINING: StageOptions = {
+    "name": "pretrain",
+    "learning_rate": 2e-3,
+    "epochs": 1.0,
+    "global_batch_size": 128,  # 8 GPUs x 8 x 2 accumulation steps
+    "micro_batch_size": 8,
+    "max_length": 1024,
+    "gradient_checkpointing": True,
+}
+_FINETUNING: StageOptions = {
+    "name": "finetune",
+    "learning_rate": 2e-5,
+    "epochs": 3.0,
+    "global_batch_size": 32,  # 8 GPUs x 4 x 1
+    "micro_batch_size": 4,
+    "max_length": 2048,
+    "gradient_checkpointing": True,
+}
+# The paper has no LoRA: the learning rate is that of LLaVA v1.5, scripts/v1_5/finetune_lora.sh.
+_LORA: StageOptions = {**_FINETUNING, "name": "lora", "learning_rate": 2e-4}
+
+
+def _signature(options: type, defaults: Mapping[str, Any]) -> Callable[[Function], Function]:
+    """Give a function the signature that lists its options and their defaults, for ``help`` and editors."""
+
+    def decorate(function: Function) -> Function:
+        keyword = inspect.Parameter.KEYWORD_ONLY
+        values = {**_defaults(Stage), **_defaults(OptimConfig), **_defaults(Lora), "probe": None, **defaults}
+        data = inspect.Parameter("data", inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=DataConfig)
+        function.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
+            [data]
+            + [
+                inspect.Parameter(name, keyword, default=values[name], annotation=hint)
+                for name, hint in typing.get_type_hints(options).items()
+            ],
+            return_annotation=Stage,
+        )
+        return function
+
+    return decorate
+
+
+def _defaults(cls: type) -> dict[str, Any]:
+    return {field.name: field.default for field in dataclasses.fields(cls)}
+
+
+@_signature(StageOptions, _PRETRAINING)
+def projector_pretraining(data: DataConfig, **options: Unpack[StageOptions]) -> Stage:
+    """Build stage 1: the projector and the ``<im_start>`` and ``<im_end>`` input embeddings are trained.
 
     Args:
         data: Records and images; the paper's are 595K captions and 422K OCR records.
-        name: Folder of the stage's results.
-        epochs: Passes over the records.
-        max_steps: Stops after this many optimizer steps.
-        learning_rate: Peak learning rate.
-        global_batch_size: Records per optimizer step (the paper: 8 GPUs x 8 x 2 accumulation).
-        micro_batch_size: Records per forward pass and rank.
-        max_length: Tokens per record.
-        precision: Number format of the arithmetic; the paper's is bf16.
-        gradient_checkpointing: Whether activations are computed again in the backward pass, to save memory, or "auto".
-        save_every_steps: Optimizer steps between two checkpoints.
-        probe: What is looked at while training.
+        options: Fields of ``Stage`` and ``OptimConfig``.
 
-    Returns:
-        The stage.
+    Raises:
+        TypeError: An option is unknown.
     """
-    return Stage(
-        name=name,
-        data=data,
-        tune=Projector(),
-        optim=OptimConfig(learning_rate=learning_rate),
-        epochs=epochs,
-        max_steps=max_steps,
-        global_batch_size=global_batch_size,
-        micro_batch_size=micro_batch_size,
-        max_length=max_length,
-        precision=precision,
-        gradient_checkpointing=gradient_checkpointing,
-        save_every_steps=save_every_steps,
-        probe=probe or ProbeConfig(),
-    )
+    return _build_stage("projector_pretraining", data, Projector, StageOptions, {**_PRETRAINING, **options})
 
 
-def full_finetuning(
-    data: DataConfig,
-    *,
-    name: str = "finetune",
-    epochs: float = 3.0,
-    max_steps: int | None = None,
-    learning_rate: float = 2e-5,
-    global_batch_size: int = 32,
-    micro_batch_size: int = 4,
-    max_length: int = 2048,
-    precision: Precision = "auto",
-    gradient_checkpointing: Recompute = True,
-    save_every_steps: int | None = None,
-    probe: ProbeConfig | None = None,
-) -> Stage:
-    """Make stage 2: the projector and the whole language model learn, the vision tower is frozen.
-
-    Any field that has no argument here is set with ``dataclasses.replace(stage, ...)``.
+@_signature(StageOptions, _FINETUNING)
+def full_finetuning(data: DataConfig, **options: Unpack[StageOptions]) -> Stage:
+    """Build stage 2: the projector and the whole language model are trained, the vision tower stays frozen.
 
     Args:
         data: Records and images; the paper's are 158K LLaVA-Instruct and 16K LLaVAR conversations.
-        name: Folder of the stage's results.
-        epochs: Passes over the records.
-        max_steps: Stops after this many optimizer steps.
-        learning_rate: Peak learning rate.
-        global_batch_size: Records per optimizer step (the paper: 8 GPUs x 4 x 1).
-        micro_batch_size: Records per forward pass and rank.
-        max_length: Tokens per record.
-        precision: Number format of the arithmetic; the paper's is bf16.
-        gradient_checkpointing: Whether activations are computed again in the backward pass, to save memory, or "auto".
-        save_every_steps: Optimizer steps between two checkpoints.
-        probe: What is looked at while training.
+        options: Fields of ``Stage`` and ``OptimConfig``.
 
-    Returns:
-        The stage.
+    Raises:
+        TypeError: An option is unknown.
     """
-    return Stage(
-        name=name,
-        data=data,
-        tune=Full(),
-        optim=OptimConfig(learning_rate=learning_rate),
-        epochs=epochs,
-        max_steps=max_steps,
-        global_batch_size=global_batch_size,
-        micro_batch_size=micro_batch_size,
-        max_length=max_length,
-        precision=precision,
-        gradient_checkpointing=gradient_checkpointing,
-        save_every_steps=save_every_steps,
-        probe=probe or ProbeConfig(),
-    )
+    return _build_stage("full_finetuning", data, Full, StageOptions, {**_FINETUNING, **options})
 
 
-def lora(
-    data: DataConfig,
-    *,
-    rank: int = 64,
-    alpha: float = 128.0,
-    dropout: float = 0.05,
-    target: LoraTarget | tuple[str, ...] = "all-linear",
-    bias: LoraBias = "none",
-    variant: LoraVariant = "lora",
-    train_projector: bool = True,
-    train_image_rows: bool | None = None,
-    name: str = "lora",
-    epochs: float = 3.0,
-    max_steps: int | None = None,
-    learning_rate: float = 2e-4,
-    projector_learning_rate: float | None = None,
-    rows_learning_rate: float | None = None,
-    global_batch_size: int = 32,
-    micro_batch_size: int = 4,
-    max_length: int = 2048,
-    precision: Precision = "auto",
-    gradient_checkpointing: Recompute = True,
-    save_every_steps: int | None = None,
-    probe: ProbeConfig | None = None,
-) -> Stage:
-    """Make a stage that trains low-rank adapters; with ``ModelConfig(quantize="nf4")`` this is QLoRA.
+@_signature(LoraOptions, _LORA)
+def lora(data: DataConfig, **options: Unpack[LoraOptions]) -> Stage:
+    """Build a stage that trains low-rank adapters; with ``ModelConfig(quantize="nf4")`` this is QLoRA.
 
-    The paper has no LoRA: batch, epochs and length are its stage 2's, the learning rate is LLaVA v1.5's
-    (scripts/v1_5/finetune_lora.sh). Any field without an argument is set with ``dataclasses.replace(stage, ...)``.
+    The paper has no LoRA: batch size, epochs and length are those of its stage 2, the learning rate is that of LLaVA
+    v1.5 (scripts/v1_5/finetune_lora.sh), which trains the projector with ``projector_learning_rate=2e-5``.
 
     Args:
         data: Records and images.
-        rank: Rank of the update.
-        alpha: The update is scaled by alpha / rank (by alpha / sqrt(rank) for rslora).
-        dropout: Dropout on the adapter's input.
-        target: The language model's layers that get adapters, by group or by name.
-        bias: Whether each adapter has a bias, which cannot be merged.
-        variant: Which of peft's variants.
-        train_projector: Whether the projector is trained in full beside the adapters.
-        train_image_rows: Whether the ``<im_start>``/``<im_end>`` rows are trained too; None where nothing has yet.
-        name: Folder of the stage's results.
-        epochs: Passes over the records.
-        max_steps: Stops after this many optimizer steps.
-        learning_rate: Peak learning rate of the adapters.
-        projector_learning_rate: The projector's own, where it differs (LLaVA v1.5: 2e-5).
-        rows_learning_rate: That of the rows, where it differs.
-        global_batch_size: Records per optimizer step.
-        micro_batch_size: Records per forward pass and rank.
-        max_length: Tokens per record.
-        precision: Number format of the arithmetic.
-        gradient_checkpointing: Whether activations are computed again in the backward pass, to save memory, or "auto".
-        save_every_steps: Optimizer steps between two checkpoints.
-        probe: What is looked at while training.
+        options: Fields of ``Lora``, ``Stage`` and ``OptimConfig``.
 
-    Returns:
-        The stage.
+    Raises:
+        TypeError: An option is unknown.
     """
-    return Stage(
-        name=name,
-        data=data,
-        tune=Lora(
-            rank=rank,
-            alpha=alpha,
-            dropout=dropout,
-            target=target,
-            bias=bias,
-            variant=variant,
-            train_projector=train_projector,
-            train_image_rows=train_image_rows,
-        ),
-        optim=OptimConfig(
-            learning_rate=learning_rate,
-            projector_learning_rate=projector_learning_rate,
-            rows_learning_rate=rows_learning_rate,
-        ),
-        epochs=epochs,
-        max_steps=max_steps,
-        global_batch_size=global_batch_size,
-        micro_batch_size=micro_batch_size,
-        max_length=max_length,
-        precision=precision,
-        gradient_checkpointing=gradient_checkpointing,
-        save_every_steps=save_every_steps,
-        probe=probe or ProbeConfig(),
-    )
+    return _build_stage("lora", data, Lora, LoraOptions, {**_LORA, **options})
+
+
+def _build_stage(function: str, data: DataConfig, tune: type[Tune], known: type, options: Mapping[str, Any]) -> Stage:
+    """Distribute options over the dataclasses that have these fields."""
+    names = list(typing.get_type_hints(known))
+    for name in options:
+        if name not in names:
+            near = nearest(name, names)
+            fix = f"did you mean {near!r}?" if near else f"the options are {', '.join(names)}"
+            raise TypeError(f"{function}() got an unexpected keyword argument {name!r}; {fix}")
+    given = {name: value for name, value in options.items() if name != "probe" or value is not None}
+
+    def fields(cls: type) -> dict[str, Any]:
+        return {field.name: given[field.name] for field in dataclasses.fields(cls) if field.name in given}
+
+    return Stage(data=data, tune=tune(**fields(tune)), optim=OptimConfig(**fields(OptimConfig)), **fields(Stage))

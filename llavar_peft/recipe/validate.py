@@ -1,7 +1,7 @@
-"""The one place where a recipe is validated: everything that is wrong, at once, each with its place and a fix.
+"""The validation of recipes: everything that is wrong is reported at once, each with its path and a fix.
 
-pydantic checks the plain dataclasses of ``schema`` for types, and ``schema_rules`` checks ranges and
-combinations. Types are checked in pydantic's strict JSON mode: the lax mode would turn ``seed: true`` into 1.
+pydantic checks types and the constraints of single fields, as ``schema`` declares them; ``schema_rules`` checks
+combinations. Types are checked in pydantic's strict JSON mode because the lax mode would convert ``seed: true`` to 1.
 """
 
 from __future__ import annotations
@@ -11,19 +11,27 @@ import dataclasses
 import json
 import os
 from collections.abc import Mapping
-from functools import cache
 from typing import Any
 
-from pydantic import TypeAdapter, ValidationError
-from pydantic_core import ErrorDetails
+from pydantic import ValidationError
 
 from llavar_peft.errors import ConfigError, Fault
-from llavar_peft.recipe.field_paths import TUNES, Path, advice, class_for, dotted, fields_of, look_up, nearest, type_at
 from llavar_peft.recipe.schema import Recipe
+from llavar_peft.recipe.schema_fields import (
+    Path,
+    class_for,
+    dotted,
+    fields_of,
+    look_up,
+    nearest,
+    path_of,
+    recipe_adapter,
+    type_at,
+)
 from llavar_peft.recipe.schema_rules import find_violations
-from llavar_peft.recipe.validation_messages import distinct_errors, explain_error, format_value, number_in_text
+from llavar_peft.recipe.validation_messages import explain_error, format_value
 
-_MAX_DEPTH = 16  # a recipe is six deep; more is a YAML alias that contains itself
+_MAX_DEPTH = 16  # a recipe has six levels; more are a YAML alias that contains itself
 _STAGE = {
     "name": "unnamed",
     "data": {"records": "x"},
@@ -32,81 +40,70 @@ _STAGE = {
     "global_batch_size": 1,
     "micro_batch_size": 1,
 }
-# What stands in for a faulty field, so that the rules about the other fields can still be checked: a value that breaks
-# no rule. Fields that are not named here fall back to their default.
-_STAND_INS: dict[str, Any] = _STAGE | {
+# Replacements for faulty fields, which break no rule, so that the rules for the other fields can still be checked.
+# Fields that are not listed fall back to their default.
+_REPLACEMENTS: dict[str, Any] = _STAGE | {
     "model": {"checkpoint": "x"},
-    "stages": [],
+    "checkpoint": "x",
+    "language_model": "x",
+    "vision_tower": "x",
+    "projector": "x",
+    "stages": [_STAGE],
     "output_dir": "x",
     "records": "x",
     "learning_rate": 1.0,
     "holdout": 1.0,
+    "max_length": 1,
 }
 
 
 def recipe_from_mapping(mapping: Mapping[str, Any], where: str) -> Recipe:
-    """Make a recipe from plain data, as read from YAML.
+    """Build a recipe from plain data, as read from YAML.
 
     Args:
         mapping: The recipe's fields. ``tune`` may be a name alone, as in ``tune: full``.
-        where: What a message calls the source, e.g. the file's name.
-
-    Returns:
-        The recipe; every field is set.
+        where: The source's name in messages, for example the file's path.
 
     Raises:
-        ConfigError: Something is wrong; the message and ``faults`` name everything that is.
+        ConfigError: The recipe is invalid; the message and ``faults`` list everything that is wrong.
     """
-    findings = _Findings(_plain(mapping))
-    recipe = findings.check()
-    if recipe is None or findings.faults:
-        count = len(findings.faults)
-        lines = [f"  {fault.where}: {fault.what}; {fault.fix}" for fault in findings.faults]
-        header = f"{where}: {count} problem{'' if count == 1 else 's'}"
-        raise ConfigError("\n".join([header, *lines]), findings.faults)
+    check = _Check(_plain(mapping))
+    recipe = check.run()
+    if recipe is None or check.faults:
+        raise ConfigError.listing(where, check.faults)
     return recipe
 
 
 def validate_recipe(recipe: Recipe) -> Recipe:
-    """Check a recipe built in Python, whose types Python has not checked.
-
-    Args:
-        recipe: The recipe.
+    """Check a recipe that was built in Python, which does not check types.
 
     Returns:
-        An equal recipe whose every field has its declared type (a path object becomes a string, an int a float).
+        An equal recipe in which every field has its declared type (a path object becomes a string, an int a float).
 
     Raises:
-        ConfigError: Something is wrong; the message and ``faults`` name everything that is.
+        ConfigError: The recipe is invalid; the message and ``faults`` list everything that is wrong.
     """
     if not isinstance(recipe, Recipe):
-        raise ConfigError.at("recipe", f"expected a Recipe, got {type(recipe).__name__}", "build one")
+        raise ConfigError.at("recipe", f"expected a Recipe, got {type(recipe).__name__}", "build a Recipe")
     return recipe_from_mapping(_plain(recipe), "Recipe")
 
 
 def recipe_to_mapping(recipe: Recipe) -> dict[str, Any]:
-    """Spell a recipe as plain data: ``recipe_from_mapping`` gives an equal recipe back.
-
-    Args:
-        recipe: The recipe.
-
-    Returns:
-        Dictionaries, lists, strings, numbers, booleans and None; every field, in the order of its declaration.
-    """
+    """Convert a recipe to plain data with every field, from which ``recipe_from_mapping`` builds an equal recipe."""
     plain = _plain(recipe)
     return plain if isinstance(plain, dict) else {}
 
 
 @dataclasses.dataclass(frozen=True)
 class _Foreign:
-    """A value that no YAML file could hold as plain data; kept so that a message can show it."""
+    """A value that is not plain data, kept for the message."""
 
     shown: str
 
 
 def _plain(value: Any, depth: int = 0) -> Any:
     if depth > _MAX_DEPTH:
-        return _Foreign("nesting without end")
+        return _Foreign("endless nesting")
     if dataclasses.is_dataclass(value) and not isinstance(value, type | _Foreign):
         return {f.name: _plain(getattr(value, f.name), depth + 1) for f in dataclasses.fields(value)}
     if isinstance(value, Mapping):
@@ -116,7 +113,7 @@ def _plain(value: Any, depth: int = 0) -> Any:
     if isinstance(value, os.PathLike):
         value = os.fspath(value)
     if isinstance(value, str):
-        # A lone surrogate (a file name that is no UTF-8) has no JSON form.
+        # A lone surrogate (from a file name that is not UTF-8) cannot be written as JSON.
         return value if _encodable(value) else _Foreign(repr(value))
     if value is None or isinstance(value, bool | int | float | _Foreign):
         return value
@@ -131,33 +128,32 @@ def _encodable(text: str) -> bool:
     return True
 
 
-@cache
-def _adapter() -> TypeAdapter[Recipe]:
-    return TypeAdapter(Recipe)
-
-
-def _related(one: str, other: str) -> bool:
+def _overlap(one: str, other: str) -> bool:
     return one == other or one.startswith(other + ".") or other.startswith(one + ".")
 
 
-class _Findings:
-    """Collects the faults of one recipe, standing in for faulty fields so that all others are checked too."""
+class _Check:
+    """The check of one recipe; faulty fields are replaced so that all others are checked too."""
 
     def __init__(self, plain: Any) -> None:
         self.plain = plain
         self.faults: list[Fault] = []
         self._faulty: set[Path] = set()
 
-    def check(self) -> Recipe | None:
+    def run(self) -> Recipe | None:
+        """Return the recipe, with replacements for faulty fields; None if it has errors that hide others."""
         if not isinstance(self.plain, dict):
             self._add((), f"expected a mapping of fields, got {format_value(self.plain)}", "write model:, stages: ...")
             return None
-        self._take_out_foreign(self.plain, ())
-        self._expand_tunes()
-        recipe = self._typed() or self._typed()  # the second time with stand-ins
+        self._replace_foreign(self.plain, ())
+        stages = self.plain.get("stages")
+        for stage in stages if isinstance(stages, list) else ():
+            if isinstance(stage, dict) and isinstance(stage.get("tune"), str):
+                stage["tune"] = {"type": stage["tune"]}
+        recipe = self._validate() or self._validate()  # the second time with replacements
         if recipe is not None:
             for where, what, fix in find_violations(recipe):
-                if not any(_related(where, dotted(path)) for path in self._faulty):
+                if not any(_overlap(where, dotted(path)) for path in self._faulty):
                     self.faults.append(Fault(where, what, fix))
         return recipe
 
@@ -165,7 +161,7 @@ class _Findings:
         self._faulty.add(path)
         self.faults.append(Fault(dotted(path), what, fix))
 
-    def _take_out_foreign(self, node: Any, path: Path) -> None:
+    def _replace_foreign(self, node: Any, path: Path) -> None:
         items: list[tuple[str | int, Any]] = []
         if isinstance(node, dict):
             items = list(node.items())
@@ -175,66 +171,38 @@ class _Findings:
             if isinstance(item, _Foreign):
                 what = f"expected text, a number, a list or fields, got {item.shown}"
                 self._add((*path, key), what, "put text in quotes")
-                self._stand_in((*path, key))
+                self._replace((*path, key))
             else:
-                self._take_out_foreign(item, (*path, key))
+                self._replace_foreign(item, (*path, key))
 
-    def _expand_tunes(self) -> None:
-        stages = self.plain.get("stages")
-        for index, stage in enumerate(stages if isinstance(stages, list) else ()):
-            if not isinstance(stage, dict) or "tune" not in stage:
-                continue
-            tune, path = stage["tune"], ("stages", index, "tune")
-            kind = tune.get("type") if isinstance(tune, dict) else tune
-            if isinstance(kind, str) and kind in TUNES:
-                stage["tune"] = tune if isinstance(tune, dict) else {"type": kind}
-                continue
-            near = nearest(kind, TUNES) if isinstance(kind, str) else None
-            fix = f"did you mean '{near}'?" if near else "say which, e.g. tune: lora or tune: {type: lora, rank: 16}"
-            self._add(
-                path, f"expected one of {', '.join(TUNES)}, got {format_value(tune if kind is None else kind)}", fix
-            )
-            self._stand_in(path)
-
-    def _typed(self) -> Recipe | None:
+    def _validate(self) -> Recipe | None:
         try:
-            return _adapter().validate_json(json.dumps(self.plain))
+            return recipe_adapter().validate_json(json.dumps(self.plain))
         except ValidationError as error:
-            details = distinct_errors(error.errors(include_url=False), self.plain)
-        unknown = [(path, detail) for path, detail in details if detail["type"] == "unexpected_keyword_argument"]
-        meant = {(*path[:-1], near) for path, _ in unknown if (near := self._near(path)) is not None}
+            details = [(path_of(detail["loc"]), detail) for detail in error.errors(include_url=False)]
+        unknown = [path for path, detail in details if detail["type"] == "unexpected_keyword_argument"]
+        meant = {(*path[:-1], near) for path in unknown if (near := self._nearest_field(path)) is not None}
         self._faulty |= meant
-        for path, detail in details:
-            number = number_in_text(detail)
-            if number is not None:
-                look_up(self.plain, path[:-1])[path[-1]] = number  # type: ignore[index]
-            elif detail["type"].startswith("missing") and path in meant:
-                self._stand_in(path)  # reported already, as the unknown field that was meant to be this one
-            else:
-                self._add(path, *self._explained(path, detail))
-                self._stand_in(path, known=detail["type"] != "unexpected_keyword_argument")
+        messages = [explain_error(detail, path, self.plain) for path, detail in details]
+        for (path, detail), message in zip(details, messages, strict=True):
+            if detail["type"] == "too_short" and detail["input"]:
+                continue  # only short because its faulty entries, reported themselves, do not count
+            if not (detail["type"].startswith("missing") and path in meant):  # reported as the misspelled field
+                self._add(path, *message)
+            self._replace(path, known=path not in unknown)
         return None
 
-    def _names_at(self, path: Path) -> list[str]:
-        cls = class_for(type_at(self.plain, path), look_up(self.plain, path))
-        return list(fields_of(cls)) if cls else []
+    def _nearest_field(self, path: Path) -> str | None:
+        parent = class_for(type_at(self.plain, path[:-1]), look_up(self.plain, path[:-1]))
+        return nearest(str(path[-1]), fields_of(parent)) if parent else None
 
-    def _near(self, path: Path) -> str | None:
-        return nearest(str(path[-1]), self._names_at(path[:-1]))
-
-    def _explained(self, path: Path, detail: ErrorDetails) -> tuple[str, str]:
-        kind = detail["type"]
-        if kind == "unexpected_keyword_argument":
-            return "unknown field", advice(path, self._names_at(path[:-1]))
-        if kind.startswith("missing"):
-            return "missing", f"add a line '{path[-1]}: ...'"
-        return explain_error(detail, type_at(self.plain, path))
-
-    def _stand_in(self, path: Path, known: bool = True) -> None:
+    def _replace(self, path: Path, known: bool = True) -> None:
+        """Replace a faulty value, or remove it if the field is unknown or has a default."""
         parent, key = look_up(self.plain, path[:-1]), path[-1] if path else None
         if isinstance(parent, list) and isinstance(key, int):
-            parent[key] = copy.deepcopy(_STAGE) if path[:-1] == ("stages",) else "x"
+            entries = {"stages": _STAGE, "target": "q_proj"}
+            parent[key] = copy.deepcopy(entries.get(str(path[-2]), "x"))
         elif isinstance(parent, dict) and isinstance(key, str):
             parent.pop(key, None)
-            if known and key in _STAND_INS:
-                parent[key] = copy.deepcopy(_STAND_INS[key])
+            if known and key in _REPLACEMENTS:
+                parent[key] = copy.deepcopy(_REPLACEMENTS[key])

@@ -1,46 +1,35 @@
-"""Turns pydantic's findings into this package's words: one line for each fault, with its fix."""
+"""The messages for values that do not fit the schema: what was expected, what was found, and the fix."""
 
 from __future__ import annotations
 
 import dataclasses
-import re
 import typing
-from collections.abc import Iterable
+from collections.abc import Mapping
 from typing import Any
 
 from pydantic_core import ErrorDetails
 
-from llavar_peft.recipe.field_paths import Path, class_for, look_up, members, nearest, optional, step
-from llavar_peft.recipe.schema import Recipe
+from llavar_peft.recipe.schema_fields import (
+    TUNES,
+    Path,
+    bounds_of,
+    class_for,
+    fields_of,
+    is_optional,
+    list_element,
+    look_up,
+    members,
+    nearest,
+    suggest_field,
+    type_at,
+)
 
-_NUMBER = re.compile(r"[-+]?(\d[\d_]*\.?\d*|\.\d+)([eE][-+]?\d+)?")
 _LONGEST_SHOWN = 60
-
-
-def distinct_errors(errors: Iterable[ErrorDetails], plain: object) -> list[tuple[Path, ErrorDetails]]:
-    """Keep one error for each place, where pydantic reports one for each alternative of a union.
-
-    Args:
-        errors: pydantic's findings.
-        plain: What was validated.
-
-    Returns:
-        Each remaining error with its path; the unions' tags are taken out of it.
-    """
-    found = ((_untagged(error["loc"], plain), error) for error in errors)
-    return [(path, error) for path, error in found if path is not None]
-
-
-def number_in_text(error: ErrorDetails) -> float | None:
-    """Return the number that YAML 1.1 reads as text (``2e-5`` without a point), or None for any other error."""
-    text = error["input"]
-    if error["type"] == "float_type" and isinstance(text, str) and _NUMBER.fullmatch(text.strip()):
-        return float(text)
-    return None
+_OUT_OF_RANGE = ("greater_than", "less_than", "finite_number")
 
 
 def format_value(value: object) -> str:
-    """Return a value as a message shows it."""
+    """Return a value as messages show it."""
     if value is None:
         return "nothing"
     if isinstance(value, dict | list):
@@ -49,87 +38,99 @@ def format_value(value: object) -> str:
     return text if len(text) <= _LONGEST_SHOWN else text[:_LONGEST_SHOWN] + "..."
 
 
-def explain_error(error: ErrorDetails, hint: Any) -> tuple[str, str]:
-    """Say what is wrong with a value, and how to fix it.
+def explain_error(error: ErrorDetails, path: Path, mapping: Mapping[str, Any]) -> tuple[str, str]:
+    """Describe an error of pydantic, and its fix.
 
     Args:
-        error: pydantic's finding about the value.
-        hint: The declared type of its place.
-
-    Returns:
-        What is wrong, and the fix.
+        error: The error.
+        path: The path of the value.
+        mapping: The recipe as plain data.
     """
-    value, kind = error["input"], error["type"]
-    got = f", got {format_value(value)}"
-    if kind == "literal_error":
-        return _explained_choice(value, hint)
-    if kind.startswith("int"):
-        return f"expected an integer{got}", _integer_mend(value)
-    if kind.startswith("float"):
-        return f"expected a number{got}", "write a number such as 0.5"
-    if kind == "bool_type":
-        return f"expected true or false{got}", "write one of the two, without quotes"
-    if kind == "tuple_type":
-        return f"expected a list{got}", f"write [{value}]" if isinstance(value, str) else "write [first, second]"
-    if kind == "string_type":
-        either = " or a list of strings" if len(members(hint)) > 1 else ""
-        scalar = isinstance(value, bool | int | float)
-        return f"expected a string{either}{got}", "put it in quotes" if scalar else "write a name"
-    if kind == "dataclass_type":
-        return f"expected a mapping of fields{got}", "write its fields below it, indented"
-    return error["msg"][:1].lower() + error["msg"][1:] + got, "see the field's description in llavar_peft.recipe.schema"
+    value, kind, name = error["input"], error["type"], str(path[-1])
+    hint = type_at(mapping, path)
+    parent = look_up(mapping, path[:-1])
+    owner = class_for(type_at(mapping, path[:-1]), parent)
+    if kind == "unexpected_keyword_argument":
+        return "unknown field", suggest_field(path, fields_of(owner) if owner else ())
+    if kind.startswith("missing"):
+        return "missing", f"add a line '{name}: ...'"
+    if kind == "too_short":
+        return "expected at least one entry, got an empty list", "add an entry"
+    if kind == "string_pattern_mismatch":
+        return _explain_pattern(str(value))
+    got = f"got {format_value(value)}"
+    if kind.startswith(_OUT_OF_RANGE) and owner is not None:
+        default = {field.name: field.default for field in dataclasses.fields(owner)}[name]
+        known = default is not dataclasses.MISSING and default is not None
+        fix = f"use the default, {default}, or another value in this range" if known else "use a value in this range"
+        return f"expected {_expected(hint)} {bounds_of(owner, name)}, {got}", fix
+    if kind == "holdout":
+        return f"{error['msg']}, {got}", "use for example 0.01 or 64"
+    if hint is None:
+        return f"{error['msg'][:1].lower()}{error['msg'][1:]}, {got}", "see the field's explanation in the schema"
+    if isinstance(value, dict) and kind == "union_tag_invalid" and _choices(hint) == list(TUNES):
+        value = value["type"]
+        got = f"got {format_value(value)}"
+    return f"expected {_expected(hint)}, {got}", _fix(value, hint)
 
 
-def _explained_choice(value: object, hint: Any) -> tuple[str, str]:
+def _explain_pattern(value: str) -> tuple[str, str]:
+    if not value.strip() or "\0" in value:
+        return f"expected a non-blank string, got {value!r}", "fill it in, or leave the field out if it is optional"
+    return f"expected a folder name, got {value!r}", "use at most 100 letters, digits, '-' and '_'"
+
+
+def _expected(hint: Any) -> str:
+    """Describe the values of a type, as in ``expected ...``."""
+    choices, listed = _choices(hint), " or a list" * (list_element(hint) is not None)
+    if choices:
+        shown = map(str, choices) if choices == list(TUNES) else map(format_value, choices)
+        return f"one of {', '.join(shown)}{listed}"
+    if class_for(hint, None) is not None:
+        return "a mapping of fields"
+    if listed:
+        return "a string or a list of strings" if str in members(hint) else "a list"
+    names = {bool: "true or false", int: "an integer", float: "a number"}
+    return names.get(members(hint)[0], "a string")
+
+
+def _choices(hint: Any) -> list[object]:
+    """Return the values that a type allows, if it lists them."""
+    if members(hint) == tuple(TUNES.values()):
+        return list(TUNES)
     literals = [member for member in members(hint) if typing.get_origin(member) is typing.Literal]
-    names = [choice for member in literals for choice in typing.get_args(member)]
-    near = nearest(value, names) if isinstance(value, str) else None
-    switch = bool in members(hint)
-    choices = [True, False, *names] if switch else names
-    listed = len(literals) + switch < len(members(hint))
-    otherwise = ", or leave the field out" if optional(hint) else ""
-    if listed and isinstance(value, str):
-        otherwise = f", or write [{value}]"
-    fix = f"did you mean '{near}'?" if near else f"choose one of them{otherwise}"
-    return (
-        f"expected one of {', '.join(map(format_value, choices))}{' or a list' * listed}, got {format_value(value)}",
-        fix,
-    )
+    switch = [True, False] if bool in members(hint) else []
+    return [*switch, *(choice for member in literals for choice in typing.get_args(member))] if literals else []
 
 
-def _integer_mend(value: object) -> str:
-    if isinstance(value, float | str) and not isinstance(value, bool):
-        text = str(value).strip()
-        if _NUMBER.fullmatch(text) and abs(float(text)) < 1e15 and float(text).is_integer():
-            return f"write {int(float(text))}"
+def _fix(value: object, hint: Any) -> str:
+    choices, element = _choices(hint), list_element(hint)
+    near = nearest(value, [choice for choice in choices if isinstance(choice, str)]) if isinstance(value, str) else None
+    if near is not None:
+        return f"did you mean '{near}'?"
+    if choices == list(TUNES):
+        return "write for example tune: lora or tune: {type: lora, rank: 16}"
+    if choices:
+        listed = f", or write [{value}]" if element is not None and isinstance(value, str) else ""
+        return f"choose one of them{listed or ', or leave the field out' * is_optional(hint)}"
+    if class_for(hint, None) is not None:
+        return "write its fields below it, indented"
+    kinds = members(hint)
+    if str in kinds:
+        return "put it in quotes" if isinstance(value, bool | int | float) else "write a name"
+    if element is not None:
+        return f"write [{value}]" if isinstance(value, str) else "write [first, second]"
+    if int in kinds:
+        return _integer_fix(value)
+    return "write a number such as 0.5" if float in kinds else "write one of the two, without quotes"
+
+
+def _integer_fix(value: object) -> str:
+    if isinstance(value, float | str):
+        try:
+            number = float(value)
+        except ValueError:
+            number = 0.5
+        if abs(number) < 1e15 and number.is_integer():
+            return f"write {int(number)}"
     return "write a whole number such as 1"
-
-
-def _untagged(loc: tuple[str | int, ...], plain: object) -> Path | None:
-    """Return the path without unions' tags, or None for an error of an alternative that was not meant."""
-    hint: Any = Recipe
-    path: Path = ()
-    for part in loc:
-        node = look_up(plain, path)
-        alternatives = members(hint)
-        if len(alternatives) > 1:
-            if part == "bool":
-                return None  # the error of the names beside it says all
-            cls = class_for(hint, node)
-            if cls is None and isinstance(node, list) is not str(part).startswith("tuple"):
-                return None
-            if cls is not None and part != cls.__name__:
-                return None
-            hint = cls or _alternative(alternatives, str(part))
-            continue
-        hint = step(hint, part, node)
-        path = (*path, part)
-    return path
-
-
-def _alternative(alternatives: tuple[Any, ...], tag: str) -> Any:
-    expected = tuple if tag.startswith("tuple") else str
-    for member in alternatives:
-        if not dataclasses.is_dataclass(member) and (typing.get_origin(member) or member) is expected:
-            return member
-    return None

@@ -1,4 +1,4 @@
-"""The doctor tells what is wrong with a machine, and how to fix it."""
+"""The doctor reports what does not work on a machine, and how to fix it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from llavar_peft.preflight.doctor_machine import check_machine
 from llavar_peft.preflight.doctor_packages import check_packages, check_requirement
 
 
-def test_this_machine_is_sound(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_this_machine_has_no_faults(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["doctor", "--output-dir", str(tmp_path / "runs"), "--json"]) == 0
     found = {one["name"]: one for one in json.loads(capsys.readouterr().out)}
     assert not [one for one in found.values() if one["state"] == "fault"]
@@ -28,16 +28,16 @@ def test_this_machine_is_sound(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert "ok    torch: " in capsys.readouterr().out
 
 
-def test_what_is_missing_or_too_old_is_named_with_its_mend(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_or_old_package_is_reported_with_its_fix(monkeypatch: pytest.MonkeyPatch) -> None:
     old = check_requirement(Requirement("torch>=99"))
     assert (old.state, old.fix) == ("fault", "pip install 'torch>=99'")
-    assert "wanted >=99" in old.what
+    assert "expected >=99" in old.what
     gone = check_requirement(Requirement("no-such-package>=1"))
-    assert (gone.state, gone.what) == ("fault", "is missing (wanted >=1)")
+    assert (gone.state, gone.what) == ("fault", "is not installed (expected >=1)")
     monkeypatch.setattr(metadata, "requires", lambda _: ["no-such-package>=1; extra == 'serve'", "torch>=2"])
     states = {one.name: one.state for one in check_packages()}
     assert states["torch"] == "ok"
-    assert states["[serve]"] == "note"  # an extra is nobody's fault
+    assert states["[serve]"] == "note"  # a missing extra is not a fault
 
 
 def test_a_folder_that_cannot_be_written_is_a_fault(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -49,7 +49,7 @@ def test_a_folder_that_cannot_be_written_is_a_fault(tmp_path: Path, capsys: pyte
     assert "FAULT output folder: " in capsys.readouterr().out
 
 
-def test_four_bits_that_do_not_work_are_a_fault(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_broken_4_bit_kernels_are_a_fault(monkeypatch: pytest.MonkeyPatch) -> None:
     import bitsandbytes.functional
 
     def broken(*_: object, **__: object) -> None:
@@ -61,7 +61,7 @@ def test_four_bits_that_do_not_work_are_a_fault(monkeypatch: pytest.MonkeyPatch)
     assert "no kernel image is available" in found.what
 
 
-def test_a_torch_without_cuda_beside_a_driver_is_a_fault(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_torch_without_cuda_on_a_machine_with_a_driver_is_a_fault(monkeypatch: pytest.MonkeyPatch) -> None:
     import torch
 
     if torch.cuda.is_available():

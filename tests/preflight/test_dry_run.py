@@ -1,4 +1,4 @@
-"""A recipe tried on its longest records leaves nothing behind."""
+"""A dry run trains on the longest records and leaves no files behind."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ def test_each_stage_is_tried_on_its_longest_records(
     before = sorted(path.name for path in tmp_path.iterdir())
     assert cli.main(["train", str(tmp_path / "mine.yaml"), "--dry-run"]) == 0
     assert sorted(path.name for path in tmp_path.iterdir()) == before
-    told = capsys.readouterr().out
-    assert all(stage.name in told for stage in stages)
-    assert "GB free" in told
+    output = capsys.readouterr().out
+    assert all(stage.name in output for stage in stages)
+    assert "GB free" in output
 
     (trial,) = dry_run(recipe, ("stage2",))  # without stage 1's result
     assert trial.longest > 300
@@ -41,7 +41,7 @@ def test_each_stage_is_tried_on_its_longest_records(
     assert trial.peak_bytes > 10**8
 
 
-def test_what_would_stop_the_run_stops_the_trial(tiny_recipe: Recipe, tmp_path: Path) -> None:
+def test_an_error_that_would_stop_the_run_stops_the_dry_run(tiny_recipe: Recipe, tmp_path: Path) -> None:
     data = dataclasses.replace(tiny_recipe.stages[0].data, images=str(tmp_path / "nowhere"))
     recipe = dataclasses.replace(tiny_recipe, stages=(dataclasses.replace(tiny_recipe.stages[0], data=data),))
     (tmp_path / "mine.yaml").write_text(dump_recipe(recipe))

@@ -1,4 +1,4 @@
-"""What is told of a recipe before it runs, held against what a run takes."""
+"""The estimates of memory and compute agree with what a run needs."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ import pytest
 
 from llavar_peft import Full, Lora, ModelConfig, Projector, Recipe, cli
 from llavar_peft.models.architecture import architecture
-from llavar_peft.preflight.estimate.estimate_memory import count, memory
-from llavar_peft.preflight.estimate.estimate_stage import estimate_stage, what_would_help
+from llavar_peft.preflight.estimate_memory import count_parameters, estimate_memory
+from llavar_peft.preflight.estimate_stage import estimate_stage, what_would_help
 from llavar_peft.recipe.presets import load_recipe
 from llavar_peft.recipe.recipe_yaml import dump_recipe
 from llavar_peft.recipe.schema import Tune
 
-_TOKENS, _SPOKEN = 1000, 1000 - 4 * 16
+_TOKENS, _SUPERVISED = 1000, 1000 - 4 * 16
 _LLAMA = {
     "model_type": "llama", "hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 4,
     "num_attention_heads": 8, "vocab_size": 8000, "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
@@ -32,7 +32,7 @@ _CLIP = {
 
 @pytest.fixture
 def middle(tmp_path: Path) -> ModelConfig:
-    """Shapes alone: no weight is there."""
+    """Return a model of medium size that has configurations but no weights."""
     for name, described in (("llama", _LLAMA), ("clip", _CLIP)):
         (tmp_path / name).mkdir()
         (tmp_path / name / "config.json").write_text(json.dumps(described))
@@ -42,7 +42,7 @@ def middle(tmp_path: Path) -> ModelConfig:
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="resets its peak by /proc")
-def test_peaks_are_those_of_a_run(middle: ModelConfig, tiny_recipe: Recipe, tmp_path: Path) -> None:
+def test_estimated_peaks_agree_with_a_run(middle: ModelConfig, tiny_recipe: Recipe, tmp_path: Path) -> None:
     kinds: dict[str, tuple[Tune, bool]] = {
         "projector": (Projector(), False),
         "full": (Full(), False),
@@ -55,7 +55,7 @@ def test_peaks_are_those_of_a_run(middle: ModelConfig, tiny_recipe: Recipe, tmp_
     )
     recipe = dataclasses.replace(tiny_recipe, model=middle, stages=stages)
     (tmp_path / "recipe.yaml").write_text(dump_recipe(recipe))
-    # An allocator that gives back what is freed: what remains is what PyTorch holds.
+    # This allocator returns freed memory to the system: the rest is what PyTorch holds.
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
     done = subprocess.run(
         [sys.executable, "-m", "tests.training.peak", str(tmp_path / "recipe.yaml"), str(_TOKENS)],
@@ -65,24 +65,26 @@ def test_peaks_are_those_of_a_run(middle: ModelConfig, tiny_recipe: Recipe, tmp_
     measured = {name: int(peak) for name, peak in map(str.split, done.stdout.splitlines()[-len(stages) :])}
     config = architecture(middle)
     for stage in stages:
-        told = memory(config, middle, stage, tokens=_TOKENS, supervised=_SPOKEN, gpus=1, sharded=False)
-        assert told.peak == pytest.approx(measured[stage.name], rel=0.15), (stage.name, told)
+        estimated = estimate_memory(
+            config, middle, stage, tokens=_TOKENS, supervised=_SUPERVISED, gpus=1, sharded=False
+        )
+        assert estimated.peak == pytest.approx(measured[stage.name], rel=0.15), (stage.name, estimated)
 
 
-def test_the_papers_model_is_known_by_its_name(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_size_of_the_papers_model_is_derived_from_its_name(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["estimate", "llavar-13b", "--gpus", "8", "--tflops", "150", "--json"]) == 0
     pretrain, finetune = json.loads(capsys.readouterr().out)
     # LLaMA-13B's 13,015,864,320 with three rows more in embeddings and head; the projector; in stage 1 two rows.
     assert finetune["trained"] == 13_015_864_320 + 2 * 3 * 5120 + 1024 * 5120 + 5120
     assert pretrain["trained"] == 1024 * 5120 + 5120 + 2 * 5120
-    assert pretrain["steps"] is None  # its records are not here
-    # Three times two for each weight and token, and a fourth time, for activations are computed again.
+    assert pretrain["steps"] is None  # its records do not exist
+    # Three times two for each weight and token, and a fourth time, because activations are recomputed.
     assert finetune["step_flops"] == pytest.approx(8 * 12.7e9 * 32 * 2048, rel=0.1)
     assert finetune["step_seconds"] == pytest.approx(finetune["step_flops"] / (8 * 150e12))
     assert 26 < sum(finetune["memory"][part] for part in ("weights", "gradients", "optimizer")) / 1e9 < 27
 
 
-def test_what_fits_is_said(capsys: pytest.CaptureFixture[str]) -> None:
+def test_settings_that_make_a_stage_fit_are_reported(capsys: pytest.CaptureFixture[str]) -> None:
     recipe = load_recipe("llavar-13b", [], preset="lora")
     stage = recipe.stages[-1]
     limit = 15 * 2**30
@@ -92,9 +94,9 @@ def test_what_fits_is_said(capsys: pytest.CaptureFixture[str]) -> None:
     assert last == "model.quantize: nf4"
     assert all(more > limit for _, more in before)
     assert cli.main(["estimate", "llavar-13b", "--preset", "lora", "--memory", "16"]) == 0
-    told = capsys.readouterr().out
-    assert "finetune: does not fit in 16 GiB" in told
-    assert "model.quantize: nf4" in told
+    estimated = capsys.readouterr().out
+    assert "finetune: does not fit in 16 GiB" in estimated
+    assert "model.quantize: nf4" in estimated
 
 
 def test_steps_and_lengths_are_those_of_the_records(tiny_recipe: Recipe) -> None:
@@ -102,9 +104,9 @@ def test_steps_and_lengths_are_those_of_the_records(tiny_recipe: Recipe) -> None
     assert one.lengths.records == 18
     assert one.steps == 4  # 16 of them, four at a time
     assert one.lengths.mean <= one.lengths.longest == one.pass_tokens / 2
-    assert count(architecture(tiny_recipe.model), Full()).whole == one.parameters
+    assert count_parameters(architecture(tiny_recipe.model), Full()).whole == one.parameters
 
 
-def test_a_size_that_nobody_knows_is_asked_for(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_model_of_unknown_size_is_rejected(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["estimate", "llavar-13b", "model.language_model=owner/some-llama"]) == 2
     assert "its name says no size" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""Adapter presets: found by name wherever the package lies, completed by settings, laid over a recipe's last stage."""
+"""Presets are found by name, completed by overrides, and applied to the last stage of a recipe."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ TUNES = {
 LORA_RATES = OptimConfig(learning_rate=2e-4, projector_learning_rate=2e-5)
 
 
-def test_they_are_all_there_and_none_is_a_recipes_name() -> None:
+def test_all_presets_are_listed_and_none_has_the_name_of_a_recipe() -> None:
     assert set(list_presets()) == set(TUNES)
     assert not set(list_presets()) & set(list_recipes())
     assert all(summary.endswith(".") for summary in list_presets().values())
 
 
 @pytest.mark.parametrize("name", TUNES)
-def test_alone_it_is_a_recipe_of_one_stage(name: str) -> None:
+def test_a_preset_alone_is_a_recipe_with_one_stage(name: str) -> None:
     recipe = load_recipe(None, REST, preset=name)
     (stage,) = recipe.stages
     assert recipe.model == ModelConfig(checkpoint="llavar-13b", quantize="nf4" if name == "qlora" else None)
@@ -50,7 +50,7 @@ def test_alone_it_is_a_recipe_of_one_stage(name: str) -> None:
         assert (stage.epochs, stage.global_batch_size, stage.micro_batch_size, stage.max_length) == (3, 32, 4, 2048)
 
 
-def test_the_scale_of_rslora_is_that_of_lora() -> None:
+def test_rslora_has_the_same_scale_as_lora() -> None:
     lora, rslora = TUNES["lora"], TUNES["rslora"]
     assert isinstance(lora, Lora)
     assert isinstance(rslora, Lora)
@@ -58,44 +58,44 @@ def test_the_scale_of_rslora_is_that_of_lora() -> None:
 
 
 @pytest.mark.parametrize("name", TUNES)
-def test_what_is_missing_is_named_at_once(name: str) -> None:
+def test_all_missing_fields_are_reported(name: str) -> None:
     with pytest.raises(ConfigError, match=f"^preset {name}, to be completed by PATH=VALUE: 3 problems\n") as caught:
         load_recipe(preset=name)
     assert {fault.where for fault in caught.value.faults} == {"stages.0.data.records", "output_dir", "model"}
 
 
 @pytest.mark.parametrize("name", TUNES)
-def test_laid_over_a_recipe_it_changes_the_last_stages_tune_and_rates_only(name: str) -> None:
-    plain, laid = load_recipe("llavar-13b"), load_recipe("llavar-13b", preset=name)
-    assert laid.stages[0] == plain.stages[0]
-    before, after = plain.stages[-1], laid.stages[-1]
+def test_applied_to_a_recipe_it_changes_only_tune_and_learning_rates_of_the_last_stage(name: str) -> None:
+    plain, applied = load_recipe("llavar-13b"), load_recipe("llavar-13b", preset=name)
+    assert applied.stages[0] == plain.stages[0]
+    before, after = plain.stages[-1], applied.stages[-1]
     assert (before.tune, after.tune) == (Full(), TUNES[name])
     rates = LORA_RATES if name != "projector-only" else OptimConfig(learning_rate=2e-3)
     assert after == dataclasses.replace(before, tune=after.tune, optim=rates)
     quantize = "nf4" if name == "qlora" else None
-    assert laid == dataclasses.replace(
-        plain, model=dataclasses.replace(plain.model, quantize=quantize), stages=laid.stages
+    assert applied == dataclasses.replace(
+        plain, model=dataclasses.replace(plain.model, quantize=quantize), stages=applied.stages
     )
 
 
-def test_a_recipes_own_rates_do_not_stay_behind_and_settings_come_last() -> None:
+def test_a_preset_replaces_all_learning_rates_and_overrides_are_applied_last() -> None:
     over = ["stages.1.tune=lora", "stages.1.optim.rows_learning_rate=1e-3", "stages.1.tune.train_image_rows=true"]
     assert load_recipe("tiny", over).stages[1].optim.rows_learning_rate == 1e-3
-    laid = load_recipe("tiny", [*over[2:], "stages.1.tune.rank=8", "model.quantize=int8"], preset="qlora")
-    assert laid.stages[1].tune == dataclasses.replace(LORA, rank=8, train_image_rows=True)
-    assert laid.model.quantize == "int8"
+    applied = load_recipe("tiny", [*over[2:], "stages.1.tune.rank=8", "model.quantize=int8"], preset="qlora")
+    assert applied.stages[1].tune == dataclasses.replace(LORA, rank=8, train_image_rows=True)
+    assert applied.model.quantize == "int8"
 
 
-def test_a_recipe_that_is_none_is_still_reported_as_such(tmp_path: Path) -> None:
+def test_an_invalid_recipe_is_reported_although_a_preset_is_given(tmp_path: Path) -> None:
     path = tmp_path / "r.yaml"
     path.write_text("stages: 3\noutput_dir: x\n")
     with pytest.raises(ConfigError, match=r"r\.yaml with preset qlora: 2 problems\n"):
         load_recipe(path, preset="qlora")
 
 
-def test_commands(capsys: pytest.CaptureFixture[str]) -> None:
+def test_command_line(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["train", "--preset", "qlroa"]) == 2
-    assert "perhaps you meant 'qlora'" in capsys.readouterr().err
+    assert "did you mean 'qlora'?" in capsys.readouterr().err
     assert cli.main(["train", "--preset", "qlora", "model.checkpoint=/nowhere"]) == 2
     error = capsys.readouterr().err
     assert "2 problems\n  stages.0.data.records: missing" in error
@@ -105,7 +105,7 @@ def test_commands(capsys: pytest.CaptureFixture[str]) -> None:
     assert "variant: dora" in capsys.readouterr().out
 
 
-def test_training_by_a_preset_with_and_without_a_recipe(tmp_path: Path) -> None:
+def test_training_with_a_preset_with_and_without_a_recipe(tmp_path: Path) -> None:
     from llavar_peft.datagen.synth.synth_settings import SynthSettings
     from llavar_peft.datagen.synth.write_synthetic import write_synthetic
 
@@ -132,8 +132,8 @@ def test_training_by_a_preset_with_and_without_a_recipe(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(not (ROOT / "pyproject.toml").is_file(), reason="needs the repository")
-def test_an_installed_package_finds_them(tmp_path: Path) -> None:
-    """Built as a wheel is, far from the repository."""
+def test_an_installed_package_contains_the_presets(tmp_path: Path) -> None:
+    """The package is built as for a wheel and imported outside the repository."""
     build = [sys.executable, "setup.py", "-q", "build", "--build-base", str(tmp_path)]
     subprocess.run(build, cwd=ROOT, check=True, capture_output=True)
     script = (

@@ -1,4 +1,4 @@
-"""The paper's numbers, row for row; recipes as functions, as YAML and with overrides are the same values."""
+"""The shipped recipes have the paper's settings; Python, YAML and overrides produce equal recipes."""
 
 import dataclasses
 from pathlib import Path
@@ -17,7 +17,7 @@ from llavar_peft.recipe.validate import validate_recipe
 PAPER_GPUS = 8
 # Source: arXiv 2306.17107 and the released scripts: learning rate, epochs, batch, micro batch, accumulation, length.
 PAPER = {"pretrain": (2e-3, 1, 128, 8, 2, 1024), "finetune": (2e-5, 3, 32, 4, 1, 2048)}
-DATA = DataConfig(records="r.json", images="pictures")
+DATA = DataConfig(records="r.json", images="images")
 
 
 def write(folder: Path, text: str) -> Path:
@@ -27,7 +27,7 @@ def write(folder: Path, text: str) -> Path:
 
 
 @pytest.mark.parametrize("name", ["llavar-13b", "llavar-7b"])
-def test_the_shipped_recipe_has_the_papers_numbers(name: str) -> None:
+def test_the_shipped_recipe_has_the_papers_settings(name: str) -> None:
     recipe = load_recipe(name)
     assert [stage.name for stage in recipe.stages] == list(PAPER)
     for stage in recipe.stages:
@@ -54,7 +54,7 @@ def test_the_shipped_recipe_has_the_papers_numbers(name: str) -> None:
     assert recipe.model.quantize is None
 
 
-def test_python_spells_the_same_value() -> None:
+def test_python_and_yaml_describe_the_same_recipe() -> None:
     recipe = Recipe(
         model=ModelConfig(language_model="lmsys/vicuna-13b-v1.1", vision_tower="openai/clip-vit-large-patch14-336"),
         stages=(
@@ -69,13 +69,13 @@ def test_python_spells_the_same_value() -> None:
     assert validate_recipe(recipe) == recipe
 
 
-def test_the_7b_differs_in_its_language_model_only() -> None:
+def test_the_7b_recipe_differs_only_in_the_language_model() -> None:
     small, large = load_recipe("llavar-7b"), load_recipe("llavar-13b")
     model = dataclasses.replace(small.model, language_model=large.model.language_model)
     assert dataclasses.replace(small, model=model, output_dir=large.output_dir) == large
 
 
-def test_lora_has_the_documented_defaults_and_passes_on_what_it_is_given() -> None:
+def test_lora_has_the_documented_defaults_and_accepts_options() -> None:
     stage = lora(DATA)
     assert stage.tune == Lora(rank=64, alpha=128.0, dropout=0.05)
     assert (stage.optim.learning_rate, stage.epochs, stage.global_batch_size) == (2e-4, 3.0, 32)
@@ -115,7 +115,7 @@ def test_qlora_is_lora_on_a_quantized_base() -> None:
 
 
 @pytest.mark.parametrize("name", list(list_recipes()))
-def test_shipped_recipes_are_sound_and_round_trip_with_comments(name: str, tmp_path: Path) -> None:
+def test_shipped_recipes_are_valid_and_survive_a_round_trip_with_comments(name: str, tmp_path: Path) -> None:
     recipe = load_recipe(name)
     text = dump_recipe(recipe)
     assert "# Peak learning rate" in text
@@ -161,7 +161,7 @@ def test_an_override_of_a_text_field_is_text(text: str) -> None:
     assert load_recipe("tiny", [f"output_dir={text}"]).output_dir == text.strip("'")
 
 
-def test_wrong_overrides_are_all_named() -> None:
+def test_all_invalid_overrides_are_reported() -> None:
     wrong = [
         "stages.5.epochs=2",
         "stages.0.epoch=3",
@@ -176,7 +176,7 @@ def test_wrong_overrides_are_all_named() -> None:
     text = str(caught.value)
     assert text.startswith("overrides: 7 problems\n")
     assert "stages.0.epoch: unknown field; did you mean 'epochs'?" in text
-    assert "stages.5: there is no number 5; there are 2 here, counted from 0" in text
+    assert "stages.5: no entry 5; the list has 2 entries, counted from 0" in text
     assert "stages.1.tune.rank: unknown field; only tune: lora has it" in text
     assert len(caught.value.faults) == len(wrong)
 
@@ -189,25 +189,25 @@ def test_override_values_are_validated_with_the_rest() -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("a: 1\na: 2\n", r"recipe\.yaml:2:1: 'a' is written twice"),
+        ("a: 1\na: 2\n", r"recipe\.yaml:2:1: duplicate key 'a'"),
         ("a: 1\n\tb: 2\n", r"recipe\.yaml:2:1: "),
         ("model: !!python/object:os.system {}\n", r"recipe\.yaml:1:8: "),
         ("", r"recipe\.yaml: 1 problem"),
         ("- a\n", r"recipe\.yaml: 1 problem"),
     ],
 )
-def test_files_that_are_no_recipe(tmp_path: Path, text: str, message: str) -> None:
+def test_files_that_are_not_recipes_are_rejected(tmp_path: Path, text: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         load_recipe(write(tmp_path, text))
 
 
-def test_merge_keys_are_no_duplicates(tmp_path: Path) -> None:
+def test_merge_keys_are_not_duplicates(tmp_path: Path) -> None:
     body = read_recipe("tiny").replace("  - name: finetune", "  - <<: {epochs: 2}\n    name: finetune")
     assert load_recipe(write(tmp_path, body)).stages[1].name == "finetune"
 
 
-def test_a_recipe_that_is_not_there(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="perhaps you meant 'llavar-13b'"):
+def test_a_missing_or_unreadable_recipe_is_rejected(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"Fix: did you mean 'llavar-13b'\?$"):
         load_recipe("llavar13b")
     with pytest.raises(ConfigError, match="cannot be read: Is a directory"):
         load_recipe(tmp_path)
@@ -217,7 +217,7 @@ def test_a_recipe_that_is_not_there(tmp_path: Path) -> None:
         load_recipe(broken)
 
 
-def test_a_byte_order_mark_is_no_fault(tmp_path: Path) -> None:
+def test_a_byte_order_mark_is_accepted(tmp_path: Path) -> None:
     path = tmp_path / "bom.yaml"
     path.write_bytes(b"\xef\xbb\xbf" + read_recipe("tiny").encode())
     assert load_recipe(path) == load_recipe("tiny")

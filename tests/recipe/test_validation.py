@@ -1,4 +1,4 @@
-"""Every fault of a recipe is found, all at once, each at its place and with a fix."""
+"""All faults of a recipe are reported together, each with its path and a fix."""
 
 import copy
 import dataclasses
@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llavar_peft.errors import ConfigError
-from llavar_peft.recipe.field_paths import fields_of, type_at
 from llavar_peft.recipe.schema import DataConfig, Full, Lora, ModelConfig, OptimConfig, Projector, Recipe, Stage
+from llavar_peft.recipe.schema_fields import fields_of, type_at
 from llavar_peft.recipe.validate import recipe_from_mapping, recipe_to_mapping, validate_recipe
 
 STAGE = {
@@ -50,7 +50,7 @@ def problems(mapping: Any) -> list[str]:
     return [line.strip() for line in lines]
 
 
-def test_a_sound_recipe_is_read() -> None:
+def test_a_valid_recipe_is_read() -> None:
     recipe = recipe_from_mapping(MAPPING, "recipe.yaml")
     assert recipe.stages[0].tune == Full()
     assert recipe.stages[0].data.records == "records.json"
@@ -69,7 +69,7 @@ def test_a_sound_recipe_is_read() -> None:
     )
 
 
-def test_the_broken_file_of_the_style_guide() -> None:
+def test_the_example_of_the_style_guide() -> None:
     stage = {**STAGE, "optim": {"learing_rate": 2e-5}}
     second = {**STAGE, "name": "two", "tune": {"type": "lora", "rnk": 8}, "epochs": "three", "max_steps": "three"}
     assert problems({**MAPPING, "stages": [stage, second]}) == [
@@ -100,7 +100,13 @@ def test_types_and_combinations_are_reported_together() -> None:
             {"stages__0__packing": 1},
             "stages.0.packing: expected true or false, got 1; write one of the two, without quotes",
         ),
-        ({"seed": -1}, "seed: expected an integer from 0 to 4294967295, got -1; take a smaller seed"),
+        (
+            {"seed": -1},
+            (
+                "seed: expected an integer from 0 to 4294967295, got -1; "
+                "use the default, 0, or another value in this range"
+            ),
+        ),
         ({"stages__0__max_steps": "1e3"}, "stages.0.max_steps: expected an integer, got '1e3'; write 1000"),
         ({"stages__0__epochs": True}, "stages.0.epochs: expected a number, got true; write a number such as 0.5"),
         (
@@ -133,14 +139,14 @@ def test_types_and_combinations_are_reported_together() -> None:
             {"stages__0__tune": {"rank": 8}},
             (
                 "stages.0.tune: expected one of projector, full, lora, got a mapping; "
-                "say which, e.g. tune: lora or tune: {type: lora, rank: 16}"
+                "write for example tune: lora or tune: {type: lora, rank: 16}"
             ),
         ),
         ({"stages__0__tune": {"type": "full", "rank": 8}}, "stages.0.tune.rank: unknown field; only tune: lora has it"),
         ({"stages__0__rank": 8}, "stages.0.rank: unknown field; it belongs at stages.N.tune.rank"),
         ({"stages__0": 7}, "stages.0: expected a mapping of fields, got 7; write its fields below it, indented"),
         ({"model": None}, "model: expected a mapping of fields, got nothing; write its fields below it, indented"),
-        ({"stages": []}, "stages: there is no stage; add one, for example projector_pretraining(...) or lora(...)"),
+        ({"stages": []}, "stages: expected at least one entry, got an empty list; add an entry"),
     ],
 )
 def test_wrong_types(values: dict[str, Any], expected: str) -> None:
@@ -197,7 +203,7 @@ def test_wrong_types(values: dict[str, Any], expected: str) -> None:
         ({"stages__0__name": "Model"}, "stages.0.name"),
     ],
 )
-def test_values_out_of_range_or_at_odds(values: dict[str, Any], where: str) -> None:
+def test_values_out_of_range_or_contradictory(values: dict[str, Any], where: str) -> None:
     assert [line.split(":")[0] for line in problems(changed(**values))] == [where]
 
 
@@ -216,8 +222,78 @@ def test_values_out_of_range_or_at_odds(values: dict[str, Any], where: str) -> N
         {"stages__0__name": "v1.2_a-b"},
     ],
 )
-def test_what_must_be_allowed(values: dict[str, Any]) -> None:
+def test_valid_combinations_are_accepted(values: dict[str, Any]) -> None:
     recipe_from_mapping(changed(**values), "recipe.yaml")
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        (
+            {"stages__0__optim__warmup_ratio": 1.5},
+            (
+                "stages.0.optim.warmup_ratio: expected a number from 0 to 1, got 1.5; "
+                "use the default, 0.03, or another value in this range"
+            ),
+        ),
+        (
+            {"stages__0__optim__learning_rate": "-2e-5"},
+            "stages.0.optim.learning_rate: expected a number above 0, got -2e-05; use a value in this range",
+        ),
+        (
+            {"stages__0__max_steps": 0},
+            "stages.0.max_steps: expected an integer of 1 or more, got 0; use a value in this range",
+        ),
+        (
+            {"stages__0__data__holdout": 1.5},
+            (
+                "stages.0.data.holdout: expected a share up to 1 or a whole number of records, got 1.5; "
+                "use for example 0.01 or 64"
+            ),
+        ),
+        (
+            {"output_dir": " "},
+            "output_dir: expected a non-blank string, got ' '; fill it in, or leave the field out if it is optional",
+        ),
+        (
+            {"stages__0__name": "a/b"},
+            "stages.0.name: expected a folder name, got 'a/b'; use at most 100 letters, digits, '-' and '_'",
+        ),
+        (
+            {"stages__0__tune": {"type": "lora", "target": ["q_prj"]}},
+            (
+                "stages.0.tune.target.0: expected one of 'q_proj', 'k_proj', 'v_proj', 'o_proj', 'gate_proj', "
+                "'up_proj', 'down_proj', got 'q_prj'; did you mean 'q_proj'?"
+            ),
+        ),
+        (
+            {"stages__0__tune": {"type": "lora", "target": 3}},
+            (
+                "stages.0.tune.target: expected one of 'all-linear', 'attention', 'mlp' or a list, got 3; "
+                "choose one of them"
+            ),
+        ),
+        (
+            {"stages__0__data__images": {"x": 1}},
+            "stages.0.data.images: expected a string or a list of strings, got a mapping; write a name",
+        ),
+        (
+            {"stages__0__gradient_checkpointing": []},
+            "stages.0.gradient_checkpointing: expected one of true, false, 'auto', got a list; choose one of them",
+        ),
+        (
+            {"stages__0__tune": {"type": "lora", "target": []}},
+            "stages.0.tune.target: expected at least one entry, got an empty list; add an entry",
+        ),
+    ],
+)
+def test_broken_constraints_of_single_fields(values: dict[str, Any], expected: str) -> None:
+    assert problems(changed(**values)) == [expected]
+
+
+def test_a_broken_constraint_hides_no_other_fault_and_causes_none() -> None:
+    values: dict[str, Any] = {"stages__0__max_length": 0, "stages__0__max_tokens": 100, "model__quantize": "nf4"}
+    assert [line.split(":")[0] for line in problems(changed(**values))] == ["stages.0.max_length", "stages.0.tune"]
 
 
 def test_stage_names_are_unique_without_case() -> None:
@@ -237,16 +313,16 @@ def test_integers_are_numbers() -> None:
     assert isinstance(epochs, float)
 
 
-def test_a_misspelt_field_hides_no_other_fault_and_causes_none() -> None:
+def test_a_misspelled_field_hides_no_other_fault_and_causes_none() -> None:
     mapping = changed(model={"language_model": "vicuna", "vison_tower": "clip"}, stages__0__epochs=0)
     assert problems(mapping) == [
         "model.vison_tower: unknown field; did you mean 'vision_tower'?",
-        "stages.0.epochs: expected a number above 0, got 0; write a positive, finite number",
+        "stages.0.epochs: expected a number above 0, got 0; use the default, 1.0, or another value in this range",
     ]
 
 
 @pytest.mark.parametrize("mapping", [None, [], "text", 3])
-def test_what_is_no_mapping(mapping: Any) -> None:
+def test_a_recipe_that_is_not_a_mapping_is_rejected(mapping: Any) -> None:
     assert len(problems(mapping)) == 1
 
 
@@ -258,18 +334,18 @@ def test_missing_fields() -> None:
     ]
 
 
-def test_an_alias_that_contains_itself_ends() -> None:
+def test_an_alias_that_contains_itself_is_rejected() -> None:
     stages: list[Any] = []
     stages.append(stages)
     assert problems({**MAPPING, "stages": stages})
 
 
-def test_values_that_yaml_makes_but_no_field_takes() -> None:
+def test_values_of_types_that_no_field_has_are_rejected() -> None:
     found = problems(changed(stages__0__name=datetime.date(2024, 1, 1), output_dir="\udcff"))
     assert [line.split(":")[0] for line in found] == ["stages.0.name", "output_dir"]
 
 
-def test_input_is_left_as_it_was() -> None:
+def test_the_input_is_not_changed() -> None:
     mapping = changed(stages__0__tune="lora", stages__0__epoch=3)
     before = copy.deepcopy(mapping)
     problems(mapping)
@@ -283,7 +359,7 @@ def recipe(**values: Any) -> Recipe:
     return dataclasses.replace(recipe_from_mapping(MAPPING, "recipe.yaml"), **values)
 
 
-def test_python_values_are_checked_and_mended() -> None:
+def test_python_values_are_checked_and_converted() -> None:
     stage = dataclasses.replace(recipe().stages[0], epochs=2, tune="lora", data=DataConfig(records=Path("a")))  # type: ignore[arg-type]
     given = recipe(stages=[stage], output_dir=Path("runs/y"))
     checked = validate_recipe(given)
@@ -305,12 +381,12 @@ def test_python_values_are_checked_and_mended() -> None:
         {"model": ModelConfig(checkpoint="x", quantize="nf4")},
     ],
 )
-def test_python_values_that_are_wrong(values: dict[str, Any]) -> None:
+def test_invalid_python_values_are_rejected(values: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match=r"^Recipe: 1 problem\n"):
         validate_recipe(recipe(**values))
 
 
-def test_what_is_no_recipe_at_all() -> None:
+def test_a_value_that_is_not_a_recipe_is_rejected() -> None:
     with pytest.raises(ConfigError, match="expected a Recipe, got dict"):
         validate_recipe(MAPPING)  # type: ignore[arg-type]
 
@@ -360,7 +436,7 @@ def test_round_trip_is_exact(value: Recipe) -> None:
     assert validate_recipe(value) == value
 
 
-def test_every_field_is_reached_by_its_path() -> None:
+def test_every_field_is_found_by_its_path() -> None:
     mapping = recipe_to_mapping(recipe())
     assert type_at(mapping, ("stages", 0, "optim", "learning_rate")) is float
     assert type_at(mapping, ("stages", 0, "tune", "rank")) is None

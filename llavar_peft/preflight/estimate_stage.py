@@ -1,4 +1,4 @@
-"""A stage's estimate, and which settings would make it fit."""
+"""The estimate of a stage, and the settings that would make it fit."""
 
 from __future__ import annotations
 
@@ -6,31 +6,31 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from llavar_peft.models.architecture import architecture
-from llavar_peft.preflight.estimate.estimate_memory import Memory, count, memory, trained
-from llavar_peft.preflight.estimate.estimate_work import (
+from llavar_peft.preflight.estimate_compute import (
     RecordLengths,
+    count_steps,
     flops_per_step,
     largest_pass,
     measure_records,
-    steps,
 )
+from llavar_peft.preflight.estimate_memory import Memory, count_parameters, count_trained, estimate_memory
 from llavar_peft.recipe.schema import Full, Lora, ModelConfig, Stage
 
 
 @dataclass(frozen=True, slots=True)
 class StageEstimate:
-    """What a stage will take.
+    """The resources that a stage needs.
 
     Attributes:
-        stage: Its name.
-        parameters: Of the model, adapters left out.
-        trained: That the stage trains.
-        memory: Of one GPU.
-        lengths: Of its records.
-        pass_tokens: Of the largest forward pass on a GPU.
-        step_tokens: Of an optimizer step, over all GPUs.
-        step_flops: Of an optimizer step, over all GPUs.
-        steps: Of the whole stage; None where its records are not here.
+        stage: The stage's name.
+        parameters: Number of parameters of the model, without adapters.
+        trained: Number of parameters that the stage trains.
+        memory: Memory of one GPU.
+        lengths: Lengths of the stage's records.
+        pass_tokens: Tokens of the largest forward pass on a GPU.
+        step_tokens: Tokens of an optimizer step, over all GPUs.
+        step_flops: Floating point operations of an optimizer step, over all GPUs.
+        steps: Number of optimizer steps; None if the records are missing.
     """
 
     stage: str
@@ -45,67 +45,64 @@ class StageEstimate:
 
 
 def estimate_stage(model: ModelConfig, stage: Stage, *, gpus: int = 1, sharded: bool | None = None) -> StageEstimate:
-    """Estimate a stage without opening a weight.
+    """Estimate a stage without reading weights, for GPUs that support bfloat16.
 
     Args:
         model: Where the model comes from and how it is stored.
         stage: The stage.
-        gpus: Number of them.
-        sharded: Whether the model is divided over them (FSDP, ZeRO-3); None does so with several.
-
-    Returns:
-        The estimate, for GPUs that have bfloat16.
+        gpus: Number of GPUs.
+        sharded: Whether the model is sharded over them (FSDP, ZeRO-3); None shards it over several GPUs.
 
     Raises:
-        ConfigError: The model's shape cannot be told.
-        DataError: The records are there and cannot be read.
+        ConfigError: The model's shape is unknown.
+        DataError: The records exist and cannot be read.
     """
     config = architecture(model)
     lengths = measure_records(stage, config)
-    counts = count(config, stage.tune)
+    counts = count_parameters(config, stage.tune)
     tokens = largest_pass(stage, lengths)
-    # At most what is not image: about a text's prompts and answers together.
-    spoken = max(1, round(tokens * (1 - lengths.images * config.image_seq_length / max(lengths.mean, 1.0))))
+    # An upper bound: all text, of which only the answers are supervised.
+    supervised = max(1, round(tokens * (1 - lengths.images * config.image_seq_length / max(lengths.mean, 1.0))))
     return StageEstimate(
         stage=stage.name,
         parameters=counts.whole,
-        trained=trained(config, stage.tune, counts),
-        memory=memory(
-            config, model, stage, tokens=tokens, supervised=spoken, gpus=gpus,
+        trained=count_trained(config, stage.tune, counts),
+        memory=estimate_memory(
+            config, model, stage, tokens=tokens, supervised=supervised, gpus=gpus,
             sharded=gpus > 1 if sharded is None else sharded,
         ),
         lengths=lengths,
         pass_tokens=tokens,
         step_tokens=stage.global_batch_size * lengths.mean,
         step_flops=flops_per_step(config, stage, counts, lengths),
-        steps=steps(stage, lengths),
+        steps=count_steps(stage, lengths),
     )  # fmt: skip
 
 
 def what_would_help(
     model: ModelConfig, stage: Stage, *, limit: int, gpus: int = 1, sharded: bool | None = None
 ) -> Iterator[tuple[str, int]]:
-    """Changes one setting after the other until the stage fits.
+    """Change one setting after the other until the stage fits.
 
     Args:
         model: Where the model comes from and how it is stored.
         stage: A stage that does not fit.
-        limit: Bytes that it may take.
-        gpus: Number of them.
+        limit: Available memory of a GPU, in bytes.
+        gpus: Number of GPUs.
         sharded: As for ``estimate_stage``.
 
     Yields:
-        What to set, and the peak with that and all before it; the last one fits, if any does.
+        The setting, and the peak memory with it and all before it; the last one fits, if any does.
     """
-    for what, model, stage in _changes(model, stage):  # noqa: B020, PLR1704 - each goes on from the one before
-        peak = estimate_stage(model, stage, gpus=gpus, sharded=sharded).memory.peak
-        yield what, peak
+    for setting, changed_model, changed_stage in _changes(model, stage):
+        peak = estimate_stage(changed_model, changed_stage, gpus=gpus, sharded=sharded).memory.peak
+        yield setting, peak
         if peak <= limit:
             return
 
 
 def _changes(model: ModelConfig, stage: Stage) -> Iterator[tuple[str, ModelConfig, Stage]]:
-    """First those that change no result."""
+    """Yield cumulative changes; those that do not change the result of training come first."""
     if stage.gradient_checkpointing is False:
         stage = replace(stage, gradient_checkpointing=True)
         yield "gradient_checkpointing: true", model, stage

@@ -1,4 +1,4 @@
-"""How long the records are, and what computing on them comes to."""
+"""The lengths of a stage's records, and the number of steps and operations that follow from them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 from llavar_peft.data.record_store import open_records
 from llavar_peft.data.training_dataset import image_count, text_tokens
 from llavar_peft.models.llavar_config import LlavarConfig
-from llavar_peft.preflight.estimate.estimate_memory import Counts
+from llavar_peft.preflight.estimate_memory import Counts
 from llavar_peft.recipe.schema import Full, Stage
 
 _SAMPLE = 2000
@@ -18,14 +18,14 @@ _SAMPLE = 2000
 
 @dataclass(frozen=True, slots=True)
 class RecordLengths:
-    """Of a stage's records.
+    """Lengths of a stage's records, estimated from a sample.
 
     Attributes:
-        records: Their number; None where they are not here, and each is taken to be as long as the stage allows.
-        mean: Tokens of one, on average.
-        longest: Tokens of the longest looked at.
-        squares: Mean square of the tokens.
-        images: Images of one, on average.
+        records: Number of records; None if the files are missing, and then every record has the maximum length.
+        mean: Mean number of tokens per record.
+        longest: Number of tokens of the longest record.
+        squares: Mean of the squared number of tokens.
+        images: Mean number of images per record.
     """
 
     records: int | None
@@ -36,17 +36,10 @@ class RecordLengths:
 
 
 def measure_records(stage: Stage, config: LlavarConfig) -> RecordLengths:
-    """Look at a stage's records, or at some of them.
-
-    Args:
-        stage: The stage.
-        config: The model's.
-
-    Returns:
-        Their lengths, text taken at four bytes a token.
+    """Return the lengths of a stage's records, with four bytes of text counted as one token.
 
     Raises:
-        DataError: The files are there and are not records.
+        DataError: The files exist and are not records.
     """
     given = stage.data.records
     paths = (given,) if isinstance(given, str) else given
@@ -54,26 +47,25 @@ def measure_records(stage: Stage, config: LlavarConfig) -> RecordLengths:
         most = stage.max_length
         return RecordLengths(None, most, most, most**2, 1.0)
     records = open_records(paths)
-    places = range(0, len(records), max(1, len(records) // _SAMPLE))
+    sample = [records[place] for place in range(0, len(records), max(1, len(records) // _SAMPLE))]
     image = config.image_seq_length + 2 * bool(config.use_im_start_end)
-    images = [image_count(records[place]) for place in places]
+    images = [image_count(record) for record in sample]
     lengths = [
-        min(text_tokens(records[place]) + image * count, stage.max_length)
-        for place, count in zip(places, images, strict=True)
+        min(text_tokens(record) + image * count, stage.max_length) for record, count in zip(sample, images, strict=True)
     ]
     return RecordLengths(
-        len(records), _mean(lengths), max(lengths), _mean(one**2 for one in lengths), _mean(images)
+        len(records), _mean(lengths), max(lengths), _mean(length**2 for length in lengths), _mean(images)
     )  # fmt: skip
 
 
 def largest_pass(stage: Stage, lengths: RecordLengths) -> int:
-    """Tokens of the largest forward pass on a GPU: the longest records together."""
+    """Return the number of tokens of the largest forward pass on a GPU, which has the longest records."""
     most = stage.micro_batch_size * lengths.longest
     return most if stage.max_tokens is None or not stage.packing else min(most, max(stage.max_tokens, lengths.longest))
 
 
-def steps(stage: Stage, lengths: RecordLengths) -> int | None:
-    """Optimizer steps of a stage; None where the records are not here to be counted."""
+def count_steps(stage: Stage, lengths: RecordLengths) -> int | None:
+    """Return the number of optimizer steps of a stage, or None if its records are missing."""
     if stage.max_steps is not None:
         return stage.max_steps
     if lengths.records is None:
@@ -83,35 +75,29 @@ def steps(stage: Stage, lengths: RecordLengths) -> int | None:
 
 
 def flops_per_step(config: LlavarConfig, stage: Stage, counts: Counts, lengths: RecordLengths) -> float:
-    """Floating point operations of an optimizer step, over all GPUs; a multiplication with its addition is two.
+    """Return the floating point operations of an optimizer step, over all GPUs.
 
-    Args:
-        config: The model's.
-        stage: The stage.
-        counts: The model's.
-        lengths: Of its records.
-
-    Returns:
-        What the model takes, with what is computed twice where activations are not kept.
+    A multiplication with its addition counts as two. Operations that are repeated because activations are recomputed
+    are included.
     """
     text, vision = config.text_config, config.vision_config
     linear = 2.0 * counts.linear * lengths.mean
-    # Queries by keys and probabilities by values, of which a causal mask leaves half.
+    # Queries by keys and probabilities by values; a causal mask halves both.
     attention = 2.0 * text.num_hidden_layers * text.hidden_size * lengths.squares
     forward = linear + attention
     weights = linear if isinstance(stage.tune, Full) else 0.0
-    again = forward if stage.gradient_checkpointing is True else 0.0
+    recomputed = forward if stage.gradient_checkpointing is True else 0.0
     adapters = 6.0 * counts.adapters * lengths.mean
     patches = config.image_seq_length + 1
     used = (vision.num_hidden_layers + 1 + config.vision_feature_layer) / vision.num_hidden_layers
     tower = lengths.images * used * (
         2.0 * counts.tower * patches + 4.0 * vision.num_hidden_layers * vision.hidden_size * patches**2
     )  # fmt: skip
-    spoken = max(0.0, lengths.mean - lengths.images * config.image_seq_length)
-    head = (6.0 if isinstance(stage.tune, Full) else 4.0) * text.vocab_size * text.hidden_size * spoken
+    text_length = max(0.0, lengths.mean - lengths.images * config.image_seq_length)
+    head = (6.0 if isinstance(stage.tune, Full) else 4.0) * text.vocab_size * text.hidden_size * text_length
     backward = linear + 2.5 * attention
-    each: float = forward + backward + weights + again + adapters + tower + head
-    return stage.global_batch_size * each
+    total: float = forward + backward + weights + recomputed + adapters + tower + head
+    return stage.global_batch_size * total
 
 
 def _mean(values: Iterable[float]) -> float:

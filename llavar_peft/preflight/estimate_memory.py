@@ -1,4 +1,4 @@
-"""Memory by part, of one GPU at its fullest moment."""
+"""The memory of one GPU at its peak, by part."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from llavar_peft.models.build import expected_shapes
 from llavar_peft.models.chunked_loss import CHUNK
 from llavar_peft.models.llavar_config import LlavarConfig
 from llavar_peft.models.tuning import TRAINED_ROWS, target_layers
-from llavar_peft.preflight.estimate.layer_cost import layer_cost
+from llavar_peft.preflight.estimate_layer import layer_cost
 from llavar_peft.recipe.schema import Dtype, Full, Lora, ModelConfig, Precision, Projector, Quantization, Stage, Tune
 
 _NF4 = 0.5 + 1 / 64 + 4 / (64 * 256)
-"""Bytes a weight: 4 bits, a scale of a byte for 64 of them, and one of float32 for 256 of those scales."""
+"""Bytes per weight: 4 bits, one byte of scale per 64 weights, and one float32 scale per 256 of those scales."""
 _STATES = {"adamw": 8.0, "adamw_8bit": 2.0 + 8 / 256, "paged_adamw_8bit": 2.0 + 8 / 256}
-"""Bytes a trained weight: two moments, in 8 bits with a scale of float32 for 256."""
+"""Bytes per trained weight: two moments, in float32 or in 8 bits with a float32 scale per 256."""
 _LAYERS = "model.language_model.layers."
 
 
@@ -28,12 +28,12 @@ class Memory:
     """Bytes on one GPU.
 
     Attributes:
-        weights: All of them, as they are stored.
-        gradients: Of what is trained, in float32.
-        optimizer: Its moments.
-        activations: What the backward pass needs, and what it makes on its way.
-        logits: Of a chunk of positions, and the head's gradient.
-        other: What the engine gathers or copies, or the optimizer's scratch where that is more.
+        weights: All weights, in their storage format.
+        gradients: Gradients of the trained weights, in float32.
+        optimizer: The optimizer's moments.
+        activations: Tensors kept for the backward pass, and temporary ones of the layer in progress.
+        logits: Logits of a chunk of positions, and the gradient of ``lm_head``.
+        other: Weights gathered or gradients copied for communication, or the optimizer's temporary memory if larger.
     """
 
     weights: int
@@ -45,21 +45,21 @@ class Memory:
 
     @property
     def peak(self) -> int:
-        """All of it. CUDA itself takes about a GiB more, which PyTorch does not count."""
+        """The sum of all parts, without about 1 GiB that CUDA itself uses and PyTorch does not count."""
         return self.weights + self.gradients + self.optimizer + self.activations + self.logits + self.other
 
 
 @dataclass(frozen=True, slots=True)
 class Counts:
-    """Parameters by what happens to them.
+    """Numbers of parameters.
 
     Attributes:
         linear: The language model's linear layers, which can be quantized.
-        norms: The language model's other parameters in its layers.
-        head: Input embeddings and head.
+        norms: All other parameters of the language model's layers.
+        head: Input embeddings and ``lm_head``.
         tower: The vision tower.
         projector: The projector.
-        adapters: What the stage adds.
+        adapters: The adapters that the stage adds.
     """
 
     linear: int
@@ -71,20 +71,12 @@ class Counts:
 
     @property
     def whole(self) -> int:
-        """All but adapters."""
+        """All parameters except adapters."""
         return self.linear + self.norms + self.head + self.tower + self.projector
 
 
-def count(config: LlavarConfig, tune: Tune) -> Counts:
-    """Count a model's parameters.
-
-    Args:
-        config: The model's.
-        tune: What the stage trains.
-
-    Returns:
-        The counts.
-    """
+def count_parameters(config: LlavarConfig, tune: Tune) -> Counts:
+    """Count a model's parameters."""
     sums = dict.fromkeys(("linear", "norms", "head", "tower", "projector", "adapters"), 0)
     targets = target_layers(tune) if isinstance(tune, Lora) else ()
     for name, shape in expected_shapes(config).items():
@@ -103,17 +95,8 @@ def count(config: LlavarConfig, tune: Tune) -> Counts:
     return Counts(**sums)
 
 
-def trained(config: LlavarConfig, tune: Tune, counts: Counts) -> int:
-    """How many parameters a stage trains.
-
-    Args:
-        config: The model's.
-        tune: What the stage trains.
-        counts: The model's.
-
-    Returns:
-        The number.
-    """
+def count_trained(config: LlavarConfig, tune: Tune, counts: Counts) -> int:
+    """Return the number of parameters that a stage trains."""
     rows: int = TRAINED_ROWS * config.text_config.hidden_size * bool(config.use_im_start_end)
     if isinstance(tune, Full):
         return counts.whole - counts.tower
@@ -123,34 +106,31 @@ def trained(config: LlavarConfig, tune: Tune, counts: Counts) -> int:
     return counts.adapters + counts.projector * tune.train_projector + with_rows
 
 
-def memory(
+def estimate_memory(
     config: LlavarConfig, model: ModelConfig, stage: Stage, *, tokens: int, supervised: int, gpus: int, sharded: bool
 ) -> Memory:
-    """Add up what one GPU holds at its fullest.
+    """Estimate the memory of one GPU at its peak.
 
     Args:
-        config: The model's.
-        model: How its base is stored.
+        config: The model's configuration.
+        model: How its weights are stored.
         stage: What is trained.
-        tokens: Of the largest forward pass on a GPU.
-        supervised: Positions among them that have a label.
-        gpus: Number of them.
-        sharded: Whether weights, gradients and states are divided among them, layer by layer.
-
-    Returns:
-        The parts.
+        tokens: Tokens of the largest forward pass on a GPU.
+        supervised: Number of these tokens that have a label.
+        gpus: Number of GPUs.
+        sharded: Whether weights, gradients and optimizer states are sharded over them, layer by layer.
     """
-    counts = count(config, stage.tune)
-    learnt = trained(config, stage.tune, counts)
+    counts = count_parameters(config, stage.tune)
+    trained = count_trained(config, stage.tune, counts)
     weights, compute = storage_dtype(model.dtype), compute_dtype(stage.precision)
     shards = gpus if sharded else 1
-    gradients = 4 * learnt / shards
-    states = _STATES[stage.optim.optimizer] * learnt / shards
+    gradients = 4 * trained / shards
+    states = _STATES[stage.optim.optimizer] * trained / shards
     activations = _activations(config, stage, weights, compute, tokens, sharded=sharded)
     logits = _logits(config, stage.tune, compute, supervised)
     other = _gathered(config, counts, stage.tune, compute) if sharded else (gradients if gpus > 1 else 0.0)
-    # The step's scratch, a number for each trained one, comes when activations and logits are gone.
-    other = max(other, 4 * learnt / shards - activations - logits)
+    # The optimizer's temporary memory, a number per trained weight, is needed after activations and logits are freed.
+    other = max(other, 4 * trained / shards - activations - logits)
     return Memory(
         weights=round(_stored(counts, stage.tune, weights, model.quantize) / shards),
         gradients=round(gradients),
@@ -162,12 +142,12 @@ def memory(
 
 
 def storage_dtype(dtype: Dtype) -> torch.dtype:
-    """What ``auto`` weights are on a GPU of today."""
+    """Return the dtype of the weights on a GPU that supports bfloat16."""
     return {"float32": torch.float32, "float16": torch.float16}.get(dtype, torch.bfloat16)
 
 
 def compute_dtype(precision: Precision) -> torch.dtype | None:
-    """What a GPU of today computes in; None is in the weights' own."""
+    """Return the autocast dtype on a GPU that supports bfloat16; None computes in the weights' dtype."""
     return {"fp32": None, "fp16": torch.float16}.get(precision, torch.bfloat16)
 
 
@@ -179,7 +159,7 @@ def _stored(counts: Counts, tune: Tune, weights: torch.dtype, quantize: Quantiza
     frozen = counts.linear * linear + (counts.norms + counts.head + counts.tower) * each
     if isinstance(tune, Projector):
         return frozen + 4.0 * counts.projector
-    # peft trains a copy of the projector.
+    # peft trains a copy of the projector and keeps the original.
     return frozen + counts.projector * (each + 4.0 * tune.train_projector) + 4.0 * counts.adapters
 
 
@@ -194,7 +174,7 @@ def _activations(
 ) -> float:
     cost = layer_cost(config, stage.tune, weights=weights, autocast=None if compute == weights else compute)
     if sharded:
-        cost = dataclasses.replace(cost, constant=0)  # gathered in half precision already
+        cost = dataclasses.replace(cost, constant=0)  # sharded weights are gathered in half precision already
     layers: int = config.text_config.num_hidden_layers
     if stage.gradient_checkpointing is False:
         return layers * cost.kept(tokens) + cost.per_token * tokens
@@ -205,11 +185,11 @@ def _logits(config: LlavarConfig, tune: Tune, compute: torch.dtype | None, super
     words: int = config.text_config.vocab_size
     width: int = config.text_config.hidden_size
     half = compute is not None
-    # Float32, and as much again while their largest is taken out of them.
+    # In float32, and twice: the softmax subtracts their maximum.
     chunk = min(CHUNK, supervised) * words * 8
     if not isinstance(tune, Full):
         return float(chunk)
-    # Its gradient, summed in float32, before it is added to what the parameter has; and the head as it is computed in.
+    # The gradient of lm_head, summed in float32 before it is added to the parameter's, and its half precision copy.
     return float(chunk + words * width * (4 + 2 * half))
 
 
