@@ -1,4 +1,4 @@
-"""JSON Lines that a run may still be writing, read with each fault named by its place."""
+"""Read JSON Lines files that a run may still be writing, and report each fault with its place."""
 
 from __future__ import annotations
 
@@ -9,24 +9,24 @@ from typing import cast
 
 from llavar_peft.errors import DataError, LlavarError
 
-MEND_LINE = "take the line out, or fetch the file again from the run"
+FIX_LINE = "remove the line, or copy the file from the run again"
 
 
 class JsonRecord:
-    """One JSON object with its place in the files.
+    """A JSON object with its place in a file.
 
-    Each method returns one field, checked, and raises ``DataError`` with the place and the key.
+    Each method returns one field and raises ``DataError``, with the place and the key, if it has the wrong type.
     """
 
     def __init__(self, value: object, where: str) -> None:
         if not isinstance(value, dict):
-            raise DataError.at(where, f"expected an object, got {type(value).__name__}", MEND_LINE)
+            raise DataError.at(where, f"wrong type (got {type(value).__name__}, expected an object)", FIX_LINE)
         self._value = cast("Mapping[str, object]", value)
         self.where = where
 
     def _fault(self, key: str, expected: str) -> LlavarError:
-        got = repr(self._value[key]) if key in self._value else "nothing"
-        return DataError.at(f"{self.where}:{key}", f"expected {expected}, got {got[:80]}", MEND_LINE)
+        got = repr(self._value[key])[:80] if key in self._value else "nothing"
+        return DataError.at(f"{self.where}:{key}", f"wrong value (got {got}, expected {expected})", FIX_LINE)
 
     def text(self, key: str) -> str:
         """Return a string."""
@@ -36,7 +36,7 @@ class JsonRecord:
         return value
 
     def optional_text(self, key: str) -> str | None:
-        """Return a string, or None where there is none."""
+        """Return a string, or None if it is missing or null."""
         return None if self._value.get(key) is None else self.text(key)
 
     def integer(self, key: str) -> int:
@@ -47,14 +47,14 @@ class JsonRecord:
         return value
 
     def number(self, key: str) -> float:
-        """Return a number; NaN and the infinities are numbers."""
+        """Return a number, which may be NaN or infinite."""
         value = self._value.get(key)
         if not isinstance(value, int | float) or isinstance(value, bool):
             raise self._fault(key, "a number")
         return float(value)
 
     def optional_number(self, key: str) -> float | None:
-        """Return a number, or None where there is none."""
+        """Return a number, or None if it is missing or null."""
         return None if self._value.get(key) is None else self.number(key)
 
     def flag(self, key: str) -> bool:
@@ -64,7 +64,7 @@ class JsonRecord:
         return bool(self._value[key])
 
     def records(self, key: str) -> Iterator[JsonRecord]:
-        """Yield the objects of a list, which may be absent."""
+        """Yield the objects of a list, which may be missing."""
         value = self._value.get(key)
         if value is not None and not isinstance(value, list):
             raise self._fault(key, "a list")
@@ -73,16 +73,16 @@ class JsonRecord:
 
 
 def read_lines(path: Path) -> Iterator[JsonRecord]:
-    """Yield the objects of a JSON Lines file; an unfinished last line is left out."""
+    """Yield the objects of a JSON Lines file, without an incomplete last line."""
     if not path.is_file():
         return
     lines = [(number, line) for number, line in enumerate(path.read_bytes().split(b"\n"), 1) if line.strip()]
-    for place, (number, line) in enumerate(lines, 1):
+    for position, (number, line) in enumerate(lines, 1):
         where = f"{path}:{number}"
         try:
             value = json.loads(line.decode("utf-8"))
         except ValueError as error:
-            if place == len(lines):
+            if position == len(lines):
                 return
-            raise DataError.at(where, f"not a line of JSON ({error})", MEND_LINE) from error
+            raise DataError.at(where, f"not valid JSON ({error})", FIX_LINE) from error
         yield JsonRecord(value, where)
