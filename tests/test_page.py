@@ -242,20 +242,24 @@ def test_a_malformed_line_is_reported(run: Path) -> None:
         (
             "metrics.jsonl",
             {"step": "1", "loss": 1.0},
-            r"metrics\.jsonl:41:step: wrong value \(got '1', expected an integer",
+            r"metrics\.jsonl:41: .*Expected `int`, got `str` - at `\$\.step`",
         ),
-        ("metrics.jsonl", {"step": 1}, r"metrics\.jsonl:41:loss: wrong value \(got nothing, expected a number"),
+        ("metrics.jsonl", {"step": 1}, r"metrics\.jsonl:41: .*missing required field `loss`"),
         (
             "probe.jsonl",
             look(9, "later", 0.1, []),
-            r"probe\.jsonl:4:when: wrong value .* expected one of start, step, end",
+            r"probe\.jsonl:4: .*'later' - at `\$\.when`",
         ),
         (
             "probe.jsonl",
             look(9, "step", 0.1, [sample(1, "x", correct=1)]),
-            r"samples\.0:correct: wrong value .*expected true or",
+            r"Expected `bool`, got `int` - at `\$\.samples\[0\]\.correct`",
         ),
-        ("dropped.jsonl", {"id": "1", "reason": None}, r"dropped\.jsonl:\d:reason: wrong value .*expected a string"),
+        (
+            "dropped.jsonl",
+            {"id": "1", "reason": None},
+            r"dropped\.jsonl:\d: .*Expected `str`, got `null` - at `\$\.reason`",
+        ),
     ],
 )
 def test_a_wrong_value_is_reported(run: Path, name: str, line: dict[str, Any], said: str) -> None:

@@ -7,15 +7,19 @@ are not.
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, cast
+from typing import Literal, TypeVar
+
+import msgspec
 
 from llavar_peft.errors import DataError
-from llavar_peft.page.json_lines import FIX_LINE, JsonRecord, read_lines
 
 When = Literal["start", "step", "end"]
 _WHENS = ("start", "step", "end")
+_T = TypeVar("_T")
+_FIX_LINE = "remove the line, or copy the file from the run again"
 _FIX_FILE = "restore the file that the run wrote, or remove it"
 
 
@@ -33,12 +37,12 @@ class StepLine:
 
     step: int
     loss: float
-    learning_rate: float | None
-    epoch: float | None
-    tokens: float | None
-    supervised_tokens: float | None
-    seconds: float | None
-    peak_memory_mb: float | None
+    learning_rate: float | None = None
+    epoch: float | None = None
+    tokens: float | None = None
+    supervised_tokens: float | None = None
+    seconds: float | None = None
+    peak_memory_mb: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,11 +50,11 @@ class Sample:
     """The answer to one held-out question; ``image`` is relative to the folder of the stage."""
 
     id: str
-    image: str | None
     question: str
     truth: str
     answer: str
     correct: bool
+    image: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,12 +63,20 @@ class ProbeLog:
 
     step: int
     when: When
-    held_out_loss: float | None
-    exact_match: float | None
-    character_accuracy: float | None
     count: int
-    blank_exact_match: float | None
-    samples: tuple[Sample, ...]
+    held_out_loss: float | None = None
+    exact_match: float | None = None
+    character_accuracy: float | None = None
+    blank_exact_match: float | None = None
+    samples: tuple[Sample, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class DroppedRecord:
+    """A record that was left out of training."""
+
+    id: str
+    reason: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,55 +101,32 @@ class RunLog:
     remarks: tuple[str, ...]
 
 
-def _step_line(record: JsonRecord) -> StepLine:
-    return StepLine(
-        step=record.integer("step"),
-        loss=record.number("loss"),
-        learning_rate=record.optional_number("learning_rate"),
-        epoch=record.optional_number("epoch"),
-        tokens=record.optional_number("tokens"),
-        supervised_tokens=record.optional_number("supervised_tokens"),
-        seconds=record.optional_number("seconds"),
-        peak_memory_mb=record.optional_number("peak_memory_mb"),
-    )
-
-
-def _probe(record: JsonRecord) -> ProbeLog:
-    when = record.text("when")
-    if when not in _WHENS:
-        raise DataError.at(
-            f"{record.where}:when", f"wrong value (got {when!r}, expected one of {', '.join(_WHENS)})", FIX_LINE
-        )
-    samples = tuple(
-        Sample(
-            id=item.text("id"),
-            image=item.optional_text("image"),
-            question=item.text("question"),
-            truth=item.text("truth"),
-            answer=item.text("answer"),
-            correct=item.flag("correct"),
-        )
-        for item in record.records("samples")
-    )
-    return ProbeLog(
-        step=record.integer("step"),
-        when=cast("When", when),
-        held_out_loss=record.optional_number("held_out_loss"),
-        exact_match=record.optional_number("exact_match"),
-        character_accuracy=record.optional_number("character_accuracy"),
-        count=record.integer("count"),
-        blank_exact_match=record.optional_number("blank_exact_match"),
-        samples=samples,
-    )
+def _read_lines(path: Path, kind: type[_T]) -> Iterator[_T]:
+    """Yield the lines of a JSON Lines file as ``kind``, without an incomplete last line."""
+    if not path.is_file():
+        return
+    lines = [(number, line) for number, line in enumerate(path.read_bytes().split(b"\n"), 1) if line.strip()]
+    for position, (number, line) in enumerate(lines, 1):
+        where = f"{path}:{number}"
+        try:
+            value = json.loads(line.decode("utf-8"))
+        except ValueError as error:
+            if position == len(lines):
+                return
+            raise DataError.at(where, f"not valid JSON ({error})", _FIX_LINE) from error
+        try:
+            yield msgspec.convert(value, kind)
+        except msgspec.ValidationError as error:
+            raise DataError.at(where, f"unexpected content ({error})", _FIX_LINE) from error
 
 
 def read_stage(folder: Path) -> StageLog:
     """Read the folder of a stage. If a resumed stage wrote a step or a probe twice, the later line counts."""
-    steps = {line.step: line for line in map(_step_line, read_lines(folder / "metrics.jsonl"))}
-    probes = {(one.step, _WHENS.index(one.when)): one for one in map(_probe, read_lines(folder / "probe.jsonl"))}
+    steps = {line.step: line for line in _read_lines(folder / "metrics.jsonl", StepLine)}
+    probes = {(one.step, _WHENS.index(one.when)): one for one in _read_lines(folder / "probe.jsonl", ProbeLog)}
     # Each rank of a run on several devices writes its own file: dropped.jsonl, dropped.rank1.jsonl, ...
-    lines = (item for path in sorted(folder.glob("dropped*.jsonl")) for item in read_lines(path))
-    dropped = {item.text("id"): item.text("reason") for item in lines}
+    files = sorted(folder.glob("dropped*.jsonl"))
+    dropped = {one.id: one.reason for path in files for one in _read_lines(path, DroppedRecord)}
     return StageLog(
         name=folder.name,
         folder=folder,
