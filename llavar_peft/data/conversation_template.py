@@ -100,16 +100,13 @@ def image_block(tokens: int, *, use_im_start_end: bool) -> str:
 
 
 CHAT_TEMPLATE: Final = (
-    """\
-{%- macro words(content) -%}
+    r"""{%- macro words(content) -%}
     {%- if content is string -%}
         {{- content -}}
     {%- else -%}
         {%- for part in content -%}
-            {%- if not loop.first and 'image' in (part['type'], loop.previtem['type']) -%}{{- '\\n' -}}{%- endif -%}
-            {{- '"""
-    + IMAGE_PLACEHOLDER
-    + """' if part['type'] == 'image' else part['text'] -}}
+            {%- if not loop.first and 'image' in (part['type'], loop.previtem['type']) -%}{{- '\n' -}}{%- endif -%}
+            {{- 'IMAGE_PLACEHOLDER' if part['type'] == 'image' else part['text'] -}}
         {%- endfor -%}
     {%- endif -%}
 {%- endmacro -%}
@@ -117,9 +114,7 @@ CHAT_TEMPLATE: Final = (
     {{- words(messages[0]['content']) + ' ' -}}
     {%- set messages = messages[1:] -%}
 {%- else -%}
-    {{- '"""
-    + SYSTEM_PROMPT
-    + """ ' -}}
+    {{- 'SYSTEM_PROMPT ' -}}
 {%- endif -%}
 {%- for message in messages -%}
     {%- if (message['role'] == 'user') != (loop.index0 % 2 == 0) -%}
@@ -127,22 +122,18 @@ CHAT_TEMPLATE: Final = (
     {%- endif -%}
     {%- set text = words(message['content']) -%}
     {%- if message['role'] == 'user' -%}
-        {{- '"""
-    + USER_ROLE
-    + """:' + (' ' + text + ' ' if text else '') -}}
+        {{- 'USER_ROLE:' + (' ' + text + ' ' if text else '') -}}
     {%- else -%}
-        {{- '"""
-    + ASSISTANT_ROLE
-    + """:' -}}
-        {%- generation -%}{{- ' ' + text + '"""
-    + EOS_TOKEN
-    + """' if text else '' -}}{%- endgeneration -%}
+        {{- 'ASSISTANT_ROLE:' -}}
+        {%- generation -%}{{- ' ' + text + 'EOS_TOKEN' if text else '' -}}{%- endgeneration -%}
     {%- endif -%}
 {%- endfor -%}
-{%- if add_generation_prompt -%}{{- '"""
-    + ASSISTANT_ROLE
-    + """:' -}}{%- endif -%}
-"""
+{%- if add_generation_prompt -%}{{- 'ASSISTANT_ROLE:' -}}{%- endif -%}
+""".replace("SYSTEM_PROMPT", SYSTEM_PROMPT)
+    .replace("IMAGE_PLACEHOLDER", IMAGE_PLACEHOLDER)
+    .replace("USER_ROLE", USER_ROLE)
+    .replace("ASSISTANT_ROLE", ASSISTANT_ROLE)
+    .replace("EOS_TOKEN", EOS_TOKEN)
 )
 """The same format as a Jinja template for ``apply_chat_template``; answers are marked as generated.
 
