@@ -237,7 +237,7 @@ def test_a_malformed_line_is_reported(run: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "line", "said"),
+    ("name", "line", "message"),
     [
         (
             "metrics.jsonl",
@@ -262,9 +262,9 @@ def test_a_malformed_line_is_reported(run: Path) -> None:
         ),
     ],
 )
-def test_a_wrong_value_is_reported(run: Path, name: str, line: dict[str, Any], said: str) -> None:
+def test_a_wrong_value_is_reported(run: Path, name: str, line: dict[str, Any], message: str) -> None:
     append(run / "one" / name, line)
-    with pytest.raises(DataError, match=said):
+    with pytest.raises(DataError, match=message):
         write_run_page(run)
 
 

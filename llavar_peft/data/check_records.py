@@ -134,7 +134,7 @@ def check_records(
                 progress(indices.stop, total)
     if images.without_folder:
         what = f"the records name {len(images.without_folder)} images, and no image folder was given"
-        fix = "give the folder that the image paths start from"
+        fix = "give the folder that the image paths start from (--images)"
         faults.append(RecordFinding(store.where(0), what, fix, "no_image_folder", 0))
     return RecordReport(total, images.opened, tuple(faults), tuple(_duplicates(store, repeated)))
 
@@ -217,7 +217,11 @@ def _content_faults(conversation: Conversation) -> Iterator[tuple[Kind, str, str
         yield "last_turn", "the last turn is from 'human' and has no answer", "add the answer, or remove the last turn"
     empty = sum(not answer.strip() for answer in answers)
     if empty:
-        yield "empty_answer", f"{empty} of {len(answers)} answers are empty", "write them, or remove the record"
+        yield (
+            "empty_answer",
+            f"{empty} of {len(answers)} answers {'is' if empty == 1 else 'are'} empty",
+            "write them, or remove the record",
+        )
 
 
 def _image_findings(

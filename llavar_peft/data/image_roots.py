@@ -98,12 +98,14 @@ class ImageRoots:
             )
 
     def _missing(self, path: str, *, guess: bool) -> LlavarError:
-        similar = [name for root in self.roots for name in _similar(root, path)] if guess else []
+        if any(os.path.isdir(os.path.join(root, path)) for root in self.roots):
+            return ImageError.at(path, "is a folder, expected an image", "give the path of a file")
         folders = ", ".join(str(root) for root in self.roots)
-        hint = f" (found instead: {similar[0]})" if similar else ""
-        is_folder = any(os.path.isdir(os.path.join(root, path)) for root in self.roots)
-        what = "is a folder, expected an image" if is_folder else f"is in none of the image folders {folders}{hint}"
-        return ImageError.at(path, what, "add the image, correct its path, or add the folder that contains it")
+        what = f"is in none of the image folders (searched {folders})"
+        fix = "add the image, correct its path, or add the folder that contains it"
+        if similar := [name for root in self.roots for name in _similar(root, path)] if guess else []:
+            fix = f"if {similar[0]} is meant, correct the path; otherwise add the image or the folder that contains it"
+        return ImageError.at(path, what, fix)
 
 
 def _similar(root: Path, path: str) -> Sequence[str]:

@@ -234,7 +234,7 @@ def _scan_lines(file: mmap.mmap, start: int) -> npt.NDArray[np.uint64]:
 
 
 def _malformed(where: str, text: bytes | memoryview, error: Exception) -> LlavarError:
-    """Return an error with the position at which the text stops being JSON, as far as it is known."""
+    """Return an error with the position of the syntax error, as far as it is known."""
     if isinstance(error, RecursionError):
         return DataError.at(where, "the JSON is nested too deeply", "remove the record")
     found = re.search(r"\(byte (\d+)\)", str(error))

@@ -398,11 +398,11 @@ def test_the_first_folder_with_the_file_is_used(roots: ImageRoots, tmp_path: Pat
 @pytest.mark.parametrize(
     ("path", "hint"),
     [
-        ("train/A.PNG", "found instead: train/a.png"),
-        ("train/b.jpg", "found instead: train/b.png"),
-        ("train\\b.png", "found instead: train/b.png"),
-        ("train/ab.png", r"two\. Fix|found instead"),
-        ("nowhere/x.png", r"two\. Fix"),
+        ("train/A.PNG", "if train/a.png is meant"),
+        ("train/b.jpg", "if train/b.png is meant"),
+        ("train\\b.png", "if train/b.png is meant"),
+        ("train/ab.png", r"if train/[ab]\.png is meant"),
+        ("nowhere/x.png", r"two\)\. Fix: add the image"),
         ("train", "is a folder"),
     ],
 )
