@@ -93,7 +93,7 @@ def _checked(image: Image.Image, where: str) -> Image.Image:
             "scale it down",
         )
     if not width or not height:
-        raise ImageError.at(where, f"the image has no pixels ({width} x {height})", "replace or remove it")
+        raise ImageError.at(where, f"the image has no pixels (got {width} x {height})", "replace or remove it")
     try:
         # An MPO file is one photograph with previews or depth maps; its first frame is the image.
         frames = 1 if image.format == "MPO" else int(getattr(image, "n_frames", 1))
@@ -106,7 +106,7 @@ def _checked(image: Image.Image, where: str) -> Image.Image:
     raise ImageError.at(
         where,
         f"the file is an animation or document (got {frames} frames, expected 1)",
-        "save the frame to use as a file",
+        "save the frame that you need as a file",
     )
 
 

@@ -11,7 +11,7 @@ from PIL import Image
 
 from llavar_peft.data import image_roots
 from llavar_peft.data.check_records import check_records, preflight
-from llavar_peft.data.image_preparation import ImageRoots
+from llavar_peft.data.image_roots import ImageRoots
 from llavar_peft.data.record_store import RecordStore, open_records
 
 

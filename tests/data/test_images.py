@@ -20,8 +20,9 @@ from hypothesis import strategies as st
 from PIL import Image, ImageFile, ImageOps
 from transformers import CLIPImageProcessorPil
 
-from llavar_peft.data.image_files import MAX_PIXELS
-from llavar_peft.data.image_preparation import ImageRoots, image_token_count, open_image, prepare_image
+from llavar_peft.data.image_files import MAX_PIXELS, open_image
+from llavar_peft.data.image_preparation import image_token_count, prepare_image
+from llavar_peft.data.image_roots import ImageRoots
 from llavar_peft.errors import ConfigError, ImageError
 from llavar_peft.types import ImageMode
 
