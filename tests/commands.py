@@ -1,4 +1,4 @@
-"""The command line in processes of its own that have everything imported: forked from one that did nothing else.
+"""Run the command line in processes that are forked from one that has imported everything.
 
 A fresh interpreter takes longer to import torch and transformers than most commands take to run.
 """
@@ -23,7 +23,7 @@ _DEFAULT = multiprocessing.get_all_start_methods()[0]
 
 @dataclass(frozen=True)
 class Done:
-    """How a process ended."""
+    """The result of a process."""
 
     status: int | None
     stdout: str
@@ -31,36 +31,36 @@ class Done:
 
 
 def command(arguments: Sequence[str], folder: Path) -> Done:
-    """Run ``llavar-peft`` in a folder, without a terminal."""
+    """Run ``llavar-peft`` in a folder without a terminal."""
     return _run(_command, list(arguments), folder)
 
 
 def python(code: str, folder: Path) -> Done:
-    """Run Python in a folder, without a terminal."""
+    """Run Python code in a folder without a terminal."""
     return _run(_python, code, folder)
 
 
-def _run(what: Callable[..., None], given: object, folder: Path) -> Done:
+def _run(function: Callable[..., None], argument: object, folder: Path) -> Done:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(_PRELOADED)
     streams = [folder / f".{name}" for name in ("stdout", "stderr")]
-    process = context.Process(target=_within, args=(what, given, folder, streams))
+    process = context.Process(target=_run_in_child, args=(function, argument, folder, streams))
     process.start()
     process.join()
-    told = [stream.read_text(encoding="utf-8") for stream in streams]
+    outputs = [stream.read_text(encoding="utf-8") for stream in streams]
     for stream in streams:
         stream.unlink()
-    return Done(process.exitcode, *told)
+    return Done(process.exitcode, *outputs)
 
 
-def _within(what: Callable[..., None], given: object, folder: Path, streams: Sequence[Path]) -> None:
+def _run_in_child(function: Callable[..., None], argument: object, folder: Path, streams: Sequence[Path]) -> None:
     for number, stream in zip((1, 2), streams, strict=True):
         os.dup2(os.open(stream, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
     sys.stdout, sys.stderr = (open(number, "w", encoding="utf-8", closefd=False) for number in (1, 2))  # noqa: SIM115
     os.chdir(folder)
-    # Its own processes start as those of a fresh interpreter do; else each of them would import everything.
+    # Start processes as a fresh interpreter does; otherwise each of them would import everything.
     multiprocessing.set_start_method(_DEFAULT, force=True)
-    what(given)
+    function(argument)
 
 
 def _command(arguments: Sequence[str]) -> None:

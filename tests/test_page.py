@@ -1,4 +1,4 @@
-"""The page of a run: safe, self-contained, and never broken by a run that is still writing."""
+"""The page of a run: escaped, self-contained, and valid while the run is still writing."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from PIL import Image
 from llavar_peft.errors import DataError, EnvironmentFaultError
 from llavar_peft.page.charts import loss_chart, running_mean
 from llavar_peft.page.page_templates import MOST_BYTES
-from llavar_peft.page.probe_moments import wilson
+from llavar_peft.page.run_figures import wilson
 from llavar_peft.page.run_page import write_run_page
 
 XSS = "</dd><script>alert('x')</script><img src=x onerror=\"alert(1)\">&'{{ 7 * 7 }}"
 
 
 class Elements(HTMLParser):
-    """Collects a page's tags with their attributes, and checks that they nest."""
+    """Collects the tags of a page with their attributes and checks that they are nested."""
 
     VOID = frozenset({"meta", "link", "img", "br", "path"})
 
@@ -93,7 +93,7 @@ def image(path: Path, seed: int, size: tuple[int, int] = (40, 30), noise: bool =
 
 @pytest.fixture
 def run(tmp_path: Path) -> Path:
-    """Two stages, two images, looks at start, middle and end."""
+    """Two stages with two images each and probes at the start, in the middle and at the end."""
     folder = tmp_path / "signs"
     for stage, shares in (("one", (0.0, 0.5, 0.5)), ("two", (0.5, 0.5, 1.0))):
         for number in (1, 2):
@@ -114,15 +114,15 @@ def page_of(folder: Path, **options: Any) -> str:
     return write_run_page(folder, **options).read_text(encoding="utf-8")
 
 
-def test_tells_the_run(run: Path) -> None:
+def test_the_page_shows_the_results_of_the_run(run: Path) -> None:
     page = Elements(page_of(run, title="Signs", extra=[("Device", "a CPU")], notes=["A note."], model_dir="my model"))
     for words in (
         "before training 0.0 %",
         "after one 50.0 %",
         "after two 100.0 %",
-        "0.0 % with blanked pictures",
+        "0.0 % with blank images",
         "Steps 80 Time in steps 40.0 s Useful tokens per second 2,000 Supervised tokens 8,000 Peak memory 2,048 MB",
-        "2 of 2 held-out pictures",
+        "2 of 2 held-out images",
         "one image_missing 5 r0, r1, r2, …",
         "llavar-peft ask --model 'my model' --image FILE \"What is written?\"",
         "Device a CPU",
@@ -134,24 +134,24 @@ def test_tells_the_run(run: Path) -> None:
     assert page.text.startswith("Signs Training run Signs")
 
 
-def test_each_image_stands_once_with_all_its_answers(run: Path) -> None:
+def test_each_image_is_shown_once_with_all_its_answers(run: Path) -> None:
     text = page_of(run)
     assert len(Elements(text).all("img")) == 2
     first = re.sub(r"<[^>]+>", " ", text.split("<article>")[1].split("</dl>")[0]).split()
     assert " ".join(first[:4]) == "What is written? truth"
-    # The start of the second stage says what the end of the first said: it is left out.
+    # The answer at the start of the second stage equals the one at the end of the first and is left out.
     assert [word for word in first if word in {"before", "one", "two", "start", "✓", "✗"}] == [
-        *("before", "✗", "one"),  # the answer names the stage
+        *("before", "✗", "one"),  # the answer contains the name of the stage
         *("one", "✓", "two", "✓"),
     ]
     assert 'aria-label="wrong"' in text
-    assert "2 looks in between" in text
+    assert "2 answers in between" in text
 
 
-def test_a_wrong_answer_shows_where(run: Path) -> None:
+def test_differences_in_a_wrong_answer_are_highlighted(run: Path) -> None:
     text = page_of(run)
     assert "SH<mark>A</mark>P 1<mark> one</mark>" in text
-    assert "<bdi>a dog</bdi>" in text  # nothing alike: no marks
+    assert "<bdi>a dog</bdi>" in text  # too different to highlight
 
 
 def test_same_files_give_the_same_bytes(run: Path) -> None:
@@ -160,7 +160,7 @@ def test_same_files_give_the_same_bytes(run: Path) -> None:
     assert not [path.name for path in run.iterdir() if path.name.endswith(".new")]
 
 
-def test_hostile_text_stays_text(tmp_path: Path) -> None:
+def test_hostile_text_is_escaped(tmp_path: Path) -> None:
     folder = tmp_path / "run"
     evil = sample(1, XSS, id=XSS, question=XSS, truth=XSS + "!", image=XSS)
     append(folder / "s<b>" / "metrics.jsonl", step(1, 1.0))
@@ -178,7 +178,7 @@ def test_hostile_text_stays_text(tmp_path: Path) -> None:
     assert not set(text) & (set(map(chr, range(32))) - {"\n", "\t"})
 
 
-def test_nothing_is_fetched(run: Path) -> None:
+def test_the_page_loads_nothing_from_the_network(run: Path) -> None:
     text = page_of(run)
     page = Elements(text)
     assert not re.search(r"https?:|//[a-z]|url\(|@import", text)
@@ -189,7 +189,7 @@ def test_nothing_is_fetched(run: Path) -> None:
 
 
 @pytest.mark.parametrize(("side", "count"), [(400, 40), (48, 60)])
-def test_stays_under_the_cap_and_says_so(tmp_path: Path, side: int, count: int) -> None:
+def test_a_large_page_shows_fewer_images(tmp_path: Path, side: int, count: int) -> None:
     samples = [sample(number, "x" * 5000) for number in range(count)]
     for number in range(count):
         image(tmp_path / "s" / "probe" / f"{number}.png", number, (side, side), noise=True)
@@ -201,7 +201,7 @@ def test_stays_under_the_cap_and_says_so(tmp_path: Path, side: int, count: int) 
     assert len(text.encode()) <= MOST_BYTES
     shown = len(Elements(text).all("img"))
     assert 8 <= shown < count
-    assert f"{shown} of {count} held-out pictures" in text
+    assert f"{shown} of {count} held-out images" in text
     assert "(5,000 characters)" in text
 
 
@@ -211,17 +211,17 @@ def test_a_run_that_just_started(tmp_path: Path) -> None:
     for name in ("recipe.yaml", "versions.json", "one/metrics.jsonl", "one/probe.jsonl", "one/dropped.jsonl"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(b"")
-    assert "not a step yet" in page_of(tmp_path)
+    assert "no steps yet" in page_of(tmp_path)
     append(tmp_path / "one" / "probe.jsonl", look(0, "start", 0.0, [sample(1, "x")]))
-    assert "Picture not found" in page_of(tmp_path)
+    assert "Image not found" in page_of(tmp_path)
     append(tmp_path / "one" / "metrics.jsonl", step(1, 3.0))
     text = page_of(tmp_path)
-    assert "no look at its end yet" in text
+    assert "not evaluated at its end yet" in text
     assert Elements(text)
 
 
 @pytest.mark.parametrize("half", [b'{"step": 41, "lo', b'{"step": 41}x', b'{"loss": "\xe2\x82', b"\x00\x00\x00\n"])
-def test_a_last_line_half_written_is_no_fault(run: Path, half: bytes) -> None:
+def test_an_incomplete_last_line_is_ignored(run: Path, half: bytes) -> None:
     before = page_of(run)
     for name in ("metrics.jsonl", "probe.jsonl", "dropped.jsonl"):
         with (run / "two" / name).open("ab") as file:
@@ -229,42 +229,58 @@ def test_a_last_line_half_written_is_no_fault(run: Path, half: bytes) -> None:
     assert page_of(run) == before
 
 
-def test_a_broken_line_elsewhere_is_named(run: Path) -> None:
+def test_a_malformed_line_is_reported(run: Path) -> None:
     path = run / "one" / "metrics.jsonl"
     path.write_text('{"step": 1, "lo\n' + path.read_text(encoding="utf-8"), encoding="utf-8")
-    with pytest.raises(DataError, match=r"metrics\.jsonl:1: not a line of JSON"):
+    with pytest.raises(DataError, match=r"metrics\.jsonl:1: not valid JSON"):
         write_run_page(run)
 
 
 @pytest.mark.parametrize(
-    ("name", "line", "said"),
+    ("name", "line", "message"),
     [
-        ("metrics.jsonl", {"step": "1", "loss": 1.0}, r"metrics\.jsonl:41:step: expected an integer, got '1'"),
-        ("metrics.jsonl", {"step": 1}, r"metrics\.jsonl:41:loss: expected a number, got nothing"),
-        ("probe.jsonl", look(9, "later", 0.1, []), r"probe\.jsonl:4:when: expected one of start, step, end"),
-        ("probe.jsonl", look(9, "step", 0.1, [sample(1, "x", correct=1)]), r"samples\.0:correct: expected true or"),
-        ("dropped.jsonl", {"id": "1", "reason": None}, r"dropped\.jsonl:\d:reason: expected a string"),
+        (
+            "metrics.jsonl",
+            {"step": "1", "loss": 1.0},
+            r"metrics\.jsonl:41: .*Expected `int`, got `str` - at `\$\.step`",
+        ),
+        ("metrics.jsonl", {"step": 1}, r"metrics\.jsonl:41: .*missing required field `loss`"),
+        (
+            "probe.jsonl",
+            look(9, "later", 0.1, []),
+            r"probe\.jsonl:4: .*'later' - at `\$\.when`",
+        ),
+        (
+            "probe.jsonl",
+            look(9, "step", 0.1, [sample(1, "x", correct=1)]),
+            r"Expected `bool`, got `int` - at `\$\.samples\[0\]\.correct`",
+        ),
+        (
+            "dropped.jsonl",
+            {"id": "1", "reason": None},
+            r"dropped\.jsonl:\d: .*Expected `str`, got `null` - at `\$\.reason`",
+        ),
     ],
 )
-def test_a_line_of_another_shape_is_named(run: Path, name: str, line: dict[str, Any], said: str) -> None:
+def test_a_wrong_value_is_reported(run: Path, name: str, line: dict[str, Any], message: str) -> None:
     append(run / "one" / name, line)
-    with pytest.raises(DataError, match=said):
+    with pytest.raises(DataError, match=message):
         write_run_page(run)
 
 
 @pytest.mark.parametrize("listed", ['["../one"]', '[".."]', '[""]', "[1]", '{"a": 1}'])
-def test_stages_are_folder_names(run: Path, listed: str) -> None:
+def test_stages_must_be_folder_names(run: Path, listed: str) -> None:
     (run / "stages.json").write_text(listed, encoding="utf-8")
     with pytest.raises(DataError, match=r"stages\.json"):
         write_run_page(run)
 
 
-def test_a_whole_file_half_written_is_remarked(run: Path) -> None:
+def test_an_incomplete_file_is_mentioned(run: Path) -> None:
     (run / "versions.json").write_text('{"torch": "2.', encoding="utf-8")
-    assert "versions.json is not complete" in page_of(run)
+    assert "versions.json is incomplete" in page_of(run)
 
 
-def test_without_a_list_stages_come_in_the_order_of_writing(run: Path) -> None:
+def test_without_a_list_stages_are_ordered_by_time(run: Path) -> None:
     (run / "stages.json").unlink()
     for stage, time in (("two", 1_000), ("one", 2_000)):
         for path in (run / stage).glob("*.jsonl"):
@@ -273,7 +289,7 @@ def test_without_a_list_stages_come_in_the_order_of_writing(run: Path) -> None:
     assert text.index("<h2>two") < text.index("<h2>one")
 
 
-def test_resumed_steps_count_once(run: Path) -> None:
+def test_repeated_steps_of_a_resumed_run_count_once(run: Path) -> None:
     append(run / "two" / "metrics.jsonl", *(step(n, 0.5) for n in range(31, 46)))
     assert "Steps 85 " in Elements(page_of(run)).text
 
@@ -288,15 +304,15 @@ def test_dropped_records_are_counted_by_kind_over_all_ranks(run: Path) -> None:
     assert "two 9 other reasons 9" in text
 
 
-def test_a_image_outside_the_stage_is_not_shown(run: Path) -> None:
+def test_an_image_outside_the_stage_folder_is_not_shown(run: Path) -> None:
     image(run.parent / "secret.png", 7)
     append(run / "two" / "probe.jsonl", look(50, "end", 0.1, [sample(3, "x", image="../../secret.png")]))
     text = page_of(run)
     assert len(Elements(text).all("img")) == 2
-    assert "Picture not found" in text
+    assert "Image not found" in text
 
 
-def test_one_id_on_two_images_is_two_records(run: Path) -> None:
+def test_one_id_with_two_images_is_two_records(run: Path) -> None:
     image(run / "two" / "probe" / "1.png", 99)
     lines = [
         look(0, "start", 0.0, [sample(1, "x", truth="other")]),
@@ -306,30 +322,30 @@ def test_one_id_on_two_images_is_two_records(run: Path) -> None:
     append(run / "two" / "probe.jsonl", *lines)
     text = page_of(run)
     assert len(Elements(text).all("img")) == 3
-    assert "Probed on other pictures than the stage before: two" in text
+    assert "Evaluated on other held-out images than the stage before: two" in text
     assert "start of two" in text
 
 
-def test_a_text_only_record_and_one_without_control(run: Path) -> None:
+def test_a_text_only_record_without_a_blank_control(run: Path) -> None:
     lines = [look(0, "start", 0.0, [sample(9, "", image=None)], blank_exact_match=None, held_out_loss=None)]
     (run / "two" / "probe.jsonl").unlink()
     (run / "one" / "probe.jsonl").unlink()
     append(run / "one" / "probe.jsonl", *lines)
     page = Elements(page_of(run))
-    assert "No picture in this record" in page.text
+    assert "No image in this record" in page.text
     assert "(nothing)" in page.text
-    assert "Blanked" not in page.text
+    assert "Blank images" not in page.text
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "P", "RGBA", "LA", "CMYK", "I;16"])
-def test_any_image_mode(run: Path, mode: str) -> None:
+def test_every_image_mode_can_be_shown(run: Path, mode: str) -> None:
     source = Image.new("RGB", (700, 20), "navy").convert("L" if mode in {"LA", "I;16"} else "RGB").convert(mode)
     source.save(run / "one" / "probe" / "1.png", "TIFF" if mode == "CMYK" else "PNG")
     shown = Elements(page_of(run)).all("img")
     assert any(one["width"] == "360" for one in shown)
 
 
-def test_no_such_folder(tmp_path: Path) -> None:
+def test_a_missing_folder_is_reported(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no such folder"):
         write_run_page(tmp_path / "none")
 
@@ -342,7 +358,7 @@ def test_a_page_that_cannot_be_written_leaves_nothing_behind(run: Path) -> None:
     assert not list(run.glob(".index*"))
 
 
-def test_loss_chart_says_what_it_does_not_draw() -> None:
+def test_the_loss_chart_notes_points_that_it_does_not_draw() -> None:
     steps = [(float(n), math.nan if n == 7 else 1.0 + n % 3) for n in range(1, 301)]
     steps[100] = (101.0, 11.0)
     chart = loss_chart(steps, [(0.0, 3.5)], 300)
@@ -357,16 +373,16 @@ def test_loss_chart_says_what_it_does_not_draw() -> None:
         assert loss_chart(odd, [], 2)
 
 
-def test_running_mean_is_centred() -> None:
+def test_the_running_mean_is_centred() -> None:
     assert running_mean([(0, 0.0), (1, 3.0), (2, 6.0), (3, 9.0)], 3) == [(0, 1.5), (1, 3.0), (2, 6.0), (3, 7.5)]
 
 
-def test_wilson_agrees_with_the_textbook() -> None:
+def test_wilson_interval_matches_r() -> None:
     # Wilson 1927, as in R: prop.test(8, 10, correct = FALSE) gives 0.4901625 to 0.9433178.
     assert wilson(0.8, 10) == pytest.approx((0.4901625, 0.9433178), abs=1e-6)
     assert wilson(0.0, 5)[0] == pytest.approx(0.0)
 
 
-def test_needs_no_torch() -> None:
+def test_the_pages_import_no_torch() -> None:
     code = "import sys, llavar_peft.page; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -1,4 +1,4 @@
-"""Photographs and scans through the whole way: check, both stages with LLaMA's vocabulary and 576 patches, ask."""
+"""Check, train and ask with photographs and scans, LLaMA's vocabulary and 576 patches per image."""
 
 from __future__ import annotations
 
@@ -86,15 +86,15 @@ def test_from_photographs_to_an_answer(folder: Path, shared_dir: Path) -> None:
     assert _run(folder, "ask", "--model", str(model), "--image", str(image), "--max-new-tokens", "4", QUESTION).strip()
 
 
-def test_a_broken_image_is_found_before_any_step(folder: Path, shared_dir: Path) -> None:
+def test_missing_and_broken_images_are_found_before_the_first_step(folder: Path, shared_dir: Path) -> None:
     recipe = _recipe(folder, shared_dir)
     (folder / "images/cmyk.jpg").unlink()
-    said = _run(folder, "train", str(recipe), status=2)
-    assert "cmyk.jpg" in said
-    assert "Traceback" not in said
+    output = _run(folder, "train", str(recipe), status=2)
+    assert "cmyk.jpg" in output
+    assert "Traceback" not in output
     assert not (folder / "run/stage1/metrics.jsonl").exists()
     broken = (folder / "images/text_wide.png").read_bytes()[:200]
     (folder / "images/text_wide.png").write_bytes(broken)
-    said = _run(folder, "data", "check", str(folder / "records.json"), "--images", str(folder / "images"), status=2)
-    assert "cmyk.jpg" in said
-    assert "text_wide.png" in said
+    output = _run(folder, "data", "check", str(folder / "records.json"), "--images", str(folder / "images"), status=2)
+    assert "cmyk.jpg" in output
+    assert "text_wide.png" in output

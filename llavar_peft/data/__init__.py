@@ -1,1 +1,1 @@
-"""Records and images on their way to batches for training."""
+"""From records and images to the batches of training."""

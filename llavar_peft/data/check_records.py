@@ -1,44 +1,95 @@
-"""Looking at records and their images before they cost GPU time.
+"""Check records and their images before a run.
 
-``check_records`` lists all that is wrong and opens every image; ``preflight`` finds what would stop a run, for a
-million records in seconds, and opens none.
+``check_records`` reports everything that is wrong and opens every image. ``preflight`` finds the records that would
+stop a run; it opens no image and takes seconds for a million records.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from itertools import count, islice
-from typing import Any, Final, Protocol
+from dataclasses import asdict, dataclass, field
+from itertools import count
+from typing import Any, Final, Literal
 
 from llavar_peft.constants import IMAGE_PLACEHOLDER
-from llavar_peft.data.image_roots import Finder, ImageRoots
-from llavar_peft.data.record_findings import Kind, RecordFinding, RecordReport
-from llavar_peft.data.record_store import parse_record
+from llavar_peft.data.image_roots import FolderListing, ImageRoots
+from llavar_peft.data.record_store import RecordSource, parse_record
 from llavar_peft.errors import DataError, Fault, ImageError
 from llavar_peft.types import Conversation
 
-_CHUNK: Final = 1024
-_GUESSES: Final = 20
-"""Missing images that a similar name is looked for: each costs reading a folder."""
+Kind = Literal[
+    "record",
+    "placeholder",
+    "no_answer",
+    "empty_answer",
+    "last_turn",
+    "no_image_folder",
+    "image_missing",
+    "image_outside",
+    "image_broken",
+    "duplicate_id",
+]
+"""``duplicate_id`` is a warning (LLaVA-Instruct repeats many ids); all others are faults."""
+
+_CHUNK: Final = 1024  # records between two progress reports
+_MAX_GUESSES: Final = 20  # missing images for which a similar name is searched, which reads a folder
 _DUPLICATES_SHOWN: Final = 3
 
 
-class RecordSource(Protocol):
-    """Raw records by index, each with a name for messages."""
+@dataclass(frozen=True, slots=True)
+class RecordFinding(Fault):
+    """A fault of a record, with its kind and the record's index in the store."""
+
+    kind: Kind
+    index: int
+
+
+@dataclass(frozen=True)
+class RecordReport(Sequence[RecordFinding]):
+    """The result of ``check_records``; as a sequence, its faults.
+
+    Attributes:
+        records: Number of records checked.
+        images_opened: Number of different images that could be opened.
+        faults: What has to be fixed, in the order of the records.
+        warnings: What may be intended.
+    """
+
+    records: int
+    images_opened: int
+    faults: tuple[RecordFinding, ...]
+    warnings: tuple[RecordFinding, ...] = field(default=())
 
     def __len__(self) -> int:
-        """How many there are."""
-        ...
+        return len(self.faults)
 
-    def __getitem__(self, index: int) -> Any:
-        """One, as it stands in its file."""
-        ...
+    def __getitem__(self, index: Any) -> Any:
+        """Return a fault, or several for a slice."""
+        return self.faults[index]
 
-    def where(self, index: int) -> str:
-        """Its name, ending in ``:index``."""
-        ...
+    @property
+    def clean(self) -> bool:
+        """Whether there are no faults."""
+        return not self.faults
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """Number of faults and warnings of each kind, most frequent first."""
+        return dict(Counter(finding.kind for finding in (*self.faults, *self.warnings)).most_common())
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the report as JSON values."""
+        return {
+            "records": self.records,
+            "images_opened": self.images_opened,
+            "clean": self.clean,
+            "counts": self.counts,
+            "faults": [asdict(finding) for finding in self.faults],
+            "warnings": [asdict(finding) for finding in self.warnings],
+        }
 
 
 def check_records(
@@ -48,76 +99,76 @@ def check_records(
     workers: int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> RecordReport:
-    """List every fault of every record, with the record and what to do.
+    """Find every fault of every record and of its images.
 
     Args:
         store: The records.
-        roots: Where their images are; with no folder at all, one finding says so and images are not looked for.
-        open_images: Whether each image is decoded too, exactly as in training; False only looks whether it is there.
-        workers: Threads that open images (Pillow decodes without the interpreter's lock); None is one per CPU.
-        progress: Called with (records done, records in all).
-
-    Returns:
-        What was found.
+        roots: The image folders; without any, a single finding reports that they are missing.
+        open_images: Decode each image as training does; False only checks that its file exists.
+        workers: Number of threads that open images; None for one per CPU.
+        progress: Called with (number of records checked, number of records).
     """
     total = len(store)
-    images = _Images(roots, open_images=open_images)
+    images = _ImageChecker(roots, open_images=open_images)
     faults: list[RecordFinding] = []
-    ids = _Ids()
+    first_by_id: dict[int, int] = {}  # by the hash of the id, to save memory
+    repeated: dict[str, list[int]] = {}
     with ThreadPoolExecutor(workers or os.cpu_count()) as pool:
         for start in range(0, total, _CHUNK):
             indices = range(start, min(total, start + _CHUNK))
-            examined = [_examine(store, index) for index in indices]
-            paths = {path for conversation, _ in examined if conversation for path in conversation.images}
-            found = images.look_at(paths, pool)
-            for index, (conversation, findings) in zip(indices, examined, strict=True):
+            parsed = [_parse(store, index) for index in indices]
+            paths = {path for conversation, _ in parsed if conversation for path in conversation.images}
+            bad_images = images.check(paths, pool)
+            for index, (conversation, findings) in zip(indices, parsed, strict=True):
                 faults += findings
-                if conversation is not None:
-                    where = store.where(index)
-                    ids.add(conversation.id, index, where)
-                    faults += _image_findings(conversation, found, where, index)
+                if conversation is None:
+                    continue
+                where = store.where(index)
+                faults += _image_findings(conversation, bad_images, where, index)
+                if conversation.id == where.rpartition(":")[2]:
+                    continue  # the index, used as the id of a record without one
+                first = first_by_id.setdefault(hash(conversation.id), index)
+                if first != index:
+                    repeated.setdefault(conversation.id, [first]).append(index)
             if progress is not None:
                 progress(indices.stop, total)
-    if images.unsought:
-        what = f"{len(images.unsought)} pictures are named in the records, and no image folders were given"
-        faults.append(RecordFinding(store.where(0), what, "name the image folders", "no_image_folder", 0))
-    return RecordReport(total, images.opened, tuple(faults), tuple(ids.findings(store)))
+    if images.without_folder:
+        what = f"the records name {len(images.without_folder)} images, and no image folder was given"
+        fix = "give the folder that the image paths start from (--images)"
+        faults.append(RecordFinding(store.where(0), what, fix, "no_image_folder", 0))
+    return RecordReport(total, images.opened, tuple(faults), tuple(_duplicates(store, repeated)))
 
 
 def preflight(store: RecordSource, roots: ImageRoots) -> list[tuple[int, Fault]]:
-    """Find records that cannot be read and images that are not there. Opens no image.
-
-    Args:
-        store: The records.
-        roots: Where their images are.
+    """Find the records that cannot be read and the images that do not exist, without opening an image.
 
     Returns:
-        (index, fault) in the records' order; a record with several faults comes several times.
+        (index, fault) in the order of the records, once for each fault.
     """
-    finder, guesses = Finder(roots), count()
+    listing, guesses = FolderListing(roots), count()
     found: list[tuple[int, Fault]] = []
     for index in range(len(store)):
         try:
             raw = store[index]
-            images = _images_if_ordinary(raw)
+            images = _image_of_valid_record(raw)
             if images is None:
                 images = parse_record(raw, store.where(index)).images
         except DataError as error:
             found += [(index, fault) for fault in error.faults]
             continue
         for path in images:
-            absent = None if finder.has(path) else _absence(roots, path, guesses)
-            if absent is not None:
-                found.append((index, _at(store.where(index), absent)))
+            missing = None if listing.contains(path) else _missing(roots, path, guesses)
+            if missing is not None:
+                found.append((index, _of_record(missing, store.where(index))))
     return found
 
 
-def _absence(roots: ImageRoots, path: str, guesses: Iterator[int]) -> Fault | None:
-    """Why an image is not there, with a guess for the first few."""
+def _missing(roots: ImageRoots, path: str, guesses: Iterator[int]) -> Fault | None:
+    """Return the fault of an image that cannot be found, with the name of a similar file for the first few."""
     try:
         roots.resolve(path, guess=False)
     except ImageError as error:
-        if next(guesses) >= _GUESSES:
+        if next(guesses) >= _MAX_GUESSES:
             return error.faults[0]
         try:
             roots.resolve(path)
@@ -126,8 +177,8 @@ def _absence(roots: ImageRoots, path: str, guesses: Iterator[int]) -> Fault | No
     return None
 
 
-def _images_if_ordinary(raw: Any) -> tuple[str, ...] | None:
-    """The image of a record that is plainly sound; None sends it to ``parse_record``, which takes much longer."""
+def _image_of_valid_record(raw: Any) -> tuple[str, ...] | None:
+    """Return the image of a record of the usual form; None if only the slower ``parse_record`` can tell."""
     if type(raw) is not dict or type(raw.get("id")) is not str or type(raw.get("conversations")) is not list:
         return None
     role, other = "human", "gpt"
@@ -139,77 +190,82 @@ def _images_if_ordinary(raw: Any) -> tuple[str, ...] | None:
     return (image,) if type(image) is str and image and raw["conversations"] else None
 
 
-def _examine(store: RecordSource, index: int) -> tuple[Conversation | None, list[RecordFinding]]:
+def _parse(store: RecordSource, index: int) -> tuple[Conversation | None, list[RecordFinding]]:
     where = store.where(index)
     try:
         conversation = parse_record(store[index], where)
     except DataError as error:
         return None, [RecordFinding(fault.where, fault.what, fault.fix, "record", index) for fault in error.faults]
-    return conversation, [
-        RecordFinding(where, what, fix, kind, index) for kind, what, fix in _content_faults(conversation)
-    ]
+    faults = _content_faults(conversation)
+    return conversation, [RecordFinding(where, what, fix, kind, index) for kind, what, fix in faults]
 
 
 def _content_faults(conversation: Conversation) -> Iterator[tuple[Kind, str, str]]:
-    """What is well-formed and yet teaches nothing, or the wrong thing."""
+    """Find faults of a valid record that leave it without effect, or that teach the wrong thing."""
     turns = conversation.turns
-    places = sum(turn.text.count(IMAGE_PLACEHOLDER) for turn in turns)
-    if conversation.images and not places:
-        yield (
-            "placeholder",
-            f"names a picture and has no {IMAGE_PLACEHOLDER}, so that the picture is never shown",
-            f"write {IMAGE_PLACEHOLDER} where it belongs in the first turn",
-        )
-    if places and not conversation.images:
-        yield (
-            "placeholder",
-            f"has {IMAGE_PLACEHOLDER} and names no picture, so that it stays ordinary text",
-            f"name the picture under 'image', or remove {IMAGE_PLACEHOLDER}",
-        )
+    placeholders = sum(turn.text.count(IMAGE_PLACEHOLDER) for turn in turns)
+    if conversation.images and not placeholders:
+        what = f"names an image but no turn contains {IMAGE_PLACEHOLDER}, so the model never sees the image"
+        yield "placeholder", what, f"insert {IMAGE_PLACEHOLDER} into the first turn"
+    if placeholders and not conversation.images:
+        what = f"contains {IMAGE_PLACEHOLDER} but names no image, so {IMAGE_PLACEHOLDER} is treated as ordinary text"
+        yield "placeholder", what, f"name the image under 'image', or remove {IMAGE_PLACEHOLDER}"
     answers = [turn.text for turn in turns if turn.role == "gpt"]
     if not answers:
-        yield "no_answer", "has no answer to learn", "write one, or remove the record"
+        yield "no_answer", "has no turn from 'gpt' to learn from", "add the answer, or remove the record"
     elif turns[-1].role == "human":
-        yield "last_turn", "ends with a turn by 'human', which nothing answers", "remove that turn, or answer it"
+        yield "last_turn", "the last turn is from 'human' and has no answer", "add the answer, or remove the last turn"
     empty = sum(not answer.strip() for answer in answers)
     if empty:
-        yield "empty_answer", f"has {empty} empty of {len(answers)} answers", "write them, or remove the record"
+        yield (
+            "empty_answer",
+            f"{empty} of {len(answers)} answers {'is' if empty == 1 else 'are'} empty",
+            "write them, or remove the record",
+        )
 
 
 def _image_findings(
-    conversation: Conversation, found: dict[str, tuple[Kind, Fault]], where: str, index: int
+    conversation: Conversation, bad_images: dict[str, tuple[Kind, Fault]], where: str, index: int
 ) -> Iterator[RecordFinding]:
     for path in dict.fromkeys(conversation.images):
-        if path in found:
-            kind, fault = found[path]
-            placed = _at(where, fault)
-            yield RecordFinding(placed.where, placed.what, placed.fix, kind, index)
+        if path in bad_images:
+            kind, fault = bad_images[path]
+            yield RecordFinding(f"{where}: {fault.where}", fault.what, fault.fix, kind, index)
 
 
-def _at(where: str, fault: Fault) -> Fault:
+def _of_record(fault: Fault, where: str) -> Fault:
     return Fault(f"{where}: {fault.where}", fault.what, fault.fix)
 
 
-class _Images:
-    """Looks at each image once, however many records name it."""
+def _duplicates(store: RecordSource, repeated: dict[str, list[int]]) -> Iterator[RecordFinding]:
+    for identity, (first, *others) in repeated.items():
+        shown = ", ".join(store.where(index) for index in others[:_DUPLICATES_SHOWN])
+        more = f" and {len(others) - _DUPLICATES_SHOWN} more" if len(others) > _DUPLICATES_SHOWN else ""
+        what = f"the id {identity!r} is used again by {shown}{more}"
+        fix = "give each record its own id, unless the repetition is intended"
+        yield RecordFinding(store.where(first), what, fix, "duplicate_id", first)
+
+
+class _ImageChecker:
+    """Checks each image once, even if many records name it."""
 
     def __init__(self, roots: ImageRoots, *, open_images: bool) -> None:
         self._roots = roots
         self._open = open_images
-        self._finder = Finder(roots)
+        self._listing = FolderListing(roots)
         self._guesses = count()
-        self._seen: set[int] = set()  # hashes: a million paths would take 100 MB
+        self._checked: set[int] = set()  # hashes: a million paths would take 100 MB
         self._bad: dict[str, tuple[Kind, Fault]] = {}
-        self.unsought: set[str] = set()
+        self.without_folder: set[str] = set()
         self.opened = 0
 
-    def look_at(self, paths: set[str], pool: ThreadPoolExecutor) -> dict[str, tuple[Kind, Fault]]:
-        """Return what is wrong with images, those looked at before included, by path."""
+    def check(self, paths: set[str], pool: ThreadPoolExecutor) -> dict[str, tuple[Kind, Fault]]:
+        """Check images, and return the faults of all images checked so far by path."""
         if not self._roots.roots:
-            self.unsought |= paths
+            self.without_folder |= paths
             return {}
-        new = sorted(path for path in paths if hash(path) not in self._seen)
-        self._seen.update(hash(path) for path in new)
+        new = sorted(path for path in paths if hash(path) not in self._checked)
+        self._checked.update(hash(path) for path in new)
         for path, fault in zip(new, pool.map(self._fault, new), strict=True):
             if fault is not None:
                 self._bad[path] = fault
@@ -218,38 +274,14 @@ class _Images:
         return self._bad
 
     def _fault(self, path: str) -> tuple[Kind, Fault] | None:
-        if not self._open and self._finder.has(path):
+        if not self._open and self._listing.contains(path):
             return None
-        absent = _absence(self._roots, path, self._guesses)
-        if absent is not None:
-            return "image_outside" if self._roots.leaves(path) else "image_missing", absent
+        missing = _missing(self._roots, path, self._guesses)
+        if missing is not None:
+            return "image_outside" if self._roots.leads_outside(path) else "image_missing", missing
         if self._open:
             try:
                 self._roots.open(path)
             except ImageError as error:
                 return "image_broken", error.faults[0]
         return None
-
-
-class _Ids:
-    """Which ids are used more than once."""
-
-    def __init__(self) -> None:
-        self._first: dict[int, int] = {}
-        self._again: dict[str, list[int]] = {}
-
-    def add(self, identity: str, index: int, where: str) -> None:
-        if identity == where.rpartition(":")[2]:
-            return  # the index, standing in for a missing id
-        first = self._first.setdefault(hash(identity), index)
-        if first != index:
-            self._again.setdefault(identity, [first]).append(index)
-
-    def findings(self, store: RecordSource) -> Iterator[RecordFinding]:
-        for identity, indices in self._again.items():
-            shown = ", ".join(store.where(index) for index in islice(indices, 1, 1 + _DUPLICATES_SHOWN))
-            more = f" and {len(indices) - 1 - _DUPLICATES_SHOWN} more" if len(indices) > 1 + _DUPLICATES_SHOWN else ""
-            what = f"id {identity!r} is used again by {shown}{more}"
-            yield RecordFinding(
-                store.where(indices[0]), what, "make it unique if it should be", "duplicate_id", indices[0]
-            )

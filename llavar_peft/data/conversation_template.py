@@ -1,4 +1,4 @@
-"""The ``llava_v1`` conversation as text: what stands where, and which of it is supervised. No tokens here.
+"""The ``llava_v1`` conversation as text, and which parts of it are supervised. Tokens are added in ``encode_record``.
 
 Source: LLaVAR, llava/conversation.py (``conv_llava_v1``, ``SeparatorStyle.TWO``).
 """
@@ -22,17 +22,17 @@ from llavar_peft.constants import (
 from llavar_peft.types import Role
 
 Content = Sequence[str | None]
-"""A turn's words in order; None stands for an image. Strings are literal, whatever they spell."""
+"""The content of a turn in order: literal text, and None for an image."""
 
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """A part of a conversation's text.
+    """A part of a conversation.
 
     Attributes:
-        kind: Plain text, an image's place, or the ``</s>`` after an answer.
-        text: The characters of a ``text`` piece, in which nothing is ever a special token.
-        supervised: Whether the model is trained to say it.
+        kind: Plain text, an image, or the ``</s>`` after an answer.
+        text: The text of a ``text`` piece; it never contains a special token, even if it reads like one.
+        supervised: Whether the model is trained to produce it.
     """
 
     kind: Literal["text", "image", "end"]
@@ -41,7 +41,7 @@ class Piece:
 
 
 def split_placeholders(text: str) -> list[str | None]:
-    """Split a record's text at each ``<image>``."""
+    """Split the text of a turn at each ``<image>``."""
     content: list[str | None] = []
     for index, part in enumerate(text.split(IMAGE_PLACEHOLDER)):
         content += [None, part] if index else [part]
@@ -49,39 +49,35 @@ def split_placeholders(text: str) -> list[str | None]:
 
 
 def images_to_front(content: Content) -> list[str | None]:
-    """Move a first turn's images before a second ``USER:``, as the original does under ``sep_image_conv_front``.
+    """Move the images of the first human turn to its front, followed by ``" USER: "`` and the stripped text.
 
-    Args:
-        content: The first human turn.
+    A turn without images is returned unchanged.
 
-    Returns:
-        The images, then ``" USER: "`` and the stripped words; ``content`` itself where it has no image.
-
-    Source: LLaVAR, llava/train/train.py, ``preprocess_multimodal`` (there for one image).
+    Source: LLaVAR, llava/train/train.py, ``preprocess_multimodal`` under ``sep_image_conv_front`` (for one image).
     """
     images = sum(part is None for part in content)
     if images == 0:
         return list(content)
-    words = "".join(part for part in content if part is not None).strip()
-    return [None] * images + [f" {USER_ROLE}: {words}"]
+    text = "".join(part for part in content if part is not None).strip()
+    return [None] * images + [f" {USER_ROLE}: {text}"]
 
 
 def conversation_pieces(
     messages: Iterable[tuple[Role, Content]], *, answer_next: bool = False, system: str = SYSTEM_PROMPT
 ) -> list[Piece]:
-    """Apply a conversation out.
+    """Format a conversation.
 
-    An empty message gives the role and a colon only, without a separator, and an empty answer no ``</s>``: the
-    original's rule, kept so that the ids are the original's.
+    An empty message is formatted as its role and a colon without a separator, and an empty answer has no ``</s>``, as
+    in the original.
 
     Args:
-        messages: Turns in order, beginning with the human.
-        answer_next: Whether an open ``ASSISTANT:`` follows, for the model to go on from.
+        messages: Turns in order, starting with the human.
+        answer_next: Append an open ``ASSISTANT:`` for the model to continue.
         system: The text before the first turn.
 
     Returns:
-        The pieces in reading order. Answers, with the space before them and the ``</s>`` after them, are supervised;
-        images never are.
+        The pieces in reading order. Each answer is supervised with the space before and the ``</s>`` after it; images
+        never are.
     """
     pieces = [Piece("text", f"{system} ")]
     for role, content in messages:
@@ -97,37 +93,20 @@ def conversation_pieces(
     return pieces
 
 
-def prompt_text(pieces: Iterable[Piece], image: str = IMAGE_PLACEHOLDER) -> str:
-    """Write pieces out as the one string that the original would tokenize.
-
-    Args:
-        pieces: From ``conversation_pieces``.
-        image: What to write for an image.
-
-    Returns:
-        The prompt, without the ``<s>`` that begins its ids.
-    """
-    spelled = {"image": image, "end": EOS_TOKEN}
-    return "".join(spelled.get(piece.kind, piece.text) for piece in pieces)
-
-
 def image_block(tokens: int, *, use_im_start_end: bool) -> str:
-    """Spell an image's place: ``<im_start>`` + ``tokens`` x ``<im_patch>`` + ``<im_end>``, or the patches only."""
+    """Return the text of an image: ``<im_start>`` + ``tokens`` x ``<im_patch>`` + ``<im_end>``, or only the patches."""
     patches = IMAGE_PATCH_TOKEN * tokens
     return f"{IMAGE_START_TOKEN}{patches}{IMAGE_END_TOKEN}" if use_im_start_end else patches
 
 
 CHAT_TEMPLATE: Final = (
-    """\
-{%- macro words(content) -%}
+    r"""{%- macro words(content) -%}
     {%- if content is string -%}
         {{- content -}}
     {%- else -%}
         {%- for part in content -%}
-            {%- if not loop.first and 'image' in (part['type'], loop.previtem['type']) -%}{{- '\\n' -}}{%- endif -%}
-            {{- '"""
-    + IMAGE_PLACEHOLDER
-    + """' if part['type'] == 'image' else part['text'] -}}
+            {%- if not loop.first and 'image' in (part['type'], loop.previtem['type']) -%}{{- '\n' -}}{%- endif -%}
+            {{- 'IMAGE_PLACEHOLDER' if part['type'] == 'image' else part['text'] -}}
         {%- endfor -%}
     {%- endif -%}
 {%- endmacro -%}
@@ -135,9 +114,7 @@ CHAT_TEMPLATE: Final = (
     {{- words(messages[0]['content']) + ' ' -}}
     {%- set messages = messages[1:] -%}
 {%- else -%}
-    {{- '"""
-    + SYSTEM_PROMPT
-    + """ ' -}}
+    {{- 'SYSTEM_PROMPT ' -}}
 {%- endif -%}
 {%- for message in messages -%}
     {%- if (message['role'] == 'user') != (loop.index0 % 2 == 0) -%}
@@ -145,25 +122,21 @@ CHAT_TEMPLATE: Final = (
     {%- endif -%}
     {%- set text = words(message['content']) -%}
     {%- if message['role'] == 'user' -%}
-        {{- '"""
-    + USER_ROLE
-    + """:' + (' ' + text + ' ' if text else '') -}}
+        {{- 'USER_ROLE:' + (' ' + text + ' ' if text else '') -}}
     {%- else -%}
-        {{- '"""
-    + ASSISTANT_ROLE
-    + """:' -}}
-        {%- generation -%}{{- ' ' + text + '"""
-    + EOS_TOKEN
-    + """' if text else '' -}}{%- endgeneration -%}
+        {{- 'ASSISTANT_ROLE:' -}}
+        {%- generation -%}{{- ' ' + text + 'EOS_TOKEN' if text else '' -}}{%- endgeneration -%}
     {%- endif -%}
 {%- endfor -%}
-{%- if add_generation_prompt -%}{{- '"""
-    + ASSISTANT_ROLE
-    + """:' -}}{%- endif -%}
-"""
+{%- if add_generation_prompt -%}{{- 'ASSISTANT_ROLE:' -}}{%- endif -%}
+""".replace("SYSTEM_PROMPT", SYSTEM_PROMPT)
+    .replace("IMAGE_PLACEHOLDER", IMAGE_PLACEHOLDER)
+    .replace("USER_ROLE", USER_ROLE)
+    .replace("ASSISTANT_ROLE", ASSISTANT_ROLE)
+    .replace("EOS_TOKEN", EOS_TOKEN)
 )
-"""The same layout for ``apply_chat_template``: Jinja, with the answers marked for ``return_assistant_tokens_mask``.
+"""The same format as a Jinja template for ``apply_chat_template``; answers are marked as generated.
 
-A message's content is a string (``<image>`` marks an image) or a list of ``{"type": "image"}`` and ``{"type": "text",
-"text": ...}`` parts, which are joined in the order given, with a line break beside each image.
+The content of a message is a string (``<image>`` marks an image) or a list of ``{"type": "image"}`` and ``{"type":
+"text", "text": ...}`` parts, which are joined in their order, with a line break next to each image.
 """

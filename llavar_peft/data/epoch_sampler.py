@@ -1,6 +1,6 @@
-"""The order of an epoch, and which records share a forward pass.
+"""The order of the records in an epoch, and which of them share a forward pass.
 
-No draw is made here but from (seed, epoch): the order is the same for any number of ranks, workers and restarts.
+Randomness depends on (seed, epoch) only: the order is the same for any number of ranks, workers and restarts.
 """
 
 from __future__ import annotations
@@ -13,15 +13,15 @@ from torch.utils.data import Sampler
 
 
 class Balance:
-    """Gives micro batches of one optimizer step about the same number of tokens each.
+    """Rearranges each optimizer step so that its micro batches have about the same number of tokens.
 
-    A step holds the records it would have held, and each micro batch as many as it would have had. Micro batches that
-    run side by side on several ranks, which wait for each other, come out alike: the heaviest stand first.
+    A step keeps its records and the size of its micro batches. Ranks that wait for each other get micro batches of
+    similar size, because the largest ones come first.
 
     Args:
         step: Records of an optimizer step, over all ranks.
-        micro: Records of a micro batch; it divides ``step``.
-        size: About how many tokens an item has.
+        micro: Records of a micro batch; a divisor of ``step``.
+        size: Returns the approximate number of tokens of an item.
     """
 
     def __init__(self, step: int, micro: int, size: Callable[[int], int]) -> None:
@@ -30,32 +30,25 @@ class Balance:
         self.size = size
 
     def __call__(self, order: Sequence[int]) -> Iterator[int]:
-        """Rearranges an epoch, one step ahead of whoever iterates.
-
-        Args:
-            order: The items as drawn.
-
-        Yields:
-            The same items. An epoch's last, smaller step stays as drawn.
-        """
+        """Yield the items of an epoch, rearranged one step at a time. A smaller last step keeps its order."""
         for start in range(0, len(order), self.step):
             items = order[start : start + self.step]
             if len(items) < self.step:
                 yield from items
                 continue
             sizes = [self.size(item) for item in items]
-            for bin_ in balance_bins(sizes, self.step // self.micro, capacity=self.micro):
-                yield from (items[index] for index in bin_)
+            for indices in balance_bins(sizes, self.step // self.micro, capacity=self.micro):
+                yield from (items[index] for index in indices)
 
 
 class EpochSampler(Sampler[int]):
-    """An order for each epoch, drawn from (seed, epoch) and nothing else.
+    """Draws the order of each epoch from (seed, epoch).
 
     Args:
         count: Number of items.
-        seed: The run's.
-        shuffle: False keeps the data's order in every epoch.
-        balanced: Rearranges each optimizer step's items among its micro batches; None leaves them as drawn.
+        seed: Seed of the run.
+        shuffle: False keeps the order of the data in every epoch.
+        balanced: Rearranges the items of each optimizer step; None keeps the drawn order.
     """
 
     def __init__(self, count: int, *, seed: int, shuffle: bool, balanced: Balance | None = None) -> None:
@@ -66,7 +59,7 @@ class EpochSampler(Sampler[int]):
         self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
-        """Say which epoch comes next, from 0."""
+        """Set the next epoch, counted from 0."""
         self.epoch = int(epoch)
 
     def __len__(self) -> int:
@@ -80,23 +73,24 @@ class EpochSampler(Sampler[int]):
 
 
 def balance_bins(sizes: Sequence[int], bins: int, *, capacity: int) -> list[list[int]]:
-    """Divide things among bins so that the largest sum is about as small as can be.
+    """Distribute items over bins so that the largest sum of sizes is nearly as small as possible.
 
-    The largest first, each to the least filled bin; then the fullest bin changes one thing for another's as long as
-    that helps. On steps of 32 records with LLaVA-Instruct's spread of lengths that comes to within 1 % of the best.
+    Items are assigned in descending size to the bin with the smallest sum. Then the bin with the largest sum swaps
+    single items with other bins as long as this helps. For steps of 32 records with the lengths of LLaVA-Instruct the
+    result is within 1 % of the optimum.
 
     Args:
-        sizes: Of the things.
-        bins: How many.
-        capacity: Things that a bin holds at most.
+        sizes: Size of each item.
+        bins: Number of bins.
+        capacity: Maximum number of items in a bin.
 
     Returns:
-        Indices of each bin's things, in their own order; the bin with the largest sum first.
+        The indices of each bin's items in ascending order; the bin with the largest sum first.
     """
     filled: list[list[int]] = [[] for _ in range(bins)]
     sums = [0] * bins
     open_bins = [(0, number) for number in range(bins)]
-    for index in sorted(range(len(sizes)), key=lambda index: (-sizes[index], index)):
+    for index in _by_descending_size(sizes):
         _, number = heapq.heappop(open_bins)
         filled[number].append(index)
         sums[number] += sizes[index]
@@ -111,10 +105,37 @@ def balance_bins(sizes: Sequence[int], bins: int, *, capacity: int) -> list[list
     return [sorted(filled[number]) for number in sorted(range(bins), key=lambda number: (-sums[number], number))]
 
 
+def bins_under_limit(sizes: Sequence[int], limit: int) -> list[list[int]]:
+    """Distribute items over few bins whose sums stay within a limit: first fit, in descending size.
+
+    Args:
+        sizes: Size of each item. An item above the limit gets its own bin.
+        limit: Maximum sum of the sizes in a bin.
+
+    Returns:
+        The indices of each bin's items in ascending order.
+    """
+    filled: list[list[int]] = []
+    sums: list[int] = []
+    for index in _by_descending_size(sizes):
+        fitting = (number for number, total in enumerate(sums) if total + sizes[index] <= limit)
+        number = next(fitting, len(filled))
+        if number == len(filled):
+            filled.append([])
+            sums.append(0)
+        filled[number].append(index)
+        sums[number] += sizes[index]
+    return [sorted(indices) for indices in filled]
+
+
+def _by_descending_size(sizes: Sequence[int]) -> list[int]:
+    return sorted(range(len(sizes)), key=lambda index: (-sizes[index], index))
+
+
 def _best_swap(
     sizes: Sequence[int], filled: Sequence[Sequence[int]], sums: Sequence[int]
 ) -> tuple[int, int, int, int, int] | None:
-    """The swap between the fullest bin and another that leaves the smaller maximum of both; None if none helps."""
+    """Return the swap between the fullest bin and another one that gives the smallest maximum; None if none helps."""
     fullest = max(range(len(sums)), key=sums.__getitem__)
     swaps = (
         (max(sums[fullest] - less, sums[other] + less), fullest, other, one, another)
@@ -124,26 +145,3 @@ def _best_swap(
         if 0 < (less := sizes[mine] - sizes[theirs]) < sums[fullest] - sums[other]
     )
     return min(swaps, default=None)
-
-
-def bins_under_limit(sizes: Sequence[int], limit: int) -> list[list[int]]:
-    """Divide things among as few bins as it easily can, none above a limit: first fit, the largest first.
-
-    Args:
-        sizes: Of the things; one above the limit gets a bin of its own.
-        limit: Of a bin's sum.
-
-    Returns:
-        Indices of each bin's things, in their own order.
-    """
-    filled: list[list[int]] = []
-    sums: list[int] = []
-    for index in sorted(range(len(sizes)), key=lambda index: (-sizes[index], index)):
-        room = (number for number, total in enumerate(sums) if total + sizes[index] <= limit)
-        number = next(room, len(filled))
-        if number == len(filled):
-            filled.append([])
-            sums.append(0)
-        filled[number].append(index)
-        sums[number] += sizes[index]
-    return [sorted(one) for one in filled]

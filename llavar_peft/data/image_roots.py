@@ -1,4 +1,4 @@
-"""Finding records' images below their roots, and nowhere else."""
+"""Find the images of records in the image folders, and never outside them."""
 
 from __future__ import annotations
 
@@ -14,18 +14,19 @@ from llavar_peft.errors import ImageError, LlavarError
 if TYPE_CHECKING:
     from PIL import Image
 
-_NAMES_READ: Final = 20_000  # of a folder, to guess which name was meant
-_LISTED_AFTER: Final = 64  # look-ups in a folder, after which reading it whole is cheaper
+_NAMES_READ: Final = 20_000  # entries of a folder that are searched for a similar name
+_LISTED_AFTER: Final = 64  # lookups in a folder after which reading the whole folder is faster
 
 
 class ImageRoots:
-    """The folders that records' images are looked up in, first match first.
+    """The image folders, searched in order.
 
-    Records may come from anywhere, so that a path may not leave the roots: not absolutely, not by ``..``, not by a
-    symbolic link (a root itself may be one, and links from one root into another are fine).
+    Records may come from untrusted sources, so that no path may leave the folders: not as an absolute path, not with
+    ``..``, and not through a symbolic link. A folder itself may be a link, and links from one folder to another are
+    allowed.
 
     Args:
-        roots: Folders; none for text-only records.
+        roots: The folders; none for text-only records.
 
     Raises:
         ImageError: One of them is not a folder.
@@ -37,7 +38,7 @@ class ImageRoots:
         for root in self.roots:
             if not root.is_dir():
                 raise ImageError.at(
-                    str(root), "is not a folder of pictures", "give the folder that the records' paths start from"
+                    str(root), "is not a folder of images", "give the folder that the image paths start from"
                 )
         self._real = tuple(os.path.realpath(root) for root in self.roots)
 
@@ -45,71 +46,70 @@ class ImageRoots:
         return f"ImageRoots({[str(root) for root in self.roots]})"
 
     def resolve(self, path: str, *, guess: bool = True) -> Path:
-        """Find an image's file.
+        """Find the file of an image.
 
         Args:
-            path: As written in the record, with ``/``.
-            guess: Whether a missing one's message names a similar file, for which its folder is read.
+            path: The path in the record, with ``/``.
+            guess: Name a similar file in the message about a missing one, which reads a folder.
 
         Returns:
-            The file in the first root that has it.
+            The file in the first folder that contains it.
 
         Raises:
-            ImageError: No root has it, or it lies outside its root.
+            ImageError: No folder contains it, or it is outside the folders.
         """
         if not self.roots:
-            raise ImageError.at(
-                path, "no image folders were given", "name the folders that the records' paths start from"
-            )
+            raise ImageError.at(path, "no image folder was given", "give the folder that the image paths start from")
         if not path or "\0" in path or os.path.isabs(path):
             raise ImageError.at(
-                repr(path), "is not a relative path", "write pictures' paths relative to an image folder"
+                repr(path), "is not a relative path", "write the path of the image relative to an image folder"
             )
         for root in self.roots:
             candidate = os.path.join(root, path)
             if os.path.isfile(candidate):
                 self._check_inside(candidate, path)
                 return Path(candidate)
-        # Before anything is said about folders: what lies outside must not even be asked for by name.
+        # Check this before the message about a missing file, which must not reveal names outside the folders.
         for root in self.roots:
             self._check_inside(os.path.join(root, path), path)
         raise self._missing(path, guess=guess)
 
     def open(self, path: str) -> Image.Image:
-        """Open an image by the path written in the record, upright and in RGB. Raises ``ImageError``."""
+        """Open an image by the path in its record, upright and in RGB. Raises ``ImageError``."""
         from llavar_peft.data.image_files import open_image
 
         return open_image(self.resolve(path))
 
-    def is_inside(self, place: str | Path) -> bool:
-        """Whether a place, all symbolic links followed, lies in one of the roots."""
-        real = os.path.realpath(place)
+    def is_inside(self, path: str | Path) -> bool:
+        """Return whether a path is in one of the folders after all symbolic links are followed."""
+        real = os.path.realpath(path)
         return any(real == root or real.startswith(root.rstrip(os.sep) + os.sep) for root in self._real)
 
-    def leaves(self, path: str) -> bool:
-        """Whether a record's path leads out of the roots."""
+    def leads_outside(self, path: str) -> bool:
+        """Return whether the path in a record leaves the folders."""
         return os.path.isabs(path) or not all(self.is_inside(os.path.join(root, path)) for root in self.roots)
 
     def _check_inside(self, candidate: str, path: str) -> None:
         if not self.is_inside(candidate):
-            real = os.path.realpath(candidate)
             raise ImageError.at(
                 path,
-                f"leads outside the image folders (to {real})",
-                "copy the picture into one of them, or name its folder too",
+                f"leads outside the image folders (to {os.path.realpath(candidate)})",
+                "copy the image into one of the folders, or add the folder that contains it",
             )
 
     def _missing(self, path: str, *, guess: bool) -> LlavarError:
-        similar = [name for root in self.roots for name in _similar(root, path)] if guess else []
-        where = ", ".join(str(root) for root in self.roots)
-        there = f" (there is {similar[0]})" if similar else ""
-        folder = any(os.path.isdir(os.path.join(root, path)) for root in self.roots)
-        what = "is a folder, expected a picture" if folder else f"is in none of {where}{there}"
-        return ImageError.at(path, what, "get the picture, correct the path, or add the folder that has it")
+        if any(os.path.isdir(os.path.join(root, path)) for root in self.roots):
+            return ImageError.at(path, "is a folder, expected an image", "give the path of a file")
+        folders = ", ".join(str(root) for root in self.roots)
+        what = f"is in none of the image folders (searched {folders})"
+        fix = "add the image, correct its path, or add the folder that contains it"
+        if similar := [name for root in self.roots for name in _similar(root, path)] if guess else []:
+            fix = f"if {similar[0]} is meant, correct the path; otherwise add the image or the folder that contains it"
+        return ImageError.at(path, what, fix)
 
 
 def _similar(root: Path, path: str) -> Sequence[str]:
-    """Name beside a missing one that may be meant: other slashes, other case, other extension, a slip."""
+    """Find files that may be meant by the path of a missing one: other slashes, case or extension, or a typo."""
     if "\\" in path and (root / path.replace("\\", "/")).is_file():
         return [path.replace("\\", "/")]
     folder, name = os.path.split(path)
@@ -124,39 +124,36 @@ def _similar(root: Path, path: str) -> Sequence[str]:
     return [os.path.join(folder, other) for other in sorted(found)]
 
 
-class Finder:
-    """Answers for very many images whether they are there, without opening them.
+class FolderListing:
+    """Checks whether very many images exist, without opening them.
 
-    A folder that is asked for often is read once, which on a network disk is a thousand times faster than asking for
-    each file. What it was like then is what is answered.
-
-    Args:
-        roots: Where to look.
+    A folder with many lookups is read once, which on a network disk is a thousand times as fast as one lookup per
+    file. Later changes of the folder are not seen.
     """
 
     def __init__(self, roots: ImageRoots) -> None:
         self._roots = roots
-        self._asked: dict[str, int] = {}
+        self._lookups: dict[str, int] = {}
         self._names: dict[str, frozenset[str]] = {}
 
-    def has(self, path: str) -> bool:
-        """Whether a record's path leads to a file within the roots; False may also mean that ``resolve`` must tell."""
+    def contains(self, path: str) -> bool:
+        """Return whether a path leads to a file in the image folders; False may also mean: ask ``resolve``."""
         folder, _, name = path.rpartition("/")
         names = self._names.get(folder)
         if names is None:
-            count = self._asked[folder] = self._asked.get(folder, 0) + 1
-            if count <= _LISTED_AFTER:
+            lookups = self._lookups[folder] = self._lookups.get(folder, 0) + 1
+            if lookups <= _LISTED_AFTER:
                 return False
             names = self._names[folder] = frozenset(self._list(folder))
         return name in names
 
     def _list(self, folder: str) -> Iterable[str]:
         for root in self._roots.roots:
-            place = os.path.join(root, folder)
-            if os.path.isabs(folder) or not self._roots.is_inside(place):
+            path = os.path.join(root, folder)
+            if os.path.isabs(folder) or not self._roots.is_inside(path):
                 continue
             try:
-                with os.scandir(place) as entries:
+                with os.scandir(path) as entries:
                     yield from (entry.name for entry in entries if entry.is_file(follow_symlinks=False))
             except OSError:
                 continue

@@ -1,7 +1,7 @@
-"""Random access to the records of a JSON or JSON-lines file that is never loaded as a whole.
+"""Random access to the records of a JSON or JSON Lines file without loading the file.
 
-Where each record starts is found once and kept beside the file as ``<name>.index``: a header of 64 bytes, then
-count + 1 offsets as uint64. Both are memory-mapped, so that ranks and workers share one copy.
+The offsets of the records are found once and saved next to the file as ``<name>.index``: a header of 64 bytes, then
+count + 1 offsets as uint64. File and index are memory-mapped, so that ranks and workers share one copy.
 """
 
 from __future__ import annotations
@@ -28,23 +28,22 @@ if TYPE_CHECKING:
 
 INDEX_SUFFIX: Final = ".index"
 MIN_INDEXED_BYTES: Final = 2**22
-"""Smaller files are indexed in memory at each opening (20 ms); an index file would be litter."""
+"""Smaller files are indexed in memory each time they are opened, which takes 20 ms, and get no index file."""
 
 _MAGIC: Final = b"LLVRIDX1"
-_HEADER: Final = struct.Struct(
-    "<8sQqQII24x"
-)  # magic, size, mtime_ns, count, crc of the file's ends, crc of the offsets
+# magic, size, mtime_ns, count, CRC of the first and last bytes of the file, CRC of the offsets
+_HEADER: Final = struct.Struct("<8sQqQII24x")
 _ENDS: Final = 4096
 _BETWEEN: Final = re.compile(rb"[ \t\r\n]*,[ \t\r\n]*")
 _SPACE: Final = b" \t\r\n"
 _BOM: Final = b"\xef\xbb\xbf"
 _TOKENS: Final = re.compile(rb'"(?:[^"\\]|\\.)*"|[\[\]{},]', re.DOTALL)
-_COUNTED_BYTES: Final = 2**25  # of a malformed file, before its record number is given up
+_COUNTED_BYTES: Final = 2**25  # an error beyond this offset is reported without the number of its record
 
 
 @dataclass(frozen=True, slots=True)
 class _Stamp:
-    """What tells a changed file from the one that was indexed."""
+    """Properties of a file that change when the file is rewritten."""
 
     size: int
     mtime_ns: int
@@ -52,16 +51,14 @@ class _Stamp:
 
 
 class IndexedFile:
-    """Records of one ``.json`` (an array) or ``.jsonl`` file, read from the disk one by one.
-
-    Pickles as a path: a worker maps the file again.
+    """Records of a ``.json`` file (one array) or a ``.jsonl`` file. Pickles as a path: a worker maps the file again.
 
     Args:
         path: The file.
-        cache_dir: Where the index goes; None is beside the file, or the user's cache folder where that is read-only.
+        cache_dir: Folder for the index; None for the folder of the file, or the user's cache folder if it is read-only.
 
     Raises:
-        DataError: The file is missing, empty, not of its form, or (an array) malformed.
+        DataError: The file is missing, empty, of another format than its suffix says, or a malformed array.
     """
 
     def __init__(self, path: str | Path, cache_dir: str | Path | None = None) -> None:
@@ -73,7 +70,7 @@ class IndexedFile:
         return len(self._offsets) - 1
 
     def __getitem__(self, index: int) -> Any:
-        """The record, decoded. Raises ``DataError`` where it is not JSON."""
+        """Return a decoded record. Raises ``DataError`` if it is not valid JSON."""
         start, stop = int(self._offsets[index]), int(self._offsets[index + 1])
         # The last byte of a JSON value is never a comma.
         text = self._file[start:stop].rstrip(b" \t\r\n,")
@@ -83,7 +80,7 @@ class IndexedFile:
             raise _malformed(self.where(index), text, error) from error
 
     def where(self, index: int) -> str:
-        """Name a record, e.g. ``"records.json:17"``, counted from 0."""
+        """Return the name of a record, e.g. ``"records.json:17"``, counted from 0."""
         return f"{self.path}:{index}"
 
     def __getstate__(self) -> dict[str, Any]:
@@ -93,14 +90,16 @@ class IndexedFile:
         self.path, self._cache_dir = state["path"], state["cache_dir"]
         self._open()
         if self._stamp != state["stamp"]:
-            raise _fault(self.path, "changed while it was in use", "start again, and leave the file alone meanwhile")
+            raise _fault(
+                self.path, "the file changed while it was in use", "run the command again without changing the file"
+            )
 
     def _open(self) -> None:
         try:
             with open(self.path, "rb") as file:
                 status = os.fstat(file.fileno())
                 if not status.st_size:
-                    raise _fault(self.path, "is empty", "give a file with records")
+                    raise _fault(self.path, "the file is empty", "give a file with records")
                 self._file = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         except OSError as error:
             raise _fault(
@@ -113,22 +112,22 @@ class IndexedFile:
     def _find_offsets(self) -> npt.NDArray[np.uint64]:
         if self._stamp.size < MIN_INDEXED_BYTES:
             return _scan(self.path, self._file)
-        places = _index_places(self.path, self._cache_dir)
-        for place in places:
-            known = _load(place, self._stamp)
+        index_paths = _index_paths(self.path, self._cache_dir)
+        for index_path in index_paths:
+            known = _load(index_path, self._stamp)
             if known is not None:
                 return known
         offsets = _scan(self.path, self._file)
-        for place in places:
-            # A full disk or a read-only folder costs the next opening a scan, not this run.
+        for index_path in index_paths:
+            # Without an index file (full disk, read-only folder) the next opening scans the file again.
             with suppress(OSError):
-                _save(place, self._stamp, offsets)
+                _save(index_path, self._stamp, offsets)
                 break
         return offsets
 
 
-def _index_places(path: Path, cache_dir: Path | None) -> list[Path]:
-    """Where an index may be, best first."""
+def _index_paths(path: Path, cache_dir: Path | None) -> list[Path]:
+    """Return the paths that an index may have, in order of preference."""
     real = os.path.realpath(path)
     name = f"{hashlib.sha256(os.fsencode(real)).hexdigest()[:16]}-{path.name}{INDEX_SUFFIX}"
     if cache_dir is not None:
@@ -137,64 +136,63 @@ def _index_places(path: Path, cache_dir: Path | None) -> list[Path]:
     return [Path(real + INDEX_SUFFIX), home / "llavar_peft" / name]
 
 
-def _load(place: Path, stamp: _Stamp) -> npt.NDArray[np.uint64] | None:
-    """The offsets, mapped, if this index is whole and of this very file."""
+def _load(index_path: Path, stamp: _Stamp) -> npt.NDArray[np.uint64] | None:
+    """Return the memory-mapped offsets if the index is complete and belongs to this version of the file."""
     try:
-        with open(place, "rb") as file:
+        with open(index_path, "rb") as file:
             magic, size, mtime_ns, count, ends, check = _HEADER.unpack(file.read(_HEADER.size))
             length = os.fstat(file.fileno()).st_size
         if magic != _MAGIC or _Stamp(size, mtime_ns, ends) != stamp or length != _HEADER.size + 8 * (count + 1):
             return None
         offsets: npt.NDArray[np.uint64] = np.memmap(
-            place, dtype="<u8", mode="r", offset=_HEADER.size, shape=(count + 1,)
+            index_path, dtype="<u8", mode="r", offset=_HEADER.size, shape=(count + 1,)
         )
     except (OSError, struct.error, ValueError):
         return None
     return offsets if zlib.crc32(offsets.data) == check else None
 
 
-def _save(place: Path, stamp: _Stamp, offsets: npt.NDArray[np.uint64]) -> None:
-    """Write aside and renames: ranks that start together each write, and none reads half a file."""
-    place.parent.mkdir(parents=True, exist_ok=True)
+def _save(index_path: Path, stamp: _Stamp, offsets: npt.NDArray[np.uint64]) -> None:
+    """Write a temporary file and rename it: several ranks may write at once, and none reads a partial index."""
+    index_path.parent.mkdir(parents=True, exist_ok=True)
     header = _HEADER.pack(_MAGIC, stamp.size, stamp.mtime_ns, len(offsets) - 1, stamp.ends, zlib.crc32(offsets.data))
-    handle, aside = tempfile.mkstemp(dir=place.parent, prefix=f".{place.name}.", suffix=".part")
+    handle, temporary = tempfile.mkstemp(dir=index_path.parent, prefix=f".{index_path.name}.", suffix=".part")
     try:
         with open(handle, "wb") as file:
             file.write(header)
             file.write(offsets.tobytes())
-        os.chmod(aside, 0o644)  # mkstemp's is the owner's alone, and others may read the records too
-        os.replace(aside, place)
+        os.chmod(temporary, 0o644)  # mkstemp makes it readable by its owner only, other users may share the records
+        os.replace(temporary, index_path)
     except BaseException:
         with suppress(OSError):
-            os.unlink(aside)
+            os.unlink(temporary)
         raise
 
 
 def _scan(path: Path, file: mmap.mmap) -> npt.NDArray[np.uint64]:
     head = file[:_ENDS]
     if head.startswith((b"\xff\xfe", b"\xfe\xff")):
-        raise _fault(path, "is UTF-16, expected UTF-8", "save it as UTF-8")
+        raise _fault(path, "wrong encoding (got UTF-16, expected UTF-8)", "save the file as UTF-8")
     if head.startswith((b"\x1f\x8b", b"PK", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")):
-        raise _fault(path, "is compressed", "unpack it")
+        raise _fault(path, "the file is compressed", "decompress it")
     start = len(_BOM) if head.startswith(_BOM) else 0
     first = head[start:].lstrip(_SPACE)[:1]
     lines = path.suffix.lower() != ".json"
     if lines and first == b"[":
         raise _fault(
-            path, "starts with '[', expected one JSON object per line", "rename it to .json if it is one array"
+            path, "the file starts with '[', expected one JSON object per line", "rename it to .json if it is one array"
         )
     if not lines and first != b"[":
-        what = "no text" if not first else repr(first.decode("latin-1"))
         raise _fault(
             path,
-            f"starts with {what}, expected '[': one array of records",
-            "rename it to .jsonl if it has one record per line, put a single record into [ ]",
+            f"the file starts with {repr(first.decode('latin-1')) if first else 'no text'}, expected '[': one array",
+            "rename it to .jsonl if it has one record per line, or put a single record into [ ]",
         )
     return _scan_lines(file, start) if lines else _scan_array(path, file, start)
 
 
 def _scan_array(path: Path, file: mmap.mmap, start: int) -> npt.NDArray[np.uint64]:
-    """Offsets of an array's elements; msgspec walks and checks the syntax without building them."""
+    """Return the offsets of the elements of an array; msgspec checks the syntax without building the elements."""
     with memoryview(file) as whole, whole[start:] as view:
         try:
             elements = msgspec.json.decode(view, type=list[msgspec.Raw])
@@ -217,8 +215,8 @@ def _scan_array(path: Path, file: mmap.mmap, start: int) -> npt.NDArray[np.uint6
 
 
 def _scan_lines(file: mmap.mmap, start: int) -> npt.NDArray[np.uint64]:
-    """Offsets of the lines that are not blank. Their syntax is looked at when they are read, so that all are named."""
-    step = 2**24  # bytes looked at at once
+    """Return the offsets of the lines that are not blank. Their syntax is checked when they are read."""
+    step = 2**24  # bytes searched at once
     breaks = (
         np.flatnonzero(np.frombuffer(file[base : base + step], np.uint8) == 0x0A) + base
         for base in range(0, len(file), step)
@@ -236,13 +234,15 @@ def _scan_lines(file: mmap.mmap, start: int) -> npt.NDArray[np.uint64]:
 
 
 def _malformed(where: str, text: bytes | memoryview, error: Exception) -> LlavarError:
-    """Say where in a text JSON ends, as far as that is known."""
+    """Return an error with the position of the syntax error, as far as it is known."""
     if isinstance(error, RecursionError):
-        return DataError.at(where, "is nested too deeply", "remove the record")
+        return DataError.at(where, "the JSON is nested too deeply", "remove the record")
     found = re.search(r"\(byte (\d+)\)", str(error))
     reason = re.sub(r"^JSON is malformed: | \(byte \d+\)$", "", str(error))
     if not found:
-        return DataError.at(where, f"is not JSON ({reason})", "get the file again; it may be cut off")
+        return DataError.at(
+            where, f"not valid JSON ({reason})", "get the file again: it may have been cut off in a transfer"
+        )
     at = int(found[1])
     before = bytes(text[:at])
     line = before.count(b"\n") + 1
@@ -250,19 +250,17 @@ def _malformed(where: str, text: bytes | memoryview, error: Exception) -> Llavar
     near = bytes(text[max(0, at - 20) : at + 20]).decode("utf-8", "replace")
     record = ""
     if "trailing" in reason:
-        record = ", after its end"
+        record = ", after the end of the array"
     elif before.lstrip(_SPACE)[:1] == b"[" and at < _COUNTED_BYTES:
         record = f", record {_count_records(before)}"
-    fix = "correct it there"
+    fix = "correct the syntax at this position"
     if re.match(rb"-?(NaN|Inf)", bytes(text[max(0, at - 1) : at + 8]).lstrip(b" :,[-")):
-        fix = "NaN and Infinity are not JSON: write null or leave them out"
-    return DataError.at(
-        f"{where}", f"is not JSON at line {line}, column {column}{record} ({reason}, near {near!r})", fix
-    )
+        fix = "write null instead of NaN or Infinity, which are not JSON"
+    return DataError.at(where, f"not valid JSON at line {line}, column {column}{record} ({reason}, near {near!r})", fix)
 
 
 def _count_records(before: bytes) -> int:
-    """Index of the record that an array's beginning stops in."""
+    """Return the index of the record in which the beginning of an array ends."""
     depth, record = 0, 0
     for token in _TOKENS.finditer(before):
         mark = token[0]

@@ -1,7 +1,7 @@
-r"""Records: the released format, validated; and stores of a million of them that open at once.
+r"""Validate records in the released format, and open files of a million records without loading them.
 
-A record is ``{"id": ..., "image": "a.jpg", "conversations": [{"from": "human", "value": "<image>\n..."}, ...]}``;
-``image`` may be missing (text only) or a list.
+A record is ``{"id": ..., "image": "a.jpg", "conversations": [{"from": "human", "value": "<image>\n..."}, ...]}``.
+``image`` may be absent (a text-only record) or a list.
 """
 
 from __future__ import annotations
@@ -21,28 +21,28 @@ from llavar_peft.types import Conversation, Role, Turn
 _ROLES: Final[dict[str, Role]] = {"human": "human", "user": "human", "gpt": "gpt", "assistant": "gpt"}
 
 
-class RecordPart(Protocol):
-    """Records from one source."""
+class RecordSource(Protocol):
+    """Raw records by index, each with a name for error messages."""
 
     def __len__(self) -> int:
-        """How many there are."""
+        """Return the number of records."""
         ...
 
     def __getitem__(self, index: int) -> Any:
-        """One of them, as it stands there."""
+        """Return a record as it is stored."""
         ...
 
     def where(self, index: int) -> str:
-        """Name one of them in messages."""
+        """Return the name of a record for error messages, ending in ``:index``."""
         ...
 
 
 class Table:
-    """Records in memory or in an Arrow table: a ``datasets.Dataset``, or a list of dicts.
+    """Records in memory or in an Arrow table: a ``datasets.Dataset`` or a list of dicts.
 
     Args:
         rows: The records.
-        name: Of the source, in messages.
+        name: Name of the source in error messages.
     """
 
     def __init__(self, rows: Any, name: str) -> None:
@@ -53,22 +53,18 @@ class Table:
         return len(self.rows)
 
     def __getitem__(self, index: int) -> Any:
-        """The row. Raises ``IndexError``."""
+        """Return a row. Raises ``IndexError``."""
         return self.rows[index]
 
     def where(self, index: int) -> str:
-        """Name a row, e.g. ``"records.parquet:17"``, counted from 0."""
+        """Return the name of a row, e.g. ``"records.parquet:17"``, counted from 0."""
         return f"{self.name}:{index}"
 
 
 class RecordStore(Sequence[Any]):
-    """Raw records by index, over all sources in order. Pickles cheaply; workers map the files again.
+    """Raw records of several sources, one after the other. Pickles cheaply: a worker process maps the files again."""
 
-    Args:
-        parts: The sources.
-    """
-
-    def __init__(self, parts: Sequence[RecordPart]) -> None:
+    def __init__(self, parts: Sequence[RecordSource]) -> None:
         self.parts = tuple(parts)
         self._ends = list(accumulate(len(part) for part in self.parts))
 
@@ -76,16 +72,16 @@ class RecordStore(Sequence[Any]):
         return self._ends[-1] if self._ends else 0
 
     def __getitem__(self, index: Any) -> Any:
-        """The record as it stands in its file. Raises ``IndexError``, ``DataError`` (its line is not JSON)."""
+        """Return a record as it is stored. Raises ``IndexError``, or ``DataError`` where its line is not JSON."""
         part, inner = self._find(index)
         return part[inner]
 
     def where(self, index: int) -> str:
-        """Name a record in messages: file and index within it, counted from 0."""
+        """Return the name of a record in error messages: its file and its index in that file, counted from 0."""
         part, inner = self._find(index)
         return part.where(inner)
 
-    def _find(self, index: int) -> tuple[RecordPart, int]:
+    def _find(self, index: int) -> tuple[RecordSource, int]:
         if not -len(self) <= index < len(self):
             raise IndexError(f"record {index} of {len(self)}")
         index %= len(self)
@@ -97,15 +93,13 @@ def open_records(source: Any, cache_dir: str | Path | None = None) -> RecordStor
     """Open records without loading them.
 
     Args:
-        source: A path or several (``.json``: one array; ``.jsonl``; ``.parquet``; a folder written by
+        source: One path or several (``.json`` with one array, ``.jsonl``, ``.parquet``, a folder written by
             ``datasets.save_to_disk``), a ``datasets.Dataset``, or a list of dicts.
-        cache_dir: Where indices and converted tables go; None is beside the file, else the user's cache folder.
-
-    Returns:
-        All records, in order.
+        cache_dir: Folder for indexes and converted tables. The default is the folder of the file, or the user's cache
+            folder if that is read-only.
 
     Raises:
-        DataError: A file is missing, empty, of an unknown kind, or malformed.
+        DataError: A file is missing, empty, of an unknown format, or malformed.
     """
     if isinstance(source, str | Path):
         return RecordStore([_open_path(Path(source), cache_dir)])
@@ -114,30 +108,32 @@ def open_records(source: Any, cache_dir: str | Path | None = None) -> RecordStor
     return RecordStore([Table(source, "records")])
 
 
-def _open_path(path: Path, cache_dir: str | Path | None) -> RecordPart:
-    kind = path.suffix.lower()
+def _open_path(path: Path, cache_dir: str | Path | None) -> RecordSource:
+    suffix = path.suffix.lower()
     if path.is_dir():
         return _open_folder(path)
-    if kind in (".json", ".jsonl"):
+    if suffix in (".json", ".jsonl"):
         return IndexedFile(path, cache_dir)
     if not path.exists():
         raise DataError.at(str(path), "no such file", "correct the path to the records")
-    if kind == ".parquet":
+    if suffix == ".parquet":
         return Table(_read_parquet(path, cache_dir), str(path))
     raise DataError.at(
         str(path),
-        f"is of an unknown kind (got {kind or 'no extension'!r})",
-        "give .json, .jsonl, .parquet, or a folder written by datasets.save_to_disk",
+        f"unknown file format (got {suffix or 'no extension'!r}, expected .json, .jsonl or .parquet)",
+        "convert the file to one of these formats, or give a folder written by datasets.save_to_disk",
     )
 
 
-def _open_folder(path: Path) -> RecordPart:
+def _open_folder(path: Path) -> RecordSource:
     if (path / "dataset_dict.json").is_file():
         splits = sorted(entry.name for entry in path.iterdir() if entry.is_dir())
-        raise DataError.at(str(path), f"holds several splits ({', '.join(splits)})", "give the folder of one of them")
+        raise DataError.at(
+            str(path), f"the folder holds several splits ({', '.join(splits)})", "give one split's folder"
+        )
     if not (path / "state.json").is_file():
         raise DataError.at(
-            str(path), "is a folder, but not one written by datasets.save_to_disk", "give the file with the records"
+            str(path), "the folder was not written by datasets.save_to_disk", "give the file that holds the records"
         )
     from datasets import load_from_disk
 
@@ -148,7 +144,7 @@ def _open_folder(path: Path) -> RecordPart:
 
 
 def _read_parquet(path: Path, cache_dir: str | Path | None) -> Any:
-    """Converted once to a memory-mapped Arrow file, since Parquet has no access to single rows."""
+    """Convert a Parquet file, which has no random access to rows, to a memory-mapped Arrow file, once."""
     from datasets import Dataset
     from datasets.exceptions import DatasetGenerationError
 
@@ -159,35 +155,40 @@ def _read_parquet(path: Path, cache_dir: str | Path | None) -> Any:
 
 
 def _unreadable(path: Path, error: BaseException) -> LlavarError:
-    return DataError.at(str(path), f"cannot be read ({type(error).__name__}: {error})", "write or get it again")
+    return DataError.at(
+        str(path), f"cannot be read ({type(error).__name__}: {error})", "write or download the file again"
+    )
 
 
 def parse_record(raw: object, where: str) -> Conversation:
-    """Validate a record.
+    """Validate a record and return it as a conversation with its text unchanged.
+
+    A leading ``gpt`` turn is dropped. A single image may be placed by any number of ``<image>``; with several images,
+    each needs exactly one.
 
     Args:
-        raw: As it stands in its file.
-        where: Its name in messages; what follows the last ``:`` stands in for a missing id.
-
-    Returns:
-        The conversation, its text verbatim. A leading ``gpt`` turn is dropped. A single image may have any number of
-        ``<image>``; several must have one each.
+        raw: The record as it is stored.
+        where: Name of the record in error messages. The part after the last ``:`` is the id of a record without one.
 
     Raises:
-        DataError: It is malformed; ``faults`` holds all that is wrong with it.
+        DataError: The record is malformed; ``faults`` lists everything that is wrong with it.
 
     Source: LLaVAR, llava/train/train.py, ``preprocess_v1``.
     """
     if not isinstance(raw, Mapping):
-        raise DataError.at(where, f"is {_kind(raw)}, expected an object", "write each record as {...}")
+        raise DataError.at(
+            where,
+            f"the record has the wrong type (got {_type_name(raw)}, expected an object)",
+            'write the record as {"id": ..., "conversations": [...]}',
+        )
     faults: list[Fault] = []
     identity = _identity(raw, where, faults)
     images = _images(raw, where, faults)
     turns = _turns(raw, where, faults)
-    places = sum(turn.text.count(IMAGE_PLACEHOLDER) for turn in turns)
-    if len(images) > 1 and turns and places != len(images):
-        what = f"has {places} {IMAGE_PLACEHOLDER} for {len(images)} pictures"
-        faults.append(Fault(where, what, f"write {IMAGE_PLACEHOLDER} once for each picture"))
+    placeholders = sum(turn.text.count(IMAGE_PLACEHOLDER) for turn in turns)
+    if len(images) > 1 and turns and placeholders != len(images):
+        what = f"the number of {IMAGE_PLACEHOLDER} is wrong (got {placeholders}, expected {len(images)}: one per image)"
+        faults.append(Fault(where, what, f"write {IMAGE_PLACEHOLDER} once for each image"))
     if faults:
         raise DataError("\n".join(str(fault) for fault in faults), faults)
     return Conversation(identity, turns, images)
@@ -198,7 +199,8 @@ def _identity(raw: Mapping[str, Any], where: str, faults: list[Fault]) -> str:
     if identity is None:
         return where.rpartition(":")[2]
     if isinstance(identity, bool) or not isinstance(identity, str | int):
-        faults.append(Fault(f"{where}: id", f"is {_kind(identity)}, expected text or an integer", "put it in quotes"))
+        what = f"wrong type (got {_type_name(identity)}, expected a string or an integer)"
+        faults.append(Fault(f"{where}: id", what, "write the id as a string"))
     return str(identity)
 
 
@@ -206,28 +208,30 @@ def _images(raw: Mapping[str, Any], where: str, faults: list[Fault]) -> tuple[st
     images = raw.get("image")
     if images is None:
         if "images" in raw:
-            faults.append(Fault(where, "has 'images', expected 'image'", "rename the key"))
+            faults.append(Fault(where, "unknown key (got 'images', expected 'image')", "rename 'images' to 'image'"))
         return ()
-    listed = images if isinstance(images, list | tuple) else [images]
+    is_list = isinstance(images, list | tuple)
+    listed = images if is_list else [images]
     for number, image in enumerate(listed):
-        if not isinstance(image, str) or not image:
-            at = f"{where}: image" + (f"[{number}]" if isinstance(images, list | tuple) else "")
-            what = "is empty" if image == "" else f"is {_kind(image)}, expected a relative path"
-            fix = "leave 'image' out of a text-only record" if image == "" else "write the picture's path as text"
-            faults.append(Fault(at, what, fix))
+        if isinstance(image, str) and image:
+            continue
+        what = f"wrong type (got {_type_name(image)}, expected a relative path)"
+        fix = "write the path of the image as a string"
+        if image == "":
+            what, fix = "the path is empty", "write the path of the image, or leave out 'image' in a text-only record"
+        faults.append(Fault(f"{where}: image[{number}]" if is_list else f"{where}: image", what, fix))
     return tuple(image for image in listed if isinstance(image, str))
 
 
 def _turns(raw: Mapping[str, Any], where: str, faults: list[Fault]) -> tuple[Turn, ...]:
     listed = raw.get("conversations")
     if not isinstance(listed, list | tuple):
-        similar = get_close_matches("conversations", [str(key) for key in raw], n=1)
-        what = (
-            f"has {_kind(listed)} as 'conversations', expected a list"
-            if listed is not None
-            else "has no 'conversations'"
-        )
-        fix = f"rename {similar[0]!r}" if similar and listed is None else 'write [{"from": "human", "value": ...}, ...]'
+        what, fix = "has no 'conversations'", 'add "conversations": [{"from": "human", "value": "..."}, ...]'
+        if listed is not None:
+            what = f"'conversations' has the wrong type (got {_type_name(listed)}, expected a list)"
+            fix = 'write it as [{"from": "human", "value": "..."}, ...]'
+        elif similar := get_close_matches("conversations", [str(key) for key in raw], n=1):
+            fix = f"rename {similar[0]!r} to 'conversations'"
         faults.append(Fault(where, what, fix))
         return ()
     before = len(faults)
@@ -238,13 +242,15 @@ def _turns(raw: Mapping[str, Any], where: str, faults: list[Fault]) -> tuple[Tur
     if len(faults) > before:
         return tuple(kept)
     if not kept:
-        faults.append(Fault(where, "has no turn by 'human'", "remove the record, or write what was asked"))
+        fix = "add the question as a turn from 'human', or remove the record"
+        faults.append(Fault(where, "has no turn from 'human'", fix))
     for number, turn in enumerate(kept):
         expected = "gpt" if number % 2 else "human"
         if turn.role != expected:
             at = f"{where}: conversations[{number + dropped}]"
-            faults.append(Fault(at, f"is by {turn.role!r}, expected {expected!r}", "let the turns alternate"))
-            break  # whatever follows is out of step too
+            what = f"the turns do not alternate (got {turn.role!r}, expected {expected!r})"
+            faults.append(Fault(at, what, "alternate turns from 'human' and 'gpt'"))
+            break  # the turns after it would all be reported too
     return tuple(kept)
 
 
@@ -255,24 +261,27 @@ def _turn(turn: object, where: str, number: int, faults: list[Fault]) -> Turn | 
         return Turn(known, text)
     at = f"{where}: conversations[{number}]"
     if not isinstance(turn, Mapping):
-        faults.append(Fault(at, f"is {_kind(turn)}, expected an object", 'write {"from": ..., "value": ...}'))
+        what = f"the turn has the wrong type (got {_type_name(turn)}, expected an object)"
+        faults.append(Fault(at, what, 'write the turn as {"from": "human", "value": "..."}'))
         return None
     if known is None:
-        what = f"is by {role!r}, expected 'human' or 'gpt'" if "from" in turn else "has no 'from'"
-        fix = "the system text belongs to the template: leave it out" if role == "system" else "name who speaks"
+        what = f"unknown role (got {role!r}, expected 'human' or 'gpt')" if "from" in turn else "has no 'from'"
+        fix = "set 'from' to 'human' or 'gpt'"
+        if role == "system":
+            fix = "remove the turn: the chat template adds the system prompt"
         faults.append(Fault(at, what, fix))
     if not isinstance(text, str):
-        what = f"has {_kind(text)} as 'value', expected text" if "value" in turn else "has no 'value'"
-        faults.append(Fault(at, what, "write the words as text"))
+        what = f"'value' has the wrong type (got {_type_name(text)}, expected a string)"
+        faults.append(
+            Fault(at, what if "value" in turn else "has no 'value'", "write the text of the turn as a string")
+        )
     return None
 
 
-def _kind(value: object) -> str:
-    names = {type(None): "null", bool: "a boolean", int: "an integer", float: "a number", str: "text"}
-    return names.get(type(value)) or (
-        "a list"
-        if isinstance(value, list | tuple)
-        else "an object"
-        if isinstance(value, Mapping)
-        else type(value).__name__
-    )
+def _type_name(value: object) -> str:
+    if isinstance(value, list | tuple):
+        return "a list"
+    if isinstance(value, Mapping):
+        return "an object"
+    names = {type(None): "null", bool: "a boolean", int: "an integer", float: "a number", str: "a string"}
+    return names.get(type(value), type(value).__name__)

@@ -1,4 +1,4 @@
-"""An example read back as text, with what is supervised in it: for ``llavar-peft data inspect``."""
+"""Decode an example to text with its supervised parts marked, for ``llavar-peft data inspect``."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ _SPACE = "▁"
 
 
 def decode_supervision(example: Example, processor: Processor) -> list[tuple[str, bool]]:
-    """Read an example back, in spans of one kind.
+    """Decode an example to spans of text that are either supervised or not.
 
     Args:
         example: From ``encode_record``.
-        processor: The one it was encoded with.
+        processor: The processor that encoded it.
 
     Returns:
-        (text, supervised) in reading order. An image is one unsupervised ``[image x576]``; special tokens are spelled
-        out. White space beside an image is missing, as it is from the ids.
+        (text, supervised) in reading order. An image is an unsupervised ``[image x576]``, and special tokens are
+        written out. White space next to an image is missing because it is not encoded.
     """
     encoder = text_encoder(processor)
     spans: list[tuple[str, bool]] = []
@@ -45,12 +45,12 @@ def decode_supervision(example: Example, processor: Processor) -> list[tuple[str
 
 
 def _images(patches: int, counts: Iterator[int]) -> str:
-    """Spell the images of one run, which may be several that touch."""
+    """Return the text for a run of image tokens, which may belong to several adjacent images."""
     text = ""
     while patches > 0:
-        one = next(counts, patches)
-        text += f"[image x{one}]"
-        patches -= one
+        tokens = next(counts, patches)
+        text += f"[image x{tokens}]"
+        patches -= tokens
     return text
 
 
@@ -61,7 +61,7 @@ def _kind(token: int, encoder: TextEncoder) -> str:
 
 
 def _decode(tokenizer: Any, ids: list[int], *, keep_space: bool) -> str:
-    """Decode text ids. The decoder strips one leading space, the text's own unless a special token precedes it."""
+    """Decode text ids. The decoder strips a leading space, which is part of the text except after a special token."""
     text: str = tokenizer.decode(ids, skip_special_tokens=False)
     leads = str(tokenizer.convert_ids_to_tokens(ids[0])).startswith(_SPACE)
     return f" {text}" if keep_space and leads else text

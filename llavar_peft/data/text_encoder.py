@@ -1,7 +1,7 @@
-"""Text to ids in which no special token is ever recognised, whatever the text spells.
+"""Encode text to ids without ever producing a special token, even if the text contains the name of one.
 
-No piece of LLaMA's reaches from the end of one word into the next, so that words are encoded one by one, and each only
-when it is first met: faster than whole texts, with the same ids.
+No token of LLaMA's vocabulary crosses a word boundary. Words are therefore encoded separately and cached, which gives
+the same ids as encoding whole texts and is faster.
 """
 
 from __future__ import annotations
@@ -27,16 +27,15 @@ _NORMALIZERS: Final = [
 ]
 _WORD: Final = re.compile(f"{_SPACE}*[^{_SPACE}]+|{_SPACE}+")
 _ACROSS_WORDS: Final = re.compile(f"[^{_SPACE}]{_SPACE}")
-_WORDS_KEPT: Final = 2**15
-"""About 8 MB in every worker."""
-_LONGEST_KEPT: Final = 32  # characters; what is longer is seldom met again
+_CACHED_WORDS: Final = 2**15  # about 8 MB in every worker
+_LONGEST_CACHED: Final = 32  # characters; longer words are rarely repeated
 
 
-class Words:
-    """The ids of words: a space and what follows it up to the next.
+class WordCache:
+    """Encodes words, each with the space before it, and caches their ids.
 
     Args:
-        pieces: A backend that takes its text as it is.
+        pieces: A tokenizer backend that does not normalize its text.
     """
 
     def __init__(self, pieces: Tokenizer) -> None:
@@ -44,7 +43,7 @@ class Words:
         self._known: dict[str, list[int]] = {}
 
     def encode(self, text: str) -> list[int]:
-        """Encode a text in which ``▁`` stands for spaces."""
+        """Encode a text in which spaces are written as ``▁``."""
         ids: list[int] = []
         known = self._known
         for word in _WORD.findall(text):
@@ -53,27 +52,27 @@ class Words:
 
     def _new(self, word: str) -> list[int]:
         ids: list[int] = self._pieces.encode(word, add_special_tokens=False).ids
-        if len(self._known) < _WORDS_KEPT and len(word) <= _LONGEST_KEPT:
+        if len(self._known) < _CACHED_WORDS and len(word) <= _LONGEST_CACHED:
             self._known[word] = ids
         return ids
 
 
 @dataclass(frozen=True, slots=True)
 class TextEncoder:
-    """A tokenizer's pieces without its special tokens, and their ids beside them.
+    """A tokenizer without its special tokens, and the ids of these.
 
     Attributes:
-        pieces: The bare backend: the same vocabulary and merges, no added tokens.
-        words: The same word by word; None for a tokenizer that is not of LLaMA's kind.
+        pieces: The backend with the same vocabulary and merges, and without added tokens.
+        words: Encodes word by word; None for a vocabulary in which a token may cross a word boundary.
         bos: Id of ``<s>``.
         eos: Id of ``</s>``.
         patch: Id of ``<im_patch>``.
-        start: Id of ``<im_start>``, None where it is not used.
-        end: Id of ``<im_end>``, None where it is not used.
+        start: Id of ``<im_start>``, or None if it is not used.
+        end: Id of ``<im_end>``, or None if it is not used.
     """
 
     pieces: Tokenizer
-    words: Words | None
+    words: WordCache | None
     bos: int
     eos: int
     patch: int
@@ -81,14 +80,14 @@ class TextEncoder:
     end: int | None
 
     def encode(self, text: str, answer_start: int | None = None) -> tuple[list[int], int]:
-        """Encode one stretch of text between special tokens.
+        """Encode a stretch of text between special tokens.
 
         Args:
-            text: Any text that is not empty, of ``whole_characters``.
+            text: Any non-empty text without lone surrogates.
             answer_start: Index of the first supervised character.
 
         Returns:
-            The ids, and the index of the first id that holds a supervised character (their number if none does).
+            The ids, and the index of the first id with a supervised character (the number of ids if there is none).
         """
         supervised = len(text) if answer_start is None else min(answer_start, len(text))
         if self.words is not None:
@@ -100,47 +99,43 @@ class TextEncoder:
                 prompt = self.words.encode(spaced[: supervised + 1])
                 return prompt + self.words.encode(spaced[supervised + 1 :]), len(prompt)
         encoding = self.pieces.encode(text, add_special_tokens=False)
-        whole: list[int] = encoding.ids
+        all_ids: list[int] = encoding.ids
         if supervised == len(text):
-            return whole, len(whole)
+            return all_ids, len(all_ids)
         first = 0 if supervised == 0 else encoding.char_to_token(supervised)
-        return whole, len(whole) if first is None else first
+        return all_ids, len(all_ids) if first is None else first
 
     def image_block(self, tokens: int) -> list[int]:
-        """The ids of an image's place, with ``tokens`` x ``<im_patch>``."""
+        """Return the ids of an image with ``tokens`` x ``<im_patch>``."""
         patches = [self.patch] * tokens
         return patches if self.start is None or self.end is None else [self.start, *patches, self.end]
 
 
 def text_encoder(processor: Processor) -> TextEncoder:
-    """The encoder of a processor, made once for each of its settings.
-
-    Args:
-        processor: Its tokenizer and ``use_im_start_end`` count.
-
-    Returns:
-        The encoder.
+    """Return the encoder of a processor's tokenizer, which is built once per value of ``use_im_start_end``.
 
     Raises:
         ConfigError: The tokenizer is a slow one, or has no image tokens.
     """
-    made = _ENCODERS.setdefault(processor.tokenizer, {})
-    if processor.use_im_start_end not in made:
-        made[processor.use_im_start_end] = _make(processor.tokenizer, processor.use_im_start_end)
-    return made[processor.use_im_start_end]
+    built = _ENCODERS.setdefault(processor.tokenizer, {})
+    if processor.use_im_start_end not in built:
+        built[processor.use_im_start_end] = _build(processor.tokenizer, processor.use_im_start_end)
+    return built[processor.use_im_start_end]
 
 
-# Keyed by the tokenizer itself, so that a worker process, which gets a copy, makes its own.
+# The key is the tokenizer itself: a worker process gets a copy of it and builds its own encoder.
 _ENCODERS: WeakKeyDictionary[Any, dict[bool, TextEncoder]] = WeakKeyDictionary()
 
 
-def _make(tokenizer: Any, use_im_start_end: bool) -> TextEncoder:
+def _build(tokenizer: Any, use_im_start_end: bool) -> TextEncoder:
     from tokenizers import Tokenizer
 
     where = str(tokenizer.name_or_path or type(tokenizer).__name__)
     if not tokenizer.is_fast:
         raise ConfigError.at(
-            where, "is a slow tokenizer", "open it with llavar_peft.models.llama_tokenizer.load_tokenizer"
+            where,
+            "wrong kind of tokenizer (got a slow one, expected a fast one)",
+            "load it with llavar_peft.models.llama_tokenizer.load_tokenizer",
         )
     vocabulary = tokenizer.get_vocab()
     names = ADDED_TOKENS if use_im_start_end else (IMAGE_PATCH_TOKEN,)
@@ -148,7 +143,7 @@ def _make(tokenizer: Any, use_im_start_end: bool) -> TextEncoder:
     if missing:
         raise ConfigError.at(
             where,
-            f"has no token {', '.join(missing)}",
+            f"the tokenizer has no image tokens (missing: {', '.join(missing)})",
             "call llavar_peft.models.llama_tokenizer.add_image_tokens on it",
         )
     backend = tokenizer.backend_tokenizer
@@ -159,7 +154,7 @@ def _make(tokenizer: Any, use_im_start_end: bool) -> TextEncoder:
     start, end = (vocabulary[name] if name in names else None for name in (IMAGE_START_TOKEN, IMAGE_END_TOKEN))
     return TextEncoder(
         pieces=bare,
-        words=Words(Tokenizer(backend.model)) if _ends_with_words(bare) else None,
+        words=WordCache(Tokenizer(backend.model)) if _respects_word_boundaries(bare) else None,
         bos=tokenizer.bos_token_id,
         eos=tokenizer.eos_token_id,
         patch=vocabulary[IMAGE_PATCH_TOKEN],
@@ -168,8 +163,8 @@ def _make(tokenizer: Any, use_im_start_end: bool) -> TextEncoder:
     )
 
 
-def _ends_with_words(bare: Tokenizer) -> bool:
-    """Whether no piece can come of two words, so that words can be encoded apart."""
+def _respects_word_boundaries(bare: Tokenizer) -> bool:
+    """Return whether no token crosses a word boundary, so that words can be encoded separately."""
     if bare.pre_tokenizer is not None or bare.normalizer is None or type(bare.model).__name__ != "BPE":
         return False
     form = json.loads(bare.normalizer.__getstate__())
@@ -181,8 +176,8 @@ def _ends_with_words(bare: Tokenizer) -> bool:
     )
 
 
-def whole_characters(text: str) -> str:
-    """Join surrogate pairs and replaces lone surrogates, which JSON can hold and UTF-8 cannot."""
+def valid_unicode(text: str) -> str:
+    """Join surrogate pairs and replace lone surrogates, which JSON can contain and UTF-8 cannot."""
     if text.isascii():
         return text
     try:

@@ -1,4 +1,4 @@
-"""How well an answer was read, for the eyes of someone training. The papers' protocols are in evaluation."""
+"""How closely an answer matches the truth, as shown during training. The metrics of the papers are in evaluation."""
 
 from __future__ import annotations
 
@@ -6,20 +6,12 @@ from rapidfuzz.distance import Levenshtein
 
 
 def exact_match(answer: str, truth: str) -> bool:
-    """Whether the answer is the truth, but for white space at the ends and runs of it inside."""
+    """Return whether answer and truth are equal, except for the amount of white space."""
     return " ".join(answer.split()) == " ".join(truth.split())
 
 
 def character_accuracy(answer: str, truth: str) -> float:
-    """1 minus the character error rate, not below 0.
-
-    Args:
-        answer: What was read.
-        truth: What is written.
-
-    Returns:
-        1.0 for the truth itself; 1.0 too where both are empty.
-    """
+    """Return 1 minus the character error rate, at least 0. If the truth is empty, only an empty answer scores 1."""
     answer, truth = " ".join(answer.split()), " ".join(truth.split())
     if not truth:
         return float(not answer)

@@ -1,14 +1,15 @@
-"""From records to batches: what a ``DataLoader`` iterates over in training.
+"""From records to batches: the data set and the collator that a ``DataLoader`` uses in training.
 
-No draw is made here: the order of an epoch comes from (seed, epoch) alone and an item from its index alone, so that a
-resumed run sees the same batches.
+An item depends on its index alone, and the order of an epoch on (seed, epoch) alone, so that a resumed run sees the
+same batches. Shapes: B rows, T tokens, N images, H and W pixels.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from itertools import accumulate
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,8 +18,9 @@ from torch.utils.data import Dataset
 
 from llavar_peft.constants import IGNORE_INDEX
 from llavar_peft.data.encode_record import encode_record
-from llavar_peft.data.image_preparation import ImageRoots, prepare_image
-from llavar_peft.data.split_packed_batch import nothing_to_learn
+from llavar_peft.data.image_preparation import prepare_image
+from llavar_peft.data.image_roots import ImageRoots
+from llavar_peft.data.record_store import RecordSource
 from llavar_peft.errors import DataError, ImageError
 from llavar_peft.types import Example, Processor
 
@@ -31,8 +33,8 @@ class Item:
 
     Attributes:
         example: Ids and labels.
-        pixels: One ``[3, H, W]`` for each image of the example.
-        fault: Why the record carries no loss, with the kind first (``"image: ..."``, ``"labels: ..."``), else None.
+        pixels: float32 ``[3, H, W]`` for each image of the example.
+        fault: Why the record carries no loss, starting with its kind (``"image: ..."``, ``"labels: ..."``), else None.
     """
 
     example: Example
@@ -40,35 +42,23 @@ class Item:
     fault: str | None
 
 
-class RecordSequence(Protocol):
-    """Raw records by index."""
-
-    def __len__(self) -> int:
-        """How many there are."""
-        ...
-
-    def __getitem__(self, index: int) -> Mapping[str, Any]:
-        """The record as it stands in its file."""
-        ...
-
-
 class TrainingDataset(Dataset[Item]):
     """Records as items, by index.
 
-    A record that cannot be trained on comes back as an item with ``fault`` set, never as an exception: a loader's
-    worker would hand on only its text, and the policy is the trainer's.
+    A record that cannot be used becomes an item with ``fault`` set instead of an exception, since the trainer decides
+    what happens next and a loader's worker would pass on no more than the text of an exception.
 
     Args:
         records: The raw records.
-        indices: Which of them, in the order of the data.
-        roots: Where their images are.
+        indices: Indices of the records to use, in the order of the data.
+        roots: The image folders.
         processor: Tokenizer, image processor and their settings.
-        max_length: Tokens per record.
+        max_length: Maximum number of tokens of a record.
     """
 
     def __init__(
         self,
-        records: RecordSequence,
+        records: RecordSource,
         indices: Sequence[int],
         roots: ImageRoots,
         processor: Processor,
@@ -88,7 +78,7 @@ class TrainingDataset(Dataset[Item]):
         index = int(self.indices[position])
         raw = self.records[index]
         try:
-            # Mode "keep" has to measure the images before it can count their tokens.
+            # In image mode "keep" this measures the images, since their size gives the number of their tokens.
             example = encode_record(raw, self.processor, self.max_length, roots=self.roots)
         except ImageError as error:
             return _faulty(raw, index, f"image: {error}")
@@ -106,59 +96,41 @@ class TrainingDataset(Dataset[Item]):
         return Item(example, pixels, None)
 
     def estimated_tokens(self, position: int) -> int:
-        """About how long an item is: cheap, the same on every rank, and good enough to balance batches by.
+        """Estimate the number of tokens of an item, quickly and with the same result on every rank.
 
-        Args:
-            position: Of the item.
-
-        Returns:
-            Tokens; text is taken at four bytes a token, an image at the tower's square size.
+        Text counts as one token per four bytes, and an image as one of the vision tower's square size.
         """
         raw = self.records[int(self.indices[position])]
         return min(text_tokens(raw) + image_count(raw) * self.processor.num_image_tokens, self.max_length)
 
 
 def text_tokens(raw: Mapping[str, Any]) -> int:
-    """About how many tokens a record's text has, at four bytes a token.
-
-    Args:
-        raw: As it stands in its file, sound or not.
-
-    Returns:
-        The number.
-    """
+    """Estimate the number of text tokens of a raw record, valid or not, as one per four bytes."""
     turns = raw.get("conversations")
     texts = [turn.get("value") for turn in turns if isinstance(turn, Mapping)] if isinstance(turns, list) else []
     return sum(len(text.encode()) for text in texts if isinstance(text, str)) // 4
 
 
 def image_count(raw: Mapping[str, Any]) -> int:
-    """How many images a record names.
-
-    Args:
-        raw: As it stands in its file, sound or not.
-
-    Returns:
-        The number.
-    """
+    """Return the number of images that a raw record names, whether it is valid or not."""
     named = raw.get("image")
     return len(named) if isinstance(named, list) else int(named is not None)
 
 
 def _faulty(raw: Mapping[str, Any], index: int, fault: str) -> Item:
-    nothing = torch.zeros(0, dtype=torch.int64)
-    return Item(Example(id=str(raw.get("id", index)), input_ids=nothing, labels=nothing), (), fault)
+    empty = torch.zeros(0, dtype=torch.int64)
+    return Item(Example(id=str(raw.get("id", index)), input_ids=empty, labels=empty), (), fault)
 
 
 class Collator:
-    """Makes a batch of a list of items: rows padded on the right, as the original does, or one row without padding.
+    """Makes a batch of items: rows padded on the right, as the original does, or one packed row without padding.
 
-    Items with a fault are left out of the tensors and named under ``faults``. Where none is left, a single unsupervised
-    position stands in, so that every rank still has a batch.
+    Items with a fault are listed under ``faults`` and left out of the tensors. If no item remains, the batch has a
+    single unsupervised token, so that every rank has a batch.
 
     Args:
-        pad_id: The pad token's id.
-        packed: Whether the items are laid end to end in one row.
+        pad_id: Id of the padding token.
+        packed: Concatenate the items to one row.
     """
 
     def __init__(self, pad_id: int, *, packed: bool = False) -> None:
@@ -166,20 +138,18 @@ class Collator:
         self.packed = packed
 
     def __call__(self, items: Sequence[Item]) -> dict[str, Any]:
-        """Make a batch.
-
-        Args:
-            items: B items.
+        """Make a batch of B items.
 
         Returns:
-            ``input_ids``, ``labels``, ``attention_mask`` ``[B, T]``, or packed ``input_ids``, ``labels`` ``[1, T]`` and
-            two tuples with a number for each item, ``lengths`` in tokens and ``pictures``; ``pixel_values``
-            ``[N, 3, H, W]`` (a list of ``[3, H, W]`` where sizes differ) if there are images; ``ids`` and ``faults``
-            for the trainer.
+            Padded: ``input_ids``, ``labels``, ``attention_mask`` ``[B, T]``.
+            Packed: ``input_ids``, ``labels`` ``[1, T]``, and two tuples with a number for each item: ``lengths`` in
+            tokens, and ``image_counts``.
+            Both: ``ids`` and ``faults`` for the trainer and, if there are images, ``pixel_values`` ``[N, 3, H, W]``, or
+            a list of N tensors ``[3, H, W]`` of different sizes.
         """
         good = [item for item in items if item.fault is None]
         batch: dict[str, Any] = {
-            **(self._in_one_row(good) if self.packed else self._padded(good)),
+            **(self._packed_row(good) if self.packed else self._padded_rows(good)),
             "ids": [item.example.id for item in good],
             "faults": [(item.example.id, item.fault) for item in items if item.fault is not None],
         }
@@ -189,53 +159,89 @@ class Collator:
             batch["pixel_values"] = torch.stack(pixels) if same else pixels
         return batch
 
-    def _padded(self, good: Sequence[Item]) -> dict[str, Tensor]:
+    def _padded_rows(self, good: Sequence[Item]) -> dict[str, Tensor]:
         lengths = [len(item.example.input_ids) for item in good] or [1]
-        rows, width = len(lengths), max(lengths)
-        input_ids = torch.full((rows, width), self.pad_id, dtype=torch.int64)
-        labels = torch.full((rows, width), IGNORE_INDEX, dtype=torch.int64)
-        attention_mask = torch.zeros((rows, width), dtype=torch.int64)
+        shape = (len(lengths), max(lengths))
+        input_ids_BT = torch.full(shape, self.pad_id, dtype=torch.int64)
+        labels_BT = torch.full(shape, IGNORE_INDEX, dtype=torch.int64)
+        attention_mask_BT = torch.zeros(shape, dtype=torch.int64)
         for row, length in enumerate(lengths):
-            attention_mask[row, :length] = 1
+            attention_mask_BT[row, :length] = 1
         for row, item in enumerate(good):
-            length = lengths[row]
-            input_ids[row, :length] = item.example.input_ids
-            labels[row, :length] = item.example.labels
-        return {"input_ids": input_ids, "labels": labels, "attention_mask": attention_mask}
+            input_ids_BT[row, : lengths[row]] = item.example.input_ids
+            labels_BT[row, : lengths[row]] = item.example.labels
+        return {"input_ids": input_ids_BT, "labels": labels_BT, "attention_mask": attention_mask_BT}
 
-    def _in_one_row(self, good: Sequence[Item]) -> dict[str, Any]:
+    def _packed_row(self, good: Sequence[Item]) -> dict[str, Any]:
         if not good:
-            return nothing_to_learn(torch.tensor([[self.pad_id]]))
+            return _unsupervised_row(torch.tensor([[self.pad_id]]))
         labels = [item.example.labels.clone() for item in good]
-        for one in labels:
-            one[0] = IGNORE_INDEX  # nobody predicts a conversation's first token from the one before it
+        for labels_T in labels:
+            labels_T[0] = IGNORE_INDEX  # the last token of the item before it must not predict this one
         return {
             "input_ids": torch.cat([item.example.input_ids for item in good])[None],
             "labels": torch.cat(labels)[None],
-            "lengths": tuple(len(one) for one in labels),
-            "pictures": tuple(len(item.pixels) for item in good),
+            "lengths": tuple(len(labels_T) for labels_T in labels),
+            "image_counts": tuple(len(item.pixels) for item in good),
         }
 
 
+def split_batch(batch: Mapping[str, Any], bins: Sequence[Sequence[int]]) -> list[dict[str, Any]]:
+    """Split a packed row into several packed rows.
+
+    Args:
+        batch: From a packing ``Collator``, without ``ids`` and ``faults``.
+        bins: Indices of the items of each new row; an empty bin gives a row with a single unsupervised token.
+    """
+    lengths, image_counts = batch["lengths"], batch["image_counts"]
+    columns = [slice(end - length, end) for length, end in zip(lengths, accumulate(lengths), strict=True)]
+    images = [slice(end - number, end) for number, end in zip(image_counts, accumulate(image_counts), strict=True)]
+    rows = []
+    for items in bins:
+        if not items:
+            rows.append(_unsupervised_row(batch["input_ids"][:, :1]))
+            continue
+        row: dict[str, Any] = {
+            name: torch.cat([batch[name][:, columns[item]] for item in items], dim=1)
+            for name in ("input_ids", "labels")
+        }
+        row["lengths"] = tuple(lengths[item] for item in items)
+        row["image_counts"] = tuple(image_counts[item] for item in items)
+        if any(row["image_counts"]):
+            parts = [batch["pixel_values"][images[item]] for item in items]
+            stacked = isinstance(batch["pixel_values"], Tensor)
+            row["pixel_values"] = torch.cat(parts) if stacked else [image for part in parts for image in part]
+        rows.append(row)
+    return rows
+
+
+def _unsupervised_row(input_ids_11: Tensor) -> dict[str, Any]:
+    """Return a packed row of a single token that carries no loss."""
+    labels_11 = torch.full_like(input_ids_11, IGNORE_INDEX)
+    return {"input_ids": input_ids_11, "labels": labels_11, "lengths": (1,), "image_counts": (0,)}
+
+
 def split_holdout(count: int, holdout: float, *, seed: int) -> tuple[list[int], list[int]]:
-    """Split records into those trained on and those held out, by (seed) alone.
+    """Split records into training and held-out records; the draw depends on the seed alone.
 
     Args:
         count: Number of records.
-        holdout: A share below 1, or a number from 1 up.
-        seed: The run's.
+        holdout: A share below 1, or a number of records from 1 upwards.
+        seed: Seed of the run.
 
     Returns:
-        Indices trained on and held out, each in the data's order.
+        Indices of the training and of the held-out records, each in ascending order.
 
     Raises:
-        DataError: Nothing is left to train on.
+        DataError: No record remains for training.
     """
-    expected = int(holdout) if holdout >= 1 else round(holdout * count)
-    if expected >= count:
+    number = int(holdout) if holdout >= 1 else round(holdout * count)
+    if number >= count:
         raise DataError.at(
-            "data.holdout", f"leaves nothing to train on (got {holdout:g}, there are {count} records)", "hold out fewer"
+            "data.holdout",
+            f"no records remain for training (got {holdout:g}, expected fewer than the {count} records)",
+            "hold out fewer records",
         )
-    held = np.sort(np.random.default_rng((seed, _HOLDOUT_STREAM)).permutation(count)[:expected])
+    held = np.sort(np.random.default_rng((seed, _HOLDOUT_STREAM)).permutation(count)[:number])
     kept = np.setdiff1d(np.arange(count), held)
     return kept.tolist(), held.tolist()

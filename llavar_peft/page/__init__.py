@@ -1,1 +1,1 @@
-"""HTML pages: each page is one file that needs no other file and no network."""
+"""HTML pages that are single files and need no network."""

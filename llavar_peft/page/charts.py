@@ -1,7 +1,6 @@
-"""Charts as plain values: paths on a 1000 x 1000 field, ticks in percent. The template draws them.
+"""Charts as plain values: paths on a field of 1000 x 1000 units and ticks in percent, which the template draws.
 
-The field is stretched to whatever width there is while lines and letters keep their size, so that a chart reads the
-same on a telephone and on a wide screen.
+The field is stretched to the available width; lines and text keep their size on narrow and wide screens.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ _CLIP_FROM_POINTS = 200
 
 @dataclass(frozen=True, slots=True)
 class Series:
-    """Points of one kind; ``dots`` and ``line`` say how they are drawn."""
+    """Points of one kind, drawn as a line, as dots, or as both."""
 
     style: Style
     label: str
@@ -32,7 +31,7 @@ class Series:
 
 @dataclass(frozen=True, slots=True)
 class Tick:
-    """A labelled place on an axis, in percent from the left or from the top."""
+    """A labelled position on an axis, in percent from the left or from the top."""
 
     at: float
     label: str
@@ -40,7 +39,7 @@ class Tick:
 
 @dataclass(frozen=True, slots=True)
 class Mark:
-    """A series ready to draw; either path may be empty."""
+    """The SVG paths of a series, either of which may be empty."""
 
     style: Style
     label: str
@@ -50,7 +49,7 @@ class Mark:
 
 @dataclass(frozen=True, slots=True)
 class Chart:
-    """A chart ready to draw."""
+    """A chart for the template."""
 
     title: str
     summary: str
@@ -67,14 +66,14 @@ class _Axis:
     log: bool = False
 
     def share(self, value: float) -> float:
-        """Return where ``value`` lies between ``low`` (0) and ``high`` (1)."""
+        """Return the position of ``value`` between ``low`` (0) and ``high`` (1)."""
         if self.log:
             return math.log(value / self.low) / math.log(self.high / self.low)
         return (value - self.low) / (self.high - self.low)
 
 
 def running_mean(points: Sequence[Point], window: int) -> list[Point]:
-    """Return the centred mean over ``window`` points, over fewer at both ends."""
+    """Return the centred mean over ``window`` points, and over fewer at both ends."""
     sums = [0.0]
     for _, y in points:
         sums.append(sums[-1] + y)
@@ -87,7 +86,7 @@ def running_mean(points: Sequence[Point], window: int) -> list[Point]:
 
 
 def _thin(points: Sequence[Point]) -> list[Point]:
-    """Return at most about ``_MOST_POINTS`` points that keep each stretch's lowest and highest."""
+    """Return about ``_MOST_POINTS`` points at most, with the lowest and highest of each stretch."""
     if len(points) <= _MOST_POINTS:
         return list(points)
     size = math.ceil(2 * len(points) / _MOST_POINTS)
@@ -105,9 +104,9 @@ def _nice_step(span: float, expected: int) -> float:
     return next((power * factor for factor in (1, 2, 5, 10) if power * factor >= rough * 0.999), power * 10)
 
 
-def _linear_ticks(low: float, high: float, expected: int, *, whole: bool = False) -> list[float]:
+def _linear_ticks(low: float, high: float, expected: int, *, integers: bool = False) -> list[float]:
     step = _nice_step(high - low, expected)
-    step = max(1.0, step) if whole else step
+    step = max(1.0, step) if integers else step
     first = math.ceil(low / step - 1e-9)
     return [number * step for number in range(first, math.floor(high / step + 1e-9) + 1)]
 
@@ -135,7 +134,7 @@ def _finite(points: Sequence[Point]) -> list[Point]:
 
 
 def _loss_axis(raw: Sequence[float], others: Sequence[float]) -> _Axis:
-    """Return a log axis for a wide positive range, else a linear one that a few spikes do not stretch."""
+    """Return a logarithmic axis for a wide positive range, else a linear one that ignores a few spikes."""
     low, high = min([*raw, *others]), max([*raw, *others])
     if low > 0 and high / low > _LOG_FROM_RATIO:
         return _Axis(low / 1.15, high * 1.15, log=True)
@@ -146,22 +145,22 @@ def _loss_axis(raw: Sequence[float], others: Sequence[float]) -> _Axis:
 
 
 def _draw(series: Series, x_axis: _Axis, y_axis: _Axis) -> Mark:
-    places = [
+    positions = [
         f"{x_axis.share(x) * _FIELD:.1f} {(1 - y_axis.share(y)) * _FIELD:.1f}" for x, y in _thin(_finite(series.points))
     ]
-    line = "M" + "L".join(places) if series.line and len(places) > 1 else ""
-    dots = "".join(f"M{place}h0" for place in places) if series.dots or len(places) == 1 else ""
+    line = "M" + "L".join(positions) if series.line and len(positions) > 1 else ""
+    dots = "".join(f"M{position}h0" for position in positions) if series.dots or len(positions) == 1 else ""
     return Mark(series.style, series.label, line, dots)
 
 
 def _assemble(title: str, series: Sequence[Series], last_step: int, y_axis: _Axis, y_ticks: Sequence[Tick]) -> Chart:
     x_axis = _Axis(-0.012 * max(last_step, 1), 1.012 * max(last_step, 1))
     marks = tuple(_draw(one, x_axis, y_axis) for one in series)
-    steps = _linear_ticks(0.0, max(last_step, 1), 5, whole=True)
+    steps = _linear_ticks(0.0, max(last_step, 1), 5, integers=True)
     x_ticks = tuple(Tick(100 * x_axis.share(step), f"{step:,.0f}" if step else "step 0") for step in steps)
     ends = [(one.label, _finite(one.points)) for one in series]
-    said = "; ".join(f"{label}: {_tick_label(at[0][1])} to {_tick_label(at[-1][1])}" for label, at in ends if at)
-    return Chart(title, f"{title} over {last_step} steps. {said}", marks, x_ticks, tuple(y_ticks), "")
+    ranges = "; ".join(f"{label}: {_tick_label(at[0][1])} to {_tick_label(at[-1][1])}" for label, at in ends if at)
+    return Chart(title, f"{title} over {last_step} steps. {ranges}", marks, x_ticks, tuple(y_ticks), "")
 
 
 def _y_ticks(axis: _Axis, expected: int) -> list[Tick]:
@@ -170,7 +169,7 @@ def _y_ticks(axis: _Axis, expected: int) -> list[Tick]:
 
 
 def loss_chart(steps: Sequence[Point], held_out: Sequence[Point], last_step: int) -> Chart | None:
-    """Return the loss over the steps: each step faint, a running mean over it, the held-out loss as dots."""
+    """Return the loss over the steps: each step in a faint line, the running mean, and the held-out loss as dots."""
     raw, held = _finite(steps), _finite(held_out)
     if not raw and not held:
         return None
@@ -186,13 +185,13 @@ def loss_chart(steps: Sequence[Point], held_out: Sequence[Point], last_step: int
     notes = ["logarithmic axis"] if axis.log else []
     above = sum(y > axis.high for _, y in raw)
     notes += [f"{above} above the axis"] if above else []
-    lost = len(steps) - len(raw)
-    notes += [f"{lost} not finite"] if lost else []
+    missing = len(steps) - len(raw)
+    notes += [f"{missing} not finite"] if missing else []
     return Chart(chart.title, chart.summary, chart.marks, chart.x_ticks, chart.y_ticks, ", ".join(notes))
 
 
 def plain_chart(title: str, values: Sequence[Point], last_step: int, *, window: int = 1) -> Chart | None:
-    """Return one quantity over the steps, on an axis from 0; with a window each step faint under its running mean."""
+    """Return a quantity over the steps on an axis from 0; with a window, a faint line and its running mean."""
     points = _finite(values)
     if not points:
         return None
@@ -200,17 +199,17 @@ def plain_chart(title: str, values: Sequence[Point], last_step: int, *, window: 
     if 3 <= window < len(points):
         smooth = running_mean(points, window)
         series = [Series("faint", "each step", points), Series("main", f"mean of {window} steps", smooth)]
-        top = 1.15 * max(y for _, y in smooth)  # a few steps out of all proportion must not flatten the others
+        top = 1.15 * max(y for _, y in smooth)  # so that a few very high values do not flatten the rest
     top = top or 1.0
     axis = _Axis(-0.04 * top, 1.08 * top)
     return _assemble(title, series, last_step, axis, _y_ticks(axis, 2))
 
 
 def accuracy_chart(series: Sequence[Series], last_step: int) -> Chart | None:
-    """Return shares between 0 and 1 over the steps, on an axis from 0 to 100 %."""
+    """Return shares between 0 and 1 over the steps on an axis from 0 to 100 %."""
     shown = [one for one in series if _finite(one.points)]
     if not shown:
         return None
     axis = _Axis(-0.05, 1.05)
     ticks = [Tick(100 * (1 - axis.share(share)), f"{100 * share:.0f} %") for share in (0.0, 0.5, 1.0)]
-    return _assemble("Read correctly", shown, last_step, axis, ticks)
+    return _assemble("Accuracy", shown, last_step, axis, ticks)

@@ -1,4 +1,4 @@
-"""The gallery: each image once, with what was asked, what is true, and what the model said at each look."""
+"""The gallery of a page: each image with its questions, the true answers, and the model's answers in each probe."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from difflib import SequenceMatcher
 
 from llavar_peft.page.inline_images import InlineImage, embed_image, image_key
-from llavar_peft.page.probe_moments import ProbeMoment
+from llavar_peft.page.named_probes import NamedProbe
 from llavar_peft.page.run_log import Sample
 
 MOST_CARDS = 36
@@ -23,7 +23,7 @@ _Key = tuple[str, str, str]
 
 @dataclass(frozen=True, slots=True)
 class ShownAnswer:
-    """What the model said at one look; ``parts`` are (text, whether it differs from the truth)."""
+    """The model's answer in one probe; ``parts`` are (text, whether it differs from the truth)."""
 
     label: str
     parts: Parts
@@ -32,7 +32,7 @@ class ShownAnswer:
 
 @dataclass(frozen=True, slots=True)
 class Asked:
-    """One question on an image, with the answers at the main looks and those in between."""
+    """One question about an image, with the answers in the main probes and in the probes between them."""
 
     id: str
     question: str
@@ -43,7 +43,7 @@ class Asked:
 
 @dataclass(frozen=True, slots=True)
 class GalleryCard:
-    """One image and everything asked about it; ``missing`` says why there is no image."""
+    """An image with its questions; ``missing`` is the reason why there is no image."""
 
     image: InlineImage | None
     missing: str
@@ -52,7 +52,7 @@ class GalleryCard:
 
 @dataclass(frozen=True, slots=True)
 class Gallery:
-    """The cards that are shown, out of ``total`` images that the probe read."""
+    """The cards on the page, out of ``total`` images that were probed."""
 
     cards: tuple[GalleryCard, ...]
     total: int
@@ -60,92 +60,89 @@ class Gallery:
 
 @dataclass(slots=True)
 class _Group:
-    """Samples on one image: where it lies, and per record each look's answer in order."""
+    """The answers about one image by record, and the probe and sample in which the image is found."""
 
-    moment: ProbeMoment
+    named: NamedProbe
     sample: Sample
-    seen: dict[_Key, list[tuple[ProbeMoment, Sample]]] = field(default_factory=dict)
+    answers: dict[_Key, list[tuple[NamedProbe, Sample]]] = field(default_factory=dict)
 
 
-def make_gallery(looks: Sequence[ProbeMoment], most: int = MOST_CARDS) -> Gallery:
-    """Gathers the answers by image.
+def make_gallery(probes: Sequence[NamedProbe], most: int = MOST_CARDS) -> Gallery:
+    """Group the answers of a run by image, in the order in which the images were first probed.
 
     Args:
-        looks: All looks of the run, in order.
-        most: How many cards at most; the images' size may allow fewer.
-
-    Returns:
-        The gallery, images in the order that the probe first read them.
+        probes: All probes of the run, in order.
+        most: Maximum number of cards; the size of the images may allow fewer.
     """
-    groups = list(_groups(looks).values())
+    groups = list(_groups(probes).values())
     cards: list[GalleryCard] = []
-    spent = 0
+    total_size = 0
     for group in groups[:most]:
         card = _card(group)
-        spent += len(card.image.uri) if card.image else 0
-        if spent > _IMAGE_BUDGET:
+        total_size += len(card.image.uri) if card.image else 0
+        if total_size > _IMAGE_BUDGET:
             break
         cards.append(card)
     return Gallery(tuple(cards), len(groups))
 
 
-def _groups(looks: Sequence[ProbeMoment]) -> dict[str, _Group]:
-    """Group samples by image; the same id with another question or truth is another record."""
-    home: dict[_Key, tuple[str, ProbeMoment, Sample]] = {}
-    answers = [(moment, sample) for moment in looks for sample in moment.look.samples]
-    for moment, sample in answers:
+def _groups(probes: Sequence[NamedProbe]) -> dict[str, _Group]:
+    """Group samples by image. The same id with another question or truth is another record."""
+    first: dict[_Key, tuple[str, NamedProbe, Sample]] = {}
+    answers = [(named, sample) for named in probes for sample in named.probe.samples]
+    for named, sample in answers:
         key = (sample.id, sample.question, sample.truth)
-        if key not in home or (not home[key][0] and sample.image):
-            home[key] = (image_key(moment.stage.folder, sample.image) if sample.image else "", moment, sample)
+        if key not in first or (not first[key][0] and sample.image):
+            first[key] = (image_key(named.stage.folder, sample.image) if sample.image else "", named, sample)
     groups: dict[str, _Group] = {}
-    for moment, sample in answers:
+    for named, sample in answers:
         key = (sample.id, sample.question, sample.truth)
-        image, where, first = home[key]
-        group = groups.setdefault(image or f"record {key}", _Group(where, first))
-        group.seen.setdefault(key, []).append((moment, sample))
+        image, first_probe, first_sample = first[key]
+        group = groups.setdefault(image or f"record {key}", _Group(first_probe, first_sample))
+        group.answers.setdefault(key, []).append((named, sample))
     return groups
 
 
 def _card(group: _Group) -> GalleryCard:
-    moment, sample = group.moment, group.sample
-    image = embed_image(moment.stage.folder, sample.image) if sample.image else None
-    missing = "" if image else ("Picture not found" if sample.image else "No picture in this record")
-    return GalleryCard(image, missing, tuple(_asked(seen) for seen in group.seen.values()))
+    path = group.sample.image
+    image = embed_image(group.named.stage.folder, path) if path else None
+    missing = "" if image else ("Image not found" if path else "No image in this record")
+    return GalleryCard(image, missing, tuple(_asked(answers) for answers in group.answers.values()))
 
 
-def _asked(seen: Sequence[tuple[ProbeMoment, Sample]]) -> Asked:
-    first = seen[0][1]
-    main: list[tuple[ProbeMoment, Sample]] = []
-    between: list[tuple[ProbeMoment, Sample]] = []
-    for moment, sample in seen:
+def _asked(answers: Sequence[tuple[NamedProbe, Sample]]) -> Asked:
+    first = answers[0][1]
+    main: list[tuple[NamedProbe, Sample]] = []
+    between: list[tuple[NamedProbe, Sample]] = []
+    for named, sample in answers:
         same = bool(main) and main[-1][1].answer == sample.answer
-        if moment.main or (moment.repeat and not same):
-            main.append((moment, sample))
-        elif not moment.repeat:
-            between.append((moment, sample))
+        if named.main or (named.repeat and not same):
+            main.append((named, sample))
+        elif not named.repeat:
+            between.append((named, sample))
     stride = -(-len(between) // _MOST_BETWEEN) or 1
     return Asked(
         id=displayed_answers(first.id, 80),
         question=displayed_answers(first.question),
         truth=displayed_answers(first.truth),
-        answers=tuple(_answer(moment, sample) for moment, sample in main),
-        between=tuple(_answer(moment, sample) for moment, sample in between[::stride]),
+        answers=tuple(_answer(named, sample) for named, sample in main),
+        between=tuple(_answer(named, sample) for named, sample in between[::stride]),
     )
 
 
-def _answer(moment: ProbeMoment, sample: Sample) -> ShownAnswer:
-    return make_answer(moment.short, sample.answer, sample.truth, correct=sample.correct)
+def _answer(named: NamedProbe, sample: Sample) -> ShownAnswer:
+    return make_answer(named.label, sample.answer, sample.truth, correct=sample.correct)
 
 
 def make_answer(label: str, answer: str, truth: str, *, correct: bool) -> ShownAnswer:
-    """Return an answer whose parts that differ from the truth are marked, where it is wrong and close to it."""
+    """Return an answer; if it is wrong but close to the truth, the parts that differ are marked."""
     return ShownAnswer(
         label, tuple(_compare(displayed_answers(answer), displayed_answers(truth), correct=correct)), correct
     )
 
 
 def _compare(answer: str, truth: str, *, correct: bool) -> Iterator[tuple[str, bool]]:
-    """Yield the answer in parts, those that differ from the truth marked; an empty marked part is an omission."""
+    """Yield the parts of an answer, with those that differ marked; an empty marked part stands for missing text."""
     matcher = SequenceMatcher(None, truth, answer, autojunk=False)
     comparable = not correct and max(len(truth), len(answer)) <= _LONGEST_COMPARED
     if not comparable or not answer or matcher.ratio() < _ALIKE:
@@ -156,7 +153,7 @@ def _compare(answer: str, truth: str, *, correct: bool) -> Iterator[tuple[str, b
 
 
 def displayed_answers(text: str, longest: int = _LONGEST_TEXT) -> str:
-    """Return text fit for a page: cut where it is long, control characters made visible."""
+    """Return text for a page: long text is truncated, and control characters are made visible."""
     plain = text.strip()
     cut = f"{plain[:longest]} \N{HORIZONTAL ELLIPSIS} ({len(plain):,} characters)" if len(plain) > longest else plain
     return "".join(chr(0x2400 + ord(one)) if ord(one) < 32 and one not in "\n\t" else one for one in cut)

@@ -1,4 +1,4 @@
-"""Images small enough to stand inside the page."""
+"""Embed images in a page as small ``data:`` addresses."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from pathlib import Path
 from PIL import Image, ImageOps
 
 LONGEST_SIDE = 360
-"""Pixels; larger images are brought down to it."""
+"""Maximum side in pixels; larger images are scaled down."""
 _JPEG_QUALITY = 80
 
 
 @dataclass(frozen=True, slots=True)
 class InlineImage:
-    """An image ready to show; ``width`` and ``height`` are the pixels that it takes on the page."""
+    """An image for a page, with its size there in pixels."""
 
     uri: str
     width: int
@@ -25,28 +25,24 @@ class InlineImage:
 
 
 def image_key(stage_folder: Path, image: str) -> str:
-    """Return the same key for the same image, in whichever stage's folder it lies."""
+    """Return a key that is the same for equal images in different stage folders; empty if there is no such file."""
     path = _inside(stage_folder, image)
     return hashlib.sha256(path.read_bytes()).hexdigest() if path else ""
 
 
 def embed_image(stage_folder: Path, image: str) -> InlineImage | None:
-    """Return an image as a ``data:`` address, as PNG or JPEG, whichever is smaller.
+    """Return an image as PNG or JPEG, whichever is smaller; None if it is missing or cannot be opened.
 
     Args:
-        stage_folder: The folder that ``image`` is relative to and may not lead out of.
-        image: The path as the probe wrote it.
-
-    Returns:
-        The image, or None where it is missing or cannot be opened.
+        stage_folder: The folder that ``image`` is relative to and must not leave.
+        image: Path of the image.
     """
     path = _inside(stage_folder, image)
     if path is None:
         return None
     try:
         with Image.open(path) as opened:
-            upright = ImageOps.exif_transpose(opened)
-            small = _on_white(upright)
+            small = _on_white(ImageOps.exif_transpose(opened))
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
         return None
     small.thumbnail((LONGEST_SIDE, LONGEST_SIDE), Image.Resampling.LANCZOS)
@@ -54,9 +50,9 @@ def embed_image(stage_folder: Path, image: str) -> InlineImage | None:
     small.save(png, "PNG", optimize=True)
     small.save(jpeg, "JPEG", quality=_JPEG_QUALITY, optimize=True)
     kind, data = min((("png", png.getvalue()), ("jpeg", jpeg.getvalue())), key=lambda pair: len(pair[1]))
-    grow = max(1, min(3, LONGEST_SIDE // max(small.size)))
+    scale = max(1, min(3, LONGEST_SIDE // max(small.size)))
     uri = f"data:image/{kind};base64,{base64.b64encode(data).decode('ascii')}"
-    return InlineImage(uri, small.width * grow, small.height * grow)
+    return InlineImage(uri, small.width * scale, small.height * scale)
 
 
 def _inside(folder: Path, image: str) -> Path | None:
@@ -69,7 +65,7 @@ def _inside(folder: Path, image: str) -> Path | None:
 
 def _on_white(image: Image.Image) -> Image.Image:
     if image.mode in {"RGBA", "LA", "PA"} or "transparency" in image.info:
-        clear = image.convert("RGBA")
-        ground = Image.new("RGBA", clear.size, "white")
-        return Image.alpha_composite(ground, clear).convert("RGB")
+        transparent = image.convert("RGBA")
+        background = Image.new("RGBA", transparent.size, "white")
+        return Image.alpha_composite(background, transparent).convert("RGB")
     return image.convert("RGB")

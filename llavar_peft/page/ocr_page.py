@@ -1,4 +1,4 @@
-"""The page of a build: what became records, and a few of those that did not, with the reason."""
+"""The page of ``ocr build``: some of the records, and some of the images that were left out, with the reason."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from llavar_peft.page.page_templates import render, write_page
 
 MOST_KEPT = 24
 MOST_DROPPED = 4
-"""Of each reason."""
+"""Maximum number of images shown for each reason."""
 _LONGEST_TEXT = 600
 
 
 @dataclass(frozen=True, slots=True)
 class OcrCard:
-    """One image with what it says, or why it is left out."""
+    """An image with its question and text, or with the reason why it was left out."""
 
     path: str
     image: InlineImage | None
@@ -28,10 +28,10 @@ class OcrCard:
 
 
 def write_ocr_page(records: Path) -> Path:
-    """Write the page of a build beside its records; the same files give the same bytes.
+    """Write the page of a build next to its records; the same files give the same bytes.
 
     Args:
-        records: The records' file, with ``.report.json`` beside it.
+        records: The file of records, with its ``.report.json`` next to it.
 
     Returns:
         The page, ``.report.html``.
@@ -42,6 +42,7 @@ def write_ocr_page(records: Path) -> Path:
     dropped = sorted(report["drops"], key=lambda drop: (drop["reason"], drop["path"]))
     page = render(
         "ocr.html.j2",
+        title=report["records"],
         report=report,
         kept=[_kept(folder, row) for row in _spread(rows, MOST_KEPT)],
         dropped=[
@@ -53,14 +54,14 @@ def write_ocr_page(records: Path) -> Path:
 
 
 def _spread(rows: list[Any], most: int) -> list[Any]:
-    """Some of the rows, evenly spread, none picked."""
+    """Return at most ``most`` rows, evenly spaced."""
     return [rows[number * len(rows) // most] for number in range(most)] if len(rows) > most else rows
 
 
 def _kept(folder: Path, record: dict[str, Any]) -> OcrCard:
-    asked, answered = (turn["value"] for turn in record["conversations"])
-    cut = answered[:_LONGEST_TEXT] + " …" if len(answered) > _LONGEST_TEXT else answered
-    return OcrCard(record["image"], embed_image(folder, record["image"]), asked, cut)
+    question, answer = (turn["value"] for turn in record["conversations"])
+    text = answer[:_LONGEST_TEXT] + " …" if len(answer) > _LONGEST_TEXT else answer
+    return OcrCard(record["image"], embed_image(folder, record["image"]), question, text)
 
 
 def _dropped(folder: Path, drop: dict[str, str]) -> OcrCard:

@@ -1,4 +1,4 @@
-"""Pages from templates: everything escaped, nothing half written."""
+"""Render templates, with all values escaped, and write pages atomically."""
 
 from __future__ import annotations
 
@@ -13,19 +13,11 @@ from llavar_peft.errors import EnvironmentFaultError
 from llavar_peft.page.run_figures import percent
 
 MOST_BYTES: Final = 3_000_000
-"""Of a page with its images."""
+"""Maximum size of a page with its images."""
 
 
 def render(template: str, **values: object) -> bytes:
-    """Fills a template of this folder.
-
-    Args:
-        template: Its file's name.
-        **values: What it shows; text of any kind, which is escaped.
-
-    Returns:
-        The page in UTF-8.
-    """
+    """Render a template of this folder to UTF-8. Values may contain any text; it is escaped."""
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent, encoding="utf-8"),
         autoescape=True,
@@ -38,17 +30,10 @@ def render(template: str, **values: object) -> bytes:
 
 
 def write_page(path: Path, page: bytes) -> Path:
-    """Write beside the old page, then puts the new one in its place, so that no reader meets half a page.
-
-    Args:
-        path: Where it goes.
-        page: The page.
-
-    Returns:
-        ``path``.
+    """Replace a page atomically, so that a reader never sees an incomplete one, and return its path.
 
     Raises:
-        EnvironmentFaultError: It cannot be written there.
+        EnvironmentFaultError: The page cannot be written.
     """
     try:
         write_bytes(path, page)
@@ -56,6 +41,8 @@ def write_page(path: Path, page: bytes) -> Path:
         with suppress(OSError):
             staging_path(path).unlink(missing_ok=True)
         raise EnvironmentFaultError.at(
-            str(path), f"the page cannot be written ({error.strerror})", "free space there, or allow writing"
+            str(path),
+            f"the page cannot be written ({error.strerror})",
+            "free disk space, or allow writing to the folder",
         ) from error
     return path

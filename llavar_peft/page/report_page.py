@@ -1,4 +1,4 @@
-"""The values that a report shows, ready to draw, and the page made of them."""
+"""The page of a report, and the values that it shows."""
 
 from __future__ import annotations
 
@@ -7,18 +7,18 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from llavar_peft.page.image_gallery import Gallery, GalleryCard, make_gallery
+from llavar_peft.page.named_probes import named_probes
 from llavar_peft.page.page_templates import MOST_BYTES, render, write_page
-from llavar_peft.page.probe_moments import moments
 from llavar_peft.page.run_log import RunLog
 from llavar_peft.page.run_page import run_values
 
 REPORT_NAME = "report.html"
-_LOOKS_SHOWN = 12
+_SAMPLES_SHOWN = 12
 
 
 @dataclass(frozen=True, slots=True)
 class Head:
-    """One of the large figures; ``share`` from 0 to 1 is its bar's length."""
+    """A large figure; ``share``, from 0 to 1, is the length of its bar."""
 
     label: str
     value: str
@@ -28,7 +28,7 @@ class Head:
 
 @dataclass(frozen=True, slots=True)
 class FigureRow:
-    """One protocol's figures; ``cells`` are (column, figure, interval), None where a result does not have it."""
+    """The figures of one protocol; ``cells`` are (column, figure or None, interval)."""
 
     protocol: str
     lower_is_better: bool
@@ -39,7 +39,7 @@ class FigureRow:
 
 @dataclass(frozen=True, slots=True)
 class Bar:
-    """The figure of some of the records; ``share`` from 0 to 1 is its bar's length."""
+    """The figure of a group of records; ``share``, from 0 to 1, is the length of its bar."""
 
     name: str
     records: int
@@ -50,7 +50,7 @@ class Bar:
 
 @dataclass(frozen=True, slots=True)
 class Bars:
-    """Figures of records that are told apart by one thing."""
+    """Figures of records grouped by one property."""
 
     title: str
     bars: tuple[Bar, ...]
@@ -66,7 +66,7 @@ class ScoredCard:
 
 @dataclass(frozen=True, slots=True)
 class Cards:
-    """A row of images; ``total`` is how many there are to choose from, ``near`` ties it to what stands above."""
+    """A row of images out of ``total``; ``near`` places it close to the section above."""
 
     title: str
     aside: str
@@ -77,7 +77,7 @@ class Cards:
 
 @dataclass(frozen=True, slots=True)
 class DatasetView:
-    """What was found on one data set."""
+    """The results on one data set."""
 
     name: str
     records: int
@@ -98,34 +98,31 @@ def write_report_page(
     run: RunLog | None,
     images: int,
 ) -> Path:
-    """Write a report that stays below ``MOST_BYTES``: with fewer images, where they are too large.
+    """Write a report of at most ``MOST_BYTES``, with fewer images if necessary, and return its path.
 
     Args:
-        path: Where it goes.
-        title: Its heading.
+        path: Path of the page.
+        title: Heading of the page.
         heads: The large figures.
-        datasets: Gives what was found, with at most so many images in each row of them.
-        run: What the run wrote, if the report is of a run.
-        images: How many of them at first.
-
-    Returns:
-        ``path``.
+        datasets: Returns the results with a given maximum number of images in each row.
+        run: The files of the run, if the report is about one.
+        images: Maximum number of images in each row.
 
     Raises:
-        EnvironmentFaultError: It cannot be written there.
+        EnvironmentFaultError: The page cannot be written.
     """
-    looks = moments(run.stages) if run else ()
-    looks_shown = _LOOKS_SHOWN
+    probes = named_probes(run.stages) if run else ()
+    samples = _SAMPLES_SHOWN
     while True:
-        gallery = make_gallery(looks, looks_shown) if run else Gallery((), 0)
+        gallery = make_gallery(probes, samples) if run else Gallery((), 0)
         page = render(
             "report.html.j2",
             title=title,
             heads=heads,
             datasets=datasets(images),
             run=None if run is None else run.folder.name,
-            **(run_values(run, looks, gallery) if run else {}),
+            **(run_values(run, probes, gallery) if run else {}),
         )
-        if len(page) <= MOST_BYTES or not (images or looks_shown):
+        if len(page) <= MOST_BYTES or not (images or samples):
             return write_page(path, page)
-        images, looks_shown = images // 2, looks_shown // 2
+        images, samples = images // 2, samples // 2

@@ -1,4 +1,4 @@
-"""The figures of a page: headline, table of looks, each stage's facts and charts, dropped records."""
+"""The figures of a run's page: headline, table of probes, facts and charts of each stage, dropped records."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from statistics import fmean
 
 from llavar_peft.page.charts import Chart, Point, Series, accuracy_chart, loss_chart, plain_chart
 from llavar_peft.page.image_gallery import displayed_answers
-from llavar_peft.page.probe_moments import ProbeMoment, wilson
+from llavar_peft.page.named_probes import NamedProbe
 from llavar_peft.page.run_log import ProbeLog, StageLog, StepLine
 
 _DASH = "\N{EN DASH}"
@@ -19,7 +19,7 @@ _MOST_REASONS = 12
 
 @dataclass(frozen=True, slots=True)
 class HeadFigure:
-    """One of the large figures: exact match at a look, and the control with blanked images."""
+    """A large figure: exact match of a probe, and the control with blank images."""
 
     label: str
     share: float
@@ -29,7 +29,7 @@ class HeadFigure:
 
 @dataclass(frozen=True, slots=True)
 class StageView:
-    """A stage ready to show."""
+    """The values that the page shows of a stage."""
 
     name: str
     state: str
@@ -43,7 +43,7 @@ class StageView:
 
 @dataclass(frozen=True, slots=True)
 class DropRow:
-    """How many records a stage dropped for one reason, with a few of them."""
+    """The number of records that a stage dropped for one reason, with examples."""
 
     stage: str
     reason: str
@@ -52,64 +52,72 @@ class DropRow:
 
 
 def percent(share: float | None) -> str:
-    """Return a share as a percentage with one decimal; a dash where there is none."""
+    """Return a share as a percentage with one decimal, or a dash if there is none."""
     return _DASH if share is None or not math.isfinite(share) else f"{100 * share:.1f}\N{NO-BREAK SPACE}%"
 
 
 def duration(seconds: float) -> str:
-    """Return a duration in its two leading units."""
+    """Return a duration in its two largest units."""
     if seconds < 60:
         return f"{seconds:.1f} s"
-    whole = round(seconds)
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60:02d} s"
-    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+    rounded = round(seconds)
+    if rounded < 3600:
+        return f"{rounded // 60} min {rounded % 60:02d} s"
+    return f"{rounded // 3600} h {rounded % 3600 // 60:02d} min"
 
 
-def headline(looks: Sequence[ProbeMoment]) -> tuple[HeadFigure, ...]:
-    """Return the large figures: exact match before training, after each stage, and at the latest look."""
+def headline(probes: Sequence[NamedProbe]) -> tuple[HeadFigure, ...]:
+    """Return the large figures: exact match before training, after each stage, and of the latest probe."""
     return tuple(
-        HeadFigure(moment.label, moment.look.exact_match, moment.look.blank_exact_match, moment.look.count)
-        for moment in looks
-        if moment.main and moment.look.exact_match is not None
+        HeadFigure(named.label, named.probe.exact_match, named.probe.blank_exact_match, named.probe.count)
+        for named in probes
+        if named.main and named.probe.exact_match is not None
     )
 
 
-def on_other_records(looks: Sequence[ProbeMoment]) -> str:
-    """Return the names of the stages that were probed on other records than the stage before; empty if none was."""
-    names = [one.stage.name for one in looks if one.main and one.look.when == "start"]
+def on_other_records(probes: Sequence[NamedProbe]) -> str:
+    """Return the names of the stages with other held-out records than the stage before; empty if there are none."""
+    names = [named.stage.name for named in probes if named.main and named.probe.when == "start"]
     return ", ".join(names[1:])
 
 
-def look_rows(looks: Sequence[ProbeMoment]) -> list[list[tuple[str, str]]]:
-    """Return the table of the main looks, cells as (column, value); a column that nothing fills is left out."""
+def probe_rows(probes: Sequence[NamedProbe]) -> list[list[tuple[str, str]]]:
+    """Return the table of the main probes with cells (column, value), without the columns that are empty."""
     rows: list[list[tuple[str, str]]] = []
-    for moment in looks:
-        look = moment.look
-        if not moment.main:
+    for named in probes:
+        probe = named.probe
+        if not named.main:
             continue
-        span = _DASH
-        if look.exact_match is not None and look.count > 0 and 0 <= look.exact_match <= 1:
-            low, high = wilson(look.exact_match, look.count)
-            span = f"{100 * low:.1f}{_DASH}{100 * high:.1f}"
-        held = look.held_out_loss
+        interval = _DASH
+        if probe.exact_match is not None and probe.count > 0 and 0 <= probe.exact_match <= 1:
+            low, high = wilson(probe.exact_match, probe.count)
+            interval = f"{100 * low:.1f}{_DASH}{100 * high:.1f}"
+        loss = probe.held_out_loss
         rows.append(
             [
-                ("Look", moment.label),
-                ("Exact match", percent(look.exact_match)),
-                ("Interval", span),
-                ("Characters", percent(look.character_accuracy)),
-                ("Blanked", percent(look.blank_exact_match)),
-                ("Held-out loss", _DASH if held is None else f"{held:.3f}"),
-                ("Pictures", f"{look.count:,}"),
+                ("When", named.label),
+                ("Exact match", percent(probe.exact_match)),
+                ("Interval", interval),
+                ("Characters", percent(probe.character_accuracy)),
+                ("Blank images", percent(probe.blank_exact_match)),
+                ("Held-out loss", _DASH if loss is None else f"{loss:.3f}"),
+                ("Images", f"{probe.count:,}"),
             ]
         )
     filled = {column for row in rows for column, value in row if value != _DASH}
     return [[cell for cell in row if cell[0] in filled] for row in rows]
 
 
+def wilson(share: float, count: int) -> tuple[float, float]:
+    """Return Wilson's 95 % confidence interval of a share observed on ``count`` records."""
+    z = 1.959964
+    centre = (share + z * z / (2 * count)) / (1 + z * z / count)
+    half = z / (1 + z * z / count) * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count))
+    return max(0.0, centre - half), min(1.0, centre + half)
+
+
 def run_figures(stages: Sequence[StageLog]) -> list[tuple[str, str]]:
-    """Return the smaller figures of the whole run as (label, value)."""
+    """Return the smaller figures of the run as (label, value)."""
     steps = [step for stage in stages for step in stage.steps]
     return [("Steps", f"{len(steps):,}"), *_work(steps)] if steps else []
 
@@ -132,14 +140,14 @@ def _work(steps: Sequence[StepLine]) -> list[tuple[str, str]]:
 
 
 def describe_stage(stage: StageLog) -> StageView:
-    """Return one stage's facts and charts."""
-    looks = stage.looks
-    last = max([step.step for step in stage.steps[-1:]] + [look.step for look in looks[-1:]] + [1])
-    held = [(float(look.step), look.held_out_loss) for look in looks if look.held_out_loss is not None]
+    """Return the facts and charts of a stage."""
+    probes = stage.probes
+    last = max([step.step for step in stage.steps[-1:]] + [probe.step for probe in probes[-1:]] + [1])
+    held = [(float(probe.step), probe.held_out_loss) for probe in probes if probe.held_out_loss is not None]
     series = [
-        Series("exact", "exact match", _shares(looks, lambda look: look.exact_match), dots=True),
-        Series("chars", "characters", _shares(looks, lambda look: look.character_accuracy), dots=True),
-        Series("blank", "blanked picture", _shares(looks, lambda look: look.blank_exact_match), dots=True),
+        Series("exact", "exact match", _shares(probes, lambda probe: probe.exact_match), dots=True),
+        Series("chars", "characters", _shares(probes, lambda probe: probe.character_accuracy), dots=True),
+        Series("blank", "blank images", _shares(probes, lambda probe: probe.blank_exact_match), dots=True),
     ]
     window = min(51, len(stage.steps) // 10) | 1
     rates = [(float(step.step), step.learning_rate) for step in stage.steps if step.learning_rate is not None]
@@ -163,15 +171,15 @@ def _peaks(steps: Sequence[StepLine]) -> list[Point]:
     return [(float(step.step), step.peak_memory_mb) for step in steps if step.peak_memory_mb is not None]
 
 
-def _shares(looks: Sequence[ProbeLog], share: Callable[[ProbeLog], float | None]) -> list[Point]:
-    values = [(float(look.step), share(look)) for look in looks]
+def _shares(probes: Sequence[ProbeLog], share: Callable[[ProbeLog], float | None]) -> list[Point]:
+    values = [(float(probe.step), share(probe)) for probe in probes]
     return [(step, value) for step, value in values if value is not None]
 
 
 def _state(stage: StageLog) -> str:
     if not stage.steps:
-        return "not a step yet"
-    return "" if not stage.looks or stage.looks[-1].when == "end" else "no look at its end yet"
+        return "no steps yet"
+    return "" if not stage.probes or stage.probes[-1].when == "end" else "not evaluated at its end yet"
 
 
 def _stage_facts(stage: StageLog) -> list[tuple[str, str]]:
@@ -188,7 +196,7 @@ def _stage_facts(stage: StageLog) -> list[tuple[str, str]]:
 
 
 def drop_rows(stages: Sequence[StageLog]) -> list[DropRow]:
-    """Return the dropped records by stage and kind of reason (what stands before its colon), frequent ones first."""
+    """Return the dropped records by stage and kind of reason (the part before the colon), most frequent first."""
     rows: list[DropRow] = []
     for stage in stages:
         kinds: dict[str, list[str]] = defaultdict(list)
@@ -205,6 +213,6 @@ def drop_rows(stages: Sequence[StageLog]) -> list[DropRow]:
 
 
 def _examples(every: Sequence[str]) -> str:
-    """Return one long example, or up to three short ones."""
+    """Return one long example or up to three short ones."""
     some = every[:1] if ":" in every[0] else every[:3]
     return ", ".join(some) + (", \N{HORIZONTAL ELLIPSIS}" if len(every) > len(some) else "")

@@ -1,4 +1,4 @@
-"""Puts the page together and writes it."""
+"""The page of a training run."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from pathlib import Path
 
 from llavar_peft.atomic_files import staging_path
 from llavar_peft.page.image_gallery import MOST_CARDS, Gallery, make_gallery
+from llavar_peft.page.named_probes import NamedProbe, named_probes
 from llavar_peft.page.page_templates import MOST_BYTES, render, write_page
-from llavar_peft.page.probe_moments import ProbeMoment, moments
 from llavar_peft.page.run_figures import (
     describe_stage,
     drop_rows,
     headline,
-    look_rows,
     on_other_records,
+    probe_rows,
     run_figures,
 )
 from llavar_peft.page.run_log import RunLog, read_run
@@ -25,7 +25,7 @@ _LONGEST_RECIPE = 40_000
 
 
 def has_run_page(run_dir: Path) -> bool:
-    """Whether a run has its page, whole: a run that was killed while it wrote it has not."""
+    """Return whether a run has a complete page; a run that is killed while writing it leaves a temporary file."""
     return (run_dir / PAGE_NAME).is_file() and not staging_path(run_dir / PAGE_NAME).exists()
 
 
@@ -37,33 +37,33 @@ def write_run_page(
     notes: Sequence[str] = (),
     model_dir: str | None = None,
 ) -> Path:
-    """Write a run's page from the files that the run wrote so far; the same files give the same bytes.
+    """Write the page of a run from the files that the run has written so far; the same files give the same bytes.
 
     Args:
-        run_dir: The run's folder: ``recipe.yaml``, ``versions.json``, ``stages.json`` and one folder per stage, each
-            of which may be missing still.
-        title: Heading of the page; the folder's name by default.
+        run_dir: Folder with ``recipe.yaml``, ``versions.json``, ``stages.json`` and one folder per stage, each of which
+            may still be missing.
+        title: Heading of the page; the name of the folder by default.
         extra: Rows (label, value) for the table of facts.
         notes: Paragraphs under the headline, as plain text.
-        model_dir: The model's folder as ``llavar-peft ask`` should be given it.
+        model_dir: Folder of the model for the ``llavar-peft ask`` command on the page.
 
     Returns:
         The page, ``run_dir/index.html``.
 
     Raises:
-        DataError: There is no such folder, or a file in it holds something else than a run writes.
-        EnvironmentFaultError: The page cannot be written there.
+        DataError: There is no such folder, or a file in it has content that no run writes.
+        EnvironmentFaultError: The page cannot be written.
     """
     run = read_run(run_dir)
-    looks = moments(run.stages)
+    probes = named_probes(run.stages)
     most = MOST_CARDS
     while True:
-        gallery = make_gallery(looks, most)
+        gallery = make_gallery(probes, most)
         page = render(
             "run.html.j2",
             title=title or run_dir.resolve().name,
             facts=tuple(extra),
-            **{**run_values(run, looks, gallery, model_dir), "notes": [*notes, *run.remarks]},
+            **{**run_values(run, probes, gallery, model_dir), "notes": [*notes, *run.remarks]},
         )
         if len(page) <= MOST_BYTES or not gallery.cards:
             break
@@ -72,24 +72,14 @@ def write_run_page(
 
 
 def run_values(
-    run: RunLog, looks: Sequence[ProbeMoment], gallery: Gallery, model_dir: str | None = None
+    run: RunLog, probes: Sequence[NamedProbe], gallery: Gallery, model_dir: str | None = None
 ) -> dict[str, object]:
-    """Gathers what the templates of a run's sections show.
-
-    Args:
-        run: What it wrote.
-        looks: Its looks.
-        gallery: Images of them.
-        model_dir: The model's folder as ``llavar-peft ask`` should be given it.
-
-    Returns:
-        Values by their names in ``run_stages.html.j2`` and ``run_rest.html.j2``, and the headline's.
-    """
+    """Return the values of ``run_stages.html.j2`` and ``run_samples.html.j2`` by name, and those of the headline."""
     return {
-        "headline": headline(looks),
+        "headline": headline(probes),
         "figures": run_figures(run.stages),
-        "other_records": on_other_records(looks),
-        "looks": look_rows(looks),
+        "other_records": on_other_records(probes),
+        "probes": probe_rows(probes),
         "stages": [describe_stage(stage) for stage in run.stages],
         "gallery": gallery,
         "dropped": drop_rows(run.stages),
@@ -102,7 +92,7 @@ def run_values(
 
 
 def _ask_command(model_dir: str | None, gallery: Gallery) -> str:
-    """Return the command that asks the model further, with a question of this run where there is a short one."""
+    """Return a command that asks the model, with a short question of this run if there is one."""
     questions = (asked.question for card in gallery.cards for asked in card.asked)
     question = next((one for one in questions if one.isprintable() and len(one) <= 80), "What is written here?")
     quoted = shlex.quote(question) if set(question) & set('"$`\\!') else f'"{question}"'

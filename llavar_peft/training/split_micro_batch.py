@@ -11,7 +11,7 @@ from accelerate import Accelerator
 from torch import nn
 
 from llavar_peft.data.epoch_sampler import bins_under_limit
-from llavar_peft.data.split_packed_batch import split_batch
+from llavar_peft.data.training_dataset import split_batch
 
 SUPERVISED = "supervised"
 """Key under which a pass is told how many supervised positions its whole micro batch has."""

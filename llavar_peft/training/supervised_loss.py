@@ -24,7 +24,7 @@ def supervised_loss(model: nn.Module, inputs: Mapping[str, Any]) -> tuple[Tensor
     """
     labels = inputs["labels"]
     targets = nn.functional.pad(labels, (0, 1), value=IGNORE_INDEX)[:, 1:]
-    forwarded = {name: value for name, value in inputs.items() if name not in ("labels", "lengths", "pictures")}
+    forwarded = {name: value for name, value in inputs.items() if name not in ("labels", "lengths", "image_counts")}
     if "lengths" in inputs:
         forwarded.update(packed_arguments(inputs["lengths"], _unwrapped(model), labels.device))
     outputs = model(**forwarded, targets=targets, use_cache=False)

@@ -1,4 +1,4 @@
-"""Checks before training: everything is found, each with its record."""
+"""``check_records`` and ``preflight`` find every fault and name its record."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from PIL import Image
 
 from llavar_peft.data import image_roots
 from llavar_peft.data.check_records import check_records, preflight
-from llavar_peft.data.image_preparation import ImageRoots
+from llavar_peft.data.image_roots import ImageRoots
 from llavar_peft.data.record_store import RecordStore, open_records
 
 
@@ -40,43 +40,43 @@ def store(tmp_path: Path, records: list[Any]) -> RecordStore:
     return open_records(path)
 
 
-SOUND = [
+VALID = [
     record(0),
     record(1, "sub/c.png"),
     record(2, None, "Hi", "Hello"),
     record(3, ["a.png"] * 2, "<image><image>", "x"),
 ]
-# (record, kind of its faults, a part of the message)
+# (record, kinds of its faults, a part of the message)
 FAULTY: list[tuple[Any, list[str], str]] = [
-    ('{"id": 4,', ["record"], "is not JSON"),
-    ({"id": 5, "conversations": []}, ["record"], "no turn by 'human'"),
-    (record([], 7), ["record", "record"], "wanted a relative path"),
-    (record(7, "a.png", "Read it.", "EXIT"), ["placeholder"], "never shown"),
-    (record(8, None, "<image>", "EXIT"), ["placeholder"], "names no picture"),
-    (record(9, "a.png", "<image>", " "), ["empty_answer"], "1 empty of 1 answers"),
-    (record(10, "a.png", "<image>", "b", "c"), ["last_turn"], "which nothing answers"),
-    (record(11, "a.png", "<image>"), ["no_answer"], "no answer to learn"),
-    (record(12, "A.png"), ["image_missing"], "there is a.png"),
+    ('{"id": 4,', ["record"], "not valid JSON"),
+    ({"id": 5, "conversations": []}, ["record"], "no turn from 'human'"),
+    (record([], 7), ["record", "record"], "expected a relative path"),
+    (record(7, "a.png", "Read it.", "EXIT"), ["placeholder"], "never sees the image"),
+    (record(8, None, "<image>", "EXIT"), ["placeholder"], "names no image"),
+    (record(9, "a.png", "<image>", " "), ["empty_answer"], "1 of 1 answers is empty"),
+    (record(10, "a.png", "<image>", "b", "c"), ["last_turn"], "has no answer"),
+    (record(11, "a.png", "<image>"), ["no_answer"], "no turn from 'gpt' to learn from"),
+    (record(12, "A.png"), ["image_missing"], "if a.png is meant"),
     (record(13, ["a.png", "none/x.png"], "<image><image>", "x"), ["image_missing"], "none/x.png: is in none of"),
     (record(14, "../secret.png"), ["image_outside"], "leads outside"),
     (record(15, "/etc/passwd"), ["image_outside"], "is not a relative path"),
-    (record(16, "broken.png"), ["image_broken"], "cannot be read as a picture"),
+    (record(16, "broken.png"), ["image_broken"], "cannot be read as an image"),
     (record(17, "broken.png", "<image>", ""), ["empty_answer", "image_broken"], "broken.png"),
 ]
 
 
-def test_sound_records_are_clean(tmp_path: Path, roots: ImageRoots) -> None:
-    report = check_records(store(tmp_path, SOUND), roots)
+def test_valid_records_have_no_faults(tmp_path: Path, roots: ImageRoots) -> None:
+    report = check_records(store(tmp_path, VALID), roots)
     assert (report.clean, len(report), report.records, report.images_opened) == (True, 0, 4, 2)
-    assert preflight(store(tmp_path, SOUND), roots) == []
+    assert preflight(store(tmp_path, VALID), roots) == []
 
 
 def test_every_fault_is_listed_with_its_record(tmp_path: Path, roots: ImageRoots) -> None:
-    records = store(tmp_path, SOUND + [faulty for faulty, _, _ in FAULTY])
+    records = store(tmp_path, VALID + [faulty for faulty, _, _ in FAULTY])
     calls: list[tuple[int, int]] = []
     report = check_records(records, roots, workers=2, progress=lambda done, total: calls.append((done, total)))
     assert not report.clean
-    for index, (_, kinds, what) in enumerate(FAULTY, start=len(SOUND)):
+    for index, (_, kinds, what) in enumerate(FAULTY, start=len(VALID)):
         found = [finding for finding in report if finding.index == index]
         assert sorted(finding.kind for finding in found) == sorted(kinds)
         assert any(what in str(finding) for finding in found), found
@@ -88,17 +88,17 @@ def test_every_fault_is_listed_with_its_record(tmp_path: Path, roots: ImageRoots
     assert json.loads(json.dumps(report.as_dict()))["faults"][0]["where"] == records.where(4)
 
 
-def test_images_need_not_be_opened(tmp_path: Path, roots: ImageRoots) -> None:
+def test_missing_images_are_found_without_opening_any(tmp_path: Path, roots: ImageRoots) -> None:
     report = check_records(store(tmp_path, [record(0, "broken.png"), record(1, "b.jpg")]), roots, open_images=False)
     assert [finding.kind for finding in report] == ["image_missing"]
     assert report.images_opened == 0
 
 
-def test_preflight_finds_what_would_stop_a_run(tmp_path: Path, roots: ImageRoots) -> None:
-    records = store(tmp_path, SOUND + [faulty for faulty, _, _ in FAULTY])
+def test_preflight_finds_the_records_that_would_stop_a_run(tmp_path: Path, roots: ImageRoots) -> None:
+    records = store(tmp_path, VALID + [faulty for faulty, _, _ in FAULTY])
     stops = {"record", "image_missing", "image_outside"}
     expected = [
-        index for index, (_, kinds, _) in enumerate(FAULTY, start=len(SOUND)) for kind in kinds if kind in stops
+        index for index, (_, kinds, _) in enumerate(FAULTY, start=len(VALID)) for kind in kinds if kind in stops
     ]
     found = preflight(records, roots)
     assert [index for index, _ in found] == expected
@@ -106,7 +106,7 @@ def test_preflight_finds_what_would_stop_a_run(tmp_path: Path, roots: ImageRoots
 
 
 @pytest.mark.parametrize("listed_after", [0, 1, 64])
-def test_reading_folders_whole_changes_no_answer(
+def test_listing_folders_gives_the_same_result_as_single_lookups(
     listed_after: int, tmp_path: Path, roots: ImageRoots, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = roots.roots[0]
@@ -121,20 +121,20 @@ def test_reading_folders_whole_changes_no_answer(
     assert [index for index, _ in preflight(records, roots)] == bad + [index + len(names) for index in bad]
 
 
-def test_without_folders_one_finding_says_so(tmp_path: Path) -> None:
-    report = check_records(store(tmp_path, SOUND), ImageRoots())
+def test_missing_image_folders_are_reported_once(tmp_path: Path) -> None:
+    report = check_records(store(tmp_path, VALID), ImageRoots())
     assert [finding.kind for finding in report] == ["no_image_folder"]
-    assert "2 pictures are named" in str(report[0])
-    assert check_records(store(tmp_path, [SOUND[2]]), ImageRoots()).clean
+    assert "the records name 2 images" in str(report[0])
+    assert check_records(store(tmp_path, [VALID[2]]), ImageRoots()).clean
 
 
-def test_ids_used_again_are_a_warning(tmp_path: Path, roots: ImageRoots) -> None:
+def test_repeated_ids_are_a_warning(tmp_path: Path, roots: ImageRoots) -> None:
     records = store(tmp_path, [record(name) for name in "abacaaa"])
     report = check_records(records, roots)
     assert report.clean
     assert [finding.kind for finding in report.warnings] == ["duplicate_id"]
     where = records.where
-    expected = f"{where(0)}: id 'a' is used again by {where(2)}, {where(4)}, {where(5)} and 1 more."
+    expected = f"{where(0)}: the id 'a' is used again by {where(2)}, {where(4)}, {where(5)} and 1 more."
     assert str(report.warnings[0]).startswith(expected)
     no_ids = [{key: value for key, value in record(0).items() if key != "id"}] * 2
     assert not check_records(RecordStore([*open_records(no_ids).parts] * 2), roots).warnings

@@ -1,4 +1,4 @@
-"""Images: the original's pixels for ordinary files, and no text lost in the others."""
+"""Images: the original's pixels for ordinary files, and no lost text in the others."""
 
 from __future__ import annotations
 
@@ -20,14 +20,15 @@ from hypothesis import strategies as st
 from PIL import Image, ImageFile, ImageOps
 from transformers import CLIPImageProcessorPil
 
-from llavar_peft.data.image_files import MAX_PIXELS
-from llavar_peft.data.image_preparation import ImageRoots, image_token_count, open_image, prepare_image
+from llavar_peft.data.image_files import MAX_PIXELS, open_image
+from llavar_peft.data.image_preparation import image_token_count, prepare_image
+from llavar_peft.data.image_roots import ImageRoots
 from llavar_peft.errors import ConfigError, ImageError
 from llavar_peft.types import ImageMode
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "images"
 MODES: dict[ImageMode, str] = {"pad": "pad", "square": "square", "keep": "keep", "pad_black": "inference"}
-BETTER = ("exif6.jpg", "gray16.png", "palette_P.png", "rgba_tall.png")  # read better here than in the original
+BETTER = ("exif6.jpg", "gray16.png", "palette_P.png", "rgba_tall.png")  # opened better here than in the original
 ORDINARY = ("cmyk.jpg", "extreme_2x90.png", "extreme_600x1.png", "gray_L_square336.png", "text_wide.png")
 REAL = ("demo1.png", "demo2.png", "extreme_ironing.jpg", "gatech_post.jpg", "waterview.jpg")
 CLIP = CLIPImageProcessorPil.from_pretrained(GOLDEN)
@@ -58,7 +59,7 @@ def saved(image: Image.Image, path: Path, **options: Any) -> Path:
     return path
 
 
-# ---- the original's pixels
+# ---- parity with the original
 
 
 @pytest.mark.parity
@@ -67,14 +68,14 @@ def saved(image: Image.Image, path: Path, **options: Any) -> Path:
     # The original raises for a strip of one pixel's height in the other modes.
     [(mode, name) for mode in MODES for name in ORDINARY if mode == "pad" or name != "extreme_600x1.png"],
 )
-def test_ordinary_images_have_the_original_s_pixels(mode: ImageMode, name: str) -> None:
+def test_ordinary_images_have_the_pixels_of_the_original(mode: ImageMode, name: str) -> None:
     assert_golden(GOLDEN / "inputs" / name, GOLDEN, mode, name)
 
 
 @pytest.mark.parity
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("name", REAL)
-def test_photographs_have_the_original_s_pixels(shared_dir: Path, mode: ImageMode, name: str) -> None:
+def test_photographs_have_the_pixels_of_the_original(shared_dir: Path, mode: ImageMode, name: str) -> None:
     folder = shared_dir / "golden" / "images"
     if not (folder / "inputs").is_dir():
         pytest.skip(f"the photographs are not at {folder}")
@@ -84,16 +85,16 @@ def test_photographs_have_the_original_s_pixels(shared_dir: Path, mode: ImageMod
 @pytest.mark.parity
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("name", BETTER)
-def test_elsewhere_only_the_opening_differs_from_the_original(mode: ImageMode, name: str) -> None:
+def test_for_other_images_only_opening_differs_from_the_original(mode: ImageMode, name: str) -> None:
     with Image.open(GOLDEN / "inputs" / name) as opened:
         as_original = opened.convert("RGB")
     as_original.info = {}
     assert_golden(as_original, GOLDEN, mode, name)
 
 
-def test_modes_are_those_of_the_type() -> None:
+def test_modes_match_their_type() -> None:
     assert set(MODES) == set(get_args(ImageMode))
-    with pytest.raises(ConfigError, match="wanted one of pad, square, keep, pad_black"):
+    with pytest.raises(ConfigError, match="expected one of pad, square, keep, pad_black"):
         prepare_image(noise(4, 4), "stretch", CLIP)  # type: ignore[arg-type]
 
 
@@ -101,14 +102,14 @@ SIDES = st.integers(1, 90)
 
 
 @given(SIDES, SIDES, st.sampled_from([SMALL, CLIPImageProcessorPil(size={"shortest_edge": 31}, crop_size=28)]))
-def test_square_is_the_library_s_bit_for_bit(width: int, height: int, processor: Any) -> None:
+def test_square_is_bit_equal_to_transformers(width: int, height: int, processor: Any) -> None:
     image = noise(width, height)
     if max(image.size) <= 32 * min(image.size):
         assert torch.equal(prepare_image(image, "square", processor), library(image, processor))
 
 
 @given(SIDES, SIDES)
-def test_pad_is_the_library_s_on_a_padded_square_bit_for_bit(width: int, height: int) -> None:
+def test_pad_is_bit_equal_to_transformers_on_a_padded_square(width: int, height: int) -> None:
     image, side = noise(width, height), max(width, height)
     square = Image.new("RGB", (side, side), (122, 116, 104))
     square.paste(image, ((side - width) // 2, (side - height) // 2))
@@ -116,8 +117,8 @@ def test_pad_is_the_library_s_on_a_padded_square_bit_for_bit(width: int, height:
 
 
 @pytest.mark.parametrize(("width", "height"), [(5, 3000), (3000, 5), (1200, 3100), (2999, 2001)])
-def test_pad_in_bands_is_the_whole_s_bit_for_bit(width: int, height: int) -> None:
-    test_pad_is_the_library_s_on_a_padded_square_bit_for_bit.hypothesis.inner_test(width, height)  # type: ignore[attr-defined]
+def test_padding_in_bands_is_bit_equal_to_padding_at_once(width: int, height: int) -> None:
+    test_pad_is_bit_equal_to_transformers_on_a_padded_square.hypothesis.inner_test(width, height)  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize(
@@ -132,15 +133,15 @@ def test_pad_in_bands_is_the_whole_s_bit_for_bit(width: int, height: int) -> Non
     ],
     ids=str,
 )
-def test_the_image_processor_s_settings_are_followed(settings: dict[str, Any]) -> None:
+def test_the_settings_of_the_image_processor_are_applied(settings: dict[str, Any]) -> None:
     processor = CLIPImageProcessorPil(**{"size": {"shortest_edge": 28}, "crop_size": 28, **settings})
     for image in (noise(60, 35), noise(21, 50)):
         assert torch.equal(prepare_image(image, "square", processor), library(image, processor).float())
 
 
-def test_sizes_that_are_not_clip_s_are_refused() -> None:
+def test_unsupported_sizes_are_rejected() -> None:
     processor = CLIPImageProcessorPil(size={"shortest_edge": 28, "longest_edge": 50})
-    with pytest.raises(ConfigError, match="wanted shortest_edge"):
+    with pytest.raises(ConfigError, match="expected shortest_edge"):
         prepare_image(noise(4, 4), "square", processor)
 
 
@@ -156,8 +157,8 @@ def test_extreme_shapes_are_prepared(mode: ImageMode, size: tuple[int, int]) -> 
     assert torch.isfinite(pixels).all()
 
 
-def test_a_strip_of_a_million_pixels_takes_no_hours(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Padded to a square it would have 10^12 pixels; what is done instead can hardly be told from that."""
+def test_a_very_long_strip_is_scaled_down_before_padding(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Padded to a square it would have 10^12 pixels; the scaled strip gives nearly the same result."""
     long, steps = Image.new("RGB", (40, 8000)), range(0, 8000, 400)
     for step in steps:
         long.paste((step % 251, step // 32, 255 - step // 32), (0, step, 40, step + 400))
@@ -171,13 +172,13 @@ def test_a_strip_of_a_million_pixels_takes_no_hours(monkeypatch: pytest.MonkeyPa
         prepare_image(Image.new("RGB", size), "pad", CLIP)
 
 
-def test_the_middle_of_a_strip_is_what_the_crop_shows() -> None:
+def test_the_crop_of_a_strip_is_its_centre() -> None:
     image = noise(28 * 40, 28)  # as high as the crop: nothing is resized
     middle = image.crop((28 * 20 - 14, 0, 28 * 20 + 14, 28))
     assert torch.equal(prepare_image(image, "square", SMALL), library(middle, SMALL))
 
 
-def test_keep_has_a_patch_where_the_patch_is_known() -> None:
+def test_keep_returns_at_least_one_patch() -> None:
     processor = SimpleNamespace(image_processor=CLIP, patch_size=14)
     for size in ((600, 1), (1, 600), (2, 90), (20_000, 2)):
         assert image_token_count(prepare_image(noise(*size), "keep", processor), 14) in range(1, 33)
@@ -189,12 +190,12 @@ def test_image_tokens_are_counted_as_the_original_does() -> None:
     assert image_token_count(torch.zeros(3, 161, 447), 14) == 11 * 31
 
 
-# ---- nothing in the image is lost
+# ---- no text in an image is lost
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "TIFF", "WEBP"])
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_exif_turns_once(tmp_path: Path, kind: str, orientation: int) -> None:
+def test_exif_rotation_is_applied_once(tmp_path: Path, kind: str, orientation: int) -> None:
     exif = Image.Exif()
     exif[0x0112] = orientation
     path = saved(noise(40, 24), tmp_path / f"a.{kind.lower()}", format=kind, exif=exif)
@@ -208,7 +209,7 @@ def test_exif_turns_once(tmp_path: Path, kind: str, orientation: int) -> None:
         assert np.array_equal(open_image(opened.convert("RGB")), upright)
 
 
-def test_damaged_exif_costs_no_image(tmp_path: Path) -> None:
+def test_damaged_exif_is_ignored(tmp_path: Path) -> None:
     path = saved(noise(8, 4), tmp_path / "a.png", exif=b"Exif\0\0II*\0\xff\xff\xff\xffgarbage")
     assert open_image(path).size == (8, 4)
 
@@ -230,17 +231,17 @@ def test_sixteen_bits_are_scaled(dtype: str, tmp_path: Path) -> None:
         (np.array([[5, 5]], np.int32) * 10**6, [0, 0]),
     ],
 )
-def test_other_ranges_are_scaled_by_their_own(values: np.ndarray, expected: list[int]) -> None:
+def test_other_ranges_are_scaled_by_their_minimum_and_maximum(values: np.ndarray, expected: list[int]) -> None:
     assert np.asarray(open_image(Image.fromarray(values)))[0, :, 0].tolist() == expected
 
 
-def test_values_that_are_not_numbers_are_refused() -> None:
+def test_values_that_are_not_finite_are_rejected() -> None:
     with pytest.raises(ImageError, match="not finite"):
         open_image(Image.fromarray(np.array([[0.0, np.nan]], np.float32)))
 
 
 @pytest.mark.parametrize("mode", ["RGBA", "LA", "P", "L", "RGB"])
-def test_what_is_transparent_is_white_and_black_text_on_it_stays_black(mode: str, tmp_path: Path) -> None:
+def test_transparent_areas_become_white(mode: str, tmp_path: Path) -> None:
     hidden = Image.new("RGBA", (4, 2), (9, 9, 9, 0))  # nearly black, where it cannot be seen
     hidden.paste((0, 0, 0, 255), (0, 0, 1, 2))
     options: dict[str, Any] = {}
@@ -257,7 +258,7 @@ def test_what_is_transparent_is_white_and_black_text_on_it_stays_black(mode: str
     assert (pixels[:, 1:] == 255).all()
 
 
-def test_the_golden_images_that_are_read_better() -> None:
+def test_golden_images_that_are_opened_better_than_in_the_original() -> None:
     inputs = GOLDEN / "inputs"
     assert open_image(inputs / "exif6.jpg").size == (160, 300)
     with Image.open(inputs / "gray16.png") as opened:
@@ -268,31 +269,31 @@ def test_the_golden_images_that_are_read_better() -> None:
     assert (np.asarray(open_image(inputs / "rgba_tall.png"))[alpha == 0] == 255).all()
 
 
-# ---- refused by name
+# ---- rejected files
 
 
 def chunk(kind: bytes, data: bytes) -> bytes:
     return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
 
-def test_a_bomb_is_refused_before_it_is_decoded(tmp_path: Path) -> None:
+def test_a_decompression_bomb_is_rejected_before_it_is_decoded(tmp_path: Path) -> None:
     side = 8193
     path = tmp_path / "bomb.png"
     header = chunk(b"IHDR", struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0))
     path.write_bytes(b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", b"not even zlib") + chunk(b"IEND", b""))
     assert side * side > MAX_PIXELS
-    with pytest.raises(ImageError, match=r"bomb\.png: has 8193 x 8193 = 67 megapixels .*Fix: scale it down"):
+    with pytest.raises(ImageError, match=r"bomb\.png: .*got 8193 x 8193 = 67 megapixels.*Fix: scale it down"):
         open_image(path)
 
 
 @pytest.mark.parametrize("kind", ["gif", "webp", "png", "tiff"])
-def test_animations_are_refused(kind: str, tmp_path: Path) -> None:
+def test_animations_are_rejected(kind: str, tmp_path: Path) -> None:
     path = saved(noise(8, 8), tmp_path / f"a.{kind}", save_all=True, append_images=[noise(9, 8).crop((0, 0, 8, 8))])
-    with pytest.raises(ImageError, match="of 2 frames"):
+    with pytest.raises(ImageError, match="got 2 frames"):
         open_image(path)
 
 
-def test_a_photograph_with_a_second_view_is_one_image(tmp_path: Path) -> None:
+def test_a_photograph_with_a_preview_is_one_image(tmp_path: Path) -> None:
     path = saved(noise(8, 6), tmp_path / "a.mpo", save_all=True, append_images=[noise(4, 4)])
     assert open_image(path).size == (8, 6)
 
@@ -303,17 +304,17 @@ def test_a_photograph_with_a_second_view_is_one_image(tmp_path: Path) -> None:
         (b"", "is an empty file"),
         (b"\n<!DOCTYPE html><html>Not found</html>", "is a web page"),
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:0", "is a Git LFS pointer"),
-        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "is not a picture, expected a picture"),
+        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "is not an image, expected an image"),
     ],
 )
-def test_other_files_are_named(content: bytes, what: str, tmp_path: Path) -> None:
+def test_the_kind_of_other_files_is_reported(content: bytes, what: str, tmp_path: Path) -> None:
     path = tmp_path / "a.jpg"
     path.write_bytes(content)
     with pytest.raises(ImageError, match=what):
         open_image(path)
 
 
-def test_missing_files_and_folders_are_named(tmp_path: Path) -> None:
+def test_missing_files_and_folders_are_reported(tmp_path: Path) -> None:
     with pytest.raises(ImageError, match="no such file"):
         open_image(tmp_path / "a.jpg")
     with pytest.raises(ImageError, match="is a folder"):
@@ -337,7 +338,7 @@ WHOLE = {kind: encoded(kind) for kind in ("PNG", "JPEG", "GIF", "WEBP", "TIFF", 
     st.lists(st.tuples(st.floats(0, 1, exclude_max=True), st.integers(0, 255)), max_size=12),
     st.floats(0, 1),
 )
-def test_a_damaged_file_raises_nothing_but_an_image_error(
+def test_a_damaged_file_raises_only_image_errors(
     tmp_path_factory: pytest.TempPathFactory, kind: str, changes: list[tuple[float, int]], kept: float
 ) -> None:
     content = bytearray(WHOLE[kind])
@@ -350,12 +351,12 @@ def test_a_damaged_file_raises_nothing_but_an_image_error(
     try:
         assert open_image(path).mode == "RGB"
     except ImageError as error:
-        assert str(path) in str(error)  # noqa: PT017 - either outcome is right
+        assert str(path) in str(error)  # noqa: PT017 - both outcomes are valid
     assert not ImageFile.LOAD_TRUNCATED_IMAGES
 
 
 @given(st.sampled_from(sorted(WHOLE)), st.floats(0, 1, exclude_max=True))
-def test_a_file_cut_short_is_refused_unless_all_its_pixels_are_there(
+def test_a_truncated_file_is_rejected_unless_it_holds_all_pixels(
     tmp_path_factory: pytest.TempPathFactory, kind: str, kept: float
 ) -> None:
     path = tmp_path_factory.getbasetemp() / "cut"
@@ -370,9 +371,7 @@ def test_a_file_cut_short_is_refused_unless_all_its_pixels_are_there(
 
 
 @given(st.binary(max_size=200))
-def test_random_bytes_raise_nothing_but_an_image_error(
-    tmp_path_factory: pytest.TempPathFactory, content: bytes
-) -> None:
+def test_random_bytes_raise_only_image_errors(tmp_path_factory: pytest.TempPathFactory, content: bytes) -> None:
     path = tmp_path_factory.getbasetemp() / "random"
     path.write_bytes(content)
     with pytest.raises(ImageError):
@@ -390,7 +389,7 @@ def roots(tmp_path: Path) -> ImageRoots:
     return ImageRoots([tmp_path / "one", tmp_path / "two"])
 
 
-def test_the_first_root_that_has_it_wins(roots: ImageRoots, tmp_path: Path) -> None:
+def test_the_first_folder_with_the_file_is_used(roots: ImageRoots, tmp_path: Path) -> None:
     assert roots.resolve("train/a.png") == tmp_path / "one/train/a.png"
     assert roots.resolve("train/b.png") == tmp_path / "two/train/b.png"
     assert roots.open("train/b.png").size == (4, 2)
@@ -400,15 +399,15 @@ def test_the_first_root_that_has_it_wins(roots: ImageRoots, tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("path", "hint"),
     [
-        ("train/A.PNG", "there is train/a.png"),
-        ("train/b.jpg", "there is train/b.png"),
-        ("train\\b.png", "there is train/b.png"),
-        ("train/ab.png", r"two\. Mend|there is"),
-        ("nowhere/x.png", r"two\. Mend"),
+        ("train/A.PNG", "if train/a.png is meant"),
+        ("train/b.jpg", "if train/b.png is meant"),
+        ("train\\b.png", "if train/b.png is meant"),
+        ("train/ab.png", r"if train/[ab]\.png is meant"),
+        ("nowhere/x.png", r"two\)\. Fix: add the image"),
         ("train", "is a folder"),
     ],
 )
-def test_a_missing_image_is_named_with_what_may_be_meant(roots: ImageRoots, path: str, hint: str) -> None:
+def test_a_missing_image_is_reported_with_a_similar_name(roots: ImageRoots, path: str, hint: str) -> None:
     with pytest.raises(ImageError, match=hint):
         roots.resolve(path)
 
@@ -419,13 +418,13 @@ def test_a_path_may_not_leave_its_root(roots: ImageRoots, path: str) -> None:
         roots.resolve(path)
 
 
-def test_absolute_and_empty_paths_are_refused(roots: ImageRoots, tmp_path: Path) -> None:
+def test_absolute_and_empty_paths_are_rejected(roots: ImageRoots, tmp_path: Path) -> None:
     for path in (str(tmp_path / "one/train/a.png"), "", "a\0b"):
         with pytest.raises(ImageError, match="is not a relative path"):
             roots.resolve(path)
 
 
-def test_links_may_lead_into_roots_only(roots: ImageRoots, tmp_path: Path) -> None:
+def test_links_may_lead_into_image_folders_only(roots: ImageRoots, tmp_path: Path) -> None:
     (tmp_path / "one/out.png").symlink_to(tmp_path / "secret/s.png")
     (tmp_path / "one/outside").symlink_to(tmp_path / "secret")
     (tmp_path / "one/in.png").symlink_to(tmp_path / "two/train/b.png")
@@ -440,7 +439,7 @@ def test_links_may_lead_into_roots_only(roots: ImageRoots, tmp_path: Path) -> No
 def test_roots_must_be_folders(tmp_path: Path) -> None:
     with pytest.raises(ImageError, match="is not a folder"):
         ImageRoots([tmp_path / "missing"])
-    with pytest.raises(ImageError, match="no image folders were given"):
+    with pytest.raises(ImageError, match="no image folder was given"):
         ImageRoots().resolve("a.png")
 
 

@@ -1,4 +1,4 @@
-"""Records: what is accepted, what is said of the rest, and stores that open without loading."""
+"""Records: validation, error messages, and stores that do not load their files."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def test_a_record_becomes_a_conversation_verbatim() -> None:
     assert parse_record(record(), "r.json:7") == expected
 
 
-def test_missing_parts_have_their_defaults() -> None:
+def test_missing_fields_have_defaults() -> None:
     raw = record(17, image=None)
     assert parse_record(raw, "r.json:7").id == "17"
     assert parse_record(raw, "r.json:7").images == ()
@@ -54,7 +54,7 @@ def test_missing_parts_have_their_defaults() -> None:
     assert parse_record(raw, "r.json:7") == Conversation("7", parse_record(record(), "x").turns)
 
 
-def test_other_names_for_the_roles_are_read() -> None:
+def test_alternative_role_names_are_accepted() -> None:
     raw = record(conversations=turns(("user", "a"), ("assistant", "b"), ("human", "c")))
     assert [turn.role for turn in parse_record(raw, "x").turns] == ["human", "gpt", "human"]
 
@@ -65,52 +65,56 @@ def test_a_leading_answer_is_dropped() -> None:
 
 
 @pytest.mark.parametrize("places", [0, 1, 2])
-def test_one_image_may_have_any_number_of_places(places: int) -> None:
+def test_one_image_may_be_placed_any_number_of_times(places: int) -> None:
     raw = record(conversations=turns(("human", "<image>" * places), ("gpt", "b")))
     assert parse_record(raw, "x").images == ("a.png",)
 
 
-def test_several_images_have_a_place_each() -> None:
+def test_several_images_need_one_placeholder_each() -> None:
     raw = record(
         image=["a.png", "b.png"], conversations=turns(("human", "<image>"), ("gpt", "b"), ("human", "<image>"))
     )
     assert parse_record(raw, "x").images == ("a.png", "b.png")
     raw["image"].append("c.png")
-    assert whats(raw) == ["r.json:7: has 2 <image> for 3 pictures. Fix: write <image> once for each picture."]
+    expected = "r.json:7: the number of <image> is wrong (got 2, expected 3: one per image)."
+    assert whats(raw) == [f"{expected} Fix: write <image> once for each image."]
 
 
 @pytest.mark.parametrize(
     ("raw", "what"),
     [
-        ([], "r.json:7: is a list, expected an object"),
-        (None, "is null, expected an object"),
-        (record(1.5), "r.json:7: id: is a number"),
-        (record(True), "id: is a boolean"),
-        (record(image=3), "image: is an integer, expected a relative path"),
-        (record(image=""), "leave 'image' out"),
-        (record(image=["a.png", None]), "image[1]: is null"),
-        ({"images": "a.png", "conversations": turns(("human", "a"))}, "has 'images', expected 'image'"),
+        ([], "r.json:7: the record has the wrong type (got a list, expected an object)"),
+        (None, "got null, expected an object"),
+        (record(1.5), "r.json:7: id: wrong type (got a number, expected a string or an integer)"),
+        (record(True), "id: wrong type (got a boolean"),
+        (record(image=3), "image: wrong type (got an integer, expected a relative path)"),
+        (record(image=""), "leave out 'image'"),
+        (record(image=["a.png", None]), "image[1]: wrong type (got null"),
+        ({"images": "a.png", "conversations": turns(("human", "a"))}, "got 'images', expected 'image'"),
         ({"id": "a"}, "has no 'conversations'"),
         ({"conversation": []}, "rename 'conversation'"),
-        (record(conversations="[]"), "has text as 'conversations', expected a list"),
-        (record(conversations=[]), "has no turn by 'human'"),
-        (record(conversations=turns(("gpt", "a"))), "has no turn by 'human'"),
-        (record(conversations=["a"]), "conversations[0]: is text"),
+        (record(conversations="[]"), "'conversations' has the wrong type (got a string, expected a list)"),
+        (record(conversations=[]), "has no turn from 'human'"),
+        (record(conversations=turns(("gpt", "a"))), "has no turn from 'human'"),
+        (record(conversations=["a"]), "conversations[0]: the turn has the wrong type (got a string"),
         (record(conversations=[{"value": "a"}]), "conversations[0]: has no 'from'"),
         (record(conversations=[{"from": "human"}]), "conversations[0]: has no 'value'"),
-        (record(conversations=turns(("human", 3))), "has an integer as 'value'"),
-        (record(conversations=turns(("bot", "a"))), "is by 'bot', expected 'human' or 'gpt'"),
-        (record(conversations=turns((["human"], "a"))), "is by ['human']"),
-        (record(conversations=turns(("system", "a"))), "the system text belongs to the template"),
-        (record(conversations=turns(("gpt", "a"), ("gpt", "b"))), "conversations[1]: is by 'gpt', expected 'human'"),
+        (record(conversations=turns(("human", 3))), "'value' has the wrong type (got an integer, expected a string)"),
+        (record(conversations=turns(("bot", "a"))), "unknown role (got 'bot', expected 'human' or 'gpt')"),
+        (record(conversations=turns((["human"], "a"))), "got ['human']"),
+        (record(conversations=turns(("system", "a"))), "the chat template adds the system prompt"),
+        (
+            record(conversations=turns(("gpt", "a"), ("gpt", "b"))),
+            "conversations[1]: the turns do not alternate (got 'gpt', expected 'human')",
+        ),
         (
             record(conversations=turns(("human", "a"), ("human", "b"))),
-            "conversations[1]: is by 'human', expected 'gpt'",
+            "got 'human', expected 'gpt'",
         ),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_faults_are_named(raw: object, what: str) -> None:
+def test_faults_are_described(raw: object, what: str) -> None:
     found = whats(raw)
     assert len(found) == 1
     assert what in found[0]
@@ -144,7 +148,7 @@ SHAPED = st.fixed_dictionaries(
 
 
 @given(JSON | SHAPED)
-def test_anything_is_a_conversation_or_a_data_error(raw: Any) -> None:
+def test_any_json_is_a_conversation_or_a_data_error(raw: Any) -> None:
     try:
         conversation = parse_record(raw, "r:0")
     except DataError as error:
@@ -165,7 +169,7 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Mon
 
 @pytest.fixture
 def indexed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Index files for small files too."""
+    """Write index files for small files too."""
     monkeypatch.setattr(record_index, "MIN_INDEXED_BYTES", 0)
 
 
@@ -200,7 +204,7 @@ TRICKY = [
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_every_layout_reads_back(name: str, tmp_path: Path) -> None:
     path = write(tmp_path / name, LAYOUTS[name](TRICKY))
-    for _ in range(2):  # the second time from the index
+    for _ in range(2):  # the second time with the index
         store = open_records([path])
         assert list(store) == TRICKY
         assert [store.where(index) for index in range(3)] == [f"{path}:{index}" for index in range(3)]
@@ -213,7 +217,7 @@ def test_every_layout_reads_back(name: str, tmp_path: Path) -> None:
 def test_the_index_finds_any_records(tmp_path_factory: pytest.TempPathFactory, records: list[Any], name: str) -> None:
     path = tmp_path_factory.getbasetemp() / name
     if name.endswith(".jsonl") and isinstance(records[0], list):
-        return  # looks like an array, and is refused
+        return  # looks like an array, and is rejected
     write(path, LAYOUTS[name](records))
     Path(f"{path}.index").unlink(missing_ok=True)
     expected = json.loads(json.dumps(records))
@@ -221,7 +225,7 @@ def test_the_index_finds_any_records(tmp_path_factory: pytest.TempPathFactory, r
     assert list(open_records(path)) == expected
 
 
-def test_small_files_leave_no_index(tmp_path: Path) -> None:
+def test_small_files_get_no_index_file(tmp_path: Path) -> None:
     write(tmp_path / "a.json", json.dumps(TRICKY))
     open_records(tmp_path / "a.json")
     assert [path.name for path in tmp_path.iterdir()] == ["a.json"]
@@ -272,7 +276,7 @@ def test_a_changed_file_is_indexed_again(tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("indexed")
 @pytest.mark.parametrize("damage", ["cut", "flip", "empty", "other"])
-def test_a_damaged_index_is_made_again(damage: str, tmp_path: Path) -> None:
+def test_a_damaged_index_is_rebuilt(damage: str, tmp_path: Path) -> None:
     path = write(tmp_path / "a.json", json.dumps(TRICKY))
     open_records(path)
     index = tmp_path / "a.json.index"
@@ -285,7 +289,7 @@ def test_a_damaged_index_is_made_again(damage: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("indexed")
-def test_the_index_goes_where_it_can(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_index_is_saved_in_the_first_writable_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = write(tmp_path / "a.json", json.dumps(TRICKY))
     assert list(open_records(path, cache_dir=tmp_path / "own")) == TRICKY
     assert [found.suffix for found in (tmp_path / "own").iterdir()] == [".index"]
@@ -293,12 +297,12 @@ def test_the_index_goes_where_it_can(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
     save = record_index._save
 
-    def refuse(place: Path, *rest: Any) -> None:
+    def read_only(place: Path, *rest: Any) -> None:
         if place.parent == tmp_path:
             raise PermissionError(13, "read-only")
         save(place, *rest)
 
-    monkeypatch.setattr(record_index, "_save", refuse)
+    monkeypatch.setattr(record_index, "_save", read_only)
     assert list(open_records(path)) == TRICKY
     assert not (tmp_path / "a.json.index").exists()
     assert list(Path(os.environ["XDG_CACHE_HOME"], "llavar_peft").iterdir())
@@ -309,43 +313,47 @@ def test_the_index_goes_where_it_can(tmp_path: Path, monkeypatch: pytest.MonkeyP
 @pytest.mark.parametrize(
     ("name", "content", "what"),
     [
-        ("a.json", "", "a.json: is empty"),
-        ("a.json", " \n", "starts with no text"),
-        ("a.json", '{"id": 1}', "starts with '{', expected '.': one array of records.*rename it to .jsonl"),
+        ("a.json", "", "a.json: the file is empty"),
+        ("a.json", " \n", "the file starts with no text"),
+        ("a.json", '{"id": 1}', "starts with '{', expected '.': one array.*rename it to .jsonl"),
         ("a.jsonl", "[{}]", "rename it to .json"),
-        ("a.json", b"\xff\xfe[\0]\0", "is UTF-16"),
-        ("a.json", b"\x1f\x8b\x08\0", "is compressed"),
-        ("a.json", '[{"id": 1}, {"id": 2', "is not JSON .*may be cut off"),
+        ("a.json", b"\xff\xfe[\0]\0", "got UTF-16"),
+        ("a.json", b"\x1f\x8b\x08\0", "the file is compressed"),
+        ("a.json", '[{"id": 1}, {"id": 2', "not valid JSON .*may have been cut off"),
         ("a.json", '[\n{"id": "}, {"},\n{"id": tru}]', "at line 3, column 9, record 1"),
-        ("a.json", '[{"id": [1,2]}, {}, {"x": NaN}]', "line 1, column 27, record 2 .*NaN and Infinity are not JSON"),
-        ("a.json", '[{"id": -Infinity}]', "record 0 .*NaN and Infinity are not JSON"),
-        ("a.json", "[{}] []", "is not JSON at line 1, column 7, after its end"),
-        ("a.json", "[" * 5000 + "]" * 5000, "is nested too deeply"),
-        ("a.txt", "[]", r"is of an unknown kind \(got '.txt'\)"),
+        (
+            "a.json",
+            '[{"id": [1,2]}, {}, {"x": NaN}]',
+            "line 1, column 27, record 2 .*NaN or Infinity, which are not JSON",
+        ),
+        ("a.json", '[{"id": -Infinity}]', "record 0 .*NaN or Infinity, which are not JSON"),
+        ("a.json", "[{}] []", "not valid JSON at line 1, column 7, after the end of the array"),
+        ("a.json", "[" * 5000 + "]" * 5000, "nested too deeply"),
+        ("a.txt", "[]", r"unknown file format \(got '.txt'"),
         ("a.parquet", "[]", "cannot be read"),
     ],
 )
-def test_files_that_are_not_records_are_named(name: str, content: str | bytes, what: str, tmp_path: Path) -> None:
+def test_files_without_records_are_rejected(name: str, content: str | bytes, what: str, tmp_path: Path) -> None:
     with pytest.raises(DataError, match=rf"(?s){what}") as caught:
         open_records(write(tmp_path / name, content))
     assert str(tmp_path / name) in str(caught.value)
     assert "Fix: " in str(caught.value)
 
 
-def test_a_bad_line_is_named_when_it_is_read(tmp_path: Path) -> None:
+def test_a_malformed_line_is_reported_when_it_is_read(tmp_path: Path) -> None:
     path = write(tmp_path / "a.jsonl", b'{"id": 1}\n{"id": \n{"id": NaN}\n{"id": "\xff"}\n{"id": 5}\n')
     store = open_records(path)
     assert [store[0], store[4]] == [{"id": 1}, {"id": 5}]
-    for index, what in ((1, "cut off"), (2, "NaN and Infinity"), (3, "is not JSON")):
+    for index, what in ((1, "may have been cut off"), (2, "NaN or Infinity"), (3, "not valid JSON")):
         with pytest.raises(DataError, match=rf"a\.jsonl:{index}: .*{what}"):
             store[index]
 
 
-def test_missing_files_and_folders_are_named(tmp_path: Path) -> None:
+def test_missing_files_and_folders_are_reported(tmp_path: Path) -> None:
     for name in ("a.json", "a.jsonl", "a.parquet", "nothing"):
         with pytest.raises(DataError, match=r"correct the path"):
             open_records(tmp_path / name)
-    with pytest.raises(DataError, match="not one written by datasets"):
+    with pytest.raises(DataError, match="not written by datasets"):
         open_records(tmp_path)
 
 
@@ -377,7 +385,7 @@ def test_a_saved_dataset_is_a_store(table: datasets.Dataset, tmp_path: Path) -> 
     table.save_to_disk(tmp_path / "saved")
     assert_table(open_records(str(tmp_path / "saved")), str(tmp_path / "saved"))
     datasets.DatasetDict({"train": table}).save_to_disk(tmp_path / "splits")
-    with pytest.raises(DataError, match=r"holds several splits \(train\)"):
+    with pytest.raises(DataError, match=r"the folder holds several splits \(train\)"):
         open_records(tmp_path / "splits")
 
 

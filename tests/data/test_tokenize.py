@@ -1,4 +1,4 @@
-"""Ids and labels of records: the original's on ordinary ones, the promised ones on the others."""
+"""Ids and labels of records: those of the original for ordinary records, and the documented ones for the rest."""
 
 import dataclasses
 import gzip
@@ -19,16 +19,16 @@ from transformers import PreTrainedTokenizerFast
 from llavar_peft.constants import IGNORE_INDEX
 from llavar_peft.data.encode_record import encode_record
 from llavar_peft.data.supervised_text import decode_supervision
-from llavar_peft.data.text_encoder import text_encoder, whole_characters
+from llavar_peft.data.text_encoder import text_encoder, valid_unicode
 from llavar_peft.errors import ConfigError, DataError
 from llavar_peft.models.llama_tokenizer import add_image_tokens, load_tokenizer
 from llavar_peft.types import Example
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "tokenization"
 CASES = [json.loads(line) for line in gzip.decompress((GOLDEN / "public.jsonl.gz").read_bytes()).splitlines()]
-SPELLED = ["</s>", "<s>", "<unk>", "<im_patch>", "<im_start>", "<im_end>", " ASSISTANT: ", "USER:", "</", "s>"]
+SPECIAL = ["</s>", "<s>", "<unk>", "<im_patch>", "<im_start>", "<im_end>", " ASSISTANT: ", "USER:", "</", "s>"]
 TEXT = st.lists(
-    st.sampled_from([*SPELLED, " ", "\n", "the", "é", "\U0001f600", "x", "\ud83d"]) | st.text(max_size=5)
+    st.sampled_from([*SPECIAL, " ", "\n", "the", "é", "\U0001f600", "x", "\ud83d"]) | st.text(max_size=5)
 ).map("".join)
 
 
@@ -68,7 +68,7 @@ def record(*texts: str, image: str | list[str] | None = None) -> dict[str, Any]:
     return {"id": "r", "conversations": turns, **({} if image is None else {"image": image})}
 
 
-def spelled(example: Example, processor: Settings) -> str:
+def decoded(example: Example, processor: Settings) -> str:
     return "".join(text for text, _ in decode_supervision(example, processor))
 
 
@@ -76,7 +76,7 @@ def answers(example: Example, processor: Settings) -> list[str]:
     return [text for text, supervised in decode_supervision(example, processor) if supervised]
 
 
-# ---- the original's own outputs
+# ---- parity with the original
 
 
 def _settings(llama: Any, config: Mapping[str, Any]) -> Settings:
@@ -90,7 +90,7 @@ def _settings(llama: Any, config: Mapping[str, Any]) -> Settings:
 
 @pytest.mark.parity
 @pytest.mark.parametrize("case", [c for c in CASES if c["group"] == "main"], ids=lambda c: c["id"])
-def test_ordinary_records_are_the_original_s(llama: Any, case: dict[str, Any]) -> None:
+def test_ordinary_records_match_the_original(llama: Any, case: dict[str, Any]) -> None:
     example = encode_record(case["sample"], _settings(llama, case["config"]), case["config"]["model_max_length"])
     assert example.input_ids.tolist() == case["input_ids"]
     assert example.labels.tolist() == case["labels"]
@@ -98,7 +98,7 @@ def test_ordinary_records_are_the_original_s(llama: Any, case: dict[str, Any]) -
 
 
 @pytest.mark.parity
-def test_what_the_original_ignores_keeps_its_labels(llama: Any) -> None:
+def test_records_that_the_original_ignores_keep_their_labels(llama: Any) -> None:
     quirks = {case["id"]: case for case in CASES if case["group"] == "quirks"}
     assert all(case["warning"] and case["n_supervised"] == 0 for case in quirks.values())
     expected = {
@@ -117,7 +117,7 @@ def test_what_the_original_ignores_keeps_its_labels(llama: Any) -> None:
 # ---- what is supervised
 
 
-def test_answers_and_their_ends_are_supervised(small: Settings) -> None:
+def test_answers_and_their_end_tokens_are_supervised(small: Settings) -> None:
     example = encode_record(record("Who?\n<image>", "Emma.", "And?", " two\n words "), small, 2048)
     assert answers(example, small) == [" Emma.</s>", "  two\n words </s>"]
     assert example.supervised == int((example.labels != IGNORE_INDEX).sum())
@@ -125,13 +125,13 @@ def test_answers_and_their_ends_are_supervised(small: Settings) -> None:
     assert torch.equal(example.labels[kept], example.input_ids[kept])
 
 
-def test_a_last_human_turn_is_read_but_not_supervised(small: Settings) -> None:
+def test_a_last_human_turn_is_encoded_but_not_supervised(small: Settings) -> None:
     example = encode_record(record("Q", "A", "And?"), small, 2048)
     assert answers(example, small) == [" A</s>"]
-    assert spelled(example, small).endswith(" A</s>USER: And? ")
+    assert decoded(example, small).endswith(" A</s>USER: And? ")
 
 
-def test_a_leading_answer_is_left_out(small: Settings) -> None:
+def test_a_leading_answer_is_dropped(small: Settings) -> None:
     raw = record("Q", "A")
     raw["conversations"].insert(0, {"from": "gpt", "value": "Welcome!"})
     assert torch.equal(
@@ -139,10 +139,10 @@ def test_a_leading_answer_is_left_out(small: Settings) -> None:
     )
 
 
-def test_an_empty_answer_supervises_nothing_and_the_others_stay(small: Settings) -> None:
+def test_an_empty_answer_is_not_supervised_and_the_others_are(small: Settings) -> None:
     example = encode_record(record("Q", "", "R", "B"), small, 2048)
     assert answers(example, small) == [" B</s>"]
-    assert spelled(example, small).endswith("USER: Q ASSISTANT:USER: R ASSISTANT: B</s>")
+    assert decoded(example, small).endswith("USER: Q ASSISTANT:USER: R ASSISTANT: B</s>")
 
 
 @pytest.mark.parametrize(
@@ -154,10 +154,10 @@ def test_an_empty_answer_supervises_nothing_and_the_others_stay(small: Settings)
         (("<image>\nQ", "A"), "a.jpg", -4, "truncated_in_image"),
     ],
 )
-def test_why_a_record_is_dropped(
+def test_the_reason_for_dropping_a_record(
     small: Settings, texts: tuple[str, ...], image: str | None, max_length: int, reason: str
 ) -> None:
-    if max_length < 0:  # counted back from the image's place
+    if max_length < 0:  # cuts through the image
         whole = encode_record(record(*texts, image=image), small, 2048)
         max_length = whole.input_ids.tolist().index(small.tokenizer.convert_tokens_to_ids("<im_end>"))
     example = encode_record(record(*texts, image=image), small, max_length)
@@ -169,57 +169,57 @@ def test_why_a_record_is_dropped(
 # ---- images
 
 
-def test_images_take_their_places_in_order(small: Settings) -> None:
+def test_images_are_placed_in_order(small: Settings) -> None:
     example = encode_record(record("<image> a <image>\nb", "A", "<image>", "B", image=["1", "2", "3"]), small, 2048)
     assert example.images == ("1", "2", "3")
     assert example.image_token_counts == (4, 4, 4)
-    assert spelled(example, small).endswith(
+    assert decoded(example, small).endswith(
         "USER:[image x4]a[image x4]b ASSISTANT: A</s>USER:[image x4]ASSISTANT: B</s>"
     )
 
 
-def test_one_image_takes_every_place(small: Settings) -> None:
+def test_a_single_image_is_used_for_every_placeholder(small: Settings) -> None:
     example = encode_record(record("<image><image>\nb", "A", image="1"), small, 2048)
     assert example.images == ("1", "1")
-    assert spelled(example, small).endswith("USER:[image x4][image x4]b ASSISTANT: A</s>")
+    assert decoded(example, small).endswith("USER:[image x4][image x4]b ASSISTANT: A</s>")
 
 
-def test_a_image_without_a_place_is_not_used(small: Settings) -> None:
+def test_an_image_without_a_placeholder_is_not_used(small: Settings) -> None:
     assert encode_record(record("b", "A", image="1"), small, 2048).images == ()
 
 
-def test_more_places_than_images_is_an_error(small: Settings) -> None:
-    with pytest.raises(DataError, match="3 <image> for 2 pictures"):
+def test_more_placeholders_than_images_is_an_error(small: Settings) -> None:
+    with pytest.raises(DataError, match=r"number of <image> is wrong \(got 3, expected 2"):
         encode_record(record("<image><image><image>", "A", image=["1", "2"]), small, 2048)
 
 
-def test_without_a_image_the_placeholder_is_text(small: Settings) -> None:
+def test_without_an_image_the_placeholder_is_text(small: Settings) -> None:
     example = encode_record(record("write <image> here", "A"), small, 2048)
-    assert "USER: write <image> here ASSISTANT: A</s>" in spelled(example, small)
+    assert "USER: write <image> here ASSISTANT: A</s>" in decoded(example, small)
 
 
-def test_a_image_in_an_answer_is_not_supervised(small: Settings) -> None:
+def test_an_image_in_an_answer_is_not_supervised(small: Settings) -> None:
     example = encode_record(record("Q", "see <image> there", image="1"), small, 2048)
     assert answers(example, small) == [" see", "there</s>"]
 
 
-def test_images_before_the_first_words(small: Settings) -> None:
+def test_images_are_moved_to_the_front_of_the_first_turn(small: Settings) -> None:
     front = Settings(small.tokenizer, sep_image_conv_front=True)
     example = encode_record(record(" Who?\n<image> ", "A", image="1"), front, 2048)
-    assert spelled(example, front).endswith("USER:[image x4]USER: Who? ASSISTANT: A</s>")
+    assert decoded(example, front).endswith("USER:[image x4]USER: Who? ASSISTANT: A</s>")
     example = encode_record(record("<image>a<image>", "A", "no", "B", image=["1", "2"]), front, 2048)
-    assert spelled(example, front).endswith(
+    assert decoded(example, front).endswith(
         "USER:[image x4][image x4]USER: a ASSISTANT: A</s>USER: no ASSISTANT: B</s>"
     )
 
 
-def test_a_image_to_be_measured_needs_its_folder(small: Settings) -> None:
+def test_mode_keep_needs_the_image_folder(small: Settings) -> None:
     keep = Settings(small.tokenizer, image_mode="keep")
-    with pytest.raises(DataError, match="no image folders were given"):
+    with pytest.raises(DataError, match="no image folder was given"):
         encode_record(record("<image>", "A", image="1"), keep, 2048)
 
 
-def test_a_measured_image_takes_its_own_number_of_tokens(small: Settings) -> None:
+def test_mode_keep_measures_the_number_of_image_tokens(small: Settings) -> None:
     from transformers import CLIPImageProcessorPil
 
     class Folder:
@@ -236,7 +236,7 @@ def test_a_measured_image_takes_its_own_number_of_tokens(small: Settings) -> Non
 # ---- truncation
 
 
-def test_truncation_never_goes_through_a_image(small: Settings) -> None:
+def test_truncation_never_cuts_through_an_image(small: Settings) -> None:
     raw = record("a\n<image>", "A", "<image>\nb", "B", image=["1", "2"])
     whole = encode_record(raw, small, 2048)
     ids = whole.input_ids.tolist()
@@ -253,12 +253,12 @@ def test_truncation_never_goes_through_a_image(small: Settings) -> None:
         assert (example.dropped is None) == (example.supervised > 0)
 
 
-def test_a_length_below_one_is_refused(small: Settings) -> None:
+def test_a_length_below_one_is_rejected(small: Settings) -> None:
     with pytest.raises(ConfigError, match="max_length"):
         encode_record(record("Q", "A"), small, 0)
 
 
-def test_a_tokenizer_without_image_tokens_is_named() -> None:
+def test_a_tokenizer_without_image_tokens_is_rejected() -> None:
     with pytest.raises(ConfigError, match="<im_patch>"):
         encode_record(record("Q", "A"), Settings(load_tokenizer(GOLDEN / "small")), 64)
 
@@ -289,16 +289,16 @@ def test_the_labels_decode_to_the_answer(small: Settings, question: str, answer:
 
 
 @given(text=st.text(alphabet="ab \n▁é\U0001f600<s>/", min_size=1, max_size=30) | TEXT.filter(bool), data=st.data())
-def test_words_encoded_apart_give_the_ids_of_the_whole(small: Settings, text: str, data: st.DataObject) -> None:
+def test_encoding_word_by_word_gives_the_ids_of_the_whole_text(small: Settings, text: str, data: st.DataObject) -> None:
     encoder = text_encoder(small)
-    text = whole_characters(text)
+    text = valid_unicode(text)
     start = data.draw(st.none() | st.integers(0, len(text)))
     assert encoder.words is not None
     assert encoder.encode(text, start) == dataclasses.replace(encoder, words=None).encode(text, start)
 
 
-def test_a_piece_of_two_words_is_kept_whole(small: Settings) -> None:
-    """A vocabulary that is not LLaMA's may have one; then words are not encoded apart."""
+def test_tokens_across_words_disable_encoding_word_by_word(small: Settings) -> None:
+    """Vocabularies other than LLaMA's may have a token that crosses a word boundary."""
     form = json.loads(small.tokenizer.backend_tokenizer.to_str())
     form["model"]["vocab"]["e▁s"] = len(small.tokenizer)
     form["model"]["merges"].insert(0, ["e", "▁s"])

@@ -10,8 +10,8 @@ import torch
 from PIL import Image
 from transformers import AutoProcessor, CLIPImageProcessor, CLIPImageProcessorPil
 
-from llavar_peft.constants import EOS_TOKEN
-from llavar_peft.data.conversation_template import conversation_pieces, image_block, prompt_text, split_placeholders
+from llavar_peft.constants import EOS_TOKEN, IMAGE_PLACEHOLDER
+from llavar_peft.data.conversation_template import conversation_pieces, image_block, split_placeholders
 from llavar_peft.errors import ConfigError, DataError
 from llavar_peft.models.auto_classes import register
 from llavar_peft.models.llama_tokenizer import add_image_tokens, load_tokenizer
@@ -97,7 +97,9 @@ def test_the_number_of_image_tokens_can_be_given(tokenizer: Any) -> None:
 
 def test_the_chat_template_writes_the_same_text(tokenizer: Any) -> None:
     turns = [("human", "Read it.\n<image>"), ("gpt", "EXIT"), ("human", "And below?"), ("gpt", "RIGHT LANE")]
-    expected = prompt_text(conversation_pieces([(role, split_placeholders(text)) for role, text in turns]))
+    pieces = conversation_pieces([(role, split_placeholders(text)) for role, text in turns])
+    special = {"image": IMAGE_PLACEHOLDER, "end": EOS_TOKEN}
+    expected = "".join(special.get(piece.kind, piece.text) for piece in pieces)
     processor = make(tokenizer)
     assert processor.apply_chat_template(CHAT) == expected
     opened = processor.apply_chat_template(CHAT[:3], add_generation_prompt=True)

@@ -1,4 +1,4 @@
-"""Makes ``small/tokenizer.model``: a SentencePiece model with LLaMA's settings, trained on this project's own words."""
+"""Build ``small/tokenizer.model``: a SentencePiece model with LLaMA's settings, trained on words of this project."""
 
 import random
 from pathlib import Path
@@ -18,7 +18,7 @@ WORDS = (
 
 
 def main() -> None:
-    """Trains and writes the model."""
+    """Train and save the model."""
     rng = random.Random(0)
     words = WORDS.split(" ")
     lines = [(" " * rng.choice((1, 1, 1, 2, 4))).join(rng.choices(words, k=12)) for _ in range(3000)]
@@ -30,7 +30,7 @@ def main() -> None:
         vocab_size=640,
         byte_fallback=True,
         split_digits=True,
-        split_by_unicode_script=False,  # unlike LLaMA's, so that "s>" is a piece and "</" + "s>" could be joined
+        split_by_unicode_script=False,  # unlike LLaMA's, to get a piece "s>" that could follow "</"
         allow_whitespace_only_pieces=True,
         remove_extra_whitespaces=False,
         normalization_rule_name="identity",
@@ -40,7 +40,7 @@ def main() -> None:
     (HERE / "small" / "tokenizer.vocab").unlink()
     path = HERE / "small" / "tokenizer.model"
     model = ModelProto.FromString(path.read_bytes())
-    model.trainer_spec.model_prefix = "tokenizer"  # not where it was made
+    model.trainer_spec.model_prefix = "tokenizer"  # not the path of this machine
     path.write_bytes(model.SerializeToString())
 
 
