@@ -103,7 +103,7 @@ def converse(
     """Have a language model write conversations from what was read; each answer is held to it."""
     from llavar_peft.datagen.ocr.make_conversations import ConverseSettings, read_captions
     from llavar_peft.datagen.ocr.make_conversations import make_conversations as make
-    from llavar_peft.datagen.ocr.openai_client import Endpoint
+    from llavar_peft.datagen.openai_client import Endpoint
 
     settings = ConverseSettings(
         endpoint=Endpoint(model=model, base_url=base_url, key_variable=key_variable, temperature=temperature),

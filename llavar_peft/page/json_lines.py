@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import cast
 
+from llavar_peft.data.json_lines import read_json_lines
 from llavar_peft.errors import DataError, LlavarError
 
 MEND_LINE = "take the line out, or fetch the file again from the run"
@@ -74,15 +74,5 @@ class JsonRecord:
 
 def read_lines(path: Path) -> Iterator[JsonRecord]:
     """Yield the objects of a JSON Lines file; an unfinished last line is left out."""
-    if not path.is_file():
-        return
-    lines = [(number, line) for number, line in enumerate(path.read_bytes().split(b"\n"), 1) if line.strip()]
-    for place, (number, line) in enumerate(lines, 1):
-        where = f"{path}:{number}"
-        try:
-            value = json.loads(line.decode("utf-8"))
-        except ValueError as error:
-            if place == len(lines):
-                return
-            raise DataError.at(where, f"not a line of JSON ({error})", MEND_LINE) from error
+    for where, value in read_json_lines(path, fix=MEND_LINE, unfinished=True):
         yield JsonRecord(value, where)

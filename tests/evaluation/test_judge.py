@@ -277,7 +277,7 @@ def test_an_endpoint_that_is_not_there(
 
     monkeypatch.setenv("OPENAI_API_KEY", "secret")
     config = JudgeConfig(model="judge", base_url="http://127.0.0.1:9/v1", retries=0, timeout=2)
-    with pytest.raises(EnvironmentFaultError, match="the judge cannot be asked"):
+    with pytest.raises(EnvironmentFaultError, match="the judge cannot be reached"):
         Judge(config, tmp_path).ask("?")
     monkeypatch.delenv("OPENAI_API_KEY")
     with pytest.raises(ConfigError, match="OPENAI_API_KEY: is not set"):
@@ -536,7 +536,7 @@ def test_reviews_without_scores_enter_nothing(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="none of 1 has scores"):
         summarize_reviews(read_reviews(write_lines(path, [{**row, "tuple": None}])))
     path.write_text("{}\n")
-    with pytest.raises(DataError, match=r"reviews\.json:1: is no review"):
+    with pytest.raises(DataError, match=r"reviews\.json:1: is not a review"):
         read_reviews(path)
 
 

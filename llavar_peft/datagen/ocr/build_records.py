@@ -17,6 +17,7 @@ from typing import Any, Literal, TypeAlias
 
 from llavar_peft.atomic_files import write_json
 from llavar_peft.constants import IMAGE_PLACEHOLDER, OCR_INSTRUCTIONS
+from llavar_peft.data.resume_journal import ResumeJournal
 from llavar_peft.datagen.ocr.build_report import BuildReport, Drop
 from llavar_peft.datagen.ocr.duplicate_images import Candidate, find_duplicates
 from llavar_peft.datagen.ocr.ocr_lines import OcrLine, letter_count
@@ -28,7 +29,6 @@ from llavar_peft.datagen.ocr.read_folder import (
     list_folder,
     read_images,
 )
-from llavar_peft.datagen.ocr.resume_journal import ResumeJournal
 from llavar_peft.datagen.ocr.upright_boxes import upright_boxes
 from llavar_peft.errors import DataError, ImageError
 

@@ -19,12 +19,12 @@ from typing import Any, Final, Literal
 from llavar_peft.atomic_files import write_json
 from llavar_peft.constants import IMAGE_PLACEHOLDER
 from llavar_peft.data.record_store import open_records, parse_record
+from llavar_peft.data.resume_journal import ResumeJournal, read_entries
 from llavar_peft.datagen.ocr.build_records import journal_path
 from llavar_peft.datagen.ocr.check_replies import Pair, check_reply
 from llavar_peft.datagen.ocr.ocr_lines import OcrLine
-from llavar_peft.datagen.ocr.openai_client import ChatModel, Endpoint, EndpointRefusedError, Message
 from llavar_peft.datagen.ocr.quality_filter import transcribe
-from llavar_peft.datagen.ocr.resume_journal import ResumeJournal, read_entries
+from llavar_peft.datagen.openai_client import ChatModel, Endpoint, Message, RequestRejectedError
 from llavar_peft.errors import DataError, EnvironmentFaultError, InterruptedRunError
 
 REQUEST: Final = """\
@@ -257,7 +257,7 @@ def _converse_one(task: _Task, model: ChatModel, settings: ConverseSettings) -> 
     for attempt in range(1, settings.attempts + 1):
         try:
             reply = model.ask(messages)
-        except EndpointRefusedError as error:
+        except RequestRejectedError as error:
             return _Made((), attempt, "refused", str(error))
         checked = check_reply(reply, task.evidence)
         if len(checked.turns) >= settings.least:

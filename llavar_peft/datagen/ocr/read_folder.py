@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from llavar_peft.data.image_roots import ImageRoots
+from llavar_peft.data.resume_journal import ResumeJournal
 from llavar_peft.datagen.ocr.duplicate_images import difference_hash, is_blank
 from llavar_peft.datagen.ocr.ocr_engines import OcrError, open_ocr_engine
 from llavar_peft.datagen.ocr.ocr_lines import EngineName, OcrLine
-from llavar_peft.datagen.ocr.resume_journal import ResumeJournal
 from llavar_peft.errors import EnvironmentFaultError, ImageError, InterruptedRunError
 
 if TYPE_CHECKING:

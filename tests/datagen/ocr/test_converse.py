@@ -26,8 +26,8 @@ from llavar_peft.datagen.ocr.make_conversations import (
     read_captions,
 )
 from llavar_peft.datagen.ocr.ocr_lines import OcrLine
-from llavar_peft.datagen.ocr.openai_client import Endpoint
-from llavar_peft.datagen.ocr.resume_journal import ResumeJournal
+from llavar_peft.datagen.openai_client import Endpoint
+from llavar_peft.data.resume_journal import ResumeJournal
 from llavar_peft.errors import DataError, EnvironmentFaultError, InterruptedRunError, LlavarError
 
 READ = ["GRAND OPENING Saturday 14 June\nFree coffee until 11:30", "GRAND 0PENING Saturday 14 June"]
