@@ -46,9 +46,9 @@ def build(
     as_json: Annotated[bool, typer.Option("--json", help="One JSON document instead of a table.")] = False,
 ) -> None:
     """Read images and write records in the released format; killed, it goes on where it was."""
-    from llavar_peft.datagen.ocr.build_records import BuildSettings, build_records, report_path
-    from llavar_peft.datagen.ocr.quality_filter import QualityLimits
-    from llavar_peft.datagen.ocr.read_folder import ReadingSettings
+    from llavar_peft.datagen.ocr.build_ocr_records import BuildSettings, build_records, report_path
+    from llavar_peft.datagen.ocr.ocr_quality import QualityLimits
+    from llavar_peft.datagen.ocr.read_image_folder import ReadingSettings
     from llavar_peft.page.ocr_page import write_ocr_page
 
     settings = BuildSettings(

@@ -20,10 +20,10 @@ from llavar_peft.constants import OCR_INSTRUCTIONS
 from llavar_peft.data.check_records import check_records
 from llavar_peft.data.image_preparation import ImageRoots
 from llavar_peft.data.record_store import open_records
-from llavar_peft.datagen.ocr.build_records import BuildSettings, build_records, journal_path, report_path
-from llavar_peft.datagen.ocr.quality_filter import QualityLimits
-from llavar_peft.datagen.ocr.read_folder import ReadingSettings, bring_short_edge
 from llavar_peft.data.resume_journal import ResumeJournal
+from llavar_peft.datagen.ocr.build_ocr_records import BuildSettings, build_records, journal_path, report_path
+from llavar_peft.datagen.ocr.ocr_quality import QualityLimits
+from llavar_peft.datagen.ocr.read_image_folder import ReadingSettings, bring_short_edge
 from llavar_peft.datagen.synth.synth_settings import SynthSettings
 from llavar_peft.datagen.synth.write_synthetic import write_synthetic
 from llavar_peft.errors import DataError, EnvironmentFaultError, ImageError

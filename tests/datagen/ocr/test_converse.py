@@ -16,18 +16,17 @@ from hypothesis import strategies as st
 
 from llavar_peft.cli import main
 from llavar_peft.data.record_store import parse_record
-from llavar_peft.datagen.ocr.answer_grounding import find_ungrounded
-from llavar_peft.datagen.ocr.build_records import journal_path, make_ocr_record
-from llavar_peft.datagen.ocr.check_replies import check_reply
+from llavar_peft.data.resume_journal import ResumeJournal
+from llavar_peft.datagen.ocr.build_ocr_records import journal_path, make_ocr_record
+from llavar_peft.datagen.ocr.check_replies import check_reply, find_ungrounded
 from llavar_peft.datagen.ocr.make_conversations import (
     ConverseReport,
     ConverseSettings,
     make_conversations,
     read_captions,
 )
-from llavar_peft.datagen.ocr.ocr_lines import OcrLine
+from llavar_peft.datagen.ocr.ocr_engines import OcrLine
 from llavar_peft.datagen.openai_client import Endpoint
-from llavar_peft.data.resume_journal import ResumeJournal
 from llavar_peft.errors import DataError, EnvironmentFaultError, InterruptedRunError, LlavarError
 
 READ = ["GRAND OPENING Saturday 14 June\nFree coffee until 11:30", "GRAND 0PENING Saturday 14 June"]

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llavar_peft.datagen.ocr.merge_paragraphs import merge_lines
-from llavar_peft.datagen.ocr.ocr_lines import OcrLine
+from llavar_peft.datagen.ocr.ocr_engines import OcrLine
 
 
 def line(text: str, left: float, top: float, width: float = 200, height: float = 20) -> OcrLine:

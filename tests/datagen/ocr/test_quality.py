@@ -19,8 +19,8 @@ from llavar_peft.datagen.ocr.duplicate_images import (
     find_duplicates,
     is_blank,
 )
-from llavar_peft.datagen.ocr.ocr_lines import OcrLine
-from llavar_peft.datagen.ocr.quality_filter import QualityLimits, disagreement, judge_quality, script_share
+from llavar_peft.datagen.ocr.ocr_engines import OcrLine
+from llavar_peft.datagen.ocr.ocr_quality import QualityLimits, disagreement, judge_quality, script_share
 from llavar_peft.datagen.ocr.similar_texts import _by_pieces, agree, similar_texts
 from llavar_peft.datagen.synth.drawn_page import draw_page
 from llavar_peft.datagen.synth.synth_settings import SynthKind, SynthSettings
