@@ -16,11 +16,11 @@ from llavar_peft.cli import main
 from llavar_peft.data.check_records import check_records
 from llavar_peft.data.image_preparation import ImageRoots
 from llavar_peft.data.record_store import open_records
-from llavar_peft.datagen.synth.answer_location import measure_answer
 from llavar_peft.datagen.synth.camera_distortion import draw_camera, homography, move_quads, photograph
 from llavar_peft.datagen.synth.drawn_page import DrawnPage, draw_page
 from llavar_peft.datagen.synth.font_faces import list_faces, missing_letters, open_face
 from llavar_peft.datagen.synth.scene import PlacedLine
+from llavar_peft.datagen.synth.synth_record import measure_answer
 from llavar_peft.datagen.synth.synth_settings import KINDS, SynthSettings
 from llavar_peft.datagen.synth.vocabulary import LANGUAGES, load_vocabulary
 from llavar_peft.datagen.synth.write_synthetic import write_synthetic

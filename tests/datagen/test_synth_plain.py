@@ -117,9 +117,9 @@ def test_a_script_may_draw_with_several_processes(tmp_path: Path) -> None:
     ("wrong", "said"),
     [
         ({"kinds": ("documents",)}, "use one of signs, covers, posters, receipts"),
-        ({"languages": ("de",)}, "plain pictures are English"),
-        ({"fonts": Path("fonts")}, "plain pictures have their own"),
-        ({"width": 100}, "give plain pictures 192 or more"),
+        ({"languages": ("de",)}, "plain images are in English"),
+        ({"fonts": Path("fonts")}, "plain images use fixed fonts"),
+        ({"width": 100}, "use at least 192 for plain images"),
         ({"style": "bold"}, "use one of detailed, plain"),
         ({"task": "guess"}, "use one of transcribe, question, conversation"),
     ],

@@ -204,7 +204,7 @@ def test_the_command_and_its_page(signs: Path, built: Path, tmp_path: Path, caps
 def test_no_record_at_all_is_an_error(signs: Path, built: Path, tmp_path: Path) -> None:
     out = tmp_path / "records.json"
     shutil.copy(journal_path(built), journal_path(out))
-    with pytest.raises(DataError, match="no picture became a record"):
+    with pytest.raises(DataError, match="no image became a record"):
         build_records(signs, out, replace(ALONE, limits=QualityLimits(script="CYRILLIC")))
     with pytest.raises(ImageError, match="is not a folder"):
         build_records(tmp_path / "nowhere", out, ALONE)

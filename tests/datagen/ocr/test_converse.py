@@ -282,7 +282,7 @@ def test_a_refused_image_is_left_out(records: Path, server: Server) -> None:
     server.answer = lambda *_: (400, "unknown parameter")
     for path in records.parent.glob("conversations.*"):
         path.unlink()
-    with pytest.raises(EnvironmentFaultError, match="refuses all"):
+    with pytest.raises(EnvironmentFaultError, match="rejects all requests"):
         run(records, server, concurrency=1)
 
 
