@@ -232,7 +232,7 @@ def test_a_last_line_half_written_is_no_fault(run: Path, half: bytes) -> None:
 def test_a_broken_line_elsewhere_is_named(run: Path) -> None:
     path = run / "one" / "metrics.jsonl"
     path.write_text('{"step": 1, "lo\n' + path.read_text(encoding="utf-8"), encoding="utf-8")
-    with pytest.raises(DataError, match=r"metrics\.jsonl:1: not a line of JSON"):
+    with pytest.raises(DataError, match=r"metrics\.jsonl:1: is not JSON"):
         write_run_page(run)
 
 

@@ -27,10 +27,8 @@ class Endpoint:
     """A model at an OpenAI-compatible endpoint, and how to send requests to it.
 
     Attributes:
-        model: Name of the model at the endpoint.
         base_url: Address of the endpoint; None for ``OPENAI_BASE_URL``, or OpenAI's own.
         key_variable: Environment variable that holds the API key.
-        temperature: Sampling temperature.
         max_tokens: Maximum length of a reply; None for the endpoint's default.
         tries: Number of retries of a request that is rate-limited or fails on the server's side. The client waits as
             long as ``Retry-After`` says, otherwise with exponential backoff.

@@ -36,7 +36,6 @@ class ImageQuestion:
         place: Index among the questions, from 0.
         where: File and line.
         id: ``question_id`` as written in the file.
-        text: The question.
         image: Path of the image within the image folder, None for a question without one.
     """
 
@@ -193,7 +192,7 @@ def write_answer_file(
         model: Value of ``model_id``.
 
     Returns:
-        The number of answers; skipped questions have none.
+        The number of answers, without skipped questions.
     """
     lines = []
     for question in questions:

@@ -27,14 +27,7 @@ NOISE: Final = 12
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """An image that may be a copy of another.
-
-    Attributes:
-        path: Path within the folder.
-        pixels: Width times height.
-        hash: The image's ``difference_hash``.
-        text: The text on it.
-    """
+    """An image that may be a copy of another, with its area in pixels and its ``difference_hash``."""
 
     path: str
     pixels: int

@@ -50,7 +50,6 @@ class ConverseSettings:
     """How conversations are generated.
 
     Attributes:
-        endpoint: The model.
         least: Minimum number of valid turns.
         most: Maximum number of turns.
         attempts: Maximum number of requests for one image.
@@ -71,7 +70,6 @@ class ConverseReport:
     """Report of a run.
 
     Attributes:
-        images: Number of images.
         kept: Number of conversations written.
         turns: Number of questions in them.
         repaired: Number of conversations that took more than one request.

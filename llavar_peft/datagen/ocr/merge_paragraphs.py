@@ -45,12 +45,7 @@ _T = TypeVar("_T")
 
 @dataclass(frozen=True, slots=True)
 class Paragraph:
-    """Lines that form one paragraph.
-
-    Attributes:
-        text: The lines, joined by spaces.
-        lines: The engine's lines, in reading order.
-    """
+    """Lines that form one paragraph, in reading order; ``text`` is the lines joined by spaces."""
 
     text: str
     lines: tuple[OcrLine, ...]
@@ -58,13 +53,7 @@ class Paragraph:
 
 @dataclass(frozen=True, slots=True)
 class _Row:
-    """Pieces on one baseline.
-
-    Attributes:
-        pieces: From left to right.
-        box: Bounding box of all pieces.
-        height: Median height of a piece in pixels; slant makes the row's own box higher.
-    """
+    """Pieces on one baseline, from left to right; ``height`` is their median, because slant makes ``box`` higher."""
 
     pieces: tuple[tuple[Box, OcrLine], ...]
     box: Box

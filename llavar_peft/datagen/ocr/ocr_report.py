@@ -24,13 +24,7 @@ _EXPLANATIONS: dict[Reason, str] = {
 
 @dataclass(frozen=True, slots=True)
 class Drop:
-    """An image that was dropped.
-
-    Attributes:
-        path: The image.
-        reason: Why, for programs.
-        detail: Why, for people.
-    """
+    """An image that was dropped, with the reason for programs and a detail for people."""
 
     path: str
     reason: Reason
@@ -42,10 +36,8 @@ class BuildReport:
     """Report of a build.
 
     Attributes:
-        folder: Folder of the images.
         records: The file written.
         reading: Engines with their versions, and the short edge.
-        images: Number of images found.
         resumed: Number of images that an earlier run had read.
         other_files: Number of files whose names are not those of images.
         kept: Number of records written.
@@ -53,8 +45,6 @@ class BuildReport:
         lines_left_out: Number of lines below the minimum confidence.
         letters: Number of letters and digits in the records.
         scripts: Number of letters in the records by script.
-        drops: Images dropped, by path.
-        seconds: Wall time of this run.
     """
 
     folder: str

@@ -25,8 +25,6 @@ class DrawnPage:
 
     Attributes:
         image: RGB; a photographed one before compression.
-        kind: Kind of image.
-        language: Language of the words.
         lines: The text, in reading order.
         quads: Corners of each line's ink in the image, clockwise from the top left, in pixels.
         questions: Questions about the image with their answers.

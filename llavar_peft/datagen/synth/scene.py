@@ -48,15 +48,9 @@ def _draw_colour(rng: Random) -> Colour:
 
 @dataclass(frozen=True, slots=True)
 class PlacedLine:
-    """A line of text at its position.
+    """A line of text at its position in pixels, in a font whose file is ``face`` and whose em is ``size`` pixels.
 
     Attributes:
-        text: The text.
-        face: File of the font.
-        size: Em in pixels.
-        left: Start of the line in pixels.
-        baseline: Pixels from the top.
-        ink: Colour of the text.
         block: Number of its paragraph.
     """
 
@@ -70,24 +64,19 @@ class PlacedLine:
 
     def draw(self, image: Image.Image) -> Quad:
         """Draw the text and return the corners of its ink, clockwise from the top left, in pixels."""
-        # ImageDraw.text does the same but does not return the mask; getbbox includes the space before the ink.
-        mask, offset = open_face(self.face, self.size).getmask2(self.text, "L", anchor="ls")
-        x, y = self.left + offset[0], self.baseline + offset[1]
-        image.im.paste(self.ink, (x, y, x + mask.size[0], y + mask.size[1]), mask)
-        left, top, right, bottom = mask.getbbox() or (0, 0, 0, 0)
+        font = open_face(self.face, self.size)
+        extent = [round(edge) for edge in font.getbbox(self.text, anchor="ls")]
+        mask = Image.new("L", (extent[2] - extent[0], extent[3] - extent[1]))
+        ImageDraw.Draw(mask).text((-extent[0], -extent[1]), self.text, 255, font, anchor="ls")
+        x, y = self.left + extent[0], self.baseline + extent[1]
+        image.paste(self.ink, (x, y), mask)
+        left, top, right, bottom = mask.getbbox() or (0, 0, 0, 0)  # the extent also includes space before the ink
         return (x + left, y + top), (x + right, y + top), (x + right, y + bottom), (x + left, y + bottom)
 
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """An ornament: a line, a frame or a filled area.
-
-    Attributes:
-        kind: Which ornament.
-        box: Left, top, right, bottom in pixels.
-        colour: Its colour.
-        thickness: Of a line or frame, in pixels.
-    """
+    """An ornament; ``box`` is left, top, right, bottom in pixels, and ``thickness`` that of a line or frame."""
 
     kind: Literal["line", "frame", "area", "ellipse"]
     box: tuple[int, int, int, int]
@@ -97,16 +86,7 @@ class Shape:
 
 @dataclass(kw_only=True)
 class Scene:
-    """Contents of an image.
-
-    Attributes:
-        width: Pixels.
-        height: Pixels.
-        paper: Colour of the background.
-        lines: The text, in reading order.
-        shapes: Ornaments, drawn under the text.
-        questions: Questions about the image with their answers.
-    """
+    """Contents of an image: lines in reading order over ornaments, and questions about it with their answers."""
 
     width: int
     height: int
@@ -137,13 +117,10 @@ class Pen:
 
     Attributes:
         rng: Source of all random choices.
-        words: Vocabulary of the language.
         faces: Fonts to choose from.
         width: Width of the image in pixels.
-        ink: Colour of the text.
         y: Top of the next line in pixels.
         block: Number of the current paragraph.
-        lines: Lines written so far.
     """
 
     rng: Random

@@ -32,11 +32,9 @@ class SynthResult:
     """Files written by ``write_synthetic``.
 
     Attributes:
-        records: The file of records.
         truth: JSON lines with the text and box of every line of each image.
         images: The folder of the images.
-        image_count: Number of images.
-        lines: Number of lines of text in them.
+        lines: Number of lines of text in all images.
     """
 
     records: Path

@@ -43,13 +43,11 @@ class ModelAnswer:
 
 
 @dataclass(frozen=True, slots=True)
-class Case:
+class JudgeCase:
     """One question to be judged.
 
     Attributes:
-        question_id: Id of the question.
         category: Kind of question, which selects the rule.
-        question: The question.
         context: The image in words.
         role: What the prompt calls the two answers, for example ``"Assistant"``.
         rule: Instructions to the judge.
@@ -82,7 +80,7 @@ class Case:
         )
 
 
-def read_cases(questions: Path, contexts: Path, rules: Path, reference: Path, answers: Path) -> tuple[Case, ...]:
+def read_cases(questions: Path, contexts: Path, rules: Path, reference: Path, answers: Path) -> tuple[JudgeCase, ...]:
     """Join the released files into cases, in the order of the questions.
 
     Contexts are matched by image, because their ids differ from the questions' (by one in the 50 questions, entirely
@@ -107,7 +105,7 @@ def read_cases(questions: Path, contexts: Path, rules: Path, reference: Path, an
     for where, row in read_json_lines(questions):
         identity, category, image = (_get(row, key, where) for key in ("question_id", "category", "image"))
         entry = _find(rule_of, category, where, f"no rule for {category!r} in {rules}")
-        case = Case(
+        case = JudgeCase(
             question_id=identity,
             category=str(category),
             question=str(_get(row, "text", where)),

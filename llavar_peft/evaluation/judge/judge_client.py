@@ -20,15 +20,14 @@ from llavar_peft.evaluation.judge.judge_scores import is_refusal, parse_scores
 class JudgeConfig:
     """Which judge to ask, and how.
 
+    The defaults of temperature and length are the original's. The other fields are explained at ``Endpoint``.
+
     Attributes:
-        model: Name of the judge at the endpoint.
-        base_url: Address of the endpoint; None for ``OPENAI_BASE_URL``, or OpenAI's own.
-        temperature: Sampling temperature. Source: LLaVAR, eval_gpt_review_visual.py.
-        max_tokens: Maximum length of a reply. Source: the same.
         attempts: Maximum number of requests for one prompt while replies contain no scores.
-        retries: Number of retries of a request that is rate-limited or fails on the server's side.
+        retries: ``Endpoint.tries``.
         concurrency: Maximum number of simultaneous requests.
-        timeout: Maximum wait for a reply, in seconds.
+
+    Source: LLaVAR, llava/eval/eval_gpt_review_visual.py.
     """
 
     model: str

@@ -29,10 +29,8 @@ class Review:
 
     Attributes:
         id: Position, from 1.
-        question_id: Id of the question.
         answer1_id: Id of the reference's answer.
         answer2_id: Id of our answer.
-        category: Kind of question.
         content: The judge's reply.
         scores: Parsed from the reply; None if it contains none.
         swapped_content: The judge's reply to the swapped order, if it was asked.

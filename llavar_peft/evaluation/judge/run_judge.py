@@ -7,7 +7,7 @@ from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from typing import Final
 
-from llavar_peft.evaluation.judge.judge_cases import Case
+from llavar_peft.evaluation.judge.judge_cases import JudgeCase
 from llavar_peft.evaluation.judge.judge_client import Judge, JudgeConfig, JudgeVerdict
 from llavar_peft.evaluation.judge.judge_reviews import Review
 
@@ -34,7 +34,7 @@ class Judged:
 
 
 def judge_cases(
-    cases: Sequence[Case],
+    cases: Sequence[JudgeCase],
     judge: Judge,
     *,
     swap: bool = False,
@@ -96,7 +96,9 @@ def _collect(
     return verdicts
 
 
-def _review(number: int, case: Case, verdict: JudgeVerdict, swapped: JudgeVerdict | None, judge: JudgeConfig) -> Review:
+def _review(
+    number: int, case: JudgeCase, verdict: JudgeVerdict, swapped: JudgeVerdict | None, judge: JudgeConfig
+) -> Review:
     other = swapped.scores if swapped is not None else None
     return Review(
         id=number,
