@@ -70,7 +70,7 @@ def check_reply(reply: str, evidence: Sequence[str]) -> CheckedReply:
     if not pairs:
         return CheckedReply((), ("there is no list of questions and answers in it",), understood=False)
     turns, faults = list[Pair](), list[str]()
-    for number, (question, answer) in enumerate(((_clean(asked), _clean(said)) for asked, said in pairs), 1):
+    for number, (question, answer) in enumerate(((_clean(first), _clean(second)) for first, second in pairs), 1):
         fault = _find_fault(question, answer, evidence, turns)
         if fault is None:
             turns.append((question, answer))

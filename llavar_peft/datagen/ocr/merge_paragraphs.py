@@ -12,6 +12,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import reduce
+from operator import or_
 from statistics import median
 from typing import Final, TypeVar
 
@@ -192,10 +194,7 @@ def _row(pieces: Sequence[tuple[Box, OcrLine]]) -> _Row:
 
 
 def _bounding_box(boxes: Sequence[Box]) -> Box:
-    whole = boxes[0]
-    for box in boxes[1:]:
-        whole = whole | box
-    return whole
+    return reduce(or_, boxes)
 
 
 def _paragraph(rows: Sequence[_Row]) -> Paragraph:

@@ -17,6 +17,7 @@ from typing import Final, TypeAlias
 from llavar_peft.datagen.synth.font_faces import packaged_face, text_width
 from llavar_peft.datagen.synth.scene import Colour, PlacedLine, Scene, Shape, draw_colours
 from llavar_peft.datagen.synth.synth_settings import LEAST_PLAIN, SynthKind
+from llavar_peft.datagen.synth.vocabulary import draw_number, draw_price
 
 CAPITALS: Final = "ABCDEFGHJKLMNPRSTUVWXYZ"
 DIGITS: Final = "0123456789"
@@ -88,14 +89,6 @@ def _word(rng: Random, low: int, high: int) -> str:
     return "".join(rng.choices(CAPITALS, k=rng.randint(low, high)))
 
 
-def _number(rng: Random, length: int) -> str:
-    return rng.choice(DIGITS[1:]) + "".join(rng.choices(DIGITS, k=length - 1))
-
-
-def _price(rng: Random, longest: int) -> str:
-    return f"{_number(rng, rng.randint(1, longest))}.{''.join(rng.choices(DIGITS, k=2))}"
-
-
 _Content: TypeAlias = tuple[list[str], list[tuple[str, str]]]
 
 
@@ -104,7 +97,7 @@ def _sign(rng: Random) -> _Content:
     lines = list(words)
     asked = [(rng.choice(("What does the sign say?", "Which words are on the sign?")), " ".join(words))]
     if rng.random() < 0.6:
-        number = _number(rng, rng.randint(2, 4))
+        number = draw_number(rng, rng.randint(2, 4))
         lines.append(number)
         asked.append(("Which number is on the sign?", number))
     return lines, asked
@@ -135,8 +128,8 @@ def _poster(rng: Random) -> _Content:
 def _receipt(rng: Random, most_items: int = 1) -> _Content:
     shop = _word(rng, 4, 7)
     items = rng.sample(ITEMS, rng.randint(1, most_items))
-    prices = [_price(rng, 1) for _ in items]
-    total = _price(rng, 2)
+    prices = [draw_price(rng, rng.randint(1, 1)) for _ in items]  # randint(1, 1) advances the generator
+    total = draw_price(rng, rng.randint(1, 2))
     asked = [
         (rng.choice(("What is the name of the shop?", "Which shop is this receipt from?")), shop),
         (rng.choice(("What is the total?", "How much was paid in total?")), total),

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from llavar_peft.inference.reader import Reader
 
 QUESTION_PLACE: Final = "{question}"
-"""Where the question stands in a prompt."""
+"""Placeholder of the question in a prompt."""
 _SHOWN: Final = 5
 
 

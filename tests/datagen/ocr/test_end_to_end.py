@@ -48,8 +48,8 @@ def _need(engine: str) -> None:
         pytest.skip("the program tesseract is not installed")
 
 
-# Minimum number of records from 10 slightly turned and shadowed images, mean and maximum character error rate. Measured:
-# RapidOCR 10, 0 and 0; Tesseract 9, 0.036 and 0.28.
+# Minimum number of records from 10 slightly turned and shadowed images, mean and maximum character error rate.
+# Measured: RapidOCR 10, 0 and 0; Tesseract 9, 0.036 and 0.28.
 @pytest.mark.parametrize(
     ("engine", "least", "mean", "largest"), [("rapidocr", 9, 0.02, 0.1), ("tesseract", 8, 0.1, 0.5)]
 )
@@ -126,8 +126,8 @@ def _pages(folder: Path, count: int) -> dict[str, str]:
     return texts
 
 
-# Character error rate of the page with the most text, measured: 0.041 and 0.022. The other page, a table of options, has
-# no bound: RapidOCR orders its columns differently from the PDF.
+# Character error rate of the page with the most text, measured: 0.041 and 0.022. The other page, a table of options,
+# has no bound: RapidOCR orders its columns differently from the PDF.
 @pytest.mark.parametrize(("engine", "largest"), [("rapidocr", 0.08), ("tesseract", 0.05)])
 def test_pages_of_an_installed_manual(engine: str, largest: float, tmp_path: Path) -> None:
     _need(engine)
