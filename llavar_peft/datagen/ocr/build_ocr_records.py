@@ -76,7 +76,6 @@ def build_records(
     Args:
         images: The folder; records contain the images' paths within it.
         out: The file of records to write, ``.json``.
-        settings: None for the defaults.
         progress: Called with the number of images read and in total.
 
     Returns:

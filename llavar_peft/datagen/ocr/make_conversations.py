@@ -93,7 +93,7 @@ class ConverseReport:
 
 @dataclass(frozen=True, slots=True)
 class _Task:
-    """One image: its record's id, its path, the texts that were read and its caption."""
+    """An image with its record's id, the texts that engines read, and its caption."""
 
     record_id: str
     image: str
@@ -127,7 +127,6 @@ def make_conversations(
     Args:
         records: The file of records, with the readings next to it; those of two engines give better results.
         out: The file of conversations to write, ``.json``. Replies are kept next to it.
-        settings: How to generate them.
         captions: Captions by the images' paths in the records.
         progress: Called with the number of images done and in total.
 

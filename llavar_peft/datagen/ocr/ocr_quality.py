@@ -79,8 +79,6 @@ def judge_quality(
     """Return an image's text and the first reason against keeping it.
 
     Args:
-        lines: The engine's lines.
-        limits: Minimum quality.
         second: Another engine's lines to compare with; those below the minimum confidence are left out too.
     """
     good = confident(lines, limits)

@@ -101,7 +101,7 @@ def bring_short_edge(image: Image, short_edge: int) -> tuple[Image, float]:
         short_edge: Length of the shorter side in pixels, 0 to keep the image.
 
     Returns:
-        The image and the scale, which is smaller if a side would exceed ``LONGEST``.
+        The image and the scale, reduced if a side would exceed ``LONGEST``.
 
     Source: arXiv 2306.17107, section 3.
     """
@@ -175,9 +175,7 @@ def read_images(
     """Read images and append each result to a journal.
 
     Args:
-        folder: Folder of the images.
         paths: Paths within the folder.
-        settings: How to read.
         journal: Gets one entry for each image, in any order.
         workers: Number of processes; 1 reads in this one.
         on_entry: Called after each image; an error it raises stops the work.

@@ -80,8 +80,8 @@ def draw_camera(level: _CameraLevel, rng: Random, width: int, height: int) -> Ca
     Args:
         level: Strength of the distortions.
         rng: Source of the random choices.
-        width: Of the page in pixels.
-        height: Of the page in pixels.
+        width: Width of the page in pixels.
+        height: Height of the page in pixels.
     """
     strength = _LEVELS[level]
     angle = radians(rng.uniform(-strength.turn, strength.turn))

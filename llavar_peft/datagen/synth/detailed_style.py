@@ -21,13 +21,11 @@ from llavar_peft.datagen.synth.vocabulary import (
 
 
 def draw_detailed(kind: SynthKind, rng: Random, width: int, words: Vocabulary, faces: Sequence[str]) -> Scene:
-    """Return the scene of an image.
+    """Return the scene of an image of a kind, with words of a language.
 
     Args:
-        kind: Kind of image.
         rng: Source of all random choices.
-        width: Width in pixels.
-        words: Vocabulary of the language.
+        width: Pixels.
         faces: Fonts that have all its letters.
     """
     layouts: dict[SynthKind, Callable[[Pen], Scene]] = {

@@ -43,7 +43,6 @@ def draw_plain(kind: SynthKind, rng: Random, longest: int) -> Scene:
     """Return the scene of an image, in colour.
 
     Args:
-        kind: Kind of image.
         rng: Source of all random choices.
         longest: Maximum length of the longer side in pixels.
     """
@@ -68,7 +67,6 @@ def draw_layout(
     """Return the text, questions and layout of an image, in black on white.
 
     Args:
-        kind: Kind of image.
         rng: Source of all random choices.
         shortest: Minimum length of the longer side in pixels.
         longest: Maximum length of the longer side in pixels.

@@ -55,8 +55,6 @@ def write_synthetic(
 
     Args:
         out: Folder that gets ``images/`` and, when all images are complete, ``records.json`` and ``truth.jsonl``.
-        count: Number of images.
-        settings: None for the defaults.
         workers: Number of processes, None for one per CPU. It does not affect the result.
         progress: Called with the number of images drawn and in total.
 

@@ -43,8 +43,6 @@ def judge_cases(
     """Have all cases judged.
 
     Args:
-        cases: What to judge.
-        judge: The judge.
         swap: Whether to judge each case a second time with our answer shown first.
         progress: Called with the number of verdicts so far and in total.
 
