@@ -34,7 +34,7 @@ it. You are given what programs read in it, which may hold mistakes, and perhaps
 
 Write {low} to {high} turns. Ask what a person would want to know from the text in the picture: what it is, what it \
 says, names, dates, prices, and what follows from them. Each question must be clear without the turns before it. \
-Answer in one to three sentences, as if you saw the picture, and only from what is given: fix obvious mistakes of \
+Answer in one to three sentences, as if you saw the picture, and only from what is given: mend obvious mistakes of \
 reading, but invent no word and no number. Never mention that you were given text, OCR or a caption.
 
 Reply with JSON alone: {{"turns": [{{"question": "...", "answer": "..."}}, ...]}}"""
@@ -257,7 +257,7 @@ def _converse_one(task: _Task, model: ChatModel, settings: ConverseSettings) -> 
         if len(checked.turns) >= settings.least:
             return _Made(checked.turns[: settings.most], attempt)
         outcome = "ungrounded" if checked.understood else "malformed"
-        faults = checked.faults or (f"there are {len(checked.turns)} turns, expected at least {settings.least}",)
+        faults = checked.faults or (f"there are {len(checked.turns)} turns, wanted at least {settings.least}",)
         messages += [
             {"role": "assistant", "content": reply},
             {"role": "user", "content": AGAIN.format(faults="\n".join(f"- {fault}" for fault in faults))},
