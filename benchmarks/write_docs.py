@@ -1,6 +1,6 @@
 """Write docs/benchmarks.md and the README's tables from benchmarks/results, so that no figure is typed by hand.
 
-    python benchmarks/write_docs.py
+python benchmarks/write_docs.py
 """
 
 from __future__ import annotations

@@ -40,6 +40,14 @@ ALLOWED = {
     ("llavar_peft/", "--pictures"),
     # The questions of the paper's OCR data.
     ("llavar_peft/constants.py", "picture."),
+    # Texts sent to language models: replies are kept by the hash of the request.
+    ("llavar_peft/datagen/ocr/make_conversations.py", "look at the same picture"),
+    ("llavar_peft/datagen/ocr/make_conversations.py", "text in the picture"),
+    ("llavar_peft/datagen/ocr/make_conversations.py", "as if you saw the picture"),
+    ("llavar_peft/datagen/ocr/make_conversations.py", "again, mended, as JSON alone"),
+    ("llavar_peft/datagen/ocr/make_conversations.py", "mend obvious mistakes of"),
+    ("llavar_peft/datagen/ocr/make_conversations.py", "turns, wanted at least"),
+    ("llavar_peft/datagen/ocr/check_replies.py", "which nobody who sees the picture would"),
 }
 """Pairs of a path's beginning and a literal in which a banned word may stand."""
 

@@ -46,9 +46,9 @@ def build(
     as_json: Annotated[bool, typer.Option("--json", help="One JSON document instead of a table.")] = False,
 ) -> None:
     """Read images and write records in the released format; killed, it goes on where it was."""
-    from llavar_peft.datagen.ocr.build_records import BuildSettings, build_records, report_path
-    from llavar_peft.datagen.ocr.quality_filter import QualityLimits
-    from llavar_peft.datagen.ocr.read_folder import ReadingSettings
+    from llavar_peft.datagen.ocr.build_ocr_records import BuildSettings, build_records, report_path
+    from llavar_peft.datagen.ocr.ocr_quality import QualityLimits
+    from llavar_peft.datagen.ocr.read_image_folder import ReadingSettings
     from llavar_peft.page.ocr_page import write_ocr_page
 
     settings = BuildSettings(
@@ -103,7 +103,7 @@ def converse(
     """Have a language model write conversations from what was read; each answer is held to it."""
     from llavar_peft.datagen.ocr.make_conversations import ConverseSettings, read_captions
     from llavar_peft.datagen.ocr.make_conversations import make_conversations as make
-    from llavar_peft.datagen.ocr.openai_client import Endpoint
+    from llavar_peft.datagen.openai_client import Endpoint
 
     settings = ConverseSettings(
         endpoint=Endpoint(model=model, base_url=base_url, key_variable=key_variable, temperature=temperature),

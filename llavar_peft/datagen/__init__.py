@@ -1,1 +1,1 @@
-"""Tools that make data sets: OCR of unlabeled images, and synthetic text-rich images."""
+"""Generate data sets: OCR of unlabeled images, and synthetic text-rich images."""

@@ -1,4 +1,4 @@
-"""The original's files of questions and answers, and the journal from which a killed run goes on.
+"""Question and answer files in the original's format, and the journal from which an interrupted run resumes.
 
 Source: LLaVAR, llava/eval/model_vqa.py.
 """
@@ -6,16 +6,16 @@ Source: LLaVAR, llava/eval/model_vqa.py.
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from llavar_peft.atomic_files import write_json, write_text
 from llavar_peft.data.image_roots import ImageRoots
+from llavar_peft.data.resume_journal import ResumeJournal, check_settings, read_entries
 from llavar_peft.errors import ConfigError, DataError, Fault, ImageError
 
 if TYPE_CHECKING:
@@ -24,20 +24,19 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 _COCO_PREFIX: Final = "COCO_val2014_"
-_NAMESPACE: Final = uuid.UUID("6f1c0c3e-6a52-5d0e-9d8e-2f6b1f0d7a11")  # any fixed one
-_SHOWN: Final = 20  # faults
+_NAMESPACE: Final = uuid.UUID("6f1c0c3e-6a52-5d0e-9d8e-2f6b1f0d7a11")  # arbitrary but fixed
+_MAX_FAULTS: Final = 20  # listed in a message
 
 
 @dataclass(frozen=True, slots=True)
 class ImageQuestion:
-    """A line of the questions' file.
+    """A line of the question file.
 
     Attributes:
-        place: Its number among the questions, from 0.
+        place: Index among the questions, from 0.
         where: File and line.
-        id: ``question_id``, as it stands there.
-        text: The words.
-        image: The image's path within the images' folder, None for a question without one.
+        id: ``question_id`` as written in the file.
+        image: Path of the image within the image folder, None for a question without one.
     """
 
     place: int
@@ -47,16 +46,12 @@ class ImageQuestion:
     image: str | None
 
     def find_image(self, roots: ImageRoots) -> Path | None:
-        """The image's file; as in ``model_vqa``, one of COCO may be named by its number alone.
+        """Return the image's file, None for a question without an image.
 
-        Args:
-            roots: The images' folder.
-
-        Returns:
-            The file, None for a question without one.
+        As in ``model_vqa``, an image of COCO may be named by its number alone.
 
         Raises:
-            ImageError: It is missing, or outside the folder.
+            ImageError: The file is missing, or outside the image folders.
         """
         if self.image is None:
             return None
@@ -71,24 +66,17 @@ class ImageQuestion:
 
 
 def read_question_file(path: Path) -> list[ImageQuestion]:
-    """Read a file of questions: a JSON object with ``question_id``, ``text`` and perhaps ``image`` in each line.
-
-    Args:
-        path: The file.
-
-    Returns:
-        The questions, in order.
+    """Read JSON lines with ``question_id``, ``text`` and, optionally, ``image``.
 
     Raises:
-        ConfigError: No such file, or no question in it.
-        DataError: Lines that are no questions.
+        ConfigError: The file is missing or contains no question.
+        DataError: Some lines are not questions.
     """
+    fix = "use a file of questions, one per line"
     try:
-        lines = path.read_text(encoding="utf-8").split("\n")  # not splitlines: words may hold U+2028
+        lines = path.read_text(encoding="utf-8").split("\n")  # not splitlines: text may contain U+2028
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError.at(
-            str(path), f"cannot be read ({error})", "give a file of questions, one in each line"
-        ) from error
+        raise ConfigError.at(str(path), f"cannot be read ({error})", fix) from error
     questions: list[ImageQuestion] = []
     faults: list[Fault] = []
     for number, line in enumerate(lines, start=1):
@@ -97,7 +85,7 @@ def read_question_file(path: Path) -> list[ImageQuestion]:
         where = f"{path}:{number}"
         try:
             fields = json.loads(line)
-            problem = _problem(fields)
+            problem = _find_problem(fields)
         except ValueError as error:
             problem = f"is not JSON ({error})"
         if problem:
@@ -107,30 +95,30 @@ def read_question_file(path: Path) -> list[ImageQuestion]:
                 ImageQuestion(len(questions), where, fields["question_id"], fields["text"], fields.get("image") or None)
             )
     if faults:
-        raise DataError("\n".join(map(str, faults[:_SHOWN])), faults)
+        raise DataError("\n".join(map(str, faults[:_MAX_FAULTS])), faults)
     if not questions:
-        raise ConfigError.at(str(path), "holds no question", "give a file of questions, one in each line")
+        raise ConfigError.at(str(path), "contains no question", fix)
     return questions
 
 
-def _problem(fields: Any) -> str | None:
+def _find_problem(fields: Any) -> str | None:
     if not isinstance(fields, dict):
         return "is not a JSON object"
     if "question_id" not in fields:
         return "has no question_id"
     if not isinstance(fields.get("text"), str):
-        return f"text is {fields.get('text')!r}, expected words"
+        return f"text is {fields.get('text')!r}, expected a string"
     if not isinstance(fields.get("image"), str | None):
         return f"image is {fields['image']!r}, expected a path"
     return None
 
 
 class AnswerJournal:
-    """What a run has done so far, in a hidden folder beside the answers' file. Each process writes a file of its own.
+    """The journal of a run in a hidden folder next to the answer file, with one ``ResumeJournal`` per process.
 
     Args:
-        answers: The answers' file.
-        rank: This process's number.
+        answers: The answer file.
+        rank: Rank of this process.
     """
 
     def __init__(self, answers: Path, rank: int) -> None:
@@ -140,88 +128,71 @@ class AnswerJournal:
 
     @property
     def begun(self) -> bool:
-        """Whether a run left something to go on with."""
+        """Whether there is a run to resume."""
         return self._settings.is_file()
 
     def begin(self, settings: Mapping[str, Any], earlier: Sequence[Mapping[str, Any]] = ()) -> None:
-        """Begins a run, or checks that the one to go on with was the same. For one process.
+        """Begin a run, or check that the run to resume has the same settings. Only one process may call this.
 
         Args:
-            settings: What the answers depend on, plain enough for JSON.
-            earlier: Entries that a run which begins has already.
+            settings: The settings that answers depend on, as JSON values.
+            earlier: Entries that a new run starts with.
 
         Raises:
-            ConfigError: It was another run.
+            ConfigError: The run to resume has other settings.
         """
         if not self.begun:
-            shutil.rmtree(self.folder, ignore_errors=True)  # what was being removed when a run was killed
-            write_text(self._path, "".join(json.dumps(entry) + "\n" for entry in earlier))
-            write_json(self._settings, settings)  # last: without it the run has not begun
+            shutil.rmtree(self.folder, ignore_errors=True)  # left by a run that was killed while removing it
+            with ResumeJournal(self._path) as part:
+                part.append(*earlier)
+            write_json(self._settings, settings)  # last: its existence says that the run has begun
             return
         try:
-            left = json.loads(self._settings.read_text(encoding="utf-8"))
+            found = json.loads(self._settings.read_text(encoding="utf-8"))
         except ValueError:
-            left = {}
-        differing = sorted(name for name in {*settings, *left} if settings.get(name) != left.get(name))
-        if differing:
-            raise ConfigError.at(
-                str(self.folder),
-                f"is of an unfinished run with other settings ({', '.join(differing)})",
-                "repeat that run's settings to go on with it, or remove the folder",
-            )
+            found = {}
+        check_settings(self.folder, found, settings)
 
     def read(self) -> dict[int, dict[str, Any]]:
-        """What all processes have done: by the question's place ``{"text": ...}`` or ``{"skipped": why}``."""
-        done: dict[int, dict[str, Any]] = {}
-        for path in sorted(self.folder.glob("part-*.jsonl")):
-            for line in _whole_lines(path.read_bytes()):
-                entry = json.loads(line)
-                done[entry["place"]] = entry
-        return done
+        """Return what all processes have done: ``{"text": ...}`` or ``{"skipped": why}`` by the question's place."""
+        parts = sorted(self.folder.glob("part-*.jsonl"))
+        return {entry["place"]: entry for part in parts for _, entry in read_entries(part, has_heading=False)}
 
     def __enter__(self) -> Self:
-        """Open this process's file, a half line that a killed run left cut off."""
-        if self._path.is_file():
-            data = self._path.read_bytes()
-            os.truncate(self._path, data.rfind(b"\n") + 1)
-        self._file = self._path.open("ab")
+        """Open this process's part for writing."""
+        self._part = ResumeJournal(self._path)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Close it."""
-        self._file.close()
+        """Close this process's part."""
+        self._part.__exit__(kind, error, trace)
 
     def write(self, entries: Sequence[Mapping[str, Any]]) -> None:
-        """Add what has been done; it is on the disk when this returns."""
+        """Append entries; they are on the disk when this returns."""
         if entries:
-            self._file.write("".join(json.dumps(entry) + "\n" for entry in entries).encode())
-            self._file.flush()
-            os.fsync(self._file.fileno())
+            self._part.append(*entries)
+            self._part.sync()
 
     def remove(self) -> None:
         """Remove the folder."""
         shutil.rmtree(self.folder)
 
 
-def _whole_lines(data: bytes) -> Iterator[bytes]:
-    yield from data[: data.rfind(b"\n") + 1].splitlines()
-
-
 def write_answer_file(
     path: Path, questions: Sequence[ImageQuestion], done: Mapping[int, Mapping[str, Any]], model: str
 ) -> int:
-    """Write the answers' file, whole or not at all, in the order of the questions.
+    """Write the answer file atomically, in the order of the questions.
 
     Args:
         path: The file.
         questions: All of them.
         done: From ``AnswerJournal.read``.
-        model: The ``model_id``.
+        model: Value of ``model_id``.
 
     Returns:
-        The number of answers; questions that were skipped have none.
+        The number of answers, without skipped questions.
     """
     lines = []
     for question in questions:
@@ -230,7 +201,7 @@ def write_answer_file(
                 "question_id": question.id,
                 "prompt": question.text,
                 "text": done[question.place]["text"],
-                # The original's is random. This one makes the same run give the same file.
+                # The original's is random. A derived one makes equal runs write equal files.
                 "answer_id": str(uuid.uuid5(_NAMESPACE, json.dumps([model, question.place, question.id]))),
                 "model_id": model,
                 "metadata": {},
@@ -241,35 +212,38 @@ def write_answer_file(
 
 
 def earlier_answers(path: Path, questions: Sequence[ImageQuestion], model: str) -> list[dict[str, Any]]:
-    """Read an answers' file that is there already: a finished one, or one that the original left unfinished.
+    """Read an existing answer file: a finished one, or one that the original left unfinished.
 
     Args:
-        path: The file; a last line that was cut off is passed over.
-        questions: What it should answer, in their order; some may be missing.
-        model: The ``model_id`` that answers have to bear.
+        path: The file; an incomplete last line is ignored.
+        questions: The questions, in the order of the file; some may be unanswered.
+        model: The ``model_id`` that the answers must have.
 
     Returns:
-        Its answers, as ``AnswerJournal`` holds them.
+        The answers, as entries of an ``AnswerJournal``.
 
     Raises:
-        ConfigError: It answers other questions, or another model answered them.
+        ConfigError: The file answers other questions, or another model's answers are in it.
     """
-    *whole, rest = path.read_text(encoding="utf-8").split("\n")
+    *complete, rest = path.read_text(encoding="utf-8").split("\n")
     remaining = iter(questions)
     entries = []
-    for number, line in enumerate([*whole, rest], start=1):
+    for number, line in enumerate([*complete, rest], start=1):
         if not line:
             continue
         try:
-            answered = json.loads(line)
-            asked, by, text = (answered["question_id"], answered["prompt"]), answered["model_id"], answered["text"]
+            answer = json.loads(line)
+            asked, answered_by, text = (answer["question_id"], answer["prompt"]), answer["model_id"], answer["text"]
         except (ValueError, TypeError, KeyError):
-            if number > len(whole):
+            if number > len(complete):
                 continue
-            asked, by, text = None, model, None
+            asked, answered_by, text = None, model, None
         found = next((one for one in remaining if (one.id, one.text) == asked), None)
-        if found is None or by != model:
-            what = "is no answer to these questions" if found is None else f"is an answer of {by!r}, expected {model!r}"
-            raise ConfigError.at(f"{path}:{number}", f"is there already, and {what}", "name another file, or remove it")
+        if found is None or answered_by != model:
+            problem = (
+                "is not an answer to these questions" if found is None
+                else f"is an answer by {answered_by!r}, expected {model!r}"
+            )  # fmt: skip
+            raise ConfigError.at(f"{path}:{number}", problem, "choose another output file, or delete this one")
         entries.append({"place": found.place, "text": text})
     return entries

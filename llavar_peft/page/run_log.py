@@ -14,6 +14,7 @@ from typing import Literal, TypeVar
 
 import msgspec
 
+from llavar_peft.data.json_lines import read_json_lines
 from llavar_peft.errors import DataError
 
 When = Literal["start", "step", "end"]
@@ -103,17 +104,7 @@ class RunLog:
 
 def _read_lines(path: Path, kind: type[_T]) -> Iterator[_T]:
     """Yield the lines of a JSON Lines file as ``kind``, without an incomplete last line."""
-    if not path.is_file():
-        return
-    lines = [(number, line) for number, line in enumerate(path.read_bytes().split(b"\n"), 1) if line.strip()]
-    for position, (number, line) in enumerate(lines, 1):
-        where = f"{path}:{number}"
-        try:
-            value = json.loads(line.decode("utf-8"))
-        except ValueError as error:
-            if position == len(lines):
-                return
-            raise DataError.at(where, f"not valid JSON ({error})", _FIX_LINE) from error
+    for where, value in read_json_lines(path, fix=_FIX_LINE, unfinished=True):
         try:
             yield msgspec.convert(value, kind)
         except msgspec.ValidationError as error:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from llavar_peft.atomic_files import write_text
+from llavar_peft.data.json_lines import read_json_lines
 
 _PACKAGES = (
     "llavar_peft", "torch", "transformers", "peft", "accelerate", "bitsandbytes", "flash_attn", "datasets", "pillow",
@@ -26,13 +27,8 @@ def append_line(path: Path, value: Mapping[str, Any]) -> None:
 
 
 def read_metric_lines(path: Path) -> Iterator[dict[str, Any]]:
-    """JSON lines of a file, without a last one that was cut off by a crash."""
-    if not path.is_file():
-        return
-    with path.open(encoding="utf-8") as file:
-        for line in file:
-            if line.endswith("\n"):
-                yield json.loads(line)
+    """Yield the values of a file of JSON lines, without an incomplete last line."""
+    return (value for _, value in read_json_lines(path, unfinished=True))
 
 
 def drop_lines_after(path: Path, step: int) -> None:

@@ -1,4 +1,4 @@
-"""Synthetic pages: drawn from (seed, number) alone, with the truth where it says it is."""
+"""Synthetic images: they depend on seed and number alone, and their ground truth matches the pixels."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from llavar_peft.cli import main
 from llavar_peft.data.check_records import check_records
 from llavar_peft.data.image_preparation import ImageRoots
 from llavar_peft.data.record_store import open_records
-from llavar_peft.datagen.synth.answer_location import measure_answer
 from llavar_peft.datagen.synth.camera_distortion import draw_camera, homography, move_quads, photograph
 from llavar_peft.datagen.synth.drawn_page import DrawnPage, draw_page
 from llavar_peft.datagen.synth.font_faces import list_faces, missing_letters, open_face
 from llavar_peft.datagen.synth.scene import PlacedLine
+from llavar_peft.datagen.synth.synth_record import measure_answer
 from llavar_peft.datagen.synth.synth_settings import KINDS, SynthSettings
 from llavar_peft.datagen.synth.vocabulary import LANGUAGES, load_vocabulary
 from llavar_peft.datagen.synth.write_synthetic import write_synthetic
@@ -58,7 +58,7 @@ def test_the_number_of_workers_changes_no_byte(tmp_path: Path) -> None:
 @pytest.mark.parametrize("kind", KINDS["detailed"])
 @pytest.mark.parametrize("distort", ["none", "light", "heavy"])
 def test_ink_is_where_the_truth_says(kind: str, distort: str) -> None:
-    """A line's box is that of its ink, drawn alone; and the image has that ink there."""
+    """Compare a line's box with that of its ink drawn alone, and check that the image has that ink."""
     settings = SynthSettings(kinds=(kind,), width=480, distort="none")  # type: ignore[arg-type]
     for index in range(3):
         page = draw_page(settings, index)
@@ -84,7 +84,7 @@ def _ink_box(page: DrawnPage, number: int) -> tuple[int, int, int, int]:
     return box
 
 
-def test_boxes_go_with_the_photograph() -> None:
+def test_boxes_are_moved_with_the_photograph() -> None:
     page = Image.new("RGB", (400, 500), "white")
     page.paste((255, 0, 0), (120, 200, 180, 260))
     quad = ((120, 200), (180, 200), (180, 260), (120, 260))
@@ -104,7 +104,7 @@ def test_boxes_go_with_the_photograph() -> None:
 
 
 def _near(shape: tuple[int, ...], quad: object, margin: int) -> np.ndarray:
-    """Where to look: the desk may be reddish too."""
+    """Return the area to search, because the desk may be reddish too."""
     mask = np.zeros(shape, bool)
     points = np.array(quad)
     (left, top), (right, bottom) = points.min(0) - margin, points.max(0) + margin
@@ -113,7 +113,7 @@ def _near(shape: tuple[int, ...], quad: object, margin: int) -> np.ndarray:
 
 
 @pytest.mark.parametrize("language", LANGUAGES)
-def test_every_language_can_be_written_with_what_is_packaged(language: str) -> None:
+def test_packaged_fonts_have_all_letters_of_every_language(language: str) -> None:
     assert len(list_faces(None, load_vocabulary(language).alphabet)) == 6
     page = draw_page(SynthSettings(kinds=("documents",), width=320, languages=(language,)), 0)
     assert set("".join(page.transcript.split())) <= set(load_vocabulary(language).alphabet)
@@ -134,7 +134,7 @@ def test_a_font_without_the_letters_is_not_used(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("task", ["transcribe", "question", "conversation"])
-def test_the_command_writes_sound_records(task: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_writes_valid_records(task: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     options = ["--n", "10", "--width", "256", "--distort", "light", "--language", "de", "--task", task]
     assert main(["synth", "--out", str(tmp_path), *options]) == 0
     assert "10, with" in capsys.readouterr().out
@@ -163,8 +163,8 @@ def _within(box: list[float], around: list[float]) -> bool:
     )
 
 
-def test_an_answer_is_looked_for_where_it_stands() -> None:
-    """Not where the same letters happen to be: a page's number in a sentence, the price of something else."""
+def test_an_answer_is_located_by_its_question() -> None:
+    """Equal text elsewhere is ignored: a page number in a sentence, the price of another item."""
     words = ["paid 7 in all", "tea", "7", "milk", "7", "a title", "of two lines", "page 7"]
     lines = [PlacedLine(text, "", 9, 0, 0, (0, 0, 0), 0) for text in words]
     quads = [((0, y), (50, y), (50, y + 10 + y / 10), (0, y + 10 + y / 10)) for y in range(0, 800, 100)]

@@ -1,4 +1,4 @@
-"""The plain style, which the quickstart draws: the same as ever, whoever draws it, and as exactly described."""
+"""The plain style of the quickstart: images never change, and their ground truth matches the pixels."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from llavar_peft.datagen.synth.write_synthetic import SynthResult, write_synthet
 from llavar_peft.errors import ConfigError
 
 FREETYPE = "2.14.3"
-"""As it comes with Pillow 12.3 and 13.0."""
+"""The version in Pillow 12.3 and 13.0."""
 DRAWN: list[tuple[SynthKind, str, str]] = [
     ("signs", "a93ec508f0ff", "1002adfc4403"),
     ("covers", "1a6078d8fd79", "272dab5963ff"),
@@ -34,12 +34,12 @@ DRAWN: list[tuple[SynthKind, str, str]] = [
 
 @pytest.fixture(scope="module")
 def written(tmp_path_factory: pytest.TempPathFactory) -> SynthResult:
-    """The shipped tiny parts were trained on such, and the quickstart's scores were measured on these."""
+    """Return images like those that the packaged tiny models were trained on and the quickstart is measured on."""
     settings = SynthSettings(style="plain", seed=1, width=320, task="conversation")
     return write_synthetic(tmp_path_factory.mktemp("written"), 24, settings, workers=1)
 
 
-def test_the_quickstarts_conversations_are_what_they_were(written: SynthResult) -> None:
+def test_the_quickstarts_conversations_are_unchanged(written: SynthResult) -> None:
     records = json.loads(written.records.read_text())
     for number, (kind, said, _) in enumerate(DRAWN):
         conversations = sha256()
@@ -50,7 +50,7 @@ def test_the_quickstarts_conversations_are_what_they_were(written: SynthResult) 
 
 
 @pytest.mark.skipif(features.version("freetype2") != FREETYPE, reason=f"not FreeType {FREETYPE}, which drew the pixels")
-def test_the_quickstarts_images_are_what_they_were(written: SynthResult) -> None:
+def test_the_quickstarts_images_are_unchanged(written: SynthResult) -> None:
     records = json.loads(written.records.read_text())
     for number, (_, _, pixels) in enumerate(DRAWN):
         drawn = sha256()
@@ -60,7 +60,7 @@ def test_the_quickstarts_images_are_what_they_were(written: SynthResult) -> None
         assert drawn.hexdigest()[:12] == pixels
 
 
-def test_the_layouts_that_the_tiny_parts_learn_from_are_what_they_were() -> None:
+def test_the_layouts_that_the_tiny_models_are_trained_on_are_unchanged() -> None:
     lines = [
         (line.text, line.size, line.left, line.baseline, Path(line.face).stem)
         for kind in KINDS["plain"]
@@ -71,7 +71,7 @@ def test_the_layouts_that_the_tiny_parts_learn_from_are_what_they_were() -> None
 
 
 def test_a_text_is_drawn_as_pillow_draws_it() -> None:
-    """The tool writes with Pillow's masks itself, to know where the ink is."""
+    """Lines are drawn from separate masks, which give the position of the ink."""
     page = draw_page(SynthSettings(style="plain", kinds=("covers",), width=300), 3)
     paper = page.image.getpixel((0, 0))
     again = Image.new("RGB", page.image.size, paper)
@@ -99,7 +99,7 @@ write_synthetic(Path(sys.argv[1]), 70, settings, workers=2)
 
 @pytest.mark.skipif(sys.platform != "linux", reason="processes are forked on Linux alone")
 def test_a_script_may_draw_with_several_processes(tmp_path: Path) -> None:
-    """Without a guard around its lines: what is forked does not run them again. And the files are one process's."""
+    """Forked processes do not run an unguarded script again, and they write the same files as one process."""
     (tmp_path / "script.py").write_text(SCRIPT)
     command = [sys.executable, str(tmp_path / "script.py"), str(tmp_path / "two")]
     done = subprocess.run(
@@ -117,14 +117,14 @@ def test_a_script_may_draw_with_several_processes(tmp_path: Path) -> None:
     ("wrong", "said"),
     [
         ({"kinds": ("documents",)}, "use one of signs, covers, posters, receipts"),
-        ({"languages": ("de",)}, "plain pictures are English"),
-        ({"fonts": Path("fonts")}, "plain pictures have their own"),
-        ({"width": 100}, "give plain pictures 192 or more"),
+        ({"languages": ("de",)}, "plain images are in English"),
+        ({"fonts": Path("fonts")}, "plain images use fixed fonts"),
+        ({"width": 100}, "use at least 192 for plain images"),
         ({"style": "bold"}, "use one of detailed, plain"),
         ({"task": "guess"}, "use one of transcribe, question, conversation"),
     ],
 )
-def test_what_the_style_does_not_have_is_refused(wrong: dict[str, object], said: str) -> None:
+def test_settings_that_the_style_lacks_are_rejected(wrong: dict[str, object], said: str) -> None:
     with pytest.raises(ConfigError, match=said):
         SynthSettings(**{"style": "plain", **wrong})  # type: ignore[arg-type]
 

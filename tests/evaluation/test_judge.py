@@ -1,4 +1,4 @@
-"""The judge, asked over HTTP by the real client: failures, limits, refusals, nonsense, a broken run taken up again."""
+"""The judge at a local endpoint: failures, rate limits, refusals, malformed replies, and resumed runs."""
 
 import json
 import threading
@@ -34,7 +34,7 @@ Answer = tuple[int, dict[str, str], Any]
 
 
 class Endpoint(ThreadingHTTPServer):
-    """An OpenAI-compatible server that replies as the test says."""
+    """An OpenAI-compatible server whose replies the test defines."""
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
@@ -103,7 +103,7 @@ def write_lines(path: Path, rows: list[dict[str, Any]]) -> Path:
 
 @pytest.fixture
 def released(tmp_path: Path) -> list[str]:
-    """Files as they were released: a read question with a single caption, ids off by one, and two about objects."""
+    """Return options for files in the released form: a ``read`` question and two about objects."""
     write_lines(
         tmp_path / "questions.jsonl",
         [
@@ -136,7 +136,7 @@ def judge(endpoint: Endpoint, released: list[str], *more: str) -> int:
     return cli.main(["eval", "judge", *released, "--judge-model", "judge", "--base-url", endpoint.url, *more])
 
 
-def test_prompts_are_the_original_s(endpoint: Endpoint, released: list[str], tmp_path: Path) -> None:
+def test_prompts_equal_the_originals(endpoint: Endpoint, released: list[str], tmp_path: Path) -> None:
     assert judge(endpoint, released) == 0
     first = next(one for one in endpoint.requests if "Which animal?" in one["messages"][1]["content"])
     assert first["messages"][0]["content"] == (
@@ -158,7 +158,7 @@ def test_prompts_are_the_original_s(endpoint: Endpoint, released: list[str], tmp
     }  # fmt: skip
 
 
-def test_limits_and_failures_are_waited_out(endpoint: Endpoint, released: list[str], tmp_path: Path) -> None:
+def test_rate_limits_and_failures_are_retried(endpoint: Endpoint, released: list[str], tmp_path: Path) -> None:
     first_tries = [fail(429, Retry_After="0.05"), fail(500, Retry_After="0.01"), fail(503, retry_after_ms="10")]
     endpoint.reply = lambda prompt, number: first_tries[number] if number < 3 else ok("7, 8")
     assert judge(endpoint, released) == 0
@@ -166,7 +166,7 @@ def test_limits_and_failures_are_waited_out(endpoint: Endpoint, released: list[s
     assert [review.scores for review in read_reviews(tmp_path / "reviews.jsonl")] == [(7, 8)] * 3
 
 
-def test_nonsense_and_refusals_are_asked_again_and_counted(
+def test_malformed_replies_and_refusals_are_repeated_and_counted(
     endpoint: Endpoint, released: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def reply(prompt: str, number: int) -> Answer:
@@ -178,12 +178,12 @@ def test_nonsense_and_refusals_are_asked_again_and_counted(
 
     endpoint.reply = reply
     assert judge(endpoint, released, "--json") == 3
-    told = json.loads(capsys.readouterr().out)
-    assert (told["sent"], told["malformed"], told["refused"], told["unscored"]) == (8, 1 + 2, 3, [1])
+    output = json.loads(capsys.readouterr().out)
+    assert (output["sent"], output["malformed"], output["refused"], output["unscored"]) == (8, 1 + 2, 3, [1])
     reviews = read_reviews(tmp_path / "reviews.jsonl")
     assert [review.scores for review in reviews] == [(9, 6.5), None, (8, 4)]
     assert '"tuple": null' in (tmp_path / "reviews.jsonl").read_text()
-    # What had scores is known; the one without is asked again.
+    # Replies with scores are kept; only the one without is requested again.
     endpoint.reply = lambda prompt, number: ok("5 5")
     endpoint.requests.clear()
     assert judge(endpoint, released, "--json") == 0
@@ -192,10 +192,10 @@ def test_nonsense_and_refusals_are_asked_again_and_counted(
 
 
 @pytest.mark.parametrize("status", [400, 413, 422])
-def test_a_request_that_is_refused_is_that_question_s_affair(
+def test_a_rejected_request_costs_only_its_question(
     endpoint: Endpoint, released: list[str], status: int, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    """Too long a context, say. A refusal in plain words counts as one too, apart from nonsense."""
+    """For example, a context that is too long. A refusal in words is counted separately from malformed replies."""
 
     def reply(prompt: str, number: int) -> Answer:
         if "Which book?" in prompt:
@@ -206,16 +206,16 @@ def test_a_request_that_is_refused_is_that_question_s_affair(
 
     endpoint.reply = reply
     assert judge(endpoint, released, "--json") == 3
-    told = json.loads(capsys.readouterr().out)
-    assert (told["sent"], told["malformed"], told["refused"], told["unscored"]) == (4, 0, 2, [0])
+    output = json.loads(capsys.readouterr().out)
+    assert (output["sent"], output["malformed"], output["refused"], output["unscored"]) == (4, 0, 2, [0])
     assert str(status) in read_reviews(tmp_path / "reviews.jsonl")[0].content
 
 
 @pytest.mark.parametrize(("questions", "asked"), [(3, 3), (9, 5)])
-def test_requests_that_are_refused_in_a_row_end_the_run(
+def test_several_rejected_requests_in_a_row_stop_the_run(
     endpoint: Endpoint, released: list[str], questions: int, asked: int, tmp_path: Path, capsys
 ) -> None:
-    """A parameter that the endpoint does not know, say; where all are refused, fewer are enough."""
+    """For example, because of an unknown parameter; with fewer questions, fewer rejections suffice."""
     row = {"image": "1.png", "text": "Which book?", "category": "read"}
     write_lines(tmp_path / "questions.jsonl", [{**row, "question_id": number} for number in range(questions)])
     for name in ("gpt4", "ours"):
@@ -239,16 +239,16 @@ def test_requests_that_are_refused_in_a_row_end_the_run(
         (200, {}, {"choices": [{"message": {"content": 7}}]}),
     ],
 )
-def test_replies_that_are_none_are_asked_again(
+def test_responses_without_a_message_are_repeated(
     endpoint: Endpoint, released: list[str], reply: Answer, capsys: pytest.CaptureFixture[str]
 ) -> None:
     endpoint.reply = lambda prompt, number: reply if number == 0 else ok("8 9")
     assert judge(endpoint, released, "--json") == 0
-    told = json.loads(capsys.readouterr().out)
-    assert (told["sent"], told["malformed"], told["refused"], told["unscored"]) == (6, 3, 0, [])
+    output = json.loads(capsys.readouterr().out)
+    assert (output["sent"], output["malformed"], output["refused"], output["unscored"]) == (6, 3, 0, [])
 
 
-def test_a_broken_run_costs_nothing_twice(
+def test_an_interrupted_run_pays_for_nothing_twice(
     endpoint: Endpoint, released: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     endpoint.reply = lambda prompt, number: fail(401) if "Why?" in prompt else ok("8 8")
@@ -258,7 +258,7 @@ def test_a_broken_run_costs_nothing_twice(
     kept = sorted((tmp_path / "reviews.replies").glob("*.json"))
     assert len(kept) == 2
     assert "secret" not in kept[0].read_text()
-    kept[0].write_text(kept[0].read_text()[:30])  # damaged since: asked for again
+    kept[0].write_text(kept[0].read_text()[:30])  # damaged: requested again
     endpoint.requests.clear()
     endpoint.reply = lambda prompt, number: ok("9 9")
     assert judge(endpoint, released) == 0
@@ -269,15 +269,24 @@ def test_a_broken_run_costs_nothing_twice(
     assert len(endpoint.requests) == 5
 
 
-def test_an_endpoint_that_is_not_there(
-    released: list[str], monkeypatch: pytest.MonkeyPatch, capsys, tmp_path: Path
-) -> None:
+def test_a_reply_kept_by_version_0_1_is_not_paid_for_again(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from llavar_peft.evaluation.judge.judge_client import Judge, JudgeConfig
+
+    monkeypatch.setenv("OPENAI_API_KEY", "secret")
+    name = "0f146f7f62f6a88589bb8ed65ca28494948ff9cab4d89169bfe384d6e31c8203.json"
+    (tmp_path / name).write_text('{\n  "request": {"model": "judge"},\n  "reply": "8 9"\n}\n')
+    judge = Judge(JudgeConfig(model="judge", base_url="http://127.0.0.1:9/v1", retries=0, timeout=2), tmp_path)
+    verdict = judge.ask("Which?")
+    assert (verdict.scores, verdict.sent) == ((8, 9), 0)
+
+
+def test_an_unreachable_endpoint(released: list[str], monkeypatch: pytest.MonkeyPatch, capsys, tmp_path: Path) -> None:
     from llavar_peft.errors import EnvironmentFaultError
     from llavar_peft.evaluation.judge.judge_client import Judge, JudgeConfig
 
     monkeypatch.setenv("OPENAI_API_KEY", "secret")
     config = JudgeConfig(model="judge", base_url="http://127.0.0.1:9/v1", retries=0, timeout=2)
-    with pytest.raises(EnvironmentFaultError, match="the judge cannot be asked"):
+    with pytest.raises(EnvironmentFaultError, match="the judge cannot be reached"):
         Judge(config, tmp_path).ask("?")
     monkeypatch.delenv("OPENAI_API_KEY")
     with pytest.raises(ConfigError, match="OPENAI_API_KEY: is not set"):
@@ -287,7 +296,7 @@ def test_an_endpoint_that_is_not_there(
 def test_swapped_order_and_its_agreement(
     endpoint: Endpoint, released: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A judge that likes the reference on one question, whatever comes first on another, and us on the third."""
+    """A judge that prefers the reference, the first answer and ours on one question each."""
 
     def reply(prompt: str, number: int) -> Answer:
         ours_first = prompt.index("ours") < prompt.index("reference")
@@ -299,8 +308,8 @@ def test_swapped_order_and_its_agreement(
 
     endpoint.reply = reply
     assert judge(endpoint, released, "--swap", "--json") == 0
-    told = json.loads(capsys.readouterr().out)
-    whole = told["categories"][-1]
+    output = json.loads(capsys.readouterr().out)
+    whole = output["categories"][-1]
     assert (whole["name"], whole["reviews"], whole["agreement"]) == ("all", 3, 66.7)
     assert whole["ratio"] == round(100 * 6.667 / 7.333, 1)
     assert whole["swapped_ratio"] == round(100 * 7.333 / 6.667, 1)
@@ -310,7 +319,7 @@ def test_swapped_order_and_its_agreement(
     assert len(endpoint.requests) == 6
 
 
-def test_a_swapped_review_without_scores_is_told(
+def test_a_swapped_review_without_scores_is_reported(
     endpoint: Endpoint, released: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def reply(prompt: str, number: int) -> Answer:
@@ -319,13 +328,13 @@ def test_a_swapped_review_without_scores_is_told(
 
     endpoint.reply = reply
     assert judge(endpoint, released, "--swap", "--json") == 3
-    told = json.loads(capsys.readouterr().out)
-    assert told["unscored"] == [1]
-    assert (told["categories"][-1]["reviews"], told["categories"][-1]["both_orders"]) == (3, 2)
+    output = json.loads(capsys.readouterr().out)
+    assert output["unscored"] == [1]
+    assert (output["categories"][-1]["reviews"], output["categories"][-1]["both_orders"]) == (3, 2)
     assert summarize_reviews(read_reviews(tmp_path / "reviews.jsonl")).unscored == (1,)
 
 
-def test_figures_say_who_judged_whom(
+def test_figures_include_the_settings(
     endpoint: Endpoint, released: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     how = {"model_hash": "abc", "prompt": "{question}", "image_mode": "pad", "temperature": 0.7}
@@ -334,12 +343,12 @@ def test_figures_say_who_judged_whom(
     assert judge(endpoint, released, "--temperature", "0") == 0
     assert "judge model: judge; judge temperature: 0.0;" in capsys.readouterr().out
     assert cli.main(["eval", "summarize", str(tmp_path / "reviews.jsonl"), "--json"]) == 0
-    (told,) = json.loads(capsys.readouterr().out)
+    (output,) = json.loads(capsys.readouterr().out)
     expected = {"judge_model": "judge", "judge_temperature": 0.0, "judge_max_tokens": 1024, "model": "m", **how}
-    assert told["settings"] == [expected]
+    assert output["settings"] == [expected]
 
 
-def test_odd_letters_are_kept_and_a_reference_without_points_is_none(tmp_path: Path) -> None:
+def test_unusual_characters_are_kept_and_a_reference_mean_of_zero_has_no_ratio(tmp_path: Path) -> None:
     path = tmp_path / "reviews.jsonl"
     reviews = [Review(1, 0, 0, 1, "conv", "0 9\nHe said \u2028 x \x85 y \ud83d", (0.0, 9.0))]
     write_reviews(reviews, path)
@@ -349,7 +358,7 @@ def test_odd_letters_are_kept_and_a_reference_without_points_is_none(tmp_path: P
     assert cli.main(["eval", "summarize", str(path)]) == 0
 
 
-def test_half_a_character_is_sent_and_remembered(endpoint: Endpoint, released: list[str], tmp_path: Path) -> None:
+def test_an_unpaired_surrogate_is_sent_and_kept(endpoint: Endpoint, released: list[str], tmp_path: Path) -> None:
     write_lines(tmp_path / "ours.jsonl", [{"question_id": n, "text": f"ours \ud83d {n}"} for n in range(3)])
     endpoint.reply = lambda prompt, number: ok("8 9\nWell \ud83d")
     assert judge(endpoint, released) == 0
@@ -358,7 +367,7 @@ def test_half_a_character_is_sent_and_remembered(endpoint: Endpoint, released: l
     assert read_reviews(tmp_path / "reviews.jsonl")[0].content == "8 9\nWell \ud83d"
 
 
-def test_several_are_asked_at_once(endpoint: Endpoint, released: list[str]) -> None:
+def test_several_requests_are_sent_at_once(endpoint: Endpoint, released: list[str]) -> None:
     together = threading.Barrier(3, timeout=20)
 
     def reply(prompt: str, number: int) -> Answer:
@@ -406,7 +415,7 @@ def test_several_are_asked_at_once(endpoint: Endpoint, released: list[str]) -> N
         ("8\n9\nBecause of 3 things.", (8, 9)),
         ("8\n9\n7", None),
         ("8 9\n7 6", None),
-        ("8 9 Both are good.", None),  # nor does the original
+        ("8 9 Both are good.", None),  # rejected by the original too
         ("8 9. Both are good.", None),
         ("```\n8 9\n```\nBecause.", (8, 9)),
         ("```text\n8 9\n```", (8, 9)),
@@ -425,12 +434,12 @@ def test_several_are_asked_at_once(endpoint: Endpoint, released: list[str]) -> N
         ("Assistant 1:\n8\nAssistant 2:\n9", (8, 9)),
     ],
 )
-def test_scores_are_read(reply: str, scores: tuple[float, float] | None) -> None:
+def test_scores_are_parsed(reply: str, scores: tuple[float, float] | None) -> None:
     assert parse_scores(reply) == scores
 
 
 @given(reply=st.one_of(st.text(max_size=40), st.lists(parts, max_size=12).map("".join)))
-def test_whatever_is_said_is_read_within_the_scale_or_not_at_all(reply: str) -> None:
+def test_parsed_scores_are_within_the_scale(reply: str) -> None:
     scores = parse_scores(reply)
     assert scores is None or all(0 <= score <= 10 for score in scores)
     is_refusal(reply)
@@ -439,7 +448,7 @@ def test_whatever_is_said_is_read_within_the_scale_or_not_at_all(reply: str) -> 
 @given(
     first=score_texts, second=score_texts, form=st.sampled_from(forms), after=st.sampled_from(["", "\nBecause 3 < 4."])
 )
-def test_scores_are_read_in_every_form_that_judges_use(first: str, second: str, form: str, after: str) -> None:
+def test_scores_are_parsed_in_every_form_that_judges_use(first: str, second: str, form: str, after: str) -> None:
     assert parse_scores(form.format(first, second) + after) == (float(first), float(second))
 
 
@@ -456,23 +465,21 @@ def test_scores_are_read_in_every_form_that_judges_use(first: str, second: str, 
         ("", False),
     ],
 )
-def test_refusals_in_plain_words_are_known(reply: str, refused: bool) -> None:
+def test_refusals_in_words_are_recognized(reply: str, refused: bool) -> None:
     assert is_refusal(reply) == refused
 
 
 @pytest.mark.parity
-def test_the_published_reviews_come_to_the_paper_s_figures(
-    shared_dir: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_published_reviews_give_the_papers_figures(shared_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Source: arXiv 2306.17107, the table of COCO's 90 questions."""
     file = shared_dir / "reference" / "reviews" / "review_p1f1.json"
     if not file.is_file():
         pytest.skip(f"the published reviews are not at {file}")
     assert cli.main(["eval", "summarize", str(file), "--json"]) == 0
-    ((told),) = json.loads(capsys.readouterr().out)
-    ratios = {category["name"]: category["ratio"] for category in told["categories"]}
+    ((output),) = json.loads(capsys.readouterr().out)
+    ratios = {category["name"]: category["ratio"] for category in output["categories"]}
     assert ratios == {"conv": 84.5, "detail": 78.9, "complex": 96.5, "all": 86.7}
-    assert told["unscored"] == []
+    assert output["unscored"] == []
     assert cli.main(["eval", "summarize", str(file)]) == 0
     assert "84.5" in capsys.readouterr().out
     for review in read_reviews(file):
@@ -501,7 +508,7 @@ def test_released_questions_can_be_judged(
         prompt = case.prompt()
         assert prompt.startswith(f"[Context]\n{case.context}\n\n[Question]\n{case.question}")
         if case.category == "read":
-            assert "\n".join(case.context[:5]) not in prompt  # not letter by letter
+            assert "\n".join(case.context[:5]) not in prompt  # the caption is not joined character by character
     if count == 50:
         assert cases[0].question_id == 0
         assert 'written by "Daryn Kagan"' in cases[0].context  # the context with the id 1
@@ -525,7 +532,7 @@ def test_a_model_s_answers_can_be_judged(
     assert [review.answer2_id for review in reviews] == [answer["answer_id"] for answer in answers]
 
 
-def test_reviews_without_scores_enter_nothing(tmp_path: Path) -> None:
+def test_reviews_without_scores_enter_no_figure(tmp_path: Path) -> None:
     row = {"id": 1, "question_id": 5, "answer1_id": 0, "answer2_id": 0, "category": "conv", "content": "?"}
     path = write_lines(
         tmp_path / "reviews.json", [{**row, "tuple": [-1, -1]}, {**row, "question_id": 6, "tuple": [8, 4]}]
@@ -536,11 +543,11 @@ def test_reviews_without_scores_enter_nothing(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="none of 1 has scores"):
         summarize_reviews(read_reviews(write_lines(path, [{**row, "tuple": None}])))
     path.write_text("{}\n")
-    with pytest.raises(DataError, match=r"reviews\.json:1: is no review"):
+    with pytest.raises(DataError, match=r"reviews\.json:1: is not a review"):
         read_reviews(path)
 
 
-def test_files_that_do_not_belong_together(released: list[str], tmp_path: Path) -> None:
+def test_files_that_do_not_belong_together_are_rejected(released: list[str], tmp_path: Path) -> None:
     paths = {option: Path(value) for option, value in zip(released[::2], released[1::2], strict=True)}
     order = [paths[f"--{name}"] for name in ("questions", "contexts", "rules", "reference", "answers")]
     assert len(read_cases(*order)) == 3

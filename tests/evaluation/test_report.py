@@ -101,7 +101,7 @@ def run(tmp_path: Path, images: Path) -> Path:
 def test_what_a_judge_said_is_among_the_figures(run: Path, tmp_path: Path) -> None:
     def review(number: int, category: str, scores: tuple[float, float] | None) -> Review:
         how = {"judge_model": "gpt-4"}
-        return Review(number, number, "a", "b", category, "8 9", scores, how=how)
+        return Review(number, number, "a", "b", category, "8 9", scores, settings=how)
 
     reviews = [review(1, "conv", (8, 6)), review(2, "detail", (10, 10)), review(3, "detail", None)]
     write_reviews(reviews, run / "coco.reviews.jsonl")

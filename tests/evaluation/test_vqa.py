@@ -123,7 +123,7 @@ def test_another_setting_is_no_resumption(
     out = tmp_path / "results.json"
     shutil.copy(done.with_suffix(".answers.jsonl"), out.with_suffix(".answers.jsonl"))
     assert ask(checkpoint, images, out, "--image-mode", "pad_black", "--greedy") == 2
-    assert "holds answers that were got otherwise (temperature: 0.9, now 0.0)" in capsys.readouterr().err
+    assert "setting.temperature was 0.9 and is 0.0" in capsys.readouterr().err
 
 
 def test_greedy_is_reported_as_such(

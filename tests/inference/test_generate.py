@@ -103,7 +103,7 @@ def test_a_stopped_run_goes_on(checkpoint: Path, work: Path) -> None:
     assert len(finished.splitlines()) >= 3
     with part.open("ab") as file:
         file.write(b'{"place": 6, "te')  # killed while writing
-    with pytest.raises(ConfigError, match=r"unfinished run with other settings \(image_mode, sampling\)"):
+    with pytest.raises(ConfigError, match="other settings .image_mode was None and is 'pad_black', sampling"):
         run(checkpoint, work, image_mode="pad_black")
     counts: list[tuple[int, int]] = []
     report = run(checkpoint, work, sampling=hot, batch_size=3, progress=lambda *both: counts.append(both))
@@ -123,7 +123,7 @@ def test_a_stopped_run_goes_on_with_the_same_weights_alone(checkpoint: Path, wor
     tensors = load_file(file)
     name = next(name for name in tensors if name.endswith("multi_modal_projector.bias"))
     save_file({**tensors, name: tensors[name] + 1}, file, metadata={"format": "pt"})
-    with pytest.raises(ConfigError, match=r"unfinished run with other settings \(weights\)"):
+    with pytest.raises(ConfigError, match=r"other settings \(weights was [^,]*\)"):
         run(model, work)
 
 
@@ -149,7 +149,7 @@ def test_answers_of_another_run_are_refused(field: str, value: str, checkpoint: 
     answers[1][field] = value
     (work / "answers.jsonl").write_text("".join(json.dumps(answer) + "\n" for answer in answers))
     before = (work / "answers.jsonl").read_bytes()
-    with pytest.raises(ConfigError, match=r"answers.jsonl:2: is there already, and is (no|an) answer"):
+    with pytest.raises(ConfigError, match=r"answers.jsonl:2: is (not )?an answer"):
         run(checkpoint, work)
     assert (work / "answers.jsonl").read_bytes() == before
 
@@ -217,4 +217,4 @@ def test_the_command(checkpoint: Path, work: Path, capsys: pytest.CaptureFixture
     assert "7 answers were there already; remove it to ask again" in capsys.readouterr().out
     (work / "questions.jsonl").write_text(json.dumps({"question_id": "new", "text": "Who?"}))
     assert cli.main(list(map(str, arguments))) == 2
-    assert "is no answer to these questions" in capsys.readouterr().err
+    assert "is not an answer to these questions" in capsys.readouterr().err

@@ -1,1 +1,1 @@
-"""Records made from unlabeled images: OCR, paragraph merging, quality filters and conversations."""
+"""Records from unlabeled images: OCR, paragraph merging, quality filter and conversations."""

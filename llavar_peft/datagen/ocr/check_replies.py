@@ -1,4 +1,15 @@
-"""From what a language model wrote to turns that may be trained on."""
+"""Extract question-and-answer turns from a language model's reply, and check them against the text that was read.
+
+An answer is grounded if all of this holds:
+
+1. Every number in it is in the evidence or in a question, digit for digit.
+2. Every quotation in it is in the evidence, up to one letter in seven, because OCR errs and models correct it.
+3. It shares at least one word of four letters or more, or one number, with the evidence. An answer without such a word
+   must be in the evidence as a whole.
+
+The evidence is the engines' texts and the caption. Case, white space and punctuation are ignored. The rule applies to
+languages that put spaces between words.
+"""
 
 from __future__ import annotations
 
@@ -8,10 +19,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Final, TypeAlias
 
+from rapidfuzz import fuzz
+
 from llavar_peft.constants import IMAGE_PLACEHOLDER
-from llavar_peft.datagen.ocr.answer_grounding import find_ungrounded
 
 Pair: TypeAlias = tuple[str, str]
+
+QUOTED_ALIKE: Final = 86.0
+"""Minimum similarity, of 100, of a quotation and its counterpart in the evidence."""
 
 _ROLE: Final = re.compile(
     r"^\s*\**(?:question|answer|user|human|assistant|gpt|q|a)\s*\d*\**\s*[:.]\**\s*", re.IGNORECASE
@@ -21,17 +36,21 @@ _PLAIN: Final = re.compile(
     re.IGNORECASE | re.MULTILINE | re.DOTALL,
 )
 _TELLTALE: Final = re.compile(r"\b(?:ocr|caption(?:ed|s)?|recogni[sz]ed text)\b", re.IGNORECASE)
-"""Words that give away that the model was shown text, not an image."""
+"""Words that reveal that the model was given text instead of an image."""
+_NUMBER: Final = re.compile(r"\d+")
+_QUOTED: Final = re.compile(r'"([^"]{2,}?)"|“([^”]{2,}?)”|«([^»]{2,}?)»')
+_WORD: Final = re.compile(r"\w{4,}")
+_NO_WORD: Final = re.compile(r"[\W_]+")
 
 
 @dataclass(frozen=True, slots=True)
 class CheckedReply:
-    """A reply, taken apart.
+    """The turns of a reply.
 
     Attributes:
-        turns: Questions with their answers that are sound.
-        faults: What is wrong with the others, or with the whole.
-        understood: Whether there were turns in it at all.
+        turns: Valid questions with their answers.
+        faults: What is wrong with the other turns, or with the reply as a whole.
+        understood: Whether the reply contained turns at all.
     """
 
     turns: tuple[Pair, ...]
@@ -40,22 +59,19 @@ class CheckedReply:
 
 
 def check_reply(reply: str, evidence: Sequence[str]) -> CheckedReply:
-    """Take a reply apart, mends its form and holds each turn to the evidence.
+    """Return the valid turns of a reply in order, and the faults of the others.
 
     Args:
-        reply: What the model wrote; wanted is ``{"turns": [{"question": ..., "answer": ...}, ...]}``. Text around it,
-            a code fence, a bare list and plain ``Question: ... Answer: ...`` are understood too.
+        reply: Expected is ``{"turns": [{"question": ..., "answer": ...}, ...]}``. Text around it, a code fence, a bare
+            list and plain ``Question: ... Answer: ...`` are accepted too.
         evidence: The engines' texts and the caption.
-
-    Returns:
-        The sound turns, in order, and what is wrong with the rest.
     """
     pairs = _json_pairs(reply) or [(question, answer) for question, answer in _PLAIN.findall(reply)]
     if not pairs:
         return CheckedReply((), ("there is no list of questions and answers in it",), understood=False)
     turns, faults = list[Pair](), list[str]()
-    for number, (question, answer) in enumerate(((_repaired(asked), _repaired(said)) for asked, said in pairs), 1):
-        fault = _fault(question, answer, evidence, turns)
+    for number, (question, answer) in enumerate(((_clean(first), _clean(second)) for first, second in pairs), 1):
+        fault = _find_fault(question, answer, evidence, turns)
         if fault is None:
             turns.append((question, answer))
         else:
@@ -63,7 +79,8 @@ def check_reply(reply: str, evidence: Sequence[str]) -> CheckedReply:
     return CheckedReply(tuple(turns), tuple(faults), understood=True)
 
 
-def _fault(question: str, answer: str, evidence: Sequence[str], before: Sequence[Pair]) -> str | None:
+def _find_fault(question: str, answer: str, evidence: Sequence[str], before: Sequence[Pair]) -> str | None:
+    """Return what is wrong with a turn. The text is sent to the model, and replies are kept by the hash of it."""
     if not question or not answer:
         return "it is empty"
     if any(question.casefold() == asked.casefold() for asked, _ in before):
@@ -74,13 +91,13 @@ def _fault(question: str, answer: str, evidence: Sequence[str], before: Sequence
     return find_ungrounded(answer, evidence, [question, *(asked for asked, _ in before)])
 
 
-def _repaired(text: str) -> str:
+def _clean(text: str) -> str:
     return _ROLE.sub("", text.replace(IMAGE_PLACEHOLDER, "")).strip()
 
 
 def _json_pairs(reply: str) -> list[Pair]:
-    """The first JSON value in the reply that holds turns."""
-    decoder = json.JSONDecoder(strict=False)  # line breaks inside strings are common, and harmless
+    """Return the turns of the first JSON value in the reply that contains any."""
+    decoder = json.JSONDecoder(strict=False)  # line breaks inside strings are common and harmless
     for start in re.finditer(r"[\[{]", reply):
         try:
             value, _ = decoder.raw_decode(reply, start.start())
@@ -100,3 +117,30 @@ def _pairs(turns: Any) -> list[Pair]:
         for turn in turns
         if isinstance(turn, dict) and isinstance(turn.get("question"), str) and isinstance(turn.get("answer"), str)
     ]
+
+
+def find_ungrounded(answer: str, evidence: Sequence[str], questions: Sequence[str] = ()) -> str | None:
+    """Return what an answer claims without evidence, None if it is grounded.
+
+    Args:
+        answer: The answer.
+        evidence: The engines' texts and the caption.
+        questions: Questions so far, from which numbers may be taken.
+    """
+    read = _normalize(" ".join(evidence))
+    numbers = {*_NUMBER.findall(" ".join((*evidence, *questions)))}
+    for number in _NUMBER.findall(answer):
+        if number not in numbers:
+            return f"the number {number} is not in the text that was read"
+    for groups in _QUOTED.findall(answer):
+        quoted = _normalize("".join(groups))
+        if quoted and fuzz.partial_ratio(quoted, read, score_cutoff=QUOTED_ALIKE) < QUOTED_ALIKE:
+            return f'"{quoted}" is quoted and is not in the text that was read'
+    plain = _normalize(answer)
+    words = {*_WORD.findall(plain), *_NUMBER.findall(answer)}
+    grounded = bool(words & {*read.split(), *numbers}) if words else plain in read
+    return None if grounded else "no word of it is in the text that was read"
+
+
+def _normalize(text: str) -> str:
+    return " ".join(_NO_WORD.sub(" ", text.casefold()).split())

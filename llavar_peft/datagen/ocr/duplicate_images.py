@@ -1,8 +1,7 @@
-"""Finding images that are in a folder twice: alike to the eye, and saying the same.
+"""Find duplicate images in a folder: similar in appearance, and with the same text.
 
-A perceptual hash alone takes two white pages for one. So two images are duplicates where their hashes are near AND
-their texts agree; what hangs together through others is one group, of which the largest image stays. The rule does
-not know in which order images came.
+A perceptual hash alone takes two white pages for duplicates. Two images are therefore duplicates if their hashes are
+near and their texts agree. Of each connected group the largest image is kept; the order of the images does not matter.
 """
 
 from __future__ import annotations
@@ -21,21 +20,14 @@ if TYPE_CHECKING:
 SIDE: Final = 16
 BITS: Final = SIDE * SIDE
 NEAR: Final = 12
-"""Bits of 256 that may differ between two copies."""
+"""Maximum number of differing bits, of 256, between two copies."""
 NOISE: Final = 12
-"""Levels of grey that squares of an empty page may differ by."""
+"""Maximum difference in grey levels between squares of an empty page."""
 
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """An image that may be a copy of another.
-
-    Attributes:
-        path: Its name.
-        pixels: Width times height.
-        hash: Of 256 bits.
-        text: What it says.
-    """
+    """An image that may be a copy of another, with its area in pixels and its ``difference_hash``."""
 
     path: str
     pixels: int
@@ -44,13 +36,9 @@ class Candidate:
 
 
 def difference_hash(image: Image) -> int:
-    """256 bits: whether each of 16 x 16 cells is brighter than the one to its left.
+    """Return 256 bits: whether each of 16 x 16 cells is brighter than the one to its left.
 
-    Args:
-        image: RGB, of any size.
-
-    Returns:
-        The bits as a number; scaling and compressing an image changes few of them.
+    Scaling and compressing an image changes few of them.
     """
     from PIL import Image as Pillow
 
@@ -60,20 +48,17 @@ def difference_hash(image: Image) -> int:
 
 
 def is_blank(image: Image) -> bool:
-    """Whether an image shows nothing: squares of 8 x 8 pixels are all equally bright, up to a scanner's noise."""
+    """Return whether squares of 8 x 8 pixels are all equally bright, up to a scanner's noise."""
     grey = image.convert("L")
     squares_HW = np.asarray(grey.reduce(8) if min(grey.size) >= 8 else grey, dtype=np.int16)
     return int(squares_HW.max() - squares_HW.min()) <= NOISE
 
 
 def find_duplicates(images: Sequence[Candidate]) -> Mapping[str, str]:
-    """Say which images are copies of which.
-
-    Args:
-        images: In any order, with different paths.
+    """Find copies among images with different paths.
 
     Returns:
-        For each copy the path of the one that stays: of a group, the one with most pixels, then the first by name.
+        For each copy the path of the image to keep: the one with the most pixels, then the first by name.
     """
     images = sorted(images, key=lambda one: (-one.pixels, one.path))
     texts = ["".join(image.text.split()) for image in images]
@@ -93,10 +78,10 @@ def find_duplicates(images: Sequence[Candidate]) -> Mapping[str, str]:
 
 
 def _near_pairs(hashes: Sequence[int], texts: Sequence[str]) -> Iterator[tuple[int, int]]:
-    """Pairs of near hashes whose texts may agree; some come several times.
+    """Yield pairs of near hashes whose texts may agree; some pairs repeat.
 
-    Of NEAR + 1 bands of the bits a near pair has at least one in common. A band takes bits from all over the image:
-    one that took those of the margin would be the same for all pages.
+    Near hashes are equal in at least one of ``NEAR + 1`` bands of bits. A band takes bits from all over the image,
+    because the bits of a margin are equal on all pages.
     """
     twins: dict[tuple[int, str], int] = {}
     for number, twin in enumerate(zip(hashes, texts, strict=True)):

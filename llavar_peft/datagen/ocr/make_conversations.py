@@ -1,14 +1,14 @@
-"""Conversations about images by a language model that never sees them: it gets what was read, and a caption.
+"""Generate conversations about images with a language model that gets only the text that was read and a caption.
 
 Source: arXiv 2306.17107, section 3: text-only GPT-4, two OCR results and a caption, 16K conversations. The wording of
-the request is ours; what comes back is checked, which the paper does not speak of.
+the request is our own, and so is the check of the replies, which the paper does not mention.
 """
 
 from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from itertools import islice
@@ -19,21 +19,22 @@ from typing import Any, Final, Literal
 from llavar_peft.atomic_files import write_json
 from llavar_peft.constants import IMAGE_PLACEHOLDER
 from llavar_peft.data.record_store import open_records, parse_record
-from llavar_peft.datagen.ocr.build_records import journal_path
+from llavar_peft.data.resume_journal import ResumeJournal, read_entries
+from llavar_peft.datagen.ocr.build_ocr_records import Progress, journal_path
 from llavar_peft.datagen.ocr.check_replies import Pair, check_reply
-from llavar_peft.datagen.ocr.ocr_lines import OcrLine
-from llavar_peft.datagen.ocr.openai_client import ChatModel, Endpoint, EndpointRefusedError, Message
-from llavar_peft.datagen.ocr.quality_filter import transcribe
-from llavar_peft.datagen.ocr.resume_journal import ResumeJournal, read_entries
+from llavar_peft.datagen.ocr.ocr_engines import OcrLine
+from llavar_peft.datagen.ocr.ocr_quality import transcribe
+from llavar_peft.datagen.openai_client import ChatModel, Endpoint, Message, RequestRejectedError
 from llavar_peft.errors import DataError, EnvironmentFaultError, InterruptedRunError
 
+# Both texts stay byte for byte, because replies are kept by the hash of the whole request.
 REQUEST: Final = """\
 You write training conversations between a person and an assistant who both look at the same picture. You cannot see \
 it. You are given what programs read in it, which may hold mistakes, and perhaps a caption.
 
 Write {low} to {high} turns. Ask what a person would want to know from the text in the picture: what it is, what it \
 says, names, dates, prices, and what follows from them. Each question must be clear without the turns before it. \
-Answer in one to three sentences, as if you saw the picture, and only from what is given: fix obvious mistakes of \
+Answer in one to three sentences, as if you saw the picture, and only from what is given: mend obvious mistakes of \
 reading, but invent no word and no number. Never mention that you were given text, OCR or a caption.
 
 Reply with JSON alone: {{"turns": [{{"question": "...", "answer": "..."}}, ...]}}"""
@@ -41,20 +42,19 @@ Reply with JSON alone: {{"turns": [{{"question": "...", "answer": "..."}}, ...]}
 AGAIN: Final = "That cannot be used:\n{faults}\nReply with the whole conversation again, mended, as JSON alone."
 
 Outcome = Literal["refused", "malformed", "ungrounded"]
-_REFUSED_IN_A_ROW: Final = 10  # after which it is the command that is wrong, not the images
+_MAX_REJECTIONS: Final = 10  # in a row: then the command is wrong, not the images
 
 
 @dataclass(frozen=True, kw_only=True)
 class ConverseSettings:
-    """How conversations are made.
+    """How conversations are generated.
 
     Attributes:
-        endpoint: The model.
-        least: Turns that must be sound.
-        most: Turns asked for at most.
-        attempts: How often the model is asked for one image.
-        seed: Draws, with a record's id, whether the image stands before or after the first question.
-        concurrency: Requests at a time.
+        least: Minimum number of valid turns.
+        most: Maximum number of turns.
+        attempts: Maximum number of requests for one image.
+        seed: Selects, with a record's id, whether the image precedes the first question.
+        concurrency: Maximum number of simultaneous requests.
     """
 
     endpoint: Endpoint
@@ -67,16 +67,15 @@ class ConverseSettings:
 
 @dataclass
 class ConverseReport:
-    """What became of the images.
+    """Report of a run.
 
     Attributes:
-        images: How many there were.
-        kept: Conversations written.
-        turns: Questions in them.
-        repaired: Conversations that took more than one request.
-        asked: Requests that were sent.
-        remembered: Requests that had been answered before.
-        drops: Images left out: record, outcome, detail.
+        kept: Number of conversations written.
+        turns: Number of questions in them.
+        repaired: Number of conversations that took more than one request.
+        asked: Number of requests sent.
+        remembered: Number of replies that an earlier run had received.
+        drops: Images without a conversation: record, outcome, detail.
     """
 
     images: int
@@ -88,15 +87,15 @@ class ConverseReport:
     drops: list[tuple[str, Outcome, str]] = field(default_factory=list)
 
     def as_dict(self) -> dict[str, Any]:
-        """The same, ready for JSON."""
+        """Return the report as a JSON-ready dictionary."""
         return {**vars(self), "dropped": dict(Counter(outcome for _, outcome, _ in self.drops).most_common())}
 
 
 @dataclass(frozen=True, slots=True)
 class _Task:
-    """One image: its record's id, its path, what was read and its caption."""
+    """An image with its record's id, the texts that engines read, and its caption."""
 
-    identity: str
+    record_id: str
     image: str
     readings: Mapping[str, str]
     caption: str
@@ -108,7 +107,7 @@ class _Task:
 
 @dataclass(frozen=True, slots=True)
 class _Made:
-    """What became of one image: its turns, or why there are none."""
+    """Result for one image: its turns, or why there are none."""
 
     turns: tuple[Pair, ...]
     requests: int
@@ -121,38 +120,37 @@ def make_conversations(
     out: Path,
     settings: ConverseSettings,
     captions: Mapping[str, str] | None = None,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> ConverseReport:
-    """Make a conversation for each record that ``build_records`` wrote.
+    """Generate a conversation for each record that ``build_records`` wrote.
 
     Args:
-        records: Its file, with the readings beside it; those of two engines are better than one's.
-        out: The conversations' file, ``.json``; replies are kept beside it.
-        settings: How.
-        captions: By the images' paths as in the records.
-        progress: Called with (images done, images in all).
+        records: The file of records, with the readings next to it; those of two engines give better results.
+        out: The file of conversations to write, ``.json``. Replies are kept next to it.
+        captions: Captions by the images' paths in the records.
+        progress: Called with the number of images done and in total.
 
     Returns:
-        What became of them; the same is written beside the conversations.
+        The report, which is also written next to the conversations.
 
     Raises:
-        DataError: The records or the readings are missing or malformed, or no conversation could be made.
-        InterruptedRunError: Ctrl-C, or the endpoint fails; run again, it goes on.
+        DataError: The records or the readings are missing or malformed, or no conversation was valid.
+        InterruptedRunError: Ctrl-C was pressed, or the endpoint keeps failing; run again to resume.
         EnvironmentFaultError: The key, the address or the model's name is wrong.
         MissingDependencyError: ``openai`` is not installed.
     """
-    tasks = _tasks(records, captions or {})
+    tasks = _read_tasks(records, captions or {})
     report = ConverseReport(len(tasks))
     with ResumeJournal(out.with_suffix(".replies.jsonl"), {"format": 1}) as journal:
         model = ChatModel(settings.endpoint, journal)
         try:
-            made = dict(_made(tasks, model, settings, report, progress))
+            made = dict(_converse_all(tasks, model, settings, report, progress))
         except KeyboardInterrupt:
             raise InterruptedRunError.at(
-                str(journal.path), "stopped; what was answered is kept", "run the same command again to go on"
+                str(journal.path), "interrupted; replies so far are kept", "run the same command again to resume"
             ) from None
         report.asked, report.remembered = model.asked, model.remembered
-    written = [_record(task, made[task.identity], settings.seed) for task in tasks if task.identity in made]
+    written = [_make_record(task, made[task.record_id], settings.seed) for task in tasks if task.record_id in made]
     report.kept, report.turns = len(written), sum(len(turns) for turns in made.values())
     report.drops.sort()
     write_json(out, written)
@@ -160,26 +158,20 @@ def make_conversations(
     if tasks and not written:
         _, outcome, detail = report.drops[0]
         raise DataError.at(
-            str(records), f"no conversation could be made (first: {outcome}, {detail})", "try a better model"
+            str(records), f"no conversation was valid (first image: {outcome}, {detail})", "use a better model"
         )
     return report
 
 
 def read_captions(path: Path) -> dict[str, str]:
-    """Read captions: a JSON object from image to caption, or JSON lines with ``image`` and ``caption``.
-
-    Args:
-        path: The file.
-
-    Returns:
-        Captions by image.
+    """Read captions by image from a JSON object, or from JSON lines with ``image`` and ``caption``.
 
     Raises:
-        DataError: It is missing or of another form.
+        DataError: The file is missing or has another form.
     """
     try:
         text = path.read_text("utf-8")
-        lines = [line for line in text.split("\n") if line.strip()]  # not splitlines: words may hold U+2028
+        lines = [line for line in text.split("\n") if line.strip()]  # not splitlines: text may contain U+2028
         value = json.loads(text) if path.suffix == ".json" else [json.loads(line) for line in lines]
         found = value if isinstance(value, dict) else {entry["image"]: entry["caption"] for entry in value}
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -194,11 +186,11 @@ def read_captions(path: Path) -> dict[str, str]:
     return found
 
 
-def _tasks(records: Path, captions: Mapping[str, str]) -> list[_Task]:
+def _read_tasks(records: Path, captions: Mapping[str, str]) -> list[_Task]:
     readings: dict[str, dict[str, str]] = {}
     source = journal_path(records)
     if not source.is_file():
-        raise DataError.at(str(source), "is missing", "run llavar-peft ocr build, which writes it beside the records")
+        raise DataError.at(str(source), "is missing", "run llavar-peft ocr build, which writes it next to the records")
     for _, entry in read_entries(source):
         found = entry.get("lines", {}).items()
         readings[entry["path"]] = {
@@ -215,15 +207,15 @@ def _tasks(records: Path, captions: Mapping[str, str]) -> list[_Task]:
     return tasks
 
 
-def _made(
+def _converse_all(
     tasks: Sequence[_Task],
     model: ChatModel,
     settings: ConverseSettings,
     report: ConverseReport,
-    progress: Callable[[int, int], None] | None,
+    progress: Progress | None,
 ) -> Iterator[tuple[str, tuple[Pair, ...]]]:
-    """Ask for all images, several at a time; an error that is not one image's own stops it."""
-    waiting, running, refused = iter(tasks), dict[Future[_Made], _Task](), 0
+    """Yield the turns of each image, asking about several at a time; errors of the endpoint stop it."""
+    waiting, running, rejected = iter(tasks), dict[Future[_Made], _Task](), 0
     pool = ThreadPoolExecutor(settings.concurrency)
     try:
         for done in range(1, len(tasks) + 1):
@@ -231,18 +223,20 @@ def _made(
                 running[pool.submit(_converse_one, task, model, settings)] = task
             finished = next(iter(wait(running, return_when=FIRST_COMPLETED).done))
             task, made = running.pop(finished), finished.result()
-            refused = refused + 1 if made.outcome == "refused" else 0
-            if refused == _REFUSED_IN_A_ROW:
+            rejected = rejected + 1 if made.outcome == "refused" else 0
+            if rejected == _MAX_REJECTIONS:
                 raise EnvironmentFaultError.at(
-                    settings.endpoint.model, f"refuses all ({made.detail})", "check the model's name and its limits"
+                    settings.endpoint.model,
+                    f"rejects all requests ({made.detail})",
+                    "check the model's name and limits",
                 )
             if progress is not None:
                 progress(done, len(tasks))
             if made.outcome is not None:
-                report.drops.append((task.identity, made.outcome, made.detail))
+                report.drops.append((task.record_id, made.outcome, made.detail))
                 continue
             report.repaired += made.requests > 1
-            yield task.identity, made.turns
+            yield task.record_id, made.turns
     finally:
         pool.shutdown(cancel_futures=True)
 
@@ -257,13 +251,13 @@ def _converse_one(task: _Task, model: ChatModel, settings: ConverseSettings) -> 
     for attempt in range(1, settings.attempts + 1):
         try:
             reply = model.ask(messages)
-        except EndpointRefusedError as error:
+        except RequestRejectedError as error:
             return _Made((), attempt, "refused", str(error))
         checked = check_reply(reply, task.evidence)
         if len(checked.turns) >= settings.least:
             return _Made(checked.turns[: settings.most], attempt)
         outcome = "ungrounded" if checked.understood else "malformed"
-        faults = checked.faults or (f"there are {len(checked.turns)} turns, expected at least {settings.least}",)
+        faults = checked.faults or (f"there are {len(checked.turns)} turns, wanted at least {settings.least}",)
         messages += [
             {"role": "assistant", "content": reply},
             {"role": "user", "content": AGAIN.format(faults="\n".join(f"- {fault}" for fault in faults))},
@@ -277,10 +271,10 @@ def _describe(task: _Task) -> str:
     return "\n\n".join(parts)
 
 
-def _record(task: _Task, turns: Sequence[Pair], seed: int) -> dict[str, Any]:
-    first = Random(f"{seed}/{task.identity}").choice((f"{IMAGE_PLACEHOLDER}\n{{}}", f"{{}}\n{IMAGE_PLACEHOLDER}"))
+def _make_record(task: _Task, turns: Sequence[Pair], seed: int) -> dict[str, Any]:
+    first = Random(f"{seed}/{task.record_id}").choice((f"{IMAGE_PLACEHOLDER}\n{{}}", f"{{}}\n{IMAGE_PLACEHOLDER}"))
     conversation: list[dict[str, str]] = []
     for number, (question, answer) in enumerate(turns):
         conversation.append({"from": "human", "value": question if number else first.format(question)})
         conversation.append({"from": "gpt", "value": answer})
-    return {"id": task.identity, "image": task.image, "conversations": conversation}
+    return {"id": task.record_id, "image": task.image, "conversations": conversation}

@@ -1,58 +1,53 @@
-"""Lines to paragraphs, by geometry alone.
+"""Merge lines into paragraphs, by geometry alone.
 
-Three steps, each over pairs and so blind to the order in which lines come: pieces on one baseline with a small gap are
-one line; lines below each other, alike in height and in one column, are a paragraph; paragraphs side by side whose
-lines pair up and of which one is narrow are a table, read row by row. All limits are multiples of a line's height, so
-that a page moved or scaled gives the same.
+Three steps, none of which depends on the order of the lines: pieces on one baseline with a small gap form a row; rows
+below each other with similar height in one column form a paragraph; paragraphs side by side whose rows align, at least
+one of them narrow, form a table, which is read row by row. All limits are multiples of the line height, so that moving
+or scaling a page changes nothing.
 
-Source: arXiv 2306.17107 says that paragraphs were merged by geometry and not how; these rules are ours.
+Source: arXiv 2306.17107 states that paragraphs were merged by geometry, but not how; these rules are our own.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import reduce
+from operator import or_
 from statistics import median
 from typing import Final, TypeVar
 
-from llavar_peft.datagen.ocr.ocr_lines import OcrLine
-from llavar_peft.datagen.ocr.reading_order import reading_order
-from llavar_peft.datagen.ocr.upright_boxes import Box, upright_boxes
+from llavar_peft.datagen.ocr.ocr_engines import OcrLine
+from llavar_peft.datagen.ocr.page_geometry import Box, reading_order, upright_boxes
 
 SAME_BASELINE: Final = 0.5
-"""How far apart two pieces' middles may be on one baseline, in heights."""
+"""Maximum distance of two pieces' centres on one baseline, in heights."""
 WIDEST_SPACE: Final = 0.8
-"""Gap between two pieces of one line at most, in heights."""
+"""Maximum gap between two pieces of one row, in heights."""
 LINE_DISTANCE: Final = 1.75
-"""From middle to middle of two lines of a paragraph at most, in heights."""
+"""Maximum distance of the centres of two rows of a paragraph, in heights."""
 EVEN: Final = 1.4
-"""The same at most, as a multiple of the distance to the nearest line: a wider one ends a paragraph."""
+"""Maximum of that distance as a multiple of the distance to the nearest row: a wider one ends a paragraph."""
 SAME_HEIGHT: Final = 0.7
-"""How high the lower of two lines of a paragraph is at least, as a share of the higher one."""
+"""Minimum ratio of the heights of two rows of a paragraph."""
 SAME_EDGE: Final = 2.0
-"""How far apart left edges, middles or right edges of one column may be, in heights."""
+"""Maximum distance of the left edges, centres or right edges of one column, in heights."""
 SAME_ROW_HEIGHT: Final = 0.4
-"""The same in a row of a table, where one cell may have no high letters."""
+"""Minimum ratio of heights in a row of a table, where a cell may have no ascenders."""
 PAIRED: Final = 2 / 3
-"""Share of the shorter column's lines that must have one beside them in a table."""
+"""Minimum fraction of the shorter column's rows that have a counterpart in a table."""
 NARROW: Final = 6.0
-"""Width, in heights, below which a column may hold a table's cells."""
+"""Width, in heights, below which a column may contain a table's cells."""
 PROSE: Final = 9.0
-"""Width, in heights, from which ``PROSE_LINES`` lines are no table's cells, whatever stands beside them."""
+"""Width, in heights, from which ``PROSE_LINES`` rows are prose and not cells."""
 PROSE_LINES: Final = 3
-
 
 _T = TypeVar("_T")
 
 
 @dataclass(frozen=True, slots=True)
 class Paragraph:
-    """Lines that are read on end.
-
-    Attributes:
-        text: The lines, joined by spaces.
-        lines: As the engine gave them, in reading order.
-    """
+    """Lines that form one paragraph, in reading order; ``text`` is the lines joined by spaces."""
 
     text: str
     lines: tuple[OcrLine, ...]
@@ -60,13 +55,7 @@ class Paragraph:
 
 @dataclass(frozen=True, slots=True)
 class _Row:
-    """Pieces on one baseline.
-
-    Attributes:
-        pieces: From left to right.
-        box: Around all of them.
-        height: Of a typical piece, in pixels; slant makes the row's own box higher.
-    """
+    """Pieces on one baseline, from left to right; ``height`` is their median, because slant makes ``box`` higher."""
 
     pieces: tuple[tuple[Box, OcrLine], ...]
     box: Box
@@ -74,31 +63,31 @@ class _Row:
 
 
 def merge_lines(lines: Sequence[OcrLine]) -> tuple[Paragraph, ...]:
-    """Merge lines to paragraphs and puts these in reading order.
+    """Merge the lines of a page into paragraphs in reading order.
 
     Args:
-        lines: A page's, in any order.
+        lines: In any order, which does not affect the result.
 
     Returns:
-        Paragraphs that hold each line exactly once, wherever the engine began.
+        Paragraphs that contain each line exactly once.
     """
-    placed = sorted(zip(upright_boxes(lines), lines, strict=True), key=_place)
-    rows = [_row(group) for group in _linked(placed, lambda a, b: _same_line(a[0], b[0]))]
+    placed = sorted(zip(upright_boxes(lines), lines, strict=True), key=_sort_key)
+    rows = [_row(group) for group in _connected(placed, lambda a, b: _same_line(a[0], b[0]))]
     rows.sort(key=lambda row: (row.box.top, row.box.left))
     blocks = [_by_top(group) for group in _paragraph_rows(rows)]
-    tables = [_table_rows(group) for group in _beside_each_other(blocks)]
-    order = reading_order([_around([row.box for row in block]) for block in tables])
+    tables = [_table_rows(group) for group in _group_tables(blocks)]
+    order = reading_order([_bounding_box([row.box for row in block]) for block in tables])
     return tuple(_paragraph(tables[index]) for index in order)
 
 
-def _place(item: tuple[Box, OcrLine]) -> tuple[float | str, ...]:
-    """Sorts pieces so that the result does not depend on the engine's order."""
+def _sort_key(item: tuple[Box, OcrLine]) -> tuple[float | str, ...]:
+    """Return a sort key that makes the result independent of the engine's order."""
     box, line = item
     return box.top, box.left, box.right, box.bottom, line.text, line.confidence
 
 
-def _linked(items: Sequence[_T], linked: Callable[[_T, _T], bool]) -> list[list[_T]]:
-    """Group what is linked, directly or through others; groups and members keep the order given."""
+def _connected(items: Sequence[_T], linked: Callable[[_T, _T], bool]) -> list[list[_T]]:
+    """Return the connected components of items, in the order of the items."""
     group_of = list(range(len(items)))
     for second in range(len(items)):
         for first in range(second):
@@ -121,7 +110,7 @@ def _same_line(first: Box, second: Box) -> bool:
 
 
 def _paragraph_rows(rows: Sequence[_Row]) -> list[list[_Row]]:
-    """Group lines below each other, where their distances are even."""
+    """Group rows below each other at even distances."""
     distances = {
         (first, second): abs(rows[first].box.middle - rows[second].box.middle)
         for second in range(len(rows))
@@ -137,7 +126,7 @@ def _paragraph_rows(rows: Sequence[_Row]) -> list[list[_Row]]:
         distance = distances.get((first, second))
         return distance is not None and distance <= EVEN * min(nearest[first], nearest[second])
 
-    return [[rows[number] for number in group] for group in _linked(range(len(rows)), linked)]
+    return [[rows[number] for number in group] for group in _connected(range(len(rows)), linked)]
 
 
 def _same_column(above: _Row, below: _Row) -> bool:
@@ -155,20 +144,20 @@ def _same_column(above: _Row, below: _Row) -> bool:
     return shared >= 0.5 * min(one.width, other.width) and apart <= SAME_EDGE * mean
 
 
-def _beside_each_other(blocks: Sequence[Sequence[_Row]]) -> list[list[Sequence[_Row]]]:
-    """Group paragraphs that are one table's columns."""
-    around = [_around([row.box for row in block]) for block in blocks]
+def _group_tables(blocks: Sequence[Sequence[_Row]]) -> list[list[Sequence[_Row]]]:
+    """Group paragraphs that are the columns of one table."""
+    boxes = [_bounding_box([row.box for row in block]) for block in blocks]
 
     def linked(first: int, second: int) -> bool:
-        one, other = around[first], around[second]
-        # Before anything that takes time: a page has many paragraphs, and few pairs that stand side by side.
+        one, other = boxes[first], boxes[second]
+        # Cheap test first: of a page's many pairs of paragraphs, few are side by side.
         if max(one.top, other.top) > min(one.bottom, other.bottom):
             return False
         if max(one.left, other.left) < min(one.right, other.right):
             return False
         return _same_table(blocks[first], blocks[second])
 
-    return [[blocks[number] for number in group] for group in _linked(range(len(blocks)), linked)]
+    return [[blocks[number] for number in group] for group in _connected(range(len(blocks)), linked)]
 
 
 def _same_table(first: Sequence[_Row], second: Sequence[_Row]) -> bool:
@@ -186,11 +175,11 @@ def _same_row(first: _Row, second: _Row) -> bool:
 
 
 def _table_rows(blocks: Sequence[Sequence[_Row]]) -> list[_Row]:
-    """The rows of one paragraph, or those of several side by side run together."""
+    """Return the rows of one paragraph, or of several side by side joined row by row."""
     rows = sorted((row for block in blocks for row in block), key=lambda row: (row.box.top, row.box.left))
     if len(blocks) == 1:
         return rows
-    joined = [_row([piece for row in group for piece in row.pieces]) for group in _linked(rows, _same_row)]
+    joined = [_row([piece for row in group for piece in row.pieces]) for group in _connected(rows, _same_row)]
     return _by_top(joined)
 
 
@@ -199,16 +188,13 @@ def _by_top(rows: Sequence[_Row]) -> list[_Row]:
 
 
 def _row(pieces: Sequence[tuple[Box, OcrLine]]) -> _Row:
-    in_order = tuple(sorted(pieces, key=lambda piece: (piece[0].left, *_place(piece))))
+    in_order = tuple(sorted(pieces, key=lambda piece: (piece[0].left, *_sort_key(piece))))
     boxes = [box for box, _ in in_order]
-    return _Row(in_order, _around(boxes), median(box.height for box in boxes))
+    return _Row(in_order, _bounding_box(boxes), median(box.height for box in boxes))
 
 
-def _around(boxes: Sequence[Box]) -> Box:
-    whole = boxes[0]
-    for box in boxes[1:]:
-        whole = whole | box
-    return whole
+def _bounding_box(boxes: Sequence[Box]) -> Box:
+    return reduce(or_, boxes)
 
 
 def _paragraph(rows: Sequence[_Row]) -> Paragraph:

@@ -1,7 +1,7 @@
-"""Finding texts that agree without comparing each with each.
+"""Find texts that agree without comparing all pairs.
 
-Pages that are almost blank look alike and say little, each something else; a slide's title, a page's number. Two texts
-that are at most k edits apart have one of any k + 1 pieces of the shorter one in common, at nearly the same place.
+Almost blank pages look alike and contain little text, such as a page number, so that many pairs remain to compare. Two
+texts at most k edits apart share one of any k + 1 pieces of the shorter one, at nearly the same position.
 
 Source: Li, Deng, Wang, Feng, "Pass-Join", VLDB 2011.
 """
@@ -17,26 +17,23 @@ from typing import Final
 from rapidfuzz.distance import Levenshtein
 
 SAME_TEXT: Final = 0.2
-"""Character error rate up to which two copies say the same."""
-_FEW: Final = 64  # texts that are compared each with each in less time than pieces of them take
-_SHORT: Final = 48  # letters up to which pieces tell texts apart; longer ones have too many
+"""Maximum character error rate between the texts of two copies."""
+_FEW: Final = 64  # texts up to which comparing all pairs is faster than the index of pieces
+_SHORT: Final = 48  # letters up to which pieces distinguish texts; longer texts have too many pieces
 _ROUNDING: Final = 1e-9
 
 
 def agree(first: str, second: str) -> bool:
-    """Whether two texts say the same."""
+    """Return whether two texts agree up to ``SAME_TEXT``."""
     return bool(Levenshtein.normalized_distance(first, second, score_cutoff=SAME_TEXT) <= SAME_TEXT)
 
 
 def similar_texts(numbers: Sequence[int], texts: Sequence[str]) -> Iterator[tuple[int, int]]:
-    """Pairs among some texts that may agree; every pair that does is among them.
+    """Yield pairs of texts that may agree, in any order, including all pairs that do.
 
     Args:
-        numbers: Which texts.
-        texts: All.
-
-    Yields:
-        Two of ``numbers``, which pair comes in no certain order.
+        numbers: Indices of the texts to compare.
+        texts: All texts.
     """
     ordered = sorted(numbers, key=lambda number: (len(texts[number]), number))
     if len(ordered) <= _FEW:
@@ -48,7 +45,7 @@ def similar_texts(numbers: Sequence[int], texts: Sequence[str]) -> Iterator[tupl
 
 
 def _by_length(ordered: Sequence[int], texts: Sequence[str], start: int) -> Iterator[tuple[int, int]]:
-    """Pairs whose lengths allow it, of which the longer one stands at ``start`` or later."""
+    """Yield the pairs whose lengths allow agreement, with the longer text at ``start`` or later."""
     for place, first in enumerate(ordered):
         longest = len(texts[first]) / (1 - SAME_TEXT) + _ROUNDING
         for second in islice(ordered, max(place + 1, start), None):
@@ -58,7 +55,7 @@ def _by_length(ordered: Sequence[int], texts: Sequence[str], start: int) -> Iter
 
 
 def _by_pieces(ordered: Sequence[int], texts: Sequence[str]) -> Iterator[tuple[int, int]]:
-    """Pairs of texts, the shorter ones first, that have a piece in common."""
+    """Yield the pairs that share a piece; ``ordered`` has the shorter texts first."""
     index: dict[tuple[int, int, str], list[int]] = {}
     lengths: set[int] = set()
     for second in ordered:
@@ -70,7 +67,7 @@ def _by_pieces(ordered: Sequence[int], texts: Sequence[str]) -> Iterator[tuple[i
                 continue
             longer = len(text) - length
             for number, (start, end) in enumerate(_pieces(length)):
-                # Beyond these places the rest of the text would need more edits than are left.
+                # At other positions the rest of the text would need more edits than remain.
                 first, last = start - (edits - longer) // 2, start + (edits + longer) // 2
                 for place in range(max(0, first), min(last, len(text) - end + start) + 1):
                     met.update(index.get((length, number, text[place : place + end - start]), ()))
@@ -81,13 +78,13 @@ def _by_pieces(ordered: Sequence[int], texts: Sequence[str]) -> Iterator[tuple[i
 
 
 def _edits(length: int) -> int:
-    """Edits at most between two texts that agree, the longer of which has this length."""
+    """Return the maximum number of edits between agreeing texts, the longer of which has this length."""
     return math.floor(SAME_TEXT * length + _ROUNDING)
 
 
 @lru_cache(maxsize=1024)
 def _pieces(length: int) -> tuple[tuple[int, int], ...]:
-    """Where a text is cut: one piece more than there are edits to the longest text that may agree with it."""
+    """Return the pieces of a text: one more than the edits to the longest text that may agree with it."""
     count = _edits(math.floor(length / (1 - SAME_TEXT) + _ROUNDING)) + 1
     edges = [length * number // count for number in range(count + 1)]
     return tuple(pairwise(edges))

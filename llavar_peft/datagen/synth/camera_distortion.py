@@ -1,4 +1,4 @@
-"""What a camera does to a page: turned, tilted, shadowed, blurred, grainy, compressed. Boxes go along exactly."""
+"""Photograph a page: rotation, perspective, shadow, blur, noise and compression, with the boxes moved exactly."""
 
 from __future__ import annotations
 
@@ -11,27 +11,26 @@ from typing import TYPE_CHECKING, Final, Literal, TypeAlias
 import numpy as np
 from PIL import Image, ImageFilter
 
-from llavar_peft.datagen.synth.scene import Quad
-from llavar_peft.datagen.synth.text_colours import Colour
+from llavar_peft.datagen.synth.scene import Colour, Quad
 
 if TYPE_CHECKING:
     import numpy.typing as npt
 
-_Seen: TypeAlias = Literal["light", "heavy"]
+_CameraLevel: TypeAlias = Literal["light", "heavy"]
 _Span: TypeAlias = tuple[float, float]
 
 
 @dataclass(frozen=True, slots=True)
 class _Strength:
-    """Ranges that a level draws from.
+    """Ranges of a level's properties.
 
     Attributes:
-        turn: Degrees at most, either way.
-        tilt: How far a corner moves, as a share of the width.
+        turn: Maximum rotation in degrees, in either direction.
+        tilt: Maximum displacement of a corner as a fraction of the width.
         shadow: Brightness lost in the deepest shadow, 0 to 1.
         blur: Radius in thousandths of the width.
         noise: Standard deviation in levels of 255.
-        quality: Of the JPEG file.
+        quality: JPEG quality.
     """
 
     turn: float
@@ -42,7 +41,7 @@ class _Strength:
     quality: tuple[int, int]
 
 
-_LEVELS: Final[dict[_Seen, _Strength]] = {
+_LEVELS: Final[dict[_CameraLevel, _Strength]] = {
     "light": _Strength(2.0, 0.008, (0.0, 0.2), (0.0, 0.6), (0.0, 4.0), (75, 95)),
     "heavy": _Strength(7.0, 0.03, (0.2, 0.45), (0.3, 1.0), (4.0, 12.0), (40, 75)),
 }
@@ -50,18 +49,18 @@ _LEVELS: Final[dict[_Seen, _Strength]] = {
 
 @dataclass(frozen=True, slots=True)
 class Camera:
-    """One photograph's properties, drawn beforehand.
+    """Properties of one photograph.
 
     Attributes:
-        corners: Where the page's corners lie, clockwise from the top left, in pixels of the photograph.
-        height: Of the photograph in pixels; its width is the page's.
+        corners: The page's corners in the photograph, clockwise from the top left, in pixels.
+        height: Height of the photograph in pixels; its width is the page's.
         desk: Colour around the page.
         shadow: Brightness lost in the deepest shadow.
-        light: Direction that the shadow falls, in degrees.
+        light: Direction of the shadow in degrees.
         blur: Radius in pixels.
         noise: Standard deviation in levels of 255.
         grain: Seed of the noise.
-        quality: Of the JPEG file.
+        quality: JPEG quality.
     """
 
     corners: Quad
@@ -75,17 +74,14 @@ class Camera:
     quality: int
 
 
-def draw_camera(level: _Seen, rng: Random, width: int, height: int) -> Camera:
-    """Draw a photograph's properties.
+def draw_camera(level: _CameraLevel, rng: Random, width: int, height: int) -> Camera:
+    """Draw the properties of a photograph that shows the whole page and has its width.
 
     Args:
-        level: How strong.
-        rng: Where they come from.
-        width: Of the page in pixels.
-        height: Of the page in pixels.
-
-    Returns:
-        The properties. The photograph shows the whole page and is as wide as it.
+        level: Strength of the distortions.
+        rng: Source of the random choices.
+        width: Width of the page in pixels.
+        height: Height of the page in pixels.
     """
     strength = _LEVELS[level]
     angle = radians(rng.uniform(-strength.turn, strength.turn))
@@ -112,15 +108,7 @@ def draw_camera(level: _Seen, rng: Random, width: int, height: int) -> Camera:
 
 
 def photograph(page: Image.Image, camera: Camera) -> Image.Image:
-    """Take the photograph, all but its compression.
-
-    Args:
-        page: RGB.
-        camera: Its properties, drawn for a page of this size.
-
-    Returns:
-        RGB, as wide as the page.
-    """
+    """Return the photograph of an RGB page before compression, with properties drawn for a page of its size."""
     back = homography(camera.corners, _corners(page.width, page.height))
     size = page.width, camera.height
     image = page.transform(
@@ -133,13 +121,13 @@ def photograph(page: Image.Image, camera: Camera) -> Image.Image:
 
 
 def move_quads(quads: Sequence[Quad], page_size: tuple[int, int], camera: Camera) -> list[Quad]:
-    """Say where quadrilaterals of a page are in its photograph; a projection keeps their edges straight."""
+    """Return the positions of a page's quadrilaterals in its photograph; a projection keeps edges straight."""
     forth = homography(_corners(*page_size), camera.corners)
     return [_moved(quad, forth) for quad in quads]
 
 
 def homography(source: Quad, target: Quad) -> npt.NDArray[np.float64]:
-    """The projection that takes four corners to four others, float64 ``[3, 3]`` with 1 at its end."""
+    """Return the projection of four corners to four others, float64 ``[3, 3]`` with 1 as the last element."""
     rows, values = [], []
     for (x, y), (u, v) in zip(source, target, strict=True):
         rows += [[x, y, 1, 0, 0, 0, -u * x, -u * y], [0, 0, 0, x, y, 1, -v * x, -v * y]]
@@ -159,7 +147,7 @@ def _corners(width: int, height: int) -> Quad:
 
 
 def _shadow(camera: Camera, width: int, height: int) -> npt.NDArray[np.float32]:
-    """Brightness that is left, float32 ``[H, W]``: full at one side, least at the other, falling smoothly."""
+    """Return the remaining brightness, float32 ``[H, W]``, decreasing smoothly from one side to the other."""
     x_W, y_H = np.linspace(-1, 1, width, dtype=np.float32), np.linspace(-1, 1, height, dtype=np.float32)
     along_HW = x_W[None, :] * cos(radians(camera.light)) + y_H[:, None] * sin(radians(camera.light))
     depth_HW = np.clip((along_HW + 1.5) / 3, 0, 1)

@@ -1,13 +1,12 @@
-"""The detailed style's kinds of image: what they say, and where. Sizes are shares of the image's width."""
+"""The detailed style: text and layout of each kind of image. Sizes are fractions of the image's width."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from random import Random
 
-from llavar_peft.datagen.synth.scene import Align, Pen, Scene, Shape
+from llavar_peft.datagen.synth.scene import Align, Colour, Pen, Scene, Shape, draw_colours, draw_paper
 from llavar_peft.datagen.synth.synth_settings import SynthKind
-from llavar_peft.datagen.synth.text_colours import Colour, draw_colours, draw_paper
 from llavar_peft.datagen.synth.vocabulary import (
     Vocabulary,
     draw_code,
@@ -22,17 +21,12 @@ from llavar_peft.datagen.synth.vocabulary import (
 
 
 def draw_detailed(kind: SynthKind, rng: Random, width: int, words: Vocabulary, faces: Sequence[str]) -> Scene:
-    """Invents an image.
+    """Return the scene of an image of a kind, with words of a language.
 
     Args:
-        kind: Of which kind.
-        rng: Where every choice comes from.
+        rng: Source of all random choices.
         width: Pixels.
-        words: The language's.
-        faces: Fonts that can write it.
-
-    Returns:
-        The image, not yet drawn.
+        faces: Fonts that have all its letters.
     """
     layouts: dict[SynthKind, Callable[[Pen], Scene]] = {
         "receipts": _receipt,
@@ -84,7 +78,7 @@ def _receipt(pen: Pen) -> Scene:
 
 
 def _row(pen: Pen, label: str, value: str, face: str, size: int, left: float, right: float) -> None:
-    """A label at the left and a value at the right, shrunk until both have room."""
+    """Write a label on the left and a value on the right, reduced in size until both fit."""
     fitted = pen.fit(f"{label}    {value}", face, size, right - left)
     pen.write(label, face, fitted, left, right, "left")
     pen.write(value, face, fitted, left, right, "right")
@@ -92,7 +86,7 @@ def _row(pen: Pen, label: str, value: str, face: str, size: int, left: float, ri
 
 
 def _rule(pen: Pen, shapes: list[Shape], left: float, right: float, size: float) -> None:
-    """A line across, which ends a paragraph."""
+    """Draw a horizontal line, which ends a paragraph."""
     y = round(pen.y + 0.3 * size)
     shapes.append(Shape("line", (round(left), y, round(right), y), pen.ink, max(1, round(size * 0.06))))
     pen.gap(0.8 * size)

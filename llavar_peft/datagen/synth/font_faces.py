@@ -1,10 +1,10 @@
-"""Fonts: the packaged ones, so that drawing does not depend on the machine, and those of a folder of the user's.
+"""Fonts: packaged ones, so that drawing does not depend on the machine, and optionally those of a user's folder.
 
-What a font cannot write it draws as an empty box, without a word; so each is asked for every letter beforehand.
-The packaged ones are six DejaVu faces, licence beside them, for Latin, Greek and Cyrillic, cut down by
+A font silently draws an empty box for a letter that it lacks, so every font is checked for all letters beforehand.
+The packaged ones are six DejaVu faces for Latin, Greek and Cyrillic (the licence is next to them), subset by
 ``pyftsubset --no-hinting --layout-features='' --unicodes=U+0020-007E,U+00A0-017F,U+0384-03CE,U+0400-045F,U+0490-0491,
-U+2013-2014,U+2018-201E,U+2026,U+20AC,U+2116``. Their hints and kerning must stay away: the shipped tiny parts have
-learnt from what they draw.
+U+2013-2014,U+2018-201E,U+2026,U+20AC,U+2116``. Hints and kerning must not be added: the packaged tiny models were
+trained on images drawn without them.
 """
 
 from __future__ import annotations
@@ -29,38 +29,38 @@ FONT_NAMES: Final = (
 """The packaged faces."""
 
 CAP_HEIGHT: Final = 0.73
-"""Height of a capital letter, as a share of the font size (DejaVu; most Latin faces lie between 0.66 and 0.74)."""
+"""Height of a capital letter as a fraction of the font size (DejaVu; 0.66 to 0.74 in most Latin faces)."""
 
 SUFFIXES: Final = (".ttf", ".otf", ".ttc")
 _UNIT: Final = 100  # size in pixels at which letters are measured
-_SMALLEST_ASKED: Final = 40  # pixels at which two glyphs are told apart
-_NO_CHARACTER: Final = "\U0010fffe"  # never assigned: what a font draws for it, it draws for all that it lacks
+_COMPARED_SIZE: Final = 40  # pixels at which glyphs are compared
+_NO_CHARACTER: Final = "\U0010fffe"  # never assigned: drawn like any letter that a font lacks
 
 
 @lru_cache(maxsize=len(FONT_NAMES))
 def packaged_face(name: str) -> str:
-    """The file of a packaged face."""
+    """Return the file of a packaged face."""
     return str(resources.files("llavar_peft") / "assets" / "fonts" / f"{name}.ttf")
 
 
 def list_faces(folder: Path | None, alphabet: str) -> tuple[str, ...]:
-    """Find fonts that can write every letter of an alphabet.
+    """Return the files of fonts that have every letter of an alphabet.
 
     Args:
-        folder: Of further fonts, searched with all below it; None for the packaged ones alone.
+        folder: Additional fonts in it and its subfolders; None for the packaged ones alone.
         alphabet: The letters.
 
     Returns:
-        Files, the packaged ones first, then the folder's by name.
+        The packaged ones first, then the folder's by name.
 
     Raises:
-        DataError: None can, or a font or the folder cannot be read.
+        DataError: No font has all letters, or a font or the folder cannot be read.
     """
     packaged = [packaged_face(name) for name in FONT_NAMES]
     given: list[str] = []
     if folder is not None:
         if not folder.is_dir():
-            raise DataError.at(str(folder), "is not a folder of fonts", f"give one with {', '.join(SUFFIXES)} files")
+            raise DataError.at(str(folder), "is not a folder of fonts", f"use one with {', '.join(SUFFIXES)} files")
         given = [str(path) for path in sorted(folder.rglob("*")) if path.suffix.lower() in SUFFIXES]
     lacking = {face: missing_letters(face, alphabet) for face in (*packaged, *given)}
     able = tuple(face for face, missing in lacking.items() if not missing)
@@ -69,28 +69,25 @@ def list_faces(folder: Path | None, alphabet: str) -> tuple[str, ...]:
         raise DataError.at(
             str(folder or "fonts"),
             f"no font has all letters ({Path(nearest).name} lacks {missing[:20]!r})",
-            "give a folder with a font that does",
+            "use a folder with a font that has them",
         )
     return able
 
 
 def missing_letters(face: str, alphabet: str) -> str:
-    """The letters that a font cannot write. Raises ``DataError``: the font cannot be read."""
-    font = open_face(face, _SMALLEST_ASKED)
-    empty = _drawn(font, _NO_CHARACTER)
-    return "".join(letter for letter in alphabet if _drawn(font, letter) == empty)
+    """Return the letters that a font lacks. Raises ``DataError`` if it cannot be read."""
+    font = open_face(face, _COMPARED_SIZE)
+    empty = _glyph(font, _NO_CHARACTER)
+    return "".join(letter for letter in alphabet if _glyph(font, letter) == empty)
 
 
 @lru_cache(maxsize=512)
 def open_face(face: str, size: int) -> ImageFont.FreeTypeFont:
-    """Open a font.
+    """Open a font with Pillow's basic layout engine, because the other one is not in every build.
 
     Args:
-        face: Its file.
+        face: The file.
         size: Em in pixels.
-
-    Returns:
-        The font; laid out by Pillow's own engine, since the other one is not in every build.
 
     Raises:
         DataError: It cannot be read.
@@ -102,17 +99,17 @@ def open_face(face: str, size: int) -> ImageFont.FreeTypeFont:
 
 
 def text_width(text: str, face: str) -> float:
-    """A text's advance width in a packaged face, which has no kerning, as a multiple of the font size."""
+    """Return a text's advance width in a packaged face, which has no kerning, as a multiple of the font size."""
     return sum(_advance(letter, face) for letter in text) / _UNIT
 
 
 @lru_cache(maxsize=1 << 12)
 def _advance(letter: str, face: str) -> float:
-    """In 64ths of a pixel, so that sums of it are exact."""
+    """Return the advance width, a multiple of 1/64, so that sums are exact."""
     return open_face(face, _UNIT).getlength(letter)
 
 
-def _drawn(font: ImageFont.FreeTypeFont, letter: str) -> tuple[tuple[int, int], bytes]:
+def _glyph(font: ImageFont.FreeTypeFont, letter: str) -> tuple[tuple[int, int], bytes]:
     try:
         mask = font.getmask(letter)
     except OSError as error:
@@ -121,4 +118,4 @@ def _drawn(font: ImageFont.FreeTypeFont, letter: str) -> tuple[tuple[int, int], 
 
 
 def _unreadable(face: str, error: OSError) -> LlavarError:
-    return DataError.at(face, f"cannot be read as a font ({error})", "take it out of the folder")
+    return DataError.at(face, f"cannot be read as a font ({error})", "remove it from the folder")

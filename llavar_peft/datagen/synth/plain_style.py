@@ -1,11 +1,10 @@
 """The plain style: few large letters on flat colours, which 12 x 12 patches can resolve. The quickstart's images.
 
-Every string that a question asks for is random, so a model that has not read the image cannot answer. Letters that
-several faces draw alike are left out of the random strings: no O, I and Q beside 0 and 1. Words stand at free places;
-the one promise is legibility: a line's letters are on average at least ``SMALLEST_PITCH`` of the image's longer side
-apart.
+Every string that a question asks for is random, so that a model cannot answer without reading the image. Random strings
+omit O, I and Q, which resemble 0 and 1. The layout is free except for legibility: the letters of a line are on average
+at least ``SMALLEST_PITCH`` of the image's longer side apart.
 
-The shipped tiny parts have learnt from these images: what is drawn for a kind, a seed and a number stays as it is.
+The packaged tiny models were trained on these images: the image of a kind, a seed and a number must not change.
 """
 
 from __future__ import annotations
@@ -16,9 +15,9 @@ from random import Random
 from typing import Final, TypeAlias
 
 from llavar_peft.datagen.synth.font_faces import packaged_face, text_width
-from llavar_peft.datagen.synth.scene import PlacedLine, Scene, Shape
+from llavar_peft.datagen.synth.scene import Colour, PlacedLine, Scene, Shape, draw_colours
 from llavar_peft.datagen.synth.synth_settings import LEAST_PLAIN, SynthKind
-from llavar_peft.datagen.synth.text_colours import Colour, draw_colours
+from llavar_peft.datagen.synth.vocabulary import draw_number, draw_price
 
 CAPITALS: Final = "ABCDEFGHJKLMNPRSTUVWXYZ"
 DIGITS: Final = "0123456789"
@@ -28,28 +27,24 @@ ITEMS: Final = (
 )  # fmt: skip
 
 SMALLEST_PITCH: Final = 0.085
-"""Smallest average distance of neighbouring letters, as a share of the longer side: 10.2 of 120 pixels."""
+"""Minimum average distance of neighbouring letters as a fraction of the longer side: 10.2 of 120 pixels."""
 
 SMALLEST_SIZE: Final = 0.125
-"""Smallest font size, as a share of the longer side: 15 of 120 pixels."""
+"""Minimum font size as a fraction of the longer side: 15 of 120 pixels."""
 
 LARGEST: Final = 1.8
-"""Greatest size of letters, as a multiple of the smallest: what a tower that sees 3 x 3 patches at once can tell."""
+"""Maximum size as a multiple of the minimum: what a vision tower that attends to 3 x 3 patches can recognize."""
 
 _BLACK: Final[Colour] = (0, 0, 0)
 _WHITE: Final[Colour] = (255, 255, 255)
 
 
 def draw_plain(kind: SynthKind, rng: Random, longest: int) -> Scene:
-    """Invents an image with its colours.
+    """Return the scene of an image, in colour.
 
     Args:
-        kind: One of the style's.
-        rng: Where every choice comes from.
-        longest: Greatest length of the longer side in pixels.
-
-    Returns:
-        The image, not yet drawn.
+        rng: Source of all random choices.
+        longest: Maximum length of the longer side in pixels.
     """
     scene = draw_layout(kind, rng, longest=longest, largest=LARGEST)
     scene.paper, ink = draw_colours(rng)
@@ -69,18 +64,14 @@ def draw_layout(
     largest: float = 2.6,
     most_items: int = 1,
 ) -> Scene:
-    """Invents an image's text, questions and arrangement, in black on white.
+    """Return the text, questions and layout of an image, in black on white.
 
     Args:
-        kind: One of the style's.
-        rng: Where every choice comes from.
-        shortest: Least length of the longer side in pixels.
-        longest: Greatest length of the longer side in pixels.
-        largest: Greatest size of a single word's letters, as a multiple of the smallest that is legible.
-        most_items: Items on a receipt at most, beside its total.
-
-    Returns:
-        The image, not yet drawn.
+        rng: Source of all random choices.
+        shortest: Minimum length of the longer side in pixels.
+        longest: Maximum length of the longer side in pixels.
+        largest: Maximum size of a single word as a multiple of the smallest legible size.
+        most_items: Maximum number of items on a receipt, not counting its total.
     """
     while True:
         rows, questions = _receipt(rng, most_items) if kind == "receipts" else _CONTENT[kind](rng)
@@ -96,14 +87,6 @@ def _word(rng: Random, low: int, high: int) -> str:
     return "".join(rng.choices(CAPITALS, k=rng.randint(low, high)))
 
 
-def _number(rng: Random, length: int) -> str:
-    return rng.choice(DIGITS[1:]) + "".join(rng.choices(DIGITS, k=length - 1))
-
-
-def _price(rng: Random, longest: int) -> str:
-    return f"{_number(rng, rng.randint(1, longest))}.{''.join(rng.choices(DIGITS, k=2))}"
-
-
 _Content: TypeAlias = tuple[list[str], list[tuple[str, str]]]
 
 
@@ -112,7 +95,7 @@ def _sign(rng: Random) -> _Content:
     lines = list(words)
     asked = [(rng.choice(("What does the sign say?", "Which words are on the sign?")), " ".join(words))]
     if rng.random() < 0.6:
-        number = _number(rng, rng.randint(2, 4))
+        number = draw_number(rng, rng.randint(2, 4))
         lines.append(number)
         asked.append(("Which number is on the sign?", number))
     return lines, asked
@@ -143,8 +126,8 @@ def _poster(rng: Random) -> _Content:
 def _receipt(rng: Random, most_items: int = 1) -> _Content:
     shop = _word(rng, 4, 7)
     items = rng.sample(ITEMS, rng.randint(1, most_items))
-    prices = [_price(rng, 1) for _ in items]
-    total = _price(rng, 2)
+    prices = [draw_price(rng, rng.randint(1, 1)) for _ in items]  # randint(1, 1) advances the generator
+    total = draw_price(rng, rng.randint(1, 2))
     asked = [
         (rng.choice(("What is the name of the shop?", "Which shop is this receipt from?")), shop),
         (rng.choice(("What is the total?", "How much was paid in total?")), total),
@@ -163,7 +146,7 @@ _CONTENT: Final[dict[SynthKind, Callable[[Random], _Content]]] = {
 
 
 def _smallest(text: str, face: str, long_side: int) -> float:
-    """Font size below which a line is not legible, in pixels."""
+    """Return the smallest font size at which a line is legible, in pixels."""
     letters = "".join(character for character in text if character.isalnum())
     pitch = text_width(letters, face) / len(letters)
     return long_side * max(SMALLEST_SIZE, SMALLEST_PITCH / pitch)
@@ -172,7 +155,7 @@ def _smallest(text: str, face: str, long_side: int) -> float:
 def _place(
     rng: Random, rows: list[str], face: str, width: int, height: int, *, largest: float
 ) -> list[PlacedLine] | None:
-    """Try one arrangement; None where it does not fit."""
+    """Return one layout, None if it does not fit."""
     long_side, margin = max(width, height), 0.02 * max(width, height)
     room = width - 2 * margin
     sizes: list[int] = []
@@ -198,7 +181,7 @@ def _place(
 def _stack(
     rng: Random, rows: list[str], sizes: list[int], face: str, spacing: float, area: tuple[float, float, float]
 ) -> list[PlacedLine] | None:
-    """Stand the rows on top of each other, at a free height; `area` is left, right and the free height."""
+    """Stack the rows at a random height; ``area`` is left, right and the free height."""
     left, right, free = area
     widths = [text_width(row.replace("\t", "  "), face) * size for row, size in zip(rows, sizes, strict=True)]
     if max(widths) > right - left:

@@ -1,4 +1,4 @@
-"""An image before it is drawn, and a pen that places text on it."""
+"""An image before it is drawn, a pen that places text on it, and colours with enough contrast."""
 
 from __future__ import annotations
 
@@ -10,28 +10,48 @@ from typing import Final, Literal, TypeAlias
 from PIL import Image, ImageDraw
 
 from llavar_peft.datagen.synth.font_faces import open_face
-from llavar_peft.datagen.synth.text_colours import Colour
 from llavar_peft.datagen.synth.vocabulary import Vocabulary
 
+Colour: TypeAlias = tuple[int, int, int]
 Quad: TypeAlias = tuple[tuple[float, float], tuple[float, float], tuple[float, float], tuple[float, float]]
 Align: TypeAlias = Literal["left", "centre", "right"]
 
 SMALLEST: Final = 9
-"""Font size in pixels below which nothing is written."""
+"""Minimum font size in pixels."""
+_MIN_CONTRAST: Final = 110
+
+
+def draw_colours(rng: Random) -> tuple[Colour, Colour]:
+    """Draw a background and an ink whose brightness differs by at least 110 of 255."""
+    while True:
+        background, ink = _draw_colour(rng), _draw_colour(rng)
+        if rng.random() < 0.4:
+            background, ink = rng.choice((((250, 250, 245), (20, 20, 24)), ((15, 18, 30), (245, 245, 240))))
+        if abs(_luma(background) - _luma(ink)) >= _MIN_CONTRAST:
+            return background, ink
+
+
+def draw_paper(rng: Random) -> tuple[Colour, Colour]:
+    """Draw an almost white background and a dark ink."""
+    shade = rng.randint(232, 255)
+    dark = rng.randint(10, 70)
+    return (shade, shade, shade - rng.randint(0, 14)), (dark, dark, dark)
+
+
+def _luma(colour: Colour) -> float:
+    return 0.299 * colour[0] + 0.587 * colour[1] + 0.114 * colour[2]
+
+
+def _draw_colour(rng: Random) -> Colour:
+    return rng.randint(0, 255), rng.randint(0, 255), rng.randint(0, 255)
 
 
 @dataclass(frozen=True, slots=True)
 class PlacedLine:
-    """A line of text with its place.
+    """A line of text at its position in pixels, in a font whose file is ``face`` and whose em is ``size`` pixels.
 
     Attributes:
-        text: What it says.
-        face: The font's file.
-        size: Em in pixels.
-        left: Where the pen starts, in pixels.
-        baseline: In pixels from the top.
-        ink: Its colour.
-        block: Number of the paragraph that it belongs to.
+        block: Number of its paragraph.
     """
 
     text: str
@@ -43,25 +63,20 @@ class PlacedLine:
     block: int
 
     def draw(self, image: Image.Image) -> Quad:
-        """Write the text and returns the corners of its ink, clockwise from the top left, in pixels."""
-        # As ImageDraw.text does it, which keeps the mask to itself; the font's getbbox counts the space before the ink.
-        mask, offset = open_face(self.face, self.size).getmask2(self.text, "L", anchor="ls")
-        x, y = self.left + offset[0], self.baseline + offset[1]
-        image.im.paste(self.ink, (x, y, x + mask.size[0], y + mask.size[1]), mask)
-        left, top, right, bottom = mask.getbbox() or (0, 0, 0, 0)
+        """Draw the text and return the corners of its ink, clockwise from the top left, in pixels."""
+        font = open_face(self.face, self.size)
+        extent = [round(edge) for edge in font.getbbox(self.text, anchor="ls")]
+        mask = Image.new("L", (extent[2] - extent[0], extent[3] - extent[1]))
+        ImageDraw.Draw(mask).text((-extent[0], -extent[1]), self.text, 255, font, anchor="ls")
+        x, y = self.left + extent[0], self.baseline + extent[1]
+        image.paste(self.ink, (x, y), mask)
+        left, top, right, bottom = mask.getbbox() or (0, 0, 0, 0)  # the extent also includes space before the ink
         return (x + left, y + top), (x + right, y + top), (x + right, y + bottom), (x + left, y + bottom)
 
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """An ornament: a line, a frame or a filled area.
-
-    Attributes:
-        kind: Which.
-        box: Left, top, right, bottom in pixels.
-        colour: Of it.
-        thickness: Of a line or frame, in pixels.
-    """
+    """An ornament; ``box`` is left, top, right, bottom in pixels, and ``thickness`` that of a line or frame."""
 
     kind: Literal["line", "frame", "area", "ellipse"]
     box: tuple[int, int, int, int]
@@ -71,16 +86,7 @@ class Shape:
 
 @dataclass(kw_only=True)
 class Scene:
-    """What stands where.
-
-    Attributes:
-        width: Pixels.
-        height: Pixels.
-        paper: The background's colour.
-        lines: The text, in reading order.
-        shapes: Ornaments, under the text.
-        questions: What may be asked, with the answers.
-    """
+    """Contents of an image: lines in reading order over ornaments, and questions about it with their answers."""
 
     width: int
     height: int
@@ -90,7 +96,7 @@ class Scene:
     questions: list[tuple[str, str]] = field(default_factory=list)
 
     def draw(self) -> tuple[Image.Image, list[Quad]]:
-        """Return the image, RGB, and where each line's ink is."""
+        """Return the RGB image and the corners of each line's ink."""
         image = Image.new("RGB", (self.width, self.height), self.paper)
         canvas = ImageDraw.Draw(image)
         for shape in self.shapes:
@@ -107,17 +113,14 @@ class Scene:
 
 @dataclass
 class Pen:
-    """Writes lines below each other; a new paragraph begins with ``gap``.
+    """Writes lines below each other; ``gap`` begins a new paragraph.
 
     Attributes:
-        rng: Where all choices come from.
-        words: The language's.
+        rng: Source of all random choices.
         faces: Fonts to choose from.
-        width: Of the image, in pixels.
-        ink: Colour.
-        y: Where the next line's top is, in pixels.
-        block: Number of the paragraph.
-        lines: What was written.
+        width: Width of the image in pixels.
+        y: Top of the next line in pixels.
+        block: Number of the current paragraph.
     """
 
     rng: Random
@@ -130,24 +133,24 @@ class Pen:
     lines: list[PlacedLine] = field(default_factory=list)
 
     def gap(self, pixels: float) -> None:
-        """Leaves space and begins a new paragraph."""
+        """Leave space and begin a new paragraph."""
         self.y += pixels
         self.block += 1
 
     def fit(self, text: str, face: str, size: float, room: float) -> int:
-        """The size, or a smaller one at which a text fits into a width; at least ``SMALLEST``."""
+        """Return the size, or a smaller one at which the text fits into a width; at least ``SMALLEST``."""
         wide = open_face(face, 100).getlength(text) / 100
         return max(SMALLEST, int(min(size, room / max(wide, 1e-6))))
 
     def write(self, text: str, face: str, size: int, left: float, right: float, align: Align = "left") -> None:
-        """Write one line between two edges at ``y``; ``y`` stays, so that others can stand beside it."""
+        """Write one line between two edges at ``y`` without advancing ``y``, so that others can be side by side."""
         slack = right - left - open_face(face, size).getlength(text)
         start = left + slack * {"left": 0.0, "centre": 0.5, "right": 1.0}[align]
         line = PlacedLine(text, face, size, round(start), round(self.y + 0.8 * size), self.ink, self.block)
         self.lines.append(line)
 
     def line(self, text: str, face: str, size: float, left: float, right: float, align: Align = "left") -> None:
-        """Write one line, smaller if need be, and goes on to the next."""
+        """Write one line, reduced in size if necessary, and advance to the next."""
         fitted = self.fit(text, face, size, right - left)
         self.write(text, face, fitted, left, right, align)
         self.y += 1.3 * fitted
@@ -155,7 +158,7 @@ class Pen:
     def wrapped(
         self, text: str, face: str, size: int, left: float, right: float, align: Align = "left", pitch: float = 1.3
     ) -> None:
-        """Write a paragraph, broken where the width ends; ``pitch`` is the distance of lines in sizes."""
+        """Write a paragraph wrapped to the width; ``pitch`` is the line distance in multiples of the size."""
         font, row = open_face(face, size), ""
         for word in text.split():
             longer = f"{row} {word}".strip()

@@ -1,4 +1,4 @@
-"""What is drawn."""
+"""Settings of synthetic images."""
 
 from __future__ import annotations
 
@@ -17,30 +17,31 @@ KINDS: Final[dict[Style, tuple[SynthKind, ...]]] = {
     "detailed": ("receipts", "covers", "signs", "documents", "posters"),
     "plain": ("signs", "covers", "posters", "receipts"),
 }
-"""The kinds of image that each style has, in the order in which they take turns."""
+"""The kinds of image of each style, in the order in which they alternate."""
 
 LEAST_PLAIN: Final = 192
-"""Least length of a plain image's longer side in pixels."""
+"""Minimum length of a plain image's longer side in pixels."""
 
 _WIDTHS: Final[dict[Style, int]] = {"detailed": 768, "plain": 448}
 
 
 @dataclass(frozen=True, kw_only=True)
 class SynthSettings:
-    """What is drawn. Images are the same with the same settings, whatever their number and the order of drawing.
+    """Settings of synthetic images. An image depends only on them and its number, not on the number of images.
 
     Attributes:
         style: ``"detailed"``: small print and words of a language; ``"plain"``: few large letters, random strings.
-        kinds: Which take turns; none for all of the style.
-        seed: Another one gives other images.
-        width: Of each image in pixels; of a plain one the most that its longer side has. None: 768, plain 448.
-        distort: What a camera does to it.
-        languages: Which take turns, each after all kinds.
-        fonts: A folder of further fonts.
-        task: What a record asks: all text, one question, or all questions as a conversation.
+        kinds: Kinds of image that alternate; empty for all of the style.
+        seed: Seed of all random choices.
+        width: Width of each image in pixels; for a plain one the maximum length of its longer side. None for the
+            style's default, 768 or 448 for plain images.
+        distort: Strength of the camera's distortions.
+        languages: Languages that alternate, each for one round of kinds.
+        fonts: A folder of additional fonts.
+        task: What a record asks for: all text, one question, or all questions as a conversation.
 
     Raises:
-        ConfigError: The style has no such kind, or cannot be drawn so.
+        ConfigError: A value is invalid, or not available for the style.
     """
 
     style: Style = "detailed"
@@ -53,32 +54,32 @@ class SynthSettings:
     task: Task = "transcribe"
 
     def __post_init__(self) -> None:
-        """Reject what does not exist, and what the style does not have."""
-        _choose("style", self.style, tuple(KINDS))
-        _choose("distort", self.distort, get_args(Level))
-        _choose("task", self.task, get_args(Task))
+        """Check the values, and that the style supports them."""
+        _check_choice("style", self.style, tuple(KINDS))
+        _check_choice("distort", self.distort, get_args(Level))
+        _check_choice("task", self.task, get_args(Task))
         for kind in self.kinds:
-            _choose(f"kind of the style {self.style}", kind, KINDS[self.style])
+            _check_choice(f"kind of the style {self.style}", kind, KINDS[self.style])
         if self.style == "detailed":
             return
         if self.languages != ("en",):
-            raise ConfigError.at("language", "plain pictures are English", "leave it out, or draw detailed ones")
+            raise ConfigError.at("language", "plain images are in English", "omit it, or use the detailed style")
         if self.fonts is not None:
-            raise ConfigError.at("fonts", "plain pictures have their own", "leave it out, or draw detailed ones")
+            raise ConfigError.at("fonts", "plain images use fixed fonts", "omit it, or use the detailed style")
         if self.pixels < LEAST_PLAIN:
-            raise ConfigError.at("width", f"is {self.pixels}", f"give plain pictures {LEAST_PLAIN} or more")
+            raise ConfigError.at("width", f"is {self.pixels}", f"use at least {LEAST_PLAIN} for plain images")
 
     @property
     def turns(self) -> tuple[SynthKind, ...]:
-        """The kinds that take turns."""
+        """The kinds that alternate."""
         return self.kinds or KINDS[self.style]
 
     @property
     def pixels(self) -> int:
-        """The width, or the style's own."""
+        """The width, or the style's default."""
         return _WIDTHS[self.style] if self.width is None else self.width
 
 
-def _choose(where: str, value: str, there: tuple[str, ...]) -> None:
-    if value not in there:
-        raise ConfigError.at(where, f"is {value!r}", f"use one of {', '.join(there)}")
+def _check_choice(where: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ConfigError.at(where, f"is {value!r}", f"use one of {', '.join(choices)}")

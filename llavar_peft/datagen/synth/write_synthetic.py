@@ -1,4 +1,4 @@
-"""Many synthetic images with their records and their truth, by several processes."""
+"""Write synthetic images with their records and ground truth, using several processes."""
 
 from __future__ import annotations
 
@@ -16,26 +16,25 @@ from pathlib import Path
 from typing import Any, Final
 
 from llavar_peft.atomic_files import write_json, write_text
-from llavar_peft.datagen.synth.drawn_page import describe_page, draw_page
+from llavar_peft.datagen.synth.drawn_page import draw_page
+from llavar_peft.datagen.synth.synth_record import describe_page
 from llavar_peft.datagen.synth.synth_settings import SynthSettings
 from llavar_peft.errors import EnvironmentFaultError
 
 IMAGES: Final = "images"
 RECORDS: Final = "records.json"
 TRUTH: Final = "truth.jsonl"
-_FEW: Final = 32  # images that one process draws in less time than others take to start
+_FEW: Final = 32  # images up to which one process is faster than starting others
 
 
 @dataclass(frozen=True, slots=True)
 class SynthResult:
-    """What was written.
+    """Files written by ``write_synthetic``.
 
     Attributes:
-        records: The records' file.
-        truth: A line for each image, with every line's text and box.
-        images: The folder that the records' paths start from.
-        image_count: How many.
-        lines: Lines of text in them.
+        truth: JSON lines with the text and box of every line of each image.
+        images: The folder of the images.
+        lines: Number of lines of text in all images.
     """
 
     records: Path
@@ -52,28 +51,23 @@ def write_synthetic(
     workers: int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> SynthResult:
-    """Draw images and writes them with their records and their truth.
+    """Draw images and write them with their records and ground truth.
 
     Args:
-        out: Gets ``images/``, ``records.json`` and ``truth.jsonl``, the last two when all images are there.
-        count: How many.
-        settings: What is drawn; None for the defaults.
-        workers: Processes; None is one for each CPU. Their number changes nothing that is written.
-        progress: Called with (images drawn, images in all).
-
-    Returns:
-        What was written.
+        out: Folder that gets ``images/`` and, when all images are complete, ``records.json`` and ``truth.jsonl``.
+        workers: Number of processes, None for one per CPU. It does not affect the result.
+        progress: Called with the number of images drawn and in total.
 
     Raises:
-        ConfigError: There are no words of a language.
-        DataError: No font can write a language, or a font cannot be read.
-        EnvironmentFaultError: Something cannot be written.
+        ConfigError: A language has no vocabulary.
+        DataError: No font has all letters of a language, or a font cannot be read.
+        EnvironmentFaultError: A file cannot be written.
     """
     settings = settings or SynthSettings()
     records, truths = [], []
     try:
         (out / IMAGES).mkdir(parents=True, exist_ok=True)
-        for done, (record, truth) in enumerate(_drawn(out, count, settings, workers or os.cpu_count() or 1), 1):
+        for done, (record, truth) in enumerate(_draw_all(out, count, settings, workers or os.cpu_count() or 1), 1):
             records.append(record)
             truths.append(truth)
             if progress is not None:
@@ -82,38 +76,40 @@ def write_synthetic(
         write_json(out / RECORDS, records)
     except OSError as error:
         raise EnvironmentFaultError.at(
-            str(error.filename or out), f"cannot be written ({error.strerror})", "free some space, or write elsewhere"
+            str(error.filename or out),
+            f"cannot be written ({error.strerror})",
+            "free some space, or choose another folder",
         ) from error
     lines = sum(len(truth["lines"]) for truth in truths)
     return SynthResult(out / RECORDS, out / TRUTH, out / IMAGES, len(records), lines)
 
 
-def _drawn(
+def _draw_all(
     out: Path, count: int, settings: SynthSettings, workers: int
 ) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
-    draw = partial(_draw, out / IMAGES, settings)
+    draw = partial(_draw_and_save, out / IMAGES, settings)
     if workers == 1 or count <= _FEW:
         yield from map(draw, range(count))
         return
     with ProcessPoolExecutor(
         workers,
         _context(),
-        initializer=signal.signal,  # Ctrl-C is for the parent to answer
+        initializer=signal.signal,  # the parent handles Ctrl-C
         initargs=(signal.SIGINT, signal.SIG_IGN),
     ) as pool:
         yield from pool.map(draw, range(count), chunksize=8)
 
 
 def _context() -> BaseContext:
-    """How processes start: forked ones at once, but only a process of one thread may fork safely.
+    """Return ``fork`` if this process has a single thread, which makes it safe and is fast, otherwise ``spawn``.
 
-    Spawned ones import everything anew and run the caller's script once more.
+    Spawned processes import all modules again, and also run the caller's script again.
     """
     alone = sys.platform == "linux" and len(os.listdir("/proc/self/task")) == 1
     return get_context("fork" if alone else "spawn")
 
 
-def _draw(images: Path, settings: SynthSettings, index: int) -> tuple[dict[str, Any], dict[str, Any]]:
+def _draw_and_save(images: Path, settings: SynthSettings, index: int) -> tuple[dict[str, Any], dict[str, Any]]:
     name, data, record, truth = describe_page(draw_page(settings, index), index, settings)
     (images / name).write_bytes(data)
     return record, truth

@@ -1,1 +1,1 @@
-"""GPT-4, or another model, as a judge of answers."""
+"""GPT-4, or another language model, as a judge of answers."""

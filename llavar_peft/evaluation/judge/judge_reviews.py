@@ -1,11 +1,10 @@
-"""Reviews, as the original's judge wrote them, and what they come to.
+"""Reviews by a judge, in the original's file format, and their summary.
 
 A line is ``{"id", "question_id", "answer1_id", "answer2_id", "category", "content", "tuple": [reference's, ours]}``.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any, Final
 import numpy as np
 
 from llavar_peft.atomic_files import dump_json, write_text
+from llavar_peft.data.json_lines import read_json_lines
 from llavar_peft.errors import DataError
 from llavar_peft.evaluation.vqa.confidence_intervals import ratio_intervals
 
@@ -25,19 +25,17 @@ Scores = tuple[float, float]
 
 @dataclass(frozen=True, slots=True)
 class Review:
-    """What the judge said of one question.
+    """The judge's review of one question.
 
     Attributes:
-        id: Its place, from 1.
-        question_id: The question's.
-        answer1_id: The reference's answer.
-        answer2_id: Our answer.
-        category: Which rule it was judged by.
-        content: The judge's words.
-        scores: Read from them; None where no reply could be read.
-        swapped_content: The judge's words on our answer first, where it was asked.
-        swapped_scores: Read from these, the reference's first again.
-        how: Who judged, and how our answer was got, as far as it is known: names with values.
+        id: Position, from 1.
+        answer1_id: Id of the reference's answer.
+        answer2_id: Id of our answer.
+        content: The judge's reply.
+        scores: Parsed from the reply; None if it contains none.
+        swapped_content: The judge's reply to the swapped order, if it was asked.
+        swapped_scores: Parsed from that reply, the reference's first.
+        settings: The judge's settings, and how our answer was generated, as far as that is known.
     """
 
     id: int
@@ -49,25 +47,25 @@ class Review:
     scores: Scores | None
     swapped_content: str | None = None
     swapped_scores: Scores | None = None
-    how: Mapping[str, Any] = field(default_factory=dict)
+    settings: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
 class Category:
-    """What the reviews of one kind of question come to.
+    """Figures over the reviews of one kind of question.
 
     Attributes:
         name: The kind; ``"all"`` for all of them.
-        reviews: How many have scores.
+        reviews: Number of reviews with scores.
         reference: Mean score of the reference, to three places as in the original.
-        ours: Mean score of ours.
-        ratio: Ours in percent of the reference's: the ratio of the means, not the mean of ratios; None where the
-            reference got nothing.
+        ours: Mean score of our answers.
+        ratio: Ours in percent of the reference's: the ratio of the means, not the mean of ratios; None if the
+            reference's mean is 0.
         low: Lower end of the ratio's 95 % bootstrap interval.
-        high: Upper end.
+        high: Upper end of that interval.
+        both_orders: Number of reviews with scores in both orders, on which the next two figures are based.
         swapped_ratio: The ratio with our answer shown first.
-        both_orders: How many have scores in both orders; the next two are of these.
-        agreement: Percent of the questions whose better answer, or tie, is the same in both orders.
+        agreement: Percentage of questions with the same better answer, or a tie, in both orders.
     """
 
     name: str
@@ -84,13 +82,13 @@ class Category:
 
 @dataclass(frozen=True, slots=True)
 class Summary:
-    """What a file of reviews comes to.
+    """Figures over a file of reviews.
 
     Attributes:
-        categories: In the file's order, and all of them last.
-        unscored: Questions whose review has no scores, or not in the order that was asked for a second time; what is
-            missing enters nothing.
-        settings: Who judged, and how our answers were got: each way that occurs.
+        categories: In the file's order, ``"all"`` last.
+        unscored: Questions without scores, or without scores in the swapped order although it was asked. Missing
+            scores enter no figure.
+        settings: The distinct settings of the reviews.
     """
 
     categories: tuple[Category, ...]
@@ -98,18 +96,12 @@ class Summary:
     settings: tuple[Mapping[str, Any], ...] = ()
 
     def as_dict(self) -> dict[str, Any]:
-        """The same, ready for JSON."""
+        """Return the figures as a JSON-ready dictionary."""
         return asdict(self)
 
 
 def summarize_reviews(reviews: Sequence[Review]) -> Summary:
-    """Take the figures that the paper gives.
-
-    Args:
-        reviews: Of one model.
-
-    Returns:
-        Means and their ratio for each kind of question.
+    """Compute the paper's figures from the reviews of one model.
 
     Raises:
         DataError: No review has scores.
@@ -118,14 +110,14 @@ def summarize_reviews(reviews: Sequence[Review]) -> Summary:
     """
     scored = [review for review in reviews if review.scores is not None]
     if not scored:
-        raise DataError.at("reviews", f"none of {len(reviews)} has scores", "look at what the judge replied")
+        raise DataError.at("reviews", f"none of {len(reviews)} has scores", "check the judge's replies")
     names = list(dict.fromkeys(review.category for review in scored))
-    kinds = [(name, [review for review in scored if review.category == name]) for name in names]
-    ways = [dict(review.how) for review in reviews]
+    groups = [(name, [review for review in scored if review.category == name]) for name in names]
+    settings = [dict(review.settings) for review in reviews]
     return Summary(
-        tuple(_category(name, members) for name, members in [*kinds, (ALL, scored)]),
+        tuple(_summarize_category(name, members) for name, members in [*groups, (ALL, scored)]),
         tuple(review.question_id for review in reviews if _lacks_scores(review)),
-        tuple(how for place, how in enumerate(ways) if how and how not in ways[:place]),
+        tuple(one for place, one in enumerate(settings) if one and one not in settings[:place]),
     )
 
 
@@ -133,9 +125,10 @@ def _lacks_scores(review: Review) -> bool:
     return review.scores is None or (review.swapped_content is not None and review.swapped_scores is None)
 
 
-def _category(name: str, reviews: Sequence[Review]) -> Category:
-    table = np.array([review.scores for review in reviews], dtype=float)
-    reference, ours = (round(float(mean), 3) for mean in table.mean(axis=0))
+def _summarize_category(name: str, reviews: Sequence[Review]) -> Category:
+    scores = [review.scores for review in reviews if review.scores is not None]
+    table = np.array(scores, dtype=float)
+    reference, ours, ratio = _means_and_ratio(scores)
     ((low, high),) = ratio_intervals(table[:, 1:], table[:, :1])
     both = [(review.scores, review.swapped_scores) for review in reviews if review.scores and review.swapped_scores]
     same = sum(_better(one) == _better(other) for one, other in both)
@@ -144,18 +137,18 @@ def _category(name: str, reviews: Sequence[Review]) -> Category:
         reviews=len(reviews),
         reference=reference,
         ours=ours,
-        ratio=round(100 * ours / reference, 1) if reference else None,
+        ratio=ratio,
         low=100 * low if reference else None,
         high=100 * high if reference else None,
         both_orders=len(both),
-        swapped_ratio=_ratio([other for _, other in both]) if both else None,
+        swapped_ratio=_means_and_ratio([other for _, other in both])[2] if both else None,
         agreement=round(100 * same / len(both), 1) if both else None,
     )
 
 
-def _ratio(scores: Sequence[Scores]) -> float | None:
+def _means_and_ratio(scores: Sequence[Scores]) -> tuple[float, float, float | None]:
     reference, ours = (round(float(mean), 3) for mean in np.mean(np.array(scores, dtype=float), axis=0))
-    return round(100 * ours / reference, 1) if reference else None
+    return reference, ours, round(100 * ours / reference, 1) if reference else None
 
 
 def _better(scores: Scores) -> int:
@@ -163,12 +156,12 @@ def _better(scores: Scores) -> int:
 
 
 def write_reviews(reviews: Sequence[Review], path: Path) -> None:
-    """Write reviews in the original's form; ``tuple`` is null where there are no scores, never [-1, -1]."""
-    write_text(path, "".join(dump_json(_plain(review)) + "\n" for review in reviews))
+    """Write reviews in the original's format; ``tuple`` is null for a review without scores, never [-1, -1]."""
+    write_text(path, "".join(dump_json(_as_json(review)) + "\n" for review in reviews))
 
 
-def _plain(review: Review) -> dict[str, Any]:
-    plain: dict[str, Any] = {
+def _as_json(review: Review) -> dict[str, Any]:
+    value: dict[str, Any] = {
         "id": review.id,
         "question_id": review.question_id,
         "answer1_id": review.answer1_id,
@@ -178,52 +171,43 @@ def _plain(review: Review) -> dict[str, Any]:
         "tuple": review.scores,
     }
     if review.swapped_content is not None:
-        plain["swapped"] = {"content": review.swapped_content, "tuple": review.swapped_scores}
-    if review.how:
-        plain["metadata"] = dict(review.how)
-    return plain
+        value["swapped"] = {"content": review.swapped_content, "tuple": review.swapped_scores}
+    if review.settings:
+        value["metadata"] = dict(review.settings)
+    return value
 
 
 def read_reviews(path: str | Path) -> tuple[Review, ...]:
-    """Read reviews, the original's or ours.
+    """Read reviews written by the original or by ``write_reviews``.
 
-    Args:
-        path: JSON lines.
-
-    Returns:
-        The reviews. The original writes [-1, -1] for a reply that it could not read: these have no scores here.
+    The original writes [-1, -1] for a reply that it could not parse; such a review has no scores here.
 
     Raises:
-        DataError: It cannot be read, or a line is no review.
+        DataError: The file cannot be read, or a line is not a review.
     """
-    try:
-        lines = Path(path).read_text(encoding="utf-8").split("\n")  # not splitlines: words may hold U+2028
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError.at(str(path), f"cannot be read ({error})", "correct the path") from error
-    return tuple(_read(line, f"{path}:{number}") for number, line in enumerate(lines, 1) if line.strip())
+    return tuple(_from_json(value, where) for where, value in read_json_lines(Path(path)))
 
 
-def _read(line: str, where: str) -> Review:
+def _from_json(value: Any, where: str) -> Review:
     try:
-        plain = json.loads(line)
-        swapped = plain.get("swapped") or {}
+        swapped = value.get("swapped") or {}
         return Review(
-            id=int(plain["id"]),
-            question_id=plain["question_id"],
-            answer1_id=plain["answer1_id"],
-            answer2_id=plain["answer2_id"],
-            category=str(plain["category"]),
-            content=str(plain["content"]),
-            scores=_scores(plain["tuple"]),
+            id=int(value["id"]),
+            question_id=value["question_id"],
+            answer1_id=value["answer1_id"],
+            answer2_id=value["answer2_id"],
+            category=str(value["category"]),
+            content=str(value["content"]),
+            scores=_read_scores(value["tuple"]),
             swapped_content=swapped.get("content"),
-            swapped_scores=_scores(swapped.get("tuple")),
-            how=dict(plain.get("metadata") or {}),
+            swapped_scores=_read_scores(swapped.get("tuple")),
+            settings=dict(value.get("metadata") or {}),
         )
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise DataError.at(where, f"is no review ({error!r})", "write or fetch the file again") from error
+        raise DataError.at(where, f"is not a review ({error!r})", "correct the file, or download it again") from error
 
 
-def _scores(value: Any) -> Scores | None:
+def _read_scores(value: Any) -> Scores | None:
     if value is None:
         return None
     first, second = (float(number) for number in value)

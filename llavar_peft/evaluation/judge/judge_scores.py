@@ -1,4 +1,4 @@
-"""Reading a judge's two scores, its refusal, or neither: a score that is wrong is worse than one asked for again."""
+"""Parse a judge's two scores strictly: a wrong score is worse than asking the judge again."""
 
 from __future__ import annotations
 
@@ -23,23 +23,16 @@ _REFUSAL: Final = re.compile(
 )
 _HIGHEST: Final = 10
 _ORDERS: Final = frozenset({"..", "1.2.", ".1.2", "12.."})
-"""Of labels and scores (a dot): which score is whose is plain in these alone."""
+"""Unambiguous orders of labels and scores, with a dot for each score."""
 
 
 def parse_scores(reply: str) -> Scores | None:
-    """Read the two scores that a judge was told to begin with.
+    """Return the first and the second score at the beginning of a reply, or None.
 
-    ``8 9``, ``8, 9.5``, ``8/10 9/10``, ``**8 9**`` and ``Assistant 1: 8, Assistant 2: 9`` are, on one line or on two,
-    in a list, in a fence, or below a heading that names scores. Numbers within a sentence are not, nor what lies
-    outside the scale, nor scores in the wrong order, nor anything that two readers could read in two ways. Scores with
-    words behind them on their line (``8 9 Both are good``) are not either: the judge was told to give them a line of
-    their own, and the original refuses such a line too. The judge is asked again.
-
-    Args:
-        reply: The judge's words.
-
-    Returns:
-        The first and the second score, or None.
+    Accepted forms are ``8 9``, ``8, 9.5``, ``8/10 9/10``, ``**8 9**`` and ``Assistant 1: 8, Assistant 2: 9``, on one
+    line or two, in a list, in a code fence, or below a heading that mentions scores. Rejected are numbers inside a
+    sentence, numbers outside the scale, scores in the wrong order, anything ambiguous, and scores followed by text on
+    the same line (``8 9 Both are good``), which the original rejects too.
 
     Source: LLaVA, eval_gpt_review_visual.py, parse_score.
     """
@@ -49,7 +42,7 @@ def parse_scores(reply: str) -> Scores | None:
     order, numbers = "", list[float]()
     for line in lines:
         tokens = _tokens(line)
-        if tokens is None or (len(numbers) == 2 and not any(number for _, number in tokens)):  # the reasons begin
+        if tokens is None or (len(numbers) == 2 and not any(number for _, number in tokens)):  # the explanation begins
             break
         for label, number in tokens:
             order += label or "."
@@ -60,19 +53,12 @@ def parse_scores(reply: str) -> Scores | None:
 
 
 def is_refusal(reply: str) -> bool:
-    """Whether a judge says in plain words that it will not judge.
-
-    Args:
-        reply: The judge's words, in which there are no scores.
-
-    Returns:
-        Whether they begin as refusals do.
-    """
+    """Return whether a reply without scores begins as a refusal does."""
     return _REFUSAL.match(reply) is not None
 
 
 def _tokens(line: str) -> list[tuple[str, str]] | None:
-    """The labels and the numbers of a line that holds nothing else, each as (label, number); else None."""
+    """Return the labels and numbers of a line as (label, number) pairs; None if it contains anything else."""
     listed = _LISTED.match(line)
     rest = line[listed.end() :] if listed else line
     found = [(one[1] or "", one[2] or "") for one in _TOKEN.finditer(_OUT_OF.sub("", rest))]
@@ -80,5 +66,5 @@ def _tokens(line: str) -> list[tuple[str, str]] | None:
         return None
     if listed is None:
         return found
-    # A list's own number is a label, where what it lists has none.
+    # The number of a list item is a label unless the item has one.
     return found if _LABEL.search(rest) else [(listed[1], ""), *found]

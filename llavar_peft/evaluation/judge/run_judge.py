@@ -1,4 +1,4 @@
-"""Having all cases judged: several at once, each once, and what came of it."""
+"""Judge many cases, several at the same time and each prompt only once."""
 
 from __future__ import annotations
 
@@ -7,23 +7,23 @@ from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from typing import Final
 
-from llavar_peft.evaluation.judge.judge_cases import Case
+from llavar_peft.evaluation.judge.judge_cases import JudgeCase
 from llavar_peft.evaluation.judge.judge_client import Judge, JudgeConfig, JudgeVerdict
 from llavar_peft.evaluation.judge.judge_reviews import Review
 
-_REJECTED_IN_A_ROW: Final = 5  # after which it is the judge's settings that are wrong, not the questions
+_MAX_REJECTIONS: Final = 5  # in a row: then the configuration is wrong, not the questions
 
 
 @dataclass(frozen=True, slots=True)
 class Judged:
-    """What a judge found.
+    """Reviews of all cases, and what they took.
 
     Attributes:
         reviews: One for each case, in order.
-        sent: Replies that were asked for.
-        known: Replies that an earlier run had.
-        malformed: Replies without scores; they were asked for again.
-        refused: Refusals, counted apart; they were asked for again, but for requests that the endpoint would not take.
+        sent: Number of requests that were answered.
+        known: Number of prompts whose reply was kept from an earlier run.
+        malformed: Number of replies that are neither scores nor refusals.
+        refused: Number of refusals and rejected requests.
     """
 
     reviews: tuple[Review, ...]
@@ -34,33 +34,31 @@ class Judged:
 
 
 def judge_cases(
-    cases: Sequence[Case],
+    cases: Sequence[JudgeCase],
     judge: Judge,
     *,
     swap: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> Judged:
-    """Has all cases judged.
+    """Have all cases judged.
 
     Args:
-        cases: What to judge.
-        judge: By whom.
-        swap: Whether each is judged a second time with our answer shown first.
-        progress: Called with (replies had, replies in all).
+        swap: Whether to judge each case a second time with our answer shown first.
+        progress: Called with the number of verdicts so far and in total.
 
     Returns:
-        The reviews. A case that no attempt gave scores for has none.
+        The reviews. A case for which no reply contained scores has none.
 
     Raises:
-        ConfigError: The endpoint refuses, or will not take several requests in a row.
-        EnvironmentFaultError: It cannot be reached. What was judged is kept; running again goes on from there.
+        ConfigError: The endpoint denies access, or rejects several requests in a row.
+        EnvironmentFaultError: The endpoint cannot be reached. Replies are kept: run again to resume.
     """
     tasks = [(case, swapped) for case in cases for swapped in ((False, True) if swap else (False,))]
-    # The same question twice would be paid for twice, were both asked at once.
+    # Equal prompts are asked once: asked at the same time, each would be paid for.
     prompts = list(dict.fromkeys(case.prompt(swapped=swapped) for case, swapped in tasks))
     with ThreadPoolExecutor(judge.config.concurrency) as pool:
-        asked = {pool.submit(judge.ask, prompt): prompt for prompt in prompts}
-        verdicts = _collect(asked, pool, progress)
+        futures = {pool.submit(judge.ask, prompt): prompt for prompt in prompts}
+        verdicts = _collect(futures, pool, progress)
     reviews = [
         _review(
             number, case, verdicts[case.prompt()], verdicts[case.prompt(swapped=True)] if swap else None, judge.config
@@ -78,31 +76,27 @@ def judge_cases(
 
 
 def _collect(
-    asked: dict[Future[JudgeVerdict], str], pool: ThreadPoolExecutor, progress: Callable[[int, int], None] | None
+    futures: dict[Future[JudgeVerdict], str], pool: ThreadPoolExecutor, progress: Callable[[int, int], None] | None
 ) -> dict[str, JudgeVerdict]:
     verdicts: dict[str, JudgeVerdict] = {}
     rejected = 0
     try:
-        for done, future in enumerate(as_completed(asked), 1):
-            verdict = verdicts[asked[future]] = future.result()
+        for done, future in enumerate(as_completed(futures), 1):
+            verdict = verdicts[futures[future]] = future.result()
             rejected = rejected + 1 if verdict.rejection is not None else 0
-            if verdict.rejection is not None and rejected == min(_REJECTED_IN_A_ROW, len(asked)):
+            if verdict.rejection is not None and rejected == min(_MAX_REJECTIONS, len(futures)):
                 raise verdict.rejection
             if progress is not None:
-                progress(done, len(asked))
+                progress(done, len(futures))
     except BaseException:
-        pool.shutdown(wait=False, cancel_futures=True)  # those under way end, and are kept
+        pool.shutdown(wait=False, cancel_futures=True)  # requests in flight still finish and are kept
         raise
     return verdicts
 
 
-def _review(number: int, case: Case, verdict: JudgeVerdict, swapped: JudgeVerdict | None, judge: JudgeConfig) -> Review:
-    how = {
-        "judge_model": judge.model,
-        "judge_temperature": judge.temperature,
-        "judge_max_tokens": judge.max_tokens,
-        **case.ours.how,
-    }
+def _review(
+    number: int, case: JudgeCase, verdict: JudgeVerdict, swapped: JudgeVerdict | None, judge: JudgeConfig
+) -> Review:
     other = swapped.scores if swapped is not None else None
     return Review(
         id=number,
@@ -114,5 +108,10 @@ def _review(number: int, case: Case, verdict: JudgeVerdict, swapped: JudgeVerdic
         scores=verdict.scores,
         swapped_content=swapped.content if swapped is not None else None,
         swapped_scores=(other[1], other[0]) if other is not None else None,
-        how=how,
+        settings={
+            "judge_model": judge.model,
+            "judge_temperature": judge.temperature,
+            "judge_max_tokens": judge.max_tokens,
+            **case.ours.settings,
+        },
     )

@@ -1,4 +1,4 @@
-"""Asking a model a whole data set, in batches, so that a run that was killed goes on where it was."""
+"""Ask a model the questions of a data set in batches, with a journal from which an interrupted run resumes."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from llavar_peft.atomic_files import dump_json, write_text
+from llavar_peft.data.resume_journal import ResumeJournal
 from llavar_peft.errors import ConfigError, DataError, Fault, ImageError
 from llavar_peft.evaluation.vqa.scored_results import Setting
 from llavar_peft.evaluation.vqa.vqa_questions import VqaQuestion
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from llavar_peft.inference.reader import Reader
 
 QUESTION_PLACE: Final = "{question}"
-"""Where the question stands in a prompt."""
+"""Placeholder of the question in a prompt."""
 _SHOWN: Final = 5
 
 
@@ -31,50 +31,50 @@ def answer_questions(
     log: Path,
     progress: Callable[[int, int], None] | None = None,
 ) -> tuple[VqaQuestion, ...]:
-    """Ask a model every question, and keeps each batch of answers on disk as soon as it is there.
+    """Ask a model every question and append each batch of answers to a journal.
 
     Args:
         reader: The model.
-        questions: What to ask, in this order.
-        roots: Where the images are.
+        questions: Asked in this order.
+        roots: Folders of the images.
         setting: With prompt, image mode, temperature, batch size and length.
-        log: JSON lines: the setting, then an answer each. Answers that are there, of the same questions in the same
-            setting, are not asked for again; sampled ones come out as if the run had not been interrupted.
-        progress: Called with (questions done, questions in all).
+        log: The journal: the setting, then one answer per line. Its answers are not asked for again; sampled answers
+            are those of an uninterrupted run.
+        progress: Called with the number of questions done and in total.
 
     Returns:
         The questions with their answers.
 
     Raises:
-        ConfigError: The log is of another setting or other questions, or the setting lacks something.
+        ConfigError: The journal has other settings or other questions, or the setting is incomplete.
         ImageError: An image is missing, broken, or outside its folder.
-        DataError: The log is damaged.
+        DataError: The journal is damaged.
     """
     prompt, size, tokens = setting.prompt, setting.batch_size, setting.max_new_tokens
     if prompt is None or QUESTION_PLACE not in prompt:
-        raise ConfigError.at("prompt", f"has no {QUESTION_PLACE} (got {prompt!r})", f"write {QUESTION_PLACE} in it")
+        raise ConfigError.at("prompt", f"has no {QUESTION_PLACE} (got {prompt!r})", f"put {QUESTION_PLACE} into it")
     if size is None or size < 1 or tokens is None:
-        raise ConfigError.at("batch_size", "the setting lacks it, or max_new_tokens", "give both")
+        raise ConfigError.at("batch_size", "it or max_new_tokens is not set", "set both")
     _check_images(questions, roots)
-    answers = _resume(log, _header(questions, setting), size, len(questions))
-    for start in range(len(answers), len(questions), size):
-        if progress is not None:
-            progress(start, len(questions))
-        batch = questions[start : start + size]
-        answered = _ask(reader, batch, roots, setting, start)
-        lines = [
-            {
-                "id": one.id,
-                "question": one.question,
-                "answer": answer,
-                "gt_answers": one.truths,
-                "image_path": one.image,
-            }
-            for one, answer in zip(batch, answered, strict=True)
-        ]
-        with log.open("a", encoding="utf-8") as file:
-            file.write("".join(dump_json(line) + "\n" for line in lines))
-        answers += answered
+    with ResumeJournal(log, _heading(questions, setting)) as journal:
+        answers = _read_answers(journal, size, len(questions))
+        for start in range(len(answers), len(questions), size):
+            if progress is not None:
+                progress(start, len(questions))
+            batch = questions[start : start + size]
+            answered = _ask(reader, batch, roots, setting, start)
+            lines = [
+                {
+                    "id": one.id,
+                    "question": one.question,
+                    "answer": answer,
+                    "gt_answers": one.truths,
+                    "image_path": one.image,
+                }
+                for one, answer in zip(batch, answered, strict=True)
+            ]
+            journal.append(*lines)
+            answers += answered
     if progress is not None:
         progress(len(questions), len(questions))
     return tuple(replace(question, answer=answer) for question, answer in zip(questions, answers, strict=True))
@@ -92,13 +92,13 @@ def _ask(reader: Reader, batch: Sequence[VqaQuestion], roots: ImageRoots, settin
         image_mode=setting.image_mode,
         temperature=setting.temperature or 0.0,
         top_k=setting.top_k or 0,
-        # By place, so that the answers after an interruption are those of an uninterrupted run.
+        # Derived from the place, so that a resumed run samples what an uninterrupted one would.
         seed=None if setting.seed is None else setting.seed + start,
     )
 
 
 def _check_images(questions: Sequence[VqaQuestion], roots: ImageRoots) -> None:
-    """Find what is missing before a GPU waits for it."""
+    """Check that all images exist before any question is asked."""
     faults: list[Fault] = []
     for path in dict.fromkeys(question.image for question in questions):
         if path is None:
@@ -112,50 +112,23 @@ def _check_images(questions: Sequence[VqaQuestion], roots: ImageRoots) -> None:
         raise ImageError("\n".join(str(fault) for fault in faults[:_SHOWN]) + more, faults)
 
 
-def _header(questions: Sequence[VqaQuestion], setting: Setting) -> dict[str, Any]:
-    asked = hashlib.sha256()
+def _heading(questions: Sequence[VqaQuestion], setting: Setting) -> dict[str, Any]:
+    digest = hashlib.sha256()
     for question in questions:
-        asked.update(json.dumps([question.id, question.question, question.image]).encode())
-    # Where the model lies does not matter, what it is does; nor does a batch where nothing is drawn.
-    leave_out = {"model"} if setting.temperature else {"model", "seed", "batch_size", "top_k"}
-    how = {key: value for key, value in asdict(setting).items() if key not in leave_out}
-    return {"setting": how, "questions": asked.hexdigest()[:16]}  # the keys are question_files.LOG_HEADER
+        digest.update(json.dumps([question.id, question.question, question.image]).encode())
+    # The model is identified by its hash, not its path; greedy answers do not depend on seed and batch size.
+    left_out = {"model"} if setting.temperature else {"model", "seed", "batch_size", "top_k"}
+    settings = {key: value for key, value in asdict(setting).items() if key not in left_out}
+    return {"setting": settings, "questions": digest.hexdigest()[:16]}  # the keys are benchmark_files.LOG_HEADER
 
 
-def _resume(log: Path, header: dict[str, Any], batch_size: int, total: int) -> list[str]:
-    """Return the answers of whole batches; what follows them, written half or not needed, is dropped."""
-    text = log.read_text(encoding="utf-8") if log.is_file() else ""
-    lines = text.split("\n")[:-1]
-    if not lines:
-        log.parent.mkdir(parents=True, exist_ok=True)
-        write_text(log, json.dumps(header) + "\n")
-        return []
-    found = _decoded(lines[0], log, 1)
-    if found != header:
-        raise ConfigError.at(
-            str(log),
-            f"holds answers that were got otherwise ({_difference(found, header)})",
-            "give another --out, or delete this file to ask again",
-        )
-    whole = len(lines) - 1 if len(lines) - 1 == total else (len(lines) - 1) // batch_size * batch_size
-    answers = [_decoded(line, log, number) for number, line in enumerate(lines[1 : 1 + whole], 2)]
-    write_text(log, "".join(line + "\n" for line in lines[: 1 + whole]))
-    return [str(answer["answer"]) for answer in answers]
-
-
-def _decoded(line: str, log: Path, number: int) -> dict[str, Any]:
-    try:
-        value = json.loads(line)
-    except ValueError as error:
-        raise DataError.at(f"{log}:{number}", f"is not JSON ({error})", "delete the file to ask again") from error
-    if not isinstance(value, dict) or not {"answer", "setting"} & set(value):
-        raise DataError.at(f"{log}:{number}", "is no answer", "delete the file to ask again")
-    return value
-
-
-def _difference(found: dict[str, Any], expected: dict[str, Any]) -> str:
-    ours, theirs = expected["setting"], found.get("setting")
-    if not isinstance(theirs, dict):
-        return "it is another file"
-    changed = [f"{key}: {theirs.get(key)!r}, now {ours[key]!r}" for key in ours if theirs.get(key) != ours[key]]
-    return "; ".join(changed) or "other questions"
+def _read_answers(journal: ResumeJournal, batch_size: int, total: int) -> list[str]:
+    """Return the answers of complete batches, and remove what follows them from the journal."""
+    entries = list(journal.entries())
+    kept = len(entries) if len(entries) == total else len(entries) // batch_size * batch_size
+    if kept < len(entries):
+        journal.truncate(entries[kept][0])
+    for number, (_, entry) in enumerate(entries[:kept], 2):
+        if "answer" not in entry:
+            raise DataError.at(f"{journal.path}:{number}", "is not an answer", "delete the file, and run again")
+    return [str(entry["answer"]) for _, entry in entries[:kept]]

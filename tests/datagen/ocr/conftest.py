@@ -1,4 +1,4 @@
-"""Folders of images, made once."""
+"""Folders of images, created once."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from llavar_peft.datagen.synth.write_synthetic import write_synthetic
 
 @pytest.fixture(scope="session")
 def signs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Five signs, a smaller copy of one of them, a blank page, two files that are no images."""
+    """Return a folder of five signs, a smaller copy of one of them, a blank page, and two files that are not images."""
     root = tmp_path_factory.mktemp("signs")
     images = write_synthetic(root, 5, SynthSettings(kinds=("signs",), width=420, seed=4), workers=1).images
     (images / "more").mkdir()

@@ -1,4 +1,4 @@
-"""From a folder to records: what is kept, what is said of the rest, and that a killed run goes on."""
+"""Building records from a folder: what is kept, what the report says, and that a killed run is resumed."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from llavar_peft.constants import OCR_INSTRUCTIONS
 from llavar_peft.data.check_records import check_records
 from llavar_peft.data.image_preparation import ImageRoots
 from llavar_peft.data.record_store import open_records
-from llavar_peft.datagen.ocr.build_records import BuildSettings, build_records, journal_path, report_path
-from llavar_peft.datagen.ocr.quality_filter import QualityLimits
-from llavar_peft.datagen.ocr.read_folder import ReadingSettings, bring_short_edge
-from llavar_peft.datagen.ocr.resume_journal import ResumeJournal
+from llavar_peft.data.resume_journal import ResumeJournal
+from llavar_peft.datagen.ocr.build_ocr_records import BuildSettings, build_records, journal_path, report_path
+from llavar_peft.datagen.ocr.ocr_quality import QualityLimits
+from llavar_peft.datagen.ocr.read_image_folder import ReadingSettings, bring_short_edge
 from llavar_peft.datagen.synth.synth_settings import SynthSettings
 from llavar_peft.datagen.synth.write_synthetic import write_synthetic
 from llavar_peft.errors import DataError, EnvironmentFaultError, ImageError
@@ -37,13 +37,13 @@ ALONE = BuildSettings(workers=1)
 
 @pytest.fixture(scope="module")
 def built(signs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Records of the folder, read by two processes."""
+    """Return the records of the folder, read by two processes."""
     out = tmp_path_factory.mktemp("built") / "records.json"
     build_records(signs, out, BuildSettings(workers=2))
     return out
 
 
-def test_what_is_kept_and_why_the_rest_is_not(signs: Path, built: Path) -> None:
+def test_good_images_are_kept_and_the_others_reported(signs: Path, built: Path) -> None:
     records = json.loads(built.read_text("utf-8"))
     report = json.loads(report_path(built).read_text("utf-8"))
     assert [record["image"] for record in records] == [
@@ -73,7 +73,7 @@ def test_records_are_in_the_released_format(built: Path) -> None:
         assert answered["value"]
 
 
-def test_a_benchmark_takes_the_letters_height_from_an_ocr_pass(
+def test_a_benchmark_takes_the_letter_height_from_an_ocr_build(
     built: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     records = json.loads(built.read_text("utf-8"))
@@ -89,7 +89,7 @@ def test_a_benchmark_takes_the_letters_height_from_an_ocr_pass(
     assert main([*command, "--heights", str(built)]) == 0
     heights = {one.id: one.letter_height for one in read_results(tmp_path / "results.json").records}
     assert heights.pop("other") is None
-    assert heights.pop(records[0]["id"]) == 10  # the data set's own
+    assert heights.pop(records[0]["id"]) == 10  # stated by the data set
     assert heights == {
         one["id"]: pytest.approx(one["text_height"] * 336 / max(one["image_width"], one["image_height"]))
         for one in records[1:]
@@ -104,7 +104,7 @@ def test_a_benchmark_takes_the_letters_height_from_an_ocr_pass(
 
 @pytest.mark.skipif(shutil.which("tesseract") is None, reason="the program tesseract is not installed")
 def test_two_engines_keep_what_both_read(tmp_path: Path) -> None:
-    """RapidOCR reads a page that stands on its head, Tesseract does not."""
+    """RapidOCR reads a page that is upside down, Tesseract does not."""
     images = write_synthetic(tmp_path, 1, SynthSettings(kinds=("covers",), width=420, seed=4)).images
     with Image.open(images / "covers_000000.png") as cover:
         cover.rotate(180).save(images / "turned.png")
@@ -117,7 +117,7 @@ def test_two_engines_keep_what_both_read(tmp_path: Path) -> None:
     report = json.loads((tmp_path / "both.report.json").read_text("utf-8"))
     assert set(report["reading"]["engines"]) == {"rapidocr", "tesseract"}
     assert [(drop["path"], drop["reason"]) for drop in report["drops"]] == [("turned.png", "engines_disagree")]
-    # Nothing is read again: RapidOCR's own reading of it is there, and is a record where a disagreement is let pass.
+    # Other limits read nothing again: with any disagreement allowed, RapidOCR's reading becomes a record.
     shutil.copy(journal_path(tmp_path / "both.json"), journal_path(tmp_path / "any.json"))
     more = ["--both", *alone, "--max-disagreement", "1"]
     assert main(["ocr", "build", str(images), "--out", str(tmp_path / "any.json"), *more]) == 0
@@ -132,7 +132,7 @@ def test_other_limits_read_nothing_again(signs: Path, built: Path, tmp_path: Pat
     assert (report.resumed, report.kept) == (report.images, 6)
 
 
-def test_a_torn_journal_goes_on(signs: Path, built: Path, tmp_path: Path) -> None:
+def test_an_incomplete_journal_is_resumed(signs: Path, built: Path, tmp_path: Path) -> None:
     out = tmp_path / "records.json"
     journal_path(out).write_bytes(journal_path(built).read_bytes()[:-300])
     report = build_records(signs, out, ALONE)
@@ -153,14 +153,14 @@ def test_a_changed_image_is_read_again(signs: Path, built: Path, tmp_path: Path)
     assert {drop.path for drop in report.drops if drop.reason == "duplicate"} == {"copy.jpg", "signs_000004.png"}
 
 
-def test_other_settings_are_refused(signs: Path, built: Path, tmp_path: Path) -> None:
+def test_other_settings_are_rejected(signs: Path, built: Path, tmp_path: Path) -> None:
     out = tmp_path / "records.json"
     shutil.copy(journal_path(built), journal_path(out))
     with pytest.raises(DataError, match="short_edge was 384 and is 0"):
         build_records(signs, out, replace(ALONE, reading=ReadingSettings(short_edge=0)))
 
 
-def test_a_broken_image_can_stop_the_work(signs: Path, built: Path, tmp_path: Path) -> None:
+def test_a_broken_image_can_stop_the_build(signs: Path, built: Path, tmp_path: Path) -> None:
     out = tmp_path / "records.json"
     stop = replace(ALONE, on_bad_image="stop")
     for _ in range(2):
@@ -169,7 +169,7 @@ def test_a_broken_image_can_stop_the_work(signs: Path, built: Path, tmp_path: Pa
         assert not out.exists()
 
 
-def test_a_killed_run_goes_on(signs: Path, built: Path, tmp_path: Path) -> None:
+def test_a_killed_run_is_resumed(signs: Path, built: Path, tmp_path: Path) -> None:
     out = tmp_path / "records.json"
     command = [sys.executable, "-m", "llavar_peft", "ocr", "build", str(signs), "--out", str(out), "--workers", "1"]
     running = subprocess.Popen(command, start_new_session=True)
@@ -192,25 +192,25 @@ def test_the_command_and_its_page(signs: Path, built: Path, tmp_path: Path, caps
     out = tmp_path / "records.json"
     shutil.copy(journal_path(built), journal_path(out))
     assert main(["ocr", "build", str(signs), "--out", str(out), "--script", "latin"]) == 0
-    said = capsys.readouterr().out
-    assert "records                     5" in said
-    assert "cannot be opened" in said
+    output = capsys.readouterr().out
+    assert "records                     5" in output
+    assert "cannot be opened" in output
     page = (tmp_path / "records.report.html").read_text("utf-8")
     assert page.count("<article>") == 8
     assert "http" not in page.replace("http-equiv", "")
     assert main(["data", "check", str(out), "--images", str(signs)]) == 0
 
 
-def test_no_record_at_all_is_an_error(signs: Path, built: Path, tmp_path: Path) -> None:
+def test_a_build_without_records_is_an_error(signs: Path, built: Path, tmp_path: Path) -> None:
     out = tmp_path / "records.json"
     shutil.copy(journal_path(built), journal_path(out))
-    with pytest.raises(DataError, match="no picture became a record"):
+    with pytest.raises(DataError, match="no image became a record"):
         build_records(signs, out, replace(ALONE, limits=QualityLimits(script="CYRILLIC")))
     with pytest.raises(ImageError, match="is not a folder"):
         build_records(tmp_path / "nowhere", out, ALONE)
 
 
-def test_two_runs_at_once_are_refused(tmp_path: Path) -> None:
+def test_two_simultaneous_runs_are_rejected(tmp_path: Path) -> None:
     with ResumeJournal(tmp_path / "j.jsonl", {"a": 1}) as journal:
         journal.append({"b": "ü"})
         with pytest.raises(EnvironmentFaultError, match="another process"):

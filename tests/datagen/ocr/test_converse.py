@@ -1,4 +1,4 @@
-"""Conversations by a model behind a local endpoint that fails, limits rates, and writes what models write."""
+"""Conversations by a model at a local endpoint that fails, limits rates, and replies as models do."""
 
 from __future__ import annotations
 
@@ -16,18 +16,17 @@ from hypothesis import strategies as st
 
 from llavar_peft.cli import main
 from llavar_peft.data.record_store import parse_record
-from llavar_peft.datagen.ocr.answer_grounding import find_ungrounded
-from llavar_peft.datagen.ocr.build_records import journal_path, make_ocr_record
-from llavar_peft.datagen.ocr.check_replies import check_reply
+from llavar_peft.data.resume_journal import ResumeJournal
+from llavar_peft.datagen.ocr.build_ocr_records import journal_path, make_ocr_record
+from llavar_peft.datagen.ocr.check_replies import check_reply, find_ungrounded
 from llavar_peft.datagen.ocr.make_conversations import (
     ConverseReport,
     ConverseSettings,
     make_conversations,
     read_captions,
 )
-from llavar_peft.datagen.ocr.ocr_lines import OcrLine
-from llavar_peft.datagen.ocr.openai_client import Endpoint
-from llavar_peft.datagen.ocr.resume_journal import ResumeJournal
+from llavar_peft.datagen.ocr.ocr_engines import OcrLine
+from llavar_peft.datagen.openai_client import Endpoint
 from llavar_peft.errors import DataError, EnvironmentFaultError, InterruptedRunError, LlavarError
 
 READ = ["GRAND OPENING Saturday 14 June\nFree coffee until 11:30", "GRAND 0PENING Saturday 14 June"]
@@ -69,7 +68,7 @@ def test_a_number_may_come_from_the_question() -> None:
 
 
 @given(st.text(max_size=60))
-def test_what_was_read_is_grounded_in_itself(text: str) -> None:
+def test_a_text_is_grounded_in_itself(text: str) -> None:
     assert find_ungrounded(text, [text]) is None
 
 
@@ -85,7 +84,7 @@ REPLIES = [
 
 
 @pytest.mark.parametrize("reply", REPLIES)
-def test_replies_of_all_forms_are_understood(reply: str) -> None:
+def test_all_forms_of_replies_are_accepted(reply: str) -> None:
     checked = check_reply(reply, [*READ, CAPTION])
     assert checked.faults == ()
     assert [question for question, _ in checked.turns] == [turn["question"] for turn in SOUND]
@@ -103,7 +102,7 @@ def test_replies_of_all_forms_are_understood(reply: str) -> None:
         ({"question": "When does it end?", "answer": "The coffee ends at 12:45."}, "the number 12"),
     ],
 )
-def test_unsound_turns_are_left_out(bad: dict[str, str], fault: str) -> None:
+def test_invalid_turns_are_left_out(bad: dict[str, str], fault: str) -> None:
     checked = check_reply(written([*SOUND, bad]), [*READ, CAPTION])
     assert len(checked.turns) == 2
     assert len(checked.faults) == 1
@@ -114,7 +113,7 @@ def test_unsound_turns_are_left_out(bad: dict[str, str], fault: str) -> None:
     st.text(max_size=200)
     | st.recursive(st.none() | st.text(), lambda v: st.lists(v) | st.dictionaries(st.text(), v)).map(json.dumps)
 )
-def test_any_reply_is_survived(reply: str) -> None:
+def test_any_reply_is_handled(reply: str) -> None:
     for question, answer in check_reply(reply, READ).turns:
         assert question.strip()
         assert answer.strip()
@@ -122,7 +121,7 @@ def test_any_reply_is_survived(reply: str) -> None:
 
 @dataclass
 class Server:
-    """What the endpoint answers: a status with its body, by the number of the request and the messages."""
+    """A local endpoint, which answers with a status and a body by the number of the request and the messages."""
 
     url: str
     answer: Callable[[int, list[dict[str, str]]], tuple[int, str]]
@@ -164,7 +163,7 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
 
 @pytest.fixture
 def records(tmp_path: Path) -> Path:
-    """Twelve records with the readings of two engines, as ``build_records`` leaves them."""
+    """Return twelve records with the readings of two engines, as ``build_records`` writes them."""
     path = tmp_path / "records.json"
     made = [make_ocr_record(f"p{number}", f"p{number}.png", READ[0], 0) for number in range(12)]
     path.write_text(json.dumps(made), encoding="utf-8")
@@ -203,19 +202,19 @@ def test_every_conversation_is_well_formed(records: Path, server: Server) -> Non
     assert "Read by program 2:\nGRAND 0PENING" in asked
 
 
-def test_no_more_turns_are_kept_than_were_asked_for(records: Path, server: Server) -> None:
+def test_no_more_turns_are_kept_than_requested(records: Path, server: Server) -> None:
     report, made = run(records, server, least=1, most=1)
     assert (report.kept, report.turns) == (12, 12)
     assert all(len(record["conversations"]) == 2 for record in made)
 
 
-def test_half_a_character_is_remembered(records: Path, server: Server) -> None:
+def test_an_unpaired_surrogate_is_kept(records: Path, server: Server) -> None:
     server.answer = lambda *_: (200, "\ud83d " + written(SOUND))
     assert run(records, server)[0].kept == 12
     assert run(records, server)[0].remembered == 12
 
 
-def test_captions_may_hold_separators_of_lines(tmp_path: Path) -> None:
+def test_captions_may_contain_line_separators(tmp_path: Path) -> None:
     path = tmp_path / "captions.jsonl"
     line = json.dumps({"image": "a.jpg", "caption": "two\u2028lines \x85"}, ensure_ascii=False)
     path.write_text(line + "\n\n", encoding="utf-8")
@@ -230,7 +229,22 @@ def test_nothing_is_paid_for_twice(records: Path, server: Server) -> None:
     assert len(server.requests) == 12
 
 
-def test_rates_and_failures_are_waited_out(records: Path, server: Server) -> None:
+def test_replies_kept_by_version_0_1_are_not_paid_for_again(tmp_path: Path, server: Server) -> None:
+    """Replies are found by a hash of the request, including its fixed texts."""
+    records, out = tmp_path / "records.json", tmp_path / "conversations.json"
+    records.write_text(json.dumps([make_ocr_record("p0", "p0.png", READ[0], 0)]), encoding="utf-8")
+    corners = [0.0, 0.0, 90.0, 0.0, 90.0, 20.0, 0.0, 20.0]
+    entry = {"path": "p0.png", "lines": {"a": [["GRAND OPENING Saturday 14 June", corners, 0.9]]}}
+    journal_path(records).write_text(f'{{"format":2}}\n{json.dumps(entry)}\n', encoding="utf-8")
+    key = "cb83acf4b63e65195c35a8d4c0c645a020b8cfed1d59e14577a881710f7dd92c"
+    reply = json.dumps({"key": key, "model": "m", "reply": written(SOUND)})
+    out.with_suffix(".replies.jsonl").write_text(f'{{"format":1}}\n{reply}\n', encoding="utf-8")
+    report = make_conversations(records, out, settings(server), {"p0.png": "A poster."})
+    assert (report.asked, report.remembered, report.kept) == (0, 1, 1)
+    assert server.requests == []
+
+
+def test_rate_limits_and_failures_are_retried(records: Path, server: Server) -> None:
     failing = {2: 429, 3: 429, 5: 500, 7: 503}
     server.answer = lambda number, _: (failing[number], "busy") if number in failing else (200, written(SOUND))
     report, made = run(records, server)
@@ -238,7 +252,7 @@ def test_rates_and_failures_are_waited_out(records: Path, server: Server) -> Non
     assert len(server.requests) == 16
 
 
-def test_an_endpoint_that_stays_down_stops_the_run_and_nothing_is_lost(records: Path, server: Server) -> None:
+def test_an_endpoint_that_keeps_failing_stops_the_run_without_loss(records: Path, server: Server) -> None:
     server.answer = lambda number, _: (503, "down") if number > 5 else (200, written(SOUND))
     with pytest.raises(InterruptedRunError, match="failed 4 times in a row"):
         run(records, server, concurrency=1)
@@ -256,7 +270,7 @@ def test_a_wrong_key_or_model_stops_at_once(status: int, records: Path, server: 
     assert len(server.requests) == 1
 
 
-def test_unsound_replies_are_asked_again_with_what_is_wrong(records: Path, server: Server) -> None:
+def test_invalid_replies_are_repeated_with_their_faults(records: Path, server: Server) -> None:
     wrong = [{"question": "When?", "answer": "On Saturday, 15 June."}, SOUND[0]]
 
     def answer(_: int, messages: list[dict[str, str]]) -> tuple[int, str]:
@@ -273,7 +287,7 @@ def test_unsound_replies_are_asked_again_with_what_is_wrong(records: Path, serve
     assert "- turn 1: the number 15 is not in the text that was read" in repaired[-1]["content"]
 
 
-def test_a_refused_image_is_left_out(records: Path, server: Server) -> None:
+def test_an_image_whose_request_is_rejected_is_left_out(records: Path, server: Server) -> None:
     server.answer = lambda _, messages: (
         (400, "content policy") if "page 7" in messages[1]["content"] else (200, written(SOUND))
     )
@@ -283,7 +297,7 @@ def test_a_refused_image_is_left_out(records: Path, server: Server) -> None:
     server.answer = lambda *_: (400, "unknown parameter")
     for path in records.parent.glob("conversations.*"):
         path.unlink()
-    with pytest.raises(EnvironmentFaultError, match="refuses all"):
+    with pytest.raises(EnvironmentFaultError, match="rejects all requests"):
         run(records, server, concurrency=1)
 
 
@@ -298,7 +312,7 @@ def test_the_command(records: Path, server: Server, capsys: pytest.CaptureFixtur
     assert "12 records, 1 fault" in capsys.readouterr().out
 
 
-def test_what_is_missing_is_said(records: Path, server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_inputs_are_reported(records: Path, server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("OPENAI_API_KEY")
     with pytest.raises(LlavarError, match="OPENAI_API_KEY: is not set"):
         run(records, server)

@@ -1,4 +1,4 @@
-"""Synthetic documents through the builder, held to their truth."""
+"""Records built from synthetic documents, photographs and a manual, compared with their true text."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def drawn(tmp_path_factory: pytest.TempPathFactory) -> SynthResult:
 
 
 def error_rates(drawn: SynthResult, records: Path) -> dict[str, float]:
-    """Character error rate of each record against its truth, white space aside, reading order included."""
+    """Return the character error rate of each record, without white space, including the reading order."""
     lines = drawn.truth.read_text("utf-8").splitlines()
     truths = {truth["image"]: truth["text"] for truth in map(json.loads, lines)}
     return {
@@ -35,7 +35,7 @@ def error_rates(drawn: SynthResult, records: Path) -> dict[str, float]:
 
 
 def error_rate(read: str, there: str, aside: str) -> float:
-    """Character error rate, what ``aside`` matches left out of both."""
+    """Return the character error rate without what ``aside`` matches."""
     read, there = (re.sub(aside, "", text) for text in (read, there))
     return Levenshtein.distance(read, there) / len(there)
 
@@ -48,8 +48,8 @@ def _need(engine: str) -> None:
         pytest.skip("the program tesseract is not installed")
 
 
-# Of 10 images, drawn slightly turned and shadowed: records at least, mean and largest character error rate. RapidOCR
-# was seen at 10, 0 and 0, Tesseract at 9, 0.036 and 0.28.
+# Minimum number of records from 10 slightly turned and shadowed images, mean and maximum character error rate.
+# Measured: RapidOCR 10, 0 and 0; Tesseract 9, 0.036 and 0.28.
 @pytest.mark.parametrize(
     ("engine", "least", "mean", "largest"), [("rapidocr", 9, 0.02, 0.1), ("tesseract", 8, 0.1, 0.5)]
 )
@@ -86,10 +86,10 @@ PHOTOGRAPH = (
     "GRADUATE PROGRAM Georgia Tech's H. Milton Stewart School of Industrial and Systems Engineering is the best in the "
     "nation according to U.S. News & World Report for 33 CONSECUTIVE YEARS"
 )
-"""All that stands on ``real_gatech_post.jpg``, as a person reads it."""
+"""All text on ``real_gatech_post.jpg``, transcribed by a person."""
 
 
-# Seen: 0.016; 0.135 by Tesseract, which misses the emblem and the smallest line, 8 pixels high.
+# Measured: 0.016; 0.135 by Tesseract, which misses the emblem and the smallest line, 8 pixels high.
 @pytest.mark.parametrize(("engine", "largest"), [("rapidocr", 0.04), ("tesseract", 0.18)])
 def test_a_photograph_is_read_to_the_letter(engine: str, largest: float, shared_dir: Path, tmp_path: Path) -> None:
     _need(engine)
@@ -105,11 +105,11 @@ def test_a_photograph_is_read_to_the_letter(engine: str, largest: float, shared_
 
 
 MANUAL = Path("/usr/share/doc/libtasn1-doc/libtasn1.pdf")
-"""Of Debian's package libtasn1-doc: what it says is known, so that the bounds below mean something."""
+"""From Debian's package libtasn1-doc; its text is known, so that bounds can be tight."""
 
 
 def _pages(folder: Path, count: int) -> dict[str, str]:
-    """Render pages of the manual; their text, as the PDF has it."""
+    """Render pages of the manual and return their text in the PDF."""
     pdfium = pytest.importorskip("pypdfium2")
     texts: dict[str, str] = {}
     with pdfium.PdfDocument(MANUAL) as document:
@@ -126,8 +126,8 @@ def _pages(folder: Path, count: int) -> dict[str, str]:
     return texts
 
 
-# Character error rate of the page with the most text, seen: 0.041 and 0.022. The other's, a table of options, is not
-# bounded: RapidOCR's columns come in another order than the PDF's.
+# Character error rate of the page with the most text, measured: 0.041 and 0.022. The other page, a table of options,
+# has no bound: RapidOCR orders its columns differently from the PDF.
 @pytest.mark.parametrize(("engine", "largest"), [("rapidocr", 0.08), ("tesseract", 0.05)])
 def test_pages_of_an_installed_manual(engine: str, largest: float, tmp_path: Path) -> None:
     _need(engine)
@@ -148,10 +148,10 @@ def test_pages_of_an_installed_manual(engine: str, largest: float, tmp_path: Pat
     records = json.loads(out.read_text("utf-8"))
     assert len(records) == len(texts)
     for record in records:
-        # In any order: a PDF keeps its words as they were drawn, tables and code by column.
+        # In any order: a PDF stores words in drawing order, tables and code by column.
         read, there = (Counter(it.split()) for it in (record["conversations"][1]["value"], texts[record["image"]]))
         assert (read & there).total() >= 0.85 * there.total(), record
     said = {record["image"]: record["conversations"][1]["value"] for record in records}
     prose = max(texts, key=lambda name: len(texts[name]))
-    # A PDF has no hyphens at line ends, which pages do, and no letters where it draws underscores as rules.
+    # A PDF lacks the hyphens at line ends, and the underscores that it draws as rules.
     assert error_rate(said[prose], texts[prose], r"[\s_-]+") <= largest, said[prose]

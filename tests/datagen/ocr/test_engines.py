@@ -1,4 +1,4 @@
-"""Both engines on drawn text whose words and places are known."""
+"""Both engines on drawn text whose words and positions are known."""
 
 from __future__ import annotations
 
@@ -9,9 +9,8 @@ import pytest
 from PIL import Image
 
 from llavar_peft.data.text_metrics import character_accuracy
-from llavar_peft.datagen.ocr.ocr_engines import open_ocr_engine
-from llavar_peft.datagen.ocr.ocr_lines import EngineName
-from llavar_peft.datagen.ocr.quality_filter import transcribe
+from llavar_peft.datagen.ocr.ocr_engines import EngineName, open_ocr_engine
+from llavar_peft.datagen.ocr.ocr_quality import transcribe
 from llavar_peft.datagen.synth.drawn_page import draw_page
 from llavar_peft.datagen.synth.synth_settings import SynthSettings
 from llavar_peft.errors import MissingDependencyError
@@ -28,7 +27,7 @@ def engine(request: pytest.FixtureRequest) -> Any:
     return open_ocr_engine(name)
 
 
-def test_it_reads_and_says_where(engine: Any) -> None:
+def test_text_is_read_with_its_position(engine: Any) -> None:
     page = draw_page(SynthSettings(kinds=("documents",), width=900), 0)
     lines = engine.read(page.image)
     assert character_accuracy(transcribe(lines), page.transcript) > 0.97
@@ -47,7 +46,7 @@ def test_a_blank_page_has_no_text(engine: Any) -> None:
     assert engine.read(Image.new("RGB", (3, 500), "black")) == ()
 
 
-def test_what_is_missing_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_engine_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "")
     with pytest.raises(MissingDependencyError, match="apt-get install tesseract-ocr"):
         open_ocr_engine("tesseract")

@@ -1,4 +1,4 @@
-"""Lines to paragraphs: layouts with a known answer, and what holds for any page."""
+"""Merging lines into paragraphs: layouts with a known result, and properties of any page."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llavar_peft.datagen.ocr.merge_paragraphs import merge_lines
-from llavar_peft.datagen.ocr.ocr_lines import OcrLine
+from llavar_peft.datagen.ocr.ocr_engines import OcrLine
 
 
 def line(text: str, left: float, top: float, width: float = 200, height: float = 20) -> OcrLine:
@@ -103,12 +103,12 @@ def test_the_engines_order_does_not_matter(lines: list[OcrLine], rng: Random) ->
 
 
 @given(pages)
-def test_no_line_is_lost_or_doubled(lines: list[OcrLine]) -> None:
+def test_no_line_is_lost_or_repeated(lines: list[OcrLine]) -> None:
     merged = [one for paragraph in merge_lines(lines) for one in paragraph.lines]
     assert sorted(merged, key=repr) == sorted(lines, key=repr)
 
 
-# Powers of two and whole numbers, so that no rounding decides.
+# Powers of two and integers, so that rounding has no effect.
 @given(pages, st.sampled_from([0.25, 2.0, 8.0]), st.integers(-500, 500), st.integers(-500, 500))
 def test_moving_and_scaling_change_nothing(lines: list[OcrLine], scale: float, dx: int, dy: int) -> None:
     assert texts([moved(one, scale, dx, dy) for one in lines]) == texts(lines)

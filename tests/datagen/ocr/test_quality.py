@@ -1,4 +1,4 @@
-"""What is kept, what is dropped and why; what counts as a copy."""
+"""The quality filter's reasons, and the detection of copies."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from llavar_peft.datagen.ocr.duplicate_images import (
     find_duplicates,
     is_blank,
 )
-from llavar_peft.datagen.ocr.ocr_lines import OcrLine
-from llavar_peft.datagen.ocr.quality_filter import QualityLimits, disagreement, judge_quality, script_share
+from llavar_peft.datagen.ocr.ocr_engines import OcrLine
+from llavar_peft.datagen.ocr.ocr_quality import QualityLimits, disagreement, judge_quality, script_share
 from llavar_peft.datagen.ocr.similar_texts import _by_pieces, agree, similar_texts
 from llavar_peft.datagen.synth.drawn_page import draw_page
 from llavar_peft.datagen.synth.synth_settings import SynthKind, SynthSettings
@@ -97,7 +97,7 @@ def near(value: int, bits: int, rng: Random) -> int:
     return value
 
 
-def test_copies_are_near_and_say_the_same() -> None:
+def test_copies_have_near_hashes_and_equal_texts() -> None:
     rng = Random(0)
     first, other = rng.getrandbits(BITS), rng.getrandbits(BITS)
     images = [
@@ -127,7 +127,7 @@ def test_the_order_of_images_does_not_matter(drawn: list[tuple[int, int]], rng: 
 
 
 def quadratic(images: list[Candidate]) -> dict[str, str]:
-    """The rule itself: all pairs, then groups."""
+    """Apply the definition: compare all pairs, then form groups."""
     ordered = sorted(images, key=lambda one: (-one.pixels, one.path))
     groups = [{number} for number in range(len(ordered))]
     for first, second in combinations(range(len(ordered)), 2):
@@ -149,8 +149,8 @@ def test_pieces_miss_no_texts_that_agree(texts: list[str]) -> None:
 
 @given(st.integers(0, 1 << 32))
 @settings(max_examples=12)
-def test_copies_are_those_of_comparing_all_pairs(seed: int) -> None:
-    """Among pages of a few kinds, most of them almost blank: texts of all lengths, hashes at the border of near."""
+def test_copies_equal_those_found_by_comparing_all_pairs(seed: int) -> None:
+    """Pages of a few kinds, most of them almost blank, with texts of all lengths and hashes near the limit."""
     rng = Random(seed)
     kinds = [0, 0, 0, rng.getrandbits(BITS), rng.getrandbits(40)]
     said = ["".join(rng.choices("abc ", k=rng.choice((0, 5, 9, 20, 60)))) for _ in range(30)]
@@ -165,7 +165,7 @@ def test_copies_are_those_of_comparing_all_pairs(seed: int) -> None:
 
 
 def test_pages_that_are_almost_blank_are_not_all_compared() -> None:
-    """Each with a few words of its own; and dense pages with the same white margin."""
+    """Pages with a few different words each, and dense pages with the same white margin."""
     rng = Random(0)
     texts = ["".join(rng.choices("abcdefghijklmnopqrstuvwxyz", k=rng.randint(5, 30))) for _ in range(3000)]
     assert sum(1 for _ in similar_texts(range(3000), texts)) < 3000 * 30
@@ -174,7 +174,7 @@ def test_pages_that_are_almost_blank_are_not_all_compared() -> None:
     assert sum(1 for _ in _near_pairs(hashes, ["x" * 900] * 3000)) == 0
 
 
-def test_an_empty_page_is_told_from_one_that_says_little() -> None:
+def test_an_empty_page_is_distinguished_from_one_with_little_text() -> None:
     page = Image.new("RGB", (1000, 1400), (250, 248, 244))
     assert is_blank(page)
     noisy = Image.effect_noise((1000, 1400), 8).convert("RGB")

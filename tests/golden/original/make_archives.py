@@ -48,7 +48,9 @@ def reduced_tokenizer(folder: Path, ids: set[int]) -> str:
     vocabulary, merges = form["model"]["vocab"], form["model"]["merges"]
     by_id = {index: piece for piece, index in vocabulary.items()}
     rank = {tuple(pair): number for number, pair in enumerate(merges)}
-    kept = {by_id[index] for index in ids if index in by_id} | {piece for piece in by_id.values() if piece.startswith("<0x")}
+    kept = {by_id[index] for index in ids if index in by_id} | {
+        piece for piece in by_id.values() if piece.startswith("<0x")
+    }
     kept |= {"<unk>", "<s>", "</s>", "▁"}
     for piece in sorted(kept):
         parts = list(piece)
@@ -61,7 +63,8 @@ def reduced_tokenizer(folder: Path, ids: set[int]) -> str:
             kept.add(parts[at])
         kept |= {letter for letter in piece if letter in vocabulary}
     form["model"]["vocab"] = {
-        (piece if piece in kept else f"<unused{index}>"): index for piece, index in sorted(vocabulary.items(), key=lambda i: i[1])
+        (piece if piece in kept else f"<unused{index}>"): index
+        for piece, index in sorted(vocabulary.items(), key=lambda i: i[1])
     }
     form["model"]["merges"] = [pair for pair in merges if {*pair, "".join(pair)} <= kept]
     return json.dumps(form, ensure_ascii=False)

@@ -1,4 +1,4 @@
-"""OCR of a folder of images: by several processes, each result kept at once, nothing read twice."""
+"""OCR of a folder of images by several processes, with each result written to a journal at once."""
 
 from __future__ import annotations
 
@@ -14,32 +14,32 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from llavar_peft.data.image_roots import ImageRoots
+from llavar_peft.data.resume_journal import ResumeJournal
 from llavar_peft.datagen.ocr.duplicate_images import difference_hash, is_blank
-from llavar_peft.datagen.ocr.ocr_engines import OcrError, open_ocr_engine
-from llavar_peft.datagen.ocr.ocr_lines import EngineName, OcrLine
-from llavar_peft.datagen.ocr.resume_journal import ResumeJournal
+from llavar_peft.datagen.ocr.ocr_engines import EngineName, OcrError, OcrLine, open_ocr_engine
 from llavar_peft.errors import EnvironmentFaultError, ImageError, InterruptedRunError
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
 LONGEST: Final = 4096
-"""Pixels that no side is enlarged beyond: a strip of 600 x 1 would become 230,400 wide."""
+"""Maximum length in pixels to which a side is enlarged: a strip of 600 x 1 would become 230,400 wide."""
 SUFFIXES: Final = frozenset(
     (".png", ".jpg", ".jpeg", ".jpe", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".pgm", ".jp2", ".avif", ".mpo")
 )
-_AHEAD: Final = 4  # images handed out for each process, so that none ever waits
+_AHEAD: Final = 4  # images queued per process, so that no process waits
 
 
 @dataclass(frozen=True, kw_only=True)
 class ReadingSettings:
-    """How images are read; another setting reads them again.
+    """How images are read; readings with other settings are not reused.
 
     Attributes:
-        engine: Whose text is taken.
-        both: Whether the other engine reads too, to be compared.
-        short_edge: Pixels that the shorter side is brought to before reading, 0 for none. The default is the paper's.
-        languages: For Tesseract.
+        engine: The engine whose text is used.
+        both: Whether the other engine reads the images too, for comparison.
+        short_edge: Length in pixels to which the shorter side is scaled before reading, 0 for the full size. The
+            default is the paper's.
+        languages: Languages of Tesseract.
     """
 
     engine: EngineName = "rapidocr"
@@ -49,21 +49,17 @@ class ReadingSettings:
 
     @property
     def engines(self) -> tuple[EngineName, ...]:
-        """Those that read, the one whose text is taken first."""
+        """The engines that read, first the one whose text is used."""
         other: EngineName = "tesseract" if self.engine == "rapidocr" else "rapidocr"
         return (self.engine, other) if self.both else (self.engine,)
 
 
 class OcrReader:
-    """Reads images below a folder, in one process.
-
-    Args:
-        folder: Where their paths start.
-        settings: How.
+    """Reads images in a folder, in one process.
 
     Raises:
         MissingDependencyError: An engine is not installed.
-        ImageError: There is no such folder.
+        ImageError: The folder does not exist.
     """
 
     def __init__(self, folder: Path, settings: ReadingSettings) -> None:
@@ -72,7 +68,7 @@ class OcrReader:
         self._engines = [open_ocr_engine(name, settings.languages) for name in settings.engines]
 
     def heading(self) -> dict[str, Any]:
-        """What readings depend on."""
+        """Return the journal's heading: what readings depend on."""
         return {
             "format": 2,
             "engines": {engine.name: engine.version for engine in self._engines},
@@ -80,7 +76,7 @@ class OcrReader:
         }
 
     def __call__(self, path: str) -> dict[str, Any]:
-        """Return the journal's entry for an image; an image that cannot be read has ``error`` instead of lines."""
+        """Return the journal's entry for an image, with ``error`` instead of ``lines`` if it cannot be read."""
         entry: dict[str, Any] = {"path": path, **file_stamp(self._roots.roots[0] / path)}
         try:
             image = self._roots.open(path)
@@ -88,7 +84,7 @@ class OcrReader:
             entry |= {"width": image.width, "height": image.height, "hash": f"{difference_hash(image):064x}"}
             entry["blank"] = is_blank(image)
             entry["lines"] = {
-                engine.name: [_scaled(line, 1 / scale).as_json() for line in engine.read(scaled)]
+                engine.name: [_scale_line(line, 1 / scale).as_json() for line in engine.read(scaled)]
                 for engine in self._engines
             }
         except (ImageError, OcrError) as error:
@@ -98,14 +94,14 @@ class OcrReader:
 
 
 def bring_short_edge(image: Image, short_edge: int) -> tuple[Image, float]:
-    """Scale an image, up or down, as the paper does before OCR.
+    """Scale an image up or down, as the paper does before OCR.
 
     Args:
         image: RGB.
-        short_edge: Pixels of the shorter side, 0 to leave it.
+        short_edge: Length of the shorter side in pixels, 0 to keep the image.
 
     Returns:
-        The image and the factor, smaller where a side would grow beyond ``LONGEST``.
+        The image and the scale, reduced if a side would exceed ``LONGEST``.
 
     Source: arXiv 2306.17107, section 3.
     """
@@ -118,18 +114,18 @@ def bring_short_edge(image: Image, short_edge: int) -> tuple[Image, float]:
     return (image, 1.0) if size == image.size else (image.resize(size, Resampling.BICUBIC), scale)
 
 
-def _scaled(line: OcrLine, factor: float) -> OcrLine:
+def _scale_line(line: OcrLine, factor: float) -> OcrLine:
     a, b, c, d = ((x * factor, y * factor) for x, y in line.polygon)
     return OcrLine(line.text, (a, b, c, d), line.confidence)
 
 
 @dataclass(frozen=True)
 class Folder:
-    """What lies in a folder of images.
+    """Contents of a folder of images.
 
     Attributes:
-        images: Files with an image's extension, as paths within the folder, with ``/``, sorted.
-        unnameable: Such files whose names are not Unicode, so that no record can name them, in a readable form.
+        images: Files with an image's extension, as sorted POSIX paths within the folder.
+        unnameable: Such files whose names are not Unicode, so that no record can name them, in an escaped form.
         others: Number of all other files.
     """
 
@@ -139,13 +135,17 @@ class Folder:
 
 
 def list_folder(folder: Path) -> Folder:
-    """List images below a folder by their extensions, hidden files aside. Raises ``ImageError``: no such folder."""
+    """List the images in a folder and its subfolders by extension, without hidden ones.
+
+    Raises:
+        ImageError: The folder does not exist.
+    """
     ImageRoots(folder)
     found, unnameable, others = list[str](), list[str](), 0
-    for place, folders, names in os.walk(folder):
+    for parent, folders, names in os.walk(folder):
         folders[:] = [name for name in folders if not name.startswith(".")]
         for name in names:
-            path = (Path(place) / name).relative_to(folder).as_posix()
+            path = (Path(parent) / name).relative_to(folder).as_posix()
             if Path(name).suffix.lower() not in SUFFIXES or name.startswith("."):
                 others += 1
             elif any("\ud800" <= character <= "\udfff" for character in path):
@@ -156,7 +156,7 @@ def list_folder(folder: Path) -> Folder:
 
 
 def file_stamp(path: Path) -> dict[str, int]:
-    """Size and time of a file, which tell a changed one; empty where there is none."""
+    """Return a file's size and modification time, which reveal a change; empty if the file does not exist."""
     try:
         status = path.stat()
     except OSError:
@@ -172,18 +172,16 @@ def read_images(
     workers: int,
     on_entry: Callable[[Mapping[str, Any]], None],
 ) -> None:
-    """Read images and writes each result to the journal as it comes.
+    """Read images and append each result to a journal.
 
     Args:
-        folder: Where the paths start.
-        paths: The images.
-        settings: How.
-        journal: Gets one entry for each, in no certain order.
-        workers: Processes; 1 reads in this one.
-        on_entry: Called after each; an error it raises stops the work.
+        paths: Paths within the folder.
+        journal: Gets one entry for each image, in any order.
+        workers: Number of processes; 1 reads in this one.
+        on_entry: Called after each image; an error it raises stops the work.
 
     Raises:
-        InterruptedRunError: Ctrl-C; what was read is kept.
+        InterruptedRunError: Ctrl-C was pressed; results so far are kept.
         EnvironmentFaultError: A process died.
     """
     try:
@@ -192,7 +190,7 @@ def read_images(
             on_entry(entry)
     except KeyboardInterrupt:
         raise InterruptedRunError.at(
-            str(journal.path), "stopped; what was read is kept", "run the same command again to go on"
+            str(journal.path), "interrupted; results so far are kept", "run the same command again to resume"
         ) from None
 
 
@@ -201,13 +199,13 @@ def _entries(folder: Path, paths: Sequence[str], settings: ReadingSettings, work
         yield from map(OcrReader(folder, settings), paths)
         return
     # Spawned, not forked: ONNX Runtime's threads do not survive a fork.
-    pool = ProcessPoolExecutor(workers, get_context("spawn"), _start, (folder, settings))
+    pool = ProcessPoolExecutor(workers, get_context("spawn"), _start_worker, (folder, settings))
     waiting = iter(paths)
     running: dict[Future[dict[str, Any]], str] = {}
     try:
         while True:
             for path in islice(waiting, workers * _AHEAD - len(running)):
-                running[pool.submit(_read, path)] = path
+                running[pool.submit(_read_in_worker, path)] = path
             if not running:
                 break
             for done in wait(running, return_when=FIRST_COMPLETED).done:
@@ -217,23 +215,23 @@ def _entries(folder: Path, paths: Sequence[str], settings: ReadingSettings, work
     except BrokenProcessPool:
         raise EnvironmentFaultError.at(
             str(folder),
-            f"a process that read pictures died, at one of {', '.join(sorted(running.values())[:_AHEAD])}",
-            "run the same command again: it goes on; where memory is short, with fewer workers",
+            f"a worker process died while reading one of {', '.join(sorted(running.values())[:_AHEAD])}",
+            "run the same command again to resume, with fewer workers if memory is short",
         ) from None
     finally:
         pool.shutdown(cancel_futures=True)
 
 
-_reader: OcrReader | None = None  # of a worker process: engines are loaded once for all its images
+_reader: OcrReader | None = None  # of a worker process, which loads the engines once
 
 
-def _start(folder: Path, settings: ReadingSettings) -> None:
+def _start_worker(folder: Path, settings: ReadingSettings) -> None:
     global _reader  # noqa: PLW0603
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C
     _reader = OcrReader(folder, settings)
 
 
-def _read(path: str) -> dict[str, Any]:
+def _read_in_worker(path: str) -> dict[str, Any]:
     if _reader is None:
-        raise RuntimeError("the process was not started by _start")
+        raise RuntimeError("the process was not started by _start_worker")
     return _reader(path)

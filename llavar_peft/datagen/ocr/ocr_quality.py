@@ -1,4 +1,4 @@
-"""What is good enough to be learnt from. Each image that is not gets the first reason that holds."""
+"""Quality filter: decides whether an image's text is good enough for training, with the first reason against it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from rapidfuzz.distance import Levenshtein
 
 from llavar_peft.constants import IMAGE_PLACEHOLDER
 from llavar_peft.datagen.ocr.merge_paragraphs import merge_lines
-from llavar_peft.datagen.ocr.ocr_lines import OcrLine, letter_count
+from llavar_peft.datagen.ocr.ocr_engines import OcrLine, letter_count
 
 Reason = Literal[
     "broken_image",
@@ -27,19 +27,19 @@ Reason = Literal[
     "engines_disagree",
     "duplicate",
 ]
-"""Why an image became no record, in the order in which it is asked."""
+"""Why an image was dropped, in the order of the checks."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class QualityLimits:
-    """What an image must reach to become a record.
+    """Minimum quality of an image's text.
 
     Attributes:
-        min_confidence: Lines below it are left out; where they hold half of the letters, the whole image is.
-        min_letters: Letters and digits that must be left.
-        script: Of Unicode, in capitals, e.g. ``"LATIN"``; None takes any.
-        min_script_share: Share of the letters that must be of that script; digits count as of every script.
-        max_disagreement: Character error rate at most between two engines, where both have read.
+        min_confidence: Lines below it are left out; if they contain half of the letters, the image is dropped.
+        min_letters: Minimum number of letters and digits that remain.
+        script: Required Unicode script in capitals, for example ``"LATIN"``; None for any.
+        min_script_share: Minimum fraction of letters in that script; digits do not count.
+        max_disagreement: Maximum character error rate between two engines, if both have read.
     """
 
     min_confidence: float = 0.5
@@ -51,13 +51,13 @@ class QualityLimits:
 
 @dataclass(frozen=True, slots=True)
 class QualityVerdict:
-    """What became of an image's text.
+    """Result of the quality filter for one image.
 
     Attributes:
-        text: Paragraphs, one a line, of the lines that were good enough.
-        lines: How many these are.
-        left_out: How many lines were not good enough.
-        reason: Why the image is dropped; None where it is kept.
+        text: The confident lines as paragraphs, one per line.
+        lines: Number of these lines.
+        left_out: Number of lines below the minimum confidence.
+        reason: Why the image is dropped; None if it is kept.
         detail: The figure behind the reason, for people.
     """
 
@@ -69,26 +69,21 @@ class QualityVerdict:
 
 
 def transcribe(lines: Sequence[OcrLine]) -> str:
-    """A page's text: paragraphs in reading order, one a line."""
+    """Return a page's text: its paragraphs in reading order, one per line."""
     return "\n".join(paragraph.text for paragraph in merge_lines(lines))
 
 
 def judge_quality(
     lines: Sequence[OcrLine], limits: QualityLimits, second: Sequence[OcrLine] | None = None
 ) -> QualityVerdict:
-    """Decides whether an image's text is good enough.
+    """Return an image's text and the first reason against keeping it.
 
     Args:
-        lines: What the engine saw.
-        limits: What is asked for.
-        second: What another engine saw, to compare; its own weak lines are left out too.
-
-    Returns:
-        The text, and the first reason against it.
+        second: Another engine's lines to compare with; those below the minimum confidence are left out too.
     """
     good = confident(lines, limits)
     text = transcribe(good)
-    reason, detail = _fault(lines, text, limits)
+    reason, detail = _find_fault(lines, text, limits)
     if reason is None and second is not None:
         differing = disagreement(text, transcribe(confident(second, limits)))
         if differing > limits.max_disagreement:
@@ -96,7 +91,7 @@ def judge_quality(
     return QualityVerdict(text, len(good), len(lines) - len(good), reason, detail)
 
 
-def _fault(lines: Sequence[OcrLine], text: str, limits: QualityLimits) -> tuple[Reason | None, str]:
+def _find_fault(lines: Sequence[OcrLine], text: str, limits: QualityLimits) -> tuple[Reason | None, str]:
     seen = sum(letter_count(line.text) for line in lines)
     if not seen:
         return "no_text", ""
@@ -109,37 +104,32 @@ def _fault(lines: Sequence[OcrLine], text: str, limits: QualityLimits) -> tuple[
     if share < limits.min_script_share:
         return "other_script", f"{share:.0%} {limits.script}"
     if IMAGE_PLACEHOLDER in text:
-        return "reserved_text", f"says {IMAGE_PLACEHOLDER}"
+        return "reserved_text", f"contains {IMAGE_PLACEHOLDER}"
     return None, ""
 
 
 def confident(lines: Iterable[OcrLine], limits: QualityLimits) -> list[OcrLine]:
-    """The lines that an engine is sure enough of."""
+    """Return the lines with at least the minimum confidence."""
     return [line for line in lines if line.confidence >= limits.min_confidence]
 
 
 def disagreement(first: str, second: str) -> float:
-    """Character error rate between two readings, white space aside.
+    """Return the symmetric character error rate between two readings, without white space.
 
-    Args:
-        first: One.
-        second: The other; which is which does not matter.
-
-    Returns:
-        Edits over the longer one's length: 0 the same, 1 nothing in common.
+    It is the number of edits over the length of the longer reading: 0 for equal readings, 1 for unrelated ones.
     """
     return float(Levenshtein.normalized_distance("".join(first.split()), "".join(second.split())))
 
 
 def script_share(text: str, script: str) -> float:
-    """Share of a text's letters that are of a script; 1.0 where there are none."""
+    """Return the fraction of a text's letters in a script; 1.0 for a text without letters."""
     scripts = script_counts(text)
     total = sum(scripts.values())
     return scripts[script] / total if total else 1.0
 
 
 def script_counts(text: str) -> Counter[str]:
-    """Letters by script, as the first word of their Unicode names: LATIN, CYRILLIC, CJK, ..."""
+    """Return the number of letters by script, the first word of their Unicode names: LATIN, CYRILLIC, CJK, ..."""
     return Counter(_script(character) for character in text if character.isalpha())
 
 
