@@ -112,7 +112,7 @@ def test_a_saved_model_is_the_same_model(golden: Path, released: tuple[Any, Any]
 def test_auto_classes_open_a_saved_folder(released: tuple[Any, Any], tmp_path: Path) -> None:
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
-    from llavar_peft.models.auto_classes import register
+    from llavar_peft.models.build import register
 
     model, processor = released
     model.save_pretrained(tmp_path)

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from llavar_peft import Full, Lora, ModelConfig, Projector, Recipe, cli
-from llavar_peft.models.architecture import architecture
+from llavar_peft.models.llavar_config import config_without_weights
 from llavar_peft.preflight.estimate.estimate_memory import count, memory
 from llavar_peft.preflight.estimate.estimate_stage import estimate_stage, what_would_help
 from llavar_peft.recipe.presets import load_recipe
@@ -63,7 +63,7 @@ def test_peaks_are_those_of_a_run(middle: ModelConfig, tiny_recipe: Recipe, tmp_
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
     measured = {name: int(peak) for name, peak in map(str.split, done.stdout.splitlines()[-len(stages) :])}
-    config = architecture(middle)
+    config = config_without_weights(middle)
     for stage in stages:
         told = memory(config, middle, stage, tokens=_TOKENS, supervised=_SPOKEN, gpus=1, sharded=False)
         assert told.peak == pytest.approx(measured[stage.name], rel=0.15), (stage.name, told)
@@ -102,9 +102,9 @@ def test_steps_and_lengths_are_those_of_the_records(tiny_recipe: Recipe) -> None
     assert one.lengths.records == 18
     assert one.steps == 4  # 16 of them, four at a time
     assert one.lengths.mean <= one.lengths.longest == one.pass_tokens / 2
-    assert count(architecture(tiny_recipe.model), Full()).whole == one.parameters
+    assert count(config_without_weights(tiny_recipe.model), Full()).whole == one.parameters
 
 
 def test_a_size_that_nobody_knows_is_asked_for(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["estimate", "llavar-13b", "model.language_model=owner/some-llama"]) == 2
-    assert "its name says no size" in capsys.readouterr().err
+    assert "the name contains no size" in capsys.readouterr().err
