@@ -7,7 +7,6 @@ tokenizer and image processor.
 from __future__ import annotations
 
 import difflib
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,10 +19,11 @@ from llavar_peft.constants import IMAGE_PATCH_TOKEN, MODEL_TYPE, RELEASED_MODEL_
 from llavar_peft.errors import ConfigError, EnvironmentFaultError, WeightsError
 from llavar_peft.models.hf_llava import read_stock
 from llavar_peft.models.llama_tokenizer import add_image_tokens, load_tokenizer
-from llavar_peft.models.llavar_config import LlavarConfig, llama_config_from_released, make_config
+from llavar_peft.models.llavar_config import LlavarConfig, make_config, read_llama_config
 from llavar_peft.models.model_parts import ModelParts
 from llavar_peft.models.processing_llavar import LlavarProcessor
 from llavar_peft.recipe.schema import ModelConfig
+from llavar_peft.weights.delta.released_layout import read_model_config
 from llavar_peft.weights.io import tensor_names
 from llavar_peft.weights.io.open_weights import open_weights
 
@@ -47,7 +47,7 @@ def read_parts(config: ModelConfig, *, seed: int) -> ModelParts:
         WeightsError: A file cannot be read.
     """
     language = resolve_folder(_required(config.language_model), "model.language_model")
-    text = _read_llama_config(language)
+    text = _read_language_config(language)
     tokenizer = load_tokenizer(language)
     old_size = len(tokenizer)
     add_image_tokens(tokenizer, use_im_start_end=config.use_im_start_end)
@@ -90,7 +90,7 @@ def read_checkpoint(config: ModelConfig) -> ModelParts:
         WeightsError: A file cannot be read.
     """
     folder = resolve_folder(_required(config.checkpoint), "model.checkpoint")
-    described = _read_json(folder / "config.json")
+    described = read_model_config(folder)
     kind = described.get("model_type")
     if kind == MODEL_TYPE:
         return _read_own_layout(folder, config)
@@ -134,7 +134,7 @@ def _read_released_layout(folder: Path, described: Mapping[str, Any], config: Mo
             f"{described.get('mm_vision_tower')!r})",
             "set it to the folder of the CLIP model that the checkpoint was trained with",
         )
-    text = llama_config_from_released(described)
+    text = read_llama_config(described)
     use_im_start_end = bool(described.get("mm_use_im_start_end", False))
     tokenizer = load_tokenizer(folder)
     add_image_tokens(tokenizer, use_im_start_end=use_im_start_end)
@@ -198,21 +198,21 @@ def resolve_folder(name: str, setting: str) -> Path:
 
 def _read_tower(name: str) -> tuple[CLIPVisionConfig, dict[str, Tensor], CLIPImageProcessorPil]:
     folder = resolve_folder(name, "model.vision_tower")
-    described = _read_json(folder / "config.json")
+    described = read_model_config(folder)
     if described.get("model_type") not in ("clip", "clip_vision_model"):
         raise ConfigError.at(
             f"{folder / 'config.json'}:model_type",
             f"not a CLIP model (got {described.get('model_type')!r}, expected 'clip' or 'clip_vision_model')",
             "give the vision tower's folder",
         )
-    config = CLIPVisionConfig.from_pretrained(folder)
+    if not (folder / "preprocessor_config.json").is_file():
+        raise ConfigError.at(str(folder), "no preprocessor_config.json in it", "copy it from the CLIP model")
     tensors = {ours: tensor for name, tensor in open_weights(folder).items() if (ours := tensor_names.from_clip(name))}
-    _read_json(folder / "preprocessor_config.json")  # if it is missing, this message is clearer than transformers'
-    return config, tensors, CLIPImageProcessorPil.from_pretrained(folder)
+    return CLIPVisionConfig.from_pretrained(folder), tensors, CLIPImageProcessorPil.from_pretrained(folder)
 
 
-def _read_llama_config(folder: Path) -> LlamaConfig:
-    described = _read_json(folder / "config.json")
+def _read_language_config(folder: Path) -> LlamaConfig:
+    described = read_model_config(folder)
     kind = described.get("model_type")
     if kind == RELEASED_MODEL_TYPE and "text_config" not in described:
         raise ConfigError.at(
@@ -226,7 +226,7 @@ def _read_llama_config(folder: Path) -> LlamaConfig:
             f"not a LLaMA (got {kind!r}, expected 'llama')",
             "give the folder of a LLaMA or Vicuna",
         )
-    return llama_config_from_released(described) if "rope_parameters" not in described else LlamaConfig(**described)
+    return read_llama_config(described)
 
 
 def _rename_released(store: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -259,15 +259,3 @@ def _required(name: str | None) -> str:
     if name is None:
         raise ConfigError.at("model", "no model is given", "set language_model and vision_tower, or checkpoint")
     return name
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ConfigError.at(str(path), "no such file", "give the folder that the model was saved to") from None
-    except (OSError, ValueError) as error:
-        raise ConfigError.at(str(path), f"not readable as JSON ({error})", "download the file again") from error
-    if not isinstance(content, dict):
-        raise ConfigError.at(str(path), f"not a JSON object (got {type(content).__name__})", "download the file again")
-    return content

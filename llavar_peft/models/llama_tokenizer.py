@@ -1,9 +1,9 @@
 """LLaMA's tokenizer with exactly the ids of the original's slow tokenizer.
 
-The conversion of a ``tokenizer.model`` in ``transformers`` 5 gives different ids for most conversations. Therefore the
-fast tokenizer is built from the SentencePiece model itself: merges are ordered by the pieces' scores, and by the *legacy* rule each
-segment of text between special tokens starts with ``▁``. The result is a standard fast tokenizer: once saved, any
-``AutoTokenizer.from_pretrained`` loads it with the same ids.
+``transformers`` 5 converts a ``tokenizer.model`` into a tokenizer with different ids for most conversations. The fast
+tokenizer is therefore built here from the SentencePiece model: merges are ordered by the pieces' scores, and by the
+*legacy* rule each segment of text between special tokens starts with ``▁``. The result is a standard fast tokenizer:
+once saved, any ``AutoTokenizer.from_pretrained`` loads it with the same ids.
 
 Source: LLaVAR, llava/train/train.py (``use_fast=False``), on the slow ``LlamaTokenizer`` of transformers 4.28.
 """

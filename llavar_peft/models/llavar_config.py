@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,27 +12,14 @@ from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig
 from llavar_peft.constants import MODEL_TYPE
 from llavar_peft.errors import ConfigError
 from llavar_peft.recipe.schema import ModelConfig
+from llavar_peft.weights.delta.released_layout import read_model_config
 
 # The fields of a flat, released config.json that describe the language model; no other field is read for it.
 _LLAMA_FIELDS = (
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "hidden_act",
-    "max_position_embeddings",
-    "initializer_range",
-    "rms_norm_eps",
-    "vocab_size",
-    "rope_theta",
-    "rope_scaling",
-    "attention_bias",
-    "head_dim",
-    "bos_token_id",
-    "eos_token_id",
-    "pad_token_id",
-)
+    "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "hidden_act",
+    "max_position_embeddings", "initializer_range", "rms_norm_eps", "vocab_size", "rope_theta", "rope_scaling",
+    "attention_bias", "head_dim", "bos_token_id", "eos_token_id", "pad_token_id",
+)  # fmt: skip
 # The name of max_position_embeddings in configurations of early 2023.
 _OLD_POSITIONS = "max_sequence_length"
 _LLAMA_SIZES = {"7b": (4096, 11008, 32), "13b": (5120, 13824, 40)}
@@ -98,20 +84,18 @@ def make_config(
     )
 
 
-def llama_config_from_released(flat: Mapping[str, Any]) -> LlamaConfig:
-    """Read the language model's configuration from a released, flat ``config.json``.
+def read_llama_config(described: Mapping[str, Any]) -> LlamaConfig:
+    """Return the language model's configuration from a parsed ``config.json``.
 
-    It is read field by field, because ``AutoConfig`` opens such a file without an error as another model.
-
-    Args:
-        flat: The parsed ``config.json``, ``model_type: llava`` with LLaMA's fields at the top level.
-
-    Returns:
-        The language model's configuration; missing fields have LLaMA's defaults.
+    A LLaMA's file of transformers 5 is read as it is. Older files and the released, flat ones (``model_type: llava``
+    with LLaMA's fields at the top level) are read field by field, because ``AutoConfig`` opens a released file as
+    another model without an error. Missing fields have LLaMA's defaults.
     """
-    fields = {name: flat[name] for name in _LLAMA_FIELDS if flat.get(name) is not None}
-    if _OLD_POSITIONS in flat and "max_position_embeddings" not in fields:
-        fields["max_position_embeddings"] = flat[_OLD_POSITIONS]
+    if described.get("model_type") == "llama" and "rope_parameters" in described:
+        return LlamaConfig(**described)
+    fields = {name: described[name] for name in _LLAMA_FIELDS if described.get(name) is not None}
+    if _OLD_POSITIONS in described and "max_position_embeddings" not in fields:
+        fields["max_position_embeddings"] = described[_OLD_POSITIONS]
     # Vicuna v1.1's file has pad_token_id -1 or 0; the original always pads with <unk>, id 0.
     fields["pad_token_id"] = 0
     return LlamaConfig(tie_word_embeddings=False, **fields)
@@ -160,19 +144,13 @@ def _num_new_rows(model: ModelConfig) -> int:
 
 
 def _read_described(name: str) -> dict[str, Any] | None:
-    path = Path(name).expanduser() / "config.json"
-    if not path.is_file():
-        return None
-    try:
-        described: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ConfigError.at(str(path), f"not valid JSON ({error})", "download the file again") from None
-    return described
+    folder = Path(name).expanduser()
+    return read_model_config(folder) if (folder / "config.json").is_file() else None
 
 
 def _llama_by_name(name: str, described: dict[str, Any] | None, setting: str) -> LlamaConfig:
     if described is not None:
-        return LlamaConfig(**described) if "rope_parameters" in described else llama_config_from_released(described)
+        return read_llama_config(described)
     size = re.search(r"(?<![0-9.])(7|13)b(?![a-z0-9])", name.lower())
     if size is None:
         raise ConfigError.at(

@@ -5,10 +5,11 @@ The language model is computed from disk, a block of rows at a time, so that nei
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +19,7 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply
 from llavar_peft.constants import MODEL_TYPE, SYSTEM_PROMPT
 from llavar_peft.errors import ConfigError, MissingDependencyError, WeightsError
 from llavar_peft.models.llama_tokenizer import load_tokenizer
-from llavar_peft.models.llavar_config import llama_config_from_released
+from llavar_peft.models.llavar_config import read_llama_config
 from llavar_peft.weights.adapter.lora_updates import LowRank
 from llavar_peft.weights.io import tensor_names
 from llavar_peft.weights.io.tensor_blocks import read_blocks
@@ -52,41 +53,47 @@ class LogitsGap:
     same_top: float
 
 
-class Weights(Protocol):
-    """Read access to a model on disk, in float32."""
+class Weights(ABC):
+    """Read access to a model on disk, a block of rows at a time, in float32 under this package's names."""
+
+    @abstractmethod
+    def blocks(self, name: str) -> Iterator[Tensor]:
+        """Yield a tensor's rows in consecutive blocks."""
 
     def linear(self, name: str, x: Tensor) -> Tensor:
         """Return a linear layer's output without its bias."""
+        return torch.cat([x @ block.T for block in self.blocks(name)], dim=-1)
 
     def tensor(self, name: str) -> Tensor:
         """Return a complete tensor, which should be small."""
+        return torch.cat(list(self.blocks(name)))
 
     def rows(self, name: str, ids: Tensor) -> Tensor:
         """Return rows of a tensor, shape (len(ids), width)."""
+        found, start = [], 0
+        order = ids.argsort()
+        ordered = ids[order]
+        for block in self.blocks(name):
+            inside = ordered[(ordered >= start) & (ordered < start + len(block))]
+            found.append(block[inside - start])
+            start += len(block)
+        return torch.cat(found)[order.argsort()]
 
 
-class StoredWeights:
-    """The tensors of a folder, under this package's names or the released ones."""
+class StoredWeights(Weights):
+    """The tensors of a folder, stored under this package's names or the released ones."""
 
     def __init__(self, folder: Path) -> None:
         self._table = {
             tensor_names.from_released(name) or name: entry for name, entry in read_tensor_table(folder).items()
         }
 
-    def linear(self, name: str, x: Tensor) -> Tensor:
-        """Return a linear layer's output without its bias."""
-        return torch.cat([x @ block.float().T for block in read_blocks(self._table[name])], dim=-1)
-
-    def tensor(self, name: str) -> Tensor:
-        """Return a complete tensor."""
-        return torch.cat([block.float() for block in read_blocks(self._table[name])])
-
-    def rows(self, name: str, ids: Tensor) -> Tensor:
-        """Return rows of a tensor."""
-        return _select_rows(read_blocks(self._table[name]), ids)
+    def blocks(self, name: str) -> Iterator[Tensor]:
+        """Yield a tensor's rows in consecutive blocks."""
+        yield from (block.float() for block in read_blocks(self._table[name]))
 
 
-class UnmergedWeights:
+class UnmergedWeights(Weights):
     """A base with unmerged adapters, as it was trained.
 
     Args:
@@ -97,22 +104,18 @@ class UnmergedWeights:
         self._merged = merged
         self._stored = {ours: name for name in merged.base.shapes if (ours := merged.base.ours(name)) is not None}
 
+    def blocks(self, name: str) -> Iterator[Tensor]:
+        """Yield a tensor's rows in consecutive blocks."""
+        return self._merged.blocks(self._stored[name], "float32")
+
     def linear(self, name: str, x: Tensor) -> Tensor:
-        """Return a linear layer's output without its bias."""
+        """Return a linear layer's output, with the adapters computed as peft computes them before a merge."""
         parts, start = [], 0
         for block in self._merged.before(self._stored[name]):
             rows = block.float()
             parts.append(self._output(name, x, rows, start))
             start += len(rows)
         return torch.cat(parts, dim=-1)
-
-    def tensor(self, name: str) -> Tensor:
-        """Return a complete tensor."""
-        return torch.cat(list(self._merged.blocks(self._stored[name], "float32")))
-
-    def rows(self, name: str, ids: Tensor) -> Tensor:
-        """Return rows of a tensor."""
-        return _select_rows(self._merged.blocks(self._stored[name], "float32"), ids)
 
     def _output(self, name: str, x: Tensor, rows: Tensor, start: int) -> Tensor:
         first = output = x @ rows.T
@@ -149,7 +152,7 @@ def measure_merge(plan: MergePlan, folder: Path, tokenizers: tuple[Path, ...]) -
         WeightsError: A file that was just written cannot be read.
     """
     merged = plan.merged
-    text, image_id = _read_llama_config(merged.base.config)
+    text, image_id = _read_config(merged.base.config)
     ids = _probe_ids(tokenizers, text.vocab_size, image_id)
     as_trained = MergedTensors(merged.base, merged.adapters, merged.weights, plan.trained)
     expected = probe_logits(UnmergedWeights(as_trained), text, ids, image_id)
@@ -221,22 +224,11 @@ def _norm(weights: Weights, config: LlamaConfig, name: str, x: Tensor) -> Tensor
     return nn.functional.rms_norm(x, (x.shape[-1],), weights.tensor(f"{name}.weight"), config.rms_norm_eps)
 
 
-def _select_rows(blocks: Iterator[Tensor], ids: Tensor) -> Tensor:
-    found, start = [], 0
-    order = ids.argsort()
-    ordered = ids[order]
-    for block in blocks:
-        inside = ordered[(ordered >= start) & (ordered < start + len(block))]
-        found.append(block[inside - start].float())
-        start += len(block)
-    return torch.cat(found)[order.argsort()]
-
-
-def _read_llama_config(config: Any) -> tuple[LlamaConfig, int]:
+def _read_config(config: Mapping[str, Any]) -> tuple[LlamaConfig, int]:
     """Return the language model's configuration and the id of ``<im_patch>``."""
     if config.get("model_type") == MODEL_TYPE:
         return LlamaConfig(**config["text_config"]), int(config["image_token_index"])
-    text = llama_config_from_released(config)
+    text = read_llama_config(config)
     return text, text.vocab_size - (3 if config.get("mm_use_im_start_end") else 1)
 
 

@@ -228,12 +228,9 @@ class LlavarForConditionalGeneration(LlavaForConditionalGeneration):
     ) -> Any:
         """Return logits, or with ``targets`` the loss without computing all logits.
 
+        The first five arguments are those of ``LlavarModel.forward``.
+
         Args:
-            input_ids: ``[B, T]``.
-            pixel_values: ``[N, 3, H, W]`` or a sequence of ``[3, H, W]``, in reading order over the batch.
-            attention_mask: ``[B, T]``.
-            position_ids: ``[B, T]``.
-            inputs_embeds: ``[B, T, D]`` instead of ``input_ids``.
             labels: ``[B, T]``, for the loss of stock LLaVA.
             logits_to_keep: Positions whose logits are returned, as in ``LlavaForConditionalGeneration.forward``.
             targets: ``[B, T]``, the token to predict at each position; ``IGNORE_INDEX`` where there is none.

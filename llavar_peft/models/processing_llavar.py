@@ -25,18 +25,10 @@ if TYPE_CHECKING:
 
 _MODES: Final = get_args(ImageMode)
 # The tokenizer's options that __call__ accepts. Truncation is not one of them: it could cut an image's tokens.
-_TEXT_OPTIONS: Final = frozenset(
-    {
-        "padding",
-        "padding_side",
-        "max_length",
-        "pad_to_multiple_of",
-        "return_attention_mask",
-        "return_offsets_mapping",
-        "return_token_type_ids",
-        "verbose",
-    }
-)
+_TEXT_OPTIONS: Final = frozenset({
+    "padding", "padding_side", "max_length", "pad_to_multiple_of", "return_attention_mask", "return_offsets_mapping",
+    "return_token_type_ids", "verbose",
+})  # fmt: skip
 
 
 class LlavarProcessor(ProcessorMixin):
