@@ -12,8 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import CLIPVisionConfig, LlamaConfig
-from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+from transformers import CLIPImageProcessorPil, CLIPVisionConfig, LlamaConfig
 
 from llavar_peft.constants import IMAGE_PATCH_TOKEN, MODEL_TYPE, RELEASED_MODEL_TYPE
 from llavar_peft.errors import ConfigError, EnvironmentFaultError, WeightsError

@@ -5,9 +5,7 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
-from transformers import LlavaConfig, LlavaProcessor
-from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
-from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
+from transformers import CLIPImageProcessorPil, LlavaConfig, LlavaImageProcessorPil, LlavaProcessor
 
 from llavar_peft.atomic_files import write_json
 from llavar_peft.constants import IMAGE_PATCH_TOKEN, IMAGE_PLACEHOLDER, IMAGE_START_TOKEN

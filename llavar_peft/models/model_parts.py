@@ -5,8 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from transformers import PreTrainedTokenizerFast
-from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+from transformers import CLIPImageProcessorPil, PreTrainedTokenizerFast
 
 from llavar_peft.models.llavar_config import LlavarConfig
 from llavar_peft.models.processing_llavar import LlavarProcessor

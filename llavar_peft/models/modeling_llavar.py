@@ -120,7 +120,9 @@ class LlavarModel(LlavaModel):
         embeds_BTD = self.get_input_embeddings()(input_ids) if inputs_embeds is None else inputs_embeds
         if pixel_values is not None:
             features_NPD = self.get_image_features(
-                pixel_values, vision_feature_layer, vision_feature_select_strategy
+                pixel_values,
+                vision_feature_layer=vision_feature_layer,
+                vision_feature_select_strategy=vision_feature_select_strategy,
             ).pooler_output
             features_FD = torch.cat(features_NPD).to(embeds_BTD.device, embeds_BTD.dtype)
             is_patch_BT1 = self.get_placeholder_mask(input_ids, inputs_embeds=embeds_BTD, image_features=features_FD)
@@ -136,6 +138,7 @@ class LlavarModel(LlavaModel):
         pixel_values: Tensor | Sequence[Tensor],
         vision_feature_layer: int | None = None,
         vision_feature_select_strategy: str | None = None,
+        **kwargs: Any,
     ) -> BaseModelOutputWithPooling:
         """Run the vision tower, up to the layer that is needed, and the projector.
 
@@ -145,6 +148,8 @@ class LlavarModel(LlavaModel):
                 None is the configured one.
             vision_feature_select_strategy: ``"default"`` drops the class token, ``"full"`` keeps it. None is the
                 configured one.
+            **kwargs: Options of ``LlavaModel.get_image_features``, such as ``output_attentions``; with any of them the
+                complete tower is run.
 
         Returns:
             ``pooler_output`` is a list of N projected features ``[P, D]``, ``last_hidden_state`` the tower's hidden
@@ -152,18 +157,24 @@ class LlavarModel(LlavaModel):
         """
         if not isinstance(pixel_values, Tensor):
             outputs = [
-                self.get_image_features(image[None], vision_feature_layer, vision_feature_select_strategy)
+                self.get_image_features(image[None], vision_feature_layer, vision_feature_select_strategy, **kwargs)
                 for image in pixel_values
             ]
             outputs[-1].pooler_output = [features_PD for output in outputs for features_PD in output.pooler_output]
             return outputs[-1]
         size = self.config.vision_config.image_size
-        output = self.vision_tower(
-            pixel_values,
-            # CLIP's positions are learned for one size and interpolated for other sizes (image mode "keep").
-            interpolate_pos_encoding=tuple(pixel_values.shape[-2:]) != (size, size),
-            num_layers=self._num_tower_layers(vision_feature_layer),
-        )
+        # CLIP's positions are learned for one size and interpolated for other sizes (image mode "keep").
+        interpolate = tuple(pixel_values.shape[-2:]) != (size, size)
+        layers = self._num_tower_layers(vision_feature_layer)
+        if kwargs:
+            return super().get_image_features(
+                pixel_values,
+                vision_feature_layer=vision_feature_layer,
+                vision_feature_select_strategy=vision_feature_select_strategy,
+                interpolate_pos_encoding=interpolate,
+                **kwargs,
+            )
+        output = self.vision_tower(pixel_values, interpolate_pos_encoding=interpolate, num_layers=layers)
         strategy = vision_feature_select_strategy or self.config.vision_feature_select_strategy
         hidden_NPC = output.last_hidden_state[:, 1:] if strategy == "default" else output.last_hidden_state
         output.pooler_output = list(self.multi_modal_projector(hidden_NPC))

@@ -55,6 +55,14 @@ def test_features_are_those_of_the_complete_tower(
 
 
 @torch.no_grad()
+def test_options_of_the_library_s_method_are_supported(model: LlavarForConditionalGeneration, pixels: Tensor) -> None:
+    output = model.get_image_features(pixels, output_hidden_states=True, output_attentions=False)
+    assert len(output.hidden_states) == LAYERS + 1
+    for got, expected in zip(output.pooler_output, model.get_image_features(pixels).pooler_output, strict=True):
+        assert torch.equal(got, expected)
+
+
+@torch.no_grad()
 def test_a_layer_given_to_forward_is_used(model: LlavarForConditionalGeneration, pixels: Tensor) -> None:
     ids = torch.tensor([[1, *[IMAGE_ID] * PATCHES, 5]])
     default, deeper = (model(input_ids=ids, pixel_values=pixels[:1], vision_feature_layer=n).logits for n in (-2, -1))
