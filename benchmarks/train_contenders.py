@@ -21,7 +21,7 @@ from train_model import Records, Shape, build
 from transformers import LlavaForConditionalGeneration, LlavaModel
 
 from llavar_peft import DataConfig, Full, Lora, ModelConfig, OptimConfig, Projector, Recipe, Stage
-from llavar_peft.models.build import build_model
+from llavar_peft.models.build_model import build_model
 from llavar_peft.models.tuning import TRAINED_ROWS, apply_tuning, lora_config
 from llavar_peft.recipe.schema import Precision, Recompute, Tune
 from llavar_peft.training.checkpoint_folders import Origin

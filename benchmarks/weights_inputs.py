@@ -194,7 +194,7 @@ def _write_checkpoint(folder: Path, target: Path, shape: Shape, generator: Gener
     from safetensors.torch import save_file
     from transformers import CLIPVisionConfig, LlamaConfig
 
-    from llavar_peft.models.build import expected_shapes
+    from llavar_peft.models.build_model import expected_shapes
     from llavar_peft.models.llavar_config import make_config, read_llama_config
     from llavar_peft.weights.io import tensor_names
     from llavar_peft.weights.io.open_weights import SAFE_SINGLE, open_weights

@@ -18,7 +18,7 @@ from train_model import SHAPES, Records, build, configuration
 from transformers import TrainerCallback
 
 from llavar_peft import Lora, Projector
-from llavar_peft.models.build import expected_shapes, quantization_arguments
+from llavar_peft.models.build_model import expected_shapes, quantization_arguments
 from llavar_peft.models.modeling_llavar import LlavarForConditionalGeneration
 from llavar_peft.models.tuning import apply_tuning
 

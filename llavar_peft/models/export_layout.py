@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from llavar_peft.atomic_files import write_json
 from llavar_peft.constants import MODEL_TYPE, RELEASED_MODEL_TYPE
 from llavar_peft.errors import ConfigError
-from llavar_peft.models.build import expected_shapes, register
+from llavar_peft.models.build_model import expected_shapes, register
 from llavar_peft.models.checkpoint_loading import read_checkpoint, resolve_folder
 from llavar_peft.models.hf_llava import write_stock_companions
 from llavar_peft.models.model_parts import ModelParts

@@ -13,7 +13,7 @@ from transformers import AutoProcessor, CLIPImageProcessor, CLIPImageProcessorPi
 from llavar_peft.constants import EOS_TOKEN
 from llavar_peft.data.conversation_template import conversation_pieces, image_block, prompt_text, split_placeholders
 from llavar_peft.errors import ConfigError, DataError
-from llavar_peft.models.build import register
+from llavar_peft.models.build_model import register
 from llavar_peft.models.llama_tokenizer import add_image_tokens, load_tokenizer
 from llavar_peft.models.processing_llavar import LlavarProcessor
 

@@ -112,7 +112,7 @@ def test_a_saved_model_is_loaded_unchanged(golden: Path, released: tuple[Any, An
 def test_auto_classes_load_a_saved_folder(released: tuple[Any, Any], tmp_path: Path) -> None:
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
-    from llavar_peft.models.build import register
+    from llavar_peft.models.build_model import register
 
     model, processor = released
     model.save_pretrained(tmp_path)
