@@ -79,20 +79,10 @@ def load_adapter(
 def apply_adapter(
     model: LlavarForConditionalGeneration, folder: Path, *, trainable: bool = False, name: str = "default"
 ) -> PeftModel:
-    """Apply an adapter to a model of the right shape, without checking that it was trained on this base.
+    """Apply an adapter to a model in place, as ``load_adapter`` does, without checking that this is its base.
 
     Args:
-        model: From ``build_model``; changed in place.
-        folder: The adapter's.
-        trainable: As in ``load_adapter``.
         name: The adapter's name in peft.
-
-    Returns:
-        The model with the adapter, in ``eval`` mode.
-
-    Raises:
-        ConfigError: There is no adapter, or the model already has one.
-        WeightsError: As in ``load_adapter``. The model is then unchanged.
     """
     from peft import PeftConfig, get_peft_model
 
@@ -114,11 +104,9 @@ def apply_adapter(
 
 
 def add_adapter(model: PeftModel, folder: Path, name: str) -> None:
-    """Add another adapter to a model that has one, for inference; the active adapter stays active.
+    """Add another adapter to a model from ``apply_adapter``, in place and for inference; the active one stays active.
 
     Args:
-        model: From ``apply_adapter``; changed in place.
-        folder: The adapter's.
         name: The adapter's name in peft.
 
     Raises:
@@ -139,10 +127,6 @@ def add_adapter(model: PeftModel, folder: Path, name: str) -> None:
 
 def check_base_of_adapter(adapter: Path, config: ModelConfig) -> None:
     """Reject a base that an adapter was not trained on. An adapter without a fingerprint cannot be checked.
-
-    Args:
-        adapter: The adapter's folder.
-        config: Names the base.
 
     Raises:
         WeightsError: The base is another one; the message states the differences.

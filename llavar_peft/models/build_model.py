@@ -84,14 +84,11 @@ def build_model(
 
 
 def load_processor(model: str, *, vision_tower: str | None = None) -> LlavarProcessor:
-    """Load a checkpoint's processor without its weights.
+    """Load the processor that ``build_model`` returns, without the weights.
 
     Args:
         model: Folder of a checkpoint, in this package's layout or the released one, or of an adapter.
         vision_tower: Folder of the tower, for the released layout.
-
-    Returns:
-        The processor that ``build_model`` returns for the same checkpoint.
 
     Raises:
         ConfigError: The folder holds no checkpoint.
@@ -107,7 +104,7 @@ def load_processor(model: str, *, vision_tower: str | None = None) -> LlavarProc
 def register() -> None:
     """Register configuration, models and processor with ``transformers``' Auto classes; repeated calls do nothing.
 
-    ``build_model``, ``Trainer`` and ``load_reader`` call it. Call it before ``AutoModel...from_pretrained``.
+    ``build_model`` and ``load_processor`` call it. Call it yourself before ``AutoModel...from_pretrained``.
     """
     AutoConfig.register(MODEL_TYPE, LlavarConfig, exist_ok=True)
     AutoModel.register(LlavarConfig, LlavarModel, exist_ok=True)

@@ -25,13 +25,11 @@ _SHARED_IMAGE_SETTINGS = ("size", "crop_size", "resample", "rescale_factor", "im
 
 
 def write_stock_companions(parts: ModelParts, activation: str, dtype: str | None, staged: Path) -> None:
-    """Write the configuration, generation settings and processor of the stock layout.
+    """Write the configuration, generation settings and processor of the stock layout into a folder.
 
     Args:
-        parts: The model's.
         activation: Name of the activation between the projector's two layers.
         dtype: Of the weights, by torch's name; None if each tensor keeps its own.
-        staged: The folder.
     """
     if parts.inference_image_mode != "pad":
         logger.warning(
@@ -59,9 +57,6 @@ def write_stock_companions(parts: ModelParts, activation: str, dtype: str | None
 
 def read_stock(folder: Path) -> ModelParts:
     """Read a LLaVAR in the layout of ``transformers.LlavaForConditionalGeneration``, as ``export`` writes it.
-
-    Args:
-        folder: With ``config.json``, weights, tokenizer and processor.
 
     Returns:
         Its parts, with the projector as a single linear layer.

@@ -60,12 +60,9 @@ def make_config(
 
     Args:
         text_config: The language model's, before the image tokens were added.
-        vision_config: The tower's.
         vocab_size: Number of rows of the embeddings, image tokens included (32003 for LLaVAR).
         image_token_id: Id of ``<im_patch>``.
         vision_feature_layer: The tower's hidden state that is projected.
-        use_im_start_end: As in ``LlavarConfig``.
-        sep_image_conv_front: As in ``LlavarConfig``.
     """
     text = LlamaConfig(**{**text_config.to_dict(), "vocab_size": vocab_size, "tie_word_embeddings": False})
     return LlavarConfig(

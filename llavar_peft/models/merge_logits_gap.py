@@ -140,7 +140,6 @@ def measure_merge(plan: MergePlan, folder: Path, tokenizers: tuple[Path, ...]) -
     """Measure how much the logits of a merge's result differ from those of the model as it was trained.
 
     Args:
-        plan: The merge.
         folder: The merge's result.
         tokenizers: Folders that may contain the model's tokenizer; the first one that does is used.
 
@@ -168,8 +167,6 @@ def probe_logits(weights: Weights, config: LlamaConfig, ids: Tensor, image_id: i
     """Run the projector and the language model.
 
     Args:
-        weights: The model's.
-        config: The language model's.
         ids: Shape (tokens,); at each ``image_id``, random features are passed through the projector.
         image_id: The id of ``<im_patch>``.
 

@@ -74,7 +74,6 @@ def save_for_original_base(model: Any, folder: Path) -> None:
     In half precision the two agree up to the rounding of the residual, in float32 up to that of the arithmetic.
 
     Args:
-        model: The ``PeftModel``.
         folder: The folder that ``save_pretrained`` wrote the adapter to.
     """
     from safetensors.torch import save_file
@@ -96,10 +95,6 @@ def save_for_original_base(model: Any, folder: Path) -> None:
 
 def tensors_for_residual_base(model: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """Turn an adapter that ``save_for_original_base`` wrote back into an adapter of the residual.
-
-    Args:
-        model: The ``PeftModel``, whose residual was built from the same checkpoint.
-        tensors: The adapter's.
 
     Returns:
         The tensors with A and B as they were trained.
