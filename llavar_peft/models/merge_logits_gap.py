@@ -151,7 +151,7 @@ def measure_merge(plan: MergePlan, folder: Path, tokenizers: tuple[Path, ...]) -
         WeightsError: A file that was just written cannot be read.
     """
     merged = plan.merged
-    text, image_id = _read_config(merged.base.config)
+    text, image_id = read_config(merged.base.config)
     ids = _probe_ids(tokenizers, text.vocab_size, image_id)
     as_trained = MergedTensors(merged.base, merged.adapters, merged.weights, plan.trained)
     expected = probe_logits(UnmergedWeights(as_trained), text, ids, image_id)
@@ -221,7 +221,7 @@ def _norm(weights: Weights, config: LlamaConfig, name: str, x: Tensor) -> Tensor
     return nn.functional.rms_norm(x, (x.shape[-1],), weights.tensor(f"{name}.weight"), config.rms_norm_eps)
 
 
-def _read_config(config: Mapping[str, Any]) -> tuple[LlamaConfig, int]:
+def read_config(config: Mapping[str, Any]) -> tuple[LlamaConfig, int]:
     """Return the language model's configuration and the id of ``<im_patch>``."""
     if config.get("model_type") == MODEL_TYPE:
         return LlamaConfig(**config["text_config"]), int(config["image_token_index"])

@@ -178,7 +178,7 @@ def test_other_llavas_are_refused(layouts: dict[str, Path], tmp_path: Path) -> N
     config = json.loads((tmp_path / "mlp/config.json").read_text())
     for key, value, message in (
         ("projector_hidden_act", "gelu", "not one linear map"),
-        ("image_token_index", 5, "is not <im_patch>"),
+        ("image_token_index", 5, "is not the id of <im_patch>"),
     ):
         (tmp_path / "mlp/config.json").write_text(json.dumps({**config, key: value}))
         with pytest.raises(LlavarError, match=message):

@@ -172,7 +172,7 @@ def test_the_probe_sees_the_models_own_logits(variant: str, checkpoint: Path, tm
     base = ModelConfig(checkpoint=str(checkpoint), dtype="float32")
     wrapped = save_moved_adapter(tmp_path / "adapter", base, tune)
     plan = plan_merge(checkpoint, tmp_path / "adapter")
-    text, image_id = merge_logits_gap._configuration(plan.merged.base.config)
+    text, image_id = merge_logits_gap.read_config(plan.merged.base.config)
     got = merge_logits_gap.probe_logits(merge_logits_gap.UnmergedWeights(plan.merged), text, IDS[0], image_id)
     assert torch.allclose(got, _logits(wrapped)[0], atol=1e-4)
     plain = merge_logits_gap.probe_logits(merge_logits_gap.StoredWeights(checkpoint), text, IDS[0], image_id)
