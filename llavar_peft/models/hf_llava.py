@@ -1,4 +1,4 @@
-"""A LLaVAR in the layout of stock ``transformers`` LLaVA: read it, and write the files it needs beside its weights."""
+"""A LLaVAR in the layout of stock ``transformers`` LLaVA: read it, and write the files it needs besides its weights."""
 
 from __future__ import annotations
 
