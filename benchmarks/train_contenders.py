@@ -9,6 +9,7 @@ from functools import lru_cache
 from importlib import import_module
 from importlib.resources import files
 from pathlib import Path
+from types import MethodType
 from typing import Any
 
 import torch
@@ -17,11 +18,10 @@ import transformers
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 from train_model import Records, Shape, build
-from transformers import LlavaForConditionalGeneration
+from transformers import LlavaForConditionalGeneration, LlavaModel
 
 from llavar_peft import DataConfig, Full, Lora, ModelConfig, OptimConfig, Projector, Recipe, Stage
-from llavar_peft.models.build import build_model
-from llavar_peft.models.modeling_llavar import UnusedCLIPEncoderLayer
+from llavar_peft.models.build_model import build_model
 from llavar_peft.models.tuning import TRAINED_ROWS, apply_tuning, lora_config
 from llavar_peft.recipe.schema import Precision, Recompute, Tune
 from llavar_peft.training.checkpoint_folders import Origin
@@ -153,9 +153,7 @@ def contender(name: str, cell: Cell, records: Records, callback: Any) -> Any:
     stage = stage_of(cell, tune=tune, packing=name != "padded", recompute=recompute)
     plain = build(cell.shape)
     if name == "whole tower":
-        for layer in plain.model.vision_tower.encoder.layers:
-            if isinstance(layer, UnusedCLIPEncoderLayer):
-                layer.__class__ = UnusedCLIPEncoderLayer.__base__
+        plain.model.get_image_features = MethodType(LlavaModel.get_image_features, plain.model)  # computes all layers
     trainer = AllLogits if name == "all logits" else None
     return ours(cell, records, callback, model=apply_tuning(seeded(plain), stage.tune), stage=stage, trainer=trainer)
 

@@ -194,12 +194,12 @@ def _write_checkpoint(folder: Path, target: Path, shape: Shape, generator: Gener
     from safetensors.torch import save_file
     from transformers import CLIPVisionConfig, LlamaConfig
 
-    from llavar_peft.models.build import expected_shapes
-    from llavar_peft.models.llavar_config import llama_config_from_released, make_config
+    from llavar_peft.models.build_model import expected_shapes
+    from llavar_peft.models.llavar_config import make_config, read_llama_config
     from llavar_peft.weights.io import tensor_names
     from llavar_peft.weights.io.open_weights import SAFE_SINGLE, open_weights
 
-    text: LlamaConfig = llama_config_from_released(flat_config(shape, llavar=True))
+    text: LlamaConfig = read_llama_config(flat_config(shape, llavar=True))
     tower = CLIPVisionConfig(
         hidden_size=shape.vision, intermediate_size=2 * shape.vision, num_hidden_layers=3, num_attention_heads=2,
         image_size=28, patch_size=14,

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from llavar_peft.data.image_preparation import prepare_image
     from llavar_peft.inference.chat import Chat, load_chat
     from llavar_peft.models.adapter_loading import load_adapter
-    from llavar_peft.models.build import build_model
+    from llavar_peft.models.build_model import build_model
     from llavar_peft.models.export_layout import export
     from llavar_peft.models.llavar_config import LlavarConfig
     from llavar_peft.models.merge_adapter import merge_adapter
@@ -85,7 +85,7 @@ _MODULES = {
     "Chat": "inference.chat",
     "load_chat": "inference.chat",
     "load_adapter": "models.adapter_loading",
-    "build_model": "models.build",
+    "build_model": "models.build_model",
     "LlavarConfig": "models.llavar_config",
     "LlavarForConditionalGeneration": "models.modeling_llavar",
     "LlavarProcessor": "models.processing_llavar",

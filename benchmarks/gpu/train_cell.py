@@ -18,7 +18,7 @@ from train_model import SHAPES, Records, build, configuration
 from transformers import TrainerCallback
 
 from llavar_peft import Lora, Projector
-from llavar_peft.models.build import _quantization, expected_shapes
+from llavar_peft.models.build_model import expected_shapes, quantization_arguments
 from llavar_peft.models.modeling_llavar import LlavarForConditionalGeneration
 from llavar_peft.models.tuning import apply_tuning
 
@@ -65,7 +65,7 @@ def random_model(size: str, quantize: Any, device: str) -> Any:
         dtype=dtype,
         attn_implementation="sdpa",
         device_map={"": device},
-        **_quantization(quantize, dtype),
+        **quantization_arguments(quantize, dtype),
     ).train()
 
 

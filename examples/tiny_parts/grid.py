@@ -1,8 +1,8 @@
-"""The one idea that both parts share: a page as a square grid of cells, each holding one character or nothing.
+"""The representation that both parts share: a page as a square grid of cells, each empty or with one character.
 
-The vision tower learns to say which character stands in each patch of an image; the language model learns to read
-pages whose cells are filled with its own character embeddings. Neither sees the other's side: the projector that joins
-them is what stage 1 trains.
+The vision tower learns to predict the character in each patch of an image. The language model learns to read pages
+whose cells contain its own character embeddings. They are trained separately; stage 1 trains the projector that joins
+them.
 """
 
 from collections.abc import Iterable
@@ -12,43 +12,40 @@ from llavar_peft.datagen.synth.font_faces import CAP_HEIGHT, text_width
 from llavar_peft.datagen.synth.scene import PlacedLine
 
 SIDE = 12
-"""Cells along a side: 12 patches of 10 pixels are an image of 120."""
+"""Number of cells per side: 12 patches of 10 pixels make an image of 120 pixels."""
 
 CELL = 10
-"""Pixels along a cell's side."""
+"""Side of a cell in pixels."""
 
 CHARACTERS = "".join(chr(code) for code in range(0x20, 0x7F))
-"""What can stand in a cell: printable ASCII. The space is a character only between two words of one line."""
+"""The characters of a cell: printable ASCII. A space counts as a character only between two words of a line."""
 
 BLANK = len(CHARACTERS)
 """The class of an empty cell."""
 
 RAMP = 0.2
-"""How near to a cell's edge, in cells, a character's middle must lie for the next cell to get a share of it."""
+"""Distance from a cell's edge, in cells, below which a character is shared with the neighboring cell."""
 
 Line: TypeAlias = list[tuple[str, float, float]]
-"""Characters with the x and y of their middle, mostly in cells, from left to right."""
+"""Characters with the x and y of their center, mostly in cells, from left to right."""
 
 Cells: TypeAlias = tuple[list[int], list[float]]
-"""Row by row, each cell's class and how much of it there is; the rest of the cell is blank."""
+"""Class of each cell, row by row, and the class's share of the cell; the rest of the cell is blank."""
 
 
 def centres(line: PlacedLine) -> Line:
-    """A drawn line's characters with the x and y of their middles in pixels; y is the middle of the capitals."""
+    """Return a drawn line's characters with the x and y of their centers in pixels; y is the capitals' center."""
     y = line.baseline - CAP_HEIGHT * line.size / 2
     ends = [line.left + line.size * text_width(line.text[:n], line.face) for n in range(len(line.text) + 1)]
     return [(c, (a + b) / 2, y) for c, a, b in zip(line.text, ends, ends[1:], strict=False)]
 
 
 def fill_cells(lines: Iterable[Line]) -> Cells:
-    """Put characters into cells.
+    """Put the characters of a page into cells.
 
-    A character belongs to the cell its middle lies in, or, where the one before it has that cell, to the next on the
-    right; what would leave the grid is dropped. Near an edge it is shared with the cell beyond, if that is free: half
-    and half at the very edge, so that nothing hangs on which side of it a letter's middle lies.
-
-    Args:
-        lines: The page's lines.
+    A character belongs to the cell that contains its center or, if the previous character has that cell, to the next
+    one on the right; characters outside the grid are dropped. Near an edge, a character is shared with the cell beyond
+    it if that cell is free, equally at the edge itself, so that the target is continuous in the character's position.
 
     Returns:
         Classes (indices into `CHARACTERS`, or `BLANK`) and shares of `SIDE * SIDE` cells.
@@ -83,7 +80,7 @@ def fill_cells(lines: Iterable[Line]) -> Cells:
 
 
 def _overlap(place: float) -> tuple[int, float]:
-    """Which neighbour a place within a cell (0 to 1) leans to, and that one's share."""
+    """Return the neighbor (-1, 0 or 1) that shares a position within a cell (0 to 1), and its share."""
     if 0 <= place < RAMP:
         return -1, 0.5 * (1 - place / RAMP)
     if 1 - RAMP < place < 1:

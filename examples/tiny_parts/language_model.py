@@ -1,8 +1,8 @@
-"""Makes the tiny language model: it learns the conversation template, to spell, and to read pages made of characters.
+"""Train the tiny language model on the conversation template, on writing words, and on reading pages of characters.
 
-Where an image's features will stand, a page is laid out in cells that hold the embeddings of its characters, as one
-would draw a sign or a receipt in plain text. It never sees a pixel. The tokens `<im_start>` and `<im_end>` do not exist
-yet; the mean of all embeddings, which is what new rows start as, stands for them.
+In place of image features, it gets a page as a grid of cells with the embeddings of the page's characters, like a sign
+or a receipt drawn in plain text. It is never trained on pixels. The tokens `<im_start>` and `<im_end>` do not exist
+yet; they are represented by the mean of all embeddings, with which new rows are initialized.
 """
 
 import string
@@ -32,14 +32,14 @@ from llavar_peft.models.processing_llavar import LlavarProcessor
 HIDDEN, HEADS, LAYERS, MLP = 128, 4, 4, 256
 EMBEDDING_STD = 0.5
 BLANK_PIECE = "<0x20>"
-"""What an empty cell holds: the byte piece of the space, which the tokenizer itself never uses."""
+"""The token of an empty cell: the space's byte token, which the tokenizer itself never uses."""
 
 Sample: TypeAlias = tuple[list[int], list[int], int, Cells]
-"""Ids (0 where the page goes), labels, where the page begins, the page."""
+"""Ids (0 for the page's cells), labels, position of the page's border token, the page."""
 
 
 def page_cells(lines: Sequence[PlacedLine], width: int, height: int, rng: Random) -> Cells:
-    """A layout as cells, centred on a square as LLaVA's pad mode does it, a little off at times."""
+    """Return a layout as cells, centered on a square as in LLaVA's pad mode, with small random offsets."""
     long_side = max(width, height)
     dx, dy = (long_side - width) / 2, (long_side - height) / 2
     scale = SIDE / long_side
@@ -49,13 +49,13 @@ def page_cells(lines: Sequence[PlacedLine], width: int, height: int, rng: Random
 
 
 def random_layout(rng: Random, repeats: float) -> tuple[Cells, str]:
-    """A page of any words at any places, a share of them with few letters: its cells and its text."""
+    """Draw a page of random words at random positions, some with few distinct letters; return cells and text."""
     row, words, lines = rng.uniform(0, 4), list[str](), list[Line]()
     while row < SIDE and len(words) < 6:
         letters = rng.choice((string.ascii_uppercase, string.ascii_lowercase, string.digits, string.printable[:94]))
         if rng.random() < 0.3:
             letters = string.ascii_uppercase + string.digits
-        if rng.random() < repeats:  # few letters, many repetitions: copying must keep its place
+        if rng.random() < repeats:  # many repetitions, so that copying has to keep its position
             letters = "".join(rng.choices(letters, k=3))
         text = "".join(rng.choices(letters, k=rng.randint(1, 8)))
         if rng.random() < 0.25:
@@ -72,7 +72,7 @@ def random_layout(rng: Random, repeats: float) -> tuple[Cells, str]:
 
 
 def make_sample(processor: LlavarProcessor, rng: Random, *, system: bool, repeats: float) -> Sample:
-    """One conversation about one page, encoded as any training record is; at will without the system prompt."""
+    """Draw a conversation about a page, encoded as a training record is, with or without the system prompt."""
     if rng.random() < 0.3:
         cells, transcript = random_layout(rng, repeats)
         pairs: list[tuple[str, str]] = [(rng.choice(OCR_INSTRUCTIONS), transcript)]
@@ -99,7 +99,7 @@ def make_sample(processor: LlavarProcessor, rng: Random, *, system: bool, repeat
 
 
 def page_processor(directory: Path) -> LlavarProcessor:
-    """What encodes conversations about pages: an image has as many patches as a page has cells."""
+    """Return a processor for conversations about pages: an image has as many patches as a page has cells."""
     tokenizer = load_tokenizer(directory)
     add_image_tokens(tokenizer)
     size = {"height": SIDE * CELL, "width": SIDE * CELL}
@@ -110,8 +110,8 @@ class PageEmbedder:
     """Turns samples into input embeddings.
 
     Args:
-        model: Whose embeddings fill the cells.
-        tokenizer: Whose pieces they are.
+        model: Its embeddings fill the cells.
+        tokenizer: The model's.
         seed: Of the noise.
     """
 
@@ -122,7 +122,7 @@ class PageEmbedder:
         self.generator = torch.Generator().manual_seed(seed)
 
     def __call__(self, samples: Sequence[Sample]) -> tuple[Tensor, Tensor, Tensor]:
-        """Embeddings, attention mask and labels, padded on the right."""
+        """Return embeddings, attention mask and labels, padded on the right."""
         longest = max(len(ids) for ids, _, _, _ in samples)
         tokens = torch.zeros(len(samples), longest, dtype=torch.long)
         labels = torch.full_like(tokens, IGNORE_INDEX)
@@ -140,7 +140,7 @@ class PageEmbedder:
         return embeds, mask, labels
 
     def _page(self, cells: Cells) -> Tensor:
-        """A page as a projector will give it: some letters weak, some half another's, ghosts in a few empty cells."""
+        """Return a page as a projector would: some letters weak or mixed with others, a few traces in empty cells."""
 
         def draw(*size: int) -> Tensor:
             return torch.rand(*size, generator=self.generator)
@@ -158,10 +158,10 @@ class PageEmbedder:
 
 @torch.no_grad()
 def start_looking_back(model: LlamaForCausalLM) -> None:
-    """Let heads of the first layer look one, two and three tokens back, to begin with.
+    """Initialize heads of the first layer to attend one, two and three tokens back.
 
-    The first eight numbers of every embedding start out equal, so that queries and keys have something constant; the
-    rotation by position does the rest.
+    The first eight features of every embedding start equal, which gives queries and keys a constant part, and the
+    rotary position embedding turns it into an offset.
     """
     model.get_input_embeddings().weight[:, :8] = 2 * EMBEDDING_STD
     attention, size = model.model.layers[0].self_attn, HIDDEN // HEADS
@@ -179,12 +179,12 @@ def make_language_model(directory: Path, *, steps: tuple[int, int], batch: int, 
     """Train tokenizer and model and write them as one Hugging Face folder.
 
     Args:
-        directory: Where everything goes.
-        steps: Optimizer steps of the first lesson, from nothing, and of the second: always with the system prompt, and
-            with more words of few letters, where it is easy to lose one's place.
-        batch: Conversations a step.
-        rate: Highest learning rate.
-        seed: Of everything.
+        directory: The folder.
+        steps: Optimizer steps of the first lesson, which starts from random initialization, and of the second, which
+            always has the system prompt and has more words with few distinct letters, which are harder to copy.
+        batch: Conversations per step.
+        rate: Peak learning rate.
+        seed: Of every random draw.
     """
     torch.manual_seed(seed)
     asked = {
@@ -224,14 +224,14 @@ def make_language_model(directory: Path, *, steps: tuple[int, int], batch: int, 
 def learn(
     model: LlamaForCausalLM, embed: PageEmbedder, lesson: Callable[[int], list[Sample]], *, steps: int, rate: float
 ) -> None:
-    """Train on the samples that `lesson` gives for each step."""
+    """Train on the samples that `lesson` returns for each step."""
     optimizers, schedules = make_optimizers(model.model.layers, model.parameters(), rate, steps)
     started = time.perf_counter()
     pool = ThreadPoolExecutor(1)
     coming = pool.submit(lesson, 0)
     for step in range(steps):
         samples = coming.result()
-        coming = pool.submit(lesson, step + 1)  # made while this step is learnt from
+        coming = pool.submit(lesson, step + 1)  # prepared while this step is trained on
         embeds, mask, labels = embed(samples)
         hidden = model.model(inputs_embeds=embeds, attention_mask=mask, use_cache=False).last_hidden_state
         asked_for = labels[:, 1:] != IGNORE_INDEX

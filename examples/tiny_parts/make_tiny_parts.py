@@ -1,9 +1,9 @@
-"""Makes the tiny vision tower and the tiny language model that the quickstart joins, from nothing.
+"""Train the tiny vision tower and the tiny language model that the quickstart joins, from random initialization.
 
     python examples/tiny_parts/make_tiny_parts.py --out llavar_peft/assets/tiny
 
-Both are ordinary Hugging Face folders. See README.md beside this file for what they learn, how long it takes and how
-far a second run gives the same files.
+Both are ordinary Hugging Face folders. README.md in this folder describes what they learn, how long the training takes
+and how far it is reproducible.
 """
 
 import argparse
@@ -22,12 +22,12 @@ from vision_tower import LESSONS, make_vision_tower  # noqa: E402
 def main() -> None:
     """Parse the command line and make the parts."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True, help="gets vision_tower/ and language_model/")
-    parser.add_argument("--part", choices=("vision_tower", "language_model"), help="only this one")
-    parser.add_argument("--scale", type=float, default=1.0, help="share of the steps, for a trial")
+    parser.add_argument("--out", type=Path, required=True, help="folder for vision_tower/ and language_model/")
+    parser.add_argument("--part", choices=("vision_tower", "language_model"), help="make only this part")
+    parser.add_argument("--scale", type=float, default=1.0, help="fraction of the steps, for a trial run")
     options = parser.parse_args()
     torch.use_deterministic_algorithms(True)
-    torch.set_num_threads(1)  # what a sum comes to depends on how many threads shared it
+    torch.set_num_threads(1)  # sums depend on the number of threads
     started = time.perf_counter()
     if options.part != "language_model":
         make_vision_tower(options.out / "vision_tower", [lesson.scaled(options.scale) for lesson in LESSONS])

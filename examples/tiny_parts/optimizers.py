@@ -1,4 +1,4 @@
-"""What both parts are trained with: Muon for the layers' matrices, AdamW for the rest, warm-up and a linear end."""
+"""The optimizers of both parts: Muon for the layers' matrices, AdamW for the rest, warm-up and linear decay."""
 
 from collections.abc import Iterable
 
@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 
 def _orthogonal(matrix: Tensor) -> Tensor:
-    """The nearest matrix with singular values about 1, by five Newton-Schulz steps."""
+    """Return the nearest matrix with singular values of about 1, by five Newton-Schulz steps."""
     a, b, c = 3.4445, -4.7750, 2.0315
     x = matrix.T if matrix.shape[0] > matrix.shape[1] else matrix
     x = x / (x.norm() + 1e-7)
@@ -18,7 +18,7 @@ def _orthogonal(matrix: Tensor) -> Tensor:
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum, made orthogonal (Keller Jordan, 2024), in fp32: torch's own works in bf16, which is slow on a CPU."""
+    """Orthogonalized momentum (Keller Jordan, 2024) in fp32; torch's own Muon uses bf16, which is slow on a CPU."""
 
     def __init__(self, parameters: Iterable[nn.Parameter], lr: float, momentum: float = 0.95) -> None:
         super().__init__(parameters, {"lr": lr, "momentum": momentum})
@@ -45,11 +45,11 @@ def make_optimizers(
     """Make the two optimizers and their schedules.
 
     Args:
-        layers: Whose matrices Muon trains.
-        parameters: Everything that is trained.
-        rate: Highest learning rate.
-        steps: How many there will be.
-        slow: Those of `parameters` that start out nearly right: a twentieth of the rate.
+        layers: Modules whose matrices Muon trains.
+        parameters: All trained parameters.
+        rate: Peak learning rate.
+        steps: Number of steps.
+        slow: Those of `parameters` that are trained with a twentieth of the rate, because they start nearly right.
 
     Returns:
         The optimizers and, in the same order, the schedules.

@@ -1,4 +1,4 @@
-"""The pages that the vision tower learns from: random text at free places, sizes, widths, slants and colours."""
+"""The pages that the vision tower is trained on: random text at random positions, sizes, slants and colors."""
 
 import string
 from itertools import pairwise
@@ -22,12 +22,12 @@ PAD_COLOUR = (122, 116, 104)
 
 Box: TypeAlias = tuple[float, float, float, float]
 Page: TypeAlias = tuple[Image.Image, list[Line], Box]
-"""How far ink covers each of the 120 x 120 pixels, the lines of text in cells, and the page's box in pixels: what lies
-outside of it is padding."""
+"""Ink coverage of each of the 120 x 120 pixels, the lines of text in cells, and the page's box in pixels; everything
+outside the box is padding."""
 
 
 def random_text(rng: Random) -> str:
-    """One word or number of the kinds that stand on signs, covers and receipts."""
+    """Draw one word or number of the kinds found on signs, covers and receipts."""
     draw, length = rng.random(), rng.randint(1, 8)
     if draw < 0.42:
         return "".join(rng.choices(CAPITALS, k=length))
@@ -46,7 +46,7 @@ def random_text(rng: Random) -> str:
 
 
 def _font(rng: Random, size: int) -> ImageFont.FreeTypeFont:
-    """A packaged face, or now and then the one that Pillow brings along."""
+    """Draw a packaged font, or sometimes Pillow's default one."""
     if rng.random() < 0.14:
         face = ImageFont.load_default(size)
         if isinstance(face, ImageFont.FreeTypeFont):
@@ -55,17 +55,17 @@ def _font(rng: Random, size: int) -> ImageFont.FreeTypeFont:
 
 
 def random_page(rng: Random, layouts: float = 0.35) -> Page:
-    """Draw white on black text: a sign, cover, poster or receipt of random words, or a page full of them.
+    """Draw white text on black: a sign, cover, poster or receipt with random words, or a page full of words.
 
     Args:
-        rng: Where every choice comes from.
-        layouts: Share of the former.
+        rng: Of every choice.
+        layouts: Share of signs, covers, posters and receipts.
     """
     return layout_page(rng) if rng.random() < layouts else dense_page(rng)
 
 
 def layout_page(rng: Random) -> Page:
-    """Draw one of the layouts that the quickstart's images have, of other strings."""
+    """Draw one of the quickstart's layouts with other strings."""
     layout = draw_layout(rng.choice(KINDS["plain"]), rng, shortest=200, longest=400, most_items=2)
     side = max(layout.width, layout.height)
     left, top = (side - layout.width) // 2, (side - layout.height) // 2
@@ -82,7 +82,7 @@ def layout_page(rng: Random) -> Page:
 
 
 def dense_page(rng: Random) -> Page:
-    """Fill a page with lines at free places and sizes; now and then narrowed, slanted, turned or blurred."""
+    """Fill a page with lines at random positions and sizes, sometimes narrowed, slanted, rotated or blurred."""
     over = rng.uniform(1.5, 2.6)
     unit = over * PIXELS
     aspect = rng.uniform(0.5, 1.0) if rng.random() < 0.6 else 1.0
@@ -127,11 +127,11 @@ def dense_page(rng: Random) -> Page:
 
 
 def letter_page(rng: Random, freedom: float) -> Page:
-    """Fill a page with rows of single letters, the easier kind: at `freedom` 0 each stands in the middle of a cell.
+    """Fill a page with rows of single letters, which are easier; at `freedom` 0 each is in the center of a cell.
 
     Args:
-        rng: Where every choice comes from.
-        freedom: From 0 to 1: how far places and sizes may leave the grid.
+        rng: Of every choice.
+        freedom: How far positions and sizes may deviate from the grid, from 0 to 1.
     """
     over = rng.uniform(1.5, 2.5)
     unit = over * CELL
@@ -159,7 +159,7 @@ def letter_page(rng: Random, freedom: float) -> Page:
 
 
 def shift_page(mask: np.ndarray, lines: list[Line], box: Box, dx: int, dy: int) -> tuple[np.ndarray, list[Line], Box]:
-    """Move a page by whole pixels, with its text and its box: another place in the cells."""
+    """Move a page with its text and box by a number of pixels."""
     moved = np.zeros_like(mask)
     target = slice(max(0, dy), PIXELS + min(0, dy)), slice(max(0, dx), PIXELS + min(0, dx))
     source = slice(max(0, -dy), PIXELS - max(0, dy)), slice(max(0, -dx), PIXELS - max(0, dx))
@@ -169,13 +169,13 @@ def shift_page(mask: np.ndarray, lines: list[Line], box: Box, dx: int, dy: int) 
 
 
 def targets(pages: list[list[Line]]) -> tuple[Tensor, Tensor]:
-    """Classes and shares of the pages' cells, each of shape (pages, `SIDE * SIDE`)."""
+    """Return classes and shares of the pages' cells, each of shape (pages, `SIDE * SIDE`)."""
     filled = [fill_cells(lines) for lines in pages]
     return torch.tensor([classes for classes, _ in filled]), torch.tensor([shares for _, shares in filled])
 
 
 def _colours(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """A background and an ink that can be told apart."""
+    """Draw a background and an ink color with enough contrast."""
     luma = np.array([0.299, 0.587, 0.114])
     while True:
         back, ink = rng.uniform(0, 255, 3), rng.uniform(0, 255, 3)
@@ -187,13 +187,13 @@ def _colours(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
 
 
 def colour_page(mask: np.ndarray, box: Box, rng: np.random.Generator, *, plain: bool = False) -> np.ndarray:
-    """Give a page a background, an ink and padding, and normalise it as CLIP does.
+    """Color a page, pad it, and normalize it as CLIP does.
 
     Args:
-        mask: Coverage of each pixel, 0 to 255.
-        box: Where the page is; the rest is padding.
-        rng: Where colours, noise and borders come from.
-        plain: Black on white instead.
+        mask: Ink coverage of each pixel, 0 to 255.
+        box: The page's box; the rest is padding.
+        rng: Of colors, noise and borders.
+        plain: Whether to use black on white.
 
     Returns:
         Pixels of shape (3, 120, 120).

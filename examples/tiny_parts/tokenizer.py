@@ -1,9 +1,9 @@
-"""Makes the tiny language model's tokenizer: LLaMA's form, with a vocabulary of a few hundred pieces.
+"""The tiny language model's tokenizer: LLaMA's form, with a vocabulary of a few hundred tokens.
 
-Like LLaMA's it puts `▁` before the text, writes spaces as `▁`, cuts nothing beforehand and falls back to bytes, so any
-text can be written. Every letter and digit has a piece with `▁` in front, and the words of the conversation template
-and of the questions are pieces; each is built from the left, starting at its `▁`, so random strings stay letter by
-letter.
+Like LLaMA's it puts `▁` before the text, writes spaces as `▁`, has no pre-tokenizer and falls back to bytes, so that it
+can encode any text. Every letter and digit has a token with a leading `▁`, and the words of the conversation template
+and of the questions are tokens. Each word is merged from the left, starting with its `▁`, so that random strings are
+encoded letter by letter.
 """
 
 import json
@@ -21,7 +21,7 @@ SPECIAL = ("<unk>", "<s>", "</s>")
 
 
 def template_words(questions: Iterable[str]) -> list[str]:
-    """The words that become pieces, in order of first use; words in capitals other than the roles stay spelled."""
+    """Return the words that become tokens, in order of first use; of words in capitals, only the roles do."""
     text = " ".join((USER_ROLE, ASSISTANT_ROLE, SYSTEM_PROMPT, *OCR_INSTRUCTIONS, *questions))
     words = dict.fromkeys(re.findall(r"[A-Za-z]+", text))
     roles = {USER_ROLE, ASSISTANT_ROLE}
@@ -32,11 +32,8 @@ def make_tokenizer(directory: Path, questions: Iterable[str]) -> PreTrainedToken
     """Build the tokenizer and write it as a Hugging Face folder.
 
     Args:
-        directory: Where `tokenizer.json`, `tokenizer_config.json` and `special_tokens_map.json` go.
-        questions: Texts whose words become pieces.
-
-    Returns:
-        The tokenizer.
+        directory: Folder for `tokenizer.json`, `tokenizer_config.json` and `special_tokens_map.json`.
+        questions: Texts whose words become tokens.
     """
     pieces = [*SPECIAL, *(f"<0x{byte:02X}>" for byte in range(256)), "▁", *(chr(code) for code in range(0x21, 0x7F))]
     merges: list[tuple[str, str]] = []
@@ -60,7 +57,7 @@ def make_tokenizer(directory: Path, questions: Iterable[str]) -> PreTrainedToken
         padding_side="right", clean_up_tokenization_spaces=False, model_max_length=2048,
     )  # fmt: skip
     tokenizer.save_pretrained(directory)
-    # transformers 5 writes a class name that version 4 does not know; both know this one.
+    # transformers 5 writes a class name that version 4 does not have; both have this one.
     path = directory / "tokenizer_config.json"
     settings = json.loads(path.read_text(encoding="utf-8")) | {"tokenizer_class": "PreTrainedTokenizerFast"}
     path.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")

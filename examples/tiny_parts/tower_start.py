@@ -1,4 +1,4 @@
-"""How the tiny vision tower starts out, and how its hidden states are given another size."""
+"""The initialization of the tiny vision tower, and the rescaling of its hidden states."""
 
 import torch
 from grid import CELL, SIDE
@@ -9,32 +9,32 @@ HIDDEN, HEADS = 192, 8
 _RING = ((-1, -1), (0, -1), (1, -1), (-1, 0), (1, 0), (-1, 1), (0, 1), (1, 1))
 _CROSS = ((-2, 0), (-1, 0), (1, 0), (2, 0), (0, -2), (0, -1), (0, 1), (0, 2))
 NEIGHBOURS = (_RING, _CROSS, _RING)
-"""Where the heads of each layer look to begin with, in patches."""
+"""Offsets, in patches, that the heads of each layer attend to at initialization."""
 PLACE, OWN, STRAIGHT, CORNER = 17, 63, 20, 8
-"""How many of a patch's 192 numbers begin as its place, as its own coarsest patterns, as those of the near part of each
-of its four straight neighbours, and of its four diagonal ones."""
+"""Numbers of a patch's 192 features that are initialized with its position, with its own coarsest patterns, with those
+of the near part of each of its four straight neighbors, and of each of its four diagonal neighbors."""
 
 
 def body(tower: CLIPVisionModel) -> nn.Module:
-    """The embeddings and layers, which some versions of transformers keep one level further down."""
+    """Return the module with the embeddings and layers, which is nested one level deeper in older transformers."""
     return tower.vision_model if hasattr(tower, "vision_model") else tower
 
 
 def _waves(axis: Tensor) -> Tensor:
-    """Sine and cosine of four frequencies: their inner product is 4 at equal places, and less at all others."""
+    """Return sine and cosine of four frequencies; their inner product is 4 at equal positions, and less elsewhere."""
     angles = axis[:, None] * torch.tensor([1.0, 3.0, 5.0, 7.0]) * torch.pi / 8
     return torch.cat((angles.sin(), angles.cos()), dim=1)
 
 
 def _shift(offset: int) -> Tensor:
-    """The rotation that moves `_waves` by an offset."""
+    """Return the rotation that moves `_waves` by an offset."""
     angles = torch.tensor([1.0, 3.0, 5.0, 7.0]) * torch.pi / 8 * offset
     cos, sin = torch.diag(angles.cos()), torch.diag(angles.sin())
     return torch.cat((torch.cat((cos, sin), 1), torch.cat((-sin, cos), 1)))
 
 
 def _cosines(count: int, height: int = CELL, width: int = CELL) -> Tensor:
-    """The coarsest cosine patterns of a rectangle, the finer ones stronger, as letters are made of edges."""
+    """Return the coarsest cosine patterns of a rectangle, finer ones scaled up because letters consist of edges."""
 
     def waves(size: int) -> Tensor:
         pixel = torch.arange(size, dtype=torch.float32)
@@ -53,11 +53,11 @@ def _cosines(count: int, height: int = CELL, width: int = CELL) -> Tensor:
 
 @torch.no_grad()
 def start_like_a_convolution(tower: CLIPVisionModel) -> None:
-    """Let the eight heads look at eight neighbours of a patch, to begin with (after ConViT, arXiv 2103.10697).
+    """Initialize the eight heads to attend to eight neighbors of a patch (after ConViT, arXiv 2103.10697).
 
-    A patch starts as its place, a constant, and its own coarsest patterns; the first layer brings those of the part of
-    each neighbour that touches it. Attention is six eighths of a full match below zero everywhere, so that a nearly
-    right place with strong contrast does not beat the right one.
+    A patch's features start as its position, a constant, and its own coarsest patterns; the first layer adds those of
+    the adjacent part of each neighbor. The constant lowers all attention scores by six eighths of a full match, so that
+    a nearly matching position with strong contrast does not outweigh the matching one.
     """
     model = body(tower)
     places = torch.arange(SIDE, dtype=torch.float32)
@@ -98,7 +98,7 @@ def start_like_a_convolution(tower: CLIPVisionModel) -> None:
 
 
 def _near_part(count: int, dx: int, dy: int, own: Tensor) -> Tensor:
-    """The coarsest patterns of the six rows and columns nearest to us, as sums of the patch's own patterns.
+    """Return the coarsest patterns of a neighbor's six nearest rows and columns, as sums of its own patterns.
 
     Returns:
         Shape (count, patterns of the patch).
@@ -112,7 +112,7 @@ def _near_part(count: int, dx: int, dy: int, own: Tensor) -> Tensor:
 
 @torch.no_grad()
 def rescale(tower: CLIPVisionModel, factor: float) -> None:
-    """Multiply every hidden state by a factor; what the tower computes stays the same."""
+    """Multiply every hidden state by a factor, without changing what the tower computes otherwise."""
     model = body(tower)
     model.pre_layrnorm.weight.mul_(factor)
     model.pre_layrnorm.bias.mul_(factor)

@@ -1,8 +1,9 @@
-"""Makes the tiny CLIP vision tower: it learns which character stands in each patch of a page of random text.
+"""Train the tiny CLIP vision tower to predict the character in each patch of a page of random text.
 
-The losses sit on hidden state -2, the one LLaVA reads; the last layer is ballast, as it is in CLIP for LLaVA. One loss
-asks that a linear head tells the characters apart, the other that a linear map gives each its code. The first alone
-leaves features that no projector can turn into embeddings: only the softmax after the head made them sharp.
+The losses are applied to hidden state -2, which LLaVA reads; the last layer is unused, as CLIP's is in LLaVA. One loss
+trains a linear head to predict the characters, the other a linear map to produce a code for each of them. With the
+first loss alone, the characters can only be separated by the softmax after the head, and no projector can turn the
+features into embeddings.
 """
 
 import json
@@ -24,32 +25,32 @@ from transformers import CLIPVisionConfig, CLIPVisionModel
 
 LAYERS, MLP = 3, 1024
 PLAIN = 0.25
-"""Share of the pages of single letters that come in black on white."""
+"""Share of the pages of single letters that are black on white."""
 CODE_WEIGHT = 10.0
-"""Weight of the squared error of the cells' codes: what the projector can make of the features is linear."""
+"""Weight of the squared error of the cells' codes, which makes the features useful to a linear projector."""
 CLEAR = 0.9
-"""Share from which a cell counts as holding its character."""
+"""Share from which a cell counts as containing its character."""
 FEATURE_RMS = 1.0
-"""Size that hidden state -2 is scaled to, exactly and at the end, so that a fresh `nn.Linear` suits it."""
+"""Root mean square that hidden state -2 is scaled to at the end, to suit a new `nn.Linear`."""
 
 
 def features(tower: CLIPVisionModel, pixels: Tensor) -> Tensor:
-    """The output of the last layer but one without the class token: LLaVA's hidden state -2."""
+    """Return the output of the second to last layer without the class token: LLaVA's hidden state -2."""
     return tower(pixels, output_hidden_states=True).hidden_states[LAYERS - 1][:, 1:]
 
 
 @dataclass(frozen=True)
 class Lesson:
-    """One pass over pages.
+    """The settings of one training run over pages.
 
     Args:
-        pages: How many pages of random text are drawn.
+        pages: Number of pages of random text to draw.
         steps: Optimizer steps.
-        rate: Highest learning rate.
+        rate: Peak learning rate.
         easy: Share of the steps with pages of single letters.
-        layouts: Share of the other pages that are laid out as the quickstart's images are.
-        heads_first: Steps in which the heads alone learn.
-        seed: Of the pages and of all draws.
+        layouts: Share of the other pages that have the quickstart's layouts.
+        heads_first: Number of steps in which only the heads are trained.
+        seed: Of the pages and of all random draws.
     """
 
     pages: int
@@ -61,7 +62,7 @@ class Lesson:
     seed: int
 
     def scaled(self, scale: float) -> "Lesson":
-        """The same lesson with a share of the steps and pages, for a trial."""
+        """Return the lesson with a fraction of the steps and pages, for a trial run."""
         sizes = {"pages": max(32, round(self.pages * scale)), "steps": max(2, round(self.steps * scale))}
         return replace(self, **sizes, heads_first=round(self.heads_first * scale))
 
@@ -72,17 +73,17 @@ LESSONS = (
     Lesson(pages=12000, steps=6000, rate=2.5e-3, easy=0, layouts=0.7, heads_first=200, seed=1),
     Lesson(pages=12000, steps=4500, rate=2.5e-3, easy=0, layouts=0.9, heads_first=200, seed=2),
 )
-"""Each starts from the file of the one before it, and can be repeated by itself."""
+"""Each lesson starts from the previous lesson's file, and can be repeated alone."""
 BATCH = 16
 HELD_OUT = 96
 
 
 class Pages:
-    """The pages in the order they are learnt from: single letters first, then the others over and over.
+    """The pages in training order: single letters first, then the other pages, repeated.
 
     Args:
-        easy: How many pages of single letters.
-        lesson: Says how many others; whenever one is used it is coloured anew and moved by up to nine pixels.
+        easy: Number of pages of single letters.
+        lesson: Its number of other pages; each use of one has new colors and an offset of up to nine pixels.
     """
 
     def __init__(self, easy: int, lesson: Lesson) -> None:
@@ -91,7 +92,7 @@ class Pages:
         self.pages += [_pixels(random_page(Random(f"{name}/{n}"), layouts)) for n in range(lesson.pages)]
 
     def batch(self, step: int, size: int, *, plain: bool) -> tuple[Tensor, Tensor, Tensor]:
-        """Pixels, classes and shares of a step's pages."""
+        """Return pixels, classes and shares of a step's pages."""
         rng, images, texts = np.random.default_rng([self.seed, step]), [], []
         for n in range(step * size, (step + 1) * size):
             page = self.pages[n] if n < self.easy else self.pages[self._drawn(n - self.easy)]
@@ -112,7 +113,7 @@ def _pixels(page: Page) -> tuple[np.ndarray, list[list[tuple[str, float, float]]
 
 
 def _ahead(pages: Pages, steps: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """The batches, each made while the one before it is learnt from."""
+    """Yield the batches, each prepared while the previous one is trained on."""
     with ThreadPoolExecutor(1) as pool:
         coming = pool.submit(pages.batch, 0, BATCH, plain=pages.easy > 0)
         for step in range(1, steps + 1):
@@ -126,9 +127,9 @@ def make_vision_tower(directory: Path, lessons: Sequence[Lesson] = LESSONS) -> N
     """Train the tower and write it as a Hugging Face folder.
 
     Args:
-        directory: Where `config.json`, `model.safetensors` and `preprocessor_config.json` go. What each lesson but the
-            last wrote is kept in a folder beside it.
-        lessons: In their order; the first is from nothing.
+        directory: Folder for `config.json`, `model.safetensors` and `preprocessor_config.json`. The results of all
+            lessons but the last are kept in folders next to it.
+        lessons: In their order; the first starts from random initialization.
     """
     torch.manual_seed(lessons[0].seed)
     config = CLIPVisionConfig(
@@ -146,13 +147,13 @@ def make_vision_tower(directory: Path, lessons: Sequence[Lesson] = LESSONS) -> N
 
 
 def teach(tower: CLIPVisionModel, lesson: Lesson, directory: Path) -> None:
-    """Train a tower on a lesson's pages and write it."""
+    """Train a tower on a lesson's pages and write it to a folder."""
     model = body(tower)
     every_layer = model.encoder.layers
-    model.encoder.layers = every_layer[:-1]  # the last one is never read: save its time
+    model.encoder.layers = every_layer[:-1]  # the last layer is unused: save its time
     head, code = nn.Linear(HIDDEN, BLANK + 1), nn.Linear(HIDDEN, BLANK)
     for parameter in code.parameters():
-        nn.init.zeros_(parameter)  # features start out large: random codes would be far off, and all there is to learn
+        nn.init.zeros_(parameter)  # with large initial features, random codes would dominate the loss
     started = time.perf_counter()
     drawn = Pages(round(lesson.easy * lesson.steps) * BATCH, lesson)
     tests = [_held_out(kind, FIRST.seed, min(HELD_OUT, lesson.pages // 2)) for kind in (random_page, layout_page)]
@@ -186,20 +187,20 @@ def teach(tower: CLIPVisionModel, lesson: Lesson, directory: Path) -> None:
 
 
 def _class_loss(scores: Tensor, classes: Tensor, shares: Tensor) -> Tensor:
-    """Cross-entropy against a cell's character and, for the rest of it, blank, which counts less."""
+    """Return the cross entropy against a cell's character and, with a lower weight, blank for the rest of the cell."""
     log = scores.log_softmax(-1)
     expected = shares * log.gather(-1, classes[..., None])[..., 0] + 0.3 * (1 - shares) * log[..., BLANK]
     return -(expected * torch.where(classes == BLANK, 0.3, 1.0)).mean() * 2
 
 
 def _code_loss(codes: Tensor, classes: Tensor, shares: Tensor) -> Tensor:
-    """Squared distance of each cell from its code: its share at its character's place, zero elsewhere."""
+    """Return the squared error of each cell's code: its share at its character's index, zero elsewhere."""
     expected = nn.functional.one_hot(classes, BLANK + 1)[..., :BLANK] * shares[..., None]
     return (codes - expected).square().sum(-1)
 
 
 def write_preprocessor(directory: Path) -> None:
-    """Write `preprocessor_config.json` as CLIP's are; by hand, as the libraries' versions write different ones."""
+    """Write `preprocessor_config.json` as CLIP's is, without transformers, whose versions write different files."""
     settings = {
         "crop_size": {"height": PIXELS, "width": PIXELS},
         "do_center_crop": True,
@@ -218,7 +219,7 @@ def write_preprocessor(directory: Path) -> None:
 
 
 def _held_out(draw: object, seed: int, count: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Pages that are not learnt from."""
+    """Draw pages that are not trained on."""
     assert callable(draw)
     pages = [draw(Random(f"held out/{seed}/{n}")) for n in range(count)]
     rng = np.random.default_rng([seed, 1, 1])
@@ -230,11 +231,11 @@ def _held_out(draw: object, seed: int, count: int) -> tuple[Tensor, Tensor, Tens
 def _score(
     tower: CLIPVisionModel, head: nn.Linear, code: nn.Linear, pixels: Tensor, classes: Tensor, shares: Tensor
 ) -> str:
-    """Shares of right cells among those that clearly hold a character and among the empty ones; error of the codes."""
+    """Format the accuracy on cells that clearly contain a character and on empty cells, and the codes' error."""
     seen = features(tower, pixels)
     right, filled, clear = head(seen).argmax(-1) == classes, classes != BLANK, (classes != BLANK) & (shares > CLEAR)
     error = _code_loss(code(seen), classes, shares)
     return (
         f"{right[clear].float().mean():.4f} of characters, {right[~filled].float().mean():.4f} of blanks, "
-        f"codes off by {error[filled].mean():.4f} and {error[~filled].mean():.4f}"
+        f"code errors {error[filled].mean():.4f} and {error[~filled].mean():.4f}"
     )

@@ -76,7 +76,7 @@ def diagnose(
     from llavar_peft.data.image_preparation import ImageRoots
     from llavar_peft.data.record_store import open_records
     from llavar_peft.evaluation.vqa.length_report import report_lengths
-    from llavar_peft.models.build import load_processor
+    from llavar_peft.models.build_model import load_processor
 
     processor = load_processor(str(model), vision_tower=vision_tower)
     opened, roots = open_records([str(path) for path in records or ()]), ImageRoots(images) if images else None

@@ -64,7 +64,7 @@ def inspect(
     from llavar_peft.data.image_preparation import ImageRoots
     from llavar_peft.data.record_store import open_records
     from llavar_peft.data.supervised_text import decode_supervision
-    from llavar_peft.models.build import load_processor
+    from llavar_peft.models.build_model import load_processor
 
     processor = load_processor(str(model), vision_tower=vision_tower)
     roots = ImageRoots([str(path) for path in images]) if images else None

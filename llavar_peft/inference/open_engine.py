@@ -10,9 +10,8 @@ import torch
 
 from llavar_peft.errors import ConfigError
 from llavar_peft.inference.engine import Engine
-from llavar_peft.models.adapter_base_check import check_base_of_adapter
-from llavar_peft.models.adapter_loading import add_adapter, apply_adapter
-from llavar_peft.models.build import build_model
+from llavar_peft.models.adapter_loading import add_adapter, apply_adapter, check_base_of_adapter
+from llavar_peft.models.build_model import build_model
 from llavar_peft.recipe.schema import Attention, Dtype, ModelConfig, Quantization
 from llavar_peft.weights.adapter.adapter_files import ADAPTER_CONFIG, BASE_FILE, read_base_settings, read_settings
 

@@ -1,1 +1,1 @@
-"""The model: vision tower, projector and language model, their configuration and processor, and how they are built."""
+"""The model, its configuration, tokenizer and processor, and how it is built, tuned, merged and exported."""

@@ -1,15 +1,16 @@
-"""An adapter laid over a model: the right one, whole, or not at all."""
+"""Load an adapter onto its base: the base, the shapes and every tensor are checked before the model is changed."""
 
 from __future__ import annotations
 
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from llavar_peft.errors import ConfigError, Fault, WeightsError
-from llavar_peft.models.adapter_base_check import check_base_of_adapter
-from llavar_peft.models.build import build_model, expected_shapes
+from llavar_peft.models.build_model import build_model, expected_shapes
+from llavar_peft.models.checkpoint_loading import resolve_folder
 from llavar_peft.models.modeling_llavar import LlavarForConditionalGeneration
 from llavar_peft.recipe.schema import ModelConfig
 from llavar_peft.weights.adapter.adapter_files import (
@@ -20,10 +21,21 @@ from llavar_peft.weights.adapter.adapter_files import (
     read_tensor,
 )
 from llavar_peft.weights.adapter.adapter_parts import find_base_faults, find_shape_faults, split_adapter
+from llavar_peft.weights.base_check import check_adapter_base
+from llavar_peft.weights.delta.released_layout import view_as_released
+from llavar_peft.weights.io import tensor_names
 from llavar_peft.weights.io.tensor_blocks import first_not_finite, tensor_location
+from llavar_peft.weights.weights_fingerprint import take_fingerprint
 
 if TYPE_CHECKING:
     from peft import PeftModel
+
+# The tensors that a stage-1 projector file replaces.
+_REPLACED_BY_PROJECTOR = (
+    tensor_names.RELEASED_PROJECTOR_WEIGHT,
+    tensor_names.RELEASED_PROJECTOR_BIAS,
+    tensor_names.RELEASED_EMBEDDINGS,
+)
 
 
 def load_adapter(
@@ -34,23 +46,23 @@ def load_adapter(
     force: bool = False,
     device: str | torch.device | None = None,
 ) -> PeftModel:
-    """Apply an adapter over the base it was trained on.
+    """Load an adapter onto the base it was trained on.
 
     Args:
-        base: A model from ``build_model``, which is changed in place; or what to build: a ``ModelConfig``, or the
-            folder of a checkpoint.
+        base: A model from ``build_model``, which is changed in place; or a ``ModelConfig`` or checkpoint folder to
+            build one from.
         folder: The adapter's.
-        trainable: Whether what the adapter holds can be trained on; otherwise nothing can.
-        force: Go on with a base of the right shape that the adapter was not trained on.
-        device: Where a model that is built here goes, as in ``build_model``.
+        trainable: Whether the adapter's parameters can be trained; otherwise all parameters are frozen.
+        force: Accept a base of the right shape that the adapter was not trained on.
+        device: Of a model that is built here, as in ``build_model``.
 
     Returns:
         The model with the adapter, in ``eval`` mode.
 
     Raises:
-        ConfigError: No adapter, no checkpoint, or a model that has an adapter already.
-        WeightsError: Another base, one with more or fewer layers, a tensor that does not land, is missing, damaged or
-            not finite. A model that was given is then as it was.
+        ConfigError: There is no adapter or no checkpoint, or the model already has an adapter.
+        WeightsError: The base is another one or has another number of layers, or a tensor of the adapter is missing,
+            unexpected, damaged or not finite. A given model is then unchanged.
     """
     adapter = Path(folder)
     if isinstance(base, (str, Path)):
@@ -67,66 +79,88 @@ def load_adapter(
 def apply_adapter(
     model: LlavarForConditionalGeneration, folder: Path, *, trainable: bool = False, name: str = "default"
 ) -> PeftModel:
-    """Apply an adapter over a model of its shape, whatever the model's numbers are.
+    """Apply an adapter to a model in place, as ``load_adapter`` does, without checking that this is its base.
 
     Args:
-        model: From ``build_model``; changed in place.
-        folder: The adapter's.
-        trainable: Whether it can be trained on.
-        name: What peft is to call it.
-
-    Returns:
-        The model with the adapter, in ``eval`` mode.
-
-    Raises:
-        ConfigError: No adapter, or a model that has one already.
-        WeightsError: As ``load_adapter`` says. The model is then as it was.
+        name: The adapter's name in peft.
     """
     from peft import PeftConfig, get_peft_model
 
     if not isinstance(model, LlavarForConditionalGeneration) or hasattr(model, "peft_config"):
         raise ConfigError.at(
-            "model", f"not a plain LLaVAR (got {type(model).__name__})", "give one from build_model, without adapters"
+            "model",
+            f"expected a LLaVAR without adapters (got {type(model).__name__})",
+            "pass a model from build_model",
         )
-    tensors = _read_fitting(model, folder)
+    tensors = _read_checked(model, folder)
     settings = PeftConfig.from_pretrained(str(folder))
     settings.inference_mode = not trainable
     settings.base_model_name_or_path = model.name_or_path
     model.requires_grad_(False)
-    opened: Any = get_peft_model(model, settings, adapter_name=name)
-    load_adapter_weights(opened, tensors, where=str(folder / ADAPTER_WEIGHTS), name=name)
-    opened.eval()
-    return opened
+    wrapped: Any = get_peft_model(model, settings, adapter_name=name)
+    load_adapter_weights(wrapped, tensors, where=str(folder / ADAPTER_WEIGHTS), name=name)
+    wrapped.eval()
+    return wrapped
 
 
 def add_adapter(model: PeftModel, folder: Path, name: str) -> None:
-    """Apply a further adapter over a model that has one, for inference; the one that is on stays on.
+    """Add another adapter to a model from ``apply_adapter``, in place and for inference; the active one stays active.
 
     Args:
-        model: From ``apply_adapter``; changed in place.
-        folder: The adapter's.
-        name: What peft is to call it.
+        name: The adapter's name in peft.
 
     Raises:
-        ConfigError: No adapter.
-        WeightsError: As ``load_adapter`` says. The model is then as it was.
+        ConfigError: There is no adapter.
+        WeightsError: As in ``load_adapter``. The model is then unchanged.
     """
     from peft import PeftConfig
 
-    tensors = _read_fitting(model.get_base_model(), folder)
+    base = model.get_base_model()
+    tensors = _read_checked(base, folder)
     settings = PeftConfig.from_pretrained(str(folder))
     settings.inference_mode = True
-    settings.base_model_name_or_path = model.get_base_model().name_or_path
+    settings.base_model_name_or_path = base.name_or_path
     model.add_adapter(name, settings)
     load_adapter_weights(model, tensors, where=str(folder / ADAPTER_WEIGHTS), name=name)
     model.eval()
 
 
-def _read_fitting(model: LlavarForConditionalGeneration, folder: Path) -> dict[str, torch.Tensor]:
+def check_base_of_adapter(adapter: Path, config: ModelConfig) -> None:
+    """Reject a base that an adapter was not trained on. An adapter without a fingerprint cannot be checked.
+
+    Raises:
+        WeightsError: The base is another one; the message states the differences.
+    """
+    check_adapter_base(adapter, lambda: fingerprint_base(config), config.checkpoint or config.language_model or "")
+
+
+@lru_cache(maxsize=8)
+def fingerprint_base(config: ModelConfig) -> dict[str, Any]:
+    """Take the fingerprint of the weights that a model is built from, without the vision tower.
+
+    Args:
+        config: With ``checkpoint`` or ``language_model``. Tensors that a ``projector`` replaces are left out.
+
+    Returns:
+        The fingerprint, as ``take_fingerprint`` returns it.
+
+    Raises:
+        ConfigError: A folder does not hold a model.
+        WeightsError: A file cannot be read.
+    """
+    source = config.checkpoint or config.language_model or ""
+    view = view_as_released(resolve_folder(source, "model.checkpoint" if config.checkpoint else "model.language_model"))
+    replaced = _REPLACED_BY_PROJECTOR if config.projector is not None else ()
+    table = {name: entry for name, entry in view.table.items() if name not in replaced}
+    return take_fingerprint(table, view.config)
+
+
+def _read_checked(model: LlavarForConditionalGeneration, folder: Path) -> dict[str, torch.Tensor]:
+    """Read an adapter's tensors, all of which fit the model and are finite."""
     settings, table = read_settings(folder), read_adapter_table(folder)
     parts = split_adapter(table)
     faults: list[Fault] = list(find_shape_faults(parts, settings, str(folder)))
-    # The configuration's shapes, not the tensors' own: those of a quantized layer are packed.
+    # The shapes come from the configuration, because a quantized layer's own tensor is packed.
     faults = faults or list(find_base_faults(parts, settings, expected_shapes(model.config), str(folder)))
     tensors = {} if faults else {name: read_tensor(entry) for name, entry in table.items()}
     found = (first_not_finite([tensor], tensor_location(table[name])) for name, tensor in tensors.items())

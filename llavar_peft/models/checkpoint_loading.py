@@ -1,29 +1,28 @@
-"""Where a model comes from: a language model and a tower, one of our checkpoints, or one in the released layout.
+"""Read a model's parts from disk: a language model and a tower, or a checkpoint in one of three layouts.
 
-Each reader returns ``Parts``: a configuration, the tensors by our names (lazily mapped from disk), tokenizer and image
-processor.
+Each reader returns ``ModelParts``: configuration, tensors under this package's names (mapped lazily from disk),
+tokenizer and image processor.
 """
 
 from __future__ import annotations
 
 import difflib
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import CLIPVisionConfig, LlamaConfig
-from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+from transformers import CLIPImageProcessorPil, CLIPVisionConfig, LlamaConfig
 
 from llavar_peft.constants import IMAGE_PATCH_TOKEN, MODEL_TYPE, RELEASED_MODEL_TYPE
 from llavar_peft.errors import ConfigError, EnvironmentFaultError, WeightsError
 from llavar_peft.models.hf_llava import read_stock
 from llavar_peft.models.llama_tokenizer import add_image_tokens, load_tokenizer
-from llavar_peft.models.llavar_config import LlavarConfig, llama_config_from_released, make_config
-from llavar_peft.models.model_parts import Parts
+from llavar_peft.models.llavar_config import LlavarConfig, make_config, read_llama_config
+from llavar_peft.models.model_parts import ModelParts
 from llavar_peft.models.processing_llavar import LlavarProcessor
 from llavar_peft.recipe.schema import ModelConfig
+from llavar_peft.weights.delta.released_layout import read_model_config
 from llavar_peft.weights.io import tensor_names
 from llavar_peft.weights.io.open_weights import open_weights
 
@@ -33,29 +32,26 @@ if TYPE_CHECKING:
 _HUB_FILES = ["*.json", "*.safetensors", "*.bin", "tokenizer.model"]
 
 
-def read_parts(config: ModelConfig, *, seed: int) -> Parts:
-    """Read a plain LLaMA or Vicuna and a CLIP tower, and draws a new projector.
+def read_parts(config: ModelConfig, *, seed: int) -> ModelParts:
+    """Read a LLaMA or Vicuna and a CLIP tower, and draw a new projector.
 
-    New embedding rows start as the mean of the old ones; the projector as ``torch.nn.Linear`` starts.
+    New embedding rows are initialized with the mean of the old ones, the projector as ``torch.nn.Linear`` is.
 
     Args:
         config: With ``language_model`` and ``vision_tower``.
-        seed: Draws the projector.
-
-    Returns:
-        The parts of a new LLaVAR.
+        seed: Of the projector's random weights.
 
     Raises:
-        ConfigError: A folder is not what it should be.
+        ConfigError: A folder does not hold the model that its setting names.
         WeightsError: A file cannot be read.
     """
-    language = resolve_folder(_named(config.language_model), "model.language_model")
-    text = _llama_config(language)
+    language = resolve_folder(_required(config.language_model), "model.language_model")
+    text = _read_language_config(language)
     tokenizer = load_tokenizer(language)
     old_size = len(tokenizer)
     add_image_tokens(tokenizer, use_im_start_end=config.use_im_start_end)
-    tower, tower_tensors, image_processor = _read_tower(_named(config.vision_tower))
-    whole = make_config(
+    tower, tower_tensors, image_processor = _read_tower(_required(config.vision_tower))
+    model_config = make_config(
         text,
         tower,
         vocab_size=len(tokenizer),
@@ -63,17 +59,17 @@ def read_parts(config: ModelConfig, *, seed: int) -> Parts:
         vision_feature_layer=config.vision_feature_layer,
         use_im_start_end=config.use_im_start_end,
     )
-    tensors = _renamed(open_weights(language))
+    tensors = _rename_released(open_weights(language))
     if tensor_names.HEAD not in tensors and text.tie_word_embeddings and tensor_names.EMBEDDINGS in tensors:
         tensors[tensor_names.HEAD] = tensors[tensor_names.EMBEDDINGS]
     for name in (tensor_names.EMBEDDINGS, tensor_names.HEAD):
         if name in tensors:
-            tensors[name] = _extended(tensors[name], old_size, len(tokenizer), f"{language}:{name}")
+            tensors[name] = _extend_with_mean(tensors[name], old_size, len(tokenizer), f"{language}:{name}")
     tensors.update(tower_tensors)
-    tensors.update(_new_projector(tower.hidden_size, text.hidden_size, seed))
-    return Parts(
+    tensors.update(_draw_projector(tower.hidden_size, text.hidden_size, seed))
+    return ModelParts(
         source=str(language),
-        config=whole,
+        config=model_config,
         tensors=tensors,
         tokenizer=tokenizer,
         image_processor=image_processor,
@@ -82,37 +78,34 @@ def read_parts(config: ModelConfig, *, seed: int) -> Parts:
     )
 
 
-def read_checkpoint(config: ModelConfig) -> Parts:
-    """Read one of our checkpoints, one in the released layout with a tower taken from elsewhere, or a stock LLaVA.
+def read_checkpoint(config: ModelConfig) -> ModelParts:
+    """Read a checkpoint in this package's layout, in the released layout with a separate tower, or a stock LLaVA.
 
     Args:
         config: With ``checkpoint``, and ``vision_tower`` for the released layout.
 
-    Returns:
-        The checkpoint's parts.
-
     Raises:
-        ConfigError: None of these layouts, or the tower is not named.
+        ConfigError: The folder has none of these layouts, or the tower is not given.
         WeightsError: A file cannot be read.
     """
-    folder = resolve_folder(_named(config.checkpoint), "model.checkpoint")
-    described = _read_json(folder / "config.json")
+    folder = resolve_folder(_required(config.checkpoint), "model.checkpoint")
+    described = read_model_config(folder)
     kind = described.get("model_type")
     if kind == MODEL_TYPE:
-        return _read_ours(folder, config)
+        return _read_own_layout(folder, config)
     if kind == RELEASED_MODEL_TYPE and "text_config" not in described:
-        return _read_released(folder, described, config)
+        return _read_released_layout(folder, described, config)
     if kind == RELEASED_MODEL_TYPE:
         return read_stock(folder)
     raise ConfigError.at(
         f"{folder / 'config.json'}:model_type",
         f"not a LLaVAR (got {kind!r}, expected {MODEL_TYPE!r}, or {RELEASED_MODEL_TYPE!r} with LLaMA's fields)",
-        "for a plain language model give language_model and vision_tower instead of checkpoint",
+        "for a plain language model set language_model and vision_tower instead of checkpoint",
     )
 
 
-def _read_ours(folder: Path, config: ModelConfig) -> Parts:
-    whole = LlavarConfig.from_pretrained(folder)
+def _read_own_layout(folder: Path, config: ModelConfig) -> ModelParts:
+    model_config = LlavarConfig.from_pretrained(folder)
     processor = LlavarProcessor.from_pretrained(folder)
     tensors = dict(open_weights(folder))
     image_processor = processor.image_processor
@@ -120,10 +113,10 @@ def _read_ours(folder: Path, config: ModelConfig) -> Parts:
         tower, tower_tensors, image_processor = _read_tower(config.vision_tower)
         tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith(tensor_names.TOWER)}
         tensors.update(tower_tensors)
-        whole.vision_config = tower
-    return Parts(
+        model_config.vision_config = tower
+    return ModelParts(
         source=str(folder),
-        config=whole,
+        config=model_config,
         tensors=tensors,
         tokenizer=processor.tokenizer,
         image_processor=image_processor,
@@ -132,20 +125,20 @@ def _read_ours(folder: Path, config: ModelConfig) -> Parts:
     )
 
 
-def _read_released(folder: Path, described: Mapping[str, Any], config: ModelConfig) -> Parts:
+def _read_released_layout(folder: Path, described: Mapping[str, Any], config: ModelConfig) -> ModelParts:
     if config.vision_tower is None:
         raise ConfigError.at(
             "model.vision_tower",
-            f"not given, and a checkpoint in the released layout holds no tower (its was "
+            f"not set, and a checkpoint in the released layout contains no vision tower (it was trained with "
             f"{described.get('mm_vision_tower')!r})",
-            "name the CLIP folder it was trained with",
+            "set it to the folder of the CLIP model that the checkpoint was trained with",
         )
-    text = llama_config_from_released(described)
+    text = read_llama_config(described)
     use_im_start_end = bool(described.get("mm_use_im_start_end", False))
     tokenizer = load_tokenizer(folder)
     add_image_tokens(tokenizer, use_im_start_end=use_im_start_end)
     tower, tower_tensors, image_processor = _read_tower(config.vision_tower)
-    whole = make_config(
+    model_config = make_config(
         text,
         tower,
         vocab_size=text.vocab_size,
@@ -154,33 +147,30 @@ def _read_released(folder: Path, described: Mapping[str, Any], config: ModelConf
         use_im_start_end=use_im_start_end,
         sep_image_conv_front=bool(described.get("sep_image_conv_front", False)),
     )
-    tensors = _renamed(open_weights(folder))
+    tensors = _rename_released(open_weights(folder))
     tensors.update(tower_tensors)
-    return Parts(
+    return ModelParts(
         source=str(folder),
-        config=whole,
+        config=model_config,
         tensors=tensors,
         tokenizer=tokenizer,
         image_processor=image_processor,
         image_mode=config.image_mode,
-        # LLaVAR, llava/eval/run_llava.py, resize_image: not what it was trained with, but how it was evaluated.
+        # The original evaluates with another mode than it trains with: llava/eval/run_llava.py, resize_image.
         inference_image_mode="pad_black",
     )
 
 
 def resolve_folder(name: str, setting: str) -> Path:
-    """The folder that a setting names: as it is, or fetched from the hub.
+    """Return the folder that a setting names, downloaded from the Hugging Face hub if it is not on this disk.
 
     Args:
         name: A path, or a hub name ``owner/model`` where no such path exists.
         setting: The setting's path, for the message.
 
-    Returns:
-        An existing folder.
-
     Raises:
-        ConfigError: No such folder.
-        EnvironmentFaultError: The hub cannot be reached, or does not have it.
+        ConfigError: There is no such folder.
+        EnvironmentFaultError: The hub cannot be reached, or does not have the model.
     """
     path = Path(name).expanduser()
     if path.is_dir():
@@ -196,34 +186,38 @@ def resolve_folder(name: str, setting: str) -> Path:
 
     try:
         return Path(snapshot_download(name, allow_patterns=_HUB_FILES))
-    except Exception as error:  # the hub's client lets its transport's errors through
-        reason = str(error).strip().splitlines()[0]
+    except Exception as error:  # the hub's client passes on any error of its transport
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise EnvironmentFaultError.at(
-            setting, f"{name!r} is no folder here and could not be fetched ({reason})", "give a folder that exists"
+            setting,
+            f"{name!r} is not a folder, and could not be downloaded from the Hugging Face hub ({reason})",
+            "give an existing folder, or check the name and the connection",
         ) from error
 
 
 def _read_tower(name: str) -> tuple[CLIPVisionConfig, dict[str, Tensor], CLIPImageProcessorPil]:
     folder = resolve_folder(name, "model.vision_tower")
-    described = _read_json(folder / "config.json")
+    described = read_model_config(folder)
     if described.get("model_type") not in ("clip", "clip_vision_model"):
         raise ConfigError.at(
             f"{folder / 'config.json'}:model_type",
-            f"not a CLIP (got {described.get('model_type')!r}, expected 'clip' or 'clip_vision_model')",
-            "give the folder of the vision tower",
+            f"not a CLIP model (got {described.get('model_type')!r}, expected 'clip' or 'clip_vision_model')",
+            "give the vision tower's folder",
         )
-    config = CLIPVisionConfig.from_pretrained(folder)
+    if not (folder / "preprocessor_config.json").is_file():
+        raise ConfigError.at(str(folder), "no preprocessor_config.json in it", "copy it from the CLIP model")
     tensors = {ours: tensor for name, tensor in open_weights(folder).items() if (ours := tensor_names.from_clip(name))}
-    _read_json(folder / "preprocessor_config.json")  # its absence deserves our message
-    return config, tensors, CLIPImageProcessorPil.from_pretrained(folder)
+    return CLIPVisionConfig.from_pretrained(folder), tensors, CLIPImageProcessorPil.from_pretrained(folder)
 
 
-def _llama_config(folder: Path) -> LlamaConfig:
-    described = _read_json(folder / "config.json")
+def _read_language_config(folder: Path) -> LlamaConfig:
+    described = read_model_config(folder)
     kind = described.get("model_type")
     if kind == RELEASED_MODEL_TYPE and "text_config" not in described:
         raise ConfigError.at(
-            "model.language_model", f"{folder} is a whole LLaVA, not a language model", "give it as checkpoint"
+            "model.language_model",
+            f"{folder} is a complete LLaVA, expected a language model",
+            "set checkpoint instead of language_model",
         )
     if kind != "llama":
         raise ConfigError.at(
@@ -231,25 +225,27 @@ def _llama_config(folder: Path) -> LlamaConfig:
             f"not a LLaMA (got {kind!r}, expected 'llama')",
             "give the folder of a LLaMA or Vicuna",
         )
-    return llama_config_from_released(described) if "rope_parameters" not in described else LlamaConfig(**described)
+    return read_llama_config(described)
 
 
-def _renamed(store: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _rename_released(store: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {ours: tensor for name, tensor in store.items() if (ours := tensor_names.from_released(name))}
 
 
-def _extended(rows: Tensor, old: int, new: int, where: str) -> Tensor:
+def _extend_with_mean(rows: Tensor, old: int, new: int, where: str) -> Tensor:
     if rows.shape[0] < old:
         raise WeightsError.at(
-            where, f"too few rows (got {rows.shape[0]}, the tokenizer has {old})", "use the tokenizer of this model"
+            where,
+            f"too few rows for the tokenizer (got {rows.shape[0]}, expected at least {old})",
+            "put this model's own tokenizer into its folder",
         )
     known = rows[:old].float()
     return torch.cat([known, known.mean(dim=0, keepdim=True).expand(new - old, -1)])
 
 
-def _new_projector(width_in: int, width_out: int, seed: int) -> dict[str, Tensor]:
+def _draw_projector(width_in: int, width_out: int, seed: int) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(seed)
-    bound = width_in**-0.5  # what torch.nn.Linear draws from, for weight and bias alike
+    bound = width_in**-0.5  # the bound of torch.nn.Linear's initialization, for weight and bias
 
     def draw(*shape: int) -> Tensor:
         drawn: Tensor = (torch.rand(*shape, generator=generator) * 2 - 1) * bound
@@ -258,19 +254,7 @@ def _new_projector(width_in: int, width_out: int, seed: int) -> dict[str, Tensor
     return {tensor_names.PROJECTOR_WEIGHT: draw(width_out, width_in), tensor_names.PROJECTOR_BIAS: draw(width_out)}
 
 
-def _named(name: str | None) -> str:
+def _required(name: str | None) -> str:
     if name is None:
-        raise ConfigError.at("model", "no model is named", "give language_model and vision_tower, or checkpoint")
+        raise ConfigError.at("model", "no model is given", "set language_model and vision_tower, or checkpoint")
     return name
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ConfigError.at(str(path), "no such file", "give the folder that the model was saved to") from None
-    except (OSError, ValueError) as error:
-        raise ConfigError.at(str(path), f"not readable as JSON ({error})", "fetch the file again") from error
-    if not isinstance(content, dict):
-        raise ConfigError.at(str(path), f"holds a {type(content).__name__}, expected an object", "fetch the file again")
-    return content

@@ -1,7 +1,8 @@
-"""The cross entropy of a language modelling head without its logits: in chunks, each chunk's gradient taken at once.
+"""The cross entropy of a language modeling head, computed in chunks, so that not all logits are in memory at once.
 
-Logits of N positions over V pieces, in float32 and with their gradient, take 8 N V bytes: 2 GiB for 8 conversations of
-LLaVAR-13B. Here no more than a chunk of them is ever there, and nothing is computed twice.
+Logits of N positions over V tokens, in float32 and with their gradient, take 8 N V bytes: 2 GiB for 8 conversations of
+LLaVAR-13B. Here only one chunk of them exists at a time. Its gradient is computed in the same step, so that nothing is
+computed twice.
 
 Source of the idea: liger-kernel (arXiv 2410.10989), fused linear cross entropy; this is plain PyTorch, on any device.
 """
@@ -15,16 +16,16 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 CHUNK = 1024
-"""Positions whose logits are there at once: 125 MiB of float32 at 32,003 pieces."""
+"""Number of positions whose logits exist at the same time: 125 MiB of float32 at 32,003 tokens."""
 
 
 class _SummedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, chunk: int) -> Tensor:
-        wants_hidden, wants_weight = ctx.needs_input_grad[:2]
-        of_hidden_ND = torch.empty_like(hidden_ND) if wants_hidden else None
-        # Summed in float32: with many chunks, half precision would lose the small ones.
-        of_weight_VD = torch.zeros_like(weight_VD, dtype=torch.float32) if wants_weight else None
+        needs_hidden, needs_weight = ctx.needs_input_grad[:2]
+        grad_hidden_ND = torch.empty_like(hidden_ND) if needs_hidden else None
+        # Summed in float32: over many chunks, half precision would lose small contributions.
+        grad_weight_VD = torch.zeros_like(weight_VD, dtype=torch.float32) if needs_weight else None
         cast_VD = weight_VD.to(hidden_ND.dtype)
         total = hidden_ND.new_zeros((), dtype=torch.float32)
         for start in range(0, len(hidden_ND), chunk):
@@ -32,43 +33,43 @@ class _SummedCrossEntropy(torch.autograd.Function):
             logits_nV = nn.functional.linear(hidden_ND[part], cast_VD).float()
             norm_n1 = logits_nV.logsumexp(dim=1, keepdim=True)
             total += (norm_n1 - logits_nV.gather(1, targets_N[part, None])).sum()
-            if not (wants_hidden or wants_weight):
+            if not (needs_hidden or needs_weight):
                 continue
-            # The gradient takes the logits' place: probabilities, less one at the target.
-            slope_nV = logits_nV.sub_(norm_n1).exp_()
-            slope_nV.scatter_add_(1, targets_N[part, None], torch.full_like(norm_n1, -1.0))
-            slope_nV = slope_nV.to(hidden_ND.dtype)
-            if of_hidden_ND is not None:
-                of_hidden_ND[part] = slope_nV @ cast_VD
-            if of_weight_VD is not None:
-                of_weight_VD += slope_nV.T @ hidden_ND[part]
-        ctx.save_for_backward(of_hidden_ND, of_weight_VD)
+            # The gradient overwrites the logits: probabilities, less one at the target.
+            grad_nV = logits_nV.sub_(norm_n1).exp_()
+            grad_nV.scatter_add_(1, targets_N[part, None], torch.full_like(norm_n1, -1.0))
+            grad_nV = grad_nV.to(hidden_ND.dtype)
+            if grad_hidden_ND is not None:
+                grad_hidden_ND[part] = grad_nV @ cast_VD
+            if grad_weight_VD is not None:
+                grad_weight_VD += grad_nV.T @ hidden_ND[part]
+        ctx.save_for_backward(grad_hidden_ND, grad_weight_VD)
         ctx.weight_dtype = weight_VD.dtype
         return total
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, factor: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
-        of_hidden_ND, of_weight_VD = ctx.saved_tensors
+        grad_hidden_ND, grad_weight_VD = ctx.saved_tensors
         return (
-            None if of_hidden_ND is None else of_hidden_ND * factor.to(of_hidden_ND.dtype),
-            None if of_weight_VD is None else of_weight_VD.mul_(factor).to(ctx.weight_dtype),
+            None if grad_hidden_ND is None else grad_hidden_ND * factor.to(grad_hidden_ND.dtype),
+            None if grad_weight_VD is None else grad_weight_VD.mul_(factor).to(ctx.weight_dtype),
             None,
             None,
         )
 
 
 def summed_cross_entropy(hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, *, chunk: int = CHUNK) -> Tensor:
-    """Sums the cross entropy of a linear head's logits.
+    """Return the summed cross entropy of a linear head's logits.
 
     Args:
         hidden_ND: The last hidden states ``[N, D]``.
         weight_VD: The head's weight ``[V, D]``.
-        targets_N: The right pieces ``[N]``, none ignored.
-        chunk: Positions whose logits are made at once.
+        targets_N: The tokens to predict ``[N]``, none of them ignored.
+        chunk: Number of positions whose logits are computed at once.
 
     Returns:
-        The sum in float32. Its gradient is that of ``cross_entropy(linear(hidden, weight).float(), targets)``; under
+        The sum in float32. Its gradient is that of ``cross_entropy(linear(hidden, weight).float(), targets)``. Under
         autocast the head is computed in autocast's dtype, as a layer would be.
     """
     device = hidden_ND.device.type
@@ -80,33 +81,24 @@ def summed_cross_entropy(hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor
 
 
 class LossHead(nn.Linear):
-    """A language modelling head that can give the loss instead of logits.
+    """A language modeling head that can return the loss instead of logits.
 
-    As a call of the module, not of its weight: whoever keeps a shard of it gathers it when it is called.
+    The loss is a call of the module rather than a use of its weight, because sharded training gathers a module's weight
+    when the module is called.
     """
 
     @classmethod
     def of(cls, head: nn.Linear) -> LossHead:
-        """A head around the same parameter.
-
-        Args:
-            head: Without bias.
-
-        Returns:
-            The head.
-        """
+        """Return a head that shares the parameter of another head without bias."""
         made = cls(head.in_features, head.out_features, bias=False, device="meta")
         made.weight = head.weight
         return made
 
     def forward(self, input: Tensor, targets: Tensor | None = None) -> Tensor:
-        """Logits, or the summed cross entropy.
+        """Return logits ``[..., V]``, or with ``targets`` the summed cross entropy in float32.
 
         Args:
             input: Hidden states ``[..., D]``; with ``targets`` ``[N, D]``.
-            targets: The right pieces ``[N]``.
-
-        Returns:
-            ``[..., V]``, or the sum in float32.
+            targets: The tokens to predict ``[N]``.
         """
         return super().forward(input) if targets is None else summed_cross_entropy(input, self.weight, targets)

@@ -1,9 +1,9 @@
-"""LLaMA's tokenizer with exactly the ids that the original's slow tokenizer gives.
+"""LLaMA's tokenizer with exactly the ids of the original's slow tokenizer.
 
-What ``transformers`` 5 makes of a ``tokenizer.model`` gives other ids on most conversations, so the fast tokenizer is
-built here from the SentencePiece model itself: merges in the order of the pieces' scores, and the *legacy* rule that
-every stretch of text between special tokens gets a leading ``▁``. The result is a standard fast tokenizer: saved once,
-any ``AutoTokenizer.from_pretrained`` opens it with the same ids.
+``transformers`` 5 converts a ``tokenizer.model`` into a tokenizer with different ids for most conversations. The fast
+tokenizer is therefore built here from the SentencePiece model: merges are ordered by the pieces' scores, and by the
+*legacy* rule each segment of text between special tokens starts with ``▁``. The result is a standard fast tokenizer:
+once saved, any ``AutoTokenizer.from_pretrained`` loads it with the same ids.
 
 Source: LLaVAR, llava/train/train.py (``use_fast=False``), on the slow ``LlamaTokenizer`` of transformers 4.28.
 """
@@ -42,10 +42,10 @@ _NORMALIZER: Final[dict[str, Any]] = {
     ],
 }
 _GIVE_MODEL: Final = (
-    "put the language model's own tokenizer.model into this folder (LLaMA and Vicuna are released with one)"
+    "copy the language model's own tokenizer.model into this folder (LLaMA and Vicuna are released with one)"
 )
-# Each shows one way in which a SentencePiece model can differ from LLaMA's: several spaces kept, spaces at the ends,
-# no Unicode normalisation, bytes for what has no piece, control pieces never made from text.
+# Each probe covers a way in which a SentencePiece model can differ from LLaMA's: repeated spaces and spaces at the ends
+# are kept, no Unicode normalization, byte pieces for unknown characters, no control pieces from text.
 _PROBES: Final = (
     "The sign says STOP.",
     "  two  spaces   and more    ",
@@ -57,59 +57,59 @@ _PROBES: Final = (
 
 
 def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerFast:
-    """Open a tokenizer so that its ids are the original's.
+    """Load a tokenizer whose ids are those of the original.
 
-    ``tokenizer.model`` is read whenever it is there, and a ``tokenizer.json`` beside it is not looked at, since a stock
-    conversion gives other ids. Tokens of an ``added_tokens.json`` are added under the ids it states.
+    ``tokenizer.model`` is used if it exists; a ``tokenizer.json`` in the same folder is then ignored, because a stock
+    conversion gives different ids. Tokens of an ``added_tokens.json`` are added with the ids that it states.
 
     Args:
         folder: A local folder with ``tokenizer.model``, or with a ``tokenizer.json`` that this package has written.
 
     Returns:
-        A fast tokenizer that pads on the right with ``<unk>`` (id 0) and adds no ``<s>`` by itself.
+        A fast tokenizer that pads on the right with ``<unk>`` (id 0) and does not add ``<s>``.
 
     Raises:
-        ConfigError: ``folder`` is no folder, or has neither file.
-        WeightsError: The file is broken, not LLaMA's kind, or a conversion with other ids.
-        MissingDependencyError: ``tokenizer.model`` is there and ``sentencepiece`` is not installed.
+        ConfigError: ``folder`` is not a folder, or contains neither file.
+        WeightsError: The file is damaged, not a LLaMA tokenizer, or a conversion with different ids.
+        MissingDependencyError: There is a ``tokenizer.model``, and ``sentencepiece`` is not installed.
     """
     folder = Path(folder)
     if not folder.is_dir():
-        raise ConfigError.at(str(folder), "is not a folder, expected one with a tokenizer", "give a local folder")
+        raise ConfigError.at(str(folder), "not a folder (expected one with a tokenizer)", "give a local folder")
     if (folder / _MODEL_FILE).is_file():
         tokenizer = _wrap(_from_sentencepiece(folder / _MODEL_FILE))
         _add_saved_tokens(tokenizer, folder / _ADDED_FILE)
         return tokenizer
     if (folder / _JSON_FILE).is_file():
         return _wrap(_from_json(folder / _JSON_FILE))
-    raise ConfigError.at(str(folder), f"holds neither {_MODEL_FILE} nor {_JSON_FILE}", _GIVE_MODEL)
+    raise ConfigError.at(str(folder), f"contains neither {_MODEL_FILE} nor {_JSON_FILE}", _GIVE_MODEL)
 
 
 def add_image_tokens(tokenizer: PreTrainedTokenizerFast, *, use_im_start_end: bool = True) -> int:
-    """Add ``<im_patch>`` and, if used, ``<im_start>`` and ``<im_end>``, as the next ids in this order.
+    """Add ``<im_patch>`` and, if used, ``<im_start>`` and ``<im_end>``, with the next ids in this order.
 
-    On LLaMA's 32000 pieces they become 32000, 32001 and 32002. Tokens that are there already stay as they are.
+    With LLaMA's 32000 tokens the new ids are 32000, 32001 and 32002. Existing image tokens stay unchanged.
 
     Args:
         tokenizer: From ``load_tokenizer``; changed in place.
-        use_im_start_end: Whether images stand between ``<im_start>`` and ``<im_end>``.
+        use_im_start_end: Whether images are enclosed in ``<im_start>`` and ``<im_end>``.
 
     Returns:
-        How many tokens were new: 0 to 3.
+        The number of new tokens, 0 to 3.
 
     Raises:
-        WeightsError: The tokens came out, or are already there, under ids that do not follow one another.
+        WeightsError: The image tokens have ids that are not consecutive.
     """
     expected = ADDED_TOKENS if use_im_start_end else (IMAGE_PATCH_TOKEN,)
-    there = tokenizer.get_vocab()
-    new = tokenizer.add_tokens([_image_token(name) for name in expected if name not in there])
+    known = tokenizer.get_vocab()
+    new = tokenizer.add_tokens([_image_token(name) for name in expected if name not in known])
     vocabulary = tokenizer.get_vocab()
     ids = [vocabulary[name] for name in expected]
     if ids != list(range(ids[0], ids[0] + len(ids))):
         raise WeightsError.at(
             str(tokenizer.name_or_path or "tokenizer"),
-            f"the image tokens have ids {dict(zip(expected, ids, strict=True))}, expected consecutive ones",
-            "start from the language model's tokenizer, or from a LLaVAR checkpoint's, without other added tokens",
+            f"the image tokens' ids are not consecutive (got {dict(zip(expected, ids, strict=True))})",
+            "use the tokenizer of the language model or of a LLaVAR checkpoint, without other added tokens",
         )
     return int(new)
 
@@ -117,13 +117,13 @@ def add_image_tokens(tokenizer: PreTrainedTokenizerFast, *, use_im_start_end: bo
 def _image_token(name: str) -> AddedToken:
     from tokenizers import AddedToken
 
-    # The slow tokenizer strips white space on both sides of an added token, and of no other special token.
+    # The slow tokenizer strips whitespace on both sides of added tokens, but not of other special tokens.
     return AddedToken(name, lstrip=True, rstrip=True, normalized=False, special=True)
 
 
 def _wrap(backend: Tokenizer) -> PreTrainedTokenizerFast:
-    make: Any = PreTrainedTokenizerFast  # its constructor has no types
-    tokenizer: PreTrainedTokenizerFast = make(
+    untyped: Any = PreTrainedTokenizerFast  # its constructor has no annotations
+    tokenizer: PreTrainedTokenizerFast = untyped(
         tokenizer_object=backend,
         unk_token=UNK_TOKEN,
         bos_token=BOS_TOKEN,
@@ -140,16 +140,17 @@ def _from_sentencepiece(path: Path) -> Tokenizer:
     ids = {pieces.id_to_piece(index): index for index in range(pieces.get_piece_size())}
     missing = [name for name in (UNK_TOKEN, BOS_TOKEN, EOS_TOKEN) if name not in ids]
     if missing:
-        raise WeightsError.at(str(path), f"has no piece {', '.join(missing)}, expected LLaMA's", _GIVE_MODEL)
+        raise WeightsError.at(str(path), f"not a LLaMA tokenizer: it has no {', '.join(missing)}", _GIVE_MODEL)
     backend = _assemble(ids, _merges(pieces, ids))
     for probe in _PROBES:
         if backend.encode(probe, add_special_tokens=False).ids != pieces.encode(probe):
             raise WeightsError.at(
                 str(path),
-                f"is not of LLaMA's kind (BPE without normalisation, bytes for unknown characters): {probe!r} differs",
+                f"not a LLaMA tokenizer (BPE without normalization, bytes for unknown characters): the ids of "
+                f"{probe!r} differ",
                 _GIVE_MODEL,
             )
-    # Only now, because in the probes they must stay text, as in SentencePiece.
+    # Added after the probes, in which they must be text as in SentencePiece.
     from tokenizers import AddedToken
 
     backend.add_special_tokens([AddedToken(name, normalized=False) for name in (UNK_TOKEN, BOS_TOKEN, EOS_TOKEN)])
@@ -161,22 +162,22 @@ def _open_sentencepiece(path: Path) -> Any:
         import sentencepiece
     except ImportError as error:
         raise MissingDependencyError.at(
-            str(path), "reading it needs the package sentencepiece, which is missing", "run `pip install sentencepiece`"
+            str(path), "reading it needs sentencepiece, which is not installed", "run `pip install sentencepiece`"
         ) from error
     try:
         return sentencepiece.SentencePieceProcessor(model_file=str(path))
     except (RuntimeError, OSError) as error:
         raise WeightsError.at(
             str(path),
-            f"cannot be read as a SentencePiece model ({path.stat().st_size} bytes)",
-            "download it again (LLaMA's has 499723 bytes)",
+            f"not readable as a SentencePiece model (got {path.stat().st_size} bytes; LLaMA's has 499723)",
+            "download the file again",
         ) from error
 
 
 def _merges(pieces: Any, ids: Mapping[str, int]) -> list[tuple[str, str]]:
-    """Pairs of pieces that join, best first: by SentencePiece score, then id.
+    """Return the pairs of pieces to merge, ordered by SentencePiece score, then id.
 
-    Control, unknown and byte pieces neither join nor come out of a join, so text can never become one of them.
+    Control, unknown and byte pieces are neither merged nor the result of a merge, so text can never become one of them.
     """
 
     def plain(index: int) -> bool:
@@ -206,42 +207,44 @@ def _assemble(ids: Mapping[str, int], merges: list[tuple[str, str]]) -> Tokenize
 
 
 def _from_json(path: Path) -> Tokenizer:
-    """Open a ``tokenizer.json`` after checking that it has the form which gives the original's ids."""
+    """Load a ``tokenizer.json`` and check that it gives the original's ids."""
     from tokenizers import Tokenizer
 
     try:
         form = json.loads(path.read_text(encoding="utf-8"))
         backend = Tokenizer.from_str(json.dumps(form))
-    except Exception as error:  # tokenizers raises a bare Exception on a file that it does not understand
-        raise WeightsError.at(str(path), f"cannot be read as a tokenizer ({error})", _GIVE_MODEL) from error
+    except Exception as error:  # tokenizers raises a bare Exception for an invalid file
+        raise WeightsError.at(str(path), f"not readable as a tokenizer ({error})", _GIVE_MODEL) from error
     faults = []
     if form.get("model", {}).get("type") != "BPE":
         faults.append("the model is not BPE")
     if form.get("normalizer") != _NORMALIZER:
-        faults.append("the normalizer does not prepend ▁ to every stretch of text")
+        faults.append("the normalizer does not prepend ▁ to each segment of text")
     if form.get("pre_tokenizer") is not None:
-        faults.append("there is a pre-tokenizer")
+        faults.append("it has a pre-tokenizer")
     vocabulary = backend.get_vocab()
-    faults += [f"there is no {name}" for name in (UNK_TOKEN, BOS_TOKEN, EOS_TOKEN) if name not in vocabulary]
+    faults += [f"it has no {name}" for name in (UNK_TOKEN, BOS_TOKEN, EOS_TOKEN) if name not in vocabulary]
     for token in backend.get_added_tokens_decoder().values():
         if token.content in ADDED_TOKENS and not (token.lstrip and token.rstrip and token.special):
-            faults.append(f"{token.content} does not strip the white space around it")
+            faults.append(f"{token.content} does not strip the whitespace around it")
     if faults:
         raise WeightsError.at(
-            str(path), f"is a conversion that gives other ids than the original: {'; '.join(faults)}", _GIVE_MODEL
+            str(path), f"this conversion gives different ids than the original: {'; '.join(faults)}", _GIVE_MODEL
         )
     return backend
 
 
 def _add_saved_tokens(tokenizer: PreTrainedTokenizerFast, path: Path) -> None:
-    """Add the tokens of a slow tokenizer's ``added_tokens.json`` under the ids written there."""
+    """Add the tokens of a slow tokenizer's ``added_tokens.json`` with the ids that it states."""
     if not path.is_file():
         return
     try:
         saved = json.loads(path.read_text(encoding="utf-8"))
         in_order = sorted(saved.items(), key=lambda item: int(item[1]))
     except (ValueError, AttributeError, TypeError) as error:
-        raise WeightsError.at(str(path), f"is not a JSON object of token: id ({error})", "restore the file") from error
+        raise WeightsError.at(
+            str(path), f"not a JSON object of tokens and ids ({error})", "download the file again"
+        ) from error
     from tokenizers import AddedToken
 
     for name, index in in_order:
@@ -250,5 +253,7 @@ def _add_saved_tokens(tokenizer: PreTrainedTokenizerFast, path: Path) -> None:
         got = tokenizer.convert_tokens_to_ids(name)
         if got != index:
             raise WeightsError.at(
-                str(path), f"{name} is to have id {index} but comes out as {got}", "restore the tokenizer's files"
+                str(path),
+                f"the id of {name} does not fit the vocabulary (got {got}, expected {index})",
+                "download the tokenizer's files again",
             )

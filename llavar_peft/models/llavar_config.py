@@ -1,46 +1,41 @@
-"""The configuration of a LLaVAR: a tower, a language model, one linear projector."""
+"""The configuration of a LLaVAR, and how it is composed: from parts, a released file, or a recipe's settings."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig
 
 from llavar_peft.constants import MODEL_TYPE
+from llavar_peft.errors import ConfigError
+from llavar_peft.recipe.schema import ModelConfig
+from llavar_peft.weights.delta.released_layout import read_model_config
 
-# What a flat, released config.json says of the language model, and nothing else is read from it.
+# The fields of a flat, released config.json that describe the language model; no other field is read for it.
 _LLAMA_FIELDS = (
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "hidden_act",
-    "max_position_embeddings",
-    "initializer_range",
-    "rms_norm_eps",
-    "vocab_size",
-    "rope_theta",
-    "rope_scaling",
-    "attention_bias",
-    "head_dim",
-    "bos_token_id",
-    "eos_token_id",
-    "pad_token_id",
-)
-# LLaMA-1's context, which configurations of early 2023 call by this name or leave out.
+    "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "hidden_act",
+    "max_position_embeddings", "initializer_range", "rms_norm_eps", "vocab_size", "rope_theta", "rope_scaling",
+    "attention_bias", "head_dim", "bos_token_id", "eos_token_id", "pad_token_id",
+)  # fmt: skip
+# The name of max_position_embeddings in configurations of early 2023.
 _OLD_POSITIONS = "max_sequence_length"
+_LLAMA_SIZES = {"7b": (4096, 11008, 32), "13b": (5120, 13824, 40)}
+"""Width, the MLP's width, number of layers and of heads. Source: LLaMA (arXiv 2302.13971), table 2, and its released
+params.json."""
+_CLIP_VIT_L = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16}
 
 
 class LlavarConfig(LlavaConfig):
     """Configuration of ``LlavarForConditionalGeneration``.
 
-    Everything of ``transformers.LlavaConfig``, with ``image_token_index`` the id of ``<im_patch>``, and:
+    It has all fields of ``transformers.LlavaConfig``, where ``image_token_index`` is the id of ``<im_patch>``, and:
 
     Attributes:
-        use_im_start_end: Whether images stand between ``<im_start>`` and ``<im_end>``.
-        sep_image_conv_front: The original's flag of that name: images go before the first ``USER:``.
+        use_im_start_end: Whether images are enclosed in ``<im_start>`` and ``<im_end>``.
+        sep_image_conv_front: The original's flag of that name: images precede the first ``USER:``.
 
     Source: LLaVAR, llava/model/llava.py, ``LlavaConfig`` (there a flat LLaMA configuration).
     """
@@ -49,25 +44,6 @@ class LlavarConfig(LlavaConfig):
 
     use_im_start_end: bool = True
     sep_image_conv_front: bool = False
-
-
-def llama_config_from_released(flat: Mapping[str, Any]) -> LlamaConfig:
-    """Read the language model's part of a released, flat ``config.json``.
-
-    ``AutoConfig`` opens such a file without an error as another model, so it is read field by field here.
-
-    Args:
-        flat: The parsed ``config.json``, ``model_type: llava`` with LLaMA's fields at the top level.
-
-    Returns:
-        The language model's configuration; absent fields have LLaMA's defaults.
-    """
-    fields = {name: flat[name] for name in _LLAMA_FIELDS if flat.get(name) is not None}
-    if _OLD_POSITIONS in flat and "max_position_embeddings" not in fields:
-        fields["max_position_embeddings"] = flat[_OLD_POSITIONS]
-    # Vicuna v1.1's file says pad_token_id -1 or 0; the original pads with <unk>, id 0, whatever it says.
-    fields["pad_token_id"] = 0
-    return LlamaConfig(tie_word_embeddings=False, **fields)
 
 
 def make_config(
@@ -80,27 +56,20 @@ def make_config(
     use_im_start_end: bool = True,
     sep_image_conv_front: bool = False,
 ) -> LlavarConfig:
-    """Composes the configuration from its parts.
+    """Compose the configuration from those of the language model and the vision tower.
 
     Args:
         text_config: The language model's, before the image tokens were added.
-        vision_config: The tower's.
         vocab_size: Number of rows of the embeddings, image tokens included (32003 for LLaVAR).
         image_token_id: Id of ``<im_patch>``.
-        vision_feature_layer: Which hidden state of the tower is projected.
-        use_im_start_end: Whether images stand between ``<im_start>`` and ``<im_end>``.
-        sep_image_conv_front: Whether images go before the first ``USER:``.
-
-    Returns:
-        A configuration that ``LlavarForConditionalGeneration`` takes.
+        vision_feature_layer: The tower's hidden state that is projected.
     """
     text = LlamaConfig(**{**text_config.to_dict(), "vocab_size": vocab_size, "tie_word_embeddings": False})
-    patches = (vision_config.image_size // vision_config.patch_size) ** 2
     return LlavarConfig(
         text_config=text,
         vision_config=vision_config,
         image_token_index=image_token_id,
-        image_seq_length=patches,
+        image_seq_length=(vision_config.image_size // vision_config.patch_size) ** 2,
         projector_hidden_act="linear",
         vision_feature_layer=vision_feature_layer,
         vision_feature_select_strategy="default",
@@ -110,3 +79,95 @@ def make_config(
         eos_token_id=text.eos_token_id,
         pad_token_id=text.pad_token_id,
     )
+
+
+def read_llama_config(described: Mapping[str, Any]) -> LlamaConfig:
+    """Return the language model's configuration from a parsed ``config.json``.
+
+    A LLaMA's file of transformers 5 is read as it is. Older files and the released, flat ones (``model_type: llava``
+    with LLaMA's fields at the top level) are read field by field, because ``AutoConfig`` opens a released file as
+    another model without an error. Missing fields have LLaMA's defaults.
+    """
+    if described.get("model_type") == "llama" and "rope_parameters" in described:
+        return LlamaConfig(**described)
+    fields = {name: described[name] for name in _LLAMA_FIELDS if described.get(name) is not None}
+    if _OLD_POSITIONS in described and "max_position_embeddings" not in fields:
+        fields["max_position_embeddings"] = described[_OLD_POSITIONS]
+    # Vicuna v1.1's file has pad_token_id -1 or 0; the original always pads with <unk>, id 0.
+    fields["pad_token_id"] = 0
+    return LlamaConfig(tie_word_embeddings=False, **fields)
+
+
+def config_without_weights(model: ModelConfig) -> LlavarConfig:
+    """Return the configuration that ``build_model`` would use, without reading weights.
+
+    Args:
+        model: The model's source. The size of a model that is not on this disk is taken from its name: 7B or 13B of
+            LLaMA's shape, and a CLIP ViT-L/14.
+
+    Raises:
+        ConfigError: The model is neither a folder nor does its name contain a size.
+    """
+    if model.checkpoint is not None:
+        described = _read_described(model.checkpoint)
+        if described is not None and described.get("model_type") == MODEL_TYPE:
+            config: LlavarConfig = LlavarConfig.from_pretrained(model.checkpoint)
+            return config
+        if described is not None and "text_config" in described:
+            text, tower = LlamaConfig(**described["text_config"]), CLIPVisionConfig(**described["vision_config"])
+            return _compose(model, text, tower, text.vocab_size)
+        # A checkpoint in the released layout already has the image tokens' rows.
+        text = _llama_by_name(model.checkpoint, described, "model.checkpoint")
+        rows = text.vocab_size if described is not None else text.vocab_size + _num_new_rows(model)
+        return _compose(model, text, _tower_by_name(model.vision_tower), rows)
+    name = model.language_model or ""
+    text = _llama_by_name(name, _read_described(name), "model.language_model")
+    return _compose(model, text, _tower_by_name(model.vision_tower), text.vocab_size + _num_new_rows(model))
+
+
+def _compose(model: ModelConfig, text: LlamaConfig, tower: CLIPVisionConfig, rows: int) -> LlavarConfig:
+    return make_config(
+        text,
+        tower,
+        vocab_size=rows,
+        image_token_id=rows - _num_new_rows(model),
+        vision_feature_layer=model.vision_feature_layer,
+        use_im_start_end=model.use_im_start_end,
+    )
+
+
+def _num_new_rows(model: ModelConfig) -> int:
+    return 1 + 2 * model.use_im_start_end
+
+
+def _read_described(name: str) -> dict[str, Any] | None:
+    folder = Path(name).expanduser()
+    return read_model_config(folder) if (folder / "config.json").is_file() else None
+
+
+def _llama_by_name(name: str, described: dict[str, Any] | None, setting: str) -> LlamaConfig:
+    if described is not None:
+        return read_llama_config(described)
+    size = re.search(r"(?<![0-9.])(7|13)b(?![a-z0-9])", name.lower())
+    if size is None:
+        raise ConfigError.at(
+            setting,
+            f"not a folder, and the name contains no size (got {name!r}, expected 7b or 13b in it)",
+            "give the model's folder",
+        )
+    width, inner, layers = _LLAMA_SIZES[size.group()]
+    return LlamaConfig(
+        hidden_size=width,
+        intermediate_size=inner,
+        num_hidden_layers=layers,
+        num_attention_heads=layers,
+        vocab_size=32000,
+    )
+
+
+def _tower_by_name(name: str | None) -> CLIPVisionConfig:
+    described = _read_described(name) if name else None
+    if described is not None:
+        return CLIPVisionConfig(**described.get("vision_config", described))
+    side = 336 if name is None or "336" in name else 224
+    return CLIPVisionConfig(**_CLIP_VIT_L, image_size=side, patch_size=14)

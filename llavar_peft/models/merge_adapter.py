@@ -1,4 +1,4 @@
-"""``merge_adapter``: adapters merged into their base from disk to disk, and what that cost in logits."""
+"""``merge_adapter``: merge adapters into their base, from disk to disk, and check how the logits change."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ from typing import Any
 from llavar_peft.atomic_files import write_json
 from llavar_peft.errors import WeightsError
 from llavar_peft.models.merge_logits_gap import LogitsGap, measure_merge
-from llavar_peft.weights.io.folder_writer import WeightsReport
 from llavar_peft.weights.io.shard_layout import RELEASED_SHARD_SIZE, WeightsFormat
 from llavar_peft.weights.io.stream_tensors import Progress
 from llavar_peft.weights.merge.merge_plan import MergePlan, Onto, plan_merge, write_merged
@@ -20,24 +19,24 @@ from llavar_peft.weights.merge.merge_plan import MergePlan, Onto, plan_merge, wr
 logger = logging.getLogger(__name__)
 
 MERGE_FILE = "merge.json"
-"""Beside a merge's result: what it was made of, and how far its logits are from those before it."""
+"""File in the result's folder: what was merged, and how far its logits are from those before the merge."""
 BOUND, BOUND_ORIGINAL = 0.05, 0.5
-"""How far apart, relative to their spread, logits may be: where base and adapters are as they were in training, and
-where adapters of a quantized base are merged onto the original."""
+"""The largest accepted difference of the logits, relative to their standard deviation: if the base is stored as it was
+in training, and if adapters of a quantized base are merged onto the original one."""
 
 
 @dataclass(frozen=True, slots=True)
 class MergeReport:
-    """What a merge wrote and what it cost.
+    """What a merge wrote, and how far its logits are from those before it.
 
     Attributes:
         out: The folder.
-        tensors: How many.
-        nbytes: Bytes of their numbers.
-        seconds: How long the writing took.
-        onto: What the adapters were added to.
-        gaps: How far the logits of the ``result`` are from those of base and adapters as they were trained; and, where
-            the result is on a dequantized base, how far they would be on the ``original``. Empty without a probe.
+        tensors: Number of tensors.
+        nbytes: Size of the tensors in bytes.
+        seconds: Time to write them.
+        onto: The base that the adapters were added to.
+        gaps: The difference of the ``result``'s logits from those of base and adapters as they were trained; for a
+            dequantized base also the difference that the ``original`` base would have. Empty without a probe.
     """
 
     out: Path
@@ -48,7 +47,7 @@ class MergeReport:
     gaps: Mapping[str, LogitsGap]
 
 
-def merge_adapter(  # noqa: PLR0913 - each is a choice of the caller's
+def merge_adapter(  # noqa: PLR0913 - the options of the merge
     base: str | Path,
     adapter: str | Path | Sequence[str | Path],
     out: str | Path,
@@ -67,35 +66,39 @@ def merge_adapter(  # noqa: PLR0913 - each is a choice of the caller's
 ) -> MergeReport:
     """Write a base with adapters merged into it, in the base's own layout.
 
-    Computed in fp32 and rounded once; no more than a few blocks of a tensor are in memory. Killed or out of disk, the
-    same call goes on where it was.
+    The merge is computed in float32 and rounded once, with a few blocks of one tensor in memory. After an interruption
+    or a full disk, the same call resumes.
 
     Args:
-        base: Folder of what the adapters were trained on: a checkpoint of ours; one in the released layout; or a plain
-            LLaMA or Vicuna, which comes out as a whole LLaVAR in our layout, with tower, projector and new rows.
+        base: Folder of the base that the adapters were trained on: a checkpoint in this package's layout or in the
+            released one; or a plain LLaMA or Vicuna, from which a complete LLaVAR in this package's layout is written,
+            with tower, projector and new rows.
         adapter: One adapter's folder or several.
-        out: Folder to make; must not exist.
-        weights: None merges several one after another, each into the result of those before it (what was trained in
-            full is then the last one's). Otherwise one factor for each: base + sum of factor * (merged alone - base).
-        onto: For adapters of a base in 4 or 8 bits: ``"dequantized"`` adds them to the very numbers they were trained
-            on, ``"original"`` to those on disk. None is the former, or the base as it is where it was not quantized.
+        out: Folder to create; must not exist.
+        weights: None merges several adapters one after another, each into the result of those before it (tensors that
+            were trained in full are then the last adapter's). Otherwise one factor per adapter:
+            base + sum of factor * (merged alone - base).
+        onto: For adapters of a base in 4 or 8 bits: ``"dequantized"`` adds them to the numbers that they were trained
+            on, ``"original"`` to those on disk. None is ``"dequantized"``, or the unchanged base if it was not
+            quantized.
         dtype: Of the result, by torch's name; None keeps each tensor's own.
-        vision_tower: CLIP's folder, for a plain language model; None is where the adapter's run had it.
-        projector: The stage-1 file that the adapter's run laid over the base; None is where the run had it.
+        vision_tower: CLIP's folder, for a plain language model; None is the folder that the adapter's run used.
+        projector: The stage-1 file that the adapter's run loaded; None is the file that the run used.
         form: ``"safetensors"``, or ``"bin"`` as LLaVAR was released.
-        shard_size: Bytes of a file at most.
-        probe: Whether the logits before and after are compared. Reads base and result once more.
-        bound: How far apart they may be, relative to their spread; None is 0.05, and 0.5 for ``"original"`` where the
-            base was quantized.
-        force: Go on with a base of the right shape that the adapters were not trained on.
-        progress: Told after each tensor how many bytes are written, and of how many.
+        shard_size: Maximum number of bytes per file.
+        probe: Whether to compare the logits before and after, which reads base and result once more.
+        bound: The largest accepted difference of the logits, relative to their standard deviation; None is 0.05, and
+            0.5 for ``"original"`` if the base was quantized.
+        force: Accept a base of the right shape that the adapters were not trained on.
+        progress: Called after each tensor with the number of bytes written and in total.
 
     Returns:
-        What was written, and the gap.
+        What was written, and the difference of the logits.
 
     Raises:
-        ConfigError: A folder that is not what it should be, or ``out`` exists.
-        WeightsError: An adapter of another base; tensors that do not fit, damaged or not finite; a gap above the bound.
+        ConfigError: A folder does not hold what its argument requires, or ``out`` exists.
+        WeightsError: An adapter was trained on another base; a tensor has the wrong shape, is damaged or not finite; or
+            the logits differ by more than the bound.
         InterruptedRunError: Ctrl-C.
         EnvironmentFaultError: The disk is full, or another process writes the same folder.
     """
@@ -105,36 +108,38 @@ def merge_adapter(  # noqa: PLR0913 - each is a choice of the caller's
     gaps: dict[str, LogitsGap] = {}
     used: Onto = "dequantized" if plan.merged.rounding is not None else "original"
 
-    def look(staged: Path) -> None:
+    def probe_and_describe(staged: Path) -> None:
         if probe:
             logger.info("comparing the logits before and after")
             folders = [one.folder for one in plan.merged.adapters]
             gaps.update(measure_merge(plan, staged, (*folders, Path(base), staged)))
-            _check(plan, gaps["result"], bound, Path(out))
-        write_json(staged / MERGE_FILE, _described(plan, Path(base), used, gaps))
+            _check_gap(plan, gaps["result"], bound, Path(out))
+        write_json(staged / MERGE_FILE, _describe(plan, Path(base), used, gaps))
 
-    written = write_merged(plan, Path(out), dtype=dtype, form=form, shard_size=shard_size, progress=progress, look=look)
-    return _report(written, used, gaps)
+    written = write_merged(
+        plan, Path(out), dtype=dtype, form=form, shard_size=shard_size, progress=progress, look=probe_and_describe
+    )
+    return MergeReport(written.out, written.tensors, written.nbytes, written.seconds, used, dict(gaps))
 
 
-def _check(plan: MergePlan, gap: LogitsGap, bound: float | None, out: Path) -> None:
+def _check_gap(plan: MergePlan, gap: LogitsGap, bound: float | None, out: Path) -> None:
     as_trained = plan.trained == plan.merged.rounding
     allowed = bound if bound is not None else BOUND if as_trained else BOUND_ORIGINAL
-    if not gap.relative <= allowed:  # NaN is above every bound
+    if not gap.relative <= allowed:  # also true for NaN
         fix = (
-            "merge in a finer dtype, or give the base that the adapter was trained on"
+            "merge in a more precise dtype, or give the base that the adapter was trained on"
             if as_trained
             else "merge onto the dequantized base (--onto dequantized)"
         )
         raise WeightsError.at(
             str(out),
-            f"not written: the merged model's logits are too far from the adapter's (got {gap.relative:.2g} of their "
-            f"spread, {gap.largest:.2g} at most; wanted {allowed:g} or less)",
-            f"{fix}; or allow more (--bound)",
+            f"not written: the merge changes the logits too much (got {gap.relative:.2g} of their standard deviation, "
+            f"largest difference {gap.largest:.2g}; expected at most {allowed:g})",
+            f"{fix}; or accept a larger difference with --bound",
         )
 
 
-def _described(plan: MergePlan, base: Path, onto: Onto, gaps: Mapping[str, LogitsGap]) -> dict[str, Any]:
+def _describe(plan: MergePlan, base: Path, onto: Onto, gaps: Mapping[str, LogitsGap]) -> dict[str, Any]:
     merged = plan.merged
     return {
         "base": str(base),
@@ -144,7 +149,3 @@ def _described(plan: MergePlan, base: Path, onto: Onto, gaps: Mapping[str, Logit
         "onto": onto,
         "logits_gap": {name: dataclasses.asdict(one) for name, one in gaps.items()},
     }
-
-
-def _report(written: WeightsReport, onto: Onto, gaps: Mapping[str, LogitsGap]) -> MergeReport:
-    return MergeReport(written.out, written.tensors, written.nbytes, written.seconds, onto, dict(gaps))

@@ -1,14 +1,15 @@
-"""What a merge costs in logits: a few tokens and an image's worth of features through the model before and after it.
+"""How much a merge changes the logits: a short text with an image, through the model before and after the merge.
 
-The language model is computed from disk, a block of rows at a time: neither model is ever in memory.
+The language model is computed from disk, a block of rows at a time, so that neither model is in memory.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +19,7 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply
 from llavar_peft.constants import MODEL_TYPE, SYSTEM_PROMPT
 from llavar_peft.errors import ConfigError, MissingDependencyError, WeightsError
 from llavar_peft.models.llama_tokenizer import load_tokenizer
-from llavar_peft.models.llavar_config import llama_config_from_released
+from llavar_peft.models.llavar_config import read_llama_config
 from llavar_peft.weights.adapter.lora_updates import LowRank
 from llavar_peft.weights.io import tensor_names
 from llavar_peft.weights.io.tensor_blocks import read_blocks
@@ -27,7 +28,7 @@ from llavar_peft.weights.merge.merge_plan import MergePlan
 from llavar_peft.weights.merge.merge_stream import MergedTensors
 
 PATCHES = 16
-"""How many vectors of random features stand for the image."""
+"""Number of random feature vectors that represent the image."""
 _TEXT = (
     f"{SYSTEM_PROMPT} USER: What is written on the sign?",
     " ASSISTANT: The sign says OPEN DAILY 9:00 - 17:30, closed on 24.12. and 31.12.; call (020) 7946-0018.",
@@ -37,13 +38,13 @@ _EPSILON = 1e-12
 
 @dataclass(frozen=True, slots=True)
 class LogitsGap:
-    """How far the logits of two models are apart on the probe.
+    """The difference between two models' logits on the probe.
 
     Attributes:
-        tokens: Positions compared.
-        relative: Root mean square of the difference, over that of the first model's logits around their mean.
+        tokens: Number of positions compared.
+        relative: Root mean square of the difference, divided by the standard deviation of the first model's logits.
         largest: Largest absolute difference.
-        same_top: Share of the positions at which both have the same likeliest token.
+        same_top: Share of the positions at which both models have the same most likely token.
     """
 
     tokens: int
@@ -52,71 +53,69 @@ class LogitsGap:
     same_top: float
 
 
-class Weights(Protocol):
-    """A model that is computed from disk."""
+class Weights(ABC):
+    """Read access to a model on disk, a block of rows at a time, in float32 under this package's names."""
+
+    @abstractmethod
+    def blocks(self, name: str) -> Iterator[Tensor]:
+        """Yield a tensor's rows in consecutive blocks."""
 
     def linear(self, name: str, x: Tensor) -> Tensor:
-        """A linear layer's output, fp32, without its bias."""
+        """Return a linear layer's output without its bias."""
+        return torch.cat([x @ block.T for block in self.blocks(name)], dim=-1)
 
-    def whole(self, name: str) -> Tensor:
-        """A small tensor, fp32."""
+    def tensor(self, name: str) -> Tensor:
+        """Return a complete tensor, which should be small."""
+        return torch.cat(list(self.blocks(name)))
 
     def rows(self, name: str, ids: Tensor) -> Tensor:
-        """Rows of a tensor, fp32, shape (len(ids), width)."""
+        """Return rows of a tensor, shape (len(ids), width)."""
+        found, start = [], 0
+        order = ids.argsort()
+        ordered = ids[order]
+        for block in self.blocks(name):
+            inside = ordered[(ordered >= start) & (ordered < start + len(block))]
+            found.append(block[inside - start])
+            start += len(block)
+        return torch.cat(found)[order.argsort()]
 
 
-class StoredWeights:
-    """The tensors of a folder.
-
-    Args:
-        folder: With weights under our names, or released ones.
-    """
+class StoredWeights(Weights):
+    """The tensors of a folder, stored under this package's names or the released ones."""
 
     def __init__(self, folder: Path) -> None:
         self._table = {
             tensor_names.from_released(name) or name: entry for name, entry in read_tensor_table(folder).items()
         }
 
-    def linear(self, name: str, x: Tensor) -> Tensor:
-        """A linear layer's output."""
-        return torch.cat([x @ block.float().T for block in read_blocks(self._table[name])], dim=-1)
-
-    def whole(self, name: str) -> Tensor:
-        """A small tensor."""
-        return torch.cat([block.float() for block in read_blocks(self._table[name])])
-
-    def rows(self, name: str, ids: Tensor) -> Tensor:
-        """Rows of a tensor."""
-        return _pick(read_blocks(self._table[name]), ids)
+    def blocks(self, name: str) -> Iterator[Tensor]:
+        """Yield a tensor's rows in consecutive blocks."""
+        yield from (block.float() for block in read_blocks(self._table[name]))
 
 
-class UnmergedWeights:
-    """A base with the adapters beside its weights, as it was trained.
+class UnmergedWeights(Weights):
+    """A base with unmerged adapters, as it was trained.
 
     Args:
-        merged: The merge; its own way of quantizing is the one that the base is seen through.
+        merged: The merge; the base is quantized as the merge's rounding says.
     """
 
     def __init__(self, merged: MergedTensors) -> None:
         self._merged = merged
         self._stored = {ours: name for name in merged.base.shapes if (ours := merged.base.ours(name)) is not None}
 
+    def blocks(self, name: str) -> Iterator[Tensor]:
+        """Yield a tensor's rows in consecutive blocks."""
+        return self._merged.blocks(self._stored[name], "float32")
+
     def linear(self, name: str, x: Tensor) -> Tensor:
-        """A linear layer's output."""
+        """Return a linear layer's output, with the adapters computed as peft computes them before a merge."""
         parts, start = [], 0
         for block in self._merged.before(self._stored[name]):
             rows = block.float()
             parts.append(self._output(name, x, rows, start))
             start += len(rows)
         return torch.cat(parts, dim=-1)
-
-    def whole(self, name: str) -> Tensor:
-        """A small tensor."""
-        return torch.cat(list(self._merged.blocks(self._stored[name], "float32")))
-
-    def rows(self, name: str, ids: Tensor) -> Tensor:
-        """Rows of a tensor."""
-        return _pick(self._merged.blocks(self._stored[name], "float32"), ids)
 
     def _output(self, name: str, x: Tensor, rows: Tensor, start: int) -> Tensor:
         first = output = x @ rows.T
@@ -138,29 +137,28 @@ class UnmergedWeights:
 
 
 def measure_merge(plan: MergePlan, folder: Path, tokenizers: tuple[Path, ...]) -> dict[str, LogitsGap]:
-    """Measure how far a merge's result is from the model as it was trained.
+    """Measure how much the logits of a merge's result differ from those of the model as it was trained.
 
     Args:
-        plan: The merge.
-        folder: Its result.
-        tokenizers: Folders that may hold the model's tokenizer; the first that does counts.
+        folder: The merge's result.
+        tokenizers: Folders that may contain the model's tokenizer; the first one that does is used.
 
     Returns:
-        The gap of the ``result``; and, for a result on a dequantized base, what it would have been on the
-        ``original``, unrounded.
+        The difference of the ``result``; for a result on a dequantized base also the difference that a merge onto the
+        ``original`` would have, unrounded.
 
     Raises:
         WeightsError: A file that was just written cannot be read.
     """
     merged = plan.merged
-    text, image_id = _configuration(merged.base.config)
+    text, image_id = read_config(merged.base.config)
     ids = _probe_ids(tokenizers, text.vocab_size, image_id)
     as_trained = MergedTensors(merged.base, merged.adapters, merged.weights, plan.trained)
     expected = probe_logits(UnmergedWeights(as_trained), text, ids, image_id)
-    gaps = {"result": gap(expected, probe_logits(StoredWeights(folder), text, ids, image_id))}
+    gaps = {"result": logits_gap(expected, probe_logits(StoredWeights(folder), text, ids, image_id))}
     if merged.rounding is not None:
         original = UnmergedWeights(MergedTensors(merged.base, merged.adapters, merged.weights))
-        gaps["original"] = gap(expected, probe_logits(original, text, ids, image_id))
+        gaps["original"] = logits_gap(expected, probe_logits(original, text, ids, image_id))
     return gaps
 
 
@@ -169,20 +167,18 @@ def probe_logits(weights: Weights, config: LlamaConfig, ids: Tensor, image_id: i
     """Run the projector and the language model.
 
     Args:
-        weights: Of the model.
-        config: Of its language model.
-        ids: Shape (tokens,); where ``image_id`` stands, random features go through the projector.
+        ids: Shape (tokens,); at each ``image_id``, random features are passed through the projector.
         image_id: The id of ``<im_patch>``.
 
     Returns:
-        Logits in fp32, shape (tokens, vocabulary).
+        Logits in float32, shape (tokens, vocabulary).
 
     Source: transformers, models/llama/modeling_llama.py.
     """
     patch = ids == image_id
     x = weights.rows(tensor_names.EMBEDDINGS, ids)
-    bias = weights.whole(tensor_names.PROJECTOR_BIAS)
-    width = _projector_width(weights)
+    bias = weights.tensor(tensor_names.PROJECTOR_BIAS)
+    width = weights.rows(tensor_names.PROJECTOR_WEIGHT, torch.tensor([0])).shape[1]
     features = torch.randn(int(patch.sum()), width, generator=torch.Generator().manual_seed(0))
     x[patch] = weights.linear(tensor_names.PROJECTOR_WEIGHT, features) + bias
     positions = torch.arange(len(ids))[None]
@@ -197,59 +193,44 @@ def probe_logits(weights: Weights, config: LlamaConfig, ids: Tensor, image_id: i
     return weights.linear(tensor_names.HEAD, _norm(weights, config, "model.language_model.norm", x))
 
 
-def gap(expected: Tensor, got: Tensor) -> LogitsGap:
-    """How far two models' logits, of shape (tokens, vocabulary), are apart."""
-    apart = got - expected
-    spread = (expected - expected.mean(-1, keepdim=True)).square().mean().sqrt()
+def logits_gap(expected: Tensor, got: Tensor) -> LogitsGap:
+    """Compare two models' logits of shape (tokens, vocabulary)."""
+    difference = got - expected
+    deviation = (expected - expected.mean(-1, keepdim=True)).square().mean().sqrt()
     return LogitsGap(
         tokens=len(expected),
-        relative=float(apart.square().mean().sqrt() / (spread + _EPSILON)),
-        largest=float(apart.abs().max()),
+        relative=float(difference.square().mean().sqrt() / (deviation + _EPSILON)),
+        largest=float(difference.abs().max()),
         same_top=float((expected.argmax(-1) == got.argmax(-1)).float().mean()),
     )
 
 
 def _attention(weights: Weights, config: LlamaConfig, stem: str, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     def heads(name: str, count: int | None) -> Tensor:
-        whole = weights.linear(f"{stem}self_attn.{name}.weight", x)
-        return whole.view(1, len(x), count or config.num_attention_heads, -1).transpose(1, 2)
+        output = weights.linear(f"{stem}self_attn.{name}.weight", x)
+        return output.view(1, len(x), count or config.num_attention_heads, -1).transpose(1, 2)
 
-    few = config.num_key_value_heads
-    query, key = apply_rotary_pos_emb(heads("q_proj", None), heads("k_proj", few), cos, sin)
-    value = heads("v_proj", few)
+    key_value_heads = config.num_key_value_heads
+    query, key = apply_rotary_pos_emb(heads("q_proj", None), heads("k_proj", key_value_heads), cos, sin)
+    value = heads("v_proj", key_value_heads)
     mixed = nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
     return weights.linear(f"{stem}self_attn.o_proj.weight", mixed.transpose(1, 2).reshape(len(x), -1))
 
 
 def _norm(weights: Weights, config: LlamaConfig, name: str, x: Tensor) -> Tensor:
-    return nn.functional.rms_norm(x, (x.shape[-1],), weights.whole(f"{name}.weight"), config.rms_norm_eps)
+    return nn.functional.rms_norm(x, (x.shape[-1],), weights.tensor(f"{name}.weight"), config.rms_norm_eps)
 
 
-def _projector_width(weights: Weights) -> int:
-    return weights.rows(tensor_names.PROJECTOR_WEIGHT, torch.tensor([0])).shape[1]
-
-
-def _pick(blocks: Iterator[Tensor], ids: Tensor) -> Tensor:
-    found, start = [], 0
-    order = ids.argsort()
-    ordered = ids[order]
-    for block in blocks:
-        inside = ordered[(ordered >= start) & (ordered < start + len(block))]
-        found.append(block[inside - start].float())
-        start += len(block)
-    return torch.cat(found)[order.argsort()]
-
-
-def _configuration(config: Any) -> tuple[LlamaConfig, int]:
-    """The language model's configuration, and the id of ``<im_patch>``."""
+def read_config(config: Mapping[str, Any]) -> tuple[LlamaConfig, int]:
+    """Return the language model's configuration and the id of ``<im_patch>``."""
     if config.get("model_type") == MODEL_TYPE:
         return LlamaConfig(**config["text_config"]), int(config["image_token_index"])
-    text = llama_config_from_released(config)
+    text = read_llama_config(config)
     return text, text.vocab_size - (3 if config.get("mm_use_im_start_end") else 1)
 
 
 def _probe_ids(tokenizers: tuple[Path, ...], vocab_size: int, image_id: int) -> Tensor:
-    """Text around an image; random ids where no tokenizer is at hand."""
+    """Return the ids of a text around an image, or random ids if no tokenizer can be loaded."""
     for folder in tokenizers:
         try:
             tokenizer = load_tokenizer(folder)

@@ -1,14 +1,14 @@
-"""Everything that a model is put together from."""
+"""The parts that a model is built from, read from disk."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from transformers import PreTrainedTokenizerFast
-from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+from transformers import CLIPImageProcessorPil, PreTrainedTokenizerFast
 
 from llavar_peft.models.llavar_config import LlavarConfig
+from llavar_peft.models.processing_llavar import LlavarProcessor
 from llavar_peft.types import ImageMode
 
 if TYPE_CHECKING:
@@ -16,17 +16,17 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Parts:
-    """Everything a model is put together from.
+class ModelParts:
+    """Everything that a model is built from.
 
     Attributes:
-        source: What to call it in messages.
-        config: The whole model's configuration.
-        tensors: All tensors by our names, unchecked.
+        source: The model's name in messages.
+        config: The complete model's configuration.
+        tensors: All tensors under this package's names, unchecked.
         tokenizer: With the image tokens added.
-        image_processor: CLIP's, the Pillow one.
+        image_processor: CLIP's Pillow-based one.
         image_mode: How images are prepared in training.
-        inference_image_mode: How images are prepared when the model is asked.
+        inference_image_mode: How images are prepared in inference.
     """
 
     source: str
@@ -36,3 +36,15 @@ class Parts:
     image_processor: CLIPImageProcessorPil
     image_mode: ImageMode
     inference_image_mode: ImageMode
+
+    def processor(self) -> LlavarProcessor:
+        """Return the model's processor."""
+        return LlavarProcessor(
+            image_processor=self.image_processor,
+            tokenizer=self.tokenizer,
+            image_mode=self.image_mode,
+            inference_image_mode=self.inference_image_mode,
+            patch_size=self.config.vision_config.patch_size,
+            use_im_start_end=self.config.use_im_start_end,
+            sep_image_conv_front=self.config.sep_image_conv_front,
+        )

@@ -1,6 +1,15 @@
-"""LLaVAR as a ``transformers`` model: stock LLaVA with ONE linear projector.
+"""LLaVAR as a ``transformers`` model: stock LLaVA with a single linear layer as its projector.
 
-Shape suffixes: B batch, T tokens, N images, P patches of an image, C tower width, D language model width.
+The forward pass, with B conversations of T tokens, N images of P patches, tower width C and language model width D::
+
+    pixel_values [N, 3, H, W] -> vision tower, hidden state -2 without the class token -> [N, P, C]
+                              -> multi_modal_projector (one nn.Linear)                 -> [N, P, D]
+    input_ids    [B, T]       -> embed_tokens                                          -> [B, T, D]
+    splice: the rows of ``<im_patch>`` are replaced by the image features, in reading order over the batch
+                              -> language_model -> [B, T, D] -> lm_head -> logits [B, T, V], or the loss
+
+Shape suffixes: B batch, T tokens, N images, P patches of an image, F = N * P features, C tower width, D language model
+width, V vocabulary.
 
 Source: LLaVAR, llava/model/llava.py, ``LlavaLlamaModel`` and ``LlavaLlamaForCausalLM``.
 """
@@ -14,83 +23,67 @@ from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
-from transformers import LlavaForConditionalGeneration, LlavaModel
+from transformers import CLIPVisionModel, LlavaForConditionalGeneration, LlavaModel
+from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.modeling_outputs import BaseModelOutputWithPooling
-from transformers.models.clip.modeling_clip import CLIPEncoderLayer
 from transformers.models.llava.modeling_llava import LlavaCausalLMOutputWithPast
 
 from llavar_peft.constants import IGNORE_INDEX
+from llavar_peft.errors import ConfigError
 from llavar_peft.models.chunked_loss import LossHead
 from llavar_peft.models.llavar_config import LlavarConfig
 
 CACHE_ARGUMENT: Final = (
     "cache" if "cache" in signature(LlavaForConditionalGeneration.forward).parameters else "past_key_values"
 )
-"""What ``forward`` calls the cache of keys and values: transformers 5.24 gave it another name."""
+"""The name of ``forward``'s argument for the key-value cache, which transformers 5.24 renamed."""
 
 
-class UnusedCLIPEncoderLayer(CLIPEncoderLayer):
-    """A layer of the tower behind the one whose output is projected: kept, saved, and passed by."""
+class LlavarVisionTower(CLIPVisionModel):
+    """CLIP's vision tower, which can stop at the layer whose output is projected.
 
-    def forward(self, hidden_states: Tensor, *args: Any, skip_unused_layers: bool = False, **kwargs: Any) -> Tensor:
-        """Compute the layer, unless told that nobody looks at it.
+    All layers keep their weights, so that checkpoints and exports hold the complete tower.
+    """
+
+    def forward(
+        self,
+        pixel_values: Tensor,
+        interpolate_pos_encoding: bool = False,
+        num_layers: int | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPooling:
+        """Run the tower.
 
         Args:
-            hidden_states: ``[N, 1 + P, C]``.
-            *args: As the parent's.
-            skip_unused_layers: Whether to give back what came.
-            **kwargs: As the parent's.
+            pixel_values: ``[N, 3, H, W]``.
+            interpolate_pos_encoding: Whether the images have another size than the tower's.
+            num_layers: Number of layers to compute; None computes all of them, as CLIP does.
+            **kwargs: Passed to ``CLIPVisionModel.forward`` when all layers are computed.
 
         Returns:
-            ``[N, 1 + P, C]``.
+            With ``num_layers``, the hidden state ``[N, 1 + P, C]`` after that many layers as ``last_hidden_state``;
+            otherwise CLIP's output.
         """
-        if skip_unused_layers:
-            return hidden_states
-        computed: Tensor = super().forward(hidden_states, *args, **kwargs)
-        return computed
-
-
-def _layers_needed(feature_layer: int | Sequence[int], layers: int) -> int:
-    """How many layers the hidden states that are projected take; the first of these states is the embeddings."""
-    chosen = [feature_layer] if isinstance(feature_layer, int) else feature_layer
-    return max(layer if layer >= 0 else layers + 1 + layer for layer in chosen)
+        if num_layers is None:
+            return super().forward(pixel_values, interpolate_pos_encoding=interpolate_pos_encoding, **kwargs)
+        hidden_N1C = self.embeddings(pixel_values, interpolate_pos_encoding=interpolate_pos_encoding)
+        hidden_N1C = self.pre_layrnorm(hidden_N1C)
+        for layer in self.encoder.layers[:num_layers]:
+            hidden_N1C = layer(hidden_N1C, None)  # no attention mask: every patch sees every other
+        return BaseModelOutputWithPooling(last_hidden_state=hidden_N1C)
 
 
 class LlavarModel(LlavaModel):
-    """Tower, linear projector and language model, without the head."""
+    """Vision tower, linear projector and language model, without the language modeling head."""
 
     config: LlavarConfig
     config_class = LlavarConfig
 
     def __init__(self, config: LlavarConfig) -> None:
         super().__init__(config)
+        self.vision_tower = LlavarVisionTower(config.vision_config)
         self.multi_modal_projector = nn.Linear(config.vision_config.hidden_size, config.text_config.hidden_size)
-        layers = self.vision_tower.encoder.layers
-        for layer in layers[_layers_needed(config.vision_feature_layer, len(layers)) :]:
-            layer.__class__ = UnusedCLIPEncoderLayer
         self.post_init()
-
-    def get_image_features(self, pixel_values: Tensor | Sequence[Tensor], **kwargs: Any) -> BaseModelOutputWithPooling:
-        """Run tower and projector.
-
-        Args:
-            pixel_values: Images of one size ``[N, 3, H, W]``, or (mode ``keep``) a sequence of ``[3, H, W]``.
-            **kwargs: What the parent's method takes.
-
-        Returns:
-            The tower's output whose ``pooler_output`` is a list of N projected features ``[P, D]``.
-        """
-        if isinstance(pixel_values, Tensor):
-            size = self.config.vision_config.image_size
-            # CLIP's positions are learnt for one size; other sizes (mode "keep") interpolate them.
-            interpolate = tuple(pixel_values.shape[-2:]) != (size, size)
-            return super().get_image_features(
-                pixel_values, interpolate_pos_encoding=interpolate, skip_unused_layers=True, **kwargs
-            )
-        outputs = [self.get_image_features(image[None], **kwargs) for image in pixel_values]
-        merged = outputs[-1]
-        merged.pooler_output = [features_PD for output in outputs for features_PD in output.pooler_output]
-        return merged
 
     def forward(
         self,
@@ -99,12 +92,11 @@ class LlavarModel(LlavaModel):
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
+        vision_feature_layer: int | None = None,
+        vision_feature_select_strategy: str | None = None,
         **kwargs: Any,
     ) -> Any:
-        """Splices the images' features in at ``<im_patch>`` and runs the language model.
-
-        In training, a batch without an image still passes (times zero) through the projector, as in the original: on
-        several ranks its gradient must exist everywhere.
+        """Put the image features in the places of ``<im_patch>`` and run the language model.
 
         Args:
             input_ids: ``[B, T]``.
@@ -112,42 +104,115 @@ class LlavarModel(LlavaModel):
             attention_mask: ``[B, T]``.
             position_ids: ``[B, T]``.
             inputs_embeds: ``[B, T, D]`` instead of ``input_ids``.
-            **kwargs: What the parent's ``forward`` takes, the cache among it (``CACHE_ARGUMENT``).
+            vision_feature_layer: As in ``get_image_features``.
+            vision_feature_select_strategy: As in ``get_image_features``.
+            **kwargs: Passed to the language model, including the key-value cache (``CACHE_ARGUMENT``).
 
         Returns:
-            The parent's output.
+            The language model's output, with ``last_hidden_state`` ``[B, T, D]``.
+
+        Raises:
+            ValueError: Both or neither of ``input_ids`` and ``inputs_embeds`` are given, or the number of
+                ``<im_patch>`` tokens differs from the number of image features.
         """
-        if self.training and torch.is_grad_enabled() and pixel_values is None and inputs_embeds is None:
-            inputs_embeds = self.get_input_embeddings()(input_ids) + self._no_image()
-            input_ids = None
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("forward: expected exactly one of input_ids and inputs_embeds")
+        embeds_BTD = self.get_input_embeddings()(input_ids) if inputs_embeds is None else inputs_embeds
+        if pixel_values is not None:
+            features_NPD = self.get_image_features(
+                pixel_values,
+                vision_feature_layer=vision_feature_layer,
+                vision_feature_select_strategy=vision_feature_select_strategy,
+            ).pooler_output
+            features_FD = torch.cat(features_NPD).to(embeds_BTD.device, embeds_BTD.dtype)
+            is_patch_BT1 = self.get_placeholder_mask(input_ids, inputs_embeds=embeds_BTD, image_features=features_FD)
+            embeds_BTD = embeds_BTD.masked_scatter(is_patch_BT1, features_FD)
+        elif self.training and torch.is_grad_enabled() and inputs_embeds is None:
+            embeds_BTD = embeds_BTD + self._zero_through_projector()
         return super().forward(
-            input_ids=input_ids,
-            pixel_values=pixel_values,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            inputs_embeds=inputs_embeds,
-            **kwargs,
+            inputs_embeds=embeds_BTD, attention_mask=attention_mask, position_ids=position_ids, **kwargs
         )
 
-    def _no_image(self) -> Tensor:
-        parameter = next(self.multi_modal_projector.parameters())
-        if hasattr(parameter, "ds_id"):
-            # ZeRO-3 gathers a module's weights as it is called: ranks in different modules would wait for one another.
+    def get_image_features(
+        self,
+        pixel_values: Tensor | Sequence[Tensor],
+        vision_feature_layer: int | None = None,
+        vision_feature_select_strategy: str | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPooling:
+        """Run the vision tower, up to the layer that is needed, and the projector.
+
+        Args:
+            pixel_values: Images of one size ``[N, 3, H, W]``, or (image mode ``keep``) a sequence of ``[3, H, W]``.
+            vision_feature_layer: The hidden state that is projected; 0 is the embeddings, -1 the last layer's output.
+                None is the configured one.
+            vision_feature_select_strategy: ``"default"`` drops the class token, ``"full"`` keeps it. None is the
+                configured one.
+            **kwargs: Options of ``LlavaModel.get_image_features``, such as ``output_attentions``; with any of them the
+                complete tower is run.
+
+        Returns:
+            ``pooler_output`` is a list of N projected features ``[P, D]``, ``last_hidden_state`` the tower's hidden
+            state (for a sequence of images, the last image's).
+        """
+        if not isinstance(pixel_values, Tensor):
+            outputs = [
+                self.get_image_features(image[None], vision_feature_layer, vision_feature_select_strategy, **kwargs)
+                for image in pixel_values
+            ]
+            outputs[-1].pooler_output = [features_PD for output in outputs for features_PD in output.pooler_output]
+            return outputs[-1]
+        size = self.config.vision_config.image_size
+        # CLIP's positions are learned for one size and interpolated for other sizes (image mode "keep").
+        interpolate = tuple(pixel_values.shape[-2:]) != (size, size)
+        layers = self._num_tower_layers(vision_feature_layer)
+        if kwargs:
+            return super().get_image_features(
+                pixel_values,
+                vision_feature_layer=vision_feature_layer,
+                vision_feature_select_strategy=vision_feature_select_strategy,
+                interpolate_pos_encoding=interpolate,
+                **kwargs,
+            )
+        output = self.vision_tower(pixel_values, interpolate_pos_encoding=interpolate, num_layers=layers)
+        strategy = vision_feature_select_strategy or self.config.vision_feature_select_strategy
+        hidden_NPC = output.last_hidden_state[:, 1:] if strategy == "default" else output.last_hidden_state
+        output.pooler_output = list(self.multi_modal_projector(hidden_NPC))
+        return output
+
+    def _num_tower_layers(self, feature_layer: int | None) -> int:
+        """Return the number of tower layers to compute for a hidden state; hidden state 0 is the embeddings."""
+        chosen = self.config.vision_feature_layer if feature_layer is None else feature_layer
+        layers = len(self.vision_tower.encoder.layers)
+        if not isinstance(chosen, int) or not -layers <= chosen + 1 <= layers + 1:
+            raise ConfigError.at(
+                "vision_feature_layer",
+                f"no such hidden state (got {chosen}, expected an integer from {-layers - 1} to {layers})",
+                "use -2, as LLaVAR does, or the value the projector was trained with",
+            )
+        return chosen if chosen >= 0 else layers + 1 + chosen
+
+    def _zero_through_projector(self) -> Tensor:
+        """Return a zero that depends on the projector, for a training batch without an image.
+
+        As in the original, the projector's gradient must exist on every rank, whichever rank has images.
+        """
+        if is_deepspeed_zero3_enabled():
+            # ZeRO-3 gathers a module's weights when the module is called, so every rank has to call the same modules.
             size, tower = self.config.vision_config.image_size, next(self.vision_tower.parameters())
             black_13HW = torch.zeros(1, 3, size, size, dtype=tower.dtype, device=tower.device)
-            features: Tensor = self.get_image_features(black_13HW).pooler_output[0]
-            return features.sum() * 0.0
-        nothing_1C = torch.zeros(
-            1, self.config.vision_config.hidden_size, dtype=parameter.dtype, device=parameter.device
-        )
-        projected: Tensor = self.multi_modal_projector(nothing_1C)
-        return projected.sum() * 0.0
+            features_PD: Tensor = self.get_image_features(black_13HW).pooler_output[0]
+            return features_PD.sum() * 0.0
+        weight = next(self.multi_modal_projector.parameters())
+        zeros_1C = torch.zeros(1, self.config.vision_config.hidden_size, dtype=weight.dtype, device=weight.device)
+        projected_1D: Tensor = self.multi_modal_projector(zeros_1C)
+        return projected_1D.sum() * 0.0
 
 
 class LlavarForConditionalGeneration(LlavaForConditionalGeneration):
-    """LLaVAR with its language modelling head.
+    """LLaVAR with its language modeling head.
 
-    ``generate``, caches, attention backends, quantization and ``device_map`` are the library's own.
+    ``generate``, caches, attention backends, quantization and ``device_map`` are those of ``transformers``.
     """
 
     config: LlavarConfig
@@ -172,22 +237,20 @@ class LlavarForConditionalGeneration(LlavaForConditionalGeneration):
         targets: Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
-        """The parent's, or, with ``targets``, the loss without logits.
+        """Return logits, or with ``targets`` the loss without computing all logits.
+
+        The first five arguments are those of ``LlavarModel.forward``.
 
         Args:
-            input_ids: ``[B, T]``.
-            pixel_values: ``[N, 3, H, W]`` or a sequence of ``[3, H, W]``, in reading order over the batch.
-            attention_mask: ``[B, T]``.
-            position_ids: ``[B, T]``.
-            inputs_embeds: ``[B, T, D]`` instead of ``input_ids``.
-            labels: ``[B, T]``, for the parent's loss.
-            logits_to_keep: Positions whose logits are wanted.
-            targets: ``[B, T]``, what each position has to predict; ``IGNORE_INDEX`` where nothing.
-            **kwargs: What the parent's ``forward`` takes, the cache among it (``CACHE_ARGUMENT``).
+            labels: ``[B, T]``, for the loss of stock LLaVA.
+            logits_to_keep: Positions whose logits are returned, as in ``LlavaForConditionalGeneration.forward``.
+            targets: ``[B, T]``, the token to predict at each position; ``IGNORE_INDEX`` where there is none.
+            **kwargs: Passed to ``LlavarModel.forward``, including the key-value cache (``CACHE_ARGUMENT``).
 
         Returns:
-            The parent's output. With ``targets`` its ``loss`` is the summed cross entropy in float32, and ``logits`` is
-            None; without a supervised position it is 0 and still hangs on every trained parameter.
+            The output of ``LlavaForConditionalGeneration``. With ``targets`` its ``loss`` is the summed cross entropy
+            in float32 and ``logits`` is None; without a supervised position the loss is 0 and still depends on every
+            trained parameter.
         """
         inputs = {
             "input_ids": input_ids,
@@ -202,16 +265,16 @@ class LlavarForConditionalGeneration(LlavaForConditionalGeneration):
         hidden_BTD = self.model(**inputs).last_hidden_state
         supervised_BT = targets != IGNORE_INDEX
         if not supervised_BT.any():
-            nothing = self.lm_head(hidden_BTD[0, :1], targets.new_zeros(1)) * 0.0
-            return LlavaCausalLMOutputWithPast(loss=nothing)
+            zero = self.lm_head(hidden_BTD[0, :1], targets.new_zeros(1)) * 0.0
+            return LlavaCausalLMOutputWithPast(loss=zero)
         return LlavaCausalLMOutputWithPast(loss=self.lm_head(hidden_BTD[supervised_BT], targets[supervised_BT]))
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
-        """Save under the names the modules have, also where the weights came in the released layout.
+        """Save under the modules' own names, also where the weights were loaded from the released layout.
 
         Args:
             save_directory: The folder.
-            **kwargs: What ``PreTrainedModel.save_pretrained`` takes.
+            **kwargs: As in ``PreTrainedModel.save_pretrained``.
         """
         kwargs.setdefault("save_original_format", False)
         super().save_pretrained(save_directory, **kwargs)

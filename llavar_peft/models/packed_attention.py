@@ -1,7 +1,7 @@
-"""Conversations laid end to end in one row, each attending to itself alone: a batch without padding.
+"""Packed rows: several conversations in one row, each attending only to itself, so that a batch has no padding.
 
-flash-attention takes such rows as they are (``cu_seq_lens``). Elsewhere SDPA is called once for each conversation,
-causally and without a mask: a dense block-diagonal mask would cost time and memory by the square of the row.
+flash-attention supports such rows directly (``cu_seq_lens``). With SDPA, attention is computed once per conversation,
+causally and without a mask: a dense block-diagonal mask would cost time and memory quadratic in the row's length.
 
 Source: arXiv 2407.09105 (packing with position ids); transformers, integrations/sdpa_attention.py.
 """
@@ -16,49 +16,49 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
+from llavar_peft.compat.transformers_internals import attention_implementation
+
 _PACKED_SDPA = "sdpa_within_segments"
 
 
 def enable_packing(model: Any) -> bool:
-    """Make a LLaVAR's language model able to take packed rows; anything else it goes on taking.
+    """Switch a LLaVAR's language model to attention that supports packed rows; padded rows keep working.
 
     Args:
-        model: A LLaVAR; it is changed in place until ``disable_packing``.
+        model: A LLaVAR, or a ``PeftModel`` around one; changed in place until ``disable_packing``.
 
     Returns:
-        Whether it can. With eager attention it cannot.
+        Whether packed rows are supported. With eager attention they are not.
     """
-    config = model.config.text_config
-    if config._attn_implementation == "sdpa":
-        AttentionInterface.register(_PACKED_SDPA, _attend)
+    if attention_implementation(model.config.text_config) == "sdpa":
+        AttentionInterface.register(_PACKED_SDPA, _sdpa_within_segments)
         AttentionMaskInterface.register(_PACKED_SDPA, sdpa_mask)
-        config._attn_implementation = _PACKED_SDPA
-    return str(config._attn_implementation).startswith(("flash", _PACKED_SDPA))
+        model.get_decoder().set_attn_implementation(_PACKED_SDPA)
+    return attention_implementation(model.config.text_config).startswith(("flash", _PACKED_SDPA))
 
 
 def disable_packing(model: Any) -> None:
-    """Undoes ``enable_packing``."""
-    config = model.config.text_config
-    if config._attn_implementation == _PACKED_SDPA:
-        config._attn_implementation = "sdpa"
+    """Undo ``enable_packing``."""
+    if attention_implementation(model.config.text_config) == _PACKED_SDPA:
+        model.get_decoder().set_attn_implementation("sdpa")
 
 
 def packed_arguments(lengths: tuple[int, ...], model: Any, device: torch.device) -> dict[str, Any]:
-    """What a model's ``forward`` has to be told of a packed row.
+    """Return the arguments with which a model's ``forward`` takes a packed row.
 
     Args:
-        lengths: Of the conversations in the row, from left to right; they fill it.
-        model: After ``enable_packing``; its configuration says which attention it has.
-        device: Where the row is.
+        lengths: Lengths of the conversations in the row, from left to right; their sum is the row's length.
+        model: After ``enable_packing``; its configuration states which attention it uses.
+        device: The row's device.
 
     Returns:
-        ``position_ids`` ``[1, T]``, which restart with each conversation, and what the attention takes.
+        ``position_ids`` ``[1, T]``, which restart with each conversation, and the attention's own arguments.
     """
     position_ids = torch.cat([torch.arange(length, device=device) for length in lengths])[None]
-    if model.config.text_config._attn_implementation == _PACKED_SDPA:
-        # A mask of four dimensions is taken as it is; the one made otherwise has the row's length squared.
-        nothing = torch.zeros(1, 1, 1, 1, dtype=torch.bool, device=device)
-        return {"position_ids": position_ids, "segments": lengths, "attention_mask": nothing}
+    if attention_implementation(model.config.text_config) == _PACKED_SDPA:
+        # A mask with four dimensions is used as given; otherwise one of the row's length squared would be built.
+        unused_mask = torch.zeros(1, 1, 1, 1, dtype=torch.bool, device=device)
+        return {"position_ids": position_ids, "segments": lengths, "attention_mask": unused_mask}
     ends = torch.tensor([0, *lengths], dtype=torch.int32, device=device).cumsum(0, dtype=torch.int32)
     longest = max(lengths)
     return {
@@ -68,7 +68,7 @@ def packed_arguments(lengths: tuple[int, ...], model: Any, device: torch.device)
     }
 
 
-def _attend(
+def _sdpa_within_segments(
     module: torch.nn.Module,
     query: Tensor,
     key: Tensor,
@@ -78,13 +78,13 @@ def _attend(
     segments: tuple[int, ...] | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """SDPA, within each segment where there are any.
+    """Compute SDPA, within each segment if there are any.
 
     Shapes: ``query`` [B, H, T, D], ``key`` and ``value`` [B, K, T, D]; the result is [B, T, H, D].
     """
     if segments is None:
-        whole: Tensor = sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)[0]
-        return whole, None
-    divided = zip(*(torch.split(tensor, list(segments), dim=2) for tensor in (query, key, value)), strict=True)
-    outputs: list[Tensor] = [sdpa_attention_forward(module, *one, None, **kwargs)[0] for one in divided]
+        output: Tensor = sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)[0]
+        return output, None
+    split = zip(*(torch.split(tensor, list(segments), dim=2) for tensor in (query, key, value)), strict=True)
+    outputs: list[Tensor] = [sdpa_attention_forward(module, *segment, None, **kwargs)[0] for segment in split]
     return torch.cat(outputs, dim=1), None

@@ -1,4 +1,4 @@
-"""What turns images and words into the model's input: one processor, for training and for inference.
+"""The processor: turns images and text into the model's input, for training and for inference.
 
 Shape suffixes: B batch, T tokens, N images, H and W pixels.
 """
@@ -24,38 +24,31 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 _MODES: Final = get_args(ImageMode)
-# What the tokenizer's call may be asked for. Truncation is not: it would go through an image.
-_TEXT_OPTIONS: Final = frozenset(
-    {
-        "padding",
-        "padding_side",
-        "max_length",
-        "pad_to_multiple_of",
-        "return_attention_mask",
-        "return_offsets_mapping",
-        "return_token_type_ids",
-        "verbose",
-    }
-)
+# The tokenizer's options that __call__ accepts. Truncation is not one of them: it could cut an image's tokens.
+_TEXT_OPTIONS: Final = frozenset({
+    "padding", "padding_side", "max_length", "pad_to_multiple_of", "return_attention_mask", "return_offsets_mapping",
+    "return_token_type_ids", "verbose",
+})  # fmt: skip
 
 
 class LlavarProcessor(ProcessorMixin):
-    """Tokenizer, image processor, and how the two meet.
+    """Tokenizer and image processor, and how they are combined.
 
-    Saved as ``processor_config.json`` beside the tokenizer; ``AutoProcessor.from_pretrained`` opens it.
+    It is saved as ``processor_config.json`` next to the tokenizer; ``AutoProcessor.from_pretrained`` loads it.
 
     Args:
-        image_processor: CLIP's; one of another backend is replaced by the Pillow one, whose pixels are the original's.
+        image_processor: CLIP's. One of another backend is replaced by the Pillow-based one, whose pixels equal the
+            original's.
         tokenizer: From ``load_tokenizer``, with the image tokens added.
         patch_size: Side of the tower's patches, in pixels.
         image_mode: How images are prepared in training.
-        inference_image_mode: How they are prepared in ``__call__``: ``"pad_black"`` is ``run_llava``'s.
-        use_im_start_end: Whether images stand between ``<im_start>`` and ``<im_end>``.
-        sep_image_conv_front: Whether, in training, images go before the first words of the conversation.
-        chat_template: Jinja; ``llava_v1`` if not given.
+        inference_image_mode: How images are prepared in ``__call__``: ``"pad_black"`` is ``run_llava``'s.
+        use_im_start_end: Whether images are enclosed in ``<im_start>`` and ``<im_end>``.
+        sep_image_conv_front: Whether, in training, images precede the first words of the conversation.
+        chat_template: Jinja; None is ``llava_v1``.
 
     Raises:
-        ConfigError: A mode is unknown, or the tokenizer lacks the image tokens.
+        ConfigError: A mode is unknown, or the tokenizer has no image tokens.
     """
 
     image_token: Final = IMAGE_PATCH_TOKEN
@@ -83,11 +76,11 @@ class LlavarProcessor(ProcessorMixin):
         self.use_im_start_end = use_im_start_end
         self.sep_image_conv_front = sep_image_conv_front
         super().__init__(image_processor, tokenizer, chat_template=chat_template or CHAT_TEMPLATE)
-        text_encoder(self)  # says now, not in the first batch, if the tokenizer does not fit
+        text_encoder(self)  # raises here rather than in the first batch if the tokenizer does not fit
 
     @property
     def num_image_tokens(self) -> int:
-        """Number of ``<im_patch>`` for one image of the tower's square size (576 at 336 pixels)."""
+        """Number of ``<im_patch>`` tokens for an image of the tower's square size (576 at 336 pixels)."""
         side = int(self.image_processor.crop_size["height"]) // self.patch_size
         return side * side
 
@@ -107,41 +100,42 @@ class LlavarProcessor(ProcessorMixin):
         return_text_replacement_offsets: bool = False,
         **options: Any,
     ) -> BatchFeature:
-        """Prepare prompts and the images in them, for inference.
+        """Prepare prompts and their images for inference.
 
-        A prompt is trusted: ``</s>`` in it is the token. ``encode_question`` is for words of unknown origin.
+        Prompts are trusted: ``</s>`` in a prompt becomes the token. Use ``encode_question`` for untrusted text.
 
         Args:
-            images: An image (PIL image or local path), a list of them in reading order, or a list for each prompt.
-            text: A prompt or several; each ``<image>`` in them takes one image.
+            images: An image (PIL image or local path), a list of images in reading order, or a list per prompt.
+            text: One prompt or several; each ``<image>`` is replaced by one image.
             return_tensors: ``"pt"`` for tensors.
-            image_mode: Instead of ``inference_image_mode``.
-            add_special_tokens: Whether ``<s>`` is put first where the prompt does not spell it.
-            return_text_replacement_offsets: For ``apply_chat_template``: where the text grew.
-            **options: Of the tokenizer's call: ``padding``, ``padding_side``, ``return_attention_mask``, ...
+            image_mode: Overrides ``inference_image_mode``.
+            add_special_tokens: Whether to start each prompt with ``<s>``, unless it already does.
+            return_text_replacement_offsets: Whether to return where placeholders were expanded, for
+                ``apply_chat_template``.
+            **options: The tokenizer's: ``padding``, ``padding_side``, ``return_attention_mask``, ...
 
         Returns:
             ``input_ids`` and ``attention_mask`` (``[B, T]``) if there is text, ``pixel_values`` (float32
-            ``[N, 3, H, W]``, a list where sizes differ) if there are images.
+            ``[N, 3, H, W]``, a list if sizes differ) if there are images.
 
         Raises:
-            DataError: The prompts do not have as many ``<image>`` as there are images, or an option is unknown.
+            DataError: The number of ``<image>`` differs from the number of images, or an option is unknown.
             ImageError: An image cannot be opened.
         """
         if images is None and text is None:
-            raise DataError.at("processor", "got neither images nor text", "pass at least one of them")
+            raise DataError.at("processor", "got neither images nor text", "pass images, text or both")
         _check_options(options)
         pixels = [prepare_image(image, image_mode or self.inference_image_mode, self) for image in _flat(images)]
         data: dict[str, Any] = {}
         if text is not None:
             prompts = [self._collapse(prompt) for prompt in ([text] if isinstance(text, str) else text)]
-            blocks = [self._block(opened) for opened in pixels]
-            spelled, offsets = _expand(prompts, blocks, self.tokenizer.bos_token if add_special_tokens else "")
-            data.update(self.tokenizer(spelled, add_special_tokens=False, **options))
+            blocks = [self._block(image_3HW) for image_3HW in pixels]
+            expanded, offsets = _expand(prompts, blocks, self.tokenizer.bos_token if add_special_tokens else "")
+            data.update(self.tokenizer(expanded, add_special_tokens=False, **options))
             if return_text_replacement_offsets:
                 data["text_replacement_offsets"] = offsets
         if pixels:
-            same = len({opened.shape for opened in pixels}) == 1
+            same = len({image_3HW.shape for image_3HW in pixels}) == 1
             data["pixel_values"] = torch.stack(pixels) if same else pixels
         return BatchFeature(data, tensor_type=return_tensors, skip_tensor_conversion=["text_replacement_offsets"])
 
@@ -153,15 +147,15 @@ class LlavarProcessor(ProcessorMixin):
         *,
         num_image_tokens: int | None = None,
     ) -> Tensor:
-        """Encode a question as ``run_llava`` does: the words, a line break, the image, and an open ``ASSISTANT:``.
+        """Encode a question as ``run_llava`` does: the question, a line break, the image, and ``ASSISTANT:``.
 
-        Nothing in the words becomes a special token or an image's place.
+        Text in the question or the history never becomes a special token or an image placeholder.
 
         Args:
-            question: The user's words.
-            image: Whether an image belongs to the conversation; it stands in the first question.
-            history: (question, answer) of the turns before this one.
-            num_image_tokens: Of this image, where its mode is ``keep``; None is the tower's square size.
+            question: The user's text.
+            image: Whether the conversation has an image, which is placed in the first question.
+            history: (question, answer) pairs of the previous turns.
+            num_image_tokens: Number of tokens of an image in mode ``keep``; None is that of the tower's square size.
 
         Returns:
             Ids, int64 ``[1, T]``.
@@ -180,15 +174,15 @@ class LlavarProcessor(ProcessorMixin):
         return torch.tensor([encoding.ids], dtype=torch.int64)
 
     def _collapse(self, prompt: str) -> str:
-        """Take an image's place that the prompt already spells out back to ``<image>``."""
+        """Replace image tokens that a prompt already contains by ``<image>``."""
         block = image_block(self.num_image_tokens, use_im_start_end=self.use_im_start_end)
         prompt = prompt.replace(block, IMAGE_PLACEHOLDER)
         stray = [name for name in ADDED_TOKENS if name in prompt]
         if stray:
             raise DataError.at(
                 "processor",
-                f"the text spells {', '.join(stray)} other than as a whole picture's place of this model",
-                f"write {IMAGE_PLACEHOLDER} where a picture stands; words of unknown origin go to encode_question",
+                f"the text contains {', '.join(stray)} outside a complete image block of this model",
+                f"write {IMAGE_PLACEHOLDER} for each image, and encode untrusted text with encode_question",
             )
         return prompt
 
@@ -199,29 +193,31 @@ class LlavarProcessor(ProcessorMixin):
 
     @property
     def model_input_names(self) -> list[str]:
-        """Name of what ``__call__`` returns."""
+        """Names of the tensors that ``__call__`` returns."""
         return ["input_ids", "attention_mask", "pixel_values"]
 
 
 def _check_mode(name: str, got: str) -> None:
     if got not in _MODES:
-        raise ConfigError.at(name, f"got {got!r}, expected one of {', '.join(_MODES)}", "choose one of these")
+        raise ConfigError.at(
+            name, f"unknown image mode (got {got!r}, expected one of {', '.join(_MODES)})", "use one of them"
+        )
 
 
 def _check_options(options: dict[str, Any]) -> None:
-    for name in ("audio", "videos"):  # apply_chat_template passes them always
+    for name in ("audio", "videos"):  # apply_chat_template always passes them
         if options.pop(name, None):
-            raise DataError.at("processor", f"got {name}, which this model does not take", "leave them out")
+            raise DataError.at("processor", f"got {name}, which this model does not support", "remove them")
     if options.pop("truncation", False):
         raise DataError.at(
-            "processor", "got truncation, which could cut through a picture", "shorten the words of the prompt"
+            "processor", "got truncation, which could cut an image's tokens", "shorten the prompt's text instead"
         )
     unknown = sorted(set(options) - _TEXT_OPTIONS)
     if unknown:
         raise DataError.at(
             "processor",
-            f"got unknown options {', '.join(unknown)}",
-            "leave them out, and give words of unknown origin to encode_question",
+            f"got unknown options {', '.join(unknown)} (expected some of {', '.join(sorted(_TEXT_OPTIONS))})",
+            "remove them",
         )
 
 
@@ -234,38 +230,40 @@ def _flat(images: Any) -> list[Image | str]:
 
 
 def _expand(prompts: Sequence[str], blocks: Sequence[str], bos: str) -> tuple[list[str], list[list[dict[str, Any]]]]:
-    """Spell each ``<image>`` out, in order over all prompts, and puts ``bos`` first.
+    """Replace each ``<image>`` by an image's tokens, in order over all prompts, and start each prompt with ``bos``.
 
     Args:
         prompts: The texts.
-        blocks: What each image is spelled as.
-        bos: The first token's text, or nothing.
+        blocks: The tokens of each image, as text.
+        bos: The first token's text, or an empty string.
 
     Returns:
-        The texts, and for each of them where it grew, in the form that ``ProcessorMixin`` reads.
+        The texts, and the replacements in each of them, in the format that ``ProcessorMixin`` reads.
     """
     places = sum(prompt.count(IMAGE_PLACEHOLDER) for prompt in prompts)
     if places != len(blocks):
         raise DataError.at(
-            "processor", f"got {len(blocks)} pictures for {places} {IMAGE_PLACEHOLDER} in the text", "give one for each"
+            "processor",
+            f"expected one image per placeholder (got {len(blocks)} images for {places} {IMAGE_PLACEHOLDER})",
+            f"pass one image for each {IMAGE_PLACEHOLDER}",
         )
     remaining = iter(blocks)
     texts, offsets = [], []
     for prompt in prompts:
         first, *rest = prompt.split(IMAGE_PLACEHOLDER)
         text = "" if prompt.startswith(bos) else bos
-        grown = [_growth("", 0, text, 0)] if text else []
+        replaced = [_replacement("", 0, text, 0)] if text else []
         text, read = text + first, len(first)
         for part in rest:
             block = next(remaining)
-            grown.append(_growth(IMAGE_PLACEHOLDER, read, block, len(text)))
+            replaced.append(_replacement(IMAGE_PLACEHOLDER, read, block, len(text)))
             text, read = text + block + part, read + len(IMAGE_PLACEHOLDER) + len(part)
         texts.append(text)
-        offsets.append(grown)
+        offsets.append(replaced)
     return texts, offsets
 
 
-def _growth(old: str, start: int, new: str, new_start: int) -> dict[str, Any]:
+def _replacement(old: str, start: int, new: str, new_start: int) -> dict[str, Any]:
     return {
         "type": "image",
         "span": (start, start + len(old)),

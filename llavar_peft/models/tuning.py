@@ -1,4 +1,4 @@
-"""What trains: a ``Stage.tune`` value applied to a model, and taken off again.
+"""Apply a ``Stage.tune`` value to a model, so that only what the stage trains is trainable, and merge the result.
 
 Source: LLaVAR, llava/train/train.py, ``train`` (``tune_mm_mlp_adapter`` in stage 1; all but the tower in stage 2).
 """
@@ -16,27 +16,41 @@ from llavar_peft.constants import ATTENTION_LAYERS, LINEAR_LAYERS, MLP_LAYERS
 from llavar_peft.errors import ConfigError
 from llavar_peft.models import pissa
 from llavar_peft.models.modeling_llavar import LlavarForConditionalGeneration
-from llavar_peft.recipe.schema import Full, Lora, Projector, Tune
+from llavar_peft.recipe.schema import Full, Lora, LoraVariant, Projector, Tune
 
 if TYPE_CHECKING:
     from peft import LoraConfig, PeftModel
 
+# How to add a LoRA variant, in three files:
+#   1. recipe/schema.py: its name in ``LoraVariant``;
+#   2. here: the arguments of ``peft.LoraConfig`` that select it. A variant that changes the base as it is applied, as
+#      PiSSA does (pissa.py), is also called in ``apply_tuning``;
+#   3. weights/adapter/lora_updates.py: the update that a merge adds to the base, if it is not LoRA's scaled B A.
+_VARIANT_ARGUMENTS: dict[LoraVariant, dict[str, Any]] = {
+    "lora": {},
+    "rslora": {"use_rslora": True},
+    "dora": {"use_dora": True},
+    "pissa": {},  # no argument: peft would take the components out of the base again when the adapter is loaded
+}
+
 TRAINED_ROWS = 2
-"""``<im_start>`` and ``<im_end>``: the last rows of the input embeddings."""
+"""Number of trained rows of the input embeddings: the last ones, ``<im_start>`` and ``<im_end>``."""
 
 _TARGETS = {"all-linear": LINEAR_LAYERS, "attention": ATTENTION_LAYERS, "mlp": MLP_LAYERS}
 _ROWS_SUFFIX = "embed_tokens.rows"
-_WRAPPED_SUFFIX = "embed_tokens.embedding.weight"
+_EMBEDDING_SUFFIX = "embed_tokens.embedding.weight"
+_HALF = (torch.float16, torch.bfloat16)
 
 
 class EmbeddingWithTrainedRows(nn.Module):
-    """An embedding of which only the last rows are a parameter.
+    """An embedding of which only the last rows are trained, as a parameter of their own.
 
-    Adam never sees the other rows, so that they stay as they are to the last bit, text-only records or not.
+    The optimizer never updates the other rows, so that they stay bit-identical, also with weight decay and with
+    batches of text only.
 
     Args:
-        embedding: The frozen whole, ``[V, D]``.
-        rows: How many of its last rows are trained, in float32.
+        embedding: The frozen embedding, ``[V, D]``.
+        rows: Number of last rows that are trained, in float32.
     """
 
     def __init__(self, embedding: nn.Embedding, rows: int = TRAINED_ROWS) -> None:
@@ -47,25 +61,18 @@ class EmbeddingWithTrainedRows(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The frozen whole, whose last rows are out of date while training."""
+        """The frozen weight ``[V, D]``, whose last rows are out of date during training."""
         return self.embedding.weight
 
     def forward(self, input_ids: Tensor) -> Tensor:
-        """Look ids up.
-
-        Args:
-            input_ids: ``[B, T]``.
-
-        Returns:
-            ``[B, T, D]`` in the embedding's dtype.
-        """
+        """Return the embeddings ``[B, T, D]`` of ids ``[B, T]``, in the frozen embedding's dtype."""
         frozen_BTD = self.embedding(input_ids)
         index_BT = (input_ids - self.first).clamp(min=0)
         trained_BTD = nn.functional.embedding(index_BT, self.rows).to(frozen_BTD.dtype)
         return torch.where((input_ids >= self.first)[..., None], trained_BTD, frozen_BTD)
 
-    def folded(self) -> nn.Embedding:
-        """The plain embedding again, with the trained rows in their place."""
+    def merged(self) -> nn.Embedding:
+        """Write the trained rows into the frozen embedding and return it."""
         with torch.no_grad():
             self.embedding.weight[self.first :] = self.rows.to(self.embedding.weight.dtype)
         return self.embedding
@@ -74,131 +81,126 @@ class EmbeddingWithTrainedRows(nn.Module):
 def apply_tuning(
     model: LlavarForConditionalGeneration, tune: Tune, *, new_rows: bool = False, checkpoint: Path | None = None
 ) -> Any:
-    """Freeze what a stage does not train and adds what it trains.
+    """Freeze what a stage does not train, and add the parameters that it trains.
 
-    Trained tensors are brought to float32 where the base is kept in half precision, as the original's autocast training
+    Trained tensors are converted to float32 if the base is in half precision, as the original's autocast training
     keeps them.
 
     Args:
-        model: A plain model; it is changed in place.
+        model: A model without adapters; changed in place.
         tune: The stage's value.
-        new_rows: Whether nothing has trained the ``<im_start>``/``<im_end>`` rows yet, so that
-            ``Lora(train_image_rows=None)`` does.
-        checkpoint: The one that ``load_trained`` will take up next: PiSSA starts where it started.
+        new_rows: Whether the ``<im_start>``/``<im_end>`` rows have not been trained yet;
+            ``Lora(train_image_rows=None)`` trains them in that case.
+        checkpoint: The checkpoint that ``load_trained`` will load next; PiSSA reads its initial adapters from it.
 
     Returns:
-        What to train: the model, or a ``PeftModel`` around it.
+        The model to train, which for ``Lora`` is a ``PeftModel`` around the given one.
 
     Raises:
-        ConfigError: ``Full`` on a quantized base, or a ``Lora`` that asks for what the model does not have.
+        ConfigError: ``Full`` on a quantized base, or a ``Lora`` that needs rows which the model does not have.
     """
     model.requires_grad_(False)
     projector = model.model.multi_modal_projector
     if isinstance(tune, Projector):
-        _train_rows(model)
+        embedding = model.get_input_embeddings()
+        if model.config.use_im_start_end and isinstance(embedding, nn.Embedding):
+            model.set_input_embeddings(EmbeddingWithTrainedRows(embedding))
         _unfreeze(projector)
         return model
     if isinstance(tune, Full):
         if is_quantized(model):
             raise ConfigError.at(
-                "tune", "full finetuning of a quantized base is impossible", "use tune: lora, or leave quantize out"
+                "tune",
+                "a quantized base cannot be trained in full (got tune: full with model.quantize)",
+                "use tune: lora, or remove quantize",
             )
         _unfreeze(model.model.language_model)
         _unfreeze(model.lm_head)
         _unfreeze(projector)
         return model
-    wrapped = _with_lora(model, tune, new_rows if tune.train_image_rows is None else tune.train_image_rows)
+    wrapped = _add_lora(model, tune, new_rows if tune.train_image_rows is None else tune.train_image_rows)
     if tune.variant == "pissa":
         pissa.make_residual(wrapped, checkpoint)
     return wrapped
 
 
 def merge_tuning(trained: Any) -> LlavarForConditionalGeneration:
-    """Make a plain model again of what a stage trained: rows folded in, adapters merged.
+    """Merge the trained rows and adapters into the model.
 
     Args:
-        trained: What ``apply_tuning`` returned.
+        trained: The model that ``apply_tuning`` returned.
 
     Returns:
-        The plain model, nothing of it trainable.
+        The model without adapters, all of it frozen.
     """
     from peft import PeftModel
 
     model = trained.merge_and_unload() if isinstance(trained, PeftModel) else trained
     embedding = model.get_input_embeddings()
     if isinstance(embedding, EmbeddingWithTrainedRows):
-        model.set_input_embeddings(embedding.folded())
+        model.set_input_embeddings(embedding.merged())
     model.requires_grad_(False)
     plain: LlavarForConditionalGeneration = model
     return plain
 
 
-def folded_state_dict(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The state of a model in stage 1 under a plain model's names.
+def merge_rows_in_state_dict(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return a state dict under a plain model's names, with the trained rows written into the embeddings.
 
     Args:
-        state: ``state_dict()`` of a model whose rows are trained apart, or of any other.
-
-    Returns:
-        The same tensors; the trained rows stand in the embeddings.
+        state: ``state_dict()`` of a model with or without ``EmbeddingWithTrainedRows``.
     """
     plain = dict(state)
-    rows = [name for name in plain if name.endswith(_ROWS_SUFFIX)]
-    for name in rows:
-        trained = plain.pop(name)
-        wrapped = name.removesuffix(_ROWS_SUFFIX) + _WRAPPED_SUFFIX
-        whole = plain.pop(wrapped).clone()
-        whole[-trained.shape[0] :] = trained.to(whole.dtype)
-        plain[wrapped.replace(".embedding.weight", ".weight")] = whole
+    for name in [name for name in plain if name.endswith(_ROWS_SUFFIX)]:
+        rows = plain.pop(name)
+        embedding_name = name.removesuffix(_ROWS_SUFFIX) + _EMBEDDING_SUFFIX
+        weight = plain.pop(embedding_name).clone()
+        weight[-rows.shape[0] :] = rows.to(weight.dtype)
+        plain[embedding_name.replace(".embedding.weight", ".weight")] = weight
     return plain
 
 
 def is_quantized(model: nn.Module) -> bool:
-    """Whether the base's linear layers are stored in 4 or 8 bits."""
-    return bool(getattr(model, "is_quantized", False))
+    """Return whether the base's linear layers are stored in 4 or 8 bits."""
+    return bool(getattr(model, "is_quantized", False))  # set by transformers on quantized models only
 
 
 def trained_parameters(model: nn.Module) -> tuple[int, int]:
-    """How many parameters a stage trains, and how many the model has (4-bit ones counted as they are stored)."""
+    """Return the numbers of trained and of all parameters (4-bit ones are counted as they are stored)."""
     counts = [(parameter.numel(), parameter.requires_grad) for parameter in model.parameters()]
     return sum(count for count, trained in counts if trained), sum(count for count, _ in counts)
 
 
 def trained_names(model: nn.Module) -> list[str]:
-    """Name of the parameters that a stage trains, in the modules' order."""
+    """Return the names of the trained parameters, in the modules' order."""
     return [name for name, parameter in model.named_parameters() if parameter.requires_grad]
 
 
-def _unfreeze(module: nn.Module) -> None:
-    for parameter in module.parameters():
-        if parameter.dtype in (torch.float16, torch.bfloat16):
-            parameter.data = parameter.data.float()
-        parameter.requires_grad_(True)
+def part_of(name: str) -> str:
+    """Return the part of the model that a trained parameter belongs to; each part can have its own learning rate.
 
+    Args:
+        name: As ``trained_names`` returns it.
 
-def _train_rows(model: LlavarForConditionalGeneration) -> None:
-    embedding = model.get_input_embeddings()
-    if model.config.use_im_start_end and isinstance(embedding, nn.Embedding):
-        model.set_input_embeddings(EmbeddingWithTrainedRows(embedding))
+    Returns:
+        ``"projector"``, ``"rows"`` (of ``<im_start>``/``<im_end>``), ``"adapters"`` or ``"language_model"``.
+    """
+    if "multi_modal_projector" in name:
+        return "projector"
+    if name.endswith(_ROWS_SUFFIX) or "trainable_tokens_delta" in name:
+        return "rows"
+    return "adapters" if "lora_" in name else "language_model"
 
 
 def target_layers(tune: Lora) -> tuple[str, ...]:
-    """Name of the language model's layers that get adapters.
-
-    Args:
-        tune: The stage's value.
-
-    Returns:
-        The names, without where they stand.
-    """
+    """Return the names of the language model's layers that get adapters, such as ``q_proj``."""
     return tuple(_TARGETS[tune.target] if isinstance(tune.target, str) else tune.target)
 
 
 def lora_config(tune: Lora) -> LoraConfig:
-    """The ``peft`` configuration of a stage's value.
+    """Return the ``peft`` configuration of a stage's value.
 
-    ``target_modules`` is anchored at the language model: a plain ``q_proj`` would hit the tower too. ``pissa`` has no
-    setting here: what it does to the base must not happen again wherever the adapter is opened.
+    ``target_modules`` is anchored at the language model, because a plain ``q_proj`` would match the vision tower too.
     """
     from peft import LoraConfig
 
@@ -212,45 +214,37 @@ def lora_config(tune: Lora) -> LoraConfig:
         lora_dropout=tune.dropout,
         target_modules=rf"model\.language_model\.layers\.\d+\.({'|'.join(blocks)})",
         modules_to_save=["multi_modal_projector"] if tune.train_projector else None,
-        use_rslora=tune.variant == "rslora",
-        use_dora=tune.variant == "dora",
         lora_bias=tune.bias == "lora",
         bias="none",  # peft's "all" would train the tower's biases; its "lora_only" those of LLaMA, which has none
+        **_VARIANT_ARGUMENTS[tune.variant],
     )
 
 
-def _with_lora(model: LlavarForConditionalGeneration, tune: Lora, rows: bool) -> PeftModel:
+def _add_lora(model: LlavarForConditionalGeneration, tune: Lora, train_rows: bool) -> PeftModel:
     from peft import get_peft_model
 
     config = lora_config(tune)
-    if rows:
+    if train_rows:
         if not model.config.use_im_start_end:
             raise ConfigError.at(
-                "tune.train_image_rows", "the model has no <im_start>/<im_end> rows", "leave it out, or set it to false"
+                "tune.train_image_rows",
+                "the model has no <im_start> and <im_end> rows to train (its use_im_start_end is false)",
+                "remove it, or set it to false",
             )
         size = model.config.text_config.vocab_size
         config.trainable_token_indices = {"embed_tokens": list(range(size - TRAINED_ROWS, size))}
     wrapped = get_peft_model(model, config)
     for name, parameter in wrapped.named_parameters():
-        if parameter.requires_grad and parameter.dtype in (torch.float16, torch.bfloat16):
+        if parameter.requires_grad and parameter.dtype in _HALF:
             parameter.data = parameter.data.float()
-        # peft copies the projector to train it; what a run trains is seen by its name.
+        # peft trains a copy of the projector; the original must not count as trained.
         if "original_module" in name:
             parameter.requires_grad_(False)
     return wrapped
 
 
-def part_of(name: str) -> str:
-    """Which part of the model a trained parameter belongs to: those that can have learning rates of their own.
-
-    Args:
-        name: As ``trained_names`` gives it.
-
-    Returns:
-        ``"projector"``, ``"rows"`` (of ``<im_start>``/``<im_end>``), ``"adapters"`` or ``"language_model"``.
-    """
-    if "multi_modal_projector" in name:
-        return "projector"
-    if name.endswith(_ROWS_SUFFIX) or "trainable_tokens_delta" in name:
-        return "rows"
-    return "adapters" if "lora_" in name else "language_model"
+def _unfreeze(module: nn.Module) -> None:
+    for parameter in module.parameters():
+        if parameter.dtype in _HALF:
+            parameter.data = parameter.data.float()
+        parameter.requires_grad_(True)

@@ -25,7 +25,7 @@ from accelerate import PartialState
 from llavar_peft.atomic_files import write_json
 from llavar_peft.constants import METRICS_FILE
 from llavar_peft.errors import InterruptedRunError
-from llavar_peft.models.build import build_model
+from llavar_peft.models.build_model import build_model
 from llavar_peft.recipe.schema import Recipe, Stage
 from llavar_peft.training.checkpoint_folders import checkpoints
 from llavar_peft.training.stage_records import stage_records

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from llavar_peft.constants import LINEAR_LAYERS
-from llavar_peft.models.build import expected_shapes
+from llavar_peft.models.build_model import expected_shapes
 from llavar_peft.models.chunked_loss import CHUNK
 from llavar_peft.models.llavar_config import LlavarConfig
 from llavar_peft.models.tuning import TRAINED_ROWS, target_layers

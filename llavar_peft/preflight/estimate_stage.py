@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from llavar_peft.models.architecture import architecture
+from llavar_peft.models.llavar_config import config_without_weights
 from llavar_peft.preflight.estimate_compute import (
     RecordLengths,
     count_steps,
@@ -57,7 +57,7 @@ def estimate_stage(model: ModelConfig, stage: Stage, *, gpus: int = 1, sharded: 
         ConfigError: The model's shape is unknown.
         DataError: The records exist and cannot be read.
     """
-    config = architecture(model)
+    config = config_without_weights(model)
     lengths = measure_records(stage, config)
     counts = count_parameters(config, stage.tune)
     tokens = largest_pass(stage, lengths)

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from llavar_peft.atomic_files import write_json
 from llavar_peft.constants import PROJECTOR_SAFETENSORS
 from llavar_peft.models import pissa
-from llavar_peft.models.adapter_base_check import fingerprint_base
+from llavar_peft.models.adapter_loading import fingerprint_base
 from llavar_peft.models.checkpoint_loading import read_checkpoint, read_parts
-from llavar_peft.models.tuning import EmbeddingWithTrainedRows, folded_state_dict, is_quantized
+from llavar_peft.models.tuning import EmbeddingWithTrainedRows, is_quantized, merge_rows_in_state_dict
 from llavar_peft.recipe.schema import Lora, ModelConfig, Projector, Tune
 from llavar_peft.weights.adapter.adapter_files import (
     BASE_FILE,
@@ -64,11 +64,13 @@ def save_whole(
     elif is_quantized(model):
         model.config.save_pretrained(str(folder))
     else:
-        model.save_pretrained(str(folder), state_dict=folded_state_dict(state), max_shard_size=_SHARD_SIZE)
+        model.save_pretrained(str(folder), state_dict=merge_rows_in_state_dict(state), max_shard_size=_SHARD_SIZE)
     if isinstance(tune, Projector):
         # In float32, whatever the base is kept in: a resumed run goes on from exactly these.
         parts = ("model.multi_modal_projector.", tensor_names.EMBEDDINGS.removesuffix("weight"))
-        exact = folded_state_dict({name: tensor.float() for name, tensor in state.items() if name.startswith(parts)})
+        exact = merge_rows_in_state_dict(
+            {name: tensor.float() for name, tensor in state.items() if name.startswith(parts)}
+        )
         save_projector(
             folder,
             *(
@@ -85,8 +87,8 @@ def _save_adapter(model: Any, folder: Path, base: ModelConfig, state: Mapping[st
     with quiet_about_biases():
         # Nothing of the embeddings is saved but the rows that were trained.
         model.save_pretrained(str(folder), save_embedding_layers=False, state_dict=dict(state))
-    if pissa.is_residual(model):
-        pissa.save_on_whole_base(model, folder)
+    if pissa.has_residual_base(model):
+        pissa.save_for_original_base(model, folder)
     write_checksums(folder)
     model.get_base_model().config.save_pretrained(str(folder))
     # What "auto" came to: a merge has to quantize the same numbers again.
@@ -143,7 +145,9 @@ def load_trained(model: Any, folder: Path) -> None:
     if isinstance(model, PeftModel):
         tensors = open_adapter_weights(folder)
         load_adapter_weights(
-            model, pissa.on_residual(model, tensors) if pissa.is_residual(model) else tensors, where=str(folder)
+            model,
+            pissa.tensors_for_residual_base(model, tensors) if pissa.has_residual_base(model) else tensors,
+            where=str(folder),
         )
     elif isinstance(model.get_input_embeddings(), EmbeddingWithTrainedRows) or is_quantized(model):
         load_projector(model, folder / PROJECTOR_SAFETENSORS)

@@ -18,7 +18,7 @@ from llavar_peft.atomic_files import commit_folder
 from llavar_peft.constants import METRICS_FILE, PROBE_FILE
 from llavar_peft.data.training_dataset import TrainingDataset
 from llavar_peft.errors import ConfigError, InterruptedRunError, LlavarError
-from llavar_peft.models.build import build_model
+from llavar_peft.models.build_model import build_model
 from llavar_peft.models.merge_adapter import merge_adapter
 from llavar_peft.models.modeling_llavar import LlavarForConditionalGeneration
 from llavar_peft.models.packed_attention import disable_packing

@@ -11,7 +11,7 @@ from llavar_peft.data.image_preparation import ImageRoots
 from llavar_peft.data.record_store import open_records
 from llavar_peft.datagen.synth.synth_settings import SynthSettings
 from llavar_peft.datagen.synth.write_synthetic import write_synthetic
-from llavar_peft.models.build import load_processor
+from llavar_peft.models.build_model import load_processor
 
 
 @pytest.fixture(scope="module")

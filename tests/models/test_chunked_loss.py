@@ -1,4 +1,4 @@
-"""The loss in chunks: the value and the gradients of plain cross entropy, in a fraction of its memory."""
+"""The chunked loss has the value and gradients of plain cross entropy, with a fraction of its memory."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def _drawn(
     positions=st.integers(1, 70), pieces=st.integers(1, 40), width=st.integers(1, 24), chunk=st.integers(1, 80),
     seed=st.integers(0, 2**20), factor=st.floats(1e-3, 1e3),
 )  # fmt: skip
-def test_value_and_gradients_are_those_of_plain_cross_entropy(
+def test_value_and_gradients_equal_plain_cross_entropy(
     positions: int, pieces: int, width: int, chunk: int, seed: int, factor: float
 ) -> None:
     hidden, weight, targets = _drawn(positions, pieces, width, seed)
@@ -44,7 +44,7 @@ def test_value_and_gradients_are_those_of_plain_cross_entropy(
 
 
 @pytest.mark.parametrize("frozen", [0, 1])
-def test_only_what_is_trained_gets_a_gradient(frozen: int) -> None:
+def test_only_trained_tensors_get_a_gradient(frozen: int) -> None:
     tensors = _drawn(9, 5, 4, 0)
     tensors[frozen].requires_grad_(False)
     summed_cross_entropy(*tensors, chunk=4).backward()
@@ -52,8 +52,8 @@ def test_only_what_is_trained_gets_a_gradient(frozen: int) -> None:
     assert tensors[1 - frozen].grad is not None
 
 
-def test_half_precision_weights_keep_their_dtype_and_their_accuracy() -> None:
-    """Many chunks, each adding little: summed in half precision the weight's gradient would stall."""
+def test_half_precision_keeps_its_dtype_and_accuracy() -> None:
+    """Over many chunks, a gradient summed in half precision would lose small contributions."""
     hidden, weight, targets = _drawn(4000, 7, 8, 1, torch.bfloat16)
     double = [one.detach().double().requires_grad_() for one in (hidden, weight)]
     nn.functional.cross_entropy(double[0] @ double[1].T, targets, reduction="sum").backward()
@@ -67,7 +67,7 @@ def test_half_precision_weights_keep_their_dtype_and_their_accuracy() -> None:
 
 
 class _LargestTensor(TorchDispatchMode):
-    """Notes the largest tensor that any operation makes."""
+    """Records the size of the largest tensor that an operation returns."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -81,7 +81,7 @@ class _LargestTensor(TorchDispatchMode):
         return made
 
 
-def test_no_more_than_a_chunk_of_logits_is_ever_there() -> None:
+def test_at_most_one_chunk_of_logits_exists_at_a_time() -> None:
     hidden, weight, targets = _drawn(512, 300, 16, 2)
     with _LargestTensor() as seen:
         summed_cross_entropy(hidden, weight, targets, chunk=32).backward()

@@ -1,4 +1,4 @@
-"""The processor: the original's inference prompts, and what users of transformers expect of one."""
+"""The processor: the original's inference prompts, and the behavior of a transformers processor."""
 
 import gzip
 import json
@@ -13,7 +13,7 @@ from transformers import AutoProcessor, CLIPImageProcessor, CLIPImageProcessorPi
 from llavar_peft.constants import EOS_TOKEN, IMAGE_PLACEHOLDER
 from llavar_peft.data.conversation_template import conversation_pieces, image_block, split_placeholders
 from llavar_peft.errors import ConfigError, DataError
-from llavar_peft.models.auto_classes import register
+from llavar_peft.models.build_model import register
 from llavar_peft.models.llama_tokenizer import add_image_tokens, load_tokenizer
 from llavar_peft.models.processing_llavar import LlavarProcessor
 
@@ -135,10 +135,10 @@ def test_a_chat_becomes_ids_and_a_mask_of_the_answers(tokenizer: Any, image: Ima
     assert torch.equal(out["input_ids"][0][: len(asked)], asked)
 
 
-# ---- calling it
+# ---- calls
 
 
-def test_images_take_their_places_over_a_batch(tokenizer: Any, image: Image.Image) -> None:
+def test_images_replace_placeholders_in_order_over_a_batch(tokenizer: Any, image: Image.Image) -> None:
     processor = make(tokenizer)
     out = processor(
         [[image], [image, image]],
@@ -153,7 +153,7 @@ def test_images_take_their_places_over_a_batch(tokenizer: Any, image: Image.Imag
     assert out["attention_mask"][1].all()
 
 
-def test_pixels_are_those_of_the_mode(tokenizer: Any, image: Image.Image) -> None:
+def test_pixels_depend_on_the_image_mode(tokenizer: Any, image: Image.Image) -> None:
     padded = make(tokenizer)(image, return_tensors="pt")["pixel_values"]
     black = make(tokenizer, inference_image_mode="pad_black")(image, return_tensors="pt")["pixel_values"]
     assert padded.shape == black.shape == (1, 3, 56, 56)
@@ -161,7 +161,7 @@ def test_pixels_are_those_of_the_mode(tokenizer: Any, image: Image.Image) -> Non
     assert torch.equal(make(tokenizer)(image, image_mode="pad_black", return_tensors="pt")["pixel_values"], black)
 
 
-def test_a_prompt_that_spells_the_image_out_is_the_same(tokenizer: Any, image: Image.Image) -> None:
+def test_a_prompt_with_expanded_image_tokens_is_the_same(tokenizer: Any, image: Image.Image) -> None:
     processor = make(tokenizer)
     short = processor(image, "a\n<image> b")["input_ids"]
     assert processor(image, f"a\n{image_block(16, use_im_start_end=True)} b")["input_ids"] == short
@@ -170,26 +170,26 @@ def test_a_prompt_that_spells_the_image_out_is_the_same(tokenizer: Any, image: I
 @pytest.mark.parametrize(
     ("images", "text", "options", "message"),
     [
-        (0, "a <image>", {}, "0 pictures for 1 <image>"),
-        (2, "a <image>", {}, "2 pictures for 1 <image>"),
-        (1, "<image> <im_patch>", {}, "spells <im_patch>"),
-        (1, "<image>", {"truncation": True, "max_length": 4}, "cut through a picture"),
-        (1, "<image>", {"paddin": True}, "unknown options paddin"),
+        (0, "a <image>", {}, "0 images for 1 <image>"),
+        (2, "a <image>", {}, "2 images for 1 <image>"),
+        (1, "<image> <im_patch>", {}, "contains <im_patch>"),
+        (1, "<image>", {"truncation": True, "max_length": 4}, "cut an image's tokens"),
+        (1, "<image>", {"paddin": True}, "unknown options paddin "),
         (1, "<image>", {"videos": [1]}, "got videos"),
         (0, None, {}, "neither images nor text"),
     ],
 )
-def test_what_cannot_be_meant_is_refused(
+def test_inconsistent_input_is_rejected(
     tokenizer: Any, image: Image.Image, images: int, text: str | None, options: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(DataError, match=message):
         make(tokenizer)([image] * images or None, text, **options)
 
 
-# ---- making, saving, opening
+# ---- construction, saving, loading
 
 
-def test_it_is_saved_and_opened_as_one(tokenizer: Any, tmp_path: Path, image: Image.Image) -> None:
+def test_a_saved_processor_is_loaded_unchanged(tokenizer: Any, tmp_path: Path, image: Image.Image) -> None:
     register()
     made = make(
         tokenizer,
@@ -210,7 +210,7 @@ def test_it_is_saved_and_opened_as_one(tokenizer: Any, tmp_path: Path, image: Im
         assert torch.equal(opened(image)["pixel_values"], made(image)["pixel_values"])
 
 
-def test_any_clip_image_processor_becomes_the_pillow_one(tokenizer: Any) -> None:
+def test_another_clip_image_processor_is_replaced_by_the_pillow_one(tokenizer: Any) -> None:
     images = CLIPImageProcessorPil(crop_size={"height": 28, "width": 28})
 
     class Other:
@@ -222,13 +222,13 @@ def test_any_clip_image_processor_becomes_the_pillow_one(tokenizer: Any) -> None
     assert made.num_image_tokens == 4
 
 
-def test_an_unknown_mode_is_refused(tokenizer: Any) -> None:
+def test_an_unknown_mode_is_rejected(tokenizer: Any) -> None:
     with pytest.raises(ConfigError, match=r"image_mode.*'crop'.*pad"):
         make(tokenizer, image_mode="crop")
     with pytest.raises(ConfigError, match=r"inference_image_mode.*'black'"):
         make(tokenizer, inference_image_mode="black")
 
 
-def test_a_tokenizer_without_image_tokens_is_refused() -> None:
+def test_a_tokenizer_without_image_tokens_is_rejected() -> None:
     with pytest.raises(ConfigError, match=r"<im_patch>.*add_image_tokens"):
         make(load_tokenizer(GOLDEN / "small"))

@@ -1,4 +1,4 @@
-"""The repaired tokenizer: SentencePiece's own ids, whatever the text."""
+"""The repaired tokenizer gives SentencePiece's ids for any text."""
 
 import gzip
 import json
@@ -47,18 +47,18 @@ def _real(shared_dir: Path) -> Path:
 
 
 @given(text=TEXT.filter(lambda text: "\0" not in text))
-def test_text_gets_the_ids_that_sentencepiece_gives(small: PreTrainedTokenizerFast, pieces: Any, text: str) -> None:
+def test_ids_equal_those_of_sentencepiece(small: PreTrainedTokenizerFast, pieces: Any, text: str) -> None:
     assert small.encode(text, add_special_tokens=False, split_special_tokens=True) == pieces.encode(text)
 
 
-def test_no_merge_makes_a_special_token(small: PreTrainedTokenizerFast) -> None:
+def test_text_never_merges_into_a_special_token(small: PreTrainedTokenizerFast) -> None:
     vocabulary = small.get_vocab()
     assert "</" in vocabulary
     assert "s>" in vocabulary, "the small model must be able to spell </s> from two pieces, or this tests nothing"
     assert not {0, 1, 2} & set(small.encode("</s> a</s> <s> <unk>", split_special_tokens=True))
 
 
-def test_image_tokens_follow_the_vocabulary_once() -> None:
+def test_image_tokens_get_the_next_ids_once() -> None:
     tokenizer = load_tokenizer(SMALL)
     size = len(tokenizer)
     assert add_image_tokens(tokenizer) == 3
@@ -66,14 +66,14 @@ def test_image_tokens_follow_the_vocabulary_once() -> None:
     assert [tokenizer.convert_tokens_to_ids(name) for name in ADDED_TOKENS] == [size, size + 1, size + 2]
 
 
-def test_without_start_and_end_only_the_patch_is_added() -> None:
+def test_without_start_and_end_only_the_patch_token_is_added() -> None:
     tokenizer = load_tokenizer(SMALL)
     assert add_image_tokens(tokenizer, use_im_start_end=False) == 1
     assert tokenizer.get_added_vocab().keys() >= {IMAGE_PATCH_TOKEN}
     assert "<im_start>" not in tokenizer.get_vocab()
 
 
-def test_image_tokens_that_do_not_follow_one_another_are_refused() -> None:
+def test_image_tokens_without_consecutive_ids_are_rejected() -> None:
     tokenizer = load_tokenizer(SMALL)
     add_image_tokens(tokenizer, use_im_start_end=False)
     tokenizer.add_tokens(["<other>"])
@@ -81,14 +81,14 @@ def test_image_tokens_that_do_not_follow_one_another_are_refused() -> None:
         add_image_tokens(tokenizer)
 
 
-def test_settings_are_the_original_s(small: PreTrainedTokenizerFast) -> None:
+def test_settings_equal_the_original_s(small: PreTrainedTokenizerFast) -> None:
     assert small.padding_side == "right"
     assert (small.pad_token_id, small.bos_token_id, small.eos_token_id) == (0, 1, 2)
     assert small("the").input_ids == small.encode("the", add_special_tokens=False), "<s> is not added by itself"
 
 
 @pytest.mark.parametrize("model_type", [None, "llama", "llava", "llavar"])
-def test_any_auto_tokenizer_opens_what_was_saved(
+def test_auto_tokenizer_loads_a_saved_tokenizer(
     small: PreTrainedTokenizerFast, tmp_path: Path, model_type: str | None
 ) -> None:
     small.save_pretrained(tmp_path)
@@ -101,7 +101,7 @@ def test_any_auto_tokenizer_opens_what_was_saved(
         assert opened.padding_side == "right"
 
 
-def test_tokenizer_model_is_preferred_to_a_conversion_beside_it(small: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+def test_tokenizer_model_is_preferred_to_a_tokenizer_json(small: PreTrainedTokenizerFast, tmp_path: Path) -> None:
     shutil.copy(SMALL / "tokenizer.model", tmp_path)
     (tmp_path / "tokenizer.json").write_text("{}")
     (tmp_path / "added_tokens.json").write_text(json.dumps({"<im_end>": 642, "<im_patch>": 640, "<im_start>": 641}))
@@ -110,14 +110,14 @@ def test_tokenizer_model_is_preferred_to_a_conversion_beside_it(small: PreTraine
     assert opened.backend_tokenizer.to_str() == small.backend_tokenizer.to_str()
 
 
-def test_added_tokens_under_other_ids_are_refused(tmp_path: Path) -> None:
+def test_added_tokens_with_other_ids_are_rejected(tmp_path: Path) -> None:
     shutil.copy(SMALL / "tokenizer.model", tmp_path)
     (tmp_path / "added_tokens.json").write_text(json.dumps({"<im_patch>": 700}))
-    with pytest.raises(WeightsError, match="id 700 but comes out as 640"):
+    with pytest.raises(WeightsError, match="got 640, expected 700"):
         load_tokenizer(tmp_path)
 
 
-def test_a_stock_conversion_is_refused(small: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+def test_a_stock_conversion_is_rejected(small: PreTrainedTokenizerFast, tmp_path: Path) -> None:
     form = json.loads(small.backend_tokenizer.to_str())
     form["normalizer"] = None
     form["pre_tokenizer"] = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "first", "split": False}
@@ -127,7 +127,7 @@ def test_a_stock_conversion_is_refused(small: PreTrainedTokenizerFast, tmp_path:
 
 
 @pytest.mark.parametrize("content", [b"", b"version https://git-lfs.github.com/spec/v1\n", b"\xff" * 100])
-def test_a_broken_model_file_is_named(tmp_path: Path, content: bytes) -> None:
+def test_a_damaged_model_file_is_named(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "tokenizer.model").write_bytes(content)
     with pytest.raises(WeightsError, match=r"tokenizer\.model"):
         load_tokenizer(tmp_path)
@@ -146,7 +146,7 @@ def test_a_missing_sentencepiece_is_named(monkeypatch: pytest.MonkeyPatch) -> No
         load_tokenizer(SMALL)
 
 
-def test_a_unigram_model_is_refused(tmp_path: Path) -> None:
+def test_a_unigram_model_is_rejected(tmp_path: Path) -> None:
     sentencepiece = pytest.importorskip("sentencepiece")
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(["the sign says stop", "who wrote the book"] * 50),
@@ -157,7 +157,7 @@ def test_a_unigram_model_is_refused(tmp_path: Path) -> None:
         hard_vocab_limit=False,
         minloglevel=2,
     )
-    with pytest.raises(WeightsError, match="not of LLaMA's kind"):
+    with pytest.raises(WeightsError, match="not a LLaMA tokenizer"):
         load_tokenizer(tmp_path)
 
 
@@ -178,7 +178,7 @@ def test_the_repaired_tokenizer_gives_the_original_s_ids_on_whole_prompts(shared
 
 
 @pytest.mark.parity
-def test_a_released_checkpoint_s_tokenizer_comes_out_the_same(shared_dir: Path) -> None:
+def test_a_released_checkpoint_s_tokenizer_is_the_same(shared_dir: Path) -> None:
     tokenizer = load_tokenizer(_real(shared_dir))
     add_image_tokens(tokenizer)
     released = load_tokenizer(shared_dir / "golden" / "model" / "llava-tiny-v1")

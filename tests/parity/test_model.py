@@ -1,4 +1,4 @@
-"""The model against the original's own outputs: logits, losses, features, greedy answers."""
+"""The model gives the original's outputs: logits, losses and greedy answers."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def test_asking_by_file_prepares_images_as_run_llava_did(golden: Path, released:
         assert answers == [case["text"].removesuffix("</s>").strip()]
 
 
-def test_a_saved_model_is_the_same_model(golden: Path, released: tuple[Any, Any], tmp_path: Path) -> None:
+def test_a_saved_model_is_loaded_unchanged(golden: Path, released: tuple[Any, Any], tmp_path: Path) -> None:
     model, processor = released
     model.save_pretrained(tmp_path)
     processor.save_pretrained(tmp_path)
@@ -101,10 +101,10 @@ def test_a_saved_model_is_the_same_model(golden: Path, released: tuple[Any, Any]
     assert its_processor.encode_question("Read.").tolist() == processor.encode_question("Read.").tolist()
 
 
-def test_auto_classes_open_a_saved_folder(released: tuple[Any, Any], tmp_path: Path) -> None:
+def test_auto_classes_load_a_saved_folder(released: tuple[Any, Any], tmp_path: Path) -> None:
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
-    from llavar_peft.models.auto_classes import register
+    from llavar_peft.models.build_model import register
 
     model, processor = released
     model.save_pretrained(tmp_path)

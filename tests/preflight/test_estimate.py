@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from llavar_peft import Full, Lora, ModelConfig, Projector, Recipe, cli
-from llavar_peft.models.architecture import architecture
+from llavar_peft.models.llavar_config import config_without_weights
 from llavar_peft.preflight.estimate_memory import count_parameters, estimate_memory
 from llavar_peft.preflight.estimate_stage import estimate_stage, what_would_help
 from llavar_peft.recipe.presets import load_recipe
@@ -63,7 +63,7 @@ def test_estimated_peaks_agree_with_a_run(middle: ModelConfig, tiny_recipe: Reci
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
     measured = {name: int(peak) for name, peak in map(str.split, done.stdout.splitlines()[-len(stages) :])}
-    config = architecture(middle)
+    config = config_without_weights(middle)
     for stage in stages:
         estimated = estimate_memory(
             config, middle, stage, tokens=_TOKENS, supervised=_SUPERVISED, gpus=1, sharded=False
@@ -104,9 +104,9 @@ def test_steps_and_lengths_are_those_of_the_records(tiny_recipe: Recipe) -> None
     assert one.lengths.records == 18
     assert one.steps == 4  # 16 of them, four at a time
     assert one.lengths.mean <= one.lengths.longest == one.pass_tokens / 2
-    assert count_parameters(architecture(tiny_recipe.model), Full()).whole == one.parameters
+    assert count_parameters(config_without_weights(tiny_recipe.model), Full()).whole == one.parameters
 
 
 def test_a_model_of_unknown_size_is_rejected(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["estimate", "llavar-13b", "model.language_model=owner/some-llama"]) == 2
-    assert "its name says no size" in capsys.readouterr().err
+    assert "the name contains no size" in capsys.readouterr().err

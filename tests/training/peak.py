@@ -14,8 +14,7 @@ from pathlib import Path
 import torch
 
 from llavar_peft.constants import IGNORE_INDEX
-from llavar_peft.models.architecture import architecture
-from llavar_peft.models.llavar_config import LlavarConfig
+from llavar_peft.models.llavar_config import LlavarConfig, config_without_weights
 from llavar_peft.models.modeling_llavar import LlavarForConditionalGeneration
 from llavar_peft.models.packed_attention import enable_packing
 from llavar_peft.models.tuning import apply_tuning
@@ -80,7 +79,7 @@ def main(path: str, tokens: str) -> None:
     torch.set_num_threads(1)  # a forked child has no threads of its parent
     recipe = load_recipe(path, [])
     for stage in recipe.stages:
-        _in_a_child(architecture(recipe.model), recipe.model, stage, int(tokens))
+        _in_a_child(config_without_weights(recipe.model), recipe.model, stage, int(tokens))
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from llavar_peft import Full, Lora, Projector, Recipe, Trainer, build_model
+from llavar_peft.compat.transformers_internals import attention_implementation
 from llavar_peft.data.encode_record import encode_record
 from llavar_peft.data.training_dataset import Collator, Item
 from llavar_peft.models.packed_attention import disable_packing, enable_packing, packed_arguments
@@ -54,9 +55,7 @@ def _gradients(model: Any, batch: dict[str, Any]) -> tuple[float, dict[str, torc
 
 
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["", "recomputed"])
-@pytest.mark.parametrize(
-    "pictures", [(True,) * 4, (True, False, True, False), (False,) * 4], ids=["all", "some", "none"]
-)
+@pytest.mark.parametrize("images", [(True,) * 4, (True, False, True, False), (False,) * 4], ids=["all", "some", "none"])
 @pytest.mark.parametrize("tune", TUNES, ids=lambda tune: type(tune).__name__)
 def test_loss_and_gradients_are_those_of_padded_rows(
     tune: Tune, images: tuple[bool, ...], checkpointing: bool, tiny_recipe: Recipe
@@ -94,7 +93,7 @@ def test_conversations_do_not_see_each_other(tiny_recipe: Recipe) -> None:
     again = model(input_ids=rows[0][None], use_cache=False).logits[0]
     disable_packing(model)
     torch.testing.assert_close(again, alone[0], atol=1e-4, rtol=1e-5)
-    assert model.config.text_config._attn_implementation == "sdpa"
+    assert attention_implementation(model.config.text_config) == "sdpa"
 
 
 def test_eager_attention_pads(tiny_recipe: Recipe) -> None:

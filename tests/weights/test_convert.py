@@ -72,7 +72,7 @@ def test_an_export_that_prepares_images_otherwise_says_so(
 ) -> None:
     """A released model is asked with black bars at one side, which stock LLaVA does not know."""
     export(layouts[layout], tmp_path / "out", to="hf-llava", vision_tower=_tower(layout))
-    assert ("pictures will be padded; pad_black is not known" in caplog.text) == (layout == "original")
+    assert ("stock LLaVA does not support the mode pad_black" in caplog.text) == (layout == "original")
 
 
 _PLAIN = st.text(st.characters(codec="ascii", categories=["L", "N"], include_characters="_."), min_size=1, max_size=20)
@@ -178,7 +178,7 @@ def test_other_llavas_are_refused(layouts: dict[str, Path], tmp_path: Path) -> N
     config = json.loads((tmp_path / "mlp/config.json").read_text())
     for key, value, message in (
         ("projector_hidden_act", "gelu", "not one linear map"),
-        ("image_token_index", 5, "is not <im_patch>"),
+        ("image_token_index", 5, "is not the id of <im_patch>"),
     ):
         (tmp_path / "mlp/config.json").write_text(json.dumps({**config, key: value}))
         with pytest.raises(LlavarError, match=message):

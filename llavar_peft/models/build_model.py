@@ -1,0 +1,217 @@
+"""``build_model``: a model and its processor, from parts or from a checkpoint, with every tensor checked.
+
+All sources are read into one table of named tensors, which is compared with the table that the configuration requires;
+``from_pretrained`` then places, casts and quantizes the tensors.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, AutoProcessor, PreTrainedTokenizerFast
+from transformers.utils import logging as hf_logging
+
+from llavar_peft.compat.bitsandbytes_internals import keep_quantization_scales
+from llavar_peft.constants import MODEL_TYPE
+from llavar_peft.errors import ConfigError, MissingDependencyError
+from llavar_peft.models.checkpoint_loading import read_checkpoint, read_parts, resolve_folder
+from llavar_peft.models.llavar_config import LlavarConfig
+from llavar_peft.models.modeling_llavar import LlavarForConditionalGeneration, LlavarModel
+from llavar_peft.models.processing_llavar import LlavarProcessor
+from llavar_peft.recipe.schema import Attention, ModelConfig, Quantization
+from llavar_peft.weights.io.check_tensors import check_tensors
+from llavar_peft.weights.projector_file import apply_projector
+
+logger = logging.getLogger(__name__)
+
+PROCESSOR_FILE = "processor_config.json"
+_SMALL_MODEL = 500_000_000  # parameters
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+# Modules that are never quantized. "vision_tower" alone would not match the tower's modules.
+_UNQUANTIZED = ["model.vision_tower", "model.multi_modal_projector", "lm_head"]
+
+
+def build_model(
+    config: ModelConfig, *, device: str | torch.device | None = None, seed: int = 0
+) -> tuple[LlavarForConditionalGeneration, LlavarProcessor]:
+    """Build a LLaVAR.
+
+    Args:
+        config: The model's source: ``language_model`` and ``vision_tower``; or ``checkpoint`` in this package's layout
+            or in the released one (then with ``vision_tower``); each optionally with a stage-1 ``projector``.
+        device: None is the CPU or, for a quantized model, the current GPU if there is one.
+        seed: Of a new projector's random weights.
+
+    Returns:
+        The model, in ``eval`` mode with nothing frozen, and its processor.
+
+    Raises:
+        ConfigError: The settings do not name exactly one model.
+        WeightsError: A tensor is missing, unexpected or has the wrong shape.
+        MissingDependencyError: flash-attention or bitsandbytes is requested and not installed.
+    """
+    register()
+    _check_sources(config)
+    parts = read_checkpoint(config) if config.checkpoint is not None else read_parts(config, seed=seed)
+    if config.projector is not None:
+        apply_projector(parts.tensors, config.projector)
+    check_tensors(parts.tensors, expected_shapes(parts.config), where=parts.source)
+    dtype = resolve_dtype(config.dtype)
+    attention = resolve_attention(config.attention, dtype)
+    if device is None:
+        device = "cuda" if config.quantize and torch.cuda.is_available() else "cpu"
+    with _no_progress_bar_for_small_models(parts.tensors):
+        model = LlavarForConditionalGeneration.from_pretrained(
+            None,
+            config=parts.config,
+            state_dict=parts.tensors,
+            dtype=dtype,
+            attn_implementation=attention,
+            device_map={"": device},
+            **quantization_arguments(config.quantize, dtype),
+        )
+    if config.quantize is not None:
+        keep_quantization_scales(model)
+    _set_generation_ids(model, parts.tokenizer)
+    model.name_or_path = model.config.name_or_path = parts.source
+    logger.info("%s: %s weights, %s attention", parts.source, str(dtype).removeprefix("torch."), attention)
+    return model, parts.processor()
+
+
+def load_processor(model: str, *, vision_tower: str | None = None) -> LlavarProcessor:
+    """Load the processor that ``build_model`` returns, without the weights.
+
+    Args:
+        model: Folder of a checkpoint, in this package's layout or the released one, or of an adapter.
+        vision_tower: Folder of the tower, for the released layout.
+
+    Raises:
+        ConfigError: The folder holds no checkpoint.
+    """
+    register()
+    folder = resolve_folder(model, "model")
+    if (folder / PROCESSOR_FILE).is_file():
+        loaded: LlavarProcessor = LlavarProcessor.from_pretrained(folder)
+        return loaded
+    return read_checkpoint(ModelConfig(checkpoint=str(folder), vision_tower=vision_tower)).processor()
+
+
+def register() -> None:
+    """Register configuration, models and processor with ``transformers``' Auto classes; repeated calls do nothing.
+
+    ``build_model`` and ``load_processor`` call it. Call it yourself before ``AutoModel...from_pretrained``.
+    """
+    AutoConfig.register(MODEL_TYPE, LlavarConfig, exist_ok=True)
+    AutoModel.register(LlavarConfig, LlavarModel, exist_ok=True)
+    AutoModelForImageTextToText.register(LlavarConfig, LlavarForConditionalGeneration, exist_ok=True)
+    AutoProcessor.register(LlavarConfig, LlavarProcessor, exist_ok=True)
+
+
+def expected_shapes(config: LlavarConfig) -> dict[str, tuple[int, ...]]:
+    """Return the shape of each tensor that a configuration requires, by name in the modules' order.
+
+    No memory is allocated.
+    """
+    with torch.device("meta"):
+        skeleton = LlavarForConditionalGeneration(config)
+    return {name: tuple(tensor.shape) for name, tensor in skeleton.state_dict().items()}
+
+
+def resolve_dtype(dtype: str) -> torch.dtype:
+    """Return a setting's dtype; ``auto`` is bfloat16 on a GPU that supports it, otherwise float32."""
+    if dtype == "auto":
+        has_bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+        return torch.bfloat16 if has_bf16 else torch.float32
+    return _DTYPES[dtype]
+
+
+def resolve_attention(attention: Attention, dtype: torch.dtype) -> str:
+    """Return a setting's attention; ``auto`` is flash-attention if it is installed and usable, otherwise SDPA.
+
+    Raises:
+        MissingDependencyError: ``flash_attention_2`` is requested and not installed.
+        ConfigError: ``flash_attention_2`` is requested for float32 weights, which it does not support.
+    """
+    from transformers.utils import is_flash_attn_2_available
+
+    half = dtype in (torch.bfloat16, torch.float16)
+    available = bool(is_flash_attn_2_available())
+    if attention == "auto":
+        return "flash_attention_2" if available and half and torch.cuda.is_available() else "sdpa"
+    if attention == "flash_attention_2" and not available:
+        raise MissingDependencyError.at(
+            "model.attention", "flash_attention_2 is not installed", "pip install 'llavar_peft[cuda]', or use 'auto'"
+        )
+    if attention == "flash_attention_2" and not half:
+        raise ConfigError.at(
+            "model.attention",
+            "flash_attention_2 does not support float32 weights",
+            "set dtype to bfloat16, or use 'auto'",
+        )
+    return attention
+
+
+def quantization_arguments(quantize: Quantization | None, dtype: torch.dtype) -> dict[str, Any]:
+    """Return the arguments of ``from_pretrained`` that quantize the language model's layers.
+
+    Raises:
+        MissingDependencyError: bitsandbytes is not installed.
+    """
+    if quantize is None:
+        return {}
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise MissingDependencyError.at(
+            "model.quantize", f"{quantize} needs bitsandbytes, which is not installed", "pip install bitsandbytes"
+        )
+    from transformers import BitsAndBytesConfig
+
+    if quantize == "int8":
+        return {"quantization_config": BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=_UNQUANTIZED)}
+    return {
+        "quantization_config": BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=dtype,
+            llm_int8_skip_modules=_UNQUANTIZED,
+        )
+    }
+
+
+def _check_sources(config: ModelConfig) -> None:
+    has_parts = config.language_model is not None and config.vision_tower is not None
+    if config.checkpoint is None and not has_parts:
+        raise ConfigError.at(
+            "model",
+            f"no model is given (got language_model={config.language_model!r}, vision_tower={config.vision_tower!r}, "
+            f"expected both, or checkpoint)",
+            "set language_model and vision_tower, or checkpoint",
+        )
+    if config.checkpoint is not None and config.language_model is not None:
+        raise ConfigError.at("model", "both checkpoint and language_model are given", "remove one of them")
+
+
+@contextmanager
+def _no_progress_bar_for_small_models(tensors: Mapping[str, torch.Tensor]) -> Iterator[None]:
+    """Hide ``transformers``' progress bar for a model that loads within a moment."""
+    small = sum(tensor.numel() for tensor in tensors.values()) < _SMALL_MODEL
+    if not (small and hf_logging.is_progress_bar_enabled()):
+        yield
+        return
+    hf_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        hf_logging.enable_progress_bar()
+
+
+def _set_generation_ids(model: LlavarForConditionalGeneration, tokenizer: PreTrainedTokenizerFast) -> None:
+    generation = model.generation_config
+    generation.bos_token_id = tokenizer.bos_token_id
+    generation.eos_token_id = tokenizer.eos_token_id
+    generation.pad_token_id = tokenizer.pad_token_id
