@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from llavar_peft.weights.io import tensor_names
-from llavar_peft.weights.io.open_weights import open_weights
+from llavar_peft.weights.io.tensor_blocks import open_weights
 
 
 def compare(ours: Path, peer: Path, base: Path | None) -> dict[str, Any]:

@@ -117,8 +117,8 @@ def loop(whole: dict[str, TensorEntry], base: dict[str, TensorEntry], out: Path,
     """
     from llavar_peft.weights.io.folder_writer import FolderWriter
     from llavar_peft.weights.io.shard_layout import TensorSpec
-    from llavar_peft.weights.io.stream_tensors import stream
     from llavar_peft.weights.io.tensor_blocks import read_blocks
+    from llavar_peft.weights.io.write_weights import stream
 
     def blocks(name: str) -> Iterator[Tensor]:
         beside = read_blocks(base[name]) if name in base else iter(())

@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llavar_peft.weights.base_check import FINGERPRINT_FILE
+from llavar_peft.weights.io.weights_fingerprint import FINGERPRINT_FILE
 
 if TYPE_CHECKING:
     from torch import Generator, Tensor
@@ -143,7 +143,7 @@ def _trained(base: Path, shapes: Mapping[str, tuple[int, ...]], generator: Gener
     """The base some training away, with what LLaVA adds."""
     import torch
 
-    from llavar_peft.weights.io.open_weights import open_weights
+    from llavar_peft.weights.io.tensor_blocks import open_weights
 
     old = open_weights(base)
     for name, sizes in shapes.items():
@@ -197,7 +197,7 @@ def _write_checkpoint(folder: Path, target: Path, shape: Shape, generator: Gener
     from llavar_peft.models.build import expected_shapes
     from llavar_peft.models.llavar_config import llama_config_from_released, make_config
     from llavar_peft.weights.io import tensor_names
-    from llavar_peft.weights.io.open_weights import SAFE_SINGLE, open_weights
+    from llavar_peft.weights.io.tensor_blocks import SAFE_SINGLE, open_weights
 
     text: LlamaConfig = llama_config_from_released(flat_config(shape, llavar=True))
     tower = CLIPVisionConfig(

@@ -8,10 +8,9 @@ from typing import Any
 
 from llavar_peft.models.checkpoint_loading import resolve_folder
 from llavar_peft.recipe.schema import ModelConfig
-from llavar_peft.weights.base_check import check_adapter_base
 from llavar_peft.weights.delta.released_layout import view_as_released
 from llavar_peft.weights.io import tensor_names
-from llavar_peft.weights.weights_fingerprint import take_fingerprint
+from llavar_peft.weights.io.weights_fingerprint import check_adapter_base, take_fingerprint
 
 _OVERLAID = (
     tensor_names.RELEASED_PROJECTOR_WEIGHT,

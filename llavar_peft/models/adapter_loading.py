@@ -17,10 +17,9 @@ from llavar_peft.weights.adapter.adapter_files import (
     load_adapter_weights,
     read_adapter_table,
     read_settings,
-    read_tensor,
 )
 from llavar_peft.weights.adapter.adapter_parts import find_base_faults, find_shape_faults, split_adapter
-from llavar_peft.weights.io.tensor_blocks import first_not_finite, tensor_location
+from llavar_peft.weights.io.tensor_blocks import find_not_finite, read_tensor
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -129,7 +128,7 @@ def _read_fitting(model: LlavarForConditionalGeneration, folder: Path) -> dict[s
     # The configuration's shapes, not the tensors' own: those of a quantized layer are packed.
     faults = faults or list(find_base_faults(parts, settings, expected_shapes(model.config), str(folder)))
     tensors = {} if faults else {name: read_tensor(entry) for name, entry in table.items()}
-    found = (first_not_finite([tensor], tensor_location(table[name])) for name, tensor in tensors.items())
+    found = (find_not_finite([tensor], table[name].location) for name, tensor in tensors.items())
     faults += [fault for fault in found if fault is not None]
     if faults:
         raise WeightsError("\n".join(map(str, faults)), faults)

@@ -25,7 +25,7 @@ from llavar_peft.models.model_parts import Parts
 from llavar_peft.models.processing_llavar import LlavarProcessor
 from llavar_peft.recipe.schema import ModelConfig
 from llavar_peft.weights.io import tensor_names
-from llavar_peft.weights.io.open_weights import open_weights
+from llavar_peft.weights.io.tensor_blocks import open_weights
 
 if TYPE_CHECKING:
     from torch import Tensor

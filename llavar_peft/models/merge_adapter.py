@@ -14,8 +14,9 @@ from llavar_peft.errors import WeightsError
 from llavar_peft.models.merge_logits_gap import LogitsGap, measure_merge
 from llavar_peft.weights.io.folder_writer import WeightsReport
 from llavar_peft.weights.io.shard_layout import RELEASED_SHARD_SIZE, WeightsFormat
-from llavar_peft.weights.io.stream_tensors import Progress
-from llavar_peft.weights.merge.merge_plan import MergePlan, Onto, plan_merge, write_merged
+from llavar_peft.weights.io.write_weights import Progress
+from llavar_peft.weights.merge.merge_plan import MergePlan, plan_merge, write_merged
+from llavar_peft.weights.merge.merge_stream import Onto
 
 logger = logging.getLogger(__name__)
 
@@ -113,7 +114,9 @@ def merge_adapter(  # noqa: PLR0913 - each is a choice of the caller's
             _check(plan, gaps["result"], bound, Path(out))
         write_json(staged / MERGE_FILE, _described(plan, Path(base), used, gaps))
 
-    written = write_merged(plan, Path(out), dtype=dtype, form=form, shard_size=shard_size, progress=progress, look=look)
+    written = write_merged(
+        plan, Path(out), dtype=dtype, form=form, shard_size=shard_size, progress=progress, check=look
+    )
     return _report(written, used, gaps)
 
 

@@ -14,8 +14,8 @@ import torch
 
 from llavar_peft import apply_delta, make_delta, verify_delta
 from llavar_peft.errors import WeightsError
-from llavar_peft.weights.base_check import FINGERPRINT_FILE
-from llavar_peft.weights.io.open_weights import open_weights
+from llavar_peft.weights.io.tensor_blocks import open_weights
+from llavar_peft.weights.io.weights_fingerprint import FINGERPRINT_FILE
 
 pytestmark = pytest.mark.parity
 

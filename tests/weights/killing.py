@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from llavar_peft.weights.io.open_weights import open_weights
+from llavar_peft.weights.io.tensor_blocks import open_weights
 
 _KILLER = """
 import json, os, random, signal, sys, time

@@ -24,8 +24,8 @@ from llavar_peft.datagen.synth.synth_settings import SynthSettings
 from llavar_peft.errors import ConfigError, LlavarError, WeightsError
 from llavar_peft.inference.reader import load_reader
 from llavar_peft.weights.io import tensor_names
-from llavar_peft.weights.io.open_weights import open_weights
-from llavar_peft.weights.two_layer_projector import to_one_layer, to_two_layers
+from llavar_peft.weights.io.convert_layout import to_one_layer, to_two_layers
+from llavar_peft.weights.io.tensor_blocks import open_weights
 from tests.weights.adapters import LANGUAGE_MODEL, VISION_TOWER, save_wide_model
 
 LAYOUTS = ("llavar", "original", "hf-llava")

@@ -15,12 +15,12 @@ from torch import Tensor
 
 from llavar_peft import cli
 from llavar_peft.errors import ConfigError, EnvironmentFaultError, InterruptedRunError, LlavarError, WeightsError
-from llavar_peft.weights.base_check import FINGERPRINT_FILE
 from llavar_peft.weights.delta.delta_files import apply_delta, make_delta
 from llavar_peft.weights.delta.verify_delta import verify_delta
 from llavar_peft.weights.io import folder_writer
-from llavar_peft.weights.io.open_weights import open_weights
+from llavar_peft.weights.io.tensor_blocks import open_weights
 from llavar_peft.weights.io.tensor_table import CHECKSUMS_FILE
+from llavar_peft.weights.io.weights_fingerprint import FINGERPRINT_FILE
 from tests.weights.conftest import LLAMA, LLAVA, draw_llama, finetune, make_llava, write_folder
 from tests.weights.killing import kill_twenty_times
 
@@ -112,7 +112,7 @@ def test_verify_refuses_another_target(
 ) -> None:
     make_delta(base, target, tmp_path / "delta")
     other = write_folder(tmp_path / "other", finetune(llava, 9, by=1e-4), LLAVA)
-    with pytest.raises(WeightsError, match="do not come back"):
+    with pytest.raises(WeightsError, match="not reproduced by base"):
         verify_delta(base, tmp_path / "delta", target=other)
 
 

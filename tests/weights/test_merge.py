@@ -16,7 +16,7 @@ from llavar_peft.errors import ConfigError, WeightsError
 from llavar_peft.inference.reader import load_reader
 from llavar_peft.models.tuning import merge_tuning
 from llavar_peft.recipe.schema import Lora
-from llavar_peft.weights.io.open_weights import open_weights
+from llavar_peft.weights.io.tensor_blocks import open_weights
 from tests.weights.adapters import TINY_PARTS, save_moved_adapter
 
 _VARIANTS = {

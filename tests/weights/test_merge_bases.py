@@ -16,7 +16,7 @@ from llavar_peft.inference.reader import load_reader
 from llavar_peft.models import merge_logits_gap
 from llavar_peft.recipe.schema import Lora
 from llavar_peft.weights.io import tensor_names
-from llavar_peft.weights.io.open_weights import open_weights
+from llavar_peft.weights.io.tensor_blocks import open_weights
 from llavar_peft.weights.merge.merge_plan import plan_merge
 from tests.weights.adapters import LANGUAGE_MODEL, VISION_TOWER, save_moved_adapter
 

@@ -17,9 +17,9 @@ from llavar_peft import ModelConfig, build_model, make_delta, merge_adapter
 from llavar_peft.errors import LlavarError
 from llavar_peft.models.modeling_llavar import LlavarForConditionalGeneration
 from llavar_peft.recipe.schema import Lora
-from llavar_peft.weights.base_check import FINGERPRINT_FILE
-from llavar_peft.weights.io.tensor_table import read_file_tensor_table
-from llavar_peft.weights.io.weight_checksums import write_checksums
+from llavar_peft.weights.io.tensor_blocks import write_checksums
+from llavar_peft.weights.io.tensor_table import read_file_table
+from llavar_peft.weights.io.weights_fingerprint import FINGERPRINT_FILE
 from tests.weights.adapters import LANGUAGE_MODEL, VISION_TOWER, save_moved_adapter
 from tests.weights.killing import kill_twenty_times
 
@@ -61,9 +61,7 @@ def _halve(path: Path) -> None:
 
 def _flip(path: Path) -> None:
     """The lowest bit of a number of the language model."""
-    place = next(
-        entry.offset for name, entry in read_file_tensor_table(path).items() if ".language_model.layers." in name
-    )
+    place = next(entry.offset for name, entry in read_file_table(path).items() if ".language_model.layers." in name)
     content = bytearray(path.read_bytes())
     content[place] ^= 1
     path.write_bytes(content)
@@ -189,7 +187,7 @@ def test_a_base_of_another_shape_is_refused(
 
 _JOB = """
 from llavar_peft import merge_adapter
-writer._SYNC_AFTER = 200_000
+folder_writer._SYNC_AFTER = 200_000
 def work(folder, progress):
     merge_adapter(first, second, folder, progress=progress, dtype="float16", shard_size=2_000_000, probe=False)
 """
