@@ -93,7 +93,7 @@ def test_a_stage_1_projector_belongs_to_the_base(checkpoint: Path, tmp_path: Pat
         assert torch.equal(merged.get_input_embeddings().weight[-2:], stage_1["model.embed_tokens.weight"])
         assert torch.allclose(_logits(merged), _logits(wrapped), atol=1e-4)
         (tmp_path / "mm_projector.bin").rename(tmp_path / "moved.bin")
-        with pytest.raises(ConfigError, match=r"projector that its run began with is not there.*--projector"):
+        with pytest.raises(ConfigError, match=r"projector file of the adapter.s run does not exist.*--projector"):
             merge_adapter(source, folder / "adapter", folder / "again")
         merge_adapter(source, folder / "adapter", folder / "again", projector=tmp_path / "moved.bin", dtype="float32")
         (tmp_path / "moved.bin").rename(tmp_path / "mm_projector.bin")
@@ -106,7 +106,7 @@ def test_a_plain_language_model_needs_tower_and_projector(tmp_path: Path) -> Non
     with pytest.raises(WeightsError, match=r"no model\.multi_modal_projector\.weight"):
         merge_adapter(LANGUAGE_MODEL, tmp_path / "adapter", tmp_path / "out")
     save_moved_adapter(tmp_path / "other", PARTS, WITH_ROWS)
-    with pytest.raises(ConfigError, match=r"no vision tower there"):
+    with pytest.raises(ConfigError, match=r"no vision tower found"):
         merge_adapter(LANGUAGE_MODEL, tmp_path / "other", tmp_path / "out", vision_tower=tmp_path)
     assert not (tmp_path / "out").exists()
 

@@ -1,6 +1,6 @@
 """How tensors are divided among files, and the empty files that tensors are then written into in any order.
 
-A file is laid out at once, sparse, with space for every tensor. The layout of a ``.bin`` is ``torch.save``'s own.
+A sparse file with space for every tensor is created at once; the layout of a ``.bin`` is that of ``torch.save``.
 """
 
 from __future__ import annotations
