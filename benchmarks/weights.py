@@ -1,18 +1,18 @@
-"""Deltas and merges from disk to disk: time and memory against the same in memory, and against reading and writing.
+"""Measure time and memory of deltas and merges, against the same in memory and against reading and writing alone.
 
     python benchmarks/weights.py [--size full] [--rounds 3] [--tasks make apply merge] [--dry-run-13b] [--out STEM]
 
-Contenders, each in a process of its own, one after another, round by round:
+Contenders, each in a separate process, one after another, round by round:
 
-* ours: ``make_delta``, ``apply_delta``, ``merge_adapter``; as released: of a delta without fingerprints, whose base is
-  told by statistics;
-* in memory: the original's algorithm, both models whole in memory;
+* ours: ``make_delta``, ``apply_delta``, ``merge_adapter``; as released: a delta without fingerprints, whose base is
+  checked by statistics;
+* in memory: the original's algorithm, with both models in memory;
 * peft: ``from_pretrained``, ``PeftModel.from_pretrained``, ``merge_and_unload``, ``save_pretrained``;
-* loop: ours with the arithmetic left out: the same readers, writers, checksums and syncs;
+* loop: ours without the arithmetic: the same readers, writers, checksums and syncs;
 * copy: the same bytes read and written by plain system calls, one sync at the end.
 
-Before each, the pages of all inputs are dropped from the cache (``posix_fadvise``), and what is unwritten is
-written. Linux only. Needs about 14 GB of disk at full size.
+Before each, all caches are written to disk, and the pages of all inputs are dropped from the cache
+(``posix_fadvise``). Linux only. Needs about 14 GB of disk at full size.
 """
 
 from __future__ import annotations
@@ -37,13 +37,13 @@ from typing import Any
 from weights_table import run_table
 
 HERE = Path(__file__).resolve().parent
-# Not imported from weights_contenders: a child's peak is never below what its parent had resident when it forked.
+# Not imported from weights_contenders: a child's peak is at least what its parent had resident when it forked.
 CONTENDERS = {
     "make": ("ours", "in memory", "loop", "copy"),
     "apply": ("ours", "in memory", "ours, as released", "loop", "copy"),
     "merge": ("ours", "peft", "loop", "copy"),
 }
-"""The first two give the same numbers."""
+"""The first two of each task have the same output."""
 GOALS = (
     ("make", "ours", "in memory", "memory", 20.0),
     ("apply", "ours", "in memory", "memory", 20.0),
@@ -54,13 +54,13 @@ GOALS = (
     ("merge", "ours", "loop", "time", 1.1),
     ("merge", "ours", "peft", "speed", 1.7),
 )
-"""Task, which of ours, peer, what, and the ratio to reach: memory and time of the peer over ours at least, or time of
-ours over the peer's at most."""
+"""Task, contender, peer, quantity and ratio to reach: the minimum of the peer's memory or time over ours, or the
+maximum of our time over the peer's."""
 POLL = 0.02
 
 
 def run(script: str, *arguments: str | Path) -> Any:
-    """Run a script beside this one in a process of its own; returns what it printed as JSON."""
+    """Run a script of this folder in a separate process, and return the JSON that it printed."""
     command = [sys.executable, str(HERE / script), *map(str, arguments)]
     done = subprocess.run(command, check=False, capture_output=True, text=True)
     if done.returncode:
@@ -69,12 +69,12 @@ def run(script: str, *arguments: str | Path) -> Any:
 
 
 def measure(task: str, name: str, work: Path) -> dict[str, float]:
-    """One contender, on inputs that are not in the cache.
+    """Measure one contender, on inputs that are not in the cache.
 
     Returns:
-        ``clock``, ``cpu``, ``asked``, ``read``, ``written``, ``peak`` and ``over_imports`` as the process itself says;
-        ``process`` seconds from start to exit, ``on_disk`` seconds of work until all is on disk, ``private``: peak of
-        memory that is no file's, sampled; ``load`` of the machine before.
+        ``clock``, ``cpu``, ``asked``, ``read``, ``written``, ``peak`` and ``over_imports`` as measured by the process;
+        ``process``: seconds from start to exit; ``on_disk``: seconds of work until everything is on disk; ``private``:
+        sampled peak of memory that is mapped from no file; ``load`` of the machine before.
     """
     drop_pages(work / "inputs")
     before, out = os.getloadavg()[0], out_of(task, name, work)
@@ -84,11 +84,11 @@ def measure(task: str, name: str, work: Path) -> dict[str, float]:
         [sys.executable, *command], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     ) as child:
         private = Sampler(child.pid)
-        printed, complaints = child.communicate()
+        printed, errors = child.communicate()
         process = time.perf_counter() - start
         private.stop()
     if child.returncode:
-        raise SystemExit(f"{task} {name}: {complaints[-3000:]}")
+        raise SystemExit(f"{task} {name}: {errors[-3000:]}")
     figures: dict[str, float] = json.loads(printed.splitlines()[-1])
     start = time.perf_counter()
     for path in files(out):
@@ -100,16 +100,12 @@ def measure(task: str, name: str, work: Path) -> dict[str, float]:
 
 
 def out_of(task: str, name: str, work: Path) -> Path:
-    """Where a contender writes."""
+    """Return the folder that a contender writes."""
     return work / f"{task}, {name}"
 
 
 class Sampler(threading.Thread):
-    """Watches a process's private memory: ``RssAnon``, what is mapped from no file.
-
-    Args:
-        pid: Of the process.
-    """
+    """Samples a process's private memory: ``RssAnon``, which is mapped from no file."""
 
     def __init__(self, pid: int) -> None:
         super().__init__(daemon=True)
@@ -118,7 +114,7 @@ class Sampler(threading.Thread):
         self.start()
 
     def run(self) -> None:
-        """Look every fiftieth of a second, until stopped."""
+        """Sample every ``POLL`` seconds until stopped."""
         while not self._done.wait(POLL):
             try:
                 text = self._status.read_text()
@@ -128,18 +124,18 @@ class Sampler(threading.Thread):
                 self.peak = max(self.peak, int(text.split("RssAnon:")[1].split()[0]) * 1024.0)
 
     def stop(self) -> None:
-        """End the watch."""
+        """Stop sampling."""
         self._done.set()
         self.join()
 
 
 def files(folder: Path) -> Iterator[Path]:
-    """All files under a folder."""
+    """Return all files under a folder."""
     return (path for path in sorted(folder.rglob("*")) if path.is_file())
 
 
 def drop_pages(folder: Path) -> None:
-    """Leaves nothing of a folder's files in the page cache, and nothing of any file to be written."""
+    """Write all caches to disk, and remove a folder's files from the page cache."""
     os.sync()
     for path in files(folder):
         with path.open("rb") as file:
@@ -147,7 +143,7 @@ def drop_pages(folder: Path) -> None:
 
 
 def one_round(work: Path, tasks: Sequence[str]) -> tuple[dict[str, dict[str, dict[str, float]]], dict[str, Any]]:
-    """Every contender of every task once, and whether ours gave what its peer gave."""
+    """Measure every contender of every task once, and compare the output of ours with that of its peer."""
     found: dict[str, dict[str, dict[str, float]]] = {}
     checks = {}
     for task in tasks:
@@ -164,7 +160,7 @@ def one_round(work: Path, tasks: Sequence[str]) -> tuple[dict[str, dict[str, dic
 
 
 def medians(rounds: list[Any]) -> dict[str, dict[str, dict[str, Any]]]:
-    """Median, least and most of every figure, by task and contender."""
+    """Return median, minimum and maximum of every figure, by task and contender."""
     return {
         task: {
             name: {
@@ -178,7 +174,7 @@ def medians(rounds: list[Any]) -> dict[str, dict[str, dict[str, Any]]]:
 
 
 def ratios(rounds: list[Any]) -> list[dict[str, Any]]:
-    """Each goal and what was measured: the median of the rounds' ratios, of work alone and of whole processes."""
+    """Return each goal with the median of the rounds' ratios, for the work alone and for whole processes."""
     found = []
     for task, name, peer, what, goal in (goal for goal in GOALS if goal[0] in rounds[0]):
         keys = ("over_imports", "peak") if what == "memory" else ("clock", "process")
@@ -194,16 +190,16 @@ def ratios(rounds: list[Any]) -> list[dict[str, Any]]:
 
 
 def about() -> dict[str, Any]:
-    """The machine and the packages, without names."""
+    """Describe the machine and the packages, without names."""
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     packages = {name: version(name) for name in ("torch", "transformers", "peft", "safetensors", "llavar-peft")}
     machine = {"cores": os.cpu_count(), "memory": memory, "system": platform.system(), "kind": platform.machine()}
-    threads = os.environ.get("OMP_NUM_THREADS", "as torch chooses")
+    threads = os.environ.get("OMP_NUM_THREADS", "torch's default")
     return {"machine": machine, "python": platform.python_version(), "packages": packages, "threads": threads}
 
 
 def main() -> None:
-    """Print the tables, and with ``--out`` writes them and the figures of every run."""
+    """Print the tables, and with ``--out`` write them and the figures of every run."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--size", choices=("tiny", "small", "full"), default="full", help="0.3 MB, 0.3 or 2.3 GB a side"
@@ -211,8 +207,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--tasks", nargs="+", choices=CONTENDERS, default=list(CONTENDERS))
     parser.add_argument("--dry-run-13b", action="store_true", help="apply a delta of 26 GB, in sparse files")
-    parser.add_argument("--work", type=Path, help="an existing folder on the disk to measure; default: a temporary one")
-    parser.add_argument("--out", type=Path, help="writes OUT.json and OUT.md")
+    parser.add_argument("--work", type=Path, help="existing folder on the disk to measure; default: a temporary one")
+    parser.add_argument("--out", type=Path, help="write OUT.json and OUT.md")
     options = parser.parse_args()
     command = " ".join(["python", "benchmarks/weights.py", *sys.argv[1:]])
     report = {"date": datetime.now(timezone.utc).date().isoformat(), "command": command, **about()}
@@ -223,7 +219,7 @@ def main() -> None:
         report["inputs"] = run("weights_inputs.py", work / "inputs", options.size)
         both = [one_round(work, options.tasks) for _ in range(options.rounds)]
         if options.dry_run_13b:
-            shutil.rmtree(work / "inputs")  # what it needs of the disk is its own
+            shutil.rmtree(work / "inputs")  # the dry run needs the space on the disk
             report["thirteen_b"] = run("weights_dry_run.py", work, work / "tiny", "13b")
     rounds = [found for found, _ in both]
     report.update(load_after=os.getloadavg(), checks=[checks for _, checks in both], rounds=rounds)

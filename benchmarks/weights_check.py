@@ -1,9 +1,9 @@
-"""Whether two folders of weights that ``weights.py`` had made hold the same numbers.
+"""Compare two folders of weights written by contenders of ``weights.py``.
 
     python weights_check.py OURS PEER [BASE]
 
-With a BASE, that of a merge, numbers may be one step of fp16 apart: which of two neighbours a sum is rounded to depends
-on the order it is added in.
+With a BASE, that of a merge, values may differ by one step of fp16: the rounding of a sum depends on the order of its
+terms.
 """
 
 from __future__ import annotations
@@ -17,19 +17,19 @@ import torch
 from torch import Tensor
 
 from llavar_peft.weights.io import tensor_names
-from llavar_peft.weights.io.open_weights import open_weights
+from llavar_peft.weights.io.tensor_blocks import open_weights
 
 
 def compare(ours: Path, peer: Path, base: Path | None) -> dict[str, Any]:
     """Compare tensor by tensor.
 
     Returns:
-        ``tensors``, ``elements``, ``differing`` elements and the ``largest`` difference; ``equal``, which is False
-        too where one side has a tensor that the other does not have.
+        ``tensors``, ``elements``, ``differing`` elements and the ``largest`` difference; ``equal``, which is
+        also False if one side has a tensor that the other has not.
     """
     new, old = open_weights(ours), open_weights(peer)
     before = open_weights(base) if base is not None else None
-    # Buffers that the original carries along are not part of the weights.
+    # Buffers that the original copies are not part of the weights.
     needed = {name for name in old if base is not None or tensor_names.from_released(name) is not None}
     found = {"tensors": len(new), "elements": 0, "differing": 0, "largest": 0.0}
     equal = set(new) == needed
@@ -45,7 +45,7 @@ def compare(ours: Path, peer: Path, base: Path | None) -> dict[str, Any]:
 
 
 def _step(numbers: Tensor) -> Tensor:
-    """Distance of neighbouring fp16 numbers."""
+    """Return the distance between neighbouring fp16 numbers."""
     _, exponent = torch.frexp(numbers)
     return torch.ldexp(torch.ones_like(numbers), (exponent - 11).clamp(min=-24))
 

@@ -1,9 +1,9 @@
-"""What ``weights.py`` measures, one contender a process.
+"""The contenders of ``weights.py``, each of which runs in a separate process.
 
-    python weights_contenders.py NAME INPUTS OUT TINY
+    python weights_contenders.py TASK NAME INPUTS OUT TINY
 
-does on INPUTS what NAME says and prints its own figures as JSON. The same is done before on TINY, so that all that is
-imported on the way is there when the clock starts.
+runs a contender on INPUTS and prints its figures as JSON. It is run on TINY before, so that everything is imported when
+the measurement starts.
 """
 
 from __future__ import annotations
@@ -27,41 +27,41 @@ if TYPE_CHECKING:
     from llavar_peft.weights.io.tensor_table import TensorEntry
 
 PIECE = 1 << 23
-"""Bytes that the bare copy moves at once."""
+"""Number of bytes that the contender ``copy`` moves at once."""
 
 
 def make_ours(inputs: Path, out: Path) -> None:
-    """``make_delta``."""
+    """Run ``make_delta``."""
     from llavar_peft import make_delta
 
     make_delta(inputs / "base", inputs / "target", out)
 
 
 def apply_ours(inputs: Path, out: Path) -> None:
-    """``apply_delta``."""
+    """Run ``apply_delta``."""
     from llavar_peft import apply_delta
 
     apply_delta(inputs / "base", inputs / "delta", out)
 
 
 def apply_released(inputs: Path, out: Path) -> None:
-    """``apply_delta`` where nothing but statistics tells whether the base is the right one."""
+    """Run ``apply_delta`` on a delta without fingerprints, whose base is checked by statistics."""
     from llavar_peft import apply_delta
 
     apply_delta(inputs / "base", inputs / "released", out)
 
 
 def merge_ours(inputs: Path, out: Path) -> None:
-    """``merge_adapter``."""
+    """Run ``merge_adapter``."""
     from llavar_peft import merge_adapter
 
     merge_adapter(inputs / "checkpoint", inputs / "adapter", out)
 
 
 def in_memory(base: Path, other: Path, out: Path, *, sign: int) -> None:
-    """The original's algorithm: both models whole in memory, one changed in place and saved.
+    """Run the original's algorithm: load both models, change one in place and save it.
 
-    Left out, in the original's favour: building modules, opening the tokenizer, writing configuration and index.
+    Omitted, in favour of the original: building modules, loading the tokenizer, writing configuration and index.
 
     Source: LLaVA, llava/model/make_delta.py and apply_delta.py.
     """
@@ -86,17 +86,17 @@ def _load_whole(folder: Path) -> dict[str, Tensor]:
 
 
 def make_in_memory(inputs: Path, out: Path) -> None:
-    """The original's ``make_delta``."""
+    """Run the original's ``make_delta``."""
     in_memory(inputs / "base", inputs / "target", out, sign=-1)
 
 
 def apply_in_memory(inputs: Path, out: Path) -> None:
-    """The original's ``apply_delta``."""
+    """Run the original's ``apply_delta``."""
     in_memory(inputs / "base", inputs / "delta", out, sign=1)
 
 
 def merge_peft(inputs: Path, out: Path) -> None:
-    """Load, ``merge_and_unload`` and save, as ``peft``'s documentation has it."""
+    """Load, ``merge_and_unload`` and save, as in ``peft``'s documentation."""
     import torch
     from peft import PeftModel
 
@@ -107,35 +107,35 @@ def merge_peft(inputs: Path, out: Path) -> None:
 
 
 def loop(whole: dict[str, TensorEntry], base: dict[str, TensorEntry], out: Path, *, form: str) -> None:
-    """Our loop with the arithmetic left out: the same readers, writers, checksums and syncs.
+    """Run our loop without the arithmetic: the same readers, writers, checksums and syncs.
 
     Args:
-        whole: What has the shape of the result, and is written as it is.
-        base: What is read beside it and thrown away.
-        out: The result's folder.
-        form: Of the result's files.
+        whole: Tensors with the shapes of the result, which are copied.
+        base: Tensors that are read only.
+        out: Folder to create.
+        form: Format of the files.
     """
     from llavar_peft.weights.io.folder_writer import FolderWriter
     from llavar_peft.weights.io.shard_layout import TensorSpec
-    from llavar_peft.weights.io.stream_tensors import stream
     from llavar_peft.weights.io.tensor_blocks import read_blocks
+    from llavar_peft.weights.io.write_weights import write_tensors
 
     def blocks(name: str) -> Iterator[Tensor]:
-        beside = read_blocks(base[name]) if name in base else iter(())
+        read_only = read_blocks(base[name]) if name in base else iter(())
         for block in read_blocks(whole[name]):
-            next(beside, None)
+            next(read_only, None)
             yield block
-        next(beside, None)  # its checksum is looked at after the last block
+        next(read_only, None)  # the checksum is compared after the last block
 
     specs = [TensorSpec(name, entry.shape, entry.dtype) for name, entry in whole.items()]
     writer = FolderWriter(out, specs, form=form, shard_size=10**10, plan="loop")  # type: ignore[arg-type]
-    stream(writer, {name: partial(blocks, name) for name in whole})
+    write_tensors(writer, {name: partial(blocks, name) for name in whole})
     writer.finish()
-    writer.settle()
+    writer.commit()
 
 
 def make_loop(inputs: Path, out: Path) -> None:
-    """The loop of ``make_delta``."""
+    """Run the loop of ``make_delta``."""
     from llavar_peft.weights.delta.released_layout import view_as_released
 
     old, new = (view_as_released(inputs / name).table for name in ("base", "target"))
@@ -143,7 +143,7 @@ def make_loop(inputs: Path, out: Path) -> None:
 
 
 def apply_loop(inputs: Path, out: Path) -> None:
-    """The loop of ``apply_delta``."""
+    """Run the loop of ``apply_delta``."""
     from llavar_peft.weights.delta.released_layout import view_as_released
 
     old, step = (view_as_released(inputs / name).table for name in ("base", "delta"))
@@ -151,7 +151,7 @@ def apply_loop(inputs: Path, out: Path) -> None:
 
 
 def merge_loop(inputs: Path, out: Path) -> None:
-    """The loop of ``merge_adapter``."""
+    """Run the loop of ``merge_adapter``."""
     from llavar_peft.weights.io.tensor_blocks import read_blocks
     from llavar_peft.weights.io.tensor_table import read_tensor_table
 
@@ -162,12 +162,12 @@ def merge_loop(inputs: Path, out: Path) -> None:
 
 
 def copy(written: Path, read: Path, out: Path) -> None:
-    """Files read and files written, and nothing else: no tensors, no checksums, one sync at the end.
+    """Read and write files, without tensors and checksums, and with one sync at the end.
 
     Args:
         written: Folder whose weights are copied.
-        read: Folder whose weights are read beside them.
-        out: The copy's folder.
+        read: Folder whose weights are read only.
+        out: Folder to create.
     """
     out.mkdir()
     jobs = [job for pair in zip_longest(_pieces(written, out), _pieces(read, None)) for job in pair if job is not None]
@@ -213,11 +213,11 @@ CONTENDERS: dict[str, dict[str, Callable[[Path, Path], None]]] = {
         "copy": lambda inputs, out: copy(inputs / "checkpoint", inputs / "adapter", out),
     },
 }  # fmt: skip
-"""By task and name; each reads a folder that ``write_inputs`` made, and makes another."""
+"""By task and name; each reads a folder written by ``write_inputs``, and writes another one."""
 
 
 def counters() -> dict[str, float]:
-    """What this process has used so far, and has resident now (Linux). Times in seconds, sizes in bytes."""
+    """Return what this process has used so far, and its resident memory (Linux), in seconds and bytes."""
     usage = resource.getrusage(resource.RUSAGE_SELF)
     moved = dict(line.split(": ") for line in Path("/proc/self/io").read_text().splitlines())
     status = dict(line.split(":\t") for line in Path("/proc/self/status").read_text().splitlines() if ":\t" in line)
@@ -233,7 +233,7 @@ def counters() -> dict[str, float]:
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Measure one contender."""
+    """Measure one contender and print its figures."""
     task, name, inputs, out, tiny = arguments
     contender = CONTENDERS[task][name]
     rehearsal = Path(out).with_name("rehearsal")

@@ -1,10 +1,10 @@
-"""A delta of LLaVAR-13B's real size applied to sparse files: what memory it takes, on paper and measured.
+"""Apply a delta of the size of LLaVAR-13B to sparse files: memory, calculated and measured.
 
     python weights_dry_run.py FOLDER TINY SIZE
 
-Base and delta are files of 26 GB each that hold nothing but holes: they are read as zeros, checksums and all. So that
-the result takes no disk either, zeros are skipped over where they would be written. That is the one change to the code
-that is measured. A tiny delta is applied before, so that all that is imported on the way is there.
+Base and delta are sparse files of 26 GB each, which are read as zeros and have the checksums of zeros. Zeros are
+skipped instead of written, so that the result needs no disk space either; this is the only change to the measured code.
+A tiny delta is applied before, so that everything is imported.
 """
 
 from __future__ import annotations
@@ -26,16 +26,16 @@ import weights_inputs as inputs
 from weights_contenders import counters
 
 from llavar_peft import apply_delta
-from llavar_peft.weights.io import folder_writer, stream_tensors
-from llavar_peft.weights.io.shard_layout import TensorSpec, allocate_shards, finish_shards, index_of, plan_shards
+from llavar_peft.weights.io import folder_writer, write_weights
+from llavar_peft.weights.io.shard_layout import TensorSpec, allocate_file, build_index, plan_shards, write_zip_checksums
 from llavar_peft.weights.io.tensor_blocks import rows_per_block
 
 HALF = 2
-"""Bytes of a number in fp16."""
+"""Bytes of an fp16 number."""
 
 
 def write_sparse(folder: Path, shape: inputs.Shape, *, llavar: bool) -> int:
-    """Write a model of zeros in the released layout, in holes.
+    """Write a model of zeros in the released layout, as sparse files.
 
     Returns:
         Bytes of its tensors.
@@ -45,9 +45,9 @@ def write_sparse(folder: Path, shape: inputs.Shape, *, llavar: bool) -> int:
     shards = plan_shards(specs, "bin")
     folder.mkdir()
     for file, shard in shards.items():
-        allocate_shards(folder / file, shard)
-        finish_shards(folder / file, {spec.name: _checksum_of_zeros(spec.nbytes) for spec in shard})
-    index = index_of(shards, "bin")
+        allocate_file(folder / file, shard)
+        write_zip_checksums(folder / file, {spec.name: _checksum_of_zeros(spec.nbytes) for spec in shard})
+    index = build_index(shards, "bin")
     if index is not None:
         (folder / index[0]).write_text(index[1])
     (folder / "config.json").write_text(json.dumps(inputs.flat_config(shape, llavar=llavar)))
@@ -63,35 +63,35 @@ def _checksum_of_zeros(count: int) -> int:
 
 
 def skip_zeros(file: IO[bytes], view: memoryview) -> None:
-    """In the place of the writer's last step: goes on by as much as would be written."""
+    """Skip zeros instead of writing them. Replaces the last step of the writer."""
     if torch.count_nonzero(torch.frombuffer(view, dtype=torch.uint8)):
-        raise SystemExit("a number other than zero came of zeros")
+        raise SystemExit("the result is not zero")
     file.seek(len(view), os.SEEK_CUR)
 
 
-def on_paper(shape: inputs.Shape, sizes: Mapping[str, int]) -> dict[str, int]:
-    """Memory by arithmetic, in bytes, over what importing takes."""
-    tables = [sizes for sizes in inputs.tensor_shapes(shape, llavar=True).values() if len(sizes) == 2]
-    block = max(min(rows, rows_per_block((rows, columns))) * columns for rows, columns in tables) * HALF
-    largest = max(rows * columns for rows, columns in tables) * HALF
-    workers = stream_tensors._WORKERS
+def calculate_memory(shape: inputs.Shape, sizes: Mapping[str, int]) -> dict[str, int]:
+    """Calculate the memory in bytes, in addition to that of imports."""
+    matrices = [sizes for sizes in inputs.tensor_shapes(shape, llavar=True).values() if len(sizes) == 2]
+    block = max(min(rows, rows_per_block((rows, columns))) * columns for rows, columns in matrices) * HALF
+    largest = max(rows * columns for rows, columns in matrices) * HALF
+    workers = write_weights.WORKERS
     return {
         "in_memory": sum(sizes.values()),
         "limit": 1_500_000_000 + 2 * largest,
         "workers": workers,
         "block": block,
-        # One of the base and one of the delta, which becomes the result; the last ones still are while the next come.
+        # One of the base and one of the delta, which becomes the result; the previous ones exist while these are read.
         "ours": workers * 4 * block,
     }
 
 
 def dry_run(folder: Path, tiny: Path, shape: inputs.Shape) -> dict[str, Any]:
-    """Write the files and applies the delta.
+    """Write the files and apply the delta.
 
     Args:
-        folder: For the files, which are removed again.
-        tiny: What ``write_inputs`` made.
-        shape: Of the model.
+        folder: Folder for the files, which are deleted at the end.
+        tiny: Folder written by ``write_inputs``.
+        shape: Shape of the model.
 
     Returns:
         The figures; sizes in bytes, times in seconds.
@@ -118,12 +118,12 @@ def dry_run(folder: Path, tiny: Path, shape: inputs.Shape) -> dict[str, Any]:
         "written": report.nbytes,
         "bytes": sizes,
         "disk": disk,
-        "paper": on_paper(shape, sizes),
+        "paper": calculate_memory(shape, sizes),
     }
 
 
 def _write_elsewhere(folder: Path, shape: inputs.Shape, *, llavar: bool) -> int:
-    """``write_sparse`` in a process of its own, so that what laying out takes is not counted."""
+    """Run ``write_sparse`` in a separate process, so that its memory is not counted."""
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
         return pool.submit(write_sparse, folder, shape, llavar=llavar).result()
 

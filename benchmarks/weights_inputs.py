@@ -1,6 +1,6 @@
-"""The files that ``weights.py`` measures on: a LLaMA, a LLaVAR, its delta, a checkpoint of ours and an adapter.
+"""Write the inputs of ``weights.py``: a LLaMA, a LLaVAR, its delta, a checkpoint of ours and an adapter.
 
-Their shapes are LLaMA's; their numbers are random, of the spread of real ones, in fp16.
+The shapes are those of LLaMA; the values are random fp16 numbers with a realistic spread.
 """
 
 from __future__ import annotations
@@ -14,27 +14,27 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llavar_peft.weights.base_check import FINGERPRINT_FILE
+from llavar_peft.weights.io.weights_fingerprint import FINGERPRINT_FILE
 
 if TYPE_CHECKING:
     from torch import Generator, Tensor
 
 SHARDS = 3
 MODELS = ("base", "target", "delta", "released", "checkpoint", "adapter")
-"""``released`` is the delta without fingerprints, as LLaVAR's: its base is told by statistics."""
+"""``released`` is the delta without fingerprints, like LLaVAR's; its base is checked by statistics."""
 
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """What decides how large a model is.
+    """The size of a model.
 
     Attributes:
-        hidden: Width.
+        hidden: Hidden size.
         inner: Width of the MLP.
-        layers: Their number.
-        words: Vocabulary of the LLaMA; the LLaVAR has three more.
+        layers: Number of layers.
+        words: Size of the LLaMA's vocabulary; the LLaVAR has three more tokens.
         vision: Width of the vision features.
-        rank: Of the adapter.
+        rank: Rank of the adapter.
     """
 
     hidden: int
@@ -54,7 +54,7 @@ SHAPES = {
 
 
 def tensor_shapes(shape: Shape, *, llavar: bool) -> dict[str, tuple[int, ...]]:
-    """Shape of every tensor by its released name, in the order of the files."""
+    """Return the shape of every tensor by its released name, in the order of the files."""
     wide, rows = shape.hidden, shape.words + (3 if llavar else 0)
     shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (rows, wide)}
     for layer in range(shape.layers):
@@ -73,12 +73,12 @@ def tensor_shapes(shape: Shape, *, llavar: bool) -> dict[str, tuple[int, ...]]:
 
 
 def dtype_of(name: str) -> str:
-    """Torch's name of the dtype that a released file keeps a tensor in."""
+    """Return torch's name of a tensor's dtype in a released file."""
     return "float32" if name.endswith("inv_freq") else "float16"
 
 
 def flat_config(shape: Shape, *, llavar: bool) -> dict[str, Any]:
-    """``config.json`` in the released layout."""
+    """Return ``config.json`` in the released layout."""
     config = {
         "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": shape.hidden,
         "intermediate_size": shape.inner, "num_hidden_layers": shape.layers,
@@ -97,14 +97,14 @@ def flat_config(shape: Shape, *, llavar: bool) -> dict[str, Any]:
 
 
 def write_inputs(folder: Path, size: str) -> dict[str, Any]:
-    """Write all of them.
+    """Write all inputs.
 
     Args:
-        folder: Gets a folder for each of ``MODELS``.
+        folder: Folder in which each of ``MODELS`` gets a folder.
         size: A key of ``SHAPES``.
 
     Returns:
-        The shape, and bytes of each.
+        The shape, and the size of each in bytes.
     """
     import torch
 
@@ -113,7 +113,7 @@ def write_inputs(folder: Path, size: str) -> dict[str, Any]:
     shape = SHAPES[size]
     generator = torch.Generator().manual_seed(0)
     shapes = tensor_shapes(shape, llavar=False)
-    base = ((name, _drawn(name, sizes, generator)) for name, sizes in shapes.items())
+    base = ((name, _draw(name, sizes, generator)) for name, sizes in shapes.items())
     _write_released(folder / "base", base, shapes, flat_config(shape, llavar=False))
     shapes = tensor_shapes(shape, llavar=True)
     _write_released(
@@ -130,7 +130,7 @@ def _size(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
-def _drawn(name: str, sizes: tuple[int, ...], generator: Generator) -> Tensor:
+def _draw(name: str, sizes: tuple[int, ...], generator: Generator) -> Tensor:
     import torch
 
     if name.endswith("inv_freq"):
@@ -140,10 +140,10 @@ def _drawn(name: str, sizes: tuple[int, ...], generator: Generator) -> Tensor:
 
 
 def _trained(base: Path, shapes: Mapping[str, tuple[int, ...]], generator: Generator) -> Iterator[tuple[str, Tensor]]:
-    """The base some training away, with what LLaVA adds."""
+    """Yield the tensors of the base after some training, and those that LLaVA adds."""
     import torch
 
-    from llavar_peft.weights.io.open_weights import open_weights
+    from llavar_peft.weights.io.tensor_blocks import open_weights
 
     old = open_weights(base)
     for name, sizes in shapes.items():
@@ -162,7 +162,7 @@ def _write_released(
     shapes: Mapping[str, tuple[int, ...]],
     config: Mapping[str, Any],
 ) -> None:
-    """A folder as transformers 4.28 saved it: ``.bin`` shards by ``torch.save``, and an index."""
+    """Write a folder as transformers 4.28 did: ``.bin`` shards by ``torch.save``, and an index."""
     import torch
 
     folder.mkdir(parents=True)
@@ -190,14 +190,15 @@ def _link_released(folder: Path, delta: Path) -> None:
 
 
 def _write_checkpoint(folder: Path, target: Path, shape: Shape, generator: Generator) -> None:
-    """The target as this package and ``transformers`` keep it, with a small tower."""
+    """Write the target in the layout of this package and ``transformers``, with a small tower."""
     from safetensors.torch import save_file
     from transformers import CLIPVisionConfig, LlamaConfig
 
     from llavar_peft.models.build_model import expected_shapes
     from llavar_peft.models.llavar_config import make_config, read_llama_config
     from llavar_peft.weights.io import tensor_names
-    from llavar_peft.weights.io.open_weights import SAFE_SINGLE, open_weights
+    from llavar_peft.weights.io.tensor_blocks import open_weights
+    from llavar_peft.weights.io.tensor_table import SAFE_SINGLE
 
     text: LlamaConfig = read_llama_config(flat_config(shape, llavar=True))
     tower = CLIPVisionConfig(
@@ -208,7 +209,7 @@ def _write_checkpoint(folder: Path, target: Path, shape: Shape, generator: Gener
     config.dtype = "float16"
     released = open_weights(target)
     tensors = {
-        name: released[old] if (old := tensor_names.to_released(name)) is not None else _drawn(name, sizes, generator)
+        name: released[old] if (old := tensor_names.to_released(name)) is not None else _draw(name, sizes, generator)
         for name, sizes in expected_shapes(config).items()
     }
     folder.mkdir()
@@ -217,7 +218,7 @@ def _write_checkpoint(folder: Path, target: Path, shape: Shape, generator: Gener
 
 
 def _write_adapter(folder: Path, checkpoint: Path, shape: Shape, generator: Generator) -> None:
-    """LoRA on every linear layer of the language model and the projector in full, saved by ``peft``."""
+    """Write an adapter with ``peft``: LoRA on all linear layers of the language model, and the whole projector."""
     import torch
 
     from llavar_peft.models.modeling_llavar import LlavarForConditionalGeneration

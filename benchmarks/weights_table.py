@@ -16,21 +16,21 @@ HEAD = (
     " read, GB |\n|---|---|---|---|---|---|---|---|---|"
 )
 LEGEND = (
-    "Median of the rounds (least–most). Work: from the call to its return, everything imported; ours and the loop have"
-    " synced by then, of the others the sync is added in the next column. Whole process: with imports and the same on a"
-    " tiny model before. Peak memory: `ru_maxrss`, in which pages of mapped files count; private: `RssAnon`, sampled"
-    " every 20 ms. Read: from the disk (`/proc/self/io`), the inputs' pages having been dropped from the cache before"
-    " each run (`posix_fadvise`); the outputs' writing goes through the cache."
+    "Median of the rounds (minimum–maximum). Work: from the call to its return, after all imports; it includes the sync"
+    " for ours and the loop, while for the others the sync is added in the next column. Whole process: with imports and"
+    " the same work on a tiny model before. Peak memory: `ru_maxrss`, which includes pages of mapped files; private:"
+    " `RssAnon`, sampled every 20 ms. Read: from the disk (`/proc/self/io`); the pages of the inputs were dropped from"
+    " the cache before each run (`posix_fadvise`), and the outputs are written through the cache."
 )
 WHAT = {"memory": "memory, {peer} / {ours}", "time": "time, {ours} / {peer}", "speed": "time, {peer} / {ours}"}
 
 
 def run_table(report: dict[str, Any]) -> str:
-    """A report as Markdown."""
+    """Format a report as Markdown."""
     lines = [_about(report), "", HEAD]
     for task, contenders in report["summary"].items():
         lines += [_row(f"{task}: {NAMES.get(name, name)}", figures) for name, figures in contenders.items()]
-    lines += ["", LEGEND, "", "| goal | wanted | measured: work | measured: whole process |", "|---|---|---|---|"]
+    lines += ["", LEGEND, "", "| goal | expected | measured: work | measured: whole process |", "|---|---|---|---|"]
     for goal in report["goals"]:
         name = WHAT[goal["what"]].format(**goal)
         expected = f"{'at most' if goal['what'] == 'time' else 'at least'} {goal['goal']:g}"
@@ -43,7 +43,7 @@ def run_table(report: dict[str, Any]) -> str:
 
 
 def met(goal: dict[str, Any], key: str) -> bool:
-    """Whether a goal is met: by the work alone (``work``), or by whole processes (``process``)."""
+    """Return whether a goal is met by the work alone (``work``), or by whole processes (``process``)."""
     return bool(goal[key] <= goal["goal"] if goal["what"] == "time" else goal[key] >= goal["goal"])
 
 
@@ -75,7 +75,7 @@ def _checks(report: dict[str, Any]) -> list[str]:
     lines = []
     for task, check in report["checks"][0].items():
         every = all(found[task]["equal"] for found in report["checks"])
-        what = "equal to the last bit" if task != "merge" else "within one step of fp16"
+        what = "bit-equal" if task != "merge" else "within one step of fp16"
         lines.append(
             f"{task}: {what if every else 'NOT EQUAL'} in every round ({check['tensors']} tensors, {check['elements']}"
             f" numbers, {check['differing']} differ, by {check['largest']:.1e} at most)."
@@ -89,9 +89,9 @@ def _thirteen_b(found: dict[str, Any]) -> list[str]:
     parts = f" ({paper['workers']} workers, 4 blocks of {paper['block'] / MIB:.1f} MiB each)"
     return [
         f"13B, `apply_delta` on sparse files of the real size ({sizes}; {found['disk'] / MIB:.0f} MiB of disk):",
-        f"{found['asked'] / GB:.1f} GB read, {found['written'] / GB:.1f} GB made in {found['clock']:.0f} s.",
+        f"{found['asked'] / GB:.1f} GB read, {found['written'] / GB:.1f} GB written in {found['clock']:.0f} s.",
         "",
-        "| memory, MiB | on paper | measured |",
+        "| memory, MiB | calculated | measured |",
         "|---|---|---|",
         f"| ours, over imports{parts} | {paper['ours'] / MIB:.0f} | {found['over_imports'] / MIB:.0f} |",
         f"| ours, whole process | | {found['peak'] / MIB:.0f} |",

@@ -192,7 +192,7 @@ def open_model(
 
     from llavar_peft.constants import TOP_K
     from llavar_peft.inference.reader import load_reader
-    from llavar_peft.weights.model_hash import identify_model
+    from llavar_peft.weights.adapter.model_hash import identify_model
 
     reader = load_reader(model, adapter=adapter, vision_tower=vision_tower, quantize=quantize)
     name = f"{model} + {adapter}" if adapter else str(model)

@@ -17,7 +17,7 @@ from llavar_peft.constants import IMAGE_PLACEHOLDER
 from llavar_peft.errors import ConfigError, DataError
 from llavar_peft.inference.reader import load_reader
 from llavar_peft.models.generate import answer_images
-from llavar_peft.weights.model_hash import identify_model
+from llavar_peft.weights.adapter.model_hash import identify_model
 
 if TYPE_CHECKING:
     from lmms_eval.api.instance import Instance

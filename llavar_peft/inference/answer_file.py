@@ -36,7 +36,7 @@ from llavar_peft.inference.question_file import (
 )
 from llavar_peft.recipe.schema import BadImagePolicy, Quantization
 from llavar_peft.types import ImageMode
-from llavar_peft.weights.model_hash import identify_model
+from llavar_peft.weights.adapter.model_hash import identify_model
 
 logger = logging.getLogger(__name__)
 

@@ -90,7 +90,7 @@ def _inside_run(folder: Path) -> Path:
 
 
 def _base_of(adapter: Path) -> ModelConfig:
-    settings = read_base_settings(adapter)
+    settings = read_base_settings(adapter).fields
     if not settings:
         raise ConfigError.at(str(adapter / BASE_FILE), "no such file", "give the adapter's base as --model as well")
     base = ModelConfig(**settings)
@@ -109,7 +109,7 @@ def _base_of(adapter: Path) -> ModelConfig:
 def _stored_as(adapters: Mapping[str, Path]) -> Quantization | None:
     """How the adapters' bases were stored when they were trained."""
     known: dict[str, Quantization | None] = {
-        name: read_base_settings(folder).get("quantize") for name, folder in adapters.items()
+        name: read_base_settings(folder).quantize for name, folder in adapters.items()
     }
     if len(set(known.values())) > 1:
         ways = ", ".join(f"{name} on {quantize or 'full precision'}" for name, quantize in known.items())

@@ -18,14 +18,12 @@ from llavar_peft.weights.adapter.adapter_files import (
     load_adapter_weights,
     read_adapter_table,
     read_settings,
-    read_tensor,
 )
 from llavar_peft.weights.adapter.adapter_parts import find_base_faults, find_shape_faults, split_adapter
-from llavar_peft.weights.base_check import check_adapter_base
 from llavar_peft.weights.delta.released_layout import view_as_released
 from llavar_peft.weights.io import tensor_names
-from llavar_peft.weights.io.tensor_blocks import first_not_finite, tensor_location
-from llavar_peft.weights.weights_fingerprint import take_fingerprint
+from llavar_peft.weights.io.tensor_blocks import find_not_finite, read_tensor
+from llavar_peft.weights.io.weights_fingerprint import check_adapter_base, take_fingerprint
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -163,7 +161,7 @@ def _read_checked(model: LlavarForConditionalGeneration, folder: Path) -> dict[s
     # The shapes come from the configuration, because a quantized layer's own tensor is packed.
     faults = faults or list(find_base_faults(parts, settings, expected_shapes(model.config), str(folder)))
     tensors = {} if faults else {name: read_tensor(entry) for name, entry in table.items()}
-    found = (first_not_finite([tensor], tensor_location(table[name])) for name, tensor in tensors.items())
+    found = (find_not_finite([tensor], table[name].location) for name, tensor in tensors.items())
     faults += [fault for fault in found if fault is not None]
     if faults:
         raise WeightsError("\n".join(map(str, faults)), faults)

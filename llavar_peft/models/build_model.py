@@ -24,8 +24,8 @@ from llavar_peft.models.llavar_config import LlavarConfig
 from llavar_peft.models.modeling_llavar import LlavarForConditionalGeneration, LlavarModel
 from llavar_peft.models.processing_llavar import LlavarProcessor
 from llavar_peft.recipe.schema import Attention, ModelConfig, Quantization
-from llavar_peft.weights.io.check_tensors import check_tensors
-from llavar_peft.weights.projector_file import apply_projector
+from llavar_peft.weights.io.projector_file import apply_projector
+from llavar_peft.weights.io.tensor_blocks import check_tensors
 
 logger = logging.getLogger(__name__)
 

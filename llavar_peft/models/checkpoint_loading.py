@@ -24,7 +24,7 @@ from llavar_peft.models.processing_llavar import LlavarProcessor
 from llavar_peft.recipe.schema import ModelConfig
 from llavar_peft.weights.delta.released_layout import read_model_config
 from llavar_peft.weights.io import tensor_names
-from llavar_peft.weights.io.open_weights import open_weights
+from llavar_peft.weights.io.tensor_blocks import open_weights
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -24,15 +24,14 @@ from llavar_peft.models.hf_llava import write_stock_companions
 from llavar_peft.models.model_parts import ModelParts
 from llavar_peft.recipe.schema import ModelConfig
 from llavar_peft.weights.adapter.adapter_files import ADAPTER_CONFIG
-from llavar_peft.weights.convert_layout import write_converted
 from llavar_peft.weights.delta.released_layout import ReleasedView, copy_companions, flatten_config, read_model_config
 from llavar_peft.weights.io import tensor_names
-from llavar_peft.weights.io.check_tensors import check_tensors
+from llavar_peft.weights.io.convert_layout import ACTIVATIONS, ProjectorForm, to_two_layers, write_converted
 from llavar_peft.weights.io.folder_writer import WeightsReport
 from llavar_peft.weights.io.shard_layout import RELEASED_SHARD_SIZE, WeightsFormat
-from llavar_peft.weights.io.stream_tensors import Progress
+from llavar_peft.weights.io.tensor_blocks import check_tensors
 from llavar_peft.weights.io.tensor_table import TensorEntry, read_tensor_table
-from llavar_peft.weights.two_layer_projector import ACTIVATIONS, ProjectorForm, to_two_layers
+from llavar_peft.weights.io.write_weights import Progress
 
 if TYPE_CHECKING:
     from torch import Tensor

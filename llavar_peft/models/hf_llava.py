@@ -15,8 +15,8 @@ from llavar_peft.models.llama_tokenizer import load_tokenizer
 from llavar_peft.models.llavar_config import make_config
 from llavar_peft.models.model_parts import ModelParts
 from llavar_peft.weights.io import tensor_names
-from llavar_peft.weights.io.open_weights import open_weights
-from llavar_peft.weights.two_layer_projector import to_one_layer
+from llavar_peft.weights.io.convert_layout import to_one_layer
+from llavar_peft.weights.io.tensor_blocks import open_weights
 
 logger = logging.getLogger(__name__)
 

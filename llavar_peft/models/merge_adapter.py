@@ -13,8 +13,9 @@ from llavar_peft.atomic_files import write_json
 from llavar_peft.errors import WeightsError
 from llavar_peft.models.merge_logits_gap import LogitsGap, measure_merge
 from llavar_peft.weights.io.shard_layout import RELEASED_SHARD_SIZE, WeightsFormat
-from llavar_peft.weights.io.stream_tensors import Progress
-from llavar_peft.weights.merge.merge_plan import MergePlan, Onto, plan_merge, write_merged
+from llavar_peft.weights.io.write_weights import Progress
+from llavar_peft.weights.merge.merge_plan import MergePlan, plan_merge, write_merged
+from llavar_peft.weights.merge.merge_stream import Onto
 
 logger = logging.getLogger(__name__)
 
@@ -117,7 +118,7 @@ def merge_adapter(  # noqa: PLR0913 - the options of the merge
         write_json(staged / MERGE_FILE, _describe(plan, Path(base), used, gaps))
 
     written = write_merged(
-        plan, Path(out), dtype=dtype, form=form, shard_size=shard_size, progress=progress, look=probe_and_describe
+        plan, Path(out), dtype=dtype, form=form, shard_size=shard_size, progress=progress, check=probe_and_describe
     )
     return MergeReport(written.out, written.tensors, written.nbytes, written.seconds, used, dict(gaps))
 

@@ -128,9 +128,9 @@ class UnmergedWeights(Weights):
                 before = output if weights is None else first
                 moved = update.output(x, before, rows, start)
             else:
-                moved = x @ update.applied(rows, start).T
+                moved = x @ update.apply(rows, start).T
             if weights is None:
-                rows, output = update.applied(rows, start), moved
+                rows, output = update.apply(rows, start), moved
             else:
                 output = output + weights[number] * (moved - first)
         return output

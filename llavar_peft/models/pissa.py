@@ -20,7 +20,7 @@ from torch import Tensor
 from llavar_peft.atomic_files import write_json
 from llavar_peft.errors import ConfigError
 from llavar_peft.weights.adapter.adapter_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS
-from llavar_peft.weights.io.open_weights import open_weights
+from llavar_peft.weights.io.tensor_blocks import open_weights
 
 _ADAPTER = "default"
 _A, _B = ".lora_A.weight", ".lora_B.weight"

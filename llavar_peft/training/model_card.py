@@ -18,8 +18,7 @@ from llavar_peft.recipe.schema import Lora, ModelConfig, Recipe, Stage
 from llavar_peft.training.run_files import read_metric_lines
 from llavar_peft.weights.adapter.adapter_files import read_adapter_table, read_base_settings, read_settings
 from llavar_peft.weights.adapter.adapter_parts import AdapterPart, row_indices, split_adapter
-from llavar_peft.weights.base_check import FINGERPRINT_FILE
-from llavar_peft.weights.weights_fingerprint import digest, read_fingerprint
+from llavar_peft.weights.io.weights_fingerprint import FINGERPRINT_FILE, digest, read_fingerprint
 
 CARD_FILE = "README.md"
 
@@ -35,7 +34,7 @@ def write_card(folder: Path, recipe: Recipe, stage: Stage, *, run: Path, step: i
         step: Optimizer steps done.
     """
     write_text(folder / RESOLVED_RECIPE_FILE, f"# The stage that trained this: {stage.name}\n{dump_recipe(recipe)}")
-    base = ModelConfig(**read_base_settings(folder))
+    base = ModelConfig(**read_base_settings(folder).fields)
     parts, settings = split_adapter(read_adapter_table(folder)), read_settings(folder)
     sections = [
         _header(base, stage),
@@ -104,7 +103,7 @@ def _about_training(parts: tuple[AdapterPart, ...], settings: dict[str, Any], st
             f"rank {tune.rank} on its residual"
         )
     for part in parts:
-        if part.whole:
+        if part.in_full:
             lines.append(f"- `{part.module}` in full")
         elif "rows" in part.tensors:
             lines.append(f"- rows {', '.join(map(str, row_indices(part, settings)))} of `{part.module}`")

@@ -18,17 +18,15 @@ from llavar_peft.models.checkpoint_loading import read_checkpoint, read_parts
 from llavar_peft.models.tuning import EmbeddingWithTrainedRows, is_quantized, merge_rows_in_state_dict
 from llavar_peft.recipe.schema import Lora, ModelConfig, Projector, Tune
 from llavar_peft.weights.adapter.adapter_files import (
+    ADAPTER_WEIGHTS,
     BASE_FILE,
     load_adapter_weights,
-    open_adapter_weights,
     quiet_about_biases,
 )
-from llavar_peft.weights.base_check import FINGERPRINT_FILE
 from llavar_peft.weights.io import tensor_names
-from llavar_peft.weights.io.check_tensors import check_tensors
-from llavar_peft.weights.io.open_weights import open_weights
-from llavar_peft.weights.io.weight_checksums import write_checksums
-from llavar_peft.weights.projector_file import apply_projector, save_projector
+from llavar_peft.weights.io.projector_file import apply_projector, save_projector
+from llavar_peft.weights.io.tensor_blocks import check_tensors, open_weights, write_checksums
+from llavar_peft.weights.io.weights_fingerprint import FINGERPRINT_FILE
 
 if TYPE_CHECKING:
     from llavar_peft.models.processing_llavar import LlavarProcessor
@@ -143,7 +141,7 @@ def load_trained(model: Any, folder: Path) -> None:
     from peft import PeftModel
 
     if isinstance(model, PeftModel):
-        tensors = open_adapter_weights(folder)
+        tensors = dict(open_weights(folder / ADAPTER_WEIGHTS))
         load_adapter_weights(
             model,
             pissa.tensors_for_residual_base(model, tensors) if pissa.has_residual_base(model) else tensors,

@@ -50,7 +50,7 @@ from llavar_peft.training.stage_arguments import micro_batches, resolve_precisio
 from llavar_peft.training.stage_records import stage_records
 from llavar_peft.training.stage_trainer import StageTrainer
 from llavar_peft.training.trainer_callbacks import EvalCallback, ProgressBar, StopOnSignal
-from llavar_peft.weights.io.weight_checksums import write_checksums
+from llavar_peft.weights.io.tensor_blocks import write_checksums
 
 logger = logging.getLogger(__name__)
 

@@ -1,1 +1,1 @@
-"""Weights as files: deltas, adapters, merges and conversions that never hold a whole model in memory."""
+"""Weights as files: deltas, adapters, merges and conversions, without a whole model in memory."""

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-from llavar_peft.weights.model_hash import identify_model
+from llavar_peft.weights.adapter.model_hash import identify_model
 
 
 def test_the_hash_is_of_the_weights(checkpoint: Path, tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import pytest
 
 from llavar_peft import cli
 from llavar_peft.evaluation.vqa.scored_results import read_results
-from llavar_peft.weights.model_hash import identify_model
+from llavar_peft.weights.adapter.model_hash import identify_model
 
 
 def ask(checkpoint: Path, images: Path, out: Path, *more: str) -> int:

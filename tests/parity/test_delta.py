@@ -1,4 +1,4 @@
-"""Deltas against those of the original's ``make_delta`` and ``apply_delta``, byte for byte."""
+"""Deltas are bit-equal to those of the original's ``make_delta`` and ``apply_delta``."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ import torch
 
 from llavar_peft import apply_delta, make_delta, verify_delta
 from llavar_peft.errors import WeightsError
-from llavar_peft.weights.base_check import FINGERPRINT_FILE
-from llavar_peft.weights.io.open_weights import open_weights
+from llavar_peft.weights.io.tensor_blocks import open_weights
+from llavar_peft.weights.io.weights_fingerprint import FINGERPRINT_FILE
 
 pytestmark = pytest.mark.parity
 
@@ -40,7 +40,7 @@ def _hashes(folder: Path) -> dict[str, str]:
 
 
 def _expected(summary: dict[str, Any], key: str) -> dict[str, str]:
-    # Frequencies of RoPE are computed; the original carried them along.
+    # Frequencies of RoPE are computed; the original copied them.
     return {name: fields[key] for name, fields in summary["tensors"].items() if not name.endswith("inv_freq")}
 
 
@@ -58,7 +58,7 @@ def test_bytes_equal_the_originals(form: str, golden: Path, summary: dict[str, A
         assert (tmp_path / "applied" / name).read_bytes() == (released / name).read_bytes()
 
 
-def test_the_rounding_is_the_originals(golden: Path, summary: dict[str, Any]) -> None:
+def test_the_rounding_equals_the_originals(golden: Path, summary: dict[str, Any]) -> None:
     check = verify_delta(
         golden / "train/vicuna-tiny-v1",
         golden / "delta/llava-tiny-v1-delta",
@@ -68,7 +68,7 @@ def test_the_rounding_is_the_originals(golden: Path, summary: dict[str, Any]) ->
     assert check.differing == summary["total_diff"]
 
 
-def test_the_base_that_the_original_took_silently_is_refused(
+def test_a_base_that_the_original_accepted_silently_is_rejected(
     golden: Path, summary: dict[str, Any], tmp_path: Path
 ) -> None:
     base, released = golden / "train/vicuna-tiny-v1", golden / "delta/llava-tiny-v1-delta"
@@ -76,7 +76,7 @@ def test_the_base_that_the_original_took_silently_is_refused(
     expected = {name: fields for name, fields in summary["wrong_base"].items() if not name.endswith(skipped)}
     wrong = _change(base, tmp_path / "wrong", list(expected))
     assert _hashes(wrong) == {name: fields["sha256_wrong_base"] for name, fields in expected.items()}
-    with pytest.raises(WeightsError, match="cannot have come from these numbers"):
+    with pytest.raises(WeightsError, match="impossible with its values"):
         apply_delta(wrong, released, tmp_path / "out")
     apply_delta(wrong, released, tmp_path / "out", force=True)
     applied = _hashes(tmp_path / "out")
@@ -89,7 +89,7 @@ def test_the_base_that_the_original_took_silently_is_refused(
 
 
 def _change(base: Path, out: Path, order: list[str]) -> Path:
-    """The other base, as the folder's README describes it."""
+    """Write the other base, as described in the README of the folder."""
     draw = np.random.RandomState(4321)
     tensors = {name: tensor.clone() for name, tensor in open_weights(base).items() if not name.endswith("inv_freq")}
     for name in order:

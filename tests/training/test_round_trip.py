@@ -14,7 +14,7 @@ from llavar_peft import Lora, OptimConfig, Recipe, Trainer, apply_delta, build_m
 from llavar_peft.data.image_preparation import prepare_image
 from llavar_peft.inference.reader import load_reader
 from llavar_peft.recipe.schema import LoraVariant, Quantization
-from llavar_peft.weights.io.open_weights import open_weights
+from llavar_peft.weights.io.tensor_blocks import open_weights
 
 _WAYS: tuple[tuple[LoraVariant, Quantization | None], ...] = (
     ("lora", None), ("rslora", None), ("dora", None), ("pissa", None),

@@ -1,4 +1,4 @@
-"""Adapters as a run saves them, with every trained number moved: nothing of a merge may go unnoticed."""
+"""Adapters saved as by a run, with every trained parameter changed, so that no error in a merge goes unnoticed."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ LANGUAGE_MODEL, VISION_TOWER = TINY_PARTS / "language_model", TINY_PARTS / "visi
 
 
 def save_moved_adapter(folder: Path, base: ModelConfig, tune: Lora, *, seed: int = 0, by: float = 0.03) -> Any:
-    """Save an adapter whose every trained number was moved; returns peft's model."""
+    """Save an adapter after changing every trained parameter, and return peft's model."""
     model, processor = build_model(base)
     wrapped = apply_tuning(model, tune)
     generator = torch.Generator().manual_seed(seed)
@@ -33,7 +33,7 @@ def save_moved_adapter(folder: Path, base: ModelConfig, tune: Lora, *, seed: int
 
 
 def save_wide_model(folder: Path) -> Path:
-    """Save a model whose language model is more than twice as wide as its tower, as LLaVAR's is: 5120 and 1024."""
+    """Save a model whose language model is more than twice as wide as its tower, like LLaVAR's (5120 and 1024)."""
     tower = CLIPVisionConfig(
         hidden_size=48, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4, image_size=120, patch_size=10
     )

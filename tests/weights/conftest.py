@@ -1,4 +1,4 @@
-"""Small models in the released layout, made here, with the numbers of real ones: fp16, a spread of sizes."""
+"""Small models in the released layout, with values like those of real ones: fp16, of different sizes."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ LLAVA = {
 
 
 def draw_llama(seed: int, *, layers: int = LAYERS, width: int = WIDTH, words: int = WORDS) -> dict[str, Tensor]:
-    """Random weights by LLaMA's names, rounded to fp16."""
+    """Return random fp16 weights by LLaMA's names."""
     generator = torch.Generator().manual_seed(seed)
 
     def draw(*shape: int) -> Tensor:
@@ -47,7 +47,7 @@ def draw_llama(seed: int, *, layers: int = LAYERS, width: int = WIDTH, words: in
 
 
 def finetune(tensors: Mapping[str, Tensor], seed: int, *, by: float = 2e-3) -> dict[str, Tensor]:
-    """A model of the same shape some training away."""
+    """Return a model of the same shape after some training."""
     generator = torch.Generator().manual_seed(seed)
     return {
         name: tensor
@@ -58,7 +58,7 @@ def finetune(tensors: Mapping[str, Tensor], seed: int, *, by: float = 2e-3) -> d
 
 
 def make_llava(llama: Mapping[str, Tensor], seed: int) -> dict[str, Tensor]:
-    """What LLaVA adds: a projector and three rows."""
+    """Return a finetuned model with what LLaVA adds: a projector and three rows."""
     generator = torch.Generator().manual_seed(seed)
     tensors = finetune(llama, seed)
     for name in ("model.embed_tokens.weight", "lm_head.weight"):
@@ -70,7 +70,7 @@ def make_llava(llama: Mapping[str, Tensor], seed: int) -> dict[str, Tensor]:
 
 
 def write_folder(folder: Path, tensors: Mapping[str, Tensor], config: Mapping[str, Any], *, shards: int = 2) -> Path:
-    """A folder as transformers 4.28 saved it: `.bin` shards and an index."""
+    """Write a folder as transformers 4.28 did: `.bin` shards and an index."""
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(config))
     (folder / "tokenizer_config.json").write_text("{}")

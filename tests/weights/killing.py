@@ -1,4 +1,4 @@
-"""Kills a resumable job from disk to disk at random moments, until one attempt is let through."""
+"""Kill a resumable job at random moments, until one attempt may finish."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from llavar_peft.weights.io.open_weights import open_weights
+from llavar_peft.weights.io.tensor_blocks import open_weights
 
 _KILLER = """
 import json, os, random, signal, sys, time
@@ -29,7 +29,7 @@ def start(folder):
         os._exit(0)
     return child
 
-work(out + "-first", None)  # imports what each child would otherwise spend its life importing
+work(out + "-first", None)  # so that no child has to import anything
 started = time.perf_counter()
 os.waitpid(start(out + "-whole"), 0)
 whole = time.perf_counter() - started
@@ -42,26 +42,26 @@ for _ in range(20):
     os.waitpid(child, 0)
     kept.append(len(journal.read_text().splitlines()) if journal.is_file() else 0)
     if Path(out).exists():
-        os.rename(out, out + str(len(kept)))  # too late: finished; the next attempt begins anew
+        os.rename(out, out + str(len(kept)))  # it finished before the kill; the next attempt starts again
 work(out, None)
 print(json.dumps(kept))
 """
 
 
 def kill_twenty_times(job: str, first: Path, second: Path, tmp_path: Path) -> None:
-    """Check that a job ends the same however often it was killed.
+    """Check that the result of a job does not depend on how often it was killed.
 
     Args:
         job: Python that defines ``work(folder, progress)``, which reads ``first`` and ``second``.
         first: A folder that the job reads.
-        second: Another.
-        tmp_path: Where it writes.
+        second: Another folder that it reads.
+        tmp_path: The folder that it writes to.
     """
     command = [sys.executable, "-c", _KILLER.format(job=job), str(first), str(second), str(tmp_path / "out")]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     kept = json.loads(done.stdout)
-    assert max(kept) > 1, kept  # some attempts left work that the next ones did not repeat
+    assert max(kept) > 1, kept  # some attempts left work that the next ones resumed
     whole = tmp_path / "out-whole"
     expected = open_weights(whole)
     for folder in tmp_path.glob("out*"):

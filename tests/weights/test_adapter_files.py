@@ -1,4 +1,4 @@
-"""What ``adapter show`` and ``adapter verify`` say of an adapter on disk, sound and damaged."""
+"""``adapter show`` and ``adapter verify`` for valid and damaged adapters."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ LAYER = "base_model.model.model.language_model.layers.0.mlp.down_proj"
 
 
 def _adapter(folder: Path, base: ModelConfig, tune: Lora) -> Path:
-    """Every trained number moved; saved as a run saves it."""
+    """Save an adapter as a run does, after changing every trained parameter."""
     model, processor = build_model(base)
     wrapped = apply_tuning(model, tune, new_rows=base.language_model is not None)
     generator = torch.Generator().manual_seed(0)
@@ -48,19 +48,19 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def sound(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def valid(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     base = ModelConfig(checkpoint=str(checkpoint), dtype="float32")
-    return _adapter(tmp_path_factory.mktemp("adapters") / "sound", base, Lora(rank=4, alpha=8))
+    return _adapter(tmp_path_factory.mktemp("adapters") / "valid", base, Lora(rank=4, alpha=8))
 
 
 @pytest.fixture
-def copy(sound: Path, tmp_path: Path) -> Path:
-    return shutil.copytree(sound, tmp_path / "copy")
+def copy(valid: Path, tmp_path: Path) -> Path:
+    return shutil.copytree(valid, tmp_path / "copy")
 
 
-def test_it_is_described(sound: Path, checkpoint: Path) -> None:
-    report = describe_adapter(sound)
-    stored = load_file(sound / "adapter_model.safetensors")
+def test_an_adapter_is_described(valid: Path, checkpoint: Path) -> None:
+    report = describe_adapter(valid)
+    stored = load_file(valid / "adapter_model.safetensors")
     assert (report.variant, report.rank, report.alpha, report.target) == ("lora", 4, 8.0, "all-linear")
     assert (report.tensors, report.parameters) == (len(stored), sum(tensor.numel() for tensor in stored.values()))
     assert (report.in_full, report.rows, report.bias) == (("model.multi_modal_projector",), {}, False)
@@ -76,7 +76,7 @@ def test_it_is_described(sound: Path, checkpoint: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("tune", "said"),
+    ("tune", "expected"),
     [
         (Lora(rank=4, variant="dora", target="attention"), ("dora", 4, "attention")),
         (Lora(rank=4, variant="rslora", target=("v_proj", "up_proj")), ("rslora", 4, "up_proj, v_proj")),
@@ -84,26 +84,26 @@ def test_it_is_described(sound: Path, checkpoint: Path) -> None:
         (Lora(rank=4, bias="lora"), ("lora", 4, "all-linear")),
     ],
 )
-def test_each_kind_is_described_and_sound(tune: Lora, said: tuple[str, int, str], tmp_path: Path) -> None:
-    """Of the parts alone: the base is a language model without projector and image rows."""
+def test_each_variant_is_described_and_valid(tune: Lora, expected: tuple[str, int, str], tmp_path: Path) -> None:
+    """The base is a language model without projector and image rows."""
     folder = _adapter(tmp_path / "adapter", PARTS, tune)
     report = describe_adapter(folder)
-    assert (report.variant, report.rank, report.target) == said
+    assert (report.variant, report.rank, report.target) == expected
     assert report.bias == (tune.bias == "lora")
     assert [len(rows) for rows in report.rows.values()] == [2]
     check = verify_adapter(folder, base=TINY_PARTS / "language_model")
     assert (check.base, check.checksums) == ("fingerprint", True)
 
 
-def test_damage_is_named(copy: Path, checkpoint: Path) -> None:
+def test_damage_is_reported(copy: Path, checkpoint: Path) -> None:
     assert verify_adapter(copy).base is None
     path = copy / "adapter_model.safetensors"
     whole = path.read_bytes()
     path.write_bytes(whole[:-9] + bytes([whole[-9] ^ 0x10]) + whole[-8:])
-    with pytest.raises(WeightsError, match="its checksum differs"):
+    with pytest.raises(WeightsError, match="wrong checksum"):
         verify_adapter(copy, base=checkpoint)
     path.write_bytes(whole[:-100])
-    with pytest.raises(WeightsError, match="not as long as its header says"):
+    with pytest.raises(WeightsError, match=r"adapter_model\.safetensors: not a readable file of weights"):
         verify_adapter(copy, base=checkpoint)
     path.unlink()
     with pytest.raises(ConfigError, match=r"no adapter_model\.safetensors"):
@@ -117,7 +117,7 @@ def _changed(folder: Path, tensors: dict[str, torch.Tensor], **settings: Any) ->
     path.write_text(json.dumps({**json.loads(path.read_text()), **settings}))
 
 
-def test_everything_that_is_wrong_is_named_at_once(copy: Path, checkpoint: Path) -> None:
+def test_all_errors_are_reported_at_once(copy: Path, checkpoint: Path) -> None:
     tensors = load_file(copy / "adapter_model.safetensors")
     del tensors["base_model.model.model.language_model.layers.0.self_attn.q_proj.lora_B.weight"]
     tensors[f"{LAYER}.lora_A.weight"] = torch.zeros(3, 256)
@@ -127,26 +127,29 @@ def test_everything_that_is_wrong_is_named_at_once(copy: Path, checkpoint: Path)
     with pytest.raises(WeightsError) as raised:
         verify_adapter(copy)
     text = str(raised.value)
-    for said in (
-        "layers.0.self_attn.q_proj: its parts do not make an update (missing ['B'], unexpected [])",
-        "layers.0.mlp.down_proj: misshapen (got A [3, 256]",
-        "1 of 512 numbers are NaN",
-        "strange: not understood as part of this adapter",
-        "rows of the embeddings were trained, and are not in it",
+    for message in (
+        "layers.0.self_attn.q_proj: incomplete update (missing ['B'], unexpected [])",
+        "layers.0.mlp.down_proj: wrong shape (got A [3, 256]",
+        "1 of 512 elements are NaN",
+        "strange: not a tensor of this kind of adapter",
+        "rows of the embeddings were trained, but they are missing",
     ):
-        assert said in text
+        assert message in text
     assert len(raised.value.faults) == 5
 
 
-def test_a_base_with_other_layers_or_other_numbers_is_named(copy: Path, checkpoint: Path) -> None:
+def test_a_base_with_other_layers_or_other_values_is_rejected(copy: Path, checkpoint: Path) -> None:
     tensors = load_file(copy / "adapter_model.safetensors")
     fewer = {name: tensor for name, tensor in tensors.items() if "layers.0." not in name}
     more = tensors | {name.replace("layers.0.", "layers.7."): tensor.clone() for name, tensor in tensors.items()}
-    for changed, said in ((fewer, "modules of the base have no part in it"), (more, "are not in the base")):
+    for changed, message in (
+        (fewer, "modules of the base are missing from the adapter"),
+        (more, "are not in the base"),
+    ):
         _changed(copy, changed)
-        with pytest.raises(WeightsError, match=r"made for layers .*, and the base has \d layers") as raised:
+        with pytest.raises(WeightsError, match=r"different layers \(got layers .*, expected \d layers\)") as raised:
             verify_adapter(copy, base=checkpoint)
-        assert said in str(raised.value)
+        assert message in str(raised.value)
     _changed(copy, tensors)
     other = shutil.copytree(checkpoint, copy.parent / "other")
     weights = load_file(other / "model.safetensors")
@@ -159,8 +162,8 @@ def test_a_base_with_other_layers_or_other_numbers_is_named(copy: Path, checkpoi
 def test_commands(copy: Path, checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["adapter", "show", str(copy)]) == 0
     shown = capsys.readouterr().out
-    for said in ("lora, rank 4, alpha 8", "all-linear", "model.multi_modal_projector", str(checkpoint), "down_proj"):
-        assert said in shown
+    for message in ("lora, rank 4, alpha 8", "all-linear", "model.multi_modal_projector", str(checkpoint), "down_proj"):
+        assert message in shown
     assert cli.main(["adapter", "show", str(copy), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["target"] == "all-linear"
     assert cli.main(["adapter", "verify", str(copy), "--base", str(checkpoint)]) == 0
@@ -168,6 +171,6 @@ def test_commands(copy: Path, checkpoint: Path, capsys: pytest.CaptureFixture[st
     path = copy / "adapter_model.safetensors"
     path.write_bytes(path.read_bytes()[:-1] + b"\x7f")
     assert cli.main(["adapter", "verify", str(copy)]) == 2
-    assert "checksum differs" in capsys.readouterr().err
+    assert "wrong checksum" in capsys.readouterr().err
     assert cli.main(["adapter", "show", str(checkpoint)]) == 2
-    assert "no adapter_config.json in it" in capsys.readouterr().err
+    assert "no adapter_config.json in this folder" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""A LLaVAR in three layouts: any to any to the bit, and stock transformers says the same without this package."""
+"""A LLaVAR in three layouts: conversions are bit-equal, and stock transformers gives the same answers."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ from llavar_peft.datagen.synth.synth_settings import SynthSettings
 from llavar_peft.errors import ConfigError, LlavarError, WeightsError
 from llavar_peft.inference.reader import load_reader
 from llavar_peft.weights.io import tensor_names
-from llavar_peft.weights.io.open_weights import open_weights
-from llavar_peft.weights.two_layer_projector import to_one_layer, to_two_layers
+from llavar_peft.weights.io.convert_layout import to_one_layer, to_two_layers
+from llavar_peft.weights.io.tensor_blocks import open_weights
 from tests.weights.adapters import LANGUAGE_MODEL, VISION_TOWER, save_wide_model
 
 LAYOUTS = ("llavar", "original", "hf-llava")
@@ -49,7 +49,7 @@ def _tower(layout: str) -> Path | None:
 
 
 @pytest.mark.parametrize(("start", "end"), list(itertools.product(LAYOUTS, LAYOUTS)))
-def test_any_to_any_to_the_bit(start: str, end: str, layouts: dict[str, Path], tmp_path: Path) -> None:
+def test_conversions_are_bit_equal(start: str, end: str, layouts: dict[str, Path], tmp_path: Path) -> None:
     export(layouts[start], tmp_path / "out", to=end, vision_tower=_tower(start))  # type: ignore[arg-type]
     expected, got = open_weights(layouts[end]), open_weights(tmp_path / "out")
     assert set(expected) == set(got)
@@ -67,10 +67,10 @@ def test_any_to_any_to_the_bit(start: str, end: str, layouts: dict[str, Path], t
 
 
 @pytest.mark.parametrize("layout", ["llavar", "original"])
-def test_an_export_that_prepares_images_otherwise_says_so(
+def test_an_export_warns_if_images_are_prepared_differently(
     layout: str, layouts: dict[str, Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """A released model is asked with black bars at one side, which stock LLaVA does not know."""
+    """The released layout prepares images with black padding on one side, which stock LLaVA does not support."""
     export(layouts[layout], tmp_path / "out", to="hf-llava", vision_tower=_tower(layout))
     assert ("stock LLaVA does not support the mode pad_black" in caplog.text) == (layout == "original")
 
@@ -81,11 +81,11 @@ _PLAIN = st.text(st.characters(codec="ascii", categories=["L", "N"], include_cha
 @given(
     _PLAIN, st.sampled_from(["model.language_model.", "model.vision_tower.", "lm_head.", tensor_names.STOCK_PROJECTOR])
 )
-def test_names_go_there_and_back(rest: str, stem: str) -> None:
+def test_stock_names_can_be_converted_back(rest: str, stem: str) -> None:
     name = stem + rest
     if "inv_freq" not in name and "position_ids" not in name and not rest.startswith("vision_model."):
         assert tensor_names.from_stock(tensor_names.to_stock(name)) == name
-        assert tensor_names.from_stock(name) == name  # as the modules of transformers 5 are called
+        assert tensor_names.from_stock(name) == name  # the names of the modules of transformers 5
 
 
 # -- stock transformers -------------------------------------------------------------------------
@@ -94,10 +94,10 @@ _STOCK_SCRIPT = """
 import json, sys, torch
 from PIL import Image
 from transformers import AutoProcessor, LlavaForConditionalGeneration, pipeline
-folder, picture, question = sys.argv[1:4]
-image = Image.open(picture)
+folder, path, question = sys.argv[1:4]
+image = Image.open(path)
 processor = AutoProcessor.from_pretrained(folder)
-model, told = LlavaForConditionalGeneration.from_pretrained(folder, dtype="float32", output_loading_info=True)
+model, info = LlavaForConditionalGeneration.from_pretrained(folder, dtype="float32", output_loading_info=True)
 message = [{"role": "user", "content": [{"type": "text", "text": question}, {"type": "image", "image": image}]}]
 batch = processor.apply_chat_template(
     message, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt")
@@ -108,14 +108,14 @@ reader = pipeline("image-text-to-text", model=model, processor=processor)
 text = reader(text=message, max_new_tokens=12, do_sample=False, return_full_text=False)[0]["generated_text"]
 assert "llavar_peft" not in sys.modules
 print(json.dumps({
-    "type": type(processor).__name__, "told": {k: sorted(v) for k, v in told.items() if v},
+    "type": type(processor).__name__, "info": {k: sorted(v) for k, v in info.items() if v},
     "ids": batch["input_ids"][0].tolist(), "pixels": batch["pixel_values"].double().sum().item(),
     "answer": answer.tolist(), "text": text, "logits": logits.tolist()}))
 """
 
 
 @pytest.mark.parametrize("form", ["linear", "two-sided"])
-def test_stock_transformers_says_the_same(form: str, layouts: dict[str, Path], tmp_path: Path) -> None:
+def test_stock_transformers_gives_the_same_answers(form: str, layouts: dict[str, Path], tmp_path: Path) -> None:
     source = layouts["llavar"]
     if form == "two-sided":
         source = save_wide_model(tmp_path / "wide")
@@ -129,27 +129,27 @@ def test_stock_transformers_says_the_same(form: str, layouts: dict[str, Path], t
         capture_output=True, text=True, check=False, cwd=tmp_path,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
-    told = json.loads(done.stdout.splitlines()[-1])
-    assert (told["type"], told["told"]) == ("LlavaProcessor", {})
+    result = json.loads(done.stdout.splitlines()[-1])
+    assert (result["type"], result["info"]) == ("LlavaProcessor", {})
     reader = load_reader(source, dtype="float32")
     ids = reader.processor.encode_question(question)
     pixels = prepare_image(image, "pad", reader.processor)[None]
-    assert told["ids"] == ids[0].tolist()
-    assert told["pixels"] == pytest.approx(float(pixels.double().sum()), abs=1e-3)
+    assert result["ids"] == ids[0].tolist()
+    assert result["pixels"] == pytest.approx(float(pixels.double().sum()), abs=1e-3)
     with torch.no_grad():
         answer = reader.model.generate(
             input_ids=ids, pixel_values=pixels, attention_mask=torch.ones_like(ids), max_new_tokens=12, do_sample=False
         )[0, ids.shape[1] :]
         logits = reader.model(input_ids=ids, pixel_values=pixels).logits[0, -1]
-    assert told["answer"] == answer.tolist()
-    assert torch.allclose(torch.tensor(told["logits"]), logits, atol=1e-5)
+    assert result["answer"] == answer.tolist()
+    assert torch.allclose(torch.tensor(result["logits"]), logits, atol=1e-5)
     tokenizer = reader.processor.tokenizer
-    assert told["text"].strip() == tokenizer.decode(answer, skip_special_tokens=True).strip()
+    assert result["text"].strip() == tokenizer.decode(answer, skip_special_tokens=True).strip()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("form", ["linear", "two-sided"])
-def test_two_layers_are_the_one(form: str, dtype: torch.dtype) -> None:
+def test_two_layers_are_equal_to_one(form: str, dtype: torch.dtype) -> None:
     generator = torch.Generator().manual_seed(0)
     weight, bias, x = (torch.randn(*shape, generator=generator).to(dtype) for shape in ((40, 16), (40,), (9, 16)))
     layers = to_two_layers(weight, bias, form)  # type: ignore[arg-type]
@@ -165,15 +165,15 @@ def test_two_layers_are_the_one(form: str, dtype: torch.dtype) -> None:
     assert torch.equal(back[1], bias)
 
 
-# -- what is refused ----------------------------------------------------------------------------
+# -- errors ----------------------------------------------------------------------------
 
 
-def test_a_narrow_language_model_has_no_two_sided_projector(layouts: dict[str, Path], tmp_path: Path) -> None:
+def test_two_sided_requires_a_wide_language_model(layouts: dict[str, Path], tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"twice as wide as the tower \(got 128 and 192\)"):
         export(layouts["llavar"], tmp_path / "out", to="hf-llava", projector="two-sided")
 
 
-def test_other_llavas_are_refused(layouts: dict[str, Path], tmp_path: Path) -> None:
+def test_other_llavas_are_rejected(layouts: dict[str, Path], tmp_path: Path) -> None:
     shutil.copytree(layouts["hf-llava"], tmp_path / "mlp")
     config = json.loads((tmp_path / "mlp/config.json").read_text())
     for key, value, message in (
@@ -193,7 +193,7 @@ def test_other_llavas_are_refused(layouts: dict[str, Path], tmp_path: Path) -> N
     assert not (tmp_path / "out").exists()
 
 
-def test_damage_is_named(layouts: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_damage_is_reported(layouts: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     name = "lm_head.weight"
     for damage, message in (("nan", "NaN"), ("cut", "model.safetensors"), ("lost", name), ("shape", name)):
         folder = tmp_path / damage
@@ -243,8 +243,8 @@ def test_the_original_needs_its_tokenizer(
     assert json.loads((tmp_path / "with/added_tokens.json").read_text())["<im_patch>"] == 860
 
 
-def test_stock_llava_itself_opens_what_transformers_saved_again(layouts: dict[str, Path], tmp_path: Path) -> None:
-    """Saved by transformers 5 under its own names, which differ from the hub's."""
+def test_a_stock_llava_saved_by_transformers_is_read(layouts: dict[str, Path], tmp_path: Path) -> None:
+    """transformers 5 saves tensors by other names than those on the hub."""
     stock = LlavaForConditionalGeneration.from_pretrained(layouts["hf-llava"])
     shutil.copytree(layouts["hf-llava"], tmp_path / "again")
     (tmp_path / "again/model.safetensors").unlink()

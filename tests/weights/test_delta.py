@@ -1,4 +1,4 @@
-"""The released delta format: made and applied as the original does, and nothing wrong let through."""
+"""Making, applying and verifying deltas as the original does, and rejecting everything that is wrong."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from torch import Tensor
 
 from llavar_peft import cli
 from llavar_peft.errors import ConfigError, EnvironmentFaultError, InterruptedRunError, LlavarError, WeightsError
-from llavar_peft.weights.base_check import FINGERPRINT_FILE
 from llavar_peft.weights.delta.delta_files import apply_delta, make_delta
 from llavar_peft.weights.delta.verify_delta import verify_delta
 from llavar_peft.weights.io import folder_writer
-from llavar_peft.weights.io.open_weights import open_weights
+from llavar_peft.weights.io.tensor_blocks import open_weights
 from llavar_peft.weights.io.tensor_table import CHECKSUMS_FILE
+from llavar_peft.weights.io.weights_fingerprint import FINGERPRINT_FILE
 from tests.weights.conftest import LLAMA, LLAVA, draw_llama, finetune, make_llava, write_folder
 from tests.weights.killing import kill_twenty_times
 
 
 def _original_delta(base: dict[str, Tensor], target: dict[str, Tensor]) -> dict[str, Tensor]:
-    """LLaVAR, llava/model/make_delta.py, on tables."""
+    """Make a delta as LLaVAR, llava/model/make_delta.py, does."""
     delta = {name: tensor.clone() for name, tensor in target.items() if "inv_freq" not in name}
     for name, tensor in delta.items():
         if name in base:
@@ -42,7 +42,7 @@ def _same(folder: Path, expected: dict[str, Tensor]) -> bool:
     )
 
 
-def _nothing_left(out: Path) -> bool:
+def _nothing_is_left(out: Path) -> bool:
     return not out.exists() and not list(out.parent.glob(f".{out.name}*"))
 
 
@@ -62,7 +62,7 @@ def test_make_and_apply(
     assert _same(again, expected)
 
 
-def test_the_files_are_those_that_were_released(base: Path, target: Path, tmp_path: Path) -> None:
+def test_the_files_are_those_of_the_released_delta(base: Path, target: Path, tmp_path: Path) -> None:
     make_delta(base, target, tmp_path / "delta", shard_size=150_000)
     files = sorted(path.name for path in (tmp_path / "delta").iterdir())
     shards = [name for name in files if name.endswith(".bin")]
@@ -84,7 +84,7 @@ def test_the_files_are_those_that_were_released(base: Path, target: Path, tmp_pa
     }  # fmt: skip
 
 
-def test_a_base_in_fp32_counts_as_its_fp16(
+def test_a_base_in_fp32_is_the_same_base(
     base: Path, target: Path, tmp_path: Path, llama: dict[str, Tensor], llava: dict[str, Tensor]
 ) -> None:
     wide = write_folder(tmp_path / "wide", {name: tensor.float() for name, tensor in llama.items()}, LLAMA)
@@ -107,12 +107,12 @@ def test_verify(base: Path, target: Path, tmp_path: Path, capsys: pytest.Capture
     assert "the base is right" in capsys.readouterr().out
 
 
-def test_verify_refuses_another_target(
+def test_verify_rejects_another_target(
     base: Path, target: Path, tmp_path: Path, llama: dict[str, Tensor], llava: dict[str, Tensor]
 ) -> None:
     make_delta(base, target, tmp_path / "delta")
     other = write_folder(tmp_path / "other", finetune(llava, 9, by=1e-4), LLAVA)
-    with pytest.raises(WeightsError, match="do not come back"):
+    with pytest.raises(WeightsError, match="not reproduced by base"):
         verify_delta(base, tmp_path / "delta", target=other)
 
 
@@ -135,7 +135,7 @@ def _one_layer_changed(llama: dict[str, Tensor]) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("fingerprinted", [True, False], ids=["fingerprint", "statistics"])
 @pytest.mark.parametrize("wrong", [_other_training, _vicuna, _barely_tuned, _one_layer_changed])
-def test_a_wrong_base_is_refused(
+def test_a_wrong_base_is_rejected(
     wrong: Callable[[dict[str, Tensor]], dict[str, Tensor]],
     fingerprinted: bool,
     base: Path,
@@ -150,13 +150,13 @@ def test_a_wrong_base_is_refused(
     with pytest.raises(WeightsError, match="not the base") as raised:
         apply_delta(other, tmp_path / "delta", tmp_path / "out")
     assert str(other) in str(raised.value)
-    assert _nothing_left(tmp_path / "out")
+    assert _nothing_is_left(tmp_path / "out")
     apply_delta(other, tmp_path / "delta", tmp_path / "out", force=True)
 
 
 @pytest.mark.parametrize("seed", range(5))
 @pytest.mark.parametrize("by", [1e-5, 1e-4, 1e-3, 1e-2, 0.3])
-def test_statistics_never_refuse_the_right_base(seed: int, by: float, tmp_path: Path) -> None:
+def test_statistics_accept_the_right_base(seed: int, by: float, tmp_path: Path) -> None:
     llama = draw_llama(100 + seed)
     base = write_folder(tmp_path / "llama", llama, LLAMA)
     target = write_folder(tmp_path / "llava", make_llava(finetune(llama, 200 + seed, by=by), 300 + seed), LLAVA)
@@ -165,16 +165,16 @@ def test_statistics_never_refuse_the_right_base(seed: int, by: float, tmp_path: 
     assert verify_delta(base, tmp_path / "delta", target=target).base == "statistics"
 
 
-def _lose_shard(folder: Path) -> None:
+def _delete_shard(folder: Path) -> None:
     (folder / "pytorch_model-00002-of-00002.bin").unlink()
 
 
-def _cut(folder: Path) -> None:
+def _truncate(folder: Path) -> None:
     path = folder / "pytorch_model-00001-of-00002.bin"
     path.write_bytes(path.read_bytes()[:-1])
 
 
-def _flip(folder: Path) -> None:
+def _flip_bit(folder: Path) -> None:
     path = folder / "pytorch_model-00001-of-00002.bin"
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
@@ -204,9 +204,9 @@ def _break_index(folder: Path) -> None:
 
 
 _DAMAGE = {
-    _lose_shard: "pytorch_model-00002-of-00002.bin",
-    _cut: "pytorch_model-00001-of-00002.bin",
-    _flip: "pytorch_model-00001-of-00002.bin:model.",
+    _delete_shard: "pytorch_model-00002-of-00002.bin",
+    _truncate: "pytorch_model-00001-of-00002.bin",
+    _flip_bit: "pytorch_model-00001-of-00002.bin:model.",
     _nan: "model.layers.0.self_attn.q_proj.weight",
     _rename_tensor: "model.layers.0.self_attn.q_proj.weight",
     _break_config: "config.json",
@@ -228,14 +228,14 @@ def test_damage_is_named_and_nothing_is_left(
     assert _DAMAGE[damage] in str(raised.value)
     assert str(folders[side]) in str(raised.value)
     assert "Fix: " in str(raised.value)
-    assert _nothing_left(tmp_path / "out")
+    assert _nothing_is_left(tmp_path / "out")
 
 
 @pytest.mark.torture
 @pytest.mark.parametrize(
     "shape", [{"words": 520}, {"width": 64}, {"layers": 2}, {"layers": 4}], ids=lambda shape: next(iter(shape))
 )
-def test_a_base_of_another_shape_is_refused(shape: dict[str, int], base: Path, target: Path, tmp_path: Path) -> None:
+def test_a_base_of_another_shape_is_rejected(shape: dict[str, int], base: Path, target: Path, tmp_path: Path) -> None:
     other = write_folder(tmp_path / "other", draw_llama(1, **shape), LLAMA)
     make_delta(base, target, tmp_path / "delta")
     for attempt in (
@@ -246,7 +246,7 @@ def test_a_base_of_another_shape_is_refused(shape: dict[str, int], base: Path, t
             attempt()
         assert str(other) in str(raised.value)
         assert any(text in str(raised.value) for text in ("model.layers.2.", "model.layers.3.", "got ["))
-        assert _nothing_left(tmp_path / "out")
+        assert _nothing_is_left(tmp_path / "out")
 
 
 @pytest.mark.torture
@@ -260,10 +260,10 @@ def test_safetensors_of_ours_have_checksums(base: Path, target: Path, tmp_path: 
     path.write_bytes(content)
     with pytest.raises(WeightsError, match=r"model.safetensors:model\..*damaged"):
         apply_delta(base, delta, tmp_path / "out")
-    assert _nothing_left(tmp_path / "out")
+    assert _nothing_is_left(tmp_path / "out")
 
 
-def test_what_exists_is_not_overwritten(base: Path, target: Path, tmp_path: Path) -> None:
+def test_an_existing_folder_is_not_overwritten(base: Path, target: Path, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "thesis.txt").write_text("mine")
     with pytest.raises(ConfigError, match="exists already"):
@@ -271,7 +271,7 @@ def test_what_exists_is_not_overwritten(base: Path, target: Path, tmp_path: Path
     assert (tmp_path / "out" / "thesis.txt").read_text() == "mine"
 
 
-def test_an_interrupted_make_goes_on(
+def test_an_interrupted_make_is_resumed(
     base: Path, target: Path, tmp_path: Path, llama: dict[str, Tensor], llava: dict[str, Tensor]
 ) -> None:
     seen = []
@@ -286,13 +286,13 @@ def test_an_interrupted_make_goes_on(
     assert not (tmp_path / "out").exists()
     again: list[int] = []
     make_delta(base, target, tmp_path / "out", progress=lambda done, total: again.append(done))
-    # Tensors this small may all be done before the first of them is told of.
+    # Tensors this small may all be written before progress is called for the first of them.
     assert all(done > sum(seen[-2:-1]) for done in again)
     assert _same(tmp_path / "out", _original_delta(llama, llava))
-    assert _nothing_left(tmp_path / "nothing")
+    assert _nothing_is_left(tmp_path / "nothing")
 
 
-def test_another_input_starts_anew(
+def test_another_input_starts_from_the_beginning(
     base: Path, target: Path, tmp_path: Path, llama: dict[str, Tensor], llava: dict[str, Tensor]
 ) -> None:
     def stop(done: int, total: int) -> None:
@@ -306,12 +306,12 @@ def test_another_input_starts_anew(
     assert _same(tmp_path / "out", _original_delta(other, llava))
 
 
-def test_two_at_once_are_refused(base: Path, target: Path, tmp_path: Path) -> None:
-    def meet(done: int, total: int) -> None:
+def test_two_processes_at_once_are_rejected(base: Path, target: Path, tmp_path: Path) -> None:
+    def start_another(done: int, total: int) -> None:
         with pytest.raises(EnvironmentFaultError, match="another process"):
             make_delta(base, target, tmp_path / "out")
 
-    make_delta(base, target, tmp_path / "out", progress=meet)
+    make_delta(base, target, tmp_path / "out", progress=start_another)
 
 
 _JOB = """
@@ -331,7 +331,7 @@ def test_killed_at_twenty_random_moments(base: Path, target: Path, tmp_path: Pat
 
 @pytest.mark.torture
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
-def test_a_full_disk_is_named_and_can_be_continued(
+def test_a_full_disk_is_reported_and_the_run_is_resumed(
     base: Path, target: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
 

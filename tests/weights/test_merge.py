@@ -1,4 +1,4 @@
-"""Adapters merged from disk to disk: the same as peft in memory, in any variant, and all the way to a delta."""
+"""Merging adapters from disk to disk: equal to peft in memory for every variant, and into a delta."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from llavar_peft.errors import ConfigError, WeightsError
 from llavar_peft.inference.reader import load_reader
 from llavar_peft.models.tuning import merge_tuning
 from llavar_peft.recipe.schema import Lora
-from llavar_peft.weights.io.open_weights import open_weights
+from llavar_peft.weights.io.tensor_blocks import open_weights
 from tests.weights.adapters import TINY_PARTS, save_moved_adapter
 
 _VARIANTS = {
@@ -33,7 +33,7 @@ _VARIANTS = {
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A whole tiny LLaVAR of ours, in fp32."""
+    """A tiny LLaVAR of ours, in fp32."""
     folder = tmp_path_factory.mktemp("base") / "model"
     config = ModelConfig(
         language_model=str(TINY_PARTS / "language_model"),
@@ -46,30 +46,32 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def _train_nothing_but_move(folder: Path, checkpoint: Path, tune: Lora, *, seed: int = 0) -> Any:
+def _save_adapter(folder: Path, checkpoint: Path, tune: Lora, *, seed: int = 0) -> Any:
     return save_moved_adapter(folder, ModelConfig(checkpoint=str(checkpoint), dtype="float32"), tune, seed=seed)
 
 
-def _farthest(folder: Path, wanted: dict[str, Tensor]) -> float:
+def _largest_difference(folder: Path, expected: dict[str, Tensor]) -> float:
     got = open_weights(folder)
-    assert set(got) == set(wanted)
-    return max(float((got[name].float() - wanted[name].float()).abs().max()) for name in wanted)
+    assert set(got) == set(expected)
+    return max(float((got[name].float() - expected[name].float()).abs().max()) for name in expected)
 
 
 @pytest.mark.parametrize("name", _VARIANTS)
-def test_the_merge_is_pefts(name: str, checkpoint: Path, tmp_path: Path) -> None:
-    wrapped = _train_nothing_but_move(tmp_path / "adapter", checkpoint, _VARIANTS[name])
+def test_the_merge_equals_that_of_peft(name: str, checkpoint: Path, tmp_path: Path) -> None:
+    wrapped = _save_adapter(tmp_path / "adapter", checkpoint, _VARIANTS[name])
     report = merge_adapter(checkpoint, tmp_path / "adapter", tmp_path / "merged")
-    wanted = merge_tuning(wrapped).state_dict()
-    assert report.tensors == len(wanted)
+    expected = merge_tuning(wrapped).state_dict()
+    assert report.tensors == len(expected)
     before = dict(open_weights(checkpoint))
-    assert _farthest(checkpoint, wanted) > 1e-2  # or there was nothing to merge
-    assert _farthest(tmp_path / "merged", wanted) < 1e-6
-    assert before["model.vision_tower.post_layernorm.weight"].equal(wanted["model.vision_tower.post_layernorm.weight"])
+    assert _largest_difference(checkpoint, expected) > 1e-2  # otherwise there was nothing to merge
+    assert _largest_difference(tmp_path / "merged", expected) < 1e-6
+    assert before["model.vision_tower.post_layernorm.weight"].equal(
+        expected["model.vision_tower.post_layernorm.weight"]
+    )
 
 
-def test_the_merged_model_answers_as_the_adapter_does(checkpoint: Path, tmp_path: Path) -> None:
-    wrapped = _train_nothing_but_move(tmp_path / "adapter", checkpoint, _VARIANTS["dora"])
+def test_the_merged_model_has_the_logits_of_the_adapter(checkpoint: Path, tmp_path: Path) -> None:
+    wrapped = _save_adapter(tmp_path / "adapter", checkpoint, _VARIANTS["dora"])
     merge_adapter(checkpoint, tmp_path / "adapter", tmp_path / "merged")
     reader = load_reader(tmp_path / "merged")
     ids = torch.tensor([[1, 40, 41, 42, 43]])
@@ -79,12 +81,12 @@ def test_the_merged_model_answers_as_the_adapter_does(checkpoint: Path, tmp_path
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-def test_it_is_rounded_once(dtype: str, checkpoint: Path, tmp_path: Path) -> None:
-    wrapped = _train_nothing_but_move(tmp_path / "adapter", checkpoint, _VARIANTS["lora"])
+def test_the_result_is_rounded_once(dtype: str, checkpoint: Path, tmp_path: Path) -> None:
+    wrapped = _save_adapter(tmp_path / "adapter", checkpoint, _VARIANTS["lora"])
     merge_adapter(checkpoint, tmp_path / "adapter", tmp_path / "merged", dtype=dtype)
-    wanted = merge_tuning(wrapped).state_dict()
+    expected = merge_tuning(wrapped).state_dict()
     for name, tensor in open_weights(tmp_path / "merged").items():
-        exact = wanted[name].float()
+        exact = expected[name].float()
         assert tensor.dtype == getattr(torch, dtype)
         step = torch.finfo(tensor.dtype).eps * exact.abs().clamp(min=torch.finfo(torch.float16).tiny)
         assert bool(((tensor.float() - exact).abs() <= step).all())
@@ -94,22 +96,22 @@ def test_it_is_rounded_once(dtype: str, checkpoint: Path, tmp_path: Path) -> Non
 
 def test_several_adapters(checkpoint: Path, tmp_path: Path) -> None:
     for number in (1, 2):
-        _train_nothing_but_move(tmp_path / str(number), checkpoint, _VARIANTS["lora"], seed=number)
+        _save_adapter(tmp_path / str(number), checkpoint, _VARIANTS["lora"], seed=number)
         merge_adapter(checkpoint, tmp_path / str(number), tmp_path / f"only{number}")
     both = [tmp_path / "1", tmp_path / "2"]
     base, one, two = (dict(open_weights(folder)) for folder in (checkpoint, tmp_path / "only1", tmp_path / "only2"))
     merge_adapter(checkpoint, both, tmp_path / "weighted", weights=[0.25, 2.0])
-    wanted = {name: base[name] + 0.25 * (one[name] - base[name]) + 2.0 * (two[name] - base[name]) for name in base}
-    assert _farthest(tmp_path / "weighted", wanted) < 1e-6
+    expected = {name: base[name] + 0.25 * (one[name] - base[name]) + 2.0 * (two[name] - base[name]) for name in base}
+    assert _largest_difference(tmp_path / "weighted", expected) < 1e-6
     merge_adapter(checkpoint, both, tmp_path / "sequence")
     merge_adapter(tmp_path / "only1", tmp_path / "2", tmp_path / "by hand", force=True)
-    assert _farthest(tmp_path / "sequence", dict(open_weights(tmp_path / "by hand"))) < 1e-6
-    with pytest.raises(ConfigError, match="one for each adapter"):
+    assert _largest_difference(tmp_path / "sequence", dict(open_weights(tmp_path / "by hand"))) < 1e-6
+    with pytest.raises(ConfigError, match="one for each of 2 adapters"):
         merge_adapter(checkpoint, both, tmp_path / "three", weights=[1.0])
 
 
-def test_an_adapter_of_another_shape_is_refused_by_name(checkpoint: Path, tmp_path: Path) -> None:
-    _train_nothing_but_move(tmp_path / "adapter", checkpoint, _VARIANTS["lora"])
+def test_an_adapter_of_another_shape_is_rejected(checkpoint: Path, tmp_path: Path) -> None:
+    _save_adapter(tmp_path / "adapter", checkpoint, _VARIANTS["lora"])
     path = tmp_path / "adapter/adapter_model.safetensors"
     tensors = load_file(path)
     first = "base_model.model.model.language_model.layers.0.mlp.down_proj.lora_A.weight"
@@ -129,9 +131,9 @@ def test_an_adapter_of_another_shape_is_refused_by_name(checkpoint: Path, tmp_pa
         assert not (tmp_path / "out").exists()
 
 
-def test_an_adapter_of_another_base_is_refused(checkpoint: Path, tmp_path: Path) -> None:
-    _train_nothing_but_move(tmp_path / "adapter", checkpoint, _VARIANTS["lora"])
-    merge_adapter(checkpoint, tmp_path / "adapter", tmp_path / "other")  # the same shapes, other numbers
+def test_an_adapter_of_another_base_is_rejected(checkpoint: Path, tmp_path: Path) -> None:
+    _save_adapter(tmp_path / "adapter", checkpoint, _VARIANTS["lora"])
+    merge_adapter(checkpoint, tmp_path / "adapter", tmp_path / "other")  # the same shapes, other values
     for attempt in (
         lambda: merge_adapter(tmp_path / "other", tmp_path / "adapter", tmp_path / "out"),
         lambda: make_delta(
@@ -149,7 +151,7 @@ def test_an_adapter_of_another_base_is_refused(checkpoint: Path, tmp_path: Path)
 
 
 def test_load_adapter(checkpoint: Path, tmp_path: Path) -> None:
-    wrapped = _train_nothing_but_move(tmp_path / "adapter", checkpoint, _VARIANTS["dora"])
+    wrapped = _save_adapter(tmp_path / "adapter", checkpoint, _VARIANTS["dora"])
     base = ModelConfig(checkpoint=str(checkpoint), dtype="float32")
     ids = torch.tensor([[1, 40, 41, 42, 43]])
     with torch.no_grad():
@@ -158,20 +160,20 @@ def test_load_adapter(checkpoint: Path, tmp_path: Path) -> None:
     assert not [parameter for parameter in loaded.parameters() if parameter.requires_grad]
     fewer = build_model(base)[0]
     del fewer.model.language_model.layers[-1]
-    with pytest.raises(WeightsError, match=r"extra: .*layers\.3"):
+    with pytest.raises(WeightsError, match=r"unexpected tensors: .*layers\.3"):
         load_adapter(fewer, tmp_path / "adapter")
     with pytest.raises(ConfigError, match=r"adapter_config\.json"):
         load_adapter(build_model(base)[0], checkpoint)
 
 
 def test_from_adapter_to_delta_without_the_merged_model(checkpoint: Path, tmp_path: Path) -> None:
-    """Adapter -> delta -> applied gives the logits of the merged model, and the same bytes as by way of it."""
-    _train_nothing_but_move(tmp_path / "adapter", checkpoint, _VARIANTS["lora"])
+    """The delta is bit-equal to that of the merged model, and applied to the base it gives the same logits."""
+    _save_adapter(tmp_path / "adapter", checkpoint, _VARIANTS["lora"])
     llama = TINY_PARTS / "language_model"
     make_delta(llama, checkpoint, tmp_path / "delta", adapter=tmp_path / "adapter")
     merge_adapter(checkpoint, tmp_path / "adapter", tmp_path / "merged", dtype="float16")
-    make_delta(llama, tmp_path / "merged", tmp_path / "by way")
-    one, other = open_weights(tmp_path / "delta"), open_weights(tmp_path / "by way")
+    make_delta(llama, tmp_path / "merged", tmp_path / "from merged")
+    one, other = open_weights(tmp_path / "delta"), open_weights(tmp_path / "from merged")
     assert set(one) == set(other)
     assert all(torch.equal(one[name], other[name]) for name in one)
 
@@ -186,7 +188,7 @@ def test_from_adapter_to_delta_without_the_merged_model(checkpoint: Path, tmp_pa
 
 
 def test_command(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    _train_nothing_but_move(tmp_path / "adapter", checkpoint, _VARIANTS["lora"])
+    _save_adapter(tmp_path / "adapter", checkpoint, _VARIANTS["lora"])
     arguments = ["--base", str(checkpoint), "--adapter", str(tmp_path / "adapter"), "--out", str(tmp_path / "merged")]
     assert cli.main(["merge", *arguments]) == 0
     assert str(tmp_path / "merged") in capsys.readouterr().out

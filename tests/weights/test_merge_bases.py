@@ -1,4 +1,4 @@
-"""What adapters are merged into: a quantized base's numbers, a plain language model; and what the merge costs."""
+"""Merging into a quantized base and into a plain language model, and the difference in logits."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from llavar_peft.inference.reader import load_reader
 from llavar_peft.models import merge_logits_gap
 from llavar_peft.recipe.schema import Lora
 from llavar_peft.weights.io import tensor_names
-from llavar_peft.weights.io.open_weights import open_weights
+from llavar_peft.weights.io.tensor_blocks import open_weights
 from llavar_peft.weights.merge.merge_plan import plan_merge
 from tests.weights.adapters import LANGUAGE_MODEL, VISION_TOWER, save_moved_adapter
 
@@ -27,7 +27,7 @@ IDS = torch.tensor([[1, 40, 41, 858, 42, 43, 859, 44]])
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A whole tiny LLaVAR of ours, in fp32."""
+    """A tiny LLaVAR of ours, in fp32."""
     folder = tmp_path_factory.mktemp("base") / "model"
     model, processor = build_model(PARTS)
     model.save_pretrained(folder)
@@ -56,8 +56,8 @@ def test_an_adapter_of_a_plain_language_model_becomes_a_whole_model(tmp_path: Pa
 
 
 @pytest.mark.parametrize("variant", ["lora", "dora", "rslora"])
-def test_it_goes_all_the_way_to_a_delta(variant: str, tmp_path: Path) -> None:
-    """Adapter of a Vicuna -> delta to LLaMA -> applied: numbers and logits of the merged model."""
+def test_an_adapter_of_a_plain_language_model_becomes_a_delta(variant: str, tmp_path: Path) -> None:
+    """Adapter of a Vicuna, then delta to LLaMA, then applied: values and logits are those of the merged model."""
     tune = Lora(rank=4, alpha=8, dropout=0.0, train_image_rows=True, variant=variant)  # type: ignore[arg-type]
     wrapped = save_moved_adapter(tmp_path / "adapter", PARTS, tune)
     make_delta(LANGUAGE_MODEL, LANGUAGE_MODEL, tmp_path / "delta", adapter=tmp_path / "adapter")
@@ -66,9 +66,9 @@ def test_it_goes_all_the_way_to_a_delta(variant: str, tmp_path: Path) -> None:
     assert torch.allclose(_logits(applied.model), _logits(wrapped), atol=0.1)
     assert _logits(applied.model).argmax(-1).equal(_logits(wrapped).argmax(-1))
     merge_adapter(LANGUAGE_MODEL, tmp_path / "adapter", tmp_path / "merged", dtype="float16")
-    merged, there = open_weights(tmp_path / "merged"), open_weights(tmp_path / "applied")
-    assert {tensor_names.to_released(name) for name in merged} - {None} == set(there)
-    for name, tensor in there.items():
+    merged, applied_weights = open_weights(tmp_path / "merged"), open_weights(tmp_path / "applied")
+    assert {tensor_names.to_released(name) for name in merged} - {None} == set(applied_weights)
+    for name, tensor in applied_weights.items():
         ours = merged[tensor_names.from_released(name) or ""]
         assert torch.allclose(tensor.float(), ours.float(), atol=2e-3), name
     config = json.loads((tmp_path / "delta/config.json").read_text())
@@ -76,7 +76,7 @@ def test_it_goes_all_the_way_to_a_delta(variant: str, tmp_path: Path) -> None:
 
 
 def test_a_stage_1_projector_belongs_to_the_base(checkpoint: Path, tmp_path: Path) -> None:
-    """An adapter trained over a stage-1 file, without the projector: the merge lays the file over the base again."""
+    """For an adapter that was trained on a base with a stage-1 file, the merge applies the file to the base again."""
     stage_1 = {
         "model.mm_projector.weight": torch.full((128, 192), 0.01),
         "model.mm_projector.bias": torch.full((128,), 0.5),
@@ -93,7 +93,7 @@ def test_a_stage_1_projector_belongs_to_the_base(checkpoint: Path, tmp_path: Pat
         assert torch.equal(merged.get_input_embeddings().weight[-2:], stage_1["model.embed_tokens.weight"])
         assert torch.allclose(_logits(merged), _logits(wrapped), atol=1e-4)
         (tmp_path / "mm_projector.bin").rename(tmp_path / "moved.bin")
-        with pytest.raises(ConfigError, match=r"projector that its run began with is not there.*--projector"):
+        with pytest.raises(ConfigError, match=r"projector file of the adapter.s run does not exist.*--projector"):
             merge_adapter(source, folder / "adapter", folder / "again")
         merge_adapter(source, folder / "adapter", folder / "again", projector=tmp_path / "moved.bin", dtype="float32")
         (tmp_path / "moved.bin").rename(tmp_path / "mm_projector.bin")
@@ -106,7 +106,7 @@ def test_a_plain_language_model_needs_tower_and_projector(tmp_path: Path) -> Non
     with pytest.raises(WeightsError, match=r"no model\.multi_modal_projector\.weight"):
         merge_adapter(LANGUAGE_MODEL, tmp_path / "adapter", tmp_path / "out")
     save_moved_adapter(tmp_path / "other", PARTS, WITH_ROWS)
-    with pytest.raises(ConfigError, match=r"no vision tower there"):
+    with pytest.raises(ConfigError, match=r"no vision tower found"):
         merge_adapter(LANGUAGE_MODEL, tmp_path / "other", tmp_path / "out", vision_tower=tmp_path)
     assert not (tmp_path / "out").exists()
 
@@ -115,22 +115,22 @@ def test_a_plain_language_model_needs_tower_and_projector(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("quantize", ["nf4", "int8"])
-def test_onto_what_it_was_trained_on_or_onto_the_original(quantize: str, checkpoint: Path, tmp_path: Path) -> None:
+def test_merging_onto_the_dequantized_or_the_original_base(quantize: str, checkpoint: Path, tmp_path: Path) -> None:
     base = ModelConfig(checkpoint=str(checkpoint), dtype="float32", quantize=quantize)  # type: ignore[arg-type]
     wrapped = save_moved_adapter(tmp_path / "adapter", base, Lora(rank=4, alpha=8, dropout=0.0))
     trained = _logits(wrapped)
-    apart = {}
+    difference = {}
     for onto in (None, "original", "dequantized"):
         report = merge_adapter(checkpoint, tmp_path / "adapter", tmp_path / str(onto), onto=onto)  # type: ignore[arg-type]
         merged = _logits(load_reader(tmp_path / str(onto), dtype="float32").model)
-        apart[report.onto] = float((merged - trained).abs().max())
+        difference[report.onto] = float((merged - trained).abs().max())
         assert report.gaps["result"].relative < (0.3 if report.onto == "original" else 1e-5)
     assert report.gaps["original"].relative > 1e-3
     # bitsandbytes rounds the activations of int8 too.
-    assert apart["dequantized"] < (1e-3 if quantize == "nf4" else 0.3)
-    assert quantize == "int8" or apart["original"] > 20 * apart["dequantized"]
-    default, asked = open_weights(tmp_path / "None"), open_weights(tmp_path / "dequantized")
-    assert all(torch.equal(tensor, asked[name]) for name, tensor in default.items())
+    assert difference["dequantized"] < (1e-3 if quantize == "nf4" else 0.3)
+    assert quantize == "int8" or difference["original"] > 20 * difference["dequantized"]
+    default, dequantized = open_weights(tmp_path / "None"), open_weights(tmp_path / "dequantized")
+    assert all(torch.equal(tensor, dequantized[name]) for name, tensor in default.items())
     tower = "model.vision_tower.encoder.layers.0.self_attn.q_proj.weight"
     for name in (tower, tensor_names.HEAD, tensor_names.EMBEDDINGS):
         assert torch.equal(default[name], open_weights(checkpoint)[name])
@@ -142,17 +142,17 @@ def test_onto_what_it_was_trained_on_or_onto_the_original(quantize: str, checkpo
 def test_a_delta_of_an_adapter_trained_on_4_bits(checkpoint: Path, tmp_path: Path) -> None:
     base = ModelConfig(checkpoint=str(checkpoint), dtype="float32", quantize="nf4")
     wrapped = save_moved_adapter(tmp_path / "adapter", base, Lora(rank=4, alpha=8, dropout=0.0))
-    apart = {}
+    difference = {}
     for onto in ("dequantized", "original"):
         make_delta(LANGUAGE_MODEL, checkpoint, tmp_path / onto / "d", adapter=tmp_path / "adapter", onto=onto)  # type: ignore[arg-type]
         apply_delta(LANGUAGE_MODEL, tmp_path / onto / "d", tmp_path / onto / "applied")
         reader = load_reader(tmp_path / onto / "applied", vision_tower=str(VISION_TOWER), dtype="float32")
-        apart[onto] = float((_logits(reader.model) - _logits(wrapped)).abs().max())
-    assert 0 < apart["dequantized"] < 0.1
-    assert apart["original"] > 3 * apart["dequantized"]
+        difference[onto] = float((_logits(reader.model) - _logits(wrapped)).abs().max())
+    assert 0 < difference["dequantized"] < 0.1
+    assert difference["original"] > 3 * difference["dequantized"]
 
 
-def test_dequantized_is_for_quantized_bases(checkpoint: Path, tmp_path: Path) -> None:
+def test_dequantized_requires_a_quantized_base(checkpoint: Path, tmp_path: Path) -> None:
     save_moved_adapter(tmp_path / "adapter", ModelConfig(checkpoint=str(checkpoint)), Lora(rank=4))
     with pytest.raises(ConfigError, match="not trained on a quantized base"):
         merge_adapter(checkpoint, tmp_path / "adapter", tmp_path / "out", onto="dequantized")
@@ -166,8 +166,8 @@ def test_dequantized_is_for_quantized_bases(checkpoint: Path, tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("variant", ["lora", "dora"])
-def test_the_probe_sees_the_models_own_logits(variant: str, checkpoint: Path, tmp_path: Path) -> None:
-    """Computed from disk block by block, with the adapter beside the weights: what peft's model computes."""
+def test_the_probe_computes_the_logits_of_the_model(variant: str, checkpoint: Path, tmp_path: Path) -> None:
+    """Logits computed from disk, block by block with an unmerged adapter, are those of peft's model."""
     tune = Lora(rank=4, alpha=8, dropout=0.0, variant=variant, train_image_rows=True)  # type: ignore[arg-type]
     base = ModelConfig(checkpoint=str(checkpoint), dtype="float32")
     wrapped = save_moved_adapter(tmp_path / "adapter", base, tune)
@@ -180,7 +180,7 @@ def test_the_probe_sees_the_models_own_logits(variant: str, checkpoint: Path, tm
     assert torch.allclose(plain, _logits(build_model(base)[0])[0], atol=1e-4)
 
 
-def test_a_result_too_far_from_the_adapter_is_not_kept(
+def test_a_result_that_differs_too_much_is_not_kept(
     checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     base = ModelConfig(checkpoint=str(checkpoint), dtype="float32")
@@ -208,11 +208,11 @@ def test_two_adapters_probed(checkpoint: Path, tmp_path: Path) -> None:
         assert report.gaps["result"].relative < 1e-4
 
 
-# -- what belongs beside the weights ------------------------------------------------------------
+# -- other files ------------------------------------------------------------
 
 
 def test_a_delta_has_the_tokenizer_that_the_original_reads(checkpoint: Path, tmp_path: Path) -> None:
-    """Ours keeps a tokenizer.json; the original opens the base's tokenizer.model with the image tokens beside it."""
+    """Ours has a tokenizer.json; the original reads the base's tokenizer.model and a file with the image tokens."""
     llama = tmp_path / "llama"
     shutil.copytree(LANGUAGE_MODEL, llama)
     (llama / "tokenizer.model").write_bytes(b"the base's own")

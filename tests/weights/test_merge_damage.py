@@ -1,4 +1,4 @@
-"""Merges of damaged or unfitting inputs, and merges that are killed: named, nothing half written, nothing silent."""
+"""Merges of damaged or mismatched inputs, and merges that are killed: the error names the file, and nothing is left."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from llavar_peft import ModelConfig, build_model, make_delta, merge_adapter
 from llavar_peft.errors import LlavarError
 from llavar_peft.models.modeling_llavar import LlavarForConditionalGeneration
 from llavar_peft.recipe.schema import Lora
-from llavar_peft.weights.base_check import FINGERPRINT_FILE
-from llavar_peft.weights.io.tensor_table import read_file_tensor_table
-from llavar_peft.weights.io.weight_checksums import write_checksums
+from llavar_peft.weights.io.tensor_blocks import write_checksums
+from llavar_peft.weights.io.tensor_table import read_file_table
+from llavar_peft.weights.io.weights_fingerprint import FINGERPRINT_FILE
 from tests.weights.adapters import LANGUAGE_MODEL, VISION_TOWER, save_moved_adapter
 from tests.weights.killing import kill_twenty_times
 
@@ -31,7 +31,7 @@ ADAPTER = "adapter_model.safetensors"
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A whole model in three shards, with checksums, as a run leaves it."""
+    """A model in three shards with checksums, as saved by a run."""
     folder = tmp_path_factory.mktemp("base") / "model"
     model, processor = build_model(PARTS)
     model.save_pretrained(folder, max_shard_size="4MB")
@@ -47,11 +47,11 @@ def adapter(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def _lose(path: Path) -> None:
+def _delete(path: Path) -> None:
     path.unlink()
 
 
-def _cut(path: Path) -> None:
+def _truncate(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-1])
 
 
@@ -59,11 +59,9 @@ def _halve(path: Path) -> None:
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 
 
-def _flip(path: Path) -> None:
-    """The lowest bit of a number of the language model."""
-    place = next(
-        entry.offset for name, entry in read_file_tensor_table(path).items() if ".language_model.layers." in name
-    )
+def _flip_bit(path: Path) -> None:
+    """Flip the lowest bit of an element of the language model."""
+    place = next(entry.offset for name, entry in read_file_table(path).items() if ".language_model.layers." in name)
     content = bytearray(path.read_bytes())
     content[place] ^= 1
     path.write_bytes(content)
@@ -75,7 +73,7 @@ def _nan(path: Path) -> None:
     tensors[name][0, ..., 0] = torch.nan
     save_file(tensors, path)
     if not path.name.startswith("adapter"):
-        write_checksums(path.parent)  # not damage on the way: it was so when it was written
+        write_checksums(path.parent)  # the checksums are those of the NaN
     else:
         (path.parent / "weights_checksums.json").unlink()
 
@@ -83,7 +81,7 @@ def _nan(path: Path) -> None:
 def _rename(path: Path) -> None:
     tensors = load_file(path)
     name = next(name for name in tensors if ".language_model.layers." in name)
-    tensors[name.replace("layers.", "lairs.")] = tensors.pop(name)
+    tensors[name.replace("layers.", "lost.")] = tensors.pop(name)
     save_file(tensors, path)
     (path.parent / "weights_checksums.json").unlink()
 
@@ -93,22 +91,22 @@ def _empty(path: Path) -> None:
 
 
 _DAMAGE: tuple[tuple[str, Callable[[Path], None], str], ...] = (
-    *((SHARD, damage, SHARD) for damage in (_lose, _cut, _flip, _empty)),
+    *((SHARD, damage, SHARD) for damage in (_delete, _truncate, _flip_bit, _empty)),
     (SHARD, _nan, "mlp.gate_proj.weight"),
     (SHARD, _rename, "language_model."),
     ("config.json", _halve, "config.json"),
     ("model.safetensors.index.json", _empty, "index"),
-    *((ADAPTER, damage, ADAPTER) for damage in (_lose, _cut, _flip, _empty)),
+    *((ADAPTER, damage, ADAPTER) for damage in (_delete, _truncate, _flip_bit, _empty)),
     (ADAPTER, _nan, "NaN"),
-    (ADAPTER, _rename, "lairs."),
-    ("adapter_config.json", _lose, "adapter_config.json"),
+    (ADAPTER, _rename, "lost."),
+    ("adapter_config.json", _delete, "adapter_config.json"),
     ("adapter_config.json", _halve, "adapter_config.json"),
     ("base.json", _halve, "base.json"),
     (FINGERPRINT_FILE, _halve, FINGERPRINT_FILE),
 )
 
 
-def _nothing_left(folder: Path) -> bool:
+def _nothing_is_left(folder: Path) -> bool:
     return not [path.name for path in folder.iterdir() if path.name not in ("base", "adapter")]
 
 
@@ -131,11 +129,11 @@ def test_damage_is_named_and_nothing_is_left(
         assert named in text
         assert str(tmp_path) in text
         assert "Fix: " in text
-        assert _nothing_left(tmp_path)
+        assert _nothing_is_left(tmp_path)
 
 
 def _other(base: Path, folder: Path, change: Callable[[LlavarForConditionalGeneration], None]) -> Path:
-    """The base with something of its shape changed."""
+    """Save a base with another shape."""
     model, processor = build_model(ModelConfig(checkpoint=str(base), dtype="float32"))
     change(model)
     model.save_pretrained(folder)
@@ -171,10 +169,10 @@ def _fewer_words(model: LlavarForConditionalGeneration) -> None:
 
 @pytest.mark.torture
 @pytest.mark.parametrize("change", [_fewer_layers, _more_layers, _narrower, _fewer_words], ids=lambda one: one.__name__)
-def test_a_base_of_another_shape_is_refused(
+def test_a_base_of_another_shape_is_rejected(
     change: Callable[[LlavarForConditionalGeneration], None], base: Path, tmp_path: Path
 ) -> None:
-    """By its fingerprint; where that is overruled, because the tensors do not land."""
+    """Rejected because of its fingerprint, or with ``force`` because the tensors do not fit."""
     rows = dataclasses.replace(TUNE, train_image_rows=True)
     adapter = tmp_path / "adapter"
     save_moved_adapter(adapter, ModelConfig(checkpoint=str(base), dtype="float32"), rows)
@@ -184,12 +182,12 @@ def test_a_base_of_another_shape_is_refused(
             merge_adapter(other, adapter, tmp_path / "out", force=force)
         assert str(adapter) in str(raised.value)
         assert "Fix: " in str(raised.value)
-        assert _nothing_left(tmp_path)
+        assert _nothing_is_left(tmp_path)
 
 
 _JOB = """
 from llavar_peft import merge_adapter
-writer._SYNC_AFTER = 200_000
+folder_writer._SYNC_AFTER = 200_000
 def work(folder, progress):
     merge_adapter(first, second, folder, progress=progress, dtype="float16", shard_size=2_000_000, probe=False)
 """

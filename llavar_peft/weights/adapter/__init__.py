@@ -1,1 +1,1 @@
-"""Adapters as files: reading, checking and describing them."""
+"""Reading, checking and describing adapters on disk."""

@@ -1,19 +1,18 @@
-"""An adapter on disk, as ``peft`` writes it, with what it is an adapter of."""
+"""The files of an adapter, in peft's format, and ``base.json``, which describes its base."""
 
 from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from llavar_peft.errors import ConfigError
-from llavar_peft.weights.io.check_tensors import check_tensors
-from llavar_peft.weights.io.open_weights import open_weights
-from llavar_peft.weights.io.tensor_blocks import read_blocks
-from llavar_peft.weights.io.tensor_table import TensorEntry, read_file_tensor_table
+from llavar_peft.weights.io.tensor_blocks import check_tensors
+from llavar_peft.weights.io.tensor_table import DOWNLOAD_AGAIN, TensorEntry, read_file_table
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -21,84 +20,105 @@ if TYPE_CHECKING:
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 ADAPTER_CONFIG = "adapter_config.json"
 BASE_FILE = "base.json"
-"""Beside an adapter: the ``ModelConfig`` of what it is an adapter of."""
+"""In an adapter's folder: the ``ModelConfig`` of its base."""
+PREFIX = "base_model.model."
+"""What peft puts before our tensor names."""
+_FIX = "give the folder of an adapter"
+
+
+@dataclass(frozen=True, slots=True)
+class BaseSettings:
+    """How the base of an adapter was configured in training.
+
+    Attributes:
+        fields: The fields of its ``ModelConfig``; empty for an adapter without ``base.json``.
+        vision_tower: Folder of the tower, if it is not the base's own.
+        projector: The stage-1 file that was applied to the base.
+        quantize: How the base was quantized.
+        dtype: Dtype of the weights before they were quantized.
+    """
+
+    fields: Mapping[str, Any] = field(default_factory=dict)
+    vision_tower: str | None = None
+    projector: str | None = None
+    quantize: Literal["nf4", "int8"] | None = None
+    dtype: str = "auto"
+
+
+def read_base_settings(adapter: Path) -> BaseSettings:
+    """Read ``base.json`` in an adapter's folder.
+
+    Raises:
+        ConfigError: The file is not readable.
+    """
+    path = adapter / BASE_FILE
+    if not path.is_file():
+        return BaseSettings()
+    try:
+        known = dict(json.loads(path.read_text(encoding="utf-8")))
+        if known.get("quantize") not in (None, "nf4", "int8"):
+            raise ValueError(f"quantize: got {known['quantize']!r}, expected 'nf4', 'int8' or null")
+    except (OSError, ValueError, TypeError) as error:
+        raise ConfigError.at(str(path), f"not readable as settings of a base ({error})", DOWNLOAD_AGAIN) from error
+    chosen = {key: known.get(key) for key in ("vision_tower", "projector", "quantize")}
+    return BaseSettings(known, **chosen, dtype=known.get("dtype") or "auto")
 
 
 def read_settings(folder: Path) -> dict[str, Any]:
     """Read an adapter's ``adapter_config.json``.
 
-    Args:
-        folder: The adapter's.
-
-    Returns:
-        Its content, with at least ``peft_type``.
-
     Raises:
-        ConfigError: No adapter, or not readable.
+        ConfigError: The folder holds no adapter, or the file is not readable.
     """
     path = folder / ADAPTER_CONFIG
     try:
         settings = json.loads(path.read_text(encoding="utf-8"))
         _ = settings["peft_type"]
     except FileNotFoundError:
-        what = "no such folder" if not folder.is_dir() else f"no {ADAPTER_CONFIG} in it"
-        raise ConfigError.at(str(folder), what, "give an adapter's folder") from None
+        what = "no such folder" if not folder.is_dir() else f"no {ADAPTER_CONFIG} in this folder"
+        raise ConfigError.at(str(folder), what, _FIX) from None
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ConfigError.at(
-            str(path), f"not readable as peft's settings ({error!r})", "fetch the file again"
-        ) from error
+        raise ConfigError.at(str(path), f"not readable as settings of peft ({error!r})", DOWNLOAD_AGAIN) from error
     return dict(settings)
 
 
-def read_base_settings(folder: Path) -> dict[str, Any]:
-    """Read what an adapter says of its base: a ``ModelConfig``'s fields; empty where it says nothing."""
-    path = folder / BASE_FILE
-    if not path.is_file():
-        return {}
-    try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError) as error:
-        raise ConfigError.at(str(path), f"not readable as a base's settings ({error})", "fetch it again") from error
+def scaling_of(module: str, settings: Mapping[str, Any]) -> tuple[int, float]:
+    """Return rank and scale of a module's update.
+
+    Source: peft, tuners/lora/layer.py, ``update_layer``.
+    """
+    from peft.utils.other import get_pattern_key
+
+    ranks, alphas = settings.get("rank_pattern") or {}, settings.get("alpha_pattern") or {}
+    rank = int(ranks.get(get_pattern_key(ranks.keys(), module), settings["r"]))
+    alpha = float(alphas.get(get_pattern_key(alphas.keys(), module), settings["lora_alpha"]))
+    return rank, alpha / (rank**0.5 if settings.get("use_rslora") else rank)
 
 
 def read_adapter_table(folder: Path) -> dict[str, TensorEntry]:
-    """Read which tensors an adapter holds, with their checksums where it has any.
-
-    Args:
-        folder: The adapter's.
-
-    Returns:
-        Where they lie, by peft's names.
+    """Read the table of an adapter's tensors, by peft's names.
 
     Raises:
-        ConfigError: There is no such file.
-        WeightsError: It is cut off or no safetensors.
+        ConfigError: There is no file of weights.
+        WeightsError: The file is truncated or no safetensors.
     """
     path = folder / ADAPTER_WEIGHTS
     if not path.is_file():
-        raise ConfigError.at(str(folder), f"no {ADAPTER_WEIGHTS} in it", "give an adapter's folder")
-    return read_file_tensor_table(path)
-
-
-def read_tensor(entry: TensorEntry) -> Tensor:
-    """Read a tensor whole; refuses one whose bytes are not those that its checksum was taken of."""
-    import torch
-
-    blocks = list(read_blocks(entry))
-    return (torch.cat(blocks) if blocks else torch.empty(0)).reshape(entry.shape)
+        raise ConfigError.at(str(folder), f"no {ADAPTER_WEIGHTS} in this folder", _FIX)
+    return read_file_table(path)
 
 
 def load_adapter_weights(model: Any, tensors: dict[str, Tensor], *, where: str, name: str = "default") -> None:
     """Copy an adapter's tensors into a ``PeftModel``.
 
     Args:
-        model: With adapters of the same settings in place.
+        model: Has adapters with the same settings.
         tensors: By peft's names.
-        where: What to call them.
-        name: The adapter's in the model.
+        where: What to call them in messages.
+        name: Name of the adapter in the model.
 
     Raises:
-        WeightsError: One that has no place, one that is missing, or one of another shape.
+        WeightsError: A tensor is unexpected, missing or of another shape.
     """
     from peft import get_peft_model_state_dict, set_peft_model_state_dict
 
@@ -108,14 +128,9 @@ def load_adapter_weights(model: Any, tensors: dict[str, Tensor], *, where: str, 
     set_peft_model_state_dict(model, tensors, adapter_name=name)
 
 
-def open_adapter_weights(folder: Path) -> dict[str, Tensor]:
-    """An adapter's tensors, mapped from disk and unchecked."""
-    return dict(open_weights(folder / ADAPTER_WEIGHTS))
-
-
 @contextmanager
 def quiet_about_biases() -> Iterator[None]:
-    """Keep peft from taking the biases of adapters, which have one dimension, for shards."""
+    """Silence peft's warning that takes the one-dimensional biases of adapters for shards."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=r".*lora_B\.bias:", module=r"peft\.")
         yield

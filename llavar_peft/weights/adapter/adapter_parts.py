@@ -1,6 +1,6 @@
-"""What the tensors of an adapter are, told from their names and shapes: whether they make sense, and fit a base.
+"""An adapter's tensors by module, and whether they agree with its settings and with a base.
 
-Nothing is read but headers, and no model is built.
+Only headers are read, and no model is built.
 """
 
 from __future__ import annotations
@@ -11,11 +11,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from llavar_peft.errors import Fault
+from llavar_peft.weights.adapter.adapter_files import PREFIX, scaling_of
+from llavar_peft.weights.io.tensor_blocks import join_first
 from llavar_peft.weights.io.tensor_table import TensorEntry
 
-PREFIX = "base_model.model."
-"""What peft puts before our names."""
-RETRAIN = "use it on the base it was trained on"
+_OTHER_BASE = "use the adapter with the base it was trained on"
 _SAVE_AGAIN = "save the adapter again with peft"
 _ROLES = {
     ".lora_A.weight": "A",
@@ -25,7 +25,7 @@ _ROLES = {
     ".token_adapter.trainable_tokens_delta": "rows",
 }
 _OPTIONAL = {"bias": "lora_bias", "magnitude": "use_dora"}
-"""Roles that an update has only under a setting."""
+"""Roles of an update that depend on a setting."""
 _LAYER = re.compile(r"\.language_model\.layers\.(\d+)\.")
 _SHOWN = 6
 
@@ -34,39 +34,32 @@ Shape = tuple[int, ...]
 
 @dataclass(frozen=True, slots=True)
 class AdapterPart:
-    """All that an adapter holds for one module of its base.
+    """The tensors of an adapter for one module of its base.
 
     Attributes:
-        module: The module's name in our model, e.g. ``model.language_model.layers.0.mlp.up_proj``.
+        module: Name of the module in our model, e.g. ``model.language_model.layers.0.mlp.up_proj``.
         tensors: By role: ``A``, ``B``, ``bias`` and ``magnitude`` of a low-rank update; ``rows`` of an embedding; or,
-            of a module that was trained in full, its tensors by their own names (``weight``, ``bias``).
-        whole: Whether it was trained in full.
+            for a module that was trained in full, its tensors by their own names (``weight``, ``bias``).
+        in_full: Whether the module was trained in full.
     """
 
     module: str
     tensors: Mapping[str, TensorEntry]
-    whole: bool
+    in_full: bool
 
     @property
     def kind(self) -> str:
-        """The last part of the module's name: what is alike in each layer."""
+        """The last part of the module's name, which is the same in each layer."""
         return self.module.rsplit(".", 1)[-1]
 
     @property
     def parameters(self) -> int:
-        """How many numbers."""
+        """Number of parameters."""
         return sum(entry.numel for entry in self.tensors.values())
 
 
 def split_adapter(table: Mapping[str, TensorEntry]) -> tuple[AdapterPart, ...]:
-    """Sorts an adapter's tensors by module.
-
-    Args:
-        table: By peft's names.
-
-    Returns:
-        One part for each module, in the order of the file.
-    """
+    """Sort an adapter's tensors, given by peft's names, into one part for each module."""
     found: dict[tuple[str, bool], dict[str, TensorEntry]] = {}
     for name, entry in table.items():
         plain = name.removeprefix(PREFIX)
@@ -76,133 +69,101 @@ def split_adapter(table: Mapping[str, TensorEntry]) -> tuple[AdapterPart, ...]:
         else:
             module, _, own = plain.rpartition(".")
             found.setdefault((module, True), {})[own] = entry
-    return tuple(AdapterPart(module, tensors, whole) for (module, whole), tensors in found.items())
+    return tuple(AdapterPart(module, tensors, in_full) for (module, in_full), tensors in found.items())
 
 
 def find_shape_faults(parts: Sequence[AdapterPart], settings: Mapping[str, Any], where: str) -> Iterator[Fault]:
-    """Yield what of an adapter contradicts its own settings.
+    """Yield a fault for each contradiction between an adapter's tensors and its settings.
 
     Args:
-        parts: Of ``split_adapter``.
-        settings: Its ``adapter_config.json``.
-        where: What to call it.
-
-    Yields:
-        A fault for each module.
+        parts: From ``split_adapter``.
+        settings: The adapter's ``adapter_config.json``.
+        where: What to call the adapter in messages.
     """
     if settings["peft_type"] != "LORA":
-        yield Fault(where, f"not a LoRA adapter (got peft_type {settings['peft_type']})", "give a LoRA adapter")
+        yield Fault(where, f"unsupported peft_type (got {settings['peft_type']}, expected LORA)", "give a LoRA adapter")
         return
     if not any("A" in part.tensors for part in parts):
-        yield Fault(where, "holds no low-rank update", _SAVE_AGAIN)
+        yield Fault(where, "the adapter has no low-rank updates", _SAVE_AGAIN)
     saved = tuple(settings.get("modules_to_save") or ())
     for module in saved:
-        if not any(part.whole and part.kind == module for part in parts):
-            yield Fault(where, f"{module} was trained in full, and is not in it", _SAVE_AGAIN)
+        if not any(part.in_full and part.kind == module for part in parts):
+            yield Fault(where, f"{module} was trained in full, but its tensors are missing", _SAVE_AGAIN)
     if settings.get("trainable_token_indices") and not any("rows" in part.tensors for part in parts):
-        yield Fault(where, "rows of the embeddings were trained, and are not in it", _SAVE_AGAIN)
+        yield Fault(where, "rows of the embeddings were trained, but they are missing", _SAVE_AGAIN)
     for part in parts:
-        what = _odd(part, settings, saved)
+        what = _check_part(part, settings, saved)
         if what is not None:
             yield Fault(f"{where}:{part.module}", what, _SAVE_AGAIN)
 
 
-def _odd(part: AdapterPart, settings: Mapping[str, Any], saved: Sequence[str]) -> str | None:
-    if part.whole:
-        return None if part.kind in saved else "not understood as part of this adapter"
+def _check_part(part: AdapterPart, settings: Mapping[str, Any], saved: Sequence[str]) -> str | None:
+    if part.in_full:
+        return None if part.kind in saved else "not a tensor of this kind of adapter"
     if "rows" in part.tensors:
         expected, got = len(row_indices(part, settings)), part.tensors["rows"].shape
-        return (
-            None if len(got) == 2 and got[0] == expected else f"rows misshapen (got {list(got)}, expected {expected})"
-        )
-    wanted_roles = {"A", "B"} | {role for role, setting in _OPTIONAL.items() if settings.get(setting)}
-    absent, extra = sorted(wanted_roles - set(part.tensors)), sorted(set(part.tensors) - wanted_roles)
-    if absent or extra:
-        return f"its parts do not make an update (missing {absent}, unexpected {extra})"
+        fits = len(got) == 2 and got[0] == expected
+        return None if fits else f"wrong shape (got {list(got)}, expected {expected} rows)"
+    roles = {"A", "B"} | {role for role, setting in _OPTIONAL.items() if settings.get(setting)}
+    missing, unexpected = sorted(roles - set(part.tensors)), sorted(set(part.tensors) - roles)
+    if missing or unexpected:
+        return f"incomplete update (missing {missing}, unexpected {unexpected})"
     a, b, rank = part.tensors["A"].shape, part.tensors["B"].shape, scaling_of(part.module, settings)[0]
     if len(a) != 2 or len(b) != 2 or a[0] != rank or b[1] != rank:
-        return f"misshapen (got A {list(a)} and B {list(b)}, expected rank {rank})"
-    bad = [f"{role} {list(part.tensors[role].shape)}" for role in _OPTIONAL if role in wanted_roles]
+        return f"wrong shape (got A {list(a)} and B {list(b)}, expected rank {rank})"
+    bad = [f"{role} {list(part.tensors[role].shape)}" for role in _OPTIONAL if role in roles]
     bad = [text for text in bad if not text.endswith(f" [{b[0]}]")]
-    return f"misshapen (got {', '.join(bad)}, expected [{b[0]}])" if bad else None
+    return f"wrong shape (got {', '.join(bad)}, expected [{b[0]}])" if bad else None
 
 
 def row_indices(part: AdapterPart, settings: Mapping[str, Any]) -> list[int]:
-    """Which rows of an embedding were trained.
-
-    Args:
-        part: Of the embedding.
-        settings: The adapter's.
-
-    Returns:
-        Their numbers.
-    """
+    """Return the numbers of the rows of an embedding that were trained."""
     indices = settings.get("trainable_token_indices") or []
     return list(indices.get(part.kind, []) if isinstance(indices, Mapping) else indices)
-
-
-def scaling_of(module: str, settings: Mapping[str, Any]) -> tuple[int, float]:
-    """Rank and scale of a module's update.
-
-    Args:
-        module: Its name.
-        settings: The adapter's.
-
-    Returns:
-        Both.
-
-    Source: peft, tuners/lora/layer.py, ``update_layer``.
-    """
-    from peft.utils.other import get_pattern_key
-
-    ranks, alphas = settings.get("rank_pattern") or {}, settings.get("alpha_pattern") or {}
-    rank = int(ranks.get(get_pattern_key(ranks.keys(), module), settings["r"]))
-    alpha = float(alphas.get(get_pattern_key(alphas.keys(), module), settings["lora_alpha"]))
-    return rank, alpha / (rank**0.5 if settings.get("use_rslora") else rank)
 
 
 def find_base_faults(
     parts: Sequence[AdapterPart], settings: Mapping[str, Any], base: Mapping[str, Shape], where: str
 ) -> Iterator[Fault]:
-    """Yield what keeps an adapter from being laid over a base of these shapes.
+    """Yield what prevents an adapter from being applied to a base.
 
     Args:
-        parts: Of ``split_adapter``.
-        settings: The adapter's.
+        parts: From ``split_adapter``.
+        settings: The adapter's ``adapter_config.json``.
         base: Shapes of the base's tensors by our names.
-        where: What to call the adapter.
+        where: What to call the adapter in messages.
 
     Yields:
-        A fault if the numbers of layers differ, and one for each way in which modules do not meet.
+        A fault if the numbers of layers differ, and one for each kind of mismatch between modules.
     """
-    expected = _expected(settings, base)
+    expected = _expected_modules(settings, base)
     theirs, ours = _layers(part.module for part in parts), _layers(expected)
     if theirs and theirs != ours:
-        yield Fault(where, f"made for {_count(theirs)}, and the base has {_count(ours)}", RETRAIN)
-    lost = [part.module for part in parts if not _targets(part) <= set(base)]
+        what = f"the adapter and the base have different layers (got {_describe(theirs)}, expected {_describe(ours)})"
+        yield Fault(where, what, _OTHER_BASE)
+    unknown = [part.module for part in parts if not _targets(part) <= set(base)]
     bad = [
         f"{part.module} (the base's is {list(base[part.module + '.weight'])})"
         for part in parts
-        if part.module not in lost and not _fits(part, settings, base)
+        if part.module not in unknown and not _fits(part, settings, base)
     ]
     adapted = {part.module for part in parts if "A" in part.tensors}
-    bare = [module for module in expected if module not in adapted]
+    missing = [module for module in expected if module not in adapted]
     for modules, what in (
-        (lost, "of its modules are not in the base"),
-        (bad, "of its modules do not fit the base's"),
-        (bare, "modules of the base have no part in it"),
+        (unknown, "modules of the adapter are not in the base"),
+        (bad, "modules of the adapter have another shape in the base"),
+        (missing, "modules of the base are missing from the adapter"),
     ):
         if modules:
-            more = f", and {len(modules) - _SHOWN} more" if len(modules) > _SHOWN else ""
-            yield Fault(where, f"{len(modules)} {what}: {', '.join(modules[:_SHOWN])}{more}", RETRAIN)
+            yield Fault(where, f"{len(modules)} {what}: {join_first(modules)}", _OTHER_BASE)
 
 
 def _targets(part: AdapterPart) -> set[str]:
-    return {f"{part.module}.{own}" for own in part.tensors} if part.whole else {f"{part.module}.weight"}
+    return {f"{part.module}.{own}" for own in part.tensors} if part.in_full else {f"{part.module}.weight"}
 
 
 def _fits(part: AdapterPart, settings: Mapping[str, Any], base: Mapping[str, Shape]) -> bool:
-    if part.whole:
+    if part.in_full:
         return all(base[f"{part.module}.{own}"] == entry.shape for own, entry in part.tensors.items())
     shape = base[f"{part.module}.weight"]
     if "rows" in part.tensors:
@@ -213,10 +174,10 @@ def _fits(part: AdapterPart, settings: Mapping[str, Any], base: Mapping[str, Sha
     return shape == (part.tensors["B"].shape[0], part.tensors["A"].shape[1])
 
 
-def _expected(settings: Mapping[str, Any], base: Mapping[str, Shape]) -> list[str]:
-    """The base's modules that an adapter's settings want adapted."""
+def _expected_modules(settings: Mapping[str, Any], base: Mapping[str, Shape]) -> list[str]:
+    """Return the modules of a base that are to be adapted according to the settings."""
     targets = settings.get("target_modules") or []
-    modules = [name.removesuffix(".weight") for name, shape in base.items() if name.endswith(".weight")]
+    modules = [name.removesuffix(".weight") for name in base if name.endswith(".weight")]
     if isinstance(targets, str):
         found = [module for module in modules if re.fullmatch(targets, module)]
     else:
@@ -228,10 +189,11 @@ def _expected(settings: Mapping[str, Any], base: Mapping[str, Shape]) -> list[st
     return [module for module in found if _layers([module]) <= layers]
 
 
-def _layers(found: Iterable[str]) -> set[int]:
-    return {int(match[1]) for name in found if (match := _LAYER.search(name)) is not None}
+def _layers(modules: Iterable[str]) -> set[int]:
+    return {int(match[1]) for name in modules if (match := _LAYER.search(name)) is not None}
 
 
-def _count(layers: set[int]) -> str:
-    whole = layers == set(range(len(layers)))
-    return f"{len(layers)} layers" if whole else f"layers {', '.join(map(str, sorted(layers)[:_SHOWN]))}"
+def _describe(layers: set[int]) -> str:
+    if layers == set(range(len(layers))):
+        return f"{len(layers)} layers"
+    return f"layers {', '.join(map(str, sorted(layers)[:_SHOWN]))}"

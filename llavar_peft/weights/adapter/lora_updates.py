@@ -1,4 +1,4 @@
-"""What an adapter does to each tensor of its base, read from its files as ``peft`` wrote them.
+"""The updates of an adapter to the tensors of its base, read from the files that ``peft`` wrote.
 
 Source: peft, tuners/lora/layer.py (``get_delta_weight``), tuners/lora/variants.py (DoRA), tuners/trainable_tokens.
 """
@@ -10,24 +10,24 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llavar_peft.errors import ConfigError, Fault, WeightsError
+from llavar_peft.errors import ConfigError, Fault
 from llavar_peft.weights.adapter.adapter_files import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
+    PREFIX,
     read_adapter_table,
     read_settings,
-    read_tensor,
+    scaling_of,
 )
-from llavar_peft.weights.adapter.adapter_parts import PREFIX, scaling_of
-from llavar_peft.weights.io.tensor_blocks import first_not_finite
+from llavar_peft.weights.io.tensor_blocks import find_not_finite, raise_faults, read_tensor
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 _A, _B, _MAGNITUDE = ".lora_A.weight", ".lora_B.weight", ".lora_magnitude_vector"
 _ROWS = ".token_adapter.trainable_tokens_delta"
-# Settings under which the tensors mean something else than what is computed here.
-_UNKNOWN = (
+# Settings that change the meaning of the tensors in ways that are not implemented here.
+_UNSUPPORTED = (
     "fan_in_fan_out", "layer_replication", "target_parameters", "use_qalora", "use_bdlora",
     "alora_invocation_tokens", "megatron_config", "arrow_config", "kasa_config", "velora_config", "monteclora_config",
 )  # fmt: skip
@@ -35,15 +35,15 @@ _UNKNOWN = (
 
 @dataclass(frozen=True, slots=True)
 class LowRank:
-    """W + scale B A; with a magnitude m (DoRA), each row of that brought to the length m."""
+    """W + scale B A; with a magnitude m (DoRA), each row of it scaled to the length m."""
 
     a: Tensor
     b: Tensor
     scale: float
     magnitude: Tensor | None = None
 
-    def applied(self, rows: Tensor, start: int) -> Tensor:
-        """The update on some rows.
+    def apply(self, rows: Tensor, start: int) -> Tensor:
+        """Return rows of the weight after the update.
 
         Args:
             rows: fp32, shape (rows, in).
@@ -63,12 +63,12 @@ class LowRank:
         return scaled
 
     def output(self, x: Tensor, before: Tensor, rows: Tensor, start: int) -> Tensor:
-        """What a linear layer gives with the update beside its weight, as ``peft`` computes it before a merge.
+        """Return a linear layer's output with an unmerged update, computed as ``peft`` does.
 
         Args:
             x: The layer's input, fp32, shape (tokens, in).
-            before: Its output at some of its rows without the update, shape (tokens, rows).
-            rows: Those rows of its weight without the update, fp32, shape (rows, in).
+            before: Some columns of its output without the update, shape (tokens, rows).
+            rows: The corresponding rows of its weight without the update, fp32, shape (rows, in).
             start: Number of the first of them.
 
         Returns:
@@ -87,7 +87,7 @@ class LowRank:
         return scaled
 
     def fits(self, shape: tuple[int, ...]) -> bool:
-        """Whether a tensor of this shape can take the update."""
+        """Return whether the update can be applied to a tensor of this shape."""
         return shape == (self.b.shape[0], self.a.shape[1])
 
 
@@ -97,12 +97,12 @@ class Replacement:
 
     value: Tensor
 
-    def applied(self, rows: Tensor, start: int) -> Tensor:
-        """The update on some rows: they are not looked at."""
+    def apply(self, rows: Tensor, start: int) -> Tensor:
+        """Return rows of the tensor after the update; the values of the given rows are not used."""
         return self.value[start : start + rows.shape[0]]
 
     def fits(self, shape: tuple[int, ...]) -> bool:
-        """Whether a tensor of this shape can take the update."""
+        """Return whether the update can be applied to a tensor of this shape."""
         return shape == tuple(self.value.shape)
 
 
@@ -113,13 +113,13 @@ class Rows:
     indices: Tensor
     value: Tensor
 
-    def applied(self, rows: Tensor, start: int) -> Tensor:
-        """The update on some rows."""
+    def apply(self, rows: Tensor, start: int) -> Tensor:
+        """Return rows of the tensor after the update."""
         inside = (self.indices >= start) & (self.indices < start + rows.shape[0])
         return rows.index_copy(0, self.indices[inside] - start, self.value[inside])
 
     def fits(self, shape: tuple[int, ...]) -> bool:
-        """Whether a tensor of this shape can take the update."""
+        """Return whether the update can be applied to a tensor of this shape."""
         return len(shape) == 2 and shape[1] == self.value.shape[1] and int(self.indices.max()) < shape[0]
 
 
@@ -131,9 +131,9 @@ class Adapter:
     """An adapter on disk.
 
     Attributes:
-        folder: Where it lies.
+        folder: Its folder.
         settings: Its ``adapter_config.json``.
-        updates: What it does, by our name of the base's tensor.
+        updates: Its updates, by our name of the base's tensor.
     """
 
     folder: Path
@@ -142,41 +142,40 @@ class Adapter:
 
 
 def read_adapter(folder: str | Path) -> Adapter:
-    """Read an adapter whole; it is small beside its base.
+    """Read a whole adapter, in fp32; it is small compared with its base.
 
     Args:
-        folder: With ``adapter_config.json`` and ``adapter_model.safetensors``.
-
-    Returns:
-        Its updates in fp32.
+        folder: Holds ``adapter_config.json`` and ``adapter_model.safetensors``.
 
     Raises:
-        ConfigError: Not an adapter, or one of a kind that is not computed here.
-        WeightsError: A tensor that is damaged, not understood, missing its partner, or not finite.
+        ConfigError: Not an adapter, or an unsupported kind of adapter.
+        WeightsError: A tensor is damaged, unexpected, without its counterpart, or not finite.
     """
     path = Path(folder)
-    settings = _read_settings(path)
+    settings = _read_supported_settings(path)
     tensors = {name: read_tensor(entry).float() for name, entry in read_adapter_table(path).items()}
     faults = [
         fault
         for name, tensor in tensors.items()
-        if (fault := first_not_finite([tensor], f"{path / ADAPTER_WEIGHTS}:{name}")) is not None
+        if (fault := find_not_finite([tensor], f"{path / ADAPTER_WEIGHTS}:{name}")) is not None
     ]
     updates: dict[str, Update] = {}
     for name in tensors:
-        target, update = _update_of(name, tensors, settings)
+        target, update = _make_update(name, tensors, settings)
         if update is not None:
             updates[target] = update
         elif target == "":
-            what = "not understood as part of an adapter"
-            faults.append(Fault(f"{path / ADAPTER_WEIGHTS}:{name}", what, "save the adapter again with peft"))
-    if faults:
-        raise WeightsError("\n".join(map(str, faults)), faults)
+            where = f"{path / ADAPTER_WEIGHTS}:{name}"
+            faults.append(Fault(where, "not a tensor of this kind of adapter", "save the adapter again with peft"))
+    raise_faults(faults)
     return Adapter(path, settings, updates)
 
 
-def _update_of(name: str, tensors: Mapping[str, Tensor], settings: Mapping[str, Any]) -> tuple[str, Update | None]:
-    """Our name of the tensor that a stored one changes, and how; no update for the parts that come with another."""
+def _make_update(name: str, tensors: Mapping[str, Tensor], settings: Mapping[str, Any]) -> tuple[str, Update | None]:
+    """Return our name of the tensor that a stored one changes, and the update.
+
+    The update is None for a tensor that belongs to another one's update; the name is empty for an unexpected tensor.
+    """
     import torch
 
     if not name.startswith(PREFIX):
@@ -187,13 +186,13 @@ def _update_of(name: str, tensors: Mapping[str, Tensor], settings: Mapping[str, 
         if stem + _B not in tensors:
             return "", None
         target = plain.removesuffix(_A)
-        low = LowRank(
+        low_rank = LowRank(
             tensors[name], tensors[stem + _B], scaling_of(target, settings)[1], tensors.get(stem + _MAGNITUDE)
         )
-        return f"{target}.weight", low
+        return f"{target}.weight", low_rank
     if name.endswith((_B, _MAGNITUDE)):
-        partner = name.removesuffix(_B).removesuffix(_MAGNITUDE) + _A
-        return (plain if partner in tensors else ""), None
+        counterpart = name.removesuffix(_B).removesuffix(_MAGNITUDE) + _A
+        return (plain if counterpart in tensors else ""), None
     if name.endswith(_ROWS):
         target = plain.removesuffix(_ROWS)
         indices = settings["trainable_token_indices"]
@@ -203,21 +202,20 @@ def _update_of(name: str, tensors: Mapping[str, Tensor], settings: Mapping[str, 
     return (plain, Replacement(tensors[name])) if plain.rsplit(".", 2)[-2] in saved else ("", None)
 
 
-def _read_settings(folder: Path) -> dict[str, Any]:
+def _read_supported_settings(folder: Path) -> dict[str, Any]:
     settings = read_settings(folder)
     where, kind = str(folder / ADAPTER_CONFIG), settings["peft_type"]
     if settings.get("lora_bias"):
         raise ConfigError.at(
             where,
-            "this adapter has biases, and LLaMA's layers have none to merge them into",
-            "use it unmerged, or train one with bias: none",
+            "an adapter with biases cannot be merged, because LLaMA's layers have no biases",
+            "use the adapter unmerged, or train one with bias: none",
         )
-    unknown = [key for key in _UNKNOWN if settings.get(key)]
+    unsupported = [key for key in _UNSUPPORTED if settings.get(key)]
     if settings.get("bias", "none") != "none":
-        unknown.append("bias")
-    if kind != "LORA" or unknown:
-        got = f"peft_type {kind}" if kind != "LORA" else f"with {', '.join(unknown)}"
-        raise ConfigError.at(
-            where, f"an adapter of a kind that is not merged here (got {got})", "merge it with peft itself"
-        )
+        unsupported.append("bias")
+    if kind != "LORA" or unsupported:
+        got = f"peft_type {kind}" if kind != "LORA" else f"settings {', '.join(unsupported)}"
+        what = f"this kind of adapter cannot be merged (got {got}, expected a plain LoRA)"
+        raise ConfigError.at(where, what, "merge it with peft")
     return settings

@@ -1,1 +1,1 @@
-"""The released delta format: make, apply and verify."""
+"""Making, applying and verifying deltas in the released format."""

@@ -1,11 +1,11 @@
-"""Whether a delta was taken from a base, told from the numbers alone.
+"""Check that a delta was made from a base: by fingerprints, or by the values alone.
 
-A delta in fp16 is the rounded difference of two fp16 numbers, target - base. Both lie on grids: fp16 numbers near x are
-multiples of ulp(x). Their exact difference is a multiple of the finer of the two steps, and rounding it to fp16, a
-coarser or an equal grid, keeps it one. So with the right base every element of the delta is a multiple of
-min(ulp(base), ulp(base + delta)), without exception. With another base of the same shape the steps are those of other
-numbers, and wherever they come out coarser, elements of the delta fall between them: many with a model of another
-training, and enough to tell with a finetune of the right one, such as Vicuna in the place of LLaMA.
+The test of values: an fp16 delta is the rounded difference of two fp16 numbers, target - base. fp16 numbers near x are
+multiples of ulp(x). The exact difference is a multiple of the smaller of the two steps, and rounding it to fp16, whose
+grid there is coarser or equal, keeps it one. So with the right base every element of the delta is a multiple of
+min(ulp(base), ulp(base + delta)), without exception. With another base the steps are those of other numbers, and where
+they are coarser, elements of the delta fall between them: many for a model of another training, and enough to detect a
+finetuned version of the right base, such as Vicuna instead of LLaMA.
 """
 
 from __future__ import annotations
@@ -13,52 +13,129 @@ from __future__ import annotations
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
-from llavar_peft.weights.io.tensor_blocks import read_elements
+from llavar_peft.errors import Fault, WeightsError
+from llavar_peft.weights.delta.released_layout import ReleasedView
+from llavar_peft.weights.io import tensor_names
+from llavar_peft.weights.io.tensor_blocks import join_first, read_elements
 from llavar_peft.weights.io.tensor_table import TensorEntry
-from llavar_peft.weights.weights_fingerprint import sampled_runs
+from llavar_peft.weights.io.weights_fingerprint import (
+    FINGERPRINT_FILE,
+    compare_fingerprints,
+    read_fingerprint,
+    sampled_runs,
+    take_fingerprint,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+BaseCheckMethod = Literal["fingerprint", "statistics"]
 _PLACES, _RUN = 32, 4096
-BOUND = 5e-5
-"""Share of elements off the grid above which a base is refused."""
-_TENSOR_BOUND, _TENSOR_FEWEST = 1e-3, 8
-"""The same within one tensor, and how many must be off there: a base in which a few tensors differ."""
+MAX_OFF_GRID = 5e-5
+"""Share of elements off the grid above which a base is rejected."""
+_TENSOR_MAX_OFF_GRID, _TENSOR_MIN_COUNT = 1e-3, 8
+"""The same share within one tensor, and the minimum count there: detects a base in which a few tensors differ."""
 _MAGNITUDE = 0x7FFF
+_GROWS = (tensor_names.RELEASED_EMBEDDINGS, tensor_names.HEAD)
+_VERBATIM = (tensor_names.RELEASED_PROJECTOR_WEIGHT, tensor_names.RELEASED_PROJECTOR_BIAS)
+_SHOWN = 6
+
+
+def check_delta_base(base: ReleasedView, delta: ReleasedView) -> BaseCheckMethod:
+    """Reject a base that a delta was not made from.
+
+    Returns:
+        How the base was recognized: ``"fingerprint"``, or ``"statistics"`` for a delta without one.
+
+    Raises:
+        WeightsError: It is another base; the message names the evidence.
+    """
+    known = read_fingerprint(delta.folder / FINGERPRINT_FILE)
+    if known is not None and "base" in known:
+        found = compare_fingerprints(known["base"], take_fingerprint(base.table, base.config))
+        if found:
+            raise _wrong_base(base, delta, f"its fingerprint differs in {join_first(found)}")
+        return "fingerprint"
+    evidence = sample_delta_values(base.table, delta.table)
+    if not evidence.fits:
+        share = evidence.off_grid / evidence.tested
+        tensors = f"; worst tensors: {join_first(list(evidence.tensors))}" if evidence.tensors else ""
+        what = f"{share:.2%} of {evidence.tested} sampled differences are impossible with its values"
+        raise _wrong_base(base, delta, f"{what} (expected at most {MAX_OFF_GRID:.3%}){tensors}")
+    return "statistics"
+
+
+def _wrong_base(base: ReleasedView, delta: ReleasedView, reason: str) -> WeightsError:
+    fault = Fault(
+        str(base.folder),
+        f"not the base that {delta.folder} was made from: {reason}",
+        "give the unchanged original base (for LLaVAR it is LLaMA-13B, not Vicuna), or use --force, which gives "
+        "other weights",
+    )
+    return WeightsError(str(fault), (fault,))
+
+
+def check_matching_tensors(base: ReleasedView, other: ReleasedView) -> None:
+    """Reject a base and a target (or delta) with different tensors, except for what LLaVA adds to LLaMA.
+
+    Args:
+        base: The base.
+        other: The target or delta. It may have a projector, and more rows of the embeddings and the head.
+
+    Raises:
+        WeightsError: Names what is missing, unexpected or misshapen, on either side.
+
+    Source: the assertions of LLaVAR, llava/model/make_delta.py and apply_delta.py.
+    """
+    fix = "give a base and a target or delta of the same model"
+    absent = [name for name in base.table if name not in other.table]
+    unexpected = [name for name in other.table if name not in base.table and name not in _VERBATIM]
+    faults = [
+        Fault(str(view.folder), f"{len(found)} tensors of {owner.folder} are missing: {join_first(found)}", fix)
+        for view, owner, found in ((other, base, absent), (base, other, unexpected))
+        if found
+    ]
+    for name, entry in other.table.items():
+        if name in base.table and not _fits(name, base.table[name].shape, entry.shape):
+            what = f"does not fit {other.folder} (got {list(base.table[name].shape)}, expected {list(entry.shape)})"
+            faults.append(Fault(f"{base.folder}:{name}", what, fix))
+    if faults:
+        more = [f"and {len(faults) - _SHOWN} more"] if len(faults) > _SHOWN else []
+        raise WeightsError("\n".join([*map(str, faults[:_SHOWN]), *more]), faults)
+
+
+def _fits(name: str, base: tuple[int, ...], other: tuple[int, ...]) -> bool:
+    return base == other or (name in _GROWS and base[1:] == other[1:] and base[0] <= other[0])
 
 
 @dataclass(frozen=True, slots=True)
 class DeltaBaseEvidence:
-    """What the test found.
+    """Result of the test of values.
 
     Attributes:
-        tested: Elements looked at.
-        off: Elements that the base cannot have led to.
-        tensors: Names of tensors that are off by themselves, the worst first.
+        tested: Number of elements tested.
+        off_grid: Number of elements that are impossible with the base.
+        tensors: Names of tensors that are conspicuous by themselves, the worst first.
     """
 
     tested: int
-    off: int
+    off_grid: int
     tensors: tuple[str, ...]
 
     @property
     def fits(self) -> bool:
-        """Whether the delta can have been taken from the base."""
-        return not self.tensors and self.off <= BOUND * self.tested
+        """Whether the delta can have been made from the base."""
+        return not self.tensors and self.off_grid <= MAX_OFF_GRID * self.tested
 
 
-def check_delta_base(base: Mapping[str, TensorEntry], delta: Mapping[str, TensorEntry]) -> DeltaBaseEvidence:
-    """Tests a delta against a base, on up to 131,072 elements of each tensor spread over it.
+def sample_delta_values(base: Mapping[str, TensorEntry], delta: Mapping[str, TensorEntry]) -> DeltaBaseEvidence:
+    """Test a delta against a base, on up to 131,072 elements of each tensor, spread over it.
 
     Args:
         base: Its tensors by released names.
-        delta: Its tensors, fp16.
-
-    Returns:
-        The outcome. Tensors that only one side has are left out.
+        delta: Its tensors, fp16. Tensors that only one side has are left out.
 
     Raises:
         WeightsError: A file ends early.
@@ -66,40 +143,38 @@ def check_delta_base(base: Mapping[str, TensorEntry], delta: Mapping[str, Tensor
     shared = [name for name in delta if name in base]
     with ThreadPoolExecutor(4) as pool:
         counts = dict(zip(shared, pool.map(lambda name: _count(base[name], delta[name]), shared), strict=True))
-    bad = {name: off / tested for name, (tested, off) in counts.items() if _is_off(tested, off)}
+    bad = {
+        name: off / tested
+        for name, (tested, off) in counts.items()
+        if off >= _TENSOR_MIN_COUNT and off > _TENSOR_MAX_OFF_GRID * tested
+    }
     tested, off = (sum(count[side] for count in counts.values()) for side in (0, 1))
     return DeltaBaseEvidence(tested, off, tuple(sorted(bad, key=lambda name: -bad[name])))
 
 
-def _is_off(tested: int, off: int) -> bool:
-    return off >= _TENSOR_FEWEST and off > _TENSOR_BOUND * tested
-
-
 def _count(base: TensorEntry, delta: TensorEntry) -> tuple[int, int]:
-    # Rows that only the delta has come last and hold the target's own numbers.
+    # Rows that only the delta has are its last ones, and hold the target's own values.
     tested = off = 0
     for start, count in sampled_runs(min(base.numel, delta.numel), _PLACES, _RUN):
-        old = read_elements(base, start, count).half()
-        step = read_elements(delta, start, count).half()
         tested += count
-        off += count_off_grid(old, step)
+        off += count_off_grid(read_elements(base, start, count).half(), read_elements(delta, start, count).half())
     return tested, off
 
 
 def count_off_grid(base: Tensor, delta: Tensor) -> int:
-    """How many elements of a delta are no multiple of the finer step of base and base + delta.
+    """Count the elements of a delta that are no multiple of the smaller step of base and base + delta.
 
     Args:
         base: fp16, any shape.
         delta: fp16, the same shape.
 
     Returns:
-        Their number; 0 for a delta that was taken from this base.
+        Their number; 0 for a delta that was made from this base.
     """
     import torch
 
     target = (base + delta).view(torch.int16) & _MAGNITUDE
-    # Rounding may have lifted the target onto a power of two, below which the step is half of that above.
+    # Rounding may have raised the target to a power of two, below which the step is half of that above.
     below = (target - 1).clamp(min=0)
     exponent = torch.minimum(_exponent(base.view(torch.int16)), _exponent(below))
     steps = torch.ldexp(delta.float(), 25 - exponent)
@@ -107,5 +182,5 @@ def count_off_grid(base: Tensor, delta: Tensor) -> int:
 
 
 def _exponent(bits: Tensor) -> Tensor:
-    """The biased exponent; ulp is 2 to the power of it - 25. Numbers under the normal ones share the least."""
+    """Return the biased exponent; ulp is 2 ** (exponent - 25). Subnormal numbers have the smallest one."""
     return ((bits >> 10) & 31).clamp(min=1)

@@ -1,30 +1,28 @@
-"""The released delta format: what LLaVAR's weights are published as, made, applied and verified without a model.
+"""The released delta format, in which LLaVAR's weights are published: make and apply, without a model in memory.
 
 Source: LLaVAR, llava/model/make_delta.py and llava/model/apply_delta.py. In fp16, tensor by tensor:
-delta = target - base and target = base + delta; rows of ``embed_tokens`` and ``lm_head`` that the base does not have,
-and the projector, are the target's own.
+delta = target - base and target = base + delta. Rows of ``embed_tokens`` and ``lm_head`` that the base does not have,
+and the projector, hold the target's values.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llavar_peft.weights.adapter.lora_updates import read_adapter
-from llavar_peft.weights.base_check import FINGERPRINT_FILE, check_adapter_base, check_base, check_pair
+from llavar_peft.weights.delta.delta_base_check import check_delta_base, check_matching_tensors
 from llavar_peft.weights.delta.released_layout import ReleasedView, copy_companions, view_as_released
 from llavar_peft.weights.io.folder_writer import FolderWriter, WeightsReport
 from llavar_peft.weights.io.shard_layout import RELEASED_SHARD_SIZE, TensorSpec, WeightsFormat
-from llavar_peft.weights.io.stream_tensors import Blocks, Progress, stream
-from llavar_peft.weights.io.tensor_blocks import count_not_finite, locate_fault, read_blocks
+from llavar_peft.weights.io.tensor_blocks import read_blocks
+from llavar_peft.weights.io.weights_fingerprint import FINGERPRINT_FILE, check_adapter_base, take_fingerprint
+from llavar_peft.weights.io.write_weights import Progress, identify_files, write_weights
 from llavar_peft.weights.merge.merge_base import released_merge_base
-from llavar_peft.weights.merge.merge_plan import Onto, choose_rounding
-from llavar_peft.weights.merge.merge_stream import MergedTensors
-from llavar_peft.weights.weights_fingerprint import take_fingerprint
+from llavar_peft.weights.merge.merge_stream import MergedTensors, Onto, choose_rounding
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -43,52 +41,49 @@ def make_delta(
 ) -> WeightsReport:
     """Write target - base in the released format, bit-equal to the original's ``make_delta``.
 
-    Never holds more than a few blocks of a tensor. Killed or out of disk, the same call goes on where it was.
+    Never holds more than a few blocks of a tensor. If it was killed or the disk was full, the same call resumes.
 
     Args:
         base: Folder of a LLaMA or a Vicuna.
         target: Folder of a LLaVAR: a checkpoint of ours, or one in the released layout.
-        out: Folder to make; must not exist.
-        adapter: One adapter's folder, or several, merged into the target on the way, one after another: the delta is
-            that of the merged model in fp16, which is never written itself. With one, the target may be the plain
-            language model that it was trained on.
-        onto: For adapters of a quantized base, as ``merge_adapter`` takes it.
+        out: Folder to create.
+        adapter: Folder of one adapter, or of several, that are merged into the target one after another: the delta is
+            that of the merged model in fp16, which is not written itself. With one adapter, the target may be the
+            plain language model that it was trained on.
+        onto: For adapters of a quantized base, as for ``merge_adapter``.
         form: ``"bin"``, as released, or ``"safetensors"``.
-        shard_size: Bytes of a file at most.
-        progress: Told after each tensor how many bytes are written, and of how many.
-
-    Returns:
-        What was written.
+        shard_size: Maximum size of a file in bytes.
+        progress: Called after each tensor with the number of bytes written and the total.
 
     Raises:
-        ConfigError: A folder that is not what it should be, or ``out`` exists.
-        WeightsError: Tensors that do not fit each other, damaged or not finite.
+        ConfigError: A folder is not of the expected kind, or ``out`` exists.
+        WeightsError: Tensors do not fit each other, are damaged or not finite.
         InterruptedRunError: Ctrl-C.
-        EnvironmentFaultError: The disk is full, or another process writes the same folder.
+        EnvironmentFaultError: The disk is full, or another process is writing the same folder.
     """
     old, new = view_as_released(base), view_as_released(target)
-    check_pair(old, new)
+    check_matching_tensors(old, new)
     folders = [Path(adapter)] if isinstance(adapter, (str, Path)) else [Path(one) for one in adapter]
     for folder in folders[:1]:
         check_adapter_base(folder, lambda: take_fingerprint(new.table, new.config), str(target))
     adapters = [read_adapter(folder) for folder in folders]
     _, rounding = choose_rounding(folders, onto)
     merged = MergedTensors(released_merge_base(new, adapters), adapters, rounding=rounding)
-    new = replace(new, config=dict(merged.base.config))
-    specs = [TensorSpec(name, shape, "float16") for name, shape in merged.base.shapes.items()]
-
-    def blocks(name: str) -> Iterator[Tensor]:
-        return combined(merged.blocks(name, "float16"), _blocks_of(old, name), sign=-1)
-
     prints = {"base": take_fingerprint(old.table, old.config)}
-    if not folders:  # what a merge comes to is not known before it is made
+    if not folders:  # the fingerprint of a merged model is not known before the merge
         prints["target"] = take_fingerprint(new.table, new.config)
+    specs = [TensorSpec(name, shape, "float16") for name, shape in merged.base.shapes.items()]
     plan = repr((merged.identity(), rounding, _identity(old, new)))
-    writer = FolderWriter(Path(out), specs, form=form, shard_size=shard_size, plan=plan)
-    tensors = {spec.name: partial(blocks, spec.name) for spec in specs}
-    # An adapter's tokenizer has the image tokens, its plain language model's has not.
-    tokenizers = (*reversed(merged.base.companions), old.folder)
-    return _write(writer, tensors, (old, new), tokenizers, prints, progress)
+    return _write(
+        FolderWriter(Path(out), specs, form=form, shard_size=shard_size, plan=plan),
+        lambda name: merged.blocks(name, "float16"),
+        (old, replace(new, config=dict(merged.base.config))),
+        sign=-1,
+        # The tokenizer of an adapter has the image tokens, that of its plain language model has not.
+        tokenizers=(*reversed(merged.base.companions), old.folder),
+        prints=prints,
+        progress=progress,
+    )
 
 
 def apply_delta(
@@ -103,90 +98,91 @@ def apply_delta(
 ) -> WeightsReport:
     """Write base + delta in the released layout, bit-equal to the original's ``apply_delta``.
 
-    Never holds more than a few blocks of a tensor. Killed or out of disk, the same call goes on where it was.
+    Never holds more than a few blocks of a tensor. If it was killed or the disk was full, the same call resumes.
 
     Args:
-        base: Folder of the LLaMA or Vicuna that the delta was taken from.
+        base: Folder of the LLaMA or Vicuna that the delta was made from.
         delta: Folder of a delta, as released or of ours.
-        out: Folder to make; must not exist.
+        out: Folder to create.
         form: ``"bin"``, as released, or ``"safetensors"``.
-        shard_size: Bytes of a file at most.
-        force: Go on with a base that the delta was not taken from.
-        progress: Told after each tensor how many bytes are written, and of how many.
-
-    Returns:
-        What was written.
+        shard_size: Maximum size of a file in bytes.
+        force: Accept a base that the delta was not made from.
+        progress: Called after each tensor with the number of bytes written and the total.
 
     Raises:
-        ConfigError: A folder that is not what it should be, or ``out`` exists.
-        WeightsError: Another base than the delta's; tensors that do not fit each other, damaged or not finite.
+        ConfigError: A folder is not of the expected kind, or ``out`` exists.
+        WeightsError: The delta was made from another base; tensors do not fit each other, are damaged or not finite.
         InterruptedRunError: Ctrl-C.
-        EnvironmentFaultError: The disk is full, or another process writes the same folder.
+        EnvironmentFaultError: The disk is full, or another process is writing the same folder.
     """
     old, step = view_as_released(base), view_as_released(delta)
-    check_pair(old, step)
+    check_matching_tensors(old, step)
     if not force:
-        check_base(old, step)
-
-    def blocks(name: str) -> Iterator[Tensor]:
-        whole = read_blocks(step.table[name])
-        return combined(whole, _blocks_of(old, name), sign=1)
-
+        check_delta_base(old, step)
     prints = {"base": take_fingerprint(old.table, old.config), "delta": take_fingerprint(step.table, step.config)}
     specs = [TensorSpec(name, entry.shape, "float16") for name, entry in step.table.items()]
-    plan = "apply" + _identity(old, step)
-    writer = FolderWriter(Path(out), specs, form=form, shard_size=shard_size, plan=plan)
-    tensors = {spec.name: partial(blocks, spec.name) for spec in specs}
-    return _write(writer, tensors, (old, step), (step.folder, old.folder), prints, progress)
+    return _write(
+        FolderWriter(Path(out), specs, form=form, shard_size=shard_size, plan="apply" + _identity(old, step)),
+        lambda name: read_blocks(step.table[name]),
+        (old, step),
+        sign=1,
+        tokenizers=(step.folder, old.folder),
+        prints=prints,
+        progress=progress,
+    )
 
 
-def _blocks_of(view: ReleasedView, name: str) -> Iterator[Tensor]:
-    return read_blocks(view.table[name]) if name in view.table else iter(())
+def _write(
+    writer: FolderWriter,
+    blocks: Callable[[str], Iterator[Tensor]],
+    views: tuple[ReleasedView, ReleasedView],
+    *,
+    sign: int,
+    tokenizers: Sequence[Path],
+    prints: Mapping[str, Any],
+    progress: Progress | None,
+) -> WeightsReport:
+    """Write the blocks of a target or delta, combined with the base, which is the first of the views."""
+    base = views[0].table
+
+    def combined(spec: TensorSpec) -> Iterator[Tensor]:
+        rows = read_blocks(base[spec.name]) if spec.name in base else iter(())
+        return combine(blocks(spec.name), rows, sign=sign)
+
+    def finish(staged: Path) -> None:
+        copy_companions(views[1], staged, tokenizers)
+        (staged / FINGERPRINT_FILE).write_text(json.dumps(prints) + "\n", encoding="utf-8")
+
+    return write_weights(
+        writer,
+        combined,
+        sources=lambda name: [view.table.get(name) for view in views],
+        finish=finish,
+        progress=progress,
+    )
 
 
-def combined(whole: Iterator[Tensor], base: Iterator[Tensor], *, sign: int) -> Iterator[Tensor]:
-    """Add or takes away the base's rows, in fp16; the rows after its last stay as they are.
+def combine(blocks: Iterator[Tensor], base: Iterator[Tensor], *, sign: int) -> Iterator[Tensor]:
+    """Add or subtract the base's rows, in fp16; rows that the base does not have are not changed.
 
     Args:
-        whole: Blocks of a target or delta.
-        base: Blocks of the base's tensor of the same name, none where it has none.
-        sign: 1 adds, -1 takes away.
+        blocks: Blocks of a target or delta.
+        base: Blocks of the base's tensor of the same name; empty if there is none.
+        sign: 1 adds, -1 subtracts.
 
     Yields:
         Blocks in fp16.
     """
-    for block in whole:
+    for block in blocks:
         result = block.half()
         rows = next(base, None)
         if rows is not None:
             known = result[: len(rows)]
             known.add_(rows.half()) if sign > 0 else known.sub_(rows.half())
         yield result
-    for _ in base:  # its checksum is looked at after the last block
+    for _ in base:  # the checksum is compared after the last block
         raise AssertionError("the base has more rows")
 
 
-def _write(
-    writer: FolderWriter,
-    tensors: Mapping[str, Blocks],
-    sources: tuple[ReleasedView, ReleasedView],
-    tokenizers: Sequence[Path],
-    prints: Mapping[str, Any],
-    progress: Progress | None,
-) -> WeightsReport:
-    def checked(name: str) -> Iterator[Tensor]:
-        for block in tensors[name]():
-            if count_not_finite(block):
-                raise locate_fault(name, *(view.table.get(name) for view in sources))
-            yield block
-
-    stream(writer, {name: partial(checked, name) for name in tensors}, progress)
-    staged = writer.finish()
-    copy_companions(sources[1], staged, tokenizers)
-    (staged / FINGERPRINT_FILE).write_text(json.dumps(prints) + "\n", encoding="utf-8")
-    return writer.settle()
-
-
 def _identity(*views: ReleasedView) -> str:
-    files = sorted({entry.path.resolve() for view in views for entry in view.table.values()})
-    return repr([(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in files])
+    return repr(identify_files(entry.path for view in views for entry in view.table.values()))

@@ -1,4 +1,4 @@
-"""A folder of weights seen as the released layout has it: tensor names, flat configuration, tokenizer files."""
+"""The released layout: its view of a folder of weights, flat configuration, and tokenizer files."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from llavar_peft.constants import (
 )
 from llavar_peft.errors import ConfigError, WeightsError
 from llavar_peft.weights.io import tensor_names
-from llavar_peft.weights.io.tensor_table import TensorEntry, read_tensor_table
+from llavar_peft.weights.io.tensor_table import DOWNLOAD_AGAIN, TensorEntry, read_tensor_table
 
 _TOKENIZER_MODEL, _ADDED_FILE = "tokenizer.model", "added_tokens.json"
 _TOKENIZER_FILES = (
@@ -36,12 +36,12 @@ _FLOATS = ("float16", "bfloat16", "float32", "float64")
 
 @dataclass(frozen=True, slots=True)
 class ReleasedView:
-    """A model on disk, by released names.
+    """A model on disk in terms of the released layout.
 
     Attributes:
-        folder: Where it lies.
+        folder: Its folder.
         config: Its flat configuration.
-        table: Its tensors by released names, in the order of the files; without buffers and without a tower.
+        table: Its tensors by released names, in the order of the files, without buffers and vision tower.
     """
 
     folder: Path
@@ -50,17 +50,14 @@ class ReleasedView:
 
 
 def view_as_released(folder: str | Path) -> ReleasedView:
-    """Open a LLaMA, a Vicuna, a released LLaVA, a delta, or a checkpoint of ours.
+    """View a LLaMA, a Vicuna, a released LLaVA, a delta, or a checkpoint of ours in the released layout.
 
     Args:
-        folder: With ``config.json`` and weights.
-
-    Returns:
-        Its tensors and configuration as the released layout would have them.
+        folder: Holds ``config.json`` and weights.
 
     Raises:
         ConfigError: No such folder, or another kind of model.
-        WeightsError: Weights that are missing, cut off, or quantized.
+        WeightsError: Weights are missing, truncated, or quantized.
     """
     path = Path(folder)
     config = read_model_config(path)
@@ -72,15 +69,14 @@ def view_as_released(folder: str | Path) -> ReleasedView:
     else:
         raise ConfigError.at(
             f"{path / 'config.json'}:model_type",
-            f"has no released layout (got {kind!r}, expected 'llama', {MODEL_TYPE!r}, or a released 'llava')",
+            f"unsupported kind of model (got {kind!r}, expected 'llama', {MODEL_TYPE!r}, or a released 'llava')",
             "give a LLaMA, a Vicuna, a released LLaVA or LLaVAR, or a checkpoint of this package",
         )
     table = {new: entry for old, entry in read_tensor_table(path).items() if (new := rename(old)) is not None}
-    strange = [name for name, entry in table.items() if entry.dtype not in _FLOATS]
-    if strange:
-        raise WeightsError.at(
-            f"{path}:{strange[0]}", f"quantized or no number (got {table[strange[0]].dtype})", "use unquantized weights"
-        )
+    for entry in table.values():
+        if entry.dtype not in _FLOATS:
+            what = f"unsupported dtype (got {entry.dtype}, expected one of {', '.join(_FLOATS)})"
+            raise WeightsError.at(entry.location, what, "use unquantized weights")
     return ReleasedView(path, flat, table)
 
 
@@ -89,38 +85,26 @@ def _without_buffers(name: str) -> str | None:
 
 
 def read_model_config(folder: Path) -> dict[str, Any]:
-    """Read a model's ``config.json``.
-
-    Args:
-        folder: Of the model.
-
-    Returns:
-        Its content.
+    """Read the ``config.json`` of a model's folder.
 
     Raises:
-        ConfigError: No such folder or file, or no JSON object.
+        ConfigError: The folder or the file does not exist, or the file holds no JSON object.
     """
     path = folder / "config.json"
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        what = "no such folder" if not folder.is_dir() else "no config.json in it"
+        what = "no such folder" if not folder.is_dir() else "no config.json in this folder"
         raise ConfigError.at(str(folder), what, "give the folder that the model was saved to") from None
     except (OSError, ValueError) as error:
-        raise ConfigError.at(str(path), f"not readable as JSON ({error})", "fetch the file again") from error
+        raise ConfigError.at(str(path), f"not readable as JSON ({error})", DOWNLOAD_AGAIN) from error
     if not isinstance(config, dict):
-        raise ConfigError.at(str(path), f"holds a {type(config).__name__}, expected an object", "fetch the file again")
+        raise ConfigError.at(str(path), f"not a JSON object (got a {type(config).__name__})", DOWNLOAD_AGAIN)
     return config
 
 
 def flatten_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The released, flat ``config.json`` of one of ours.
-
-    Args:
-        config: Our ``config.json``, parsed.
-
-    Returns:
-        What the original's ``LlavaConfig`` reads.
+    """Convert our ``config.json`` to the flat one of the released layout, which the original's ``LlavaConfig`` reads.
 
     Source: the ``config.json`` of the released LLaVAR delta.
     """
@@ -129,7 +113,7 @@ def flatten_config(config: Mapping[str, Any]) -> dict[str, Any]:
     is_original = (vision.get("hidden_size"), vision.get("image_size"), vision.get("patch_size")) == (1024, 336, 14)
     tower = _ORIGINAL_TOWER if is_original else vision.get("_name_or_path") or "clip"
     if text.get("num_key_value_heads") not in (None, text.get("num_attention_heads")):
-        flat["num_key_value_heads"] = text["num_key_value_heads"]  # which the original's LLaMA does not know
+        flat["num_key_value_heads"] = text["num_key_value_heads"]  # unknown to the original's LLaMA
     return dict(
         sorted(
             {
@@ -155,14 +139,14 @@ def flatten_config(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def copy_companions(view: ReleasedView, staged: Path, tokenizers: Sequence[Path]) -> None:
-    """Write what belongs to a model besides its weights: configuration, tokenizer, generation settings.
+    """Write the files of a model other than its weights: configuration, tokenizer, generation settings.
 
-    The original's code opens a ``tokenizer.model`` and nothing else. Where the model has none and another of the
-    folders does, that one is taken, with the image tokens beside it as the original saves them.
+    The original's code reads ``tokenizer.model`` only. If the model has none and another of the folders does, that one
+    is copied, and the image tokens are written in the original's format.
 
     Args:
         view: The model.
-        staged: The folder in the making.
+        staged: The folder to write to.
         tokenizers: Folders with tokenizers, the model's own first.
     """
     config = {**view.config, "torch_dtype": "float16"}
@@ -178,7 +162,7 @@ def copy_companions(view: ReleasedView, staged: Path, tokenizers: Sequence[Path]
 
 
 def _write_released_tokenizer(model: Path, staged: Path, config: Mapping[str, Any]) -> None:
-    """Replaces the tokenizer's files. Source: those of the released LLaVAR delta."""
+    """Replace the tokenizer's files by LLaMA's with the image tokens. Source: those of the released LLaVAR delta."""
     for name in _TOKENIZER_FILES:
         (staged / name).unlink(missing_ok=True)
     shutil.copyfile(model, staged / _TOKENIZER_MODEL)

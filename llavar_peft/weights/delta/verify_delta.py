@@ -1,4 +1,4 @@
-"""Whether a delta is whole, was taken from a base, and gives a target back."""
+"""Verification of a delta: it is complete, was made from the given base, and reproduces the target."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from llavar_peft.errors import Fault, WeightsError
-from llavar_peft.weights.base_check import check_base, check_pair
-from llavar_peft.weights.delta.delta_files import combined
-from llavar_peft.weights.delta.released_layout import ReleasedView, view_as_released
-from llavar_peft.weights.io.stream_tensors import Progress
-from llavar_peft.weights.io.tensor_blocks import count_not_finite, locate_fault, read_blocks, tensor_location
+from llavar_peft.errors import WeightsError
+from llavar_peft.weights.delta.delta_base_check import check_delta_base, check_matching_tensors
+from llavar_peft.weights.delta.delta_files import combine
+from llavar_peft.weights.delta.released_layout import view_as_released
+from llavar_peft.weights.io.tensor_blocks import count_not_finite, not_finite_error, read_blocks
 from llavar_peft.weights.io.tensor_table import TensorEntry
+from llavar_peft.weights.io.write_weights import Progress
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -21,15 +21,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class DeltaCheck:
-    """What was found of a delta that is sound.
+    """Result of verifying a valid delta.
 
     Attributes:
-        tensors: How many.
-        elements: Their numbers.
-        base: How its base was told: ``"fingerprint"`` or ``"statistics"``.
-        compared: Whether it was applied and held against a target.
-        differing: Numbers of the target that do not come back exactly, for want of digits in fp16.
-        largest: By how much at most.
+        tensors: Number of tensors.
+        elements: Number of elements.
+        base: How its base was recognized: ``"fingerprint"`` or ``"statistics"``.
+        compared: Whether it was applied and compared with a target.
+        differing: Number of elements of the target that are not reproduced exactly, because fp16 is too coarse.
+        largest: The largest of these differences.
     """
 
     tensors: int
@@ -43,65 +43,56 @@ class DeltaCheck:
 def verify_delta(
     base: str | Path, delta: str | Path, *, target: str | Path | None = None, progress: Progress | None = None
 ) -> DeltaCheck:
-    """Read a delta through, against its base and, if given, the weights it was made of. Writes nothing.
+    """Read a whole delta and compare it with its base and, if given, the weights it was made of. Write nothing.
 
     Args:
-        base: Folder of the LLaMA or Vicuna that the delta was taken from.
+        base: Folder of the LLaMA or Vicuna that the delta was made from.
         delta: Folder of a delta, as released or of ours.
-        target: Folder that base + delta should give.
-        progress: Told after each tensor how many bytes of the delta are read, and of how many.
-
-    Returns:
-        What was found.
+        target: Folder that base + delta should reproduce.
+        progress: Called after each tensor with the number of bytes of the delta read and the total.
 
     Raises:
-        ConfigError: A folder that is not what it should be.
-        WeightsError: Another base or another target than the delta's; tensors that do not fit each other, damaged or
-            not finite.
+        ConfigError: A folder is not of the expected kind.
+        WeightsError: The delta has another base or target; tensors do not fit each other, are damaged or not finite.
     """
     old, step = view_as_released(base), view_as_released(delta)
-    check_pair(old, step)
-    told = check_base(old, step)
+    check_matching_tensors(old, step)
+    method = check_delta_base(old, step)
     new = view_as_released(target) if target is not None else None
     if new is not None:
-        check_pair(step, new)
+        check_matching_tensors(step, new)
     differing, largest, done = 0, 0.0, 0
     total = sum(entry.nbytes for entry in step.table.values())
     for name, entry in step.table.items():
-        count, most = _check_tensor(old.table.get(name), entry, _entry_of(new, name))
+        count, most = _check_tensor(old.table.get(name), entry, None if new is None else new.table[name])
         differing, largest, done = differing + count, max(largest, most), done + entry.nbytes
         if progress is not None:
             progress(done, total)
     elements = sum(entry.numel for entry in step.table.values())
-    return DeltaCheck(len(step.table), elements, told, new is not None, differing, largest)
-
-
-def _entry_of(view: ReleasedView | None, name: str) -> TensorEntry | None:
-    return None if view is None else view.table[name]
+    return DeltaCheck(len(step.table), elements, method, new is not None, differing, largest)
 
 
 def _check_tensor(old: TensorEntry | None, step: TensorEntry, new: TensorEntry | None) -> tuple[int, float]:
     base = read_blocks(old) if old is not None else iter(())
     target = read_blocks(new) if new is not None else iter(())
-    differing, largest, far = 0, 0.0, 0
-    for difference, applied in _applied(read_blocks(step), base):
+    differing, largest, wrong = 0, 0.0, 0
+    for difference, applied in _apply(read_blocks(step), base):
         if count_not_finite(applied):
-            raise locate_fault(step.name, old, step)
+            raise not_finite_error(step.name, old, step)
         expected = next(target, None)
         if expected is not None:
             error = (applied.float() - expected.half().float()).abs()
             differing, largest = differing + int((error > 0).sum()), max(largest, float(error.max()))
-            far += int((error > _rounding(difference) + _rounding(applied)).sum())
-    next(target, None)  # its checksum is looked at after the last block
-    if far and new is not None:
-        what = f"{far} numbers do not come back, and rounding does not explain it (off by up to {largest:.2e})"
-        fault = Fault(tensor_location(new), what, "give the weights that the delta was made of")
-        raise WeightsError(str(fault), (fault,))
+            wrong += int((error > _rounding(difference) + _rounding(applied)).sum())
+    next(target, None)  # the checksum is compared after the last block
+    if wrong and new is not None:
+        what = f"{wrong} elements are not reproduced by base + delta (off by up to {largest:.2e}, more than rounding)"
+        raise WeightsError.at(new.location, what, "give the weights that the delta was made of")
     return differing, largest
 
 
-def _applied(step: Iterator[Tensor], base: Iterator[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
-    """Blocks of a delta, and of the sum."""
+def _apply(step: Iterator[Tensor], base: Iterator[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield blocks of a delta, and of the sum."""
     kept: list[Tensor] = []
 
     def keep() -> Iterator[Tensor]:
@@ -109,12 +100,12 @@ def _applied(step: Iterator[Tensor], base: Iterator[Tensor]) -> Iterator[tuple[T
             kept.append(block.half().clone())
             yield block
 
-    for applied in combined(keep(), base, sign=1):
+    for applied in combine(keep(), base, sign=1):
         yield kept.pop(), applied
 
 
 def _rounding(numbers: Tensor) -> Tensor:
-    """Half a step of fp16 at each number: how far rounding to it can have moved it."""
+    """Return half a step of fp16 at each number: the largest error of rounding to it."""
     import torch
 
     wide = numbers.float()

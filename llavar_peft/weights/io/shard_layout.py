@@ -1,7 +1,6 @@
-"""How tensors are divided among shards, and the shards before any tensor is in them.
+"""How tensors are divided among files, and the empty files that tensors are then written into in any order.
 
-A file of weights is laid out at once, sparse, with room for every tensor; the tensors' bytes are then put into their
-places in any order. For ``.bin`` the layout is ``torch.save``'s own, told to leave the data out.
+A sparse file with space for every tensor is created at once; the layout of a ``.bin`` is that of ``torch.save``.
 """
 
 from __future__ import annotations
@@ -13,17 +12,25 @@ import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
-from llavar_peft.weights.io.open_weights import BIN_INDEX, BIN_SINGLE, SAFE_INDEX, SAFE_SINGLE
-from llavar_peft.weights.io.tensor_table import SAFE_NAMES, TensorEntry, read_file_tensor_table, torch_dtype
+from llavar_peft.weights.io.tensor_table import (
+    BIN_INDEX,
+    BIN_SINGLE,
+    SAFE_INDEX,
+    SAFE_NAMES,
+    SAFE_SINGLE,
+    read_file_table,
+    torch_dtype,
+)
 
 WeightsFormat = Literal["bin", "safetensors"]
-"""``bin`` is the released one: ``torch.save`` of a table of tensors."""
+"""``bin`` is the released format: ``torch.save`` of a state dict."""
 
 RELEASED_SHARD_SIZE = 10_000_000_000
-"""Bytes of a shard at most, unless one tensor is larger. Source: transformers 4.28, ``save_pretrained``."""
+"""Maximum size of a file in bytes, unless one tensor is larger. Source: transformers 4.28, ``save_pretrained``."""
 
+# Fields of the zip format.
 _DESCRIPTOR = b"PK\x07\x08"
 _CENTRAL_CRC = 16
 _CENTRAL_FIXED = 46
@@ -31,7 +38,7 @@ _CENTRAL_FIXED = 46
 
 @dataclass(frozen=True, slots=True)
 class TensorSpec:
-    """A tensor that is to be written.
+    """A tensor to be written.
 
     Attributes:
         name: Its name in the file.
@@ -56,11 +63,11 @@ def plan_shards(
 
     Args:
         specs: The tensors.
-        form: Of the files.
-        shard_size: Bytes of a file at most, unless one tensor is larger.
+        form: Format of the files.
+        shard_size: Maximum size of a file in bytes, unless one tensor is larger.
 
     Returns:
-        Tensors by the name of their file.
+        The tensors of each file, by file name.
 
     Source: transformers 4.28, modeling_utils.py, ``shard_checkpoint``.
     """
@@ -79,36 +86,26 @@ def plan_shards(
     return {f"{stem}-{n:05d}-of-{len(shards):05d}.{ending}": shard for n, shard in enumerate(shards, 1)}
 
 
-def index_of(shards: Mapping[str, Sequence[TensorSpec]], form: WeightsFormat) -> tuple[str, str] | None:
-    """Name and text of the index; None where there is one file only."""
+def build_index(shards: Mapping[str, Sequence[TensorSpec]], form: WeightsFormat) -> tuple[str, str] | None:
+    """Return the file name and the text of the index; None for a single file."""
     if len(shards) == 1:
         return None
     total = sum(spec.nbytes for shard in shards.values() for spec in shard)
-    where = {spec.name: file for file, shard in shards.items() for spec in shard}
-    text = json.dumps({"metadata": {"total_size": total}, "weight_map": where}, indent=2, sort_keys=True) + "\n"
+    files = {spec.name: file for file, shard in shards.items() for spec in shard}
+    text = json.dumps({"metadata": {"total_size": total}, "weight_map": files}, indent=2, sort_keys=True) + "\n"
     return (BIN_INDEX if form == "bin" else SAFE_INDEX), text
 
 
-def allocate_shards(path: Path, specs: Sequence[TensorSpec]) -> None:
-    """Make a file with room for the tensors; what is in the room is undefined.
-
-    Args:
-        path: Ends in ``.bin`` or ``.safetensors``.
-        specs: In the order of the file.
-    """
+def allocate_file(path: Path, specs: Sequence[TensorSpec]) -> None:
+    """Create a ``.bin`` or ``.safetensors`` file with space for tensors, whose values are undefined."""
     if path.suffix == ".safetensors":
-        _lay_out_safetensors(path, specs)
+        _allocate_safetensors(path, specs)
     else:
-        _lay_out_bin(path, specs)
+        _allocate_bin(path, specs)
 
 
-def tensor_offsets(path: Path) -> dict[str, TensorEntry]:
-    """Where a laid out file has room for each tensor."""
-    return read_file_tensor_table(path)
-
-
-def _lay_out_safetensors(path: Path, specs: Sequence[TensorSpec]) -> None:
-    # Old readers of safetensors want the metadata.
+def _allocate_safetensors(path: Path, specs: Sequence[TensorSpec]) -> None:
+    # Old readers of safetensors require the metadata.
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     end = 0
     for spec in specs:
@@ -122,19 +119,22 @@ def _lay_out_safetensors(path: Path, specs: Sequence[TensorSpec]) -> None:
         file.truncate(8 + len(text) + end)
 
 
-def _lay_out_bin(path: Path, specs: Sequence[TensorSpec]) -> None:
+def _allocate_bin(path: Path, specs: Sequence[TensorSpec]) -> None:
     import torch
-    from torch._subclasses.fake_tensor import FakeTensorMode
     from torch.serialization import skip_data
 
-    with FakeTensorMode():
-        tensors = {spec.name: torch.empty(spec.shape, dtype=torch_dtype(spec.dtype)) for spec in specs}
-    with skip_data(materialize_fake_tensors=True):
+    # Address space only: the operating system provides no memory for pages that are neither read nor written.
+    tensors = {}
+    for spec in specs:
+        storage: Any = torch.UntypedStorage
+        empty: Any = torch.empty(0, dtype=torch_dtype(spec.dtype))
+        tensors[spec.name] = empty.set_(storage(spec.nbytes), 0, spec.shape)
+    with skip_data():
         torch.save(tensors, path)
 
 
-def finish_shards(path: Path, checksums: Mapping[str, int]) -> None:
-    """Enters the checksums of the tensors into a file that is filled; safetensors has no place for them.
+def write_zip_checksums(path: Path, checksums: Mapping[str, int]) -> None:
+    """Write checksums into a ``.bin`` whose tensors are complete; do nothing for other files.
 
     Args:
         path: The file.
@@ -142,7 +142,7 @@ def finish_shards(path: Path, checksums: Mapping[str, int]) -> None:
     """
     if path.suffix == ".safetensors":
         return
-    by_offset = {entry.offset: checksums[name] for name, entry in tensor_offsets(path).items()}
+    by_offset = {entry.offset: checksums[name] for name, entry in read_file_table(path).items()}
     with zipfile.ZipFile(path) as archive:
         infos, directory = archive.infolist(), archive.start_dir
     with path.open("r+b") as file:

@@ -1,47 +1,58 @@
-"""Tensors read from disk a block of rows at a time, so that their size does not matter."""
+"""The bytes of tensors on disk: blocks of rows, runs of elements and whole tensors, and checks of their values."""
 
 from __future__ import annotations
 
 import math
+import mmap
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from llavar_peft.atomic_files import write_json
 from llavar_peft.errors import Fault, WeightsError
-from llavar_peft.weights.io.tensor_table import FETCH, TensorEntry, torch_dtype
+from llavar_peft.weights.io.tensor_table import (
+    CHECKSUMS_FILE,
+    DOWNLOAD_AGAIN,
+    TensorEntry,
+    read_file_table,
+    read_tensor_table,
+    torch_dtype,
+)
 
 if TYPE_CHECKING:
     from io import FileIO
 
     from torch import Tensor
 
-BLOCK = 1 << 20
-"""Elements of a block, about: a block is a number of whole rows."""
+BLOCK_ELEMENTS = 1 << 20
+"""Approximate number of elements of a block, which consists of whole rows."""
+_SHOWN = 8
 
 
 def rows_per_block(shape: tuple[int, ...]) -> int:
-    """How many rows of a tensor make a block: the same for equal rows, whatever their number and dtype."""
-    return max(1, BLOCK // max(1, math.prod(shape[1:])))
+    """Return the number of rows of a block. It depends on the size of a row only."""
+    return max(1, BLOCK_ELEMENTS // max(1, math.prod(shape[1:])))
 
 
 def read_blocks(entry: TensorEntry) -> Iterator[Tensor]:
     """Read a tensor from its first row to its last.
 
-    Args:
-        entry: Where it lies.
-
     Yields:
-        Blocks of rows, each in memory of its own: shape (rows, ...); (1,) for a single number.
+        Blocks of shape (rows, ...) that the caller may modify; (1,) for a scalar.
 
     Raises:
-        WeightsError: The file ends early; or, after the last block, its bytes are not those that its checksum was
-            taken of. What was yielded is then not to be used.
+        WeightsError: The file ends early; or, after the last block, the checksum differs. What was yielded must then
+            not be used.
     """
     import torch
 
     shape = entry.shape or (1,)
     step = rows_per_block(shape)
+    if entry.data is not None:
+        for start in range(0, shape[0], step):
+            yield entry.data.reshape(shape)[start : start + step].clone()
+        return
     checksum = 0
     with entry.path.open("rb", buffering=0) as file:
         file.seek(entry.offset)
@@ -52,16 +63,17 @@ def read_blocks(entry: TensorEntry) -> Iterator[Tensor]:
                 checksum = zlib.crc32(tensor_bytes(block), checksum)
             yield block
     if entry.crc32 is not None and checksum != entry.crc32:
-        raise WeightsError.at(f"{entry.path}:{entry.name}", "damaged: its checksum differs", FETCH)
+        what = f"damaged: wrong checksum (got {checksum:08x}, expected {entry.crc32:08x})"
+        raise WeightsError.at(entry.location, what, DOWNLOAD_AGAIN)
 
 
 def read_elements(entry: TensorEntry, start: int, count: int) -> Tensor:
-    """Read a run of elements, unchecked.
+    """Read a run of elements without checking the checksum.
 
     Args:
-        entry: Where the tensor lies.
-        start: First element, in the order of the bytes.
-        count: How many.
+        entry: The tensor.
+        start: First element, in the order of the file.
+        count: Number of elements.
 
     Returns:
         Shape (count,).
@@ -71,6 +83,8 @@ def read_elements(entry: TensorEntry, start: int, count: int) -> Tensor:
     """
     import torch
 
+    if entry.data is not None:
+        return entry.data.reshape(-1)[start : start + count].clone()
     part = torch.empty(count, dtype=torch_dtype(entry.dtype))
     with entry.path.open("rb", buffering=0) as file:
         file.seek(entry.offset + start * part.itemsize)
@@ -78,41 +92,16 @@ def read_elements(entry: TensorEntry, start: int, count: int) -> Tensor:
     return part
 
 
-def tensor_bytes(tensor: Tensor) -> memoryview:
-    """The memory of a contiguous tensor."""
-    import torch
+def read_tensor(entry: TensorEntry) -> Tensor:
+    """Read a whole tensor.
 
-    raw: Any = tensor.reshape(-1).view(torch.uint8).numpy()
-    return memoryview(raw)
-
-
-def first_not_finite(blocks: Iterable[Tensor], where: str) -> Fault | None:
-    """Look for NaN and infinity.
-
-    Args:
-        blocks: Of one tensor.
-        where: File and tensor, for the message.
-
-    Returns:
-        A fault that says how many there are; None where there are none.
+    Raises:
+        WeightsError: The file ends early, or the checksum differs.
     """
-    count = total = 0
-    for block in blocks:
-        count += count_not_finite(block)
-        total += block.numel()
-    if count == 0:
-        return None
-    return Fault(where, f"{count} of {total} numbers are NaN or infinite", "use undamaged weights")
-
-
-def count_not_finite(tensor: Tensor) -> int:
-    """How many numbers of a tensor are NaN or infinite."""
     import torch
 
-    # Least and greatest are NaN or infinite where any number is, and take a tenth of the time of counting.
-    if tensor.numel() == 0 or all(math.isfinite(float(end)) for end in tensor.aminmax()):
-        return 0
-    return int((~torch.isfinite(tensor)).sum())
+    blocks = list(read_blocks(entry))
+    return (torch.cat(blocks) if blocks else torch.empty(0)).reshape(entry.shape)
 
 
 def _fill(file: FileIO, tensor: Tensor, entry: TensorEntry) -> None:
@@ -121,29 +110,157 @@ def _fill(file: FileIO, tensor: Tensor, entry: TensorEntry) -> None:
     while done < len(view):
         count = file.readinto(view[done:])
         if not count:
-            raise WeightsError.at(f"{entry.path}:{entry.name}", "the file ends within this tensor", FETCH)
+            raise WeightsError.at(entry.location, "the file ends within this tensor", DOWNLOAD_AGAIN)
         done += count
 
 
-def tensor_location(entry: TensorEntry) -> str:
-    """How messages call a tensor."""
-    return f"{Path(entry.path)}:{entry.name}"
+class WeightsStore(Mapping[str, "Tensor"]):
+    """Whole tensors by name, mapped from their files: memory is used for what is read from them."""
+
+    def __init__(self, table: Mapping[str, TensorEntry]) -> None:
+        self._table = dict(table)
+        self._mapped: dict[Path, mmap.mmap] = {}
+
+    def __getitem__(self, name: str) -> Tensor:
+        import torch
+
+        entry = self._table[name]
+        if entry.data is not None:
+            return entry.data
+        if not entry.numel:
+            return torch.empty(entry.shape, dtype=torch_dtype(entry.dtype))
+        if entry.path not in self._mapped:
+            with entry.path.open("rb") as file:  # a private copy: writing to a tensor leaves the file as it is
+                self._mapped[entry.path] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+        whole: Any = self._mapped[entry.path]
+        dtype = torch_dtype(entry.dtype)
+        return torch.frombuffer(whole, dtype=dtype, count=entry.numel, offset=entry.offset).reshape(entry.shape)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._table)
+
+    def __len__(self) -> int:
+        return len(self._table)
 
 
-def locate_fault(name: str, *entries: TensorEntry | None) -> WeightsError:
-    """The error for a result that is not finite: which file holds such numbers, or that fp16 is too small.
+def open_weights(source: str | Path) -> WeightsStore:
+    """Open the weights of a folder or of a single file, without reading them and without checking checksums.
 
     Args:
-        name: The tensor.
-        *entries: What it was made from.
+        source: As for ``read_tensor_table``.
 
-    Returns:
-        The error, to be raised.
+    Raises:
+        WeightsError: No weights, a shard that is missing or truncated, or a tensor of the index that no shard holds.
     """
-    for entry in entries:
-        fault = first_not_finite(read_blocks(entry), tensor_location(entry)) if entry is not None else None
-        if fault is not None:
-            return WeightsError(str(fault), (fault,))
-    where = " and ".join(tensor_location(entry) for entry in entries if entry is not None)
-    fault = Fault(where, f"{name} comes out too large for fp16", "use weights that belong together")
+    return WeightsStore(read_tensor_table(source, checksums=False))
+
+
+def tensor_bytes(tensor: Tensor) -> memoryview:
+    """Return the memory of a contiguous tensor."""
+    import torch
+
+    raw: Any = tensor.reshape(-1).view(torch.uint8).numpy()
+    return memoryview(raw)
+
+
+def write_checksums(folder: Path) -> None:
+    """Write the CRC-32 of each tensor of a new folder of safetensors, which have no checksums of their own."""
+    (folder / CHECKSUMS_FILE).unlink(missing_ok=True)
+    sums: dict[str, int] = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        for name, entry in read_file_table(path).items():
+            sums[name] = 0
+            for block in read_blocks(entry):
+                sums[name] = zlib.crc32(tensor_bytes(block), sums[name])
+    write_json(folder / CHECKSUMS_FILE, sums)
+
+
+def count_not_finite(tensor: Tensor) -> int:
+    """Return the number of NaN and infinite elements."""
+    import torch
+
+    # The minimum and maximum are NaN or infinite if any element is, and take a tenth of the time of counting.
+    if tensor.numel() == 0 or all(math.isfinite(float(end)) for end in tensor.aminmax()):
+        return 0
+    return int((~torch.isfinite(tensor)).sum())
+
+
+def find_not_finite(blocks: Iterable[Tensor], where: str) -> Fault | None:
+    """Return a fault if the blocks of a tensor hold NaN or infinite elements.
+
+    Args:
+        blocks: Of one tensor.
+        where: File and tensor, for the message.
+    """
+    count = total = 0
+    for block in blocks:
+        count += count_not_finite(block)
+        total += block.numel()
+    if count == 0:
+        return None
+    return Fault(where, f"{count} of {total} elements are NaN or infinite", "use undamaged weights")
+
+
+def not_finite_error(name: str, *sources: TensorEntry | Tensor | None) -> WeightsError:
+    """Return the error for a result with NaN or infinite elements: an input has them too, or the dtype overflows.
+
+    Args:
+        name: Name of the result.
+        *sources: The tensors it was computed from.
+    """
+    places = []
+    for source in sources:
+        if source is not None:
+            places.append(source.location if isinstance(source, TensorEntry) else name)
+            blocks = read_blocks(source) if isinstance(source, TensorEntry) else [source]
+            fault = find_not_finite(blocks, places[-1])
+            if fault is not None:
+                return WeightsError(str(fault), (fault,))
+    fix = "use weights that belong together, or a wider dtype"
+    fault = Fault(" and ".join(places) or name, f"{name} exceeds the range of the result's dtype", fix)
     return WeightsError(str(fault), (fault,))
+
+
+def check_tensors(
+    tensors: Mapping[str, Tensor], expected: Mapping[str, tuple[int, ...]], *, where: str, subset: bool = False
+) -> None:
+    """Reject tensors whose names or shapes are not those of a model.
+
+    Args:
+        tensors: Tensors by our names.
+        expected: Shapes by our names.
+        where: File or folder, for the message.
+        subset: Whether tensors may be missing.
+
+    Raises:
+        WeightsError: Names every missing, unexpected or misshapen tensor (the first eight of each).
+    """
+    missing = [] if subset else [name for name in expected if name not in tensors]
+    unexpected = [name for name in tensors if name not in expected]
+    misshapen = [
+        f"{name} (got {list(tensor.shape)}, expected {list(expected[name])})"
+        for name, tensor in tensors.items()
+        if name in expected and tuple(tensor.shape) != tuple(expected[name])
+    ]
+    fix = "use the complete weights of this model, with the configuration they were saved with"
+    faults = [
+        Fault(where, f"{len(found)} {kind}: {join_first(found, _SHOWN)}", fix)
+        for kind, found in (
+            ("tensors missing", missing),
+            ("unexpected tensors", unexpected),
+            ("tensors of another shape", misshapen),
+        )
+        if found
+    ]
+    raise_faults(faults)
+
+
+def raise_faults(faults: list[Fault]) -> None:
+    """Raise one error for all faults; do nothing if there are none."""
+    if faults:
+        raise WeightsError("\n".join(map(str, faults)), faults)
+
+
+def join_first(found: list[str], shown: int = 6) -> str:
+    """Join the first few of a list, and say how many more there are."""
+    return ", ".join(found[:shown]) + (f", and {len(found) - shown} more" if len(found) > shown else "")

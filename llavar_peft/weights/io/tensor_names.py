@@ -1,8 +1,8 @@
-"""Tensor names: ours, the released layout's, stock LLaVA's, and a CLIP folder's. The one table.
+"""Conversion between our tensor names and those of the released layout, stock LLaVA and CLIP.
 
-Ours are the module names of ``LlavarForConditionalGeneration``; the released ones those of LLaVAR's
-``LlavaLlamaForCausalLM``; the stock ones those of ``transformers.LlavaForConditionalGeneration`` as they stand in
-checkpoints on the hub, which transformers 4 and 5, vLLM and SGLang all read.
+Ours are the module names of ``LlavarForConditionalGeneration``, the released ones those of LLaVAR's
+``LlavaLlamaForCausalLM``, and the stock ones those of ``transformers.LlavaForConditionalGeneration`` in checkpoints on
+the hub, which transformers 4 and 5, vLLM and SGLang read.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ RELEASED_PROJECTOR_BIAS = "model.mm_projector.bias"
 RELEASED_EMBEDDINGS = "model.embed_tokens.weight"
 
 STOCK_PROJECTOR = "model.multi_modal_projector.linear_"
-"""How our name of a tensor of stock LLaVA's two-layer projector begins."""
+"""Prefix of our names of the tensors of stock LLaVA's two-layer projector."""
 
-# As on the hub, as the modules of transformers 5 are called, and in between.
+# Prefixes on the hub, of the modules of transformers 5, and of versions in between.
 _STOCK = (
     ("language_model.model.", "model.language_model."),
     ("model.language_model.", "model.language_model."),
@@ -35,9 +35,9 @@ _STOCK = (
     ("multi_modal_projector.", "model.multi_modal_projector."),
     ("model.multi_modal_projector.", "model.multi_modal_projector."),
 )
-# A buffer that old checkpoints hold; RoPE's frequencies are computed.
+# Buffers in old checkpoints; the frequencies of RoPE are computed.
 _IGNORED = re.compile(r"(^|\.)rotary_emb\.inv_freq$|(^|\.)position_ids$")
-# The original sometimes saved a copy of the tower inside the model.
+# The original sometimes saved a copy of the tower in the model.
 _RELEASED_TOWER = re.compile(r"^model\.vision_tower\.")
 _RELEASED_BODY = re.compile(r"^model\.(?=embed_tokens\.|layers\.|norm\.)")
 _RELEASED_PROJECTOR = re.compile(r"^model\.mm_projector\.")
@@ -45,13 +45,9 @@ _CLIP_OTHER = re.compile(r"^(text_model\.|text_projection|visual_projection|logi
 
 
 def from_released(name: str) -> str | None:
-    """Our name of a tensor in the released layout (or of a plain LLaMA).
+    """Return our name of a tensor in the released layout or of a plain LLaMA; None for a tensor that is ignored.
 
-    Args:
-        name: E.g. ``model.layers.0.mlp.up_proj.weight``.
-
-    Returns:
-        E.g. ``model.language_model.layers.0.mlp.up_proj.weight``; None for a tensor that is tolerated but not needed.
+    E.g. ``model.layers.0.mlp.up_proj.weight`` gives ``model.language_model.layers.0.mlp.up_proj.weight``.
     """
     if _IGNORED.search(name) or _RELEASED_TOWER.match(name):
         return None
@@ -60,14 +56,7 @@ def from_released(name: str) -> str | None:
 
 
 def to_released(name: str) -> str | None:
-    """The released layout's name of one of our tensors.
-
-    Args:
-        name: One of our names.
-
-    Returns:
-        The released name; None for the tower's tensors, which that layout does not hold.
-    """
+    """Return the released name of one of our tensors; None for those of the tower, which that layout does not have."""
     if name.startswith(TOWER):
         return None
     if name.startswith("model.multi_modal_projector."):
@@ -78,46 +67,31 @@ def to_released(name: str) -> str | None:
 
 
 def from_stock(name: str) -> str | None:
-    """Our name of a tensor of stock LLaVA.
+    """Return our name of a tensor of stock LLaVA; None for a tensor that is ignored.
 
-    Args:
-        name: E.g. ``language_model.model.layers.0.mlp.up_proj.weight``, as on the hub, or as the modules are called.
-
-    Returns:
-        E.g. ``model.language_model.layers.0.mlp.up_proj.weight``; the projector's two layers keep their own names,
-        below ``STOCK_PROJECTOR``. None for a tensor that is tolerated but not needed.
+    E.g. ``language_model.model.norm.weight`` gives ``model.language_model.norm.weight``.
+    The two layers of the projector keep their own names, with the prefix ``STOCK_PROJECTOR``.
     """
     if _IGNORED.search(name):
         return None
-    for theirs, ours in _STOCK:
-        if name.startswith(theirs):
-            return ours + name.removeprefix(theirs)
+    for stock, ours in _STOCK:
+        if name.startswith(stock):
+            return ours + name.removeprefix(stock)
     return name
 
 
 def to_stock(name: str) -> str:
-    """Stock LLaVA's name of one of our tensors, as on the hub.
-
-    Args:
-        name: One of our names, or one below ``STOCK_PROJECTOR``.
-
-    Returns:
-        The stock name.
-    """
-    for theirs, ours in _STOCK:
+    """Return stock LLaVA's name, as on the hub, of one of our tensors or one below ``STOCK_PROJECTOR``."""
+    for stock, ours in _STOCK:
         if name.startswith(ours):
-            return theirs + name.removeprefix(ours)
+            return stock + name.removeprefix(ours)
     return name
 
 
 def from_clip(name: str) -> str | None:
-    """Our name of a tensor of a CLIP folder (a whole CLIP, or its vision tower alone).
+    """Return our name of a tensor of CLIP or its vision tower; None for the text tower and for buffers.
 
-    Args:
-        name: E.g. ``vision_model.encoder.layers.0.mlp.fc1.weight``.
-
-    Returns:
-        E.g. ``model.vision_tower.encoder.layers.0.mlp.fc1.weight``; None for the text tower and for buffers.
+    E.g. ``vision_model.encoder.layers.0.mlp.fc1.weight`` gives ``model.vision_tower.encoder.layers.0.mlp.fc1.weight``.
     """
     if _IGNORED.search(name) or _CLIP_OTHER.match(name):
         return None

@@ -1,7 +1,8 @@
-"""What tensors a folder of weights holds, and where their bytes lie; the tensors themselves stay on disk.
+"""The table of tensors in a folder of weights: name, dtype, shape and place in a file, read from headers only.
 
-``read_tensor_table`` reads headers only: those of safetensors, and for ``.bin`` what ``torch.load`` reports without
-reading data (``weights_only=True``). ``blocks`` then reads the bytes.
+The libraries decide whether a file is valid: ``safetensors`` checks a header against the size of its file, and
+``torch.load(mmap=True, weights_only=True)`` opens a ``.bin``. Everything else reads bytes through the table: blocks of
+rows, runs of elements and whole tensors (``tensor_blocks``).
 """
 
 from __future__ import annotations
@@ -11,23 +12,28 @@ import math
 import struct
 import zipfile
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llavar_peft.errors import WeightsError
-from llavar_peft.weights.io.open_weights import find_shards, unreadable
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-FETCH = "fetch the file again"
+SAFE_SINGLE = "model.safetensors"
+SAFE_INDEX = "model.safetensors.index.json"
+BIN_SINGLE = "pytorch_model.bin"
+BIN_INDEX = "pytorch_model.bin.index.json"
 CHECKSUMS_FILE = "weights_checksums.json"
-"""Beside safetensors that this package wrote: CRC-32 by tensor. A ``.bin`` has them inside."""
+"""CRC-32 by tensor, for the safetensors files of the same folder. A ``.bin`` holds its checksums itself."""
+DOWNLOAD_AGAIN = "download or copy the file again"
+
 _SAFE_DTYPES = {
-    "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "I64": "int64", "I32": "int32",
-    "I16": "int16", "I8": "int8", "U8": "uint8", "BOOL": "bool",
+    "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "F8_E4M3": "float8_e4m3fn",
+    "F8_E5M2": "float8_e5m2", "I64": "int64", "I32": "int32", "I16": "int16", "I8": "int8", "U64": "uint64",
+    "U32": "uint32", "U16": "uint16", "U8": "uint8", "BOOL": "bool",
 }  # fmt: skip
 SAFE_NAMES = {name: code for code, name in _SAFE_DTYPES.items()}
 """Safetensors' code of each dtype, by torch's name."""
@@ -37,15 +43,16 @@ _LOCAL_HEADER = 30
 
 @dataclass(frozen=True, slots=True)
 class TensorEntry:
-    """Where a tensor lies.
+    """One tensor of a file.
 
     Attributes:
         name: Its name in the file.
         shape: Its shape.
         dtype: Torch's name of its dtype, e.g. ``"float16"``.
         path: The file.
-        offset: Of its first byte in the file.
-        crc32: Of its bytes, where the file says.
+        offset: Position of its first byte in the file.
+        crc32: Checksum of its bytes; None if the file has none.
+        data: The tensor itself, if its bytes are not contiguous in the file (torch before 1.6, or a transposed tensor).
     """
 
     name: str
@@ -54,6 +61,7 @@ class TensorEntry:
     path: Path
     offset: int
     crc32: int | None = None
+    data: Tensor | None = field(default=None, repr=False, compare=False)
 
     @property
     def numel(self) -> int:
@@ -65,131 +73,184 @@ class TensorEntry:
         """Number of bytes."""
         return self.numel * torch_dtype(self.dtype).itemsize
 
+    @property
+    def location(self) -> str:
+        """File and tensor, for messages."""
+        return f"{self.path}:{self.name}"
+
 
 def torch_dtype(name: str) -> torch.dtype:
-    """Torch's dtype of a name, e.g. ``"float16"``."""
+    """Return torch's dtype of a name, e.g. ``"float16"``."""
     import torch
 
     dtype: torch.dtype = getattr(torch, name)
     return dtype
 
 
-def read_tensor_table(source: str | Path) -> dict[str, TensorEntry]:
-    """Read which tensors a folder (or one file) holds, and where.
+def dtype_name(tensor: TensorEntry | Tensor) -> str:
+    """Return torch's name of a tensor's dtype, e.g. ``"float16"``."""
+    return str(tensor.dtype).removeprefix("torch.")
+
+
+def read_tensor_table(source: str | Path, *, checksums: bool = True) -> dict[str, TensorEntry]:
+    """Read the table of a folder or a single file.
 
     Args:
-        source: Folder with ``model.safetensors``, ``pytorch_model.bin`` or an index of either; or one such file.
+        source: Folder with ``model.safetensors``, ``pytorch_model.bin`` or an index of either (safetensors are
+            preferred); or one ``.safetensors`` or ``.bin`` file.
+        checksums: Whether to read the checksums that belong to safetensors files.
 
     Returns:
         The entries by name, file after file in each file's own order.
 
     Raises:
-        WeightsError: No weights, a shard missing or cut off, a tensor of the index that its shard does not hold.
+        WeightsError: No weights, a shard that is missing or truncated, or a tensor of the index that no shard holds.
     """
-    shards = find_shards(source)
+    files, indexed = _find_shards(Path(source))
     found: dict[str, TensorEntry] = {}
-    for path in dict.fromkeys(shards.files):
-        found.update(read_file_tensor_table(path))
-    absent = [name for name in shards.names if name not in found]
-    if absent:
-        raise WeightsError.at(
-            str(source), f"the index names tensors that the shards do not hold: {', '.join(absent[:8])}", FETCH
-        )
-    return {name: entry for name, entry in found.items() if not shards.names or name in shards.names}
+    for path in files:
+        found.update(read_file_table(path, checksums=checksums))
+    missing = [name for name in indexed if name not in found]
+    if missing:
+        names = ", ".join(missing[:8])
+        raise WeightsError.at(str(source), f"no shard holds these tensors of the index: {names}", DOWNLOAD_AGAIN)
+    return {name: entry for name, entry in found.items() if not indexed or name in indexed}
 
 
-def read_file_tensor_table(path: Path) -> dict[str, TensorEntry]:
-    """The entries of one file, in its order."""
-    return _read_safetensors(path) if path.suffix == ".safetensors" else _read_bin(path)
+def read_file_table(path: Path, *, checksums: bool = True) -> dict[str, TensorEntry]:
+    """Read the table of one file, in its own order."""
+    if path.suffix != ".safetensors":
+        return _read_bin(path)
+    entries = _read_safetensors(path)
+    return _add_checksums(path, entries) if checksums else entries
+
+
+def _find_shards(source: Path) -> tuple[list[Path], Mapping[str, Path]]:
+    """Return the files of weights, and the file of each tensor if there is an index."""
+    if source.is_file():
+        return [source], {}
+    for name in (SAFE_INDEX, BIN_INDEX):
+        if (source / name).is_file():
+            indexed = _read_index(source / name)
+            return sorted(set(indexed.values())), indexed
+    for name in (SAFE_SINGLE, BIN_SINGLE):
+        if (source / name).is_file():
+            return [source / name], {}
+    expected = f"{SAFE_SINGLE}, {BIN_SINGLE} or an index of either"
+    raise WeightsError.at(
+        str(source),
+        f"no weights found (got {_list_files(source)}, expected {expected})",
+        "give the folder that holds the model's weights",
+    )
+
+
+def _list_files(folder: Path) -> str:
+    if not folder.is_dir():
+        return "no such folder"
+    names = sorted(entry.name for entry in folder.iterdir())
+    return ", ".join(names[:8]) + (", ..." if len(names) > 8 else "") if names else "an empty folder"
+
+
+def _read_index(index: Path) -> dict[str, Path]:
+    try:
+        files = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        indexed = {str(name): index.parent / str(file) for name, file in files.items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise WeightsError.at(str(index), f"not an index of shards ({error})", DOWNLOAD_AGAIN) from error
+    missing = sorted({file.name for file in indexed.values() if not file.is_file()})
+    if missing:
+        raise WeightsError.at(str(index), f"missing shards: {', '.join(missing)}", "download the missing shards")
+    return indexed
+
+
+def _unreadable(path: Path, error: Exception) -> WeightsError:
+    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    fault = WeightsError.at(str(path), f"not a readable file of weights ({reason})", DOWNLOAD_AGAIN)
+    return WeightsError(str(fault), fault.faults)
 
 
 def _read_safetensors(path: Path) -> dict[str, TensorEntry]:
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        start = file.read(8)
-        length = struct.unpack("<Q", start)[0] if len(start) == 8 else size
-        if 8 + length > size:
-            raise WeightsError.at(str(path), f"cut off in its header (got {size} bytes)", FETCH)
-        try:
-            header = json.loads(file.read(length))
-            header.pop("__metadata__", None)
-            entries = {name: _safe_entry(path, name, fields, 8 + length) for name, fields in header.items()}
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise unreadable(path, error) from error
-    _add_checksums(path, entries)
-    end = max((entry.offset + entry.nbytes for entry in entries.values()), default=8 + length)
-    if end != size:
-        raise WeightsError.at(str(path), f"not as long as its header says (got {size} bytes, expected {end})", FETCH)
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(str(path), framework="pt"):
+            pass  # checks the header, and that the tensors fill the file exactly
+        with path.open("rb") as file:
+            length = struct.unpack("<Q", file.read(8))[0]
+            header: dict[str, dict[str, Any]] = json.loads(file.read(length))
+    except (SafetensorError, OSError, ValueError) as error:
+        raise _unreadable(path, error) from error
+    header.pop("__metadata__", None)
+    entries = {}
+    for name, fields in header.items():
+        dtype = _SAFE_DTYPES.get(fields["dtype"])
+        if dtype is None:
+            what = f"unsupported dtype (got {fields['dtype']}, expected one of {', '.join(_SAFE_DTYPES)})"
+            raise WeightsError.at(f"{path}:{name}", what, "convert the weights to float16, bfloat16 or float32")
+        entries[name] = TensorEntry(name, tuple(fields["shape"]), dtype, path, 8 + length + fields["data_offsets"][0])
     return entries
 
 
-def _add_checksums(path: Path, entries: dict[str, TensorEntry]) -> None:
-    beside = path.with_name(CHECKSUMS_FILE)
-    if not beside.is_file():
-        return
+def _add_checksums(path: Path, entries: dict[str, TensorEntry]) -> dict[str, TensorEntry]:
+    stored = path.with_name(CHECKSUMS_FILE)
+    if not stored.is_file():
+        return entries
     try:
-        known = json.loads(beside.read_text(encoding="utf-8"))
-        entries.update({name: replace(entry, crc32=int(known[name])) for name, entry in entries.items()})
+        known = json.loads(stored.read_text(encoding="utf-8"))
+        return {name: replace(entry, crc32=int(known[name])) for name, entry in entries.items()}
     except (ValueError, KeyError, TypeError) as error:
         raise WeightsError.at(
-            str(beside),
+            str(stored),
             f"not the checksums of {path.name} ({error!r})",
-            "remove it if the weights were changed on purpose",
+            "delete it if you changed the weights yourself",
         ) from error
-
-
-def _safe_entry(path: Path, name: str, fields: Mapping[str, Any], data: int) -> TensorEntry:
-    begin, end = (int(place) for place in fields["data_offsets"])
-    shape = tuple(int(size) for size in fields["shape"])
-    entry = TensorEntry(name, shape, _SAFE_DTYPES[fields["dtype"]], path, data + begin)
-    if entry.nbytes != end - begin or begin < 0:
-        raise ValueError(f"{name} has {end - begin} bytes, its shape asks for {entry.nbytes}")
-    return entry
 
 
 def _read_bin(path: Path) -> dict[str, TensorEntry]:
     import torch
-    from torch._subclasses.fake_tensor import FakeTensorMode
 
-    if not zipfile.is_zipfile(path):
-        raise WeightsError.at(
-            str(path),
-            "no zip archive: cut off, or written by torch before 1.6",
-            "fetch the file again, or load it with torch and save it again",
-        )
     try:
-        crcs = _zip_crcs(path)
-        with FakeTensorMode():  # gives the layout without reading the data
-            tensors = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch lets through whatever the bytes provoke
-        raise unreadable(path, error) from error
+        # Torch before 1.6 wrote no zip archives; those cannot be mapped and are loaded.
+        records = _zip_records(path) if zipfile.is_zipfile(path) else {}
+        tensors = torch.load(path, map_location="cpu", mmap=bool(records), weights_only=True)
+    except Exception as error:  # torch raises exceptions of many kinds for damaged files
+        raise _unreadable(path, error) from error
     if not isinstance(tensors, Mapping) or not all(isinstance(value, torch.Tensor) for value in tensors.values()):
-        raise WeightsError.at(
-            str(path), f"holds a {type(tensors).__name__}, expected a table of tensors", "give a file of weights"
-        )
-    return {name: _bin_entry(path, name, tensor, crcs) for name, tensor in tensors.items()}
+        what = f"not a file of weights (got a {type(tensors).__name__}, expected tensors by name)"
+        raise WeightsError.at(str(path), what, "give a file that holds a state dict")
+    start = _mapping_address(tensors, records)
+    return {name: _bin_entry(path, name, tensor, start, records) for name, tensor in tensors.items()}
 
 
-def _bin_entry(path: Path, name: str, tensor: Tensor, crcs: Mapping[int, tuple[int, int]]) -> TensorEntry:
-    if not tensor.is_contiguous():
-        raise WeightsError.at(f"{path}:{name}", "not contiguous", "load it with torch, make it contiguous, save it")
-    storage: Any = tensor.untyped_storage()
-    start = int(storage._checkpoint_offset)
-    offset = start + int(tensor.storage_offset()) * tensor.element_size()
-    entry = TensorEntry(name, tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."), path, offset)
-    crc, size = crcs.get(start, (0, 0))
-    # Zero stands for "not computed": torch.save can be told to leave sums out.
-    whole = crc != 0 and offset == start and size == entry.nbytes
-    return TensorEntry(name, entry.shape, entry.dtype, path, offset, crc) if whole else entry
-
-
-def _zip_crcs(path: Path) -> dict[int, tuple[int, int]]:
-    """CRC-32 and size of each entry by the offset of its data."""
+def _zip_records(path: Path) -> dict[int, tuple[int, int]]:
+    """Return CRC-32 and size of each stored tensor, by the offset of its bytes in the file."""
     found = {}
     with zipfile.ZipFile(path) as archive, path.open("rb") as file:
         for info in archive.infolist():
-            file.seek(info.header_offset)
-            header = file.read(_LOCAL_HEADER)
-            name, extra = struct.unpack("<HH", header[26:30])
-            found[info.header_offset + _LOCAL_HEADER + name + extra] = (info.CRC, info.file_size)
+            if "/data/" in info.filename and info.file_size:
+                file.seek(info.header_offset)
+                name, extra = struct.unpack("<HH", file.read(_LOCAL_HEADER)[26:30])
+                found[info.header_offset + _LOCAL_HEADER + name + extra] = (info.CRC, info.file_size)
     return found
+
+
+def _mapping_address(tensors: Mapping[str, Tensor], records: Mapping[int, tuple[int, int]]) -> int | None:
+    """Return where in memory torch mapped the file, so that addresses give offsets; None if it is not mapped."""
+    storages = [tensor.untyped_storage() for tensor in tensors.values()]
+    addresses = {storage.data_ptr() for storage in storages if storage.nbytes()}
+    if not addresses or not records:
+        return None
+    start = min(addresses) - min(records)
+    return start if all(address - start in records for address in addresses) else None
+
+
+def _bin_entry(
+    path: Path, name: str, tensor: Tensor, start: int | None, records: Mapping[int, tuple[int, int]]
+) -> TensorEntry:
+    shape, dtype = tuple(tensor.shape), dtype_name(tensor)
+    if start is None or not tensor.is_contiguous() or not tensor.numel():
+        return TensorEntry(name, shape, dtype, path, 0, data=tensor.contiguous())
+    entry = TensorEntry(name, shape, dtype, path, tensor.data_ptr() - start)
+    crc, size = records.get(entry.offset, (0, 0))
+    # torch.save can be told to leave checksums out; it then writes zero.
+    return replace(entry, crc32=crc) if crc and size == entry.nbytes else entry

@@ -1,39 +1,118 @@
-"""A base's tensors as adapters change them, a block of rows at a time."""
+"""The tensors of a base after adapters are merged into it, a block of rows at a time."""
 
 from __future__ import annotations
 
+import importlib.util
+import re
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Literal
 
-from llavar_peft.errors import ConfigError, Fault, WeightsError
-from llavar_peft.weights.adapter.adapter_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from llavar_peft.errors import ConfigError, Fault, MissingDependencyError, WeightsError
+from llavar_peft.weights.adapter.adapter_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, read_base_settings
 from llavar_peft.weights.adapter.lora_updates import Adapter, Update
-from llavar_peft.weights.io.tensor_blocks import read_blocks, tensor_bytes, tensor_location
+from llavar_peft.weights.io.tensor_blocks import join_first, raise_faults, read_blocks, rows_per_block, tensor_bytes
 from llavar_peft.weights.io.tensor_table import TensorEntry, torch_dtype
+from llavar_peft.weights.io.write_weights import identify_files
 from llavar_peft.weights.merge.merge_base import MergeBase
-from llavar_peft.weights.merge.quantized_rounding import Rounding, is_rounded
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-_SHOWN = 6
+Onto = Literal["original", "dequantized"]
+"""What adapters of a quantized base are added to: its values on disk, or those values after quantization."""
+
+# Only layers of the language model: tower, projector, embeddings and head are never quantized.
+_QUANTIZED = re.compile(r"^model\.language_model\.layers\.\d+\.(self_attn|mlp)\.\w+_proj\.weight$")
+_FIX = "use the adapter with the base it was trained on"
+
+
+@dataclass(frozen=True, slots=True)
+class Rounding:
+    """How a base was quantized in training.
+
+    Attributes:
+        kind: ``"nf4"`` with double quantization, or ``"int8"``.
+        dtype: Torch's name of the dtype of the weights before quantization, and of the computation.
+    """
+
+    kind: Literal["nf4", "int8"]
+    dtype: str
+
+    def __post_init__(self) -> None:
+        if importlib.util.find_spec("bitsandbytes") is None:
+            raise MissingDependencyError.at(
+                "onto=dequantized", "requires bitsandbytes, which is not installed", "pip install bitsandbytes"
+            )
+
+    def blocks(self, entry: TensorEntry) -> Iterator[Tensor]:
+        """Yield blocks of a linear layer's weight after quantization, which needs the whole weight."""
+        import torch
+
+        weight = torch.empty(entry.shape, dtype=torch_dtype(self.dtype))
+        start = 0
+        for block in read_blocks(entry):
+            weight[start : start + len(block)] = block
+            start += len(block)
+        rounded = self.apply(weight)
+        del weight
+        step = rows_per_block(entry.shape)
+        for first in range(0, len(rounded), step):
+            yield rounded[first : first + step]
+
+    def apply(self, weight: Tensor) -> Tensor:
+        """Quantize and dequantize a weight of shape (out, in) with bitsandbytes, as in training."""
+        functional: Any = importlib.import_module("bitsandbytes.functional")
+        if self.kind == "nf4":
+            stored, state = functional.quantize_4bit(weight, quant_type="nf4", compress_statistics=True)
+            back: Tensor = functional.dequantize_4bit(stored, state)
+            return back
+        stored, scales, _ = functional.int8_vectorwise_quant(weight.half())  # requires fp16, in training too
+        rounded: Tensor = functional.int8_vectorwise_dequant(stored, scales)
+        return rounded
+
+
+def choose_rounding(adapters: Sequence[Path], onto: Onto | None) -> tuple[Rounding | None, Rounding | None]:
+    """Return how the base of adapters was quantized in training, and how it is to be for a merge.
+
+    Args:
+        adapters: Their folders.
+        onto: What the adapters are added to; None is what they were trained on.
+
+    Returns:
+        Both; None for a base that was not, or is not to be, quantized.
+
+    Raises:
+        ConfigError: The adapters were trained on differently stored bases, or ``"dequantized"`` was given and they
+            were not trained on a quantized base.
+    """
+    kinds = {(settings.quantize, settings.dtype) for settings in map(read_base_settings, adapters)}
+    if len(kinds) > 1:
+        what = f"the adapters were trained on bases stored in different ways (got {sorted(map(str, kinds))})"
+        raise ConfigError.at("adapter", what, "merge the adapters one by one")
+    quantize, dtype = kinds.pop() if kinds else (None, "auto")
+    trained = Rounding(quantize, "float32" if dtype == "auto" else dtype) if quantize else None
+    if onto == "dequantized" and trained is None:
+        got = f"{adapters[0]}, which was not trained on a quantized base or has no base.json" if adapters else "none"
+        what = f"'dequantized' requires adapters of a quantized base (got {got})"
+        raise ConfigError.at("onto", what, "omit this setting")
+    return trained, None if onto == "original" else trained
 
 
 class MergedTensors:
-    """The tensors of a base as adapters change them.
+    """The tensors of a base after adapters are merged into it.
 
     Args:
-        base: Before the merge.
+        base: The base before the merge.
         adapters: In their order.
-        weights: As ``merge_adapter`` takes them.
-        rounding: What the base's linear layers went through when the adapters were trained; None takes them as they
-            are on disk.
+        weights: As for ``merge_adapter``.
+        rounding: How the base's linear layers are quantized before the merge; None takes them as they are on disk.
 
     Raises:
-        ConfigError: Not one weight for each adapter.
-        WeightsError: An update that does not land on a tensor of the base, or does not fit it.
+        ConfigError: The number of weights is not that of the adapters.
+        WeightsError: The base has no tensor for an update, or one of another shape.
     """
 
     def __init__(
@@ -44,101 +123,82 @@ class MergedTensors:
         rounding: Rounding | None = None,
     ) -> None:
         if weights is not None and len(weights) != len(adapters):
-            what = f"not one for each adapter (got {len(weights)}, expected {len(adapters)})"
+            what = f"wrong number of weights (got {len(weights)}, expected one for each of {len(adapters)} adapters)"
             raise ConfigError.at("weights", what, "give as many weights as adapters")
         self.base, self.adapters, self.weights, self.rounding = base, tuple(adapters), weights, rounding
         overlay = Adapter(Path("projector"), {}, base.overlay)
-        check_landing([*adapters, overlay], {base.ours(name): shape for name, shape in base.shapes.items()})
+        check_updates([*adapters, overlay], {base.ours(name): shape for name, shape in base.shapes.items()})
         if weights is not None and not set(base.shapes) - set(base.table) <= {*base.overlay}:
-            what = "there is no projector to weigh theirs against in a plain language model"
-            raise ConfigError.at("weights", what, "leave the weights out, or give the whole LLaVAR as base")
+            what = "weights need a projector in the base, and a plain language model has none"
+            raise ConfigError.at("weights", what, "omit the weights, or give a whole LLaVAR as base")
 
     def blocks(self, name: str, dtype: str) -> Iterator[Tensor]:
-        """A tensor after the merge.
-
-        Args:
-            name: As in the base's shapes.
-            dtype: Of the result.
-
-        Yields:
-            Blocks of its rows, from first to last.
-        """
+        """Yield the blocks of a tensor after the merge, in the given dtype."""
         key, start = self.base.ours(name) or "", 0
         updates = [(number, one.updates[key]) for number, one in enumerate(self.adapters) if key in one.updates]
         for block in self.before(name):
-            rows = self._merged(block.float(), updates, start) if updates else block
+            rows = self._merge(block.float(), updates, start) if updates else block
             start += len(block)
             yield rows.to(torch_dtype(dtype))
 
     def before(self, name: str) -> Iterator[Tensor]:
-        """A tensor as the adapters find it.
-
-        Args:
-            name: As in the base's shapes.
-
-        Yields:
-            Blocks of its rows, from first to last, in any dtype.
-        """
+        """Yield the blocks of a tensor before the merge, in any dtype."""
         key, start = self.base.ours(name) or "", 0
         overlay = self.base.overlay.get(key)
-        for block in self._stored(name, key):
-            yield block if overlay is None else overlay.applied(block.float(), start)
+        for block in self._read(name, key):
+            yield block if overlay is None else overlay.apply(block.float(), start)
             start += len(block)
 
-    def _stored(self, name: str, key: str) -> Iterator[Tensor]:
-        """Blocks of the base's tensor, and of the rows that it is to have besides."""
+    def _read(self, name: str, key: str) -> Iterator[Tensor]:
+        """Yield the blocks of the base's tensor, and of rows that are added to it."""
         import torch
 
         shape, entry = self.base.shapes[name], self.base.table.get(name)
         if entry is None:
-            yield torch.zeros(shape)  # the projector: what the adapters trained replaces it
-        elif self.rounding is not None and is_rounded(key):
+            yield torch.zeros(shape)  # the projector, which an adapter or the projector file replaces
+        elif self.rounding is not None and _QUANTIZED.match(key) is not None:
             yield from self.rounding.blocks(entry)
         elif entry.shape == shape:
             yield from read_blocks(entry)
         else:
-            yield from with_mean_rows(entry, shape[0])
+            yield from append_mean_rows(entry, shape[0])
 
-    def _merged(self, rows: Tensor, updates: Sequence[tuple[int, Update]], start: int) -> Tensor:
+    def _merge(self, rows: Tensor, updates: Sequence[tuple[int, Update]], start: int) -> Tensor:
         if self.weights is None:
             for _, update in updates:
-                rows = update.applied(rows, start)
+                rows = update.apply(rows, start)
             return rows
         total = rows.clone()
         for number, update in updates:
-            total += self.weights[number] * (update.applied(rows, start) - rows)
+            total += self.weights[number] * (update.apply(rows, start) - rows)
         return total
 
     def identity(self) -> list[tuple[str, int, int]]:
-        """Path, size and time of every file that the result depends on."""
-        files = {entry.path.resolve() for entry in self.base.table.values()}
+        """Return path, size and time of every file that the result depends on."""
+        paths = [entry.path for entry in self.base.table.values()]
         for adapter in self.adapters:
-            files |= {(adapter.folder / name).resolve() for name in (ADAPTER_WEIGHTS, ADAPTER_CONFIG)}
-        overlaid = [(name, 0, zlib.crc32(tensor_bytes(one.value))) for name, one in self.base.overlay.items()]
-        return [*((str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in sorted(files)), *overlaid]
+            paths += [adapter.folder / ADAPTER_WEIGHTS, adapter.folder / ADAPTER_CONFIG]
+        overlay = [(name, 0, zlib.crc32(tensor_bytes(one.value))) for name, one in self.base.overlay.items()]
+        return [*identify_files(paths), *overlay]
 
 
-def with_mean_rows(entry: TensorEntry, rows: int) -> Iterator[Tensor]:
-    """A tensor's blocks, and then rows that are the mean of all of its own.
+def append_mean_rows(entry: TensorEntry, rows: int) -> Iterator[Tensor]:
+    """Yield a tensor's blocks, and then additional rows that are the mean of all of its own, in fp32.
 
     Args:
-        entry: Where it lies.
-        rows: How many the result has.
-
-    Yields:
-        Blocks of rows; the last one, of the new rows, in fp32.
+        entry: The tensor.
+        rows: Number of rows of the result.
 
     Raises:
-        WeightsError: It has more rows than that.
+        WeightsError: The tensor has more rows than that.
 
     Source: LLaVAR, llava/model/llava.py, ``initialize_vision_tokenizer``.
     """
     import torch
 
     if entry.shape[0] > rows:
-        raise WeightsError.at(
-            tensor_location(entry), f"too many rows (got {entry.shape[0]}, expected {rows})", "use its own base"
-        )
+        what = f"too many rows (got {entry.shape[0]}, expected at most {rows})"
+        raise WeightsError.at(entry.location, what, "use the base that the adapter was trained on")
     total = torch.zeros(entry.shape[1:], dtype=torch.float64)
     for block in read_blocks(entry):
         total += block.sum(0, dtype=torch.float64)
@@ -146,32 +206,28 @@ def with_mean_rows(entry: TensorEntry, rows: int) -> Iterator[Tensor]:
     yield (total / entry.shape[0]).float().expand(rows - entry.shape[0], -1)
 
 
-def check_landing(adapters: Sequence[Adapter], shapes: Mapping[str | None, tuple[int, ...]]) -> None:
-    """Reject adapters that were not trained on a base of this shape.
+def check_updates(adapters: Sequence[Adapter], shapes: Mapping[str | None, tuple[int, ...]]) -> None:
+    """Reject adapters whose updates do not fit the tensors of a base.
 
     Args:
-        adapters: To be merged.
-        shapes: Of the base's tensors, by our names.
+        adapters: The adapters to merge.
+        shapes: Shapes of the base's tensors, by our names.
 
     Raises:
-        WeightsError: Names every update that has no tensor of the base to land on, or does not fit it.
+        WeightsError: Names every update without a tensor in the base, or with one of another shape.
     """
     faults = []
     for adapter in adapters:
-        where = str(adapter.folder)
-        lost = [name for name in adapter.updates if name not in shapes]
+        unknown = [name for name in adapter.updates if name not in shapes]
         bad = [
             f"{name} (the base's is {list(shapes[name])})"
             for name, update in adapter.updates.items()
             if name in shapes and not update.fits(shapes[name])
         ]
         for found, what in (
-            (lost, "of its tensors have none in the base"),
-            (bad, "of its tensors do not fit the base's"),
+            (unknown, "tensors of the adapter are not in the base"),
+            (bad, "tensors of the adapter have another shape in the base"),
         ):
             if found:
-                more = f", and {len(found) - _SHOWN} more" if len(found) > _SHOWN else ""
-                text = f"{len(found)} {what}: {', '.join(found[:_SHOWN])}{more}"
-                faults.append(Fault(where, text, "use it on the base it was trained on"))
-    if faults:
-        raise WeightsError("\n".join(map(str, faults)), faults)
+                faults.append(Fault(str(adapter.folder), f"{len(found)} {what}: {join_first(found)}", _FIX))
+    raise_faults(faults)

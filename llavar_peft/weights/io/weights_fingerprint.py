@@ -1,47 +1,51 @@
-"""What a set of weights is, in a few kilobytes: enough to tell two models apart, whatever files they lie in.
+"""Fingerprints: a few kilobytes that tell two models apart, in whatever files their weights are stored.
 
-The values are compared as fp16, the dtype of everything released, so that a model stored in fp32 that was fp16 once has
-the same fingerprint as the original. Buffers, the tower and what a file is called do not enter.
+Values are compared in fp16, the dtype of all released weights, so that fp16 weights stored in fp32 have the fingerprint
+of the original. Buffers, the vision tower and file names do not count.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from llavar_peft.errors import WeightsError
-from llavar_peft.weights.io.tensor_blocks import read_elements, tensor_bytes
-from llavar_peft.weights.io.tensor_table import TensorEntry
+from llavar_peft.weights.io.tensor_blocks import join_first, read_elements, tensor_bytes
+from llavar_peft.weights.io.tensor_table import DOWNLOAD_AGAIN, TensorEntry
 
+FINGERPRINT_FILE = "fingerprints.json"
+"""Fingerprints by role: of ``base`` and ``target`` in a delta's folder, of ``base`` and ``delta`` in the folder of an
+applied delta, of ``base`` in an adapter's."""
 PLACES, RUN = 4, 2048
-"""How many runs of a tensor are sampled, first and last included, and how many elements each has."""
+"""Number of sampled runs of a tensor, the first and last included, and the number of elements of a run."""
 _FORMAT = 1
 _CONFIG = (
     "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
     "vocab_size", "rms_norm_eps",
 )  # fmt: skip
+_UNEXPECTED = "(not expected)"
 
 
 def sampled_runs(numel: int, places: int = PLACES, run: int = RUN) -> list[tuple[int, int]]:
-    """Start and length of the runs that are sampled of a tensor: all of it where it is small."""
+    """Return start and length of the runs to sample of a tensor: all of it if it is small."""
     if numel <= places * run:
         return [(0, numel)] if numel else []
     return [((numel - run) * place // (places - 1), run) for place in range(places)]
 
 
 def take_fingerprint(table: Mapping[str, TensorEntry], config: Mapping[str, Any]) -> dict[str, Any]:
-    """Take the fingerprint of a model.
+    """Compute the fingerprint of a model.
 
     Args:
         table: Its tensors by released names.
         config: Its flat configuration.
 
     Returns:
-        A JSON object: ``format``, ``config``, and ``tensors`` with shape and hash of each.
+        A JSON object: ``format``, ``config``, and ``tensors`` with the shape and hash of each.
 
     Raises:
         WeightsError: A file ends early.
@@ -58,27 +62,19 @@ def take_fingerprint(table: Mapping[str, TensorEntry], config: Mapping[str, Any]
 def _hash(entry: TensorEntry) -> str:
     digest = hashlib.sha256()
     for start, count in sampled_runs(entry.numel):
-        # + 0.0 makes -0.0 and 0.0 the same: which of them comes out of a subtraction means nothing.
+        # + 0.0 turns -0.0 into 0.0: the sign of a zero difference has no meaning.
         digest.update(tensor_bytes(read_elements(entry, start, count).half() + 0.0))
     return digest.hexdigest()[:16]
 
 
 def digest(fingerprint: Mapping[str, Any]) -> str:
-    """A fingerprint in 16 letters, for the eye."""
+    """Return a fingerprint in 16 characters, for display."""
     text = json.dumps(fingerprint, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def differences(expected: Mapping[str, Any], got: Mapping[str, Any]) -> list[str]:
-    """What of a fingerprint another does not share.
-
-    Args:
-        expected: A fingerprint.
-        got: Another.
-
-    Returns:
-        One line for each tensor or field that is missing, extra, of another shape or of other values.
-    """
+def compare_fingerprints(expected: Mapping[str, Any], got: Mapping[str, Any]) -> list[str]:
+    """Return one line for each tensor or field that is missing, unexpected or different."""
     lines = [
         f"{key} (got {got['config'][key]}, expected {value})"
         for key, value in expected["config"].items()
@@ -87,7 +83,7 @@ def differences(expected: Mapping[str, Any], got: Mapping[str, Any]) -> list[str
     for name in sorted({*expected["tensors"], *got["tensors"]}):
         ours, theirs = expected["tensors"].get(name), got["tensors"].get(name)
         if ours is None or theirs is None:
-            lines.append(f"{name} ({'not expected' if ours is None else 'missing'})")
+            lines.append(f"{name} {_UNEXPECTED if ours is None else '(missing)'}")
         elif list(ours[0]) != list(theirs[0]):
             lines.append(f"{name} (got shape {theirs[0]}, expected {ours[0]})")
         elif ours[1] != theirs[1]:
@@ -96,16 +92,10 @@ def differences(expected: Mapping[str, Any], got: Mapping[str, Any]) -> list[str
 
 
 def read_fingerprint(path: Path) -> dict[str, Any] | None:
-    """Read a file of fingerprints.
-
-    Args:
-        path: A JSON object of fingerprints by role.
-
-    Returns:
-        Its content; None where there is no such file.
+    """Read a file of fingerprints by role; return None if it does not exist.
 
     Raises:
-        WeightsError: It is no such file.
+        WeightsError: The file is not readable, or of another version.
     """
     if not path.is_file():
         return None
@@ -116,5 +106,28 @@ def read_fingerprint(path: Path) -> dict[str, Any] | None:
                 raise ValueError("not fingerprints of this version")
             _ = value["config"].items(), value["tensors"].items()
     except (ValueError, KeyError, AttributeError, TypeError) as error:
-        raise WeightsError.at(str(path), f"not readable as fingerprints ({error})", "fetch the file again") from error
+        raise WeightsError.at(str(path), f"not a readable file of fingerprints ({error})", DOWNLOAD_AGAIN) from error
     return dict(content)
+
+
+def check_adapter_base(adapter: Path, base_print: Callable[[], Mapping[str, Any]], base: str) -> None:
+    """Reject a base that an adapter was not trained on; accept any if the adapter has no fingerprint.
+
+    Args:
+        adapter: The adapter's folder.
+        base_print: Computes the base's fingerprint.
+        base: What to call the base in the message.
+
+    Raises:
+        WeightsError: The fingerprints differ; names the first tensors that do.
+    """
+    known = read_fingerprint(adapter / FINGERPRINT_FILE)
+    if known is None or "base" not in known:
+        return
+    found = [line for line in compare_fingerprints(known["base"], base_print()) if not line.endswith(_UNEXPECTED)]
+    if found:
+        raise WeightsError.at(
+            base,
+            f"not the base that {adapter} was trained on: its fingerprint differs in {join_first(found)}",
+            "give the unchanged base that the adapter was trained on",
+        )
