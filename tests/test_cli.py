@@ -30,7 +30,7 @@ def failing(monkeypatch: pytest.MonkeyPatch):
         def load(*_: object, **__: object) -> None:
             raise error
 
-        monkeypatch.setattr(train_module, "load_recipe", load)
+        monkeypatch.setattr(train_module, "load_chosen_recipe", load)
 
     return arrange
 
@@ -185,7 +185,7 @@ def test_train_hands_on_its_arguments(monkeypatch: pytest.MonkeyPatch, capsys: p
 
 def test_an_unknown_stage_is_found_before_anything_is_loaded(capsys: pytest.CaptureFixture[str]) -> None:
     assert run("train", "tiny", "--stage", "finetun") == 2
-    assert "tiny has no stage 'finetun'. Fix: use one of pretrain, finetune." in capsys.readouterr().err
+    assert "the recipe has no stage 'finetun'. Fix: use one of pretrain, finetune." in capsys.readouterr().err
 
 
 @pytest.fixture
@@ -217,16 +217,16 @@ def test_data_check(records: Path, capsys: pytest.CaptureFixture[str]) -> None:
 def test_data_inspect_marks_what_is_supervised() -> None:
     import torch
 
-    from llavar_peft.cli.data_command import _as_plain, _as_text
+    from llavar_peft.cli.data_command import _example_as_dict, _example_as_text
     from llavar_peft.types import Example
 
     example = Example(id="a", input_ids=torch.tensor([1, 2, 3]), labels=torch.tensor([-100, -100, 3]))
     spans = [("USER: Read. ASSISTANT: ", False), ("[bold]STOP</s>", True)]
-    text = _as_text(example, spans)
+    text = _example_as_text(example, spans)
     assert text.plain == "a (3 tokens, 1 supervised)\nUSER: Read. ASSISTANT: [bold]STOP</s>\n"
     green = [text.plain[span.start : span.end] for span in text.spans if "green" in str(span.style)]
     assert green == ["[bold]STOP</s>"]
-    plain = json.loads(json.dumps(_as_plain(example, spans)))
+    plain = json.loads(json.dumps(_example_as_dict(example, spans)))
     assert plain["labels"] == [-100, -100, 3]
     assert plain["spans"][1] == {"text": "[bold]STOP</s>", "supervised": True}
 

@@ -11,6 +11,7 @@ from llavar_peft.cli.shared_options import (
     AdapterOption,
     GreedyOption,
     ImageModeOption,
+    JsonOption,
     MaxNewTokensOption,
     ModelOption,
     QuantizeOption,
@@ -18,18 +19,18 @@ from llavar_peft.cli.shared_options import (
     TemperatureOption,
     VisionTowerOption,
     make_sampling,
-    open_image,
+    open_image_or_url,
 )
 
 
 def ask(
-    question: Annotated[str, typer.Argument(help="In plain words.", metavar="QUESTION")],
+    question: Annotated[str, typer.Argument(help="The question.", metavar="QUESTION")],
     model: ModelOption,
     image: Annotated[
         list[str] | None,
         typer.Option(
             "--image",
-            help="A picture's file or http(s) address; several are asked about one by one.",
+            help="An image file or http(s) URL. Repeat the option to ask about several images, one by one.",
             metavar="FILE|URL",
         ),
     ] = None,
@@ -41,14 +42,14 @@ def ask(
     temperature: TemperatureOption = None,
     greedy: GreedyOption = False,
     seed: SeedOption = None,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON document instead of text.")] = False,
+    as_json: JsonOption = False,
 ) -> None:
-    """Ask a trained model about images."""
+    """Ask a model a question about images."""
     from llavar_peft.inference.chat import load_chat
 
     sampling = make_sampling(max_new_tokens, temperature, greedy, seed)
     names: list[str | None] = [*image] if image else [None]
-    images = [None if name is None else open_image(name) for name in names]
+    images = [None if name is None else open_image_or_url(name) for name in names]
     chat = load_chat(model, adapter, vision_tower=vision_tower, quantize=quantize)
     requests = [chat.request(shown, question, image_mode=image_mode, sampling=sampling) for shown in images]
     answers = [answer.text for answer in chat.answer(requests)]

@@ -19,7 +19,7 @@ from PIL import Image
 
 from llavar_peft import Chat
 from llavar_peft.serving.api.api_app import create_app
-from llavar_peft.serving.run_server import listen, make_server
+from llavar_peft.serving.run_server import bind_socket, make_server
 from llavar_peft.serving.ui.mount_page import mount_page
 
 MODEL = "tiny"
@@ -32,9 +32,9 @@ def serving(chat: Chat, *, ui: bool = False, **settings: Any) -> Iterator[tuple[
     app = create_app(chat.engine, name=MODEL, **settings)
     if ui:
         names = [MODEL, *chat.adapters]
-        mount_page(app, models=names, most_tokens=app.state.limits.new_tokens, api_key=settings.get("api_key"))
-    bound = listen("127.0.0.1", 0)
-    server = make_server(app, grace=1)
+        mount_page(app, models=names, max_tokens=app.state.limits.new_tokens, api_key=settings.get("api_key"))
+    bound = bind_socket("127.0.0.1", 0)
+    server = make_server(app, shutdown_seconds=1)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [bound]})
     thread.start()
     while not server.started and thread.is_alive():

@@ -164,7 +164,7 @@ def test_models_health_and_metrics(server: tuple[str, FastAPI], client: openai.O
 
 def test_what_cannot_be_done_is_refused_in_openais_words(client: openai.OpenAI) -> None:
     hello: list[Any] = [{"role": "user", "content": "Hello"}]
-    with pytest.raises(openai.NotFoundError, match="no such model"):
+    with pytest.raises(openai.NotFoundError, match="model does not exist"):
         client.chat.completions.create(model="gpt-9", messages=hello)
     tool: Any = {"type": "function", "function": {"name": "f"}}
     with pytest.raises(openai.BadRequestError, match="tools is not supported"):
@@ -190,7 +190,7 @@ def _until(what: Any) -> None:
 @pytest.mark.parametrize("stream", [True, False])
 def test_a_client_that_leaves_frees_its_place(stream: bool, chat: Chat) -> None:
     with serving(chat) as (address, app):
-        service, port = app.state.service, int(address.rpartition(":")[2])
+        service, port = app.state.scheduler, int(address.rpartition(":")[2])
         body = ask_body("Go on.", max_tokens=1500, n=8, stream=stream)
         with socket.create_connection(("127.0.0.1", port)) as connection:
             head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n"
@@ -210,7 +210,7 @@ def test_a_full_queue_sends_clients_away(chat: Chat) -> None:
             client.chat.completions.create(model=MODEL, messages=hello, n=3)
         assert refused.value.response.headers["retry-after"] == "5"
         # Nothing of it stays behind.
-        assert app.state.service.waiting == 0
+        assert app.state.scheduler.waiting == 0
         assert client.chat.completions.create(model=MODEL, messages=hello, n=2, **GREEDY).choices
 
 
@@ -218,7 +218,7 @@ def test_sixty_four_wait_and_the_next_is_sent_away(chat: Chat, monkeypatch: pyte
     goes_on, look = threading.Event(), chat.engine.look
     monkeypatch.setattr(chat.engine, "look", lambda *args: (goes_on.wait(60), look(*args)))
     app = create_app(chat.engine, name=MODEL)
-    service = app.state.service
+    service = app.state.scheduler
 
     async def ask_all() -> list[Reply]:
         running = asyncio.create_task(call(app, ask_body("Go on.")))
@@ -243,7 +243,7 @@ def test_an_answer_that_takes_too_long_ends(chat: Chat) -> None:
         with pytest.raises(openai.APIStatusError) as late:
             client.chat.completions.create(model=MODEL, messages=[{"role": "user", "content": "Hello"}])
         assert late.value.status_code == 504
-        _until(lambda: app.state.service.running == 0)
+        _until(lambda: app.state.scheduler.running == 0)
 
 
 def test_a_batch_that_breaks_takes_nothing_else_with_it(
@@ -267,7 +267,7 @@ def test_a_batch_that_breaks_takes_nothing_else_with_it(
         assert broken.value.response.headers["x-request-id"] in str(broken.value)
         assert secret in caplog.text
         assert client.chat.completions.create(model="one", messages=hello, **GREEDY).choices
-        assert app.state.service.running == 0
+        assert app.state.scheduler.running == 0
 
 
 def test_the_key_is_asked_for(chat: Chat) -> None:
@@ -284,7 +284,7 @@ def test_the_key_is_asked_for(chat: Chat) -> None:
 
 def test_what_runs_when_the_server_stops_is_answered(chat: Chat) -> None:
     with serving(chat) as (_, app):
-        service = app.state.service
+        service = app.state.scheduler
     assert not service._thread.is_alive()
 
 
@@ -300,7 +300,7 @@ def test_a_taken_port_is_named(checkpoint: Path, capsys: pytest.CaptureFixture[s
         taken.listen()
         port = taken.getsockname()[1]
         assert cli.main(["serve", "--model", str(checkpoint), "--port", str(port)]) == 3
-    assert f"127.0.0.1:{port}: cannot be listened at" in capsys.readouterr().err
+    assert f"127.0.0.1:{port}: the server cannot listen at this address" in capsys.readouterr().err
 
 
 @pytest.mark.skipif(os.name != "posix", reason="sends signals")
@@ -343,4 +343,4 @@ def test_the_body_may_come_in_any_parts(chat: Chat) -> None:
     one, other = asyncio.run(both())
     assert one.status == other.status == 200
     assert one.json["choices"] == other.json["choices"]
-    app.state.service.close()
+    app.state.scheduler.close()

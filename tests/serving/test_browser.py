@@ -62,8 +62,8 @@ def _choose(browser: Browser, where: str, name: str) -> None:
 
 def test_a_image_is_asked_about(browser: Browser, chat: Chat, images: list[Path], tmp_path: Path) -> None:
     browser.save_to(tmp_path)
-    browser.give_file("#picture input[type=file]", images[0])
-    browser.wait_for("document.querySelector('#picture img')?.naturalWidth > 0")
+    browser.give_file("#image input[type=file]", images[0])
+    browser.wait_for("document.querySelector('#image img')?.naturalWidth > 0")
     _draw_greedily(browser)
     for count, text in enumerate(("Read.", "Again?"), start=1):
         browser.type(QUESTION, text)
@@ -88,7 +88,7 @@ def test_a_image_is_asked_about(browser: Browser, chat: Chat, images: list[Path]
 def _draw_greedily(browser: Browser) -> None:
     """Temperature 0 and 12 tokens, by the page's own fields."""
     browser.wait_for(
-        "(() => { const it = [...document.querySelectorAll('button')].find(b => /is drawn/.test(b.textContent));"
+        "(() => { const it = [...document.querySelectorAll('button')].find(b => /Answer settings/.test(b.textContent));"
         " it?.click(); return !!it })()"
     )
     for name, value in (("Temperature", 0), ("Tokens", 12)):
@@ -102,8 +102,8 @@ def _draw_greedily(browser: Browser) -> None:
 
 
 def test_two_models_side_by_side_wide_and_narrow(browser: Browser, images: list[Path]) -> None:
-    browser.give_file("#picture input[type=file]", images[1])
-    browser.wait_for("document.querySelector('#picture img')?.naturalWidth > 0")
+    browser.give_file("#image input[type=file]", images[1])
+    browser.wait_for("document.querySelector('#image img')?.naturalWidth > 0")
     _choose(browser, "model", "one")
     _choose(browser, "other", "two")
     browser.wait_for("document.querySelector('#window_1 h2')?.textContent == 'two'")
@@ -126,7 +126,7 @@ def test_two_models_side_by_side_wide_and_narrow(browser: Browser, images: list[
 def test_an_example_is_one_click_away(browser: Browser) -> None:
     browser.click(".gallery-item, table tbody tr")
     browser.wait_for(f"document.querySelector({QUESTION!r}).value.length > 3")
-    browser.wait_for("document.querySelector('#picture img')?.naturalWidth > 0")
+    browser.wait_for("document.querySelector('#image img')?.naturalWidth > 0")
     _draw_greedily(browser)
     browser.click(ASK)
     assert len(_answers(browser, 0, 1)) == 1
@@ -140,7 +140,7 @@ def test_stop_ends_an_answer(browser: Browser, server: tuple[str, FastAPI]) -> N
     browser.click(ASK)
     browser.wait_for("!!document.querySelector('#window_0 .waiting')")
     browser.click("button#stop")
-    service, deadline = server[1].state.service, time.monotonic() + 5
+    service, deadline = server[1].state.scheduler, time.monotonic() + 5
     while service.running and time.monotonic() < deadline:
         time.sleep(0.02)
     assert service.running == service.waiting == 0
@@ -173,10 +173,10 @@ def test_an_answer_grows_before_the_eyes_and_is_copied(browser: Browser) -> None
     for clipboard in (True, False):  # as over plain HTTP from elsewhere
         browser.run("navigator.clipboard.writeText('something else')")
         browser.wait_for("navigator.clipboard.readText().then(text => text == 'something else')")
-        browser.run(f"document.querySelector({_COPY!r}).textContent = 'copy'")
+        browser.run(f"document.querySelector({_COPY!r}).textContent = 'Copy'")
         if not clipboard:
             browser.run("Object.defineProperty(navigator, 'clipboard', {value: undefined, configurable: true})")
         browser.press_mouse(_COPY)
-        browser.wait_for(f"document.querySelector({_COPY!r}).textContent == 'copied'")
+        browser.wait_for(f"document.querySelector({_COPY!r}).textContent == 'Copied'")
         browser.run("delete navigator.clipboard")  # what was put before it
         assert browser.run("navigator.clipboard.readText()") == answer

@@ -10,7 +10,7 @@ from contextlib import suppress
 import pytest
 
 from llavar_peft import Chat
-from llavar_peft.serving.api.client_connection import ClientConnection
+from llavar_peft.compat.server_internals import TimedConnection
 from llavar_peft.serving.api.request_limits import RequestLimits
 from tests.serving.server import ask_body, serving
 
@@ -20,8 +20,8 @@ HEALTH = b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n"
 
 @pytest.fixture
 def port(chat: Chat, monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
-    monkeypatch.setattr(ClientConnection, "head_seconds", 0.5)
-    monkeypatch.setattr(ClientConnection, "stalled_seconds", 0.5)
+    monkeypatch.setattr(TimedConnection, "head_seconds", 0.5)
+    monkeypatch.setattr(TimedConnection, "stalled_seconds", 0.5)
     with serving(chat, limits=RequestLimits(body_seconds=0.3)) as (address, _):
         yield int(address.rpartition(":")[2])
 
@@ -72,7 +72,7 @@ def test_the_rest_of_a_refused_body_drips(port: int) -> None:
 
 
 def test_a_client_that_reads_nothing(chat: Chat, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ClientConnection, "stalled_seconds", 0.5)
+    monkeypatch.setattr(TimedConnection, "stalled_seconds", 0.5)
     with serving(chat) as (address, app):
         app.add_api_route("/long", lambda: "x" * 30_000_000, methods=["GET"])
         with socket.create_connection(("127.0.0.1", int(address.rpartition(":")[2]))) as connection:
@@ -95,4 +95,4 @@ def test_a_slow_answer_is_waited_for(port: int) -> None:
         began = time.monotonic()
         connection.sendall(f"{head}Content-Type: application/json\r\n\r\n".encode() + body)
         assert connection.recv(65536).startswith(b"HTTP/1.1 200")
-        assert time.monotonic() - began > ClientConnection.head_seconds
+        assert time.monotonic() - began > TimedConnection.head_seconds

@@ -143,7 +143,7 @@ def test_nothing_breaks_hangs_or_stays(chat: Chat, files: list[bytes], caplog: p
         assert not any(word in reply.body for word in (b"Traceback", b"site-packages", b"RuntimeError", b"/home/"))
     assert "Traceback" not in caplog.text
 
-    service = app.state.service
+    service = app.state.scheduler
     assert service.running == service.waiting == 0
     again = asyncio.run(call(app, ask_body("Hm?")))
     assert again.status == 200

@@ -31,7 +31,7 @@ def client(address: str) -> Client:
     return Client(address, verbose=False, analytics_enabled=False, download_files=False)
 
 
-def ask(client: Client, image: Path | None, question: str, model: str = MODEL, other: str = "(nobody)") -> list[Any]:
+def ask(client: Client, image: Path | None, question: str, model: str = MODEL, other: str = "(none)") -> list[Any]:
     """All that the endpoint gave out on the way."""
     shown = handle_file(str(image)) if image else None
     job = client.submit(image=shown, question=question, model=model, other=other, api_name="/ask", **GREEDY)
@@ -57,7 +57,7 @@ def test_an_answer_comes_in_pieces_and_is_the_models(client: Client, chat: Chat,
         "picture": images[0].name,
         "turns": [{"question": "Read.", "answers": [{"model": MODEL, "text": expected}]}],
     }
-    assert client.predict(api_name="/as_text") == f"Picture: {images[0].name}\n\nQ: Read.\n{MODEL}: {expected}\n"
+    assert client.predict(api_name="/as_text") == f"Image: {images[0].name}\n\nQ: Read.\n{MODEL}: {expected}\n"
 
 
 def test_two_models_answer_side_by_side(client: Client, chat: Chat, images: list[Path]) -> None:
@@ -83,9 +83,9 @@ def test_what_is_not_a_image_is_refused_in_short(
 ) -> None:
     broken = tmp_path / "broken.png"
     broken.write_bytes(images[0].read_bytes()[:60])
-    with pytest.raises(Exception, match="picture cannot be read"):
+    with pytest.raises(Exception, match="image cannot be read"):
         ask(client, broken, "Read.")
-    with pytest.raises(Exception, match="Write a question"):
+    with pytest.raises(Exception, match="write a question"):
         ask(client, None, "  ")
     assert conversation(client)["turns"] == []
 
@@ -93,7 +93,7 @@ def test_what_is_not_a_image_is_refused_in_short(
 def test_a_huge_image_is_not_decoded(client: Client, tmp_path: Path) -> None:
     huge = tmp_path / "huge.png"
     Image.new("1", (12000, 12000)).save(huge)
-    with pytest.raises(Exception, match="picture"):
+    with pytest.raises(Exception, match="image"):
         ask(client, huge, "Read.")
 
 
@@ -115,13 +115,13 @@ NOT_UPLOADED = (
 @pytest.mark.parametrize("place", [0, 1, 5])
 def test_a_client_names_neither_files_nor_addresses(address: str, path: str, meta: dict[str, Any], place: int) -> None:
     """Gradio by itself takes any file of this machine, and fetches any address, in any field."""
-    data: list[Any] = [None, "Read.", MODEL, "(nobody)", 0, 4, None]
+    data: list[Any] = [None, "Read.", MODEL, "(none)", 0, 4, None]
     data[place] = {"path": path, **meta}
     with httpx.Client(base_url=address, timeout=30) as http:
-        event = http.post("gradio_api/call/ask", json={"data": data}).json()["event_id"]
-        told = http.get(f"gradio_api/call/ask/{event}").text
-    assert told.startswith("event: error"), told
-    assert "uploaded" in told
+        for endpoint in ("call/ask", "run/ask", "queue/join"):
+            body = {"data": data, "session_hash": "abc", "fn_index": 0}
+            answer = http.post(f"gradio_api/{endpoint}", json=body)
+            assert (answer.status_code, answer.text) == (400, "Files have to be uploaded to this page.")
 
 
 def test_files_are_given_out_of_the_uploads_alone(address: str, images: list[Path]) -> None:
@@ -171,10 +171,10 @@ def test_the_key_is_asked_for(keyed: str) -> None:
 @pytest.mark.parametrize(
     ("method", "path", "headers", "status", "why"),
     [
-        ("GET", "", {"Authorization": "Bearer wrong"}, 401, "A key is needed"),
-        ("GET", "", {"Origin": "http://elsewhere.example"}, 403, "Not from another site"),
+        ("GET", "", {"Authorization": "Bearer wrong"}, 401, "The API key is missing"),
+        ("GET", "", {"Origin": "http://elsewhere.example"}, 403, "Requests from other sites"),
         ("GET", "monitoring/summary", {}, 404, "Not found"),
-        ("POST", "gradio_api/queue/join", {"Content-Length": "30000000"}, 413, "the body is larger"),
+        ("POST", "gradio_api/queue/join", {"Content-Length": "30000000"}, 413, "The body is larger"),
     ],
 )
 def test_what_is_refused_has_a_name_and_is_in_the_log(
@@ -190,7 +190,7 @@ def test_what_is_refused_has_a_name_and_is_in_the_log(
     connection.close()
     assert _refusals(keyed, status) == before + 1
     told = [record.getMessage() for record in caplog.records if name in record.getMessage()]
-    assert told[0].startswith(f"request {name} refused: {why}")
+    assert told[0].startswith(f"request {name} rejected: {why}")
     assert told[1].startswith(f"{method} /ui/{path} {status} ")
 
 

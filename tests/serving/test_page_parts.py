@@ -13,11 +13,10 @@ import pytest
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, PlainTextResponse, StreamingResponse
 
-from llavar_peft.serving.api.middleware import RequestMiddleware
-from llavar_peft.serving.api.server_metrics import Metrics
-from llavar_peft.serving.ui.page_client import PageClient, PageRefusedError
+from llavar_peft.serving.api.middleware import Metrics, RequestMiddleware
+from llavar_peft.serving.ui.page_client import PageClient, PageClientError
+from llavar_peft.serving.ui.page_conversation import Exchange, PageConversation
 from llavar_peft.serving.ui.page_guard import PageGuard
-from llavar_peft.serving.ui.page_talk import Exchange, Talk
 
 
 def guarded(api_key: str | None = None) -> Any:
@@ -71,14 +70,43 @@ def test_bodies_end_at_the_limit_while_they_are_read(path: str) -> None:
     async def blocks(count: int) -> Any:
         for _ in range(count):
             sent.append(1)
-            yield b"0" * 1_000_000
+            yield b" " * 1_000_000
 
     client = guarded()
     assert asyncio.run(client.post(path, content=blocks(19))).status_code == 200
     sent.clear()
     assert asyncio.run(client.post(path, content=blocks(500))).status_code == 413
     assert len(sent) <= 22
-    assert asyncio.run(client.post(path, content=b"0" * 20_000_001)).status_code == 413
+    assert asyncio.run(client.post(path, content=b" " * 20_000_001)).status_code == 413
+
+
+@pytest.mark.parametrize("path", ["/etc/passwd", "/srv/page/../x", "http://127.0.0.1/", "/srv/page/\0", 7, {}, []])
+def test_a_body_names_only_uploaded_files(path: Any) -> None:
+    client, endpoint = guarded(), "/ui/gradio_api/queue/join"
+    for data in ([{"path": path}], {"a": [[{"value": {"path": path}}]]}, {"path": path}):
+        refused = asyncio.run(client.post(endpoint, json={"data": data}))
+        assert (refused.status_code, refused.text) == (400, "Files have to be uploaded to this page.")
+    for allowed in (None, "/srv/page/0123/a.png"):
+        assert asyncio.run(client.post(endpoint, json={"data": [{"path": allowed}]})).status_code == 200
+
+
+@pytest.mark.parametrize("body", [b"{", b"[" * 100_000, b"\xff", b'{"path": '])
+def test_a_body_that_is_not_json_is_rejected(body: bytes) -> None:
+    assert asyncio.run(guarded().post("/ui/gradio_api/queue/join", content=body)).status_code == 400
+    assert asyncio.run(guarded().post("/ui/gradio_api/upload", content=body)).status_code == 200
+
+
+def test_the_body_that_was_checked_is_the_one_that_is_read() -> None:
+    """Parsers differ in which of two equal keys they take."""
+
+    async def echo(scope: Any, receive: Any, send: Any) -> None:
+        await PlainTextResponse((await receive())["body"])(scope, receive, send)
+
+    guard = PageGuard(echo, prefix="/ui", files=Path("/srv/page"), api_key=None)
+    client = httpx.AsyncClient(transport=httpx.ASGITransport(guard), base_url="http://localhost")
+    body = b'{"path": "/etc/passwd", "path": "/srv/page/a.png"}'
+    echoed = asyncio.run(client.post("/ui/gradio_api/queue/join", content=body)).text
+    assert echoed == '{"path": "/srv/page/a.png"}'
 
 
 def test_the_key_guards_every_door() -> None:
@@ -123,7 +151,7 @@ def api() -> tuple[FastAPI, dict[str, Any]]:
         if words == "busy":
             return JSONResponse({"error": {"message": "full"}}, 429, {"Retry-After": "7"})
         if words == "wrong":
-            return JSONResponse({"error": {"message": "the picture is too large"}}, 400)
+            return JSONResponse({"error": {"message": "the image is too large"}}, 400)
         if words == "broken":
             raise RuntimeError("secret detail")
 
@@ -146,7 +174,7 @@ def api() -> tuple[FastAPI, dict[str, Any]]:
 
 
 async def ask(client: PageClient, question: str, **given: Any) -> str:
-    history, image = given.pop("history", []), given.pop("picture", None)
+    history, image = given.pop("history", []), given.pop("image", None)
     return "".join([piece async for piece in client.stream("one", history, question, image, **given)])
 
 
@@ -175,16 +203,16 @@ def test_the_page_asks_as_a_client_of_the_api(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("question", "told"),
-    [("busy", "Try again in 7 s"), ("wrong", "the picture is too large"), ("broken", "could not answer")],
+    [("busy", "try again in 7 seconds"), ("wrong", "the image is too large"), ("broken", "could not answer")],
 )
 def test_what_the_api_refuses_is_told_in_short(question: str, told: str) -> None:
-    with pytest.raises(PageRefusedError, match=told) as error:
+    with pytest.raises(PageClientError, match=told) as error:
         asyncio.run(ask(PageClient(api()[0], ["one"], 64), question))
     assert "secret" not in str(error.value)
 
 
 def test_a_image_that_is_gone_is_told() -> None:
-    with pytest.raises(PageRefusedError, match="Drop it again"):
+    with pytest.raises(PageClientError, match="upload it again"):
         asyncio.run(ask(PageClient(api()[0], ["one"], 64), "What?", image="nowhere.png"))
 
 
@@ -204,17 +232,19 @@ HOSTILE = '<img src=x onerror="alert(1)"> ${alert(1)} {{value}} `x` \\u003c & </
 
 
 def test_words_are_shown_as_text() -> None:
-    talk = Talk("/tmp/x/a.png", [Exchange(HOSTILE, ("one", "two"), [HOSTILE, "yes"])])
+    talk = PageConversation("/tmp/x/a.png", [Exchange(HOSTILE, ("one", "two"), [HOSTILE, "yes"])])
     for side in (0, 1):
         shown = talk.as_html(side, "<b>")
         for sign in ("<img", "${", "{{", "`", "\\", "<b>", "</div> "):
             assert sign not in shown
     assert talk.as_html(0, "one").count("&#60;img") == 2
-    assert "Answers come here" in Talk().as_html(0, "one")
+    assert "The answer will appear here" in PageConversation().as_html(0, "one")
 
 
 def test_a_conversation_is_written_whole() -> None:
-    talk = Talk("C:\\tmp\\a.png", [Exchange("Q1", ("one",), ["A1"]), Exchange("Q2", ("one", "two"), ["A2", "ß2"])])
+    talk = PageConversation(
+        "C:\\tmp\\a.png", [Exchange("Q1", ("one",), ["A1"]), Exchange("Q2", ("one", "two"), ["A2", "ß2"])]
+    )
     assert json.loads(talk.as_json()) == {
         "picture": "a.png",
         "turns": [
@@ -222,6 +252,6 @@ def test_a_conversation_is_written_whole() -> None:
             {"question": "Q2", "answers": [{"model": "one", "text": "A2"}, {"model": "two", "text": "ß2"}]},
         ],
     }
-    assert talk.as_text() == "Picture: a.png\n\nQ: Q1\none: A1\n\nQ: Q2\none: A2\ntwo: ß2\n"
+    assert talk.as_text() == "Image: a.png\n\nQ: Q1\none: A1\n\nQ: Q2\none: A2\ntwo: ß2\n"
     assert talk.history(1) == [("Q1", "A1"), ("Q2", "ß2")]
     assert "Q1" not in talk.as_html(1, "two")

@@ -21,7 +21,7 @@ from llavar_peft.serving.api.api_app import create_app
 from llavar_peft.serving.api.api_schema import parse_request
 from llavar_peft.serving.api.chat_messages import read_conversation
 from llavar_peft.serving.api.request_images import RequestImageReader
-from llavar_peft.serving.api.request_limits import RequestLimits, RequestRefusedError
+from llavar_peft.serving.api.request_limits import RequestLimits, RequestRejectedError
 from tests.serving.server import JSON, MODEL, Neighbour, ask_body, call, data_url, png, progressive, serving
 
 
@@ -29,7 +29,7 @@ from tests.serving.server import JSON, MODEL, Neighbour, ask_body, call, data_ur
 def app(chat: Chat) -> Iterator[FastAPI]:
     made = create_app(chat.engine, name=MODEL)
     yield made
-    made.state.service.close()
+    made.state.scheduler.close()
 
 
 def test_an_allowed_host_is_asked_only_at_public_addresses(
@@ -37,7 +37,7 @@ def test_an_allowed_host_is_asked_only_at_public_addresses(
 ) -> None:
     reader = RequestImageReader(chat.engine.processor, RequestLimits(), domains=frozenset({"pictures.example"}))
     monkeypatch.setattr(fetching, "_resolve", lambda target, deadline: ["93.184.216.34", "127.0.0.1"])
-    with pytest.raises(RequestRefusedError) as refused:
+    with pytest.raises(RequestRejectedError) as refused:
         reader.open(f"http://pictures.example:{neighbour.port}/a.png")
     assert "127.0.0.1" not in refused.value.message
     assert neighbour.visits == 0
@@ -55,7 +55,7 @@ def test_a_redirect_to_a_private_address_is_not_followed(
 
     reader = RequestImageReader(chat.engine.processor, RequestLimits(), domains=frozenset({"pictures.example"}))
     monkeypatch.setattr(fetching, "_get", redirects)
-    with pytest.raises(RequestRefusedError):
+    with pytest.raises(RequestRejectedError):
         reader.open("http://pictures.example/a.png")
     assert asked == ["http://pictures.example/a.png"]
     assert neighbour.visits == 0
@@ -74,7 +74,7 @@ def test_a_redirect_to_a_private_address_is_not_followed(
 )  # fmt: skip
 def test_one_parser_reads_an_address(url: str, chat: Chat, neighbour: Neighbour) -> None:
     reader = RequestImageReader(chat.engine.processor, RequestLimits(), domains=frozenset({"pictures.example"}))
-    with pytest.raises(RequestRefusedError):
+    with pytest.raises(RequestRejectedError):
         reader.open(url.format(port=neighbour.port))
     assert neighbour.visits == 0
 
@@ -126,7 +126,7 @@ def test_the_log_knows_more_than_the_client(app: FastAPI, caplog: pytest.LogCapt
     with caplog.at_level(logging.INFO):
         answer = asyncio.run(call(app, ask_body("Read.", data_url(b"no picture"))))
     assert answer.status == 400
-    (line,) = (record.getMessage() for record in caplog.records if " refused: " in record.getMessage())
+    (line,) = (record.getMessage() for record in caplog.records if " rejected: " in record.getMessage())
     assert "UnidentifiedImageError" in line
     assert "Unidentified" not in answer.message
 
@@ -134,7 +134,7 @@ def test_the_log_knows_more_than_the_client(app: FastAPI, caplog: pytest.LogCapt
 def test_a_full_server_says_so_before_it_reads(chat: Chat) -> None:
     full = create_app(chat.engine, name=MODEL, limits=RequestLimits(waiting=0, rows=0))
     answer = asyncio.run(call(full, b"{"))
-    full.state.service.close()
+    full.state.scheduler.close()
     assert answer.status == 429
     assert int(dict(answer.headers)["retry-after"]) > 0
 
@@ -179,7 +179,7 @@ def test_what_users_type_is_never_a_special_token(text: str, chat: Chat, app: Fa
 def test_huge_numbers_are_refused_at_once(fields: dict[str, Any], app: FastAPI) -> None:
     answer = asyncio.run(call(app, ask_body("Hm?", **fields)))
     assert answer.status == 400
-    assert app.state.service.waiting == app.state.service.running == 0
+    assert app.state.scheduler.waiting == app.state.scheduler.running == 0
 
 
 def test_five_images_are_too_many(app: FastAPI) -> None:
@@ -207,7 +207,7 @@ def test_a_body_is_cut_off_while_it_is_read(app: FastAPI) -> None:
 def test_a_body_that_drips_is_given_up(chat: Chat) -> None:
     slow = create_app(chat.engine, name=MODEL, limits=RequestLimits(body_seconds=0.2))
     answer = asyncio.run(call(slow, itertools.repeat(b" "), pause=0.05))
-    slow.state.service.close()
+    slow.state.scheduler.close()
     assert answer.status == 408
 
 
