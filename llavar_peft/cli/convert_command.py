@@ -13,7 +13,7 @@ from llavar_peft.cli.shared_options import DtypeOption, ShardGigabytes
 
 def convert(
     source: Annotated[str, typer.Argument(help="A LLaVAR in any layout: a folder or a hub name.", metavar="SRC")],
-    out: Annotated[Path, typer.Argument(help="The folder to create. It must not exist.")],
+    out: Annotated[Path, typer.Argument(help="The folder to create. It must not exist.", metavar="OUT")],
     to: Annotated[
         Literal["llavar", "original", "hf-llava"],
         typer.Option(

@@ -167,7 +167,10 @@ def eval_mme(
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Score a model, or a file of answers, on MME's questions about text: accuracy and accuracy+, of 200 in all."""
+    """Score a model, or a file of answers, on MME's questions about text.
+
+    The score is accuracy plus accuracy+, at most 200.
+    """
     from llavar_peft.data.image_preparation import ImageRoots
     from llavar_peft.evaluation.vqa.mme_ocr import read_answers, read_folder, score_images
     from llavar_peft.evaluation.vqa.scored_results import Setting

@@ -54,7 +54,10 @@ def eval_answer(
     batch_size: BatchSizeOption = 8,
     seed: SamplingSeedOption = 0,
 ) -> None:
-    """Let a model answer the questions for 'eval judge'. Run the same command again to resume."""
+    """Let a model answer the questions for 'eval judge'.
+
+    Run the same command again to resume.
+    """
     from llavar_peft.data.image_preparation import ImageRoots
     from llavar_peft.evaluation.judge.judge_cases import read_unanswered, write_judge_answers
     from llavar_peft.evaluation.vqa.scored_results import Setting
@@ -117,9 +120,9 @@ def eval_judge(
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Let GPT-4, or any model at an OpenAI-compatible endpoint, compare a model's answers with reference answers.
+    """Let GPT-4 or another judge compare a model's answers with reference answers.
 
-    The API key is read from OPENAI_API_KEY. Replies are cached, so that an interrupted run can be resumed.
+    The judge is any model at an OpenAI-compatible endpoint. The API key is read from OPENAI_API_KEY. Replies are cached, so that an interrupted run can be resumed.
     The exit status is 3 if some questions have no scores.
     """
     from llavar_peft.evaluation.judge.judge_cases import read_cases

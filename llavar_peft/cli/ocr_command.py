@@ -63,7 +63,10 @@ def ocr_build(
     workers: WorkersOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Read the text in images by OCR, and write training records. Run the same command again to resume."""
+    """Read the text in images by OCR, and write training records.
+
+    Run the same command again to resume.
+    """
     from llavar_peft.datagen.ocr.build_records import BuildSettings, build_records, report_path
     from llavar_peft.datagen.ocr.quality_filter import QualityLimits
     from llavar_peft.datagen.ocr.read_folder import ReadingSettings
@@ -123,7 +126,10 @@ def ocr_converse(
     ] = 0,
     as_json: JsonOption = False,
 ) -> None:
-    """Let a language model write conversations about text that OCR read; its answers are checked against that text."""
+    """Let a language model write conversations about the text that 'ocr build' read.
+
+    Its answers are checked against that text. Run the same command again to resume.
+    """
     from llavar_peft.datagen.ocr.make_conversations import ConverseSettings, make_conversations, read_captions
     from llavar_peft.datagen.ocr.openai_client import Endpoint
 

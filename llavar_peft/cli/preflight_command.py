@@ -48,7 +48,10 @@ def estimate(
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Estimate what a recipe needs: memory by part, steps, compute and time, and what to change if it does not fit."""
+    """Estimate the memory, steps, compute and time that a recipe needs.
+
+    With --memory, report which stages fit, and what to change in those that do not.
+    """
     chosen = load_chosen_recipe(context, recipe, overrides, preset)
     from llavar_peft.preflight.estimate.estimate_stage import estimate_stage, what_would_help
 
@@ -75,9 +78,9 @@ def doctor(
     output_dir: Annotated[Path, typer.Option("--output-dir", help="The folder for runs.")] = Path("runs"),
     as_json: JsonOption = False,
 ) -> None:
-    """Check packages, GPU, quantization, disk and limits of this machine, and print a fix for each fault.
+    """Check this machine: packages, GPU, quantization, disk and limits.
 
-    The exit status is 3 if there is a fault.
+    Each fault is printed with its fix. The exit status is 3 if there is a fault.
     """
     from llavar_peft.preflight.doctor_devices import check_devices
     from llavar_peft.preflight.doctor_machine import check_machine

@@ -24,7 +24,10 @@ def quickstart(
     ] = "full",
     seed: Annotated[int, typer.Option("--seed", min=0, help="Seed of the data and of the training order.")] = 0,
 ) -> None:
-    """Train a tiny LLaVAR to read drawn images, on a CPU in minutes. Run the same command again to resume."""
+    """Train a tiny LLaVAR to read drawn images, on a CPU in minutes.
+
+    Run the same command again to resume.
+    """
     from llavar_peft.quickstart import run_quickstart
 
     result = run_quickstart(output_dir, tune, seed=seed)
@@ -64,7 +67,10 @@ def train(
         ),
     ] = False,
 ) -> None:
-    """Train the stages of a recipe. Run the same command again to resume an interrupted run."""
+    """Train the stages of a recipe.
+
+    Run the same command again to resume an interrupted run.
+    """
     chosen = load_chosen_recipe(context, recipe, overrides, preset)
     names = [part.name for part in chosen.stages]
     for name in stage or ():

@@ -55,7 +55,7 @@ def test_ask(checkpoint: Path, adapter: Path, images: list[Path], capsys: pytest
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (("--image", "file:///etc/passwd"), "wanted https or http"),
+        (("--image", "file:///etc/passwd"), "expected https or http"),
         (("--image", "nothing.png"), "no such file"),
         (("--greedy", "--temperature", "1"), "--greedy: it means temperature 0"),
         (("--adapter", "nothing"), "no such folder"),

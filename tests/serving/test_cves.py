@@ -15,7 +15,7 @@ SECRET = "root:x:0:0"
 
 
 def _ask_page(address: str, image: Any) -> str:
-    data = [image, "Read.", MODEL, "(none)", 0, 4, None]
+    data = [image, "Read.", MODEL, "(off)", 0, 4, None]
     told = []
     for path in ("call/ask", "call/v2/ask"):
         started = httpx.post(f"{address}/ui/gradio_api/{path}", json={"data": data}, timeout=30)

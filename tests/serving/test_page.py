@@ -31,7 +31,7 @@ def client(address: str) -> Client:
     return Client(address, verbose=False, analytics_enabled=False, download_files=False)
 
 
-def ask(client: Client, image: Path | None, question: str, model: str = MODEL, other: str = "(none)") -> list[Any]:
+def ask(client: Client, image: Path | None, question: str, model: str = MODEL, other: str = "(off)") -> list[Any]:
     """All that the endpoint gave out on the way."""
     shown = handle_file(str(image)) if image else None
     job = client.submit(image=shown, question=question, model=model, other=other, api_name="/ask", **GREEDY)
@@ -115,7 +115,7 @@ NOT_UPLOADED = (
 @pytest.mark.parametrize("place", [0, 1, 5])
 def test_a_client_names_neither_files_nor_addresses(address: str, path: str, meta: dict[str, Any], place: int) -> None:
     """Gradio by itself takes any file of this machine, and fetches any address, in any field."""
-    data: list[Any] = [None, "Read.", MODEL, "(none)", 0, 4, None]
+    data: list[Any] = [None, "Read.", MODEL, "(off)", 0, 4, None]
     data[place] = {"path": path, **meta}
     with httpx.Client(base_url=address, timeout=30) as http:
         for endpoint in ("call/ask", "run/ask", "queue/join"):

@@ -16,7 +16,7 @@ from llavar_peft.serving.ui.page_client import PageClient, PageClientError
 from llavar_peft.serving.ui.page_conversation import Exchange, PageConversation
 from llavar_peft.serving.ui.page_theme import COPY, SAVE
 
-NONE: Final = "(none)"
+OFF: Final = "(off)"
 _KEEP_FILES: Final = 3600  # seconds that an uploaded image stays on disk
 _MAX_QUESTION: Final = 8000  # characters
 
@@ -35,7 +35,7 @@ def build_page(client: PageClient, examples: Sequence[tuple[str, str]]) -> gr.Bl
         gr.Markdown("# LLaVAR\nUpload an image with text in it, and ask about it.", elem_id="head")
         with gr.Row():
             model = gr.Dropdown(names, value=names[0], label="Model", min_width=140, elem_id="model")
-            other = gr.Dropdown([NONE, *names], value=NONE, label="Compare with", min_width=140, elem_id="other")
+            other = gr.Dropdown([OFF, *names], value=OFF, label="Compare with", min_width=140, elem_id="other")
         with gr.Row():
             with gr.Column(scale=2, min_width=300):
                 image = gr.Image(
@@ -51,7 +51,7 @@ def build_page(client: PageClient, examples: Sequence[tuple[str, str]]) -> gr.Bl
                     stop = gr.Button("Stop", min_width=90, elem_id="stop")
             with gr.Column(scale=3, min_width=300):
                 with gr.Row(elem_id="answers"):
-                    left, right = _window(0, names[0]), _window(1, NONE)
+                    left, right = _window(0, names[0]), _window(1, OFF)
                 with gr.Row(elem_id="keep"):
                     new = gr.Button("New conversation", size="sm", elem_id="new")
                     as_text = gr.Button("Save as text", size="sm", elem_id="as_text")
@@ -105,7 +105,7 @@ def build_page(client: PageClient, examples: Sequence[tuple[str, str]]) -> gr.Bl
 def _window(side: int, name: str) -> gr.HTML:
     # Not a gr.Chatbot, which renders images and other HTML even with Markdown turned off.
     return gr.HTML(
-        PageConversation().as_html(side, name), visible=name != NONE, min_width=260, js_on_load=COPY,
+        PageConversation().as_html(side, name), visible=name != OFF, min_width=260, js_on_load=COPY,
         autoscroll=True, elem_id=f"window_{side}", elem_classes="window", padding=False,
     )  # fmt: skip
 
@@ -114,7 +114,7 @@ def _show(conversation: PageConversation, model: str, other: str) -> tuple[Any, 
     """Update both windows; the second is visible only when two models are compared."""
     return (
         gr.update(value=conversation.as_html(0, model)),
-        gr.update(value=conversation.as_html(1, other), visible=other != NONE),
+        gr.update(value=conversation.as_html(1, other), visible=other != OFF),
     )
 
 
@@ -143,7 +143,7 @@ class _Answering:
             raise gr.Error("The seed must be a whole number.", duration=4)
         if conversation.image != image:
             conversation = PageConversation(image)  # a conversation is about one image
-        models = (model,) if other == NONE else (model, other)
+        models = (model,) if other == OFF else (model, other)
         sampling = {"temperature": temperature, "max_tokens": tokens, "seed": int(seed) if seed else None}
         streams = [
             self._client.stream(name, conversation.history(side), question, image, **sampling)
