@@ -8,20 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from llavar_peft.cli import shared_options as shared
 from llavar_peft.cli.output import complain, say, say_piece
-from llavar_peft.cli.shared_options import (
-    GreedyOption,
-    ImageModeOption,
-    MaxNewTokensOption,
-    ModelOption,
-    QuantizeOption,
-    SeedOption,
-    TemperatureOption,
-    VisionTowerOption,
-    make_sampling,
-    open_image_or_url,
-    parse_adapters,
-)
 from llavar_peft.errors import ConfigError, LlavarError
 from llavar_peft.types import ImageMode
 
@@ -39,7 +27,7 @@ _BASE = "base"
 
 
 def chat(
-    model: ModelOption,
+    model: shared.ModelOption,
     image: Annotated[
         str | None, typer.Option("--image", help="The image to start with: a file or http(s) URL.", metavar="FILE|URL")
     ] = None,
@@ -51,19 +39,19 @@ def chat(
             metavar="[NAME=]DIR",
         ),
     ] = None,
-    vision_tower: VisionTowerOption = None,
-    quantize: QuantizeOption = None,
-    image_mode: ImageModeOption = None,
-    max_new_tokens: MaxNewTokensOption = 512,
-    temperature: TemperatureOption = None,
-    greedy: GreedyOption = False,
-    seed: SeedOption = None,
+    vision_tower: shared.VisionTowerOption = None,
+    quantize: shared.QuantizeOption = None,
+    image_mode: shared.ImageModeOption = None,
+    max_new_tokens: shared.MaxNewTokensOption = 512,
+    temperature: shared.TemperatureOption = None,
+    greedy: shared.GreedyOption = False,
+    seed: shared.SeedOption = None,
 ) -> None:
     """Chat with a model about images, in a terminal or through a pipe with one question per line."""
     from llavar_peft.inference.chat import load_chat
 
-    sampling = make_sampling(max_new_tokens, temperature, greedy, seed)
-    adapters = parse_adapters(adapter or [])
+    sampling = shared.make_sampling(max_new_tokens, temperature, greedy, seed)
+    adapters = shared.parse_adapters(adapter or [])
     if _BASE in adapters:
         raise ConfigError.at(
             "--adapter", f"{_BASE!r} is reserved for the model without an adapter", "write NAME=FOLDER"
@@ -98,7 +86,7 @@ class _Terminal:
 
     def show(self, source: str) -> None:
         """Add an image to the next question."""
-        self._conversation.show(open_image_or_url(source), self._image_mode)
+        self._conversation.show(shared.open_image_or_url(source), self._image_mode)
 
     def _read(self) -> str | None:
         if not self._interactive:

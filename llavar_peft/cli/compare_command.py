@@ -113,7 +113,10 @@ def _diagnose_results(results: Path, metric: str | None, smallest: float, *, as_
             }
         )
         return
-    rows = [(group.by, group.name, group.records, f"{group.value:.2f}", format_interval(group)) for group in groups]
+    rows = [
+        (group.by, group.name, group.records, f"{group.value:.2f}", format_interval(group.low, group.high))
+        for group in groups
+    ]
     print_table(("by", "kind", "records", f"{protocol} %", "95 % interval"), rows, text_columns=2)
     _print_too_small(small, "data set")
     for key, value in asdict(read.setting).items():
@@ -183,5 +186,5 @@ def _print_comparison(comparison: Comparison, shown: int) -> None:
 def _difference_row(one: Difference) -> tuple[object, ...]:
     return (
         one.by, one.name, one.records, f"{one.before:.2f}", f"{one.after:.2f}", f"{one.difference:+.2f}",
-        format_interval(one), one.gained, one.lost, f"{one.p_value:.2g}",
+        format_interval(one.low, one.high), one.gained, one.lost, f"{one.p_value:.2g}",
     )  # fmt: skip

@@ -8,25 +8,9 @@ from typing import TYPE_CHECKING, Annotated, TypeAlias
 
 import typer
 
-from llavar_peft.cli.evaluation_model import (
-    BatchSizeOption,
-    EvaluatedModelOption,
-    SamplingSeedOption,
-    answer_with_progress,
-    load_evaluated_model,
-)
+from llavar_peft.cli import evaluation_model as evaluated
+from llavar_peft.cli import shared_options as shared
 from llavar_peft.cli.output import format_interval, print_table, say, say_json
-from llavar_peft.cli.shared_options import (
-    AdapterOption,
-    GreedyOption,
-    ImageModeOption,
-    ImagesOption,
-    JsonOption,
-    MaxNewTokensOption,
-    QuantizeOption,
-    VisionTowerOption,
-    choose_temperature,
-)
 from llavar_peft.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -54,27 +38,27 @@ def eval_vqa(
         Path | None,
         typer.Option("--dataset", help="The questions: a file of ST-VQA, TextVQA, DocVQA, OCR-VQA, or your own."),
     ] = None,
-    images: ImagesOption = None,
-    model: EvaluatedModelOption = None,
+    images: shared.ImagesOption = None,
+    model: evaluated.EvaluatedModelOption = None,
     predictions: Annotated[
         Path | None, typer.Option("--predictions", help="A file of answers to score, instead of --model.")
     ] = None,
-    adapter: AdapterOption = None,
-    vision_tower: VisionTowerOption = None,
-    quantize: QuantizeOption = None,
+    adapter: shared.AdapterOption = None,
+    vision_tower: shared.VisionTowerOption = None,
+    quantize: shared.QuantizeOption = None,
     metric: Annotated[
         list[str] | None,
         typer.Option("--metric", help="A scoring protocol. Repeat the option for several. Default: all that apply."),
     ] = None,
-    image_mode: ImageModeOption = None,
+    image_mode: shared.ImageModeOption = None,
     prompt: Annotated[
         str, typer.Option("--prompt", help="The prompt, in which {question} is replaced by the question.")
     ] = "{question}",
     temperature: VqaTemperature = None,
-    greedy: GreedyOption = False,
-    max_new_tokens: MaxNewTokensOption = _VQA_TOKENS,
-    batch_size: BatchSizeOption = 8,
-    seed: SamplingSeedOption = 0,
+    greedy: shared.GreedyOption = False,
+    max_new_tokens: shared.MaxNewTokensOption = _VQA_TOKENS,
+    batch_size: evaluated.BatchSizeOption = 8,
+    seed: evaluated.SamplingSeedOption = 0,
     limit: Annotated[int | None, typer.Option("--limit", min=1, help="Use only this many first questions.")] = None,
     split: Annotated[
         str | None, typer.Option("--split", help="Use only the questions of this split: train, val or test.")
@@ -95,7 +79,7 @@ def eval_vqa(
         Path | None,
         typer.Option("--out", help="The results file. Default with --model: <dataset>.results.json in this folder."),
     ] = None,
-    as_json: JsonOption = False,
+    as_json: shared.JsonOption = False,
 ) -> None:
     """Score a model, or a file of answers, on a benchmark of questions about text in images.
 
@@ -125,15 +109,15 @@ def eval_vqa(
         chosen = Setting(
             prompt=prompt,
             image_mode=image_mode,
-            temperature=choose_temperature(temperature, _VQA_TEMPERATURE, greedy=greedy),
+            temperature=shared.choose_temperature(temperature, _VQA_TEMPERATURE, greedy=greedy),
             max_new_tokens=max_new_tokens,
             seed=seed,
             batch_size=batch_size,
         )
         out = out or Path(f"{dataset.stem}.results.json")
-        reader, setting = load_evaluated_model(model, adapter, vision_tower, quantize, chosen)
+        reader, setting = evaluated.load_evaluated_model(model, adapter, vision_tower, quantize, chosen)
         log = out.with_suffix(".answers.jsonl")
-        answered = answer_with_progress(reader, questions, roots or ImageRoots(), setting, log)
+        answered = evaluated.answer_with_progress(reader, questions, roots or ImageRoots(), setting, log)
     side = int(reader.processor.image_processor.crop_size["height"]) if reader else _RELEASED_SIDE
     measured = borrow_heights(answered, heights) if heights else answered
     measures = measure_letter_height(measured, roots, setting.image_mode or "pad", side)
@@ -151,21 +135,21 @@ def eval_mme(
     folder: Annotated[
         Path | None, typer.Option("--folder", help="The folder of the MME benchmark, or its OCR folder.")
     ] = None,
-    model: EvaluatedModelOption = None,
-    adapter: AdapterOption = None,
-    vision_tower: VisionTowerOption = None,
-    quantize: QuantizeOption = None,
-    image_mode: ImageModeOption = None,
+    model: evaluated.EvaluatedModelOption = None,
+    adapter: shared.AdapterOption = None,
+    vision_tower: shared.VisionTowerOption = None,
+    quantize: shared.QuantizeOption = None,
+    image_mode: shared.ImageModeOption = None,
     temperature: MmeTemperature = None,
-    greedy: GreedyOption = False,
-    max_new_tokens: MaxNewTokensOption = _MME_TOKENS,
-    batch_size: BatchSizeOption = 8,
-    seed: SamplingSeedOption = 0,
+    greedy: shared.GreedyOption = False,
+    max_new_tokens: shared.MaxNewTokensOption = _MME_TOKENS,
+    batch_size: evaluated.BatchSizeOption = 8,
+    seed: evaluated.SamplingSeedOption = 0,
     out: Annotated[
         Path | None,
         typer.Option("--out", help="The results file. Default with --model: mme.results.json in this folder."),
     ] = None,
-    as_json: JsonOption = False,
+    as_json: shared.JsonOption = False,
 ) -> None:
     """Score a model, or a file of answers, on MME's questions about text.
 
@@ -183,14 +167,14 @@ def eval_mme(
         chosen = Setting(
             prompt="{question}",
             image_mode=image_mode,
-            temperature=choose_temperature(temperature, _MME_TEMPERATURE, greedy=greedy),
+            temperature=shared.choose_temperature(temperature, _MME_TEMPERATURE, greedy=greedy),
             max_new_tokens=max_new_tokens,
             seed=seed,
             batch_size=batch_size,
         )
-        reader, setting = load_evaluated_model(model, adapter, vision_tower, quantize, chosen)
+        reader, setting = evaluated.load_evaluated_model(model, adapter, vision_tower, quantize, chosen)
         log = out.with_suffix(".answers.jsonl")
-        answered = answer_with_progress(reader, questions, ImageRoots(images), setting, log)
+        answered = evaluated.answer_with_progress(reader, questions, ImageRoots(images), setting, log)
         results = score_images(answered, str(folder), setting)
     else:
         raise ConfigError.at(
@@ -216,7 +200,7 @@ def _stated_setting(context: typer.Context, answers: Path) -> Setting:
                 f"it has no effect on the answers in {answers}",
                 "leave it out",
             )
-    temperature = choose_temperature(given.get("temperature"), None, greedy=given.get("greedy", False))
+    temperature = shared.choose_temperature(given.get("temperature"), None, greedy=given.get("greedy", False))
     names = ("prompt", "image_mode", "max_new_tokens", "seed", "batch_size")
     stated = Setting(temperature=temperature, **{name: given[name] for name in names if name in given})
     return write_stated_settings(read_setting(answers), stated, str(answers))
@@ -240,7 +224,13 @@ def _report_results(results: Results, out: Path | None, *, as_json: bool) -> Non
         say_json(results.as_dict(records=False))
         return
     rows = [
-        (one.protocol, f"{one.value:.2f}", format_interval(one), one.records, "lower" * one.lower_is_better)
+        (
+            one.protocol,
+            f"{one.value:.2f}",
+            format_interval(one.low, one.high),
+            one.records,
+            "lower" * one.lower_is_better,
+        )
         for one in results.figures
     ]
     print_table(("protocol", "%", "95 % interval", "records", "better"), rows)

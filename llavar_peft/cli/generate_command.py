@@ -7,24 +7,13 @@ from typing import Annotated
 
 import typer
 
+from llavar_peft.cli import shared_options as shared
 from llavar_peft.cli.output import is_first_rank, say, show_count
-from llavar_peft.cli.shared_options import (
-    AdapterOption,
-    GreedyOption,
-    ImageModeOption,
-    MaxNewTokensOption,
-    ModelOption,
-    QuantizeOption,
-    SeedOption,
-    TemperatureOption,
-    VisionTowerOption,
-    make_sampling,
-)
 from llavar_peft.recipe.schema import BadImagePolicy
 
 
 def generate(
-    model: ModelOption,
+    model: shared.ModelOption,
     questions: Annotated[
         Path, typer.Option("--questions", help="JSON lines with question_id, text and optionally image.")
     ],
@@ -37,14 +26,14 @@ def generate(
     batch_size: Annotated[
         int, typer.Option("--batch-size", min=1, help="Number of questions answered at the same time.")
     ] = 8,
-    adapter: AdapterOption = None,
-    vision_tower: VisionTowerOption = None,
-    quantize: QuantizeOption = None,
-    image_mode: ImageModeOption = None,
-    max_new_tokens: MaxNewTokensOption = 1024,
-    temperature: TemperatureOption = None,
-    greedy: GreedyOption = False,
-    seed: SeedOption = None,
+    adapter: shared.AdapterOption = None,
+    vision_tower: shared.VisionTowerOption = None,
+    quantize: shared.QuantizeOption = None,
+    image_mode: shared.ImageModeOption = None,
+    max_new_tokens: shared.MaxNewTokensOption = 1024,
+    temperature: shared.TemperatureOption = None,
+    greedy: shared.GreedyOption = False,
+    seed: shared.SeedOption = None,
     on_bad_image: Annotated[
         BadImagePolicy, typer.Option("--on-bad-image", help="What to do about a missing or broken image.")
     ] = "stop",
@@ -55,7 +44,7 @@ def generate(
     """
     from llavar_peft.inference.answer_file import generate_answers
 
-    sampling = make_sampling(max_new_tokens, temperature, greedy, seed)
+    sampling = shared.make_sampling(max_new_tokens, temperature, greedy, seed)
     with show_count("answering") as progress:
         report = generate_answers(
             model,

@@ -7,23 +7,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from llavar_peft.cli.evaluation_model import (
-    BatchSizeOption,
-    SamplingSeedOption,
-    answer_with_progress,
-    load_evaluated_model,
-)
+from llavar_peft.cli import evaluation_model as evaluated
+from llavar_peft.cli import shared_options as shared
 from llavar_peft.cli.output import print_table, say, say_json, show_count
-from llavar_peft.cli.shared_options import (
-    AdapterOption,
-    GreedyOption,
-    ImageModeOption,
-    JsonOption,
-    MaxNewTokensOption,
-    QuantizeOption,
-    VisionTowerOption,
-    choose_temperature,
-)
 
 if TYPE_CHECKING:
     from llavar_peft.evaluation.judge.judge_reviews import Summary
@@ -41,18 +27,18 @@ def eval_answer(
     ],
     model: Annotated[Path, typer.Option("--model", help="The folder of the checkpoint, adapter or run to evaluate.")],
     out: Annotated[Path, typer.Option("--out", help="The answers file to write, in the original's format.")],
-    adapter: AdapterOption = None,
-    vision_tower: VisionTowerOption = None,
-    quantize: QuantizeOption = None,
-    image_mode: ImageModeOption = None,
+    adapter: shared.AdapterOption = None,
+    vision_tower: shared.VisionTowerOption = None,
+    quantize: shared.QuantizeOption = None,
+    image_mode: shared.ImageModeOption = None,
     temperature: Annotated[
         float | None,
         typer.Option("--temperature", min=0.0, help="Sampling temperature. Default: 0.7, as in the original."),
     ] = None,
-    greedy: GreedyOption = False,
-    max_new_tokens: MaxNewTokensOption = 1024,
-    batch_size: BatchSizeOption = 8,
-    seed: SamplingSeedOption = 0,
+    greedy: shared.GreedyOption = False,
+    max_new_tokens: shared.MaxNewTokensOption = 1024,
+    batch_size: evaluated.BatchSizeOption = 8,
+    seed: evaluated.SamplingSeedOption = 0,
 ) -> None:
     """Let a model answer the questions for 'eval judge'.
 
@@ -67,13 +53,13 @@ def eval_answer(
     chosen = Setting(
         prompt="{question}",
         image_mode=image_mode,
-        temperature=choose_temperature(temperature, _ANSWER_TEMPERATURE, greedy=greedy),
+        temperature=shared.choose_temperature(temperature, _ANSWER_TEMPERATURE, greedy=greedy),
         max_new_tokens=max_new_tokens,
         seed=seed,
         batch_size=batch_size,
     )
-    reader, setting = load_evaluated_model(model, adapter, vision_tower, quantize, chosen)
-    answered = answer_with_progress(reader, unanswered, roots, setting, out.with_suffix(".part.jsonl"))
+    reader, setting = evaluated.load_evaluated_model(model, adapter, vision_tower, quantize, chosen)
+    answered = evaluated.answer_with_progress(reader, unanswered, roots, setting, out.with_suffix(".part.jsonl"))
     write_judge_answers(answered, setting, out)
     say(str(out))
 
@@ -118,12 +104,12 @@ def eval_judge(
         Path | None,
         typer.Option("--cache", help="A folder that keeps the replies. Default: next to --out, ending in .replies."),
     ] = None,
-    as_json: JsonOption = False,
+    as_json: shared.JsonOption = False,
 ) -> None:
     """Let GPT-4 or another judge compare a model's answers with reference answers.
 
-    The judge is any model at an OpenAI-compatible endpoint. The API key is read from OPENAI_API_KEY. Replies are cached, so that an interrupted run can be resumed.
-    The exit status is 3 if some questions have no scores.
+    The judge is any model at an OpenAI-compatible endpoint. The API key is read from OPENAI_API_KEY. Replies are
+    cached, so that an interrupted run can be resumed. The exit status is 3 if some questions have no scores.
     """
     from llavar_peft.evaluation.judge.judge_cases import read_cases
     from llavar_peft.evaluation.judge.judge_client import Judge, JudgeConfig
@@ -156,7 +142,7 @@ def eval_judge(
 
 def eval_summarize(
     reviews: Annotated[list[Path], typer.Argument(help="Files that 'eval judge' wrote.", metavar="REVIEWS...")],
-    as_json: JsonOption = False,
+    as_json: shared.JsonOption = False,
 ) -> None:
     """Show the scores in files of reviews: the model's mean in percent of the reference's mean."""
     from llavar_peft.evaluation.judge.judge_reviews import read_reviews, summarize_reviews

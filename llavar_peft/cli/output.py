@@ -6,7 +6,7 @@ import json
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import typer
 
@@ -18,20 +18,6 @@ if TYPE_CHECKING:
 Counter: TypeAlias = AbstractContextManager[Callable[[int, int], None]]
 """A progress bar: a context that returns a function of the number done and the total."""
 _FILE_WIDTH = 160  # characters of a line when stdout is not a terminal
-
-
-class Bounded(Protocol):
-    """A figure with an interval."""
-
-    @property
-    def low(self) -> float:
-        """Lower end."""
-        ...
-
-    @property
-    def high(self) -> float:
-        """Upper end."""
-        ...
 
 
 def say(text: str) -> None:
@@ -64,9 +50,9 @@ def is_first_rank() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
-def format_interval(figure: Bounded) -> str:
+def format_interval(low: float, high: float) -> str:
     """Format an interval."""
-    return f"{figure.low:.2f} to {figure.high:.2f}"
+    return f"{low:.2f} to {high:.2f}"
 
 
 def print_table(titles: Sequence[str], rows: Sequence[Sequence[object]], *, text_columns: int = 1) -> None:

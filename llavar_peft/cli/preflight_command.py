@@ -8,14 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from llavar_peft.cli import shared_options as shared
 from llavar_peft.cli.output import print_table, say, say_json
-from llavar_peft.cli.shared_options import (
-    JsonOption,
-    OverridesArgument,
-    PresetOption,
-    RecipeArgument,
-    load_chosen_recipe,
-)
 
 if TYPE_CHECKING:
     from llavar_peft.preflight.estimate.estimate_stage import StageEstimate
@@ -28,9 +22,9 @@ _UNSUITABLE = 3  # exit status, as of other faults of the environment
 
 def estimate(
     context: typer.Context,
-    recipe: RecipeArgument = None,
-    overrides: OverridesArgument = None,
-    preset: PresetOption = None,
+    recipe: shared.RecipeArgument = None,
+    overrides: shared.OverridesArgument = None,
+    preset: shared.PresetOption = None,
     gpus: Annotated[int, typer.Option("--gpus", min=1, help="Number of GPUs.")] = 1,
     shard: Annotated[
         bool | None,
@@ -46,13 +40,13 @@ def estimate(
         float | None,
         typer.Option("--tflops", min=0.1, help="TFLOP/s that a GPU achieves in practice, to estimate the time."),
     ] = None,
-    as_json: JsonOption = False,
+    as_json: shared.JsonOption = False,
 ) -> None:
     """Estimate the memory, steps, compute and time that a recipe needs.
 
     With --memory, report which stages fit, and what to change in those that do not.
     """
-    chosen = load_chosen_recipe(context, recipe, overrides, preset)
+    chosen = shared.load_chosen_recipe(context, recipe, overrides, preset)
     from llavar_peft.preflight.estimate.estimate_stage import estimate_stage, what_would_help
 
     found = [estimate_stage(chosen.model, stage, gpus=gpus, sharded=shard) for stage in chosen.stages]
@@ -76,7 +70,7 @@ def estimate(
 
 def doctor(
     output_dir: Annotated[Path, typer.Option("--output-dir", help="The folder for runs.")] = Path("runs"),
-    as_json: JsonOption = False,
+    as_json: shared.JsonOption = False,
 ) -> None:
     """Check this machine: packages, GPU, quantization, disk and limits.
 
