@@ -65,7 +65,7 @@ def build_page(client: PageClient, examples: Sequence[tuple[str, str]]) -> gr.Bl
                 tokens = gr.Slider(
                     1, client.max_tokens, min(512, client.max_tokens), step=1, label="Tokens", info="Longest answer."
                 )
-                seed = gr.Textbox(label="Seed", info="A whole number repeats an answer.", max_length=18)
+                seed = gr.Textbox(label="Seed", info="The same number gives the same answer.", max_length=18)
             with gr.Column(scale=3, min_width=300):
                 gr.Examples([list(pair) for pair in examples], [image, question], label="Examples")
 
