@@ -209,7 +209,7 @@ def test_data_check(records: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run("data", "check", str(records), "--images", str(records.parent), "--json") == 2
     found = json.loads(capsys.readouterr().out)
     assert found["records"] == 2
-    assert [sorted(fault) for fault in found["faults"]] == [["fix", "index", "kind", "what", "where"]]
+    assert [sorted(fault) for fault in found["faults"]] == [["fix", "index", "kind", "mend", "what", "where"]]
     shutil.copy(records.parent / "a.png", records.parent / "b.png")
     assert run("data", "check", str(records), "--images", str(records.parent)) == 0
 

@@ -9,7 +9,7 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
-from llavar_peft.cli.output import say, say_json
+from llavar_peft.cli.output import say, say_json, with_released_key
 from llavar_peft.cli.shared_options import ImagesOption, JsonOption, VisionTowerOption
 
 if TYPE_CHECKING:
@@ -32,7 +32,9 @@ def data_check(
     opened = open_records([str(path) for path in records])
     report = check_records(opened, ImageRoots([str(path) for path in images or ()]))
     if as_json:
-        say_json(report.as_dict())
+        found = report.as_dict()
+        listed = {name: [with_released_key(one) for one in found[name]] for name in ("faults", "warnings")}
+        say_json(found | listed)
     else:
         for fault in report.faults:
             say(str(fault))

@@ -35,6 +35,11 @@ def say_json(value: Any) -> None:
     typer.echo(json.dumps(value, ensure_ascii=False))
 
 
+def with_released_key(finding: dict[str, Any]) -> dict[str, Any]:
+    """Return a finding with its fix under the key of version 0.1 too, for programs that read the JSON output."""
+    return {**finding, "mend": finding["fix"]}
+
+
 def say_weights(report: WeightsReport) -> None:
     """Print what was written to a folder of weights."""
     say(f"{report.out}: {report.tensors} tensors, {report.nbytes / 1e9:.2f} GB in {report.seconds:.0f} s")

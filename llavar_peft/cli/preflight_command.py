@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from llavar_peft.cli import shared_options as shared
-from llavar_peft.cli.output import print_table, say, say_json
+from llavar_peft.cli.output import print_table, say, say_json, with_released_key
 
 if TYPE_CHECKING:
     from llavar_peft.preflight.estimate.estimate_stage import StageEstimate
@@ -87,7 +87,7 @@ def doctor(
             fix = f"\n      {'fix' if finding.state == 'fault' else 'hint'}: {finding.fix}" if finding.fix else ""
             say(f"{_SIGNS[finding.state]} {finding.name}: {finding.what}{fix}")
     if as_json:
-        say_json([dataclasses.asdict(one) for one in found])
+        say_json([with_released_key(dataclasses.asdict(one)) for one in found])
     if any(one.state == "fault" for one in found):
         raise typer.Exit(_UNSUITABLE)
 
