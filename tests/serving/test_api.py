@@ -309,14 +309,14 @@ def test_the_command_stops_on_a_signal(number: signal.Signals, checkpoint: Path)
     command = [sys.executable, "-m", "llavar_peft", "serve", "--model", str(checkpoint), "--port", "0", "--name", "m"]
     process = subprocess.Popen([*command, "--quantize", "nf4"], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     assert process.stdout is not None
-    threading.Timer(120, process.kill).start()
+    threading.Timer(600, process.kill).start()
     line = process.stdout.readline().decode()
     address = line.split()[1]
     client = openai.OpenAI(base_url=address, api_key="any")
     done = client.chat.completions.create(model="m", messages=[{"role": "user", "content": "Hm?"}], **GREEDY)
     assert done.choices[0].finish_reason
     process.send_signal(number)
-    _, err = process.communicate(timeout=30)
+    _, err = process.communicate(timeout=120)
     assert process.returncode == 0, err
     assert b"Traceback" not in err
 
