@@ -13,7 +13,9 @@ class TimedConnection(H11Protocol):
 
     Replaces: timeouts for a request's head and for an unread response, which uvicorn does not have. Its settings
     (``timeout_keep_alive``, ``h11_max_incomplete_event_size``, ``limit_concurrency``) limit idle connections and sizes
-    only, so that a few clients which hold connections open could keep all others out. Needed from 0.32, the oldest supported version, to 0.54.
+    only, so that a few clients which hold connections open could keep all others out.
+
+    Needed from uvicorn 0.32, the oldest supported version, to 0.54.
 
     The class is passed as the public argument ``http`` of ``uvicorn.Config`` and overrides the callbacks of
     ``asyncio.Protocol`` only. It reads three undocumented attributes of uvicorn's class: ``loop``, ``transport`` and
