@@ -1,15 +1,15 @@
-"""Data: opening a million records, conversations and images per second, against the original's pipeline.
+"""Data: opening a million records, and conversations and images per second, compared with the original's pipeline.
 
     python benchmarks/data.py [--tokenizer tokenizer.model] [--rounds 5] [--small] [--out STEM]
 
-* records: ``open_records`` against ``json.load``, each in a process of its own;
-* text: ``encode_record`` against the slow tokenizer called as ``preprocess_v1`` calls it; ids and labels of every
-  conversation are compared;
-* images: ``prepare_image`` against ``expand2square`` and ``CLIPImageProcessor``; every pixel is compared.
+* records: ``open_records`` and ``json.load``, each in a new process;
+* text: ``encode_record`` and the slow tokenizer, called as in ``preprocess_v1``; ids and labels of all conversations
+  are compared;
+* images: ``prepare_image``, and ``expand2square`` with ``CLIPImageProcessor``; all pixels are compared.
 
-Text and images are measured in CPU time of one core, in alternating rounds. LLaMA's ``tokenizer.model`` is not
-shipped; without one (``--tokenizer``, or ``reference/tokenizer`` of the folder that ``LLAVAR_SHARED`` names) text is
-left out. Linux only; about five minutes and 1 GB of disk.
+Text and images are measured in CPU time of one core, in alternating rounds. Text needs LLaMA's ``tokenizer.model``,
+which is not shipped: give ``--tokenizer``, or put it in ``reference/tokenizer`` of the folder ``LLAVAR_SHARED``. The
+benchmark runs on Linux only, and takes about five minutes and 1 GB of disk.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ MAX_LENGTH, IMAGE_TOKENS = 2048, 576
 
 @dataclass(frozen=True, slots=True)
 class Sizes:
-    """How much is measured."""
+    """Numbers of inputs."""
 
     records: int
     conversations: int
@@ -53,7 +53,7 @@ FULL, SMALL = Sizes(1_000_000, 400, 60), Sizes(60_000, 12, 6)
 
 @dataclass
 class Settings:
-    """What ``encode_record`` has to know of a processor."""
+    """The attributes of a processor that ``encode_record`` reads."""
 
     tokenizer: Any
     image_processor: Any = None
@@ -66,15 +66,15 @@ class Settings:
 
 
 def records(work: Path, count: int, rounds: int) -> dict[str, Any]:
-    """Open a file of records in each way, round by round.
+    """Open a file of records by each method, in rounds.
 
     Args:
-        work: A folder to write in.
+        work: A folder for temporary files.
         count: Number of records.
-        rounds: How often.
+        rounds: Number of rounds.
 
     Returns:
-        The file's ``bytes`` and, by way, the spread of each figure of ``data_records.measure``.
+        The file's ``bytes`` and, by method, the spread of each figure of ``data_records.measure``.
     """
     path = work / "records.json"
     write_records(path, count)
@@ -101,21 +101,15 @@ def records(work: Path, count: int, rounds: int) -> dict[str, Any]:
 def alternate(
     ours: Callable[[Any], Any], theirs: Callable[[Any], Any], inputs: Sequence[Any], rounds: int
 ) -> dict[str, Any]:
-    """Times two ways on the same inputs.
-
-    Args:
-        ours: Takes one input.
-        theirs: The same.
-        inputs: All of them.
-        rounds: How often each goes through them.
+    """Measure two functions on the same inputs, in alternating order.
 
     Returns:
-        The spread of ``ours_ms`` and ``theirs_ms`` of CPU time for one input, and of the rounds' ``ratio``.
+        The spread of the CPU time per input, ``ours_ms`` and ``theirs_ms``, and of the rounds' ``ratio``.
     """
     times: dict[str, list[float]] = {"ours": [], "theirs": []}
     ways = (("theirs", theirs), ("ours", ours))
     for _, way in ways:
-        way(inputs[0])  # what is made once is made before
+        way(inputs[0])  # warm-up
     for number in range(rounds):
         for name, way in ways if number % 2 else reversed(ways):
             start = time.process_time()
@@ -131,15 +125,15 @@ def alternate(
 
 
 def text(model: Path, count: int, rounds: int) -> dict[str, Any]:
-    """Conversations to ids and labels.
+    """Measure the conversion of conversations to ids and labels.
 
     Args:
         model: A ``tokenizer.model``.
         count: Number of conversations.
-        rounds: How often.
+        rounds: Number of rounds.
 
     Returns:
-        What ``alternate`` gives, ``tokens`` of all conversations and how many of them ``differ``.
+        The result of ``alternate``, the ``tokens`` of all conversations, and the number that ``differ``.
     """
     from data_original import SlowTokenizer, preprocess
 
@@ -164,15 +158,15 @@ def text(model: Path, count: int, rounds: int) -> dict[str, Any]:
 
 
 def images(work: Path, count: int, rounds: int) -> dict[str, Any]:
-    """Files to pixels.
+    """Measure the conversion of image files to pixels.
 
     Args:
-        work: A folder to write in.
+        work: A folder for temporary files.
         count: Number of images.
-        rounds: How often.
+        rounds: Number of rounds.
 
     Returns:
-        What ``alternate`` gives, ``bytes`` of all images and how many of them ``differ``.
+        The result of ``alternate``, the ``bytes`` of all images, and the number that ``differ``.
     """
     from data_original import prepare
     from transformers import CLIPImageProcessorPil
@@ -188,14 +182,14 @@ def images(work: Path, count: int, rounds: int) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Print the tables, and with ``--out`` writes them and the figures."""
+    """Print the tables; with ``--out``, write them and the figures."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     shared = os.environ.get("LLAVAR_SHARED", "")
     given = Path(shared) / "reference/tokenizer/tokenizer.model" if shared else None
     parser.add_argument("--tokenizer", type=Path, default=given, help="LLaMA's tokenizer.model")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--small", action="store_true", help="a try-out in seconds, whose times say nothing")
-    parser.add_argument("--out", type=Path, help="writes OUT.json and OUT.md")
+    parser.add_argument("--small", action="store_true", help="a test run of seconds, whose times are meaningless")
+    parser.add_argument("--out", type=Path, help="write OUT.json and OUT.md")
     options = parser.parse_args()
     sizes = SMALL if options.small else FULL
     command = " ".join(["python", "benchmarks/data.py", *sys.argv[1:]])
@@ -205,7 +199,7 @@ def main() -> None:
         work = Path(folder)
         has_tokenizer = options.tokenizer is not None and options.tokenizer.is_file()
         report["text"] = text(options.tokenizer, sizes.conversations, options.rounds) if has_tokenizer else None
-        report["pictures"] = images(work / "pictures", sizes.images, options.rounds)
+        report["images"] = images(work / "jpegs", sizes.images, options.rounds)
         report["records"] = records(work, sizes.records, options.rounds)
     report["load_after"] = os.getloadavg()
     printed = table(report)

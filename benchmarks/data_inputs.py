@@ -1,4 +1,4 @@
-"""What ``data.py`` measures on: conversations of English words, and photographs of a kind."""
+"""The inputs of ``data.py``: conversations of English words, and images with the noise of photographs."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from lengths import draw_turns
 from PIL import Image
 
 TOKENS_PER_WORD = 1.9
-"""Of LLaMA's tokenizer, on the sentences below with their punctuation."""
+"""LLaMA's tokenizer, on the sentences below with their punctuation."""
 RARE, RARE_SHARE = 20_000, 0.2
-"""Words beside those below, the n-th met 1/n times as often as the first, and their share of all words: what is kept
-from one conversation to the next helps with some words and not with others, as in natural text."""
+"""Number of additional words, of which the n-th is 1/n as frequent as the first, and their share of all words. As in
+natural text, a cache helps with some words only."""
 _SYLLABLES = "ba re ti con der ing mo la ven sta per qui tor ness lo pri cha ment fe gu"
 _WORDS = (
     "the a of in on and with is are to there this that which by at from two three several another people man woman"
@@ -26,19 +26,11 @@ _WORDS = (
 )
 WORDS = _WORDS.split()
 SIZES = ((640, 480), (480, 640), (640, 427), (427, 640), (500, 375), (640, 640))
-"""Pixels of the images, in turn: COCO's usual ones."""
+"""Sizes of the images in pixels, in turn: those common in COCO."""
 
 
 def conversations(count: int, seed: int) -> list[dict[str, Any]]:
-    """Records with an image each, as long as LLaVA-Instruct's.
-
-    Args:
-        count: How many.
-        seed: Of the draw.
-
-    Returns:
-        Records as they would stand in a file.
-    """
+    """Return records with an image each, of the length of LLaVA-Instruct's."""
     draw = Random(seed)
     syllables = _SYLLABLES.split()
     rare = ["".join(draw.choices(syllables, k=draw.randint(2, 4))) for _ in range(RARE)]
@@ -49,8 +41,8 @@ def conversations(count: int, seed: int) -> list[dict[str, Any]]:
         for first, (question, answer) in enumerate(pairs):
             asked = _sentences(draw, question, "?", rare, weights)
             value = asked if first else draw.choice((f"<image>\n{asked}", f"{asked}\n<image>"))
-            told = _sentences(draw, answer, ".", rare, weights)
-            turns += [{"from": "human", "value": value}, {"from": "gpt", "value": told}]
+            answered = _sentences(draw, answer, ".", rare, weights)
+            turns += [{"from": "human", "value": value}, {"from": "gpt", "value": answered}]
         records.append({"id": f"{number:09d}", "image": f"{number:012d}.jpg", "conversations": turns})
     return records
 
@@ -70,16 +62,7 @@ def _sentences(draw: Random, tokens: int, stop: str, rare: list[str], weights: l
 
 
 def write_images(folder: Path, count: int, seed: int) -> list[Path]:
-    """Write JPEGs of COCO's sizes: soft shapes with a sensor's noise, about as many bytes as COCO's.
-
-    Args:
-        folder: An existing folder.
-        count: How many.
-        seed: Of the draw.
-
-    Returns:
-        Their paths.
-    """
+    """Write JPEGs of COCO's sizes with about COCO's number of bytes, smooth shapes with noise; return their paths."""
     draw = np.random.default_rng(seed)
     paths = []
     for number in range(count):

@@ -1,8 +1,7 @@
-"""The original's data pipeline, written anew on today's packages, for ``data.py`` to compare with.
+"""The original's data pipeline, rewritten for current packages, with which ``data.py`` compares ours.
 
-The tokenizer is the library's slow SentencePiece one (Python, one piece looked up after the other), called as
-``preprocess_v1`` calls it: the whole conversation, then every round and every round's instruction once more. Images
-go through ``expand2square`` and ``CLIPImageProcessor``.
+The tokenizer is the slow SentencePiece one in Python, called as in ``preprocess_v1``: for the conversation, then again
+for every round and every round's instruction. Images are processed by ``expand2square`` and ``CLIPImageProcessor``.
 
 Source: LLaVAR, llava/train/train.py, ``preprocess_multimodal``, ``preprocess_v1``, ``LazySupervisedDataset``.
 """
@@ -44,7 +43,7 @@ class SlowTokenizer(SentencePieceBackend):
 
     Args:
         model: The ``tokenizer.model``.
-        max_length: Tokens that a conversation is cut to.
+        max_length: Number of tokens at which a conversation is cut.
     """
 
     def __init__(self, model: Path, max_length: int) -> None:
@@ -56,7 +55,7 @@ class SlowTokenizer(SentencePieceBackend):
             vocab_file=str(model), legacy=True, pad_token=PAD_TOKEN, model_max_length=max_length, padding_side="right",
             **plain,
         )  # fmt: skip
-        # Added as plain strings there, which stood for stripping white space on both sides.
+        # The original adds plain strings, which then meant stripping white space on both sides.
         stripping = [
             AddedToken(name, lstrip=True, rstrip=True, normalized=False, special=True) for name in ADDED_TOKENS
         ]
@@ -65,16 +64,16 @@ class SlowTokenizer(SentencePieceBackend):
     def build_inputs_with_special_tokens(
         self, token_ids_0: list[int], token_ids_1: list[int] | None = None
     ) -> list[int]:
-        """Set ``<s>`` before a text."""
+        """Add ``<s>`` before a text."""
         return [self.bos_token_id, *token_ids_0]
 
 
 def preprocess(sources: Sequence[dict[str, str]], tokenizer: SlowTokenizer, image_tokens: int) -> dict[str, Tensor]:
-    """Make ids and labels of one record's turns.
+    """Convert one record's turns to ids and labels.
 
     Args:
-        sources: ``conversations`` as they stand in the record.
-        tokenizer: The slow one.
+        sources: The record's ``conversations``.
+        tokenizer: The slow tokenizer.
         image_tokens: Number of ``<im_patch>`` for the image; 0 for a record without one.
 
     Returns:
@@ -105,7 +104,7 @@ def _prompt(turns: Sequence[dict[str, str]]) -> str:
 
 
 def _mask(prompt: str, labels: Tensor, tokenizer: SlowTokenizer) -> None:
-    """Take the labels of all but the answers out, by counting the tokens of each round again."""
+    """Mask the labels of everything but the answers, by counting the tokens of each round again."""
     tokens = int(labels.ne(tokenizer.pad_token_id).sum())
     separator = f"{_SEPARATORS[0]}{ASSISTANT_ROLE}: "
     position = 1
@@ -124,7 +123,7 @@ def _mask(prompt: str, labels: Tensor, tokenizer: SlowTokenizer) -> None:
 
 
 def expand_to_square(image: Image.Image, colour: tuple[int, ...]) -> Image.Image:
-    """Apply an image on the middle of a square of one colour."""
+    """Center an image on a square of one colour."""
     width, height = image.size
     if width == height:
         return image
@@ -135,15 +134,7 @@ def expand_to_square(image: Image.Image, colour: tuple[int, ...]) -> Image.Image
 
 
 def prepare(path: Path, processor: CLIPImageProcessorPil) -> Tensor:
-    """Open an image and makes pixels of it, as under ``--image_aspect_ratio pad``.
-
-    Args:
-        path: The image.
-        processor: CLIP's.
-
-    Returns:
-        float32 ``[3, 336, 336]``.
-    """
+    """Open and process an image as with ``--image_aspect_ratio pad``; return float32 ``[3, 336, 336]``."""
     image = Image.open(path).convert("RGB")
     image = expand_to_square(image, tuple(int(value * 255) for value in processor.image_mean))
     pixels: Any = processor.preprocess(image, return_tensors="pt")["pixel_values"]

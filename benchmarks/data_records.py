@@ -1,8 +1,8 @@
-"""What opening a million records costs, measured in a process of its own: ``data.py`` runs this.
+"""The cost of opening a million records, measured in a new process that ``data.py`` starts.
 
     python data_records.py HOW PATH
 
-Private memory is what no other process shares, over what the process took before; the file and its index are shared by
+Private memory is the increase of memory that is not shared with other processes; the file and its index are shared by
 all ranks and workers.
 """
 
@@ -22,7 +22,7 @@ READ = 50_000
 
 
 def write_records(path: Path, count: int) -> None:
-    """Write records as long as those of ``chat_llavar.json`` (383 bytes on average), indented as it is."""
+    """Write indented records of the length of those in ``chat_llavar.json``, 383 bytes on average."""
     draw = random.Random(0)
     with path.open("w", encoding="utf-8") as file:
         for index in range(count):
@@ -35,17 +35,17 @@ def write_records(path: Path, count: int) -> None:
 
 
 def private_mib() -> float:
-    """Private memory of this process that is not a copy of a file, in MiB (Linux)."""
+    """Return the private memory of this process that is not backed by a file, in MiB (Linux)."""
     lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
     return sum(int(line.split()[1]) for line in lines if line.startswith("Private_Dirty:")) / 1024
 
 
 def measure(how: str, path: Path) -> dict[str, float]:
-    """Open the records one way and reads some in random order.
+    """Open the records by one method, and read some of them in random order.
 
     Returns:
-        ``open_s``; ``private_mib`` after opening; ``us_per_record`` in random order; ``preflight_s`` of all records,
-        where there is an index already and their images are in ``images`` beside the file.
+        ``open_s``; ``private_mib`` after opening; ``us_per_record`` in random order; and ``preflight_s`` of all records
+        if there is an index and the folder ``images`` next to the file.
     """
     open_: Callable[[], Any]
     if how == "json.load":

@@ -7,14 +7,14 @@ from typing import Any
 from lengths import about as lengths_of
 from rounds import against, figure, ratio
 
-GOALS = {"text": 20.0, "pictures": 1.3}
-"""Times faster than the original, at least."""
+GOALS = {"text": 20.0, "images": 1.3}
+"""Smallest speed-ups over the original."""
 OPEN_MS, PRIVATE_MIB = 50.0, 20e6 / 2**20
-"""An indexed file, at most."""
+"""Limits for an indexed file."""
 
 
 def table(report: dict[str, Any]) -> str:
-    """A report as Markdown."""
+    """Return a report as Markdown."""
     opened = report["records"]
     machine = report["machine"]
     packages = ", ".join(f"{name} {number}" for name, number in report["packages"].items())
@@ -49,7 +49,7 @@ def table(report: dict[str, Any]) -> str:
         lines.append(f"| {what} | {times} | {against(found['ratio'][0], goal)} |")
     lines.append("")
     for what in (what for what in GOALS if report[what]):
-        same = "the same in every one" if not report[what]["differ"] else f"DIFFERENT in {report[what]['differ']}"
+        same = "the same in all" if not report[what]["differ"] else f"DIFFERENT in {report[what]['differ']}"
         kind = "ids and labels" if what == "text" else "pixels"
         lines.append(f"* {what}: {kind} {same} of {report[what]['inputs']}.")
     lines.append(f"* Lengths, {lengths_of('stage2')} (benchmarks/lengths.py).")

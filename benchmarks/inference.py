@@ -1,17 +1,17 @@
-"""Asking: batches, second turns, 4 bits, a cold start and the server, against the original's way.
+"""Inference: batches, second turns, 4 bits, a cold start and the server, compared with the original's code.
 
     python benchmarks/inference.py [--model DIR] [--size small] [--questions 64] [--tokens 32] [--rounds 3]
         [--tasks questions turns storage start server] [--dtype bfloat16] [--clients 32] [--seconds 120] [--out STEM]
 
-* questions: a file of questions, one record at a time as the original does, and by ``llavar-peft generate`` in batches;
-* turns: the second turn of a conversation, with what the first left behind and with everything computed again;
-* storage: the language model in 4 bits, the rest in --dtype, against the whole in bfloat16 and in float32: memory,
-  tokens a second, whether answers agree;
-* start: from the command ``llavar-peft ask`` to its first token, in a new process;
-* server: ``llavar-peft serve`` under many clients at once, whose answers must be those of a single client.
+* questions: a file of questions, one at a time as in the original, and in batches by ``llavar-peft generate``;
+* turns: the second turn of a conversation, with the cache of the first turn and with everything recomputed;
+* storage: the language model in 4 bits and the rest in --dtype, compared with all of it in bfloat16 and in float32:
+  memory, tokens per second, and the agreement of the answers;
+* start: the time from the command ``llavar-peft ask`` to its first token, in a new process;
+* server: ``llavar-peft serve`` with many concurrent clients, whose answers must be those of a single client.
 
-Each in a process of its own, on any machine; all answers are greedy. Without ``--model``, one of random numbers is
-made: right for times and memory, not for telling whether 4 bits read as well.
+Each task runs in its own process, on any machine, with greedy sampling. Without ``--model``, a model with random
+weights is made, which is suitable for times and memory but not for the accuracy of 4 bits.
 """
 
 from __future__ import annotations
@@ -42,14 +42,14 @@ _IMPORTS = "from llavar_peft.inference.chat import load_chat"
 
 
 def work(task: str, model: str, folder: Path, **settings: Any) -> dict[str, Any]:
-    """Measure a task of ``inference_work.py`` in a process of its own."""
+    """Measure a task of ``inference_work.py`` in a new process."""
     with tempfile.TemporaryDirectory(dir=folder) as out:
         found: dict[str, Any] = run("inference_work.py", task, model, folder / "data", out, json.dumps(settings))
     return found
 
 
 def compare_questions(rounds: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Rates by contender over the rounds, and how many answers are the original's."""
+    """Return the rates by contender over the rounds, and the number of answers equal to the original's."""
     expected = rounds[0]["original"]["answers"]
     return {
         name: {
@@ -63,16 +63,16 @@ def compare_questions(rounds: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def compare_turns(found: dict[str, Any]) -> dict[str, Any]:
-    """Milliseconds to the first piece and to the last, both ways."""
+    """Return the milliseconds to the first piece and to the last, with and without the cache."""
     times = {
         way: {what: spread([1e3 * one[place] for one in found[way]]) for place, what in enumerate(("first", "whole"))}
-        for way in ("kept", "anew")
+        for way in ("kept", "recomputed")
     }
     return {**times, "same": found["same"], "of": len(found["kept"])}
 
 
 def compare_storage(found: dict[str, dict[str, Any]], truths: Sequence[str]) -> dict[str, Any]:
-    """Ways of storing one model by name, and how far the greedy answers of ``nf4`` agree with those of the others."""
+    """Return the figures of each way to store the model, and the agreement of greedy answers with those of ``nf4``."""
     keep = ("dtype", "device", "load", "weights", "peak", "rates")
     ways = {
         name: {**{key: one[key] for key in keep}, "right": count_same(one["texts"], truths)}
@@ -83,7 +83,7 @@ def compare_storage(found: dict[str, dict[str, Any]], truths: Sequence[str]) -> 
 
 
 def agree(plain: dict[str, Any], packed: dict[str, Any]) -> dict[str, float]:
-    """How many answers are the same, and which part of the tokens comes before the first that differs."""
+    """Return the number of equal answers, and the share of tokens before the first different one."""
     shared = [
         next((place for place, (one, two) in enumerate(zip(a, b, strict=False)) if one != two), min(len(a), len(b)))
         for a, b in zip(plain["ids"], packed["ids"], strict=True)
@@ -95,7 +95,7 @@ def agree(plain: dict[str, Any], packed: dict[str, Any]) -> dict[str, float]:
 
 
 def measure_start(model: str, image: Path, rounds: int) -> dict[str, Any]:
-    """Seconds from the command to its first token, of ``llavar-peft ask``; and of the imports it needs alone."""
+    """Return the seconds from ``llavar-peft ask`` to its first token, and those of its imports alone."""
     ask = [
         "-m",
         "llavar_peft",
@@ -119,24 +119,24 @@ def measure_start(model: str, image: Path, rounds: int) -> dict[str, Any]:
 
 
 def spread(figures: Sequence[float]) -> list[float]:
-    """Median, least and most."""
+    """Return the median, minimum and maximum."""
     return [statistics.median(figures), min(figures), max(figures)]
 
 
 def count_same(one: Sequence[str], two: Sequence[str]) -> int:
-    """How many texts are the same."""
+    """Return the number of equal texts."""
     return sum(a == b for a, b in zip(one, two, strict=True))
 
 
 def gpu_name() -> str | None:
-    """What computes, if it is not the CPU; torch is not imported here, so that children start small."""
+    """Return the GPU's name, or None. torch is not imported in this process, so that forked processes start small."""
     code = "import torch; print(torch.cuda.get_device_name() if torch.cuda.is_available() else '')"
     done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
     return done.stdout.strip() or None
 
 
 def command_line(arguments: Sequence[str]) -> str:
-    """The command as it was typed, but for the folders that an absolute path lies in."""
+    """Return the command as typed, without the folders of absolute paths."""
     words = ["python", "benchmarks/inference.py"]
     for argument in arguments:
         option, equals, value = argument.rpartition("=")
@@ -145,7 +145,7 @@ def command_line(arguments: Sequence[str]) -> str:
 
 
 def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    """All tasks that the options name."""
+    """Measure all tasks that the options select."""
     model, asked = options.model, write_questions(folder / "data", options.questions)
     if model is None:
         model = str(folder / "model")
@@ -156,8 +156,8 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
         rounds = [work("questions", model, folder, **settings) for _ in range(options.rounds)]
         found["questions"] = compare_questions(rounds)
     if "turns" in options.tasks:
-        talks = min(options.questions, 8 * options.rounds)
-        found["turns"] = compare_turns(work("turns", model, folder, tokens=options.tokens, talks=talks))
+        conversations = min(options.questions, 8 * options.rounds)
+        found["turns"] = compare_turns(work("turns", model, folder, tokens=options.tokens, conversations=conversations))
     if "storage" in options.tasks:
         contenders = {**{name: (name, None) for name in DTYPES}, "nf4": (options.dtype, "nf4")}
         ways = {
@@ -175,24 +175,29 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Print the tables, and with ``--out`` writes them and the figures."""
+    """Print the tables; with ``--out``, write them and the figures."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", help="a checkpoint; default: one of --size, of random numbers")
+    parser.add_argument("--model", help="a checkpoint; default: a model of --size with random weights")
     parser.add_argument("--size", choices=SIZES, default="small")
     parser.add_argument("--questions", type=int, default=64)
-    parser.add_argument("--tokens", type=int, default=32, help="at most for each answer")
+    parser.add_argument("--tokens", type=int, default=32, help="largest number of tokens in an answer")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
-    parser.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="of what is not in 4 bits, for storage")
+    parser.add_argument(
+        "--dtype",
+        choices=DTYPES,
+        default="bfloat16",
+        help="of the weights that are not in 4 bits",
+    )
     parser.add_argument("--clients", type=int, default=32)
-    parser.add_argument("--seconds", type=float, default=120.0, help="that the clients ask for")
-    parser.add_argument("--work", type=Path, help="an existing folder to work in; default: a temporary one")
-    parser.add_argument("--out", type=Path, help="writes OUT.json and OUT.md")
+    parser.add_argument("--seconds", type=float, default=120.0, help="time that the clients run, in seconds")
+    parser.add_argument("--work", type=Path, help="an existing folder for temporary files; default: the system's")
+    parser.add_argument("--out", type=Path, help="write OUT.json and OUT.md")
     options = parser.parse_args()
     report = {"date": datetime.now(timezone.utc).date().isoformat(), "command": command_line(sys.argv[1:]), **about()}
     report["packages"]["bitsandbytes"] = version("bitsandbytes")
     report["machine"]["gpu"] = gpu_name()
-    report["model"] = Path(options.model).name if options.model else f"{options.size}, random numbers"
+    report["model"] = Path(options.model).name if options.model else f"{options.size}, random weights"
     report["load_before"] = os.getloadavg()[0]
     with tempfile.TemporaryDirectory(prefix="inference-", dir=options.work) as folder:
         report.update(measure(options, Path(folder)))
@@ -205,7 +210,7 @@ def main() -> None:
         options.out.with_suffix(".md").write_text(text)
     server = report.get("server", {})
     if server.get("wrong") or server.get("failed"):
-        raise SystemExit("the server gave wrong answers, or none")
+        raise SystemExit("the server gave wrong answers or errors")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What ``inference.py`` measures on: a model, if none is given, and questions about drawn images."""
+"""The inputs of ``inference.py``: a model with random weights, and questions about drawn images."""
 
 from __future__ import annotations
 
@@ -19,15 +19,13 @@ SIZES: dict[str, tuple[dict[str, int], dict[str, int]] | None] = {
         {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16},
     ),
 }
-"""Language model and tower; ``tiny`` has the package's own. The others' towers see 336 pixels in patches of 14."""
+"""Language model and vision tower. ``tiny`` is the package's; the other towers have 336 pixels in patches of 14."""
 
 
 def write_model(folder: Path, size: str) -> None:
-    """Write a checkpoint with random numbers (of ``tiny``, the projector's alone) and the tiny model's tokenizer.
+    """Write a checkpoint of a size in ``SIZES`` with random weights and the tiny model's tokenizer.
 
-    Args:
-        folder: The checkpoint's.
-        size: A key of ``SIZES``.
+    Only the projector of ``tiny`` is random.
     """
     import torch
 
@@ -61,19 +59,19 @@ def write_model(folder: Path, size: str) -> None:
 
 
 def write_questions(folder: Path, count: int) -> list[dict[str, Any]]:
-    """Draw images and writes questions about them in the original's format.
+    """Draw images, and write questions about them in the original's format.
 
     Args:
-        folder: Gets ``images`` and ``questions.jsonl``.
-        count: How many.
+        folder: The folder for ``images`` and ``questions.jsonl``.
+        count: Number of questions.
 
     Returns:
-        The questions, with the right ``answer`` of each.
+        The questions, each with the right ``answer``.
     """
     from llavar_peft.datagen.synth.synth_settings import SynthSettings
     from llavar_peft.datagen.synth.write_synthetic import write_synthetic
 
-    # The quickstart's held-out images have another seed still: none of these strings was ever trained on.
+    # Neither the quickstart's training images nor its held-out images have this seed.
     settings = SynthSettings(style="plain", seed=2_000_003, width=320, task="question")
     records = json.loads(write_synthetic(folder, count, settings).records.read_text())
     asked = []

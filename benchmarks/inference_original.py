@@ -1,9 +1,8 @@
-"""The original's way of answering a file of questions: one record at a time, nothing kept from one to the next.
+"""The original's method of answering a file of questions: one record at a time, without any cache.
 
-Source: LLaVAR, llava/eval/model_vqa.py, ``eval_model``, on current ``transformers``. As there: the prompt is spelled
-out and tokenized whole, ``generate`` runs on one row, the answer is decoded anew after each token to look for ``</s>``,
-and each line is flushed. Otherwise than there, so that answers can be compared: greedy, and images prepared in this
-model's own way, by this package.
+Source: LLaVAR, llava/eval/model_vqa.py, ``eval_model``, on current ``transformers``. As there, the prompt is
+tokenized as one text, ``generate`` runs on one row, the whole answer is decoded after each token to find ``</s>``, and
+each line is flushed. So that answers can be compared, sampling is greedy and images are prepared by this package.
 """
 
 from __future__ import annotations
@@ -27,12 +26,12 @@ END = "</s>"
 
 
 class KeywordsStoppingCriteria(StoppingCriteria):
-    """Ends an answer in which a keyword is found, as the original's of this name.
+    """Stops when the answer contains a keyword, like the original's class of this name.
 
     Args:
-        keywords: Any of them ends it.
-        tokenizer: Reads the answer.
-        prompt_length: Tokens that are not the answer's.
+        keywords: Texts that end the answer.
+        tokenizer: Decodes the answer.
+        prompt_length: Number of tokens of the prompt.
     """
 
     def __init__(self, keywords: list[str], tokenizer: Any, prompt_length: int) -> None:
@@ -41,7 +40,7 @@ class KeywordsStoppingCriteria(StoppingCriteria):
         self.start = prompt_length
 
     def __call__(self, output_ids: torch.Tensor, scores: Any, **_: Any) -> bool:
-        """Whether the answer so far, ``[1, T]`` with its prompt, holds a keyword."""
+        """Return True if the answer so far contains a keyword; ``output_ids`` is ``[1, T]`` and includes the prompt."""
         said = self.tokenizer.batch_decode(output_ids[:, self.start :], skip_special_tokens=True)[0]
         return any(keyword in said for keyword in self.keywords)
 
@@ -51,11 +50,11 @@ def answer_file(engine: Engine, questions: Path, images: Path, answers: Path, *,
     """Answer a file of questions.
 
     Args:
-        engine: The model, loaded.
+        engine: The loaded model.
         questions: JSON lines with ``question_id``, ``image`` and ``text``.
-        images: Where the images are.
+        images: The folder of the images.
         answers: The file to write.
-        max_new_tokens: Tokens at most for each answer.
+        max_new_tokens: Largest number of tokens in an answer.
     """
     processor, model = engine.processor, engine.plain
     tokenizer = processor.tokenizer

@@ -1,4 +1,4 @@
-"""Many clients at once against ``llavar-peft serve``: as fast as they can, for a while, each answer checked."""
+"""Load test of ``llavar-peft serve``: concurrent clients send requests without pause, and each answer is checked."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ from typing import Any
 import psutil
 
 HOST = "127.0.0.1"
-_PATIENCE = 120.0  # seconds for the server to be ready, to answer, and to end
+_TIMEOUT = 120.0  # seconds for the server to start, to answer, and to stop
 
 
 @dataclass
 class Tally:
-    """What clients got.
+    """The results of the clients.
 
     Attributes:
         times: Seconds of each answer.
-        firsts: Seconds to the first text, of those that streamed.
-        wrong: Answers other than the single client's, with it.
-        failed: What went wrong instead of an answer.
+        firsts: Seconds to the first text of each streamed answer.
+        wrong: Answers that differ from the single client's, each with that one.
+        failed: Errors of the requests without an answer.
     """
 
     times: list[float] = field(default_factory=list)
@@ -42,9 +42,9 @@ class Tally:
     failed: list[str] = field(default_factory=list)
 
     def summary(self, seconds: float) -> dict[str, Any]:
-        """Rates and latencies, of what took so many seconds."""
+        """Return rates and latencies over a time in seconds."""
         if not self.times:
-            raise SystemExit(f"the server answered nothing: {self.failed[:3]}")
+            raise SystemExit(f"the server gave no answer: {self.failed[:3]}")
         ordered = sorted(self.times)
         return {
             "answers": len(ordered),
@@ -57,7 +57,7 @@ class Tally:
 
 
 def make_bodies(model: str, data: Path, asked: Sequence[dict[str, Any]], tokens: int) -> list[dict[str, Any]]:
-    """The questions as an OpenAI client sends them, greedy."""
+    """Return the questions as greedy requests of an OpenAI client."""
     bodies = []
     for one in asked:
         image = base64.b64encode((data / "images" / one["image"]).read_bytes()).decode()
@@ -71,22 +71,18 @@ def make_bodies(model: str, data: Path, asked: Sequence[dict[str, Any]], tokens:
 
 
 class Client:
-    """One connection, kept.
-
-    Args:
-        port: The server's.
-    """
+    """A client with one persistent connection."""
 
     def __init__(self, port: int) -> None:
-        self._http = http.client.HTTPConnection(HOST, port, timeout=_PATIENCE)
+        self._http = http.client.HTTPConnection(HOST, port, timeout=_TIMEOUT)
 
     def get(self, path: str) -> Any:
-        """What is there, as JSON."""
+        """Return the JSON at a path."""
         self._http.request("GET", path)
         return json.loads(self._http.getresponse().read())
 
     def ask(self, body: dict[str, Any], tally: Tally, *, stream: bool) -> str | None:
-        """Ask, notes the time, and gives the answer; None if there is none, which is noted too."""
+        """Send a request, record its time or its error, and return the answer or None."""
         began = time.perf_counter()
         try:
             self._http.request(
@@ -125,11 +121,7 @@ class Client:
 
 
 class Memory(threading.Thread):
-    """Looks at a process's resident memory every quarter of a second.
-
-    Args:
-        pid: Of the process.
-    """
+    """Records a process's resident memory every quarter of a second."""
 
     def __init__(self, pid: int) -> None:
         super().__init__(daemon=True)
@@ -138,7 +130,7 @@ class Memory(threading.Thread):
         self.start()
 
     def run(self) -> None:
-        """Look, until stopped."""
+        """Record until stopped."""
         while not self._done.wait(0.25):
             try:
                 self.sizes.append(self._process.memory_info().rss)
@@ -146,7 +138,7 @@ class Memory(threading.Thread):
                 return
 
     def stop(self) -> dict[str, float]:
-        """End the watch; medians of the second and of the last quarter, and how far they are apart."""
+        """Stop, and return the medians of the second and last quarter, their relative difference, and the maximum."""
         self._done.set()
         self.join()
         quarter = max(1, len(self.sizes) // 4)
@@ -159,17 +151,14 @@ class Memory(threading.Thread):
 def ask_all(
     port: int, bodies: Sequence[dict[str, Any]], *, clients: int, seconds: float, expected: Sequence[str]
 ) -> Tally:
-    """Clients that ask in an order of their own, one question after another, until the time is over.
+    """Run concurrent clients, each of which sends random questions one after another until the time is over.
 
     Args:
-        port: The server's.
+        port: The server's port.
         bodies: The questions.
-        clients: How many; every second one streams.
-        seconds: How long.
+        clients: Number of clients; every second one streams.
+        seconds: Duration.
         expected: The right answers.
-
-    Returns:
-        What they got.
     """
     tally, until = Tally(), time.monotonic() + seconds
 
@@ -192,17 +181,17 @@ def ask_all(
 def load_server(
     port: int, pid: int, bodies: Sequence[dict[str, Any]], *, clients: int, seconds: float
 ) -> dict[str, Any]:
-    """Measure a server that is ready.
+    """Measure a running server.
 
     Args:
-        port: Where it listens on this machine.
-        pid: Of its process.
+        port: The server's port.
+        pid: The server's process.
         bodies: The questions.
-        clients: How many ask at once.
-        seconds: How long.
+        clients: Number of concurrent clients.
+        seconds: Duration.
 
     Returns:
-        ``one`` client's figures, those of ``many``, answers that are ``wrong``, requests that ``failed``, ``memory``.
+        The figures of ``one`` client and of ``many``, the numbers of ``wrong`` and ``failed`` answers, and ``memory``.
     """
     single, client = Tally(), Client(port)
     began = time.perf_counter()
@@ -227,18 +216,18 @@ def load_server(
 def measure_server(
     model: str, data: Path, asked: Sequence[dict[str, Any]], *, clients: int, seconds: float, tokens: int
 ) -> dict[str, Any]:
-    """Start a server, measures it, and ends it.
+    """Start a server, measure it, and stop it.
 
     Args:
         model: The checkpoint.
-        data: Where the images are.
+        data: The folder of the images.
         asked: The questions.
-        clients: How many ask at once.
-        seconds: How long.
-        tokens: At most for each answer.
+        clients: Number of concurrent clients.
+        seconds: Duration.
+        tokens: Largest number of tokens in an answer.
 
     Returns:
-        As ``load_server``, and its ``exit`` status.
+        As ``load_server``, and the server's ``exit`` status.
     """
     with socket.socket() as free:
         free.bind((HOST, 0))
@@ -255,13 +244,13 @@ def measure_server(
             server.kill()
             raise
         server.send_signal(signal.SIGTERM)
-        found["exit"] = server.wait(_PATIENCE)
+        found["exit"] = server.wait(_TIMEOUT)
     return found
 
 
 def _wait_until_ready(port: int, server: subprocess.Popen[bytes]) -> str:
-    """Wait until the server answers; gives the name of its model."""
-    until = time.monotonic() + _PATIENCE
+    """Wait until the server answers, and return the name of its model."""
+    until = time.monotonic() + _TIMEOUT
     while server.poll() is None and time.monotonic() < until:
         try:
             name: str = Client(port).get("/v1/models")["data"][0]["id"]

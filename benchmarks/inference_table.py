@@ -8,7 +8,7 @@ MIB = 2**20
 
 
 def run_table(report: dict[str, Any]) -> str:
-    """A report as Markdown."""
+    """Return a report as Markdown."""
     lines = [_about(report)]
     for task, table in TABLES.items():
         if task in report:
@@ -28,10 +28,10 @@ def _about(report: dict[str, Any]) -> str:
 
 
 def _questions(found: dict[str, Any]) -> list[str]:
-    lines = ["| a file of questions | questions/s | times the original's way | answers that are the original's |"]
+    lines = ["| a file of questions | questions/s | times the original | answers equal to the original's |"]
     lines.append("|---|---|---|---|")
     for name, one in found.items():
-        label = "the original's way, one at a time" if name == "original" else f"`generate`, {name}"
+        label = "the original, one at a time" if name == "original" else f"`generate`, {name}"
         lines.append(
             f"| {label} | {_spread(one['rate'], 2)} | {_spread(one['ratio'], 2)} | {one['same']} of {one['of']} |"
         )
@@ -39,14 +39,14 @@ def _questions(found: dict[str, Any]) -> list[str]:
 
 
 def _turns(found: dict[str, Any]) -> list[str]:
-    labels = {"anew": "everything computed again", "kept": "what the first turn left is kept"}
+    labels = {"recomputed": "everything recomputed", "kept": "with the cache of the first turn"}
     lines = ["| second turn of a conversation | to the first text, ms | whole answer, ms |", "|---|---|---|"]
     lines += [
         f"| {label} | {_spread(found[way]['first'])} | {_spread(found[way]['whole'])} |"
         for way, label in labels.items()
     ]
     ratios = ", ".join(
-        f"{found['anew'][what][0] / found['kept'][what][0]:.1f} times sooner {label}"
+        f"{found['recomputed'][what][0] / found['kept'][what][0]:.1f} times faster {label}"
         for what, label in (("first", "the first text"), ("whole", "the whole answer"))
     )
     return [*lines, "", f"{ratios} (of medians); the same answers in {found['same']} of {found['of']} conversations."]
@@ -65,10 +65,14 @@ def _storage(found: dict[str, Any]) -> list[str]:
             f" {one['load']:.1f} | {rates} | {one['right']} of {found['of']} |"
         )
     agreement = "; ".join(
-        f"those of {name}: {one['same']} of {found['of']}, tokens until the first that differs: {one['tokens']:.1%}"
+        f"those of {name}: {one['same']} of {found['of']}, tokens before the first difference: {one['tokens']:.1%}"
         for name, one in found["agreement"].items()
     )
-    return [*lines, "", f"Greedy answers of nf4 that are {agreement}. Tokens/s: while answering, prompts not counted."]
+    return [
+        *lines,
+        "",
+        f"Greedy answers of nf4 equal to {agreement}. Tokens/s: decoding only, without prompts.",
+    ]
 
 
 def _start(found: dict[str, Any]) -> list[str]:
@@ -96,7 +100,7 @@ def _server(found: dict[str, Any]) -> list[str]:
     checked = (
         f"Answers of the {found['clients']} clients: {many['answers']}; {found['wrong']} unlike the single client's,"
         f" {found['failed']} failed. Memory of the server: {memory['early'] / MIB:.0f} MiB in the second quarter of the"
-        f" time, {memory['late'] / MIB:.0f} in the last ({memory['drift']:+.1%}; wanted: within 5 %{flat}), most"
+        f" time, {memory['late'] / MIB:.0f} in the last ({memory['drift']:+.1%}; goal: within 5 %{flat}), most"
         f" {memory['most'] / MIB:.0f}. Exit status after SIGTERM: {found['exit']}."
     )
     return [*rows, "", checked]

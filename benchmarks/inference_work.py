@@ -1,8 +1,8 @@
-"""What ``inference.py`` measures within one process: files of questions, second turns, weights in 4 bits.
+"""The measurements of ``inference.py`` that run in one process: files of questions, second turns, 4-bit weights.
 
     python benchmarks/inference_work.py TASK MODEL DATA OUT SETTINGS
 
-``DATA`` is the folder that ``inference_inputs.py`` wrote, ``OUT`` an empty one, ``SETTINGS`` JSON. Prints JSON.
+``DATA`` is the folder that ``inference_inputs.py`` wrote, ``OUT`` an empty folder, ``SETTINGS`` JSON. It prints JSON.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 
 def read_questions(data: Path) -> list[dict[str, Any]]:
-    """The questions that ``write_questions`` wrote."""
+    """Read the questions that ``write_questions`` wrote."""
     return [json.loads(line) for line in (data / "questions.jsonl").read_text(encoding="utf-8").splitlines()]
 
 
@@ -38,22 +38,22 @@ def _texts(answers: Path) -> list[str]:
 
 
 def measure_questions(model: str, data: Path, out: Path, tokens: int, sizes: Sequence[int]) -> dict[str, Any]:
-    """A file of questions in the original's way, and by ``generate_answers`` at each batch size.
+    """Answer a file of questions by the original's method, and by ``generate_answers`` at each batch size.
 
     Args:
         model: The checkpoint.
-        data: Questions and images.
-        out: Gets the answers.
-        tokens: At most for each answer.
-        sizes: Of batches.
+        data: The folder of questions and images.
+        out: The folder for the answers.
+        tokens: Largest number of tokens in an answer.
+        sizes: Batch sizes.
 
     Returns:
-        By contender: ``seconds``, questions a second as ``rate``, and the ``answers``.
+        By contender: ``seconds``, questions per second as ``rate``, and the ``answers``.
     """
     questions, images = data / "questions.jsonl", data / "images"
     asked, found = len(read_questions(data)), {}
     engine = load_chat(model).engine
-    answer_file(engine, _some(questions, out), images, out / "rehearsal", max_new_tokens=tokens)
+    answer_file(engine, _first_question(questions, out), images, out / "warm_up", max_new_tokens=tokens)
     began = time.perf_counter()
     answer_file(engine, questions, images, out / "original.jsonl", max_new_tokens=tokens)
     seconds = time.perf_counter() - began
@@ -71,14 +71,14 @@ def measure_questions(model: str, data: Path, out: Path, tokens: int, sizes: Seq
     return found
 
 
-def _some(questions: Path, out: Path) -> Path:
+def _first_question(questions: Path, out: Path) -> Path:
     first = out / "first.jsonl"
     first.write_text(questions.read_text(encoding="utf-8").splitlines()[0] + "\n", encoding="utf-8")
     return first
 
 
 def _timed(pieces: Iterator[str]) -> tuple[float, float, str]:
-    """Seconds to the first piece and to the last, and the text."""
+    """Return the seconds to the first piece and to the last, and the text."""
     began = time.perf_counter()
     text, first = "", None
     for piece in pieces:
@@ -88,37 +88,38 @@ def _timed(pieces: Iterator[str]) -> tuple[float, float, str]:
     return first or whole, whole, text
 
 
-def measure_turns(model: str, data: Path, tokens: int, talks: int) -> dict[str, Any]:
-    """The second turn of conversations: with what the first left behind, and with everything computed again.
+def measure_turns(model: str, data: Path, tokens: int, conversations: int) -> dict[str, Any]:
+    """Measure the second turn of conversations, with the cache of the first turn and with everything recomputed.
 
     Args:
         model: The checkpoint.
-        data: Questions and images.
-        tokens: At most for each answer.
-        talks: How many.
+        data: The folder of questions and images.
+        tokens: Largest number of tokens in an answer.
+        conversations: Number of conversations.
 
     Returns:
-        ``kept`` and ``anew``: of each conversation seconds to the first piece and to the last; ``same`` answers.
+        In ``kept`` and ``recomputed``, the seconds to the first piece and to the last of each conversation; the number
+        of ``same`` answers.
     """
     chat, asked = load_chat(model), read_questions(data)
-    found: dict[str, Any] = {"kept": [], "anew": [], "same": 0, "prompt_tokens": 0}
+    found: dict[str, Any] = {"kept": [], "recomputed": [], "same": 0, "prompt_tokens": 0}
     greedy = Sampling(temperature=0.0, max_new_tokens=tokens)
-    for number in range(talks + 1):  # the first is a rehearsal
+    for number in range(conversations + 1):  # the first is a warm-up
         image = data / "images" / asked[number % len(asked)]["image"]
         first, second = (asked[(number + step) % len(asked)]["text"] for step in (0, 1))
         talk = chat.conversation(image)
         answer = talk.send(first, temperature=0.0, max_new_tokens=tokens)
         kept = _timed(talk.stream(second, temperature=0.0, max_new_tokens=tokens))
-        anew = _timed(_second_turn(chat, image, (first, answer, second), greedy))
+        recomputed = _timed(_second_turn(chat, image, (first, answer, second), greedy))
         if number:
             found["kept"].append(kept[:2])
-            found["anew"].append(anew[:2])
-            found["same"] += kept[2] == anew[2]
+            found["recomputed"].append(recomputed[:2])
+            found["same"] += kept[2] == recomputed[2]
     return found
 
 
 def _second_turn(chat: Chat, image: Path, said: tuple[str, str, str], sampling: Sampling) -> Iterator[str]:
-    """The original's way: image, tower, and the whole conversation, from the beginning."""
+    """Answer the second turn as the original does: vision tower and the whole conversation from the beginning."""
     first, answer, second = said
     prompt_image = PromptImage.prepare(image, chat.engine.processor)
     turns: Any = [("human", question_content(first, prompt_image)), ("gpt", [answer]), ("human", [second])]
@@ -130,18 +131,18 @@ def _second_turn(chat: Chat, image: Path, said: tuple[str, str, str], sampling: 
 
 
 def measure_storage(model: str, data: Path, tokens: int, dtype: Dtype, quantize: Quantization | None) -> dict[str, Any]:
-    """Load a model stored in one way and answers all questions.
+    """Load a model in one storage format and answer all questions.
 
     Args:
         model: The checkpoint.
-        data: Questions and images.
-        tokens: At most for each answer.
-        dtype: Of the weights that are not quantized.
-        quantize: How the language model's layers are.
+        data: The folder of questions and images.
+        tokens: Largest number of tokens in an answer.
+        dtype: Data type of the weights that are not quantized.
+        quantize: Quantization of the language model's layers.
 
     Returns:
-        ``dtype``, ``load`` seconds, ``weights`` bytes, ``peak`` bytes over imports (on a GPU, of its memory), tokens a
-        second as ``rates`` by batch size, and the answers' ``texts`` and ``ids``.
+        ``dtype``, ``load`` seconds, ``weights`` bytes, ``peak`` bytes above those after the imports (of GPU memory if
+        there is a GPU), tokens per second as ``rates`` by batch size, and the answers' ``texts`` and ``ids``.
     """
     before, began = _peak(), time.perf_counter()
     chat = load_chat(model, dtype=dtype, quantize=quantize)
@@ -165,7 +166,7 @@ def measure_storage(model: str, data: Path, tokens: int, dtype: Dtype, quantize:
 
 
 def _decode(chat: Chat, requests: Sequence[Request], size: int) -> float:
-    """Tokens a second while a batch is full, prompts not counted; the median of some batches."""
+    """Return the tokens per second of decoding, without prompts: the median of up to four batches."""
     rates = []
     for start in range(0, min(len(requests), 4 * size), size):
         rows = [Row(request, chat.engine) for request in requests[start : start + size]]
@@ -193,7 +194,7 @@ def main(task: str, model: str, data: str, out: str, settings: str) -> None:
     if task == "questions":
         found = measure_questions(model, Path(data), Path(out), given["tokens"], given["sizes"])
     elif task == "turns":
-        found = measure_turns(model, Path(data), given["tokens"], given["talks"])
+        found = measure_turns(model, Path(data), given["tokens"], given["conversations"])
     else:
         found = measure_storage(model, Path(data), given["tokens"], given["dtype"], given["quantize"])
     sys.stdout.write(json.dumps(found) + "\n")

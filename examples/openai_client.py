@@ -1,9 +1,10 @@
-"""Asks a server about an image with OpenAI's own client: ours, or vLLM with the model that examples/vllm.sh exports.
+"""Ask a server about an image with OpenAI's client.
 
     llavar-peft serve --model llavar-13b --adapter receipts=runs/receipts/adapter
     python examples/openai_client.py poster.png "Who starred in the movie?" "And when was it?" --model receipts
 
-Each question is a turn of one conversation. The server keeps what it computed of the image and of the turns before.
+The server is llavar-peft, or vLLM as started by examples/vllm.sh. The questions form one conversation, and the server
+reuses its computation for the image and the earlier questions.
 """
 
 import argparse
@@ -17,13 +18,13 @@ from openai import OpenAI
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("picture", type=Path)
-    parser.add_argument("questions", nargs="+")
-    parser.add_argument("--model", help="the model or one of its adapters; default: the first")
+    parser.add_argument("image", type=Path)
+    parser.add_argument("questions", nargs="+", metavar="question")
+    parser.add_argument("--model", help="The model or one of its adapters. Default: the first.")
     parser.add_argument("--url", default="http://127.0.0.1:8000/v1")
-    parser.add_argument("--key", default="none", help="the server's --api-key")
+    parser.add_argument("--key", default="none", help="The server's API key.")
     parser.add_argument("--temperature", type=float, default=0.2)
-    parser.add_argument("--max-tokens", type=int, default=512, help="of an answer")
+    parser.add_argument("--max-tokens", type=int, default=512, help="Largest number of tokens in an answer.")
     args = parser.parse_args()
 
     client = OpenAI(base_url=args.url, api_key=args.key)

@@ -86,9 +86,9 @@ def test_text_and_images_are_those_of_the_original(tmp_path: Path) -> None:
     model = Path(__file__).parent / "golden/tokenization/small/tokenizer.model"
     report: dict[str, Any] = {
         "text": data.text(model, count=8, rounds=2),
-        "pictures": data.images(tmp_path / "pictures", count=6, rounds=2),
+        "images": data.images(tmp_path / "images", count=6, rounds=2),
     }
-    assert report["text"]["differ"] == report["pictures"]["differ"] == 0
+    assert report["text"]["differ"] == report["images"]["differ"] == 0
     assert report["text"]["tokens"] > 8 * data.IMAGE_TOKENS
     found = {how: {key: [0.01] * 3 for key in ("open_s", "private_mib", "us_per_record")} for how in data.HOW}
     report.update(data.about(), date="", command="", rounds=2, load_before=[0.0], load_after=[0.0])
@@ -190,7 +190,7 @@ def test_every_way_of_asking_gives_the_originals_answers(monkeypatch: pytest.Mon
     given = (str(tmp_path / "model"), tmp_path / "data")
     found = inference.compare_questions([inference_work.measure_questions(*given, tmp_path, 6, (1, 2))])
     assert {name: one["same"] for name, one in found.items()} == {"original": 3, "batch 1": 3, "batch 2": 3}
-    turns = inference.compare_turns(inference_work.measure_turns(*given, tokens=6, talks=2))
+    turns = inference.compare_turns(inference_work.measure_turns(*given, tokens=6, conversations=2))
     assert (turns["same"], turns["of"]) == (2, 2)
     contenders = {"bfloat16": ("bfloat16", None), "float32": ("float32", None), "nf4": ("bfloat16", "nf4")}
     ways = {name: inference_work.measure_storage(*given, 6, *way) for name, way in contenders.items()}

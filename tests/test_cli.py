@@ -1,4 +1,4 @@
-"""The command line: what it prints, what it exits with, and what it does not import."""
+"""The command line: its output, its exit statuses, and the modules that it does not import."""
 
 import io
 import json
@@ -24,13 +24,13 @@ def run(*arguments: str) -> int:
 
 @pytest.fixture
 def failing(monkeypatch: pytest.MonkeyPatch):
-    """Make ``train`` raise what the test gives it."""
+    """Make ``train`` raise a given exception."""
 
     def arrange(error: BaseException) -> None:
         def load(*_: object, **__: object) -> None:
             raise error
 
-        monkeypatch.setattr(train_module, "load_recipe", load)
+        monkeypatch.setattr(train_module, "load_chosen_recipe", load)
 
     return arrange
 
@@ -97,7 +97,7 @@ def test_recipe_show_with_overrides_prints_every_field(capsys: pytest.CaptureFix
     assert load_recipe(shown) == load_recipe("tiny", ["seed=7"])
 
 
-def test_faults_of_a_recipe_go_to_stderr_with_status_2(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_problems_of_a_recipe_go_to_stderr_with_status_2(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     broken = tmp_path / "broken.yaml"
     broken.write_text(read_recipe("tiny").replace("learning_rate", "learing_rate", 1), encoding="utf-8")
     assert run("train", str(broken)) == 2
@@ -107,7 +107,7 @@ def test_faults_of_a_recipe_go_to_stderr_with_status_2(capsys: pytest.CaptureFix
     assert "Traceback" not in captured.err
 
 
-def test_the_log_goes_where_standard_error_is_by_then(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_log_goes_to_the_present_stderr(monkeypatch: pytest.MonkeyPatch) -> None:
     before, later = io.StringIO(), io.StringIO()
     monkeypatch.setattr(sys, "stderr", before)
     assert run("recipe", "list") == 0
@@ -118,7 +118,7 @@ def test_the_log_goes_where_standard_error_is_by_then(monkeypatch: pytest.Monkey
 
 
 @pytest.mark.parametrize(("options", "shown"), [((), 0), (("--debug",), 1)])
-def test_what_libraries_tell_one_another_is_for_debugging(
+def test_future_warnings_of_libraries_are_shown_with_debug_only(
     options: tuple[str, ...], shown: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sys, "warnoptions", [])
@@ -156,7 +156,7 @@ def test_exit_status(error: BaseException, status: int, failing, capsys: pytest.
         assert captured.err == f"error: {error}\n"
 
 
-def test_an_unexpected_error_says_how_to_see_more(failing, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_unexpected_error_says_how_to_get_the_traceback(failing, capsys: pytest.CaptureFixture[str]) -> None:
     failing(KeyError("surprise"))
     assert run("train", "tiny") == 1
     assert "unexpected KeyError: 'surprise' (run again with llavar-peft --debug" in capsys.readouterr().err
@@ -166,7 +166,7 @@ def test_an_unexpected_error_says_how_to_see_more(failing, capsys: pytest.Captur
     assert "run again" not in captured.err
 
 
-def test_train_hands_on_its_arguments(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_train_passes_its_arguments_on(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     calls: list[object] = []
 
     def run_recipe(recipe, stages=None, *, restart=False, allow_changes=False) -> Path:
@@ -183,9 +183,9 @@ def test_train_hands_on_its_arguments(monkeypatch: pytest.MonkeyPatch, capsys: p
     assert capsys.readouterr().out.splitlines()[0] == str(Path("runs/tiny/model"))
 
 
-def test_an_unknown_stage_is_found_before_anything_is_loaded(capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_unknown_stage_is_reported_before_loading(capsys: pytest.CaptureFixture[str]) -> None:
     assert run("train", "tiny", "--stage", "finetun") == 2
-    assert "tiny has no stage 'finetun'. Fix: use one of pretrain, finetune." in capsys.readouterr().err
+    assert "the recipe has no stage 'finetun'. Fix: use one of pretrain, finetune." in capsys.readouterr().err
 
 
 @pytest.fixture
@@ -209,24 +209,24 @@ def test_data_check(records: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run("data", "check", str(records), "--images", str(records.parent), "--json") == 2
     found = json.loads(capsys.readouterr().out)
     assert found["records"] == 2
-    assert [sorted(fault) for fault in found["faults"]] == [["index", "kind", "fix", "what", "where"]]
+    assert [sorted(fault) for fault in found["faults"]] == [["fix", "index", "kind", "mend", "what", "where"]]
     shutil.copy(records.parent / "a.png", records.parent / "b.png")
     assert run("data", "check", str(records), "--images", str(records.parent)) == 0
 
 
-def test_data_inspect_marks_what_is_supervised() -> None:
+def test_data_inspect_marks_the_supervised_text() -> None:
     import torch
 
-    from llavar_peft.cli.data_command import _as_plain, _as_text
+    from llavar_peft.cli.data_command import _example_as_dict, _example_as_text
     from llavar_peft.types import Example
 
     example = Example(id="a", input_ids=torch.tensor([1, 2, 3]), labels=torch.tensor([-100, -100, 3]))
     spans = [("USER: Read. ASSISTANT: ", False), ("[bold]STOP</s>", True)]
-    text = _as_text(example, spans)
+    text = _example_as_text(example, spans)
     assert text.plain == "a (3 tokens, 1 supervised)\nUSER: Read. ASSISTANT: [bold]STOP</s>\n"
     green = [text.plain[span.start : span.end] for span in text.spans if "green" in str(span.style)]
     assert green == ["[bold]STOP</s>"]
-    plain = json.loads(json.dumps(_as_plain(example, spans)))
+    plain = json.loads(json.dumps(_example_as_dict(example, spans)))
     assert plain["labels"] == [-100, -100, 3]
     assert plain["spans"][1] == {"text": "[bold]STOP</s>", "supervised": True}
 

@@ -48,6 +48,8 @@ ALLOWED = {
     ("llavar_peft/datagen/ocr/make_conversations.py", "mend obvious mistakes of"),
     ("llavar_peft/datagen/ocr/make_conversations.py", "turns, wanted at least"),
     ("llavar_peft/datagen/ocr/check_replies.py", "which nobody who sees the picture would"),
+    ("llavar_peft/cli/output.py", '"mend"'),
+    ("llavar_peft/serving/ui/page_conversation.py", '"picture"'),
 }
 """Pairs of a path's beginning and a literal in which a banned word may stand."""
 

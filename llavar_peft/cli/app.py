@@ -1,43 +1,51 @@
-"""Puts the commands together. Nothing here may import torch: ``--help`` has to answer at once."""
+"""The table of commands, and the options of the program. Nothing here imports torch, so that ``--help`` is fast."""
 
 from __future__ import annotations
 
 import logging
 import sys
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated
 
 import typer
 
 from llavar_peft import __version__
-from llavar_peft.cli import adapter_command, compare_command, eval_command, judge_command, ocr_command
+from llavar_peft.cli.adapter_command import adapter_show, adapter_verify
 from llavar_peft.cli.ask_command import ask
 from llavar_peft.cli.chat_command import chat
+from llavar_peft.cli.compare_command import eval_compare, eval_diagnose
 from llavar_peft.cli.convert_command import convert
-from llavar_peft.cli.data_command import check, inspect
-from llavar_peft.cli.delta_command import apply, make, verify
-from llavar_peft.cli.doctor_command import doctor
-from llavar_peft.cli.estimate_command import estimate
+from llavar_peft.cli.data_command import data_check, data_inspect
+from llavar_peft.cli.delta_command import delta_apply, delta_make, delta_verify
+from llavar_peft.cli.eval_command import eval_mme, eval_vqa
 from llavar_peft.cli.generate_command import generate
+from llavar_peft.cli.judge_command import eval_answer, eval_judge, eval_summarize
 from llavar_peft.cli.merge_command import merge
+from llavar_peft.cli.ocr_command import ocr_build, ocr_converse
 from llavar_peft.cli.output import is_first_rank, say
-from llavar_peft.cli.quickstart_command import quickstart
-from llavar_peft.cli.recipe_command import list_shipped, show
+from llavar_peft.cli.preflight_command import doctor, estimate
+from llavar_peft.cli.recipe_command import recipe_list, recipe_show
 from llavar_peft.cli.report_command import report
 from llavar_peft.cli.serve_command import serve
 from llavar_peft.cli.synth_command import synth
-from llavar_peft.cli.train_command import train
+from llavar_peft.cli.train_command import quickstart, train
 
-_HELP = "LLaVAR: train, ask and ship a LLaVA that reads text in images."
+_HELP = """Train, evaluate and serve LLaVAR models, which read text in images.
+
+Run 'llavar-peft COMMAND --help' for the options of a command. To see it all work in minutes, on a CPU, run
+'llavar-peft quickstart'.
+"""
+_TRAIN, _ASK, _DATA, _EVALUATE, _WEIGHTS = "Train", "Ask and serve", "Prepare data", "Evaluate", "Convert weights"
 
 
 @dataclass
 class Session:
-    """What the global options say; ``main`` reads it after the command.
+    """The program's options, which ``main`` reads after the command.
 
     Attributes:
-        debug: Whether errors come with a traceback.
+        debug: Print a traceback with each error.
     """
 
     debug: bool = False
@@ -47,64 +55,55 @@ def build_app() -> typer.Typer:
     """Return the command line as a typer application."""
     app = typer.Typer(help=_HELP, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
     app.callback()(_global_options)
-    app.command("quickstart")(quickstart)
-    app.command("train")(train)
-    app.command("ask")(ask)
-    app.command("chat")(chat)
-    app.command("generate")(generate)
-    app.command("serve")(serve)
-    app.command("report")(report)
-    app.command("doctor")(doctor)
-    app.command("estimate")(estimate)
-    app.command("merge")(merge)
-    app.command("convert")(convert)
-    recipes = typer.Typer(help="Recipes shipped with the package.", no_args_is_help=True)
-    recipes.command("list")(list_shipped)
-    recipes.command("show")(show)
-    app.add_typer(recipes, name="recipe")
-    data = typer.Typer(help="Records and images, looked at before they cost GPU time.", no_args_is_help=True)
-    data.command("check")(check)
-    data.command("inspect")(inspect)
-    app.add_typer(data, name="data")
-    app.command("synth")(synth)
-    readers = typer.Typer(help="Records out of pictures that nobody has labelled.", no_args_is_help=True)
-    readers.command("build")(ocr_command.build)
-    readers.command("converse")(ocr_command.converse)
-    app.add_typer(readers, name="ocr")
-    adapters = typer.Typer(help="Adapters on disk: what they are, and whether they are whole.", no_args_is_help=True)
-    adapters.command("show")(adapter_command.show)
-    adapters.command("verify")(adapter_command.verify)
-    app.add_typer(adapters, name="adapter")
-    evaluation = typer.Typer(
-        help="Does it read? The original's protocols, and two runs compared.", no_args_is_help=True
-    )
-    evaluation.command("vqa")(eval_command.vqa)
-    evaluation.command("mme")(eval_command.mme)
-    evaluation.command("answer")(judge_command.answer)
-    evaluation.command("judge")(judge_command.judge)
-    evaluation.command("summarize")(judge_command.summarize)
-    evaluation.command("compare")(compare_command.compare)
-    evaluation.command("diagnose")(compare_command.diagnose)
-    app.add_typer(evaluation, name="eval")
-    delta = typer.Typer(help="The released delta format: weights as a difference to LLaMA's.", no_args_is_help=True)
-    delta.command("make")(make)
-    delta.command("apply")(apply)
-    delta.command("verify")(verify)
-    app.add_typer(delta, name="delta")
+
+    def group(name: str, panel: str, text: str, **commands: Callable[..., None]) -> None:
+        sub_app = typer.Typer(help=text, no_args_is_help=True)
+        for command, function in commands.items():
+            sub_app.command(command)(function)
+        app.add_typer(sub_app, name=name, rich_help_panel=panel)
+
+    def command(name: str, panel: str, function: Callable[..., None]) -> None:
+        app.command(name, rich_help_panel=panel)(function)
+
+    command("quickstart", _TRAIN, quickstart)
+    command("train", _TRAIN, train)
+    group("recipe", _TRAIN, "List and print the shipped recipes.", list=recipe_list, show=recipe_show)
+    command("estimate", _TRAIN, estimate)
+    command("doctor", _TRAIN, doctor)
+    command("ask", _ASK, ask)
+    command("chat", _ASK, chat)
+    command("generate", _ASK, generate)
+    command("serve", _ASK, serve)
+    group("data", _DATA, "Check records and images before training.", check=data_check, inspect=data_inspect)
+    group("ocr", _DATA, "Make training records from unlabelled images.", build=ocr_build, converse=ocr_converse)
+    command("synth", _DATA, synth)
+    group(
+        "eval", _EVALUATE, "Evaluate a model with the original protocols, and compare results.",
+        vqa=eval_vqa, mme=eval_mme, answer=eval_answer, judge=eval_judge, summarize=eval_summarize,
+        compare=eval_compare, diagnose=eval_diagnose,
+    )  # fmt: skip
+    command("report", _EVALUATE, report)
+    group("adapter", _WEIGHTS, "Describe and verify adapters.", show=adapter_show, verify=adapter_verify)
+    command("merge", _WEIGHTS, merge)
+    command("convert", _WEIGHTS, convert)
+    group(
+        "delta", _WEIGHTS, "Make, apply and verify deltas: weights stored as the difference to LLaMA's.",
+        make=delta_make, apply=delta_apply, verify=delta_verify,
+    )  # fmt: skip
     return app
 
 
-def _print_version(expected: bool) -> None:
-    if expected:
+def _print_version(requested: bool) -> None:
+    if requested:
         say(f"llavar-peft {__version__}")
         raise typer.Exit
 
 
 def _global_options(
     context: typer.Context,
-    debug: Annotated[bool, typer.Option("--debug", help="Show debug messages, and tracebacks of errors.")] = False,
-    version: Annotated[  # noqa: ARG001 - the callback answers it
-        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and stop.")
+    debug: Annotated[bool, typer.Option("--debug", help="Print debug messages, and tracebacks of errors.")] = False,
+    version: Annotated[  # noqa: ARG001 - handled by the callback
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
     ] = False,
 ) -> None:
     if isinstance(context.obj, Session):
@@ -114,35 +113,35 @@ def _global_options(
 
 def _configure_logging(debug: bool) -> None:
     if not debug and not sys.warnoptions:
-        # What libraries tell one another of their next versions is nothing that a user of this command can fix.
+        # Libraries announce future changes to each other, which users of this command cannot act on.
         warnings.filterwarnings("ignore", category=FutureWarning)
     level = logging.DEBUG if debug else logging.INFO
     layout = "%(levelname)s %(name)s: %(message)s" if debug else "%(message)s"
     logging.basicConfig(format=layout, handlers=[_StandardError()], force=True)
-    # Only this package speaks at INFO: a library's lines would bury its progress. Other ranks report problems only.
+    # Only this package logs at INFO, and only in the first process of a run.
     logging.getLogger("llavar_peft").setLevel(level if is_first_rank() else logging.WARNING)
-    # Where it is installed, accelerate imports it, and it logs to standard output, where our results go.
-    logging.getLogger("DeepSpeed").addFilter(_to_standard_error)
-    logging.getLogger("bitsandbytes.autograd._functions").addFilter(_is_news)
+    # accelerate imports DeepSpeed where it is installed, and DeepSpeed logs to stdout, which is for our results.
+    logging.getLogger("DeepSpeed").addFilter(_redirect_to_stderr)
+    logging.getLogger("bitsandbytes.autograd._functions").addFilter(_is_not_cast_notice)
 
 
 class _StandardError(logging.Handler):
-    """Writes to what standard error is by then: logging's own handler keeps to one that may be closed meanwhile."""
+    """Writes to the present ``sys.stderr``; logging's StreamHandler keeps the first one, which may be closed."""
 
     def emit(self, record: logging.LogRecord) -> None:
         """Write a line."""
         try:
             print(self.format(record), file=sys.stderr, flush=True)  # noqa: T201
-        except Exception:  # noqa: BLE001 - as every handler: a line that cannot be written ends nothing
+        except Exception:  # noqa: BLE001 - as in every handler, a line that cannot be written must not end the program
             self.handleError(record)
 
 
-def _is_news(record: logging.LogRecord) -> bool:
-    """Not what bitsandbytes says of each layer at each token, and what 8 bits are."""
+def _is_not_cast_notice(record: logging.LogRecord) -> bool:
+    """Return False for a notice that bitsandbytes logs for each layer and token."""
     return not record.getMessage().startswith("MatMul8bitLt: inputs will be cast")
 
 
-def _to_standard_error(record: logging.LogRecord) -> bool:
+def _redirect_to_stderr(record: logging.LogRecord) -> bool:
     if record.levelno >= logging.WARNING and is_first_rank():
-        print(f"DeepSpeed: {record.getMessage()}", file=sys.stderr)  # noqa: T201 - its handler writes elsewhere
+        print(f"DeepSpeed: {record.getMessage()}", file=sys.stderr)  # noqa: T201 - its handler writes to stdout
     return False

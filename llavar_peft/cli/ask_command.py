@@ -6,49 +6,37 @@ from typing import Annotated
 
 import typer
 
+from llavar_peft.cli import shared_options as shared
 from llavar_peft.cli.output import say, say_json
-from llavar_peft.cli.shared_options import (
-    AdapterOption,
-    GreedyOption,
-    ImageModeOption,
-    MaxNewTokensOption,
-    ModelOption,
-    QuantizeOption,
-    SeedOption,
-    TemperatureOption,
-    VisionTowerOption,
-    make_sampling,
-    open_image,
-)
 
 
 def ask(
-    question: Annotated[str, typer.Argument(help="In plain words.", metavar="QUESTION")],
-    model: ModelOption,
+    question: Annotated[str, typer.Argument(help="The question.", metavar="QUESTION")],
+    model: shared.ModelOption,
     image: Annotated[
         list[str] | None,
         typer.Option(
             "--image",
-            help="A picture's file or http(s) address; several are asked about one by one.",
+            help="An image file or http(s) URL. Repeat the option to ask about several images, one by one.",
             metavar="FILE|URL",
         ),
     ] = None,
-    adapter: AdapterOption = None,
-    vision_tower: VisionTowerOption = None,
-    quantize: QuantizeOption = None,
-    image_mode: ImageModeOption = None,
-    max_new_tokens: MaxNewTokensOption = 512,
-    temperature: TemperatureOption = None,
-    greedy: GreedyOption = False,
-    seed: SeedOption = None,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON document instead of text.")] = False,
+    adapter: shared.AdapterOption = None,
+    vision_tower: shared.VisionTowerOption = None,
+    quantize: shared.QuantizeOption = None,
+    image_mode: shared.ImageModeOption = None,
+    max_new_tokens: shared.MaxNewTokensOption = 512,
+    temperature: shared.TemperatureOption = None,
+    greedy: shared.GreedyOption = False,
+    seed: shared.SeedOption = None,
+    as_json: shared.JsonOption = False,
 ) -> None:
-    """Ask a trained model about images."""
+    """Ask a model a question about images."""
     from llavar_peft.inference.chat import load_chat
 
-    sampling = make_sampling(max_new_tokens, temperature, greedy, seed)
+    sampling = shared.make_sampling(max_new_tokens, temperature, greedy, seed)
     names: list[str | None] = [*image] if image else [None]
-    images = [None if name is None else open_image(name) for name in names]
+    images = [None if name is None else shared.open_image_or_url(name) for name in names]
     chat = load_chat(model, adapter, vision_tower=vision_tower, quantize=quantize)
     requests = [chat.request(shown, question, image_mode=image_mode, sampling=sampling) for shown in images]
     answers = [answer.text for answer in chat.answer(requests)]

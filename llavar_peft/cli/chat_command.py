@@ -1,4 +1,4 @@
-"""``llavar-peft chat``: a conversation in a terminal, or through a pipe."""
+"""``llavar-peft chat``."""
 
 from __future__ import annotations
 
@@ -8,20 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from llavar_peft.cli import shared_options as shared
 from llavar_peft.cli.output import complain, say, say_piece
-from llavar_peft.cli.shared_options import (
-    GreedyOption,
-    ImageModeOption,
-    MaxNewTokensOption,
-    ModelOption,
-    QuantizeOption,
-    SeedOption,
-    TemperatureOption,
-    VisionTowerOption,
-    make_sampling,
-    name_adapters,
-    open_image,
-)
 from llavar_peft.errors import ConfigError, LlavarError
 from llavar_peft.types import ImageMode
 
@@ -30,38 +18,44 @@ if TYPE_CHECKING:
     from llavar_peft.inference.generation_request import Sampling
 
 _HELP = """\
-/image FILE|URL   show a picture with the next question
-/adapter NAME     let another adapter answer; 'base' is the model without one; no name lists them
-/clear            forget what was said and shown
-/help             this
-Ctrl-C stops an answer, Ctrl-D leaves."""
+/image FILE|URL   Add an image to the next question.
+/adapter [NAME]   Switch to an adapter, or to 'base' for the model without one. Without a name, list the adapters.
+/clear            Forget the conversation and its images.
+/help             Print this help.
+Press Ctrl-C to stop an answer and Ctrl-D to exit."""
 _BASE = "base"
 
 
 def chat(
-    model: ModelOption,
+    model: shared.ModelOption,
     image: Annotated[
-        str | None, typer.Option("--image", help="The picture that it is about.", metavar="FILE|URL")
+        str | None, typer.Option("--image", help="The image to start with: a file or http(s) URL.", metavar="FILE|URL")
     ] = None,
     adapter: Annotated[
         list[str] | None,
-        typer.Option("--adapter", help="An adapter to choose with /adapter; may be given again.", metavar="[NAME=]DIR"),
+        typer.Option(
+            "--adapter",
+            help="The folder of an adapter to select with /adapter. Repeat the option for several.",
+            metavar="[NAME=]DIR",
+        ),
     ] = None,
-    vision_tower: VisionTowerOption = None,
-    quantize: QuantizeOption = None,
-    image_mode: ImageModeOption = None,
-    max_new_tokens: MaxNewTokensOption = 512,
-    temperature: TemperatureOption = None,
-    greedy: GreedyOption = False,
-    seed: SeedOption = None,
+    vision_tower: shared.VisionTowerOption = None,
+    quantize: shared.QuantizeOption = None,
+    image_mode: shared.ImageModeOption = None,
+    max_new_tokens: shared.MaxNewTokensOption = 512,
+    temperature: shared.TemperatureOption = None,
+    greedy: shared.GreedyOption = False,
+    seed: shared.SeedOption = None,
 ) -> None:
-    """Talk with a trained model about images. Reads questions line by line, from a terminal or a pipe."""
+    """Chat with a model about images, in a terminal or through a pipe with one question per line."""
     from llavar_peft.inference.chat import load_chat
 
-    sampling = make_sampling(max_new_tokens, temperature, greedy, seed)
-    adapters = name_adapters(adapter or [])
+    sampling = shared.make_sampling(max_new_tokens, temperature, greedy, seed)
+    adapters = shared.parse_adapters(adapter or [])
     if _BASE in adapters:
-        raise ConfigError.at("--adapter", f"{_BASE!r} is the model without an adapter", "write NAME=FOLDER")
+        raise ConfigError.at(
+            "--adapter", f"{_BASE!r} is reserved for the model without an adapter", "write NAME=FOLDER"
+        )
     terminal = _Terminal(load_chat(model, adapters, vision_tower=vision_tower, quantize=quantize), sampling, image_mode)
     if image is not None:
         terminal.show(image)
@@ -69,33 +63,33 @@ def chat(
 
 
 class _Terminal:
-    """The loop of reading and answering. Answers go to stdout, everything else to stderr."""
+    """Reads questions and prints answers. Answers go to stdout, everything else to stderr."""
 
     def __init__(self, chat: Chat, sampling: Sampling, image_mode: ImageMode | None) -> None:
-        self._talk = chat.conversation()
+        self._conversation = chat.conversation()
         self._chat = chat
         self._sampling = sampling
         self._image_mode = image_mode
-        self._typed = sys.stdin.isatty()
+        self._interactive = sys.stdin.isatty()
 
     def run(self) -> None:
         """Answer until the input ends."""
-        if self._typed:
-            with suppress(ImportError):  # not on Windows
-                import readline  # noqa: F401 - input() then edits lines and remembers them
+        if self._interactive:
+            with suppress(ImportError):  # not available on Windows
+                import readline  # noqa: F401 - gives input() line editing and a history
             say(_HELP)
         while (line := self._read()) is not None:
             try:
-                self._take(line.strip())
+                self._handle(line.strip())
             except LlavarError as error:
                 complain(str(error))
 
     def show(self, source: str) -> None:
-        """Apply an image beside the next question."""
-        self._talk.show(open_image(source), self._image_mode)
+        """Add an image to the next question."""
+        self._conversation.show(shared.open_image_or_url(source), self._image_mode)
 
     def _read(self) -> str | None:
-        if not self._typed:
+        if not self._interactive:
             return sys.stdin.readline() or None
         while True:
             try:
@@ -104,33 +98,33 @@ class _Terminal:
                 say("")
                 return None
             except KeyboardInterrupt:
-                say("")  # drops the line that was begun
+                say("")  # discards the unfinished line
 
-    def _take(self, line: str) -> None:
+    def _handle(self, line: str) -> None:
         command, _, rest = line.partition(" ")
         if command == "/image":
             self.show(rest.strip())
         elif command == "/adapter":
             self._switch(rest.strip())
         elif command == "/clear":
-            self._talk.clear()
+            self._conversation.clear()
         elif command == "/help":
             say(_HELP)
         elif command.startswith("/"):
-            raise ConfigError.at(command, "is no command", "see /help")
+            raise ConfigError.at(command, "there is no such command", "type /help for the list")
         elif line:
             self._answer(line)
 
     def _switch(self, name: str) -> None:
         if name:
-            self._talk.adapter = self._chat.resolve_adapter(None if name == _BASE else name)
+            self._conversation.adapter = self._chat.resolve_adapter(None if name == _BASE else name)
             return
         for known in (None, *self._chat.adapters):
-            say(f"{'*' if known == self._talk.adapter else ' '} {known or _BASE}")
+            say(f"{'*' if known == self._conversation.adapter else ' '} {known or _BASE}")
 
     def _answer(self, question: str) -> None:
         sampling = self._sampling
-        stream = self._talk.stream(
+        stream = self._conversation.stream(
             question, max_new_tokens=sampling.max_new_tokens, temperature=sampling.temperature, seed=sampling.seed
         )
         try:

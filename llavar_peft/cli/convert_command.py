@@ -7,32 +7,38 @@ from typing import Annotated, Literal
 
 import typer
 
-from llavar_peft.cli.delta_command import ShardGigabytes, say_report
-from llavar_peft.cli.merge_command import MergedDtype
-from llavar_peft.cli.output import show_progress
+from llavar_peft.cli.output import say_weights, show_progress
+from llavar_peft.cli.shared_options import DtypeOption, ShardGigabytes
 
 
 def convert(
-    source: Annotated[str, typer.Argument(help="A LLaVAR in any layout: folder or hub name.", metavar="SRC")],
-    out: Annotated[Path, typer.Argument(help="Folder to make; must not exist.")],
+    source: Annotated[str, typer.Argument(help="A LLaVAR in any layout: a folder or a hub name.", metavar="SRC")],
+    out: Annotated[Path, typer.Argument(help="The folder to create. It must not exist.", metavar="OUT")],
     to: Annotated[
         Literal["llavar", "original", "hf-llava"],
-        typer.Option("--to", help="Our layout, the released one, or that of stock transformers."),
+        typer.Option(
+            "--to",
+            help="The layout to write: llavar for this package, original as LLaVAR was released, hf-llava for "
+            "transformers without this package.",
+        ),
     ],
     vision_tower: Annotated[
-        Path | None, typer.Option("--vision-tower", help="CLIP's folder, for a source in the released layout.")
+        Path | None, typer.Option("--vision-tower", help="The CLIP folder, for a source in the released layout.")
     ] = None,
     tokenizer: Annotated[
-        Path | None, typer.Option("--tokenizer", help="Folder with LLaMA's tokenizer.model, for --to original.")
+        Path | None, typer.Option("--tokenizer", help="A folder with LLaMA's tokenizer.model, for --to original.")
     ] = None,
     projector: Annotated[
         Literal["linear", "two-sided"],
-        typer.Option("--projector", help="For --to hf-llava; two-sided is for vLLM, which knows no linear activation."),
+        typer.Option(
+            "--projector",
+            help="How --to hf-llava writes the projector. vLLM needs two-sided, because it has no linear activation.",
+        ),
     ] = "linear",
-    dtype: Annotated[MergedDtype | None, typer.Option("--dtype", help="Of the result; default: the source's.")] = None,
+    dtype: DtypeOption = None,
     shard_gb: ShardGigabytes = 5.0,
 ) -> None:
-    """Write a LLaVAR in another layout, from disk to disk."""
+    """Convert a LLaVAR to another layout, from disk to disk."""
     from llavar_peft.models.export_layout import export
 
     with show_progress("converting") as progress:
@@ -47,4 +53,4 @@ def convert(
             shard_size=round(shard_gb * 1e9),
             progress=progress,
         )
-    say_report(report)
+    say_weights(report)

@@ -1,4 +1,4 @@
-"""``llavar-peft data``: records and images, looked at before they cost GPU time."""
+"""``llavar-peft data``."""
 
 from __future__ import annotations
 
@@ -9,23 +9,22 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
-from llavar_peft.cli.output import say, say_json
+from llavar_peft.cli.output import say, say_json, with_released_key
+from llavar_peft.cli.shared_options import ImagesOption, JsonOption, VisionTowerOption
 
 if TYPE_CHECKING:
     from llavar_peft.types import Example
 
-_SHOWN = 5
-_FAULTS_FOUND = 2  # the exit status of faulty input, as for every other command
+_DEFAULT_LIMIT = 5
+_INVALID_INPUT = 2  # exit status, as of all commands
 
 
-def check(
-    records: Annotated[list[Path], typer.Argument(help="Files in the released format.", metavar="RECORDS...")],
-    images: Annotated[
-        list[Path] | None, typer.Option("--images", help="A folder of pictures; several are searched in order.")
-    ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON document instead of text.")] = False,
+def data_check(
+    records: Annotated[list[Path], typer.Argument(help="Files in LLaVA's record format.", metavar="RECORDS...")],
+    images: ImagesOption = None,
+    as_json: JsonOption = False,
 ) -> None:
-    """Find malformed records and missing or broken images: all of them, each with its place."""
+    """Report all malformed records and all missing or broken images."""
     from llavar_peft.data.check_records import check_records
     from llavar_peft.data.image_preparation import ImageRoots
     from llavar_peft.data.record_store import open_records
@@ -33,7 +32,9 @@ def check(
     opened = open_records([str(path) for path in records])
     report = check_records(opened, ImageRoots([str(path) for path in images or ()]))
     if as_json:
-        say_json(report.as_dict())
+        found = report.as_dict()
+        listed = {name: [with_released_key(one) for one in found[name]] for name in ("faults", "warnings")}
+        say_json(found | listed)
     else:
         for fault in report.faults:
             say(str(fault))
@@ -41,25 +42,24 @@ def check(
             say(f"warning: {warning}")
         say(f"{len(opened)} records, {len(report)} fault{'' if len(report) == 1 else 's'}")
     if not report.clean:
-        raise typer.Exit(_FAULTS_FOUND)
+        raise typer.Exit(_INVALID_INPUT)
 
 
-def inspect(
-    records: Annotated[Path, typer.Argument(help="A file in the released format.", metavar="RECORDS")],
+def data_inspect(
+    records: Annotated[Path, typer.Argument(help="A file in LLaVA's record format.", metavar="RECORDS")],
     model: Annotated[Path, typer.Option("--model", help="The checkpoint whose processor encodes the records.")],
-    images: Annotated[
-        list[Path] | None, typer.Option("--images", help="A folder of pictures; image mode 'keep' measures them.")
-    ] = None,
-    vision_tower: Annotated[
-        str | None, typer.Option("--vision-tower", help="CLIP's folder, for a model in the released layout.")
-    ] = None,
+    images: ImagesOption = None,
+    vision_tower: VisionTowerOption = None,
     limit: Annotated[
-        int | None, typer.Option("--limit", min=1, help="Records at most; default: 5, and all of them with --json.")
+        int | None,
+        typer.Option("--limit", min=1, help="Number of records to show. Default: 5, or all records with --json."),
     ] = None,
-    max_length: Annotated[int, typer.Option("--max-length", min=1, help="Tokens per record.")] = 2048,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON document per record instead of text.")] = False,
+    max_length: Annotated[
+        int, typer.Option("--max-length", min=1, help="Largest number of tokens of a record; the rest is cut off.")
+    ] = 2048,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document per record.")] = False,
 ) -> None:
-    """Show what the model will be trained on: the text that carries loss is green."""
+    """Show the text of records as the model is trained on it, with the supervised parts in green."""
     from llavar_peft.data.encode_record import encode_record
     from llavar_peft.data.image_preparation import ImageRoots
     from llavar_peft.data.record_store import open_records
@@ -70,17 +70,17 @@ def inspect(
     roots = ImageRoots([str(path) for path in images]) if images else None
     opened = open_records([str(records)])
     console = Console(highlight=False, soft_wrap=True)
-    shown = limit if limit is not None else len(opened) if as_json else _SHOWN
-    for index in range(min(shown, len(opened))):
+    count = limit if limit is not None else len(opened) if as_json else _DEFAULT_LIMIT
+    for index in range(min(count, len(opened))):
         example = encode_record(opened[index], processor, max_length, roots=roots)
         spans = decode_supervision(example, processor)
         if as_json:
-            say_json(_as_plain(example, spans))
+            say_json(_example_as_dict(example, spans))
         else:
-            console.print(_as_text(example, spans))
+            console.print(_example_as_text(example, spans))
 
 
-def _as_plain(example: Example, spans: list[tuple[str, bool]]) -> dict[str, Any]:
+def _example_as_dict(example: Example, spans: list[tuple[str, bool]]) -> dict[str, Any]:
     return {
         "id": example.id,
         "images": list(example.images),
@@ -92,10 +92,10 @@ def _as_plain(example: Example, spans: list[tuple[str, bool]]) -> dict[str, Any]
     }
 
 
-def _as_text(example: Example, spans: list[tuple[str, bool]]) -> Text:
+def _example_as_text(example: Example, spans: list[tuple[str, bool]]) -> Text:
     count = f"{len(example.input_ids)} tokens, {example.supervised} supervised"
-    fate = f", dropped: {example.dropped}" if example.dropped else ""
-    text = Text(f"{example.id} ({count}{fate})\n", style="bold")
+    dropped = f", dropped: {example.dropped}" if example.dropped else ""
+    text = Text(f"{example.id} ({count}{dropped})\n", style="bold")
     for span, supervised in spans:
         text.append(span, style="not bold green" if supervised else "not bold dim")
     return text.append("\n")

@@ -1,43 +1,42 @@
-"""``llavar-peft delta``: the released format, made, applied and verified from disk to disk."""
+"""``llavar-peft delta``."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from llavar_peft.cli.output import say, show_progress
+from llavar_peft.cli.output import say, say_weights, show_progress
+from llavar_peft.cli.shared_options import OntoOption, OutFolderOption, ShardGigabytes
 
 if TYPE_CHECKING:
-    from llavar_peft.weights.io.folder_writer import WeightsReport
     from llavar_peft.weights.io.shard_layout import WeightsFormat
 
-Base = Annotated[Path, typer.Option("--base", help="Folder of the LLaMA or Vicuna that the delta is taken from.")]
-Out = Annotated[Path, typer.Option("--out", help="Folder to make; must not exist.")]
+Base = Annotated[Path, typer.Option("--base", help="The folder of the LLaMA or Vicuna that the delta refers to.")]
+Delta = Annotated[Path, typer.Option("--delta", help="The folder of the delta.")]
 Safetensors = Annotated[
-    bool, typer.Option("--safetensors", help="Write safetensors instead of pytorch_model-*.bin as released.")
-]
-ShardGigabytes = Annotated[
-    float, typer.Option("--shard-gb", min=0.001, help="Gigabytes (10^9 bytes) of a file at most.")
+    bool, typer.Option("--safetensors", help="Write safetensors instead of pytorch_model-*.bin, the released format.")
 ]
 
 
-def make(
+def delta_make(
     base: Base,
-    target: Annotated[Path, typer.Option("--target", help="Folder of the LLaVAR: ours, or in the released layout.")],
-    out: Out,
+    target: Annotated[
+        Path, typer.Option("--target", help="The folder of the LLaVAR, in this package's or the released layout.")
+    ],
+    out: OutFolderOption,
     adapter: Annotated[
-        list[Path] | None, typer.Option("--adapter", help="Merged into the target on the way; may be given again.")
+        list[Path] | None,
+        typer.Option(
+            "--adapter", help="The folder of an adapter to merge into the target. Repeat the option for several."
+        ),
     ] = None,
-    onto: Annotated[
-        Literal["original", "dequantized"] | None,
-        typer.Option("--onto", help="For an adapter trained in 4 or 8 bits; default: what it was trained on."),
-    ] = None,
+    onto: OntoOption = None,
     safetensors: Safetensors = False,
     shard_gb: ShardGigabytes = 10.0,
 ) -> None:
-    """Write target - base, as LLaVAR was released."""
+    """Write the difference target - base, the format in which LLaVAR was released."""
     from llavar_peft.weights.delta.delta_files import make_delta
 
     with show_progress("delta") as progress:
@@ -47,22 +46,24 @@ def make(
             out,
             adapter=adapter or (),
             onto=onto,
-            form=weights_format(safetensors),
+            form=_weights_format(safetensors),
             shard_size=round(shard_gb * 1e9),
             progress=progress,
         )
-    say_report(report)
+    say_weights(report)
 
 
-def apply(
+def delta_apply(
     base: Base,
-    delta: Annotated[Path, typer.Option("--delta", help="Folder of the delta, as released or made here.")],
-    out: Out,
+    delta: Delta,
+    out: OutFolderOption,
     safetensors: Safetensors = False,
     shard_gb: ShardGigabytes = 10.0,
-    force: Annotated[bool, typer.Option("--force", help="Even if the delta was taken from another base.")] = False,
+    force: Annotated[
+        bool, typer.Option("--force", help="Apply the delta even if it was made from another base.")
+    ] = False,
 ) -> None:
-    """Write base + delta: from LLaMA-13B and the released delta to LLaVAR."""
+    """Write the sum base + delta, e.g. LLaVAR from LLaMA-13B and the released delta."""
     from llavar_peft.weights.delta.delta_files import apply_delta
 
     with show_progress("weights") as progress:
@@ -70,39 +71,35 @@ def apply(
             base,
             delta,
             out,
-            form=weights_format(safetensors),
+            form=_weights_format(safetensors),
             shard_size=round(shard_gb * 1e9),
             force=force,
             progress=progress,
         )
-    say_report(report)
+    say_weights(report)
 
 
-def verify(
+def delta_verify(
     base: Base,
-    delta: Annotated[Path, typer.Option("--delta", help="Folder of the delta.")],
+    delta: Delta,
     target: Annotated[
-        Path | None, typer.Option("--target", help="Folder that base + delta should give; compared number by number.")
+        Path | None,
+        typer.Option("--target", help="The folder to compare base + delta with, number by number."),
     ] = None,
 ) -> None:
-    """Check that a delta is undamaged, that it was taken from this base, and what it gives."""
+    """Check that a delta is undamaged and was made from this base, and what base + delta gives."""
     from llavar_peft.weights.delta.verify_delta import verify_delta
 
     with show_progress("reading") as progress:
         check = verify_delta(base, delta, target=target, progress=progress)
-    say(f"{check.tensors} tensors, {check.elements:,} numbers, all finite; the base is right, told by {check.base}")
+    say(f"{check.tensors} tensors, {check.elements:,} numbers, all finite; the base matches by its {check.base}")
     if check.compared:
         share = check.differing / max(1, check.elements)
         say(
-            f"{check.differing:,} numbers ({share:.2%}) of the target come back rounded, by {check.largest:.1e} at most"
+            f"base + delta differs from the target in {check.differing:,} numbers ({share:.2%}) by rounding, "
+            f"{check.largest:.1e} at most"
         )
 
 
-def weights_format(safetensors: bool) -> WeightsFormat:
-    """The format that the option stands for."""
+def _weights_format(safetensors: bool) -> WeightsFormat:
     return "safetensors" if safetensors else "bin"
-
-
-def say_report(report: WeightsReport) -> None:
-    """Print what was written."""
-    say(f"{report.out}: {report.tensors} tensors, {report.nbytes / 1e9:.2f} GB in {report.seconds:.0f} s")

@@ -7,50 +7,46 @@ from typing import Annotated
 
 import typer
 
+from llavar_peft.cli import shared_options as shared
 from llavar_peft.cli.output import is_first_rank, say, show_count
-from llavar_peft.cli.shared_options import (
-    AdapterOption,
-    GreedyOption,
-    ImageModeOption,
-    MaxNewTokensOption,
-    ModelOption,
-    QuantizeOption,
-    SeedOption,
-    TemperatureOption,
-    VisionTowerOption,
-    make_sampling,
-)
 from llavar_peft.recipe.schema import BadImagePolicy
 
 
 def generate(
-    model: ModelOption,
+    model: shared.ModelOption,
     questions: Annotated[
-        Path, typer.Option("--questions", help="JSON lines with question_id, text and perhaps image.")
+        Path, typer.Option("--questions", help="JSON lines with question_id, text and optionally image.")
     ],
-    answers: Annotated[Path, typer.Option("--answers", help="The file to write; an unfinished one is gone on with.")],
+    answers: Annotated[
+        Path, typer.Option("--answers", help="The answers file to write. An incomplete file is continued.")
+    ],
     images: Annotated[
-        Path | None, typer.Option("--images", help="The folder that the pictures' paths start from.")
+        Path | None, typer.Option("--images", help="The folder that the image paths are relative to.")
     ] = None,
-    batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Questions answered at a time.")] = 8,
-    adapter: AdapterOption = None,
-    vision_tower: VisionTowerOption = None,
-    quantize: QuantizeOption = None,
-    image_mode: ImageModeOption = None,
-    max_new_tokens: MaxNewTokensOption = 1024,
-    temperature: TemperatureOption = None,
-    greedy: GreedyOption = False,
-    seed: SeedOption = None,
+    batch_size: Annotated[
+        int, typer.Option("--batch-size", min=1, help="Number of questions answered at the same time.")
+    ] = 8,
+    adapter: shared.AdapterOption = None,
+    vision_tower: shared.VisionTowerOption = None,
+    quantize: shared.QuantizeOption = None,
+    image_mode: shared.ImageModeOption = None,
+    max_new_tokens: shared.MaxNewTokensOption = 1024,
+    temperature: shared.TemperatureOption = None,
+    greedy: shared.GreedyOption = False,
+    seed: shared.SeedOption = None,
     on_bad_image: Annotated[
-        BadImagePolicy, typer.Option("--on-bad-image", help="What a missing or broken picture does.")
+        BadImagePolicy, typer.Option("--on-bad-image", help="What to do about a missing or broken image.")
     ] = "stop",
 ) -> None:
-    """Answer a file of questions, as the original's model_vqa does; several processes by accelerate launch."""
-    from llavar_peft.inference.answer_file import generate_answers as answer_file
+    """Answer a file of questions, in the format of the original's model_vqa.
 
-    sampling = make_sampling(max_new_tokens, temperature, greedy, seed)
+    Start it with 'accelerate launch' to use several processes.
+    """
+    from llavar_peft.inference.answer_file import generate_answers
+
+    sampling = shared.make_sampling(max_new_tokens, temperature, greedy, seed)
     with show_count("answering") as progress:
-        report = answer_file(
+        report = generate_answers(
             model,
             questions,
             images,
@@ -67,8 +63,8 @@ def generate(
     if not is_first_rank():
         return
     if report.kept == report.count and not report.seconds:
-        say(f"{report.answers}: {report.count} answers were there already; remove it to ask again")
+        say(f"{report.answers}: all {report.count} answers exist already; delete the file to answer again")
         return
-    kept = f", {report.kept} of them from before" if report.kept else ""
-    skipped = f"; {len(report.skipped)} skipped for their pictures" if report.skipped else ""
+    kept = f", {report.kept} of them from an earlier run" if report.kept else ""
+    skipped = f"; {len(report.skipped)} skipped because of their images" if report.skipped else ""
     say(f"{report.answers}: {report.count} answers in {report.seconds:.0f} s{kept}{skipped}")

@@ -1,4 +1,4 @@
-"""``llavar-peft eval answer``, ``judge`` and ``summarize``: GPT-4 as judge, and what its reviews come to."""
+"""``llavar-peft eval answer``, ``eval judge`` and ``eval summarize``: evaluation by GPT-4 or another judge."""
 
 from __future__ import annotations
 
@@ -7,99 +7,109 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from llavar_peft.cli.eval_command import (
-    Adapter,
-    AsJson,
-    Batch,
-    Greedy,
-    Mode,
-    Quantize,
-    Seed,
-    Tower,
-    ask_all,
-    choose_temperature,
-    open_model,
-)
-from llavar_peft.cli.output import say, say_json, show_count
-from llavar_peft.cli.tables import print_table
+from llavar_peft.cli import evaluation_model as evaluated
+from llavar_peft.cli import shared_options as shared
+from llavar_peft.cli.output import print_table, say, say_json, show_count
 
 if TYPE_CHECKING:
     from llavar_peft.evaluation.judge.judge_reviews import Summary
     from llavar_peft.evaluation.judge.run_judge import Judged
 
 _ANSWER_TEMPERATURE = 0.7  # Source: LLaVAR, llava/eval/model_vqa.py
-_INCOMPLETE = 3  # the endpoint, not the input, is why a question has no scores
+_INCOMPLETE = 3  # exit status: the endpoint, not the input, is the reason that a question has no scores
 
 
-def answer(
-    questions: Annotated[Path, typer.Option("--questions", help="JSON lines: question_id, image, text.")],
+def eval_answer(
+    questions: Annotated[Path, typer.Option("--questions", help="JSON lines with question_id, image and text.")],
     images: Annotated[
-        list[Path], typer.Option("--images", help="A folder of pictures; several are searched in order.")
+        list[Path],
+        typer.Option("--images", help="A folder of images. Repeat the option to search several folders in order."),
     ],
-    model: Annotated[Path, typer.Option("--model", help="A checkpoint's folder, an adapter's, or a run's.")],
-    out: Annotated[Path, typer.Option("--out", help="The answers, in the original's form.")],
-    adapter: Adapter = None,
-    vision_tower: Tower = None,
-    quantize: Quantize = None,
-    image_mode: Mode = None,
+    model: Annotated[Path, typer.Option("--model", help="The folder of the checkpoint, adapter or run to evaluate.")],
+    out: Annotated[Path, typer.Option("--out", help="The answers file to write, in the original's format.")],
+    adapter: shared.AdapterOption = None,
+    vision_tower: shared.VisionTowerOption = None,
+    quantize: shared.QuantizeOption = None,
+    image_mode: shared.ImageModeOption = None,
     temperature: Annotated[
-        float | None, typer.Option("--temperature", min=0.0, help="Default: 0.7, the original's.")
+        float | None,
+        typer.Option("--temperature", min=0.0, help="Sampling temperature. Default: 0.7, as in the original."),
     ] = None,
-    greedy: Greedy = False,
-    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1, help="Tokens at most per answer.")] = 1024,
-    batch_size: Batch = 8,
-    seed: Seed = 0,
+    greedy: shared.GreedyOption = False,
+    max_new_tokens: shared.MaxNewTokensOption = 1024,
+    batch_size: evaluated.BatchSizeOption = 8,
+    seed: evaluated.SamplingSeedOption = 0,
 ) -> None:
-    """Have a model answer the questions that 'eval judge' is to judge. Running it again goes on where it stopped."""
+    """Let a model answer the questions for 'eval judge'.
+
+    Run the same command again to resume.
+    """
     from llavar_peft.data.image_preparation import ImageRoots
     from llavar_peft.evaluation.judge.judge_cases import read_unanswered, write_judge_answers
     from llavar_peft.evaluation.vqa.scored_results import Setting
 
     roots = ImageRoots(images)
-    asked = read_unanswered(questions, roots)
+    unanswered = read_unanswered(questions, roots)
     chosen = Setting(
         prompt="{question}",
         image_mode=image_mode,
-        temperature=choose_temperature(temperature, _ANSWER_TEMPERATURE, greedy=greedy),
+        temperature=shared.choose_temperature(temperature, _ANSWER_TEMPERATURE, greedy=greedy),
         max_new_tokens=max_new_tokens,
         seed=seed,
         batch_size=batch_size,
     )
-    reader, setting = open_model(model, adapter, vision_tower, quantize, chosen)
-    write_judge_answers(ask_all(reader, asked, roots, setting, out.with_suffix(".part.jsonl")), setting, out)
+    reader, setting = evaluated.load_evaluated_model(model, adapter, vision_tower, quantize, chosen)
+    answered = evaluated.answer_with_progress(reader, unanswered, roots, setting, out.with_suffix(".part.jsonl"))
+    write_judge_answers(answered, setting, out)
     say(str(out))
 
 
-def judge(
-    questions: Annotated[Path, typer.Option("--questions", help="JSON lines: question_id, image, text, category.")],
-    contexts: Annotated[Path, typer.Option("--contexts", help="JSON lines: image, captions, perhaps instances.")],
-    rules: Annotated[Path, typer.Option("--rules", help="rule.json, or rule_read_v3.json for the read questions.")],
-    reference: Annotated[
-        Path, typer.Option("--reference", help="JSON lines of answers to hold ours against: GPT-4's.")
+def eval_judge(
+    questions: Annotated[
+        Path, typer.Option("--questions", help="JSON lines with question_id, image, text and category.")
     ],
-    answers: Annotated[Path, typer.Option("--answers", help="JSON lines of our answers: question_id, text.")],
-    out: Annotated[Path, typer.Option("--out", help="The reviews, in the original's form.")],
+    contexts: Annotated[
+        Path, typer.Option("--contexts", help="JSON lines with image, captions and optionally instances.")
+    ],
+    rules: Annotated[
+        Path, typer.Option("--rules", help="The judge's instructions: rule.json, or rule_read_v3.json for reading.")
+    ],
+    reference: Annotated[
+        Path, typer.Option("--reference", help="JSON lines of the answers to compare with, in the paper GPT-4's.")
+    ],
+    answers: Annotated[
+        Path, typer.Option("--answers", help="JSON lines of the model's answers, with question_id and text.")
+    ],
+    out: Annotated[Path, typer.Option("--out", help="The reviews file to write, in the original's format.")],
     model: Annotated[str, typer.Option("--judge-model", help="The judge's name at the endpoint.")] = "gpt-4",
     base_url: Annotated[
         str | None,
-        typer.Option("--base-url", help="An OpenAI-compatible endpoint; default: OpenAI's, or OPENAI_BASE_URL."),
+        typer.Option(
+            "--base-url", help="The URL of an OpenAI-compatible endpoint. Default: OPENAI_BASE_URL, else OpenAI."
+        ),
     ] = None,
     swap: Annotated[
-        bool, typer.Option("--swap", help="Judge each a second time with our answer first, and report the agreement.")
+        bool,
+        typer.Option("--swap", help="Judge each question again with the answers swapped, and report the agreement."),
     ] = False,
-    temperature: Annotated[float, typer.Option("--temperature", min=0.0, help="The original's is 0.2.")] = 0.2,
-    max_tokens: Annotated[int, typer.Option("--max-tokens", min=1, help="Of a reply.")] = 1024,
-    attempts: Annotated[int, typer.Option("--attempts", min=1, help="Times to ask where no scores come back.")] = 3,
-    concurrency: Annotated[int, typer.Option("--concurrency", min=1, help="Requests under way at once.")] = 4,
+    temperature: Annotated[
+        float, typer.Option("--temperature", min=0.0, help="The judge's temperature; 0.2 as in the original.")
+    ] = 0.2,
+    max_tokens: Annotated[int, typer.Option("--max-tokens", min=1, help="Largest number of tokens in a reply.")] = 1024,
+    attempts: Annotated[
+        int, typer.Option("--attempts", min=1, help="Largest number of requests until a reply has scores.")
+    ] = 3,
+    concurrency: Annotated[int, typer.Option("--concurrency", min=1, help="Number of requests at the same time.")] = 4,
     cache: Annotated[
         Path | None,
-        typer.Option("--cache", help="Folder of replies that are not asked for again; default: beside --out."),
+        typer.Option("--cache", help="A folder that keeps the replies. Default: next to --out, ending in .replies."),
     ] = None,
-    as_json: AsJson = False,
+    as_json: shared.JsonOption = False,
 ) -> None:
-    """Have GPT-4, or any model at an OpenAI-compatible endpoint, judge answers against the reference's.
+    """Let GPT-4 or another judge compare a model's answers with reference answers.
 
-    The key comes from OPENAI_API_KEY. Replies are kept: a broken run costs nothing twice.
+    The judge is any model at an OpenAI-compatible endpoint. The API key is read from OPENAI_API_KEY. Replies are
+    cached, so that an interrupted run can be resumed. The exit status is 3 if some questions have no scores.
     """
     from llavar_peft.evaluation.judge.judge_cases import read_cases
     from llavar_peft.evaluation.judge.judge_client import Judge, JudgeConfig
@@ -115,26 +125,26 @@ def judge(
         attempts=attempts,
         concurrency=concurrency,
     )
-    asked = Judge(config, cache or out.with_suffix(".replies"))
+    client = Judge(config, cache or out.with_suffix(".replies"))
     with show_count("judging") as progress:
-        judged = judge_cases(cases, asked, swap=swap, progress=progress)
+        judged = judge_cases(cases, client, swap=swap, progress=progress)
     write_reviews(judged.reviews, out)
     summary = summarize_reviews(judged.reviews)
     if as_json:
-        say_json({"judge": model, "temperature": temperature, **_counts(judged), **summary.as_dict()})
+        say_json({"judge": model, "temperature": temperature, **_count_replies(judged), **summary.as_dict()})
     else:
-        _show(summary)
-        say(f"{judged.sent} replies by {model} at temperature {temperature:g}, {judged.known} known from before")
-        say(f"{judged.malformed} replies had no scores, {judged.refused} were refusals; such are asked for again")
+        _print_summary(summary)
+        say(f"{judged.sent} new replies by {model} at temperature {temperature:g}, {judged.known} from the cache")
+        say(f"{judged.malformed} replies without scores and {judged.refused} refusals, which are requested again")
     if summary.unscored:
         raise typer.Exit(_INCOMPLETE)
 
 
-def summarize(
-    reviews: Annotated[list[Path], typer.Argument(help="Files of reviews.", metavar="REVIEWS...")],
-    as_json: AsJson = False,
+def eval_summarize(
+    reviews: Annotated[list[Path], typer.Argument(help="Files that 'eval judge' wrote.", metavar="REVIEWS...")],
+    as_json: shared.JsonOption = False,
 ) -> None:
-    """Show what reviews come to: ours in percent of the reference, as the ratio of the means."""
+    """Show the scores in files of reviews: the model's mean in percent of the reference's mean."""
     from llavar_peft.evaluation.judge.judge_reviews import read_reviews, summarize_reviews
 
     summaries = [summarize_reviews(read_reviews(path)) for path in reviews]
@@ -144,16 +154,16 @@ def summarize(
     for path, one in zip(reviews, summaries, strict=True):
         if len(reviews) > 1:
             say(str(path))
-        _show(one)
+        _print_summary(one)
 
 
-def _counts(judged: Judged) -> dict[str, int]:
+def _count_replies(judged: Judged) -> dict[str, int]:
     return {
         "sent": judged.sent, "known": judged.known, "malformed": judged.malformed, "refused": judged.refused,
     }  # fmt: skip
 
 
-def _show(summary: Summary) -> None:
+def _print_summary(summary: Summary) -> None:
     swapped = any(category.agreement is not None for category in summary.categories)
     titles = ["category", "reviews", "reference", "ours", "ratio %", "95 % interval"]
     rows = []
@@ -166,6 +176,6 @@ def _show(summary: Summary) -> None:
     print_table([*titles, "ratio swapped %", "agreement %"] if swapped else titles, rows)
     if summary.unscored:
         unscored = ", ".join(str(question) for question in summary.unscored)
-        say(f"without scores{', in one order or both' if swapped else ''}, and left out: {unscored}")
-    for how in summary.settings:
-        say("; ".join(f"{key.replace('_', ' ')}: {value}" for key, value in how.items()))
+        say(f"excluded, because they have no scores{' in one order or both' if swapped else ''}: {unscored}")
+    for setting in summary.settings:
+        say("; ".join(f"{key.replace('_', ' ')}: {value}" for key, value in setting.items()))

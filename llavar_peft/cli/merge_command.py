@@ -3,46 +3,59 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import typer
 
-from llavar_peft.cli.delta_command import ShardGigabytes
 from llavar_peft.cli.output import say, show_progress
-
-MergedDtype = Literal["float16", "bfloat16", "float32"]
+from llavar_peft.cli.shared_options import DtypeOption, OntoOption, OutFolderOption, ShardGigabytes
 
 
 def merge(
-    base: Annotated[Path, typer.Option("--base", help="Folder of what the adapter was trained on.")],
-    adapter: Annotated[list[Path], typer.Option("--adapter", help="An adapter's folder; may be given again.")],
-    out: Annotated[Path, typer.Option("--out", help="Folder to make; must not exist.")],
+    base: Annotated[Path, typer.Option("--base", help="The folder of the model that the adapter was trained on.")],
+    adapter: Annotated[
+        list[Path], typer.Option("--adapter", help="The folder of an adapter. Repeat the option for several.")
+    ],
+    out: OutFolderOption,
     weight: Annotated[
         list[float] | None,
-        typer.Option("--weight", help="A factor for each adapter; without, each is merged into the result before it."),
+        typer.Option(
+            "--weight",
+            help="A factor for each adapter, in order; their weighted sum is merged. Without factors, each adapter is "
+            "merged into the result of the one before.",
+        ),
     ] = None,
-    onto: Annotated[
-        Literal["original", "dequantized"] | None,
-        typer.Option("--onto", help="For an adapter trained in 4 or 8 bits; default: what it was trained on."),
-    ] = None,
-    dtype: Annotated[MergedDtype | None, typer.Option("--dtype", help="Of the result; default: the base's.")] = None,
+    onto: OntoOption = None,
+    dtype: DtypeOption = None,
     vision_tower: Annotated[
-        Path | None, typer.Option("--vision-tower", help="CLIP's folder, for a plain LLaMA; default: as in training.")
+        Path | None,
+        typer.Option("--vision-tower", help="The CLIP folder, for a plain LLaMA. Default: the one used in training."),
     ] = None,
     projector: Annotated[
-        Path | None, typer.Option("--projector", help="Stage 1's file, where the run began with one and it has moved.")
+        Path | None,
+        typer.Option("--projector", help="The projector file that the training started from, if it has moved."),
     ] = None,
     as_bin: Annotated[
         bool, typer.Option("--bin", help="Write pytorch_model-*.bin, as LLaVAR was released, instead of safetensors.")
     ] = False,
     shard_gb: ShardGigabytes = 5.0,
     probe: Annotated[
-        bool, typer.Option("--probe/--no-probe", help="Compare the logits before and after; reads everything again.")
+        bool,
+        typer.Option(
+            "--probe/--no-probe", help="Compare the logits before and after the merge. This reads all weights again."
+        ),
     ] = True,
     bound: Annotated[
-        float | None, typer.Option("--bound", help="How far apart they may be, relative to their spread.")
+        float | None,
+        typer.Option(
+            "--bound",
+            help="Largest accepted difference of the logits, relative to their spread. Default: 0.05, or 0.5 for "
+            "--onto original.",
+        ),
     ] = None,
-    force: Annotated[bool, typer.Option("--force", help="Even if an adapter was trained on another base.")] = False,
+    force: Annotated[
+        bool, typer.Option("--force", help="Merge even if an adapter was trained on another base.")
+    ] = False,
 ) -> None:
     """Merge adapters into their base, from disk to disk."""
     from llavar_peft.models.merge_adapter import merge_adapter
@@ -66,8 +79,8 @@ def merge(
         )
     say(f"{report.out}: {report.tensors} tensors, {report.nbytes / 1e9:.2f} GB in {report.seconds:.0f} s")
     for name, gap in report.gaps.items():
-        what = f"merged ({report.onto} base)" if name == "result" else "it would have been, on the original base,"
+        which = f"the result ({report.onto} base)" if name == "result" else "a merge onto the original base"
         say(
-            f"logits: {what} {gap.relative:.1e} of their spread apart from the adapter's, {gap.largest:.1e} at most; "
-            f"the same likeliest token at {gap.same_top:.0%} of {gap.tokens} positions"
+            f"logits of {which}: differ from the adapter's by {gap.relative:.1e} of their spread, "
+            f"{gap.largest:.1e} at most; same top token at {gap.same_top:.0%} of {gap.tokens} positions"
         )

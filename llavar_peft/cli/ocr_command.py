@@ -1,4 +1,4 @@
-"""``llavar-peft ocr``: records out of images that nobody has labelled."""
+"""``llavar-peft ocr``."""
 
 from __future__ import annotations
 
@@ -8,44 +8,65 @@ from typing import Annotated, Literal
 import typer
 
 from llavar_peft.cli.output import say, say_json, show_count
+from llavar_peft.cli.shared_options import JsonOption, WorkersOption
 
 
-def build(
-    images: Annotated[Path, typer.Argument(help="A folder of pictures, searched with all below it.", metavar="IMAGES")],
-    out: Annotated[Path, typer.Option("--out", help="The records' file to write, .json.")],
+def ocr_build(
+    images: Annotated[
+        Path, typer.Argument(help="A folder of images. Its sub-folders are searched too.", metavar="IMAGES")
+    ],
+    out: Annotated[Path, typer.Option("--out", help="The records file to write (.json).")],
     engine: Annotated[
-        Literal["rapidocr", "tesseract"], typer.Option("--engine", help="Whose reading becomes the answer.")
+        Literal["rapidocr", "tesseract"],
+        typer.Option("--engine", help="The OCR engine whose text becomes the answer."),
     ] = "rapidocr",
     both: Annotated[
-        bool, typer.Option("--both", help="Read with the other engine too, and drop what they disagree on.")
+        bool, typer.Option("--both", help="Read with the other engine too, and drop images on which they disagree.")
     ] = False,
     short_edge: Annotated[
-        int, typer.Option("--short-edge", min=0, help="Pixels that the shorter side is brought to first; 0: full size.")
+        int,
+        typer.Option(
+            "--short-edge",
+            min=0,
+            help="Resize the shorter side to this many pixels before reading, as in the paper; 0 keeps the full size.",
+        ),
     ] = 384,
     min_confidence: Annotated[
-        float, typer.Option("--min-confidence", min=0, max=1, help="Lines below it are left out.")
+        float, typer.Option("--min-confidence", min=0, max=1, help="Drop lines with a lower confidence.")
     ] = 0.5,
-    min_letters: Annotated[int, typer.Option("--min-letters", min=1, help="Letters and digits of a record.")] = 5,
+    min_letters: Annotated[
+        int, typer.Option("--min-letters", min=1, help="Drop images with fewer letters and digits.")
+    ] = 5,
     script: Annotated[
-        str | None, typer.Option("--script", help="Keep what is written in it, e.g. latin, cyrillic, cjk.")
+        str | None,
+        typer.Option("--script", help="Keep only text in this script, e.g. latin, cyrillic or cjk. Default: any."),
     ] = None,
     max_disagreement: Annotated[
-        float, typer.Option("--max-disagreement", min=0, max=1, help="Character error rate of two engines at most.")
+        float,
+        typer.Option(
+            "--max-disagreement",
+            min=0,
+            max=1,
+            help="With --both: largest accepted character error rate between the two engines.",
+        ),
     ] = 0.3,
     languages: Annotated[
-        str, typer.Option("--languages", help="That Tesseract reads, in its spelling, e.g. eng+deu.")
+        str, typer.Option("--languages", help="Tesseract's languages, by its own codes, e.g. eng+deu.")
     ] = "eng",
-    keep_duplicates: Annotated[bool, typer.Option("--keep-duplicates", help="Copies become records too.")] = False,
+    keep_duplicates: Annotated[
+        bool, typer.Option("--keep-duplicates", help="Keep images that are copies of another one.")
+    ] = False,
     on_bad_image: Annotated[
-        Literal["skip", "stop"], typer.Option("--on-bad-image", help="What a broken picture does.")
+        Literal["skip", "stop"], typer.Option("--on-bad-image", help="What to do about a broken image.")
     ] = "skip",
-    seed: Annotated[int, typer.Option("--seed", min=0, help="Draws each record's instruction.")] = 0,
-    workers: Annotated[
-        int | None, typer.Option("--workers", min=1, help="Processes; default: one for each CPU.")
-    ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON document instead of a table.")] = False,
+    seed: Annotated[int, typer.Option("--seed", min=0, help="Seed of the random instruction of each record.")] = 0,
+    workers: WorkersOption = None,
+    as_json: JsonOption = False,
 ) -> None:
-    """Read images and write records in the released format; killed, it goes on where it was."""
+    """Read the text in images by OCR, and write training records.
+
+    Run the same command again to resume.
+    """
     from llavar_peft.datagen.ocr.build_ocr_records import BuildSettings, build_records, report_path
     from llavar_peft.datagen.ocr.ocr_quality import QualityLimits
     from llavar_peft.datagen.ocr.read_image_folder import ReadingSettings
@@ -75,34 +96,41 @@ def build(
     say(f"report   {report_path(out)}, {page}")
 
 
-def converse(
+def ocr_converse(
     records: Annotated[
         Path,
-        typer.Argument(help="What ocr build wrote, best with --both; its readings lie beside it.", metavar="RECORDS"),
+        typer.Argument(help="Records of 'ocr build', preferably with --both.", metavar="RECORDS"),
     ],
-    out: Annotated[Path, typer.Option("--out", help="The conversations' file to write, .json.")],
+    out: Annotated[Path, typer.Option("--out", help="The records file to write (.json).")],
     model: Annotated[str, typer.Option("--model", help="The language model's name at the endpoint.")],
     base_url: Annotated[
         str | None,
-        typer.Option("--base-url", help="Of an OpenAI-compatible endpoint; default: OPENAI_BASE_URL, else OpenAI's."),
+        typer.Option(
+            "--base-url", help="The URL of an OpenAI-compatible endpoint. Default: OPENAI_BASE_URL, else OpenAI."
+        ),
     ] = None,
     key_variable: Annotated[
-        str, typer.Option("--key-variable", help="Environment variable that holds the endpoint's key.")
+        str, typer.Option("--key-variable", help="The environment variable that contains the API key.")
     ] = "OPENAI_API_KEY",
     captions: Annotated[
-        Path | None, typer.Option("--captions", help="JSON object of captions by picture, or JSON lines.")
+        Path | None,
+        typer.Option("--captions", help="Captions of the images: a JSON object by image path, or JSON lines."),
     ] = None,
-    turns: Annotated[int, typer.Option("--turns", min=1, help="Questions about each picture at most.")] = 5,
-    least: Annotated[int, typer.Option("--least", min=1, help="Questions that must be sound.")] = 2,
-    attempts: Annotated[int, typer.Option("--attempts", min=1, help="Requests for one picture at most.")] = 3,
-    temperature: Annotated[float, typer.Option("--temperature", min=0, max=2, help="Of sampling.")] = 0.7,
-    concurrency: Annotated[int, typer.Option("--concurrency", min=1, help="Requests at a time.")] = 4,
-    seed: Annotated[int, typer.Option("--seed", min=0, help="Draws the place of the picture.")] = 0,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON document instead of text.")] = False,
+    turns: Annotated[int, typer.Option("--turns", min=1, help="Largest number of questions about an image.")] = 5,
+    least: Annotated[int, typer.Option("--least", min=1, help="Drop conversations with fewer valid questions.")] = 2,
+    attempts: Annotated[int, typer.Option("--attempts", min=1, help="Largest number of requests for an image.")] = 3,
+    temperature: Annotated[float, typer.Option("--temperature", min=0, max=2, help="Sampling temperature.")] = 0.7,
+    concurrency: Annotated[int, typer.Option("--concurrency", min=1, help="Number of requests at the same time.")] = 4,
+    seed: Annotated[
+        int, typer.Option("--seed", min=0, help="Seed of the image's position before or after the first question.")
+    ] = 0,
+    as_json: JsonOption = False,
 ) -> None:
-    """Have a language model write conversations from what was read; each answer is held to it."""
-    from llavar_peft.datagen.ocr.make_conversations import ConverseSettings, read_captions
-    from llavar_peft.datagen.ocr.make_conversations import make_conversations as make
+    """Let a language model write conversations about the text that 'ocr build' read.
+
+    Its answers are checked against that text. Run the same command again to resume.
+    """
+    from llavar_peft.datagen.ocr.make_conversations import ConverseSettings, make_conversations, read_captions
     from llavar_peft.datagen.openai_client import Endpoint
 
     settings = ConverseSettings(
@@ -114,11 +142,11 @@ def converse(
         concurrency=concurrency,
     )
     with show_count("conversing") as progress:
-        report = make(records, out, settings, read_captions(captions) if captions else None, progress)
+        report = make_conversations(records, out, settings, read_captions(captions) if captions else None, progress)
     if as_json:
         say_json(report.as_dict())
         return
-    say(f"{out}: {report.kept} conversations of {report.images} pictures, {report.turns} questions")
-    say(f"{report.asked} requests, {report.remembered} answered before; {report.repaired} conversations repaired")
-    for outcome, count in report.as_dict()["dropped"].items():
-        say(f"{count} left out: {outcome}")
+    say(f"{out}: {report.kept} conversations about {report.images} images, {report.turns} questions")
+    say(f"{report.asked} new requests, {report.remembered} from the cache; {report.repaired} conversations repaired")
+    for reason, count in report.as_dict()["dropped"].items():
+        say(f"{count} dropped: {reason}")

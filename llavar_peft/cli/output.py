@@ -1,10 +1,10 @@
-"""How commands speak: results on stdout, everything else on stderr."""
+"""Output of the commands: results go to stdout, everything else to stderr."""
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -13,23 +13,36 @@ import typer
 if TYPE_CHECKING:
     from rich.progress import ProgressColumn
 
+    from llavar_peft.weights.io.folder_writer import WeightsReport
+
 Counter: TypeAlias = AbstractContextManager[Callable[[int, int], None]]
-"""A bar: a context that gives what to call with the number done and the number in all."""
+"""A progress bar: a context that returns a function of the number done and the total."""
+_FILE_WIDTH = 160  # characters of a line when stdout is not a terminal
 
 
 def say(text: str) -> None:
-    """Print a result, unwrapped and uncoloured, so that it can be piped."""
+    """Print a result, without wrapping or colour, so that it can be piped."""
     typer.echo(text)
 
 
 def say_piece(text: str) -> None:
-    """Print a part of a result that goes on in the same line, at once."""
+    """Print a part of a line without delay."""
     typer.echo(text, nl=False)
 
 
 def say_json(value: Any) -> None:
-    """Print a result for programs, as one JSON document in a line."""
+    """Print a result as one line of JSON."""
     typer.echo(json.dumps(value, ensure_ascii=False))
+
+
+def with_released_key(finding: dict[str, Any]) -> dict[str, Any]:
+    """Return a finding with its fix under the key of version 0.1 too, for programs that read the JSON output."""
+    return {**finding, "mend": finding["fix"]}
+
+
+def say_weights(report: WeightsReport) -> None:
+    """Print what was written to a folder of weights."""
+    say(f"{report.out}: {report.tensors} tensors, {report.nbytes / 1e9:.2f} GB in {report.seconds:.0f} s")
 
 
 def complain(text: str) -> None:
@@ -38,53 +51,67 @@ def complain(text: str) -> None:
 
 
 def is_first_rank() -> bool:
-    """Whether this process speaks for a run of several: torch.distributed's launchers set RANK."""
+    """Return True in the process that prints for all; launchers of torch.distributed set RANK."""
     return os.environ.get("RANK", "0") == "0"
 
 
-def show_progress(what: str) -> Counter:
-    """A bar of bytes on stderr, with speed and time left; nothing where that is no terminal.
+def format_interval(low: float, high: float) -> str:
+    """Format an interval."""
+    return f"{low:.2f} to {high:.2f}"
+
+
+def print_table(titles: Sequence[str], rows: Sequence[Sequence[object]], *, text_columns: int = 1) -> None:
+    """Print a table.
 
     Args:
-        what: Is being done.
-
-    Returns:
-        A context, which gives what is to be called with the bytes done and the bytes in all.
+        titles: Titles of the columns.
+        rows: The cells; None is an empty one.
+        text_columns: Number of columns on the left that contain text; the others contain numbers.
     """
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(*titles)
+    for column in table.columns[text_columns:]:
+        column.justify = "right"
+    for row in rows:
+        table.add_row(*(Text("" if cell is None else str(cell)) for cell in row))
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console.width = _FILE_WIDTH
+    console.print(table)
+
+
+def show_progress(action: str) -> Counter:
+    """Return a progress bar of bytes on stderr, with speed and remaining time; it is hidden without a terminal."""
     from rich.progress import DownloadColumn, TransferSpeedColumn
 
-    return _bar(what, DownloadColumn(), TransferSpeedColumn())
+    return _bar(action, DownloadColumn(), TransferSpeedColumn())
 
 
-def show_count(what: str) -> Counter:
-    """A bar of things on stderr, with their number and the time left; where that is no terminal, a line for each tenth.
-
-    Args:
-        what: Is being done.
-
-    Returns:
-        A context, which gives what is to be called with the number done and the number in all.
-    """
+def show_count(action: str) -> Counter:
+    """Return a progress bar of items on stderr; without a terminal, it prints a line for each tenth."""
     from rich.progress import MofNCompleteColumn
 
-    return _bar(what, MofNCompleteColumn(), lines=True)
+    return _bar(action, MofNCompleteColumn(), lines=True)
 
 
 @contextmanager
-def _bar(what: str, *figures: ProgressColumn, lines: bool = False) -> Iterator[Callable[[int, int], None]]:
+def _bar(action: str, *figures: ProgressColumn, lines: bool = False) -> Iterator[Callable[[int, int], None]]:
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
     console = Console(stderr=True)
-    columns = (TextColumn(what), BarColumn(), *figures, TimeRemainingColumn())
+    columns = (TextColumn(action), BarColumn(), *figures, TimeRemainingColumn())
     with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
-        task, tenths = bar.add_task(what, total=None), 0
+        task, tenths = bar.add_task(action, total=None), 0
 
         def update(done: int, total: int) -> None:
             nonlocal tenths
             bar.update(task, completed=done, total=total)
             if lines and not console.is_terminal and total and done * 10 // total > tenths:
                 tenths = done * 10 // total
-                typer.echo(f"{what}: {done} of {total}", err=True)
+                typer.echo(f"{action}: {done} of {total}", err=True)
 
         yield update

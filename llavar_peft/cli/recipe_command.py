@@ -1,4 +1,4 @@
-"""``llavar-peft recipe``: the shipped recipes and presets, to look at and to start from."""
+"""``llavar-peft recipe``."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from llavar_peft.recipe.presets import list_presets, list_recipes, load_recipe, 
 from llavar_peft.recipe.recipe_yaml import dump_recipe
 
 
-def list_shipped() -> None:
-    """List the shipped recipes, and the presets that can be laid over one."""
+def recipe_list() -> None:
+    """List the shipped recipes, and the presets that can be applied to one."""
     recipes, presets = list_recipes(), list_presets()
     width = max(map(len, [*recipes, *presets]), default=0)
     for kind, found in (("recipe", recipes), ("preset", presets)):
@@ -20,18 +20,22 @@ def list_shipped() -> None:
             say(f"{name:<{width}}  {kind}  {summary}")
 
 
-def show(
-    name: Annotated[str, typer.Argument(help="A shipped recipe's or preset's name, or a YAML file.", metavar="NAME")],
+def recipe_show(
+    name: Annotated[
+        str, typer.Argument(help="The name of a shipped recipe or preset, or a YAML file.", metavar="NAME")
+    ],
     overrides: Annotated[
-        list[str] | None, typer.Argument(help="Single settings to change; implies --full.", metavar="[PATH=VALUE]...")
+        list[str] | None, typer.Argument(help="Fields to change. This implies --full.", metavar="[PATH=VALUE]...")
     ] = None,
     full: Annotated[
-        bool, typer.Option("--full", help="Print every field, defaults and explanations included, instead of the file.")
+        bool, typer.Option("--full", help="Print all fields with their defaults and explanations.")
     ] = False,
-    preset: Annotated[str | None, typer.Option("--preset", help="Laid over its last stage; implies --full.")] = None,
+    preset: Annotated[
+        str | None, typer.Option("--preset", help="A preset to apply to the last stage. This implies --full.")
+    ] = None,
 ) -> None:
-    """Print a recipe or preset: save it, change it, train it."""
-    if not (full or overrides or preset):
+    """Print a recipe or preset as YAML, to save, edit and train."""
+    if full or overrides or preset:
+        say(dump_recipe(load_recipe(name, overrides or (), preset=preset)).rstrip("\n"))
+    else:
         say(read_recipe(name).rstrip("\n"))
-        return
-    say(dump_recipe(load_recipe(name, overrides or (), preset=preset)).rstrip("\n"))

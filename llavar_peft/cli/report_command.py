@@ -1,4 +1,4 @@
-"""``llavar-peft report``: what a run learnt, what it scores and what it reads, on one page."""
+"""``llavar-peft report``."""
 
 from __future__ import annotations
 
@@ -12,35 +12,43 @@ from llavar_peft.cli.output import say
 
 def report(
     run: Annotated[
-        Path | None, typer.Argument(help="A run's folder; results in it (*.results.json) are found.", metavar="[RUN]")
+        Path | None,
+        typer.Argument(
+            help="The folder of a run. Its *.results.json and *.reviews.jsonl are included.", metavar="[RUN]"
+        ),
     ] = None,
     results: Annotated[
-        list[Path] | None, typer.Option("--results", help="A results file of 'eval vqa' or 'mme'; several are fine.")
+        list[Path] | None,
+        typer.Option("--results", help="A results file of 'eval vqa' or 'eval mme'. Repeat the option for several."),
     ] = None,
     reviews: Annotated[
         list[Path] | None,
-        typer.Option("--reviews", help="A file that 'eval judge' wrote; *.reviews.jsonl in a run's folder are found."),
+        typer.Option("--reviews", help="A reviews file of 'eval judge'. Repeat the option for several."),
     ] = None,
     before: Annotated[
         list[Path] | None,
-        typer.Option("--before", help="What to compare with: results of the same questions, or another run's folder."),
+        typer.Option(
+            "--before", help="What to compare with: results for the same questions, or the folder of another run."
+        ),
     ] = None,
     images: Annotated[
         list[Path] | None,
-        typer.Option("--images", help="A folder of the results' pictures; default: those of the run's recipe."),
+        typer.Option("--images", help="A folder of the results' images. Default: the folders in the run's recipe."),
     ] = None,
     metric: Annotated[
-        str | None, typer.Option("--metric", help="The protocol that tells best from worst; default: the first.")
+        str | None,
+        typer.Option("--metric", help="The protocol that selects the best and worst answers. Default: the first."),
     ] = None,
     images_per_row: Annotated[
-        int, typer.Option("--pictures", min=0, help="In each row; fewer where the page would be more than 3 MB.")
+        int,
+        typer.Option("--pictures", min=0, help="Number of images in a row. It is reduced to keep the page below 3 MB."),
     ] = 6,
-    title: Annotated[str | None, typer.Option("--title", help="Of the page; default: the run's name.")] = None,
+    title: Annotated[str | None, typer.Option("--title", help="The page's title. Default: the run's name.")] = None,
     out: Annotated[
-        Path | None, typer.Option("--out", help="The page; default: report.html in the run's folder.")
+        Path | None, typer.Option("--out", help="The file to write. Default: report.html in the run's folder.")
     ] = None,
 ) -> None:
-    """Write a run's report: one HTML file that needs nothing else, for runs, for results, or for both."""
+    """Write a report of a run, of results, or of both, as one self-contained HTML file."""
     from llavar_peft.evaluation.report.write_report import ReportSettings, write_report
 
     settings = ReportSettings(

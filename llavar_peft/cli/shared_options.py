@@ -1,15 +1,17 @@
-"""Options that the commands which ask a model share, and what they stand for."""
+"""Options that several commands share, and their conversion."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal, TypeAlias, overload
 
 import typer
 
 from llavar_peft.errors import ConfigError
-from llavar_peft.recipe.schema import Quantization
+from llavar_peft.recipe.presets import load_recipe
+from llavar_peft.recipe.schema import Quantization, Recipe
 from llavar_peft.types import ImageMode
 
 if TYPE_CHECKING:
@@ -17,62 +19,111 @@ if TYPE_CHECKING:
 
     from llavar_peft.inference.generation_request import Sampling
 
-ModelOption = Annotated[Path, typer.Option("--model", help="A checkpoint's folder, or an adapter's.")]
-AdapterOption = Annotated[Path | None, typer.Option("--adapter", help="An adapter's folder, laid over the model.")]
-VisionTowerOption = Annotated[
-    str | None, typer.Option("--vision-tower", help="CLIP's folder, for a model in the released layout.")
+# A model and its answers.
+ModelOption: TypeAlias = Annotated[Path, typer.Option("--model", help="The folder of a checkpoint, adapter or run.")]
+AdapterOption: TypeAlias = Annotated[
+    Path | None, typer.Option("--adapter", help="The folder of an adapter to apply to the model.")
 ]
-QuantizeOption = Annotated[Quantization | None, typer.Option("--quantize", help="Store the base in 4 or 8 bits.")]
-ImageModeOption = Annotated[
-    ImageMode | None, typer.Option("--image-mode", help="How pictures are prepared; default: the model's own.")
+VisionTowerOption: TypeAlias = Annotated[
+    str | None, typer.Option("--vision-tower", help="The CLIP folder, for a model in the released layout.")
 ]
-MaxNewTokensOption = Annotated[int, typer.Option("--max-new-tokens", min=1, help="Tokens at most per answer.")]
-TemperatureOption = Annotated[
-    float | None, typer.Option("--temperature", min=0.0, help="Default: 0.2, that of the original's run_llava.")
+QuantizeOption: TypeAlias = Annotated[
+    Quantization | None, typer.Option("--quantize", help="Store the base weights in 4 bits (nf4) or 8 bits (int8).")
 ]
-GreedyOption = Annotated[bool, typer.Option("--greedy", help="Always the likeliest token, instead of drawing.")]
-SeedOption = Annotated[int | None, typer.Option("--seed", min=0, help="Makes sampling repeatable.")]
+ImageModeOption: TypeAlias = Annotated[
+    ImageMode | None,
+    typer.Option("--image-mode", help="How images are brought to the model's size. Default: as the model was trained."),
+]
+MaxNewTokensOption: TypeAlias = Annotated[
+    int, typer.Option("--max-new-tokens", min=1, help="Largest number of tokens in an answer.")
+]
+TemperatureOption: TypeAlias = Annotated[
+    float | None, typer.Option("--temperature", min=0.0, help="Sampling temperature. Default: 0.2, as in LLaVA.")
+]
+GreedyOption: TypeAlias = Annotated[
+    bool, typer.Option("--greedy", help="Always take the most probable token (temperature 0).")
+]
+SeedOption: TypeAlias = Annotated[
+    int | None, typer.Option("--seed", min=0, help="Seed of the sampling. Default: a random one.")
+]
+
+# Data, recipes and output.
+ImagesOption: TypeAlias = Annotated[
+    list[Path] | None,
+    typer.Option("--images", help="A folder of images. Repeat the option to search several folders in order."),
+]
+JsonOption: TypeAlias = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+WorkersOption: TypeAlias = Annotated[
+    int | None, typer.Option("--workers", min=1, help="Number of processes. Default: one per CPU.")
+]
+RecipeArgument: TypeAlias = Annotated[
+    str | None,
+    typer.Argument(help="A YAML file or the name of a shipped recipe. Optional with --preset.", metavar="RECIPE"),
+]
+OverridesArgument: TypeAlias = Annotated[
+    list[str] | None,
+    typer.Argument(help="Fields to change, e.g. stages.0.optim.learning_rate=1e-3.", metavar="[PATH=VALUE]..."),
+]
+PresetOption: TypeAlias = Annotated[
+    str | None,
+    typer.Option("--preset", help="A preset for the last stage, e.g. qlora. See 'llavar-peft recipe list'."),
+]
+
+# Weights on disk.
+OutFolderOption: TypeAlias = Annotated[Path, typer.Option("--out", help="The folder to create. It must not exist.")]
+ShardGigabytes: TypeAlias = Annotated[
+    float, typer.Option("--shard-gb", min=0.001, help="Largest size of a weight file, in GB (10^9 bytes).")
+]
+DtypeOption: TypeAlias = Annotated[
+    Literal["float16", "bfloat16", "float32"] | None,
+    typer.Option("--dtype", help="Data type of the result. Default: as in the source."),
+]
+OntoOption: TypeAlias = Annotated[
+    Literal["original", "dequantized"] | None,
+    typer.Option(
+        "--onto",
+        help="The base weights that an adapter trained in 4 or 8 bits is added to: the original ones, or the "
+        "dequantized ones it was trained on. Default: dequantized.",
+    ),
+]
 
 
 def make_sampling(max_new_tokens: int, temperature: float | None, greedy: bool, seed: int | None) -> Sampling:
-    """What the options say.
-
-    Args:
-        max_new_tokens: Of ``--max-new-tokens``.
-        temperature: Of ``--temperature``, None where it is not given.
-        greedy: Of ``--greedy``.
-        seed: Of ``--seed``.
-
-    Returns:
-        The sampling.
+    """Return the sampling settings that the options select; None is the default.
 
     Raises:
-        ConfigError: ``--greedy`` and a temperature.
+        ConfigError: Both ``--greedy`` and a temperature are given.
     """
     from llavar_peft.inference.generation_request import Sampling
 
-    if greedy and temperature:
-        raise ConfigError.at(
-            "--greedy", f"goes without drawing, and --temperature is {temperature:g}", "give one of them"
-        )
-    if greedy:
-        return Sampling(max_new_tokens=max_new_tokens, temperature=0.0, seed=seed)
-    if temperature is None:
-        return Sampling(max_new_tokens=max_new_tokens, seed=seed)
-    return Sampling(max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
+    default = Sampling().temperature
+    return Sampling(
+        max_new_tokens=max_new_tokens, temperature=choose_temperature(temperature, default, greedy=greedy), seed=seed
+    )
 
 
-def open_image(source: str) -> Image:
-    """Open an image by a file's path or by its URL.
-
-    Args:
-        source: What the user wrote.
-
-    Returns:
-        The image.
+@overload
+def choose_temperature(given: float | None, default: float, *, greedy: bool) -> float: ...
+@overload
+def choose_temperature(given: float | None, default: None, *, greedy: bool) -> float | None: ...
+def choose_temperature(given: float | None, default: float | None, *, greedy: bool) -> float | None:
+    """Return the temperature that ``--temperature`` and ``--greedy`` select, or the default.
 
     Raises:
-        ImageError: It is missing or broken, or cannot be fetched.
+        ConfigError: Both are given.
+    """
+    if greedy and given:
+        raise ConfigError.at(
+            "--greedy", f"it means temperature 0 (got --temperature {given:g} too)", "leave out one of them"
+        )
+    return 0.0 if greedy else default if given is None else given
+
+
+def open_image_or_url(source: str) -> Image:
+    """Open an image by its path or its http(s) URL.
+
+    Raises:
+        ImageError: The image is missing or broken, or cannot be downloaded.
     """
     from llavar_peft.data.image_files import decode_image, open_image
 
@@ -83,17 +134,11 @@ def open_image(source: str) -> Image:
     return decode_image(fetch(source), source)
 
 
-def name_adapters(given: list[str]) -> dict[str, Path]:
-    """Read adapters given as ``FOLDER`` or ``NAME=FOLDER``.
-
-    Args:
-        given: What the user wrote.
-
-    Returns:
-        Folders by name, in order; without a name, the folder's.
+def parse_adapters(given: Sequence[str]) -> dict[str, Path]:
+    """Parse adapters written as ``FOLDER`` or ``NAME=FOLDER``; the default name is the folder's.
 
     Raises:
-        ConfigError: A name stands for two.
+        ConfigError: Two adapters have the same name.
     """
     named: dict[str, Path] = {}
     for text in given:
@@ -101,6 +146,24 @@ def name_adapters(given: list[str]) -> dict[str, Path]:
         path = Path(folder if separator else text)
         name = name if separator else path.resolve().name
         if name in named or not name:
-            raise ConfigError.at("--adapter", f"{name!r} stands for {named.get(name)} and {path}", "write NAME=FOLDER")
+            raise ConfigError.at(
+                "--adapter", f"{name!r} is the name of both {named.get(name)} and {path}", "write NAME=FOLDER"
+            )
         named[name] = path
     return named
+
+
+def load_chosen_recipe(
+    context: typer.Context, recipe: str | None, overrides: Sequence[str] | None, preset: str | None
+) -> Recipe:
+    """Load the recipe that a command's arguments select. This does not import torch, so mistakes are reported at once.
+
+    Raises:
+        BadParameter: There is neither a recipe nor a preset.
+    """
+    if preset is not None and recipe is not None and "=" in recipe:
+        # Without a recipe, the first override takes its place among the arguments.
+        overrides, recipe = [recipe, *(overrides or ())], None
+    if recipe is None and preset is None:
+        raise typer.BadParameter("give a RECIPE, a --preset, or both", ctx=context)
+    return load_recipe(recipe, overrides or [], preset=preset)

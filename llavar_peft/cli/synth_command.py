@@ -1,4 +1,4 @@
-"""``llavar-peft synth``: text-rich images with exact ground truth."""
+"""``llavar-peft synth``."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ from typing import Annotated, Literal
 import typer
 
 from llavar_peft.cli.output import say, show_count
+from llavar_peft.cli.shared_options import WorkersOption
 
 
 class SynthKind(str, Enum):
-    """The kinds of image; an enumeration, since typer takes no list of literals."""
+    """The kinds of image. This is an enumeration because typer does not support lists of literals."""
 
     RECEIPTS = "receipts"
     COVERS = "covers"
@@ -22,26 +23,31 @@ class SynthKind(str, Enum):
 
 
 def synth(
-    out: Annotated[Path, typer.Option("--out", help="Folder that gets the pictures, records.json and truth.jsonl.")],
-    count: Annotated[int, typer.Option("--n", min=1, help="How many pictures.")] = 100,
+    out: Annotated[Path, typer.Option("--out", help="The folder for the images, records.json and truth.jsonl.")],
+    count: Annotated[int, typer.Option("--n", min=1, help="Number of images.")] = 100,
     kind: Annotated[
         list[SynthKind] | None,
-        typer.Option("--kind", help="What they are; may be given again, then they take turns. Default: all."),
+        typer.Option("--kind", help="The kind of image. Repeat the option to alternate between kinds. Default: all."),
     ] = None,
     style: Annotated[
         Literal["detailed", "plain"],
         typer.Option(
             "--style",
-            help="detailed: small print, words of a language; plain: a few large letters, random words, no documents, "
-            "as the quickstart draws.",
+            help="detailed has small print and words of a language. plain has a few large letters, random words and no "
+            "documents, as in the quickstart.",
         ),
     ] = "detailed",
     language: Annotated[
         list[str] | None,
-        typer.Option("--language", help="de, el, en, es, fr, it, pl or ru; may be given again. Default: en."),
+        typer.Option(
+            "--language",
+            help="The language of the words: de, el, en, es, fr, it, pl or ru. Repeat the option to alternate. "
+            "Default: en.",
+        ),
     ] = None,
     distort: Annotated[
-        Literal["none", "light", "heavy"], typer.Option("--distort", help="What a camera does to them.")
+        Literal["none", "light", "heavy"],
+        typer.Option("--distort", help="Distortion of the images, as by a camera."),
     ] = "none",
     width: Annotated[
         int | None,
@@ -49,22 +55,21 @@ def synth(
             "--width",
             min=256,
             max=4096,
-            help="Of each picture, in pixels (default: 768); of a plain one the most that its longer side has (448).",
+            help="Width of the images in pixels; in plain style, the length of their longer side at most. "
+            "Default: 768, plain 448.",
         ),
     ] = None,
     fonts: Annotated[
-        Path | None, typer.Option("--fonts", help="A folder of further fonts, .ttf, .otf or .ttc.")
+        Path | None, typer.Option("--fonts", help="A folder of additional fonts (.ttf, .otf or .ttc).")
     ] = None,
     task: Annotated[
         Literal["transcribe", "question", "conversation"],
-        typer.Option("--task", help="What a record asks: all text, one question, or all of them as a conversation."),
+        typer.Option("--task", help="What a record asks for: all text, one answer, or all answers in a conversation."),
     ] = "transcribe",
-    seed: Annotated[int, typer.Option("--seed", min=0, help="Another one gives other pictures.")] = 0,
-    workers: Annotated[
-        int | None, typer.Option("--workers", min=1, help="Processes; default: one for each CPU.")
-    ] = None,
+    seed: Annotated[int, typer.Option("--seed", min=0, help="Seed of the images.")] = 0,
+    workers: WorkersOption = None,
 ) -> None:
-    """Draw receipts, covers, signs, posters and documents, with every line's text and place."""
+    """Draw receipts, covers, signs, posters and documents, with the text and position of every line."""
     from llavar_peft.datagen.synth.synth_settings import SynthSettings
     from llavar_peft.datagen.synth.write_synthetic import write_synthetic
 
@@ -80,6 +85,6 @@ def synth(
     )
     with show_count("drawing") as progress:
         result = write_synthetic(out, count, settings, workers, progress)
-    say(f"pictures  {result.images}: {result.image_count}, with {result.lines} lines of text")
+    say(f"images    {result.images}: {result.image_count}, with {result.lines} lines of text")
     say(f"records   {result.records}")
     say(f"truth     {result.truth}")

@@ -1,60 +1,83 @@
-"""``llavar-peft train``."""
+"""``llavar-peft train`` and ``llavar-peft quickstart``."""
 
 from __future__ import annotations
 
-from typing import Annotated
+from pathlib import Path
+from typing import Annotated, Literal
 
 import typer
 
-from llavar_peft.cli.output import is_first_rank, say
-from llavar_peft.cli.tables import print_table
+from llavar_peft.cli.output import is_first_rank, print_table, say
+from llavar_peft.cli.shared_options import OverridesArgument, PresetOption, RecipeArgument, load_chosen_recipe
 from llavar_peft.errors import ConfigError, EnvironmentFaultError, InterruptedRunError
-from llavar_peft.recipe.presets import load_recipe
 from llavar_peft.recipe.schema import Recipe
+
+_QUICKSTART_FOLDER = Path("runs/quickstart")
+
+
+def quickstart(
+    output_dir: Annotated[
+        Path, typer.Option("--output-dir", help="The folder for everything that is made.")
+    ] = _QUICKSTART_FOLDER,
+    tune: Annotated[
+        Literal["full", "lora", "qlora"], typer.Option("--tune", help="The tuning method of stage 2.")
+    ] = "full",
+    seed: Annotated[int, typer.Option("--seed", min=0, help="Seed of the data and of the training order.")] = 0,
+) -> None:
+    """Train a tiny LLaVAR to read drawn images, on a CPU in minutes.
+
+    Run the same command again to resume.
+    """
+    from llavar_peft.quickstart import run_quickstart
+
+    result = run_quickstart(output_dir, tune, seed=seed)
+    if not is_first_rank():
+        return
+    say(f"exact match on unseen images  {result.exact_match:.1%}")
+    say(f"  before any training         {result.before:.1%}")
+    say(f"  with blank images           {result.blank_exact_match:.1%}")
+    say(f"page   {result.page}")
+    say(f"model  {result.model}")
+    say(f'ask    llavar-peft ask --model {result.model} --image FILE "What does the sign say?"')
 
 
 def train(
     context: typer.Context,
-    recipe: Annotated[
-        str | None,
-        typer.Argument(help="A YAML file, or a shipped recipe's name; optional with --preset.", metavar="RECIPE"),
-    ] = None,
-    overrides: Annotated[
-        list[str] | None,
-        typer.Argument(help="Single settings, e.g. stages.0.optim.learning_rate=1e-3", metavar="[PATH=VALUE]..."),
-    ] = None,
-    preset: Annotated[
-        str | None,
-        typer.Option("--preset", help="How the last stage trains: qlora, dora, ...; see 'llavar-peft recipe list'."),
-    ] = None,
+    recipe: RecipeArgument = None,
+    overrides: OverridesArgument = None,
+    preset: PresetOption = None,
     stage: Annotated[
-        list[str] | None, typer.Option("--stage", help="Run only this stage; may be given several times.")
+        list[str] | None, typer.Option("--stage", help="Run only this stage. Repeat the option for several stages.")
     ] = None,
-    restart: Annotated[bool, typer.Option("--restart", help="Begin again instead of going on.")] = False,
+    restart: Annotated[
+        bool, typer.Option("--restart", help="Start from the beginning instead of resuming the last run.")
+    ] = False,
     allow_changes: Annotated[
-        bool, typer.Option("--allow-changes", help="Go on although recipe, records or number of processes changed.")
+        bool,
+        typer.Option(
+            "--allow-changes", help="Resume even if the recipe, the records or the number of processes changed."
+        ),
     ] = False,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Two steps of each stage on its longest records, a save and a resume.")
+        bool,
+        typer.Option(
+            "--dry-run",
+            help="Only run two steps of each stage on its longest records, save and resume, and report the memory, "
+            "time and disk space needed.",
+        ),
     ] = False,
 ) -> None:
-    """Train a recipe's stages, or go on where an earlier run stopped."""
-    settings = overrides or []
-    if preset is not None and recipe is not None and "=" in recipe:
-        # A preset alone, completed by settings.
-        settings = [recipe, *settings]
-        recipe = None
-    if recipe is None and preset is None:
-        raise typer.BadParameter("give a RECIPE, a --preset, or both", ctx=context)
-    chosen = load_recipe(recipe, settings, preset=preset)  # before torch is imported: a mistake is reported in a moment
+    """Train the stages of a recipe.
+
+    Run the same command again to resume an interrupted run.
+    """
+    chosen = load_chosen_recipe(context, recipe, overrides, preset)
     names = [part.name for part in chosen.stages]
     for name in stage or ():
         if name not in names:
-            raise ConfigError.at(
-                "--stage", f"{recipe or preset} has no stage {name!r}", f"use one of {', '.join(names)}"
-            )
+            raise ConfigError.at("--stage", f"the recipe has no stage {name!r}", f"use one of {', '.join(names)}")
     if dry_run:
-        _try_out(chosen, tuple(stage or ()))
+        _run_dry(chosen, tuple(stage or ()))
         return
     from llavar_peft.training.rank_agreement import exit_together
     from llavar_peft.training.trainer import run_recipe
@@ -69,16 +92,15 @@ def train(
         say(str(folder))
 
 
-def _try_out(recipe: Recipe, stages: tuple[str, ...]) -> None:
+def _run_dry(recipe: Recipe, stages: tuple[str, ...]) -> None:
     import shutil
-    from pathlib import Path
 
     from llavar_peft.preflight.dry_run import dry_run
 
     rows, disk = [], 0
     for trial in dry_run(recipe, stages):
         kept = max(1, next(one.keep_checkpoints for one in recipe.stages if one.name == trial.stage))
-        # One more is written before the oldest goes.
+        # A new checkpoint is written before the oldest one is deleted.
         disk += trial.result_bytes + (kept + 1) * trial.checkpoint_bytes
         rows.append((
             trial.stage, trial.longest, trial.tokens, f"{trial.peak_bytes / 2**30:.2f}", f"{trial.seconds:.2f}",
@@ -87,20 +109,15 @@ def _try_out(recipe: Recipe, stages: tuple[str, ...]) -> None:
     if not is_first_rank():
         return
     titles = (
-        "stage",
-        "longest record",
-        "tokens a step",
-        "peak GiB",
-        "s a step",
-        "steps",
-        "hours in all",
-        "checkpoint GB",
-    )
+        "stage", "longest record", "tokens a step", "peak GiB", "s a step", "steps", "hours in all", "checkpoint GB",
+    )  # fmt: skip
     print_table(titles, rows)
-    there = next(one for one in Path(recipe.output_dir).absolute().parents if one.is_dir())
-    free = shutil.disk_usage(there).free
-    say(f"disk: {disk / 1e9:.1f} GB wanted, {free / 1e9:.1f} GB free in {there}")
+    existing = next(one for one in Path(recipe.output_dir).absolute().parents if one.is_dir())
+    free = shutil.disk_usage(existing).free
+    say(f"disk: {disk / 1e9:.1f} GB needed, {free / 1e9:.1f} GB free in {existing}")
     if disk > free:
         raise EnvironmentFaultError.at(
-            recipe.output_dir, f"wants {disk / 1e9:.1f} GB (got {free / 1e9:.1f} GB free)", "make room, or give another"
+            recipe.output_dir,
+            f"there is too little disk space (got {free / 1e9:.1f} GB, expected {disk / 1e9:.1f} GB)",
+            "free disk space, or choose another output_dir",
         )

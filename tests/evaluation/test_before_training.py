@@ -46,7 +46,7 @@ def test_what_is_cut_is_what_training_cuts(drawn: Path, checkpoint: Path, capsys
 
 def test_text_too_small_to_be_read(drawn: Path, checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Documents of 512 pixels come down to the tiny tower's side; signs stay large."""
-    assert "4 of 8 records whose letters' height is known, 50.0 %" in told(drawn, checkpoint, capsys)
+    assert "4 of 8 records with known letter height, 50.0 %" in told(drawn, checkpoint, capsys)
     assert "0 of 8 records" in told(drawn, checkpoint, capsys, "--smallest", "0.5")
 
 
@@ -58,7 +58,7 @@ def test_where_nothing_is_known_of_the_letters(
         for record in json.loads((drawn / "records.json").read_text())[:2]
     ]
     (tmp_path / "records.json").write_text(json.dumps(records))
-    assert "the letters' height is not known: the file of records" in told(tmp_path, checkpoint, capsys)
+    assert "the letter height is unknown: the file of records" in told(tmp_path, checkpoint, capsys)
 
 
 @pytest.mark.parametrize("arguments", [[], ["r.json", "--records", "s.json"], ["--records", "s.json"]])

@@ -119,4 +119,4 @@ def test_how_answers_were_got_may_be_said(tmp_path: Path, capsys: pytest.Capture
     figure = json.loads(capsys.readouterr().out)["figures"][0]
     assert (figure["temperature"], figure["seed"]) == (0.2, None)
     assert cli.main(["eval", "mme", "--answers", str(path), "--quantize", "nf4"]) == 2
-    assert "--quantize: is of a model" in capsys.readouterr().err
+    assert "--quantize: it has no effect on the answers in" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""``ask`` and ``chat`` as a user types them."""
+"""The commands ``ask`` and ``chat``."""
 
 from __future__ import annotations
 
@@ -55,13 +55,13 @@ def test_ask(checkpoint: Path, adapter: Path, images: list[Path], capsys: pytest
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (("--image", "file:///etc/passwd"), "wanted https or http"),
+        (("--image", "file:///etc/passwd"), "expected https or http"),
         (("--image", "nothing.png"), "no such file"),
-        (("--greedy", "--temperature", "1"), "--greedy: goes without drawing"),
+        (("--greedy", "--temperature", "1"), "--greedy: it means temperature 0"),
         (("--adapter", "nothing"), "no such folder"),
     ],
 )
-def test_ask_refuses(
+def test_ask_rejects(
     options: tuple[str, ...], message: str, checkpoint: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run("ask", "--model", checkpoint, *options, "Read.") == 2
@@ -94,7 +94,7 @@ def test_chat_through_a_pipe(
 
 @pytest.fixture
 def endless(checkpoint: Path, tmp_path: Path) -> Path:
-    """A model that says one of two letters, whatever it sees: its answers end at their limit."""
+    """A model that generates letters without end, so that answers stop at their limit."""
     folder = tmp_path / "endless"
     shutil.copytree(checkpoint, folder)
     tensors = load_file(folder / "model.safetensors")
@@ -107,7 +107,7 @@ def endless(checkpoint: Path, tmp_path: Path) -> Path:
 
 
 @pytest.mark.skipif(os.name != "posix", reason="sends SIGINT")
-def test_ctrl_c_stops_an_answer_and_not_the_program(endless: Path) -> None:
+def test_ctrl_c_stops_the_answer_but_not_the_program(endless: Path) -> None:
     command = [sys.executable, "-m", "llavar_peft", "chat", "--model", str(endless)]
     process = subprocess.Popen(
         [*command, "--max-new-tokens", "1500"],

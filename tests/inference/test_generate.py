@@ -214,7 +214,7 @@ def test_the_command(checkpoint: Path, work: Path, capsys: pytest.CaptureFixture
     run(checkpoint, work, "wanted.jsonl")
     assert (work / "answers.jsonl").read_bytes() == (work / "wanted.jsonl").read_bytes()
     assert cli.main(list(map(str, arguments))) == 0
-    assert "7 answers were there already; remove it to ask again" in capsys.readouterr().out
+    assert "all 7 answers exist already; delete the file to answer again" in capsys.readouterr().out
     (work / "questions.jsonl").write_text(json.dumps({"question_id": "new", "text": "Who?"}))
     assert cli.main(list(map(str, arguments))) == 2
     assert "is not an answer to these questions" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""A headless Chromium, driven by its DevTools protocol through a pipe: no driver, no further package."""
+"""A headless Chromium, controlled by its DevTools protocol through a pipe, without a driver or further packages."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "chrome")
-PATIENCE = 60.0
+TIMEOUT = 60.0
 
 
 def find_chromium() -> str | None:
@@ -23,13 +23,13 @@ def find_chromium() -> str | None:
 
 
 class Browser:
-    """One page of one browser. What it asks the net for is kept in ``requested``."""
+    """A page of a browser, with the URLs that it requested and the errors that it reported."""
 
     def __init__(self, read: int, write: int) -> None:
         self._read, self._write = read, write
         self._buffer, self._number, self._session = b"", 0, None
         self.requested: list[str] = []
-        self.complaints: list[str] = []
+        self.errors: list[str] = []
         target = self._call("Target.createTarget", url="about:blank")["targetId"]
         self._session = self._call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
         for domain in ("Page", "Runtime", "Network", "DOM", "Log"):
@@ -52,7 +52,7 @@ class Browser:
         while b"\0" not in self._buffer:
             part = os.read(self._read, 1 << 20)
             if not part:
-                raise RuntimeError("the browser is gone")
+                raise RuntimeError("the browser ended")
             self._buffer += part
         line, _, self._buffer = self._buffer.partition(b"\0")
         message: dict[str, Any] = json.loads(line)
@@ -60,9 +60,9 @@ class Browser:
             self.requested.append(message["params"]["request"]["url"])
         elif message.get("method") == "Log.entryAdded" and message["params"]["entry"]["level"] == "error":
             entry = message["params"]["entry"]
-            self.complaints.append(f"{entry['text']} {entry.get('url', '')}")
+            self.errors.append(f"{entry['text']} {entry.get('url', '')}")
         elif message.get("method") == "Runtime.exceptionThrown":
-            self.complaints.append(str(message["params"]["exceptionDetails"].get("exception", {}).get("description")))
+            self.errors.append(str(message["params"]["exceptionDetails"].get("exception", {}).get("description")))
         return message
 
     def resize(self, width: int, height: int) -> None:
@@ -70,14 +70,14 @@ class Browser:
             "Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=width < 600
         )
 
-    def send_with_each_request(self, headers: dict[str, str]) -> None:
+    def set_headers(self, headers: dict[str, str]) -> None:
         self._call("Network.setExtraHTTPHeaders", headers=headers)
 
-    def save_to(self, folder: Path) -> None:
+    def download_to(self, folder: Path) -> None:
         self._call_browser("Browser.setDownloadBehavior", behavior="allow", downloadPath=str(folder))
 
     def allow_clipboard(self) -> None:
-        """As a person would who is asked whether this page may read it."""
+        """Grant the permission to read and write the clipboard."""
         self._call_browser("Browser.grantPermissions", permissions=["clipboardReadWrite", "clipboardSanitizedWrite"])
         self._call("Emulation.setFocusEmulationEnabled", enabled=True)
 
@@ -95,21 +95,21 @@ class Browser:
             raise RuntimeError(f"{script}: {found['exceptionDetails']}")
         return found["result"].get("value")
 
-    def wait_for(self, script: str, *, seconds: float = PATIENCE, pause: float = 0.05) -> Any:
-        """Wait until a script gives something true, and returns that; tries again after each pause (seconds)."""
+    def wait_for(self, script: str, *, seconds: float = TIMEOUT, pause: float = 0.05) -> Any:
+        """Run a script, with pauses (seconds), until its result is true, and return the result."""
         until = time.monotonic() + seconds
         while time.monotonic() < until:
             found = self.run(script)
             if found:
                 return found
             time.sleep(pause)
-        raise AssertionError(f"never came: {script}\n{self.run('document.body.innerText')}\n{self.complaints}")
+        raise AssertionError(f"not true in time: {script}\n{self.run('document.body.innerText')}\n{self.errors}")
 
     def click(self, selector: str) -> None:
         self.wait_for(f"(() => {{ const it = document.querySelector({selector!r}); it?.click(); return !!it }})()")
 
     def press_mouse(self, selector: str) -> None:
-        """A click of the hand: some things a page may do only after one."""
+        """Click with the mouse; some actions of a page are allowed only after a click by the user."""
         place = self.wait_for(
             f"(() => {{ const it = document.querySelector({selector!r}); it?.scrollIntoView({{block: 'center'}});"
             " const at = it?.getBoundingClientRect(); return at && [at.x + at.width / 2, at.y + at.height / 2] })()"
@@ -131,24 +131,24 @@ class Browser:
                 **({"text": "\r"} if key == "Enter" and kind == "keyDown" else {}),
             )  # fmt: skip
 
-    def give_file(self, selector: str, path: Path) -> None:
+    def set_file(self, selector: str, path: Path) -> None:
         self.wait_for(f"!!document.querySelector({selector!r})")
         root = self._call("DOM.getDocument")["root"]["nodeId"]
         node = self._call("DOM.querySelector", nodeId=root, selector=selector)["nodeId"]
         self._call("DOM.setFileInputFiles", files=[str(path)], nodeId=node)
 
-    def shoot(self, path: Path) -> None:
+    def save_screenshot(self, path: Path) -> None:
         path.write_bytes(base64.b64decode(self._call("Page.captureScreenshot", format="png")["data"]))
 
 
 @contextmanager
-def browsing(program: str) -> Iterator[Browser]:
+def open_browser(program: str) -> Iterator[Browser]:
     to_read, to_write = os.pipe()
     from_read, from_write = os.pipe()
     os.set_inheritable(to_read, True)
     os.set_inheritable(from_write, True)
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as profile:
-        # The browser reads from descriptor 3 and writes to 4, whatever numbers the pipes have here.
+        # The browser reads from descriptor 3 and writes to descriptor 4.
         command = (
             f'exec "$0" "$@" 3<&{to_read} 4>&{from_write}',
             program, "--headless=new", "--remote-debugging-pipe", "--no-sandbox", "--disable-gpu", "--no-first-run",
@@ -168,4 +168,4 @@ def browsing(program: str) -> Iterator[Browser]:
             os.close(to_write)
             os.close(from_read)
             child.terminate()
-            child.wait(PATIENCE)
+            child.wait(TIMEOUT)

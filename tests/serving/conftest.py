@@ -1,4 +1,4 @@
-"""The tiny model with two adapters, and images."""
+"""Fixtures: the tiny model with two adapters, images, and a server."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def chat(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Chat:
 
 @pytest.fixture
 def endless(chat: Chat) -> Iterator[None]:
-    """The model says one of two letters, whatever it sees: its answers end at their limit."""
+    """Make the model generate letters without end, so that answers stop at their limit."""
     head = chat.engine.plain.lm_head.weight
     before = head.detach().clone()
     direction = torch.randn(head.shape[1], generator=torch.Generator().manual_seed(0)) * 1e3
@@ -53,8 +53,8 @@ def endless(chat: Chat) -> Iterator[None]:
 
 
 @pytest.fixture
-def unhurried(chat: Chat) -> Iterator[None]:
-    """A tenth of a second for each token."""
+def slow(chat: Chat) -> Iterator[None]:
+    """Slow the model down to a tenth of a second per token."""
     hook = chat.engine.plain.lm_head.register_forward_hook(lambda *_: time.sleep(0.1))
     yield
     hook.remove()
@@ -62,7 +62,7 @@ def unhurried(chat: Chat) -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def images(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    folder = tmp_path_factory.mktemp("pictures")
+    folder = tmp_path_factory.mktemp("images")
     write_synthetic(folder, 3, SynthSettings(style="plain", seed=11, width=224, task="question"))
     return sorted((folder / "images").iterdir())
 
@@ -82,5 +82,5 @@ def page_server(chat: Chat) -> Iterator[tuple[str, FastAPI]]:
 
 @pytest.fixture(scope="module")
 def address(page_server: tuple[str, FastAPI]) -> str:
-    """Of a server with a page."""
+    """Return the URL of a server with the page."""
     return page_server[0]

@@ -1,4 +1,4 @@
-"""Real servers for the tests: over a socket, or called in the same process without one."""
+"""Servers for the tests: on a socket, or called in the same process."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from PIL import Image
 
 from llavar_peft import Chat
 from llavar_peft.serving.api.api_app import create_app
-from llavar_peft.serving.run_server import listen, make_server
+from llavar_peft.serving.run_server import bind_socket, make_server
 from llavar_peft.serving.ui.mount_page import mount_page
 
 MODEL = "tiny"
@@ -28,13 +28,13 @@ JSON = ((b"host", b"localhost"), (b"content-type", b"application/json"))
 
 @contextmanager
 def serving(chat: Chat, *, ui: bool = False, **settings: Any) -> Iterator[tuple[str, FastAPI]]:
-    """A server on a free port until the context ends: its address, and the application."""
+    """Run a server on a free port until the context ends, and yield its URL and application."""
     app = create_app(chat.engine, name=MODEL, **settings)
     if ui:
         names = [MODEL, *chat.adapters]
-        mount_page(app, models=names, most_tokens=app.state.limits.new_tokens, api_key=settings.get("api_key"))
-    bound = listen("127.0.0.1", 0)
-    server = make_server(app, grace=1)
+        mount_page(app, models=names, max_tokens=app.state.limits.new_tokens, api_key=settings.get("api_key"))
+    bound = bind_socket("127.0.0.1", 0)
+    server = make_server(app, shutdown_seconds=1)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [bound]})
     thread.start()
     while not server.started and thread.is_alive():
@@ -48,7 +48,7 @@ def serving(chat: Chat, *, ui: bool = False, **settings: Any) -> Iterator[tuple[
 
 @dataclass
 class Reply:
-    """What came back."""
+    """A response."""
 
     status: int
     headers: dict[str, str]
@@ -56,12 +56,12 @@ class Reply:
 
     @property
     def json(self) -> Any:
-        """The body."""
+        """The parsed body."""
         return json.loads(self.body)
 
     @property
     def message(self) -> str:
-        """Of an error."""
+        """The message of an error."""
         return str(self.json["error"]["message"])
 
 
@@ -74,16 +74,16 @@ async def call(
     headers: Sequence[tuple[bytes, bytes]] = JSON,
     pause: float = 0.0,
 ) -> Reply:
-    """One request by ASGI; a body in several parts is sent in several messages, with pauses (seconds) before them."""
+    """Send a request by ASGI; each part of the body is a message, after a pause (seconds)."""
     parts = iter([body] if isinstance(body, bytes) else body)
     sent: list[Any] = []
-    whole = False
+    complete = False
 
     async def receive() -> Any:
-        nonlocal whole
-        await asyncio.sleep(3600 if whole else pause)  # the client stays
+        nonlocal complete
+        await asyncio.sleep(3600 if complete else pause)  # the client stays connected
         part = next(parts, None)
-        whole = part is None
+        complete = part is None
         return {"type": "http.request", "body": part or b"", "more_body": part is not None}
 
     async def send(message: Any) -> None:
@@ -100,21 +100,21 @@ async def call(
 
 
 def ask_body(text: str, *urls: str, **fields: Any) -> bytes:
-    """A request with images; greedy and short unless told otherwise."""
+    """Return the body of a request with images, by default with greedy sampling and a short answer."""
     parts = [{"type": "text", "text": text}, *({"type": "image_url", "image_url": {"url": url}} for url in urls)]
     body = {"model": MODEL, "messages": [{"role": "user", "content": parts}], "temperature": 0, "max_tokens": 4}
     return json.dumps(body | fields).encode()
 
 
 def png(width: int = 40, height: int = 30, colour: str = "red") -> bytes:
-    """An image's file."""
+    """Return a PNG file."""
     file = BytesIO()
     Image.new("RGB", (width, height), colour).save(file, "PNG")
     return file.getvalue()
 
 
 def progressive(more: int = 0) -> bytes:
-    """A JPEG of several scans, with its last one repeated as often again."""
+    """Return a progressive JPEG whose last scan is repeated."""
     file = BytesIO()
     Image.new("L", (640, 480), 90).save(file, "JPEG", progressive=True)
     data = file.getvalue()
@@ -123,12 +123,12 @@ def progressive(more: int = 0) -> bytes:
 
 
 def data_url(data: bytes, kind: str = "image/png") -> str:
-    """A file as an address."""
+    """Return a data URL."""
     return f"data:{kind};base64,{base64.b64encode(data).decode()}"
 
 
 class Neighbour:
-    """A server in the same network, which counts who comes."""
+    """A server in the same network that counts connections."""
 
     def __init__(self) -> None:
         self._socket = socket.create_server(("127.0.0.1", 0))

@@ -1,4 +1,4 @@
-"""The page in a real browser: what a person does there, and how it looks on a wide and on a narrow screen."""
+"""The page in a real browser, on a wide and on a narrow screen."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ import pytest
 from fastapi import FastAPI
 
 from llavar_peft import Chat
-from tests.serving.browser import Browser, browsing, find_chromium
+from tests.serving.browser import Browser, find_chromium, open_browser
 from tests.serving.server import MODEL, serving
 
 CHROMIUM = find_chromium()
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium on this machine")
+pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed")
 
 ASK, QUESTION = "button#ask", "#question textarea"
 
@@ -30,7 +30,7 @@ def server(chat: Chat) -> Iterator[tuple[str, FastAPI]]:
 @pytest.fixture
 def browser(server: tuple[str, FastAPI]) -> Iterator[Browser]:
     assert CHROMIUM is not None
-    with browsing(CHROMIUM) as page:
+    with open_browser(CHROMIUM) as page:
         page.resize(1280, 900)
         page.open(f"{server[0]}/ui/")
         page.wait_for(f"document.querySelector({ASK!r}) && document.querySelectorAll('#window_0 h2').length")
@@ -42,15 +42,15 @@ def _words(side: int) -> str:
 
 
 def _answers(browser: Browser, side: int, count: int) -> list[str]:
-    """What a side has answered, once that many answers are whole."""
+    """Wait for the given number of complete answers in a window, and return them."""
     found: list[str] = json.loads(browser.wait_for(f"(w => w.length == {count} && JSON.stringify(w))({_words(side)})"))
     return found
 
 
-def _look(browser: Browser, name: str) -> None:
-    """Keep an image of the page where LLAVAR_SCREENSHOTS says, for somebody to look at."""
+def _save_screenshot(browser: Browser, name: str) -> None:
+    """Save a screenshot in the folder LLAVAR_SCREENSHOTS, if it is set."""
     if folder := os.environ.get("LLAVAR_SCREENSHOTS"):
-        browser.shoot(Path(folder) / f"{name}.png")
+        browser.save_screenshot(Path(folder) / f"{name}.png")
 
 
 def _choose(browser: Browser, where: str, name: str) -> None:
@@ -60,39 +60,39 @@ def _choose(browser: Browser, where: str, name: str) -> None:
     browser.wait_for(f"document.querySelector('#{where} input').value == {name!r}")
 
 
-def test_a_image_is_asked_about(browser: Browser, chat: Chat, images: list[Path], tmp_path: Path) -> None:
-    browser.save_to(tmp_path)
-    browser.give_file("#picture input[type=file]", images[0])
-    browser.wait_for("document.querySelector('#picture img')?.naturalWidth > 0")
-    _draw_greedily(browser)
+def test_ask_about_an_image(browser: Browser, chat: Chat, images: list[Path], tmp_path: Path) -> None:
+    browser.download_to(tmp_path)
+    browser.set_file("#image input[type=file]", images[0])
+    browser.wait_for("document.querySelector('#image img')?.naturalWidth > 0")
+    _select_greedy(browser)
     for count, text in enumerate(("Read.", "Again?"), start=1):
         browser.type(QUESTION, text)
-        # While the stream of the answer before is being closed, Gradio lets a click go unheard: a person clicks again.
+        # Gradio ignores a click while the stream of the previous answer is being closed, so click again.
         asked = f"document.querySelectorAll('#window_0 .question').length == {count}"
         browser.wait_for(f"{asked} || (document.querySelector({ASK!r}).click(), false)", pause=0.5)
         answers = _answers(browser, 0, count)
     talk = chat.conversation(images[0], adapter=None)
     sampling = {"temperature": 0.0, "max_new_tokens": 12}
     assert answers == [talk.send("Read.", **sampling), talk.send("Again?", **sampling)]
-    _look(browser, "asked")
+    _save_screenshot(browser, "asked")
 
     browser.click("#as_json")
     path = tmp_path / "conversation.json"
     browser.wait_for("new Promise(done => setTimeout(() => done(true), 500))")
     assert [turn["question"] for turn in json.loads(path.read_text("utf-8"))["turns"]] == ["Read.", "Again?"]
-    # A page that is mounted has no manifest; browsers ask for an icon unasked.
-    assert [one for one in browser.complaints if "manifest" not in one and "favicon" not in one] == []
+    # A mounted page has no manifest, and browsers request an icon by themselves.
+    assert [one for one in browser.errors if "manifest" not in one and "favicon" not in one] == []
     assert all(url.startswith(("http://127.0.0.1:", "data:", "blob:")) for url in browser.requested), browser.requested
 
 
-def _draw_greedily(browser: Browser) -> None:
-    """Temperature 0 and 12 tokens, by the page's own fields."""
+def _select_greedy(browser: Browser) -> None:
+    """Set temperature 0 and 12 tokens in the page's fields."""
     browser.wait_for(
-        "(() => { const it = [...document.querySelectorAll('button')].find(b => /is drawn/.test(b.textContent));"
+        "(() => { const it = [...document.querySelectorAll('button')].find(b => /Answer settings/.test(b.textContent));"
         " it?.click(); return !!it })()"
     )
     for name, value in (("Temperature", 0), ("Tokens", 12)):
-        # As a hand would: Svelte hears of a slider by these events alone.
+        # Svelte updates a slider on these events only.
         browser.wait_for(
             f"(() => {{ const it = document.querySelector('input[type=range][aria-label*={name}]');"
             f" if (!it) return false; it.value = {value};"
@@ -102,12 +102,12 @@ def _draw_greedily(browser: Browser) -> None:
 
 
 def test_two_models_side_by_side_wide_and_narrow(browser: Browser, images: list[Path]) -> None:
-    browser.give_file("#picture input[type=file]", images[1])
-    browser.wait_for("document.querySelector('#picture img')?.naturalWidth > 0")
+    browser.set_file("#image input[type=file]", images[1])
+    browser.wait_for("document.querySelector('#image img')?.naturalWidth > 0")
     _choose(browser, "model", "one")
     _choose(browser, "other", "two")
     browser.wait_for("document.querySelector('#window_1 h2')?.textContent == 'two'")
-    _draw_greedily(browser)
+    _select_greedy(browser)
     browser.type(QUESTION, "Read <b>it</b> ${1+1}.")
     browser.click(ASK)
     assert _answers(browser, 0, 1) != _answers(browser, 1, 1)
@@ -120,19 +120,19 @@ def test_two_models_side_by_side_wide_and_narrow(browser: Browser, images: list[
         assert browser.run("document.documentElement.scrollWidth") <= width
         left, right = browser.run(tops)
         assert (left == right) == (width == 1280)
-        _look(browser, f"compared-{width}")
+        _save_screenshot(browser, f"compared-{width}")
 
 
-def test_an_example_is_one_click_away(browser: Browser) -> None:
+def test_an_example_is_filled_in_by_a_click(browser: Browser) -> None:
     browser.click(".gallery-item, table tbody tr")
     browser.wait_for(f"document.querySelector({QUESTION!r}).value.length > 3")
-    browser.wait_for("document.querySelector('#picture img')?.naturalWidth > 0")
-    _draw_greedily(browser)
+    browser.wait_for("document.querySelector('#image img')?.naturalWidth > 0")
+    _select_greedy(browser)
     browser.click(ASK)
     assert len(_answers(browser, 0, 1)) == 1
 
 
-@pytest.mark.usefixtures("endless", "unhurried")
+@pytest.mark.usefixtures("endless", "slow")
 def test_stop_ends_an_answer(browser: Browser, server: tuple[str, FastAPI]) -> None:
     _choose(browser, "model", MODEL)
     _choose(browser, "other", "one")
@@ -140,7 +140,7 @@ def test_stop_ends_an_answer(browser: Browser, server: tuple[str, FastAPI]) -> N
     browser.click(ASK)
     browser.wait_for("!!document.querySelector('#window_0 .waiting')")
     browser.click("button#stop")
-    service, deadline = server[1].state.service, time.monotonic() + 5
+    service, deadline = server[1].state.scheduler, time.monotonic() + 5
     while service.running and time.monotonic() < deadline:
         time.sleep(0.02)
     assert service.running == service.waiting == 0
@@ -156,10 +156,10 @@ _WATCH = """(() => {
 _COPY = "#window_0 .answer .copy"
 
 
-@pytest.mark.usefixtures("endless", "unhurried")
-def test_an_answer_grows_before_the_eyes_and_is_copied(browser: Browser) -> None:
+@pytest.mark.usefixtures("endless", "slow")
+def test_an_answer_is_streamed_and_can_be_copied(browser: Browser) -> None:
     browser.allow_clipboard()
-    _draw_greedily(browser)
+    _select_greedy(browser)
     browser.type(QUESTION, "Go on.")
     browser.run(_WATCH)
     browser.click(ASK)
@@ -170,13 +170,13 @@ def test_an_answer_grows_before_the_eyes_and_is_copied(browser: Browser) -> None
     assert all(later.startswith(text) for text, later in zip(growing, [*growing[1:], answer], strict=True))
     assert 0 < len(growing[0]) < len(answer) == 12
 
-    for clipboard in (True, False):  # as over plain HTTP from elsewhere
+    for clipboard in (True, False):  # as over HTTP from another machine
         browser.run("navigator.clipboard.writeText('something else')")
         browser.wait_for("navigator.clipboard.readText().then(text => text == 'something else')")
-        browser.run(f"document.querySelector({_COPY!r}).textContent = 'copy'")
+        browser.run(f"document.querySelector({_COPY!r}).textContent = 'Copy'")
         if not clipboard:
             browser.run("Object.defineProperty(navigator, 'clipboard', {value: undefined, configurable: true})")
         browser.press_mouse(_COPY)
-        browser.wait_for(f"document.querySelector({_COPY!r}).textContent == 'copied'")
-        browser.run("delete navigator.clipboard")  # what was put before it
+        browser.wait_for(f"document.querySelector({_COPY!r}).textContent == 'Copied'")
+        browser.run("delete navigator.clipboard")  # remove the override
         assert browser.run("navigator.clipboard.readText()") == answer

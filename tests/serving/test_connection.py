@@ -1,4 +1,4 @@
-"""Those who only hold a connection do not keep it."""
+"""Connections whose clients do not send or read are closed."""
 
 from __future__ import annotations
 
@@ -10,29 +10,29 @@ from contextlib import suppress
 import pytest
 
 from llavar_peft import Chat
-from llavar_peft.serving.api.client_connection import ClientConnection
+from llavar_peft.compat.server_internals import TimedConnection
 from llavar_peft.serving.api.request_limits import RequestLimits
 from tests.serving.server import ask_body, serving
 
-PATIENCE = 3
+TIMEOUT = 3
 HEALTH = b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n"
 
 
 @pytest.fixture
 def port(chat: Chat, monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
-    monkeypatch.setattr(ClientConnection, "head_seconds", 0.5)
-    monkeypatch.setattr(ClientConnection, "stalled_seconds", 0.5)
+    monkeypatch.setattr(TimedConnection, "head_seconds", 0.5)
+    monkeypatch.setattr(TimedConnection, "stalled_seconds", 0.5)
     with serving(chat, limits=RequestLimits(body_seconds=0.3)) as (address, _):
         yield int(address.rpartition(":")[2])
 
 
 def _ends(connection: socket.socket, begin: bytes = b"", drip: bytes = b"") -> float:
-    """Seconds until the server ends a connection on which a byte comes now and then."""
+    """Return the seconds until the server closes a connection on which bytes arrive slowly."""
     began = time.monotonic()
     connection.settimeout(0.1)
     with suppress(ConnectionError):
         connection.sendall(begin)
-        while time.monotonic() - began < PATIENCE:
+        while time.monotonic() - began < TIMEOUT:
             with suppress(TimeoutError):
                 if not connection.recv(65536):
                     break
@@ -41,38 +41,38 @@ def _ends(connection: socket.socket, begin: bytes = b"", drip: bytes = b"") -> f
 
 
 def _read(connection: socket.socket, end: bytes) -> bytes:
-    """An answer, whose head and body come one after the other."""
+    """Read a response, whose head and body arrive separately."""
     read = b""
     while not read.endswith(end):
-        read += connection.recv(65536) or pytest.fail(f"the answer broke off: {read!r}")
+        read += connection.recv(65536) or pytest.fail(f"the response is incomplete: {read!r}")
     return read
 
 
 @pytest.mark.parametrize("drip", [b"", b"X-A: b\r\n"])
-def test_no_head_comes(drip: bytes, port: int) -> None:
+def test_a_missing_or_slow_head_ends_the_connection(drip: bytes, port: int) -> None:
     with socket.create_connection(("127.0.0.1", port)) as connection:
-        assert 0.3 < _ends(connection, b"GET /health HTTP/1.1\r\n" if drip else b"", drip) < PATIENCE
+        assert 0.3 < _ends(connection, b"GET /health HTTP/1.1\r\n" if drip else b"", drip) < TIMEOUT
 
 
-def test_no_second_head_comes(port: int) -> None:
+def test_a_slow_second_head_ends_the_connection(port: int) -> None:
     with socket.create_connection(("127.0.0.1", port)) as connection:
         for _ in range(2):
             connection.sendall(HEALTH)
             assert _read(connection, b'"ok"}').startswith(b"HTTP/1.1 200")
-            time.sleep(0.3)  # an idle connection is kept, for as long as others are
-        assert 0.3 < _ends(connection, HEALTH[:9], b"e") < PATIENCE
+            time.sleep(0.3)  # shorter than the keep-alive time
+        assert 0.3 < _ends(connection, HEALTH[:9], b"e") < TIMEOUT
 
 
-def test_the_rest_of_a_refused_body_drips(port: int) -> None:
+def test_the_slow_rest_of_a_rejected_body_ends_the_connection(port: int) -> None:
     head = b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
     with socket.create_connection(("127.0.0.1", port)) as connection:
         connection.sendall(head + b"Content-Length: 5000\r\n\r\n")
         assert _read(connection, b"}}").startswith(b"HTTP/1.1 408")
-        assert 0.3 < _ends(connection, drip=b" ") < PATIENCE
+        assert 0.3 < _ends(connection, drip=b" ") < TIMEOUT
 
 
-def test_a_client_that_reads_nothing(chat: Chat, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ClientConnection, "stalled_seconds", 0.5)
+def test_a_client_that_does_not_read_is_disconnected(chat: Chat, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(TimedConnection, "stalled_seconds", 0.5)
     with serving(chat) as (address, app):
         app.add_api_route("/long", lambda: "x" * 30_000_000, methods=["GET"])
         with socket.create_connection(("127.0.0.1", int(address.rpartition(":")[2]))) as connection:
@@ -86,13 +86,13 @@ def test_a_client_that_reads_nothing(chat: Chat, monkeypatch: pytest.MonkeyPatch
             assert read < 30_000_000
 
 
-@pytest.mark.usefixtures("endless", "unhurried")
-def test_a_slow_answer_is_waited_for(port: int) -> None:
-    """Longer than heads are: the time is for asking, not for answering."""
+@pytest.mark.usefixtures("endless", "slow")
+def test_a_slow_answer_does_not_end_the_connection(port: int) -> None:
+    """The time limit of a head does not apply to an answer."""
     body = ask_body("Go on.", max_tokens=10)
     head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n"
     with socket.create_connection(("127.0.0.1", port)) as connection:
         began = time.monotonic()
         connection.sendall(f"{head}Content-Type: application/json\r\n\r\n".encode() + body)
         assert connection.recv(65536).startswith(b"HTTP/1.1 200")
-        assert time.monotonic() - began > ClientConnection.head_seconds
+        assert time.monotonic() - began > TimedConnection.head_seconds

@@ -1,4 +1,4 @@
-"""The published CVEs of the original's serving code (its controller, its workers, its Gradio page), one by one."""
+"""The published CVEs of the original's controller, workers and Gradio page."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ SECRET = "root:x:0:0"
 
 
 def _ask_page(address: str, image: Any) -> str:
-    data = [image, "Read.", MODEL, "(nobody)", 0, 4, None]
-    told = []
+    data = [image, "Read.", MODEL, "(off)", 0, 4, None]
+    answers = []
     for path in ("call/ask", "call/v2/ask"):
         started = httpx.post(f"{address}/ui/gradio_api/{path}", json={"data": data}, timeout=30)
         if started.status_code == 200:
             event = started.json()["event_id"]
-            told.append(httpx.get(f"{address}/ui/gradio_api/call/ask/{event}", timeout=30).text)
+            answers.append(httpx.get(f"{address}/ui/gradio_api/call/ask/{event}", timeout=30).text)
     for path in ("run/ask", "run/predict", "api/ask", "api/predict"):
         body = {"data": data, "fn_index": 0, "session_hash": "abc"}
-        told.append(httpx.post(f"{address}/ui/gradio_api/{path}", json=body, timeout=30).text)
-    return "\n".join(told)
+        answers.append(httpx.post(f"{address}/ui/gradio_api/{path}", json=body, timeout=30).text)
+    return "\n".join(answers)
 
 
 @pytest.mark.parametrize(
@@ -38,15 +38,15 @@ def _ask_page(address: str, image: Any) -> str:
         "/v1/models/https://example.org", "/v1//example.org/",
     ],
 )  # fmt: skip
-def test_cve_2024_9308_no_address_sends_a_browser_elsewhere(path: str, address: str) -> None:
+def test_cve_2024_9308_no_url_redirects_to_another_site(path: str, address: str) -> None:
     """Open redirect by a crafted URL."""
     with httpx.Client(base_url=address, follow_redirects=False) as http:
         answer = http.get(httpx.URL(address).copy_with(raw_path=path.encode()))
     assert "example.org" not in answer.headers.get("location", "")
 
 
-def test_cve_2024_9309_nobody_registers_a_worker_that_is_then_asked(address: str, neighbour: Neighbour) -> None:
-    """Server-side requests by the controller's ``/worker_generate_stream`` after ``/register_worker``."""
+def test_cve_2024_9309_clients_cannot_register_workers(address: str, neighbour: Neighbour) -> None:
+    """Server-side request forgery by the controller's ``/worker_generate_stream`` after ``/register_worker``."""
     worker = f"http://127.0.0.1:{neighbour.port}"
     body = {"worker_name": worker, "check_heart_beat": True, "worker_status": None, "model": worker, "queue_length": 0}
     for path in (
@@ -59,7 +59,7 @@ def test_cve_2024_9309_nobody_registers_a_worker_that_is_then_asked(address: str
 
 
 @pytest.mark.parametrize("path", ["/v1/chat/completions", "/ui/gradio_api/upload", "/v1/models", "/health"])
-def test_cve_2024_10225_a_boundary_with_a_long_tail_holds_nothing_up(path: str, address: str) -> None:
+def test_cve_2024_10225_a_long_multipart_boundary_does_not_block(path: str, address: str) -> None:
     """Denial of service by characters after a multipart boundary."""
     body = (
         b'--b\r\nContent-Disposition: form-data; name="files"; filename="a.png"\r\n\r\nx\r\n--b--' + b"-" * 10_000_000
@@ -74,19 +74,19 @@ def test_cve_2024_10225_a_boundary_with_a_long_tail_holds_nothing_up(path: str, 
 
 
 @pytest.mark.parametrize("meta", [{"_type": "gradio.FileData"}, None])
-def test_cve_2024_11449_the_page_fetches_no_address(meta: Any, address: str, neighbour: Neighbour) -> None:
-    """Server-side requests by ``path`` in ``/run/predict``."""
+def test_cve_2024_11449_the_page_downloads_no_url(meta: Any, address: str, neighbour: Neighbour) -> None:
+    """Server-side request forgery by ``path`` in ``/run/predict``."""
     url = f"http://127.0.0.1:{neighbour.port}/latest/meta-data"
-    told = [
+    answers = [
         _ask_page(address, {"path": url, "meta": meta}),
         _ask_page(address, {"path": None, "url": url, "meta": meta}),
     ]
-    assert neighbour.visits == 0, told
+    assert neighbour.visits == 0, answers
 
 
 @pytest.mark.parametrize("path", ["/etc/passwd", "file:///etc/passwd", "../../../../etc/passwd", "/proc/self/environ"])
-def test_cve_2024_12065_the_page_opens_no_file_of_this_machine(path: str, address: str) -> None:
-    """Local files by crafted requests to the page: one makes Gradio copy the file, another asks for the copy."""
+def test_cve_2024_12065_the_page_opens_no_local_file(path: str, address: str) -> None:
+    """Local file inclusion: one request makes Gradio copy a file, another one reads the copy."""
     for image in (path, {"path": path}, {"path": path, "meta": {"_type": "gradio.FileData"}}):
         assert SECRET not in _ask_page(address, image)
     for prefix in ("/ui/gradio_api/file=", "/ui/file=", "/ui/gradio_api/file/", "/ui/gradio_api/proxy=", "/file="):
@@ -97,8 +97,8 @@ def test_cve_2024_12065_the_page_opens_no_file_of_this_machine(path: str, addres
 
 
 @pytest.mark.parametrize("scheme", ["http", "https", "ftp", "gopher"])
-def test_cve_2024_12068_the_api_fetches_no_address(scheme: str, address: str, neighbour: Neighbour) -> None:
-    """Server-side requests by an image's address."""
+def test_cve_2024_12068_the_api_downloads_no_url(scheme: str, address: str, neighbour: Neighbour) -> None:
+    """Server-side request forgery by an image URL."""
     for host in ("127.0.0.1", "localhost", "[::ffff:127.0.0.1]", "2130706433", "127.1", "0x7f.1", "0"):
         body = ask_body("Read.", f"{scheme}://{host}:{neighbour.port}/x.png")
         answer = httpx.post(

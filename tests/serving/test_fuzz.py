@@ -1,4 +1,4 @@
-"""Two thousand requests that no client would send: each gets an answer or is refused, and nothing of them stays."""
+"""Two thousand malformed requests: each gets an answer or an error, and none leaks memory, threads or files."""
 
 from __future__ import annotations
 
@@ -48,11 +48,11 @@ def files() -> list[bytes]:
     image.save(buffer, "JPEG", progressive=True)
     data = buffer.getvalue()
     scan = data.rindex(b"\xff\xda")
-    return [*found, data[:scan] + data[scan:-2] * 200 + data[-2:]]  # scans without end
+    return [*found, data[:scan] + data[scan:-2] * 200 + data[-2:]]  # endless scans
 
 
 def _mutated(data: bytes, draw: random.Random) -> bytes:
-    """A few bytes changed, left out, put in, doubled or cut off."""
+    """Change, remove, insert, repeat or cut off a few bytes."""
     changed = bytearray(data)
     for _ in range(draw.choice((0, 1, 1, 2, 8, 40))):
         place = draw.randrange(len(changed) + 1)
@@ -74,14 +74,14 @@ def _mutated(data: bytes, draw: random.Random) -> bytes:
 
 
 def _places(value: Any) -> Iterator[tuple[Any, Any]]:
-    """Every place in a document where a value stands."""
+    """Yield the container and the key of every value in a document."""
     for key in list(value) if isinstance(value, dict) else range(len(value)) if isinstance(value, list) else ():
         yield value, key
         yield from _places(value[key])
 
 
 def _request(number: int, files: list[bytes]) -> bytes:
-    """The request with that number; always the same."""
+    """Return the request with a number; the same number gives the same request."""
     draw = random.Random(number)
     kind = number % 4
     images = [
@@ -110,12 +110,12 @@ def _request(number: int, files: list[bytes]) -> bytes:
 
 
 async def _end(app: FastAPI) -> None:
-    """As the server does when it is stopped."""
+    """Shut the application down as the server does."""
     async with app.router.lifespan_context(app):
         pass
 
 
-def test_nothing_breaks_hangs_or_stays(chat: Chat, files: list[bytes], caplog: pytest.LogCaptureFixture) -> None:
+def test_malformed_requests_leak_nothing(chat: Chat, files: list[bytes], caplog: pytest.LogCaptureFixture) -> None:
     process, memory = psutil.Process(), []
     before = set(threading.enumerate())
     app = create_app(chat.engine, name=MODEL, limits=RequestLimits(new_tokens=16, seconds=SECONDS))
@@ -143,7 +143,7 @@ def test_nothing_breaks_hangs_or_stays(chat: Chat, files: list[bytes], caplog: p
         assert not any(word in reply.body for word in (b"Traceback", b"site-packages", b"RuntimeError", b"/home/"))
     assert "Traceback" not in caplog.text
 
-    service = app.state.service
+    service = app.state.scheduler
     assert service.running == service.waiting == 0
     again = asyncio.run(call(app, ask_body("Hm?")))
     assert again.status == 200
@@ -155,5 +155,5 @@ def test_nothing_breaks_hangs_or_stays(chat: Chat, files: list[bytes], caplog: p
         thread.join(SECONDS)
     assert not [thread for thread in stay if thread.is_alive()]
     assert (process.num_fds() if descriptors else 0) <= descriptors + 4
-    # The first quarter fills what is kept on purpose; after it a leak of 40 kB a request would show.
+    # The first quarter fills the caches; after it, a leak of 40 kB per request would be found.
     assert memory[-1] - memory[len(memory) // 4] < 60 * 2**20, [value >> 20 for value in memory[:: len(memory) // 8]]

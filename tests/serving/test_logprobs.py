@@ -1,4 +1,4 @@
-"""Log-probabilities as OpenAI's clients know them: tokens as text, and bytes that are the answer."""
+"""Log-probabilities in OpenAI's format: tokens as text, and bytes that join to the answer."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ HOT: dict[str, Any] = {
 
 @pytest.fixture(scope="module")
 def client(chat: Chat) -> Iterator[openai.OpenAI]:
-    """Of a server whose model says these pieces alone, each as likely as the others."""
+    """A client of a server whose model generates only these pieces, with equal probabilities."""
     pieces = chat.engine.processor.tokenizer.convert_tokens_to_ids(list(PIECES))
 
     def only_these(_module: object, _inputs: object, logits_BTV: torch.Tensor) -> torch.Tensor:
@@ -37,28 +37,28 @@ def client(chat: Chat) -> Iterator[openai.OpenAI]:
 
 
 def _check(content: Sequence[ChatCompletionTokenLogprob], text: str) -> None:
-    spelled = [bytes(one.bytes or []) for one in content]
-    assert b"".join(spelled) == text.encode()
-    assert all(spelled)
-    for one, part in zip(content, spelled, strict=True):
-        half = len(part) == 1 and part[0] > 127  # of a character, which OpenAI spells so
+    parts = [bytes(one.bytes or []) for one in content]
+    assert b"".join(parts) == text.encode()
+    assert all(parts)
+    for one, part in zip(content, parts, strict=True):
+        half = len(part) == 1 and part[0] > 127  # part of a character, which OpenAI escapes
         assert one.token == (f"\\x{part[0]:02x}" if half else part.decode())
         assert one.logprob <= 0
         assert one.top_logprobs == []
 
 
-def test_bytes_are_the_answer_whole_and_streamed(client: openai.OpenAI) -> None:
+def test_bytes_join_to_the_answer_with_and_without_streaming(client: openai.OpenAI) -> None:
     done = client.chat.completions.create(**HOT)
     texts = [choice.message.content or "" for choice in done.choices]
     listed = [choice.logprobs.content or [] for choice in done.choices if choice.logprobs]
     for content, text in zip(listed, texts, strict=True):
         _check(content, text)
     assert done.usage is not None
-    assert 0 < sum(map(len, listed)) < done.usage.completion_tokens  # image tokens are no text
-    spelled = "".join(one.token for content in listed for one in content)
-    assert "\\xc3\\xa9" in spelled  # é
-    assert "\ufffd" in spelled  # halves of it
-    assert " the" in spelled
+    assert 0 < sum(map(len, listed)) < done.usage.completion_tokens  # image tokens are not text
+    parts = "".join(one.token for content in listed for one in content)
+    assert "\\xc3\\xa9" in parts  # é
+    assert "\ufffd" in parts  # incomplete characters
+    assert " the" in parts
 
     streamed: list[list[ChatCompletionTokenLogprob]] = [[] for _ in texts]
     grown = ["" for _ in texts]
@@ -72,7 +72,7 @@ def test_bytes_are_the_answer_whole_and_streamed(client: openai.OpenAI) -> None:
         assert [(one.token, one.bytes) for one in content] == [(one.token, one.bytes) for one in expected]
 
 
-def test_a_stop_text_is_not_among_them(client: openai.OpenAI) -> None:
+def test_a_stop_text_has_no_log_probabilities(client: openai.OpenAI) -> None:
     free = client.chat.completions.create(**HOT).choices[0].message.content or ""
     stop = free[len(free) // 2 :][:2]
     cut = client.chat.completions.create(**HOT, stop=[stop]).choices[0]
@@ -81,7 +81,7 @@ def test_a_stop_text_is_not_among_them(client: openai.OpenAI) -> None:
     _check(cut.logprobs.content or [], cut.message.content or "")
 
 
-def test_alternatives_are_refused(client: openai.OpenAI) -> None:
+def test_alternatives_are_rejected(client: openai.OpenAI) -> None:
     with pytest.raises(openai.BadRequestError, match="top_logprobs is not supported"):
         client.chat.completions.create(**HOT, top_logprobs=2)
     assert client.chat.completions.create(**HOT, top_logprobs=0).choices[0].logprobs

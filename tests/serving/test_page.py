@@ -1,4 +1,4 @@
-"""The page by its own endpoints, as Gradio's client calls them, and what they refuse."""
+"""The page's endpoints, called by Gradio's client, and the requests that they reject."""
 
 from __future__ import annotations
 
@@ -31,15 +31,15 @@ def client(address: str) -> Client:
     return Client(address, verbose=False, analytics_enabled=False, download_files=False)
 
 
-def ask(client: Client, image: Path | None, question: str, model: str = MODEL, other: str = "(nobody)") -> list[Any]:
-    """All that the endpoint gave out on the way."""
+def ask(client: Client, image: Path | None, question: str, model: str = MODEL, other: str = "(off)") -> list[Any]:
+    """Return all outputs that the endpoint streamed."""
     shown = handle_file(str(image)) if image else None
     job = client.submit(image=shown, question=question, model=model, other=other, api_name="/ask", **GREEDY)
     job.result(60)
     return job.outputs()
 
 
-def said(html: Any) -> list[str]:
+def shown_answers(html: Any) -> list[str]:
     html = html["value"] if isinstance(html, dict) else html
     return [unescape(part.partition("</span>")[0]) for part in html.split('<span class="words">')[1:]]
 
@@ -48,16 +48,16 @@ def conversation(client: Client) -> dict[str, Any]:
     return json.loads(client.predict(api_name="/as_json"))
 
 
-def test_an_answer_comes_in_pieces_and_is_the_models(client: Client, chat: Chat, images: list[Path]) -> None:
+def test_an_answer_is_streamed_and_is_the_models(client: Client, chat: Chat, images: list[Path]) -> None:
     outputs = ask(client, images[0], "Read.")
     expected = chat.ask(images[0], "Read.", adapter=None, temperature=0, max_new_tokens=12)
-    assert said(outputs[-1][1]) == [expected]
-    assert len({said(output[1])[0] for output in outputs}) > 2
+    assert shown_answers(outputs[-1][1]) == [expected]
+    assert len({shown_answers(output[1])[0] for output in outputs}) > 2
     assert conversation(client) == {
         "picture": images[0].name,
         "turns": [{"question": "Read.", "answers": [{"model": MODEL, "text": expected}]}],
     }
-    assert client.predict(api_name="/as_text") == f"Picture: {images[0].name}\n\nQ: Read.\n{MODEL}: {expected}\n"
+    assert client.predict(api_name="/as_text") == f"Image: {images[0].name}\n\nQ: Read.\n{MODEL}: {expected}\n"
 
 
 def test_two_models_answer_side_by_side(client: Client, chat: Chat, images: list[Path]) -> None:
@@ -65,12 +65,12 @@ def test_two_models_answer_side_by_side(client: Client, chat: Chat, images: list
     outputs = ask(client, images[1], "Read.", one, two)
     expected = [chat.ask(images[1], "Read.", adapter=name, temperature=0, max_new_tokens=12) for name in (one, two)]
     assert expected[0] != expected[1]
-    assert [said(window) for window in outputs[-1][1:]] == [[expected[0]], [expected[1]]]
+    assert [shown_answers(window) for window in outputs[-1][1:]] == [[expected[0]], [expected[1]]]
     (turn,) = conversation(client)["turns"]
     assert [answer["model"] for answer in turn["answers"]] == [one, two]
 
 
-def test_another_image_begins_another_conversation(client: Client, images: list[Path]) -> None:
+def test_another_image_starts_another_conversation(client: Client, images: list[Path]) -> None:
     ask(client, images[0], "Read.")
     ask(client, images[0], "Again.")
     assert [turn["question"] for turn in conversation(client)["turns"]] == ["Read.", "Again."]
@@ -78,14 +78,14 @@ def test_another_image_begins_another_conversation(client: Client, images: list[
     assert len(conversation(client)["turns"]) == 1
 
 
-def test_what_is_not_a_image_is_refused_in_short(
+def test_an_invalid_image_or_question_is_rejected(
     client: Client, address: str, images: list[Path], tmp_path: Path
 ) -> None:
     broken = tmp_path / "broken.png"
     broken.write_bytes(images[0].read_bytes()[:60])
-    with pytest.raises(Exception, match="picture cannot be read"):
+    with pytest.raises(Exception, match="image cannot be read"):
         ask(client, broken, "Read.")
-    with pytest.raises(Exception, match="Write a question"):
+    with pytest.raises(Exception, match="write a question"):
         ask(client, None, "  ")
     assert conversation(client)["turns"] == []
 
@@ -93,12 +93,12 @@ def test_what_is_not_a_image_is_refused_in_short(
 def test_a_huge_image_is_not_decoded(client: Client, tmp_path: Path) -> None:
     huge = tmp_path / "huge.png"
     Image.new("1", (12000, 12000)).save(huge)
-    with pytest.raises(Exception, match="picture"):
+    with pytest.raises(Exception, match="image"):
         ask(client, huge, "Read.")
 
 
-def test_endless_scans_come_to_the_api_as_they_are(client: Client, tmp_path: Path) -> None:
-    """Told to change an image's mode, Gradio would go through all of them first, and the API see a harmless file."""
+def test_gradio_does_not_decode_a_jpeg_of_endless_scans(client: Client, tmp_path: Path) -> None:
+    """With an image mode set, Gradio would decode the file itself, and the API would get a harmless copy."""
     endless = tmp_path / "endless.jpg"
     endless.write_bytes(progressive(200))
     with pytest.raises(Exception, match="more than 100 scans"):
@@ -113,18 +113,18 @@ NOT_UPLOADED = (
 @pytest.mark.parametrize("path", NOT_UPLOADED)
 @pytest.mark.parametrize("meta", [{"meta": {"_type": "gradio.FileData"}}, {}])
 @pytest.mark.parametrize("place", [0, 1, 5])
-def test_a_client_names_neither_files_nor_addresses(address: str, path: str, meta: dict[str, Any], place: int) -> None:
-    """Gradio by itself takes any file of this machine, and fetches any address, in any field."""
-    data: list[Any] = [None, "Read.", MODEL, "(nobody)", 0, 4, None]
+def test_a_client_cannot_name_files_or_urls(address: str, path: str, meta: dict[str, Any], place: int) -> None:
+    """Without the guard, Gradio copies any file of this machine and downloads any URL, in any field."""
+    data: list[Any] = [None, "Read.", MODEL, "(off)", 0, 4, None]
     data[place] = {"path": path, **meta}
     with httpx.Client(base_url=address, timeout=30) as http:
-        event = http.post("gradio_api/call/ask", json={"data": data}).json()["event_id"]
-        told = http.get(f"gradio_api/call/ask/{event}").text
-    assert told.startswith("event: error"), told
-    assert "uploaded" in told
+        for endpoint in ("call/ask", "run/ask", "queue/join"):
+            body = {"data": data, "session_hash": "abc", "fn_index": 0}
+            answer = http.post(f"gradio_api/{endpoint}", json=body)
+            assert (answer.status_code, answer.text) == (400, "Files have to be uploaded to this page.")
 
 
-def test_files_are_given_out_of_the_uploads_alone(address: str, images: list[Path]) -> None:
+def test_only_uploaded_files_are_served(address: str, images: list[Path]) -> None:
     for path in ("/etc/hostname", "README.md", str(images[0]), str(Path(__file__)), "/proc/self/environ"):
         assert httpx.get(f"{address}gradio_api/file={path}").status_code == 404
     with images[0].open("rb") as file:
@@ -132,12 +132,12 @@ def test_files_are_given_out_of_the_uploads_alone(address: str, images: list[Pat
     assert httpx.get(f"{address}gradio_api/file={path}").content == images[0].read_bytes()
 
 
-def test_an_upload_has_a_largest_size(address: str) -> None:
+def test_the_size_of_an_upload_is_limited(address: str) -> None:
     answer = httpx.post(f"{address}gradio_api/upload", files={"files": ("a.png", b"0" * (15 * 2**20))}, timeout=30)
     assert answer.status_code == 413
 
 
-def test_nothing_is_asked_of_other_machines(address: str) -> None:
+def test_the_page_loads_nothing_from_other_hosts(address: str) -> None:
     html = httpx.get(address).text
     for tag in ("<script src=", "<link"):
         for part in html.split(tag)[1:]:
@@ -153,7 +153,7 @@ def keyed(chat: Chat) -> Iterator[str]:
         yield root
 
 
-def test_the_key_is_asked_for(keyed: str) -> None:
+def test_the_key_is_required(keyed: str) -> None:
     url = f"{keyed}/ui/"
     assert httpx.get(url).status_code == 401
     assert httpx.get(url, auth=("anyone", "secret")).status_code == 200
@@ -165,19 +165,19 @@ def test_the_key_is_asked_for(keyed: str) -> None:
         download_files=False,
         headers={"Authorization": "Bearer secret"},
     )
-    assert said(ask(client, None, "Read.")[-1][1])
+    assert shown_answers(ask(client, None, "Read.")[-1][1])
 
 
 @pytest.mark.parametrize(
     ("method", "path", "headers", "status", "why"),
     [
-        ("GET", "", {"Authorization": "Bearer wrong"}, 401, "A key is needed"),
-        ("GET", "", {"Origin": "http://elsewhere.example"}, 403, "Not from another site"),
+        ("GET", "", {"Authorization": "Bearer wrong"}, 401, "The API key is missing"),
+        ("GET", "", {"Origin": "http://elsewhere.example"}, 403, "Requests from other sites"),
         ("GET", "monitoring/summary", {}, 404, "Not found"),
-        ("POST", "gradio_api/queue/join", {"Content-Length": "30000000"}, 413, "the body is larger"),
+        ("POST", "gradio_api/queue/join", {"Content-Length": "30000000"}, 413, "The body is larger"),
     ],
 )
-def test_what_is_refused_has_a_name_and_is_in_the_log(
+def test_a_rejected_request_has_an_id_and_is_logged(
     keyed: str, method: str, path: str, headers: dict[str, str], status: int, why: str, caplog: Any
 ) -> None:
     caplog.set_level("INFO", "llavar_peft")
@@ -189,9 +189,9 @@ def test_what_is_refused_has_a_name_and_is_in_the_log(
     name = answer.headers["x-request-id"]
     connection.close()
     assert _refusals(keyed, status) == before + 1
-    told = [record.getMessage() for record in caplog.records if name in record.getMessage()]
-    assert told[0].startswith(f"request {name} refused: {why}")
-    assert told[1].startswith(f"{method} /ui/{path} {status} ")
+    lines = [record.getMessage() for record in caplog.records if name in record.getMessage()]
+    assert lines[0].startswith(f"request {name} rejected: {why}")
+    assert lines[1].startswith(f"{method} /ui/{path} {status} ")
 
 
 def _refusals(root: str, status: int) -> int:

@@ -1,4 +1,4 @@
-"""The page's parts that need no Gradio: its guard, its way of asking, and what it writes down."""
+"""The parts of the page that do not need Gradio: the guard, the API client and the conversation."""
 
 from __future__ import annotations
 
@@ -13,11 +13,10 @@ import pytest
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, PlainTextResponse, StreamingResponse
 
-from llavar_peft.serving.api.middleware import RequestMiddleware
-from llavar_peft.serving.api.server_metrics import Metrics
-from llavar_peft.serving.ui.page_client import PageClient, PageRefusedError
+from llavar_peft.serving.api.middleware import Metrics, RequestMiddleware
+from llavar_peft.serving.ui.page_client import PageClient, PageClientError
+from llavar_peft.serving.ui.page_conversation import Exchange, PageConversation
 from llavar_peft.serving.ui.page_guard import PageGuard
-from llavar_peft.serving.ui.page_talk import Exchange, Talk
 
 
 def guarded(api_key: str | None = None) -> Any:
@@ -57,31 +56,60 @@ def get(client: Any, path: str, **headers: str) -> Any:
         ("/ui/gradio_api/component_server", 404),
         ("/ui/monitoring/summary", 404),
         ("/ui/login", 404),
-        ("/uix/anything", 200),  # not the page's
+        ("/uix/anything", 200),  # not a path of the page
     ],
 )
-def test_only_the_doors_that_the_page_needs_are_open(path: str, status: int) -> None:
+def test_only_the_paths_that_the_page_needs_are_allowed(path: str, status: int) -> None:
     assert get(guarded(), path).status_code == status
 
 
 @pytest.mark.parametrize("path", ["/ui/gradio_api/queue/join", "/ui/gradio_api/upload"])
-def test_bodies_end_at_the_limit_while_they_are_read(path: str) -> None:
+def test_reading_a_body_stops_at_the_limit(path: str) -> None:
     sent = []
 
     async def blocks(count: int) -> Any:
         for _ in range(count):
             sent.append(1)
-            yield b"0" * 1_000_000
+            yield b" " * 1_000_000
 
     client = guarded()
     assert asyncio.run(client.post(path, content=blocks(19))).status_code == 200
     sent.clear()
     assert asyncio.run(client.post(path, content=blocks(500))).status_code == 413
     assert len(sent) <= 22
-    assert asyncio.run(client.post(path, content=b"0" * 20_000_001)).status_code == 413
+    assert asyncio.run(client.post(path, content=b" " * 20_000_001)).status_code == 413
 
 
-def test_the_key_guards_every_door() -> None:
+@pytest.mark.parametrize("path", ["/etc/passwd", "/srv/page/../x", "http://127.0.0.1/", "/srv/page/\0", 7, {}, []])
+def test_a_body_names_only_uploaded_files(path: Any) -> None:
+    client, endpoint = guarded(), "/ui/gradio_api/queue/join"
+    for data in ([{"path": path}], {"a": [[{"value": {"path": path}}]]}, {"path": path}):
+        refused = asyncio.run(client.post(endpoint, json={"data": data}))
+        assert (refused.status_code, refused.text) == (400, "Files have to be uploaded to this page.")
+    for allowed in (None, "/srv/page/0123/a.png"):
+        assert asyncio.run(client.post(endpoint, json={"data": [{"path": allowed}]})).status_code == 200
+
+
+@pytest.mark.parametrize("body", [b"{", b"[" * 100_000, b"\xff", b'{"path": '])
+def test_a_body_that_is_not_json_is_rejected(body: bytes) -> None:
+    assert asyncio.run(guarded().post("/ui/gradio_api/queue/join", content=body)).status_code == 400
+    assert asyncio.run(guarded().post("/ui/gradio_api/upload", content=body)).status_code == 200
+
+
+def test_the_body_that_was_checked_is_the_one_that_is_read() -> None:
+    """Parsers differ in which of two equal keys they use."""
+
+    async def echo(scope: Any, receive: Any, send: Any) -> None:
+        await PlainTextResponse((await receive())["body"])(scope, receive, send)
+
+    guard = PageGuard(echo, prefix="/ui", files=Path("/srv/page"), api_key=None)
+    client = httpx.AsyncClient(transport=httpx.ASGITransport(guard), base_url="http://localhost")
+    body = b'{"path": "/etc/passwd", "path": "/srv/page/a.png"}'
+    echoed = asyncio.run(client.post("/ui/gradio_api/queue/join", content=body)).text
+    assert echoed == '{"path": "/srv/page/a.png"}'
+
+
+def test_the_key_is_required_on_every_path() -> None:
     client = guarded("secret")
     for path in (
         "/ui/",
@@ -98,10 +126,10 @@ def test_the_key_guards_every_door() -> None:
         assert get(client, "/ui/", Authorization=given).text == "/ui/ Bearer secret"
     for wrong in ("Basic c2VjcmV0", "Basic !", "Bearer", "Bearer secre", "Digest secret", "secret"):
         assert get(client, "/ui/", Authorization=wrong).status_code == 401
-    assert get(client, "/v1/models").text == "/v1/models "  # the API's own to refuse
+    assert get(client, "/v1/models").text == "/v1/models "  # RequestMiddleware checks the key of the API
 
 
-def test_other_sites_may_neither_ask_nor_frame() -> None:
+def test_other_sites_can_neither_send_requests_nor_embed_the_page() -> None:
     client = guarded()
     assert get(client, "/ui/", Origin="http://localhost").status_code == 200
     for origin in ("http://evil.example", "null", "http://localhost:1"):
@@ -112,7 +140,7 @@ def test_other_sites_may_neither_ask_nor_frame() -> None:
 
 
 def api() -> tuple[FastAPI, dict[str, Any]]:
-    """As the API answers, good and bad."""
+    """Return an application that answers and fails like the API."""
     app, seen = FastAPI(), {"left": False}
 
     @app.post("/v1/chat/completions")
@@ -123,7 +151,7 @@ def api() -> tuple[FastAPI, dict[str, Any]]:
         if words == "busy":
             return JSONResponse({"error": {"message": "full"}}, 429, {"Retry-After": "7"})
         if words == "wrong":
-            return JSONResponse({"error": {"message": "the picture is too large"}}, 400)
+            return JSONResponse({"error": {"message": "the image is too large"}}, 400)
         if words == "broken":
             raise RuntimeError("secret detail")
 
@@ -146,19 +174,19 @@ def api() -> tuple[FastAPI, dict[str, Any]]:
 
 
 async def ask(client: PageClient, question: str, **given: Any) -> str:
-    history, image = given.pop("history", []), given.pop("picture", None)
+    history, image = given.pop("history", []), given.pop("image", None)
     return "".join([piece async for piece in client.stream("one", history, question, image, **given)])
 
 
-def test_the_page_asks_as_a_client_of_the_api(tmp_path: Path) -> None:
+def test_the_page_sends_the_requests_of_an_api_client(tmp_path: Path) -> None:
     app, seen = api()
     client = PageClient(app, ["one"], 64, api_key="secret")
     image = tmp_path / "a.png"
     image.write_bytes(b"png")
-    said = asyncio.run(
+    answer = asyncio.run(
         ask(client, "And?", history=[("What?", "This.")], image=str(image), temperature=0.5, max_tokens=9, seed=None)
     )
-    assert said == "It säys so"
+    assert answer == "It säys so"
     assert seen["key"] == "Bearer secret"
     first = [
         {"type": "text", "text": "What?"},
@@ -174,21 +202,21 @@ def test_the_page_asks_as_a_client_of_the_api(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("question", "told"),
-    [("busy", "Try again in 7 s"), ("wrong", "the picture is too large"), ("broken", "could not answer")],
+    ("question", "message"),
+    [("busy", "try again in 7 seconds"), ("wrong", "the image is too large"), ("broken", "could not answer")],
 )
-def test_what_the_api_refuses_is_told_in_short(question: str, told: str) -> None:
-    with pytest.raises(PageRefusedError, match=told) as error:
+def test_an_api_error_gives_a_short_message(question: str, message: str) -> None:
+    with pytest.raises(PageClientError, match=message) as error:
         asyncio.run(ask(PageClient(api()[0], ["one"], 64), question))
     assert "secret" not in str(error.value)
 
 
-def test_a_image_that_is_gone_is_told() -> None:
-    with pytest.raises(PageRefusedError, match="Drop it again"):
+def test_a_deleted_image_gives_a_message() -> None:
+    with pytest.raises(PageClientError, match="upload it again"):
         asyncio.run(ask(PageClient(api()[0], ["one"], 64), "What?", image="nowhere.png"))
 
 
-def test_who_leaves_ends_the_request() -> None:
+def test_closing_the_stream_cancels_the_request() -> None:
     app, seen = api()
 
     async def leave() -> None:
@@ -203,25 +231,27 @@ def test_who_leaves_ends_the_request() -> None:
 HOSTILE = '<img src=x onerror="alert(1)"> ${alert(1)} {{value}} `x` \\u003c & </div>'
 
 
-def test_words_are_shown_as_text() -> None:
-    talk = Talk("/tmp/x/a.png", [Exchange(HOSTILE, ("one", "two"), [HOSTILE, "yes"])])
+def test_text_is_escaped() -> None:
+    conversation = PageConversation("/tmp/x/a.png", [Exchange(HOSTILE, ("one", "two"), [HOSTILE, "yes"])])
     for side in (0, 1):
-        shown = talk.as_html(side, "<b>")
+        shown = conversation.as_html(side, "<b>")
         for sign in ("<img", "${", "{{", "`", "\\", "<b>", "</div> "):
             assert sign not in shown
-    assert talk.as_html(0, "one").count("&#60;img") == 2
-    assert "Answers come here" in Talk().as_html(0, "one")
+    assert conversation.as_html(0, "one").count("&#60;img") == 2
+    assert "The answer will appear here" in PageConversation().as_html(0, "one")
 
 
-def test_a_conversation_is_written_whole() -> None:
-    talk = Talk("C:\\tmp\\a.png", [Exchange("Q1", ("one",), ["A1"]), Exchange("Q2", ("one", "two"), ["A2", "ß2"])])
-    assert json.loads(talk.as_json()) == {
+def test_a_conversation_is_saved_as_text_and_json() -> None:
+    conversation = PageConversation(
+        "C:\\tmp\\a.png", [Exchange("Q1", ("one",), ["A1"]), Exchange("Q2", ("one", "two"), ["A2", "ß2"])]
+    )
+    assert json.loads(conversation.as_json()) == {
         "picture": "a.png",
         "turns": [
             {"question": "Q1", "answers": [{"model": "one", "text": "A1"}]},
             {"question": "Q2", "answers": [{"model": "one", "text": "A2"}, {"model": "two", "text": "ß2"}]},
         ],
     }
-    assert talk.as_text() == "Picture: a.png\n\nQ: Q1\none: A1\n\nQ: Q2\none: A2\ntwo: ß2\n"
-    assert talk.history(1) == [("Q1", "A1"), ("Q2", "ß2")]
-    assert "Q1" not in talk.as_html(1, "two")
+    assert conversation.as_text() == "Image: a.png\n\nQ: Q1\none: A1\n\nQ: Q2\none: A2\ntwo: ß2\n"
+    assert conversation.history(1) == [("Q1", "A1"), ("Q2", "ß2")]
+    assert "Q1" not in conversation.as_html(1, "two")

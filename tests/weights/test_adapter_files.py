@@ -167,7 +167,7 @@ def test_commands(copy: Path, checkpoint: Path, capsys: pytest.CaptureFixture[st
     assert cli.main(["adapter", "show", str(copy), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["target"] == "all-linear"
     assert cli.main(["adapter", "verify", str(copy), "--base", str(checkpoint)]) == 0
-    assert "the base is right, told by its fingerprint" in capsys.readouterr().out
+    assert "the base matches by its fingerprint" in capsys.readouterr().out
     path = copy / "adapter_model.safetensors"
     path.write_bytes(path.read_bytes()[:-1] + b"\x7f")
     assert cli.main(["adapter", "verify", str(copy)]) == 2

@@ -104,7 +104,7 @@ def test_verify(base: Path, target: Path, tmp_path: Path, capsys: pytest.Capture
     assert verify_delta(base, tmp_path / "delta").base == "statistics"
     arguments = ["--base", str(base), "--delta", str(tmp_path / "delta"), "--target", str(target)]
     assert cli.main(["delta", "verify", *arguments]) == 0
-    assert "the base is right" in capsys.readouterr().out
+    assert "the base matches" in capsys.readouterr().out
 
 
 def test_verify_rejects_another_target(

@@ -1,7 +1,7 @@
-"""A request for a chat completion as it comes over the wire, and the answer as it goes back.
+"""The JSON of a chat completion request, and parts of the JSON of its response.
 
 Source: OpenAI's API reference, ``POST /v1/chat/completions``. Fields that would change the answer and are not supported
-are refused; others that are not known are passed over.
+are rejected; unknown fields are ignored.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from llavar_peft.inference.generation_request import Answer
 from llavar_peft.inference.text_stream import bytes_of_tokens
-from llavar_peft.serving.api.request_limits import RequestRefusedError
+from llavar_peft.serving.api.request_limits import RequestRejectedError
 
 _Text = Annotated[str, Field(max_length=400_000)]
 _Stop = Annotated[str, Field(min_length=1, max_length=256)]
@@ -25,14 +25,14 @@ class _Part(BaseModel):
 
 
 class TextPart(_Part):
-    """Words."""
+    """Text."""
 
     type: Literal["text"]
     text: _Text
 
 
 class ImageAddress(_Part):
-    """Where an image is: in a ``data:`` URL, or, if the server allows its host, elsewhere."""
+    """A ``data:`` URL, or an http(s) URL of a host that the server allows."""
 
     url: str
 
@@ -48,14 +48,14 @@ Part = Annotated[TextPart | ImagePart, Field(discriminator="type")]
 
 
 class Message(_Part):
-    """A turn."""
+    """A message of the conversation."""
 
     role: Literal["system", "developer", "user", "assistant"]
     content: _Text | Annotated[list[Part], Field(max_length=64)]
 
 
 class StreamOptions(_Part):
-    """What a stream holds besides the text."""
+    """What a stream contains besides the text."""
 
     include_usage: bool = False
 
@@ -76,7 +76,7 @@ class ChatRequest(_Part):
     stop: _Stop | list[_Stop] | None = None
     logprobs: bool | None = None
     top_logprobs: int | None = None
-    # Not supported: a value that would matter is refused.
+    # Not supported: a value that would change the answer is rejected.
     tools: list[Any] | None = None
     functions: list[Any] | None = None
     response_format: dict[str, Any] | None = None
@@ -85,7 +85,7 @@ class ChatRequest(_Part):
     frequency_penalty: _Number | None = None
 
     def stops(self) -> tuple[str, ...]:
-        """The texts that end an answer."""
+        """Return the texts that end an answer."""
         if self.stop is None:
             return ()
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
@@ -96,26 +96,20 @@ _PLAIN_FORMAT = {"type": "text"}
 
 
 def parse_request(body: bytes) -> ChatRequest:
-    """Read a request's body.
-
-    Args:
-        body: JSON.
-
-    Returns:
-        The request.
+    """Parse a request's JSON.
 
     Raises:
-        RequestRefusedError: It is not one, or asks for what is not supported.
+        RequestRejectedError: The body is invalid, or requests something that is not supported.
     """
     try:
         request = _REQUEST.validate_json(body)
     except ValidationError as error:
-        # Places are named by this schema's fields and by numbers, never by what the client wrote.
+        # The location consists of this schema's field names and of indices, never of the client's text.
         first = error.errors(include_url=False, include_context=False, include_input=False)[0]
-        place = ".".join(str(part) for part in first["loc"])
-        what = "the body is not valid JSON" if first["type"] == "json_invalid" else first["msg"][:200]
-        raise RequestRefusedError(
-            400, f"{place}: {what}" if place else what, "invalid_request", param=place or None
+        field = ".".join(str(part) for part in first["loc"])
+        what = "The body is not valid JSON." if first["type"] == "json_invalid" else first["msg"][:200]
+        raise RequestRejectedError(
+            400, f"{field}: {what}" if field else what, "invalid_request", param=field or None
         ) from None
     unsupported = {
         "tools": bool(request.tools),
@@ -128,38 +122,39 @@ def parse_request(body: bytes) -> ChatRequest:
     }
     for name, given in unsupported.items():
         if given:
-            raise RequestRefusedError(400, f"{name} is not supported", "unsupported", param=name)
+            raise RequestRejectedError(400, f"{name} is not supported.", "unsupported", param=name)
     if len(request.stops()) > 4:
-        raise RequestRefusedError(400, "stop: at most 4 texts", "invalid_request", param="stop")
+        raise RequestRejectedError(400, "stop: at most 4 texts are supported.", "invalid_request", param="stop")
     return request
 
 
-def usage(answers: Sequence[Answer]) -> dict[str, int]:
-    """Tokens of a request's answers; the prompt counts once."""
+def count_usage(answers: Sequence[Answer]) -> dict[str, int]:
+    """Return the number of tokens of a request's answers; the prompt counts once."""
     prompt = answers[0].prompt_tokens
     completion = sum(answer.completion_tokens for answer in answers)
     return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
 
 
-def logprobs_of(answer: Answer, tokenizer: Any) -> dict[str, Any] | None:
-    """The tokens that an answer's text is made of, with their log-probabilities, if they were asked for.
+def format_logprobs(answer: Answer, tokenizer: Any) -> dict[str, Any] | None:
+    """Return the tokens of an answer's text with their log-probabilities, or None if none were requested.
 
-    Others that were chosen (a closing ``</s>``, white space at the ends, a stop text) are counted in the usage alone.
+    Tokens that add nothing to the text (a closing ``</s>``, white space at the ends, a stop text) count in the usage
+    only.
     """
     if answer.logprobs is None:
         return None
     parts = bytes_of_tokens(tokenizer, answer.ids, answer.text)
     return {
         "content": [
-            {"token": _spelled(part), "logprob": logprob, "bytes": list(part), "top_logprobs": []}
+            {"token": _token_text(part), "logprob": logprob, "bytes": list(part), "top_logprobs": []}
             for part, logprob in zip(parts, answer.logprobs, strict=True)
             if part
         ]
     }
 
 
-def _spelled(part: bytes) -> str:
-    r"""A token as text; the part of a character as OpenAI spells it, ``\xe2\x82``."""
+def _token_text(part: bytes) -> str:
+    r"""Return a token as text, or an incomplete character as OpenAI writes it, e.g. ``\xe2\x82``."""
     try:
         return part.decode()
     except UnicodeDecodeError:

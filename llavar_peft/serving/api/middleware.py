@@ -1,4 +1,4 @@
-"""What every request passes before anything else: its host, its key, its name in the log, its time and its size."""
+"""Checks and records that apply to every request: host, API key, request ID, log line, metrics and error response."""
 
 from __future__ import annotations
 
@@ -7,13 +7,14 @@ import hmac
 import json
 import logging
 import re
+import threading
 import time
 import uuid
+from collections import Counter
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
-from llavar_peft.serving.api.request_limits import RequestRefusedError
-from llavar_peft.serving.api.server_metrics import Metrics
+from llavar_peft.serving.api.request_limits import RequestRejectedError
 
 Message = MutableMapping[str, Any]
 Scope = MutableMapping[str, Any]
@@ -23,20 +24,60 @@ App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 logger = logging.getLogger(__name__)
 
-_HOST = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+)(:\d{1,5})?")
 LOOPBACK = frozenset({"localhost", "127.0.0.1", "[::1]", "::1"})
-_GUARDED = ("/v1/", "/metrics")
+_HOST = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+)(:\d{1,5})?")
+_PROTECTED = ("/v1/", "/metrics")
+_COUNTED_PATHS = frozenset({"/v1/chat/completions", "/v1/models", "/health", "/metrics"})
+
+
+class Metrics:
+    """Counters of requests and tokens since the server's start. Safe to use from any thread."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._requests: Counter[tuple[str, int]] = Counter()
+        self._seconds = 0.0
+        self._tokens: Counter[str] = Counter()
+
+    def count_request(self, path: str, status: int, seconds: float) -> None:
+        """Count a completed request; the status is 0 if the client disconnected before a response."""
+        with self._lock:
+            self._requests[path if path in _COUNTED_PATHS else "other", status] += 1
+            self._seconds += seconds
+
+    def count_tokens(self, prompt: int, completion: int) -> None:
+        """Count the tokens of a request."""
+        with self._lock:
+            self._tokens["prompt"] += prompt
+            self._tokens["completion"] += completion
+
+    def text(self, *, running: int, waiting: int) -> str:
+        """Return all counters in Prometheus' exposition format 0.0.4, with the present number of answers by state."""
+        with self._lock:
+            lines = ["# TYPE llavar_requests_total counter"]
+            for (path, status), count in sorted(self._requests.items()):
+                lines.append(f'llavar_requests_total{{path="{path}",status="{status}"}} {count}')
+            lines += [
+                "# TYPE llavar_request_seconds_total counter",
+                f"llavar_request_seconds_total {self._seconds:.6f}",
+                "# TYPE llavar_tokens_total counter",
+                *(f'llavar_tokens_total{{kind="{kind}"}} {self._tokens[kind]}' for kind in ("prompt", "completion")),
+                "# TYPE llavar_answers gauge",
+                f'llavar_answers{{state="running"}} {running}',
+                f'llavar_answers{{state="waiting"}} {waiting}',
+            ]
+        return "\n".join(lines) + "\n"
 
 
 class RequestMiddleware:
-    """ASGI middleware, the outermost.
+    """The outermost ASGI middleware.
 
     Args:
-        app: What is behind it.
-        api_key: Asked for on the API's paths; None asks nobody.
-        hosts: Names that this server answers to; None answers to any. A page elsewhere can make its own name mean
-            127.0.0.1, but it cannot change what the browser says it asked for.
-        metrics: Counts.
+        app: The application behind it.
+        api_key: The key required on the API's paths; None requires none.
+        hosts: Values of the ``Host`` header that are accepted; None accepts any. This stops DNS rebinding: another
+            site can point its own name at 127.0.0.1, but cannot change the header that the browser sends.
+        metrics: Counts the requests.
     """
 
     def __init__(self, app: App, *, api_key: str | None, hosts: frozenset[str] | None, metrics: Metrics) -> None:
@@ -46,60 +87,53 @@ class RequestMiddleware:
         self._metrics = metrics
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Let a request through, or refuses it; whatever breaks behind becomes a short answer and a line in the log.
-
-        Args:
-            scope: Of ASGI.
-            receive: Of ASGI.
-            send: Of ASGI.
-        """
+        """Check a request and pass it on; turn any exception into a short response and a log entry."""
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        name, started, status = uuid.uuid4().hex, time.perf_counter(), 0
-        scope.setdefault("state", {})["request_id"] = name
+        request_id, begin, status = uuid.uuid4().hex, time.perf_counter(), 0
+        scope.setdefault("state", {})["request_id"] = request_id
 
-        async def named(message: Message) -> None:
+        async def send_with_id(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                headers = [*message.get("headers", []), (b"x-request-id", name.encode())]
+                headers = [*message.get("headers", []), (b"x-request-id", request_id.encode())]
                 message = {**message, "headers": [*headers, (b"x-content-type-options", b"nosniff")]}
             await send(message)
 
         try:
-            self._admit(scope)
-            await self.app(scope, receive, named)
-        except RequestRefusedError as error:
-            await _refuse(named, error, begun=bool(status))
+            self._check(scope)
+            await self.app(scope, receive, send_with_id)
+        except RequestRejectedError as error:
+            await _send_error(send_with_id, error, started=bool(status))
         except asyncio.CancelledError:
             raise
         except Exception:
-            logger.exception("request %s", name)
-            await _refuse(
-                named, RequestRefusedError(500, f"internal error, request {name}", "internal"), begun=bool(status)
-            )
+            logger.exception("request %s failed", request_id)
+            internal = RequestRejectedError(500, f"Internal error. The request ID is {request_id}.", "internal")
+            await _send_error(send_with_id, internal, started=bool(status))
         finally:
-            seconds = time.perf_counter() - started
+            seconds = time.perf_counter() - begin
             self._metrics.count_request(scope["path"], status, seconds)
-            logger.info("%s %s %d %.3fs %s", scope["method"], plain(scope["path"]), status, seconds, name)
+            path = escape_for_log(scope["path"])
+            logger.info("%s %s %d %.3fs %s", scope["method"], path, status, seconds, request_id)
 
-    def _admit(self, scope: Scope) -> None:
+    def _check(self, scope: Scope) -> None:
         headers = dict(scope["headers"])
         if self._hosts is not None:
             host = _HOST.fullmatch(headers.get(b"host", b"").decode("latin-1"))
             if host is None or host[1].lower() not in self._hosts:
-                raise RequestRefusedError(421, "this server does not answer to that name", "wrong_host")
-        if self._key is None or not scope["path"].startswith(_GUARDED):
+                raise RequestRejectedError(421, "The host name of the request is not allowed.", "wrong_host")
+        if self._key is None or not scope["path"].startswith(_PROTECTED):
             return
-        given = headers.get(b"authorization", b"")
-        if not hmac.compare_digest(given, b"Bearer " + self._key):
-            raise RequestRefusedError(401, "the API key is missing or wrong", "invalid_api_key")
+        if not hmac.compare_digest(headers.get(b"authorization", b""), b"Bearer " + self._key):
+            raise RequestRejectedError(401, "The API key is missing or wrong.", "invalid_api_key")
 
 
-async def _refuse(send: Send, error: RequestRefusedError, *, begun: bool) -> None:
-    if begun:
-        return  # the status is out already; the stream ends
+async def _send_error(send: Send, error: RequestRejectedError, *, started: bool) -> None:
+    if started:
+        return  # the status was sent, so the response can only end
     body = json.dumps(error.body()).encode()
     headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
     if error.status == 401:
@@ -108,13 +142,6 @@ async def _refuse(send: Send, error: RequestRefusedError, *, begun: bool) -> Non
     await send({"type": "http.response.body", "body": body})
 
 
-def plain(text: str) -> str:
-    """What may stand in a log: without line breaks or control characters of a client's making.
-
-    Args:
-        text: The client's.
-
-    Returns:
-        Its beginning.
-    """
+def escape_for_log(text: str) -> str:
+    """Return the first 200 characters of a client's text without line breaks and control characters."""
     return text[:200].encode("unicode_escape").decode()

@@ -1,4 +1,4 @@
-"""Images that clients send: measured before they are decoded, looked at once."""
+"""Images that clients send: checked before they are decoded, and encoded by the vision tower once."""
 
 from __future__ import annotations
 
@@ -17,24 +17,24 @@ from llavar_peft.errors import ImageError
 from llavar_peft.inference.fetch_image import FetchRules, fetch
 from llavar_peft.inference.generation_request import PromptImage
 from llavar_peft.models.processing_llavar import LlavarProcessor
-from llavar_peft.serving.api.request_limits import RequestLimits, RequestRefusedError
+from llavar_peft.serving.api.request_limits import RequestLimits, RequestRejectedError
 
 _DATA_URL = re.compile(r"data:image/[a-z0-9.+-]{1,40};base64,", re.IGNORECASE)
-# What browsers and cameras write; the decoders of rarer formats are no business of strangers. JPEG's opens MPO too,
-# which has no entry of its own in Pillow: named here, it would end the search before the others' turn.
+# The formats that browsers and cameras write; decoders of rare formats are an unnecessary risk. Pillow's JPEG plugin
+# opens MPO too. MPO is not listed here: it has no plugin of that name, and Pillow would stop at it.
 _FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
-_KEPT = 64
-_SCANS = 100
-"""Of a JPEG; cameras write 1, progressive files have about 10. Each is a pass over all pixels for a few bytes."""
+_CACHE_SIZE = 64
+_MAX_SCANS = 100
+"""Scans of a JPEG. Cameras write 1, progressive files about 10. A scan of a few bytes is a pass over all pixels."""
 
 
 class RequestImageReader:
-    """Opens clients' images, and keeps the last of them with what the model saw in them.
+    """Opens clients' images, and caches the most recent ones with their encoding by the vision tower.
 
     Args:
-        processor: The model's.
-        limits: What is accepted.
-        domains: Hosts that images may be fetched from; none by default.
+        processor: The model's processor.
+        limits: Limits of a request.
+        domains: Hosts from which images may be downloaded; none by default.
     """
 
     def __init__(
@@ -43,80 +43,78 @@ class RequestImageReader:
         self._processor = processor
         self._limits = limits
         self._rules = FetchRules(max_bytes=limits.image_bytes, public_only=True, domains=domains)
-        self._known: OrderedDict[bytes, PromptImage] = OrderedDict()
+        self._cache: OrderedDict[bytes, PromptImage] = OrderedDict()
         self._lock = threading.Lock()
         self._decoding = threading.Semaphore(limits.decoding)
 
     def open(self, url: str) -> PromptImage:
-        """Open an image. For a thread of its own: decoding takes a while, and fetching longer.
+        """Open an image. Run it in a thread: decoding and downloading take long.
 
         Args:
-            url: As the client wrote it. It is never a path.
+            url: The client's URL. It is never used as a path.
 
         Returns:
-            The image; the same object for the same bytes, as long as it is kept.
+            The image; the same object for the same bytes, as long as it is cached.
 
         Raises:
-            RequestRefusedError: It is too large, not an image, or not to be fetched.
+            RequestRejectedError: The image is too large or unreadable, or its URL is not allowed.
         """
         data = self._data(url)
         key = hashlib.blake2b(data, digest_size=32).digest()
         with self._lock:
-            if key in self._known:
-                self._known.move_to_end(key)
-                return self._known[key]
+            if key in self._cache:
+                self._cache.move_to_end(key)
+                return self._cache[key]
         image = self._prepare(data)
         with self._lock:
-            image = self._known.setdefault(key, image)
-            while len(self._known) > _KEPT:
-                self._known.popitem(last=False)
+            image = self._cache.setdefault(key, image)
+            while len(self._cache) > _CACHE_SIZE:
+                self._cache.popitem(last=False)
         return image
 
     def _data(self, url: str) -> bytes:
         head = _DATA_URL.match(url)
         if head is None:
-            return self._fetched(url)
+            return self._fetch(url)
         if (len(url) - head.end()) * 3 // 4 > self._limits.image_bytes + 2:
-            raise RequestRefusedError(413, "a picture is too large", "image_too_large", param="messages")
+            raise RequestRejectedError(413, "An image file is too large.", "image_too_large", param="messages")
         try:
             return base64.b64decode(url[head.end() :], validate=True)
         except (binascii.Error, ValueError) as error:
-            raise _unreadable("a picture's data URL is not valid base64") from error
+            raise _unreadable("The data URL of an image is not valid base64.") from error
 
-    def _fetched(self, url: str) -> bytes:
+    def _fetch(self, url: str) -> bytes:
         if not self._rules.domains:
-            raise _unreadable("pictures are taken from data URLs only (data:image/png;base64,...)")
+            raise _unreadable("Images have to be data URLs (data:image/png;base64,...).")
         try:
             return fetch(url, self._rules)
         except ImageError as error:
-            # What was found there, or why not, is for the log alone: it would map our network.
-            raise _unreadable("a picture cannot be fetched from this address") from error
+            # The reason goes to the log only: a client could explore the server's network with it.
+            raise _unreadable("An image cannot be downloaded from its URL.") from error
 
     def _prepare(self, data: bytes) -> PromptImage:
         try:
             with Image.open(BytesIO(data), formats=_FORMATS) as opened:
                 width, height = opened.size
                 scans = data.count(b"\xff\xda") if opened.format in ("JPEG", "MPO") else 0
-        except Image.DecompressionBombError:  # Pillow's own limit is higher than any that is sensible here
+        except Image.DecompressionBombError:  # Pillow's limit is higher than ours
             raise self._too_many_pixels() from None
         except Exception as error:
-            raise _unreadable("a picture cannot be read (PNG, JPEG, WebP, GIF and BMP are)") from error
-        if scans > _SCANS:
-            raise _unreadable(f"a picture has more than {_SCANS} scans")
+            raise _unreadable("An image cannot be read. Supported formats are PNG, JPEG, WebP, GIF and BMP.") from error
+        if scans > _MAX_SCANS:
+            raise _unreadable(f"An image has more than {_MAX_SCANS} scans.")
         if width * height > self._limits.pixels:
             raise self._too_many_pixels()
         try:
             with self._decoding:
-                return PromptImage.prepare(decode_image(data, "picture"), self._processor)
+                return PromptImage.prepare(decode_image(data, "image"), self._processor)
         except ImageError as error:
-            raise _unreadable("a picture cannot be read") from error
+            raise _unreadable("An image cannot be read.") from error
 
-    def _too_many_pixels(self) -> RequestRefusedError:
-        most = self._limits.pixels // 1_000_000
-        return RequestRefusedError(
-            413, f"a picture has more than {most} megapixels", "image_too_large", param="messages"
-        )
+    def _too_many_pixels(self) -> RequestRejectedError:
+        what = f"An image has more than {self._limits.pixels // 1_000_000} megapixels."
+        return RequestRejectedError(413, what, "image_too_large", param="messages")
 
 
-def _unreadable(message: str) -> RequestRefusedError:
-    return RequestRefusedError(400, message, "invalid_image", param="messages")
+def _unreadable(message: str) -> RequestRejectedError:
+    return RequestRejectedError(400, message, "invalid_image", param="messages")

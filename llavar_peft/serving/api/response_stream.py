@@ -1,4 +1,4 @@
-"""The answers to one request, as they come from the computing thread into the server's loop."""
+"""The answers to one request, passed from the decoding thread to the server's event loop."""
 
 from __future__ import annotations
 
@@ -10,100 +10,101 @@ from fastapi import Request as HttpRequest
 
 from llavar_peft.errors import LlavarError
 from llavar_peft.inference.generation_request import Answer, Request
-from llavar_peft.serving.api.request_limits import RequestRefusedError
+from llavar_peft.serving.api.request_limits import RequestLimits, RequestRejectedError, busy_error
 from llavar_peft.serving.api.scheduler import BusyError, Event, Job, Scheduler
 
 
 class ResponseStream:
-    """Waits for a request's answers. Whoever leaves before the end cancels them.
+    """Waits for the answers to a request, and cancels them when the client disconnects.
 
     Args:
-        service: Who computes.
-        expected: The answers.
-        deadline: By ``time.monotonic``.
-        retry_after: What to tell clients that are sent away.
+        scheduler: Computes the answers.
+        requests: One request per answer.
+        deadline: The end of the answers' time, by ``time.monotonic``.
+        limits: Limits of a request.
 
     Raises:
-        RequestRefusedError: The queue is full, or the prompt does not fit.
+        RequestRejectedError: The queue is full, or the prompt is too long.
     """
 
-    def __init__(self, service: Scheduler, expected: Sequence[Request], *, deadline: float, retry_after: int) -> None:
+    def __init__(
+        self, scheduler: Scheduler, requests: Sequence[Request], *, deadline: float, limits: RequestLimits
+    ) -> None:
         self._loop = asyncio.get_running_loop()
         self._events: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
         self._deadline = deadline
         try:
-            self.jobs = [self._job(number, one, service) for number, one in enumerate(expected)]
+            self.jobs = [self._job(number, one, scheduler) for number, one in enumerate(requests)]
         except LlavarError:
-            raise RequestRefusedError(
-                400, "the messages are longer than the model's context", "context_length_exceeded"
+            raise RequestRejectedError(
+                400, "The messages are longer than the model's context.", "context_length_exceeded"
             ) from None
         try:
-            service.submit(self.jobs)
+            scheduler.submit(self.jobs)
         except BusyError:
-            what = "many are asking; come back in a moment"
-            raise RequestRefusedError(429, what, "busy", retry_after=retry_after) from None
+            raise busy_error(limits) from None
 
-    def _job(self, number: int, expected: Request, service: Scheduler) -> Job:
+    def _job(self, number: int, request: Request, scheduler: Scheduler) -> Job:
         def listen(event: Event) -> None:
             if not self._loop.is_closed():
                 self._loop.call_soon_threadsafe(self._events.put_nowait, (number, event))
 
-        return Job(expected, service.engine, listen)
+        return Job(request, scheduler.engine, listen)
 
     async def events(self) -> AsyncIterator[tuple[int, str | Answer]]:
-        """The answers as they grow.
+        """Yield pieces of text and, at the end of each answer, the complete answer.
 
         Yields:
-            The answer's number, and a piece of its text, or at its end the whole.
+            The answer's index, and a piece of its text or the answer.
 
         Raises:
-            RequestRefusedError: An answer broke, or took too long.
+            RequestRejectedError: An answer took too long, or the server shuts down.
         """
         left = len(self.jobs)
         try:
             while left:
-                patience = self._deadline - time.monotonic()
+                remaining = self._deadline - time.monotonic()
                 try:
-                    number, event = await asyncio.wait_for(self._events.get(), max(0.0, patience))
+                    number, event = await asyncio.wait_for(self._events.get(), max(0.0, remaining))
                 except asyncio.TimeoutError:
-                    raise RequestRefusedError(504, "the answer took too long", "timeout") from None
+                    raise RequestRejectedError(504, "The answer took too long.", "timeout") from None
                 if isinstance(event, BusyError):
-                    raise RequestRefusedError(503, "the server is shutting down", "shutting_down")
+                    raise RequestRejectedError(503, "The server is shutting down.", "shutting_down")
                 if isinstance(event, Exception):
-                    raise RuntimeError("an answer broke") from event
+                    raise RuntimeError("an answer failed") from event
                 left -= isinstance(event, Answer)
                 yield number, event
         finally:
             self.cancel()
 
     def cancel(self) -> None:
-        """End what has not ended: nobody wants it any more."""
+        """Cancel the answers that are not complete."""
         for job in self.jobs:
             job.cancel()
 
-    async def answers(self, request: HttpRequest) -> list[Answer]:
-        """All answers, whole; none if the client leaves.
+    async def collect(self, request: HttpRequest) -> list[Answer]:
+        """Return all answers in order.
 
         Args:
-            request: The client's, whose body has been read.
+            request: The client's request, whose body has been read.
 
-        Returns:
-            The answers in order.
+        Raises:
+            RequestRejectedError: The client disconnected, or as for ``events``.
         """
 
         async def _collect() -> list[Answer]:
             found = {number: event async for number, event in self.events() if isinstance(event, Answer)}
             return [found[number] for number in range(len(self.jobs))]
 
-        async def _leave() -> None:
+        async def _wait_for_disconnect() -> None:
             while (await request.receive())["type"] != "http.disconnect":
                 pass
 
-        collecting, leaving = asyncio.create_task(_collect()), asyncio.create_task(_leave())
+        collecting, leaving = asyncio.create_task(_collect()), asyncio.create_task(_wait_for_disconnect())
         try:
             await asyncio.wait({collecting, leaving}, return_when=asyncio.FIRST_COMPLETED)
             if not collecting.done():
-                raise RequestRefusedError(499, "the client left", "client_left")
+                raise RequestRejectedError(499, "The client disconnected.", "client_left")
             return collecting.result()
         finally:
             for task in (collecting, leaving):

@@ -1,4 +1,4 @@
-"""The one thread that computes: answers join and leave its batches at any step."""
+"""Continuous batching: one thread decodes, and answers join and leave its batches at any step."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from llavar_peft.inference.generation_request import Answer, Request
 logger = logging.getLogger(__name__)
 
 Event = str | Answer | Exception
-"""A piece of text; at last the answer, or why there is none."""
+"""A piece of text, the complete answer, or the exception that ended it."""
 
 
 class BusyError(Exception):
-    """The queue is full."""
+    """The queue is full, or the scheduler is closed."""
 
 
 class Job:
-    """An answer that is wanted.
+    """An answer to compute.
 
     Args:
-        request: What is wanted.
-        engine: Who answers.
-        listen: Called from the computing thread with each event; the last is an ``Answer`` or an exception.
+        request: The prompt and the sampling settings.
+        engine: The model.
+        listen: Called from the decoding thread with each event; the last is an ``Answer`` or an exception.
 
     Raises:
         DataError: The prompt does not fit into the model's context.
@@ -39,23 +39,23 @@ class Job:
         self.listen = listen
 
     def cancel(self) -> None:
-        """Nobody wants it any more. From any thread, at any time."""
+        """Cancel the answer. Safe to call from any thread at any time."""
         self.row.cancelled = True
 
 
 class Scheduler:
-    """Answers from any number of threads, computed in one.
+    """Accepts jobs from any thread and computes them in one.
 
     Args:
-        engine: Who answers; nobody else may use it meanwhile.
-        rows: Answers at most that are computed at a time.
-        waiting: Answers at most that wait.
+        engine: The model; nothing else may use it until the scheduler is closed.
+        rows: Largest number of answers computed at the same time.
+        waiting: Largest number of answers in the queue.
     """
 
     def __init__(self, engine: Engine, *, rows: int, waiting: int) -> None:
         self.engine = engine
-        self._most_rows = rows
-        self._most_waiting = waiting
+        self._max_rows = rows
+        self._max_waiting = waiting
         self._changed = threading.Condition()
         self._waiting: deque[Job] = deque()
         self._running: dict[str | None, list[Job]] = {}
@@ -66,32 +66,29 @@ class Scheduler:
 
     @property
     def waiting(self) -> int:
-        """Answer that wait."""
+        """Number of answers in the queue."""
         return len(self._waiting)
 
     @property
     def running(self) -> int:
-        """Answer that are being computed."""
+        """Number of answers that are being computed."""
         return sum(len(jobs) for jobs in list(self._running.values()))
 
     def submit(self, jobs: Sequence[Job]) -> None:
-        """Put answers into the queue, all or none.
-
-        Args:
-            jobs: The answers to one request.
+        """Put all jobs of a request into the queue, or none.
 
         Raises:
-            BusyError: The queue is full, or the service closed.
+            BusyError: The queue is full, or the scheduler is closed.
         """
         with self._changed:
             self._waiting = deque(job for job in self._waiting if not job.row.cancelled)
-            if self._closed or len(self._waiting) + len(jobs) > self._most_waiting:
+            if self._closed or len(self._waiting) + len(jobs) > self._max_waiting:
                 raise BusyError
             self._waiting.extend(jobs)
             self._changed.notify()
 
     def close(self) -> None:
-        """End what is being computed, answers what waits with an error, and stops the thread."""
+        """Stop the thread; all jobs that are not complete get a ``BusyError``."""
         with self._changed:
             self._closed = True
             self._changed.notify()
@@ -104,20 +101,20 @@ class Scheduler:
                     self._changed.wait()
                 if self._closed:
                     break
-                taken = self._next()
-            for adapter, group in groupby(taken, key=lambda job: job.row.request.adapter):
+                jobs = self._take_waiting()
+            for adapter, group in groupby(jobs, key=lambda job: job.row.request.adapter):
                 self._join(adapter, list(group))
             for adapter in list(self._running):
-                self._guarded(adapter, lambda batch: batch.step())
+                self._run_batch(adapter, lambda batch: batch.step())
         for job in [*self._waiting, *(job for jobs in self._running.values() for job in jobs)]:
             job.listen(BusyError())
         self._waiting.clear()
         self._running.clear()
 
-    def _next(self) -> list[Job]:
-        """As many as there is room for, in the order they came; neighbours of one adapter start together."""
+    def _take_waiting(self) -> list[Job]:
+        """Take as many jobs as there is room for, in order; adjacent jobs of one adapter start together."""
         taken: list[Job] = []
-        room = self._most_rows - self.running
+        room = self._max_rows - self.running
         while self._waiting and len(taken) < room:
             job = self._waiting.popleft()
             if not job.row.cancelled:
@@ -126,17 +123,17 @@ class Scheduler:
 
     def _join(self, adapter: str | None, jobs: list[Job]) -> None:
         self._running.setdefault(adapter, []).extend(jobs)
-        self._guarded(adapter, lambda batch: batch.join([job.row for job in jobs]))
+        self._run_batch(adapter, lambda batch: batch.join([job.row for job in jobs]))
 
-    def _guarded(self, adapter: str | None, act: Callable[[DecodingBatch], None]) -> None:
-        """Acts on a batch and hands out what ended with it; if it breaks, its answers do, and no others."""
+    def _run_batch(self, adapter: str | None, action: Callable[[DecodingBatch], None]) -> None:
+        """Apply an action to a batch and deliver complete answers; an exception ends the answers of this batch only."""
         jobs = self._running[adapter]
         try:
             if adapter not in self._batches:
                 self._batches[adapter] = DecodingBatch(self.engine, adapter)
-            act(self._batches[adapter])
+            action(self._batches[adapter])
         except Exception as error:
-            logger.exception("a batch of %d answers broke", len(jobs))
+            logger.exception("a batch of %d answers failed", len(jobs))
             for job in jobs:
                 job.listen(error)
             del self._running[adapter]

@@ -1,4 +1,4 @@
-"""Puts the page into the API's application: one process, one address."""
+"""Mounting the page in the API's application, so that one process serves both."""
 
 from __future__ import annotations
 
@@ -15,20 +15,21 @@ if TYPE_CHECKING:
     from fastapi import FastAPI
 
 PREFIX: Final = "/ui"
-_LARGEST_FILE: Final = 14 * 2**20  # bytes; in base64 it still fits the API's 20 MB
+_MAX_FILE_BYTES: Final = 14 * 2**20  # base64 of it is below the API's limit of 20 MB
 _EXAMPLES_SEED: Final = 3_000_017
 
 
-def mount_page(app: FastAPI, *, models: Sequence[str], most_tokens: int, api_key: str | None = None) -> None:
-    """Add the page under ``PREFIX``, before the application starts.
+def mount_page(app: FastAPI, *, models: Sequence[str], max_tokens: int, api_key: str | None = None) -> None:
+    """Add the page at ``PREFIX`` to an application that has not started.
 
     Args:
-        app: The API's application, whose models the page asks.
-        models: Their names.
-        most_tokens: That an answer can have.
-        api_key: The API's key, which then guards the page as well.
+        app: The application from ``create_app``.
+        models: The models that users can choose.
+        max_tokens: Largest number of tokens in an answer.
+        api_key: The API's key, which is then required for the page as well.
     """
-    # Gradio keeps uploads in a folder that all users of a machine share, unless it is told of another when imported.
+    # By default, Gradio keeps uploads in a folder that all users of the machine share. It reads this variable when it
+    # is imported and when a page is built.
     files = TemporaryDirectory(prefix="llavar-peft-page-")
     os.environ["GRADIO_TEMP_DIR"] = files.name
     app.state.page_files = files  # removed with the application
@@ -40,26 +41,20 @@ def mount_page(app: FastAPI, *, models: Sequence[str], most_tokens: int, api_key
     from llavar_peft.serving.ui.page_guard import PageGuard
     from llavar_peft.serving.ui.page_theme import STYLE, make_theme
 
-    with TemporaryDirectory() as folder:  # Gradio makes copies
-        page = build_page(PageClient(app, models, most_tokens, api_key), draw_examples(Path(folder)))
+    with TemporaryDirectory() as folder:  # Gradio copies the examples
+        page = build_page(PageClient(app, models, max_tokens, api_key), draw_examples(Path(folder)))
     gr.mount_gradio_app(
-        app, page, PREFIX, footer_links=[], run_history=False, show_error=False, max_file_size=_LARGEST_FILE,
+        app, page, PREFIX, footer_links=[], run_history=False, show_error=False, max_file_size=_MAX_FILE_BYTES,
         ssr_mode=False, enable_monitoring=False, pwa=False, mcp_server=False, root_path=PREFIX,
         theme=make_theme(), css=STYLE,
     )  # fmt: skip
-    # Not ``add_middleware``, which puts it outermost: the gate names, logs and counts what the guard refuses.
+    # `add_middleware` would put the guard outermost. Behind RequestMiddleware, requests that it rejects have an ID and
+    # are logged and counted.
     app.user_middleware.append(Middleware(PageGuard, prefix=PREFIX, files=Path(files.name), api_key=api_key))
 
 
 def draw_examples(folder: Path) -> list[tuple[str, str]]:
-    """Draw an image of each kind.
-
-    Args:
-        folder: Gets the files.
-
-    Returns:
-        Files, each with a question about it.
-    """
+    """Draw one image of each kind into a folder, and return each file with a question about it."""
     examples = []
     settings = SynthSettings(style="plain", seed=_EXAMPLES_SEED, width=320)
     for number, kind in enumerate(settings.turns):

@@ -1,4 +1,4 @@
-"""How the page asks: as any client of the API does, within the process. So the API's limits are the page's."""
+"""The page's client of the API, in the same process, so that the API's limits apply to the page."""
 
 from __future__ import annotations
 
@@ -18,27 +18,27 @@ App: TypeAlias = Callable[
 ]
 
 _PATH: Final = "/v1/chat/completions"
-_PATIENCE: Final = 5.0  # seconds that the API has to notice that nobody listens any more
+_CANCEL_SECONDS: Final = 5.0  # time that the API has to cancel an answer after the client left
 
 
-class PageRefusedError(Exception):
-    """The API did not answer; the text is for the user."""
+class PageClientError(Exception):
+    """The API did not answer. The message is shown to the user."""
 
 
 @dataclass(frozen=True, slots=True)
 class PageClient:
-    """A client of an API in the same process.
+    """A client that calls the API's application directly.
 
     Attributes:
-        app: The API.
-        models: What can be asked, by the names that the API gives.
-        most_tokens: That an answer can have.
-        api_key: The API's, if it has one.
+        app: The API's application.
+        models: Names of the models.
+        max_tokens: Largest number of tokens in an answer.
+        api_key: The API's key, if it has one.
     """
 
     app: App
     models: Sequence[str]
-    most_tokens: int
+    max_tokens: int
     api_key: str | None = None
 
     async def stream(
@@ -49,20 +49,17 @@ class PageClient:
         image: str | None,
         **sampling: float | int | None,
     ) -> AsyncGenerator[str, None]:
-        """Ask, and gives the answer out as it comes. Nobody taking more of it ends it.
+        """Ask a question, and yield the answer in pieces. Closing the generator cancels the answer.
 
         Args:
             model: One of ``models``.
-            history: Questions and answers before this one.
-            question: In plain words.
-            image: The file that the first question is about, if there is one.
-            **sampling: As the API names it; None is the API's default.
-
-        Yields:
-            Pieces of text.
+            history: Earlier questions and answers.
+            question: The question.
+            image: Path of the image that the conversation is about, if any.
+            **sampling: Fields of the API's request; None selects the API's default.
 
         Raises:
-            PageRefusedError: There is no answer.
+            PageClientError: The API did not answer.
         """
         body = {
             "model": model,
@@ -72,45 +69,45 @@ class PageClient:
         }
         async with self._post(json.dumps(body).encode()) as (status, headers, chunks):
             if status != 200:
-                raise PageRefusedError(_reason(status, headers, b"".join([chunk async for chunk in chunks])))
+                raise PageClientError(_error_message(status, headers, b"".join([chunk async for chunk in chunks])))
             async for event in _events(chunks):
                 if "error" in event:
-                    raise PageRefusedError("The answer broke off. Ask again.")
+                    raise PageClientError("The answer was interrupted. Please ask again.")
                 for choice in event["choices"]:
                     if choice["delta"].get("content"):
                         yield choice["delta"]["content"]
 
     @asynccontextmanager
     async def _post(self, body: bytes) -> AsyncIterator[tuple[int, dict[bytes, bytes], AsyncIterator[bytes]]]:
-        """One request. Leaving the context is what closing the connection is to a client elsewhere."""
-        answered: asyncio.Queue[Message | None] = asyncio.Queue()
-        waiting: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
+        """Send a request. Leaving the context disconnects the client."""
+        messages: asyncio.Queue[Message | None] = asyncio.Queue()
+        requests: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
         left = asyncio.Event()
 
         async def receive() -> Message:
-            if waiting:
-                return waiting.pop()
+            if requests:
+                return requests.pop()
             await left.wait()
             return {"type": "http.disconnect"}
 
         async def run() -> None:
             try:
-                await self.app(self._scope(len(body)), receive, answered.put)
+                await self.app(self._scope(len(body)), receive, messages.put)
             finally:
-                answered.put_nowait(None)
+                messages.put_nowait(None)
 
         task = asyncio.create_task(run())
         try:
-            start = await answered.get()
+            start = await messages.get()
             if start is None:
-                raise PageRefusedError("The server could not answer. Its log says why.")
+                raise PageClientError("The server could not answer. See its log for the reason.")
             headers = {name.lower(): value for name, value in start["headers"]}
-            yield start["status"], headers, _bodies(answered)
+            yield start["status"], headers, _bodies(messages)
         finally:
             left.set()
-            await asyncio.wait([task], timeout=_PATIENCE)
+            await asyncio.wait([task], timeout=_CANCEL_SECONDS)
             task.cancel()
-            await asyncio.gather(task, return_exceptions=True)  # the API has logged what it was
+            await asyncio.gather(task, return_exceptions=True)  # the API logs exceptions
 
     def _scope(self, length: int) -> MutableMapping[str, Any]:
         headers = [
@@ -133,8 +130,8 @@ def _messages(history: Sequence[tuple[str, str]], question: str, image: str | No
         messages += [{"role": "user", "content": asked}, {"role": "assistant", "content": answered}]
     messages.append({"role": "user", "content": question})
     if image is not None:
-        words = {"type": "text", "text": messages[0]["content"]}
-        messages[0]["content"] = [words, {"type": "image_url", "image_url": {"url": image}}]
+        text = {"type": "text", "text": messages[0]["content"]}
+        messages[0]["content"] = [text, {"type": "image_url", "image_url": {"url": image}}]
     return messages
 
 
@@ -145,18 +142,18 @@ def _data_url(image: str | None) -> str | None:
     try:
         return f"data:{kind};base64,{base64.b64encode(Path(image).read_bytes()).decode()}"
     except FileNotFoundError:
-        raise PageRefusedError("The picture is no longer here. Drop it again.") from None
+        raise PageClientError("The image has expired. Please upload it again.") from None
 
 
-async def _bodies(answered: asyncio.Queue[Message | None]) -> AsyncIterator[bytes]:
-    while (message := await answered.get()) is not None:
+async def _bodies(messages: asyncio.Queue[Message | None]) -> AsyncIterator[bytes]:
+    while (message := await messages.get()) is not None:
         yield message.get("body", b"")
         if not message.get("more_body"):
             return
 
 
 async def _events(chunks: AsyncIterator[bytes]) -> AsyncIterator[dict[str, Any]]:
-    """The JSON of each server-sent event."""
+    """Yield the JSON of each server-sent event."""
     rest = b""
     async for chunk in chunks:
         *lines, rest = (rest + chunk).split(b"\n")
@@ -165,11 +162,11 @@ async def _events(chunks: AsyncIterator[bytes]) -> AsyncIterator[dict[str, Any]]
                 yield json.loads(line[6:])
 
 
-def _reason(status: int, headers: dict[bytes, bytes], body: bytes) -> str:
-    """What the API says of a request that it refused, which is short and meant for clients."""
+def _error_message(status: int, headers: dict[bytes, bytes], body: bytes) -> str:
+    """Return the message of an API error, which is meant for clients."""
     if status == 429:
         seconds = headers.get(b"retry-after", b"").decode("latin-1")
-        return f"Many are asking. Try again{f' in {seconds} s' if seconds.isdigit() else ' soon'}."
+        return f"The server is busy. Please try again{f' in {seconds} seconds' if seconds.isdigit() else ' soon'}."
     try:
         return str(json.loads(body)["error"]["message"])
     except (ValueError, LookupError, TypeError):

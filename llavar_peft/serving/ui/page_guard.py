@@ -1,7 +1,8 @@
-"""What stands before the page: the key, the doors that are open, and what a browser may load.
+"""Access control of the page: API key, allowed paths, allowed files, and what a browser may load.
 
-Gradio brings doors that this page has no use for, among them some that fetch addresses for a client. Only those that
-are named here are open.
+Gradio brings endpoints that this page does not use, some of which download URLs for a client. Only the paths listed
+here are served. In a mounted page, Gradio 6.31 also copies any file of the machine, and downloads any URL, that a
+client names in any field; so files in a request have to be uploads.
 """
 
 from __future__ import annotations
@@ -9,23 +10,23 @@ from __future__ import annotations
 import base64
 import binascii
 import hmac
+import json
 import logging
 import re
-from collections.abc import MutableMapping
+from collections.abc import Iterator, MutableMapping
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 from urllib.parse import urlsplit
 
 from starlette.requests import Request
 
 from llavar_peft.serving.api.middleware import App, Message, Receive, Scope, Send
-from llavar_peft.serving.api.request_body import read_body
-from llavar_peft.serving.api.request_limits import RequestLimits, RequestRefusedError
+from llavar_peft.serving.api.request_limits import RequestLimits, RequestRejectedError, read_body
 
 logger = logging.getLogger(__name__)
 
 _API: Final = "/gradio_api/"
-_DOORS: Final = re.compile(
+_ALLOWED_PATHS: Final = re.compile(
     r"/?|/config|/theme\.css|/(assets|static)/.*"
     rf"|{_API}(app_id|cancel|info|queue/join|queue/data|reset|startup-events|upload|upload_progress)/?"
     rf"|{_API}heartbeat/\w+"
@@ -44,15 +45,15 @@ _CHALLENGE: Final = (b"www-authenticate", b'Basic realm="llavar-peft"')
 
 
 class PageGuard:
-    """ASGI middleware before the page, behind ``Gate``, which names requests; other paths go by untouched.
+    """ASGI middleware between ``RequestMiddleware`` and the page. Paths outside the page are not changed.
 
-    With a key, a browser asks for it as the password (of any user); programs may also send it as the API's clients do.
+    With an API key, a browser asks for it as the password of any user; programs may send it as a bearer token.
 
     Args:
-        app: What is guarded.
-        prefix: Where the page is, as in ``/ui``.
-        files: The only folder that files are given out of.
-        api_key: The key, None for none.
+        app: The application behind it.
+        prefix: The page's path, e.g. ``/ui``.
+        files: The folder of uploads and examples, the only one whose files are served and accepted.
+        api_key: The required key; None requires none.
     """
 
     def __init__(self, app: App, *, prefix: str, files: Path, api_key: str | None) -> None:
@@ -62,84 +63,107 @@ class PageGuard:
         self._api_key = api_key
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Let a request in, or answers it."""
+        """Pass a request on, or reject it."""
         path = scope.get("path", "")
         if scope["type"] != "http" or not (path == self._prefix or path.startswith(f"{self._prefix}/")):
             await self._app(scope, receive, send)
             return
         try:
-            self._admit(scope)
+            self._check(scope)
             if scope["method"] not in ("GET", "HEAD"):
-                # The body first: Gradio itself would read on without end.
-                receive = _replaying(await read_body(Request(scope, receive), RequestLimits()), receive)
-        except RequestRefusedError as error:
-            logger.info("request %s refused: %s", scope["state"]["request_id"], error.message)
-            await _answer(send, error)
+                # Read the body here: Gradio sets no limit to it.
+                body = await read_body(Request(scope, receive), RequestLimits())
+                is_upload = path[len(self._prefix) :].rstrip("/") == f"{_API}upload"
+                receive = _replay(body if is_upload else self._check_files(body), receive)
+        except RequestRejectedError as error:
+            logger.info("request %s rejected: %s", scope["state"]["request_id"], error.message)
+            await _send_error(send, error)
             return
-        await self._app(self._with_bearer(scope), receive, _adding_headers(send))
+        await self._app(self._with_bearer(scope), receive, _add_headers(send))
 
-    def _admit(self, scope: Scope) -> None:
+    def _check(self, scope: Scope) -> None:
         headers = {name.lower(): value for name, value in scope["headers"]}
-        if self._api_key is not None and not _knows(headers.get(b"authorization", b""), self._api_key):
-            raise RequestRefusedError(401, "A key is needed.", "invalid_api_key")
-        if _from_elsewhere(headers):
-            raise RequestRefusedError(403, "Not from another site.", "wrong_origin")
-        if not self._is_open(scope["path"][len(self._prefix) :]):
-            raise RequestRefusedError(404, "Not found.", "not_found")
+        if self._api_key is not None and not _has_key(headers.get(b"authorization", b""), self._api_key):
+            raise RequestRejectedError(401, "The API key is missing or wrong.", "invalid_api_key")
+        if _is_cross_origin(headers):
+            raise RequestRejectedError(403, "Requests from other sites are not allowed.", "wrong_origin")
+        allowed = _ALLOWED_PATHS.fullmatch(scope["path"][len(self._prefix) :])
+        if allowed is None or (allowed["file"] is not None and not self._is_upload(allowed["file"])):
+            raise RequestRejectedError(404, "Not found.", "not_found")
 
-    def _is_open(self, path: str) -> bool:
-        door = _DOORS.fullmatch(path)
-        if door is None or door["file"] is None:
-            return door is not None
-        return "\0" not in path and Path(door["file"]).resolve().is_relative_to(self._files)
+    def _check_files(self, body: bytes) -> bytes:
+        """Return a body whose files are all uploads, written again so that Gradio reads the JSON that was checked."""
+        if not body.strip():
+            return body
+        try:
+            document = json.loads(body)
+        except (ValueError, RecursionError):
+            raise RequestRejectedError(400, "The body is not valid JSON.", "invalid_request") from None
+        if not all(path is None or self._is_upload(path) for path in _file_paths(document)):
+            raise RequestRejectedError(400, "Files have to be uploaded to this page.", "not_uploaded")
+        return json.dumps(document).encode()
+
+    def _is_upload(self, path: Any) -> bool:
+        return isinstance(path, str) and "\0" not in path and Path(path).resolve().is_relative_to(self._files)
 
     def _with_bearer(self, scope: Scope) -> Scope:
-        """The request as an API client would make it, for whoever looks at the key behind here."""
+        """Return the request with the key as a bearer token, which the application behind may check."""
         if self._api_key is None:
             return scope
         others = [(name, value) for name, value in scope["headers"] if name.lower() != b"authorization"]
         return {**scope, "headers": [*others, (b"authorization", b"Bearer " + self._api_key.encode())]}
 
 
-def _knows(authorization: bytes, api_key: str) -> bool:
-    kind, _, given = authorization.partition(b" ")
-    if kind.lower() == b"basic":
+def _file_paths(document: Any) -> Iterator[Any]:
+    """Yield the ``path`` of all objects, at any depth, that Gradio might take for a file."""
+    values = [document]
+    while values:
+        value = values.pop()
+        if isinstance(value, dict):
+            if "path" in value:
+                yield value["path"]
+            values += value.values()
+        elif isinstance(value, list):
+            values += value
+
+
+def _has_key(authorization: bytes, api_key: str) -> bool:
+    scheme, _, given = authorization.partition(b" ")
+    if scheme.lower() == b"basic":
         try:
             given = base64.b64decode(given.strip(), validate=True).partition(b":")[2]
         except binascii.Error:
             return False
-    elif kind.lower() != b"bearer":
+    elif scheme.lower() != b"bearer":
         return False
     return hmac.compare_digest(given, api_key.encode())
 
 
-def _from_elsewhere(headers: MutableMapping[bytes, bytes]) -> bool:
-    """Whether another site's page has made the browser ask."""
-    origin = headers.get(b"origin")
-    return origin is not None and urlsplit(origin.decode("latin-1")).netloc != headers.get(b"host", b"").decode(
-        "latin-1"
-    )
+def _is_cross_origin(headers: MutableMapping[bytes, bytes]) -> bool:
+    """Return True if another site's page made the browser send the request."""
+    origin, host = headers.get(b"origin"), headers.get(b"host", b"").decode("latin-1")
+    return origin is not None and urlsplit(origin.decode("latin-1")).netloc != host
 
 
-def _replaying(body: bytes, receive: Receive) -> Receive:
-    left: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
+def _replay(body: bytes, receive: Receive) -> Receive:
+    messages: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
 
-    async def replaying() -> Message:
-        return left.pop() if left else await receive()
+    async def replayed() -> Message:
+        return messages.pop() if messages else await receive()
 
-    return replaying
+    return replayed
 
 
-def _adding_headers(send: Send) -> Send:
-    async def adding(message: Message) -> None:
+def _add_headers(send: Send) -> Send:
+    async def send_with_headers(message: Message) -> None:
         if message["type"] == "http.response.start":
             message["headers"] = [*message.get("headers", []), *_HEADERS]
         await send(message)
 
-    return adding
+    return send_with_headers
 
 
-async def _answer(send: Send, error: RequestRefusedError) -> None:
+async def _send_error(send: Send, error: RequestRejectedError) -> None:
     challenge = [_CHALLENGE] if error.status == 401 else []
     headers = [(b"content-type", b"text/plain; charset=utf-8"), *challenge, *_HEADERS]
     await send({"type": "http.response.start", "status": error.status, "headers": headers})

@@ -1,4 +1,4 @@
-"""How the page looks: colours, fonts that are on the reader's machine, room on wide and narrow screens."""
+"""The page's colours, fonts and layout, and its JavaScript. All fonts are those of the user's machine."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _MONO: Final = ("ui-monospace", "SFMono-Regular", "Menlo", "Consolas", "DejaVu S
 
 
 def make_theme() -> Any:
-    """The theme; no font of it comes from the net."""
+    """Return the theme; it downloads no fonts."""
     theme = gr.themes.Base(
         primary_hue=gr.themes.colors.teal,
         secondary_hue=gr.themes.colors.teal,
@@ -73,21 +73,21 @@ element.addEventListener("click", (event) => {
   const button = event.target.closest(".copy");
   if (!button) return;
   const words = button.closest(".said").querySelector(".words");
-  const done = () => { button.textContent = "copied"; };
-  const by_hand = () => {
+  const done = () => { button.textContent = "Copied"; };
+  const copy_selection = () => {
     getSelection().selectAllChildren(words);
     document.execCommand("copy");
     getSelection().removeAllRanges();
     done();
   };
-  // Only pages of this machine, or behind TLS, have a clipboard.
-  if (navigator.clipboard) navigator.clipboard.writeText(words.textContent).then(done, by_hand);
-  else by_hand();
+  // Browsers offer a clipboard only to pages of the same machine or behind TLS.
+  if (navigator.clipboard) navigator.clipboard.writeText(words.textContent).then(done, copy_selection);
+  else copy_selection();
 });
 const box = element.closest("#window_0, #window_1");
 watch("value", () => { box.scrollTop = box.scrollHeight; });
 """
-"""JavaScript of a window: copies an answer, and keeps the end of the last one in sight."""
+"""JavaScript of a window: copies an answer, and scrolls to the end of the last one."""
 
 SAVE: Final = """(text, name) => {
   const link = document.createElement("a");
@@ -96,4 +96,4 @@ SAVE: Final = """(text, name) => {
   link.click();
   setTimeout(() => URL.revokeObjectURL(link.href), 10000);
 }"""
-"""JavaScript: saves a text as a file, without the server keeping one."""
+"""JavaScript that saves a text as a file in the browser."""

@@ -85,7 +85,7 @@ def test_a_benchmark_takes_the_letter_height_from_an_ocr_build(
     command = ["eval", "vqa", "--predictions", str(tmp_path / "rows.json"), "--out", str(tmp_path / "results.json")]
     assert main(command) == 0
     assert main(["eval", "diagnose", str(tmp_path / "results.json")]) == 0
-    assert "of 1 records whose letters' height is known" in capsys.readouterr().out
+    assert "of 1 records with known letter height" in capsys.readouterr().out
     assert main([*command, "--heights", str(built)]) == 0
     heights = {one.id: one.letter_height for one in read_results(tmp_path / "results.json").records}
     assert heights.pop("other") is None

@@ -307,7 +307,7 @@ def test_the_command(records: Path, server: Server, capsys: pytest.CaptureFixtur
     captions.write_text(json.dumps({"image": "p0.png", "caption": CAPTION}) + "\n", encoding="utf-8")
     command = ["ocr", "converse", str(records), "--out", str(out), "--model", "m", "--base-url", server.url]
     assert main([*command, "--captions", str(captions)]) == 0
-    assert "12 conversations of 12 pictures, 24 questions" in capsys.readouterr().out
+    assert "12 conversations about 12 images, 24 questions" in capsys.readouterr().out
     assert main(["data", "check", str(out)]) == 2  # no folder of images was named
     assert "12 records, 1 fault" in capsys.readouterr().out
 

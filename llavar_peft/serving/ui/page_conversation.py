@@ -1,4 +1,4 @@
-"""A conversation on the page: how it is shown, and how it is written down."""
+"""A conversation on the page: its HTML, and its files as text and JSON."""
 
 from __future__ import annotations
 
@@ -6,19 +6,19 @@ import json
 from dataclasses import dataclass, field
 from typing import Final
 
-# As text, never as a tag; nor as a place in the templates that Gradio runs over HTML in the browser.
-_AS_TEXT: Final = str.maketrans({sign: f"&#{ord(sign)};" for sign in "&<>\"'`$\\{}"})
+# Escapes HTML, and the template syntax that Gradio evaluates in a browser.
+_ESCAPES: Final = str.maketrans({character: f"&#{ord(character)};" for character in "&<>\"'`$\\{}"})
 
 
 @dataclass(slots=True)
 class Exchange:
-    """A question, and what one model said, or two.
+    """A question and its answers, one per model.
 
     Attributes:
-        question: The user's words.
-        models: Who answers.
-        answers: What each has said so far.
-        done: Whether nothing more comes.
+        question: The user's text.
+        models: One model, or two that are compared.
+        answers: The text of each model so far.
+        done: True when the answers are complete.
     """
 
     question: str
@@ -28,44 +28,38 @@ class Exchange:
 
 
 @dataclass(slots=True)
-class Talk:
-    """What was said about one image.
+class PageConversation:
+    """All questions and answers about one image.
 
     Attributes:
         image: The uploaded file's path; None without an image.
-        exchanges: In order.
+        exchanges: Questions and answers in order.
     """
 
     image: str | None = None
     exchanges: list[Exchange] = field(default_factory=list)
 
     def history(self, side: int) -> list[tuple[str, str]]:
-        """Questions and answers so far, as one side knows them.
+        """Return the questions and answers so far.
 
         Args:
-            side: 0, or 1 for the second of two models; what was asked before there were two, both have seen.
-
-        Returns:
-            The pairs, in order.
+            side: 0, or 1 for the second of two models. Exchanges with one model belong to both.
         """
         return [(one.question, one.answers[min(side, len(one.answers) - 1)]) for one in self.exchanges]
 
     def as_html(self, side: int, name: str) -> str:
-        """What one side's window shows.
+        """Return the content of one window, with all text escaped.
 
         Args:
             side: As in ``history``.
-            name: Of the model that answers there.
-
-        Returns:
-            HTML in which all words are text.
+            name: The model's name, for the title.
         """
-        said = [_shown(one, side) for one in self.exchanges if side < len(one.models)]
-        empty = '<p class="empty">Answers come here.</p>'
-        return f'<div role="log"><h2>{_text(name)}</h2>{"".join(said) or empty}</div>'
+        shown = [_exchange_html(one, side) for one in self.exchanges if side < len(one.models)]
+        empty = '<p class="empty">The answer will appear here.</p>'
+        return f'<div role="log"><h2>{_escape(name)}</h2>{"".join(shown) or empty}</div>'
 
     def as_json(self) -> str:
-        """The conversation for programs."""
+        """Return the conversation as JSON."""
         turns = [
             {
                 "question": one.question,
@@ -78,8 +72,8 @@ class Talk:
         return json.dumps({"picture": self._image_name(), "turns": turns}, ensure_ascii=False, indent=2) + "\n"
 
     def as_text(self) -> str:
-        """The conversation for people."""
-        blocks = [f"Picture: {self._image_name()}\n"] if self.image else []
+        """Return the conversation as plain text."""
+        blocks = [f"Image: {self._image_name()}\n"] if self.image else []
         for one in self.exchanges:
             answers = (f"{model}: {answer}\n" for model, answer in zip(one.models, one.answers, strict=True))
             blocks.append(f"Q: {one.question}\n{''.join(answers)}")
@@ -89,15 +83,15 @@ class Talk:
         return None if self.image is None else self.image.replace("\\", "/").rpartition("/")[2]
 
 
-def _shown(exchange: Exchange, side: int) -> str:
+def _exchange_html(exchange: Exchange, side: int) -> str:
     answer = exchange.answers[side]
     waiting = "" if exchange.done else " waiting"
-    copy = '<button class="copy" type="button">copy</button>' if answer else ""
+    copy = '<button class="copy" type="button">Copy</button>' if answer else ""
     return (
-        f'<div class="said question">{_text(exchange.question)}</div>'
-        f'<div class="said answer{waiting}"><span class="words">{_text(answer)}</span>{copy}</div>'
+        f'<div class="said question">{_escape(exchange.question)}</div>'
+        f'<div class="said answer{waiting}"><span class="words">{_escape(answer)}</span>{copy}</div>'
     )
 
 
-def _text(words: str) -> str:
-    return words.translate(_AS_TEXT)
+def _escape(text: str) -> str:
+    return text.translate(_ESCAPES)

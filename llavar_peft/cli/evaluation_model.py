@@ -1,0 +1,57 @@
+"""The model of the evaluation commands: its options, and how it is loaded and asked."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, TypeAlias
+
+import typer
+
+from llavar_peft.cli.output import show_count
+from llavar_peft.recipe.schema import Quantization
+
+if TYPE_CHECKING:
+    from llavar_peft.data.image_preparation import ImageRoots
+    from llavar_peft.evaluation.vqa.scored_results import Setting
+    from llavar_peft.evaluation.vqa.vqa_questions import VqaQuestion
+    from llavar_peft.inference.reader import Reader
+
+BatchSizeOption: TypeAlias = Annotated[
+    int, typer.Option("--batch-size", min=1, help="Number of questions answered at the same time.")
+]
+SamplingSeedOption: TypeAlias = Annotated[int, typer.Option("--seed", min=0, help="Seed of the sampling.")]
+EvaluatedModelOption: TypeAlias = Annotated[
+    Path | None, typer.Option("--model", help="The folder of the checkpoint, adapter or run to evaluate.")
+]
+
+
+def load_evaluated_model(
+    model: Path, adapter: Path | None, vision_tower: str | None, quantize: Quantization | None, setting: Setting
+) -> tuple[Reader, Setting]:
+    """Load a model, and add its name, hash, image mode and top-k to the setting."""
+    from dataclasses import replace
+
+    from llavar_peft.constants import TOP_K
+    from llavar_peft.inference.reader import load_reader
+    from llavar_peft.weights.adapter.model_hash import identify_model
+
+    reader = load_reader(model, adapter=adapter, vision_tower=vision_tower, quantize=quantize)
+    name = f"{model} + {adapter}" if adapter else str(model)
+    return reader, replace(
+        setting,
+        model=f"{name} ({quantize})" if quantize else name,
+        model_hash=identify_model(model, adapter),
+        image_mode=setting.image_mode or reader.processor.inference_image_mode,
+        top_k=TOP_K if setting.temperature else None,
+    )
+
+
+def answer_with_progress(
+    reader: Reader, questions: Sequence[VqaQuestion], roots: ImageRoots, setting: Setting, log: Path
+) -> tuple[VqaQuestion, ...]:
+    """Answer all questions with a progress bar; answers in the log are not computed again."""
+    from llavar_peft.evaluation.vqa.answer_questions import answer_questions
+
+    with show_count("asking") as progress:
+        return answer_questions(reader, questions, roots, setting, log, progress)
