@@ -24,7 +24,7 @@ from llavar_peft.models.build import build_model
 from llavar_peft.models.modeling_llavar import UnusedCLIPEncoderLayer
 from llavar_peft.models.tuning import TRAINED_ROWS, apply_tuning, lora_config
 from llavar_peft.recipe.schema import Precision, Recompute, Tune
-from llavar_peft.training.checkpoint_folders import Origin
+from llavar_peft.training.checkpoint_folders import RunInputs
 from llavar_peft.training.dropped_records import DroppedRecords
 from llavar_peft.training.stage_arguments import training_arguments
 from llavar_peft.training.stage_trainer import StageTrainer
@@ -118,8 +118,8 @@ def ours(cell: Cell, records: Dataset[Any], callback: Any, *, model: Any, stage:
         stage,
         arguments,
         dataset=dataset,
-        ledger=DroppedRecords(cell.folder / "dropped.jsonl", stage.data, total=len(dataset)),
-        origin=Origin(ranks=1, records={}),
+        dropped=DroppedRecords(cell.folder / "dropped.jsonl", stage.data, total=len(dataset)),
+        inputs=RunInputs(ranks=1, records={}),
         base=recipe.model,
         recipe=recipe,
         sink=lambda _: None,

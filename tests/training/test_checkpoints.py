@@ -20,16 +20,16 @@ from llavar_peft import Full, Lora, Recipe
 from llavar_peft.errors import ConfigError, EnvironmentFaultError, InterruptedRunError
 from llavar_peft.training.checkpoint_folders import (
     MANIFEST,
-    Origin,
-    check_same_run,
-    checkpoints,
+    RunInputs,
+    check_same_inputs,
+    commit_checkpoint,
     find_checkpoint_fault,
-    newest_good,
-    write_manifest,
+    list_checkpoints,
+    newest_valid_checkpoint,
 )
 from llavar_peft.training.nan_guard import check_finite
 from llavar_peft.training.out_of_memory import memory_remedies
-from llavar_peft.training.run_lock import locked
+from llavar_peft.training.run_folder import lock_folder
 from tests.training.test_resume import SignalAt, _figures, _train, _weights
 
 
@@ -67,7 +67,7 @@ def saved(tmp_path: Path) -> Path:
         staged.mkdir(parents=True)
         for name in ("model.safetensors", "optimizer.pt", "rng_state.pth"):
             (staged / name).write_bytes(os.urandom(5000))
-        write_manifest(staged, directory / f"checkpoint-{step}", Origin(1, {"records.json": "0"}))
+        commit_checkpoint(staged, directory / f"checkpoint-{step}", RunInputs(1, {"records.json": "0"}))
     return directory
 
 
@@ -75,16 +75,16 @@ def saved(tmp_path: Path) -> Path:
 def test_a_broken_checkpoint_is_set_aside_and_the_one_before_is_taken(
     how: str, saved: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    assert newest_good(saved) == saved / "checkpoint-2"
+    assert newest_valid_checkpoint(saved) == saved / "checkpoint-2"
     DAMAGE[how](saved / "checkpoint-2")
-    assert newest_good(saved) == saved / "checkpoint-1"
+    assert newest_valid_checkpoint(saved) == saved / "checkpoint-1"
     assert sorted(path.name for path in saved.glob("checkpoint*")) == ["checkpoint-1", "checkpoint-2.broken"]
-    assert "set aside as checkpoint-2.broken" in caplog.text
-    assert checkpoints(saved) == [saved / "checkpoint-1"]
+    assert "renamed to checkpoint-2.broken" in caplog.text
+    assert list_checkpoints(saved) == [saved / "checkpoint-1"]
     # Another one of the same number breaks as well: nothing is overwritten.
     shutil.copytree(saved / "checkpoint-1", saved / "checkpoint-2")
     DAMAGE[how](saved / "checkpoint-2")
-    assert newest_good(saved) == saved / "checkpoint-1"
+    assert newest_valid_checkpoint(saved) == saved / "checkpoint-1"
     assert (saved / "checkpoint-2.broken-2").is_dir()
 
 
@@ -109,7 +109,7 @@ def test_a_run_goes_on_from_the_last_good_checkpoint_and_ends_the_same(tiny_reci
     with pytest.raises(InterruptedRunError):
         _train(halved, (SignalAt(4, signal.SIGTERM),))
     directory = tmp_path / "halved/stage2"
-    assert [path.name for path in checkpoints(directory)] == ["checkpoint-4", "checkpoint-5"]
+    assert [path.name for path in list_checkpoints(directory)] == ["checkpoint-4", "checkpoint-5"]
     _flip(directory / "checkpoint-5/optimizer.pt")
     ours = _weights(_train(halved))
     assert _figures(halved, "stage2") == _figures(whole, "stage2")
@@ -151,7 +151,7 @@ def test_a_full_disk_costs_a_checkpoint_and_not_the_run(
     recipe = _one_stage(tiny_recipe, save_every_steps=1)
     expected = _weights(_train(dataclasses.replace(recipe, output_dir=str(tmp_path / "whole"))))
     ours = _weights(_train(recipe, (full_disk(2),)))
-    assert "checkpoint-2: not saved, the disk is full; checkpoint-1 is kept; training goes on" in caplog.text
+    assert "checkpoint-2: not saved, the disk is full; checkpoint-1 is kept; training continues" in caplog.text
     assert all(torch.equal(ours[name], expected[name]) for name in expected)
 
 
@@ -200,9 +200,9 @@ def test_the_guilty_micro_batch_is_named() -> None:
     good, bad = torch.tensor(1.0), torch.tensor(float("nan"))
     losses = [(good, ("a", "b")), (bad, ("c", "d")), (good, ("e",))]
     check_finite(accelerator, losses[:1], 1.0, where="s:step 1")
-    with pytest.raises(EnvironmentFaultError, match=r"^s:step 1: the loss is not finite, records c, d. Mend"):
+    with pytest.raises(EnvironmentFaultError, match=r"^s:step 1: the loss is not finite, records c, d. Fix"):
         check_finite(accelerator, losses, float("nan"), where="s:step 1")
-    with pytest.raises(EnvironmentFaultError, match=r"the gradient is not finite \(norm inf\), records a, b. Mend"):
+    with pytest.raises(EnvironmentFaultError, match=r"the gradient is not finite \(norm inf\), records a, b. Fix"):
         check_finite(accelerator, losses[:1], float("inf"), where="s:step 1")
 
 
@@ -223,12 +223,12 @@ def test_other_records_are_refused_unless_allowed(tiny_recipe: Recipe, tiny_data
 
 
 def test_another_number_of_processes_is_refused(saved: Path) -> None:
-    origin = Origin(1, {"records.json": "0"})
-    check_same_run(saved / "checkpoint-1", origin)
+    origin = RunInputs(1, {"records.json": "0"})
+    check_same_inputs(saved / "checkpoint-1", origin)
     # The same file elsewhere is the same.
-    check_same_run(saved / "checkpoint-1", Origin(1, {"moved/records.json": "0"}))
-    with pytest.raises(ConfigError, match="ranks: was 1, is 8"):
-        check_same_run(saved / "checkpoint-1", dataclasses.replace(origin, ranks=8))
+    check_same_inputs(saved / "checkpoint-1", RunInputs(1, {"moved/records.json": "0"}))
+    with pytest.raises(ConfigError, match=r"ranks: changed \(was 1, is 8"):
+        check_same_inputs(saved / "checkpoint-1", dataclasses.replace(origin, ranks=8))
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="a forked process holds the folder")
@@ -236,17 +236,17 @@ def test_two_runs_in_one_folder_are_refused(tiny_recipe: Recipe) -> None:
     reader, writer = os.pipe()
     child = os.fork()
     if child == 0:
-        with locked(Path(tiny_recipe.output_dir)):
+        with lock_folder(Path(tiny_recipe.output_dir)):
             os.write(writer, b"!")
             signal.pause()
     os.read(reader, 1)
     try:
-        with pytest.raises(EnvironmentFaultError, match=f"another run is at work in this folder .process {child} on"):
+        with pytest.raises(EnvironmentFaultError, match=f"another run is active in this folder .process {child} on"):
             _train(tiny_recipe)
     finally:
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
-    with locked(Path(tiny_recipe.output_dir)):  # whoever dies lets go
+    with lock_folder(Path(tiny_recipe.output_dir)):  # whoever dies lets go
         pass
     assert not (Path(tiny_recipe.output_dir) / ".lock").exists()
 

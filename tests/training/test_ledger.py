@@ -20,14 +20,14 @@ def _ledger(path: Path, **settings: object) -> DroppedRecords:
 def test_a_bad_image_stops_each_run_until_it_is_repaired(tmp_path: Path) -> None:
     for _ in range(2):
         with pytest.raises(DataError, match=r"a\.png: broken"):
-            _ledger(tmp_path).note([IMAGE])
+            _ledger(tmp_path).add([IMAGE])
 
 
 def test_records_count_once_over_epochs_and_runs(tmp_path: Path) -> None:
     for _ in range(3):
         ledger = _ledger(tmp_path, on_bad_image="skip")
-        ledger.note([IMAGE])
-        ledger.note([IMAGE])
+        ledger.add([IMAGE])
+        ledger.add([IMAGE])
     assert (tmp_path / "dropped.jsonl").read_text().count("\n") == 1
 
 
@@ -35,4 +35,4 @@ def test_above_the_share_each_run_stops_and_names_them(tmp_path: Path) -> None:
     faults = [IMAGE, ("b", "labels: truncated_before_answer")]
     for _ in range(2):
         with pytest.raises(DataError, match=r"2 of 100 records .* Records a, b"):
-            _ledger(tmp_path, on_bad_image="skip").note(faults)
+            _ledger(tmp_path, on_bad_image="skip").add(faults)

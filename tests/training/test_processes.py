@@ -95,5 +95,5 @@ def test_two_nodes_end_with_a_killed_rank_and_go_on(tiny_recipe: Recipe, tmp_pat
     again = _launch_nodes(tmp_path / "two.yaml")
     told = [node.communicate(timeout=120)[1] for node in again]
     assert [node.returncode for node in again] == [0, 0], told[0][-2000:]
-    assert "goes on from step" in told[0]
+    assert "resumes from step" in told[0]
     _assert_same(tmp_path / "two", tmp_path / "one", two)
