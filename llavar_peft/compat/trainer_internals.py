@@ -30,6 +30,7 @@ class TrainerInternals(transformers.Trainer):
         grad_norm: Norm of the gradient of the current optimizer step, before clipping.
     """
 
+    control: transformers.TrainerControl
     grad_norm: float = 0.0
 
     def load_weights(self, checkpoint: Path) -> None:

@@ -18,6 +18,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from accelerate import PartialState
+
 from llavar_peft.atomic_files import commit_folder, write_json
 from llavar_peft.errors import ConfigError, Fault
 
@@ -156,6 +158,30 @@ def check_same_inputs(checkpoint: Path, inputs: RunInputs) -> None:
             "Fix: undo the change, pass --restart to start again, or --allow-changes to resume anyway.",
             faults,
         )
+
+
+def find_resume_point(
+    directory: Path, inputs: RunInputs, processes: PartialState, *, allow_changes: bool
+) -> Path | None:
+    """Return the checkpoint that a stage resumes from, after removing what is unfinished. Every rank must call this.
+
+    Args:
+        directory: The folder of the stage.
+        inputs: The inputs of this run.
+        processes: The processes of the run.
+        allow_changes: Whether the checkpoint may come from a run with other inputs.
+
+    Raises:
+        ConfigError: The checkpoint comes from a run with other inputs.
+    """
+    if processes.is_main_process:
+        remove_unfinished(directory)
+        newest_valid_checkpoint(directory)
+    processes.wait_for_everyone()
+    found = list_checkpoints(directory)  # rank 0 has renamed those that are broken
+    if found and not allow_changes:
+        check_same_inputs(found[-1], inputs)
+    return found[-1] if found else None
 
 
 def remove_old_checkpoints(directory: Path, keep: int) -> None:

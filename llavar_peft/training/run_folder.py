@@ -30,7 +30,7 @@ from llavar_peft.recipe.recipe_yaml import dump_recipe
 from llavar_peft.recipe.schema import Lora, Projector, Recipe, Stage
 from llavar_peft.recipe.validate import recipe_to_mapping
 from llavar_peft.training import run_files
-from llavar_peft.training.checkpoint_folders import list_checkpoints
+from llavar_peft.training.checkpoint_folders import list_checkpoints, remove_unfinished
 from llavar_peft.training.save_weights import load_full, load_projector
 
 logger = logging.getLogger(__name__)
@@ -86,6 +86,42 @@ class RunFolder:
         write_text(self.root / RESOLVED_RECIPE_FILE, dump_recipe(self.recipe))
         write_json(self.root / VERSIONS_FILE, run_files.describe_environment())
         write_json(self.root / STAGES_FILE, [stage.name for stage in self.recipe.stages])
+
+    def select_stages(self, names: Sequence[str] | None) -> tuple[Stage, ...]:
+        """Return the stages of these names; None means all.
+
+        Raises:
+            ConfigError: The recipe has no stage of a name.
+        """
+        known = [stage.name for stage in self.recipe.stages]
+        unknown = [name for name in names or () if name not in known]
+        if unknown:
+            raise ConfigError.at(
+                "stages", f"unknown stage (got {', '.join(unknown)})", f"use one of {', '.join(known)}"
+            )
+        return tuple(stage for stage in self.recipe.stages if names is None or stage.name in names)
+
+    def check_not_needed(self, skipped: Stage, selected: Sequence[Stage]) -> None:
+        """Check that no selected stage builds on a stage that has not run and is not selected.
+
+        Raises:
+            ConfigError: A selected stage needs the result of the other.
+        """
+        order = [stage.name for stage in self.recipe.stages]
+        later = [stage.name for stage in selected if order.index(stage.name) > order.index(skipped.name)]
+        given = self.recipe.model.projector is not None or self.recipe.model.checkpoint is not None
+        if later and not given:
+            raise ConfigError.at(
+                f"stages.{later[0]}",
+                f"needs the result of stage {skipped.name!r}, which has not run in {self.recipe.output_dir}",
+                f"run {skipped.name!r} first, or give its result as model.projector",
+            )
+
+    def remove_checkpoints(self, stage: Stage) -> None:
+        """Remove all checkpoints of a stage, finished or not."""
+        remove_unfinished(self.directory(stage))
+        for checkpoint in list_checkpoints(self.directory(stage)):
+            shutil.rmtree(checkpoint)
 
     def finished(self, stage: Stage) -> bool:
         """Whether a stage's complete result exists."""

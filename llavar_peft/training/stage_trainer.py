@@ -9,7 +9,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,14 +24,14 @@ from llavar_peft.data.epoch_sampler import Balance, EpochSampler
 from llavar_peft.data.training_dataset import Collator, TrainingDataset
 from llavar_peft.models.packed_attention import enable_packing
 from llavar_peft.models.processing_llavar import LlavarProcessor
-from llavar_peft.models.tuning import is_quantized, part_of
+from llavar_peft.models.tuning import is_quantized
 from llavar_peft.recipe.schema import Lora, ModelConfig, Projector, Recipe, Stage
 from llavar_peft.training.activation_checkpointing import Recomputation
 from llavar_peft.training.checkpoint_folders import RunInputs
 from llavar_peft.training.checkpoint_writer import CheckpointWriter
 from llavar_peft.training.dropped_records import DroppedRecords
 from llavar_peft.training.model_card import write_card
-from llavar_peft.training.nan_guard import check_finite
+from llavar_peft.training.optimizer_step import StepCounts, check_finite, learning_rates, split_groups
 from llavar_peft.training.save_weights import load_trained, save_trained
 from llavar_peft.training.sharding import (
     check_fsdp_version,
@@ -45,16 +44,6 @@ from llavar_peft.training.supervised_loss import SUPERVISED, split_micro_batch, 
 from llavar_peft.training.training_state import load_training_state, save_training_state
 
 LogSink = Callable[[dict[str, Any]], None]
-
-
-@dataclass
-class StepCounts:
-    """Counts of the current optimizer step on this rank."""
-
-    tokens: int = 0
-    supervised: int = 0
-    losses: list[tuple[Tensor, tuple[str, ...]]] = field(default_factory=list)
-    started: float = 0.0
 
 
 class StageTrainer(TrainerInternals):
@@ -225,50 +214,29 @@ class StageTrainer(TrainerInternals):
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """Create the optimizer, with groups for the parts of the model that have their own learning rate."""
         new = self.optimizer is None
-        made: torch.optim.Optimizer = super().create_optimizer(model)
-        optim = self.stage.optim
-        rates = {"projector": optim.projector_learning_rate, "rows": optim.rows_learning_rate}
-        if new and any(rate is not None for rate in rates.values()):
-            parts = {p: part_of(n) for n, p in (model or self.model).named_parameters() if p.requires_grad}
-            made.param_groups = [
-                {**group, "params": params, "name": part, "lr": rates.get(part) or optim.learning_rate}
-                for part in dict.fromkeys([*sorted(set(parts.values()) - set(rates)), *rates])
-                for group in made.param_groups
-                if (params := [parameter for parameter in group["params"] if parts[parameter] == part])
-            ]
-        return made
-
-    def _learning_rates(self, rate: float) -> dict[str, float]:
-        """Return the learning rate of each named group, given that of the first group."""
-        groups = self.optimizer.param_groups if self.optimizer is not None else []
-        named = [group for group in groups if "name" in group]
-        # All groups share the schedule, so that their rates differ by the ratio of their peaks.
-        return {group["name"]: rate * group["initial_lr"] / named[0]["initial_lr"] for group in named}
+        optimizer: torch.optim.Optimizer = super().create_optimizer(model)
+        if new:
+            split_groups(optimizer, model or self.model, self.stage.optim)
+        return optimizer
 
     # -- log ----------------------------------------------------------------------------------------------------------
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add tokens and time to the figures of a step, and pass them to the sink."""
         if "loss" in logs:
-            seconds = time.perf_counter() - self.counts.started if self.counts.started else 0.0
-            counts = torch.tensor([self.counts.tokens, self.counts.supervised], device=self.args.device)
-            tokens, supervised = self.accelerator.reduce(counts, reduction="sum").tolist()
-            figures: dict[str, Any] = {
+            groups = self.optimizer.param_groups if self.optimizer is not None else []
+            rates = learning_rates(groups, logs["learning_rate"])
+            counted = self.counts.figures(self.accelerator)
+            logs["tokens"] = counted["tokens"]
+            figures = {
                 "step": self.state.global_step,
                 "epoch": round(float(self.state.epoch or 0.0), 6),
                 "loss": logs["loss"],
                 "learning_rate": logs["learning_rate"],
                 "grad_norm": logs.get("grad_norm"),
-                "tokens": tokens,
-                "supervised_tokens": supervised,
-                "seconds": round(seconds, 4),
-                "tokens_per_second": round(tokens / seconds, 1) if seconds else None,
+                **counted,
+                **({"learning_rates": rates} if rates else {}),
             }
-            if rates := self._learning_rates(logs["learning_rate"]):
-                figures["learning_rates"] = rates
-            if torch.cuda.is_available():
-                figures["peak_memory_mb"] = round(torch.cuda.max_memory_allocated() / 2**20)
-            logs["tokens"] = tokens
             if self.is_world_process_zero():
                 self.sink(figures)
         super().log(logs, start_time)

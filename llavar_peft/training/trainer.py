@@ -17,7 +17,7 @@ from accelerate import PartialState
 from llavar_peft.atomic_files import commit_folder
 from llavar_peft.constants import METRICS_FILE, PROBE_FILE
 from llavar_peft.data.training_dataset import TrainingDataset
-from llavar_peft.errors import ConfigError, InterruptedRunError, LlavarError
+from llavar_peft.errors import InterruptedRunError, LlavarError
 from llavar_peft.models.build import build_model
 from llavar_peft.models.merge_adapter import merge_adapter
 from llavar_peft.models.modeling_llavar import LlavarForConditionalGeneration
@@ -29,15 +29,7 @@ from llavar_peft.recipe.schema import Lora, ModelConfig, Recipe, Stage
 from llavar_peft.recipe.schema_rules import trains_image_rows
 from llavar_peft.recipe.validate import validate_recipe
 from llavar_peft.training import run_files
-from llavar_peft.training.checkpoint_folders import (
-    RunInputs,
-    check_same_inputs,
-    checkpoint_step,
-    hash_inputs,
-    list_checkpoints,
-    newest_valid_checkpoint,
-    remove_unfinished,
-)
+from llavar_peft.training.checkpoint_folders import checkpoint_step, find_resume_point, hash_inputs
 from llavar_peft.training.checkpoint_writer import explain_full_disk
 from llavar_peft.training.dropped_records import DROPPED_FILE, DroppedRecords
 from llavar_peft.training.holdout_probe import Probe
@@ -107,7 +99,7 @@ class Trainer:
             DataError: More records or images are unusable than the recipe allows.
             InterruptedRunError: A signal stopped the run after it was saved.
         """
-        selected = self._select_stages(stages)
+        selected = self.run.select_stages(stages)
         with lock_folder(self.run.root) if self.main else nullcontext():
             if self.main:
                 self.run.open(restart=restart, stages=selected, allow_changes=allow_changes)
@@ -125,36 +117,16 @@ class Trainer:
                 logger.info("%s: finished before, its result is loaded", stage.name)
                 result = self.run.load_result(stage, self.model)
                 self.base = self._base_after(stage, result)
-                self._remove_checkpoints(stage)
+                if self.main:
+                    self.run.remove_checkpoints(stage)
                 if not has_run_page(self.run.root):
                     self._write_page()
             elif stage in selected:
                 with explain_out_of_memory(stage, self.recipe.model, ranks=self.ranks):
                     result = self._run_stage(stage, *data[stage.name], allow_changes=allow_changes)
             else:
-                self._check_not_needed(stage, selected)
+                self.run.check_not_needed(stage, selected)
         return result
-
-    def _select_stages(self, names: Sequence[str] | None) -> tuple[Stage, ...]:
-        known = {stage.name: stage for stage in self.recipe.stages}
-        unknown = [name for name in names or () if name not in known]
-        if unknown:
-            raise ConfigError.at(
-                "stages", f"unknown stage (got {', '.join(unknown)})", f"use one of {', '.join(known)}"
-            )
-        return tuple(stage for stage in self.recipe.stages if names is None or stage.name in names)
-
-    def _check_not_needed(self, skipped: Stage, selected: Sequence[Stage]) -> None:
-        """Check that no selected stage builds on a stage that neither has run nor will run."""
-        order = [stage.name for stage in self.recipe.stages]
-        later = [stage.name for stage in selected if order.index(stage.name) > order.index(skipped.name)]
-        given = self.recipe.model.projector is not None or self.recipe.model.checkpoint is not None
-        if later and not given:
-            raise ConfigError.at(
-                f"stages.{later[0]}",
-                f"needs the result of stage {skipped.name!r}, which has not run in {self.recipe.output_dir}",
-                f"run {skipped.name!r} first, or give its result as model.projector",
-            )
 
     def _run_stage(
         self, stage: Stage, train_set: TrainingDataset, held_out: TrainingDataset, *, allow_changes: bool
@@ -164,7 +136,14 @@ class Trainer:
         transformers.set_seed(self.recipe.seed)
         records = stage.data.records
         inputs = hash_inputs((records,) if isinstance(records, str) else records, ranks=self.ranks)
-        checkpoint = self._find_checkpoint(directory, inputs, allow_changes=allow_changes)
+        checkpoint = find_resume_point(directory, inputs, self.processes, allow_changes=allow_changes)
+        if self.main:
+            # Without a checkpoint, the probe of step 0 is repeated as well.
+            step = checkpoint_step(checkpoint) if checkpoint else -1
+            for name in (METRICS_FILE, PROBE_FILE):
+                run_files.drop_lines_after(directory / name, step)
+        if checkpoint:
+            logger.info("%s: resumes from step %d", stage.name, checkpoint_step(checkpoint))
         trained = apply_tuning(
             self.model, stage.tune, new_rows=trains_image_rows(self.recipe, stage), checkpoint=checkpoint
         )
@@ -238,7 +217,7 @@ class Trainer:
             if lora and not last:
                 self._save_merged(stage, from_disk=sharded)
             self.run.mark_finished(stage, steps=engine.state.global_step)
-            self._remove_checkpoints(stage)
+            self.run.remove_checkpoints(stage)
             self._write_page()
         engine.accelerator.wait_for_everyone()
         engine.accelerator.free_memory()
@@ -270,32 +249,6 @@ class Trainer:
         return dataclasses.replace(
             self.base, checkpoint=str(result.resolve()), language_model=None, vision_tower=None, projector=None
         )
-
-    def _find_checkpoint(self, directory: Path, inputs: RunInputs, *, allow_changes: bool) -> Path | None:
-        """Return the checkpoint to resume from, and drop the figures of the steps after it."""
-        if self.main:
-            remove_unfinished(directory)
-            newest_valid_checkpoint(directory)
-        self.processes.wait_for_everyone()
-        # Rank 0 has renamed broken checkpoints.
-        found = list_checkpoints(directory)[-1:]
-        if found and not allow_changes:
-            check_same_inputs(found[0], inputs)
-        step = checkpoint_step(found[0]) if found else 0
-        if self.main:
-            # Step 0 of the probe belongs to a checkpoint; a run without one repeats it.
-            for name in (METRICS_FILE, PROBE_FILE):
-                run_files.drop_lines_after(directory / name, step if found else -1)
-        if found:
-            logger.info("%s: resumes from step %d", directory.name, step)
-        return found[0] if found else None
-
-    def _remove_checkpoints(self, stage: Stage) -> None:
-        if self.main:
-            directory = self.run.directory(stage)
-            remove_unfinished(directory)
-            for checkpoint in list_checkpoints(directory):
-                shutil.rmtree(checkpoint)
 
     def _dropped_file(self, directory: Path) -> Path:
         rank = self.processes.process_index

@@ -27,7 +27,7 @@ from llavar_peft.training.checkpoint_folders import (
     list_checkpoints,
     newest_valid_checkpoint,
 )
-from llavar_peft.training.nan_guard import check_finite
+from llavar_peft.training.optimizer_step import check_finite
 from llavar_peft.training.out_of_memory import memory_remedies
 from llavar_peft.training.run_folder import lock_folder
 from tests.training.test_resume import SignalAt, _figures, _train, _weights
