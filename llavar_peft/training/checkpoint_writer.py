@@ -53,8 +53,8 @@ def explain_full_disk(final: Path, staged: Path) -> Iterator[None]:
 class CheckpointWriter:
     """Writes to a staging folder, which rank 0 renames after all ranks have written.
 
-    On a full disk the unfinished checkpoint is removed and the training continues. If the next checkpoint fails as well,
-    the run stops.
+    On a full disk the unfinished checkpoint is removed and the training continues. The run stops if the next checkpoint
+    fails as well.
 
     Args:
         directory: The folder of the stage.

@@ -169,7 +169,7 @@ def test_the_folder_says_what_it_is(tiny_recipe: Recipe) -> None:
     for said in ("rslora, rank 4, alpha 8", "`model.multi_modal_projector` in full", "held-out loss", "PeftModel"):
         assert said in body
     assert load_recipe(result / "recipe.yaml") == recipe
-    assert f"# The stage that trained this: {recipe.stages[1].name}\n" in (result / "recipe.yaml").read_text()
+    assert f"# Trained by stage: {recipe.stages[1].name}\n" in (result / "recipe.yaml").read_text()
 
 
 def test_half_precision_trains_in_float32_beside_it(tiny_recipe: Recipe) -> None:
