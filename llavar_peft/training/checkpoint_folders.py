@@ -1,7 +1,7 @@
 """Checkpoint folders: written to a staging folder, hashed, synced and renamed; verified before they are used.
 
 The last file written is ``manifest.json``: sizes and hashes of all files, and what a resumed run must share (records,
-number of ranks). A checkpoint that does not match its manifest is renamed to ``*.broken``, and the one before it is used.
+number of ranks). A checkpoint that does not match its manifest is renamed to ``*.broken``; the previous one is used.
 """
 
 from __future__ import annotations

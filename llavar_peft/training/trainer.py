@@ -206,7 +206,7 @@ class Trainer:
         quantized, sharded = is_quantized(self.model), engine.sharding is not None
         if not sharded:
             trained = engine.accelerator.unwrap_model(engine.model)
-            # The adapter of the last stage is kept; an earlier one is merged, because the next stage needs a plain model.
+            # An adapter is merged, because the next stage needs a plain model; that of the last stage is kept.
             self.model = trained if lora and last else merge_tuning(trained)
         if self.main:
             if not lora:

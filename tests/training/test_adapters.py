@@ -83,7 +83,7 @@ def test_an_adapter_holds_everything_and_reads_as_in_training(
     image = sorted((tiny_data / "images").iterdir())[0]
     pixels = prepare_image(image, "pad", processor)[None]
     expected = _logits(trainer.model, ids, pixels)
-    # On a quantized base stage 1's rows and projector are laid over the source before it is quantized again: the same.
+    # On a quantized base, stage 1's rows and projector are applied to the source before it is quantized again.
     torch.testing.assert_close(_logits(reader.model, ids, pixels), expected, atol=1e-5, rtol=1e-5)
     assert len(reader.ask([image], "What does the sign say?", max_new_tokens=4)) == 1
     plain, _ = build_model(trainer.base, seed=recipe.seed)

@@ -1,4 +1,4 @@
-"""Micro batches in several passes, and layers that recompute as memory asks: the same losses and weights."""
+"""Losses and weights do not depend on the number of passes, nor on the number of layers that recompute."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def test_a_token_budget_changes_no_loss_and_no_weight(average: Any, tiny_recipe:
 
 
 @pytest.mark.filterwarnings("error:.gradient_checkpointing.:FutureWarning")
-def test_auto_recomputes_what_the_memory_asks_for_and_changes_nothing(tiny_recipe: Recipe) -> None:
+def test_auto_recomputation_does_not_change_the_result(tiny_recipe: Recipe) -> None:
     stage = dataclasses.replace(
         tiny_recipe.stages[1], tune=Lora(rank=4, alpha=8.0, dropout=0.1), max_steps=3, gradient_checkpointing="auto"
     )
@@ -90,7 +90,7 @@ def test_the_number_of_layers_follows_tokens_and_memory(tune: Any, tiny_recipe: 
     assert made.recomputed == len(made.layers)
 
 
-def test_without_auto_nothing_is_touched(tiny_recipe: Recipe) -> None:
+def test_without_auto_all_layers_stay_as_they_are(tiny_recipe: Recipe) -> None:
     model, _ = build_model(tiny_recipe.model)
     trained = apply_tuning(model, Full())
     trained.gradient_checkpointing_enable({"use_reentrant": False})
