@@ -35,9 +35,9 @@ MEMORY_HEAD = "| | peak over imports, MiB | of it over the model, MiB |\n|---|--
 LEGEND = (
     "Useful tokens (without padding) per second: median (minimum–maximum) of the rounds, one step each in turn. Peak:"
     " `VmHWM` of a separate process, measured from when the model was ready; over imports it contains weights,"
-    " gradients and optimizer states, over the model all but the weights. For speed, glibc's allocator keeps freed memory; for"
-    " memory, it returns it to the system. Losses: the largest difference from the original's in any step. Ratios are"
-    " computed per round; below 1.15 there is no result. There is no dropout, so that losses can be compared."
+    " gradients and optimizer states, over the model all but the weights. For speed, glibc's allocator keeps freed"
+    " memory; for memory, it returns it to the system. Losses: the largest difference from the original's in any step."
+    " Ratios are computed per round; below 1.15 there is no result. There is no dropout, so that losses can be compared."
 )
 
 

@@ -48,12 +48,7 @@ class RunInputs:
 
 
 def hash_inputs(records: Iterable[str], *, ranks: int) -> RunInputs:
-    """Hash a stage's files of records.
-
-    Args:
-        records: Files, or folders written by ``datasets``.
-        ranks: Number of processes.
-    """
+    """Hash a stage's files of records; a folder of ``datasets`` counts with all its files."""
     found = {}
     for name in records:
         path = Path(name)
@@ -74,13 +69,7 @@ def checkpoint_step(checkpoint: Path) -> int:
 
 
 def commit_checkpoint(staged: Path, final: Path, inputs: RunInputs) -> None:
-    """Write a checkpoint's manifest, then rename its folder to its final name.
-
-    Args:
-        staged: The folder with all files of the checkpoint.
-        final: The path of ``checkpoint-N``.
-        inputs: What a run that resumes must share.
-    """
+    """Write the manifest of a complete checkpoint, then rename its staging folder to ``checkpoint-N``."""
     files = sorted(path for path in staged.rglob("*") if path.is_file())
     with ThreadPoolExecutor() as pool:  # hashing releases the GIL
         hashes = list(pool.map(_hash, files))
@@ -93,11 +82,7 @@ def commit_checkpoint(staged: Path, final: Path, inputs: RunInputs) -> None:
 
 
 def find_checkpoint_fault(checkpoint: Path) -> str | None:
-    """Compare every file of a checkpoint with its manifest.
-
-    Returns:
-        The first fault, or None.
-    """
+    """Compare every file of a checkpoint with its manifest, and return the first fault or None."""
     try:
         manifest = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))
         entries: dict[str, dict[str, Any]] = manifest["files"]
@@ -164,12 +149,6 @@ def find_resume_point(
 ) -> Path | None:
     """Return the checkpoint that a stage resumes from, after removing what is unfinished. Every rank must call this.
 
-    Args:
-        directory: The folder of the stage.
-        inputs: The inputs of this run.
-        processes: The processes of the run.
-        allow_changes: Whether the checkpoint may come from a run with other inputs.
-
     Raises:
         ConfigError: The checkpoint comes from a run with other inputs.
     """
@@ -184,7 +163,7 @@ def find_resume_point(
 
 
 def remove_old_checkpoints(directory: Path, keep: int) -> None:
-    """Remove all but the newest ``keep`` checkpoints of a stage; ``keep`` is at least 1."""
+    """Remove all but the newest ``keep`` checkpoints of a stage, at least 1."""
     for old in list_checkpoints(directory)[:-keep]:
         # Rename first: a kill during the removal must not leave part of a checkpoint.
         hidden = old.with_name(f".{old.name}.old")

@@ -32,11 +32,7 @@ _FIX = "free some space and run the same command again"
 
 @contextmanager
 def explain_full_disk(final: Path, staged: Path) -> Iterator[None]:
-    """Name the result that did not fit on the disk, and remove its staging folder.
-
-    Args:
-        final: The final folder of the result, for the message.
-        staged: The folder that is written inside the context.
+    """Name the result that did not fit on the disk, and remove the staging folder that is written inside the context.
 
     Raises:
         EnvironmentFaultError: The disk is full.
@@ -58,7 +54,7 @@ class CheckpointWriter:
 
     Args:
         directory: The folder of the stage.
-        inputs: What a run that resumes from a checkpoint must share.
+        inputs: What a resumed run must share with this one.
         keep: Number of checkpoints to keep.
         accelerator: The accelerator of the run.
     """

@@ -25,10 +25,10 @@ CARD_FILE = "README.md"
 
 
 def write_card(folder: Path, recipe: Recipe, stage: Stage, *, run: Path, step: int) -> None:
-    """Write ``README.md`` and ``recipe.yaml`` into an adapter's folder.
+    """Write ``README.md`` and ``recipe.yaml`` into an adapter's folder that is otherwise complete.
 
     Args:
-        folder: The adapter's folder, with all its other files.
+        folder: The folder of the adapter.
         recipe: The run.
         stage: The stage that trained the adapter.
         run: The folder of the stage, with its figures.

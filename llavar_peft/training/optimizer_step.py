@@ -52,8 +52,7 @@ def check_finite(
     """Check the losses and the gradient of an optimizer step before it is taken. All ranks stop together.
 
     Args:
-        accelerator: The accelerator of the run. With fp16 it scales the loss and skips a step whose gradient overflows,
-            so that only the losses are checked.
+        accelerator: The accelerator of the run.
         losses: Loss of each micro batch of the step on this rank, with the ids of its records.
         norm: Norm of the gradient over all ranks, before clipping.
         where: Stage and step, for the message.
@@ -63,6 +62,7 @@ def check_finite(
     """
     finite = torch.stack([loss for loss, _ in losses]).isfinite().tolist()
     bad = [record for (_, ids), good in zip(losses, finite, strict=True) for record in ids if not good]
+    # With fp16, the scaler skips a step whose gradient overflows.
     overflowed = accelerator.scaler is None and not math.isfinite(norm)
     if not on_any_rank(bool(bad) or overflowed, accelerator.device):
         return

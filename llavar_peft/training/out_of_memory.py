@@ -19,11 +19,6 @@ _GIB = 2**30
 def explain_out_of_memory(stage: Stage, model: ModelConfig, *, ranks: int) -> Iterator[None]:
     """Replace the libraries' errors about memory by one that names remedies.
 
-    Args:
-        stage: The stage that is trained inside the context.
-        model: The model, for the way its base is stored.
-        ranks: Number of processes.
-
     Raises:
         EnvironmentFaultError: There was not enough memory.
     """
@@ -37,13 +32,7 @@ def explain_out_of_memory(stage: Stage, model: ModelConfig, *, ranks: int) -> It
 
 
 def memory_remedies(stage: Stage, model: ModelConfig, *, ranks: int) -> list[str]:
-    """Return settings that need less memory and are not set yet; those that do not change the result come first.
-
-    Args:
-        stage: The stage that is trained.
-        model: The model, for the way its base is stored.
-        ranks: Number of processes.
-    """
+    """Return settings that need less memory and are not set yet; those that do not change the result come first."""
     found = []
     if stage.gradient_checkpointing is not True:
         found.append("set gradient_checkpointing: true")

@@ -66,12 +66,10 @@ class RunFolder:
         return self.directory(stage) / "model"
 
     def open(self, *, restart: bool, stages: Sequence[Stage], allow_changes: bool = False) -> None:
-        """Create the folder, or check that an existing one belongs to the same recipe.
+        """Create the folder, or check that an existing one belongs to the same recipe, unless changes are allowed.
 
         Args:
-            restart: Whether to delete the existing results of ``stages``.
-            stages: The stages to run.
-            allow_changes: Whether the folder may belong to another recipe.
+            restart: Whether to delete the existing results of ``stages`` first.
 
         Raises:
             ConfigError: The folder holds results of another recipe.
@@ -135,15 +133,7 @@ class RunFolder:
         )
 
     def load_result(self, stage: Stage, model: Any) -> Path:
-        """Load a finished stage's result into a plain model, in place.
-
-        Args:
-            stage: A finished stage.
-            model: The plain model. The adapter of the last stage is not applied to it.
-
-        Returns:
-            The folder of the result.
-        """
+        """Load a finished stage's result into a plain model, except the last stage's adapter; return its folder."""
         folder = self.result(stage)
         if isinstance(stage.tune, Projector):
             load_projector(model, folder / PROJECTOR_SAFETENSORS)

@@ -110,7 +110,7 @@ def save_result(config: ModelConfig, folder: Path) -> None:
 
     Args:
         config: The source of the base.
-        folder: Contains ``mm_projector.safetensors``; the model's weights are added to it.
+        folder: The folder with ``mm_projector.safetensors``, to which the model's weights are added.
     """
     from huggingface_hub import save_torch_state_dict
 

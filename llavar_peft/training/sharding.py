@@ -44,13 +44,7 @@ def check_fsdp_version() -> None:
 
 
 def configure_sharding(accelerator: Accelerator) -> Sharding | None:
-    """Set up the sharding that ``accelerate launch`` was configured for.
-
-    Args:
-        accelerator: The accelerator, before a model is prepared with it.
-
-    Returns:
-        The kind of sharding; None without sharding or with a single process of FSDP.
+    """Set up the sharding that ``accelerate launch`` was configured for, and return its kind.
 
     Raises:
         ConfigError: DeepSpeed's configuration sets the optimizer or the schedule.
@@ -112,7 +106,7 @@ def check_sharding_support(tune: Tune, stage: str) -> None:
 def gather_weights(
     model: nn.Module, accelerator: Accelerator, sharding: Sharding | None, *, trained_only: bool
 ) -> dict[str, Tensor]:
-    """Gather a model's state from its shards. Every rank must call this.
+    """Gather a wrapped model's state under the names of the plain model. Every rank must call this.
 
     Args:
         model: The wrapped model.
@@ -121,8 +115,7 @@ def gather_weights(
         trained_only: Whether frozen parameters of a sharded model are left out.
 
     Returns:
-        Whole tensors by the names of the plain model. If the model is sharded, they are on the CPU of the first rank,
-        and the result is empty on the other ranks.
+        Whole tensors. Those of a sharded model are on the CPU of the first rank; the other ranks get none.
     """
     if sharding is None:
         plain: dict[str, Tensor] = accelerator.unwrap_model(model).state_dict()

@@ -22,12 +22,6 @@ _OPTIMIZERS = {"adamw": "adamw_torch", "adamw_8bit": "adamw_bnb_8bit", "paged_ad
 def training_arguments(recipe: Recipe, stage: Stage, directory: Path, *, ranks: int) -> transformers.TrainingArguments:
     """Build the arguments of a stage, with exactly the stage's global batch.
 
-    Args:
-        recipe: The run, for its seed and trackers.
-        stage: The stage.
-        directory: The folder of the stage, for its checkpoints.
-        ranks: Number of processes.
-
     Raises:
         ConfigError: The global batch does not divide by micro batch times ranks.
     """

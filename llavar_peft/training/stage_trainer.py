@@ -55,8 +55,8 @@ class StageTrainer(TrainerInternals):
         stage: The stage of the recipe.
         arguments: The stage's settings, from ``training_arguments``.
         dataset: The records to train on.
-        dropped: Counts records that cannot be trained on, and stops the run above the allowed share.
-        inputs: What a run that resumes from a checkpoint must share with this one.
+        dropped: Counts records that cannot be trained on.
+        inputs: What a resumed run must share with this one.
         base: The model that the stage starts from, as an adapter names it.
         recipe: The run.
         sink: Called with the figures of each step.
@@ -138,13 +138,9 @@ class StageTrainer(TrainerInternals):
         """Return the batches of this rank, in an order that depends on (seed, epoch) alone."""
         dataset: Any = self.train_dataset
         stage = self.stage
-        balance = Balance(stage.global_batch_size, stage.micro_batch_size, dataset.estimated_tokens)
-        sampler = EpochSampler(
-            len(dataset),
-            seed=self.recipe.seed,
-            shuffle=stage.data.shuffle,
-            balanced=balance if stage.balance else None,
-        )
+        even = Balance(stage.global_batch_size, stage.micro_batch_size, dataset.estimated_tokens)
+        balance = even if stage.balance else None
+        sampler = EpochSampler(len(dataset), seed=self.recipe.seed, shuffle=stage.data.shuffle, balanced=balance)
         loader: DataLoader[Any] = DataLoader(
             dataset,
             batch_size=self.args.train_batch_size,
@@ -180,16 +176,10 @@ class StageTrainer(TrainerInternals):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """Compute the cross entropy at supervised positions; logits are computed for those alone.
+        """Compute the cross entropy of one pass at supervised positions; logits are computed for those alone.
 
         Args:
-            model: The wrapped model.
-            inputs: The batch of one pass.
-            return_outputs: Whether to return the model's output as well.
             num_items_in_batch: With ``loss_average="token"``, number of supervised tokens of the optimizer step.
-
-        Returns:
-            The loss, or the loss and the output.
         """
         count = inputs.pop(SUPERVISED)
         tokens = inputs["input_ids"].numel()
@@ -256,12 +246,7 @@ class StageTrainer(TrainerInternals):
             self.state.save_to_json(str(folder / TRAINER_STATE_NAME))
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Save the trained weights under a plain model's names, and the processor.
-
-        Args:
-            output_dir: The folder; by default that of the stage.
-            _internal_call: Unused; part of the parent's signature.
-        """
+        """Save the trained weights under a plain model's names, and the processor."""
         lora = isinstance(self.stage.tune, Lora)
         state = gather_weights(self.model_wrapped, self.accelerator, self.sharding, trained_only=lora)
         if not self.args.should_save:

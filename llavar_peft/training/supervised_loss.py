@@ -59,7 +59,7 @@ def split_micro_batch(
         accelerator: The accelerator of the run.
         model: The wrapped model.
         inputs: A packed batch with the key ``SUPERVISED``; a padded batch is not split.
-        max_tokens: Number of tokens that a pass may have; None means one pass.
+        max_tokens: Largest number of tokens of a pass; None means one pass.
 
     Yields:
         The batch of each pass. Run its backward pass before asking for the next one.

@@ -266,16 +266,6 @@ class Trainer:
 def run_recipe(
     recipe: Recipe, stages: Sequence[str] | None = None, *, restart: bool = False, allow_changes: bool = False
 ) -> Path:
-    """Build the recipe's model and train it, as ``llavar-peft train`` does.
-
-    Args:
-        recipe: The run.
-        stages: Names of the stages to run; None means all.
-        restart: Whether to delete existing results of these stages and start again.
-        allow_changes: Whether to resume although the recipe, the records or the number of processes changed.
-
-    Returns:
-        The folder of the last stage's result.
-    """
+    """Build the recipe's model, train it as ``Trainer.train`` does, and return the folder of the last result."""
     model, processor = build_model(recipe.model, seed=recipe.seed)
     return Trainer(model, processor, recipe).train(stages, restart=restart, allow_changes=allow_changes)

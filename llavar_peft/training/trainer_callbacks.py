@@ -10,7 +10,7 @@ from types import FrameType
 from typing import Any
 
 from tqdm.auto import tqdm
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback
 
 from llavar_peft.training.holdout_probe import Probe
 from llavar_peft.training.rank_agreement import on_any_rank
@@ -41,9 +41,7 @@ class ProgressBar(TrainerCallback):
             self.bar.close()
             self.bar = None
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Open the bar at the current step."""
         if state.is_world_process_zero:
             interval = 0.2 if sys.stderr.isatty() else 10.0
@@ -51,14 +49,12 @@ class ProgressBar(TrainerCallback):
                 total=state.max_steps, initial=state.global_step, desc=self.label, unit="step", mininterval=interval
             )
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Advance the bar."""
         if self.bar is not None:
             self.bar.update(state.global_step - self.bar.n)
 
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Close the bar."""
         self.close()
 
@@ -73,14 +69,12 @@ class StopOnSignal(TrainerCallback):
         self.requested = False
         self._previous: dict[int, Any] = {}
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Install the handlers."""
         if threading.current_thread() is threading.main_thread():
             self._previous = {number: signal.signal(number, self._handle) for number in _SIGNALS}
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Stop after this step if any rank received a signal."""
         if on_any_rank(self.requested, args.device):
             self.requested = True
@@ -109,24 +103,18 @@ class EvalCallback(TrainerCallback):
     def __init__(self, probe: Probe) -> None:
         self.probe = probe
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Run the probe before the first step; a resumed run has done so already."""
         if state.global_step == 0:
             self.probe.look(kwargs["model"], step=0, when="start")
 
-    def on_log(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **kwargs: Any
-    ) -> None:
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         """Run the probe at its interval, after the figures of the step were written without the probe's time."""
         every = self.probe.config.every_steps
         if every and "loss" in (logs or {}) and state.global_step % every == 0 and state.global_step < state.max_steps:
             self.probe.look(kwargs["model"], step=state.global_step, when="step")
 
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Run the probe on the result, unless the run was interrupted."""
         if state.global_step >= state.max_steps:
             self.probe.look(kwargs["model"], step=state.global_step, when="end")

@@ -37,6 +37,7 @@ def save_training_state(trainer: transformers.Trainer, folder: Path, sharding: S
     folder.mkdir(parents=True, exist_ok=True)  # the rank that writes the weights may come later
     if sharding in ("fsdp2", "zero"):
         named, updating = _updated_tensors(trainer, sharding)
+        # ZeRO's float32 partitions exist nowhere else.
         save_shard(named, updating, _shard_file(trainer, folder), weights=sharding == "zero")
     elif sharding == "fsdp1":
         save_fsdp_optimizer(accelerator.state.fsdp_plugin, accelerator, optimizer, trainer.model, str(folder))
@@ -104,14 +105,7 @@ def _updated_tensors(
 
 
 def save_shard(named: Mapping[str, Tensor], optimizer: torch.optim.Optimizer, path: Path, *, weights: bool) -> None:
-    """Write this rank's optimizer states.
-
-    Args:
-        named: The tensors that the optimizer updates; a resumed run must use the same names.
-        optimizer: The optimizer of these tensors.
-        path: The file of this rank.
-        weights: Whether to write the tensors as well: ZeRO's float32 partitions exist nowhere else.
-    """
+    """Write this rank's optimizer states of the named tensors; with ``weights``, write the tensors as well."""
     tensors, plain = dict[str, Tensor](), dict[str, Any]()
     for name, parameter in named.items():
         if weights:
@@ -124,12 +118,7 @@ def save_shard(named: Mapping[str, Tensor], optimizer: torch.optim.Optimizer, pa
 
 
 def load_shard(named: Mapping[str, Tensor], optimizer: torch.optim.Optimizer, path: Path) -> None:
-    """Load what ``save_shard`` wrote, in place.
-
-    Args:
-        named: The same tensors as when the file was written, on the same number of ranks.
-        optimizer: The optimizer of these tensors.
-        path: The file of this rank.
+    """Load what ``save_shard`` wrote for the same named tensors on the same number of ranks, in place.
 
     Raises:
         WeightsError: The file does not hold the states of these tensors.
