@@ -37,7 +37,7 @@ LEGEND = (
     " `VmHWM` of a separate process, measured from when the model was ready; over imports it contains weights,"
     " gradients and optimizer states, over the model all but the weights. For speed, glibc's allocator keeps freed"
     " memory; for memory, it returns it to the system. Losses: the largest difference from the original's in any step."
-    " Ratios are computed per round; below 1.15 there is no result. There is no dropout, so that losses can be compared."
+    " Ratios are computed per round; below 1.15 there is no result. Without dropout, so that losses can be compared."
 )
 
 
