@@ -82,7 +82,7 @@ def reset_zero() -> None:
         unset_hf_deepspeed_config()
 
 
-def check_sharded(model: nn.Module) -> None:
+def check_sharding(model: nn.Module) -> None:
     """Check that FSDP2 has sharded every trained parameter of a prepared model.
 
     Raises:

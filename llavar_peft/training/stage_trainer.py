@@ -35,7 +35,7 @@ from llavar_peft.training.optimizer_step import StepCounts, check_finite, learni
 from llavar_peft.training.save_weights import load_trained, save_trained
 from llavar_peft.training.sharding import (
     check_fsdp_version,
-    check_sharded,
+    check_sharding,
     check_sharding_support,
     configure_sharding,
     gather_weights,
@@ -126,7 +126,7 @@ class StageTrainer(TrainerInternals):
     def check_prepared(self, model: nn.Module) -> None:
         """Check that FSDP2 has sharded the model."""
         if self.sharding == "fsdp2":
-            check_sharded(model)
+            check_sharding(model)
 
     def load_training_state(self, checkpoint: Path) -> None:
         """Load the states of optimizer, schedule and loss scaler."""
