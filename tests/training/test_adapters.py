@@ -140,7 +140,9 @@ def test_a_second_adapter_belongs_to_the_model_with_the_first_one_merged(tiny_re
     recipe = _lora(tiny_recipe, only=True)
     again = dataclasses.replace(recipe.stages[0], name="again")
     trainer, result = _train(dataclasses.replace(recipe, stages=(*recipe.stages, again)))
-    assert not [name for name in trained_names(trainer.model) if "trainable_tokens" in name]  # the first adapter has trained the rows
+    assert not [
+        name for name in trained_names(trainer.model) if "trainable_tokens" in name
+    ]  # the first adapter has trained the rows
     reader = load_reader(result)
     torch.testing.assert_close(_logits(reader.model), _logits(trainer.model), atol=1e-5, rtol=1e-5)
     assert json.loads((result / "base.json").read_text())["checkpoint"].endswith("stage2/model")

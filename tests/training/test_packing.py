@@ -54,9 +54,7 @@ def _gradients(model: Any, batch: dict[str, Any]) -> tuple[float, dict[str, torc
 
 
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["", "recomputed"])
-@pytest.mark.parametrize(
-    "images", [(True,) * 4, (True, False, True, False), (False,) * 4], ids=["all", "some", "none"]
-)
+@pytest.mark.parametrize("images", [(True,) * 4, (True, False, True, False), (False,) * 4], ids=["all", "some", "none"])
 @pytest.mark.parametrize("tune", TUNES, ids=lambda tune: type(tune).__name__)
 def test_loss_and_gradients_equal_those_of_padded_rows(
     tune: Tune, images: tuple[bool, ...], checkpointing: bool, tiny_recipe: Recipe
