@@ -1,10 +1,10 @@
-"""How long the records are that the benchmarks draw: like those that LLaVAR was trained on, which are not shipped.
+"""Lengths of the benchmarks' random records, like those of LLaVAR's training data, which is not shipped.
 
-Means come from the published files' sizes (LLaVA, docs/Data.md: ``conversation_58k.json`` 126 MB, ``detail_23k.json``
+Means are computed from the published files' sizes (LLaVA, docs/Data.md: ``conversation_58k.json`` 126 MB, ``detail_23k.json``
 20.5 MB, ``complex_reasoning_77k.json`` 79.6 MB, ``chat.json`` of 595K captions 211 MB; LLaVAR: ``chat_llavar.json`` of
-1,017K records 389 MB) less what JSON takes around each text, at 4.4 characters a token (3.2 in OCR). The spread of
-stage 2 is that of GPT-4's answers to LLaVA's 90 COCO questions, measured: standard deviation of the logarithm 0.50,
-0.25 and 0.23. That conversations have 3 to 6 questions, and the spread of stage 1, are assumptions.
+1,017K records 389 MB) less the JSON syntax around each text, at 4.4 characters a token (3.2 in OCR). The spread of
+stage 2 was measured on GPT-4's answers to LLaVA's 90 COCO questions: standard deviation of the logarithm 0.50, 0.25
+and 0.23. The number of questions in a conversation (3 to 6) and the spread of stage 1 are assumptions.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ class Kind:
     """A kind of record.
 
     Attributes:
-        share: Of all records.
-        pairs: Least and largest number of questions.
-        question: Mean tokens of a question.
-        answer: Mean tokens of an answer.
-        spread: Standard deviation of the logarithm of an answer's tokens.
+        share: Share of all records.
+        pairs: Smallest and largest number of questions.
+        question: Mean number of tokens of a question.
+        answer: Mean number of tokens of an answer.
+        spread: Standard deviation of the logarithm of an answer's number of tokens.
     """
 
     share: float
@@ -51,15 +51,15 @@ KINDS = {
 
 
 def draw_turns(stage: str, count: int, seed: int) -> list[tuple[tuple[int, int], ...]]:
-    """Draw records as the tokens of their questions and answers.
+    """Draw the lengths of records.
 
     Args:
         stage: ``"stage1"`` or ``"stage2"``.
         count: Number of records.
-        seed: Of the draw.
+        seed: Seed of the random numbers.
 
     Returns:
-        For each record, (question, answer) for each of its pairs.
+        For each record, the numbers of tokens (question, answer) of each of its pairs.
     """
     draw = Random(seed)
     kinds = KINDS[stage]
@@ -68,15 +68,15 @@ def draw_turns(stage: str, count: int, seed: int) -> list[tuple[tuple[int, int],
 
 
 def _answer(draw: Random, kind: Kind) -> int:
-    # The mean of a log-normal number lies half its variance above the median.
+    # The mean of a log-normal distribution exceeds its median by a factor of exp(variance / 2).
     return max(2, round(draw.lognormvariate(math.log(kind.answer) - kind.spread**2 / 2, kind.spread)))
 
 
 def about(stage: str) -> str:
-    """A line that says what is drawn."""
+    """Describe the lengths of a stage's records in one line."""
     drawn = draw_turns(stage, 4096, 0)
     lengths = sorted(
         TEMPLATE_TOKENS + sum(TURN_TOKENS + question + answer for question, answer in one) for one in drawn
     )
     low, middle, high = (lengths[int(part * len(lengths))] for part in (0.05, 0.5, 0.95))
-    return f"{stage}: {low} / {middle} / {high} tokens of text (5 %, median, 95 %) beside the picture's"
+    return f"{stage}: {low} / {middle} / {high} tokens of text (5 %, median, 95 %), in addition to the image's"

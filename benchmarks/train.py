@@ -1,15 +1,15 @@
-"""Training: useful tokens a second, memory and losses against the original's step and TRL's, in alternating steps.
+"""Compare training with the original's step and TRL: tokens per second, memory and losses, in alternating steps.
 
     python benchmarks/train.py [--stages stage1 stage2 lora] [--rounds 5] [--levers] [--small] [--out STEM]
 
-Each contender is a ``transformers.Trainer`` in a process of its own, on the same model (``middle`` of
-``train_model.py``, random weights) and the same records (lengths of ``lengths.py``) in the same order: ours is the
-library's ``StageTrainer``, the original's step is ``train_original.py``, TRL's is ``SFTTrainer`` on the stock LLaVA
-class (``pip install trl``; without it its lines say so). They make one step each in turn, with one thread; one more
-before warms up. Speed is measured at a vocabulary of 800, where the head has about its share of a 13B model's work,
-memory at 32003.
+Each contender is a ``transformers.Trainer`` in its own process, with the same model (``middle`` of ``train_model.py``,
+random weights) and the same records (lengths of ``lengths.py``) in the same order: ours is the library's
+``StageTrainer``, the original's step is in ``train_original.py``, and TRL's is ``SFTTrainer`` on the stock LLaVA class
+(``pip install trl``; without it, its lines are marked as not measured). They make one step each in turn, with one
+thread, after one step to warm up. Speed is measured with a vocabulary of 800, where the head has about the share of the
+work that it has in a 13B model; memory is measured with 32003.
 
-Linux only; half an hour on one idle core without ``--levers``, three quarters with them.
+Linux only. Takes half an hour on one idle core without ``--levers``, and 45 minutes with them.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from weights import about
 CONTENDERS = ("original", "original, keeping", "ours, recomputing", "ours", "trl")
 LEVERS = ("ours", "padded", "all logits", "ours, recomputing", "whole tower")
 MEMORY_WORDS, MEMORY_STEPS = 32003, 2
-"""In the second step the optimizer's states are there from the start, and recomputation is settled."""
+"""In the second step the optimizer's states exist, so that the number of recomputed layers is final."""
 MEMORY_CONTENDERS = ("original", "ours, recomputing", "ours", "trl")
 WARM_UP = 1
 
@@ -50,15 +50,15 @@ def measure(
 
     Args:
         stage: A key of ``TUNES``.
-        names: Of the contenders; losses are compared with the first one's.
-        shape: The model's.
-        batch: Records of a step.
-        steps: Optimizer steps; the first is not counted.
-        work: Where trainers may write.
-        lean: Whether it is memory that is measured.
+        names: Names of the contenders; losses are compared with those of the first.
+        shape: Size of the model.
+        batch: Number of records of a step.
+        steps: Number of optimizer steps; the first is not counted.
+        work: Folder for the trainers' files.
+        lean: Whether memory is measured rather than speed.
 
     Returns:
-        What each did, by name under ``found``; how far losses are ``apart``.
+        The measurements by name under ``found``, and the largest differences between losses under ``apart``.
     """
     records = Records(LENGTHS[stage], steps * batch, shape)
     cell = Cell(stage=stage, shape=shape, batch=batch, steps=steps, folder=work)
@@ -71,17 +71,17 @@ def measure(
 
 
 def summary(stage: str, done: dict[str, Steps], tokens: Sequence[int], *, shape: Shape, batch: int) -> dict[str, Any]:
-    """Rates and differences of what contenders did.
+    """Compute rates and differences from the measurements.
 
     Args:
         stage: A key of ``TUNES``.
-        done: From ``take_turns``.
-        tokens: Of each step.
-        shape: The model's.
-        batch: Records of a step.
+        done: The result of ``take_turns``.
+        tokens: Number of tokens of each step.
+        shape: Size of the model.
+        batch: Number of records of a step.
 
     Returns:
-        Figures that JSON takes.
+        Figures that can be written as JSON.
     """
     first = next(iter(done))
     found = {}
@@ -99,7 +99,7 @@ def summary(stage: str, done: dict[str, Steps], tokens: Sequence[int], *, shape:
 
 
 def with_ratios(cell: dict[str, Any]) -> dict[str, Any]:
-    """Add how many times faster ours is, for each pair of which both ran."""
+    """Add the speed of ours relative to each peer, for the pairs of contenders that both ran."""
     found, cell["ratios"] = cell["found"], {}
     for _, peer, name in PAIRS:
         if peer in found and name in found and not (found[peer]["absent"] or found[name]["absent"]):
@@ -108,14 +108,14 @@ def with_ratios(cell: dict[str, Any]) -> dict[str, Any]:
 
 
 def with_lever_ratios(cell: dict[str, Any], clock: str = "cpu") -> dict[str, Any]:
-    """Add how many times longer a step takes with each lever than the first contender's."""
+    """Add the time of a step with each lever relative to that of the first contender."""
     base = cell["found"][cell["first"]][clock][WARM_UP:]
     others = {name: found[clock][WARM_UP:] for name, found in cell["found"].items() if name != cell["first"]}
     return {**cell, "ratios": {name: ratios(taken, base) for name, taken in others.items()}}
 
 
 def levers(stages: Sequence[str], shape: Shape, *, small: bool, steps: int, work: Path) -> list[dict[str, Any]]:
-    """Each lever on and off."""
+    """Measure each lever on and off."""
     found = []
     for stage in stages:
         names = (*LEVERS, *(["dropout"] if stage == "lora" else []))
@@ -130,16 +130,20 @@ def levers(stages: Sequence[str], shape: Shape, *, small: bool, steps: int, work
 
 
 def main() -> None:
-    """Print the tables, and with ``--out`` writes them and the figures of every step."""
+    """Print the tables; with ``--out``, write them and the figures of every step."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--stages", nargs="+", choices=TUNES, default=list(TUNES))
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--vocabulary", type=int, default=MEMORY_WORDS, help="at which memory is measured")
-    parser.add_argument("--levers", action="store_true", help="also each lever of ours on and off")
-    parser.add_argument("--small", action="store_true", help="a try-out in seconds, whose figures say nothing")
-    parser.add_argument("--out", type=Path, help="writes OUT.json and OUT.md")
+    parser.add_argument(
+        "--vocabulary", type=int, default=MEMORY_WORDS, help="size of the vocabulary for the memory measurement"
+    )
+    parser.add_argument("--levers", action="store_true", help="also measure each lever of ours on and off")
+    parser.add_argument(
+        "--small", action="store_true", help="run in seconds to test the script; the figures are meaningless"
+    )
+    parser.add_argument("--out", type=Path, help="write OUT.json and OUT.md")
     options = parser.parse_args()
-    # Here and not in the environment: without threads before, the contenders can be forked.
+    # Set before any thread starts, so that the contenders can be forked.
     torch.set_num_threads(1)
     import_all()
     shape = SHAPES["tiny" if options.small else "middle"]

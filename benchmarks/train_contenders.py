@@ -24,7 +24,7 @@ from llavar_peft import DataConfig, Full, Lora, ModelConfig, OptimConfig, Projec
 from llavar_peft.models.build_model import build_model
 from llavar_peft.models.tuning import TRAINED_ROWS, apply_tuning, lora_config
 from llavar_peft.recipe.schema import Precision, Recompute, Tune
-from llavar_peft.training.checkpoint_folders import Origin
+from llavar_peft.training.checkpoint_folders import RunInputs
 from llavar_peft.training.dropped_records import DroppedRecords
 from llavar_peft.training.stage_arguments import training_arguments
 from llavar_peft.training.stage_trainer import StageTrainer
@@ -37,20 +37,20 @@ TUNES: dict[str, Tune] = {
 """Without dropout, so that losses can be compared."""
 LENGTHS = {"stage1": "stage1", "stage2": "stage2", "lora": "stage2"}
 BATCH = {"stage1": 4, "stage2": 4, "lora": 4}
-"""Records in a forward pass: the original's on each GPU in stage 2. In stage 1 it has 8, which pad a little more."""
+"""Number of records in a forward pass: the original's on each GPU in stage 2; its 8 in stage 1 pad slightly more."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Cell:
-    """What one contender is given.
+    """The task of one contender.
 
     Attributes:
         stage: A key of ``TUNES``.
-        shape: The model's.
-        batch: Records of a step.
-        steps: Optimizer steps.
-        folder: Where a trainer may write.
-        workers: Processes that make items.
+        shape: Size of the model.
+        batch: Number of records of a step.
+        steps: Number of optimizer steps.
+        folder: Folder for the trainer's files.
+        workers: Number of processes that make items.
     """
 
     stage: str
@@ -64,17 +64,14 @@ class Cell:
 def stage_of(
     cell: Cell, *, tune: Tune | None = None, packing: bool, recompute: Recompute, precision: Precision = "fp32"
 ) -> Stage:
-    """A recipe's stage for a contender.
+    """Return a stage for a contender, with a constant learning rate and the order of the data.
 
     Args:
-        cell: What it is given.
-        tune: What trains; None is the cell's.
-        packing: As in ``Stage``.
-        recompute: ``Stage.gradient_checkpointing``.
-        precision: As in ``Stage``.
-
-    Returns:
-        The stage: a constant rate, the data's order.
+        cell: The contender's task.
+        tune: What the stage trains; None means the cell's.
+        packing: The field of ``Stage``.
+        recompute: The field ``gradient_checkpointing`` of ``Stage``.
+        precision: The field of ``Stage``.
     """
     return Stage(
         name=cell.stage,
@@ -91,24 +88,21 @@ def stage_of(
 
 
 def arguments_of(cell: Cell, stage: Stage) -> tuple[Recipe, transformers.TrainingArguments]:
-    """The run that a stage is alone in, and the parent's settings for it."""
+    """Return a run with this stage alone, and its training arguments."""
     recipe = Recipe(model=ModelConfig(checkpoint="random"), stages=(stage,), output_dir=str(cell.folder))
     return recipe, training_arguments(recipe, stage, cell.folder, ranks=1)
 
 
 def ours(cell: Cell, records: Dataset[Any], callback: Any, *, model: Any, stage: Stage, trainer: Any = None) -> Any:
-    """The library's trainer.
+    """Return the library's trainer.
 
     Args:
-        cell: What it is given.
+        cell: The contender's task.
         records: The items.
-        callback: Of the benchmark.
-        model: What ``apply_tuning`` returned.
-        stage: From ``stage_of``.
-        trainer: A class of it; None is ``StageTrainer``.
-
-    Returns:
-        The trainer.
+        callback: The callback of the benchmark.
+        model: The model that ``apply_tuning`` returned.
+        stage: The stage from ``stage_of``.
+        trainer: The class of the trainer; None means ``StageTrainer``.
     """
     recipe, arguments = arguments_of(cell, stage)
     dataset: Any = records
@@ -118,8 +112,8 @@ def ours(cell: Cell, records: Dataset[Any], callback: Any, *, model: Any, stage:
         stage,
         arguments,
         dataset=dataset,
-        ledger=DroppedRecords(cell.folder / "dropped.jsonl", stage.data, total=len(dataset)),
-        origin=Origin(ranks=1, records={}),
+        dropped=DroppedRecords(cell.folder / "dropped.jsonl", stage.data, total=len(dataset)),
+        inputs=RunInputs(ranks=1, records={}),
         base=recipe.model,
         recipe=recipe,
         sink=lambda _: None,
@@ -128,17 +122,14 @@ def ours(cell: Cell, records: Dataset[Any], callback: Any, *, model: Any, stage:
 
 
 def contender(name: str, cell: Cell, records: Records, callback: Any) -> Any:
-    """Make one by name.
+    """Return the trainer of a contender; its ``train()`` is measured.
 
     Args:
         name: ``original``, ``original, keeping``, ``ours, recomputing``, ``ours``, ``trl``, or a lever of ours:
             ``padded``, ``all logits``, ``whole tower``, ``dropout``.
-        cell: What it is given.
+        cell: The contender's task.
         records: The items.
-        callback: Of the benchmark.
-
-    Returns:
-        The trainer; its ``train()`` is what is measured.
+        callback: The callback of the benchmark.
     """
     if name.startswith("original"):
         stage = stage_of(cell, packing=False, recompute="keeping" not in name)
@@ -159,7 +150,7 @@ def contender(name: str, cell: Cell, records: Records, callback: Any) -> Any:
 
 
 def seeded(model: Any) -> Any:
-    """The same model; adapters made next are the same for every contender."""
+    """Return the model unchanged, with the seed set so that every contender gets the same adapters."""
     torch.manual_seed(1)
     return model
 
@@ -170,7 +161,7 @@ class AllLogits(StageTrainer):
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """Cross entropy over all logits."""
+        """Compute the cross entropy over all logits."""
         core = _WithAllLogits(model)
         return super().compute_loss(core, inputs, return_outputs, num_items_in_batch)
 
@@ -189,7 +180,7 @@ class _WithAllLogits(nn.Module):
 
 
 def _trl(cell: Cell, records: Records, callback: Any) -> Any:
-    """TRL's trainer on the library's stock LLaVA, as it comes: it recomputes, and pads."""
+    """Return TRL's trainer with its defaults on transformers' LLaVA: it recomputes, and pads."""
     import datasets
     from trl import SFTConfig, SFTTrainer
 
@@ -198,7 +189,7 @@ def _trl(cell: Cell, records: Records, callback: Any) -> Any:
             return train_original.SequentialSampler(self.train_dataset)
 
     _, arguments = arguments_of(cell, stage_of(cell, packing=False, recompute=True))
-    # By name: neither class's settings can be made from the other's.
+    # Copied by name, because neither class can be built from the other.
     names = (
         "output_dir per_device_train_batch_size max_steps learning_rate lr_scheduler_type weight_decay use_cpu"
         " remove_unused_columns disable_tqdm logging_strategy logging_steps save_strategy report_to seed bf16 fp16"
@@ -219,14 +210,11 @@ def _trl(cell: Cell, records: Records, callback: Any) -> Any:
 
 
 def stock(model: Any, tune: Tune) -> Any:
-    """The library's own LLaVA with a model's weights: the projector is its first layer, the second one the identity.
+    """Return transformers' LLaVA with a LLaVAR's weights: the projector is its first layer, its second the identity.
 
     Args:
         model: A LLaVAR.
-        tune: What trains.
-
-    Returns:
-        What to train.
+        tune: What to train.
     """
     from peft import get_peft_model
     from transformers import LlavaConfig
@@ -268,15 +256,15 @@ def _last_rows_only(gradient: Tensor) -> Tensor:
 
 @lru_cache(maxsize=1)
 def processor() -> Any:
-    """A processor; of it only the pad token is asked here."""
+    """Return a processor, of which only the pad token is used."""
     parts = Path(str(files("llavar_peft") / "assets/tiny"))
     tiny = ModelConfig(language_model=str(parts / "language_model"), vision_tower=str(parts / "vision_tower"))
     return build_model(tiny)[1]
 
 
 def import_all() -> None:
-    """Imports what contenders need, so that none has it on its account; a missing TRL says so in its own turn."""
+    """Import what the contenders need, so that none of them is charged for it; a missing TRL is reported later."""
     processor()
-    for name in ("datasets", "deepspeed", "trl.trainer.sft_trainer"):  # accelerate looks for the second
+    for name in ("datasets", "deepspeed", "trl.trainer.sft_trainer"):  # accelerate imports the second
         with suppress(ImportError):
             import_module(name)

@@ -1,4 +1,4 @@
-"""Levers of ``train.py`` that need inputs of their own: images decoded ahead, and batches balanced over ranks."""
+"""Levers of ``train.py`` that need other inputs: images decoded ahead, and batches balanced over ranks."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ WORKERS = 2
 
 
 class Decoded(Dataset[Item]):
-    """Records whose images are opened when they are asked for.
+    """Records whose images are opened on access.
 
     Args:
         records: The records.
-        paths: Images.
-        side: Of a prepared one, in pixels.
+        paths: The image files.
+        side: Side of a prepared image, in pixels.
     """
 
     def __init__(self, records: Records, paths: Sequence[Path], side: int) -> None:
@@ -42,26 +42,26 @@ class Decoded(Dataset[Item]):
         return len(self.records)
 
     def __getitem__(self, index: int) -> Item:
-        """The item with the pixels of a file."""
+        """Return the item with the pixels of a file."""
         pixels = prepare_image(self.paths[index % len(self.paths)], "pad", self.clip)
         return dataclasses.replace(self.records[index], pixels=(pixels,))
 
     def estimated_tokens(self, index: int) -> int:
-        """How long an item is."""
+        """Return the length of an item."""
         return self.records.estimated_tokens(index)
 
 
 def decoding(shape: Shape, *, batch: int, steps: int, work: Path) -> tuple[dict[str, Steps], list[int]]:
-    """Stage 1 from JPEG files: opened ahead by workers, and opened in the step.
+    """Train stage 1 from JPEG files that workers open ahead, and that the step itself opens.
 
     Args:
-        shape: The model's.
-        batch: Records of a step.
-        steps: Optimizer steps.
-        work: A folder to write in.
+        shape: Size of the model.
+        batch: Number of records of a step.
+        steps: Number of optimizer steps.
+        work: Folder for files.
 
     Returns:
-        What ``decoding ahead`` and ``decoding`` did, and the tokens of each step.
+        The measurements of ``decoding ahead`` and ``decoding``, and the number of tokens of each step.
     """
     folder = work / "jpeg"
     folder.mkdir(parents=True)
@@ -82,7 +82,7 @@ def decoding(shape: Shape, *, batch: int, steps: int, work: Path) -> tuple[dict[
 
 
 def even_ranks() -> str:
-    """What balancing gains where ranks wait for each other, by counting tokens."""
+    """Count the tokens that balancing saves where ranks wait for each other, and describe the result."""
     lengths = [
         576 + 2 + TEMPLATE_TOKENS + sum(TURN_TOKENS + question + answer + 1 for question, answer in turns)
         for turns in draw_turns("stage2", STEPS * RANKS * RECORDS, seed=0)
@@ -96,6 +96,6 @@ def even_ranks() -> str:
         gains.append((drawn / even, padded / even))
     drawn, padded = (sum(gain) / len(gain) for gain in zip(*gains, strict=True))
     return (
-        f"Balancing over {RANKS} ranks of {RECORDS} records, counted on {STEPS} steps of stage 2, not run: the slowest"
+        f"Balancing over {RANKS} ranks of {RECORDS} records, simulated on {STEPS} steps of stage 2: the slowest"
         f" rank has {drawn:.2f} times fewer tokens than as drawn, {padded:.2f} times fewer than as drawn and padded."
     )

@@ -1,4 +1,4 @@
-"""What ``train.py`` trains: a LLaVAR of random weights, and records of random words as long as real ones."""
+"""The model and data of ``train.py``: a LLaVAR of random weights, and random records with realistic lengths."""
 
 from __future__ import annotations
 
@@ -20,22 +20,22 @@ from llavar_peft.types import Example
 BOS, EOS, FIRST_WORD = 1, 2, 3
 PATCH = 14
 IMAGES = 8
-"""Different ones; records share them."""
+"""Number of different images, which the records share."""
 
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """A model's size.
+    """Size of a model.
 
     Attributes:
         hidden: Width of the language model.
         inner: Width of its MLP.
-        layers: Their number.
-        heads: Of the attention.
-        words: Rows of the embeddings, the image tokens included.
+        layers: Number of its layers.
+        heads: Number of its attention heads.
+        words: Rows of the embeddings, including the image tokens.
         tower: Width of the tower, whose MLP is four times as wide.
-        tower_layers: Their number, the last one, which nobody looks at, included.
-        side: Pixels of an image's side.
+        tower_layers: Number of the tower's layers, including the last one, whose output is not used.
+        side: Side of an image in pixels.
     """
 
     hidden: int
@@ -49,7 +49,7 @@ class Shape:
 
     @property
     def image_tokens(self) -> int:
-        """Patches of an image."""
+        """Return the number of patches of an image."""
         return (self.side // PATCH) ** 2
 
 
@@ -59,11 +59,11 @@ SHAPES = {
     "7b": Shape(4096, 11008, 32, 32, 32003, 1024, 24, 336),
     "13b": Shape(5120, 13824, 40, 40, 32003, 1024, 24, 336),
 }
-"""``middle``: head and tower have about their 13B share of the work (1 and 2 % there)."""
+"""In ``middle``, head and tower have about the share of the work that they have in 13B (1 and 2 %)."""
 
 
 def configuration(shape: Shape) -> LlavarConfig:
-    """The model's configuration."""
+    """Return the configuration of a model of this size."""
     text = LlamaConfig(
         hidden_size=shape.hidden,
         intermediate_size=shape.inner,
@@ -86,16 +86,7 @@ def configuration(shape: Shape) -> LlavarConfig:
 
 
 def build(shape: Shape, *, device: str = "cpu", dtype: torch.dtype = torch.float32) -> LlavarForConditionalGeneration:
-    """A model of random weights, the same at each call.
-
-    Args:
-        shape: Its size.
-        device: Where its weights are made.
-        dtype: Of its weights.
-
-    Returns:
-        The model, in training mode.
-    """
+    """Return a model of random weights in training mode, the same at each call."""
     torch.manual_seed(0)
     with torch.device(device):
         model: Any = LlavarForConditionalGeneration._from_config(
@@ -109,10 +100,10 @@ class Records(Dataset[Item]):
     """Items of a stage, each with an image before its first question.
 
     Args:
-        stage: ``"stage1"`` or ``"stage2"``: whose lengths they have.
-        count: How many.
-        shape: The model's.
-        longest: Tokens of all of them, instead of drawn lengths.
+        stage: ``"stage1"`` or ``"stage2"``, for the lengths.
+        count: Number of items.
+        shape: Size of the model.
+        longest: Number of tokens of every item, instead of random lengths.
     """
 
     def __init__(self, stage: str, count: int, shape: Shape, *, longest: int | None = None) -> None:
@@ -130,14 +121,14 @@ class Records(Dataset[Item]):
         return len(self.items)
 
     def __getitem__(self, index: int) -> Item:
-        """The item."""
+        """Return an item."""
         return self.items[index]
 
     def __iter__(self) -> Iterator[Item]:
         return iter(self.items)
 
     def estimated_tokens(self, index: int) -> int:
-        """How long an item is: what the library's sampler asks."""
+        """Return the length of an item, for the library's sampler."""
         return len(self.items[index].example.input_ids)
 
     def _tokens(self, turns: tuple[tuple[int, int], ...]) -> int:
@@ -156,8 +147,8 @@ class Records(Dataset[Item]):
             parts += [self._words(TURN_TOKENS + question), self._words(answer), torch.tensor([EOS])]
             supervised += [False, True, True]
         labels = [
-            part if learnt else torch.full_like(part, IGNORE_INDEX)
-            for part, learnt in zip(parts, supervised, strict=True)
+            part if trained else torch.full_like(part, IGNORE_INDEX)
+            for part, trained in zip(parts, supervised, strict=True)
         ]
         example = Example(
             id=str(number),
@@ -170,5 +161,5 @@ class Records(Dataset[Item]):
 
 
 def with_words(shape: Shape, words: int) -> Shape:
-    """The same model with another vocabulary."""
+    """Return the same size with another vocabulary."""
     return replace(shape, words=words)

@@ -1,8 +1,8 @@
-"""The original's training step, written anew on today's packages, for ``train.py`` to compare with.
+"""The original's training step, reimplemented with current packages as a baseline for ``train.py``.
 
-Rows padded to the longest, the whole tower, features spliced in image by image, logits at all positions in float32,
-the mean over shifted logits. In stage 1 the whole embedding is trained and all rows but two are put back before each
-forward pass. Attention is SDPA, as fast as the flash-attention that the original patched in.
+It pads rows to the longest, computes the whole tower, inserts the features image by image, computes logits at all
+positions in float32, and averages over shifted logits. In stage 1 it trains the whole embedding and restores all rows
+but two before each forward pass. Attention is SDPA, as fast as the flash-attention that the original patched in.
 
 Source: LLaVAR, llava/model/llava.py, ``LlavaLlamaForCausalLM``; llava/train/train.py, ``train``.
 """
@@ -25,15 +25,7 @@ from llavar_peft.recipe.schema import Projector, Tune
 
 
 def prepare(model: LlavarForConditionalGeneration, tune: Tune) -> Any:
-    """Freeze what the original froze.
-
-    Args:
-        model: A plain model; it is changed in place.
-        tune: The stage's value; adapters are the same as ours.
-
-    Returns:
-        What to train.
-    """
+    """Freeze the parameters that the original froze, in place, and return the model to train; adapters are ours."""
     if not isinstance(tune, Projector):
         return apply_tuning(model, tune)
     model.requires_grad_(False)
@@ -43,14 +35,7 @@ def prepare(model: LlavarForConditionalGeneration, tune: Tune) -> Any:
 
 
 class OriginalTrainer(transformers.Trainer):
-    """The library's trainer with the original's loss, on records in their order.
-
-    Args:
-        model: What ``prepare`` returned.
-        arguments: The parent's settings.
-        dataset: Items.
-        callbacks: The parent's callbacks.
-    """
+    """``transformers.Trainer`` with the original's loss, on records in the order of the data set."""
 
     def __init__(self, model: Any, arguments: Any, dataset: Any, callbacks: list[Any]) -> None:
         super().__init__(model=model, args=arguments, train_dataset=dataset, data_collator=padded, callbacks=callbacks)
@@ -66,13 +51,13 @@ class OriginalTrainer(transformers.Trainer):
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """Cross entropy over logits at every position."""
+        """Compute the cross entropy over logits at every position."""
         core = self._core
         embeddings = core.get_input_embeddings()
         if self._rows is not None:
             with torch.no_grad():
                 embeddings.weight[:-TRAINED_ROWS] = self._rows[:-TRAINED_ROWS]
-        embeds = _spliced(core, embeddings(inputs["input_ids"]), inputs)
+        embeds = _insert_features(core, embeddings(inputs["input_ids"]), inputs)
         hidden = core.model.language_model(
             inputs_embeds=embeds, attention_mask=inputs["attention_mask"], use_cache=False
         ).last_hidden_state
@@ -83,7 +68,7 @@ class OriginalTrainer(transformers.Trainer):
 
 
 def padded(items: Sequence[Item]) -> dict[str, Any]:
-    """A padded batch, without what is for our trainer."""
+    """Return a padded batch, without the keys for our trainer."""
     batch = Collator(0)(items)
     return {name: value for name, value in batch.items() if name not in ("ids", "faults")}
 
@@ -92,7 +77,7 @@ def _frozen(core: Any) -> bool:
     return not core.lm_head.weight.requires_grad
 
 
-def _spliced(core: Any, embeds_BTD: Tensor, inputs: dict[str, Any]) -> Tensor:
+def _insert_features(core: Any, embeds_BTD: Tensor, inputs: dict[str, Any]) -> Tensor:
     config = core.config
     with torch.no_grad():
         tower = core.model.vision_tower(inputs["pixel_values"], output_hidden_states=True)

@@ -12,37 +12,37 @@ NAMES = {
     "original": "the original's step, recomputing (as released)",
     "original, keeping": "the original's step, keeping activations",
     "ours, recomputing": "ours, recomputing",
-    "ours": "ours, as it comes (recomputes what memory asks for)",
-    "trl": "TRL's SFTTrainer on the stock LLaVA, as it comes (recomputing)",
+    "ours": "ours, by default (recomputes as memory requires)",
+    "trl": "TRL's SFTTrainer on the stock LLaVA, by default (recomputing)",
     "padded": "without packing: rows padded",
     "all logits": "logits at all positions, not in chunks at supervised ones",
     "whole tower": "the tower's unused last layer computed",
     "dropout": "LoRA's dropout of 0.05 on",
-    "decoding": "pictures decoded in the step",
-    "decoding ahead": "pictures decoded ahead by 2 workers",
+    "decoding": "images decoded in the step",
+    "decoding ahead": "images decoded ahead by 2 workers",
 }
 PAIRS = (
     ("both recomputing", "original", "ours, recomputing"),
     ("both keeping activations", "original, keeping", "ours"),
-    ("each as it comes", "original", "ours"),
+    ("each by default", "original", "ours"),
     ("TRL, both recomputing", "trl", "ours, recomputing"),
-    ("TRL, each as it comes", "trl", "ours"),
+    ("TRL, each by default", "trl", "ours"),
 )
 SPEED_GOALS = {"stage1": 1.6, "stage2": 1.6, "lora": 2.0}
 MEMORY_GOAL = 4.0
 SPEED_HEAD = "| | tokens/s of CPU time | tokens/s |\n|---|---|---|"
 MEMORY_HEAD = "| | peak over imports, MiB | of it over the model, MiB |\n|---|---|---|"
 LEGEND = (
-    "Useful tokens (without padding) for each second: median (least–most) of the rounds, a step each in turn. Peak:"
-    " `VmHWM` of a process of its own, counted from when the model was ready; over imports it holds weights, gradients"
-    " and optimizer states, over the model all but the weights. Where speed is measured glibc's allocator keeps what is"
-    " freed, where memory is, it gives it back. Losses: the largest difference from the original's in"
-    " any step. Ratios: of the rounds' own; below 1.15 there is no result. No dropout, so that losses can be compared."
+    "Useful tokens (without padding) per second: median (minimum–maximum) of the rounds, one step each in turn. Peak:"
+    " `VmHWM` of a separate process, measured from when the model was ready; over imports it contains weights,"
+    " gradients and optimizer states, over the model all but the weights. For speed, glibc's allocator keeps freed"
+    " memory; for memory, it returns it to the system. Losses: the largest difference from the original's in any step."
+    " Ratios are computed per round; below 1.15 there is no result. Without dropout, so that losses can be compared."
 )
 
 
 def train_table(report: dict[str, Any]) -> str:
-    """A report as Markdown."""
+    """Format a report as Markdown."""
     machine = report["machine"]
     packages = ", ".join(f"{name} {number}" for name, number in report["packages"].items())
     lines = [
@@ -54,7 +54,7 @@ def train_table(report: dict[str, Any]) -> str:
         ),
         "",
         f"* {lengths_of('stage1')}",
-        f"* {lengths_of('stage2')} (also LoRA's; benchmarks/lengths.py says where these are from)",
+        f"* {lengths_of('stage2')} (also for LoRA; benchmarks/lengths.py names the sources)",
         f"* model: {report['model']}",
     ]
     lines += _summary(report)
@@ -76,7 +76,7 @@ def train_table(report: dict[str, Any]) -> str:
         lines += ["", "| times less memory | over imports | over the model | goal |\n|---|---|---|---|"]
         lines += [_memory_row(cell, *pair) for pair in PAIRS if set(pair[1:]) <= _ran(cell)]
     if report["levers"]:
-        lines += ["", "### Levers, each turned off (or on) alone; ratio of CPU time to ours as it comes"]
+        lines += ["", "### Levers, each switched off (or on) alone; ratio of CPU time to ours by default"]
     for cell in report["levers"]:
         lines += ["", f"{cell['stage']}:", "", *_cell(cell), ""]
         lines += [f"* {NAMES[name]}: {ratio(found)}" for name, found in cell["ratios"].items()]
@@ -85,7 +85,7 @@ def train_table(report: dict[str, Any]) -> str:
 
 
 def _summary(report: dict[str, Any]) -> list[str]:
-    """All stages beside one another: how many times faster ours is, and in how much less memory."""
+    """Format a table of all stages: relative speed, and memory."""
     stages = [cell["stage"] for cell in report["speed"]]
     rule = "|---" * (len(stages) + 1) + "|"
     lines = ["", f"| times faster, in CPU time | {' | '.join(stages)} |", rule]
@@ -116,7 +116,7 @@ def _cell(cell: dict[str, Any], *, memory: bool = False) -> list[str]:
         lines.append(f"| {NAMES[name]} | {' | '.join(columns)} |")
     if cell["apart"]:
         apart = ", ".join(f"{name} {value:.1e}" for name, value in cell["apart"].items())
-        lines += ["", f"Losses apart from {cell['first']}'s, at most: {apart}."]
+        lines += ["", f"Largest differences of losses from {cell['first']}: {apart}."]
     return lines
 
 

@@ -1,7 +1,7 @@
-"""Trainings in processes of their own that take turns, step by step.
+"""Run several trainings in separate processes that take turns, step by step.
 
-All are forked from one process that has imported everything and run nothing, so that they start alike and none pays for
-imports. While one makes its step the others wait. Linux only.
+All processes are forked from one that has imported everything and computed nothing, so that they start in the same state
+and none spends time on imports. While one makes a step, the others wait. Linux only.
 """
 
 from __future__ import annotations
@@ -28,16 +28,16 @@ _TRIM_THRESHOLD, _MMAP_THRESHOLD, _MMAP_MAX = -1, -3, -4
 
 @dataclass
 class Steps:
-    """What a contender did.
+    """Measurements of one contender.
 
     Attributes:
-        cpu: Seconds of CPU time of each step, the batch's making included.
-        wall: Seconds by the clock.
-        losses: Of each step.
-        imports: Bytes resident before its model was made.
-        model: Bytes resident once it was ready to train.
-        peak: Most bytes resident while it trained.
-        absent: Why it did not run, else None.
+        cpu: CPU seconds of each step, including the time to make the batch.
+        wall: Wall-clock seconds of each step.
+        losses: Loss of each step.
+        imports: Resident bytes before the model was built.
+        model: Resident bytes when the contender was ready to train.
+        peak: Largest number of resident bytes during the training.
+        absent: The reason why the contender did not run, or None.
     """
 
     cpu: list[float] = field(default_factory=list)
@@ -50,10 +50,10 @@ class Steps:
 
 
 class Turn(TrainerCallback):
-    """Gives the turn back after each optimizer step, and says what the step took.
+    """Reports the time of each optimizer step, and waits for the next turn.
 
     Args:
-        line: To the process that hands out the turns.
+        line: The connection to the process that assigns the turns.
     """
 
     def __init__(self, line: Connection) -> None:
@@ -66,42 +66,43 @@ class Turn(TrainerCallback):
         self._cpu, self._wall = time.process_time(), time.perf_counter()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """A step is done."""
+        """Report a step and wait for the next turn."""
         self.line.send((time.process_time() - self._cpu, time.perf_counter() - self._wall))
         self.wait()
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-        """A step's loss."""
+        """Record the loss of a step."""
         if logs and "loss" in logs:
             self.losses.append(float(logs["loss"]))
 
 
 def take_turns(makers: dict[str, Callable[[Turn], Any]], steps: int, *, lean: bool = False) -> dict[str, Steps]:
-    """Train all contenders, a step each in turn; the order is turned round after each step.
+    """Train all contenders, one step each in turn, and reverse the order after each step.
 
     Args:
-        makers: Makes each contender's trainer, in its own process.
-        steps: Optimizer steps that each one's ``train()`` makes.
-        lean: Whether freed memory goes back to the system at once, so that the peak is what is in use. Otherwise it is
-            kept, as a GPU's allocator does: fetching it again at each step takes time that depends on the machine.
+        makers: Functions that build each contender's trainer, called in its own process.
+        steps: Number of optimizer steps of each contender's ``train()``.
+        lean: Whether freed memory is returned to the system at once, so that the peak is the memory in use. Otherwise
+            it is kept, as a GPU's allocator does: allocating it again in each step takes time that depends on the
+            machine.
 
     Returns:
-        What each did.
+        The measurements by contender.
     """
     found = {name: Steps() for name in makers}
     with _processes(makers, lean) as lines:
         for name, line in lines.items():
-            found[name].imports, found[name].model, found[name].absent = _received(name, line)
+            found[name].imports, found[name].model, found[name].absent = _receive(name, line)
         running = [name for name in makers if found[name].absent is None]
         for step in range(steps):
             for name in running if step % 2 == 0 else running[::-1]:
                 lines[name].send("go")
-                cpu, wall = _received(name, lines[name])
+                cpu, wall = _receive(name, lines[name])
                 found[name].cpu.append(cpu)
                 found[name].wall.append(wall)
         for name in running:
             lines[name].send("go")
-            found[name].losses, found[name].peak = _received(name, lines[name])
+            found[name].losses, found[name].peak = _receive(name, lines[name])
     return found
 
 
@@ -111,7 +112,7 @@ def _processes(makers: dict[str, Callable[[Turn], Any]], lean: bool) -> Iterator
     lines, children = {}, []
     for name, make in makers.items():
         lines[name], theirs = context.Pipe()
-        # One after the other: each is ready before the next is made.
+        # Wait until each is ready before the next one starts.
         children.append(context.Process(target=_train, args=(make, theirs, lean)))
         children[-1].start()
         theirs.close()
@@ -128,7 +129,7 @@ def _processes(makers: dict[str, Callable[[Turn], Any]], lean: bool) -> Iterator
 
 def _train(make: Callable[[Turn], Any], line: Connection, lean: bool) -> None:
     _allocate(lean)
-    warnings.simplefilter("ignore", FutureWarning)  # of names that the library still goes by
+    warnings.simplefilter("ignore", FutureWarning)  # about names that changed in newer versions
     turn = Turn(line)
     imports = resident("VmRSS")
     try:
@@ -138,19 +139,19 @@ def _train(make: Callable[[Turn], Any], line: Connection, lean: bool) -> None:
         return
     try:
         line.send((imports, resident("VmRSS"), None))
-        Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
+        Path("/proc/self/clear_refs").write_text("5")  # reset the peak
         turn.wait()
         trainer.train()
         line.send((turn.losses, resident("VmHWM")))
     except EOFError:
-        os._exit(1)  # whoever handed out the turns is gone
+        os._exit(1)  # the process that assigns the turns has exited
     except BaseException:
         traceback.print_exc(file=sys.stderr)
         raise
 
 
 def _allocate(lean: bool) -> None:
-    """Set glibc's allocator, for this process; another one stays as it is."""
+    """Configure the allocator of this process, if it is glibc's."""
     set_option = getattr(ctypes.CDLL(None), "mallopt", None)
     if set_option is None:
         return
@@ -161,27 +162,24 @@ def _allocate(lean: bool) -> None:
         set_option(_TRIM_THRESHOLD, 2**31 - 1)
 
 
-def _received(name: str, line: Connection) -> Any:
+def _receive(name: str, line: Connection) -> Any:
     try:
         return line.recv()
     except EOFError:
-        raise SystemExit(f"{name}: ended by an error, see above") from None
+        raise SystemExit(f"{name}: failed, see the error above") from None
 
 
 def resident(what: str) -> float:
-    """Memory of this process, in bytes: ``VmRSS`` now, ``VmHWM`` at most.
+    """Return the resident memory of this process, in bytes.
 
     Args:
-        what: The kernel's name.
-
-    Returns:
-        The bytes.
+        what: ``VmRSS`` for the current value, ``VmHWM`` for the peak.
     """
     text = Path("/proc/self/status").read_text()
     return float(text.split(f"{what}:")[1].split()[0]) * 1024
 
 
 def useful_tokens(records: Sequence[Any], batch: int, steps: int) -> list[int]:
-    """Tokens of each step, without padding."""
+    """Return the number of tokens of each step, without padding."""
     lengths = [len(item.example.input_ids) for item in records]
     return [sum(lengths[step * batch : (step + 1) * batch]) for step in range(steps)]

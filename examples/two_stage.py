@@ -23,14 +23,14 @@ def main() -> None:
     parser.add_argument("--stage2", required=True, help="records of conversations")
     parser.add_argument("--stage2-images", required=True)
     parser.add_argument("--output-dir", required=True)
-    parser.add_argument("--max-steps", type=int, help="stop each stage early, to try things out")
+    parser.add_argument("--max-steps", type=int, help="number of steps of each stage, for a quick test")
     args = parser.parse_args()
 
     stages = (
         projector_pretraining(DataConfig(records=args.stage1, images=args.stage1_images), max_steps=args.max_steps),
         full_finetuning(DataConfig(records=args.stage2, images=args.stage2_images), max_steps=args.max_steps),
     )
-    if args.max_steps:  # a try-out: what fits anywhere
+    if args.max_steps:  # a quick test, with a batch that fits anywhere
         stages = tuple(dataclasses.replace(stage, global_batch_size=2, micro_batch_size=2) for stage in stages)
     recipe = Recipe(
         model=ModelConfig(language_model=args.language_model, vision_tower=args.vision_tower),

@@ -175,7 +175,7 @@ def test_the_command_that_trains_in_turns(tmp_path: Path) -> None:
     assert all(len(found[name]["cpu"]) == len(found[name]["losses"]) == 2 for name in ("original", "ours"))
     assert all(found[name]["peak"] > found[name]["imports"] > 0 for name in ("original", "ours"))
     assert done.stdout.endswith((tmp_path / "found.md").read_text())  # DeepSpeed, where there is one, prints first
-    assert "| each as it comes |" in done.stdout
+    assert "| each by default |" in done.stdout
 
 
 def test_every_way_of_asking_gives_the_originals_answers(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

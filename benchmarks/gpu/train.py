@@ -1,14 +1,13 @@
-"""Training at 7B and 13B on one GPU: tokens a second, model FLOPs utilisation, peak memory.
+"""Measure training at 7B and 13B on one GPU: tokens per second, model FLOPs utilisation, peak memory.
 
     python benchmarks/gpu/train.py [--sizes 7b 13b] [--steps 12] [--peak-tflops 989] [--out STEM]
 
-No result of this is committed yet: it has not been run on a GPU. ``--sizes tiny`` tries its whole path in seconds,
-on a CPU too.
+No result is committed yet: the script has not been run on a GPU. ``--sizes tiny`` tests it in seconds, also on a CPU.
 
-Weights are random and made on the device, in bf16; images have 336 pixels, records the lengths of ``lengths.py``.
-Each cell runs in a process of its own, memory caps by ``torch.cuda.set_per_process_memory_fraction``. Utilisation
-counts what has to be computed, once, against the device's dense bf16 peak (989 TFLOP/s for an H200 or H100 SXM).
-Quantized cells need bitsandbytes, and while they are built the whole model in bf16.
+Weights are random, created on the device in bf16; images have 336 pixels, records have the lengths of ``lengths.py``.
+Each cell runs in its own process; memory is limited by ``torch.cuda.set_per_process_memory_fraction``. Utilisation
+counts the necessary computation once, against the device's dense bf16 peak (989 TFLOP/s for an H200 or H100 SXM).
+Quantized cells need bitsandbytes, and memory for the whole model in bf16 while they are built.
 """
 
 from __future__ import annotations
@@ -25,24 +24,24 @@ from typing import Any
 HERE = Path(__file__).resolve().parent
 PEAK_TFLOPS = 989.0
 UTILISATION = 50.0
-"""Per cent that LoRA in bf16 is to reach."""
+"""The goal for LoRA in bf16, in per cent."""
 
 
 def cells(size: str, steps: int) -> list[dict[str, Any]]:
-    """What is measured of one size.
+    """Return the cells of one size.
 
     Args:
         size: A key of ``train_model.SHAPES``.
-        steps: Optimizer steps, two of them to warm up.
+        steps: Number of optimizer steps, including two to warm up.
 
     Returns:
-        Cells for ``train_cell.py``. ``goal_gib`` is the memory to stay below; with ``cap_gib`` it is enforced.
+        Cells for ``train_cell.py``. ``goal_gib`` is the goal for the memory, ``cap_gib`` an enforced limit.
     """
     plain = {
         "size": size, "steps": steps, "quantize": None, "lengths": "stage2", "longest": None, "recompute": "auto",
         "cap_gib": None, "goal_gib": None,
     }  # fmt: skip
-    # A tiny model's width does not take ranks like these.
+    # These ranks exceed the width of a tiny model.
     high, low = (8, 4) if size == "tiny" else (128, 64)
     qlora = {**plain, "rank": low, "quantize": "nf4"}
     limit = {"13b": 16.0, "7b": 9.0}.get(size)
@@ -63,10 +62,10 @@ def run(cell: dict[str, Any]) -> dict[str, Any]:
     """Measure one cell.
 
     Args:
-        cell: From ``cells``.
+        cell: A cell from ``cells``.
 
     Returns:
-        What ``train_cell.measure`` gives, or the end of what it complained of under ``failed``.
+        The result of ``train_cell.measure``, or the last line of its error under ``failed``.
     """
     paths = [str(HERE.parent), str(HERE.parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
     command = [sys.executable, str(HERE / "train_cell.py"), json.dumps(cell)]
@@ -79,7 +78,7 @@ def run(cell: dict[str, Any]) -> dict[str, Any]:
 
 
 def row(cell: dict[str, Any], found: dict[str, Any], peak_tflops: float) -> str:
-    """A line of the table."""
+    """Format a row of the table."""
     start = f"| {cell['size']}, {cell['name']} | {cell['batch']} | "
     if "flops_per_second" not in found:
         return f"{start}{found.get('failed') or found['out_of_memory']} | | | |"
@@ -96,15 +95,15 @@ def row(cell: dict[str, Any], found: dict[str, Any], peak_tflops: float) -> str:
 
 
 def main() -> None:
-    """Print the table, and with ``--out`` writes it and the figures."""
+    """Print the table; with ``--out``, write it and the figures."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sizes", nargs="+", choices=("tiny", "7b", "13b"), default=["7b", "13b"])
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--peak-tflops", type=float, default=PEAK_TFLOPS)
-    parser.add_argument("--out", type=Path, help="writes OUT.json and OUT.md")
+    parser.add_argument("--out", type=Path, help="write OUT.json and OUT.md")
     options = parser.parse_args()
     if options.steps < 3:
-        parser.error("--steps: at least 3, of which two warm up")
+        parser.error("--steps: must be at least 3, because two steps warm up")
     command = " ".join(["python", "benchmarks/gpu/train.py", *sys.argv[1:]])
     measured = [(cell, run(cell)) for size in options.sizes for cell in cells(size, options.steps)]
     device = next((found["device"] for _, found in measured if "device" in found), "no cell ran")

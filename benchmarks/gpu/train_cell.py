@@ -1,4 +1,4 @@
-"""One cell of ``gpu/train.py``, measured in a process of its own; that script runs this one.
+"""Measure one cell of ``gpu/train.py``, which runs this script in a separate process.
 
 python train_cell.py CELL_AS_JSON
 """
@@ -26,28 +26,25 @@ GIB = 2**30
 
 
 class Clock(TrainerCallback):
-    """Notes when each optimizer step is over."""
+    """Records the time at which each optimizer step ends."""
 
     def __init__(self) -> None:
         self.ends: list[float] = []
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """A step is done."""
+        """Record the end of a step."""
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         self.ends.append(time.perf_counter())
 
 
 def random_model(size: str, quantize: Any, device: str) -> Any:
-    """A model of random weights that are made on the device.
+    """Return a model of random weights that are created on the device.
 
     Args:
         size: A key of ``SHAPES``.
-        quantize: As in ``ModelConfig``.
-        device: Where.
-
-    Returns:
-        The model.
+        quantize: The field of ``ModelConfig``.
+        device: The device.
     """
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     if quantize is None:
@@ -70,18 +67,16 @@ def random_model(size: str, quantize: Any, device: str) -> Any:
 
 
 def flops(size: str, records: Any, *, rank: int | None) -> float:
-    """What a training step of some records has to compute, nothing computed twice; attention is causal.
+    """Return the necessary floating-point operations of a training step, without recomputation.
 
-    Forward, and backward to the inputs, through every layer: the projector lies before them. Weight gradients of
-    adapters alone; the head at supervised positions; the tower forward, without its last layer.
+    Counted are the forward pass and the backward pass to the inputs through every layer (the projector precedes them),
+    with causal attention; weight gradients of adapters only; the head at supervised positions; and the tower's forward
+    pass without its last layer. A multiplication and an addition count as two operations.
 
     Args:
         size: A key of ``SHAPES``.
-        records: Items.
-        rank: Of LoRA on all linear layers, None where the language model is frozen.
-
-    Returns:
-        Floating-point operations, a multiplication and an addition being two.
+        records: The items of the step.
+        rank: Rank of LoRA on all linear layers; None if the language model is frozen.
     """
     shape = SHAPES[size]
     layer = 4 * shape.hidden**2 + 3 * shape.hidden * shape.inner
@@ -101,10 +96,10 @@ def measure(cell: dict[str, Any]) -> dict[str, Any]:
     """Train some steps.
 
     Args:
-        cell: From ``gpu/train.py``.
+        cell: A cell from ``gpu/train.py``.
 
     Returns:
-        Tokens and floating-point operations a second, GiB at most, or how the memory ran out.
+        Tokens and floating-point operations per second and peak memory in GiB, or the out-of-memory error.
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
     batch, steps = cell["batch"], cell["steps"]
@@ -126,7 +121,7 @@ def measure(cell: dict[str, Any]) -> dict[str, Any]:
             ours(given, records, clock, model=apply_tuning(model, tune), stage=stage).train()
         except torch.OutOfMemoryError as error:
             return {"out_of_memory": str(error).splitlines()[0]}
-    timed, first = records.items[2 * batch :], 1  # two steps to warm up: recomputation is settled in the second
+    timed, first = records.items[2 * batch :], 1  # two steps warm up: only the second one plans recomputation
     seconds = clock.ends[-1] - clock.ends[first]
     return {
         "tokens_per_second": sum(len(item.example.input_ids) for item in timed) / seconds,

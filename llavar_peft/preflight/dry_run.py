@@ -27,7 +27,7 @@ from llavar_peft.constants import METRICS_FILE
 from llavar_peft.errors import InterruptedRunError
 from llavar_peft.models.build_model import build_model
 from llavar_peft.recipe.schema import Recipe, Stage
-from llavar_peft.training.checkpoint_folders import checkpoints
+from llavar_peft.training.checkpoint_folders import list_checkpoints
 from llavar_peft.training.stage_records import stage_records
 from llavar_peft.training.trainer import Trainer
 
@@ -103,7 +103,7 @@ class _StopOnce(transformers.TrainerCallback):
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._began = time.perf_counter()
         if state.global_step == 1 and not self.checkpoint_bytes:
-            self.checkpoint_bytes = _size(checkpoints(Path(args.output_dir))[-1])
+            self.checkpoint_bytes = _size(list_checkpoints(Path(args.output_dir))[-1])
             raise InterruptedRunError.at("dry run", "stopped after the first step", "no action is needed")
 
 

@@ -1,8 +1,8 @@
-"""How many layers' activations are computed again in the backward pass: as few as the free memory allows.
+"""Activation checkpointing: recompute the activations of as few layers as the free memory allows.
 
-A layer that keeps its activations is spared a third pass through itself. What keeping costs is measured, not estimated:
-the bytes that autograd saves in one layer during the first forward pass. Once gradients and optimizer states have been
-there, each batch's tokens and the free memory decide.
+A layer that keeps its activations needs no second forward pass. The cost of keeping them is measured: the bytes that
+autograd saves in one layer during the first forward pass. Once the gradients and the optimizer's states exist, each
+batch's number of tokens and the free memory decide how many layers recompute.
 """
 
 from __future__ import annotations
@@ -24,20 +24,20 @@ from llavar_peft.models.chunked_loss import CHUNK
 
 logger = logging.getLogger(__name__)
 
-_SPARE = 0.1
-"""Share of the free memory that is left alone: for fragments, and for what libraries take for themselves."""
+_RESERVE = 0.1
+"""Share of the free memory that is not used: for fragmentation, and for allocations of libraries."""
 _BACKWARD = 2
-"""Layers' worth of activations that the backward pass through one layer needs beside what was kept."""
+"""Number of layers' activations that the backward pass through one layer needs in addition to those kept."""
 
 
 @dataclass(frozen=True)
 class LayerCost:
-    """What one layer keeps for its backward pass.
+    """Memory that one layer keeps for its backward pass.
 
     Attributes:
         per_token: Bytes for each token.
-        constant: Bytes whatever the tokens: under autocast, its weights in half precision.
-        input_per_token: Bytes for each token that it keeps where it recomputes: its input.
+        constant: Bytes that do not depend on the tokens: under autocast, the weights in half precision.
+        input_per_token: Bytes for each token of the layer's input, which a layer that recomputes keeps.
     """
 
     per_token: float
@@ -45,7 +45,7 @@ class LayerCost:
     input_per_token: float
 
     def kept(self, tokens: int) -> float:
-        """Bytes of a layer that keeps its activations."""
+        """Return the bytes of a layer that keeps its activations."""
         return self.per_token * tokens + self.constant
 
 
@@ -53,10 +53,10 @@ class Recomputation:
     """Decides before each forward pass which layers of the language model keep their activations.
 
     Args:
-        model: As it is trained, before it is wrapped; ``gradient_checkpointing_enable`` is the caller's.
-        auto: Whether to decide at all; without, nothing is touched.
-        device: Where it is trained.
-        free: Gives the bytes that can still be had there.
+        model: The model before it is wrapped; gradient checkpointing must be enabled on it.
+        auto: Whether to decide at all; otherwise all layers stay as they are.
+        device: The device of the model.
+        free: Returns the number of bytes available on the device.
     """
 
     def __init__(
@@ -70,22 +70,22 @@ class Recomputation:
         self._model = model
         self._logits = 8 * CHUNK * model.get_output_embeddings().weight.shape[0] if auto else 0
 
-    def plan(self, tokens: int, *, settled: bool) -> None:
-        """Say which layers recompute in the next forward pass.
+    def plan(self, tokens: int, *, has_states: bool) -> None:
+        """Set which layers recompute in the next forward pass.
 
         Args:
-            tokens: Of the pass, padding included.
-            settled: Whether the optimizer has its states; before, memory that looks free is not.
+            tokens: Number of tokens of the pass, including padding.
+            has_states: Whether the optimizer's states exist; before, they still need part of the free memory.
         """
         if not self.layers:
             return
         count = len(self.layers)
         if self.cost is None:
-            count -= 1  # the one that is measured
-        elif settled:
+            count -= 1  # the layer that is measured
+        elif has_states:
             count -= self._affordable(self.cost, tokens)
         if torch.distributed.is_available() and torch.distributed.is_initialized():
-            # Sharded layers are gathered again where they recompute: all ranks have to do the same.
+            # Layers that recompute gather their shards again, in which all ranks must take part.
             agreed = torch.tensor(count, device=self.device)
             torch.distributed.all_reduce(agreed, op=torch.distributed.ReduceOp.MAX)
             count = int(agreed)
@@ -96,36 +96,37 @@ class Recomputation:
         self.recomputed = count
 
     def _affordable(self, cost: LayerCost, tokens: int) -> int:
+        """Return the number of layers whose activations fit into the free memory."""
         layers = len(self.layers)
-        # Looked up each time: sharding puts other parameters in their places.
+        # Read each time, because sharding replaces the parameters.
         missing = (one for one in self._model.parameters() if one.requires_grad and one.grad is None)
         gradients = sum(_local(one).numel() * one.element_size() for one in missing)
         inputs = layers * cost.input_per_token * tokens
         others = gradients + self._logits + inputs + _BACKWARD * cost.kept(tokens)
-        room = self.free(self.device) * (1 - _SPARE) - others
+        room = self.free(self.device) * (1 - _RESERVE) - others
         return max(0, min(layers, int(room / (cost.kept(tokens) - cost.input_per_token * tokens))))
 
     @contextmanager
-    def measuring(self, tokens: int) -> Iterator[None]:
-        """Measure the last layer in the forward pass within, if that has not been done.
+    def measure(self, tokens: int) -> Iterator[None]:
+        """Measure the cost of the last layer in the forward pass inside the context, unless it is known.
 
         Args:
-            tokens: Of the pass.
+            tokens: Number of tokens of the pass.
         """
         if not self.layers or self.cost is not None:
             yield
             return
-        layer, saved = self.layers[-1], _Saved()
+        layer, saved = self.layers[-1], _SavedTensors()
         stack = ExitStack()
 
-        def before(_: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
-            saved.know(layer)
+        def start(_: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
+            saved.exclude_parameters(layer)
             hidden = arguments[0] if arguments else keywords["hidden_states"]
             saved.input_bytes = hidden.numel() * hidden.element_size()
-            stack.enter_context(torch.autograd.graph.saved_tensors_hooks(saved.note, lambda tensor: tensor))
+            stack.enter_context(torch.autograd.graph.saved_tensors_hooks(saved.add, lambda tensor: tensor))
 
         hooks = [
-            layer.register_forward_pre_hook(before, with_kwargs=True),
+            layer.register_forward_pre_hook(start, with_kwargs=True),
             layer.register_forward_hook(lambda *_: stack.close(), always_call=True),
         ]
         try:
@@ -142,29 +143,29 @@ class Recomputation:
             )
 
 
-class _Saved:
-    """What autograd keeps of a layer, each piece of memory once."""
+class _SavedTensors:
+    """The memory that autograd saves for a layer; each storage counts once."""
 
     def __init__(self) -> None:
         self.by_token: dict[int, int] = {}
         self.constant: dict[int, int] = {}
         self.input_bytes = 0
-        self._own: set[int] = set()
+        self._parameters: set[int] = set()
         self._shapes: set[tuple[int, ...]] = set()
 
-    def know(self, layer: nn.Module) -> None:
-        """A layer's own parameters cost nothing more; what has the shape of one is a copy that grows with no token.
+    def exclude_parameters(self, layer: nn.Module) -> None:
+        """Exclude a layer's parameters, which exist anyway. A tensor of a parameter's shape is a copy of constant size.
 
         Args:
-            layer: About to run, its parameters gathered if they are sharded.
+            layer: The layer that is about to run; sharded parameters are gathered.
         """
         parameters = list(layer.parameters())
-        self._own = {_local(one).untyped_storage().data_ptr() for one in parameters}
+        self._parameters = {_local(one).untyped_storage().data_ptr() for one in parameters}
         self._shapes = {tuple(sorted(one.shape)) for one in parameters}
 
-    def note(self, tensor: Tensor) -> Tensor:
+    def add(self, tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        if storage.data_ptr() not in self._own:
+        if storage.data_ptr() not in self._parameters:
             kind = self.constant if tuple(sorted(tensor.shape)) in self._shapes else self.by_token
             kind[storage.data_ptr()] = storage.nbytes()
         return tensor
@@ -179,20 +180,17 @@ def _language_layers(model: nn.Module) -> list[GradientCheckpointingLayer]:
 
 
 def _local(tensor: Tensor) -> Tensor:
-    """This rank's part of a sharded tensor; any other as it is."""
+    """Return this rank's part of a sharded tensor; any other tensor unchanged."""
     local: Tensor = tensor.to_local() if isinstance(tensor, DTensor) else tensor
     return local
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes that can still be had on a device, in this process.
+    """Return the number of bytes that this process can still allocate on a device.
 
     Args:
-        device: A CUDA device: what is free there and in PyTorch's cache, within the process's cap. Else: the memory
-            that the machine, or the process's control group, has left.
-
-    Returns:
-        The bytes.
+        device: For a CUDA device, the free memory and PyTorch's cache count, within the limit of the process. Otherwise
+            the memory available on the machine, within the limit of the control group.
     """
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)

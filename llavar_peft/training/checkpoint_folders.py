@@ -1,8 +1,7 @@
-"""Checkpoints that are whole or not there: written aside, hashed, synced, renamed, and verified before they are used.
+"""Checkpoint folders: written to a staging folder, hashed, synced and renamed; verified before they are used.
 
-Each has a ``manifest.json``, written last: its files' sizes and hashes, and what a run has to share to go on from it
-(records, number of ranks). A checkpoint that does not match its manifest is set aside under a name that says so, and
-the one before it is taken.
+The last file written is ``manifest.json``: sizes and hashes of all files, and what a resumed run must share (records,
+number of ranks). A checkpoint that does not match its manifest is renamed to ``*.broken``; the previous one is used.
 """
 
 from __future__ import annotations
@@ -18,6 +17,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from accelerate import PartialState
+
 from llavar_peft.atomic_files import commit_folder, write_json
 from llavar_peft.errors import ConfigError, Fault
 
@@ -30,83 +31,62 @@ BROKEN = ".broken"
 _BLOCK = 1 << 22
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _FULL_TEXTS = ("No space left on device", "Disk quota exceeded", "File too large", "unexpected pos", "failed writing")
-"""How writers that are not Python's say it: safetensors by its own error, torch.save by a RuntimeError."""
+"""Messages of writers that raise no OSError: safetensors raises its own error, torch.save a RuntimeError."""
 
 
 @dataclass(frozen=True)
-class Origin:
-    """What a run has to share with the one that wrote a checkpoint, to end where that one would have ended.
+class RunInputs:
+    """What a run must share with the run that wrote a checkpoint, so that resuming gives the same result.
 
     Attributes:
         ranks: Number of processes.
-        records: Hashes of the files that the stage's records come from.
+        records: Hashes of the stage's files of records, by path.
     """
 
     ranks: int
     records: Mapping[str, str]
 
 
-def origin_of(records: Iterable[str], *, ranks: int) -> Origin:
-    """Look at a stage's files of records.
-
-    Args:
-        records: Files, or folders written by ``datasets``.
-        ranks: Number of processes.
-
-    Returns:
-        Their hashes, by path.
-    """
+def hash_inputs(records: Iterable[str], *, ranks: int) -> RunInputs:
+    """Hash a stage's files of records; a folder of ``datasets`` counts with all its files."""
     found = {}
     for name in records:
         path = Path(name)
-        parts = sorted(one for one in path.rglob("*") if one.is_file()) if path.is_dir() else [path]
-        found.update({str(part): _hash(part) for part in parts})
-    return Origin(ranks, found)
+        files = sorted(one for one in path.rglob("*") if one.is_file()) if path.is_dir() else [path]
+        found.update({str(file): _hash(file) for file in files})
+    return RunInputs(ranks, found)
 
 
-def checkpoints(directory: Path) -> list[Path]:
-    """A stage's checkpoints, oldest first. What a killed run left in staging is none, nor is what was set aside."""
+def list_checkpoints(directory: Path) -> list[Path]:
+    """Return a stage's checkpoints, oldest first, without unfinished and broken ones."""
     found = [path for path in directory.glob(f"{PREFIX}*") if path.name.removeprefix(PREFIX).isdigit()]
-    return sorted(found, key=step_of)
+    return sorted(found, key=checkpoint_step)
 
 
-def step_of(checkpoint: Path) -> int:
-    """The optimizer step that a checkpoint was taken after."""
+def checkpoint_step(checkpoint: Path) -> int:
+    """Return the number of optimizer steps before a checkpoint."""
     return int(checkpoint.name.removeprefix(PREFIX))
 
 
-def write_manifest(staged: Path, final: Path, origin: Origin) -> None:
-    """Return a checkpoint its manifest and then, at once, its name.
-
-    Args:
-        staged: The folder, complete.
-        final: ``checkpoint-N`` beside the others.
-        origin: Of the run.
-    """
+def commit_checkpoint(staged: Path, final: Path, inputs: RunInputs) -> None:
+    """Write the manifest of a complete checkpoint, then rename its staging folder to ``checkpoint-N``."""
     files = sorted(path for path in staged.rglob("*") if path.is_file())
-    with ThreadPoolExecutor() as pool:  # hashing lets other threads run
+    with ThreadPoolExecutor() as pool:  # hashing releases the GIL
         hashes = list(pool.map(_hash, files))
     entries = {
         path.relative_to(staged).as_posix(): {"bytes": path.stat().st_size, "blake2b": digest}
         for path, digest in zip(files, hashes, strict=True)
     }
-    write_json(staged / MANIFEST, {"step": step_of(final), **asdict(origin), "files": entries})
+    write_json(staged / MANIFEST, {"step": checkpoint_step(final), **asdict(inputs), "files": entries})
     commit_folder(staged, final)
 
 
 def find_checkpoint_fault(checkpoint: Path) -> str | None:
-    """Read a checkpoint whole.
-
-    Args:
-        checkpoint: Its folder.
-
-    Returns:
-        What is wrong with it, or None.
-    """
+    """Compare every file of a checkpoint with its manifest, and return the first fault or None."""
     try:
         manifest = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))
         entries: dict[str, dict[str, Any]] = manifest["files"]
-        Origin(int(manifest["ranks"]), dict(manifest["records"]))
+        RunInputs(int(manifest["ranks"]), dict(manifest["records"]))
     except (OSError, ValueError, KeyError, TypeError) as error:
         return f"{MANIFEST} cannot be read ({error})"
 
@@ -116,88 +96,90 @@ def find_checkpoint_fault(checkpoint: Path) -> str | None:
         if not path.is_file():
             return f"{name} is missing"
         if path.stat().st_size != entry["bytes"]:
-            return f"{name} has {path.stat().st_size} bytes, not {entry['bytes']}"
+            return f"{name} is incomplete (got {path.stat().st_size} bytes, expected {entry['bytes']})"
         return None if _hash(path) == entry["blake2b"] else f"{name} is damaged"
 
     with ThreadPoolExecutor() as pool:
         return next((fault for fault in pool.map(check, entries.items()) if fault), None)
 
 
-def newest_good(directory: Path) -> Path | None:
-    """Find where to go on, and sets aside what is broken.
-
-    Args:
-        directory: The stage's.
-
-    Returns:
-        The newest checkpoint that verifies; None where there is none.
-    """
-    for path in reversed(checkpoints(directory)):
+def newest_valid_checkpoint(directory: Path) -> Path | None:
+    """Return a stage's newest checkpoint that matches its manifest, or None; rename those that do not match."""
+    for path in reversed(list_checkpoints(directory)):
         fault = find_checkpoint_fault(path)
         if fault is None:
             return path
-        aside = path.with_name(path.name + BROKEN)
+        renamed = path.with_name(path.name + BROKEN)
         number = 1
-        while aside.exists():
+        while renamed.exists():
             number += 1
-            aside = path.with_name(f"{path.name}{BROKEN}-{number}")
-        path.rename(aside)
-        logger.warning("%s: %s; set aside as %s", path, fault, aside.name)
+            renamed = path.with_name(f"{path.name}{BROKEN}-{number}")
+        path.rename(renamed)
+        logger.warning("%s: %s; renamed to %s", path, fault, renamed.name)
     return None
 
 
-def check_same_run(checkpoint: Path, origin: Origin) -> None:
-    """Compare a checkpoint's run with this one.
-
-    Args:
-        checkpoint: One that verifies.
-        origin: Of this run.
+def check_same_inputs(checkpoint: Path, inputs: RunInputs) -> None:
+    """Check that a run has the same inputs as the run that wrote a valid checkpoint.
 
     Raises:
         ConfigError: The records or the number of ranks changed.
     """
     manifest = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))
     faults = []
-    if manifest["ranks"] != origin.ranks:
-        faults.append(Fault("ranks", f"was {manifest['ranks']}, is {origin.ranks}", ""))
+    if manifest["ranks"] != inputs.ranks:
+        faults.append(Fault("ranks", f"changed (was {manifest['ranks']}, is {inputs.ranks})", ""))
     before: dict[str, str] = manifest["records"]
-    # A folder that was moved is the same one; what counts is what the files hold, in their order.
-    if list(before.values()) != list(origin.records.values()):
-        changed = [name for name, digest in origin.records.items() if digest not in before.values()]
-        gone = [name for name, digest in before.items() if digest not in origin.records.values()]
-        faults.append(Fault("data.records", f"changed: {', '.join([*changed, *gone]) or 'their order'}", ""))
+    # Files may have moved: their contents and order count, not their paths.
+    if list(before.values()) != list(inputs.records.values()):
+        changed = [name for name, digest in inputs.records.items() if digest not in before.values()]
+        removed = [name for name, digest in before.items() if digest not in inputs.records.values()]
+        faults.append(Fault("data.records", f"changed: {', '.join([*changed, *removed]) or 'their order'}", ""))
     if faults:
         lines = "\n".join(f"  {fault.where}: {fault.what}" for fault in faults)
         raise ConfigError(
-            f"{checkpoint}: this run would not end where the one that it belongs to would have\n{lines}\n"
-            "Fix: undo the change, pass --restart to begin anew, or --allow-changes to go on all the same.",
+            f"{checkpoint}: resuming with changed inputs would give another result\n{lines}\n"
+            "Fix: undo the change, pass --restart to start again, or --allow-changes to resume anyway.",
             faults,
         )
 
 
-def rotate(directory: Path, keep: int) -> None:
-    """Remove the oldest checkpoints; the newest, which was sealed just now, is never among them.
+def find_resume_point(
+    directory: Path, inputs: RunInputs, processes: PartialState, *, allow_changes: bool
+) -> Path | None:
+    """Return the checkpoint that a stage resumes from, after removing what is unfinished. Every rank must call this.
 
-    Args:
-        directory: The stage's.
-        keep: How many are kept, at least 1.
+    Raises:
+        ConfigError: The checkpoint comes from a run with other inputs.
     """
-    for old in checkpoints(directory)[:-keep]:
-        # Away under another name first: a kill in the middle must not leave half of one.
-        doomed = old.with_name(f".{old.name}.old")
-        shutil.rmtree(doomed, ignore_errors=True)
-        old.rename(doomed)
-        shutil.rmtree(doomed)
+    if processes.is_main_process:
+        remove_unfinished(directory)
+        newest_valid_checkpoint(directory)
+    processes.wait_for_everyone()
+    found = list_checkpoints(directory)  # rank 0 has renamed those that are broken
+    if found and not allow_changes:
+        check_same_inputs(found[-1], inputs)
+    return found[-1] if found else None
 
 
-def discard_unfinished(directory: Path) -> None:
-    """Remove what saves and rotations that were cut off have left."""
+def remove_old_checkpoints(directory: Path, keep: int) -> None:
+    """Remove all but the newest ``keep`` checkpoints of a stage, at least 1."""
+    for old in list_checkpoints(directory)[:-keep]:
+        # Rename first: a kill during the removal must not leave part of a checkpoint.
+        hidden = old.with_name(f".{old.name}.old")
+        shutil.rmtree(hidden, ignore_errors=True)
+        old.rename(hidden)
+        shutil.rmtree(hidden)
+
+
+def remove_unfinished(directory: Path) -> None:
+    """Remove what interrupted saves and removals have left in a stage's folder."""
     for path in [directory / STAGING, *directory.glob(f".{PREFIX}*")]:
         shutil.rmtree(path, ignore_errors=True)
 
 
 def is_disk_full(error: BaseException) -> bool:
-    """Whether a save failed for want of space, whichever library says so."""
+    """Whether an error means that the disk is full, in any library's words."""
     if isinstance(error, OSError) and error.errno in _FULL:
         return True
     return any(text in str(error) for text in _FULL_TEXTS)

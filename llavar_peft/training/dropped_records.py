@@ -1,4 +1,4 @@
-"""The records that cannot be trained on: counted, named, and above a share the end of the run."""
+"""Records that cannot be trained on: count and name them, and stop the run above a share."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ _SHOWN = 20
 
 
 class DroppedRecords:
-    """Counts each record once, however many epochs meet it, and over restarts.
+    """Counts each record once, over all epochs and restarts.
 
     Args:
-        path: ``dropped.jsonl`` of the stage; lines that stand there count.
+        path: The stage's ``dropped.jsonl``; its existing lines count.
         data: The policy: ``on_bad_image`` and ``max_bad_share``.
         total: Number of records trained on.
-        ranks: Processes that share them; each sees its part and counts for all.
+        ranks: Number of processes that share the records. Each counts its own part against its share of the limit.
     """
 
     def __init__(self, path: Path, data: DataConfig, *, total: int, ranks: int = 1) -> None:
@@ -34,22 +34,22 @@ class DroppedRecords:
         self.total = total
         self.reasons: dict[str, str] = {str(line["id"]): str(line["reason"]) for line in read_metric_lines(path)}
 
-    def note(self, faults: Iterable[tuple[str, str]]) -> None:
-        """Take a batch's faults.
+    def add(self, faults: Iterable[tuple[str, str]]) -> None:
+        """Add a batch's faults.
 
         Args:
-            faults: Pairs of record id and reason, the reason's kind before its first colon.
+            faults: Pairs of record id and reason; the kind of the reason precedes its first colon.
 
         Raises:
-            DataError: A bad image under the policy ``stop``, or more records than the share allows.
+            DataError: An image is bad and the policy is ``stop``, or more records are dropped than the share allows.
         """
         for record, reason in faults:
-            # Known from an earlier run or not: the policy holds each time.
+            # The policy applies to records known from an earlier run as well.
             if reason.startswith("image:") and self.data.on_bad_image == "stop":
                 raise DataError.at(
                     f"record {record}",
                     reason.removeprefix("image:").strip(),
-                    "repair the picture, or set data.on_bad_image to skip",
+                    "repair the image, or set data.on_bad_image to skip",
                 )
             if record not in self.reasons:
                 self.reasons[record] = reason
@@ -66,6 +66,6 @@ class DroppedRecords:
             str(self.path),
             f"{len(self.reasons)} of {self.total} records cannot be trained on, more than the share of "
             f"{self.data.max_bad_share:.2%}: {counted}. Records {ids}{more}",
-            "look at them with 'llavar-peft data check', raise max_length, or raise data.max_bad_share",
+            "check them with 'llavar-peft data check', raise max_length, or raise data.max_bad_share",
         )
         return DataError(str(error), error.faults)

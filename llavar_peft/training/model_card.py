@@ -1,6 +1,6 @@
-"""What an adapter's folder says of itself to people: a model card in Hugging Face's form, and the recipe.
+"""The model card and the recipe in an adapter's folder.
 
-Source of the form: huggingface.co/docs/hub/model-cards.
+Source of the format: huggingface.co/docs/hub/model-cards.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ CARD_FILE = "README.md"
 
 
 def write_card(folder: Path, recipe: Recipe, stage: Stage, *, run: Path, step: int) -> None:
-    """Write ``README.md`` and ``recipe.yaml`` beside an adapter.
+    """Write ``README.md`` and ``recipe.yaml`` into an adapter's folder that is otherwise complete.
 
     Args:
-        folder: The adapter's, otherwise complete.
+        folder: The folder of the adapter.
         recipe: The run.
-        stage: The stage that trained it.
-        run: Where the stage's figures are.
-        step: Optimizer steps done.
+        stage: The stage that trained the adapter.
+        run: The folder of the stage, with its figures.
+        step: Number of optimizer steps done.
     """
-    write_text(folder / RESOLVED_RECIPE_FILE, f"# The stage that trained this: {stage.name}\n{dump_recipe(recipe)}")
+    write_text(folder / RESOLVED_RECIPE_FILE, f"# Trained by stage: {stage.name}\n{dump_recipe(recipe)}")
     base = ModelConfig(**read_base_settings(folder).fields)
     parts, settings = split_adapter(read_adapter_table(folder)), read_settings(folder)
     sections = [
@@ -61,27 +61,27 @@ def _header(base: ModelConfig, stage: Stage) -> str:
 
 
 def _name(source: str) -> str:
-    """A hub name or a relative path as it is; of an absolute path, which means nothing elsewhere, its end."""
+    """Return a hub name or relative path unchanged, and only the last part of an absolute path."""
     path = Path(source)
     return path.name if path.is_absolute() else source
 
 
 def _about_base(folder: Path, base: ModelConfig) -> str:
     known = read_fingerprint(folder / FINGERPRINT_FILE) or {}
-    lines = ["## Base\n"]
+    lines = ["## Base model\n"]
     if base.checkpoint is not None:
         lines.append(f"- checkpoint `{_name(base.checkpoint)}`")
     else:
-        lines.append(f"- language model `{_name(base.language_model or '')}`, a new LLaVAR made from it")
+        lines.append(f"- a new LLaVAR built from the language model `{_name(base.language_model or '')}`")
     if base.vision_tower is not None:
         lines.append(f"- vision tower `{_name(base.vision_tower)}`")
     if base.projector is not None:
-        lines.append(f"- projector `{_name(base.projector)}` laid over it")
+        lines.append(f"- projector `{_name(base.projector)}` loaded into it")
     stored = {None: "in full precision", "nf4": "in 4 bits (nf4, double quantization)", "int8": "in 8 bits"}
-    lines.append(f"- trained on it stored {stored[base.quantize]}")
+    lines.append(f"- stored {stored[base.quantize]} during training")
     if "base" in known:
         tensors = known["base"]["tensors"]
-        lines.append(f"- fingerprint `{digest(known['base'])}` over {len(tensors)} tensors (`{FINGERPRINT_FILE}`)")
+        lines.append(f"- fingerprint `{digest(known['base'])}` of {len(tensors)} tensors (`{FINGERPRINT_FILE}`)")
     return "\n".join(lines) + "\n"
 
 
@@ -93,14 +93,14 @@ def _about_training(parts: tuple[AdapterPart, ...], settings: dict[str, Any], st
     count = sum(part.parameters for part in parts)
     target = tune.target if isinstance(tune.target, str) else ", ".join(tune.target)
     lines = [
-        "## What was trained\n",
+        "## Training\n",
         f"- {tune.variant}, rank {tune.rank}, alpha {tune.alpha:g}, dropout {tune.dropout:g}",
-        f"- on {target}: {', '.join(adapted)} of the language model; the vision tower is frozen",
+        f"- applied to {target}: {', '.join(adapted)} of the language model; the vision tower is frozen",
     ]
     if tune.variant == "pissa":
         lines.append(
-            f"- saved as an ordinary LoRA of rank {settings['r']} on the whole base, which gives the same as PiSSA's "
-            f"rank {tune.rank} on its residual"
+            f"- saved as an ordinary LoRA of rank {settings['r']} for the unchanged base model; this is equivalent to "
+            f"PiSSA of rank {tune.rank} on its residual"
         )
     for part in parts:
         if part.in_full:
@@ -113,7 +113,7 @@ def _about_training(parts: tuple[AdapterPart, ...], settings: dict[str, Any], st
     lines.append(
         f"- {step} steps of {stage.global_batch_size} records, learning rate {', '.join(rates)}, {stage.optim.schedule}"
     )
-    lines.append(f"- {count:,} numbers in all; the whole recipe is in `{RESOLVED_RECIPE_FILE}`, stage `{stage.name}`")
+    lines.append(f"- {count:,} parameters; the complete recipe is in `{RESOLVED_RECIPE_FILE}`, stage `{stage.name}`")
     return "\n".join(lines) + "\n"
 
 
@@ -125,9 +125,9 @@ def _base_call(base: ModelConfig) -> str:
 
 
 _USE = """\
-## How to use it
+## Usage
 
-With this library, which refuses another base:
+With `llavar_peft`, which checks that the base model is the right one:
 
 ```python
 from llavar_peft import ModelConfig, build_model, load_adapter
@@ -141,10 +141,11 @@ With `peft` alone:
 ```python
 from peft import PeftModel
 
-model = PeftModel.from_pretrained(model, "this/folder")  # model: the base, as above
+model = PeftModel.from_pretrained(model, "this/folder")  # model: the base model, as above
 ```
 
-On the command line: ask it, check it, merge it, or ship it as a delta to LLaMA:
+On the command line, ask a question, verify the adapter, merge it into its base model, or publish the merged model as a
+delta to LLaMA:
 
     llavar-peft ask --model this/folder --image poster.png "What does it say?"
     llavar-peft adapter verify this/folder --base {base}
@@ -157,21 +158,24 @@ def _figures(run: Path, step: int) -> str:
     rows = list(_measured(run, step))
     if not rows:
         return ""
-    return "\n".join(["## Figures of the run\n", "| | |", "|---|---|", *(f"| {a} | {b} |" for a, b in rows)]) + "\n"
+    return "\n".join(["## Results\n", "| Figure | Value |", "|---|---|", *(f"| {a} | {b} |" for a, b in rows)]) + "\n"
 
 
 def _measured(run: Path, step: int) -> Iterator[tuple[str, str]]:
     steps = [line for line in read_metric_lines(run / METRICS_FILE) if line["step"] <= step]
     if steps:
-        yield "loss, first and last step", f"{steps[0]['loss']:.4f}, {steps[-1]['loss']:.4f}"
-        yield "tokens, of which supervised", f"{_total(steps, 'tokens'):,}, {_total(steps, 'supervised_tokens'):,}"
-    looks = [line for line in read_metric_lines(run / PROBE_FILE) if line["step"] <= step]
+        yield "loss of the first and the last step", f"{steps[0]['loss']:.4f}, {steps[-1]['loss']:.4f}"
+        yield (
+            "tokens, and supervised tokens among them",
+            f"{_total(steps, 'tokens'):,}, {_total(steps, 'supervised_tokens'):,}",
+        )
+    probes = [line for line in read_metric_lines(run / PROBE_FILE) if line["step"] <= step]
     for name, what, form in (
         ("held_out_loss", "held-out loss", ".4f"),
-        ("exact_match", "exact match on held-out pictures", ".1%"),
-        ("character_accuracy", "character accuracy on them", ".1%"),
+        ("exact_match", "exact match on held-out images", ".1%"),
+        ("character_accuracy", "character accuracy on held-out images", ".1%"),
     ):
-        known = [line for line in looks if line.get(name) is not None]
+        known = [line for line in probes if line.get(name) is not None]
         if known:
             first, last = known[0], known[-1]
             before = f"; {first[name]:{form}} at step {first['step']}" if first is not last else ""

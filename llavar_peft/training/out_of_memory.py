@@ -1,4 +1,4 @@
-"""Out of memory: how much there was, and which settings would help, the cheapest first."""
+"""Out-of-memory errors: report the memory in use and the settings that would help, cheapest first."""
 
 from __future__ import annotations
 
@@ -17,39 +17,22 @@ _GIB = 2**30
 
 @contextmanager
 def explain_out_of_memory(stage: Stage, model: ModelConfig, *, ranks: int) -> Iterator[None]:
-    """Turn the libraries' errors about memory into one that helps.
-
-    Args:
-        stage: What is being trained.
-        model: How the base is stored.
-        ranks: Number of processes.
-
-    Yields:
-        While it trains.
+    """Replace the libraries' errors about memory by one that names remedies.
 
     Raises:
-        EnvironmentFaultError: The memory did not suffice.
+        EnvironmentFaultError: There was not enough memory.
     """
     try:
         yield
     except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and not any(text in str(error).lower() for text in _TEXTS):
             raise
-        fix = "; or ".join(memory_remedies(stage, model, ranks=ranks)) or "take a device with more memory"
-        raise EnvironmentFaultError.at(f"stage {stage.name}", f"out of memory ({_measured()})", fix) from error
+        fix = "; or ".join(memory_remedies(stage, model, ranks=ranks)) or "use a device with more memory"
+        raise EnvironmentFaultError.at(f"stage {stage.name}", f"out of memory ({_memory_use()})", fix) from error
 
 
 def memory_remedies(stage: Stage, model: ModelConfig, *, ranks: int) -> list[str]:
-    """Settings that take less memory, in the order in which to try them: first those that change no result.
-
-    Args:
-        stage: What is being trained.
-        model: How the base is stored.
-        ranks: Number of processes.
-
-    Returns:
-        What to set, without what is set already.
-    """
+    """Return settings that need less memory and are not set yet; those that do not change the result come first."""
     found = []
     if stage.gradient_checkpointing is not True:
         found.append("set gradient_checkpointing: true")
@@ -69,11 +52,11 @@ def memory_remedies(stage: Stage, model: ModelConfig, *, ranks: int) -> list[str
     return found
 
 
-def _measured() -> str:
+def _memory_use() -> str:
     if torch.cuda.is_available():
         peak, total = torch.cuda.max_memory_allocated(), torch.cuda.get_device_properties(0).total_memory
         return f"peak {peak / _GIB:.1f} GiB of the device's {total / _GIB:.1f}"
     used, memory = psutil.Process().memory_info().rss, psutil.virtual_memory()
     return (
-        f"{used / _GIB:.1f} GiB in use, {memory.available / _GIB:.1f} of the machine's {memory.total / _GIB:.1f} left"
+        f"{used / _GIB:.1f} GiB in use, {memory.available / _GIB:.1f} of the machine's {memory.total / _GIB:.1f} free"
     )

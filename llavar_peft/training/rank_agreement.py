@@ -1,4 +1,4 @@
-"""What the processes of a run have to agree on."""
+"""Agreement between the processes of a run."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ import torch
 
 
 def on_any_rank(flag: bool, device: torch.device) -> bool:
-    """Whether something holds on one of the ranks at least; every rank has to ask.
+    """Whether the flag is set on at least one rank. Every rank must call this.
 
     Args:
-        flag: Whether it holds here.
-        device: Where this rank trains.
+        flag: The flag of this rank.
+        device: The device of this rank.
 
     Returns:
-        The same on all ranks.
+        The same value on all ranks.
     """
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return flag
@@ -23,6 +23,6 @@ def on_any_rank(flag: bool, device: torch.device) -> bool:
 
 
 def exit_together() -> None:
-    """End the group of processes, where every rank has come to the same end; else one whose threads live on aborts."""
+    """Destroy the process group at the end of every rank; otherwise a rank whose threads still run aborts."""
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()

@@ -1,4 +1,4 @@
-"""A run's lines of figures, and what it ran on."""
+"""The JSON lines of a run, and the versions of the packages that it uses."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _PACKAGES = (
 
 
 def append_line(path: Path, value: Mapping[str, Any]) -> None:
-    """Add one JSON line."""
+    """Append one JSON line to a file."""
     with path.open("a", encoding="utf-8") as file:
         file.write(json.dumps(value, ensure_ascii=False) + "\n")
 
@@ -32,14 +32,14 @@ def read_metric_lines(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def drop_lines_after(path: Path, step: int) -> None:
-    """Remove the lines of steps that a resumed run will take again."""
+    """Remove the lines of steps that a resumed run repeats."""
     if path.is_file():
         kept = [line for line in read_metric_lines(path) if int(line["step"]) <= step]
         write_text(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in kept))
 
 
 def describe_environment() -> dict[str, Any]:
-    """Versions of what a result depends on, and the git revision of the working directory."""
+    """Return the versions that a result depends on, and the git revision of the package."""
     versions = {}
     for package in _PACKAGES:
         try:
@@ -50,17 +50,17 @@ def describe_environment() -> dict[str, Any]:
 
 
 def git_revision() -> str | None:
-    """The revision of the git checkout that this package runs from, with ``+changes``; None outside of one."""
+    """Return the git revision of this package, with ``+changes`` if files changed; None outside a checkout."""
     here = Path(__file__).resolve().parent
     git = shutil.which("git")
     if git is None:
         return None
 
-    def ask(*arguments: str) -> str | None:
+    def run_git(*arguments: str) -> str | None:
         done = subprocess.run([git, *arguments], cwd=here, capture_output=True, text=True, check=False)
         return done.stdout.strip() if done.returncode == 0 else None
 
-    revision = ask("rev-parse", "HEAD")
+    revision = run_git("rev-parse", "HEAD")
     if revision is None:
         return None
-    return revision + ("+changes" if ask("status", "--porcelain", "--untracked-files=no", str(here)) else "")
+    return revision + ("+changes" if run_git("status", "--porcelain", "--untracked-files=no", str(here)) else "")

@@ -1,77 +1,75 @@
-"""A run's folder: what belongs to which stage, what is finished, and what a later stage takes up.
+"""The folder of a run: its layout, which stages are finished, and a lock against a second run.
 
 ::
 
     output_dir/
       recipe.yaml  versions.json  stages.json  index.html
       <stage>/  metrics.jsonl  probe.jsonl  dropped.jsonl  stage.json  checkpoint-N/
-      <stage>/model/      an earlier stage's result (with <stage>/adapter/ where it is an adapter's, merged)
-      model/ or adapter/  the last stage's
+      <stage>/model/      result of an earlier stage (for an adapter: merged, with <stage>/adapter/)
+      model/ or adapter/  result of the last stage
 """
 
 from __future__ import annotations
 
 import json
 import logging
+import os
+import platform
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import yaml
 
 from llavar_peft.atomic_files import write_json, write_text
 from llavar_peft.constants import PROJECTOR_SAFETENSORS, RESOLVED_RECIPE_FILE, VERSIONS_FILE
-from llavar_peft.errors import ConfigError, Fault
+from llavar_peft.errors import ConfigError, EnvironmentFaultError, Fault
 from llavar_peft.recipe.recipe_yaml import dump_recipe
 from llavar_peft.recipe.schema import Lora, Projector, Recipe, Stage
 from llavar_peft.recipe.validate import recipe_to_mapping
 from llavar_peft.training import run_files
-from llavar_peft.training.checkpoint_folders import checkpoints
+from llavar_peft.training.checkpoint_folders import list_checkpoints, remove_unfinished
 from llavar_peft.training.save_weights import load_full, load_projector
 
 logger = logging.getLogger(__name__)
 
 STAGES_FILE = "stages.json"
 FINISHED_FILE = "stage.json"
-# Changing these does not change a run's result.
+LOCK_FILE = ".lock"
 _HARMLESS = (
     "report_to", "keep_checkpoints", "save_every_steps", "probe", "workers", "output_dir", "gradient_checkpointing",
     "max_tokens",
 )  # fmt: skip
+"""Fields that may change in a resumed run, because they do not change its result."""
 
 
 class RunFolder:
-    """The folder of one recipe.
-
-    Args:
-        recipe: The run.
-    """
+    """The folder of a recipe's run."""
 
     def __init__(self, recipe: Recipe) -> None:
         self.recipe = recipe
         self.root = Path(recipe.output_dir)
 
     def directory(self, stage: Stage) -> Path:
-        """Where a stage writes."""
+        """Return the folder of a stage."""
         return self.root / stage.name
 
     def result(self, stage: Stage) -> Path:
-        """Where a stage's result goes: the last stage's lies at the top."""
+        """Return the folder of a stage's result; that of the last stage is at the top."""
         name = "adapter" if isinstance(stage.tune, Lora) else "model"
         return self.root / name if stage == self.recipe.stages[-1] else self.directory(stage) / name
 
     def merged(self, stage: Stage) -> Path:
-        """Where a LoRA stage that is not the last leaves the model with its adapter merged: the next stage's base."""
+        """Return the folder of the merged model of a LoRA stage that is not the last: the base of the next stage."""
         return self.directory(stage) / "model"
 
     def open(self, *, restart: bool, stages: Sequence[Stage], allow_changes: bool = False) -> None:
-        """Make the folder, or takes up one that an earlier run of the same recipe left.
+        """Create the folder, or check that an existing one belongs to the same recipe, unless changes are allowed.
 
         Args:
-            restart: Whether to throw away what it left for ``stages``.
-            stages: The stages about to run.
-            allow_changes: Whether to go on with another recipe than the folder's.
+            restart: Whether to delete the existing results of ``stages`` first.
 
         Raises:
             ConfigError: The folder holds results of another recipe.
@@ -80,34 +78,62 @@ class RunFolder:
             for stage in stages:
                 shutil.rmtree(self.directory(stage), ignore_errors=True)
                 shutil.rmtree(self.result(stage), ignore_errors=True)
-        self._refuse_another(allow_changes)
+        self._check_recipe(allow_changes)
         for stage in self.recipe.stages:
             self.directory(stage).mkdir(parents=True, exist_ok=True)
         write_text(self.root / RESOLVED_RECIPE_FILE, dump_recipe(self.recipe))
         write_json(self.root / VERSIONS_FILE, run_files.describe_environment())
         write_json(self.root / STAGES_FILE, [stage.name for stage in self.recipe.stages])
 
+    def select_stages(self, names: Sequence[str] | None) -> tuple[Stage, ...]:
+        """Return the stages of these names; None means all.
+
+        Raises:
+            ConfigError: The recipe has no stage of a name.
+        """
+        known = [stage.name for stage in self.recipe.stages]
+        unknown = [name for name in names or () if name not in known]
+        if unknown:
+            raise ConfigError.at(
+                "stages", f"unknown stage (got {', '.join(unknown)})", f"use one of {', '.join(known)}"
+            )
+        return tuple(stage for stage in self.recipe.stages if names is None or stage.name in names)
+
+    def check_not_needed(self, skipped: Stage, selected: Sequence[Stage]) -> None:
+        """Check that no selected stage builds on a stage that has not run and is not selected.
+
+        Raises:
+            ConfigError: A selected stage needs the result of the other.
+        """
+        order = [stage.name for stage in self.recipe.stages]
+        later = [stage.name for stage in selected if order.index(stage.name) > order.index(skipped.name)]
+        given = self.recipe.model.projector is not None or self.recipe.model.checkpoint is not None
+        if later and not given:
+            raise ConfigError.at(
+                f"stages.{later[0]}",
+                f"needs the result of stage {skipped.name!r}, which has not run in {self.recipe.output_dir}",
+                f"run {skipped.name!r} first, or give its result as model.projector",
+            )
+
+    def remove_checkpoints(self, stage: Stage) -> None:
+        """Remove all checkpoints of a stage, finished or not."""
+        remove_unfinished(self.directory(stage))
+        for checkpoint in list_checkpoints(self.directory(stage)):
+            shutil.rmtree(checkpoint)
+
     def finished(self, stage: Stage) -> bool:
-        """Whether the stage's result is there, whole."""
+        """Whether a stage's complete result exists."""
         return (self.directory(stage) / FINISHED_FILE).is_file() and self.result(stage).is_dir()
 
     def mark_finished(self, stage: Stage, *, steps: int) -> None:
-        """Say that the stage's result is there; written after it."""
+        """Record that a stage's result is complete; call this after the result was written."""
         write_json(
             self.directory(stage) / FINISHED_FILE,
             {"stage": stage.name, "steps": steps, "result": str(self.result(stage).relative_to(self.root))},
         )
 
-    def take_up(self, stage: Stage, model: Any) -> Path:
-        """Copy a finished stage's result into a plain model.
-
-        Args:
-            stage: A finished stage.
-            model: The plain model, changed in place; the last stage's adapter is left out.
-
-        Returns:
-            The result's folder.
-        """
+    def load_result(self, stage: Stage, model: Any) -> Path:
+        """Load a finished stage's result into a plain model, except the last stage's adapter; return its folder."""
         folder = self.result(stage)
         if isinstance(stage.tune, Projector):
             load_projector(model, folder / PROJECTOR_SAFETENSORS)
@@ -118,28 +144,28 @@ class RunFolder:
             load_full(model, folder)
         return folder
 
-    def _refuse_another(self, allowed: bool) -> None:
+    def _check_recipe(self, allow_changes: bool) -> None:
         written = self.root / RESOLVED_RECIPE_FILE
-        begun = any(self.finished(stage) or checkpoints(self.directory(stage)) for stage in self.recipe.stages)
-        if not (written.is_file() and begun):
+        started = any(self.finished(stage) or list_checkpoints(self.directory(stage)) for stage in self.recipe.stages)
+        if not (written.is_file() and started):
             return
         before = yaml.safe_load(written.read_text(encoding="utf-8"))
-        # Through JSON, as the file went through YAML: tuples are lists there.
+        # Through JSON, so that tuples become lists as in the YAML file.
         now = json.loads(json.dumps(recipe_to_mapping(self.recipe)))
         faults = [
-            Fault(path, f"changed since this folder's run began (was {old!r}, is {new!r})", "")
+            Fault(path, f"changed since this run started (was {old!r}, is {new!r})", "")
             for path, old, new in _differences(before, now, "")
             if not any(part in _HARMLESS for part in path.split("."))
         ]
         if faults:
             lines = "\n".join(f"  {fault.where}: {fault.what}" for fault in faults)
-            if allowed:
-                logger.warning("%s: goes on with a changed recipe\n%s", self.root, lines)
+            if allow_changes:
+                logger.warning("%s: continues with a changed recipe\n%s", self.root, lines)
                 return
             raise ConfigError(
-                f"{written}: another recipe's run is in this folder\n{lines}\n"
-                "Fix: take another output_dir, undo the change, pass --restart to begin anew, or --allow-changes to "
-                "go on all the same.",
+                f"{written}: the folder holds a run of another recipe\n{lines}\n"
+                "Fix: choose another output_dir, undo the change, pass --restart to start again, or --allow-changes to "
+                "continue anyway.",
                 faults,
             )
 
@@ -151,3 +177,41 @@ def _differences(old: Any, new: Any, path: str) -> list[tuple[str, Any, Any]]:
     if isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
         return [d for i, (a, b) in enumerate(zip(old, new, strict=True)) for d in _differences(a, b, f"{path}.{i}")]
     return [] if old == new else [(path, old, new)]
+
+
+@contextmanager
+def lock_folder(folder: Path) -> Iterator[None]:
+    """Lock a run's folder, which is created if necessary. A process that dies releases the lock.
+
+    Raises:
+        EnvironmentFaultError: Another process holds the lock; the message names it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / LOCK_FILE
+    while True:
+        with path.open("a+", encoding="utf-8") as file:
+            _lock_file(file, folder)
+            if not (path.exists() and os.path.samestat(path.stat(), os.fstat(file.fileno()))):
+                continue  # the holder released the lock and removed the file in the meantime
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {platform.node()}")
+            file.flush()
+            try:
+                yield
+            finally:
+                path.unlink(missing_ok=True)
+            return
+
+
+def _lock_file(file: IO[str], folder: Path) -> None:
+    with suppress(ImportError):  # Windows has no fcntl; there, nothing prevents a second run
+        import fcntl
+
+        try:
+            # Not flock: the data workers of a killed run would hold the lock for a while.
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            file.seek(0)
+            holder = file.read().strip() or "another process"
+            what = f"another run is active in this folder ({holder})"
+            raise EnvironmentFaultError.at(str(folder), what, "wait for it, or choose another output_dir") from None

@@ -1,4 +1,4 @@
-"""What a checkpoint holds, and how a stage's result is taken up again."""
+"""Save the weights that a stage trains, and load them again."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 _SHARD_SIZE = "5GB"
 
 
-def save_whole(
+def save_trained(
     model: Any,
     processor: LlavarProcessor,
     folder: Path,
@@ -45,17 +45,17 @@ def save_whole(
 ) -> None:
     """Save what a stage trains, loadable by ``from_pretrained``.
 
-    Full and projector stages save the whole model; a projector stage also ``mm_projector.bin`` and its safetensors
-    twin; a LoRA stage the adapter with everything it trained. A quantized base is not written again: there a
-    projector stage saves projector, configuration and processor.
+    Full and projector stages save the whole model; a projector stage also saves ``mm_projector.bin`` and
+    ``mm_projector.safetensors``; a LoRA stage saves the adapter with everything it trained. A quantized base is not
+    saved: there, a projector stage saves projector, configuration and processor.
 
     Args:
         model: The model, unwrapped.
-        processor: Saved beside it.
+        processor: Saved into the same folder.
         folder: An existing folder.
-        state: The model's ``state_dict()``, gathered if the model is sharded; of adapters at least what is trained.
+        state: The model's ``state_dict()``, gathered if the model is sharded; for adapters at least what is trained.
         tune: What the stage trains.
-        base: What an adapter is an adapter of.
+        base: The model that an adapter belongs to.
     """
     if isinstance(tune, Lora):
         _save_adapter(model, folder, base, state)
@@ -64,7 +64,7 @@ def save_whole(
     else:
         model.save_pretrained(str(folder), state_dict=merge_rows_in_state_dict(state), max_shard_size=_SHARD_SIZE)
     if isinstance(tune, Projector):
-        # In float32, whatever the base is kept in: a resumed run goes on from exactly these.
+        # In float32, whatever the dtype of the base, so that a resumed run starts from exactly these values.
         parts = ("model.multi_modal_projector.", tensor_names.EMBEDDINGS.removesuffix("weight"))
         exact = merge_rows_in_state_dict(
             {name: tensor.float() for name, tensor in state.items() if name.startswith(parts)}
@@ -72,8 +72,8 @@ def save_whole(
         save_projector(
             folder,
             *(
-                exact[it]
-                for it in (tensor_names.PROJECTOR_WEIGHT, tensor_names.PROJECTOR_BIAS, tensor_names.EMBEDDINGS)
+                exact[name]
+                for name in (tensor_names.PROJECTOR_WEIGHT, tensor_names.PROJECTOR_BIAS, tensor_names.EMBEDDINGS)
             ),
         )
     processor.save_pretrained(str(folder))
@@ -83,60 +83,49 @@ def _save_adapter(model: Any, folder: Path, base: ModelConfig, state: Mapping[st
     for settings in model.peft_config.values():
         settings.base_model_name_or_path = base.checkpoint or base.language_model
     with quiet_about_biases():
-        # Nothing of the embeddings is saved but the rows that were trained.
+        # Of the embeddings, only the trained rows are saved.
         model.save_pretrained(str(folder), save_embedding_layers=False, state_dict=dict(state))
     if pissa.has_residual_base(model):
         pissa.save_for_original_base(model, folder)
     write_checksums(folder)
     model.get_base_model().config.save_pretrained(str(folder))
-    # What "auto" came to: a merge has to quantize the same numbers again.
+    # The dtype that "auto" resolved to: a merge has to quantize the same numbers again.
     embedding = model.get_input_embeddings()
-    # Under trained rows lies the base's own; asking the wrapper would add the rows to it, which shards forbid.
+    # Trained rows wrap the base's embedding; the wrapper's weight cannot be computed from shards.
     dtype = str(getattr(embedding, "original_module", embedding).weight.dtype).removeprefix("torch.")
     write_json(folder / BASE_FILE, {**dataclasses.asdict(base), "dtype": dtype})
     write_json(folder / FINGERPRINT_FILE, {"base": fingerprint_base(base)})
 
 
 def save_plain(model: Any, processor: LlavarProcessor, folder: Path) -> None:
-    """Save a plain model and its processor.
-
-    Args:
-        model: Without adapters, not quantized.
-        processor: Saved beside it.
-        folder: Made if it is not there.
-    """
+    """Save a model without adapters that is not quantized, and its processor."""
     model.save_pretrained(str(folder), max_shard_size=_SHARD_SIZE)
     processor.save_pretrained(str(folder))
 
 
 def save_result(config: ModelConfig, folder: Path) -> None:
-    """Completes a projector stage's result whose base is quantized in memory.
+    """Complete the result of a projector stage whose base is quantized in memory.
 
-    The source's own tensors are written, with the trained projector and rows laid over: what was quantized to train on
-    is not what the projector was made for.
+    Writes the unquantized tensors of the base's source, with the trained projector and rows applied.
 
     Args:
-        config: Where the base came from.
-        folder: Holds ``mm_projector.safetensors``; the weights are added.
+        config: The source of the base.
+        folder: The folder with ``mm_projector.safetensors``, to which the model's weights are added.
     """
     from huggingface_hub import save_torch_state_dict
 
     parts = read_checkpoint(config) if config.checkpoint is not None else read_parts(config, seed=0)
     apply_projector(parts.tensors, folder)
     save_torch_state_dict(parts.tensors, str(folder), max_shard_size=_SHARD_SIZE)
-    # These weights are not quantized, whatever the model in memory is.
+    # The configuration of the unquantized source, not that of the model in memory.
     parts.config.save_pretrained(str(folder))
 
 
 def load_trained(model: Any, folder: Path) -> None:
-    """Take up a checkpoint's weights into a model that was prepared for the same stage, in place.
-
-    Args:
-        model: What ``prepare_for`` returned.
-        folder: A checkpoint of that stage.
+    """Load a checkpoint's weights into a model that ``apply_tuning`` returned for the same stage, in place.
 
     Raises:
-        WeightsError: A tensor is missing, extra or misshapen.
+        WeightsError: A tensor is missing, unexpected or has another shape.
     """
     from peft import PeftModel
 
@@ -154,7 +143,7 @@ def load_trained(model: Any, folder: Path) -> None:
 
 
 def load_full(model: nn.Module, folder: Path) -> None:
-    """Copy a whole checkpoint's tensors into a plain model."""
+    """Load all tensors of a full checkpoint into a plain model, in place."""
     stored = open_weights(folder)
     target = model.state_dict()
     check_tensors(stored, {name: tuple(tensor.shape) for name, tensor in target.items()}, where=str(folder))
@@ -164,7 +153,7 @@ def load_full(model: nn.Module, folder: Path) -> None:
 
 
 def load_projector(model: Any, path: Path) -> None:
-    """Copy stage 1's result into a model, whether its rows are a parameter of their own or not."""
+    """Load a projector stage's result into a model with or without separately trained rows, in place."""
     stored = open_weights(path)
     projector, embedding = model.model.multi_modal_projector, model.get_input_embeddings()
     expected = {

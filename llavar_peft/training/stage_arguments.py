@@ -1,4 +1,4 @@
-"""A stage's settings, spelled as ``transformers.TrainingArguments``."""
+"""Translate a stage's settings into ``transformers.TrainingArguments``."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import transformers
 from llavar_peft.errors import ConfigError
 from llavar_peft.recipe.schema import Precision, Recipe, Stage
 
-# transformers 5.24 gave recomputation another name.
+# Renamed in transformers 5.24.
 _RECOMPUTING = (
     "activation_checkpointing"
     if "activation_checkpointing" in transformers.TrainingArguments.__dataclass_fields__
@@ -20,16 +20,7 @@ _OPTIMIZERS = {"adamw": "adamw_torch", "adamw_8bit": "adamw_bnb_8bit", "paged_ad
 
 
 def training_arguments(recipe: Recipe, stage: Stage, directory: Path, *, ranks: int) -> transformers.TrainingArguments:
-    """Make the parent's settings.
-
-    Args:
-        recipe: The run, for its seed and trackers.
-        stage: The stage.
-        directory: Where its checkpoints go.
-        ranks: Number of processes.
-
-    Returns:
-        Settings whose effective batch is exactly the stage's.
+    """Build the arguments of a stage, with exactly the stage's global batch.
 
     Raises:
         ConfigError: The global batch does not divide by micro batch times ranks.
@@ -80,21 +71,14 @@ def training_arguments(recipe: Recipe, stage: Stage, directory: Path, *, ranks: 
 
 
 def resolve_precision(precision: Precision) -> str:
-    """What ``auto`` means here: bf16 on a GPU that has it, else fp32."""
+    """Return the precision, with ``auto`` resolved to bf16 on a GPU that supports it, otherwise to fp32."""
     if precision != "auto":
         return precision
     return "bf16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else "fp32"
 
 
 def micro_batches(stage: Stage, *, ranks: int) -> int:
-    """How many micro batches a rank has in each optimizer step.
-
-    Args:
-        stage: The stage.
-        ranks: Number of processes.
-
-    Returns:
-        The number.
+    """Return the number of micro batches of one rank in each optimizer step.
 
     Raises:
         ConfigError: The global batch does not divide by micro batch times ranks.
@@ -103,7 +87,8 @@ def micro_batches(stage: Stage, *, ranks: int) -> int:
     if stage.global_batch_size % per_step:
         raise ConfigError.at(
             f"stages.{stage.name}.global_batch_size",
-            f"does not divide (got {stage.global_batch_size}, micro batch {stage.micro_batch_size} x {ranks} ranks)",
+            f"is not a multiple of micro_batch_size x ranks (got {stage.global_batch_size}, expected a multiple of "
+            f"{stage.micro_batch_size} x {ranks})",
             f"use a multiple of {per_step}, or a smaller micro_batch_size",
         )
     return stage.global_batch_size // per_step

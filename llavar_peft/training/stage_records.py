@@ -1,4 +1,4 @@
-"""A stage's records, opened, checked as far as that is cheap, and split."""
+"""Open a stage's records, check them cheaply, and split off the held-out ones."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ def stage_records(stage: Stage, processor: LlavarProcessor, *, seed: int) -> tup
 
     Args:
         stage: The stage.
-        processor: The model's; the stage's image mode is laid over a copy of it.
-        seed: The run's: draws what is held out.
+        processor: The model's processor; a copy gets the stage's image mode.
+        seed: The seed of the run, which selects the held-out records.
 
     Returns:
-        What is trained on and what is held out.
+        The records to train on, and the held-out records.
 
     Raises:
-        DataError: Records are malformed or their images missing, beyond what the stage allows.
+        DataError: More records are malformed or lack their images than the stage allows.
     """
     data = stage.data
     records = open_records(_paths(data.records))
@@ -46,11 +46,11 @@ def stage_records(stage: Stage, processor: LlavarProcessor, *, seed: int) -> tup
         if len(skipped) > allowed:
             raise DataError(
                 f"stage {stage.name}: {len(skipped)} of {len(records)} records cannot be trained on\n{listed}{more}\n"
-                "Mend them ('llavar-peft data check' lists all), or set data.on_bad_image to skip and "
-                "data.max_bad_share to the share that may be missing.",
+                "Fix: repair them ('llavar-peft data check' lists all), or set data.on_bad_image to skip and "
+                "data.max_bad_share to the share that may be skipped.",
                 [fault for _, fault in faults],
             )
-        logger.warning("stage %s: skips %d records\n%s%s", stage.name, len(skipped), listed, more)
+        logger.warning("stage %s: %d records are skipped\n%s%s", stage.name, len(skipped), listed, more)
     usable = [index for index in range(len(records)) if index not in skipped]
     kept, held = split_holdout(len(usable), data.holdout, seed=seed)
     own = processor

@@ -1,38 +1,83 @@
-"""The loss of a batch: the cross entropy of the next token, at supervised positions alone."""
+"""The loss of a micro batch: cross entropy of the next token at supervised positions, in one or several passes."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import nullcontext
 from typing import Any
 
+import torch
+from accelerate import Accelerator
 from torch import Tensor, nn
 
 from llavar_peft.constants import IGNORE_INDEX
+from llavar_peft.data.epoch_sampler import bins_under_limit
+from llavar_peft.data.training_dataset import split_batch
 from llavar_peft.models.packed_attention import packed_arguments
+
+SUPERVISED = "supervised"
+"""Key of a batch under which the number of supervised positions of its whole micro batch is stored."""
+_MODEL_INPUTS = ("input_ids", "attention_mask", "pixel_values")
 
 
 def supervised_loss(model: nn.Module, inputs: Mapping[str, Any]) -> tuple[Tensor, int, Any]:
-    """Run the model and sums the cross entropy of the next token over supervised positions.
+    """Run the model and sum the cross entropy of the next token over supervised positions.
 
     Args:
-        model: A LLaVAR, wrapped as it may be.
-        inputs: A batch of ``Collator``'s, without what is for the trainer.
+        model: A LLaVAR, possibly wrapped by DDP or DeepSpeed.
+        inputs: A batch from ``Collator``; only ``labels``, ``lengths`` and the model's inputs are read.
 
     Returns:
         The sum in float32, the number of supervised positions, and the model's output. Without a supervised position
-        the sum is 0 and still hangs on every trained parameter.
+        the sum is 0 and still depends on every trained parameter.
     """
     labels = inputs["labels"]
     targets = nn.functional.pad(labels, (0, 1), value=IGNORE_INDEX)[:, 1:]
-    forwarded = {name: value for name, value in inputs.items() if name not in ("labels", "lengths", "image_counts")}
+    arguments = {name: inputs[name] for name in _MODEL_INPUTS if name in inputs}
     if "lengths" in inputs:
-        forwarded.update(packed_arguments(inputs["lengths"], _unwrapped(model), labels.device))
-    outputs = model(**forwarded, targets=targets, use_cache=False)
+        arguments.update(packed_arguments(inputs["lengths"], _unwrap(model), labels.device))
+    outputs = model(**arguments, targets=targets, use_cache=False)
     return outputs.loss, int((targets != IGNORE_INDEX).sum()), outputs
 
 
-def _unwrapped(model: Any) -> Any:
-    """The model whose configuration says which attention it has: within the wrapper of DDP or DeepSpeed, if any."""
+def _unwrap(model: Any) -> Any:
+    """Return the model whose configuration names its attention."""
     while not hasattr(getattr(model, "config", None), "text_config"):
         model = model.module
     return model
+
+
+def split_micro_batch(
+    accelerator: Accelerator, model: nn.Module, inputs: dict[str, Any], *, max_tokens: int | None
+) -> Iterator[dict[str, Any]]:
+    """Split a micro batch into passes, and exchange gradients between ranks in the last pass only.
+
+    Every rank makes as many passes as the rank that needs most, because with sharded weights all ranks communicate in
+    each pass. The loss does not depend on the assignment of records to passes.
+
+    Args:
+        accelerator: The accelerator of the run.
+        model: The wrapped model.
+        inputs: A packed batch with the key ``SUPERVISED``; a padded batch is not split.
+        max_tokens: Largest number of tokens of a pass; None means one pass.
+
+    Yields:
+        The batch of each pass. Run its backward pass before asking for the next one.
+    """
+    if max_tokens is None or "lengths" not in inputs:
+        yield inputs
+        return
+    bins = bins_under_limit(inputs["lengths"], max_tokens)
+    if accelerator.num_processes > 1:
+        expected = torch.tensor(len(bins), device=accelerator.device)
+        torch.distributed.all_reduce(expected, op=torch.distributed.ReduceOp.MAX)
+        bins += [[]] * (int(expected) - len(bins))
+    ends_step = accelerator.sync_gradients
+    *first, last = split_batch(inputs, bins)
+    # Before the last micro batch of a step nothing is exchanged anyway. DeepSpeed reads only ``sync_gradients``.
+    with accelerator.no_sync(model) if first and ends_step else nullcontext():
+        accelerator.sync_gradients = False
+        for part in first:
+            yield {**part, SUPERVISED: inputs[SUPERVISED]}
+    accelerator.sync_gradients = ends_step
+    yield {**last, SUPERVISED: inputs[SUPERVISED]}

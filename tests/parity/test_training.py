@@ -1,4 +1,4 @@
-"""Ten steps of each stage against the original's own training: rates, losses, gradient norms, weights, rows."""
+"""Ten steps of each stage match the original's training: learning rates, losses, gradient norms, weights, rows."""
 
 from __future__ import annotations
 
@@ -23,6 +23,8 @@ from llavar_peft import (
     build_model,
 )
 from llavar_peft.weights.io import tensor_names
+
+pytestmark = pytest.mark.parity
 
 
 @pytest.fixture(scope="module")
@@ -55,8 +57,8 @@ def _recipe(golden: Path, output: Path, *, number: int, rate: float, projector: 
     return Recipe(model=_model_config(golden, projector), stages=(stage,), output_dir=str(output))
 
 
-def _lay(model: Any, arrays: Any) -> None:
-    """The arrays that the original drew at random: not to be drawn again."""
+def _set_initial_weights(model: Any, arrays: Any) -> None:
+    """Load the arrays that the original initialised at random."""
     ours = {tensor_names.from_released(n.removeprefix("init:")): n for n in arrays.files if n.startswith("init:")}
     state = model.state_dict()
     for name, key in ours.items():
@@ -107,7 +109,7 @@ def _compare(golden: Path, output: Path, model: Any, *, number: int, before: dic
 def test_ten_steps_of_stage_1(golden: Path, tmp_path: Path) -> None:
     recipe = _recipe(golden, tmp_path, number=1, rate=2e-3)
     model, processor = build_model(recipe.model)
-    _lay(model, np.load(golden / "stage1_out/weights.npz"))
+    _set_initial_weights(model, np.load(golden / "stage1_out/weights.npz"))
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     result = Trainer(model, processor, recipe).train()
     _compare(golden, tmp_path, model, number=1, before=before)
@@ -126,7 +128,7 @@ def test_ten_steps_of_stage_2_from_the_originals_stage_1(golden: Path, tmp_path:
     arrays = np.load(golden / "stage2_out/weights.npz")
     given = torch.tensor(arrays["init:model.mm_projector.weight"])
     assert torch.equal(model.model.multi_modal_projector.weight, given)
-    _lay(model, arrays)
+    _set_initial_weights(model, arrays)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     Trainer(model, processor, recipe).train()
     _compare(golden, tmp_path, model, number=2, before=before)

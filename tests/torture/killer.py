@@ -1,7 +1,7 @@
-"""Trains in forked children, kills them with SIGKILL, lets the last one finish; prints what happened as JSON.
+"""Trains in forked children, kills them with SIGKILL, lets the last one finish, and prints the counts as JSON.
 
-Half of the kills strike at a random file operation inside a save, the others at a random time. Libraries are imported
-once, before the fork: an attempt costs seconds.
+Half of the kills happen at a random file operation inside a save, the others at a random time. Libraries are imported
+once, before the fork, so that an attempt takes seconds.
 
 Run by ``test_kills.py`` as ``killer.py RECIPE COUNT SEED``.
 """
@@ -29,7 +29,7 @@ _FILE_EVENTS = ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir")
 
 
 def _die_within_a_save(operation: int) -> None:
-    """Arms this process: it dies at the n-th operation on a file of a checkpoint."""
+    """Make this process kill itself at the n-th operation on a file of a checkpoint."""
     seen = 0
 
     def hook(event: str, arguments: tuple[Any, ...]) -> None:
@@ -45,7 +45,7 @@ def _die_within_a_save(operation: int) -> None:
 def _start(recipe: Recipe, operation: int | None) -> int:
     child = os.fork()
     if child == 0:
-        sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115 - the child's, until it dies
+        sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115 - stays open until the child exits
         status = 1
         try:
             if operation is not None:
@@ -59,7 +59,7 @@ def _start(recipe: Recipe, operation: int | None) -> int:
 
 
 def _wait(child: int, seconds: float | None) -> int | None:
-    """The child's exit status; None if it was killed."""
+    """Return the child's exit status, or None if it was killed."""
     if seconds is not None:
         until = time.perf_counter() + seconds
         while time.perf_counter() < until:
@@ -73,20 +73,20 @@ def _wait(child: int, seconds: float | None) -> int | None:
 
 
 def main(path: str, count: int, seed: int) -> None:
-    """Kills ``count`` times, beginning anew whenever a run got through."""
+    """Kill ``count`` times, and start again whenever a run finished."""
     torch.set_num_threads(1)  # a forked child has no threads of its parent
     recipe = load_recipe(path)
     draw = random.Random(seed)
     started = time.perf_counter()
     if _wait(_start(dataclasses.replace(recipe, output_dir=recipe.output_dir + "-whole"), None), None) != 0:
-        raise SystemExit("the run that nobody kills fails")
+        raise SystemExit("the run without kills failed")
     whole = time.perf_counter() - started
     killed = {"in a save": 0, "at a time": 0}
     attempts = rounds = 0
     while sum(killed.values()) < count:
         attempts += 1
         inside = attempts % 2 == 1
-        # An early operation, or the run would get through; a step's save has some thirty.
+        # An early operation, so that the run does not finish; saving a step takes about thirty.
         child = _start(recipe, draw.randrange(1, 60) if inside else None)
         ended = _wait(child, None if inside else draw.uniform(0.0, 0.6 * whole))
         if ended is None:

@@ -1,7 +1,7 @@
-"""Trains two steps of each stage on a model of random numbers and prints the memory that this took, in bytes.
+"""Trains two steps of each stage on a model of random numbers, and prints the memory used, in bytes.
 
-Run by ``test_estimate.py`` as ``peak.py RECIPE TOKENS``. Each stage has a process of its own, forked when everything is
-imported; their allocator gives back what is freed.
+Run by ``test_estimate.py`` as ``peak.py RECIPE TOKENS``. Each stage runs in its own process, forked after all imports;
+the allocator returns freed memory to the system.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ def _resident(kind: str) -> int:
 
 
 def measure(model: LlavarForConditionalGeneration, stage: Stage, tokens: int, autocast: torch.dtype | None) -> None:
-    """Two optimizer steps; in the second, gradients and states are there as in a run."""
+    """Run two optimizer steps; in the second, gradients and states exist, as in a run."""
     trained = apply_tuning(model, stage.tune)
     if stage.gradient_checkpointing:
         trained.gradient_checkpointing_enable({"use_reentrant": False})
     trained.train()
     enable_packing(model)
-    learnt = [one for one in trained.parameters() if one.requires_grad]
-    optimizer = torch.optim.AdamW(learnt, lr=1e-4)
+    trained_parameters = [one for one in trained.parameters() if one.requires_grad]
+    optimizer = torch.optim.AdamW(trained_parameters, lr=1e-4)
     side = model.config.vision_config.image_size
     lengths = (tokens // 4,) * 4
     ids = torch.randint(3, 1000, (1, tokens))
@@ -65,7 +65,7 @@ def _in_a_child(config: LlavarConfig, expected: ModelConfig, stage: Stage, token
             Path("/proc/self/clear_refs").write_text("5")
             measure(model, stage, tokens, compute_dtype(stage.precision))
             print(stage.name, _resident("VmHWM") - before, flush=True)  # noqa: T201
-        except BaseException:  # noqa: BLE001 - a child must not go on as its parent
+        except BaseException:  # noqa: BLE001 - the child must exit here
             traceback.print_exc()
             os._exit(1)
         os._exit(0)

@@ -1,4 +1,4 @@
-"""What each rank of ``test_sharding.py`` does: every recipe of a folder, one after the other in one process group."""
+"""The script of each rank in ``test_sharding.py``: trains every recipe of a folder in one process group."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from llavar_peft.errors import InterruptedRunError
 from llavar_peft.recipe.presets import load_recipe
 
 
-class Look(TrainerCallback):  # type: ignore[misc]
-    """Counts what this rank holds; in the middle of a run it may get a signal."""
+class ShardCounter(TrainerCallback):  # type: ignore[misc]
+    """Counts the numbers that this rank holds, and sends a signal at a step."""
 
     def __init__(self, signal_at: int | None) -> None:
         self.signal_at = signal_at
@@ -26,25 +26,27 @@ class Look(TrainerCallback):  # type: ignore[misc]
 
     def on_step_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         trained = [each for each in model.parameters() if each.requires_grad]
-        self.shards.append((sum(map(_here, trained)), sum(getattr(each, "ds_numel", each.numel()) for each in trained)))
+        self.shards.append(
+            (sum(map(_shard_size, trained)), sum(getattr(each, "ds_numel", each.numel()) for each in trained))
+        )
         if state.global_step == self.signal_at:
             self.signal_at = None
             os.kill(os.getpid(), signal.SIGTERM)
 
 
-def _here(parameter: Any) -> int:
-    """How many numbers of it this rank holds; of a ZeRO-3 parameter what is gathered at the time is another matter."""
+def _shard_size(parameter: Any) -> int:
+    """Return the size of this rank's shard of a parameter, even while ZeRO-3 has gathered the parameter."""
     if isinstance(parameter, DTensor):
         return parameter.to_local().numel()
     return parameter.ds_tensor.numel() if hasattr(parameter, "ds_tensor") else parameter.numel()
 
 
-def run(recipe: Recipe, look: Look) -> None:
-    """Train, and goes on once if it was interrupted."""
+def run(recipe: Recipe, counter: ShardCounter) -> None:
+    """Train, and resume once after an interruption."""
     for _ in range(2):
         model, processor = build_model(recipe.model, seed=recipe.seed)
         try:
-            Trainer(model, processor, recipe, callbacks=[look]).train()
+            Trainer(model, processor, recipe, callbacks=[counter]).train()
         except InterruptedRunError:
             continue
         return
@@ -55,12 +57,12 @@ def main() -> None:
     if "ACCELERATE_USE_DEEPSPEED" in os.environ:
         import deepspeed
 
-        # Its collectives by shared memory are compiled at first use, for two minutes; gloo's come to the same.
+        # Compiling DeepSpeed's collectives over shared memory takes two minutes; gloo's give the same result.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     for path in sorted(folder.glob("*.yaml")):
-        look = Look(2 if path.stem.startswith("resumed") else None)
-        run(load_recipe(str(path), []), look)
-        (folder / f"{path.stem}.{rank}.json").write_text(json.dumps(look.shards))
+        counter = ShardCounter(2 if path.stem.startswith("resumed") else None)
+        run(load_recipe(str(path), []), counter)
+        (folder / f"{path.stem}.{rank}.json").write_text(json.dumps(counter.shards))
 
 
 if __name__ == "__main__":

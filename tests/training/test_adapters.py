@@ -1,4 +1,4 @@
-"""LoRA as stage 1, as stage 2 and alone, on any base: what is saved is what was trained, and it opens anywhere."""
+"""LoRA as stage 1, as stage 2 and alone, on any base: the saved adapter holds what was trained and loads anywhere."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def _logits(model: Any, ids: torch.Tensor = IDS, pixels: torch.Tensor | None = N
 
 
 @pytest.mark.parametrize("quantize", [None, "nf4", "int8"])
-def test_an_adapter_holds_everything_and_reads_as_in_training(
+def test_an_adapter_holds_everything_and_answers_as_in_training(
     quantize: Quantization | None, tiny_recipe: Recipe, tiny_data: Path
 ) -> None:
     recipe = _lora(tiny_recipe, quantize=quantize)
@@ -83,7 +83,7 @@ def test_an_adapter_holds_everything_and_reads_as_in_training(
     image = sorted((tiny_data / "images").iterdir())[0]
     pixels = prepare_image(image, "pad", processor)[None]
     expected = _logits(trainer.model, ids, pixels)
-    # On a quantized base stage 1's rows and projector are laid over the source before it is quantized again: the same.
+    # On a quantized base, stage 1's rows and projector are applied to the source before it is quantized again.
     torch.testing.assert_close(_logits(reader.model, ids, pixels), expected, atol=1e-5, rtol=1e-5)
     assert len(reader.ask([image], "What does the sign say?", max_new_tokens=4)) == 1
     plain, _ = build_model(trainer.base, seed=recipe.seed)
@@ -91,7 +91,7 @@ def test_an_adapter_holds_everything_and_reads_as_in_training(
     torch.testing.assert_close(_logits(opened, ids, pixels), expected, atol=1e-5, rtol=1e-5)
 
 
-def test_from_the_parts_alone_the_rows_are_trained_and_nothing_else_of_the_embeddings(tiny_recipe: Recipe) -> None:
+def test_from_the_parts_only_the_new_rows_of_the_embeddings_are_trained(tiny_recipe: Recipe) -> None:
     recipe = _lora(tiny_recipe, only=True)
     optim = OptimConfig(learning_rate=1e-3, projector_learning_rate=2e-3, rows_learning_rate=5e-3, weight_decay=0.01)
     stage = dataclasses.replace(recipe.stages[0], optim=optim)
@@ -118,8 +118,8 @@ def test_from_the_parts_alone_the_rows_are_trained_and_nothing_else_of_the_embed
         assert line["learning_rates"] == pytest.approx({"adapters": rate, "projector": 2 * rate, "rows": 5 * rate})
 
 
-def test_alone_on_a_released_checkpoint(tiny_recipe: Recipe, tmp_path: Path) -> None:
-    """A released folder holds no tower; its rows are trained already."""
+def test_lora_alone_on_a_released_checkpoint(tiny_recipe: Recipe, tmp_path: Path) -> None:
+    """A released folder has no tower, and its rows are already trained."""
     model, processor = build_model(tiny_recipe.model, seed=1)
     model.save_pretrained(tmp_path / "ours")
     processor.save_pretrained(tmp_path / "ours")
@@ -136,11 +136,13 @@ def test_alone_on_a_released_checkpoint(tiny_recipe: Recipe, tmp_path: Path) -> 
     torch.testing.assert_close(_logits(load_adapter(config, result)), _logits(trainer.model), atol=1e-5, rtol=1e-5)
 
 
-def test_a_second_adapter_is_one_of_the_first_merged(tiny_recipe: Recipe) -> None:
+def test_a_second_adapter_belongs_to_the_model_with_the_first_one_merged(tiny_recipe: Recipe) -> None:
     recipe = _lora(tiny_recipe, only=True)
     again = dataclasses.replace(recipe.stages[0], name="again")
     trainer, result = _train(dataclasses.replace(recipe, stages=(*recipe.stages, again)))
-    assert not [name for name in trained_names(trainer.model) if "trainable_tokens" in name]  # the first has done it
+    assert not [
+        name for name in trained_names(trainer.model) if "trainable_tokens" in name
+    ]  # the first adapter has trained the rows
     reader = load_reader(result)
     torch.testing.assert_close(_logits(reader.model), _logits(trainer.model), atol=1e-5, rtol=1e-5)
     assert json.loads((result / "base.json").read_text())["checkpoint"].endswith("stage2/model")
@@ -157,7 +159,7 @@ def test_biases_are_trained_saved_and_never_merged(tiny_recipe: Recipe) -> None:
         merge_adapter(json.loads((result / "base.json").read_text())["checkpoint"], result, result.parent / "merged")
 
 
-def test_the_folder_says_what_it_is(tiny_recipe: Recipe) -> None:
+def test_the_model_card_describes_the_adapter(tiny_recipe: Recipe) -> None:
     recipe = _lora(tiny_recipe, variant="rslora")
     _, result = _train(recipe)
     text = (result / "README.md").read_text()
@@ -165,21 +167,21 @@ def test_the_folder_says_what_it_is(tiny_recipe: Recipe) -> None:
     fields = yaml.safe_load(header)
     assert (fields["library_name"], fields["base_model"]) == ("peft", "model")
     assert {"rslora", "llavar"} <= set(fields["tags"])
-    assert str(Path(recipe.output_dir)) not in text  # the card goes to other machines
-    for said in ("rslora, rank 4, alpha 8", "`model.multi_modal_projector` in full", "held-out loss", "PeftModel"):
-        assert said in body
+    assert str(Path(recipe.output_dir)) not in text  # the card is used on other machines
+    for expected in ("rslora, rank 4, alpha 8", "`model.multi_modal_projector` in full", "held-out loss", "PeftModel"):
+        assert expected in body
     assert load_recipe(result / "recipe.yaml") == recipe
-    assert f"# The stage that trained this: {recipe.stages[1].name}\n" in (result / "recipe.yaml").read_text()
+    assert f"# Trained by stage: {recipe.stages[1].name}\n" in (result / "recipe.yaml").read_text()
 
 
-def test_half_precision_trains_in_float32_beside_it(tiny_recipe: Recipe) -> None:
+def test_adapters_of_a_half_precision_base_train_in_float32(tiny_recipe: Recipe) -> None:
     model, _ = build_model(dataclasses.replace(tiny_recipe.model, dtype="bfloat16"))
     wrapped = apply_tuning(model, Lora(rank=4, train_image_rows=True))
     dtypes = {parameter.dtype for parameter in wrapped.parameters() if parameter.requires_grad}
     assert dtypes == {torch.float32}
 
 
-def test_another_base_is_refused_by_name_and_left_as_it_was(tiny_recipe: Recipe, tmp_path: Path) -> None:
+def test_another_base_is_rejected_and_left_unchanged(tiny_recipe: Recipe, tmp_path: Path) -> None:
     _, result = _train(_lora(tiny_recipe, only=True))
     other, processor = build_model(tiny_recipe.model)
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""Nothing is lost: damage, full disks, infinities, other data, two runs at once, too little memory."""
+"""Faults during a run: damaged checkpoints, full disks, losses that are not finite, changed data, too little memory."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ from llavar_peft import Full, Lora, Recipe
 from llavar_peft.errors import ConfigError, EnvironmentFaultError, InterruptedRunError
 from llavar_peft.training.checkpoint_folders import (
     MANIFEST,
-    Origin,
-    check_same_run,
-    checkpoints,
+    RunInputs,
+    check_same_inputs,
+    commit_checkpoint,
     find_checkpoint_fault,
-    newest_good,
-    write_manifest,
+    list_checkpoints,
+    newest_valid_checkpoint,
 )
-from llavar_peft.training.nan_guard import check_finite
+from llavar_peft.training.optimizer_step import check_finite
 from llavar_peft.training.out_of_memory import memory_remedies
-from llavar_peft.training.run_lock import locked
+from llavar_peft.training.run_folder import lock_folder
 from tests.training.test_resume import SignalAt, _figures, _train, _weights
 
 
@@ -60,35 +60,35 @@ def _one_stage(recipe: Recipe, **changes: Any) -> Recipe:
 
 @pytest.fixture
 def saved(tmp_path: Path) -> Path:
-    """Two sealed checkpoints of a few files."""
+    """Two complete checkpoints of a few files."""
     directory = tmp_path / "stage"
     for step in (1, 2):
         staged = directory / f".staging/checkpoint-{step}"
         staged.mkdir(parents=True)
         for name in ("model.safetensors", "optimizer.pt", "rng_state.pth"):
             (staged / name).write_bytes(os.urandom(5000))
-        write_manifest(staged, directory / f"checkpoint-{step}", Origin(1, {"records.json": "0"}))
+        commit_checkpoint(staged, directory / f"checkpoint-{step}", RunInputs(1, {"records.json": "0"}))
     return directory
 
 
 @pytest.mark.parametrize("how", DAMAGE)
-def test_a_broken_checkpoint_is_set_aside_and_the_one_before_is_taken(
+def test_a_broken_checkpoint_is_renamed_and_the_one_before_is_used(
     how: str, saved: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    assert newest_good(saved) == saved / "checkpoint-2"
+    assert newest_valid_checkpoint(saved) == saved / "checkpoint-2"
     DAMAGE[how](saved / "checkpoint-2")
-    assert newest_good(saved) == saved / "checkpoint-1"
+    assert newest_valid_checkpoint(saved) == saved / "checkpoint-1"
     assert sorted(path.name for path in saved.glob("checkpoint*")) == ["checkpoint-1", "checkpoint-2.broken"]
-    assert "set aside as checkpoint-2.broken" in caplog.text
-    assert checkpoints(saved) == [saved / "checkpoint-1"]
-    # Another one of the same number breaks as well: nothing is overwritten.
+    assert "renamed to checkpoint-2.broken" in caplog.text
+    assert list_checkpoints(saved) == [saved / "checkpoint-1"]
+    # A second broken checkpoint of the same step does not replace the first.
     shutil.copytree(saved / "checkpoint-1", saved / "checkpoint-2")
     DAMAGE[how](saved / "checkpoint-2")
-    assert newest_good(saved) == saved / "checkpoint-1"
+    assert newest_valid_checkpoint(saved) == saved / "checkpoint-1"
     assert (saved / "checkpoint-2.broken-2").is_dir()
 
 
-def test_every_byte_of_a_checkpoint_is_held(saved: Path) -> None:
+def test_every_byte_of_a_checkpoint_is_verified(saved: Path) -> None:
     folder = saved / "checkpoint-1"
     assert find_checkpoint_fault(folder) is None
     for path in sorted(folder.iterdir()):
@@ -100,7 +100,7 @@ def test_every_byte_of_a_checkpoint_is_held(saved: Path) -> None:
     assert find_checkpoint_fault(folder) is None
 
 
-def test_a_run_goes_on_from_the_last_good_checkpoint_and_ends_the_same(tiny_recipe: Recipe, tmp_path: Path) -> None:
+def test_a_run_resumes_from_the_last_valid_checkpoint_with_the_same_result(tiny_recipe: Recipe, tmp_path: Path) -> None:
     whole = dataclasses.replace(
         _one_stage(tiny_recipe, epochs=2, save_every_steps=2, keep_checkpoints=2), output_dir=str(tmp_path / "whole")
     )
@@ -109,7 +109,7 @@ def test_a_run_goes_on_from_the_last_good_checkpoint_and_ends_the_same(tiny_reci
     with pytest.raises(InterruptedRunError):
         _train(halved, (SignalAt(4, signal.SIGTERM),))
     directory = tmp_path / "halved/stage2"
-    assert [path.name for path in checkpoints(directory)] == ["checkpoint-4", "checkpoint-5"]
+    assert [path.name for path in list_checkpoints(directory)] == ["checkpoint-4", "checkpoint-5"]
     _flip(directory / "checkpoint-5/optimizer.pt")
     ours = _weights(_train(halved))
     assert _figures(halved, "stage2") == _figures(whole, "stage2")
@@ -117,7 +117,7 @@ def test_a_run_goes_on_from_the_last_good_checkpoint_and_ends_the_same(tiny_reci
 
 
 class DiskFullAt(TrainerCallback):  # type: ignore[misc]
-    """No file may grow beyond 100 kB while these steps are saved: the kernel refuses, as a full disk does."""
+    """Limits files to 100 kB while these steps are saved, so that writes fail as on a full disk."""
 
     def __init__(self, *steps: int) -> None:
         self.steps = steps
@@ -145,17 +145,17 @@ def full_disk() -> Any:
     signal.signal(signal.SIGXFSZ, before)
 
 
-def test_a_full_disk_costs_a_checkpoint_and_not_the_run(
+def test_a_run_continues_without_a_checkpoint_that_the_full_disk_prevented(
     full_disk: Any, tiny_recipe: Recipe, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     recipe = _one_stage(tiny_recipe, save_every_steps=1)
     expected = _weights(_train(dataclasses.replace(recipe, output_dir=str(tmp_path / "whole"))))
     ours = _weights(_train(recipe, (full_disk(2),)))
-    assert "checkpoint-2: not saved, the disk is full; checkpoint-1 is kept; training goes on" in caplog.text
+    assert "checkpoint-2: not saved, the disk is full; checkpoint-1 is kept; training continues" in caplog.text
     assert all(torch.equal(ours[name], expected[name]) for name in expected)
 
 
-def test_a_disk_that_stays_full_stops_the_run_which_goes_on_later(
+def test_a_disk_that_stays_full_stops_the_run_which_can_be_resumed(
     full_disk: Any, tiny_recipe: Recipe, tmp_path: Path
 ) -> None:
     recipe = _one_stage(tiny_recipe, save_every_steps=1)
@@ -195,18 +195,18 @@ def test_a_loss_that_is_not_finite_stops_before_the_step(clipped: float, tiny_re
     assert not (Path(recipe.output_dir) / "model").exists()
 
 
-def test_the_guilty_micro_batch_is_named() -> None:
+def test_the_micro_batch_at_fault_is_named() -> None:
     accelerator = Accelerator(cpu=True)
     good, bad = torch.tensor(1.0), torch.tensor(float("nan"))
     losses = [(good, ("a", "b")), (bad, ("c", "d")), (good, ("e",))]
     check_finite(accelerator, losses[:1], 1.0, where="s:step 1")
-    with pytest.raises(EnvironmentFaultError, match=r"^s:step 1: the loss is not finite, records c, d. Mend"):
+    with pytest.raises(EnvironmentFaultError, match=r"^s:step 1: the loss is not finite, records c, d. Fix"):
         check_finite(accelerator, losses, float("nan"), where="s:step 1")
-    with pytest.raises(EnvironmentFaultError, match=r"the gradient is not finite \(norm inf\), records a, b. Mend"):
+    with pytest.raises(EnvironmentFaultError, match=r"the gradient is not finite \(norm inf\), records a, b. Fix"):
         check_finite(accelerator, losses[:1], float("inf"), where="s:step 1")
 
 
-def test_other_records_are_refused_unless_allowed(tiny_recipe: Recipe, tiny_data: Path, tmp_path: Path) -> None:
+def test_changed_records_are_rejected_unless_allowed(tiny_recipe: Recipe, tiny_data: Path, tmp_path: Path) -> None:
     records = tmp_path / "records.json"
     shutil.copyfile(tiny_data / "records.json", records)
     data = dataclasses.replace(tiny_recipe.stages[1].data, records=str(records))
@@ -222,37 +222,37 @@ def test_other_records_are_refused_unless_allowed(tiny_recipe: Recipe, tiny_data
     assert len(_weights(_train(recipe, allow_changes=True))) > 0
 
 
-def test_another_number_of_processes_is_refused(saved: Path) -> None:
-    origin = Origin(1, {"records.json": "0"})
-    check_same_run(saved / "checkpoint-1", origin)
-    # The same file elsewhere is the same.
-    check_same_run(saved / "checkpoint-1", Origin(1, {"moved/records.json": "0"}))
-    with pytest.raises(ConfigError, match="ranks: was 1, is 8"):
-        check_same_run(saved / "checkpoint-1", dataclasses.replace(origin, ranks=8))
+def test_another_number_of_processes_is_rejected(saved: Path) -> None:
+    origin = RunInputs(1, {"records.json": "0"})
+    check_same_inputs(saved / "checkpoint-1", origin)
+    # The path of a file does not matter.
+    check_same_inputs(saved / "checkpoint-1", RunInputs(1, {"moved/records.json": "0"}))
+    with pytest.raises(ConfigError, match=r"ranks: changed \(was 1, is 8"):
+        check_same_inputs(saved / "checkpoint-1", dataclasses.replace(origin, ranks=8))
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="a forked process holds the folder")
-def test_two_runs_in_one_folder_are_refused(tiny_recipe: Recipe) -> None:
+def test_two_runs_in_one_folder_are_rejected(tiny_recipe: Recipe) -> None:
     reader, writer = os.pipe()
     child = os.fork()
     if child == 0:
-        with locked(Path(tiny_recipe.output_dir)):
+        with lock_folder(Path(tiny_recipe.output_dir)):
             os.write(writer, b"!")
             signal.pause()
     os.read(reader, 1)
     try:
-        with pytest.raises(EnvironmentFaultError, match=f"another run is at work in this folder .process {child} on"):
+        with pytest.raises(EnvironmentFaultError, match=f"another run is active in this folder .process {child} on"):
             _train(tiny_recipe)
     finally:
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
-    with locked(Path(tiny_recipe.output_dir)):  # whoever dies lets go
+    with lock_folder(Path(tiny_recipe.output_dir)):  # a process that dies releases the lock
         pass
     assert not (Path(tiny_recipe.output_dir) / ".lock").exists()
 
 
 class TooMuch(TrainerCallback):  # type: ignore[misc]
-    """Asks for more memory than any machine has."""
+    """Allocates more memory than any machine has."""
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         torch.empty(2**50)
@@ -263,7 +263,7 @@ def test_too_little_memory_is_explained(tiny_recipe: Recipe) -> None:
         _train(_one_stage(tiny_recipe), (TooMuch(),))
 
 
-def test_remedies_are_those_not_taken_yet_results_unchanged_first(tiny_recipe: Recipe) -> None:
+def test_remedies_are_settings_not_in_use_with_those_first_that_keep_the_result(tiny_recipe: Recipe) -> None:
     stage = dataclasses.replace(tiny_recipe.stages[1], micro_batch_size=4, max_length=2048)
     found = memory_remedies(stage, tiny_recipe.model, ranks=1)
     assert [one.split()[1] for one in found] == ["gradient_checkpointing:", "max_tokens:", "tune:", "max_length:"]

@@ -1,4 +1,4 @@
-"""Packed rows: the same losses, gradients and weights as padded ones, conversations that do not see each other."""
+"""Packed rows give the losses, gradients and weights of padded ones, without attention between conversations."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def _gradients(model: Any, batch: dict[str, Any]) -> tuple[float, dict[str, torc
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["", "recomputed"])
 @pytest.mark.parametrize("images", [(True,) * 4, (True, False, True, False), (False,) * 4], ids=["all", "some", "none"])
 @pytest.mark.parametrize("tune", TUNES, ids=lambda tune: type(tune).__name__)
-def test_loss_and_gradients_are_those_of_padded_rows(
+def test_loss_and_gradients_equal_those_of_padded_rows(
     tune: Tune, images: tuple[bool, ...], checkpointing: bool, tiny_recipe: Recipe
 ) -> None:
     built, processor = build_model(tiny_recipe.model)
@@ -78,7 +78,7 @@ def test_loss_and_gradients_are_those_of_padded_rows(
         assert float((packed[name] - one).abs().max()) <= 1e-5 * max(1.0, largest), name
 
 
-def test_conversations_do_not_see_each_other(tiny_recipe: Recipe) -> None:
+def test_conversations_do_not_attend_to_each_other(tiny_recipe: Recipe) -> None:
     model, processor = build_model(tiny_recipe.model)
     items = _items(processor, images=(False,) * 4)
     rows = [item.example.input_ids for item in items]
@@ -89,7 +89,7 @@ def test_conversations_do_not_see_each_other(tiny_recipe: Recipe) -> None:
     together = model(input_ids=torch.cat(rows)[None], use_cache=False, **arguments).logits[0].split(lengths)
     for one, other in zip(alone, together, strict=True):
         torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-5)
-    # Padded rows, and generation, go on working meanwhile.
+    # Padded rows and generation still work with packing enabled.
     again = model(input_ids=rows[0][None], use_cache=False).logits[0]
     disable_packing(model)
     torch.testing.assert_close(again, alone[0], atol=1e-4, rtol=1e-5)
@@ -101,8 +101,8 @@ def test_eager_attention_pads(tiny_recipe: Recipe) -> None:
     assert not enable_packing(model)
 
 
-def test_a_run_ends_at_the_same_weights(tiny_recipe: Recipe) -> None:
-    """Both stages, packed and padded; what is saved does not say which."""
+def test_a_run_ends_with_the_same_weights(tiny_recipe: Recipe) -> None:
+    """Both stages, packed and padded; the saved configuration is the same."""
     ended, figures = [], []
     for packing in (True, False):
         stages = tuple(dataclasses.replace(stage, packing=packing, max_steps=4) for stage in tiny_recipe.stages)

@@ -1,4 +1,4 @@
-"""Micro batches in several passes, and layers that recompute as memory asks: the same losses and weights."""
+"""Losses and weights do not depend on the number of passes, nor on the number of layers that recompute."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def test_a_token_budget_changes_no_loss_and_no_weight(average: Any, tiny_recipe:
 
 
 @pytest.mark.filterwarnings("error:.gradient_checkpointing.:FutureWarning")
-def test_auto_recomputes_what_the_memory_asks_for_and_changes_nothing(tiny_recipe: Recipe) -> None:
+def test_auto_recomputation_does_not_change_the_result(tiny_recipe: Recipe) -> None:
     stage = dataclasses.replace(
         tiny_recipe.stages[1], tune=Lora(rank=4, alpha=8.0, dropout=0.1), max_steps=3, gradient_checkpointing="auto"
     )
@@ -66,9 +66,9 @@ def test_the_number_of_layers_follows_tokens_and_memory(tune: Any, tiny_recipe: 
     tokens = batch["input_ids"].numel()
     memory = [0]
     made = Recomputation(trained, auto=True, device=torch.device("cpu"), free=lambda device: memory[0])
-    made.plan(tokens, settled=False)
+    made.plan(tokens, has_states=False)
     assert made.recomputed == len(made.layers) - 1
-    with made.measuring(tokens):
+    with made.measure(tokens):
         loss, _, _ = supervised_loss(
             trained, {name: one for name, one in batch.items() if name not in ("ids", "faults")}
         )
@@ -80,20 +80,20 @@ def test_the_number_of_layers_follows_tokens_and_memory(tune: Any, tiny_recipe: 
     assert made.cost.input_per_token == width * 4
     found = []
     for memory[0] in (0, 2**22, 2**24, 2**40):
-        made.plan(tokens, settled=True)
+        made.plan(tokens, has_states=True)
         found.append(made.recomputed)
         assert [layer.gradient_checkpointing for layer in made.layers].count(True) == made.recomputed
     assert found[0] == len(made.layers)
     assert found[-1] == 0
     assert found == sorted(found, reverse=True)
-    made.plan(tokens, settled=False)
+    made.plan(tokens, has_states=False)
     assert made.recomputed == len(made.layers)
 
 
-def test_without_auto_nothing_is_touched(tiny_recipe: Recipe) -> None:
+def test_without_auto_all_layers_stay_as_they_are(tiny_recipe: Recipe) -> None:
     model, _ = build_model(tiny_recipe.model)
     trained = apply_tuning(model, Full())
     trained.gradient_checkpointing_enable({"use_reentrant": False})
     made = Recomputation(trained, auto=False, device=torch.device("cpu"))
-    made.plan(10, settled=True)
+    made.plan(10, has_states=True)
     assert all(layer.gradient_checkpointing for layer in model.model.language_model.layers)

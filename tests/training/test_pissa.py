@@ -1,4 +1,4 @@
-"""PiSSA's adapters fit the base that everyone has, in every checkpoint, and a run goes on from them exactly."""
+"""Every checkpoint of PiSSA holds an adapter for the unchanged base, and a run resumes from it exactly."""
 
 from __future__ import annotations
 
@@ -89,12 +89,12 @@ def _residual(recipe: Recipe, seed: int, start: Path | None = None) -> torch.Ten
     return weight
 
 
-def test_every_process_takes_the_same_part_out_of_its_base(recipe: Recipe) -> None:
+def test_every_process_subtracts_the_same_components(recipe: Recipe) -> None:
     assert torch.equal(_residual(recipe, 1), _residual(recipe, 2))
 
 
-def test_what_is_taken_up_is_the_start_that_was_saved_not_a_new_one(recipe: Recipe) -> None:
-    """Another machine's decomposition differs in the last bits: here by more, to be seen."""
+def test_a_resumed_run_uses_the_saved_components_not_new_ones(recipe: Recipe) -> None:
+    """The decomposition of another machine differs in the last bits; here by more, to make it visible."""
     with pytest.raises(InterruptedRunError):
         _trainer(recipe, InterruptAt(2)).train()
     (checkpoint,) = (Path(recipe.output_dir) / recipe.stages[0].name).glob("checkpoint-*")
@@ -107,9 +107,7 @@ def test_what_is_taken_up_is_the_start_that_was_saved_not_a_new_one(recipe: Reci
     assert torch.equal(_residual(recipe, 1, checkpoint), whole)
 
 
-def test_a_stage_that_follows_builds_on_the_merged_adapter_also_when_it_is_taken_up(
-    recipe: Recipe, tmp_path: Path
-) -> None:
+def test_the_next_stage_builds_on_the_merged_adapter_also_in_a_second_run(recipe: Recipe, tmp_path: Path) -> None:
     second = dataclasses.replace(recipe.stages[0], name="after", tune=Full())
     whole = dataclasses.replace(recipe, stages=(*recipe.stages, second), output_dir=str(tmp_path / "whole"))
     expected = load_file(_trainer(whole).train() / "model.safetensors")
@@ -120,7 +118,7 @@ def test_a_stage_that_follows_builds_on_the_merged_adapter_also_when_it_is_taken
     assert all(torch.equal(ours[name], expected[name]) for name in expected)
 
 
-def test_a_rank_beyond_the_layer_is_refused(recipe: Recipe) -> None:
+def test_a_rank_larger_than_the_layer_is_rejected(recipe: Recipe) -> None:
     model, _ = build_model(recipe.model)
     with pytest.raises(ConfigError, match=r"pissa cannot take 500 components out of .*Fix: use a rank of \d+ at most"):
         apply_tuning(model, dataclasses.replace(TUNE, rank=500))

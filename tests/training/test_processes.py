@@ -1,4 +1,4 @@
-"""Several processes give the losses and the weights of one; a rank that dies costs a minute at most, and no step."""
+"""Several processes give the losses and weights of one; a run survives the death of a rank without losing a step."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 
 from llavar_peft import Recipe
 from llavar_peft.recipe.recipe_yaml import dump_recipe
-from tests.training.sharded import Look, run
+from tests.training.sharded import ShardCounter, run
 
 ROOT = Path(__file__).parents[2]
 
@@ -42,7 +42,7 @@ def test_two_processes_equal_one(tiny_recipe: Recipe, tmp_path: Path) -> None:
     for average in ("token", "micro_batch"):
         stages = tuple(dataclasses.replace(stage, loss_average=average, max_steps=3) for stage in tiny_recipe.stages)  # type: ignore[arg-type]
         one = dataclasses.replace(tiny_recipe, stages=stages, output_dir=str(tmp_path / "1" / average))
-        run(one, Look(None))
+        run(one, ShardCounter(None))
         recipes[average] = dataclasses.replace(one, output_dir=str(tmp_path / "2" / average))
         (tmp_path / f"{average}.yaml").write_text(dump_recipe(recipes[average]))
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
@@ -55,14 +55,14 @@ def test_two_processes_equal_one(tiny_recipe: Recipe, tmp_path: Path) -> None:
 
 
 def _launch_nodes(recipe: Path) -> list[subprocess.Popen[str]]:
-    """Two launchers on loopback, as on two nodes, each with a rank."""
+    """Start two launchers on loopback, as on two nodes, with one rank each."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    there = ["--nnodes=2", "--nproc_per_node=1", "--master_addr=127.0.0.1", f"--master_port={port}"]
+    options = ["--nnodes=2", "--nproc_per_node=1", "--master_addr=127.0.0.1", f"--master_port={port}"]
     return [
         subprocess.Popen(
-            [sys.executable, "-m", "torch.distributed.run", *there, f"--node_rank={node}",
+            [sys.executable, "-m", "torch.distributed.run", *options, f"--node_rank={node}",
              "-m", "llavar_peft", "train", str(recipe)],
             cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
         )
@@ -70,10 +70,10 @@ def _launch_nodes(recipe: Path) -> list[subprocess.Popen[str]]:
     ]  # fmt: skip
 
 
-def test_two_nodes_end_with_a_killed_rank_and_go_on(tiny_recipe: Recipe, tmp_path: Path) -> None:
+def test_two_nodes_stop_when_a_rank_is_killed_and_resume(tiny_recipe: Recipe, tmp_path: Path) -> None:
     stage = dataclasses.replace(tiny_recipe.stages[1], epochs=3, save_every_steps=1)
     one = dataclasses.replace(tiny_recipe, stages=(stage,), output_dir=str(tmp_path / "one"))
-    run(one, Look(None))
+    run(one, ShardCounter(None))
     two = dataclasses.replace(one, output_dir=str(tmp_path / "two"))
     (tmp_path / "two.yaml").write_text(dump_recipe(two))
     metrics = tmp_path / "two" / stage.name / "metrics.jsonl"
@@ -93,7 +93,7 @@ def test_two_nodes_end_with_a_killed_rank_and_go_on(tiny_recipe: Recipe, tmp_pat
     assert metrics.read_text().count("\n") < 12
 
     again = _launch_nodes(tmp_path / "two.yaml")
-    told = [node.communicate(timeout=120)[1] for node in again]
-    assert [node.returncode for node in again] == [0, 0], told[0][-2000:]
-    assert "goes on from step" in told[0]
+    errors = [node.communicate(timeout=120)[1] for node in again]
+    assert [node.returncode for node in again] == [0, 0], errors[0][-2000:]
+    assert "resumes from step" in errors[0]
     _assert_same(tmp_path / "two", tmp_path / "one", two)

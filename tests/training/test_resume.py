@@ -1,4 +1,4 @@
-"""A run that is interrupted and continued equals one that is not, bit for bit."""
+"""A run that is interrupted and resumed equals an uninterrupted one, bit for bit."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ TUNES: dict[str, Tune] = {
 
 
 @pytest.mark.parametrize(("kind", "workers"), [("projector", 0), ("full", 2), ("lora", 0), ("pissa", 0)])
-def test_interrupted_and_continued_equals_uninterrupted(
+def test_an_interrupted_and_resumed_run_equals_an_uninterrupted_one(
     kind: str, workers: int, tiny_recipe: Recipe, tmp_path: Path
 ) -> None:
     stage = tiny_recipe.stages[0]
@@ -84,7 +84,7 @@ def test_interrupted_and_continued_equals_uninterrupted(
     assert left == []
 
 
-def test_a_second_stage_continues_from_the_firsts_result(tiny_recipe: Recipe, tmp_path: Path) -> None:
+def test_the_second_stage_resumes_from_the_result_of_the_first(tiny_recipe: Recipe, tmp_path: Path) -> None:
     whole = dataclasses.replace(tiny_recipe, output_dir=str(tmp_path / "whole"))
     halved = dataclasses.replace(tiny_recipe, output_dir=str(tmp_path / "halved"))
     expected = _weights(_train(whole))
@@ -103,7 +103,7 @@ def test_a_second_stage_continues_from_the_firsts_result(tiny_recipe: Recipe, tm
     assert all(torch.equal(ours[name], expected[name]) for name in expected)
 
 
-def test_a_page_that_a_kill_cut_off_is_written_again(tiny_recipe: Recipe) -> None:
+def test_an_incomplete_page_is_written_again(tiny_recipe: Recipe) -> None:
     _train(tiny_recipe)
     root = Path(tiny_recipe.output_dir)
     page = (root / "index.html").read_bytes()
@@ -121,7 +121,7 @@ def test_a_finished_run_is_not_run_again(tiny_recipe: Recipe) -> None:
     assert {path: path.stat().st_mtime_ns for path in result.rglob("*") if path.is_file()} == written
 
 
-def test_another_recipe_in_the_same_folder_is_refused_and_shown(tiny_recipe: Recipe) -> None:
+def test_another_recipe_in_the_same_folder_is_rejected_with_the_difference(tiny_recipe: Recipe) -> None:
     _train(tiny_recipe)
     first, second = tiny_recipe.stages
     changed = dataclasses.replace(first, optim=dataclasses.replace(first.optim, learning_rate=0.5))
@@ -129,7 +129,7 @@ def test_another_recipe_in_the_same_folder_is_refused_and_shown(tiny_recipe: Rec
         _train(dataclasses.replace(tiny_recipe, stages=(changed, second)))
 
 
-def test_a_stage_that_builds_on_one_that_has_not_run_is_refused(tiny_recipe: Recipe) -> None:
+def test_a_stage_that_needs_a_missing_result_is_rejected(tiny_recipe: Recipe) -> None:
     model, processor = build_model(tiny_recipe.model)
     with pytest.raises(ConfigError, match="has not run"):
         Trainer(model, processor, tiny_recipe).train([tiny_recipe.stages[1].name])

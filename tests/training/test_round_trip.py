@@ -1,4 +1,4 @@
-"""Trained, merged, made a delta to LLaMA, applied again: the model that comes out answers as the one that trained."""
+"""Train, merge, make a delta to LLaMA and apply it: the result answers as the trained model does."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def test_from_training_to_the_applied_delta(
     allowed = 0.1 if quantize == "int8" else 0.02
     assert float((_logits(applied, inputs) - trained).abs().max()) < allowed * moved
 
-    # The way without the merged model on disk ends at the same bytes.
+    # Without the merged model on disk, the result has the same bytes.
     make_delta(llama, llama, tmp_path / "at once", adapter=adapter)
     one, other = open_weights(tmp_path / "delta"), open_weights(tmp_path / "at once")
     assert set(one) == set(other)

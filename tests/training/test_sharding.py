@@ -1,4 +1,4 @@
-"""FSDP2 and ZeRO-3 on two processes give the losses and whole weights of one; and they do shard, not DDP by name."""
+"""FSDP2 and ZeRO-3 on two processes give the losses and weights of one process, and do shard the parameters."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from safetensors.torch import load_file
 from llavar_peft import Lora, Recipe
 from llavar_peft.recipe.recipe_yaml import dump_recipe
 from llavar_peft.recipe.schema import Quantization
-from tests.training.sharded import Look, run
+from tests.training.sharded import ShardCounter, run
 
 EXAMPLES = Path(__file__).parents[2] / "examples/accelerate"
 ENGINES = {"FSDP2": "qlora_fsdp2_2gpu.yaml", "ZeRO-3": "zero3_8gpu.yaml"}
 
 
 def _environment(example: str) -> dict[str, str]:
-    """What ``accelerate launch`` with an example's file gives its processes; here they compute in float32."""
+    """Return the environment that ``accelerate launch`` gives its processes for an example's file, in float32."""
     parsed = launch_command_parser().parse_args(["--config_file", str(EXAMPLES / example), "train.py"])
     settings, defaults, _ = _validate_launch_command(parsed)
     if settings.use_deepspeed:
@@ -38,13 +38,13 @@ def _environment(example: str) -> dict[str, str]:
 
 
 def _recipes(tiny_recipe: Recipe, records: Path, *, quantize: Quantization | None) -> dict[str, Recipe]:
-    """Both stages, and (Q)LoRA with a break in the middle; every third record has no image."""
-    told = json.loads(Path(str(tiny_recipe.stages[0].data.records)).read_text())
-    for number, record in enumerate(told):
+    """Return a recipe of both stages, and one of (Q)LoRA to be interrupted; every third record has no image."""
+    raw = json.loads(Path(str(tiny_recipe.stages[0].data.records)).read_text())
+    for number, record in enumerate(raw):
         if number % 3 == 0:
             del record["image"]
             record["conversations"][0]["value"] = record["conversations"][0]["value"].replace("<image>", "").strip()
-    records.write_text(json.dumps(told))
+    records.write_text(json.dumps(raw))
     data = dataclasses.replace(tiny_recipe.stages[0].data, records=str(records))
     one, two = (
         dataclasses.replace(
@@ -75,10 +75,10 @@ def _losses(run_folder: Path, stage: str) -> list[float]:
 
 
 @pytest.mark.parametrize("engine", ENGINES)
-def test_two_shards_equal_a_whole(engine: str, tiny_recipe: Recipe, tmp_path: Path) -> None:
+def test_two_shards_equal_one_process(engine: str, tiny_recipe: Recipe, tmp_path: Path) -> None:
     recipes = _recipes(tiny_recipe, tmp_path / "records.json", quantize="nf4" if engine == "FSDP2" else None)
     for name, recipe in recipes.items():
-        run(dataclasses.replace(recipe, output_dir=str(tmp_path / "whole" / name)), Look(None))
+        run(dataclasses.replace(recipe, output_dir=str(tmp_path / "whole" / name)), ShardCounter(None))
         sharded = dataclasses.replace(recipe, output_dir=str(tmp_path / "sharded" / name))
         (tmp_path / f"{name}.yaml").write_text(dump_recipe(sharded))
     done = _launch(tmp_path, **_environment(ENGINES[engine]))
@@ -86,7 +86,7 @@ def test_two_shards_equal_a_whole(engine: str, tiny_recipe: Recipe, tmp_path: Pa
     for name, recipe in recipes.items():
         for rank in ("0", "1"):
             shards = json.loads((tmp_path / f"{name}.{rank}.json").read_text())
-            # Answers drawn before the first step leave the root's shards gathered until its first backward pass.
+            # Generation before the first step leaves the root's shards gathered until its first backward pass.
             assert all(0 < here <= 0.6 * whole for here, whole in shards[1:]), shards
         for stage in recipe.stages:
             expected = _losses(tmp_path / "whole" / name, stage.name)
@@ -103,8 +103,8 @@ def _assert_close(path: Path, other: Path) -> None:
         torch.testing.assert_close(ours[name], tensor, atol=1e-5, rtol=1e-4)
 
 
-def test_the_first_version_is_refused_where_it_cannot_shard(tiny_recipe: Recipe, tmp_path: Path) -> None:
+def test_fsdp_version_1_is_rejected_on_a_cpu(tiny_recipe: Recipe, tmp_path: Path) -> None:
     (tmp_path / "a.yaml").write_text(dump_recipe(dataclasses.replace(tiny_recipe, output_dir=str(tmp_path / "run"))))
     done = _launch(tmp_path, **_environment("fsdp1_8gpu.yaml"))
     assert done.returncode != 0
-    assert "FSDP's first version needs GPUs" in done.stderr
+    assert "FSDP version 1 needs GPUs" in done.stderr

@@ -13,7 +13,7 @@ import llavar_peft
 from llavar_peft import ModelConfig, build_model
 from llavar_peft.models.tuning import apply_tuning
 from llavar_peft.recipe.schema import Lora
-from llavar_peft.training.save_weights import save_whole
+from llavar_peft.training.save_weights import save_trained
 
 TINY_PARTS = Path(llavar_peft.__file__).parent / "assets/tiny"
 LANGUAGE_MODEL, VISION_TOWER = TINY_PARTS / "language_model", TINY_PARTS / "vision_tower"
@@ -28,7 +28,7 @@ def save_moved_adapter(folder: Path, base: ModelConfig, tune: Lora, *, seed: int
         if parameter.requires_grad:
             parameter.data += torch.randn(parameter.shape, generator=generator) * by
     folder.mkdir(parents=True)
-    save_whole(wrapped, processor, folder, state=wrapped.state_dict(), tune=tune, base=base)
+    save_trained(wrapped, processor, folder, state=wrapped.state_dict(), tune=tune, base=base)
     return wrapped.eval()
 
 

@@ -15,7 +15,7 @@ import llavar_peft
 from llavar_peft import Lora, ModelConfig, build_model, cli
 from llavar_peft.errors import ConfigError, WeightsError
 from llavar_peft.models.tuning import apply_tuning
-from llavar_peft.training.save_weights import save_whole
+from llavar_peft.training.save_weights import save_trained
 from llavar_peft.weights.adapter.adapter_report import describe_adapter, verify_adapter
 
 TINY_PARTS = Path(llavar_peft.__file__).parent / "assets/tiny"
@@ -34,7 +34,7 @@ def _adapter(folder: Path, base: ModelConfig, tune: Lora) -> Path:
         if parameter.requires_grad:
             parameter.data += torch.randn(parameter.shape, generator=generator) * 0.03
     folder.mkdir(parents=True)
-    save_whole(wrapped, processor, folder, state=wrapped.state_dict(), tune=tune, base=base)
+    save_trained(wrapped, processor, folder, state=wrapped.state_dict(), tune=tune, base=base)
     return folder
 
 
