@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from llavar_peft.evaluation.vqa.answer_metrics import Protocol
     from llavar_peft.evaluation.vqa.scored_results import Results, Setting
     from llavar_peft.evaluation.vqa.vqa_questions import VqaQuestion
-    from llavar_peft.inference.reader import Reader
+    from llavar_peft.inference.chat import Chat
 
 # Source: LLaVAR, Eval_LLaVAR.py (text VQA) and MME/mme_eval.py.
 _VQA_TEMPERATURE, _VQA_TOKENS = 0.9, 256
@@ -106,7 +106,7 @@ def vqa(
             "eval vqa", "needs --dataset with --model, or --predictions", "give a model to ask, or answers to score"
         )
     roots = ImageRoots(images) if images else None
-    reader = None
+    chat = None
     if model is None or dataset is None:
         setting = _stated(context, predictions or source)
         answered = read_predictions(predictions or source, dataset, limit=limit, split=split)
@@ -121,9 +121,9 @@ def vqa(
             batch_size=batch_size,
         )
         out = out or Path(f"{dataset.stem}.results.json")
-        reader, setting = open_model(model, adapter, vision_tower, quantize, chosen)
-        answered = ask_all(reader, questions, roots or ImageRoots(), setting, out.with_suffix(".answers.jsonl"))
-    side = int(reader.processor.image_processor.crop_size["height"]) if reader else _RELEASED_SIDE
+        chat, setting = open_model(model, adapter, vision_tower, quantize, chosen)
+        answered = ask_all(chat, questions, roots or ImageRoots(), setting, out.with_suffix(".answers.jsonl"))
+    side = int(chat.engine.processor.image_processor.crop_size["height"]) if chat else _RELEASED_SIDE
     measured = borrow_heights(answered, heights) if heights else answered
     measures = measure_letter_height(measured, roots, setting.image_mode or "pad", side)
     _finish(score_answers(answered, name or str(source), setting, protocols, measures), out, as_json=as_json)
@@ -173,9 +173,9 @@ def mme(
             seed=seed,
             batch_size=batch_size,
         )
-        reader, setting = open_model(model, adapter, vision_tower, quantize, chosen)
+        chat, setting = open_model(model, adapter, vision_tower, quantize, chosen)
         log = out.with_suffix(".answers.jsonl")
-        answered = ask_all(reader, questions, ImageRoots(images), setting, log)
+        answered = ask_all(chat, questions, ImageRoots(images), setting, log)
         results = score_images(answered, str(folder), setting)
     else:
         raise ConfigError.at(
@@ -186,38 +186,38 @@ def mme(
 
 def open_model(
     model: Path, adapter: Path | None, vision_tower: str | None, quantize: Quantization | None, setting: Setting
-) -> tuple[Reader, Setting]:
+) -> tuple[Chat, Setting]:
     """Open a model, and completes the setting with what it is, how it prepares images and what it draws from."""
     from dataclasses import replace
 
     from llavar_peft.constants import TOP_K
-    from llavar_peft.inference.reader import load_reader
+    from llavar_peft.inference.chat import load_chat
     from llavar_peft.weights.model_hash import identify_model
 
-    reader = load_reader(model, adapter=adapter, vision_tower=vision_tower, quantize=quantize)
+    chat = load_chat(model, adapter, vision_tower=vision_tower, quantize=quantize)
     name = f"{model} + {adapter}" if adapter else str(model)
-    return reader, replace(
+    return chat, replace(
         setting,
         model=f"{name} ({quantize})" if quantize else name,
         model_hash=identify_model(model, adapter),
-        image_mode=setting.image_mode or reader.processor.inference_image_mode,
+        image_mode=setting.image_mode or chat.engine.processor.inference_image_mode,
         top_k=TOP_K if setting.temperature else None,
     )
 
 
 def ask_all(
-    reader: Reader, questions: Sequence[VqaQuestion], roots: ImageRoots, setting: Setting, log: Path
+    chat: Chat, questions: Sequence[VqaQuestion], roots: ImageRoots, setting: Setting, log: Path
 ) -> tuple[VqaQuestion, ...]:
     """Ask everything, with a bar."""
     from llavar_peft.evaluation.vqa.answer_questions import answer_questions
 
     with show_count("asking") as progress:
-        return answer_questions(reader, questions, roots, setting, log, progress)
+        return answer_questions(chat, questions, roots, setting, log, progress)
 
 
 def _stated(context: typer.Context, answers: Path) -> Setting:
     """How answers that are there were got: as their file says, and as the options say that were given."""
-    from llavar_peft.evaluation.vqa.answer_settings import read_setting, write_stated_settings
+    from llavar_peft.evaluation.vqa.answer_settings import read_setting, merge_settings
     from llavar_peft.evaluation.vqa.scored_results import Setting
 
     given = {
@@ -233,7 +233,7 @@ def _stated(context: typer.Context, answers: Path) -> Setting:
     temperature = choose_temperature(given.get("temperature"), None, greedy=given.get("greedy", False))
     kept = ("prompt", "image_mode", "max_new_tokens", "seed", "batch_size")
     told = Setting(temperature=temperature, **{name: given[name] for name in kept if name in given})
-    return write_stated_settings(read_setting(answers), told, str(answers))
+    return merge_settings(read_setting(answers), told, str(answers))
 
 
 def _protocols(names: Sequence[str]) -> list[Protocol]:

@@ -65,8 +65,8 @@ def answer(
         seed=seed,
         batch_size=batch_size,
     )
-    reader, setting = open_model(model, adapter, vision_tower, quantize, chosen)
-    write_judge_answers(ask_all(reader, asked, roots, setting, out.with_suffix(".part.jsonl")), setting, out)
+    chat, setting = open_model(model, adapter, vision_tower, quantize, chosen)
+    write_judge_answers(ask_all(chat, asked, roots, setting, out.with_suffix(".part.jsonl")), setting, out)
     say(str(out))
 
 

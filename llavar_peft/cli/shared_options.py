@@ -15,7 +15,7 @@ from llavar_peft.types import ImageMode
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-    from llavar_peft.inference.generation_request import Sampling
+    from llavar_peft.inference.token_sampling import Sampling
 
 ModelOption = Annotated[Path, typer.Option("--model", help="A checkpoint's folder, or an adapter's.")]
 AdapterOption = Annotated[Path | None, typer.Option("--adapter", help="An adapter's folder, laid over the model.")]
@@ -49,7 +49,7 @@ def make_sampling(max_new_tokens: int, temperature: float | None, greedy: bool, 
     Raises:
         ConfigError: ``--greedy`` and a temperature.
     """
-    from llavar_peft.inference.generation_request import Sampling
+    from llavar_peft.inference.token_sampling import Sampling
 
     if greedy and temperature:
         raise ConfigError.at(

@@ -26,7 +26,7 @@ from llavar_peft.data.image_roots import ImageRoots
 from llavar_peft.errors import DataError, Fault, ImageError
 from llavar_peft.inference.batch_decoder import DecodingBatch, Row
 from llavar_peft.inference.chat import Chat, load_chat
-from llavar_peft.inference.generation_request import Request, Sampling
+from llavar_peft.inference.generation_request import Request
 from llavar_peft.inference.question_file import (
     AnswerJournal,
     ImageQuestion,
@@ -34,6 +34,7 @@ from llavar_peft.inference.question_file import (
     read_question_file,
     write_answer_file,
 )
+from llavar_peft.inference.token_sampling import Sampling
 from llavar_peft.recipe.schema import BadImagePolicy, Quantization
 from llavar_peft.types import ImageMode
 from llavar_peft.weights.model_hash import identify_model

@@ -120,7 +120,7 @@ class EvalCallback(TrainerCallback):
     ) -> None:
         """Look before the first step; a resumed run has done so."""
         if state.global_step == 0:
-            self.probe.look(kwargs["model"], step=0, when="start")
+            self.probe.run(kwargs["model"], step=0, when="start")
 
     def on_log(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **kwargs: Any
@@ -128,11 +128,11 @@ class EvalCallback(TrainerCallback):
         """Look on the way, after a step's figures are written so that its time is not counted in them."""
         every = self.probe.config.every_steps
         if every and "loss" in (logs or {}) and state.global_step % every == 0 and state.global_step < state.max_steps:
-            self.probe.look(kwargs["model"], step=state.global_step, when="step")
+            self.probe.run(kwargs["model"], step=state.global_step, when="step")
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Look at the result, unless the run was interrupted."""
         if state.global_step >= state.max_steps:
-            self.probe.look(kwargs["model"], step=state.global_step, when="end")
+            self.probe.run(kwargs["model"], step=state.global_step, when="end")

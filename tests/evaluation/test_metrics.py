@@ -10,10 +10,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llavar_peft.errors import DataError
-from llavar_peft.evaluation.vqa.answer_metrics import LOWER_IS_BETTER, PROTOCOLS, Protocol, Score, score
+from llavar_peft.evaluation.vqa.answer_metrics import (
+    LOWER_IS_BETTER,
+    PROTOCOLS,
+    Protocol,
+    Score,
+    normalize_answer,
+    score,
+)
 from llavar_peft.evaluation.vqa.confidence_intervals import difference_interval, ratio_intervals, sign_test, sum_by_name
 from llavar_peft.evaluation.vqa.scored_results import Setting, score_answers
-from llavar_peft.evaluation.vqa.vqa_normalization import normalise
 from llavar_peft.evaluation.vqa.vqa_questions import VqaQuestion
 
 texts = st.one_of(
@@ -60,7 +66,7 @@ def test_the_published_predictions_have_the_published_figure(
     ],
 )
 def test_normalisation(text: str, normal: str) -> None:
-    assert normalise(text) == normal
+    assert normalize_answer(text) == normal
 
 
 @pytest.mark.parametrize(
@@ -163,7 +169,7 @@ def test_signs_at_the_ends_of_a_truth(truth: str, sign: str) -> None:
     for marked in (f"{sign}{truth}", f"{truth}{sign}"):
         assert score("substring", f"it is {marked} in all", [marked]).value == 1
         assert score("exact", marked, [marked]).value == 1
-        hidden = normalise(marked) != normalise(truth)
+        hidden = normalize_answer(marked) != normalize_answer(truth)
         assert score("multimodalocr", f"it is {marked} in all", [marked]).value == (not hidden)
 
 
@@ -248,13 +254,13 @@ def test_the_order_of_records_does_not_matter(rows: list[tuple[str, str]], order
 
 @given(text=texts)
 def test_normalising_never_grows_spaces(text: str) -> None:
-    normal = normalise(text)
+    normal = normalize_answer(text)
     assert normal == " ".join(normal.split())
     assert not {"a", "an", "the"} & set(normal.split())
 
 
 def test_ten_answers_are_asked_for_by_name() -> None:
-    with pytest.raises(DataError, match=r"vqa-accuracy: is about the answers of 10 people \(got 1\)"):
+    with pytest.raises(DataError, match=r"vqa-accuracy: needs the answers of 10 annotators \(got 1\)"):
         score("vqa-accuracy", "yes", ["yes"])
     with pytest.raises(DataError, match="without a truth"):
         score("anls", "yes", [])

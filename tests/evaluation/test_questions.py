@@ -122,17 +122,17 @@ def test_ids_that_occur_twice_give_way_to_places(tmp_path: Path) -> None:
     ("content", "message"),
     [
         ([], "holds no questions"),
-        ({"questions": 1}, "is of an unknown form"),
+        ({"questions": 1}, "has an unknown format"),
         ([1], r":0: is int, expected an object"),
         ([{"question": " ", "answers": ["A"]}], "has no question"),
-        ([{"question": "Q?", "answers": []}], r"has no right answers \(answers is empty\)"),
+        ([{"question": "Q?", "answers": []}], r"has no correct answers \(answers is empty\)"),
         ([{"question": "Q?", "gt_answers": [], "answer": "said"}], r"no right answers \(gt_answers is empty\)"),
         ([{"question": "Q?", "gt_answers": ["A"], "answer": True}], "answer: is not a text"),
         ([{"question": "Q?", "answers": [None]}], "are not texts"),
         ([{"question": "Q?", "answers": ["A"], "image": 3.5}], "image: is not a text"),
         ([{"question": "Q?", "answers": ["A"], "box": [1, 2, 1, 4]}], "has no area"),
         ([{"question": "Q?", "answers": ["A"], "text_height": -1}], "wanted a positive number"),
-        ({"1": {"questions": ["Q?"], "answers": []}}, "as many answers as questions"),
+        ({"1": {"questions": ["Q?"], "answers": []}}, "the number of answers is not the number of questions"),
     ],
 )
 def test_faults_are_named(content: Any, message: str, tmp_path: Path) -> None:
@@ -203,5 +203,5 @@ def test_a_part_of_a_data_set(tmp_path: Path) -> None:
     assert [one.question for one in read_vqa_questions(write(tmp_path, rows), split="val")] == ["val?"]
     with pytest.raises(DataError, match="holds no questions of the split 'test'"):
         read_vqa_questions(write(tmp_path, rows), split="test")
-    with pytest.raises(DataError, match="does not say which split"):
+    with pytest.raises(DataError, match="does not give its split"):
         read_vqa_questions(write(tmp_path, [{"question": "Q?", "answers": ["A"]}]), split="test")

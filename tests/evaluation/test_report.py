@@ -15,8 +15,7 @@ from PIL import Image
 from llavar_peft import cli
 from llavar_peft.errors import ConfigError, DataError
 from llavar_peft.evaluation.judge.judge_reviews import Review, write_reviews
-from llavar_peft.evaluation.report.report_cards import Images
-from llavar_peft.evaluation.report.report_view import Labelled, view_dataset
+from llavar_peft.evaluation.report.report_view import Images, Labelled, view_dataset
 from llavar_peft.evaluation.report.write_report import ReportSettings, write_report
 from llavar_peft.evaluation.vqa.scored_results import Setting, score_answers, write_results
 from llavar_peft.evaluation.vqa.vqa_questions import VqaQuestion, read_predictions
@@ -114,7 +113,7 @@ def test_what_a_judge_said_is_among_the_figures(run: Path, tmp_path: Path) -> No
     assert cli.main(alone) == 0
     assert f"coco 88.9 % {said}" in Page(tmp_path / "alone.html").text
     write_reviews([review(1, "conv", (0, 5))], run / "coco.reviews.jsonl")
-    with pytest.raises(DataError, match="gives the reference no points at all"):
+    with pytest.raises(DataError, match="gives the reference no points"):
         write_report(run)
 
 
@@ -151,10 +150,10 @@ def test_results_without_a_run_beside_another_run_s(run: Path, tmp_path: Path) -
     settings = ReportSettings(results=[mine], before=[run], metric="exact", title="Mine")
     page = Page(write_report(None, out, settings))
     # Of the other run's two, the later.
-    assert "Protocol before: a mine Difference" in page.text
+    assert "Protocol previous run: a mine Difference" in page.text
     assert "exact 50.0 0.0 to 100.0 75.0" in page.text
     assert "2 of 4 answers became better, 1 became worse" in page.text
-    assert "give its folder by --images" in page.text
+    assert "give its folder with --images" in page.text
     assert "Loss" not in page.text
 
 
@@ -174,7 +173,7 @@ def test_other_questions_have_tables_of_their_own(run: Path, tmp_path: Path) -> 
     assert cli.main(["eval", "vqa", "--predictions", str(other), "--out", str(tmp_path / "o.json")]) == 0
     page = Page(write_report(run, settings=ReportSettings(results=[tmp_path / "o.json"], before=[run])))
     assert "other 1 records" in page.text
-    assert "Protocol before: a after one after two" in page.text
+    assert "Protocol previous run: a after one after two" in page.text
 
 
 def test_hostile_text_stays_text(tmp_path: Path, images: Path) -> None:
@@ -259,14 +258,14 @@ def test_stays_under_the_cap(tmp_path: Path) -> None:
 def test_what_cannot_be_reported_is_said(run: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="neither a run nor results"):
         write_report(None, tmp_path / "page.html")
-    with pytest.raises(ConfigError, match="no place to go"):
+    with pytest.raises(ConfigError, match="no output file"):
         write_report(None)
     with pytest.raises(ConfigError, match="was not scored by 'f1'"):
         write_report(run, settings=ReportSettings(metric="f1"))
     (tmp_path / "empty").mkdir()
     with pytest.raises(ConfigError, match="holds no results"):
         write_report(run, settings=ReportSettings(before=[tmp_path / "empty"]))
-    with pytest.raises(DataError, match="not readable as results"):
+    with pytest.raises(DataError, match="cannot be read as results"):
         write_report(run, settings=ReportSettings(results=[run / "recipe.yaml"]))
     with pytest.raises(DataError, match="no such folder"):
         write_report(tmp_path / "none")

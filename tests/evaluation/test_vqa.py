@@ -243,7 +243,7 @@ def test_compare_refuses_other_questions(tmp_path: Path, done: Path, capsys: pyt
     assert cli.main(["eval", "compare", str(before), str(done)]) == 2
     assert "has no question in common" in capsys.readouterr().err
     assert cli.main(["eval", "compare", str(before), str(tmp_path / "before.json")]) == 2
-    assert "is not readable as results" in capsys.readouterr().err
+    assert "is cannot be read as results" in capsys.readouterr().err
 
 
 def test_diagnose(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -16,8 +16,8 @@ from llavar_peft import load_chat
 from llavar_peft.errors import ConfigError, DataError
 from llavar_peft.inference.batch_decoder import DecodingBatch, Row, answer_all
 from llavar_peft.inference.engine import Engine
-from llavar_peft.inference.generation_request import Answer, PromptImage, Request, Sampling, encode_messages
-from llavar_peft.inference.token_sampling import choose_tokens, new_generator
+from llavar_peft.inference.generation_request import Answer, PromptImage, Request, encode_messages
+from llavar_peft.inference.token_sampling import Sampling, choose_tokens, new_generator
 
 QUESTIONS = ("Read.", "What does the sign say?", "Total?", "Who wrote it, and when? Be exact.", "Name the author.")
 GREEDY = Sampling(temperature=0.0, max_new_tokens=12)
@@ -39,7 +39,7 @@ def make_requests(engine: Engine, images: Sequence[Path], sampling: Sampling = G
 def by_generate(engine: Engine, request: Request) -> tuple[int, ...]:
     shown: dict[str, Any] = {"pixel_values": torch.stack([p.pixels for p in request.images])} if request.images else {}
     with torch.inference_mode():
-        ids = engine.plain.generate(
+        ids = engine.base_model.generate(
             input_ids=request.ids[None], do_sample=False, max_new_tokens=request.sampling.max_new_tokens, **shown
         )
     return tuple(ids[0, len(request.ids) :].tolist())
@@ -82,7 +82,7 @@ def test_finished_and_cancelled_rows_cost_nothing(engine: Engine, images: list[P
     requests[1] = replace(requests[1], sampling=replace(GREEDY, max_new_tokens=3))
     expected = answer_all(engine, requests, batch_size=1)
     sizes: list[int] = []
-    hook = engine.plain.lm_head.register_forward_pre_hook(lambda _, inputs: sizes.append(len(inputs[0])))
+    hook = engine.base_model.lm_head.register_forward_pre_hook(lambda _, inputs: sizes.append(len(inputs[0])))
     rows = [Row(each, engine) for each in requests]
     batch = DecodingBatch(engine)
     batch.join(rows)
@@ -156,7 +156,7 @@ def test_logprobs_are_the_models(engine: Engine, images: list[Path]) -> None:
     assert without.logprobs is None
     whole = torch.cat([asked.ids, torch.tensor(answer.ids)])[None]
     with torch.inference_mode():
-        logits = engine.plain(input_ids=whole, pixel_values=torch.stack([p.pixels for p in asked.images])).logits
+        logits = engine.base_model(input_ids=whole, pixel_values=torch.stack([p.pixels for p in asked.images])).logits
     expected = logits.log_softmax(-1)[0, len(asked.ids) - 1 : -1].gather(1, torch.tensor(answer.ids)[:, None])[:, 0]
     torch.testing.assert_close(torch.tensor(answer.logprobs), expected, atol=1e-4, rtol=1e-4)
 
@@ -191,11 +191,11 @@ def test_the_context_is_a_limit(engine: Engine) -> None:
     assert answer.completion_tokens <= 2
 
 
-def test_what_cannot_be_answered_is_refused(engine: Engine, images: list[Path]) -> None:
+def test_what_cannot_be_answered_is_rejected(engine: Engine, images: list[Path]) -> None:
     request = make_requests(engine, images)[0]
-    with pytest.raises(DataError, match="image tokens for pictures of 0"):
+    with pytest.raises(DataError, match="image tokens for images of 0"):
         Row(replace(request, images=()), engine)
-    with pytest.raises(ConfigError, match="no 'receipts'"):
+    with pytest.raises(ConfigError, match="no adapter is named 'receipts'"):
         Row(replace(request, adapter="receipts"), engine)
     wrong: tuple[dict[str, Any], ...] = (
         {"temperature": float("nan")},

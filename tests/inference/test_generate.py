@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from llavar_peft import cli, load_chat
 from llavar_peft.errors import ConfigError, DataError, ImageError
 from llavar_peft.inference.answer_file import GenerateReport, generate_answers
-from llavar_peft.inference.generation_request import Sampling
+from llavar_peft.inference.token_sampling import Sampling
 
 GREEDY = Sampling(temperature=0.0, max_new_tokens=8)
 

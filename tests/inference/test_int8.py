@@ -21,16 +21,16 @@ def int8(checkpoint: Path) -> Chat:
 
 
 def test_the_language_models_layers_alone_are_stored_so(int8: Chat, engine: Engine) -> None:
-    stored = dict(int8.engine.plain.named_modules())
+    stored = dict(int8.engine.base_model.named_modules())
     eight = [name for name, module in stored.items() if type(module).__name__ == "Linear8bitLt"]
-    assert len(eight) == 7 * int8.engine.plain.config.text_config.num_hidden_layers
+    assert len(eight) == 7 * int8.engine.base_model.config.text_config.num_hidden_layers
     assert all(name.startswith("model.language_model.layers.") for name in eight)
     assert all(stored[name].weight.dtype == torch.int8 for name in eight)
-    found = dict(int8.engine.plain.named_parameters())
-    for name, whole in engine.plain.named_parameters():
+    found = dict(int8.engine.base_model.named_parameters())
+    for name, whole in engine.base_model.named_parameters():
         if name.removesuffix(".weight") not in eight:
             assert torch.equal(found[name], whole), name
-    assert int8.engine.plain.get_memory_footprint() < engine.plain.get_memory_footprint()
+    assert int8.engine.base_model.get_memory_footprint() < engine.base_model.get_memory_footprint()
 
 
 @pytest.fixture
@@ -52,7 +52,7 @@ def test_asking_is_generate(int8: Chat, images: list[Path]) -> None:
 def _first_logits(engine: Engine, requests: Sequence[Request]) -> torch.Tensor:
     """Those of each prompt's end, ``[B, V]``, answered together."""
     seen: list[torch.Tensor] = []
-    hook = engine.plain.lm_head.register_forward_hook(lambda _, inputs, output: seen.append(output[:, -1]))
+    hook = engine.base_model.lm_head.register_forward_hook(lambda _, inputs, output: seen.append(output[:, -1]))
     DecodingBatch(engine).join([Row(each, engine) for each in requests])
     hook.remove()
     return seen[0]
@@ -67,7 +67,7 @@ def test_only_outliers_tie_an_answer_to_its_batch(int8: Chat, images: list[Path]
         alone = torch.cat([_first_logits(engine, [each]) for each in requests])
         return float((alone - _first_logits(engine, requests)).abs().max())
 
-    layers = [module for module in engine.plain.modules() if type(module).__name__ == "Linear8bitLt"]
+    layers = [module for module in engine.base_model.modules() if type(module).__name__ == "Linear8bitLt"]
     assert {layer.state.threshold for layer in layers} == {6.0}
     # A column in which any row of the batch is beyond 6 is multiplied unrounded for all of them.
     assert 0.01 < apart() < 0.5
