@@ -56,7 +56,7 @@ def site() -> Iterator[str]:
     server.server_close()
 
 
-def test_a_image_comes_through(site: str) -> None:
+def test_an_image_is_downloaded(site: str) -> None:
     assert decode_image(fetch(f"{site}/a b.png".replace(" ", "%20")), "it").size == (9, 5)
     assert fetch(f"{site}/to?/to?{site}/b.png") == Handler.image  # relative and absolute redirects
 
@@ -70,7 +70,7 @@ def test_a_image_comes_through(site: str) -> None:
         ("/drip", "took longer than 0.6 s"),
         ("/to?/to?/to?/to?/to?/b.png", "more than 3 redirects"),
         ("/to?file:///etc/passwd", "scheme 'file'"),
-        ("/to?http://10.0.0.1\\@x/", "is no URL"),
+        ("/to?http://10.0.0.1\\@x/", "is not a URL"),
     ],
 )
 def test_limits_hold_while_reading(site: str, path: str, message: str) -> None:
