@@ -78,7 +78,7 @@ class Engine:
 
     def no_grad(self) -> AbstractContextManager[Any]:
         """Return a context without gradients, in which the model is called."""
-        # Tensors that a sharded model gathers here are kept for the next backward pass, which rejects inference tensors.
+        # Tensors that a sharded model gathers here serve the next backward pass, which rejects inference tensors.
         return torch.no_grad() if self.training else torch.inference_mode()
 
     def check_adapter(self, name: str | None) -> None:

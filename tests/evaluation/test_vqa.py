@@ -7,9 +7,10 @@ from typing import Any
 
 import pytest
 
-from llavar_peft import cli
+from llavar_peft import cli, load_chat
 from llavar_peft.evaluation.vqa.scored_results import read_results
 from llavar_peft.weights.model_hash import identify_model
+from tests.inference.reference import greedy_answers
 
 
 def ask(checkpoint: Path, images: Path, out: Path, *more: str) -> int:
@@ -112,9 +113,20 @@ def test_a_greedy_run_may_go_on_with_smaller_batches(checkpoint: Path, images: P
     out = tmp_path / "results.json"
     assert ask(checkpoint, images, out, "--greedy") == 0
     expected, log = answers(out), out.with_suffix(".answers.jsonl")
+    rows = json.loads((images / "dataset.json").read_text())["data"]
+    shown = [images / "images" / row["image"] for row in rows]
+    engine = load_chat(checkpoint, device="cpu").engine
+    asked = [row["question"] for row in rows]
+    assert expected == greedy_answers(engine.base_model, engine.processor, asked, shown, max_new_tokens=6)
     log.write_text("".join(log.read_text().splitlines(keepends=True)[:4]))
     assert ask(checkpoint, images, out, "--greedy", "--batch-size", "1") == 0
     assert answers(out) == expected
+
+
+def test_sampled_answers_do_not_depend_on_the_batch(done: Path, checkpoint: Path, images: Path, tmp_path: Path) -> None:
+    out = tmp_path / "results.json"
+    assert ask(checkpoint, images, out, "--image-mode", "pad_black", "--batch-size", "5") == 0
+    assert answers(out) == answers(done)
 
 
 def test_another_setting_is_no_resumption(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Sequence
 from dataclasses import replace
@@ -11,13 +12,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 
-from llavar_peft import load_chat
+from llavar_peft import Chat, load_chat
 from llavar_peft.errors import ConfigError, DataError
 from llavar_peft.inference.batch_decoder import DecodingBatch, Row, answer_all
 from llavar_peft.inference.engine import Engine
 from llavar_peft.inference.generation_request import Answer, PromptImage, Request, encode_messages
 from llavar_peft.inference.token_sampling import Sampling, choose_tokens, new_generator
+from tests.inference.reference import greedy_answers
 
 QUESTIONS = ("Read.", "What does the sign say?", "Total?", "Who wrote it, and when? Be exact.", "Name the author.")
 GREEDY = Sampling(temperature=0.0, max_new_tokens=12)
@@ -207,6 +210,44 @@ def test_what_cannot_be_answered_is_rejected(engine: Engine, images: list[Path])
     for settings in wrong:
         with pytest.raises(ConfigError, match=f"{next(iter(settings))}: got"):
             Sampling(**settings)
+
+
+def _changed(engine: Engine) -> Engine:
+    """The same model as a training run has it: with an adapter that is trained."""
+    config = LoraConfig(r=2, target_modules=r".*language_model.*\.q_proj", init_lora_weights=False)
+    return Engine(get_peft_model(copy.deepcopy(engine.base_model), config).eval(), engine.processor, training=True)
+
+
+def test_a_model_in_training_answers_as_generate_and_stays_trainable(engine: Engine, images: list[Path]) -> None:
+    torch.manual_seed(0)
+    training = _changed(engine)
+    asked = [(question, None if index % 3 == 2 else images[index]) for index, question in enumerate(QUESTIONS)]
+    expected = greedy_answers(training.model, training.processor, *zip(*asked, strict=True), max_new_tokens=12)
+    trainable = [name for name, parameter in training.model.named_parameters() if parameter.requires_grad]
+    state = torch.get_rng_state()
+    chat = Chat(training)
+    requests = [chat.request(image, question, sampling=GREEDY) for question, image in asked]
+    for size in (1, 2, 5):
+        assert [answer.text for answer in chat.answer(requests, batch_size=size)] == expected
+    assert torch.equal(state, torch.get_rng_state())
+    assert trainable == [name for name, parameter in training.model.named_parameters() if parameter.requires_grad]
+    assert not any(image.features for each in requests for image in each.images)
+    training.model(input_ids=requests[2].ids[None]).logits.sum().backward()
+
+
+def test_ranks_that_are_done_take_part_in_the_steps_of_others(
+    engine: Engine, images: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A sharded model gathers its weights in each step, so the others would wait forever."""
+    training = _changed(engine)
+    calls: list[int] = []
+    left = iter([True, True])
+    monkeypatch.setattr(Engine, "any_rank", lambda self, flag: flag or next(left, False))
+    monkeypatch.setattr(Engine, "_distributed", lambda self: True)
+    (request,) = make_requests(engine, images)[1:2]
+    training.model.register_forward_pre_hook(lambda _, inputs: calls.append(1))
+    (answer,) = answer_all(training, [request])
+    assert len(calls) == len(answer.ids) + 2
 
 
 @pytest.mark.parity
