@@ -1,4 +1,4 @@
-"""lmms-eval asking our model, through its own registry and requests.
+"""lmms-eval asks our model through its registry and requests.
 
 ``pip install --no-deps lmms-eval loguru`` is enough for it.
 """
@@ -48,7 +48,7 @@ def requests(model: Any, images: Path, count: int, **how: Any) -> list[Instance]
     ]
 
 
-def test_answers_are_those_of_asking_directly(model: Any, images: Path, checkpoint: Path) -> None:
+def test_answers_are_those_of_generate(model: Any, images: Path, checkpoint: Path) -> None:
     rows = model.task_dict["reading"]["test"]
     chat = load_chat(checkpoint, device="cpu")
     direct = greedy_answers(
@@ -65,7 +65,7 @@ def test_answers_are_those_of_asking_directly(model: Any, images: Path, checkpoi
     ]
 
 
-def test_what_it_does_not_do_is_said(model: Any, images: Path) -> None:
+def test_unsupported_requests_are_errors(model: Any, images: Path) -> None:
     with pytest.raises(ConfigError, match="num_beams: got 3, expected 1"):
         model.generate_until(requests(model, images, 1, num_beams=3))
     with pytest.raises(ConfigError, match="by likelihood"):

@@ -1,4 +1,4 @@
-"""``load_chat``: asking, streaming, talking, and several adapters on one base."""
+"""``load_chat``: questions, streams, conversations, and several adapters on one base."""
 
 from __future__ import annotations
 
@@ -131,7 +131,7 @@ def test_a_conversation_computes_nothing_twice(chat: Chat, images: list[Path], p
     assert talk.send("Read.", **GREEDY) == chat.ask(None, "Read.", **GREEDY)
 
 
-def test_another_image_in_the_same_place_is_looked_at(chat: Chat, images: list[Path]) -> None:
+def test_another_image_in_the_same_place_is_used(chat: Chat, images: list[Path]) -> None:
     talk = chat.conversation(images[0])
     first = talk.send("Read.", **GREEDY)
     talk.turns.pop()
@@ -139,7 +139,7 @@ def test_another_image_in_the_same_place_is_looked_at(chat: Chat, images: list[P
     assert second == chat.ask(images[3], "Read.", **GREEDY) != first
 
 
-def test_an_answer_broken_off_is_remembered_as_far_as_it_came(chat: Chat, images: list[Path]) -> None:
+def test_a_cancelled_answer_is_kept_so_far(chat: Chat, images: list[Path]) -> None:
     talk = chat.conversation(images[1])
     stream = talk.stream("Read.", **GREEDY)
     begun = next(stream)

@@ -55,13 +55,13 @@ def test_ask(checkpoint: Path, adapter: Path, images: list[Path], capsys: pytest
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (("--image", "file:///etc/passwd"), "wanted https or http"),
+        (("--image", "file:///etc/passwd"), "expected https or http"),
         (("--image", "nothing.png"), "no such file"),
         (("--greedy", "--temperature", "1"), "--greedy: goes without drawing"),
         (("--adapter", "nothing"), "no such folder"),
     ],
 )
-def test_ask_refuses(
+def test_ask_rejects(
     options: tuple[str, ...], message: str, checkpoint: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run("ask", "--model", checkpoint, *options, "Read.") == 2

@@ -1,4 +1,4 @@
-"""Decoding: a row gets in any batch what it would get alone, which is what ``generate`` gives."""
+"""Decoding: a row gets the same answer in any batch as alone, which is that of ``generate``."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ GREEDY = Sampling(temperature=0.0, max_new_tokens=12)
 
 
 def make_requests(engine: Engine, images: Sequence[Path], sampling: Sampling = GREEDY) -> list[Request]:
-    """Every third without an image, one image of another size, lengths from 1 up."""
+    """Return requests, every third without an image, one with an image of another size, of several lengths."""
     made = []
     for index, question in enumerate(QUESTIONS):
         mode = "keep" if index == 1 else None
@@ -53,7 +53,7 @@ def run(batch: DecodingBatch) -> None:
         batch.step()
 
 
-@pytest.mark.filterwarnings("error:.*cache.*:FutureWarning")  # names change; users are not to read of it
+@pytest.mark.filterwarnings("error:.*cache.*:FutureWarning")  # the argument was renamed in transformers
 @pytest.mark.parametrize("kind", ["engine", "nf4_engine"])
 def test_any_batch_answers_as_generate(kind: str, images: list[Path], request: pytest.FixtureRequest) -> None:
     engine: Engine = request.getfixturevalue(kind)
@@ -80,7 +80,7 @@ def test_rows_come_and_go(engine: Engine, images: list[Path]) -> None:
     assert [row.answer.ids for row in rows] == [answer.ids for answer in expected]
 
 
-def test_finished_and_cancelled_rows_cost_nothing(engine: Engine, images: list[Path]) -> None:
+def test_finished_and_cancelled_rows_are_not_computed(engine: Engine, images: list[Path]) -> None:
     requests = [replace(each, sampling=GREEDY) for each in make_requests(engine, images)]
     requests[1] = replace(requests[1], sampling=replace(GREEDY, max_new_tokens=3))
     expected = answer_all(engine, requests, batch_size=1)
@@ -98,7 +98,7 @@ def test_finished_and_cancelled_rows_cost_nothing(engine: Engine, images: list[P
     assert (rows[4].answer.finish_reason, rows[4].answer.ids) == ("cancelled", expected[4].ids[:2])
 
 
-def test_a_seeded_row_is_drawn_the_same_in_any_company(engine: Engine, images: list[Path]) -> None:
+def test_a_seeded_row_does_not_depend_on_its_batch(engine: Engine, images: list[Path]) -> None:
     hot = Sampling(temperature=1.5, top_p=0.95, max_new_tokens=12, seed=3)
     requests = [replace(each, sampling=hot) for each in make_requests(engine, images)]
     torch.manual_seed(0)
@@ -114,7 +114,7 @@ def test_a_seeded_row_is_drawn_the_same_in_any_company(engine: Engine, images: l
     assert narrow[0].ids == together[5].ids
 
 
-def test_draws_follow_the_nucleus() -> None:
+def test_samples_follow_the_nucleus() -> None:
     probabilities = torch.tensor([0.05, 0.4, 0.15, 0.3, 0.1])
     sampling = Sampling(temperature=1.0, top_p=0.8, seed=1)
     generator = new_generator(sampling)
@@ -133,8 +133,8 @@ def test_draws_follow_the_nucleus() -> None:
     assert choose_tokens(probabilities.log()[None] * 1e3, [tiny], [generator])[0] == [1]
 
 
-def test_only_the_likeliest_tokens_are_drawn_as_by_the_original() -> None:
-    """Which ones: held to the library's own filters, with ties at the border, and 0 for all."""
+def test_top_k_is_that_of_the_original() -> None:
+    """The tokens are those of transformers' filters, with ties at the limit; 0 means all."""
     from transformers.generation.logits_process import TopKLogitsWarper, TopPLogitsWarper
 
     torch.manual_seed(0)
@@ -213,7 +213,7 @@ def test_what_cannot_be_answered_is_rejected(engine: Engine, images: list[Path])
 
 
 def _changed(engine: Engine) -> Engine:
-    """The same model as a training run has it: with an adapter that is trained."""
+    """Return an engine on a copy of the model with an adapter in training."""
     config = LoraConfig(r=2, target_modules=r".*language_model.*\.q_proj", init_lora_weights=False)
     return Engine(get_peft_model(copy.deepcopy(engine.base_model), config).eval(), engine.processor, training=True)
 

@@ -20,7 +20,7 @@ def int8(checkpoint: Path) -> Chat:
     return load_chat(checkpoint, quantize="int8")
 
 
-def test_the_language_models_layers_alone_are_stored_so(int8: Chat, engine: Engine) -> None:
+def test_only_the_language_models_layers_are_quantized(int8: Chat, engine: Engine) -> None:
     stored = dict(int8.engine.base_model.named_modules())
     eight = [name for name, module in stored.items() if type(module).__name__ == "Linear8bitLt"]
     assert len(eight) == 7 * int8.engine.base_model.config.text_config.num_hidden_layers
@@ -40,7 +40,7 @@ def quiet(caplog: pytest.LogCaptureFixture) -> None:
 
 
 @pytest.mark.usefixtures("quiet")
-def test_asking_is_generate(int8: Chat, images: list[Path]) -> None:
+def test_answers_are_those_of_generate(int8: Chat, images: list[Path]) -> None:
     requests = make_requests(int8.engine, images)
     expected = [by_generate(int8.engine, each) for each in requests]
     assert len({len(ids) for ids in expected}) > 1
@@ -59,7 +59,7 @@ def _first_logits(engine: Engine, requests: Sequence[Request]) -> torch.Tensor:
 
 
 @pytest.mark.usefixtures("quiet")
-def test_only_outliers_tie_an_answer_to_its_batch(int8: Chat, images: list[Path]) -> None:
+def test_only_outliers_make_an_answer_depend_on_its_batch(int8: Chat, images: list[Path]) -> None:
     engine = int8.engine
     requests = make_requests(engine, images)
 
