@@ -13,7 +13,7 @@ from llavar_peft.models.processing_llavar import LlavarProcessor
 def register() -> None:
     """Register configuration, models and processor; calling it again does nothing.
 
-    ``build_model``, ``Trainer`` and ``load_chat`` call it; call it yourself before ``AutoModel...from_pretrained``.
+    ``build_model``, ``Trainer`` and ``load_reader`` call it; call it yourself before ``AutoModel...from_pretrained``.
     """
     AutoConfig.register(MODEL_TYPE, LlavarConfig, exist_ok=True)
     AutoModel.register(LlavarConfig, LlavarModel, exist_ok=True)

@@ -17,7 +17,7 @@ def identify_model(model: str | Path, adapter: str | Path | None = None) -> str:
     """Take the hash of a model's weights; the vision tower, which is never trained, does not enter.
 
     Args:
-        model: What ``load_chat`` was given: a checkpoint's folder, an adapter's, or a run's.
+        model: What ``load_reader`` was given: a checkpoint's folder, an adapter's, or a run's.
         adapter: Laid over it.
 
     Returns:
@@ -40,7 +40,7 @@ def identify_model(model: str | Path, adapter: str | Path | None = None) -> str:
 
 
 def _result_of(folder: Path) -> Path:
-    """A run's folder stands for its result, as it does for ``load_chat``."""
+    """A run's folder stands for its result, as it does for ``load_reader``."""
     if not (folder / "config.json").is_file():
         for name in ("model", "adapter"):
             if (folder / name / "config.json").is_file():
