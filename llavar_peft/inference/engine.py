@@ -68,7 +68,7 @@ class Engine:
     @property
     def device(self) -> torch.device:
         """The device of the weights."""
-        device: torch.device = self.base_model.get_input_embeddings().weight.device
+        device: torch.device = next(self.model.parameters()).device
         return device
 
     @property
