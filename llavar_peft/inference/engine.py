@@ -122,7 +122,7 @@ class Engine:
                     image.features[adapter] = features_PD
 
     def any_rank(self, flag: bool) -> bool:
-        """Return whether the flag is set on any rank of the training run; on the only one, if none trains."""
+        """Return whether the flag is set on any rank of the training run; without one, return the flag itself."""
         if not self._distributed():
             return flag
         flags = torch.tensor(float(flag), device=self.device)
