@@ -30,7 +30,7 @@ TEN_NEEDED: Protocol = "vqa-accuracy"
 
 
 @pytest.mark.parity
-@pytest.mark.parametrize(("protocol", "wanted"), [("multimodalocr", 39.16), ("substring", 40.02)])
+@pytest.mark.parametrize(("protocol", "expected"), [("multimodalocr", 39.16), ("substring", 40.02)])
 def test_the_published_predictions_have_the_published_figure(
     shared_dir: Path, protocol: Protocol, expected: float
 ) -> None:

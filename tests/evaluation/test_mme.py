@@ -92,7 +92,7 @@ def test_folder(tmp_path: Path, apart: bool) -> None:
     ]
     assert (images / "0001.jpg").is_file()
     (images / "0002.jpg").unlink()
-    with pytest.raises(DataError, match=r"0002\.txt: has no picture"):
+    with pytest.raises(DataError, match=r"0002\.txt: has no image"):
         read_folder(tmp_path)
 
 

@@ -20,7 +20,7 @@ def write(folder: Path, content: Any, name: str = "data.json") -> Path:
 
 
 @pytest.mark.parametrize(
-    ("content", "wanted"),
+    ("content", "expected"),
     [
         (  # MultimodalOCR's predictions
             [

@@ -258,7 +258,7 @@ def test_stays_under_the_cap(tmp_path: Path) -> None:
 def test_invalid_reports_are_errors(run: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="neither a run nor results"):
         write_report(None, tmp_path / "page.html")
-    with pytest.raises(ConfigError, match="no output file"):
+    with pytest.raises(ConfigError, match="nor an output file"):
         write_report(None)
     with pytest.raises(ConfigError, match="was not scored by 'f1'"):
         write_report(run, settings=ReportSettings(metric="f1"))
