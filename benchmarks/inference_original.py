@@ -56,7 +56,7 @@ def answer_file(engine: Engine, questions: Path, images: Path, answers: Path, *,
         answers: The file to write.
         max_new_tokens: Largest number of tokens in an answer.
     """
-    processor, model = engine.processor, engine.plain
+    processor, model = engine.processor, engine.base_model
     tokenizer = processor.tokenizer
     place = image_block(processor.num_image_tokens, use_im_start_end=processor.use_im_start_end)
     with answers.open("w", encoding="utf-8") as file:

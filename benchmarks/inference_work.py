@@ -22,7 +22,8 @@ from inference_original import answer_file
 from llavar_peft.inference.answer_file import generate_answers
 from llavar_peft.inference.batch_decoder import DecodingBatch, Row, stream_row
 from llavar_peft.inference.chat import Chat, load_chat
-from llavar_peft.inference.generation_request import PromptImage, Request, Sampling, encode_messages, question_content
+from llavar_peft.inference.generation_request import PromptImage, Request, encode_messages, question_content
+from llavar_peft.inference.token_sampling import Sampling
 
 if TYPE_CHECKING:
     from llavar_peft.recipe.schema import Dtype, Quantization
@@ -147,7 +148,7 @@ def measure_storage(model: str, data: Path, tokens: int, dtype: Dtype, quantize:
     before, began = _peak(), time.perf_counter()
     chat = load_chat(model, dtype=dtype, quantize=quantize)
     load = time.perf_counter() - began
-    plain, sampling = chat.engine.plain, Sampling(temperature=0.0, max_new_tokens=tokens)
+    plain, sampling = chat.engine.base_model, Sampling(temperature=0.0, max_new_tokens=tokens)
     requests = [
         chat.request(data / "images" / one["image"], one["text"], sampling=sampling) for one in read_questions(data)
     ]

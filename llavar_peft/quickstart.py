@@ -25,7 +25,7 @@ from llavar_peft.recipe.presets import load_recipe
 from llavar_peft.recipe.schema import Lora, Quantization, Recipe
 
 if TYPE_CHECKING:
-    from llavar_peft.inference.reader import Reader
+    from llavar_peft.inference.chat import Chat
 
 logger = logging.getLogger(__name__)
 
@@ -87,15 +87,15 @@ def run_quickstart(output_dir: str | Path, tune: QuickstartTune = "full", *, see
     recipe = quickstart_recipe(root, tune, seed=seed)
     _draw(root, seed=seed)
     # Imported after drawing, so that the processes forked for it do not contain torch.
-    from llavar_peft.inference.reader import load_reader
+    from llavar_peft.inference.chat import load_chat
     from llavar_peft.page.run_page import write_run_page
     from llavar_peft.training.trainer import run_recipe
 
     model = run_recipe(recipe)
-    reader = load_reader(model)
+    chat = load_chat(model)
     held_out = _draw_held_out(root, seed)
-    exact, wrong = score(reader, held_out)
-    blank, _ = score(reader, held_out[:_BLANK_IMAGES], blank=True)
+    exact, wrong = score(chat, held_out)
+    blank, _ = score(chat, held_out[:_BLANK_IMAGES], blank=True)
     before = _score_before_training(root / recipe.stages[0].name / "probe.jsonl")
     seconds = time.perf_counter() - began
     page = write_run_page(
@@ -152,12 +152,12 @@ def quickstart_recipe(root: Path, tune: QuickstartTune, *, seed: int = 0) -> Rec
 
 
 def score(
-    reader: Reader, questions: Sequence[tuple[Path, str, str]], *, blank: bool = False, batch_size: int = 25
+    chat: Chat, questions: Sequence[tuple[Path, str, str]], *, blank: bool = False, batch_size: int = 25
 ) -> tuple[float, list[str]]:
     """Return the share of exact answers to questions about images, and a line for each wrong answer.
 
     Args:
-        reader: The model.
+        chat: The model.
         questions: Triples of image, question and expected answer.
         blank: Whether each image is replaced by a blank one of its size, in the color of its corner.
         batch_size: Number of images per forward pass.
@@ -166,22 +166,24 @@ def score(
 
     from llavar_peft.data.image_preparation import open_image
     from llavar_peft.data.text_metrics import exact_match
-    from llavar_peft.models.generate import answer_images
+    from llavar_peft.inference.token_sampling import Sampling
 
     right, wrong = 0, []
+    sampling = Sampling(temperature=0.0, max_new_tokens=24)
     for start in range(0, len(questions), batch_size):
         batch = questions[start : start + batch_size]
         images = [open_image(path) for path, _, _ in batch]
         if blank:
             images = [Image.new("RGB", image.size, image.getpixel((0, 0))) for image in images]
-        answers = answer_images(
-            reader.model, reader.processor, [question for _, question, _ in batch], images, max_new_tokens=24
-        )
-        for (path, question, truth), answer in zip(batch, answers, strict=True):
-            if exact_match(answer, truth):
+        requests = [
+            chat.request(image, question, sampling=sampling)
+            for image, (_, question, _) in zip(images, batch, strict=True)
+        ]
+        for (path, question, truth), answer in zip(batch, chat.answer(requests, batch_size=batch_size), strict=True):
+            if exact_match(answer.text, truth):
                 right += 1
             else:
-                wrong.append(f"{path.name}: {question} expected {truth!r}, got {answer!r}")
+                wrong.append(f"{path.name}: {question} expected {truth!r}, got {answer.text!r}")
     return right / len(questions), wrong
 
 

@@ -15,7 +15,7 @@ from llavar_peft.types import ImageMode
 
 if TYPE_CHECKING:
     from llavar_peft.inference.chat import Chat
-    from llavar_peft.inference.generation_request import Sampling
+    from llavar_peft.inference.token_sampling import Sampling
 
 _HELP = """\
 /image FILE|URL   Add an image to the next question.

@@ -100,7 +100,7 @@ def eval_vqa(
             "eval vqa", "it needs --dataset with --model, or --predictions", "give a model to ask, or answers to score"
         )
     roots = ImageRoots(images) if images else None
-    reader = None
+    chat = None
     if model is None or dataset is None:
         setting = _stated_setting(context, predictions or source)
         answered = read_predictions(predictions or source, dataset, limit=limit, split=split)
@@ -115,10 +115,10 @@ def eval_vqa(
             batch_size=batch_size,
         )
         out = out or Path(f"{dataset.stem}.results.json")
-        reader, setting = evaluated.load_evaluated_model(model, adapter, vision_tower, quantize, chosen)
+        chat, setting = evaluated.load_evaluated_model(model, adapter, vision_tower, quantize, chosen)
         log = out.with_suffix(".answers.jsonl")
-        answered = evaluated.answer_with_progress(reader, questions, roots or ImageRoots(), setting, log)
-    side = int(reader.processor.image_processor.crop_size["height"]) if reader else _RELEASED_SIDE
+        answered = evaluated.answer_with_progress(chat, questions, roots or ImageRoots(), setting, log)
+    side = int(chat.engine.processor.image_processor.crop_size["height"]) if chat else _RELEASED_SIDE
     measured = borrow_heights(answered, heights) if heights else answered
     measures = measure_letter_height(measured, roots, setting.image_mode or "pad", side)
     _report_results(score_answers(answered, name or str(source), setting, protocols, measures), out, as_json=as_json)
@@ -172,9 +172,9 @@ def eval_mme(
             seed=seed,
             batch_size=batch_size,
         )
-        reader, setting = evaluated.load_evaluated_model(model, adapter, vision_tower, quantize, chosen)
+        chat, setting = evaluated.load_evaluated_model(model, adapter, vision_tower, quantize, chosen)
         log = out.with_suffix(".answers.jsonl")
-        answered = evaluated.answer_with_progress(reader, questions, ImageRoots(images), setting, log)
+        answered = evaluated.answer_with_progress(chat, questions, ImageRoots(images), setting, log)
         results = score_images(answered, str(folder), setting)
     else:
         raise ConfigError.at(
@@ -185,7 +185,7 @@ def eval_mme(
 
 def _stated_setting(context: typer.Context, answers: Path) -> Setting:
     """Return how given answers were made: what their file says, completed by the options on the command line."""
-    from llavar_peft.evaluation.vqa.answer_settings import read_setting, write_stated_settings
+    from llavar_peft.evaluation.vqa.answer_settings import merge_settings, read_setting
     from llavar_peft.evaluation.vqa.scored_results import Setting
 
     given = {
@@ -203,7 +203,7 @@ def _stated_setting(context: typer.Context, answers: Path) -> Setting:
     temperature = shared.choose_temperature(given.get("temperature"), None, greedy=given.get("greedy", False))
     names = ("prompt", "image_mode", "max_new_tokens", "seed", "batch_size")
     stated = Setting(temperature=temperature, **{name: given[name] for name in names if name in given})
-    return write_stated_settings(read_setting(answers), stated, str(answers))
+    return merge_settings(read_setting(answers), stated, str(answers))
 
 
 def _choose_protocols(names: Sequence[str]) -> list[Protocol]:

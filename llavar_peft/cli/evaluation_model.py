@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from llavar_peft.data.image_preparation import ImageRoots
     from llavar_peft.evaluation.vqa.scored_results import Setting
     from llavar_peft.evaluation.vqa.vqa_questions import VqaQuestion
-    from llavar_peft.inference.reader import Reader
+    from llavar_peft.inference.chat import Chat
 
 BatchSizeOption: TypeAlias = Annotated[
     int, typer.Option("--batch-size", min=1, help="Number of questions answered at the same time.")
@@ -28,30 +28,30 @@ EvaluatedModelOption: TypeAlias = Annotated[
 
 def load_evaluated_model(
     model: Path, adapter: Path | None, vision_tower: str | None, quantize: Quantization | None, setting: Setting
-) -> tuple[Reader, Setting]:
+) -> tuple[Chat, Setting]:
     """Load a model, and add its name, hash, image mode and top-k to the setting."""
     from dataclasses import replace
 
     from llavar_peft.constants import TOP_K
-    from llavar_peft.inference.reader import load_reader
+    from llavar_peft.inference.chat import load_chat
     from llavar_peft.weights.adapter.model_hash import identify_model
 
-    reader = load_reader(model, adapter=adapter, vision_tower=vision_tower, quantize=quantize)
+    chat = load_chat(model, adapter, vision_tower=vision_tower, quantize=quantize)
     name = f"{model} + {adapter}" if adapter else str(model)
-    return reader, replace(
+    return chat, replace(
         setting,
         model=f"{name} ({quantize})" if quantize else name,
         model_hash=identify_model(model, adapter),
-        image_mode=setting.image_mode or reader.processor.inference_image_mode,
+        image_mode=setting.image_mode or chat.engine.processor.inference_image_mode,
         top_k=TOP_K if setting.temperature else None,
     )
 
 
 def answer_with_progress(
-    reader: Reader, questions: Sequence[VqaQuestion], roots: ImageRoots, setting: Setting, log: Path
+    chat: Chat, questions: Sequence[VqaQuestion], roots: ImageRoots, setting: Setting, log: Path
 ) -> tuple[VqaQuestion, ...]:
     """Answer all questions with a progress bar; answers in the log are not computed again."""
     from llavar_peft.evaluation.vqa.answer_questions import answer_questions
 
     with show_count("asking") as progress:
-        return answer_questions(reader, questions, roots, setting, log, progress)
+        return answer_questions(chat, questions, roots, setting, log, progress)

@@ -58,8 +58,8 @@ def eval_answer(
         seed=seed,
         batch_size=batch_size,
     )
-    reader, setting = evaluated.load_evaluated_model(model, adapter, vision_tower, quantize, chosen)
-    answered = evaluated.answer_with_progress(reader, unanswered, roots, setting, out.with_suffix(".part.jsonl"))
+    chat, setting = evaluated.load_evaluated_model(model, adapter, vision_tower, quantize, chosen)
+    answered = evaluated.answer_with_progress(chat, unanswered, roots, setting, out.with_suffix(".part.jsonl"))
     write_judge_answers(answered, setting, out)
     say(str(out))
 

@@ -17,7 +17,7 @@ from llavar_peft.types import ImageMode
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-    from llavar_peft.inference.generation_request import Sampling
+    from llavar_peft.inference.token_sampling import Sampling
 
 # A model and its answers.
 ModelOption: TypeAlias = Annotated[Path, typer.Option("--model", help="The folder of a checkpoint, adapter or run.")]
@@ -94,7 +94,7 @@ def make_sampling(max_new_tokens: int, temperature: float | None, greedy: bool, 
     Raises:
         ConfigError: Both ``--greedy`` and a temperature are given.
     """
-    from llavar_peft.inference.generation_request import Sampling
+    from llavar_peft.inference.token_sampling import Sampling
 
     default = Sampling().temperature
     return Sampling(

@@ -1,4 +1,4 @@
-"""Our models in lmms-eval: ``lmms-eval --model llavar --model_args pretrained=DIR --tasks ocrbench,textvqa_val``.
+"""The model ``llavar`` of lmms-eval: ``lmms-eval --model llavar --model_args pretrained=DIR --tasks ocrbench``.
 
 lmms-eval finds ``manifest`` by the entry point ``lmms_eval.models``; nothing else imports this file.
 """
@@ -15,8 +15,8 @@ from lmms_eval.models.registry_v2 import ModelManifest
 
 from llavar_peft.constants import IMAGE_PLACEHOLDER
 from llavar_peft.errors import ConfigError, DataError
-from llavar_peft.inference.reader import load_reader
-from llavar_peft.models.generate import answer_images
+from llavar_peft.inference.chat import load_chat
+from llavar_peft.inference.token_sampling import Sampling
 from llavar_peft.weights.adapter.model_hash import identify_model
 
 if TYPE_CHECKING:
@@ -26,26 +26,26 @@ if TYPE_CHECKING:
     from llavar_peft.recipe.schema import Quantization
     from llavar_peft.types import ImageMode
 
-_TOKENS: Final = 256  # at most, where a task does not say
+_MAX_NEW_TOKENS: Final = 256  # if the task sets no limit
 
 
 def manifest() -> ModelManifest:
-    """Tell lmms-eval of the model ``llavar``."""
+    """Register the model ``llavar`` with lmms-eval."""
     return ModelManifest(model_id="llavar", simple_class_path=f"{__name__}.LlavarForLmmsEval")
 
 
 class LlavarForLmmsEval(lmms):
-    """A model that lmms-eval asks. It reads one image a question, the question first, as in the original.
+    """A LLaVAR for lmms-eval. It accepts one image per question; the question comes first, as in the original.
 
     Args:
-        pretrained: A checkpoint's folder, an adapter's, or a run's.
-        adapter: Laid over it.
-        vision_tower: Where the tower is, for a checkpoint in the released layout.
+        pretrained: Folder of a checkpoint, an adapter or a run.
+        adapter: Folder of an adapter to apply to ``pretrained``.
+        vision_tower: Folder or name of the tower, for a checkpoint in the released layout.
         quantize: How the base is stored.
-        image_mode: How images are prepared; None is the model's own way.
-        device: None, or plain ``"cuda"``, is this process's own GPU where there is one.
-        batch_size: Questions asked at once.
-        seed: Of the sampling, where a task samples.
+        image_mode: How images are prepared; None is the model's default.
+        device: None and ``"cuda"`` are the GPU of this process, if there is one.
+        batch_size: Number of questions per batch.
+        seed: Seed of sampled answers.
     """
 
     is_simple = True
@@ -62,12 +62,13 @@ class LlavarForLmmsEval(lmms):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        self._join(int(os.environ.get("WORLD_SIZE", "1")))
-        place = self._place(device)
-        self._reader = load_reader(
-            pretrained, adapter=adapter, vision_tower=vision_tower, quantize=quantize, device=place
+        self._join_processes(int(os.environ.get("WORLD_SIZE", "1")))
+        if self._world_size > 1 and device in (None, "cuda"):
+            device = str(self.accelerator.device)
+        self._chat = load_chat(
+            pretrained, adapter, vision_tower=vision_tower, quantize=quantize, device=device or "auto"
         )
-        self.device = next(self._reader.model.parameters()).device
+        self.device = self._chat.engine.device
         self.batch_size = int(batch_size)
         self.seed = int(seed)
         self.image_mode = image_mode
@@ -76,18 +77,15 @@ class LlavarForLmmsEval(lmms):
     def generate_until(self, requests: Sequence[Instance]) -> list[str]:
         """Answer questions.
 
-        Args:
-            requests: lmms-eval's.
-
         Returns:
-            The answers, in order, each up to the first of its task's ``until``.
+            The answers in order, each cut at the first of its task's ``until``.
 
         Raises:
             DataError: A question has several images.
-            ConfigError: A task wants a beam.
+            ConfigError: A task asks for beam search.
         """
         answers: list[str] = []
-        # One batch is generated in one way, and requests come task by task.
+        # Requests come task by task; those of a batch share their generation settings.
         for _, same in groupby(
             (request.args for request in requests), key=lambda asked: sorted(asked[1].items(), key=str)
         ):
@@ -97,50 +95,51 @@ class LlavarForLmmsEval(lmms):
         return answers
 
     def loglikelihood(self, requests: Sequence[Instance]) -> list[tuple[float, bool]]:
-        """Is not there. Raises ``ConfigError``."""
+        """Raise ``ConfigError``: scoring given answers is not supported."""
         raise ConfigError.at("lmms-eval", "the task scores given answers by likelihood", "choose tasks that generate")
 
     def generate_until_multi_round(self, requests: Sequence[Instance]) -> list[str]:
-        """Is not there. Raises ``ConfigError``."""
+        """Raise ``ConfigError``: several rounds are not supported."""
         raise ConfigError.at("lmms-eval", "the task asks in several rounds", "choose tasks that ask once")
 
     def _ask(self, rows: Sequence[tuple[Any, ...]], number: int) -> list[str]:
-        how = cast("Mapping[str, Any]", rows[0][1])
-        if int(how.get("num_beams") or 1) > 1:
-            raise ConfigError.at("num_beams", f"got {how['num_beams']}, expected 1", "ask without a beam")
-        sampled = bool(how.get("do_sample", how.get("temperature")))
-        said = answer_images(
-            self._reader.model,
-            self._reader.processor,
-            [str(row[0]).replace(IMAGE_PLACEHOLDER, "").strip() for row in rows],
-            [self._image(*row[2:6]) for row in rows],
-            max_new_tokens=int(how.get("max_new_tokens") or _TOKENS),
-            image_mode=self.image_mode,
-            temperature=float(how.get("temperature") or 0.0) if sampled else 0.0,
-            top_p=float(how.get("top_p") or 1.0),
-            seed=self.seed + number,
-        )
-        until = how.get("until") or []
-        return [_cut(answer, [until] if isinstance(until, str) else until) for answer in said]
+        settings = cast("Mapping[str, Any]", rows[0][1])
+        if int(settings.get("num_beams") or 1) > 1:
+            raise ConfigError.at("num_beams", f"got {settings['num_beams']}, expected 1", "do not use beam search")
+        sampled = bool(settings.get("do_sample", settings.get("temperature")))
+        requests = [
+            self._chat.request(
+                self._image(*row[2:6]),
+                str(row[0]).replace(IMAGE_PLACEHOLDER, "").strip(),
+                image_mode=self.image_mode,
+                sampling=Sampling(
+                    max_new_tokens=int(settings.get("max_new_tokens") or _MAX_NEW_TOKENS),
+                    temperature=float(settings.get("temperature") or 0.0) if sampled else 0.0,
+                    top_p=float(settings.get("top_p") or 1.0),
+                    seed=self.seed + index,
+                ),
+            )
+            for index, row in enumerate(rows, number)
+        ]
+        until = settings.get("until") or []
+        answers = self._chat.answer(requests, batch_size=self.batch_size)
+        return [_cut(answer.text, [until] if isinstance(until, str) else until) for answer in answers]
 
     def _image(self, doc_to_visual: Any, doc_id: int, task: str, split: str) -> Image | None:
         images = doc_to_visual(self.task_dict[task][split][doc_id]) or []
         if len(images) > 1:
             raise DataError.at(
-                f"{task}:{doc_id}", f"has {len(images)} pictures", "choose tasks of one picture a question"
+                f"{task}:{doc_id}", f"has {len(images)} images", "choose tasks with one image per question"
             )
         return cast("Image", images[0]) if images else None
 
-    def _join(self, processes: int) -> None:
-        """Shares the questions with other processes, where a launcher started several."""
+    def _join_processes(self, processes: int) -> None:
+        """Share the questions with the other processes of the launcher."""
         if processes > 1:
             from accelerate import Accelerator
 
             self.accelerator = Accelerator()
             self._rank, self._world_size = self.accelerator.process_index, self.accelerator.num_processes
-
-    def _place(self, device: str | None) -> str | None:
-        return str(self.accelerator.device) if self._world_size > 1 and device in (None, "cuda") else device
 
 
 def _cut(answer: str, stops: Sequence[str]) -> str:

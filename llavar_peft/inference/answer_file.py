@@ -1,6 +1,6 @@
-"""A file of questions to a file of answers: in batches, resumable, by one process or several.
+"""Answer a file of questions: in batches, resumable, with one process or several.
 
-Source: LLaVAR, llava/eval/model_vqa.py (there one question at a time, each process a file of its own).
+Source: LLaVAR, llava/eval/model_vqa.py (one question at a time, one file per process).
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from llavar_peft.data.image_roots import ImageRoots
 from llavar_peft.errors import DataError, Fault, ImageError
 from llavar_peft.inference.batch_decoder import DecodingBatch, Row
 from llavar_peft.inference.chat import Chat, load_chat
-from llavar_peft.inference.generation_request import Request, Sampling
+from llavar_peft.inference.generation_request import Request
 from llavar_peft.inference.question_file import (
     AnswerJournal,
     ImageQuestion,
@@ -34,26 +34,27 @@ from llavar_peft.inference.question_file import (
     read_question_file,
     write_answer_file,
 )
+from llavar_peft.inference.token_sampling import Sampling
 from llavar_peft.recipe.schema import BadImagePolicy, Quantization
 from llavar_peft.types import ImageMode
 from llavar_peft.weights.adapter.model_hash import identify_model
 
 logger = logging.getLogger(__name__)
 
-_SHOWN = 20  # images that are named
-_LONG_WAIT = timedelta(days=30)  # for the slowest process; one that dies is noticed by the launcher
+_SHOWN = 20  # missing images in a message
+_TIMEOUT = timedelta(days=30)  # waiting for the slowest process; the launcher notices one that dies
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GenerateReport:
-    """What came out.
+    """The result of ``generate_answers``.
 
     Attributes:
         answers: The file.
-        count: Answers in it.
-        kept: Of these, those that earlier runs gave.
-        skipped: What was wrong with images that were passed over.
-        seconds: Wall time of answering, the model's loading not included.
+        count: Number of answers in it.
+        kept: Number of these that earlier runs gave.
+        skipped: Messages about the images of skipped questions.
+        seconds: Wall time of answering, without loading the model.
     """
 
     answers: Path
@@ -74,7 +75,7 @@ class _Processes:
 
     @property
     def device(self) -> str:
-        """Each process has its GPU."""
+        """The GPU of this process."""
         return f"cuda:{os.environ['LOCAL_RANK']}" if self.size > 1 and torch.cuda.is_available() else "auto"
 
 
@@ -93,32 +94,29 @@ def generate_answers(  # noqa: PLR0913 - a run's settings, by name
     on_bad_image: BadImagePolicy = "stop",
     progress: Callable[[int, int], None] | None = None,
 ) -> GenerateReport:
-    """Answer a file of questions. Run again, it goes on where it was stopped, or with questions that were added.
+    """Answer a file of questions. An interrupted run resumes, and questions that were added are answered.
 
-    Under ``accelerate launch`` or ``torchrun`` each process answers a share, and the first joins them: the file is the
-    same as one process's.
+    Under ``accelerate launch`` or ``torchrun`` each process answers a share and the first one joins them; the file does
+    not depend on the number of processes.
 
     Args:
-        model: As ``load_chat`` takes it.
-        questions: JSON lines with ``question_id``, ``text`` and perhaps ``image``.
-        images: The folder that images' paths start from, and may not leave; None if no question has one.
+        model: As in ``load_chat``.
+        questions: JSON lines with ``question_id``, ``text`` and optionally ``image``.
+        images: Root folder of the images; None if no question has one.
         answers: The file to write, in the order of the questions.
-        sampling: How answers are drawn; of a seed, each question gets one of its own.
-        batch_size: Rows at most that are answered at a time. In float32 greedy answers do not depend on it; at half
-            precision or quantized, sums round otherwise in another batch, and close calls may fall the other way.
-        adapter: An adapter's folder.
-        vision_tower: Where the tower is, for a checkpoint in the released layout.
+        sampling: How answers are sampled. With a seed, the seed of a question is the seed plus its index.
+        batch_size: Maximum number of questions in a batch. Greedy answers in float32 do not depend on it; at half
+            precision or quantized, rounding differs between batches and can change a close choice.
+        adapter: Folder of an adapter.
+        vision_tower: Folder or name of the tower, for a checkpoint in the released layout.
         quantize: How the language model's linear layers are stored.
-        image_mode: Instead of the model's own ``inference_image_mode``.
-        on_bad_image: What a missing or broken image does: ``"stop"`` the run, or ``"skip"`` its question.
-        progress: Called with the questions done and all of them, of this process.
-
-    Returns:
-        Where the answers are, and how many.
+        image_mode: Overrides the model's ``inference_image_mode``.
+        on_bad_image: Whether a missing or broken image stops the run or skips its question.
+        progress: Called with the number of questions done and in total, of this process.
 
     Raises:
-        ConfigError: No question, or files of another run.
-        DataError: Lines that are no questions.
+        ConfigError: There are no questions, or the files belong to another run.
+        DataError: A line is not a question.
         ImageError: An image is missing, broken or outside the folder.
     """
     asked = read_question_file(Path(questions))
@@ -144,7 +142,9 @@ def generate_answers(  # noqa: PLR0913 - a run's settings, by name
                 return GenerateReport(answers=path, count=len(earlier), kept=len(earlier))
         if here.rank == 0:
             if earlier:
-                logger.warning("%s: its %d answers are kept, however they were sampled", path, len(earlier))
+                logger.warning(
+                    "%s: keeping its %d answers, which may have been sampled with other settings", path, len(earlier)
+                )
             journal.begin(settings, earlier)
         here.wait()
         before = journal.read()
@@ -174,12 +174,12 @@ def generate_answers(  # noqa: PLR0913 - a run's settings, by name
 
 @contextmanager
 def _processes() -> Iterator[_Processes]:
-    """Which of the processes that a launcher started this is."""
+    """Join the other processes of the launcher, if any."""
     here = _Processes(int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1")))
     if here.size == 1:
         yield here
         return
-    distributed.init_process_group("gloo", timeout=_LONG_WAIT)
+    distributed.init_process_group("gloo", timeout=_TIMEOUT)
     try:
         yield here
     finally:
@@ -187,7 +187,7 @@ def _processes() -> Iterator[_Processes]:
 
 
 def _share(questions: Sequence[ImageQuestion], here: _Processes) -> list[ImageQuestion]:
-    """A process's share, longest first: neighbours are of a length, and what does not fit is seen at once."""
+    """Return the questions of a process, longest first: batches have similar lengths, and memory errors come early."""
     longest = sorted(questions, key=lambda question: (question.image is None, -len(question.text)))
     return longest[here.rank :: here.size]
 
@@ -206,7 +206,7 @@ def _check_images(questions: Sequence[ImageQuestion], roots: ImageRoots) -> None
 
 @dataclass(frozen=True, slots=True)
 class _Work:
-    """One process's answering."""
+    """The work of one process."""
 
     chat: Chat
     roots: ImageRoots
@@ -221,7 +221,7 @@ class _Work:
         journal: AnswerJournal,
         progress: Callable[[int, int], None] | None,
     ) -> None:
-        """Answer questions; half a batch of rows is always prepared in advance, and joins as soon as others end."""
+        """Answer questions. Half a batch is prepared in advance and joins as soon as other rows end."""
         batch = DecodingBatch(self.chat.engine, self.chat.resolve_adapter(...))
         places: dict[Row, int] = {}
         done = 0
@@ -248,7 +248,7 @@ class _Work:
                     progress(done, len(questions))
 
     def _prepare(self, questions: Sequence[ImageQuestion]) -> tuple[dict[Row, int], list[dict[str, Any]]]:
-        """Rows with their questions' places, and entries for what is skipped."""
+        """Return rows with the index of their question, and entries for skipped questions."""
         rows: dict[Row, int] = {}
         skipped = []
         for question in questions:

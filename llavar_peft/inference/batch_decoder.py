@@ -1,48 +1,48 @@
-"""Decoding in batches whose rows come, go and are drawn each in its own way.
+"""Batched decoding with rows that join and leave at any time, each sampled with its own settings.
 
-Rows are aligned on the right: a prompt shorter than the batch is wide has padding on its left, which attention does not
-see and positions do not count, so that a row gets what it would get alone. Not quite on ``int8``: bitsandbytes looks
-for columns of large activations in the whole batch, and multiplies those columns unrounded for every row of it.
+Rows are aligned on the right. A prompt that is shorter than the batch is padded on the left; attention ignores the
+padding and positions do not count it, so a row gets the answer that it would get alone. ``int8`` is an exception:
+bitsandbytes looks for outlier columns in the activations of the whole batch and computes them unquantized for all rows.
 
 Shape suffixes: B rows, T tokens, W width of the cache, D language model width, V vocabulary.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import groupby
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 from transformers import DynamicCache
 
 from llavar_peft.errors import DataError
 from llavar_peft.inference.engine import Engine
 from llavar_peft.inference.generation_request import Answer, FinishReason, Prefix, Request
-from llavar_peft.inference.kv_cache import cache_layers, join_caches, make_cache
 from llavar_peft.inference.text_stream import TextStream
 from llavar_peft.inference.token_sampling import choose_tokens, new_generator
 from llavar_peft.models.modeling_llavar import CACHE_ARGUMENT
 
 
 class Row:
-    """A request while it is answered.
+    """A request while it is being answered.
 
     Args:
-        request: What is wanted.
-        engine: Who answers.
-        on_text: Called with each piece of text as soon as it is certain; joined, they are the answer's text.
+        request: The request.
+        engine: The engine that answers it.
+        on_text: Called with each piece of text as soon as it is final; the joined pieces are the answer's text.
 
     Attributes:
-        request: As given.
         ids: The tokens chosen so far.
-        logprobs: Of ``ids``, if asked for.
-        answer: Once there is one.
-        cancelled: Set it, from any thread, and the row ends with the next step.
+        logprobs: Log-probabilities of ``ids``, if requested.
+        answer: The answer, once it is complete.
+        cancelled: Set by the caller, from any thread, to end the row at the next step.
 
     Raises:
-        DataError: The prompt fills the model's context, or its places for images are not those of its images.
-        ConfigError: There is no such adapter.
+        DataError: The prompt fills the model's context, or its image tokens do not match its images.
+        ConfigError: The adapter does not exist.
     """
 
     def __init__(self, request: Request, engine: Engine, on_text: Callable[[str], None] | None = None) -> None:
@@ -60,25 +60,25 @@ class Row:
 
     @property
     def text(self) -> str:
-        """What has been said so far."""
+        """The text so far."""
         return self._stream.text
 
-    def take(self, token: int, logprob: float | None) -> FinishReason | None:
-        """Take the next token; returns why the answer ends with it, or None."""
+    def append(self, token: int, logprob: float | None) -> FinishReason | None:
+        """Append a token. Return why the answer ends with it, or None if it continues."""
         self.ids.append(token)
         if self.request.sampling.logprobs and logprob is not None:
             self.logprobs.append(logprob)
         if token == self._eos:
             return "stop"
-        self._say(self._stream.add(token))
+        self._emit(self._stream.add(token))
         if self._stream.stopped:
             return "stop"
         return "length" if len(self.ids) >= self._limit else None
 
     def finish(self, reason: FinishReason, prefix: Prefix | None = None) -> None:
-        """End the answer."""
-        self._say(self._stream.close())
-        # A stop text may have been waiting for the end of a run of bytes.
+        """Complete the answer."""
+        self._emit(self._stream.close())
+        # Closing the stream decodes bytes that were held back; they may have completed a stop text.
         reason = "stop" if self._stream.stopped else reason
         self.answer = Answer(
             text=self._stream.text,
@@ -89,23 +89,22 @@ class Row:
             prefix=prefix,
         )
 
-    def _say(self, text: str) -> None:
+    def _emit(self, text: str) -> None:
         if text and self._on_text is not None:
             self._on_text(text)
 
 
 class DecodingBatch:
-    """Rows that are answered together, by one adapter.
+    """Rows that are decoded together with one adapter. Not thread-safe.
 
-    ``join`` takes rows in at any time, ``step`` gives each one more token; a row that ends leaves the batch at once.
-    Not for several threads at a time.
+    Rows ``join`` at any time, ``step`` adds one token to each, and a finished row leaves the batch at once.
 
     Args:
-        engine: Who answers.
-        adapter: The adapter's name, None for the base.
+        engine: The engine that decodes.
+        adapter: Name of the adapter, None for the base.
 
     Attributes:
-        rows: Those that are being answered.
+        rows: The unfinished rows.
     """
 
     def __init__(self, engine: Engine, adapter: str | None = None) -> None:
@@ -113,64 +112,72 @@ class DecodingBatch:
         self.rows: list[Row] = []
         self._engine = engine
         self._adapter = adapter
-        self._cache = make_cache(())
+        self._cache = _make_cache(())
         self._mask_BW = torch.zeros(0, 0, dtype=torch.int64, device=engine.device)
 
-    @torch.inference_mode()
     def join(self, rows: Sequence[Row]) -> None:
-        """Compute the prompts of further rows, and the first token of each.
+        """Compute the prompts of new rows of this batch's adapter, and the first token of each.
 
-        Args:
-            rows: New ones, of this batch's adapter. Those without a prefix go through together.
+        Rows without a prefix are computed together.
         """
         self._engine.use(self._adapter)
         fresh = [row for row in rows if row.request.prefix is None]
-        for group in ([fresh] if fresh else []) + [[row] for row in rows if row.request.prefix is not None]:
-            cache, mask_BW, logits_BV = self._read_prompts(group)
-            self._cache, self._mask_BW = join_caches(self._cache, self._mask_BW, cache, mask_BW)
-            self.rows += group
-            self._take(logits_BV, first=len(self.rows) - len(group))
+        with self._engine.no_grad():
+            for group in ([fresh] if fresh else []) + [[row] for row in rows if row.request.prefix is not None]:
+                cache, mask_BW, logits_BV = self._compute_prompts(group)
+                self._cache, self._mask_BW = _join_caches(self._cache, self._mask_BW, cache, mask_BW)
+                self.rows += group
+                self._append_tokens(logits_BV, first=len(self.rows) - len(group))
 
-    @torch.inference_mode()
     def step(self) -> None:
-        """Return each row one more token."""
-        self._drop({row: "cancelled" for row in self.rows if row.cancelled})
-        if not self.rows:
-            return
+        """Add one token to each row, after dropping cancelled rows."""
+        with self._engine.no_grad():
+            self._drop({row: "cancelled" for row in self.rows if row.cancelled})
+            if self.rows:
+                self._step()
+            else:
+                self._engine.idle_step()
+
+    def _step(self) -> None:
         self._engine.use(self._adapter)
         device = self._engine.device
         last_B1 = torch.tensor([[row.ids[-1]] for row in self.rows], device=device)
-        places_B1 = torch.tensor([[len(row.request.ids) + len(row.ids) - 1] for row in self.rows], device=device)
-        self._mask_BW = torch.nn.functional.pad(self._mask_BW, (0, 1), value=1)
-        output = self._engine.plain(
+        positions_B1 = torch.tensor([[len(row.request.ids) + len(row.ids) - 1] for row in self.rows], device=device)
+        self._mask_BW = pad(self._mask_BW, (0, 1), value=1)
+        output = self._engine.base_model(
             input_ids=last_B1,
             attention_mask=self._mask_BW,
-            position_ids=places_B1,
+            position_ids=positions_B1,
             use_cache=True,
             **{CACHE_ARGUMENT: self._cache},
         )
-        self._take(output.logits[:, -1], first=0)
+        self._append_tokens(output.logits[:, -1], first=0)
 
-    def _read_prompts(self, rows: Sequence[Row]) -> tuple[DynamicCache, Tensor, Tensor]:
-        """Compute what no prefix holds yet: the rows' cache, its mask ``[B, W]``, and ``[B, V]`` after each prompt.
+    def finish(self) -> None:
+        """Decode until all rows are finished; in a training run, until all rows of all ranks are."""
+        while self._engine.any_rank(bool(self.rows)):
+            self.step()
 
-        Only a row that is alone may have a prefix.
+    def _compute_prompts(self, rows: Sequence[Row]) -> tuple[DynamicCache, Tensor, Tensor]:
+        """Compute the prompts after their prefix. Only a single row may have one.
+
+        Returns:
+            The rows' cache, its mask ``[B, W]``, and the logits ``[B, V]`` after each prompt.
         """
-        device = self._engine.device
         prefix = rows[0].request.prefix
         past = 0 if prefix is None else len(prefix.ids)
-        width = max(len(row.request.ids) for row in rows) - past
-        patch = self._engine.processor.image_token_id
-        seen = [row.request.images for row in rows if bool((row.request.ids[past:] == patch).any())]
-        self._engine.look([image for images in seen for image in images], self._adapter)
-        embeds = [self._embedded(row.request, past) for row in rows]
-        embeds_BTD = torch.stack([torch.nn.functional.pad(row, (0, 0, width - len(row), 0)) for row in embeds])
-        lengths = torch.tensor([past + len(row) for row in embeds], device=device)
-        columns = torch.arange(past + width, device=device)
-        mask_BW = (columns[None] >= past + width - lengths[:, None]).long()
-        cache = make_cache(prefix.layers if prefix is not None else ())
-        output = self._engine.plain(
-            inputs_embeds=embeds_BTD,
+        requests = [row.request for row in rows]
+        lengths = torch.tensor([len(request.ids) for request in requests], device=self._engine.device)
+        width = int(lengths.max())
+        columns = torch.arange(width, device=self._engine.device)
+        mask_BW = (columns[None] >= width - lengths[:, None]).long()
+        cache = _make_cache(prefix.layers if prefix is not None else ())
+        if self._engine.training:
+            inputs = self._encode_prompts(requests, width)
+        else:
+            inputs = self._embed_prompts(requests, past, width - past)
+        output = self._engine.base_model(
+            **inputs,
             attention_mask=mask_BW,
             position_ids=(mask_BW.cumsum(dim=1) - 1).clamp(min=0)[:, past:],
             use_cache=True,
@@ -179,26 +186,43 @@ class DecodingBatch:
         )
         return cache, mask_BW, output.logits[:, -1]
 
-    def _embedded(self, request: Request, past: int) -> Tensor:
-        """The prompt from a position on as the language model sees it, ``[T, D]``."""
-        plain, patch = self._engine.plain, self._engine.processor.image_token_id
+    def _encode_prompts(self, requests: Sequence[Request], width: int) -> dict[str, Any]:
+        """Return the model's inputs as a training step has them: the whole model is called, never a part of it."""
+        device, padding = self._engine.device, self._engine.processor.tokenizer.pad_token_id
+        ids = [pad(request.ids, (width - len(request.ids), 0), value=padding) for request in requests]
+        pixels = [image.pixels.to(device) for request in requests for image in request.images]
+        same_size = len({image.shape for image in pixels}) == 1
+        inputs: dict[str, Any] = {"input_ids": torch.stack(ids).to(device)}
+        return {**inputs, "pixel_values": torch.stack(pixels) if same_size else pixels} if pixels else inputs
+
+    def _embed_prompts(self, requests: Sequence[Request], past: int, width: int) -> dict[str, Any]:
+        """Return the embeddings from a position on, with features that were computed before or are kept from now on."""
+        image_token = self._engine.processor.image_token_id
+        new = [request.images for request in requests if bool((request.ids[past:] == image_token).any())]
+        self._engine.compute_features([image for images in new for image in images], self._adapter)
+        embeds = [self._embed(request, past) for request in requests]
+        return {"inputs_embeds": torch.stack([pad(row, (0, 0, width - len(row), 0)) for row in embeds])}
+
+    def _embed(self, request: Request, past: int) -> Tensor:
+        """Return the embeddings of a prompt from a position on, ``[T, D]``."""
+        image_token = self._engine.processor.image_token_id
         ids = request.ids[past:].to(self._engine.device)
-        embeds_TD: Tensor = plain.get_input_embeddings()(ids[None])[0]
-        places = ids == patch
+        embeds_TD: Tensor = self._engine.base_model.get_input_embeddings()(ids[None])[0]
+        places = ids == image_token
         if bool(places.any()):
-            seen_PD = torch.cat([image.features[self._adapter] for image in request.images])
-            skipped = int((request.ids[:past] == patch).sum())
+            features_PD = torch.cat([image.features[self._adapter] for image in request.images])
+            skipped = int((request.ids[:past] == image_token).sum())
             embeds_TD = embeds_TD.clone()
-            embeds_TD[places] = seen_PD[skipped:].to(embeds_TD.dtype)
+            embeds_TD[places] = features_PD[skipped:].to(embeds_TD.dtype)
         return embeds_TD
 
-    def _take(self, logits_BV: Tensor, *, first: int) -> None:
-        """Choose a token for each row from an index on, and lets those go that end with it."""
+    def _append_tokens(self, logits_BV: Tensor, *, first: int) -> None:
+        """Choose a token for each row from an index on, and drop the rows that end with it."""
         rows = self.rows[first:]
         tokens, logprobs = choose_tokens(logits_BV, [r.request.sampling for r in rows], [r.generator for r in rows])
         ended: dict[Row, FinishReason] = {}
         for index, (row, token) in enumerate(zip(rows, tokens, strict=True)):
-            reason = row.take(token, None if logprobs is None else logprobs[index])
+            reason = row.append(token, None if logprobs is None else logprobs[index])
             if reason is not None:
                 ended[row] = reason
         self._drop(ended)
@@ -208,44 +232,43 @@ class DecodingBatch:
             return
         for index, row in enumerate(self.rows):
             if row in ended:
-                row.finish(ended[row], self._prefix_of(index) if row.request.keep_prefix else None)
+                row.finish(ended[row], self._extract_prefix(index) if row.request.keep_prefix else None)
         kept = [index for index, row in enumerate(self.rows) if row not in ended]
         self.rows = [self.rows[index] for index in kept]
         if not kept:
-            self._cache, self._mask_BW = make_cache(()), self._mask_BW[:0, :0]
+            self._cache, self._mask_BW = _make_cache(()), self._mask_BW[:0, :0]
             return
         chosen = torch.tensor(kept, device=self._mask_BW.device)
         self._mask_BW = self._mask_BW[chosen]
-        empty = int(self._mask_BW.any(dim=0).long().argmax())  # columns that only the rows gone had used
+        empty = int(self._mask_BW.any(dim=0).long().argmax())  # columns that only dropped rows used
         self._mask_BW = self._mask_BW[:, empty:]
-        self._cache = make_cache(
-            (keys[chosen, :, empty:], values[chosen, :, empty:]) for keys, values in cache_layers(self._cache)
+        self._cache = _make_cache(
+            (keys[chosen, :, empty:], values[chosen, :, empty:]) for keys, values in _cache_layers(self._cache)
         )
 
-    def _prefix_of(self, index: int) -> Prefix:
+    def _extract_prefix(self, index: int) -> Prefix:
         row = self.rows[index]
         known = torch.cat([row.request.ids, torch.tensor(row.ids[:-1], dtype=torch.int64)])
-        alone = len(self.rows) == 1  # else a view would keep the others' memory
+        alone = len(self.rows) == 1  # a view of a larger batch would keep the memory of the other rows
 
-        def own(tensor: Tensor) -> Tensor:
+        def extract(tensor: Tensor) -> Tensor:
             part = tensor[index : index + 1, :, -len(known) :]
             return part if alone else part.clone()
 
-        return Prefix(
-            known, row.request.images, tuple((own(keys), own(values)) for keys, values in cache_layers(self._cache))
-        )
+        layers = tuple((extract(keys), extract(values)) for keys, values in _cache_layers(self._cache))
+        return Prefix(known, row.request.images, layers)
 
 
 def answer_all(engine: Engine, requests: Sequence[Request], *, batch_size: int = 32) -> list[Answer]:
-    """Answer requests, in batches of one adapter each.
+    """Answer requests in batches.
 
     Args:
-        engine: Who answers.
-        requests: In any order; those that stand beside each other are batched.
-        batch_size: Rows at most that are answered at a time.
+        engine: The engine that answers.
+        requests: Neighbours with the same adapter form a batch.
+        batch_size: Maximum number of rows of a batch.
 
     Returns:
-        Their answers, in the order of the requests.
+        The answers, in the order of the requests.
     """
     rows = [Row(request, engine) for request in requests]
     for adapter, group in groupby(rows, key=lambda row: row.request.adapter):
@@ -253,21 +276,17 @@ def answer_all(engine: Engine, requests: Sequence[Request], *, batch_size: int =
         for start in range(0, len(members), batch_size):
             batch = DecodingBatch(engine, adapter)
             batch.join(members[start : start + batch_size])
-            while batch.rows:
-                batch.step()
+            batch.finish()
     return [row.answer for row in rows if row.answer is not None]
 
 
 def stream_row(engine: Engine, row: Row, pieces: list[str]) -> Iterator[str]:
-    """Answer one row and gives out what it says. Nobody taking more of it cancels the row.
+    """Answer one row and yield its text piece by piece. Closing the iterator cancels the row.
 
     Args:
-        engine: Who answers.
-        row: Whose ``on_text`` appends to ``pieces``.
-        pieces: Empty.
-
-    Yields:
-        The pieces of text.
+        engine: The engine that answers.
+        row: A row whose ``on_text`` appends to ``pieces``.
+        pieces: An empty list.
     """
     batch = DecodingBatch(engine, row.request.adapter)
     try:
@@ -289,11 +308,46 @@ def _check_request(request: Request, engine: Engine) -> None:
         raise DataError.at(
             "request",
             f"the prompt has {len(request.ids)} tokens, the model's context {engine.context}",
-            "ask for less at a time, or begin a new conversation",
+            "shorten the question, or start a new conversation",
         )
     places = int((request.ids == engine.processor.image_token_id).sum())
     tokens = sum(image.tokens for image in request.images)
     if places != tokens:
         raise DataError.at(
-            "request", f"has {places} image tokens for pictures of {tokens}", "encode it with its own pictures"
+            "request", f"has {places} image tokens for images of {tokens}", "encode it with its own images"
         )
+
+
+def _cache_layers(cache: DynamicCache) -> list[tuple[Tensor, Tensor]]:
+    """Return keys and values of each layer, ``[B, heads, W, width]``."""
+    return [(layer.keys, layer.values) for layer in cache.layers]
+
+
+def _make_cache(layers: Iterable[tuple[Tensor, Tensor]]) -> DynamicCache:
+    """Return a cache with copies of these keys and values."""
+    cache = DynamicCache()
+    for index, (keys, values) in enumerate(layers):
+        cache.update(keys, values, index)
+    return cache
+
+
+def _join_caches(
+    one: DynamicCache, mask_one: Tensor, two: DynamicCache, mask_two: Tensor
+) -> tuple[DynamicCache, Tensor]:
+    """Append the rows of the second cache to those of the first; the narrower one is padded on the left.
+
+    The masks are ``[B, W]``, 0 at padding.
+    """
+    if not len(mask_one):
+        return two, mask_two
+    width = max(mask_one.shape[1], mask_two.shape[1])
+
+    def joined(first: Tensor, second: Tensor) -> Tensor:
+        return torch.cat([pad(part, (0, 0, width - part.shape[2], 0)) for part in (first, second)])
+
+    layers = (
+        (joined(keys_one, keys_two), joined(values_one, values_two))
+        for (keys_one, values_one), (keys_two, values_two) in zip(_cache_layers(one), _cache_layers(two), strict=True)
+    )
+    masks = [pad(mask, (width - mask.shape[1], 0)) for mask in (mask_one, mask_two)]
+    return _make_cache(layers), torch.cat(masks)

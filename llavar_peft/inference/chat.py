@@ -1,27 +1,27 @@
-"""``load_chat``: a model to ask, to stream from, and to talk with."""
+"""``load_chat``: a model that answers questions, at once or piece by piece, and holds conversations."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import EllipsisType
 from typing import TYPE_CHECKING
 
+from llavar_peft.data.conversation_template import Content
 from llavar_peft.inference.batch_decoder import Row, answer_all, stream_row
-from llavar_peft.inference.dialogue import Dialogue
-from llavar_peft.inference.engine import Engine
+from llavar_peft.inference.engine import Engine, load_engine
 from llavar_peft.inference.generation_request import (
     Answer,
+    Prefix,
     PromptImage,
     Request,
-    Sampling,
-    SamplingSettings,
     encode_messages,
     question_content,
 )
-from llavar_peft.inference.open_engine import open_engine
+from llavar_peft.inference.token_sampling import Sampling, SamplingSettings
 from llavar_peft.recipe.schema import Attention, Dtype, Quantization
-from llavar_peft.types import ImageMode
+from llavar_peft.types import ImageMode, Role
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -38,31 +38,28 @@ def load_chat(
     vision_tower: str | None = None,
     attention: Attention = "auto",
 ) -> Chat:
-    """Open a model to ask.
+    """Load a model that answers questions.
 
     Args:
-        model: A checkpoint's folder, ours or in the released layout; an adapter's, whose base is then opened; or a
-            run's, which stands for its result.
-        adapter: An adapter's folder, laid over ``model``; or several by name, of which each call chooses one.
-        quantize: How the language model's linear layers are stored; None leaves an adapter's base as it was trained on.
-            With ``int8``, what else is in a batch can change an answer's logits a little (bitsandbytes' outliers).
-        device: ``auto`` is a GPU where there is one, then Apple's (not quantized), then the CPU.
-        dtype: Of the weights; ``auto`` is bfloat16 on a GPU that has it, else float32.
-        vision_tower: Where the tower is, for a checkpoint in the released layout.
-        attention: Its implementation.
-
-    Returns:
-        The model, ready.
+        model: Folder of a checkpoint (ours or in the released layout), of an adapter (its base is loaded too), or of a
+            run (its result is loaded).
+        adapter: Folder of an adapter to apply to ``model``; or several by name, of which each call chooses one.
+        quantize: How the language model's linear layers are stored; None stores an adapter's base as in its training.
+            With ``int8``, the other rows of a batch can change the logits slightly (bitsandbytes' outlier columns).
+        device: ``auto`` is a GPU if available, else Apple's GPU (unless quantized), else the CPU.
+        dtype: Type of the weights; ``auto`` is bfloat16 on a GPU that supports it, else float32.
+        vision_tower: Folder or name of the tower, for a checkpoint in the released layout.
+        attention: Implementation of attention.
 
     Raises:
-        ConfigError: The folder holds no model, or names a base that is not there.
-        WeightsError: Weights that do not fit.
+        ConfigError: The folder holds no model, or the base of the adapter is missing.
+        WeightsError: The weights do not fit the model.
     """
     if adapter is None:
         adapters: Mapping[str, str | Path] = {}
     else:
         adapters = adapter if isinstance(adapter, Mapping) else {Path(adapter).name: adapter}
-    engine = open_engine(
+    engine = load_engine(
         model,
         adapters,
         vision_tower=vision_tower,
@@ -75,21 +72,14 @@ def load_chat(
 
 
 class Chat:
-    """A model to ask. Sampling is ``run_llava``'s by default (temperature 0.2); ``temperature=0`` is greedy.
-
-    Args:
-        engine: The model with its adapters.
-
-    Attributes:
-        engine: As given.
-    """
+    """A model that answers questions. The default sampling is ``run_llava``'s (temperature 0.2); 0 is greedy."""
 
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
 
     @property
     def adapters(self) -> tuple[str, ...]:
-        """The names that ``adapter`` can have, besides None."""
+        """The valid values of ``adapter`` in addition to None."""
         return self.engine.adapters
 
     def ask(
@@ -101,21 +91,18 @@ class Chat:
         image_mode: ImageMode | None = None,
         **sampling: Unpack[SamplingSettings],
     ) -> str:
-        """Ask one question.
+        """Answer one question.
 
         Args:
-            image: An image or a local path; None asks without one.
-            question: In plain words; nothing in it is ever a special token.
-            adapter: Which one answers, None for the base; by default the first.
-            image_mode: Overrides the model's own way of preparing images.
+            image: An image or a local path; None asks without an image.
+            question: Plain text; nothing in it becomes a special token.
+            adapter: Name of the adapter, None for the base; the default is the first adapter.
+            image_mode: Overrides how the model prepares images.
             **sampling: Fields of ``Sampling``.
-
-        Returns:
-            The answer.
 
         Raises:
             ImageError: The image is missing or broken.
-            ConfigError: There is no such adapter, or a value is out of its range.
+            ConfigError: The adapter does not exist, or a value is out of its range.
             DataError: The question is longer than the model's context.
         """
         request = self.request(image, question, adapter=adapter, image_mode=image_mode, sampling=Sampling(**sampling))
@@ -130,17 +117,10 @@ class Chat:
         image_mode: ImageMode | None = None,
         **sampling: Unpack[SamplingSettings],
     ) -> Iterator[str]:
-        """Ask as ``ask`` does, and gives the answer out as it comes, in whole characters.
-
-        Args:
-            image: As in ``ask``.
-            question: As in ``ask``.
-            adapter: As in ``ask``.
-            image_mode: As in ``ask``.
-            **sampling: Fields of ``Sampling``.
+        """Answer one question piece by piece. The arguments are those of ``ask``.
 
         Yields:
-            Pieces; joined, they are the answer. Nobody taking more of them ends it.
+            Pieces of text in whole characters. Closing the iterator ends the answer.
         """
         request = self.request(image, question, adapter=adapter, image_mode=image_mode, sampling=Sampling(**sampling))
         pieces: list[str] = []
@@ -149,14 +129,11 @@ class Chat:
     def conversation(
         self, image: Image | str | Path | None = None, *, adapter: str | EllipsisType | None = ...
     ) -> Dialogue:
-        """Begins a conversation, which remembers what was said and seen.
+        """Start a conversation, which remembers earlier turns.
 
         Args:
-            image: The image it is about, if there is one; later turns can bring others.
-            adapter: Which one answers, None for the base; by default the first.
-
-        Returns:
-            The conversation.
+            image: The image of the first question; later turns can add others.
+            adapter: Name of the adapter, None for the base; the default is the first adapter.
         """
         return Dialogue(self.engine, image, adapter=self.resolve_adapter(adapter))
 
@@ -169,31 +146,128 @@ class Chat:
         image_mode: ImageMode | None = None,
         sampling: Sampling | None = None,
     ) -> Request:
-        """Prepare a question for ``answer``; the arguments are those of ``ask``."""
-        shown = [] if image is None else [PromptImage.prepare(image, self.engine.processor, image_mode)]
-        content = question_content(question, shown[0] if shown else None)
+        """Prepare a question for ``answer``. The arguments are those of ``ask``."""
+        images = [] if image is None else [PromptImage.prepare(image, self.engine.processor, image_mode)]
+        content = question_content(question, images[0] if images else None)
         return Request(
-            ids=encode_messages(self.engine.processor, [("human", content)], shown),
-            images=shown,
+            ids=encode_messages(self.engine.processor, [("human", content)], images),
+            images=images,
             sampling=sampling or Sampling(),
             adapter=self.resolve_adapter(adapter),
         )
 
     def answer(self, requests: Sequence[Request], *, batch_size: int = 32) -> list[Answer]:
-        """Answer many questions, in batches.
+        """Answer many questions in batches.
 
         Args:
-            requests: From ``request``; neighbours with the same adapter are batched.
-            batch_size: Rows at most that are answered at a time.
-
-        Returns:
-            One answer for each.
+            requests: Made by ``request``; neighbours with the same adapter form a batch.
+            batch_size: Maximum number of questions that are answered at a time.
         """
         return answer_all(self.engine, requests, batch_size=batch_size)
 
     def resolve_adapter(self, adapter: str | EllipsisType | None) -> str | None:
-        """The adapter that a call means: the one it names, None for the base, or the first where it says nothing."""
+        """Return the adapter that a call refers to: the named one, None for the base, the first for ``...``."""
         if isinstance(adapter, EllipsisType):
             return self.adapters[0] if self.adapters else None
         self.engine.check_adapter(adapter)
         return adapter
+
+
+@dataclass(frozen=True, slots=True)
+class DialogueReply:
+    """A question with its image, and the model's answer."""
+
+    question: str
+    image: PromptImage | None
+    answer: str
+
+
+class Dialogue:
+    """A conversation that keeps what was computed for earlier turns.
+
+    Kept are the features of the images, and the keys and values of all tokens that the next prompt begins with.
+
+    Args:
+        engine: The engine that answers.
+        image: The image of the first question.
+        adapter: Name of the adapter, None for the base.
+
+    Attributes:
+        adapter: Name of the adapter; may be changed between turns.
+        turns: The questions and answers so far.
+    """
+
+    def __init__(self, engine: Engine, image: Image | str | Path | None = None, *, adapter: str | None = None) -> None:
+        self.adapter = adapter
+        self.turns: list[DialogueReply] = []
+        self._engine = engine
+        self._next_image: PromptImage | None = None
+        self._prefix: Prefix | None = None
+        self._prefix_adapter: str | None = None
+        if image is not None:
+            self.show(image)
+
+    def show(self, image: Image | str | Path, image_mode: ImageMode | None = None) -> None:
+        """Add an image to the next question.
+
+        Args:
+            image: An image or a local path.
+            image_mode: Overrides how the model prepares images.
+
+        Raises:
+            ImageError: The image is missing or broken.
+        """
+        self._next_image = PromptImage.prepare(image, self._engine.processor, image_mode)
+
+    def clear(self) -> None:
+        """Remove all turns and images."""
+        self.turns.clear()
+        self._next_image = self._prefix = None
+
+    def send(self, text: str, image: Image | str | Path | None = None, **sampling: Unpack[SamplingSettings]) -> str:
+        """Send a message and return the answer.
+
+        Args:
+            text: Plain text; nothing in it becomes a special token.
+            image: An image to add to the message.
+            **sampling: Fields of ``Sampling``.
+
+        Raises:
+            ImageError: The image is missing or broken.
+            DataError: The conversation is longer than the model's context.
+        """
+        return "".join(self.stream(text, image, **sampling))
+
+    def stream(
+        self, text: str, image: Image | str | Path | None = None, **sampling: Unpack[SamplingSettings]
+    ) -> Generator[str, None, None]:
+        """Send a message and yield the answer piece by piece. The arguments are those of ``send``.
+
+        If the iterator is closed or an exception interrupts it, the turn keeps the answer so far.
+        """
+        if image is not None:
+            self.show(image)
+        shown = self._next_image
+        pieces: list[str] = []
+        row = Row(self._request(text, shown, Sampling(**sampling)), self._engine, pieces.append)
+        try:
+            yield from stream_row(self._engine, row, pieces)
+        finally:
+            if row.text or (row.answer is not None and row.answer.finish_reason != "cancelled"):
+                self.turns.append(DialogueReply(text, shown, row.text))
+                self._next_image = None
+            # Without an answer the step was interrupted; the keys and values of the earlier turns are still valid.
+            if row.answer is not None:
+                self._prefix, self._prefix_adapter = row.answer.prefix, row.request.adapter
+
+    def _request(self, text: str, image: PromptImage | None, sampling: Sampling) -> Request:
+        messages: list[tuple[Role, Content]] = []
+        for turn in self.turns:
+            messages += [("human", question_content(turn.question, turn.image)), ("gpt", [turn.answer])]
+        messages.append(("human", question_content(text, image)))
+        images = [shown for shown in (*(turn.image for turn in self.turns), image) if shown is not None]
+        ids = encode_messages(self._engine.processor, messages, images)
+        prefix = self._prefix if self._prefix_adapter == self.adapter else None
+        if prefix is not None:
+            prefix = prefix.shared_with(ids, images, self._engine.processor.image_token_id)
+        return Request(ids=ids, images=images, sampling=sampling, adapter=self.adapter, prefix=prefix, keep_prefix=True)

@@ -1,47 +1,58 @@
-"""A model, its processor, and the adapters over it, of which one at a time is on, or none.
+"""The model that answers: a LLaVAR with its processor and adapters, loaded from disk or shared with a training run.
 
 Shape suffixes: P patches of an image, D language model width.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import dataclasses
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, distributed
 
 from llavar_peft.errors import ConfigError
 from llavar_peft.inference.generation_request import PromptImage
+from llavar_peft.models.adapter_loading import add_adapter, apply_adapter, check_base_of_adapter
+from llavar_peft.models.build_model import build_model
+from llavar_peft.recipe.schema import Attention, Dtype, ModelConfig, Quantization
+from llavar_peft.weights.adapter.adapter_files import ADAPTER_CONFIG, BASE_FILE, read_base_settings, read_settings
 
 if TYPE_CHECKING:
-    from llavar_peft.models.modeling_llavar import LlavarForConditionalGeneration
     from llavar_peft.models.processing_llavar import LlavarProcessor
 
 
 class Engine:
-    """What decoding runs on.
+    """A model that requests are decoded on. At most one of its adapters is active at a time.
 
     Args:
         model: A LLaVAR, or a ``PeftModel`` around one; in ``eval`` mode, on its device.
-        processor: Its processor.
-        adapters: The name of each adapter, by its name within the ``PeftModel`` (where a name is less free); None takes
-            the latter.
-
-    Attributes:
-        model: As given.
-        processor: As given.
-        adapters: The adapters' names.
+        processor: The processor of the model.
+        adapters: Public name of each adapter by its name within the ``PeftModel``; None keeps the latter.
+        training: Whether a training run owns the model. The engine then calls the model as the training step does (so
+            that autocast and sharding apply), leaves its adapters as they are, and creates no inference tensors. Every
+            rank has to decode the same requests.
     """
 
-    def __init__(self, model: Any, processor: LlavarProcessor, adapters: dict[str, str] | None = None) -> None:
+    def __init__(
+        self,
+        model: Any,
+        processor: LlavarProcessor,
+        adapters: Mapping[str, str] | None = None,
+        *,
+        training: bool = False,
+    ) -> None:
         self.model = model
         self.processor = processor
-        inner = list(model.peft_config) if hasattr(model, "peft_config") else []
+        self.training = training
+        inner = list(model.peft_config) if hasattr(model, "peft_config") and not training else []
         self._inner = {outer: name for name, outer in (adapters or dict(zip(inner, inner, strict=True))).items()}
         self._active: str | None = None
         if inner:
-            self._switch_on(self.adapters[0])
+            self._activate(self.adapters[0])
 
     @property
     def adapters(self) -> tuple[str, ...]:
@@ -49,36 +60,37 @@ class Engine:
         return tuple(self._inner)
 
     @property
-    def plain(self) -> LlavarForConditionalGeneration:
-        """The LLaVAR itself; the adapters are within its layers."""
-        model: LlavarForConditionalGeneration = self.model.get_base_model() if self._inner else self.model
-        return model
+    def base_model(self) -> Any:
+        """The model to call: the LLaVAR, whose layers hold the adapters, or the training run's model as it is."""
+        return self.model.get_base_model() if self._inner else self.model
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are."""
-        device: torch.device = self.plain.get_input_embeddings().weight.device
+        """The device of the weights."""
+        device: torch.device = next(self.model.parameters()).device
         return device
 
     @property
     def context(self) -> int:
-        """Positions that the language model was made for."""
-        return int(self.plain.config.text_config.max_position_embeddings)
+        """The number of positions of the language model."""
+        return int(self.base_model.config.text_config.max_position_embeddings)
+
+    def no_grad(self) -> AbstractContextManager[Any]:
+        """Return a context without gradients, in which the model is called."""
+        # Tensors that a sharded model gathers here serve the next backward pass, which rejects inference tensors.
+        return torch.no_grad() if self.training else torch.inference_mode()
 
     def check_adapter(self, name: str | None) -> None:
-        """Raise ``ConfigError`` if there is no such adapter. None, the base, is always there."""
+        """Raise ``ConfigError`` if no adapter has this name. None is the base and always valid."""
         if name is not None and name not in self._inner:
-            there = ", ".join(self._inner) or "none"
-            raise ConfigError.at("adapter", f"there is no {name!r} (there are: {there})", "name one of these")
+            known = ", ".join(self._inner) or "none"
+            raise ConfigError.at("adapter", f"no adapter is named {name!r} (available: {known})", "use one of these")
 
     def use(self, adapter: str | None) -> None:
-        """Switches to an adapter: its layers, its projector, its rows.
-
-        Args:
-            adapter: Its name, None for the base.
+        """Activate an adapter with its projector and embedding rows, or the base for None.
 
         Raises:
-            ConfigError: There is no such adapter.
+            ConfigError: No adapter has this name.
         """
         self.check_adapter(adapter)
         if adapter == self._active:
@@ -87,28 +99,152 @@ class Engine:
             self.model.base_model.disable_adapter_layers()
             self._active = None
         else:
-            self._switch_on(adapter)
+            self._activate(adapter)
 
-    def _switch_on(self, adapter: str) -> None:
+    def _activate(self, adapter: str) -> None:
         self.model.base_model.enable_adapter_layers()
         self.model.set_adapter(self._inner[adapter], inference_mode=True)
         self._active = adapter
 
-    @torch.inference_mode()
-    def look(self, images: Sequence[PromptImage], adapter: str | None) -> None:
-        """Run tower and projector on the images that this adapter has not looked at; fills their ``features``.
-
-        Args:
-            images: Of any sizes; those of one size go through together.
-            adapter: Whose projector it is.
-        """
+    def compute_features(self, images: Sequence[PromptImage], adapter: str | None) -> None:
+        """Run tower and projector on the images that lack features of this adapter, and store the features in them."""
         self.use(adapter)
-        waiting = {id(image): image for image in images if adapter not in image.features}
+        missing = {id(image): image for image in images if adapter not in image.features}
         by_size: dict[tuple[int, ...], list[PromptImage]] = {}
-        for image in waiting.values():
+        for image in missing.values():
             by_size.setdefault(tuple(image.pixels.shape), []).append(image)
-        for alike in by_size.values():
-            pixels = torch.stack([image.pixels for image in alike]).to(self.device)
-            features: list[Tensor] = self.plain.model.get_image_features(pixels).pooler_output
-            for image, features_PD in zip(alike, features, strict=True):
-                image.features[adapter] = features_PD
+        with self.no_grad():
+            for same_size in by_size.values():
+                pixels = torch.stack([image.pixels for image in same_size]).to(self.device)
+                features: list[Tensor] = self.base_model.model.get_image_features(pixels).pooler_output
+                for image, features_PD in zip(same_size, features, strict=True):
+                    image.features[adapter] = features_PD
+
+    def any_rank(self, flag: bool) -> bool:
+        """Return whether the flag is set on any rank of the training run; without one, return the flag itself."""
+        if not self._distributed():
+            return flag
+        flags = torch.tensor(float(flag), device=self.device)
+        distributed.all_reduce(flags)
+        return bool(flags)
+
+    def idle_step(self) -> None:
+        """Take part in a decoding step of other ranks: a sharded model gathers its weights on all ranks or on none."""
+        if self._distributed():
+            token = torch.tensor([[self.processor.tokenizer.eos_token_id]], device=self.device)
+            self.base_model(input_ids=token, use_cache=False)
+
+    def _distributed(self) -> bool:
+        return (
+            self.training
+            and distributed.is_available()
+            and distributed.is_initialized()
+            and distributed.get_world_size() > 1
+        )
+
+
+def load_engine(
+    model: str | Path,
+    adapters: Mapping[str, str | Path],
+    *,
+    vision_tower: str | None = None,
+    quantize: Quantization | None = None,
+    dtype: Dtype = "auto",
+    attention: Attention = "auto",
+    device: str = "auto",
+) -> Engine:
+    """Load a model with any number of adapters. The arguments are those of ``load_chat``, the adapters by name.
+
+    Returns:
+        The model in ``eval`` mode, the first adapter active.
+
+    Raises:
+        ConfigError: The folder holds no model, the adapter's base is missing, or the adapters were trained on bases
+            that are stored in different ways.
+        WeightsError: The weights do not fit the model.
+    """
+    model = _resolve_run(Path(model))
+    folders = {name: _resolve_run(Path(folder)) for name, folder in adapters.items()}
+    if not folders and (model / ADAPTER_CONFIG).is_file():
+        folders = {model.name: model}
+        base = _read_base(model)
+    else:
+        base = ModelConfig(checkpoint=str(model), vision_tower=vision_tower)
+    if quantize is None:
+        quantize = _trained_quantization(folders)
+    device = _choose_device(device, quantize)
+    if dtype == "auto" and not device.startswith("cuda"):
+        dtype = "float32"  # also on a machine whose GPU is not used
+    config = dataclasses.replace(base, quantize=quantize, dtype=dtype, attention=attention)
+    for folder in folders.values():
+        check_base_of_adapter(folder, config)
+    built, processor = build_model(config, device=device)
+    built.eval()
+    if not folders:
+        return Engine(built, processor)
+    # peft uses an adapter's name in module names, which must not contain a dot; its name for the first is "default".
+    inner = {f"adapter_{number}" if number else "default": name for number, name in enumerate(folders)}
+    # Adapters with trained embedding rows are loaded last: peft 0.21 cannot read the state of an adapter without rows
+    # when another one with rows is present (peft/utils/other.py, ``TrainableTokensWrapper.adapter_state_dict``).
+    first, *others = sorted(zip(inner, folders.values(), strict=True), key=lambda pair: _trains_rows(pair[1]))
+    wrapped = apply_adapter(built, first[1], name=first[0])
+    for name, folder in others:
+        add_adapter(wrapped, folder, name)
+    return Engine(wrapped, processor, inner)
+
+
+def _trains_rows(adapter: Path) -> bool:
+    return bool(read_settings(adapter).get("trainable_token_indices"))
+
+
+def _resolve_run(folder: Path) -> Path:
+    """Return the result's folder for a run's folder, any other folder as it is."""
+    if folder.is_dir() and not (folder / "config.json").is_file():
+        for name in ("model", "adapter"):
+            if (folder / name / "config.json").is_file():
+                return folder / name
+    return folder
+
+
+def _read_base(adapter: Path) -> ModelConfig:
+    settings = read_base_settings(adapter)
+    if not settings.fields:
+        raise ConfigError.at(str(adapter / BASE_FILE), "no such file", "give the adapter's base as --model as well")
+    base = ModelConfig(**settings.fields)
+    if base.checkpoint is None or Path(base.checkpoint).is_dir():
+        return base
+    # The run's folder may have been moved as a whole: try the base at the same place relative to the adapter.
+    old = Path(base.checkpoint)
+    for moved in (adapter.parent / old.parent.name / old.name, adapter.parent / old.name):
+        if moved.is_dir():
+            return dataclasses.replace(base, checkpoint=str(moved))
+    raise ConfigError.at(
+        str(adapter / BASE_FILE),
+        f"the base does not exist (got {base.checkpoint!r})",
+        "give the base as --model as well",
+    )
+
+
+def _trained_quantization(adapters: Mapping[str, Path]) -> Quantization | None:
+    """Return how the base was stored when the adapters were trained."""
+    known: dict[str, Quantization | None] = {
+        name: read_base_settings(folder).quantize for name, folder in adapters.items()
+    }
+    if len(set(known.values())) > 1:
+        stored = ", ".join(f"{name} on {quantize or 'full precision'}" for name, quantize in known.items())
+        raise ConfigError.at(
+            "adapters", f"were trained on bases stored differently ({stored})", "choose with --quantize, or load fewer"
+        )
+    return next(iter(known.values()), None)
+
+
+def _choose_device(device: str, quantize: Quantization | None) -> str:
+    if device == "auto":
+        if torch.cuda.is_available():
+            return "cuda"
+        return "mps" if torch.backends.mps.is_available() and quantize is None else "cpu"
+    if quantize is not None and device.startswith("mps"):
+        raise ConfigError.at(
+            "device", f"{quantize} weights are not supported on {device}", "use cuda or cpu, or do not quantize"
+        )
+    return device

@@ -1,7 +1,7 @@
-"""Fetching an image by its URL, so that nothing else can be reached by it.
+"""Download an image from a URL without giving the caller access to other hosts.
 
-One parser reads the URL; every address its host resolves to is checked; the connection goes to a checked address; each
-redirect is checked again; size and time have limits that hold while reading. Proxies in the environment are not used.
+The URL is parsed once; every address that its host resolves to is checked, and the connection goes to a checked
+address; each redirect is checked again; size and time are limited while reading. Proxy settings are ignored.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ _BLOCK: Final = 2**16  # bytes
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FetchRules:
-    """What may be fetched.
+    """Limits of a download.
 
     Attributes:
-        max_bytes: Of the file.
-        seconds: For the whole, redirects included.
-        redirects: How many are followed.
-        public_only: Whether every address of the host must be a public one.
-        domains: The hosts that may be asked, in lower case; None for any.
+        max_bytes: Maximum size of the file.
+        seconds: Maximum time, redirects included.
+        redirects: Maximum number of redirects.
+        public_only: Whether all addresses of the host must be public.
+        domains: Allowed hosts in lower case; None allows all.
     """
 
     max_bytes: int = 20_000_000
@@ -56,66 +56,60 @@ class _Target:
 
     @property
     def header(self) -> str:
-        """The ``Host`` header."""
+        """The value of the ``Host`` header."""
         host = f"[{self.host}]" if ":" in self.host else self.host
         return host if self.port == _PORTS["https" if self.secure else "http"] else f"{host}:{self.port}"
 
 
 def fetch(url: str, rules: FetchRules | None = None) -> bytes:
-    """Fetch a file.
+    """Download a file.
 
     Args:
         url: ``https://`` or ``http://``.
-        rules: What may be fetched; None allows what is in one's own network.
-
-    Returns:
-        Its bytes.
+        rules: Limits; the default allows hosts in the local network.
 
     Raises:
-        ImageError: The URL, an address or a redirect is not allowed, the file too large, or the server does not give it
-            in time.
+        ImageError: The URL, an address or a redirect is not allowed, the file is too large, or the server is too slow.
     """
     rules = rules or FetchRules()
     deadline = time.monotonic() + rules.seconds
     for _ in range(rules.redirects + 1):
         target = _parse(url, rules)
         try:
-            answer = _get(target, url, rules, deadline)
+            response = _get(target, url, rules, deadline)
         except (OSError, http.client.HTTPException, ValueError) as error:
             if isinstance(error, ImageError):
                 raise
             late = time.monotonic() >= deadline
             what = f"took longer than {rules.seconds:g} s" if late else f"cannot be fetched ({error})"
-            raise _refusal(url, what, "try again, or save the picture and give the file") from error
-        if isinstance(answer, bytes):
-            return answer
-        url = urljoin(url, answer)
-    raise _refusal(url, f"is reached only by more than {rules.redirects} redirects", "give the picture's own address")
+            raise _error(url, what, "try again, or save the image and give the file") from error
+        if isinstance(response, bytes):
+            return response
+        url = urljoin(url, response)
+    raise _error(url, f"needs more than {rules.redirects} redirects", "give the final address of the image")
 
 
 def _parse(url: str, rules: FetchRules) -> _Target:
     if len(url) > 8192 or re.search(r"[\x00-\x20\x7f\\]", url):
-        raise _refusal(url, "is no URL (it is very long, or has spaces or backslashes)", "percent-encode them")
+        raise _error(url, "is not a URL (it is too long, or has spaces or backslashes)", "percent-encode them")
     try:
         parts = urlsplit(url)
         host, port = parts.hostname or "", parts.port
     except ValueError as error:
-        raise _refusal(url, f"is no URL ({error})", "correct it") from error
+        raise _error(url, f"is not a URL ({error})", "correct it") from error
     if parts.scheme not in _PORTS:
-        raise _refusal(url, f"has the scheme {parts.scheme!r}, expected https or http", "save the picture as a file")
+        raise _error(url, f"has the scheme {parts.scheme!r}, expected https or http", "save the image as a file")
     if not _HOST.fullmatch(host) or "@" in parts.netloc or port == 0:
-        raise _refusal(url, "does not name a plain host", "write https://host/path, without a user")
+        raise _error(url, "does not name a valid host", "write https://host/path, without a user name")
     if rules.domains is not None and host.lower().rstrip(".") not in rules.domains:
-        raise _refusal(
-            url, f"is on {host}, which is not among the allowed hosts", "allow it, or send the picture itself"
-        )
+        raise _error(url, f"is on {host}, which is not among the allowed hosts", "allow it, or send the image itself")
     path = quote(parts.path or "/", safe="/%:@!$&'()*+,;=~-._")
     query = quote(parts.query, safe="/%:@!$&'()*+,;=~-._?")
     return _Target(parts.scheme == "https", host, port or _PORTS[parts.scheme], f"{path}?{query}" if query else path)
 
 
 def _get(target: _Target, url: str, rules: FetchRules, deadline: float) -> bytes | str:
-    """One request: the body, or where it redirects to."""
+    """Send one request. Return the body, or the location of a redirect."""
     with _connected(target, url, rules, deadline) as sock:
         connection = http.client.HTTPConnection(target.host, target.port)
         connection.sock = sock
@@ -131,7 +125,7 @@ def _get(target: _Target, url: str, rules: FetchRules, deadline: float) -> bytes
             if response.status in _REDIRECTS and response.headers["Location"]:
                 return str(response.headers["Location"])
             if response.status != 200:
-                raise _refusal(url, f"is not given (status {response.status})", "check the address")
+                raise _error(url, f"cannot be downloaded (status {response.status})", "check the address")
             return _body(response, url, rules)
 
 
@@ -143,18 +137,18 @@ def _body(response: http.client.HTTPResponse, url: str, rules: FetchRules) -> by
         data += block
         if not block:
             if expected is not None and len(data) < expected:
-                raise _refusal(url, f"ended after {len(data)} of {expected} bytes", "try again")
+                raise _error(url, f"ended after {len(data)} of {expected} bytes", "try again")
             return bytes(data)
-    raise _refusal(url, f"has more than {rules.max_bytes / 1e6:g} MB", "give a smaller picture")
+    raise _error(url, f"has more than {rules.max_bytes / 1e6:g} MB", "give a smaller image")
 
 
 @contextmanager
 def _connected(target: _Target, url: str, rules: FetchRules, deadline: float) -> Iterator[socket.socket]:
-    """A connection to a checked address, which is cut at the deadline whatever is being waited for."""
+    """Connect to a checked address. The connection is closed at the deadline, even during a blocking call."""
     addresses = _resolve(target, deadline)
-    hidden = [address for address in addresses if not _is_public(address)] if rules.public_only else []
-    if hidden:
-        raise _refusal(url, "leads to an address that is not public", "send the picture itself")
+    private = [address for address in addresses if not _is_public(address)] if rules.public_only else []
+    if private:
+        raise _error(url, "resolves to an address that is not public", "send the image itself")
     sock = _connect(addresses, target.port, deadline)
     if target.secure:
         try:
@@ -163,8 +157,8 @@ def _connected(target: _Target, url: str, rules: FetchRules, deadline: float) ->
         except BaseException:
             sock.close()
             raise
-    # A time-out of the socket begins anew with each byte, and a server may send one a second.
-    watch = threading.Timer(max(0.0, deadline - time.monotonic()), _cut, (sock,))
+    # A socket's timeout restarts with each byte, and a server may send one byte per second.
+    watch = threading.Timer(max(0.0, deadline - time.monotonic()), _close, (sock,))
     watch.daemon = True
     watch.start()
     try:
@@ -172,25 +166,25 @@ def _connected(target: _Target, url: str, rules: FetchRules, deadline: float) ->
             sock.do_handshake()
         yield sock
         if time.monotonic() >= deadline:
-            raise TimeoutError("the connection was cut")
+            raise TimeoutError("the connection was closed")
     finally:
         watch.cancel()
         sock.close()
 
 
-def _cut(sock: socket.socket) -> None:
+def _close(sock: socket.socket) -> None:
     try:
         sock.shutdown(socket.SHUT_RDWR)
     except OSError:
-        return  # closed in this moment
+        return  # already closed
 
 
 def _resolve(target: _Target, deadline: float) -> list[str]:
-    """Every address of a host. Asking for them knows no time-out, so that a thread does it."""
+    """Return all addresses of a host. The lookup has no timeout and therefore runs in a thread."""
     found: list[str] = []
     failed: list[OSError | UnicodeError] = []
 
-    def ask() -> None:
+    def look_up() -> None:
         try:
             entries = socket.getaddrinfo(target.host, target.port, type=socket.SOCK_STREAM)
         except (OSError, UnicodeError) as error:
@@ -198,9 +192,9 @@ def _resolve(target: _Target, deadline: float) -> list[str]:
         else:
             found.extend(dict.fromkeys(str(entry[4][0]) for entry in entries))
 
-    asking = threading.Thread(target=ask, daemon=True)
-    asking.start()
-    asking.join(max(0.0, deadline - time.monotonic()))
+    thread = threading.Thread(target=look_up, daemon=True)
+    thread.start()
+    thread.join(max(0.0, deadline - time.monotonic()))
     if failed:
         raise OSError(f"{target.host}: {failed[0]}")
     if not found:
@@ -225,18 +219,18 @@ def _connect(addresses: list[str], port: int, deadline: float) -> socket.socket:
 
 
 def _is_public(address: str) -> bool:
-    """Whether an address is one that everybody may reach, those within IPv6 ones too."""
+    """Return whether an address is public, including IPv4 addresses embedded in IPv6."""
     parsed = ipaddress.ip_address(address.partition("%")[0])
     if isinstance(parsed, ipaddress.IPv6Address):
-        within = parsed.ipv4_mapped or parsed.sixtofour
+        embedded = parsed.ipv4_mapped or parsed.sixtofour
         if parsed in _NAT64:
-            within = ipaddress.IPv4Address(int(parsed) & 0xFFFFFFFF)
-        if within is not None:
-            return _is_public(str(within))
-        if parsed.is_site_local:  # withdrawn long ago, and still routed within some networks
+            embedded = ipaddress.IPv4Address(int(parsed) & 0xFFFFFFFF)
+        if embedded is not None:
+            return _is_public(str(embedded))
+        if parsed.is_site_local:  # deprecated, but still routed in some networks
             return False
     return parsed.is_global and not parsed.is_multicast and not parsed.is_reserved
 
 
-def _refusal(url: str, what: str, fix: str) -> LlavarError:
+def _error(url: str, what: str, fix: str) -> LlavarError:
     return ImageError.at(repr(url[:200]), what, fix)

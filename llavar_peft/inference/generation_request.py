@@ -1,22 +1,22 @@
-"""What is asked of a model, and what it answers: the values that go into decoding and come out of it."""
+"""The values that go into decoding and come out of it: images, prompts, requests and answers."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import takewhile
-from typing import TYPE_CHECKING, Literal, TypedDict
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
 
-from llavar_peft.constants import SYSTEM_PROMPT, TOP_K
+from llavar_peft.constants import SYSTEM_PROMPT
 from llavar_peft.data.conversation_template import Content, conversation_pieces
 from llavar_peft.data.encode_record import encode_pieces
 from llavar_peft.data.image_preparation import image_token_count, prepare_image
 from llavar_peft.data.text_encoder import text_encoder
-from llavar_peft.errors import ConfigError, DataError
+from llavar_peft.errors import DataError
+from llavar_peft.inference.token_sampling import Sampling
 from llavar_peft.types import ImageMode, Role
 
 if TYPE_CHECKING:
@@ -29,65 +29,14 @@ if TYPE_CHECKING:
 FinishReason = Literal["stop", "length", "cancelled"]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Sampling:
-    """How an answer is drawn. Defaults: LLaVAR, llava/eval/run_llava.py, on the transformers of its day.
-
-    Attributes:
-        max_new_tokens: Tokens at most, the closing ``</s>`` included.
-        temperature: 0 is greedy.
-        top_p: Share of the probability that is drawn from.
-        top_k: Tokens that are drawn from at most, the likeliest ones; 0 for all.
-        seed: Makes the draw repeatable, whatever else is in the batch.
-        stop: Texts that end the answer, and are no part of it.
-        logprobs: Whether the chosen tokens' log-probabilities (at temperature 1) are kept.
-
-    Raises:
-        ConfigError: A value out of its range.
-    """
-
-    max_new_tokens: int = 1024
-    temperature: float = 0.2
-    top_p: float = 1.0
-    top_k: int = TOP_K
-    seed: int | None = None
-    stop: tuple[str, ...] = ()
-    logprobs: bool = False
-
-    def __post_init__(self) -> None:
-        faults = (
-            (self.max_new_tokens < 1, "max_new_tokens", self.max_new_tokens, "at least 1"),
-            (not 0 <= self.temperature < math.inf, "temperature", self.temperature, "0 or more"),
-            (not 0 < self.top_p <= 1, "top_p", self.top_p, "more than 0 and at most 1"),
-            (self.top_k < 0, "top_k", self.top_k, "0 or more"),
-            (self.seed is not None and not 0 <= self.seed < 2**63, "seed", self.seed, "0 to 2^63 - 1"),
-            ("" in self.stop, "stop", self.stop, "a tuple of texts that are not empty"),
-        )
-        for wrong, name, got, expected in faults:
-            if wrong:
-                raise ConfigError.at(name, f"got {got!r}, expected {expected}", "change it")
-
-
-class SamplingSettings(TypedDict, total=False):
-    """The fields of ``Sampling``, for functions that take them by name."""
-
-    max_new_tokens: int
-    temperature: float
-    top_p: float
-    top_k: int
-    seed: int | None
-    stop: tuple[str, ...]
-    logprobs: bool
-
-
 @dataclass(frozen=True, slots=True, eq=False)
 class PromptImage:
-    """A prepared image, with what a model saw in it once it has looked.
+    """A prepared image, and the features that were computed from it so far.
 
     Attributes:
         pixels: float32 ``[3, H, W]``.
-        tokens: How many ``<im_patch>`` it takes.
-        features: The projected features ``[tokens, D]``, by the name of the adapter whose projector made them.
+        tokens: Number of ``<im_patch>`` tokens of the image.
+        features: Projected features ``[tokens, D]``, by the name of the adapter whose projector computed them.
     """
 
     pixels: Tensor
@@ -98,18 +47,15 @@ class PromptImage:
     def prepare(
         cls, image: Image | str | Path, processor: LlavarProcessor, mode: ImageMode | None = None
     ) -> PromptImage:
-        """Open and prepares an image.
+        """Open and prepare an image.
 
         Args:
-            image: An image or a local path; never fetched from the net.
-            processor: The model's.
-            mode: Instead of the processor's ``inference_image_mode``.
-
-        Returns:
-            The image, not looked at yet.
+            image: An image or a local path; nothing is downloaded.
+            processor: The model's processor.
+            mode: Overrides the processor's ``inference_image_mode``.
 
         Raises:
-            ImageError: It is missing or broken.
+            ImageError: The image is missing or broken.
         """
         pixels = prepare_image(image, mode or processor.inference_image_mode, processor)
         return cls(pixels, image_token_count(pixels, processor.patch_size))
@@ -117,11 +63,11 @@ class PromptImage:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Prefix:
-    """The keys and values of a prompt's beginning.
+    """The keys and values of the beginning of a prompt.
 
     Attributes:
-        ids: What they were computed from, int64 ``[P]``.
-        images: Those in it, and perhaps more, in order.
+        ids: The tokens they were computed from, int64 ``[P]``.
+        images: The images of these tokens in order; more may follow.
         layers: Keys and values of each layer, ``[1, heads, P, width]``.
     """
 
@@ -130,15 +76,14 @@ class Prefix:
     layers: tuple[tuple[Tensor, Tensor], ...] = field(repr=False)
 
     def shared_with(self, ids: Tensor, images: Sequence[PromptImage], image_token_id: int) -> Prefix | None:
-        """The part of it that also begins another prompt, of which at least the last token is left to compute.
+        """Return the part that is also the beginning of another prompt, or None if they share nothing.
+
+        At least the last token of the other prompt is left to compute.
 
         Args:
             ids: The other prompt, int64 ``[T]``.
-            images: Those in it.
-            image_token_id: What stands in their places; two images look alike there.
-
-        Returns:
-            That part; None if there is none.
+            images: The images of the other prompt.
+            image_token_id: The token at the positions of images; it is the same for all images.
         """
         longest = min(len(self.ids), len(ids) - 1)
         differs = (self.ids[:longest] != ids[:longest]).nonzero()
@@ -155,15 +100,15 @@ class Prefix:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Request:
-    """One answer that is wanted.
+    """A prompt, and how its answer is sampled.
 
     Attributes:
         ids: The prompt, int64 ``[T]``.
-        images: In the order of their places in ``ids``.
-        sampling: How the answer is drawn.
-        adapter: The adapter's name, None for the base.
-        prefix: Keys and values of the prompt's beginning, by this adapter, if they are there already.
-        keep_prefix: Whether the answer comes with the keys and values of all of it.
+        images: The images in the order of their tokens in ``ids``.
+        sampling: How the answer is sampled.
+        adapter: Name of the adapter, None for the base.
+        prefix: Keys and values of the beginning of the prompt, computed with the same adapter.
+        keep_prefix: Whether the answer returns the keys and values of prompt and answer.
 
     Raises:
         DataError: The prompt is empty.
@@ -183,16 +128,16 @@ class Request:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Answer:
-    """What came of a request.
+    """The answer to a request.
 
     Attributes:
-        text: Without special tokens, without white space at the ends.
-        ids: All tokens chosen, a closing ``</s>`` included.
+        text: The text without special tokens, stripped of white space.
+        ids: All chosen tokens, a closing ``</s>`` included.
         finish_reason: ``"stop"`` at ``</s>`` or a stop text, ``"length"`` at the limit of tokens or of the model's
-            context, ``"cancelled"`` if nobody wanted the rest.
-        prompt_tokens: Of the prompt, image tokens included.
-        logprobs: For each of ``ids``, if asked for.
-        prefix: Keys and values of prompt and answer but its last token, if asked for.
+            context, ``"cancelled"`` if the caller ended it.
+        prompt_tokens: Number of tokens of the prompt, image tokens included.
+        logprobs: Log-probability of each of ``ids``, if requested.
+        prefix: Keys and values of prompt and answer without its last token, if requested.
     """
 
     text: str
@@ -204,16 +149,16 @@ class Answer:
 
     @property
     def completion_tokens(self) -> int:
-        """Number of tokens chosen, a closing ``</s>`` included."""
+        """Number of chosen tokens, a closing ``</s>`` included."""
         return len(self.ids)
 
 
-def question_content(words: str, image: PromptImage | None) -> Content:
-    """A question as the original lays it out: the words, then a line break and the image.
+def question_content(text: str, image: PromptImage | None) -> Content:
+    """Return a question in the original's layout: the text, then a line break and the image.
 
     Source: LLaVAR, llava/eval/run_llava.py, ``eval_model``.
     """
-    return [words] if image is None else [f"{words}\n", None]
+    return [text] if image is None else [f"{text}\n", None]
 
 
 def encode_messages(
@@ -223,23 +168,23 @@ def encode_messages(
     *,
     system: str = SYSTEM_PROMPT,
 ) -> Tensor:
-    """Encode a conversation that the model is to go on with. Nothing in its words becomes a special token.
+    """Encode a conversation up to the next answer. Nothing in its text becomes a special token.
 
     Args:
-        processor: The model's.
-        messages: Turns in order, beginning and ending with the human; None in a turn stands for an image.
-        images: One for each None, in order.
+        processor: The model's processor.
+        messages: Turns in order; the first and the last are the human's. None in a turn marks the place of an image.
+        images: One image for each None, in order.
         system: The text before the first turn.
 
     Returns:
         Ids, int64 ``[T]``.
 
     Raises:
-        DataError: There are more or fewer places than images.
+        DataError: The number of images is not the number of their places.
     """
     pieces = conversation_pieces(messages, answer_next=True, system=system)
     places = sum(piece.kind == "image" for piece in pieces)
     if places != len(images):
-        raise DataError.at("messages", f"have {places} places for {len(images)} pictures", "give one for each")
+        raise DataError.at("messages", f"have {places} places for {len(images)} images", "give one image for each")
     encoding = encode_pieces(pieces, text_encoder(processor), [image.tokens for image in images])
     return torch.tensor(encoding.ids, dtype=torch.int64)

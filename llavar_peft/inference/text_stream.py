@@ -1,4 +1,4 @@
-"""Tokens to text as they come: never half a character, never the beginning of a stop text."""
+"""Convert tokens to text as they come, without splitting characters or revealing the beginning of a stop text."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ _BYTE: Final = re.compile(r"<0x[0-9A-F]{2}>")
 class TextStream:
     """The text of a growing answer.
 
-    All pieces joined are the tokenizer's own decoding of all tokens, up to a stop text, without white space at the
-    ends. A run of bytes (how LLaMA spells characters that it has no piece for) counts once it has ended: the tokenizer
-    decodes such a run as a whole or not at all.
+    The joined pieces equal the tokenizer's decoding of all tokens, up to a stop text, stripped of white space. A run of
+    byte tokens (LLaMA's fallback for characters without a token) is decoded when it ends: the tokenizer decodes such a
+    run as a whole or not at all.
 
     Args:
-        tokenizer: The model's.
+        tokenizer: The model's tokenizer.
         stop: Texts that end the answer.
 
     Attributes:
-        text: What has been given out so far.
-        stopped: Whether a stop text came.
+        text: The text returned so far.
+        stopped: Whether a stop text was found.
     """
 
     def __init__(self, tokenizer: Any, stop: tuple[str, ...] = ()) -> None:
@@ -37,37 +37,26 @@ class TextStream:
         self.stopped = False
 
     def add(self, token: int) -> str:
-        """Take a token.
-
-        Args:
-            token: Its id.
-
-        Returns:
-            The text that is certain now and was not before; often none.
-        """
+        """Add a token and return the text that has become final, which is often empty."""
         if self.stopped or token in self._skipped:
             return ""
         self._new.append(token)
         if token in self._bytes:
             return ""
         self._held += self._decode_new()
-        return self._give_out(last=False)
+        return self._release(last=False)
 
     def close(self) -> str:
-        """End the answer.
-
-        Returns:
-            The text that was held back.
-        """
+        """End the answer and return the text that was held back."""
         if not self.stopped:
             self._held += self._decode_new()
-        return self._give_out(last=True)
+        return self._release(last=True)
 
     def _decode_new(self) -> str:
         new, self._new = self._new, []
         return self._window.decode(new)
 
-    def _give_out(self, *, last: bool) -> str:
+    def _release(self, *, last: bool) -> str:
         found = [place for place in (self._held.find(stop) for stop in self._stop) if place >= 0]
         if found and not self.stopped:
             self._held, self.stopped = self._held[: min(found)], True
@@ -82,32 +71,32 @@ class TextStream:
 
 
 class _Window:
-    """Decodes by windows: a token's text can depend on the one before it, not on those before that."""
+    """Decode in windows: the text of a token can depend on the token before it, not on earlier ones."""
 
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
         self._before: list[int] = []
 
     def decode(self, new: list[int]) -> str:
-        """What these tokens add to the text of those before."""
+        """Return what these tokens add to the text."""
         before: str = self._tokenizer.decode(self._before, skip_special_tokens=True)
-        whole: str = self._tokenizer.decode(self._before + new, skip_special_tokens=True)
-        # What was read stays as the next window's beginning, so that the first space is stripped only once.
+        both: str = self._tokenizer.decode(self._before + new, skip_special_tokens=True)
+        # The last tokens stay at the beginning of the next window, so that the leading space is stripped only once.
         self._before = new or self._before
-        return whole[len(before) :]
+        return both[len(before) :]
 
 
 def bytes_of_tokens(tokenizer: Any, ids: Sequence[int], text: str) -> list[bytes]:
-    """What each token has in an answer's text.
+    """Return the part of an answer's text that each token stands for.
 
     Args:
-        tokenizer: The model's.
+        tokenizer: The model's tokenizer.
         ids: All tokens of the answer.
-        text: What ``TextStream`` made of them.
+        text: The text that ``TextStream`` made of them.
 
     Returns:
-        UTF-8 for each token, which together is the text: nothing of special tokens, of white space at the text's ends
-        and of a stop text, and a part of a character of a token that is one byte of several.
+        UTF-8 of each token; joined, they are the text. Empty for special tokens, stripped white space and a stop text;
+        part of a character for a token that is one byte of several.
     """
     raw = _raw_bytes(tokenizer, ids)
     whole = b"".join(raw).decode()
@@ -118,7 +107,7 @@ def bytes_of_tokens(tokenizer: Any, ids: Sequence[int], text: str) -> list[bytes
 
 
 def _raw_bytes(tokenizer: Any, ids: Sequence[int]) -> list[bytes]:
-    """What each token has in the decoding of all."""
+    """Return what each token adds to the decoding of all tokens."""
     skipped, single, window = _special_ids(tokenizer), _byte_ids(tokenizer), _Window(tokenizer)
     parts: dict[int, bytes] = {}
     kept = [place for place, token in enumerate(ids) if token not in skipped]
@@ -126,26 +115,26 @@ def _raw_bytes(tokenizer: Any, ids: Sequence[int]) -> list[bytes]:
         places = list(group)
         for run in [places] if is_byte else [[place] for place in places]:
             text = window.decode([ids[place] for place in run]).encode()
-            parts.update(zip(run, _shared(text, len(run)), strict=True))
+            parts.update(zip(run, _split_bytes(text, len(run)), strict=True))
     return [parts.get(place, b"") for place in range(len(ids))]
 
 
-def _shared(text: bytes, count: int) -> Iterator[bytes]:
-    """A run's text among its tokens: a byte each, or, of a run that is no UTF-8, a replacement character each."""
+def _split_bytes(text: bytes, count: int) -> Iterator[bytes]:
+    """Split the text of a run: one byte per token, or one replacement character if the run is not valid UTF-8."""
     size = max(1, len(text) // count)
-    # From the end: the decoding has no space at its beginning.
+    # Counted from the end, since the tokenizer strips a leading space.
     bounds = [0, *(max(0, len(text) - size * left) for left in range(count - 1, -1, -1))]
     return (text[start:end] for start, end in pairwise(bounds))
 
 
 def _overlap(text: str, stop: str) -> int:
-    """How many of the last characters may be the beginning of a stop text."""
+    """Return the number of characters at the end of the text that may be the beginning of a stop text."""
     return next((n for n in range(min(len(stop) - 1, len(text)), 0, -1) if text.endswith(stop[:n])), 0)
 
 
 @lru_cache(maxsize=8)
 def _special_ids(tokenizer: Any) -> frozenset[int]:
-    # Not ``all_special_ids``, which leaves out the image tokens; decoding skips those too.
+    # ``all_special_ids`` lacks the image tokens, which decoding skips as well.
     return frozenset(index for index, token in tokenizer.added_tokens_decoder.items() if token.special)
 
 

@@ -1,17 +1,72 @@
-"""The next token of each row of a batch, each row in its own way."""
+"""How an answer is sampled: the settings, and the choice of the next token of each row of a batch."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TypedDict
 
 import torch
 from torch import Tensor
 
-from llavar_peft.inference.generation_request import Sampling
+from llavar_peft.constants import TOP_K
+from llavar_peft.errors import ConfigError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sampling:
+    """How an answer is sampled. Defaults: LLaVAR, llava/eval/run_llava.py, with transformers 4.28.
+
+    Attributes:
+        max_new_tokens: Maximum number of tokens, the closing ``</s>`` included.
+        temperature: 0 is greedy.
+        top_p: Share of the probability mass to sample from (nucleus sampling).
+        top_k: Number of most likely tokens to sample from; 0 for all.
+        seed: Makes the answer repeatable, independent of the other rows of the batch.
+        stop: Texts that end the answer and are not part of it.
+        logprobs: Whether to record the log-probabilities (at temperature 1) of the chosen tokens.
+
+    Raises:
+        ConfigError: A value is out of its range.
+    """
+
+    max_new_tokens: int = 1024
+    temperature: float = 0.2
+    top_p: float = 1.0
+    top_k: int = TOP_K
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+    logprobs: bool = False
+
+    def __post_init__(self) -> None:
+        faults = (
+            (self.max_new_tokens < 1, "max_new_tokens", self.max_new_tokens, "at least 1"),
+            (not 0 <= self.temperature < math.inf, "temperature", self.temperature, "0 or more"),
+            (not 0 < self.top_p <= 1, "top_p", self.top_p, "more than 0 and at most 1"),
+            (self.top_k < 0, "top_k", self.top_k, "0 or more"),
+            (self.seed is not None and not 0 <= self.seed < 2**63, "seed", self.seed, "0 to 2^63 - 1"),
+            ("" in self.stop, "stop", self.stop, "a tuple of texts that are not empty"),
+        )
+        for invalid, name, got, expected in faults:
+            if invalid:
+                raise ConfigError.at(name, f"got {got!r}, expected {expected}", "change it")
+
+
+class SamplingSettings(TypedDict, total=False):
+    """The fields of ``Sampling``, for functions that take them as keyword arguments."""
+
+    max_new_tokens: int
+    temperature: float
+    top_p: float
+    top_k: int
+    seed: int | None
+    stop: tuple[str, ...]
+    logprobs: bool
 
 
 def new_generator(sampling: Sampling) -> torch.Generator:
-    """A generator of a row's own: what else is in the batch, and on which device, does not change its numbers."""
+    """Return a generator for one row. It is on the CPU, so that its numbers do not depend on batch or device."""
     generator = torch.Generator()
     if sampling.seed is None:
         generator.seed()
@@ -27,43 +82,45 @@ def choose_tokens(
 
     Args:
         logits_BV: ``[B, V]``, of any float type.
-        samplings: B ways.
-        generators: B generators; only those of rows that are not greedy are drawn from.
+        samplings: The settings of each row.
+        generators: The generator of each row; those of greedy rows are not used.
 
     Returns:
-        B ids, and their log-probabilities at temperature 1 if any row wants them.
+        B ids, and their log-probabilities at temperature 1 if any row asks for them.
     """
     logits_BV = logits_BV.float()
     chosen_B = logits_BV.argmax(dim=-1)
-    drawn = [row for row, sampling in enumerate(samplings) if sampling.temperature > 0]
-    if drawn:
-        chosen_B[drawn] = _draw(logits_BV[drawn], [samplings[row] for row in drawn], [generators[row] for row in drawn])
+    sampled = [row for row, sampling in enumerate(samplings) if sampling.temperature > 0]
+    if sampled:
+        chosen_B[sampled] = _sample(
+            logits_BV[sampled], [samplings[row] for row in sampled], [generators[row] for row in sampled]
+        )
     logprobs = None
     if any(sampling.logprobs for sampling in samplings):
         logprobs = logits_BV.log_softmax(dim=-1).gather(1, chosen_B[:, None])[:, 0].tolist()
     return chosen_B.tolist(), logprobs
 
 
-def _draw(logits_BV: Tensor, samplings: Sequence[Sampling], generators: Sequence[torch.Generator]) -> Tensor:
-    """Sampling from the likeliest tokens, then from their nucleus, by one uniform number for each row.
+def _sample(logits_BV: Tensor, samplings: Sequence[Sampling], generators: Sequence[torch.Generator]) -> Tensor:
+    """Sample from the top k tokens, restricted to their nucleus, with one uniform number for each row.
 
-    Source: transformers 4.28, ``TopKLogitsWarper`` (what is as likely as the last stays too) and ``TopPLogitsWarper``.
+    Source: transformers 4.28, ``TopKLogitsWarper`` (tokens tied with the k-th stay as well) and ``TopPLogitsWarper``.
     """
 
     def column(values: Sequence[float]) -> Tensor:
         return torch.tensor(values, dtype=torch.float32, device=logits_BV.device)[:, None]
 
-    # The largest logit is 0, so that a tiny temperature does not overflow.
+    # Shifted so that the largest logit is 0: a tiny temperature then cannot overflow.
     scaled_BV = (logits_BV - logits_BV.amax(dim=-1, keepdim=True)) / column([s.temperature for s in samplings])
     probabilities_BV, ids_BV = scaled_BV.softmax(dim=-1).sort(dim=-1, descending=True, stable=True)
-    # 0 stands for all: the last of them has the least probability.
+    # 0 means all tokens: the last one has the smallest probability.
     last_B1 = torch.tensor([(s.top_k or probabilities_BV.shape[1]) - 1 for s in samplings], device=logits_BV.device)
     least_B1 = probabilities_BV.gather(1, last_B1[:, None].clamp(max=probabilities_BV.shape[1] - 1))
     probabilities_BV = probabilities_BV * (probabilities_BV >= least_B1)
     probabilities_BV = probabilities_BV / probabilities_BV.sum(dim=-1, keepdim=True)
     upto_BV = probabilities_BV.cumsum(dim=-1)
     within_BV = upto_BV - probabilities_BV < column([s.top_p for s in samplings])
-    kept_BV = within_BV & (probabilities_BV > 0)  # always the first
+    kept_BV = within_BV & (probabilities_BV > 0)  # the first token is always kept
     mass_B1 = (probabilities_BV * kept_BV).sum(dim=-1, keepdim=True)
     uniform_B1 = column([float(torch.rand((), generator=generator)) for generator in generators])
     place_B1 = (upto_BV <= uniform_B1 * mass_B1).sum(dim=-1, keepdim=True)

@@ -1,4 +1,4 @@
-"""Looks at held-out records while training: their loss, and a few images read aloud."""
+"""The probe: evaluates held-out records during training by their loss and by the answers to a few images."""
 
 from __future__ import annotations
 
@@ -16,7 +16,9 @@ from llavar_peft.data.record_store import parse_record
 from llavar_peft.data.text_metrics import character_accuracy, exact_match
 from llavar_peft.data.training_dataset import Collator, TrainingDataset
 from llavar_peft.errors import ImageError
-from llavar_peft.models.generate import answer_images
+from llavar_peft.inference.chat import Chat
+from llavar_peft.inference.engine import Engine
+from llavar_peft.inference.token_sampling import Sampling
 from llavar_peft.models.processing_llavar import LlavarProcessor
 from llavar_peft.recipe.schema import ProbeConfig
 from llavar_peft.training.run_files import append_line
@@ -27,7 +29,7 @@ _THUMBNAIL = (480, 480)
 
 @dataclass(frozen=True, slots=True)
 class ProbeQuestion:
-    """One held-out image with its first question and answer."""
+    """A held-out image with its first question and answer."""
 
     id: str
     path: str
@@ -36,14 +38,14 @@ class ProbeQuestion:
 
 
 class Probe:
-    """The look itself. Every rank takes it (a sharded model needs all of them); rank 0 writes.
+    """Evaluates held-out records. Every rank takes part, since a sharded model needs all of them; rank 0 writes.
 
     Args:
-        config: How often, how many.
+        config: The numbers of records and images, and the limit of tokens.
         held_out: Records that are not trained on.
-        processor: The model's.
-        directory: The stage's folder: ``probe.jsonl`` and ``probe/`` go there.
-        batch_size: Records per forward pass.
+        processor: The model's processor.
+        directory: Folder of the stage, for ``probe.jsonl`` and ``probe/``.
+        batch_size: Number of records per forward pass.
         writes: Whether this rank writes.
     """
 
@@ -63,15 +65,15 @@ class Probe:
         self.directory = directory
         self.batch_size = batch_size
         self.writes = writes
-        self.questions = self._choose()
+        self.questions = self._choose_questions()
 
-    def look(self, model: nn.Module, *, step: int, when: Literal["start", "step", "end"]) -> dict[str, Any]:
-        """Take one look and writes a line.
+    def run(self, model: nn.Module, *, step: int, when: Literal["start", "step", "end"]) -> dict[str, Any]:
+        """Evaluate the model and append a line to ``probe.jsonl``.
 
         Args:
-            model: The model, wrapped as it may be; it is back in its mode afterwards.
-            step: Optimizer steps done.
-            when: Which look this is.
+            model: The model in training, possibly wrapped; its mode is restored afterwards.
+            step: Number of optimizer steps done.
+            when: The occasion, for the line.
 
         Returns:
             The line.
@@ -79,7 +81,8 @@ class Probe:
         training = model.training
         model.eval()
         try:
-            line: dict[str, Any] = {"step": step, "when": when, "held_out_loss": self._loss(model), **self._read(model)}
+            loss = self._loss(model)
+            line: dict[str, Any] = {"step": step, "when": when, "held_out_loss": loss, **self._answer_questions(model)}
         finally:
             model.train(training)
         if self.writes:
@@ -87,8 +90,8 @@ class Probe:
             append_line(self.directory / PROBE_FILE, line)
         return line
 
-    def _choose(self) -> list[ProbeQuestion]:
-        """The first held-out records with one image that can be opened, and a question and an answer."""
+    def _choose_questions(self) -> list[ProbeQuestion]:
+        """Return the first held-out records that have one readable image, a question and an answer."""
         chosen: list[ProbeQuestion] = []
         for index in self.held_out.indices.tolist():
             if len(chosen) == self.config.images:
@@ -106,7 +109,7 @@ class Probe:
         return chosen
 
     def _loss(self, model: nn.Module) -> float | None:
-        """Mean cross entropy per supervised token."""
+        """Return the mean cross entropy per supervised token."""
         collate = Collator(self.processor.tokenizer.pad_token_id)
         device = next(model.parameters()).device
         count = min(len(self.held_out), self.config.loss_records)
@@ -120,35 +123,33 @@ class Probe:
             total, tokens = total + float(loss), tokens + supervised
         return total / tokens if tokens else None
 
-    def _read(self, model: nn.Module) -> dict[str, Any]:
+    def _answer_questions(self, model: nn.Module) -> dict[str, Any]:
+        chat = Chat(Engine(model, self.processor, training=True))
         samples: list[dict[str, Any]] = []
         for start in range(0, len(self.questions), self.batch_size):
-            asked = self.questions[start : start + self.batch_size]
-            samples += self._answered(model, asked)
-        truths = [question.truth for question in self.questions]
+            samples += self._answer_batch(chat, self.questions[start : start + self.batch_size])
+        accuracies = [character_accuracy(sample["answer"], sample["truth"]) for sample in samples]
         count = len(samples)
         return {
             "exact_match": sum(sample["correct"] for sample in samples) / count if count else None,
-            "character_accuracy": sum(
-                character_accuracy(sample["answer"], truth) for sample, truth in zip(samples, truths, strict=True)
-            )
-            / count
-            if count
-            else None,
+            "character_accuracy": sum(accuracies) / count if count else None,
             "count": count,
             "samples": samples,
         }
 
-    def _answered(self, model: nn.Module, asked: Sequence[ProbeQuestion]) -> list[dict[str, Any]]:
-        # In the way of training, not of inference: the probe shows what training does.
-        answers = answer_images(
-            model,
-            self.processor,
-            [question.question for question in asked],
-            [self.held_out.roots.open(question.path) for question in asked],
-            max_new_tokens=self.config.max_new_tokens,
-            image_mode=self.processor.image_mode,
-        )
+    def _answer_batch(self, chat: Chat, questions: Sequence[ProbeQuestion]) -> list[dict[str, Any]]:
+        sampling = Sampling(temperature=0.0, max_new_tokens=self.config.max_new_tokens)
+        # Images are prepared as in training, not as in inference: the probe shows what training achieves.
+        requests = [
+            chat.request(
+                self.held_out.roots.open(question.path),
+                question.question,
+                image_mode=self.processor.image_mode,
+                sampling=sampling,
+            )
+            for question in questions
+        ]
+        answers = [answer.text for answer in chat.answer(requests, batch_size=self.batch_size)]
         return [
             {
                 "id": question.id,
@@ -158,14 +159,14 @@ class Probe:
                 "answer": answer,
                 "correct": exact_match(answer, question.truth),
             }
-            for question, answer in zip(asked, answers, strict=True)
+            for question, answer in zip(questions, answers, strict=True)
         ]
 
     def _thumbnail(self, question: ProbeQuestion) -> str:
-        # Ids need not be unique; an image's place among the questions is.
-        name = (
-            f"probe/{self.questions.index(question):03d}_" + re.sub(r"[^A-Za-z0-9._-]", "_", question.id)[:80] + ".png"
-        )
+        """Write a small copy of the image and return its name."""
+        # Ids need not be unique; the index among the questions is.
+        safe_id = re.sub(r"[^A-Za-z0-9._-]", "_", question.id)[:80]
+        name = f"probe/{self.questions.index(question):03d}_{safe_id}.png"
         path = self.directory / name
         if self.writes and not path.exists():
             path.parent.mkdir(parents=True, exist_ok=True)

@@ -106,15 +106,15 @@ class EvalCallback(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Run the probe before the first step; a resumed run has done so already."""
         if state.global_step == 0:
-            self.probe.look(kwargs["model"], step=0, when="start")
+            self.probe.run(kwargs["model"], step=0, when="start")
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         """Run the probe at its interval, after the figures of the step were written without the probe's time."""
         every = self.probe.config.every_steps
         if every and "loss" in (logs or {}) and state.global_step % every == 0 and state.global_step < state.max_steps:
-            self.probe.look(kwargs["model"], step=state.global_step, when="step")
+            self.probe.run(kwargs["model"], step=state.global_step, when="step")
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Run the probe on the result, unless the run was interrupted."""
         if state.global_step >= state.max_steps:
-            self.probe.look(kwargs["model"], step=state.global_step, when="end")
+            self.probe.run(kwargs["model"], step=state.global_step, when="end")

@@ -1,4 +1,4 @@
-"""What records ask of a model before it is trained on them."""
+"""Lengths and letter heights of records before a model is trained on them."""
 
 import json
 from pathlib import Path
@@ -31,7 +31,7 @@ def told(drawn: Path, checkpoint: Path, capsys: pytest.CaptureFixture[str], *mor
     return capsys.readouterr().out
 
 
-def test_what_is_cut_is_what_training_cuts(drawn: Path, checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_truncation_is_that_of_training(drawn: Path, checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
     processor, roots = load_processor(str(checkpoint)), ImageRoots(drawn / "images")
     records = open_records([str(drawn / "records.json")])
     for max_length in (20, 100, 700, 4000):
@@ -50,7 +50,7 @@ def test_text_too_small_to_be_read(drawn: Path, checkpoint: Path, capsys: pytest
     assert "0 of 8 records" in told(drawn, checkpoint, capsys, "--smallest", "0.5")
 
 
-def test_where_nothing_is_known_of_the_letters(
+def test_records_without_letter_heights(
     drawn: Path, checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     records = [
@@ -62,6 +62,6 @@ def test_where_nothing_is_known_of_the_letters(
 
 
 @pytest.mark.parametrize("arguments", [[], ["r.json", "--records", "s.json"], ["--records", "s.json"]])
-def test_what_is_missing_is_said(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+def test_invalid_options_are_errors(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["eval", "diagnose", *arguments]) == 2
     assert "Fix: " in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""lmms-eval asking our model, through its own registry and requests.
+"""lmms-eval asks our model through its registry and requests.
 
 ``pip install --no-deps lmms-eval loguru`` is enough for it.
 """
@@ -18,7 +18,8 @@ from lmms_eval.api.instance import Instance
 from lmms_eval.models.registry_v2 import ModelRegistryV2
 
 from llavar_peft.evaluation.lmms_eval_model import manifest
-from llavar_peft.inference.reader import load_reader
+from llavar_peft.inference.chat import load_chat
+from tests.inference.reference import greedy_answers
 
 
 @pytest.fixture(scope="module")
@@ -47,10 +48,16 @@ def requests(model: Any, images: Path, count: int, **how: Any) -> list[Instance]
     ]
 
 
-def test_answers_are_those_of_asking_directly(model: Any, images: Path, checkpoint: Path) -> None:
+def test_answers_are_those_of_generate(model: Any, images: Path, checkpoint: Path) -> None:
     rows = model.task_dict["reading"]["test"]
-    reader = load_reader(checkpoint, device="cpu")
-    direct = [reader.ask([images / "images" / row["image"]], row["question"], max_new_tokens=6)[0] for row in rows]
+    chat = load_chat(checkpoint, device="cpu")
+    direct = greedy_answers(
+        chat.engine.base_model,
+        chat.engine.processor,
+        [row["question"] for row in rows],
+        [images / "images" / row["image"] for row in rows],
+        max_new_tokens=6,
+    )
     assert model.generate_until(requests(model, images, 5, temperature=0, num_beams=1)) == direct
     stop = next(answer for answer in direct if answer)[-1]
     assert model.generate_until(requests(model, images, 5, until=[stop])) == [
@@ -58,7 +65,7 @@ def test_answers_are_those_of_asking_directly(model: Any, images: Path, checkpoi
     ]
 
 
-def test_what_it_does_not_do_is_said(model: Any, images: Path) -> None:
+def test_unsupported_requests_are_errors(model: Any, images: Path) -> None:
     with pytest.raises(ConfigError, match="num_beams: got 3, expected 1"):
         model.generate_until(requests(model, images, 1, num_beams=3))
     with pytest.raises(ConfigError, match="by likelihood"):
@@ -66,5 +73,5 @@ def test_what_it_does_not_do_is_said(model: Any, images: Path) -> None:
     (request,) = requests(model, images, 1)
     several = (*request.args[:2], lambda row: [Image.new("RGB", (8, 8))] * 2, *request.args[3:])
     request.arguments = several
-    with pytest.raises(DataError, match="reading:0: has 2 pictures"):
+    with pytest.raises(DataError, match="reading:0: has 2 images"):
         model.generate_until([request])

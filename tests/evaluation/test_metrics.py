@@ -10,10 +10,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llavar_peft.errors import DataError
-from llavar_peft.evaluation.vqa.answer_metrics import LOWER_IS_BETTER, PROTOCOLS, Protocol, Score, score
+from llavar_peft.evaluation.vqa.answer_metrics import (
+    LOWER_IS_BETTER,
+    PROTOCOLS,
+    Protocol,
+    Score,
+    normalize_answer,
+    score,
+)
 from llavar_peft.evaluation.vqa.confidence_intervals import difference_interval, ratio_intervals, sign_test, sum_by_name
 from llavar_peft.evaluation.vqa.scored_results import Setting, score_answers
-from llavar_peft.evaluation.vqa.vqa_normalization import normalise
 from llavar_peft.evaluation.vqa.vqa_questions import VqaQuestion
 
 texts = st.one_of(
@@ -24,7 +30,7 @@ TEN_NEEDED: Protocol = "vqa-accuracy"
 
 
 @pytest.mark.parity
-@pytest.mark.parametrize(("protocol", "wanted"), [("multimodalocr", 39.16), ("substring", 40.02)])
+@pytest.mark.parametrize(("protocol", "expected"), [("multimodalocr", 39.16), ("substring", 40.02)])
 def test_the_published_predictions_have_the_published_figure(
     shared_dir: Path, protocol: Protocol, expected: float
 ) -> None:
@@ -59,8 +65,8 @@ def test_the_published_predictions_have_the_published_figure(
         ("ÉCOLE", "école"),
     ],
 )
-def test_normalisation(text: str, normal: str) -> None:
-    assert normalise(text) == normal
+def test_normalization(text: str, normal: str) -> None:
+    assert normalize_answer(text) == normal
 
 
 @pytest.mark.parametrize(
@@ -90,7 +96,7 @@ def test_normalisation(text: str, normal: str) -> None:
         ("wer", "one too three", ["one two three"], 1 / 3),
     ],
 )
-def test_a_protocol_s_ways(protocol: Protocol, answer: str, truths: list[str], value: float) -> None:
+def test_protocols(protocol: Protocol, answer: str, truths: list[str], value: float) -> None:
     assert score(protocol, answer, truths).value == pytest.approx(value)
 
 
@@ -114,7 +120,7 @@ def test_scores_are_bounded(answer: str, truths: list[str]) -> None:
 
 
 @given(truth=texts, others=st.lists(texts, max_size=3))
-def test_a_truth_itself_is_fully_right(truth: str, others: list[str]) -> None:
+def test_a_truth_itself_gets_full_marks(truth: str, others: list[str]) -> None:
     for protocol in PROTOCOLS:
         given_truths = [truth] * 10 if protocol == TEN_NEEDED else [*others, truth]
         value = score(protocol, truth, given_truths).value
@@ -163,7 +169,7 @@ def test_signs_at_the_ends_of_a_truth(truth: str, sign: str) -> None:
     for marked in (f"{sign}{truth}", f"{truth}{sign}"):
         assert score("substring", f"it is {marked} in all", [marked]).value == 1
         assert score("exact", marked, [marked]).value == 1
-        hidden = normalise(marked) != normalise(truth)
+        hidden = normalize_answer(marked) != normalize_answer(truth)
         assert score("multimodalocr", f"it is {marked} in all", [marked]).value == (not hidden)
 
 
@@ -201,7 +207,7 @@ def test_an_empty_truth(answer: str) -> None:
 
 
 @given(word=st.text("éñçüÅ", min_size=1, max_size=6))
-def test_no_protocol_takes_composed_and_decomposed_letters_for_the_same(word: str) -> None:
+def test_no_protocol_equates_composed_and_decomposed_letters(word: str) -> None:
     """None of the programs does, so that no published figure would be met if ours did."""
     apart = normalize("NFD", word)
     for answer, truth in ((word, apart), (apart, word)):
@@ -247,14 +253,14 @@ def test_the_order_of_records_does_not_matter(rows: list[tuple[str, str]], order
 
 
 @given(text=texts)
-def test_normalising_never_grows_spaces(text: str) -> None:
-    normal = normalise(text)
+def test_normalization_adds_no_spaces(text: str) -> None:
+    normal = normalize_answer(text)
     assert normal == " ".join(normal.split())
     assert not {"a", "an", "the"} & set(normal.split())
 
 
-def test_ten_answers_are_asked_for_by_name() -> None:
-    with pytest.raises(DataError, match=r"vqa-accuracy: is about the answers of 10 people \(got 1\)"):
+def test_vqa_accuracy_needs_ten_answers() -> None:
+    with pytest.raises(DataError, match=r"vqa-accuracy: needs the answers of 10 annotators \(got 1\)"):
         score("vqa-accuracy", "yes", ["yes"])
     with pytest.raises(DataError, match="without a truth"):
         score("anls", "yes", [])
@@ -269,7 +275,7 @@ def test_the_sign_test_is_exact() -> None:
     assert sign_test(2000, 1500) < 1e-15
 
 
-def test_intervals_are_those_of_theory_and_wider_where_questions_share_a_image() -> None:
+def test_intervals_match_theory_and_widen_where_questions_share_an_image() -> None:
     """Of 400 fair coins: 50 +- 1.96 * 2.5 points; of 100 images with four equal answers each, twice as wide."""
     coins = np.random.default_rng(3).permutation(np.repeat([0.0, 1.0], 200))[:, None]
     ((low, high),) = ratio_intervals(coins, np.ones_like(coins))
@@ -282,7 +288,7 @@ def test_intervals_are_those_of_theory_and_wider_where_questions_share_a_image()
     assert (low, high) == pytest.approx((0.402, 0.598), abs=0.02)
 
 
-def test_a_paired_interval_knows_that_both_are_the_same() -> None:
+def test_the_paired_interval_of_equal_runs_is_zero() -> None:
     rows = np.random.default_rng(0).integers(0, 2, (50, 1)).astype(float)
     ones = np.ones_like(rows)
     assert difference_interval(np.concatenate([rows, ones, rows, ones], axis=1)) == (0, 0)

@@ -62,7 +62,7 @@ def test_both_questions_count_for_accuracy_plus(tmp_path: Path) -> None:
     ("text", "message"),
     [
         ("a.jpg\tQ\tYes", "has 3 columns"),
-        ("a.jpg\tQ\tperhaps\tYes", "another truth than yes or no"),
+        ("a.jpg\tQ\tperhaps\tYes", "the truth is neither yes nor no"),
         ("a.jpg\tQ\tYes\tYes", "has 1 questions on a.jpg, expected 2"),
         ("", "holds no questions"),
     ],
@@ -92,7 +92,7 @@ def test_folder(tmp_path: Path, apart: bool) -> None:
     ]
     assert (images / "0001.jpg").is_file()
     (images / "0002.jpg").unlink()
-    with pytest.raises(DataError, match=r"0002\.txt: has no picture"):
+    with pytest.raises(DataError, match=r"0002\.txt: has no image"):
         read_folder(tmp_path)
 
 
@@ -106,13 +106,13 @@ def test_a_model_is_asked(checkpoint: Path, tmp_path: Path, capsys: pytest.Captu
     assert cli.main(["eval", "mme", "--folder", str(tmp_path)]) == 2
 
 
-def test_answers_may_hold_separators_of_lines(tmp_path: Path) -> None:
+def test_answers_may_contain_line_separators(tmp_path: Path) -> None:
     path = tmp_path / "answers.txt"
     path.write_text("a.jpg\tQ1\tYes\tYes \u2028 it \x85 is\na.jpg\tQ2\tNo\tno\n", encoding="utf-8")
     assert [question.answer for question in read_answers(path)] == ["Yes \u2028 it \x85 is", "no"]
 
 
-def test_how_answers_were_got_may_be_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_settings_may_be_given(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "answers.txt"
     path.write_text("a.jpg\tQ1\tYes\tYes\na.jpg\tQ2\tNo\tno\n", encoding="utf-8")
     assert cli.main(["eval", "mme", "--answers", str(path), "--temperature", "0.2", "--json"]) == 0

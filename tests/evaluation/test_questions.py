@@ -20,7 +20,7 @@ def write(folder: Path, content: Any, name: str = "data.json") -> Path:
 
 
 @pytest.mark.parametrize(
-    ("content", "wanted"),
+    ("content", "expected"),
     [
         (  # MultimodalOCR's predictions
             [
@@ -101,7 +101,7 @@ def test_forms(content: Any, expected: tuple[Any, ...], tmp_path: Path) -> None:
         assert (read.id, read.question, read.truths, read.image, read.answer) == expected
 
 
-def test_kinds_and_measures(tmp_path: Path) -> None:
+def test_fields_and_text_sizes(tmp_path: Path) -> None:
     row = {
         "question": "Q?", "answers": ["A"], "image": "x.jpg", "dataset": "icdar", "question_types": ["table", "form"],
         "url": "http://" + "x" * 50, "box": [10, 20, 30, 28], "text_height": 7.5, "image_width": 640,
@@ -112,7 +112,7 @@ def test_kinds_and_measures(tmp_path: Path) -> None:
     assert (read.box, read.text_height, read.size) == ((10, 20, 30, 28), 7.5, (640, 480))
 
 
-def test_ids_that_occur_twice_give_way_to_places(tmp_path: Path) -> None:
+def test_duplicate_ids_are_replaced_by_indices(tmp_path: Path) -> None:
     rows = [{"id": "same", "question": "Q?", "answers": ["A"]}] * 2
     assert [question.id for question in read_vqa_questions(write(tmp_path, rows))] == ["0", "1"]
     assert len(read_vqa_questions(write(tmp_path, rows), limit=1)) == 1
@@ -122,17 +122,17 @@ def test_ids_that_occur_twice_give_way_to_places(tmp_path: Path) -> None:
     ("content", "message"),
     [
         ([], "holds no questions"),
-        ({"questions": 1}, "is of an unknown form"),
+        ({"questions": 1}, "has an unknown format"),
         ([1], r":0: is int, expected an object"),
         ([{"question": " ", "answers": ["A"]}], "has no question"),
-        ([{"question": "Q?", "answers": []}], r"has no right answers \(answers is empty\)"),
-        ([{"question": "Q?", "gt_answers": [], "answer": "said"}], r"no right answers \(gt_answers is empty\)"),
+        ([{"question": "Q?", "answers": []}], r"has no correct answers \(answers is empty\)"),
+        ([{"question": "Q?", "gt_answers": [], "answer": "said"}], r"no correct answers \(gt_answers is empty\)"),
         ([{"question": "Q?", "gt_answers": ["A"], "answer": True}], "answer: is not a text"),
         ([{"question": "Q?", "answers": [None]}], "are not texts"),
         ([{"question": "Q?", "answers": ["A"], "image": 3.5}], "image: is not a text"),
         ([{"question": "Q?", "answers": ["A"], "box": [1, 2, 1, 4]}], "has no area"),
-        ([{"question": "Q?", "answers": ["A"], "text_height": -1}], "wanted a positive number"),
-        ({"1": {"questions": ["Q?"], "answers": []}}, "as many answers as questions"),
+        ([{"question": "Q?", "answers": ["A"], "text_height": -1}], "expected a positive number"),
+        ({"1": {"questions": ["Q?"], "answers": []}}, "the number of answers is not the number of questions"),
     ],
 )
 def test_faults_are_named(content: Any, message: str, tmp_path: Path) -> None:
@@ -170,14 +170,14 @@ def test_the_id_0_is_an_id(tmp_path: Path) -> None:
     ]  # fmt: skip
 
 
-def test_answers_are_not_joined_by_ids_that_occur_twice(tmp_path: Path) -> None:
+def test_duplicate_ids_are_rejected(tmp_path: Path) -> None:
     rows = [{"question_id": number, "question": "Q?", "answers": ["A"]} for number in (0, 1, 1)]
     said = [{"question_id": number, "answer": "said"} for number in (0, 1, 2)]
     dataset, predictions = write(tmp_path, rows), write(tmp_path, said, "said.json")
-    with pytest.raises(DataError, match=r"data\.json:2: has the id '1' of .*data\.json:1 too"):
+    with pytest.raises(DataError, match=r"data\.json:2: has the same id '1' as .*data\.json:1"):
         read_predictions(predictions, dataset)
     assert len(read_predictions(predictions, dataset, limit=2)) == 2
-    with pytest.raises(DataError, match=r"said\.json:1: answers the question '0' again"):
+    with pytest.raises(DataError, match=r"said\.json:1: is a second answer to the question '0'"):
         read_predictions(write(tmp_path, said[:1] * 2, "said.json"), dataset, limit=2)
 
 
@@ -194,7 +194,7 @@ def test_the_original_s_files_of_answers_are_joined(tmp_path: Path) -> None:
         read_predictions(write(tmp_path, [rows[0], {"question_id": 6, "answer": None}], "answers.jsonl"), dataset)
 
 
-def test_a_part_of_a_data_set(tmp_path: Path) -> None:
+def test_a_split_of_a_data_set(tmp_path: Path) -> None:
     book = {"questions": ["Q?"], "answers": ["A"], "imageURL": "http://x.org/a.gif"}
     ocr_vqa = write(tmp_path, {str(number): {**book, "split": number % 3 + 1} for number in range(4)})
     assert [one.id for one in read_vqa_questions(ocr_vqa, split="train")] == ["0/0", "3/0"]
@@ -203,5 +203,5 @@ def test_a_part_of_a_data_set(tmp_path: Path) -> None:
     assert [one.question for one in read_vqa_questions(write(tmp_path, rows), split="val")] == ["val?"]
     with pytest.raises(DataError, match="holds no questions of the split 'test'"):
         read_vqa_questions(write(tmp_path, rows), split="test")
-    with pytest.raises(DataError, match="does not say which split"):
+    with pytest.raises(DataError, match="does not give its split"):
         read_vqa_questions(write(tmp_path, [{"question": "Q?", "answers": ["A"]}]), split="test")

@@ -1,4 +1,4 @@
-"""The report: of a run, of results, of both; safe whatever a model or a file says, and never beyond its size."""
+"""The report: of a run, of results, of both; safe for any text, and below its size limit."""
 
 from __future__ import annotations
 
@@ -15,8 +15,7 @@ from PIL import Image
 from llavar_peft import cli
 from llavar_peft.errors import ConfigError, DataError
 from llavar_peft.evaluation.judge.judge_reviews import Review, write_reviews
-from llavar_peft.evaluation.report.report_cards import Images
-from llavar_peft.evaluation.report.report_view import Labelled, view_dataset
+from llavar_peft.evaluation.report.report_view import Images, Labelled, view_dataset
 from llavar_peft.evaluation.report.write_report import ReportSettings, write_report
 from llavar_peft.evaluation.vqa.scored_results import Setting, score_answers, write_results
 from llavar_peft.evaluation.vqa.vqa_questions import VqaQuestion, read_predictions
@@ -98,7 +97,7 @@ def run(tmp_path: Path, images: Path) -> Path:
     return folder
 
 
-def test_what_a_judge_said_is_among_the_figures(run: Path, tmp_path: Path) -> None:
+def test_reviews_of_a_judge_are_shown(run: Path, tmp_path: Path) -> None:
     def review(number: int, category: str, scores: tuple[float, float] | None) -> Review:
         how = {"judge_model": "gpt-4"}
         return Review(number, number, "a", "b", category, "8 9", scores, settings=how)
@@ -114,11 +113,11 @@ def test_what_a_judge_said_is_among_the_figures(run: Path, tmp_path: Path) -> No
     assert cli.main(alone) == 0
     assert f"coco 88.9 % {said}" in Page(tmp_path / "alone.html").text
     write_reviews([review(1, "conv", (0, 5))], run / "coco.reviews.jsonl")
-    with pytest.raises(DataError, match="gives the reference no points at all"):
+    with pytest.raises(DataError, match="gives the reference no points"):
         write_report(run)
 
 
-def test_a_run_with_what_each_stage_changed(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_run_shows_what_each_stage_changed(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["report", str(run), "--metric", "exact"]) == 0
     assert capsys.readouterr().out.strip() == str(run / "report.html")
     page = Page(run / "report.html")
@@ -137,7 +136,7 @@ def test_a_run_with_what_each_stage_changed(run: Path, capsys: pytest.CaptureFix
     better, worse, best, _ = re.split("Became better|Became worse|>Best|>Worst", page.source)[1:]
     assert ["What is a?" in part for part in (better, worse)] == [True, False]
     assert ["What is c?" in part for part in (better, worse)] == [False, True]
-    assert "TRUTH<mark> c</mark>" not in worse  # what is left out is a bar
+    assert "TRUTH<mark> c</mark>" not in worse  # a missing character is an empty mark
     assert "TRUTH<mark></mark>" in worse
     assert best.index("What is a?") < best.index("What is d?")  # both right: the smaller letters first
     assert page.count("img") == 6  # of the folder that the recipe names
@@ -146,19 +145,19 @@ def test_a_run_with_what_each_stage_changed(run: Path, capsys: pytest.CaptureFix
     assert (run / "report.html").read_bytes() == first
 
 
-def test_results_without_a_run_beside_another_run_s(run: Path, tmp_path: Path) -> None:
+def test_results_without_a_run_next_to_a_previous_run(run: Path, tmp_path: Path) -> None:
     mine, out = results(tmp_path / "mine.json", {"a": "wrong"}), tmp_path / "page.html"
     settings = ReportSettings(results=[mine], before=[run], metric="exact", title="Mine")
     page = Page(write_report(None, out, settings))
     # Of the other run's two, the later.
-    assert "Protocol before: a mine Difference" in page.text
+    assert "Protocol previous run: a mine Difference" in page.text
     assert "exact 50.0 0.0 to 100.0 75.0" in page.text
     assert "2 of 4 answers became better, 1 became worse" in page.text
-    assert "give its folder by --images" in page.text
+    assert "give its folder with --images" in page.text
     assert "Loss" not in page.text
 
 
-def test_a_run_without_results_and_one_that_just_began(run: Path, tmp_path: Path) -> None:
+def test_a_run_without_results_and_an_empty_run(run: Path, tmp_path: Path) -> None:
     for path in run.glob("*.results.json"):
         path.unlink()
     page = Page(write_report(run))
@@ -168,13 +167,13 @@ def test_a_run_without_results_and_one_that_just_began(run: Path, tmp_path: Path
     assert "Nothing has been written" in Page(write_report(tmp_path / "new")).text
 
 
-def test_other_questions_have_tables_of_their_own(run: Path, tmp_path: Path) -> None:
+def test_other_questions_have_their_own_table(run: Path, tmp_path: Path) -> None:
     other = tmp_path / "other.json"
     other.write_text(json.dumps([{"question": "Else?", "answers": ["A"], "answer": "A", "prediction": "A"}]))
     assert cli.main(["eval", "vqa", "--predictions", str(other), "--out", str(tmp_path / "o.json")]) == 0
     page = Page(write_report(run, settings=ReportSettings(results=[tmp_path / "o.json"], before=[run])))
     assert "other 1 records" in page.text
-    assert "Protocol before: a after one after two" in page.text
+    assert "Protocol previous run: a after one after two" in page.text
 
 
 def test_hostile_text_stays_text(tmp_path: Path, images: Path) -> None:
@@ -256,17 +255,17 @@ def test_stays_under_the_cap(tmp_path: Path) -> None:
     assert 8 <= Page(page).count("img") < 60
 
 
-def test_what_cannot_be_reported_is_said(run: Path, tmp_path: Path) -> None:
+def test_invalid_reports_are_errors(run: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="neither a run nor results"):
         write_report(None, tmp_path / "page.html")
-    with pytest.raises(ConfigError, match="no place to go"):
+    with pytest.raises(ConfigError, match="nor an output file"):
         write_report(None)
     with pytest.raises(ConfigError, match="was not scored by 'f1'"):
         write_report(run, settings=ReportSettings(metric="f1"))
     (tmp_path / "empty").mkdir()
     with pytest.raises(ConfigError, match="holds no results"):
         write_report(run, settings=ReportSettings(before=[tmp_path / "empty"]))
-    with pytest.raises(DataError, match="not readable as results"):
+    with pytest.raises(DataError, match="cannot be read as results"):
         write_report(run, settings=ReportSettings(results=[run / "recipe.yaml"]))
     with pytest.raises(DataError, match="no such folder"):
         write_report(tmp_path / "none")

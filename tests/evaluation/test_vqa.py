@@ -7,9 +7,10 @@ from typing import Any
 
 import pytest
 
-from llavar_peft import cli
+from llavar_peft import cli, load_chat
 from llavar_peft.evaluation.vqa.scored_results import read_results
 from llavar_peft.weights.adapter.model_hash import identify_model
+from tests.inference.reference import greedy_answers
 
 
 def ask(checkpoint: Path, images: Path, out: Path, *more: str) -> int:
@@ -35,7 +36,7 @@ def answers(out: Path) -> list[str]:
     return [record.answer for record in read_results(out).records]
 
 
-def test_every_figure_says_how_it_was_taken(done: Path, checkpoint: Path) -> None:
+def test_every_figure_has_its_setting(done: Path, checkpoint: Path) -> None:
     content = json.loads(done.read_text())
     assert [figure["protocol"] for figure in content["figures"]] == [
         "multimodalocr", "substring", "anls", "exact", "cer", "wer",
@@ -52,10 +53,8 @@ def test_every_figure_says_how_it_was_taken(done: Path, checkpoint: Path) -> Non
     assert 0 < record["letter_height"] < 20  # as the tower sees it: the images are larger
 
 
-def test_a_run_that_was_killed_goes_on_as_if_it_had_not_been(
-    done: Path, checkpoint: Path, images: Path, tmp_path: Path
-) -> None:
-    """Sampled answers included; of a batch that was written half, nothing is kept."""
+def test_a_killed_run_resumes_as_if_uninterrupted(done: Path, checkpoint: Path, images: Path, tmp_path: Path) -> None:
+    """Sampled answers are the same; an incomplete batch is asked again."""
     whole = done.with_suffix(".answers.jsonl").read_text().splitlines(keepends=True)
     assert len(whole) == 1 + 5
     out = tmp_path / "results.json"
@@ -74,11 +73,11 @@ def test_finished_answers_are_not_asked_for_again(done: Path, checkpoint: Path, 
     assert answers(out)[0] == "kept as it was"
 
 
-def test_the_answers_that_a_run_keeps_can_be_scored(done: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_log_of_answers_can_be_scored(done: Path, capsys: pytest.CaptureFixture[str]) -> None:
     log = done.with_suffix(".answers.jsonl")
     assert cli.main(["eval", "vqa", "--predictions", str(log), "--json"]) == 0
     again, figures = json.loads(capsys.readouterr().out)["figures"], json.loads(done.read_text())["figures"]
-    # Their head says how they were got; only where the model lies is not in it.
+    # The header has all settings but the path of the model.
     assert again == [{**figure, "model": None} for figure in figures]
     assert cli.main(["eval", "vqa", "--predictions", str(log), "--temperature", "0.9"]) == 0
     assert cli.main(["eval", "vqa", "--predictions", str(log), "--greedy"]) == 2
@@ -87,7 +86,7 @@ def test_the_answers_that_a_run_keeps_can_be_scored(done: Path, capsys: pytest.C
     assert "--adapter: it has no effect on the answers in" in capsys.readouterr().err
 
 
-def test_how_answers_were_got_is_taken_from_their_file_and_from_the_options(
+def test_settings_come_from_the_file_of_answers_and_from_the_options(
     images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     how = {"model_hash": "abc", "prompt": "{question} Read.", "image_mode": "pad"}
@@ -99,7 +98,7 @@ def test_how_answers_were_got_is_taken_from_their_file_and_from_the_options(
     command = ["eval", "vqa", "--dataset", str(images / "dataset.json"), "--predictions", str(answers), "--json"]
     assert cli.main([*command, "--batch-size", "4"]) == 0
     (figure, *_) = json.loads(capsys.readouterr().out)["figures"]
-    # The temperatures differ, so that there is none of them all.
+    # The temperatures differ, so there is no common value.
     assert figure.items() >= {**how, "model": "m", "temperature": None, "batch_size": 4}.items()
     assert cli.main([*command, "--greedy"]) == 0
     assert json.loads(capsys.readouterr().out)["figures"][0]["decoding"] == "greedy"
@@ -107,17 +106,28 @@ def test_how_answers_were_got_is_taken_from_their_file_and_from_the_options(
     assert "--prompt: contradicts" in capsys.readouterr().err
 
 
-def test_a_greedy_run_may_go_on_with_smaller_batches(checkpoint: Path, images: Path, tmp_path: Path) -> None:
-    """After running out of memory, say: nothing is drawn, so that the answers do not depend on it."""
+def test_a_greedy_run_resumes_with_smaller_batches(checkpoint: Path, images: Path, tmp_path: Path) -> None:
+    """As after running out of memory: greedy answers do not depend on the batch."""
     out = tmp_path / "results.json"
     assert ask(checkpoint, images, out, "--greedy") == 0
     expected, log = answers(out), out.with_suffix(".answers.jsonl")
+    rows = json.loads((images / "dataset.json").read_text())["data"]
+    shown = [images / "images" / row["image"] for row in rows]
+    engine = load_chat(checkpoint, device="cpu").engine
+    asked = [row["question"] for row in rows]
+    assert expected == greedy_answers(engine.base_model, engine.processor, asked, shown, max_new_tokens=6)
     log.write_text("".join(log.read_text().splitlines(keepends=True)[:4]))
     assert ask(checkpoint, images, out, "--greedy", "--batch-size", "1") == 0
     assert answers(out) == expected
 
 
-def test_another_setting_is_no_resumption(
+def test_sampled_answers_do_not_depend_on_the_batch(done: Path, checkpoint: Path, images: Path, tmp_path: Path) -> None:
+    out = tmp_path / "results.json"
+    assert ask(checkpoint, images, out, "--image-mode", "pad_black", "--batch-size", "5") == 0
+    assert answers(out) == answers(done)
+
+
+def test_other_settings_do_not_resume(
     done: Path, checkpoint: Path, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "results.json"
@@ -139,7 +149,7 @@ def test_greedy_is_reported_as_such(
     assert ask(checkpoint, images, tmp_path / "other.json", "--prompt", "Read.") == 2
 
 
-def test_images_are_looked_for_before_anything_is_asked(
+def test_images_are_checked_before_anything_is_asked(
     checkpoint: Path, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     rows = [{"question": "Q?", "answers": ["A"], "image": name} for name in ("../../secret.png", "gone.png")]
@@ -173,7 +183,7 @@ def test_published_predictions_by_command(shared_dir: Path, tmp_path: Path, caps
         ["--predictions", "p.json", "--metric", "f1"],
     ],
 )
-def test_what_cannot_be_done_is_said(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+def test_invalid_options_are_errors(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["eval", "vqa", *arguments]) == 2
     assert "Fix: " in capsys.readouterr().err
 
@@ -218,7 +228,7 @@ def test_compare(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "lost   b: What is b?" in shown
 
 
-def test_comparisons_and_diagnoses_say_how_answers_were_got(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_comparisons_and_diagnoses_show_settings(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = predictions(tmp_path, "before", {"a": "GO"}, "--greedy", "--prompt", "{question} Read.")
     after = predictions(tmp_path, "after", {"b": "13"}, "--temperature", "0.9", "--prompt", "{question} Read.")
     capsys.readouterr()
@@ -238,12 +248,12 @@ def test_comparisons_and_diagnoses_say_how_answers_were_got(tmp_path: Path, caps
     assert "temperature: 0.9" in capsys.readouterr().out
 
 
-def test_compare_refuses_other_questions(tmp_path: Path, done: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_compare_rejects_other_questions(tmp_path: Path, done: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = predictions(tmp_path, "before", {})
     assert cli.main(["eval", "compare", str(before), str(done)]) == 2
     assert "has no question in common" in capsys.readouterr().err
     assert cli.main(["eval", "compare", str(before), str(tmp_path / "before.json")]) == 2
-    assert "is not readable as results" in capsys.readouterr().err
+    assert "cannot be read as results" in capsys.readouterr().err
 
 
 def test_diagnose(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -267,10 +277,10 @@ def test_diagnose(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "1 of 4 records with known letter height, 25.0 %" in capsys.readouterr().out
 
 
-def test_drawn_questions_are_told_apart_without_a_hand(
+def test_synthetic_questions_are_grouped_automatically(
     checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """``synth``, ``eval vqa``, ``eval diagnose``, ``report``: heights and places come along, of photographs too."""
+    """``synth``, ``eval vqa``, ``eval diagnose``, ``report`` keep heights and positions, also of distorted images."""
     drawn, out = tmp_path / "drawn", tmp_path / "results.json"
     assert cli.main(["synth", "--out", str(drawn), "--n", "8", "--task", "question", "--distort", "light"]) == 0
     asked = ["--dataset", str(drawn / "records.json"), "--images", str(drawn / "images"), "--model", str(checkpoint)]

@@ -35,7 +35,7 @@ def nf4_engine() -> Engine:
 @pytest.fixture(scope="session")
 def checkpoint(engine: Engine, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("base") / "model"
-    engine.plain.save_pretrained(folder)
+    engine.base_model.save_pretrained(folder)
     engine.processor.save_pretrained(folder)
     return folder
 

@@ -1,4 +1,4 @@
-"""``load_chat``: asking, streaming, talking, and several adapters on one base."""
+"""``load_chat``: questions, streams, conversations, and several adapters on one base."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ from PIL import Image
 from llavar_peft import Chat, ModelConfig, load_chat
 from llavar_peft.errors import ConfigError, WeightsError
 from llavar_peft.inference.engine import Engine
-from llavar_peft.inference.generation_request import PromptImage, Request, Sampling, encode_messages
-from llavar_peft.inference.reader import load_reader
+from llavar_peft.inference.generation_request import PromptImage, Request, encode_messages
+from llavar_peft.inference.token_sampling import Sampling
 from llavar_peft.recipe.schema import Lora
+from tests.inference.reference import greedy_answers
 from tests.weights.adapters import save_moved_adapter
 
 GREEDY = {"temperature": 0.0, "max_new_tokens": 10}
@@ -59,7 +60,7 @@ def watched(engine: Engine) -> Iterator[Work]:
     def thought(_: object, inputs: object, named: dict[str, torch.Tensor]) -> None:
         work.positions.append(named["inputs_embeds"].shape[0] * named["inputs_embeds"].shape[1])
 
-    plain = engine.plain.model
+    plain = engine.base_model.model
     hooks = [
         plain.vision_tower.register_forward_pre_hook(looked),
         plain.language_model.register_forward_pre_hook(thought, with_kwargs=True),
@@ -69,12 +70,13 @@ def watched(engine: Engine) -> Iterator[Work]:
         hook.remove()
 
 
-def test_ask_and_stream_say_what_the_reader_says(checkpoint: Path, images: list[Path]) -> None:
+def test_ask_and_stream_answer_as_generate(checkpoint: Path, images: list[Path]) -> None:
     chat = load_chat(checkpoint)
-    expected = load_reader(checkpoint).ask([images[0]], "Read.", max_new_tokens=10)
-    assert chat.ask(images[0], "Read.", **GREEDY) == expected[0]
+    model, processor = chat.engine.base_model, chat.engine.processor
+    (expected,) = greedy_answers(model, processor, ["Read."], [images[0]], max_new_tokens=10)
+    assert chat.ask(images[0], "Read.", **GREEDY) == expected
     pieces = list(chat.stream(images[0], "Read.", **GREEDY))
-    assert "".join(pieces) == expected[0]
+    assert "".join(pieces) == expected
     assert len(pieces) > 1
     hot = {"temperature": 1.5, "max_new_tokens": 10}
     assert chat.ask(None, "Read.", seed=1, **hot) == "".join(chat.stream(None, "Read.", seed=1, **hot))
@@ -129,7 +131,7 @@ def test_a_conversation_computes_nothing_twice(chat: Chat, images: list[Path], p
     assert talk.send("Read.", **GREEDY) == chat.ask(None, "Read.", **GREEDY)
 
 
-def test_another_image_in_the_same_place_is_looked_at(chat: Chat, images: list[Path]) -> None:
+def test_another_image_in_the_same_place_is_used(chat: Chat, images: list[Path]) -> None:
     talk = chat.conversation(images[0])
     first = talk.send("Read.", **GREEDY)
     talk.turns.pop()
@@ -137,7 +139,7 @@ def test_another_image_in_the_same_place_is_looked_at(chat: Chat, images: list[P
     assert second == chat.ask(images[3], "Read.", **GREEDY) != first
 
 
-def test_an_answer_broken_off_is_remembered_as_far_as_it_came(chat: Chat, images: list[Path]) -> None:
+def test_a_cancelled_answer_is_kept_so_far(chat: Chat, images: list[Path]) -> None:
     talk = chat.conversation(images[1])
     stream = talk.stream("Read.", **GREEDY)
     begun = next(stream)
@@ -152,7 +154,7 @@ def test_an_answer_broken_off_is_remembered_as_far_as_it_came(chat: Chat, images
 
     stream = talk.stream("More.", **GREEDY)
     next(stream)
-    hook = chat.engine.plain.model.language_model.layers[-1].register_forward_pre_hook(interrupt)
+    hook = chat.engine.base_model.model.language_model.layers[-1].register_forward_pre_hook(interrupt)
     with pytest.raises(KeyboardInterrupt):
         list(stream)  # in the middle of a step
     hook.remove()
@@ -173,7 +175,7 @@ def test_adapters_are_switched_as_if_each_were_alone(
     def logits(chat: Chat, name: str | None) -> torch.Tensor:
         chat.engine.use(name)
         with torch.inference_mode():
-            return chat.engine.plain(input_ids=ids, pixel_values=pixels).logits[0, -40:]
+            return chat.engine.base_model(input_ids=ids, pixel_values=pixels).logits[0, -40:]
 
     alone: dict[str | None, torch.Tensor] = {}
     answers: dict[str | None, str] = {}
@@ -207,19 +209,19 @@ def test_a_conversation_changes_its_adapter(checkpoint: Path, adapters: dict[str
     assert third == _fresh(chat, [*said, ("Again.", None, "")])
 
 
-def test_what_cannot_be_loaded_is_refused(checkpoint: Path, adapters: dict[str, Path], tmp_path: Path) -> None:
+def test_what_cannot_be_loaded_is_rejected(checkpoint: Path, adapters: dict[str, Path], tmp_path: Path) -> None:
     other = tmp_path / "other"
     base = ModelConfig(checkpoint=str(checkpoint), dtype="float32", quantize="nf4")
     save_moved_adapter(other, base, Lora(rank=2, alpha=4, dropout=0.0))
     with pytest.raises(ConfigError, match="stored differently"):
         load_chat(checkpoint, {"one": adapters["dora"], "two": other})
     assert load_chat(other).adapters == ("other",)  # knows its base, and that it was in 4 bits
-    with pytest.raises(ConfigError, match="there is no 'nothing'"):
+    with pytest.raises(ConfigError, match="no adapter is named 'nothing'"):
         load_chat(checkpoint, adapters["dora"]).ask(None, "Read.", adapter="nothing")
     chat = load_chat(checkpoint)
     with torch.no_grad():
-        next(chat.engine.plain.model.language_model.parameters()).add_(0.1)
-    chat.engine.plain.save_pretrained(tmp_path / "moved")
+        next(chat.engine.base_model.model.language_model.parameters()).add_(0.1)
+    chat.engine.base_model.save_pretrained(tmp_path / "moved")
     chat.engine.processor.save_pretrained(tmp_path / "moved")
     with pytest.raises(WeightsError):
         load_chat(tmp_path / "moved", adapters)

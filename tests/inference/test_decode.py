@@ -1,7 +1,8 @@
-"""Decoding: a row gets in any batch what it would get alone, which is what ``generate`` gives."""
+"""Decoding: a row gets the same answer in any batch as alone, which is that of ``generate``."""
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Sequence
 from dataclasses import replace
@@ -11,20 +12,22 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 
-from llavar_peft import load_chat
+from llavar_peft import Chat, load_chat
 from llavar_peft.errors import ConfigError, DataError
 from llavar_peft.inference.batch_decoder import DecodingBatch, Row, answer_all
 from llavar_peft.inference.engine import Engine
-from llavar_peft.inference.generation_request import Answer, PromptImage, Request, Sampling, encode_messages
-from llavar_peft.inference.token_sampling import choose_tokens, new_generator
+from llavar_peft.inference.generation_request import Answer, PromptImage, Request, encode_messages
+from llavar_peft.inference.token_sampling import Sampling, choose_tokens, new_generator
+from tests.inference.reference import greedy_answers
 
 QUESTIONS = ("Read.", "What does the sign say?", "Total?", "Who wrote it, and when? Be exact.", "Name the author.")
 GREEDY = Sampling(temperature=0.0, max_new_tokens=12)
 
 
 def make_requests(engine: Engine, images: Sequence[Path], sampling: Sampling = GREEDY) -> list[Request]:
-    """Every third without an image, one image of another size, lengths from 1 up."""
+    """Return requests, every third without an image, one with an image of another size, of several lengths."""
     made = []
     for index, question in enumerate(QUESTIONS):
         mode = "keep" if index == 1 else None
@@ -39,7 +42,7 @@ def make_requests(engine: Engine, images: Sequence[Path], sampling: Sampling = G
 def by_generate(engine: Engine, request: Request) -> tuple[int, ...]:
     shown: dict[str, Any] = {"pixel_values": torch.stack([p.pixels for p in request.images])} if request.images else {}
     with torch.inference_mode():
-        ids = engine.plain.generate(
+        ids = engine.base_model.generate(
             input_ids=request.ids[None], do_sample=False, max_new_tokens=request.sampling.max_new_tokens, **shown
         )
     return tuple(ids[0, len(request.ids) :].tolist())
@@ -50,7 +53,7 @@ def run(batch: DecodingBatch) -> None:
         batch.step()
 
 
-@pytest.mark.filterwarnings("error:.*cache.*:FutureWarning")  # names change; users are not to read of it
+@pytest.mark.filterwarnings("error:.*cache.*:FutureWarning")  # the argument was renamed in transformers
 @pytest.mark.parametrize("kind", ["engine", "nf4_engine"])
 def test_any_batch_answers_as_generate(kind: str, images: list[Path], request: pytest.FixtureRequest) -> None:
     engine: Engine = request.getfixturevalue(kind)
@@ -77,12 +80,12 @@ def test_rows_come_and_go(engine: Engine, images: list[Path]) -> None:
     assert [row.answer.ids for row in rows] == [answer.ids for answer in expected]
 
 
-def test_finished_and_cancelled_rows_cost_nothing(engine: Engine, images: list[Path]) -> None:
+def test_finished_and_cancelled_rows_are_not_computed(engine: Engine, images: list[Path]) -> None:
     requests = [replace(each, sampling=GREEDY) for each in make_requests(engine, images)]
     requests[1] = replace(requests[1], sampling=replace(GREEDY, max_new_tokens=3))
     expected = answer_all(engine, requests, batch_size=1)
     sizes: list[int] = []
-    hook = engine.plain.lm_head.register_forward_pre_hook(lambda _, inputs: sizes.append(len(inputs[0])))
+    hook = engine.base_model.lm_head.register_forward_pre_hook(lambda _, inputs: sizes.append(len(inputs[0])))
     rows = [Row(each, engine) for each in requests]
     batch = DecodingBatch(engine)
     batch.join(rows)
@@ -95,7 +98,7 @@ def test_finished_and_cancelled_rows_cost_nothing(engine: Engine, images: list[P
     assert (rows[4].answer.finish_reason, rows[4].answer.ids) == ("cancelled", expected[4].ids[:2])
 
 
-def test_a_seeded_row_is_drawn_the_same_in_any_company(engine: Engine, images: list[Path]) -> None:
+def test_a_seeded_row_does_not_depend_on_its_batch(engine: Engine, images: list[Path]) -> None:
     hot = Sampling(temperature=1.5, top_p=0.95, max_new_tokens=12, seed=3)
     requests = [replace(each, sampling=hot) for each in make_requests(engine, images)]
     torch.manual_seed(0)
@@ -111,7 +114,7 @@ def test_a_seeded_row_is_drawn_the_same_in_any_company(engine: Engine, images: l
     assert narrow[0].ids == together[5].ids
 
 
-def test_draws_follow_the_nucleus() -> None:
+def test_samples_follow_the_nucleus() -> None:
     probabilities = torch.tensor([0.05, 0.4, 0.15, 0.3, 0.1])
     sampling = Sampling(temperature=1.0, top_p=0.8, seed=1)
     generator = new_generator(sampling)
@@ -130,8 +133,8 @@ def test_draws_follow_the_nucleus() -> None:
     assert choose_tokens(probabilities.log()[None] * 1e3, [tiny], [generator])[0] == [1]
 
 
-def test_only_the_likeliest_tokens_are_drawn_as_by_the_original() -> None:
-    """Which ones: held to the library's own filters, with ties at the border, and 0 for all."""
+def test_top_k_is_that_of_the_original() -> None:
+    """The tokens are those of transformers' filters, with ties at the limit; 0 means all."""
     from transformers.generation.logits_process import TopKLogitsWarper, TopPLogitsWarper
 
     torch.manual_seed(0)
@@ -156,7 +159,7 @@ def test_logprobs_are_the_models(engine: Engine, images: list[Path]) -> None:
     assert without.logprobs is None
     whole = torch.cat([asked.ids, torch.tensor(answer.ids)])[None]
     with torch.inference_mode():
-        logits = engine.plain(input_ids=whole, pixel_values=torch.stack([p.pixels for p in asked.images])).logits
+        logits = engine.base_model(input_ids=whole, pixel_values=torch.stack([p.pixels for p in asked.images])).logits
     expected = logits.log_softmax(-1)[0, len(asked.ids) - 1 : -1].gather(1, torch.tensor(answer.ids)[:, None])[:, 0]
     torch.testing.assert_close(torch.tensor(answer.logprobs), expected, atol=1e-4, rtol=1e-4)
 
@@ -191,11 +194,11 @@ def test_the_context_is_a_limit(engine: Engine) -> None:
     assert answer.completion_tokens <= 2
 
 
-def test_what_cannot_be_answered_is_refused(engine: Engine, images: list[Path]) -> None:
+def test_what_cannot_be_answered_is_rejected(engine: Engine, images: list[Path]) -> None:
     request = make_requests(engine, images)[0]
-    with pytest.raises(DataError, match="image tokens for pictures of 0"):
+    with pytest.raises(DataError, match="image tokens for images of 0"):
         Row(replace(request, images=()), engine)
-    with pytest.raises(ConfigError, match="no 'receipts'"):
+    with pytest.raises(ConfigError, match="no adapter is named 'receipts'"):
         Row(replace(request, adapter="receipts"), engine)
     wrong: tuple[dict[str, Any], ...] = (
         {"temperature": float("nan")},
@@ -207,6 +210,44 @@ def test_what_cannot_be_answered_is_refused(engine: Engine, images: list[Path]) 
     for settings in wrong:
         with pytest.raises(ConfigError, match=f"{next(iter(settings))}: got"):
             Sampling(**settings)
+
+
+def _changed(engine: Engine) -> Engine:
+    """Return an engine on a copy of the model with an adapter in training."""
+    config = LoraConfig(r=2, target_modules=r".*language_model.*\.q_proj", init_lora_weights=False)
+    return Engine(get_peft_model(copy.deepcopy(engine.base_model), config).eval(), engine.processor, training=True)
+
+
+def test_a_model_in_training_answers_as_generate_and_stays_trainable(engine: Engine, images: list[Path]) -> None:
+    torch.manual_seed(0)
+    training = _changed(engine)
+    asked = [(question, None if index % 3 == 2 else images[index]) for index, question in enumerate(QUESTIONS)]
+    expected = greedy_answers(training.model, training.processor, *zip(*asked, strict=True), max_new_tokens=12)
+    trainable = [name for name, parameter in training.model.named_parameters() if parameter.requires_grad]
+    state = torch.get_rng_state()
+    chat = Chat(training)
+    requests = [chat.request(image, question, sampling=GREEDY) for question, image in asked]
+    for size in (1, 2, 5):
+        assert [answer.text for answer in chat.answer(requests, batch_size=size)] == expected
+    assert torch.equal(state, torch.get_rng_state())
+    assert trainable == [name for name, parameter in training.model.named_parameters() if parameter.requires_grad]
+    assert not any(image.features for each in requests for image in each.images)
+    training.model(input_ids=requests[2].ids[None]).logits.sum().backward()
+
+
+def test_ranks_that_are_done_take_part_in_the_steps_of_others(
+    engine: Engine, images: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A sharded model gathers its weights in each step, so the others would wait forever."""
+    training = _changed(engine)
+    calls: list[int] = []
+    left = iter([True, True])
+    monkeypatch.setattr(Engine, "any_rank", lambda self, flag: flag or next(left, False))
+    monkeypatch.setattr(Engine, "_distributed", lambda self: True)
+    (request,) = make_requests(engine, images)[1:2]
+    training.model.register_forward_pre_hook(lambda _, inputs: calls.append(1))
+    (answer,) = answer_all(training, [request])
+    assert len(calls) == len(answer.ids) + 2
 
 
 @pytest.mark.parity

@@ -46,9 +46,9 @@ def _ids(data: st.DataObject, tokenizer: Any) -> list[int]:
     token = (
         st.integers(0, 260) | st.integers(0, len(tokenizer) - 1) | st.integers(len(tokenizer) - 3, len(tokenizer) - 1)
     )
-    # What is UTF-8 over several tokens would seldom come by itself.
-    spelled = st.text(max_size=3).map(lambda text: [3 + byte for byte in text.encode()])
-    parts = data.draw(st.lists(token.map(lambda one: [one]) | spelled, max_size=30))
+    # UTF-8 over several tokens would rarely occur at random.
+    run_of_bytes = st.text(max_size=3).map(lambda text: [3 + byte for byte in text.encode()])
+    parts = data.draw(st.lists(token.map(lambda one: [one]) | run_of_bytes, max_size=30))
     return [one for part in parts for one in part]
 
 

@@ -56,7 +56,7 @@ def site() -> Iterator[str]:
     server.server_close()
 
 
-def test_a_image_comes_through(site: str) -> None:
+def test_an_image_is_downloaded(site: str) -> None:
     assert decode_image(fetch(f"{site}/a b.png".replace(" ", "%20")), "it").size == (9, 5)
     assert fetch(f"{site}/to?/to?{site}/b.png") == Handler.image  # relative and absolute redirects
 
@@ -70,7 +70,7 @@ def test_a_image_comes_through(site: str) -> None:
         ("/drip", "took longer than 0.6 s"),
         ("/to?/to?/to?/to?/to?/b.png", "more than 3 redirects"),
         ("/to?file:///etc/passwd", "scheme 'file'"),
-        ("/to?http://10.0.0.1\\@x/", "is no URL"),
+        ("/to?http://10.0.0.1\\@x/", "is not a URL"),
     ],
 )
 def test_limits_hold_while_reading(site: str, path: str, message: str) -> None:
@@ -99,7 +99,7 @@ def test_limits_hold_while_reading(site: str, path: str, message: str) -> None:
         "http://h\u00f6st/",
     ],
 )
-def test_what_is_no_plain_url_is_refused_unasked(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_invalid_urls_are_rejected_without_a_request(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: pytest.fail("asked for an address"))
     with pytest.raises(ImageError):
         fetch(url)
@@ -113,7 +113,7 @@ def test_what_is_no_plain_url_is_refused_unasked(url: str, monkeypatch: pytest.M
         "[fe80::1]", "[fec0::1]", "[64:ff9b::7f00:1]", "[2002:7f00:1::]", "[::]",
     ],
 )  # fmt: skip
-def test_private_addresses_are_refused_before_connecting(host: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_private_addresses_are_rejected_before_connecting(host: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(socket, "create_connection", lambda *_, **__: pytest.fail("connected"))
     # Without IPv6 the name may not resolve, which is as good.
     with pytest.raises(ImageError, match=r"not public|cannot be fetched"):
@@ -128,7 +128,7 @@ def test_one_private_address_among_public_ones_is_enough(monkeypatch: pytest.Mon
         fetch("http://rebinds.example/a.png", FetchRules(public_only=True))
 
 
-def test_redirects_are_checked_again_and_names_asked_for_once(site: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_redirects_are_checked_again_and_names_resolved_once(site: str, monkeypatch: pytest.MonkeyPatch) -> None:
     named = site.replace("127.0.0.1", "localhost")
     rules = FetchRules(domains=frozenset({"localhost"}))
     asked: list[str] = []
@@ -146,7 +146,7 @@ def test_redirects_are_checked_again_and_names_asked_for_once(site: str, monkeyp
         fetch(f"{named}/to?{site}/a.png", rules)
 
 
-def test_what_is_fetched_need_not_be_a_image() -> None:
+def test_a_download_need_not_be_an_image() -> None:
     for data in (b"", b"<html>", b"\x89PNG\r\n\x1a\n" + bytes(20)):
         with pytest.raises(ImageError, match=r"https://host/a\.png: "):
             decode_image(data, "https://host/a.png")

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from llavar_peft import cli, load_chat
 from llavar_peft.errors import ConfigError, DataError, ImageError
 from llavar_peft.inference.answer_file import GenerateReport, generate_answers
-from llavar_peft.inference.generation_request import Sampling
+from llavar_peft.inference.token_sampling import Sampling
 
 GREEDY = Sampling(temperature=0.0, max_new_tokens=8)
 
@@ -73,7 +73,7 @@ def test_answers_are_those_of_asking_one_by_one(checkpoint: Path, work: Path) ->
     ]
 
 
-def test_the_way_of_preparing_images_is_the_models_own(checkpoint: Path, work: Path) -> None:
+def test_the_image_mode_is_the_models(checkpoint: Path, work: Path) -> None:
     processor = load_chat(checkpoint).engine.processor
     for mode in (None, processor.inference_image_mode, "pad_black"):
         run(checkpoint, work, f"{mode}.jsonl", image_mode=mode)
@@ -92,7 +92,7 @@ def _stop_after(count: int) -> Callable[[int, int], None]:
     return progress
 
 
-def test_a_stopped_run_goes_on(checkpoint: Path, work: Path) -> None:
+def test_a_stopped_run_resumes(checkpoint: Path, work: Path) -> None:
     hot = Sampling(temperature=1.0, seed=5, max_new_tokens=8)
     run(checkpoint, work, "whole.jsonl", sampling=hot)
     with pytest.raises(KeyboardInterrupt):
@@ -114,7 +114,7 @@ def test_a_stopped_run_goes_on(checkpoint: Path, work: Path) -> None:
     assert not (work / ".answers.jsonl.parts").exists()
 
 
-def test_a_stopped_run_goes_on_with_the_same_weights_alone(checkpoint: Path, work: Path, tmp_path: Path) -> None:
+def test_a_stopped_run_resumes_only_with_the_same_weights(checkpoint: Path, work: Path, tmp_path: Path) -> None:
     model = tmp_path / "model"
     shutil.copytree(checkpoint, model)
     with pytest.raises(KeyboardInterrupt):
@@ -128,7 +128,7 @@ def test_a_stopped_run_goes_on_with_the_same_weights_alone(checkpoint: Path, wor
 
 
 @pytest.mark.parametrize("there", ["", "three", "three and a half", "other ends"])
-def test_answers_that_are_there_are_kept_and_the_others_given(there: str, checkpoint: Path, work: Path) -> None:
+def test_earlier_answers_are_kept_and_missing_ones_added(there: str, checkpoint: Path, work: Path) -> None:
     run(checkpoint, work, "whole.jsonl")
     whole = (work / "whole.jsonl").read_bytes()
     lines = whole.splitlines(keepends=True)
@@ -143,7 +143,7 @@ def test_answers_that_are_there_are_kept_and_the_others_given(there: str, checkp
 
 
 @pytest.mark.parametrize(("field", "value"), [("model_id", "other"), ("prompt", "Else?"), ("question_id", "b")])
-def test_answers_of_another_run_are_refused(field: str, value: str, checkpoint: Path, work: Path) -> None:
+def test_answers_of_another_run_are_rejected(field: str, value: str, checkpoint: Path, work: Path) -> None:
     run(checkpoint, work)
     answers = read(work / "answers.jsonl")
     answers[1][field] = value
@@ -194,7 +194,7 @@ def test_images_stay_in_their_folder(path: str, checkpoint: Path, work: Path) ->
         run(checkpoint, work)
 
 
-def test_what_is_no_question_is_refused(checkpoint: Path, work: Path) -> None:
+def test_invalid_questions_are_rejected(checkpoint: Path, work: Path) -> None:
     (work / "questions.jsonl").write_text('{"question_id": 1}\n[]\n{"text": "Who?"}\nnothing\n')
     with pytest.raises(DataError) as caught:
         run(checkpoint, work)
@@ -211,8 +211,8 @@ def test_the_command(checkpoint: Path, work: Path, capsys: pytest.CaptureFixture
     captured = capsys.readouterr()
     assert "answers.jsonl: 7 answers in" in captured.out
     assert "answering: 7 of 7" in captured.err
-    run(checkpoint, work, "wanted.jsonl")
-    assert (work / "answers.jsonl").read_bytes() == (work / "wanted.jsonl").read_bytes()
+    run(checkpoint, work, "expected.jsonl")
+    assert (work / "answers.jsonl").read_bytes() == (work / "expected.jsonl").read_bytes()
     assert cli.main(list(map(str, arguments))) == 0
     assert "all 7 answers exist already; delete the file to answer again" in capsys.readouterr().out
     (work / "questions.jsonl").write_text(json.dumps({"question_id": "new", "text": "Who?"}))

@@ -20,17 +20,17 @@ def int8(checkpoint: Path) -> Chat:
     return load_chat(checkpoint, quantize="int8")
 
 
-def test_the_language_models_layers_alone_are_stored_so(int8: Chat, engine: Engine) -> None:
-    stored = dict(int8.engine.plain.named_modules())
+def test_only_the_language_models_layers_are_quantized(int8: Chat, engine: Engine) -> None:
+    stored = dict(int8.engine.base_model.named_modules())
     eight = [name for name, module in stored.items() if type(module).__name__ == "Linear8bitLt"]
-    assert len(eight) == 7 * int8.engine.plain.config.text_config.num_hidden_layers
+    assert len(eight) == 7 * int8.engine.base_model.config.text_config.num_hidden_layers
     assert all(name.startswith("model.language_model.layers.") for name in eight)
     assert all(stored[name].weight.dtype == torch.int8 for name in eight)
-    found = dict(int8.engine.plain.named_parameters())
-    for name, whole in engine.plain.named_parameters():
+    found = dict(int8.engine.base_model.named_parameters())
+    for name, whole in engine.base_model.named_parameters():
         if name.removesuffix(".weight") not in eight:
             assert torch.equal(found[name], whole), name
-    assert int8.engine.plain.get_memory_footprint() < engine.plain.get_memory_footprint()
+    assert int8.engine.base_model.get_memory_footprint() < engine.base_model.get_memory_footprint()
 
 
 @pytest.fixture
@@ -40,7 +40,7 @@ def quiet(caplog: pytest.LogCaptureFixture) -> None:
 
 
 @pytest.mark.usefixtures("quiet")
-def test_asking_is_generate(int8: Chat, images: list[Path]) -> None:
+def test_answers_are_those_of_generate(int8: Chat, images: list[Path]) -> None:
     requests = make_requests(int8.engine, images)
     expected = [by_generate(int8.engine, each) for each in requests]
     assert len({len(ids) for ids in expected}) > 1
@@ -52,14 +52,14 @@ def test_asking_is_generate(int8: Chat, images: list[Path]) -> None:
 def _first_logits(engine: Engine, requests: Sequence[Request]) -> torch.Tensor:
     """Those of each prompt's end, ``[B, V]``, answered together."""
     seen: list[torch.Tensor] = []
-    hook = engine.plain.lm_head.register_forward_hook(lambda _, inputs, output: seen.append(output[:, -1]))
+    hook = engine.base_model.lm_head.register_forward_hook(lambda _, inputs, output: seen.append(output[:, -1]))
     DecodingBatch(engine).join([Row(each, engine) for each in requests])
     hook.remove()
     return seen[0]
 
 
 @pytest.mark.usefixtures("quiet")
-def test_only_outliers_tie_an_answer_to_its_batch(int8: Chat, images: list[Path]) -> None:
+def test_only_outliers_make_an_answer_depend_on_its_batch(int8: Chat, images: list[Path]) -> None:
     engine = int8.engine
     requests = make_requests(engine, images)
 
@@ -67,7 +67,7 @@ def test_only_outliers_tie_an_answer_to_its_batch(int8: Chat, images: list[Path]
         alone = torch.cat([_first_logits(engine, [each]) for each in requests])
         return float((alone - _first_logits(engine, requests)).abs().max())
 
-    layers = [module for module in engine.plain.modules() if type(module).__name__ == "Linear8bitLt"]
+    layers = [module for module in engine.base_model.modules() if type(module).__name__ == "Linear8bitLt"]
     assert {layer.state.threshold for layer in layers} == {6.0}
     # A column in which any row of the batch is beyond 6 is multiplied unrounded for all of them.
     assert 0.01 < apart() < 0.5

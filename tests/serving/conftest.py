@@ -24,7 +24,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("base") / "model"
     config = ModelConfig(language_model=str(LANGUAGE_MODEL), vision_tower=str(VISION_TOWER), dtype="float32")
     engine = Engine(*build_model(config, seed=5))
-    engine.plain.save_pretrained(folder)
+    engine.base_model.save_pretrained(folder)
     engine.processor.save_pretrained(folder)
     return folder
 
@@ -41,7 +41,7 @@ def chat(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Chat:
 @pytest.fixture
 def endless(chat: Chat) -> Iterator[None]:
     """Make the model generate letters without end, so that answers stop at their limit."""
-    head = chat.engine.plain.lm_head.weight
+    head = chat.engine.base_model.lm_head.weight
     before = head.detach().clone()
     direction = torch.randn(head.shape[1], generator=torch.Generator().manual_seed(0)) * 1e3
     letters = chat.engine.processor.tokenizer.convert_tokens_to_ids(["A", "B"])
@@ -55,7 +55,7 @@ def endless(chat: Chat) -> Iterator[None]:
 @pytest.fixture
 def slow(chat: Chat) -> Iterator[None]:
     """Slow the model down to a tenth of a second per token."""
-    hook = chat.engine.plain.lm_head.register_forward_hook(lambda *_: time.sleep(0.1))
+    hook = chat.engine.base_model.lm_head.register_forward_hook(lambda *_: time.sleep(0.1))
     yield
     hook.remove()
 

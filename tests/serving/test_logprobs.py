@@ -30,7 +30,7 @@ def client(chat: Chat) -> Iterator[openai.OpenAI]:
         only[..., pieces] = 0
         return only
 
-    hook = chat.engine.plain.lm_head.register_forward_hook(only_these)
+    hook = chat.engine.base_model.lm_head.register_forward_hook(only_these)
     with serving(chat) as (address, _):
         yield openai.OpenAI(base_url=f"{address}/v1", api_key="any", max_retries=0)
     hook.remove()

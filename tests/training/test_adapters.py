@@ -28,9 +28,10 @@ from llavar_peft import (
 )
 from llavar_peft.data.image_preparation import prepare_image
 from llavar_peft.errors import ConfigError, WeightsError
-from llavar_peft.inference.reader import load_reader
+from llavar_peft.inference.chat import load_chat
 from llavar_peft.models.tuning import apply_tuning, merge_tuning, trained_names
 from llavar_peft.recipe.schema import Quantization
+from tests.inference.reference import greedy_answers
 
 IDS = torch.tensor([[1, 40, 41, 42, 43, 44, 45]])
 _STORED = {None: "Linear", "nf4": "Linear4bit", "int8": "Linear8bitLt"}
@@ -77,15 +78,18 @@ def test_an_adapter_holds_everything_and_answers_as_in_training(
     assert kinds["model.multi_modal_projector.modules_to_save.default"] == "Linear"
     assert (kinds["model.language_model.embed_tokens"], kinds["lm_head"]) == ("Embedding", "LossHead")
 
-    reader = load_reader(result)
+    chat = load_chat(result)
     processor = trainer.processor
     ids = processor.encode_question("What does the sign say?")
     image = sorted((tiny_data / "images").iterdir())[0]
     pixels = prepare_image(image, "pad", processor)[None]
     expected = _logits(trainer.model, ids, pixels)
     # On a quantized base, stage 1's rows and projector are applied to the source before it is quantized again.
-    torch.testing.assert_close(_logits(reader.model, ids, pixels), expected, atol=1e-5, rtol=1e-5)
-    assert len(reader.ask([image], "What does the sign say?", max_new_tokens=4)) == 1
+    torch.testing.assert_close(_logits(chat.engine.model, ids, pixels), expected, atol=1e-5, rtol=1e-5)
+    answer = chat.ask(image, "What does the sign say?", temperature=0.0, max_new_tokens=4)
+    assert [answer] == greedy_answers(
+        chat.engine.base_model, chat.engine.processor, ["What does the sign say?"], [image], max_new_tokens=4
+    )
     plain, _ = build_model(trainer.base, seed=recipe.seed)
     opened = PeftModel.from_pretrained(plain, str(result))
     torch.testing.assert_close(_logits(opened, ids, pixels), expected, atol=1e-5, rtol=1e-5)
@@ -105,7 +109,7 @@ def test_from_the_parts_only_the_new_rows_of_the_embeddings_are_trained(tiny_rec
     assert not torch.equal(rows[0], base.get_input_embeddings().weight[-2:])
     ids = torch.cat([IDS, torch.tensor([processor.tokenizer.convert_tokens_to_ids(["<im_start>", "<im_end>"])])], dim=1)
     expected = _logits(trainer.model, ids)
-    torch.testing.assert_close(_logits(load_reader(result).model, ids), expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(_logits(load_chat(result).engine.model, ids), expected, atol=1e-5, rtol=1e-5)
     embeddings = base.get_input_embeddings().weight.detach().clone()
     merged = merge_tuning(load_adapter(base, result)).get_input_embeddings().weight
     assert torch.equal(merged[:-2], embeddings[:-2])
@@ -143,8 +147,8 @@ def test_a_second_adapter_belongs_to_the_model_with_the_first_one_merged(tiny_re
     assert not [
         name for name in trained_names(trainer.model) if "trainable_tokens" in name
     ]  # the first adapter has trained the rows
-    reader = load_reader(result)
-    torch.testing.assert_close(_logits(reader.model), _logits(trainer.model), atol=1e-5, rtol=1e-5)
+    chat = load_chat(result)
+    torch.testing.assert_close(_logits(chat.engine.model), _logits(trainer.model), atol=1e-5, rtol=1e-5)
     assert json.loads((result / "base.json").read_text())["checkpoint"].endswith("stage2/model")
 
 
@@ -154,7 +158,7 @@ def test_biases_are_trained_saved_and_never_merged(tiny_recipe: Recipe) -> None:
     biases = [tensor for name, tensor in stored.items() if name.endswith("lora_B.bias")]
     assert len(biases) == len([name for name in stored if name.endswith("lora_A.weight")])
     assert all(tensor.abs().max() > 0 for tensor in biases)
-    torch.testing.assert_close(_logits(load_reader(result).model), _logits(trainer.model), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(_logits(load_chat(result).engine.model), _logits(trainer.model), atol=1e-5, rtol=1e-5)
     with pytest.raises(ConfigError, match="LLaMA's layers have no biases"):
         merge_adapter(json.loads((result / "base.json").read_text())["checkpoint"], result, result.parent / "merged")
 
@@ -196,4 +200,4 @@ def test_another_base_is_rejected_and_left_unchanged(tiny_recipe: Recipe, tmp_pa
         load_adapter(other, result, force=True)
     assert not [name for name, _ in other.named_modules() if "lora" in name]
     with pytest.raises(ConfigError, match="without adapters"):
-        load_adapter(load_reader(result).model, result, force=True)
+        load_adapter(load_chat(result).engine.model, result, force=True)

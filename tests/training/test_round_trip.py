@@ -12,7 +12,7 @@ import torch
 
 from llavar_peft import Lora, OptimConfig, Recipe, Trainer, apply_delta, build_model, make_delta, merge_adapter
 from llavar_peft.data.image_preparation import prepare_image
-from llavar_peft.inference.reader import load_reader
+from llavar_peft.inference.chat import load_chat
 from llavar_peft.recipe.schema import LoraVariant, Quantization
 from llavar_peft.weights.io.tensor_blocks import open_weights
 
@@ -49,7 +49,7 @@ def test_from_training_to_the_applied_delta(
     assert json.loads((tmp_path / "merged/merge.json").read_text())["logits_gap"]["result"]["relative"] < 5e-3
     make_delta(llama, tmp_path / "merged", tmp_path / "delta")
     apply_delta(llama, tmp_path / "delta", tmp_path / "applied")
-    applied = load_reader(tmp_path / "applied", vision_tower=tower, dtype="float32").model
+    applied = load_chat(tmp_path / "applied", vision_tower=tower, dtype="float32").engine.model
     moved = float((trained - before).abs().max())
     # int8's matmul rounds the activations too, which no merged model does.
     allowed = 0.1 if quantize == "int8" else 0.02

@@ -22,7 +22,7 @@ from llavar_peft.data.image_preparation import prepare_image
 from llavar_peft.datagen.synth.drawn_page import draw_page
 from llavar_peft.datagen.synth.synth_settings import SynthSettings
 from llavar_peft.errors import ConfigError, LlavarError, WeightsError
-from llavar_peft.inference.reader import load_reader
+from llavar_peft.inference.chat import load_chat
 from llavar_peft.weights.io import tensor_names
 from llavar_peft.weights.io.convert_layout import to_one_layer, to_two_layers
 from llavar_peft.weights.io.tensor_blocks import open_weights
@@ -60,9 +60,9 @@ def test_conversions_are_bit_equal(start: str, end: str, layouts: dict[str, Path
     pixels = torch.randn(1, 3, 120, 120, generator=torch.Generator().manual_seed(0))
     logits = []
     for folder in (layouts["llavar"], tmp_path / "out"):
-        reader = load_reader(folder, vision_tower=str(VISION_TOWER) if end == "original" else None, dtype="float32")
+        chat = load_chat(folder, vision_tower=str(VISION_TOWER) if end == "original" else None, dtype="float32")
         with torch.no_grad():
-            logits.append(reader.model(input_ids=ids, pixel_values=pixels).logits)
+            logits.append(chat.engine.model(input_ids=ids, pixel_values=pixels).logits)
     assert torch.equal(*logits)
 
 
@@ -131,19 +131,19 @@ def test_stock_transformers_gives_the_same_answers(form: str, layouts: dict[str,
     assert done.returncode == 0, done.stderr[-3000:]
     result = json.loads(done.stdout.splitlines()[-1])
     assert (result["type"], result["info"]) == ("LlavaProcessor", {})
-    reader = load_reader(source, dtype="float32")
-    ids = reader.processor.encode_question(question)
-    pixels = prepare_image(image, "pad", reader.processor)[None]
+    chat = load_chat(source, dtype="float32")
+    ids = chat.engine.processor.encode_question(question)
+    pixels = prepare_image(image, "pad", chat.engine.processor)[None]
     assert result["ids"] == ids[0].tolist()
     assert result["pixels"] == pytest.approx(float(pixels.double().sum()), abs=1e-3)
     with torch.no_grad():
-        answer = reader.model.generate(
+        answer = chat.engine.model.generate(
             input_ids=ids, pixel_values=pixels, attention_mask=torch.ones_like(ids), max_new_tokens=12, do_sample=False
         )[0, ids.shape[1] :]
-        logits = reader.model(input_ids=ids, pixel_values=pixels).logits[0, -1]
+        logits = chat.engine.model(input_ids=ids, pixel_values=pixels).logits[0, -1]
     assert result["answer"] == answer.tolist()
     assert torch.allclose(torch.tensor(result["logits"]), logits, atol=1e-5)
-    tokenizer = reader.processor.tokenizer
+    tokenizer = chat.engine.processor.tokenizer
     assert result["text"].strip() == tokenizer.decode(answer, skip_special_tokens=True).strip()
 
 
@@ -260,7 +260,7 @@ def test_images_are_prepared_as_in_training(layouts: dict[str, Path], tmp_path: 
     from transformers import AutoProcessor
 
     stock = AutoProcessor.from_pretrained(layouts["hf-llava"])
-    ours = load_reader(layouts["llavar"]).processor
+    ours = load_chat(layouts["llavar"]).engine.processor
     for size in ((300, 200), (200, 300), (90, 90), (640, 333), (50, 49)):
         image = Image.effect_noise(size, 90).convert("RGB")
         got = stock.image_processor(image, return_tensors="pt")["pixel_values"][0]

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from llavar_peft import ModelConfig, apply_delta, build_model, cli, load_adapter, make_delta, merge_adapter
 from llavar_peft.errors import ConfigError, WeightsError
-from llavar_peft.inference.reader import load_reader
+from llavar_peft.inference.chat import load_chat
 from llavar_peft.models.tuning import merge_tuning
 from llavar_peft.recipe.schema import Lora
 from llavar_peft.weights.io.tensor_blocks import open_weights
@@ -73,11 +73,11 @@ def test_the_merge_equals_that_of_peft(name: str, checkpoint: Path, tmp_path: Pa
 def test_the_merged_model_has_the_logits_of_the_adapter(checkpoint: Path, tmp_path: Path) -> None:
     wrapped = _save_adapter(tmp_path / "adapter", checkpoint, _VARIANTS["dora"])
     merge_adapter(checkpoint, tmp_path / "adapter", tmp_path / "merged")
-    reader = load_reader(tmp_path / "merged")
+    chat = load_chat(tmp_path / "merged")
     ids = torch.tensor([[1, 40, 41, 42, 43]])
     with torch.no_grad():
         expected = wrapped.eval()(input_ids=ids).logits
-        assert torch.allclose(reader.model(input_ids=ids).logits, expected, atol=1e-4)
+        assert torch.allclose(chat.engine.model(input_ids=ids).logits, expected, atol=1e-4)
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
@@ -139,7 +139,7 @@ def test_an_adapter_of_another_base_is_rejected(checkpoint: Path, tmp_path: Path
         lambda: make_delta(
             TINY_PARTS / "language_model", tmp_path / "other", tmp_path / "out", adapter=tmp_path / "adapter"
         ),
-        lambda: load_reader(tmp_path / "other", adapter=tmp_path / "adapter"),
+        lambda: load_chat(tmp_path / "other", adapter=tmp_path / "adapter"),
         lambda: load_adapter(
             build_model(ModelConfig(checkpoint=str(tmp_path / "other"), dtype="float32"))[0], tmp_path / "adapter"
         ),
@@ -147,7 +147,7 @@ def test_an_adapter_of_another_base_is_rejected(checkpoint: Path, tmp_path: Path
         with pytest.raises(WeightsError, match=r"not the base that .* was trained on"):
             attempt()
     assert not (tmp_path / "out").exists()
-    load_reader(checkpoint, adapter=tmp_path / "adapter")
+    load_chat(checkpoint, adapter=tmp_path / "adapter")
 
 
 def test_load_adapter(checkpoint: Path, tmp_path: Path) -> None:
@@ -181,8 +181,10 @@ def test_from_adapter_to_delta_without_the_merged_model(checkpoint: Path, tmp_pa
     ids = torch.tensor([[1, 40, 41, 42, 43]])
     tower = str(TINY_PARTS / "vision_tower")
     with torch.no_grad():
-        applied = load_reader(tmp_path / "applied", vision_tower=tower, dtype="float32").model(input_ids=ids).logits
-        merged = load_reader(tmp_path / "merged", dtype="float32").model(input_ids=ids).logits
+        applied = (
+            load_chat(tmp_path / "applied", vision_tower=tower, dtype="float32").engine.model(input_ids=ids).logits
+        )
+        merged = load_chat(tmp_path / "merged", dtype="float32").engine.model(input_ids=ids).logits
     assert torch.allclose(applied, merged, atol=2e-2)
     assert applied.argmax(-1).equal(merged.argmax(-1))
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from llavar_peft import ModelConfig, apply_delta, build_model, cli, make_delta, merge_adapter
 from llavar_peft.errors import ConfigError, WeightsError
-from llavar_peft.inference.reader import load_reader
+from llavar_peft.inference.chat import load_chat
 from llavar_peft.models import merge_logits_gap
 from llavar_peft.recipe.schema import Lora
 from llavar_peft.weights.io import tensor_names
@@ -48,11 +48,11 @@ def test_an_adapter_of_a_plain_language_model_becomes_a_whole_model(tmp_path: Pa
     wrapped = save_moved_adapter(tmp_path / "adapter", PARTS, WITH_ROWS)
     report = merge_adapter(LANGUAGE_MODEL, tmp_path / "adapter", tmp_path / "merged", dtype="float32")
     assert report.gaps["result"].relative < 1e-5
-    merged = load_reader(tmp_path / "merged", dtype="float32")
-    assert torch.allclose(_logits(merged.model), _logits(wrapped), atol=1e-4)
+    merged = load_chat(tmp_path / "merged", dtype="float32")
+    assert torch.allclose(_logits(merged.engine.model), _logits(wrapped), atol=1e-4)
     expected = wrapped.get_base_model().model.multi_modal_projector.weight
-    assert torch.equal(merged.model.model.multi_modal_projector.weight, expected)
-    assert merged.processor.image_mode == "pad"
+    assert torch.equal(merged.engine.model.model.multi_modal_projector.weight, expected)
+    assert merged.engine.processor.image_mode == "pad"
 
 
 @pytest.mark.parametrize("variant", ["lora", "dora", "rslora"])
@@ -62,9 +62,9 @@ def test_an_adapter_of_a_plain_language_model_becomes_a_delta(variant: str, tmp_
     wrapped = save_moved_adapter(tmp_path / "adapter", PARTS, tune)
     make_delta(LANGUAGE_MODEL, LANGUAGE_MODEL, tmp_path / "delta", adapter=tmp_path / "adapter")
     apply_delta(LANGUAGE_MODEL, tmp_path / "delta", tmp_path / "applied")
-    applied = load_reader(tmp_path / "applied", vision_tower=str(VISION_TOWER), dtype="float32")
-    assert torch.allclose(_logits(applied.model), _logits(wrapped), atol=0.1)
-    assert _logits(applied.model).argmax(-1).equal(_logits(wrapped).argmax(-1))
+    applied = load_chat(tmp_path / "applied", vision_tower=str(VISION_TOWER), dtype="float32")
+    assert torch.allclose(_logits(applied.engine.model), _logits(wrapped), atol=0.1)
+    assert _logits(applied.engine.model).argmax(-1).equal(_logits(wrapped).argmax(-1))
     merge_adapter(LANGUAGE_MODEL, tmp_path / "adapter", tmp_path / "merged", dtype="float16")
     merged, applied_weights = open_weights(tmp_path / "merged"), open_weights(tmp_path / "applied")
     assert {tensor_names.to_released(name) for name in merged} - {None} == set(applied_weights)
@@ -88,7 +88,7 @@ def test_a_stage_1_projector_belongs_to_the_base(checkpoint: Path, tmp_path: Pat
         folder = tmp_path / Path(source).name
         wrapped = save_moved_adapter(folder / "adapter", config, Lora(rank=4, train_projector=False, dropout=0.0))
         merge_adapter(source, folder / "adapter", folder / "merged", dtype="float32")
-        merged = load_reader(folder / "merged", dtype="float32").model
+        merged = load_chat(folder / "merged", dtype="float32").engine.model
         assert torch.equal(merged.model.multi_modal_projector.bias, stage_1["model.mm_projector.bias"])
         assert torch.equal(merged.get_input_embeddings().weight[-2:], stage_1["model.embed_tokens.weight"])
         assert torch.allclose(_logits(merged), _logits(wrapped), atol=1e-4)
@@ -122,7 +122,7 @@ def test_merging_onto_the_dequantized_or_the_original_base(quantize: str, checkp
     difference = {}
     for onto in (None, "original", "dequantized"):
         report = merge_adapter(checkpoint, tmp_path / "adapter", tmp_path / str(onto), onto=onto)  # type: ignore[arg-type]
-        merged = _logits(load_reader(tmp_path / str(onto), dtype="float32").model)
+        merged = _logits(load_chat(tmp_path / str(onto), dtype="float32").engine.model)
         difference[report.onto] = float((merged - trained).abs().max())
         assert report.gaps["result"].relative < (0.3 if report.onto == "original" else 1e-5)
     assert report.gaps["original"].relative > 1e-3
@@ -146,8 +146,8 @@ def test_a_delta_of_an_adapter_trained_on_4_bits(checkpoint: Path, tmp_path: Pat
     for onto in ("dequantized", "original"):
         make_delta(LANGUAGE_MODEL, checkpoint, tmp_path / onto / "d", adapter=tmp_path / "adapter", onto=onto)  # type: ignore[arg-type]
         apply_delta(LANGUAGE_MODEL, tmp_path / onto / "d", tmp_path / onto / "applied")
-        reader = load_reader(tmp_path / onto / "applied", vision_tower=str(VISION_TOWER), dtype="float32")
-        difference[onto] = float((_logits(reader.model) - _logits(wrapped)).abs().max())
+        chat = load_chat(tmp_path / onto / "applied", vision_tower=str(VISION_TOWER), dtype="float32")
+        difference[onto] = float((_logits(chat.engine.model) - _logits(wrapped)).abs().max())
     assert 0 < difference["dequantized"] < 0.1
     assert difference["original"] > 3 * difference["dequantized"]
 

@@ -1,19 +1,21 @@
-"""Results as a report shows them: tables, bars by kind of text, and what changed."""
+"""The view of one data set in a report: its figures, bars by kind of text, changed answers, and examples."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Final
 
-from llavar_peft.evaluation.report.report_cards import Images, changed_cards, extreme_cards
+from llavar_peft.evaluation.vqa.answer_metrics import LOWER_IS_BETTER
 from llavar_peft.evaluation.vqa.compare_results import Comparison, compare_results
 from llavar_peft.evaluation.vqa.diagnose_results import Group, break_down, count_too_small
-from llavar_peft.evaluation.vqa.scored_results import Figure, Results
-from llavar_peft.page.report_page import Bar, Bars, Cards, DatasetView, FigureRow
+from llavar_peft.evaluation.vqa.scored_results import Answered, Figure, Results
+from llavar_peft.page.image_gallery import Asked, GalleryCard, displayed_answers, make_answer
+from llavar_peft.page.inline_images import InlineImage, embed_image
+from llavar_peft.page.report_page import Bar, Bars, Cards, DatasetView, FigureRow, ScoredCard
 
 PAPER: Final[Mapping[str, Mapping[str, float]]] = {
     "st": {"multimodalocr": 39.2},
@@ -21,18 +23,39 @@ PAPER: Final[Mapping[str, Mapping[str, float]]] = {
     "text": {"multimodalocr": 48.5},
     "doc": {"multimodalocr": 11.6},
 }
-"""LLaVAR's figures by data set, as it is called before ``VQA``, and protocol. Source: arXiv 2306.17107, Table 2."""
+"""LLaVAR's figures by data set (its name before ``VQA``) and protocol. Source: arXiv 2306.17107, Table 2."""
 _VQA: Final = re.compile(rf"(?<![a-z])({'|'.join(PAPER)})[-_ ]?VQA", re.IGNORECASE)
 PAPER_MME: Final = {"mme score": 80.0}
-"""Accuracy and accuracy+, of 200, which LLaVAR's released answers come to on MME's OCR images."""
+"""Sum of accuracy and accuracy+ (of 200) of LLaVAR's released answers on MME's OCR images."""
+_UNKNOWN_HEIGHT: Final = 1e9
+_MAX_TEXT: Final = 280  # characters of a truth or an answer
 _SETTINGS: Final = (
     "model", "model_hash", "prompt", "image_mode", "decoding", "temperature", "top_k", "max_new_tokens", "seed",
 )  # fmt: skip
 
 
+class Images:
+    """Images for a page; each is opened once.
+
+    Args:
+        folders: Folders to search, in this order. A path cannot leave its folder.
+    """
+
+    def __init__(self, folders: Iterable[Path]) -> None:
+        self.folders = tuple(folders)
+        self._known: dict[str, InlineImage | None] = {}
+
+    def find(self, image: str) -> InlineImage | None:
+        """Return an image ready to embed, or None if it is missing or broken."""
+        if image not in self._known:
+            embedded = (embed_image(folder, image) for folder in self.folders)
+            self._known[image] = next((found for found in embedded if found is not None), None)
+        return self._known[image]
+
+
 @dataclass(frozen=True, slots=True)
 class Labelled:
-    """Results with what to call them in a column, and their file's name."""
+    """Results with the label of their column and the name of their file."""
 
     label: str
     name: str
@@ -40,16 +63,13 @@ class Labelled:
 
 
 def view_dataset(chain: Sequence[Labelled], protocol: str, images: Images, shown: int) -> DatasetView:
-    """Say what was found on one data set.
+    """Build the view of one data set.
 
     Args:
-        chain: Results on the same questions, in order: before, after stage 1, after stage 2.
-        protocol: Which tells best from worst, and what changed.
-        images: Where images are.
-        shown: How many of them in each row.
-
-    Returns:
-        The tables and images.
+        chain: Results on the same questions in order, e.g. of the previous run, after stage 1, after stage 2.
+        protocol: The protocol that orders the examples and decides what changed.
+        images: The images.
+        shown: Number of examples in each row.
 
     Raises:
         DataError: The results contradict each other.
@@ -58,10 +78,9 @@ def view_dataset(chain: Sequence[Labelled], protocol: str, images: Images, shown
     steps = list(pairwise(chain))
     comparisons = [compare_results(one.results, other.results, protocol) for one, other in steps]
     sections: list[Cards] = []
-    answers = [(one.label, one.results) for one in chain]
     if comparisons:
-        sections += changed_cards(answers, protocol, comparisons[-1], images, shown)
-    sections += extreme_cards(answers, protocol, images, shown)
+        sections += _changed_cards(chain, protocol, comparisons[-1], images, shown)
+    sections += _extreme_cards(chain, protocol, images, shown)
     return DatasetView(
         name=Path(latest.dataset).stem,
         records=len(latest.records),
@@ -69,7 +88,7 @@ def view_dataset(chain: Sequence[Labelled], protocol: str, images: Images, shown
         rows=tuple(_rows(chain)),
         protocol=protocol,
         changed=" ".join(
-            _told(one.label, other.label, comparison)
+            _describe_change(one.label, other.label, comparison)
             for (one, other), comparison in zip(steps, comparisons, strict=True)
         ),
         bars=tuple(_bars(break_down(latest, protocol))),
@@ -79,13 +98,13 @@ def view_dataset(chain: Sequence[Labelled], protocol: str, images: Images, shown
 
 
 def bar_share(percent: float) -> float:
-    """How long a bar is, 0 to 1: error rates may be above 100 %."""
+    """Return the length of a bar from 0 to 1; error rates may be above 100 %."""
     return min(max(percent / 100, 0.0), 1.0)
 
 
 def _facts(results: Results) -> tuple[tuple[str, str], ...]:
-    said = results.figures[0].as_dict()
-    facts = [(key.replace("_", " "), str(said[key])) for key in _SETTINGS if said[key] is not None]
+    figure = results.figures[0].as_dict()
+    facts = [(key.replace("_", " "), str(figure[key])) for key in _SETTINGS if figure[key] is not None]
     return (("data set", results.dataset), *facts)
 
 
@@ -114,7 +133,7 @@ def _cell(label: str, figure: Figure | None) -> tuple[str, str | None, str]:
 
 
 def _difference(chain: Sequence[Labelled], protocol: str) -> str:
-    """The last result's to the one before it; of figures that are no sums over records there is none."""
+    """Return the difference between the last two results; empty for figures that are not sums over records."""
     pair = [one.results for one in chain[-2:]]
     if len(pair) < 2 or any(protocol not in record.scores for results in pair for record in results.records[:1]):
         return ""
@@ -123,14 +142,14 @@ def _difference(chain: Sequence[Labelled], protocol: str) -> str:
 
 
 def _paper(results: Results) -> Mapping[str, float]:
-    """The paper's figures on the data set, as it or its file is called: ``TextVQA_0.5.1_val``, ``LLaVAR_STVQA``."""
+    """Return the paper's figures, by the name of the data set: ``TextVQA_0.5.1_val``, ``LLaVAR_STVQA``."""
     named = _VQA.search(Path(results.dataset).name)
     return {**(PAPER[named[1].lower()] if named else {}), **PAPER_MME}
 
 
-def _told(before: str, after: str, comparison: Comparison) -> str:
+def _describe_change(before: str, after: str, comparison: Comparison) -> str:
     whole = comparison.whole
-    others = f"; {comparison.unpaired} more are in one of them only" if comparison.unpaired else ""
+    others = f"; {comparison.unpaired} more are in only one of them" if comparison.unpaired else ""
     return (
         f"From {before!r} to {after!r}: {whole.gained:,} of {whole.records:,} answers became better, {whole.lost:,} "
         f"became worse{others}."
@@ -155,10 +174,97 @@ def _too_small(results: Results) -> str:
     small = count_too_small(results.records)
     if not small.known:
         return (
-            "The letters’ height is not known: the data set gives neither text_height nor box. "
-            "It can be taken from an OCR pass: llavar-peft eval vqa --heights."
+            "The height of the letters is unknown: the data set gives neither text_height nor box. "
+            "Take it from an OCR pass with llavar-peft eval vqa --heights."
         )
     return (
-        f"Too small to be read, below {small.smallest:g} pixels of the tower: {small.records:,} of the {small.known:,} "
-        f"records whose letters’ height is known, {100 * small.records / small.known:.1f} %."
+        f"Too small to read (below {small.smallest:g} pixels of the tower's input): {small.records:,} of the "
+        f"{small.known:,} records with a known letter height, {100 * small.records / small.known:.1f} %."
     )
+
+
+def _extreme_cards(chain: Sequence[Labelled], protocol: str, images: Images, count: int) -> tuple[Cards, Cards]:
+    """Choose the best and the worst answers of the last result, at most one per image.
+
+    Among equal scores, the best ones start with the smallest letters, the worst ones with the largest.
+    """
+    records = chain[-1].results.records
+    sign = 1 if protocol in LOWER_IS_BETTER else -1
+
+    def height(record: Answered, unknown: float) -> float:
+        return unknown if record.letter_height is None else record.letter_height
+
+    def best(record: Answered) -> tuple[float, float]:
+        return sign * record.scores[protocol].value, height(record, _UNKNOWN_HEIGHT)
+
+    def worst(record: Answered) -> tuple[float, float]:
+        return -sign * record.scores[protocol].value, -height(record, 0.0)
+
+    def row(title: str, aside: str, chosen: Sequence[Answered]) -> Cards:
+        return Cards(title, aside, len(records), tuple(_card(one, chain, protocol, images) for one in chosen))
+
+    count = min(count, (len(records) + 1) // 2)  # so that few records are not all among the best
+    first = _one_per_image(sorted(records, key=best), count)
+    # No answer is among the best and among the worst.
+    kept = {record.id for record in first}
+    last = _one_per_image([one for one in sorted(records, key=worst) if one.id not in kept], count)
+    return (
+        row("Best", "Highest scores; among equal scores, the smallest letters first. One per image.", first),
+        row("Worst", "Lowest scores; among equal scores, the largest letters first. One per image.", last),
+    )
+
+
+def _changed_cards(
+    chain: Sequence[Labelled], protocol: str, comparison: Comparison, images: Images, count: int
+) -> list[Cards]:
+    """Return the answers that became better and those that became worse, evenly spread over the data set."""
+    records = {record.id: record for record in chain[-1].results.records}
+    rows = []
+    for title, gained in (("Became better", True), ("Became worse", False)):
+        changed = [records[change.id] for change in comparison.changes if change.gained == gained]
+        chosen = _spread(changed, count)
+        cards = tuple(_card(one, chain, protocol, images) for one in chosen)
+        aside = f"From {chain[-2].label!r} to {chain[-1].label!r}; evenly spread over the data set, not selected."
+        rows.append(Cards(title, aside, len(changed), cards, near=True))
+    return rows
+
+
+def _one_per_image(records: Iterable[Answered], count: int) -> list[Answered]:
+    """Return the first record of each image, up to a number of records."""
+    found: dict[tuple[str, bool], Answered] = {}
+    for record in records:
+        if len(found) == count:
+            break
+        found.setdefault(record.drawn_with, record)
+    return list(found.values())
+
+
+def _spread(records: Sequence[Answered], count: int) -> list[Answered]:
+    count = min(count, len(records))
+    return [records[number * len(records) // count] for number in range(count)]
+
+
+def _card(record: Answered, chain: Sequence[Labelled], protocol: str, images: Images) -> ScoredCard:
+    image = images.find(record.image) if record.image else None
+    missing = "Image not found: give its folder with --images" if record.image else "This record has no image"
+    truth = " | ".join(dict.fromkeys(record.truths))
+    answers, scores = [], []
+    for labelled in chain:
+        other = next((one for one in labelled.results.records if one.id == record.id), None)
+        if other is not None:
+            correct = other.scores[protocol].value == (0 if protocol in LOWER_IS_BETTER else 1)
+            answers.append(
+                make_answer(
+                    labelled.label, displayed_answers(other.answer, _MAX_TEXT), record.truths[0], correct=correct
+                )
+            )
+            scores.append(f"{100 * other.scores[protocol].value:.0f}")
+    asked = Asked(
+        displayed_answers(record.id, 80),
+        displayed_answers(record.question, _MAX_TEXT),
+        displayed_answers(truth, _MAX_TEXT),
+        tuple(answers),
+        (),
+    )
+    height = "" if record.letter_height is None else f", letters {record.letter_height:.1f} px"
+    return ScoredCard(GalleryCard(image, missing, (asked,)), f"{protocol} {' → '.join(scores)} %{height}")

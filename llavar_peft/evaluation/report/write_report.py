@@ -1,4 +1,4 @@
-"""The report: a run's curves, its figures beside the previous run's and the paper's, and what it reads, on one page."""
+"""Write a report: the curves of a run, its figures next to the previous run's and the paper's, and examples."""
 
 from __future__ import annotations
 
@@ -9,32 +9,31 @@ from typing import Final
 
 from llavar_peft.errors import ConfigError, DataError
 from llavar_peft.evaluation.judge.judge_reviews import read_reviews, summarize_reviews
-from llavar_peft.evaluation.report.report_cards import Images
-from llavar_peft.evaluation.report.report_view import Labelled, bar_share, view_dataset
+from llavar_peft.evaluation.report.report_view import Images, Labelled, bar_share, view_dataset
 from llavar_peft.evaluation.vqa.answer_metrics import LOWER_IS_BETTER
 from llavar_peft.evaluation.vqa.scored_results import Results, read_results
 from llavar_peft.page.report_page import REPORT_NAME, DatasetView, Head, write_report_page
 from llavar_peft.page.run_log import RunLog, read_run
 
 RESULTS: Final = "*.results.json"
-"""What ``eval vqa`` calls results where no name is given."""
+"""Results files in the folder of a run."""
 REVIEWS: Final = "*.reviews.jsonl"
-"""What a judge's reviews in a run's folder are found by."""
-_SAME: Final = 0.5  # share of the smaller one's questions that two results of one data set have in common
+"""A judge's reviews in the folder of a run."""
+_MIN_SHARED: Final = 0.5  # share of the smaller result's questions that makes two results one data set
 
 
 @dataclass(frozen=True, kw_only=True)
 class ReportSettings:
-    """What a report shows.
+    """The content of a report.
 
     Attributes:
-        results: Results files, in order; the run's folder is searched for more.
-        reviews: Files of a judge's reviews, in order; the run's folder is searched for more.
-        before: The previous run's results, files or a run's folder.
-        images: Folders of images; none stands for those that the run's recipe names.
-        metric: The protocol that images and changes are told by; None is each result's first.
-        images_per_row: How many in each row of them; fewer where the page would grow beyond 3 MB.
-        title: Of the page; None is the run's name.
+        results: Results files in order, in addition to those in the run's folder.
+        reviews: Files of a judge's reviews in order, in addition to those in the run's folder.
+        before: Results of the previous run: files or a run's folder.
+        images: Folders of images; by default those of the run's recipe.
+        metric: The protocol that orders the examples and decides what changed; by default each result's first.
+        images_per_row: Number of examples in each row; fewer if the page would grow beyond 3 MB.
+        title: Title of the page; by default the name of the run.
     """
 
     results: Sequence[Path] = ()
@@ -47,33 +46,33 @@ class ReportSettings:
 
 
 def write_report(run_dir: Path | None, out: Path | None = None, settings: ReportSettings | None = None) -> Path:
-    """Write the report of a run, of results, or of both; the same files give the same bytes.
+    """Write the report of a run, of results, or of both. The same files give the same bytes.
 
     Args:
-        run_dir: The run's folder; None for results alone.
-        out: The page; None is ``report.html`` in the run's folder.
-        settings: What it shows.
+        run_dir: Folder of the run; None for results alone.
+        out: The page; by default ``report.html`` in the folder of the run.
+        settings: Content of the report.
 
     Returns:
-        The page.
+        The path of the page.
 
     Raises:
-        ConfigError: There is nothing to report, nowhere to write it, or no result has the metric.
-        DataError: A file is not what it should be, or results on one data set contradict each other.
+        ConfigError: There is nothing to report, no path to write to, or no result has the metric.
+        DataError: A file is invalid, or results on one data set contradict each other.
         EnvironmentFaultError: The page cannot be written.
     """
     settings = settings or ReportSettings()
     run = read_run(run_dir) if run_dir is not None else None
     page = out or (run_dir / REPORT_NAME if run_dir is not None else None)
     if page is None:
-        raise ConfigError.at("report", "has no run and no place to go", "name a run's folder, or give --out")
+        raise ConfigError.at("report", "has neither a run nor an output file", "give the folder of a run, or --out")
     found = [path for path in _results_of(run) if path.resolve() not in {one.resolve() for one in settings.results}]
     now = [_labelled(path, run) for path in [*found, *settings.results]]
     before = [_labelled(path, None, before=True) for path in _previous(settings.before)]
     reviews = [*(sorted(run_dir.glob(REVIEWS)) if run_dir is not None else ()), *settings.reviews]
     if run is None and not now and not reviews:
-        raise ConfigError.at("report", "has neither a run nor results", "name a run's folder, or give --results")
-    chains = [_told_apart([*_on_the_same(before, chain), *chain]) for chain in _by_dataset(now)]
+        raise ConfigError.at("report", "has neither a run nor results", "give the folder of a run, or --results")
+    chains = [_make_labels_unique([*_previous_of(before, chain), *chain]) for chain in _by_dataset(now)]
     chosen = [_metric(chain, settings.metric) for chain in chains]
     images = Images(settings.images or _images_of(run))
 
@@ -81,13 +80,13 @@ def write_report(run_dir: Path | None, out: Path | None = None, settings: Report
         return [view_dataset(chain, protocol, images, shown) for chain, protocol in zip(chains, chosen, strict=True)]
 
     heads = [_head(chain, protocol) for chain, protocol in zip(chains, chosen, strict=True)]
-    heads += [_judged(path) for path in dict.fromkeys(path.resolve() for path in reviews)]
+    heads += [_judge_head(path) for path in dict.fromkeys(path.resolve() for path in reviews)]
     title = settings.title or (run_dir.resolve().name if run_dir is not None else "Evaluation")
     return write_report_page(page, title, heads, views, run, settings.images_per_row)
 
 
 def _results_of(run: RunLog | None) -> list[Path]:
-    """Results in a run's folder and its stages', those of earlier stages' models first."""
+    """Return results in the folders of a run and its stages, ordered by the stage whose model answered."""
     if run is None:
         return []
     folders = [run.folder, *(stage.folder for stage in run.stages)]
@@ -102,10 +101,10 @@ def _results_of(run: RunLog | None) -> list[Path]:
 
 
 def _stage_of(results: Results, run: RunLog) -> str | None:
-    """The stage whose result was asked, where its folder says so; the last stage's lies at the run's top."""
+    """Return the stage whose model answered, if its folder is in the run; the last stage's is at the top."""
     if results.setting.model is None:
         return None
-    # With an adapter laid over it, or quantized, the name goes on after a space.
+    # The name may continue with " + ADAPTER" or " (QUANTIZATION)".
     model = Path(results.setting.model.split(" + ")[-1].split(" (")[0]).resolve()
     if not model.is_relative_to(run.folder.resolve()) or not run.stages:
         return None
@@ -117,11 +116,15 @@ def _labelled(path: Path, run: RunLog | None, *, before: bool = False) -> Labell
     results = read_results(path)
     stage = _stage_of(results, run) if run is not None else None
     name = path.name.removesuffix(".json").removesuffix(".results")
-    return Labelled(f"before: {name}" if before else name if stage is None else f"after {stage}", name, results)
+    if before:
+        label = "previous run" if name in ("before", "previous") else f"previous run: {name}"
+    else:
+        label = name if stage is None else f"after {stage}"
+    return Labelled(label, name, results)
 
 
 def _previous(given: Sequence[Path]) -> list[Path]:
-    """Files as they are; a run's folder stands for its latest results."""
+    """Return the given files, and the results in the given folders of runs."""
     paths: list[Path] = []
     for path in given:
         if not path.is_dir():
@@ -129,7 +132,7 @@ def _previous(given: Sequence[Path]) -> list[Path]:
             continue
         inside = _results_of(read_run(path))
         if not inside:
-            raise ConfigError.at(str(path), f"holds no results ({RESULTS})", "give files that 'eval vqa --out' wrote")
+            raise ConfigError.at(str(path), f"holds no results ({RESULTS})", "give files written by 'eval vqa --out'")
         paths += inside
     return paths
 
@@ -138,16 +141,16 @@ def _keys(results: Results) -> set[tuple[str, str, tuple[str, ...]]]:
     return {(record.id, record.question, tuple(sorted(record.truths))) for record in results.records}
 
 
-def _alike(one: Results, other: Results) -> bool:
+def _same_dataset(one: Results, other: Results) -> bool:
     keys, others = _keys(one), _keys(other)
-    return len(keys & others) >= _SAME * min(len(keys), len(others))
+    return len(keys & others) >= _MIN_SHARED * min(len(keys), len(others))
 
 
 def _by_dataset(results: Sequence[Labelled]) -> list[list[Labelled]]:
-    """Results that answer the same questions, together and in order."""
+    """Group results that answer the same questions, in order."""
     chains: list[list[Labelled]] = []
     for one in results:
-        chain = next((chain for chain in chains if _alike(chain[0].results, one.results)), None)
+        chain = next((chain for chain in chains if _same_dataset(chain[0].results, one.results)), None)
         if chain is None:
             chains.append([one])
         else:
@@ -155,13 +158,13 @@ def _by_dataset(results: Sequence[Labelled]) -> list[list[Labelled]]:
     return chains
 
 
-def _on_the_same(before: Sequence[Labelled], chain: Sequence[Labelled]) -> list[Labelled]:
-    """The latest of the previous run's results on the same questions."""
-    return [one for one in before if _alike(one.results, chain[0].results)][-1:]
+def _previous_of(before: Sequence[Labelled], chain: Sequence[Labelled]) -> list[Labelled]:
+    """Return the latest of the previous run's results on the same questions."""
+    return [one for one in before if _same_dataset(one.results, chain[0].results)][-1:]
 
 
-def _told_apart(chain: Sequence[Labelled]) -> list[Labelled]:
-    """Where two would have the same label, the files' names are added; where these are the same too, numbers."""
+def _make_labels_unique(chain: Sequence[Labelled]) -> list[Labelled]:
+    """Add the file's name to equal labels, and a number if the names are equal too."""
     labels = [one.label for one in chain]
     named = [one.label if labels.count(one.label) == 1 else f"{one.label} ({one.name})" for one in chain]
     numbered = [
@@ -172,14 +175,14 @@ def _told_apart(chain: Sequence[Labelled]) -> list[Labelled]:
 
 
 def _metric(chain: Sequence[Labelled], expected: str | None) -> str:
-    """A protocol that all of them were scored by."""
+    """Return a protocol that all results were scored by."""
     shared = [name for name in _protocols(chain[-1]) if all(name in _protocols(one) for one in chain)]
     if expected in shared:
         return expected
     if expected is not None or not shared:
         have = ", ".join(shared) or "none in common"
         raise ConfigError.at(
-            "--metric", f"{chain[-1].name} was not scored by {expected!r} (has {have})", "choose another"
+            "--metric", f"{chain[-1].name} was not scored by {expected!r} (has {have})", "choose another metric"
         )
     return shared[0]
 
@@ -197,15 +200,15 @@ def _head(chain: Sequence[Labelled], protocol: str) -> Head:
     return Head(Path(latest.dataset).stem, f"{figure.value:.1f}", bar_share(figure.value), note)
 
 
-def _judged(path: Path) -> Head:
-    """What a judge's reviews come to: ours in percent of the reference's."""
+def _judge_head(path: Path) -> Head:
+    """Return the figure of a judge's reviews: our score in percent of the reference's."""
     summary = summarize_reviews(read_reviews(path))
     *kinds, whole = summary.categories
     judges = dict.fromkeys(str(how["judge_model"]) for how in summary.settings if "judge_model" in how)
     by = f" by {', '.join(judges)}" if judges else ""
     parts = [f"{kind.name} {kind.ratio:.1f}" for kind in kinds if len(kinds) > 1 and kind.ratio is not None]
     if whole.ratio is None or whole.low is None or whole.high is None:
-        raise DataError.at(str(path), "gives the reference no points at all", "look at what the judge replied")
+        raise DataError.at(str(path), "gives the reference no points", "check the judge's replies")
     if summary.unscored:
         parts.append(f"{len(summary.unscored)} without scores")
     note = [
@@ -217,7 +220,7 @@ def _judged(path: Path) -> Head:
 
 
 def _images_of(run: RunLog | None) -> list[Path]:
-    """The folders of images that a run's recipe names, as far as they are there."""
+    """Return the existing folders of images of a run's recipe."""
     import yaml
 
     recipe = yaml.safe_load(run.recipe) if run is not None and run.recipe else None

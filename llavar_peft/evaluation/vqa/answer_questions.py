@@ -16,7 +16,7 @@ from llavar_peft.evaluation.vqa.vqa_questions import VqaQuestion
 
 if TYPE_CHECKING:
     from llavar_peft.data.image_preparation import ImageRoots
-    from llavar_peft.inference.reader import Reader
+    from llavar_peft.inference.chat import Chat
 
 QUESTION_PLACE: Final = "{question}"
 """Placeholder of the question in a prompt."""
@@ -24,7 +24,7 @@ _SHOWN: Final = 5
 
 
 def answer_questions(
-    reader: Reader,
+    chat: Chat,
     questions: Sequence[VqaQuestion],
     roots: ImageRoots,
     setting: Setting,
@@ -34,9 +34,9 @@ def answer_questions(
     """Ask a model every question and append each batch of answers to a journal.
 
     Args:
-        reader: The model.
-        questions: Asked in this order.
-        roots: Folders of the images.
+        chat: The model.
+        questions: What to ask, in this order.
+        roots: Where the images are.
         setting: With prompt, image mode, temperature, batch size and length.
         log: The journal: the setting, then one answer per line. Its answers are not asked for again; sampled answers
             are those of an uninterrupted run.
@@ -62,7 +62,7 @@ def answer_questions(
             if progress is not None:
                 progress(start, len(questions))
             batch = questions[start : start + size]
-            answered = _ask(reader, batch, roots, setting, start)
+            answered = _ask(chat, batch, roots, setting, start)
             lines = [
                 {
                     "id": one.id,
@@ -80,21 +80,25 @@ def answer_questions(
     return tuple(replace(question, answer=answer) for question, answer in zip(questions, answers, strict=True))
 
 
-def _ask(reader: Reader, batch: Sequence[VqaQuestion], roots: ImageRoots, setting: Setting, start: int) -> list[str]:
-    from llavar_peft.models.generate import answer_images
+def _ask(chat: Chat, batch: Sequence[VqaQuestion], roots: ImageRoots, setting: Setting, start: int) -> list[str]:
+    from llavar_peft.inference.token_sampling import Sampling
 
-    return answer_images(
-        reader.model,
-        reader.processor,
-        [str(setting.prompt).replace(QUESTION_PLACE, question.question) for question in batch],
-        [None if question.image is None else roots.open(question.image) for question in batch],
-        max_new_tokens=int(setting.max_new_tokens or 0),
-        image_mode=setting.image_mode,
-        temperature=setting.temperature or 0.0,
-        top_k=setting.top_k or 0,
-        # Derived from the place, so that a resumed run samples what an uninterrupted one would.
-        seed=None if setting.seed is None else setting.seed + start,
-    )
+    requests = [
+        chat.request(
+            None if question.image is None else roots.open(question.image),
+            str(setting.prompt).replace(QUESTION_PLACE, question.question),
+            image_mode=setting.image_mode,
+            sampling=Sampling(
+                max_new_tokens=int(setting.max_new_tokens or 0),
+                temperature=setting.temperature or 0.0,
+                top_k=setting.top_k or 0,
+                # The seed depends on the question's index only, so a resumed run gives the same answers.
+                seed=None if setting.seed is None else (setting.seed + index) % 2**63,
+            ),
+        )
+        for index, question in enumerate(batch, start)
+    ]
+    return [answer.text for answer in chat.answer(requests, batch_size=len(batch))]
 
 
 def _check_images(questions: Sequence[VqaQuestion], roots: ImageRoots) -> None:

@@ -1,4 +1,4 @@
-"""What a file of answers says of how they were got, held to what its reader says of it."""
+"""How answers were generated: read from the file that holds them, and completed by the user's options."""
 
 from __future__ import annotations
 
@@ -14,72 +14,64 @@ from llavar_peft.evaluation.vqa.scored_results import Setting
 
 
 def read_setting(path: Path) -> Setting:
-    """Find how answers were got: in the head of those that ``eval vqa`` keeps, or in the original's ``metadata``.
+    """Read how answers were generated, from the header of ``eval vqa``'s log or the original's ``metadata``.
 
     Args:
-        path: A file of answers. One that cannot be read says nothing here; whoever reads the answers will complain.
+        path: A file of answers. If it cannot be read, the result is empty; reading the answers reports the error.
 
     Returns:
-        What the file says, None for what it does not, or not of all its answers.
+        The setting; None for values that the file lacks or that differ between its answers.
     """
     if path.suffix.lower() != ".jsonl":
         return Setting()
-    said: dict[str, Any] | None = None
+    common: dict[str, Any] | None = None
     try:
         for line in path.read_text(encoding="utf-8-sig").split("\n"):
             row = json.loads(line) if line.strip() else None
             if isinstance(row, dict) and set(row) == LOG_HEADER:
-                return Setting(**_known(row["setting"]))
+                return Setting(**_select_known(row["setting"]))
             if row is not None:
                 own = read_stated_settings(row)
-                said = own if said is None else {key: value for key, value in said.items() if own.get(key) == value}
+                common = (
+                    own if common is None else {key: value for key, value in common.items() if own.get(key) == value}
+                )
     except (OSError, ValueError):
         return Setting()
-    return Setting(**(said or {}))
+    return Setting(**(common or {}))
 
 
 def read_stated_settings(row: Any) -> dict[str, Any]:
-    """What one answer in the original's form says of how it was got: its ``model_id`` and ``metadata``.
-
-    Args:
-        row: A line of a file of answers.
-
-    Returns:
-        Values of ``Setting`` by name.
-    """
+    """Read the ``model_id`` and ``metadata`` of one answer in the original's format, as fields of ``Setting``."""
     if not isinstance(row, Mapping):
         return {}
     model = {} if row.get("model_id") is None else {"model": str(row["model_id"])}
-    return {**model, **_known(row.get("metadata"))}
+    return {**model, **_select_known(row.get("metadata"))}
 
 
-def write_stated_settings(found: Setting, told: Setting, where: str) -> Setting:
-    """Put together what a file of answers says and what its user says.
+def merge_settings(found: Setting, given: Setting, where: str) -> Setting:
+    """Complete the setting of a file of answers by the user's.
 
     Args:
-        found: The file's.
-        told: The user's.
-        where: The file, in messages.
-
-    Returns:
-        Both.
+        found: The setting that the file gives.
+        given: The setting that the user gives.
+        where: The file, for messages.
 
     Raises:
         ConfigError: They contradict each other.
     """
-    said = {key: value for key, value in asdict(told).items() if value is not None}
-    for key, value in said.items():
+    values = {key: value for key, value in asdict(given).items() if value is not None}
+    for key, value in values.items():
         own = getattr(found, key)
         if own is not None and own != value:
             raise ConfigError.at(
                 f"--{key.replace('_', '-')}",
-                f"contradicts {where}, whose answers were got otherwise (got {value!r}, there {own!r})",
-                "leave the option out",
+                f"contradicts {where} (got {value!r}, the file has {own!r})",
+                "leave out the option",
             )
-    return replace(found, **said)
+    return replace(found, **values)
 
 
-def _known(said: Any) -> dict[str, Any]:
+def _select_known(values: Any) -> dict[str, Any]:
     names = {entry.name for entry in fields(Setting)}
-    plain = said if isinstance(said, Mapping) else {}
-    return {key: value for key, value in plain.items() if key in names and isinstance(value, str | int | float)}
+    mapping = values if isinstance(values, Mapping) else {}
+    return {key: value for key, value in mapping.items() if key in names and isinstance(value, str | int | float)}

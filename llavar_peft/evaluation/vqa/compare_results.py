@@ -1,4 +1,4 @@
-"""Two results on the same questions: how far apart, how surely, and which answers changed."""
+"""Compare two results on the same questions: the difference, its uncertainty, and the answers that changed."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ Pair = tuple[Answered, Answered]
 
 @dataclass(frozen=True, slots=True)
 class Difference:
-    """How the second result differs from the first on some records.
+    """The difference between two results on a group of records.
 
     Attributes:
-        by: What these records were told apart by; empty for all of them.
-        name: What they have in common.
-        records: How many they are.
-        before: The first's figure, in percent.
-        after: The second's.
+        by: What the records are grouped by; empty for all records.
+        name: The value that they have in common.
+        records: Number of records.
+        before: Figure of the first result, in percent.
+        after: Figure of the second result.
         low: Lower end of the 95 % paired bootstrap interval of ``after - before``.
         high: Upper end.
-        gained: Records on which the second is better.
-        lost: Records on which it is worse.
+        gained: Number of records on which the second is better.
+        lost: Number of records on which the second is worse.
         p_value: Of the exact two-sided sign test.
     """
 
@@ -56,11 +56,11 @@ class Change:
     """An answer that became better or worse.
 
     Attributes:
-        id: The question's.
-        question: Its words.
-        truths: The right answers.
-        before: What the first answered.
-        after: What the second answered.
+        id: Id of the question.
+        question: Text of the question.
+        truths: The correct answers.
+        before: The first answer.
+        after: The second answer.
         gained: Whether it became better.
     """
 
@@ -74,17 +74,17 @@ class Change:
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """What two results differ in.
+    """The comparison of two results.
 
     Attributes:
-        protocol: What was compared.
-        whole: All records that both have.
-        groups: Some of them, by kind and by the letters' size.
-        changes: Answers that became better or worse, in the questions' order.
-        unpaired: Records that only one of them has.
-        settings: What else differs, by name: of the first, of the second.
-        first: How the first's answers were got.
-        second: How the second's were.
+        protocol: The protocol that is compared.
+        whole: The difference on all common records.
+        groups: The differences on groups of records.
+        changes: Answers that became better or worse, in the order of the questions.
+        unpaired: Number of records that only one of the results has.
+        settings: Settings that differ, by name: the first's and the second's value.
+        first: How the first's answers were generated.
+        second: How the second's answers were generated.
     """
 
     protocol: str
@@ -97,26 +97,26 @@ class Comparison:
     second: Setting
 
     def as_dict(self) -> dict[str, Any]:
-        """The same, ready for JSON."""
+        """Return the comparison as plain data for JSON."""
         plain = asdict(self)
-        for told, one in ((plain["whole"], self.whole), *zip(plain["groups"], self.groups, strict=True)):
-            told["difference"] = one.difference
+        for entry, one in ((plain["whole"], self.whole), *zip(plain["groups"], self.groups, strict=True)):
+            entry["difference"] = one.difference
         return plain
 
 
 def compare_results(first: Results, second: Results, protocol: str) -> Comparison:
-    """Compare two results, question by question.
+    """Compare two results question by question.
 
     Args:
-        first: Before.
-        second: After.
-        protocol: Which scores; both have them.
+        first: The earlier result.
+        second: The later result.
+        protocol: A protocol that both were scored by.
 
     Returns:
         The differences, second minus first.
 
     Raises:
-        DataError: They have no question in common, ask different things under one id, or lack the protocol's scores.
+        DataError: They have no question in common, have different questions under one id, or lack the scores.
     """
     for results in (first, second):
         if any(protocol not in record.scores for record in results.records):
@@ -124,7 +124,7 @@ def compare_results(first: Results, second: Results, protocol: str) -> Compariso
             raise DataError.at(
                 results.dataset,
                 f"was not scored by {protocol} (has {have})",
-                "choose another --metric, or score it again",
+                "choose another --metric, or score the answers again",
             )
     others = {record.id: record for record in second.records}
     pairs = [(record, others[record.id]) for record in first.records if record.id in others]
@@ -162,13 +162,13 @@ def _check(pairs: Sequence[Pair], first: Results, second: Results) -> None:
         if one.question != other.question or sorted(one.truths) != sorted(other.truths):
             raise DataError.at(
                 f"{second.dataset}:{one.id}",
-                f"is another question than that of {first.dataset} (got {other.question!r}, expected {one.question!r})",
+                f"differs from the question in {first.dataset} (got {other.question!r}, expected {one.question!r})",
                 "compare results on the same data set",
             )
 
 
 def _better(before: Score, after: Score, protocol: str) -> int:
-    """1 where the second is better, -1 where it is worse, else 0."""
+    """Return 1 if the second score is better, -1 if it is worse, else 0."""
     sign = (after.value > before.value) - (after.value < before.value)
     return -sign if protocol in LOWER_IS_BETTER else sign
 

@@ -1,4 +1,4 @@
-"""How sure a figure is: bootstrap intervals, and the exact sign test for two runs on the same questions."""
+"""Uncertainty of figures: bootstrap intervals, and the exact sign test for two runs on the same questions."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ _SEED: Final = 0
 
 
 def ratio_intervals(points: FloatArray, out_of: FloatArray) -> list[tuple[float, float]]:
-    """Intervals of figures that are sums of points over sums of what could be reached: percentile bootstrap, 95 %.
+    """Return 95 % percentile bootstrap intervals of ratios: sums of points over sums of attainable points.
 
-    What is drawn again is a row; see ``sum_by_name``.
+    Rows are drawn with replacement; see ``sum_by_name``. The result is deterministic.
 
     Args:
-        points: ``[N, M]``: of N rows, in M ways of scoring.
-        out_of: ``[N, M]``.
+        points: ``[N, M]``: N rows, scored in M ways.
+        out_of: ``[N, M]``: the attainable points.
 
     Returns:
-        Lower and upper end for each way, the same for the same numbers.
+        Lower and upper end for each of the M ways.
     """
     generator = np.random.default_rng(_SEED)
     rows = len(points)
@@ -44,11 +44,11 @@ def ratio_intervals(points: FloatArray, out_of: FloatArray) -> list[tuple[float,
 
 
 def sum_by_name(rows: FloatArray, names: Sequence[Hashable]) -> FloatArray:
-    """Add up the rows of one name, so that they are drawn together: questions on one image are not independent.
+    """Add up the rows with the same name, so that they are drawn together: questions on one image are not independent.
 
     Args:
         rows: ``[N, M]``.
-        names: N of them.
+        names: N names.
 
     Returns:
         One row for each name.
@@ -61,10 +61,10 @@ def sum_by_name(rows: FloatArray, names: Sequence[Hashable]) -> FloatArray:
 
 
 def difference_interval(rows: FloatArray) -> tuple[float, float]:
-    """Interval of the difference between two figures on the same rows, which are drawn together.
+    """Return the 95 % paired bootstrap interval of the difference between two figures on the same rows.
 
     Args:
-        rows: ``[N, 4]``: points and what could be reached of one run, then of that which is subtracted.
+        rows: ``[N, 4]``: points and attainable points of the first run, then of the run that is subtracted.
 
     Returns:
         Lower and upper end.
@@ -81,14 +81,11 @@ def difference_interval(rows: FloatArray) -> tuple[float, float]:
 
 
 def sign_test(gained: int, lost: int) -> float:
-    """The exact two-sided sign test: how often a fair coin falls at least as unevenly.
+    """Return the p value of the exact two-sided sign test.
 
     Args:
-        gained: Pairs in which one side is better.
-        lost: Pairs in which the other is; ties are left out.
-
-    Returns:
-        The p value; 1 where nothing differs.
+        gained: Number of pairs in which one side is better.
+        lost: Number of pairs in which the other side is better; ties are left out.
     """
     changed = gained + lost
     tail = sum(math.comb(changed, count) for count in range(min(gained, lost) + 1))

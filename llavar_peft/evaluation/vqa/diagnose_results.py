@@ -1,7 +1,6 @@
-"""Where a model reads and where it does not: by the letters' height as the tower sees them, by length, script, place.
+"""Group results by letter height as the tower sees it, by answer length, script, position and kind of text.
 
-The paper's curve of recognisable sizes is the first of these. Heights need a data set that gives ``text_height`` or
-``box``, in the image's pixels, or an OCR pass over its images.
+Heights need a data set that gives ``text_height`` or ``box`` in image pixels, or an OCR pass over its images.
 """
 
 from __future__ import annotations
@@ -16,34 +15,34 @@ from typing import Final
 from llavar_peft.data.image_preparation import ImageRoots
 from llavar_peft.data.record_store import open_records
 from llavar_peft.errors import DataError
+from llavar_peft.evaluation.vqa.benchmark_files import read_text_size
 from llavar_peft.evaluation.vqa.scored_results import Answered, Results, rate
-from llavar_peft.evaluation.vqa.text_size import read_text_size
 from llavar_peft.evaluation.vqa.vqa_questions import VqaQuestion
 from llavar_peft.types import ImageMode
 
 SMALLEST: Final = 7.0
-"""Pixels of the tower below which letters count as too small: half of a patch of 14, where two lines share one."""
+"""Pixels of the tower's input below which letters are too small: two lines then share a patch of 14 pixels."""
 
 LETTER_HEIGHT: Final = "letter height"
 ANSWER_LENGTH: Final = "answer length"
 _HEIGHTS: Final = (4, 6, 8, 12, 16, 24, 48)
 _LENGTHS: Final = (4, 8, 16, 32)
-_KEEP: Final = (448, 224)  # longest and shortest side of the mode "keep"
-_MOST_KINDS: Final = 20
+_KEEP: Final = (448, 224)  # maximum of the longer and of the shorter side in the mode "keep"
+_MAX_VALUES: Final = 20
 _COLUMNS, _ROWS = ("left", "centre", "right"), ("top", "middle", "bottom")
 
 Measure = tuple[float | None, tuple[float, float] | None]
-"""Letters' height in the tower's pixels, and (x, y) of the text's middle in the image, from 0 to 1."""
+"""Letter height in pixels of the tower's input, and the centre (x, y) of the text in the image, from 0 to 1."""
 
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """A figure of some of the answers.
+    """The figure of a group of answers.
 
     Attributes:
-        by: What they were told apart by.
-        name: What these have in common.
-        records: How many they are.
+        by: What the answers are grouped by.
+        name: The value that they have in common.
+        records: Number of answers.
         value: In percent.
         low: Lower end of the 95 % bootstrap interval.
         high: Upper end.
@@ -59,12 +58,12 @@ class Group:
 
 @dataclass(frozen=True, slots=True)
 class TooSmall:
-    """How much of the text cannot be read at this resolution.
+    """The number of records whose text is too small to be read at this resolution.
 
     Attributes:
-        records: With text lower than ``smallest``.
-        known: Whose letters' height is known.
-        smallest: Pixels of the tower.
+        records: Number of records with letters lower than ``smallest``.
+        known: Number of records whose letter height is known.
+        smallest: Pixels of the tower's input.
     """
 
     records: int
@@ -73,15 +72,12 @@ class TooSmall:
 
 
 def tower_scale(size: tuple[int, int], mode: ImageMode, side: int) -> float:
-    """How many pixels of the tower a pixel of an image becomes.
+    """Return the factor from image pixels to pixels of the tower's input.
 
     Args:
-        size: The image's (width, height).
-        mode: How it is prepared; see ``data.images``.
-        side: Of what the tower sees, in pixels.
-
-    Returns:
-        The factor.
+        size: (width, height) of the image.
+        mode: How the image is prepared; see ``llavar_peft.data.image_preparation``.
+        side: Side of the tower's input in pixels.
     """
     short, long = sorted(size)
     if mode == "keep":
@@ -92,16 +88,16 @@ def tower_scale(size: tuple[int, int], mode: ImageMode, side: int) -> float:
 def measure_letter_height(
     questions: Iterable[VqaQuestion], roots: ImageRoots | None, mode: ImageMode, side: int
 ) -> dict[str, Measure]:
-    """Measure the text that holds each answer, where the data set says where it stands or how high it is.
+    """Measure the text that holds each answer, where the data set gives its box or height.
 
     Args:
-        questions: With ``text_height`` or ``box``; of a box, which is one line's, the height is taken.
-        roots: Where images are whose size the data set does not give; None leaves these out.
+        questions: Questions, some with ``text_height`` or ``box``. The height of a box is used as that of one line.
+        roots: Folders of images whose size the data set does not give; None leaves these images out.
         mode: How images are prepared.
-        side: Of what the tower sees, in pixels.
+        side: Side of the tower's input in pixels.
 
     Returns:
-        What is known, by question.
+        The measures by question id, where known.
 
     Raises:
         ImageError: An image that has to be measured cannot be opened.
@@ -117,23 +113,23 @@ def measure_letter_height(
             size = sizes[question.image] = sizes.get(question.image) or roots.open(question.image).size
         if size is None:
             continue
-        found[question.id] = (height * tower_scale(size, mode, side), _middle(question.box, size))
+        found[question.id] = (height * tower_scale(size, mode, side), _centre(question.box, size))
     return found
 
 
 def borrow_heights(questions: Sequence[VqaQuestion], records: Path) -> list[VqaQuestion]:
-    """Take from an OCR pass how high letters are, for the questions whose data set does not say it.
+    """Complete the letter heights of questions by those of an OCR pass over the images.
 
     Args:
-        questions: Of one data set.
-        records: What ``ocr build`` made of its images. They say the median height of each image's lines, so it is
-            the image's letters that are measured, not the answer's.
+        questions: Questions of one data set.
+        records: Records that ``ocr build`` wrote for the images. They give the median height of an image's lines, so
+            the height is that of the image's text, not of the answer's.
 
     Returns:
-        The questions, those that lack a height with their image's, where the records have it.
+        The questions, with the height of their image where they had none.
 
     Raises:
-        DataError: The records cannot be read, or none is of one of these images.
+        DataError: The records cannot be read, or are all of other images.
     """
     expected = {question.image for question in questions}
     store = open_records(records)
@@ -144,7 +140,7 @@ def borrow_heights(questions: Sequence[VqaQuestion], records: Path) -> list[VqaQ
     }
     if not known:
         raise DataError.at(
-            str(records), "is of none of the pictures asked about", "run 'ocr build' on the folder that --images names"
+            str(records), "holds none of the images of the questions", "run 'ocr build' on the folder given as --images"
         )
     return [
         question if question.image not in known or question.text_height or question.box
@@ -153,7 +149,7 @@ def borrow_heights(questions: Sequence[VqaQuestion], records: Path) -> list[VqaQ
     ]  # fmt: skip
 
 
-def _middle(box: tuple[float, float, float, float] | None, size: tuple[int, int]) -> tuple[float, float] | None:
+def _centre(box: tuple[float, float, float, float] | None, size: tuple[int, int]) -> tuple[float, float] | None:
     if box is None:
         return None
     x, y = (box[0] + box[2]) / 2 / size[0], (box[1] + box[3]) / 2 / size[1]
@@ -161,15 +157,7 @@ def _middle(box: tuple[float, float, float, float] | None, size: tuple[int, int]
 
 
 def break_down(results: Results, protocol: str) -> list[Group]:
-    """Take a protocol's figure of each kind of record.
-
-    Args:
-        results: With scores by this protocol.
-        protocol: Which.
-
-    Returns:
-        Groups, those by one thing after each other, in the order of their size or name.
-    """
+    """Return the figure of each group of records, scored by a protocol."""
     return [
         Group(by, name, len(records), *rate(records, protocol))
         for by, members in group_records(results.records).items()
@@ -181,38 +169,32 @@ def count_too_small(records: Sequence[Answered], smallest: float = SMALLEST) -> 
     """Count the records whose text is too small to be read at this resolution.
 
     Args:
-        records: Measured or not.
-        smallest: Height in the tower's pixels from which letters can be read.
-
-    Returns:
-        How many of those whose letters' height is known.
+        records: Records with or without a letter height.
+        smallest: Height in pixels of the tower's input from which letters can be read.
     """
     heights = [record.letter_height for record in records if record.letter_height is not None]
     return TooSmall(sum(height < smallest for height in heights), len(heights), smallest)
 
 
 def group_records(records: Sequence[Answered]) -> dict[str, dict[str, list[Answered]]]:
-    """Tell records apart, by each of the things that are known of them and tell at least two kinds apart.
-
-    Args:
-        records: Of one data set.
+    """Group the records of a data set by each property that has at least two values.
 
     Returns:
-        By thing, then by kind, the records.
+        Records by property and value, in the order of the values.
     """
     found: dict[str, dict[tuple[int, str], list[Answered]]] = {}
     for record in records:
-        for by, order, name in _kinds(record):
+        for by, order, name in _values(record):
             found.setdefault(by, {}).setdefault((order, name), []).append(record)
     return {
         by: {name: members[order, name] for order, name in sorted(members)}
         for by, members in found.items()
-        if by == LETTER_HEIGHT or 2 <= len(members) <= _MOST_KINDS
+        if by == LETTER_HEIGHT or 2 <= len(members) <= _MAX_VALUES
     }
 
 
-def _kinds(record: Answered) -> Iterator[tuple[str, int, str]]:
-    """What a record is told apart by: thing, place in its order, kind."""
+def _values(record: Answered) -> Iterator[tuple[str, int, str]]:
+    """Yield the properties of a record: name, place of the value in the order, value."""
     if record.letter_height is not None:
         yield LETTER_HEIGHT, *_bin(record.letter_height, _HEIGHTS, " px", 0)
     yield ANSWER_LENGTH, *_bin(min(len(truth) for truth in record.truths), _LENGTHS, " letters", 1)
@@ -225,7 +207,7 @@ def _kinds(record: Answered) -> Iterator[tuple[str, int, str]]:
 
 
 def _bin(value: float, edges: Sequence[int], unit: str, step: int) -> tuple[int, str]:
-    """The bin of a number: its place and its name; ``step`` 1 is for whole numbers (4-7), 0 for others (4-8)."""
+    """Return index and name of a number's bin; ``step`` is 1 for whole numbers (4-7) and 0 for others (4-8)."""
     place = sum(value >= edge for edge in edges)
     if place == 0:
         return 0, f"below {edges[0]}{unit}"
@@ -235,15 +217,11 @@ def _bin(value: float, edges: Sequence[int], unit: str, step: int) -> tuple[int,
 
 
 def script_of(text: str) -> str:
-    """Name the script of a text's letters.
+    """Return the script of a text's letters: ``"latin"``, ``"cyrillic"``, ``"cjk"``, ...
 
-    Args:
-        text: In any language.
-
-    Returns:
-        ``"latin"``, ``"cyrillic"``, ``"cjk"``, ...; ``"mixed"`` for several, ``"digits"`` or ``"signs"`` for none.
+    ``"mixed"`` means several scripts; ``"digits"`` and ``"signs"`` mean that there are no letters.
     """
-    # The first word of a letter's name in Unicode is its script.
+    # The first word of a letter's Unicode name is its script.
     scripts = Counter(unicodedata.name(letter, "other").split()[0].lower() for letter in text if letter.isalpha())
     if not scripts:
         return "digits" if any(letter.isdigit() for letter in text) else "signs"

@@ -1,7 +1,7 @@
-"""What records ask of a model before it is trained on them: which are cut at ``max_length``, how small their text is.
+"""What records require of a model before it is trained on them: tokens per record, and the size of their text.
 
-Tokens are those of the model's own processor. Letters are as high as the records say (``text_height`` or ``box``, with
-``image_width`` and ``image_height``), which ``synth`` and ``ocr build`` write, seen at the size that the tower sees.
+Tokens are those of the model's own processor. Letter heights come from the records (``text_height`` or ``box``, with
+``image_width`` and ``image_height``), which ``synth`` and ``ocr build`` write, scaled to the tower's input.
 """
 
 from __future__ import annotations
@@ -16,29 +16,29 @@ from llavar_peft.constants import OCR_INSTRUCTIONS
 from llavar_peft.data.encode_record import encode_conversation
 from llavar_peft.data.record_store import parse_record
 from llavar_peft.errors import DataError
+from llavar_peft.evaluation.vqa.benchmark_files import read_text_size
 from llavar_peft.evaluation.vqa.diagnose_results import SMALLEST, TooSmall, measure_letter_height
-from llavar_peft.evaluation.vqa.text_size import read_text_size
 from llavar_peft.evaluation.vqa.vqa_questions import VqaQuestion
 
 if TYPE_CHECKING:
     from llavar_peft.data.image_preparation import ImageRoots
     from llavar_peft.models.processing_llavar import LlavarProcessor
 
-MOST: Final = 20_000
-"""Records that are looked at, evenly spread; a million would take minutes and say the same."""
+_MAX_RECORDS: Final = 20_000
+"""Number of records to examine, evenly spread; more would take minutes and give the same shares."""
 _SHARES: Final = (50, 90, 99, 100)
-_WHOLE: Final = 1 << 30
+_NO_LIMIT: Final = 1 << 30
 
 
 @dataclass(frozen=True, slots=True)
 class AnswerLengths:
-    """Tokens of some records, the image's included.
+    """Tokens per record, image tokens included.
 
     Attributes:
-        records: How many.
-        cut: Whose target is cut at ``max_length``.
-        lost: Of these, those of which nothing is left to learn.
-        percentiles: Tokens that a share of the records, in percent, stays within.
+        records: Number of records.
+        cut: Number of records that are truncated at ``max_length``.
+        lost: Number of these in which no supervised token is left.
+        percentiles: Number of tokens that a share of the records, in percent, does not exceed.
     """
 
     records: int
@@ -49,15 +49,15 @@ class AnswerLengths:
 
 @dataclass(frozen=True, slots=True)
 class LengthReport:
-    """What was found.
+    """Lengths and letter heights of a file of records.
 
     Attributes:
-        total: Records in the file.
+        total: Number of records in the file.
         max_length: Tokens per record.
-        every: All that were looked at.
+        every: All examined records.
         ocr: Those that ask one of the ten OCR instructions.
-        heights: Height of the letters in pixels of the tower that a share of the records, in percent, stays within.
-        too_small: How many records hold text that cannot be read at this resolution; the median line counts.
+        heights: Letter height in pixels of the tower's input that a share of the records, in percent, does not exceed.
+        too_small: Number of records whose text is too small to be read at this resolution, by the median line.
     """
 
     total: int
@@ -68,7 +68,7 @@ class LengthReport:
     too_small: TooSmall
 
     def as_dict(self) -> dict[str, Any]:
-        """The same, ready for JSON."""
+        """Return the report as plain data for JSON."""
         return asdict(self)
 
 
@@ -80,26 +80,23 @@ def report_lengths(
     smallest: float = SMALLEST,
     progress: Callable[[int, int], None] | None = None,
 ) -> LengthReport:
-    """Look at records as training will.
+    """Measure records as training will see them.
 
     Args:
         records: In the released format.
-        processor: The model's; its training image mode counts.
+        processor: The model's processor, with its image mode for training.
         max_length: Tokens per record.
-        roots: Where images are whose size a record does not say; None leaves their letters out.
-        smallest: Height in the tower's pixels from which letters can be read.
-        progress: Called with (records done, records in all).
-
-    Returns:
-        What was found.
+        roots: Folders of images whose size is not in their record; None leaves out the letters of these images.
+        smallest: Height in pixels of the tower's input from which letters can be read.
+        progress: Called with the number of records done and in total.
 
     Raises:
         DataError: A record is malformed, or there is none.
-        ImageError: An image has to be measured and cannot be opened.
+        ImageError: An image that has to be measured cannot be opened.
     """
     if not records:
-        raise DataError.at("records", "there are none", "give a file with at least one")
-    count = min(MOST, len(records))
+        raise DataError.at("records", "are empty", "give a file with at least one")
+    count = min(_MAX_RECORDS, len(records))
     rows: list[tuple[bool, int, bool]] = []
     heights: list[float] = []
     side = int(processor.image_processor.crop_size["height"])
@@ -107,7 +104,7 @@ def report_lengths(
         record = records[number * len(records) // count]
         where = f"record {number * len(records) // count}"
         conversation = parse_record(record, where)
-        example = encode_conversation(conversation, processor, _WHOLE, roots=roots)
+        example = encode_conversation(conversation, processor, _NO_LIMIT, roots=roots)
         lost = bool((example.labels[:max_length] == -100).all())
         ocr = any(words in turn.text for words in OCR_INSTRUCTIONS for turn in conversation.turns[:1])
         rows.append((ocr, len(example.input_ids), lost))

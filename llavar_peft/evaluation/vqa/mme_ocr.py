@@ -1,12 +1,12 @@
-"""MME's questions that are answered by yes or no, two on each image: accuracy, and accuracy+, of whole images.
+"""MME's yes-or-no questions, two on each image: accuracy, and accuracy+ over images.
 
-Two ways of taking an answer for yes or no are reported, each under its name:
+Two rules for reading an answer as yes or no are reported, each under its name:
 
-``mme``             the original's: ``yes``, else ``no``, among the first four letters; anything else is wrong
-``mme-first-word``  the first whole word that is ``yes`` or ``no``, wherever it stands
+``mme``             the original's: ``yes``, else ``no``, within the first four characters; anything else is wrong
+``mme-first-word``  the first whole word that is ``yes`` or ``no``, anywhere in the answer
 
-A part of the benchmark is scored as the whole is, so long as its images have both their questions: accuracy+ is of
-pairs, and a file or folder that holds one question of an image is refused, not scored as half a pair.
+A part of the benchmark can be scored if it has both questions of each image. An image with one question is an error,
+since accuracy+ counts pairs.
 
 Source: MME, arXiv 2306.13394, eval_tool/calculation.py; LLaVAR, MME/mme_eval.py.
 """
@@ -28,66 +28,65 @@ from llavar_peft.evaluation.vqa.vqa_questions import VqaQuestion
 
 Rule = Literal["mme", "mme-first-word"]
 TASK: Final = "OCR"
-"""Of MME's fourteen kinds of question, the one about text."""
+"""The one of MME's fourteen tasks that is about text."""
 
 _PREFIX: Final = 4
 _WORD: Final = re.compile(r"\b(yes|no)\b")
-_ENDINGS: Final = (".jpg", ".jpeg", ".png")
+_EXTENSIONS: Final = (".jpg", ".jpeg", ".png")
 _PAIR: Final = 2
 
 
 def read_answers(path: str | Path) -> tuple[VqaQuestion, ...]:
-    """Read a file of answers in MME's form: image, question, truth and answer, with tabs between.
-
-    Args:
-        path: Such a file.
-
-    Returns:
-        The questions with their answers.
+    """Read a file of answers in MME's format: image, question, truth and answer, separated by tabs.
 
     Raises:
-        DataError: It cannot be read, or a line has less than four columns or another truth than yes or no.
+        DataError: The file cannot be read, a line has fewer than four columns, or a truth is neither yes nor no.
     """
     questions: list[VqaQuestion] = []
     for number, line in enumerate(_lines(Path(path)), 1):
         columns = line.split("\t", 3)
         if len(columns) != 4:
             raise DataError.at(
-                f"{path}:{number}", f"has {len(columns)} columns, expected picture, question, truth, answer", "use tabs"
+                f"{path}:{number}",
+                f"has {len(columns)} columns, expected image, question, truth, answer",
+                "separate them by tabs",
             )
         image, question, truth, answer = columns
         identity = str(len(questions))
         questions.append(
             VqaQuestion(identity, question, (_truth(truth, f"{path}:{number}"),), image=image, answer=answer)
         )
-    return _paired(questions, str(path))
+    return _check_pairs(questions, str(path))
 
 
 def read_folder(folder: str | Path) -> tuple[tuple[VqaQuestion, ...], Path]:
-    """Read MME's folder of one kind of question, in either of its two layouts.
+    """Read the folder of MME's task, in either of its two layouts.
 
     Args:
-        folder: ``OCR``, or the whole benchmark with ``OCR`` in it.
+        folder: ``OCR``, or the whole benchmark that contains it.
 
     Returns:
-        The questions, and the folder that their images lie in.
+        The questions, and the folder of their images.
 
     Raises:
-        DataError: No such folder, or a question without its image.
+        DataError: The folder does not exist, or a question has no image.
     """
     root = Path(folder) / TASK if (Path(folder) / TASK).is_dir() else Path(folder)
     apart = (root / "questions_answers_YN").is_dir()
     texts, images = (root / "questions_answers_YN", root / "images") if apart else (root, root)
     questions: list[VqaQuestion] = []
     for text in sorted(texts.glob("*.txt")):
-        image = next((f"{text.stem}{end}" for end in _ENDINGS if (images / f"{text.stem}{end}").is_file()), None)
+        image = next(
+            (f"{text.stem}{extension}" for extension in _EXTENSIONS if (images / f"{text.stem}{extension}").is_file()),
+            None,
+        )
         if image is None:
-            raise DataError.at(str(text), f"has no picture {text.stem}.jpg in {images}", "fetch the benchmark again")
+            raise DataError.at(str(text), f"has no image {text.stem}.jpg in {images}", "download the benchmark again")
         for number, line in enumerate(_lines(text), 1):
             question, _, truth = line.rpartition("\t")
             where = f"{text}:{number}"
             questions.append(VqaQuestion(str(len(questions)), question, (_truth(truth, where),), image=image))
-    return _paired(questions, str(root)), images
+    return _check_pairs(questions, str(root)), images
 
 
 def _lines(path: Path) -> list[str]:
@@ -99,17 +98,17 @@ def _lines(path: Path) -> list[str]:
 
 def _truth(text: str, where: str) -> str:
     if text.strip().lower() not in ("yes", "no"):
-        raise DataError.at(where, f"has another truth than yes or no (got {text!r})", "fetch the file again")
+        raise DataError.at(where, f"the truth is neither yes nor no (got {text!r})", "download the file again")
     return text.strip().lower()
 
 
-def _paired(questions: Sequence[VqaQuestion], where: str) -> tuple[VqaQuestion, ...]:
+def _check_pairs(questions: Sequence[VqaQuestion], where: str) -> tuple[VqaQuestion, ...]:
     if not questions:
         raise DataError.at(where, "holds no questions", "give MME's folder, or a file of answers")
     for image, members in _by_image(questions).items():
         if len(members) != _PAIR:
             raise DataError.at(
-                where, f"has {len(members)} questions on {image}, expected {_PAIR}", "give all questions, each once"
+                where, f"has {len(members)} questions on {image}, expected {_PAIR}", "give each question once"
             )
     return tuple(questions)
 
@@ -122,20 +121,12 @@ def _by_image(questions: Sequence[VqaQuestion]) -> dict[str, list[VqaQuestion]]:
 
 
 def read_yes_or_no(answer: str, rule: Rule) -> str | None:
-    """Take an answer for yes or no.
-
-    Args:
-        answer: A model's.
-        rule: See the top of this file.
-
-    Returns:
-        ``"yes"``, ``"no"``, or None for neither.
-    """
-    said = answer.lower()
+    """Read an answer as ``"yes"``, ``"no"``, or None for neither, by one of the rules at the top of this file."""
+    lowered = answer.lower()
     if rule == "mme":
-        start = said[:_PREFIX]
+        start = lowered[:_PREFIX]
         return "yes" if "yes" in start else "no" if "no" in start else None
-    found = _WORD.search(said)
+    found = _WORD.search(lowered)
     return found.group(1) if found else None
 
 
@@ -144,12 +135,12 @@ def score_images(questions: Sequence[VqaQuestion], source: str, setting: Setting
 
     Args:
         questions: Two on each image, with their answers.
-        source: What to call them.
-        setting: How the answers were got.
+        source: Name of the data set.
+        setting: How the answers were generated.
 
     Returns:
-        For each rule accuracy and accuracy+ in percent, their sum, which is MME's score (of 200), and the share of
-        answers that are neither yes nor no. Intervals are of drawing images, since two questions belong to each.
+        For each rule accuracy and accuracy+ in percent, their sum (MME's score, of 200), and the share of answers that
+        are neither yes nor no. The bootstrap draws images.
     """
     rules: tuple[Rule, ...] = ("mme", "mme-first-word")
     records = [

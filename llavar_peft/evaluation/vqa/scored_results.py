@@ -1,4 +1,4 @@
-"""Results: each answer with its scores, and figures that say how they were taken."""
+"""Results of an evaluation: each answer with its scores, and figures with the setting they depend on."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ _FORMAT: Final = 1
 
 @dataclass(frozen=True, slots=True)
 class Setting:
-    """How answers were got; None is what a file of predictions does not say.
+    """How answers were generated; None where it is unknown.
 
     Attributes:
-        model: The folder that was asked, with the adapter's.
-        model_hash: Of its weights; see ``identify_model``.
-        prompt: What was asked, ``{question}`` standing for the question.
+        model: Folder of the model, and of the adapter.
+        model_hash: Hash of the weights; see ``identify_model``.
+        prompt: The prompt, with ``{question}`` in place of the question.
         image_mode: How images were prepared.
         temperature: 0 is greedy.
-        top_k: Tokens that were sampled from at most, the likeliest ones; 0 for all.
-        max_new_tokens: Tokens at most per answer.
-        seed: Of the sampling.
-        batch_size: Questions asked at once, on which sampled answers depend.
+        top_k: Number of most likely tokens to sample from; 0 for all.
+        max_new_tokens: Maximum number of tokens per answer.
+        seed: Seed of sampled answers.
+        batch_size: Number of questions per batch.
     """
 
     model: str | None = None
@@ -49,16 +49,16 @@ class Setting:
 
 @dataclass(frozen=True, slots=True)
 class Figure:
-    """One number, with all that it depends on.
+    """One number with all that it depends on.
 
     Attributes:
-        protocol: How answers were scored.
+        protocol: The protocol that answers were scored by.
         value: In percent.
         low: Lower end of the 95 % bootstrap interval.
-        high: Upper end; images are drawn, with all questions on them.
-        records: How many answers it is of.
-        lower_is_better: Whether it counts errors.
-        setting: How the answers were got.
+        high: Upper end. The bootstrap draws images, with all questions on them.
+        records: Number of answers.
+        lower_is_better: Whether the protocol counts errors.
+        setting: How the answers were generated.
     """
 
     protocol: str
@@ -70,7 +70,7 @@ class Figure:
     setting: Setting
 
     def as_dict(self) -> dict[str, Any]:
-        """Flat, ready for JSON."""
+        """Return all values as one flat mapping for JSON."""
         plain = asdict(self)
         decoding = {None: None, 0.0: "greedy"}.get(self.setting.temperature, "sampled")
         return {
@@ -82,18 +82,18 @@ class Figure:
 
 @dataclass(frozen=True, slots=True)
 class Answered:
-    """A question, its answer, and what that got.
+    """A question with its answer and scores.
 
     Attributes:
-        id: The question's.
-        question: Its words.
-        answer: The model's.
-        truths: The right answers.
-        image: The image's path as the data set has it.
-        fields: Kinds, as the data set has them.
-        scores: By protocol.
-        letter_height: Of the text that holds the answer, in pixels of what the tower sees.
-        position: Of its middle in the image, (x, y) from 0 to 1.
+        id: Id of the question.
+        question: Text of the question.
+        answer: The model's answer.
+        truths: The correct answers.
+        image: The image's path as given in the data set.
+        fields: Values to group by, as given in the data set.
+        scores: Score by protocol.
+        letter_height: Height of the text that holds the answer, in pixels of the tower's input.
+        position: Centre of that text in the image, (x, y) from 0 to 1.
     """
 
     id: str
@@ -108,19 +108,19 @@ class Answered:
 
     @property
     def drawn_with(self) -> tuple[str, bool]:
-        """Tell the records that a bootstrap draws together: those on one image."""
+        """Key of the records that the bootstrap draws together: those on one image."""
         return (self.id, False) if self.image is None else (self.image, True)
 
 
 @dataclass(frozen=True, slots=True)
 class Results:
-    """What an evaluation found.
+    """The results of an evaluation.
 
     Attributes:
-        dataset: The file that was asked from.
-        setting: How the answers were got.
-        figures: One for each protocol.
-        records: Each answer.
+        dataset: File or name of the data set.
+        setting: How the answers were generated.
+        figures: One figure per protocol.
+        records: All answers.
     """
 
     dataset: str
@@ -129,13 +129,10 @@ class Results:
     records: tuple[Answered, ...]
 
     def as_dict(self, *, records: bool = True) -> dict[str, Any]:
-        """The same, ready for JSON.
+        """Return the results as plain data for JSON.
 
         Args:
-            records: Whether single answers are in it.
-
-        Returns:
-            Plain data.
+            records: Whether to include single answers.
         """
         plain: dict[str, Any] = {
             "format": _FORMAT,
@@ -156,14 +153,11 @@ def score_answers(
     """Score answers.
 
     Args:
-        questions: Each with its answer.
-        dataset: What to call them.
-        setting: How the answers were got.
-        protocols: Which figures to take; none stands for all that the data allows.
-        measures: Letters' height and place by question; see ``diagnostics.measure``.
-
-    Returns:
-        Scores and figures.
+        questions: Questions with their answers.
+        dataset: Name of the data set.
+        setting: How the answers were generated.
+        protocols: Protocols to score by; none means all that the data allows.
+        measures: Letter height and position by question id; see ``measure_letter_height``.
 
     Raises:
         DataError: A protocol needs truths that the data does not have.
@@ -188,15 +182,7 @@ def _figures(records: Sequence[Answered], protocols: Sequence[Protocol], setting
 
 
 def rate(records: Sequence[Answered], protocol: str) -> tuple[float, float, float]:
-    """Take the figure of some records.
-
-    Args:
-        records: With scores by this protocol.
-        protocol: Which.
-
-    Returns:
-        The figure in percent, and the ends of its 95 % interval; images are drawn, with all questions on them.
-    """
+    """Return the figure of some records in percent, and the ends of its 95 % interval."""
     scores = np.array([[record.scores[protocol].points, record.scores[protocol].out_of] for record in records])
     by_image = sum_by_name(scores, [record.drawn_with for record in records])
     ((low, high),) = ratio_intervals(by_image[:, :1], by_image[:, 1:])
@@ -205,21 +191,15 @@ def rate(records: Sequence[Answered], protocol: str) -> tuple[float, float, floa
 
 
 def write_results(results: Results, path: Path) -> None:
-    """Write a results file, whole or not at all."""
+    """Write a results file atomically."""
     write_json(path, results.as_dict())
 
 
 def read_results(path: str | Path) -> Results:
-    """Read a results file.
-
-    Args:
-        path: As ``write_results`` wrote it.
-
-    Returns:
-        Its content.
+    """Read a results file that ``write_results`` wrote.
 
     Raises:
-        DataError: It is no such file.
+        DataError: It is not a results file.
     """
     try:
         plain = json.loads(Path(path).read_text(encoding="utf-8"))
@@ -229,16 +209,16 @@ def read_results(path: str | Path) -> Results:
         return Results(
             str(plain["dataset"]),
             setting,
-            tuple(_figure(figure, setting) for figure in plain["figures"]),
-            tuple(_answered(record) for record in plain["records"]),
+            tuple(_read_figure(figure, setting) for figure in plain["figures"]),
+            tuple(_read_answered(record) for record in plain["records"]),
         )
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataError.at(
-            str(path), f"is not readable as results ({error!r})", "give a file that 'llavar-peft eval vqa --out' wrote"
+            str(path), f"cannot be read as results ({error!r})", "give a file written by 'llavar-peft eval vqa --out'"
         ) from error
 
 
-def _figure(plain: Mapping[str, Any], setting: Setting) -> Figure:
+def _read_figure(plain: Mapping[str, Any], setting: Setting) -> Figure:
     own = [entry.name for entry in fields(Figure) if entry.name != "setting"]
     return Figure(**{name: plain[name] for name in own}, setting=setting)
 
@@ -249,7 +229,7 @@ def _plain(record: Answered) -> dict[str, Any]:
     return {**plain, "truths": list(record.truths), "fields": dict(record.fields), "scores": scores}
 
 
-def _answered(plain: Mapping[str, Any]) -> Answered:
+def _read_answered(plain: Mapping[str, Any]) -> Answered:
     position = plain["position"]
     return Answered(
         **{

@@ -1,8 +1,8 @@
-"""Questions about images with their right answers, from the benchmarks' own files or from anyone's.
+"""Questions about images with their correct answers, from benchmark files or the user's own.
 
-Known are: MultimodalOCR's predictions (``gt_answers``, ``image_path``, ``answer``), the annotations of ST-VQA, TextVQA,
-DocVQA and OCR-VQA, any JSON or JSON-lines file of ``question`` / ``answers`` / ``image``, and records in the released
-training format, whose first question is asked.
+Known formats: MultimodalOCR's predictions (``gt_answers``, ``image_path``, ``answer``); the annotations of ST-VQA,
+TextVQA, DocVQA and OCR-VQA; any JSON or JSON-lines file with ``question``, ``answers`` and ``image``; and records in
+the released training format, whose first question is used.
 """
 
 from __future__ import annotations
@@ -15,31 +15,30 @@ from typing import Any, Final
 from llavar_peft.constants import IMAGE_PLACEHOLDER
 from llavar_peft.data.record_store import parse_record
 from llavar_peft.errors import DataError, LlavarError
-from llavar_peft.evaluation.vqa.benchmark_files import MEND, read_rows
-from llavar_peft.evaluation.vqa.text_size import MEASURES, read_text_size
+from llavar_peft.evaluation.vqa.benchmark_files import RECORD_FIX, SIZE_KEYS, read_rows, read_text_size
 
 _IDS: Final = ("question_id", "questionId", "id")
 _TRUTHS: Final = ("gt_answers", "answers", "truths", "truth")
 _ANSWERS: Final = ("prediction", "predict", "answer")
 _IMAGES: Final = ("image_path", "image", "file_path", "file_name", "image_id")
-_USED: Final = {*_IDS, *_TRUTHS, *_ANSWERS, *_IMAGES, *MEASURES, "question", "conversations"}
+_USED: Final = {*_IDS, *_TRUTHS, *_ANSWERS, *_IMAGES, *SIZE_KEYS, "question", "conversations"}
 _LONGEST_FIELD: Final = 40
 
 
 @dataclass(frozen=True, slots=True)
 class VqaQuestion:
-    """One question.
+    """A question with its correct answers.
 
     Attributes:
-        id: Tells it from the others of its file; its index where the file has no ids of its own.
-        question: The words.
-        truths: The right answers.
-        image: The image's path as the file has it.
-        answer: What a model said, in a file of predictions.
-        fields: What else the file says of it in a word, e.g. ``{"dataset": "coco-text"}``: kinds to tell apart.
-        text_height: Of the letters that hold the answer, in the image's pixels.
-        box: Of the text that holds the answer: left, top, right, bottom, in the image's pixels.
-        size: Of the image, (width, height).
+        id: Identifies it within its file; its index where the file has no ids.
+        question: The text of the question.
+        truths: The correct answers.
+        image: The image's path as given in the file.
+        answer: A model's answer, in a file of predictions.
+        fields: Other short values of the record, e.g. ``{"dataset": "coco-text"}``, by which results are grouped.
+        text_height: Height of the letters that hold the answer, in image pixels.
+        box: Box of the text that holds the answer: left, top, right, bottom, in image pixels.
+        size: (width, height) of the image.
     """
 
     id: str
@@ -59,15 +58,15 @@ def read_vqa_questions(
     """Read a file of questions.
 
     Args:
-        path: ``.json`` or ``.jsonl``, of one of the forms above.
-        limit: Takes the first ones only.
-        split: Takes those of this part only: ``train``, ``val`` or ``test``.
+        path: ``.json`` or ``.jsonl``, in one of the formats above.
+        limit: Only read the first questions.
+        split: Only read this split: ``train``, ``val`` or ``test``.
 
     Returns:
-        The questions in the file's order. Where two have one id, all are called by their places.
+        The questions in the order of the file. If ids are not unique, all questions get their index as id.
 
     Raises:
-        DataError: The file cannot be read, a record lacks its question or its answers, or there is no such part.
+        DataError: The file cannot be read, a record lacks its question or its answers, or the split is empty.
     """
     questions = [question for _, question in _read(path, limit, split)]
     if len({question.id for question in questions}) == len(questions):
@@ -76,7 +75,7 @@ def read_vqa_questions(
 
 
 def _read(path: str | Path, limit: int | None, split: str | None) -> list[tuple[str, VqaQuestion]]:
-    """The questions as they are, each with its name in messages."""
+    """Return the questions as given, each with its location in messages."""
     questions: list[tuple[str, VqaQuestion]] = []
     for where, row in read_rows(Path(path), split):
         if limit is not None and len(questions) == limit:
@@ -91,59 +90,59 @@ def _read(path: str | Path, limit: int | None, split: str | None) -> list[tuple[
 def read_predictions(
     path: str | Path, dataset: str | Path | None = None, *, limit: int | None = None, split: str | None = None
 ) -> tuple[VqaQuestion, ...]:
-    """Read answers that some model gave.
+    """Read the answers of a model.
 
     Args:
-        path: Records with the answer (``prediction``, ``predict`` or ``answer``), and, unless there is a data set, with
+        path: Records with the answer (``prediction``, ``predict`` or ``answer``) and, without ``dataset``, with
             question and truths.
-        dataset: Where question and truths are; the predictions then bear its ids, and each question has one. The
-            answer may be called ``text`` then, as in the original's files.
-        limit: Takes the first questions only.
-        split: Takes the questions of this part only.
+        dataset: File with questions and truths. The predictions then have its ids, and each question has one
+            prediction. The answer may also be called ``text``, as in the original's files.
+        limit: Only read the first questions.
+        split: Only read the questions of this split.
 
     Returns:
         The questions, each with its answer.
 
     Raises:
-        DataError: A file cannot be read, an answer is missing or belongs to no question, or, where there is a data
-            set, an id is not one question's alone.
+        DataError: A file cannot be read, an answer is missing or matches no question, or, with ``dataset``, an id is
+            not unique.
     """
     if dataset is None:
         questions = read_vqa_questions(path, limit=limit, split=split)
         for index, question in enumerate(questions):
             if question.answer is None:
-                raise DataError.at(f"{path}:{index}", "has no answer", "write what the model said under 'answer'")
+                raise DataError.at(f"{path}:{index}", "has no answer", "write the model's answer as 'answer'")
         return questions
-    asked = [question for _, question in _all_different(_read(dataset, limit, split))]
-    said: dict[str, str] = {}
+    asked = [question for _, question in _check_unique_ids(_read(dataset, limit, split))]
+    answers: dict[str, str] = {}
     for where, row in read_rows(Path(path)):
         identity, answer = _identity(row), _text(row, (*_ANSWERS, "text"), where)
         if identity is None or answer is None:
             lacking = "question_id" if identity is None else "answer"
             raise DataError.at(where, f"has no {lacking}", "write question_id and answer in each record")
-        if identity in said:
-            raise DataError.at(where, f"answers the question {identity!r} again", "give one answer to each")
-        said[identity] = answer
-    absent = [question.id for question in asked if question.id not in said]
+        if identity in answers:
+            raise DataError.at(where, f"is a second answer to the question {identity!r}", "give one answer to each")
+        answers[identity] = answer
+    absent = [question.id for question in asked if question.id not in answers]
     if absent:
         shown = ", ".join(absent[:5])
         raise DataError.at(
             str(path),
             f"answers {len(asked) - len(absent)} of {len(asked)} questions of {dataset} (missing: {shown})",
-            "give the answers to all of them, with the data set's ids",
+            "give answers to all questions, with the ids of the data set",
         )
-    return tuple(replace(question, answer=said[question.id]) for question in asked)
+    return tuple(replace(question, answer=answers[question.id]) for question in asked)
 
 
-def _all_different(questions: list[tuple[str, VqaQuestion]]) -> list[tuple[str, VqaQuestion]]:
-    """Two questions of one id would both get the answer to one of them."""
+def _check_unique_ids(questions: list[tuple[str, VqaQuestion]]) -> list[tuple[str, VqaQuestion]]:
+    """Raise ``DataError`` if two questions have the same id: both would get the same answer."""
     places: dict[str, str] = {}
     for where, question in questions:
         if question.id in places:
             raise DataError.at(
                 where,
-                f"has the id {question.id!r} of {places[question.id]} too, so that answers cannot be told apart",
-                "give each question an id of its own, or predictions with question and gt_answers and no data set",
+                f"has the same id {question.id!r} as {places[question.id]}, so that answers cannot be assigned",
+                "make the ids unique, or give predictions with question and gt_answers and no data set",
             )
         places[question.id] = where
     return questions
@@ -154,13 +153,13 @@ def _parse(row: Mapping[str, Any], where: str, index: str) -> VqaQuestion:
         return _parse_record(row, where)
     question = row.get("question")
     if not isinstance(question, str) or not question.strip():
-        raise DataError.at(where, "has no question", MEND)
-    # In a file of questions alone, "answer" is the right one; beside a list of right ones, though empty, it is not.
+        raise DataError.at(where, "has no question", RECORD_FIX)
+    # "answer" is the truth in a file of questions, but the prediction in a record with a list of truths, even if empty.
     keys = ("answer",) if not any(key in row for key in _TRUTHS) else _TRUTHS
     truth_key = next((key for key in keys if row.get(key) not in (None, [])), None)
     if truth_key is None:
         empty = next((f" ({key} is empty)" for key in _TRUTHS if key in row), "")
-        raise DataError.at(where, f"has no right answers{empty}", "use a part of the data set whose answers are public")
+        raise DataError.at(where, f"has no correct answers{empty}", "use a split whose answers are public")
     return VqaQuestion(
         id=_identity(row) or index,
         question=question,
@@ -175,7 +174,7 @@ def _parse(row: Mapping[str, Any], where: str, index: str) -> VqaQuestion:
 def _parse_record(row: Mapping[str, Any], where: str) -> VqaQuestion:
     conversation = parse_record(row, where)
     if len(conversation.turns) < 2 or len(conversation.images) > 1:
-        raise DataError.at(where, "has no answer, or several pictures", "leave the record out")
+        raise DataError.at(where, "has no answer, or several images", "remove the record")
     asked, answered = conversation.turns[:2]
     return VqaQuestion(
         id=conversation.id,
@@ -200,12 +199,12 @@ def _truths(value: Any, where: str) -> tuple[str, ...]:
     listed = value if isinstance(value, list) else [value]
     texts = [entry.get("answer") if isinstance(entry, Mapping) else entry for entry in listed]
     if not all(isinstance(text, str | int | float) and not isinstance(text, bool) for text in texts):
-        raise DataError.at(where, "are not texts", "write the right answers as a list of texts")
+        raise DataError.at(where, "are not texts", "write the correct answers as a list of texts")
     return tuple(str(text) for text in texts)
 
 
 def _text(row: Mapping[str, Any], keys: tuple[str, ...], where: str) -> str | None:
-    """The first of these that is there; a number counts as the text that it is written as."""
+    """Return the value of the first present key; a number is converted to text."""
     value = _first(row, keys)
     if value is None or isinstance(value, str):
         return value
@@ -223,16 +222,16 @@ def _image(row: Mapping[str, Any], where: str) -> str | None:
     name = str(row[key])
     if key == "file_name" and isinstance(row.get("dataset"), str):  # ST-VQA
         return f"{row['dataset']}/{name}"
-    # TextVQA names the image without its ending.
+    # TextVQA gives the image without its extension.
     return f"{name}.jpg" if key == "image_id" and not PurePosixPath(name).suffix else name
 
 
 def _not_text(where: str, key: str) -> LlavarError:
-    return DataError.at(f"{where}: {key}", "is not a text", MEND)
+    return DataError.at(f"{where}: {key}", "is not a text", RECORD_FIX)
 
 
 def _fields(row: Mapping[str, Any]) -> dict[str, str]:
-    """What may tell kinds apart: short values under other keys; of a list (DocVQA's question types) all of them."""
+    """Return short values under other keys, to group by; a list (DocVQA's question types) is joined."""
     fields = {}
     for key, value in row.items():
         listed = isinstance(value, list) and bool(value) and all(isinstance(entry, str) for entry in value)

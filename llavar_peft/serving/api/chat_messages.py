@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from llavar_peft.constants import SYSTEM_PROMPT
 from llavar_peft.data.conversation_template import Content
 from llavar_peft.errors import LlavarError
-from llavar_peft.inference.generation_request import Request, Sampling, encode_messages
+from llavar_peft.inference.generation_request import Request, encode_messages
+from llavar_peft.inference.token_sampling import Sampling
 from llavar_peft.models.processing_llavar import LlavarProcessor
 from llavar_peft.serving.api.api_schema import ChatRequest, ImagePart, Message, TextPart
 from llavar_peft.serving.api.request_images import RequestImageReader

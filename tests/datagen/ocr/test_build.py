@@ -99,7 +99,7 @@ def test_a_benchmark_takes_the_letter_height_from_an_ocr_build(
     assert main(["eval", "diagnose", str(tmp_path / "results.json")]) == 0
     assert "eval vqa --heights" in capsys.readouterr().out
     assert main([*command, "--heights", str(built)]) == 2
-    assert "is of none of the pictures asked about" in capsys.readouterr().err
+    assert "holds none of the images of the questions" in capsys.readouterr().err
 
 
 @pytest.mark.skipif(shutil.which("tesseract") is None, reason="the program tesseract is not installed")
