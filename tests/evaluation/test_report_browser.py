@@ -14,7 +14,7 @@ from PIL import Image
 from llavar_peft.evaluation.report.write_report import ReportSettings, write_report
 from llavar_peft.evaluation.vqa.scored_results import Setting, score_answers, write_results
 from llavar_peft.evaluation.vqa.vqa_questions import read_predictions
-from tests.serving.browser import Browser, browsing, find_chromium
+from tests.serving.browser import Browser, open_browser, find_chromium
 
 CHROMIUM = find_chromium()
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium on this machine")
@@ -73,7 +73,7 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def browser() -> Iterator[Browser]:
     assert CHROMIUM is not None
-    with browsing(CHROMIUM) as page:
+    with open_browser(CHROMIUM) as page:
         yield page
 
 
