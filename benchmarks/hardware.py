@@ -15,7 +15,7 @@ from llavar_peft.preflight.estimate_stage import estimate_stage
 from llavar_peft.recipe.presets import load_recipe
 
 CARDS = (12, 16, 24, 48, 80, 141)
-"""Memory sizes of common GPUs in GB."""
+"""Memory sizes of common GPUs, in GiB as the driver reports them and in GB as they are sold."""
 MARGIN = 1.05
 """The estimate counts tensors; the allocator and the libraries need a little more."""
 
@@ -48,8 +48,8 @@ CASES = (
 def row(case: Case) -> str:
     """Return the table row of a case."""
     recipe = load_recipe(case.recipe, [f"stages.1.micro_batch_size={case.micro_batch_size}"], preset=case.preset)
-    peak = estimate_stage(recipe, recipe.stages[-1], gpus=case.gpus).memory.peak
-    fitting = [card for card in CARDS if peak * MARGIN <= card * 1e9]
+    peak = estimate_stage(recipe.model, recipe.stages[-1], gpus=case.gpus).memory.peak
+    fitting = [card for card in CARDS if peak * MARGIN <= card * 2**30]
     smallest = f"{fitting[0]} GB" if fitting else "none of these"
     return f"| {case.tuning} | {case.micro_batch_size} | {case.gpus} | {peak / 2**30:.1f} | {smallest} |"
 

@@ -17,7 +17,8 @@ from transformers import StoppingCriteria, StoppingCriteriaList
 
 from llavar_peft.constants import SYSTEM_PROMPT
 from llavar_peft.data.conversation_template import image_block
-from llavar_peft.data.image_preparation import open_image, prepare_image
+from llavar_peft.data.image_files import open_image
+from llavar_peft.data.image_preparation import prepare_image
 
 if TYPE_CHECKING:
     from llavar_peft.inference.engine import Engine

@@ -1,10 +1,11 @@
 """Lengths of the benchmarks' random records, like those of LLaVAR's training data, which is not shipped.
 
-Means are computed from the published files' sizes (LLaVA, docs/Data.md: ``conversation_58k.json`` 126 MB, ``detail_23k.json``
-20.5 MB, ``complex_reasoning_77k.json`` 79.6 MB, ``chat.json`` of 595K captions 211 MB; LLaVAR: ``chat_llavar.json`` of
-1,017K records 389 MB) less the JSON syntax around each text, at 4.4 characters a token (3.2 in OCR). The spread of
-stage 2 was measured on GPT-4's answers to LLaVA's 90 COCO questions: standard deviation of the logarithm 0.50, 0.25
-and 0.23. The number of questions in a conversation (3 to 6) and the spread of stage 1 are assumptions.
+Means are computed from the published files' sizes (LLaVA, docs/Data.md: ``conversation_58k.json`` 126 MB,
+``detail_23k.json`` 20.5 MB, ``complex_reasoning_77k.json`` 79.6 MB, ``chat.json`` of 595K captions 211 MB; LLaVAR:
+``chat_llavar.json`` of 1,017K records 389 MB) less the JSON syntax around each text, at 4.4 characters a token (3.2
+in OCR). The spread of stage 2 was measured on GPT-4's answers to LLaVA's 90 COCO questions: standard deviation of the
+logarithm 0.50, 0.25 and 0.23. The number of questions in a conversation (3 to 6) and the spread of stage 1 are
+assumptions.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Run several trainings in separate processes that take turns, step by step.
 
-All processes are forked from one that has imported everything and computed nothing, so that they start in the same state
-and none spends time on imports. While one makes a step, the others wait. Linux only.
+All processes are forked from one that has imported everything and computed nothing, so that they start in the same
+state and none spends time on imports. While one makes a step, the others wait. Linux only.
 """
 
 from __future__ import annotations

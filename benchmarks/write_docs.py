@@ -14,8 +14,10 @@ SECTIONS = {
     "Hardware requirements": ("hardware", "Estimated memory of the fullest GPU, by `python benchmarks/hardware.py`."),
     "Training speed and memory": (
         "train",
-        "One training step each in turn on the same records, with equal losses, against the original's step and TRL. "
-        "Ratios above 1 mean that this library is faster or smaller; ratios below 1.15 are reported as no result.",
+        (
+            "One training step each in turn on the same records, with equal losses, against the original's step and "
+            "TRL. Ratios above 1 mean that this library is faster or smaller; below 1.15 there is no result."
+        ),
     ),
     "Data loading": ("data", "Opening a million records, and preparing text and images, against the original's code."),
     "Inference": (

@@ -1,10 +1,10 @@
-"""From images that nobody has labelled to a model, its scores and its report: each step a command of the package.
+"""Go from unlabeled images to a model, its scores and its report. Every step is a command of the package.
 
     python examples/ocr_to_model.py --out runs/ocr --pages 120
 
-Images are drawn by ``synth`` (``--pictures`` adds a folder of yours), read by ``ocr build``, looked at by ``data
-check``, split, trained on by the tiny model in two stages, asked of both stages' models by ``eval vqa``, and told by
-``eval diagnose`` and ``report``. For a real model, give your images and replace the preset ``tiny`` by ``llavar-7b``.
+``synth`` draws images (``--images`` adds a folder of yours), ``ocr build`` reads them, ``data check`` checks the records,
+the tiny model is trained on them in two stages, ``eval vqa`` asks the models of both stages, and ``eval diagnose`` and
+``report`` show the results. For a real model, give your images and replace the recipe ``tiny`` by ``llavar-7b``.
 """
 
 import argparse
@@ -20,11 +20,11 @@ from llavar_peft.cli import main as llavar_peft
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True, help="folder that gets everything")
-    parser.add_argument("--pages", type=int, default=120, help="pictures to draw")
-    parser.add_argument("--pictures", type=Path, help="a folder of further pictures")
+    parser.add_argument("--out", type=Path, required=True, help="folder of all results")
+    parser.add_argument("--pages", type=int, default=120, help="number of images to draw")
+    parser.add_argument("--images", "--pictures", type=Path, help="folder of further images")
     parser.add_argument("--steps", type=int, default=100, help="optimizer steps of each stage")
-    parser.add_argument("--workers", type=int, default=1, help="processes that read")
+    parser.add_argument("--workers", type=int, default=1, help="number of OCR processes")
     args = parser.parse_args()
     out, took = args.out, dict[str, float]()
 
@@ -54,7 +54,7 @@ def main() -> None:
 
 
 def split(records: Path) -> tuple[Path, Path]:
-    """Hold every fifth record out, so that all kinds are in both parts."""
+    """Hold out every fifth record, so that all kinds are in both parts."""
     rows = json.loads(records.read_text(encoding="utf-8"))
     parts = {
         records.with_name("train.json"): [row for number, row in enumerate(rows) if number % 5],
@@ -67,7 +67,7 @@ def split(records: Path) -> tuple[Path, Path]:
 
 
 def settings(train: Path, images: Path, out: Path, steps: int) -> Sequence[str]:
-    """The preset ``tiny`` on these records."""
+    """Return the overrides that run the recipe ``tiny`` on these records."""
     parts = files("llavar_peft") / "assets/tiny"
     shared = [f"model.{part}={parts / part}" for part in ("language_model", "vision_tower")]
     of_stages = {
@@ -89,7 +89,7 @@ def settings(train: Path, images: Path, out: Path, steps: int) -> Sequence[str]:
 
 
 def summary(out: Path, took: dict[str, float]) -> dict[str, object]:
-    """What was kept and why, what it scored, and the seconds that each step took."""
+    """Return what was kept and why, the scores, and the seconds of each step."""
     build = json.loads((out / "records.report.json").read_text(encoding="utf-8"))
     figures = {
         when: {

@@ -13,7 +13,7 @@
 # They save a checkpoint after the current step and exit with status 4; the job is then requeued and resumes.
 set -euo pipefail
 
-recipe=${1:?usage: sbatch slurm.sh RECIPE (a preset name or a file)}
+recipe=${1:?usage: sbatch slurm.sh RECIPE (a name or a file)}
 export MASTER_ADDR MASTER_PORT=$((20000 + SLURM_JOB_ID % 20000)) WORLD_SIZE=$SLURM_NTASKS
 MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 # The settings of examples/accelerate/fsdp2_2x8.yaml, as accelerate passes them to its processes.

@@ -5,6 +5,7 @@ A message has the form ``where: what (got X, expected Y). Fix: ...``.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -22,6 +23,12 @@ class Fault:
     where: str
     what: str
     fix: str
+
+    @property
+    def mend(self) -> str:
+        """Return ``fix`` under its name in version 0.1."""
+        warnings.warn("Fault.mend is now Fault.fix", DeprecationWarning, stacklevel=2)
+        return self.fix
 
     def __str__(self) -> str:
         return f"{self.where}: {self.what}. Fix: {self.fix}{'' if self.fix.endswith('?') else '.'}"

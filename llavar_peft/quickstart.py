@@ -164,7 +164,7 @@ def score(
     """
     from PIL import Image
 
-    from llavar_peft.data.image_preparation import open_image
+    from llavar_peft.data.image_files import open_image
     from llavar_peft.data.text_metrics import exact_match
     from llavar_peft.inference.token_sampling import Sampling
 

@@ -60,6 +60,7 @@ _SKIPPED = (
     "tests/golden",
     "tests/test_words.py",
     "benchmarks/results",
+    "docs/benchmarks.md",
     "llavar_peft/assets",
 )
 _PATTERN = re.compile(rf"(?<![a-z])({'|'.join(BANNED)})(?![a-z])", re.IGNORECASE)

@@ -1,4 +1,4 @@
-"""Files written by version 0.1 open, resume and give the same results: see tests/fixtures/written_by_0_1/make_files.py."""
+"""Files written by version 0.1 open, resume and give the same results: see make_files.py next to the archive."""
 
 from __future__ import annotations
 

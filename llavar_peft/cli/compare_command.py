@@ -80,7 +80,7 @@ def eval_diagnose(
         return
     if model is None:
         raise ConfigError.at("--records", "counting their tokens needs a model's processor", "give --model")
-    from llavar_peft.data.image_preparation import ImageRoots
+    from llavar_peft.data.image_roots import ImageRoots
     from llavar_peft.data.record_store import open_records
     from llavar_peft.evaluation.vqa.length_report import report_lengths
     from llavar_peft.models.build_model import load_processor

@@ -26,7 +26,7 @@ def data_check(
 ) -> None:
     """Report all malformed records and all missing or broken images."""
     from llavar_peft.data.check_records import check_records
-    from llavar_peft.data.image_preparation import ImageRoots
+    from llavar_peft.data.image_roots import ImageRoots
     from llavar_peft.data.record_store import open_records
 
     opened = open_records([str(path) for path in records])
@@ -61,7 +61,7 @@ def data_inspect(
 ) -> None:
     """Show the text of records as the model is trained on it, with the supervised parts in green."""
     from llavar_peft.data.encode_record import encode_record
-    from llavar_peft.data.image_preparation import ImageRoots
+    from llavar_peft.data.image_roots import ImageRoots
     from llavar_peft.data.record_store import open_records
     from llavar_peft.data.supervised_text import decode_supervision
     from llavar_peft.models.build_model import load_processor

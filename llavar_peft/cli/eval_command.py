@@ -88,7 +88,7 @@ def eval_vqa(
     With --predictions, options such as --prompt and --temperature state how the answers were made, where the file does
     not say so.
     """
-    from llavar_peft.data.image_preparation import ImageRoots
+    from llavar_peft.data.image_roots import ImageRoots
     from llavar_peft.evaluation.vqa.diagnose_results import borrow_heights, measure_letter_height
     from llavar_peft.evaluation.vqa.scored_results import Setting, score_answers
     from llavar_peft.evaluation.vqa.vqa_questions import read_predictions, read_vqa_questions
@@ -155,7 +155,7 @@ def eval_mme(
 
     The score is accuracy plus accuracy+, at most 200.
     """
-    from llavar_peft.data.image_preparation import ImageRoots
+    from llavar_peft.data.image_roots import ImageRoots
     from llavar_peft.evaluation.vqa.mme_ocr import read_answers, read_folder, score_images
     from llavar_peft.evaluation.vqa.scored_results import Setting
 

@@ -44,7 +44,7 @@ def eval_answer(
 
     Run the same command again to resume.
     """
-    from llavar_peft.data.image_preparation import ImageRoots
+    from llavar_peft.data.image_roots import ImageRoots
     from llavar_peft.evaluation.judge.judge_cases import read_unanswered, write_judge_answers
     from llavar_peft.evaluation.vqa.scored_results import Setting
 

@@ -123,4 +123,5 @@ def _seconds(one: StageEstimate, gpus: int, tflops: float | None) -> float | Non
 def _as_json(one: StageEstimate, gpus: int, tflops: float | None) -> dict[str, Any]:
     fields = dataclasses.asdict(one)
     fields["memory"]["peak"] = one.memory.peak
+    fields["lengths"]["pictures"] = fields["lengths"].pop("images")  # the key of version 0.1
     return {**fields, "step_seconds": _seconds(one, gpus, tflops)}

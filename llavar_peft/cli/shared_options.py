@@ -25,14 +25,16 @@ AdapterOption: TypeAlias = Annotated[
     Path | None, typer.Option("--adapter", help="The folder of an adapter to apply to the model.")
 ]
 VisionTowerOption: TypeAlias = Annotated[
-    str | None, typer.Option("--vision-tower", help="The CLIP folder, for a model in the released layout.")
+    str | None, typer.Option("--vision-tower", help="The CLIP folder or Hub name, for a model in the released layout.")
 ]
 QuantizeOption: TypeAlias = Annotated[
     Quantization | None, typer.Option("--quantize", help="Store the base weights in 4 bits (nf4) or 8 bits (int8).")
 ]
 ImageModeOption: TypeAlias = Annotated[
     ImageMode | None,
-    typer.Option("--image-mode", help="How images are brought to the model's size. Default: as the model was trained."),
+    typer.Option(
+        "--image-mode", help="How images are brought to the model's size. Default: the mode saved with the model."
+    ),
 ]
 MaxNewTokensOption: TypeAlias = Annotated[
     int, typer.Option("--max-new-tokens", min=1, help="Largest number of tokens in an answer.")

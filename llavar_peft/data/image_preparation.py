@@ -23,7 +23,6 @@ import numpy as np
 from PIL import Image
 
 from llavar_peft.data.image_files import open_image
-from llavar_peft.data.image_roots import ImageRoots
 from llavar_peft.errors import ConfigError
 from llavar_peft.types import ImageMode
 
@@ -32,7 +31,6 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-__all__ = ["ImageRoots", "image_token_count", "open_image", "prepare_image"]
 
 _KEEP_LONG: Final = 448
 _KEEP_SHORT: Final = 224

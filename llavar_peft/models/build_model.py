@@ -145,7 +145,7 @@ def resolve_attention(attention: Attention, dtype: torch.dtype) -> str:
         return "flash_attention_2" if available and half and torch.cuda.is_available() else "sdpa"
     if attention == "flash_attention_2" and not available:
         raise MissingDependencyError.at(
-            "model.attention", "flash_attention_2 is not installed", "pip install 'llavar_peft[cuda]', or use 'auto'"
+            "model.attention", "flash_attention_2 is not installed", "pip install 'llavar-peft[cuda]', or use 'auto'"
         )
     if attention == "flash_attention_2" and not half:
         raise ConfigError.at(

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 #   2. here: the arguments of ``peft.LoraConfig`` that select it. A variant that changes the base as it is applied, as
 #      PiSSA does (pissa.py), is also called in ``apply_tuning``;
 #   3. weights/adapter/lora_updates.py: the update that a merge adds to the base, if it is not LoRA's scaled B A.
+# A variant with tensors of new names also needs them in weights/adapter/adapter_parts.py.
 _VARIANT_ARGUMENTS: dict[LoraVariant, dict[str, Any]] = {
     "lora": {},
     "rslora": {"use_rslora": True},

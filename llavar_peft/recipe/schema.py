@@ -244,7 +244,8 @@ class Stage(_Strict):
     padded."""
     balance: bool = True
     """Whether a step's records are distributed so that its micro batches have similar numbers of tokens, instead of in
-    the order drawn."""
+    the order drawn. It has no effect with ``shuffle: false``, and with ``loss_average: micro_batch`` the loss depends
+    on which records share a micro batch."""
     max_tokens: PositiveInteger | None = None
     """Tokens per forward pass and rank; a larger micro batch runs in several passes, with the same loss. None runs one
     pass."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
@@ -15,6 +16,7 @@ logger = logging.getLogger(__name__)
 
 DROPPED_FILE = "dropped.jsonl"
 _SHOWN = 20
+_FIX = re.compile(r"\. (?:Fix|Mend):")  # version 0.1 wrote "Mend"
 
 
 class DroppedRecords:
@@ -48,7 +50,7 @@ class DroppedRecords:
             if reason.startswith("image:") and self.data.on_bad_image == "stop":
                 raise DataError.at(
                     f"record {record}",
-                    reason.removeprefix("image:").strip(),
+                    _FIX.split(reason.removeprefix("image:").strip())[0],
                     "repair the image, or set data.on_bad_image to skip",
                 )
             if record not in self.reasons:
@@ -58,7 +60,7 @@ class DroppedRecords:
                 raise self._too_many()
 
     def _too_many(self) -> DataError:
-        kinds = Counter(reason.split(". Fix:")[0].split(" (")[0][:80] for reason in self.reasons.values())
+        kinds = Counter(_FIX.split(reason)[0].split(" (")[0][:80] for reason in self.reasons.values())
         ids = ", ".join(list(self.reasons)[:_SHOWN])
         more = f", and {len(self.reasons) - _SHOWN} more" if len(self.reasons) > _SHOWN else ""
         counted = "; ".join(f"{count} x {kind}" for kind, count in kinds.most_common())

@@ -73,7 +73,7 @@ def check_finite(
     raise EnvironmentFaultError.at(
         where,
         f"{what}, records {', '.join(records[:_SHOWN])}{more}",
-        "nothing was updated; check these records, lower the learning rate, or train in bf16 instead of fp16",
+        "nothing of this step is saved; check these records, lower the learning rate, or train in bf16 instead of fp16",
     )
 
 

@@ -71,7 +71,11 @@ def _configure_zero(accelerator: Accelerator) -> None:
     settings: dict[str, Any] = plugin.deepspeed_config
     for name in ("optimizer", "scheduler"):
         if name in settings:
-            raise ConfigError.at(f"deepspeed_config:{name}", "is set by the recipe", f"remove {name!r}")
+            raise ConfigError.at(
+                f"deepspeed_config:{name}",
+                "conflicts with the recipe, which sets it",
+                f"remove {name!r} from the DeepSpeed configuration",
+            )
     if plugin.zero_stage == 3:
         settings["zero_optimization"][_GATHER_ON_SAVE] = True
 

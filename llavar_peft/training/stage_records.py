@@ -6,7 +6,7 @@ import copy
 import logging
 
 from llavar_peft.data.check_records import preflight
-from llavar_peft.data.image_preparation import ImageRoots
+from llavar_peft.data.image_roots import ImageRoots
 from llavar_peft.data.record_store import open_records
 from llavar_peft.data.training_dataset import TrainingDataset, split_holdout
 from llavar_peft.errors import DataError

@@ -99,7 +99,9 @@ def _updated_tensors(
     partitions = fp32_partitions(optimizer)
     if not partitions:
         raise EnvironmentFaultError.at(
-            "DeepSpeed", "cannot save its optimizer states", "use ZeRO 1 to 3, without offload to disk"
+            "DeepSpeed",
+            "the optimizer states cannot be saved with this configuration",
+            "use ZeRO 1 to 3, without offload to disk",
         )
     return {str(number): partition for number, partition in enumerate(partitions)}, optimizer.optimizer
 

@@ -14,7 +14,7 @@ from PIL import Image, ImageDraw
 
 from llavar_peft.cli import main
 from llavar_peft.data.check_records import check_records
-from llavar_peft.data.image_preparation import ImageRoots
+from llavar_peft.data.image_roots import ImageRoots
 from llavar_peft.data.record_store import open_records
 from llavar_peft.datagen.synth.camera_distortion import draw_camera, homography, move_quads, photograph
 from llavar_peft.datagen.synth.drawn_page import DrawnPage, draw_page

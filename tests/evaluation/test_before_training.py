@@ -7,7 +7,7 @@ import pytest
 
 from llavar_peft import cli
 from llavar_peft.data.encode_record import encode_record
-from llavar_peft.data.image_preparation import ImageRoots
+from llavar_peft.data.image_roots import ImageRoots
 from llavar_peft.data.record_store import open_records
 from llavar_peft.datagen.synth.synth_settings import SynthSettings
 from llavar_peft.datagen.synth.write_synthetic import write_synthetic

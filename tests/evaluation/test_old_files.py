@@ -1,6 +1,6 @@
 """Files that version 0.1 wrote can still be read.
 
-tests/golden/v0.1 was written by 0.1's ``eval vqa``, ``generate`` and ``eval answer``, asked with the tiny model about
+tests/fixtures/answers_by_0_1 was written by ``eval vqa``, ``generate`` and ``eval answer`` of 0.1 with the tiny model and
 two images (``--greedy --max-new-tokens 4``).
 """
 
@@ -17,7 +17,7 @@ from llavar_peft.evaluation.vqa.scored_results import read_results, score_answer
 from llavar_peft.evaluation.vqa.vqa_questions import read_predictions
 from llavar_peft.inference.question_file import earlier_answers, read_question_file
 
-OLD = Path(__file__).parents[1] / "golden/v0.1"
+OLD = Path(__file__).parents[1] / "fixtures/answers_by_0_1"
 
 
 def test_results_are_read_and_scored_the_same() -> None:

@@ -14,7 +14,7 @@ from PIL import Image
 from llavar_peft.evaluation.report.write_report import ReportSettings, write_report
 from llavar_peft.evaluation.vqa.scored_results import Setting, score_answers, write_results
 from llavar_peft.evaluation.vqa.vqa_questions import read_predictions
-from tests.serving.browser import Browser, open_browser, find_chromium
+from tests.serving.browser import Browser, find_chromium, open_browser
 
 CHROMIUM = find_chromium()
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium on this machine")

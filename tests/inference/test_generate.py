@@ -103,7 +103,7 @@ def test_a_stopped_run_resumes(checkpoint: Path, work: Path) -> None:
     assert len(finished.splitlines()) >= 3
     with part.open("ab") as file:
         file.write(b'{"place": 6, "te')  # killed while writing
-    with pytest.raises(ConfigError, match="other settings .image_mode was None and is 'pad_black', sampling"):
+    with pytest.raises(ConfigError, match=r"other settings .image_mode was None and is 'pad_black', sampling"):
         run(checkpoint, work, image_mode="pad_black")
     counts: list[tuple[int, int]] = []
     report = run(checkpoint, work, sampling=hot, batch_size=3, progress=lambda *both: counts.append(both))

@@ -78,6 +78,7 @@ def test_the_size_of_the_papers_model_is_derived_from_its_name(capsys: pytest.Ca
     assert finetune["trained"] == 13_015_864_320 + 2 * 3 * 5120 + 1024 * 5120 + 5120
     assert pretrain["trained"] == 1024 * 5120 + 5120 + 2 * 5120
     assert pretrain["steps"] is None  # its records do not exist
+    assert set(pretrain["lengths"]) == {"records", "mean", "longest", "squares", "pictures"}  # as in version 0.1
     # Three times two for each weight and token, and a fourth time, because activations are recomputed.
     assert finetune["step_flops"] == pytest.approx(8 * 12.7e9 * 32 * 2048, rel=0.1)
     assert finetune["step_seconds"] == pytest.approx(finetune["step_flops"] / (8 * 150e12))

@@ -34,7 +34,7 @@ def client(address: str) -> Client:
 def ask(client: Client, image: Path | None, question: str, model: str = MODEL, other: str = "(off)") -> list[Any]:
     """Return all outputs that the endpoint streamed."""
     shown = handle_file(str(image)) if image else None
-    job = client.submit(image=shown, question=question, model=model, other=other, api_name="/ask", **GREEDY)
+    job = client.submit(picture=shown, question=question, model=model, other=other, api_name="/ask", **GREEDY)
     job.result(60)
     return job.outputs()
 

@@ -87,8 +87,10 @@ class ConverseReport:
     drops: list[tuple[str, Outcome, str]] = field(default_factory=list)
 
     def as_dict(self) -> dict[str, Any]:
-        """Return the report as a JSON-ready dictionary."""
-        return {**vars(self), "dropped": dict(Counter(outcome for _, outcome, _ in self.drops).most_common())}
+        """Return the report as a JSON-ready dictionary, with the keys of version 0.1."""
+        keys = {"images": "pictures", "repaired": "mended"}
+        fields = {keys.get(name, name): value for name, value in vars(self).items()}
+        return {**fields, "dropped": dict(Counter(outcome for _, outcome, _ in self.drops).most_common())}
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,7 +15,7 @@ from llavar_peft.evaluation.vqa.scored_results import Setting
 from llavar_peft.evaluation.vqa.vqa_questions import VqaQuestion
 
 if TYPE_CHECKING:
-    from llavar_peft.data.image_preparation import ImageRoots
+    from llavar_peft.data.image_roots import ImageRoots
     from llavar_peft.inference.chat import Chat
 
 QUESTION_PLACE: Final = "{question}"

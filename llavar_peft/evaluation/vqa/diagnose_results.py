@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
-from llavar_peft.data.image_preparation import ImageRoots
+from llavar_peft.data.image_roots import ImageRoots
 from llavar_peft.data.record_store import open_records
 from llavar_peft.errors import DataError
 from llavar_peft.evaluation.vqa.benchmark_files import read_text_size

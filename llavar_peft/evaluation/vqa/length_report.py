@@ -21,7 +21,7 @@ from llavar_peft.evaluation.vqa.diagnose_results import SMALLEST, TooSmall, meas
 from llavar_peft.evaluation.vqa.vqa_questions import VqaQuestion
 
 if TYPE_CHECKING:
-    from llavar_peft.data.image_preparation import ImageRoots
+    from llavar_peft.data.image_roots import ImageRoots
     from llavar_peft.models.processing_llavar import LlavarProcessor
 
 _MAX_RECORDS: Final = 20_000

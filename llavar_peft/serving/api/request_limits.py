@@ -101,4 +101,5 @@ async def read_body(request: Request, limits: RequestLimits) -> bytes:
             408, f"The body did not arrive within {limits.body_seconds:g} seconds.", "body_too_slow"
         ) from None
     except ClientDisconnect:
-        raise RequestRejectedError(400, "The connection was closed within the body.", "body_broken") from None
+        message = "The connection was closed before the body was complete."
+        raise RequestRejectedError(400, message, "body_broken") from None

@@ -127,7 +127,7 @@ class _Answering:
     async def run(
         self,
         conversation: PageConversation,
-        image: str | None,
+        picture: str | None,  # Gradio's API calls the argument by this name, as in version 0.1
         question: str,
         model: str,
         other: str,
@@ -141,12 +141,12 @@ class _Answering:
         # Not a gr.Number, whose value is 0 when it is empty.
         if seed and not (seed.strip().isascii() and seed.strip().isdigit()):
             raise gr.Error("The seed must be a whole number.", duration=4)
-        if conversation.image != image:
-            conversation = PageConversation(image)  # a conversation is about one image
+        if conversation.image != picture:
+            conversation = PageConversation(picture)  # a conversation is about one image
         models = (model,) if other == OFF else (model, other)
         sampling = {"temperature": temperature, "max_tokens": tokens, "seed": int(seed) if seed else None}
         streams = [
-            self._client.stream(name, conversation.history(side), question, image, **sampling)
+            self._client.stream(name, conversation.history(side), question, picture, **sampling)
             for side, name in enumerate(models)
         ]
         exchange = Exchange(question, models, [""] * len(models))

@@ -62,7 +62,7 @@ def check_delta_base(base: ReleasedView, delta: ReleasedView) -> BaseCheckMethod
     if not evidence.fits:
         share = evidence.off_grid / evidence.tested
         tensors = f"; worst tensors: {join_first(list(evidence.tensors))}" if evidence.tensors else ""
-        what = f"{share:.2%} of {evidence.tested} sampled differences are impossible with its values"
+        what = f"{share:.2%} of {evidence.tested} sampled values of the delta cannot result from this base"
         raise _wrong_base(base, delta, f"{what} (expected at most {MAX_OFF_GRID:.3%}){tensors}")
     return "statistics"
 

@@ -18,7 +18,7 @@ from PIL import Image
 from llavar_peft.cli import main
 from llavar_peft.constants import OCR_INSTRUCTIONS
 from llavar_peft.data.check_records import check_records
-from llavar_peft.data.image_preparation import ImageRoots
+from llavar_peft.data.image_roots import ImageRoots
 from llavar_peft.data.record_store import open_records
 from llavar_peft.data.resume_journal import ResumeJournal
 from llavar_peft.datagen.ocr.build_ocr_records import BuildSettings, build_records, journal_path, report_path

@@ -281,6 +281,9 @@ def test_invalid_replies_are_repeated_with_their_faults(records: Path, server: S
     server.answer = answer
     report, made = run(records, server)
     assert (report.kept, report.repaired) == (11, 11)
+    saved = report.as_dict()
+    assert list(saved) == ["pictures", "kept", "turns", "mended", "asked", "remembered", "drops", "dropped"]
+    assert (saved["pictures"], saved["mended"]) == (12, 11)  # the keys of version 0.1
     assert [(identity, outcome) for identity, outcome, _ in report.drops] == [("p3", "malformed")]
     assert all("15" not in json.dumps(record) for record in made)
     repaired = next(messages for messages in server.requests if len(messages) == 4 and "page 3" not in str(messages))

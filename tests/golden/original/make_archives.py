@@ -1,8 +1,9 @@
 """Pack what the original's training, model and generation gave into two archives that the parity tests unpack.
 
-The original's ``tokenizer.model`` is not ours to distribute. In its place goes a ``tokenizer.json`` with only the pieces
-that occur in the recorded ids and the pieces they are merged from, under their original ids; byte-pair encoding gives the
-same ids for these texts, because every merge that was applied is kept in its order. All other ids hold placeholders.
+The original's ``tokenizer.model`` is not ours to distribute. It is replaced by a ``tokenizer.json`` with only the
+pieces that occur in the recorded ids and the pieces they are merged from, under their original ids. Byte-pair
+encoding gives the same ids for these texts, because every merge that was applied is kept in its order. All other ids
+are placeholders.
 
 Usage: python tests/golden/original/make_archives.py GOLDEN_FOLDER
 """
@@ -14,6 +15,7 @@ import json
 import lzma
 import sys
 import tarfile
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -55,7 +57,7 @@ def reduced_tokenizer(folder: Path, ids: set[int]) -> str:
     for piece in sorted(kept):
         parts = list(piece)
         while not piece.startswith("<") and len(parts) > 1:
-            pairs = [(rank[pair], at) for at, pair in enumerate(zip(parts, parts[1:], strict=False)) if pair in rank]
+            pairs = [(rank[pair], at) for at, pair in enumerate(pairwise(parts)) if pair in rank]
             if not pairs:
                 break
             _, at = min(pairs)
