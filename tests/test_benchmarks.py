@@ -45,6 +45,7 @@ def test_every_contender_gives_what_ours_gives(tiny: Path, tmp_path: Path) -> No
         ]
 
 
+@pytest.mark.slow
 def test_a_dry_run_takes_no_disk(tiny: Path, tmp_path: Path) -> None:
     import weights_dry_run
     from weights_inputs import SHAPES
@@ -93,7 +94,7 @@ def test_text_and_images_are_those_of_the_original(tmp_path: Path) -> None:
     found = {how: {key: [0.01] * 3 for key in ("open_s", "private_mib", "us_per_record")} for how in data.HOW}
     report.update(data.about(), date="", command="", rounds=2, load_before=[0.0], load_after=[0.0])
     printed = table({**report, "records": {"records": 1, "bytes": 1, "found": found}})
-    assert "ids and labels the same in every one of 8" in printed
+    assert "ids and labels the same in all of 8" in printed
     assert "not measured" in table({**report, "text": None, "records": {"records": 1, "bytes": 1, "found": found}})
 
 
@@ -115,6 +116,7 @@ class _Losses(TrainerCallback):
         self.losses += [float(logs["loss"])] if "loss" in logs else []
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("scripts")
 @pytest.mark.parametrize("stage", ["stage1", "stage2", "lora"])
 def test_contenders_of_the_training_have_the_same_losses(stage: str, tmp_path: Path) -> None:
@@ -178,6 +180,7 @@ def test_the_command_that_trains_in_turns(tmp_path: Path) -> None:
     assert "| each by default |" in done.stdout
 
 
+@pytest.mark.slow
 def test_every_way_of_asking_gives_the_originals_answers(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     import inference

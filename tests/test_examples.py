@@ -23,6 +23,7 @@ EXAMPLES = ROOT / "examples"
 PARTS = ROOT / "llavar_peft/assets/tiny"
 
 
+@pytest.mark.slow
 def test_two_stages_in_python(tmp_path: Path) -> None:
     for number, task in ((1, "transcribe"), (2, "conversation")):
         write_synthetic(tmp_path / f"data{number}", 4, SynthSettings(style="plain", seed=number, task=task))  # type: ignore[arg-type]
@@ -62,6 +63,7 @@ def test_from_images_to_a_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert "data:image/" in page
 
 
+@pytest.mark.slow
 def test_vllm_is_given_the_stock_export(tmp_path: Path) -> None:
     """With a vLLM that tells what it was asked for; the real one wants a GPU."""
     told = tmp_path / "vllm"
@@ -100,6 +102,7 @@ exit "$status"
 """
 
 
+@pytest.mark.slow
 def test_slurm_starts_the_ranks_and_puts_an_interrupted_job_back(tmp_path: Path) -> None:
     """With a Slurm of two processes on this machine; they shard as two nodes' would, by gloo."""
     for name, text in (("scontrol", _SCONTROL), ("srun", _SRUN)):
@@ -136,6 +139,7 @@ def test_slurm_starts_the_ranks_and_puts_an_interrupted_job_back(tmp_path: Path)
     assert len(list(checkpoint.glob("optimizer_*_of_2.safetensors"))) == 2
 
 
+@pytest.mark.slow
 def test_accelerate_launches_the_package() -> None:
     command = [
         sys.executable,

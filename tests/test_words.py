@@ -38,6 +38,14 @@ BANNED = {
 ALLOWED = {
     # Names on disk and on the command line that 0.1 introduced keep working.
     ("llavar_peft/", "--pictures"),
+    ("examples/ocr_to_model.py", "--pictures"),
+    ("llavar_peft/cli/preflight_command.py", '"pictures"'),
+    ("llavar_peft/datagen/ocr/make_conversations.py", '"pictures"'),
+    ("llavar_peft/datagen/ocr/make_conversations.py", '"mended"'),
+    ("llavar_peft/serving/ui/chat_page.py", "picture"),
+    ("tests/serving/test_page.py", "picture"),
+    ("llavar_peft/training/dropped_records.py", "Mend"),
+    ("llavar_peft/errors.py", "mend"),
     # The questions of the paper's OCR data.
     ("llavar_peft/constants.py", "picture."),
     # Texts sent to language models: replies are kept by the hash of the request.

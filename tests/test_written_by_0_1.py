@@ -42,10 +42,11 @@ def test_recipes_open(files: Path) -> None:
     assert typed == resolved
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_resumes_to_the_same_result(files: Path) -> None:
     assert len(metrics(files / "interrupted")) < 24
     run("train", "mine.yaml", "output_dir=interrupted")
-    assert metrics(files / "interrupted") == pytest.approx(metrics(files / "run"), abs=1e-6)
+    assert metrics(files / "interrupted") == metrics(files / "run")
     expected, resumed = weights(files / "run/adapter"), weights(files / "interrupted/adapter")
     assert expected.keys() == resumed.keys()
     for name, tensor in expected.items():

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from accelerate import Accelerator
 
 SCRIPT = """
@@ -22,6 +23,7 @@ if accelerator.is_main_process:
 """
 
 
+@pytest.mark.slow
 def test_fsdp_on_cpu_has_to_be_enabled_and_can_be(tmp_path: Path) -> None:
     """If the first value is no longer MULTI_CPU, accelerate shards by itself and the entry can be removed."""
     script = tmp_path / "ranks.py"

@@ -157,6 +157,7 @@ def test_extreme_shapes_are_prepared(mode: ImageMode, size: tuple[int, int]) -> 
     assert torch.isfinite(pixels).all()
 
 
+@pytest.mark.slow
 def test_a_very_long_strip_is_scaled_down_before_padding(monkeypatch: pytest.MonkeyPatch) -> None:
     """Padded to a square it would have 10^12 pixels; the scaled strip gives nearly the same result."""
     long, steps = Image.new("RGB", (40, 8000)), range(0, 8000, 400)

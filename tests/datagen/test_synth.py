@@ -40,6 +40,7 @@ def test_a_page_depends_on_its_seed_and_number_alone(distort: str) -> None:
     assert digest(draw_page(SynthSettings(width=320, distort=distort, seed=1), 2)) != alone[1]  # type: ignore[arg-type]
 
 
+@pytest.mark.slow
 def test_the_number_of_workers_changes_no_byte(tmp_path: Path) -> None:
     settings = SynthSettings(width=256, distort="light")
     for workers, count in ((1, 34), (2, 34), (1, 7)):

@@ -137,10 +137,12 @@ def test_every_command_and_python_block_runs(tmp_path: Path, monkeypatch: pytest
     _prepare(tmp_path)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     # The same command on two pages runs once: the second time it would only find its own output.
-    blocks = list({block.text: block for page in PAGES for block in reversed(_blocks(page))}.values())
-    ordered = [block for page in PAGES for block in _blocks(page) if block in blocks]
-    first = list({block.text: block for block in reversed(ordered)}.values())[::-1]
-    run = [block for block in first if block.kind == "python" or not block.text.startswith(tuple(ELSEWHERE))]
+    distinct: dict[str, Block] = {}
+    for block in (block for page in PAGES for block in _blocks(page)):
+        distinct.setdefault(block.text, block)
+    run = [
+        block for block in distinct.values() if block.kind == "python" or not block.text.startswith(tuple(ELSEWHERE))
+    ]
     assert len([block for block in run if block.kind == "bash"]) >= 25
     assert len([block for block in run if block.kind == "python"]) >= 5
     for block in run:

@@ -1,7 +1,7 @@
 """Files that version 0.1 wrote can still be read.
 
-tests/fixtures/answers_by_0_1 was written by ``eval vqa``, ``generate`` and ``eval answer`` of 0.1 with the tiny model and
-two images (``--greedy --max-new-tokens 4``).
+tests/fixtures/answers_by_0_1 was written by ``eval vqa``, ``generate`` and ``eval answer`` of 0.1 with the tiny model
+and two images (``--greedy --max-new-tokens 4``).
 """
 
 from __future__ import annotations

@@ -238,6 +238,7 @@ def test_a_data_set_may_be_named(tmp_path: Path) -> None:
     assert "11.6" in page.text
 
 
+@pytest.mark.slow
 def test_stays_under_the_cap(tmp_path: Path) -> None:
     folder = tmp_path / "noise"
     folder.mkdir()

@@ -94,4 +94,4 @@ def test_it_fits_asks_the_net_for_nothing_and_complains_of_nothing(browser: Brow
     assert "39.2" in browser.run("document.body.innerText")
     outside = [url for url in browser.requested if not url.startswith("data:") and url != report.as_uri()]
     assert outside == []
-    assert browser.complaints == []
+    assert browser.errors == []

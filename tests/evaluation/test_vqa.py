@@ -277,6 +277,7 @@ def test_diagnose(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "1 of 4 records with known letter height, 25.0 %" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_synthetic_questions_are_grouped_automatically(
     checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

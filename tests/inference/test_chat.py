@@ -162,6 +162,7 @@ def test_a_cancelled_answer_is_kept_so_far(chat: Chat, images: list[Path]) -> No
     assert talk.send("And?", **GREEDY) == _fresh(chat, [*said, ("And?", None, "")])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("quantize", [None, "nf4"])
 def test_adapters_are_switched_as_if_each_were_alone(
     quantize: str | None, checkpoint: Path, adapters: dict[str, Path], images: list[Path]

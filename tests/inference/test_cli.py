@@ -106,6 +106,7 @@ def endless(checkpoint: Path, tmp_path: Path) -> Path:
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.name != "posix", reason="sends SIGINT")
 def test_ctrl_c_stops_the_answer_but_not_the_program(endless: Path) -> None:
     command = [sys.executable, "-m", "llavar_peft", "chat", "--model", str(endless)]

@@ -49,6 +49,7 @@ def read(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().split("\n") if line]
 
 
+@pytest.mark.slow
 def test_answers_are_those_of_asking_one_by_one(checkpoint: Path, work: Path) -> None:
     chat = load_chat(checkpoint)
     questions = [json.loads(line) for line in (work / "questions.jsonl").read_text().split("\n") if line]
@@ -73,6 +74,7 @@ def test_answers_are_those_of_asking_one_by_one(checkpoint: Path, work: Path) ->
     ]
 
 
+@pytest.mark.slow
 def test_the_image_mode_is_the_models(checkpoint: Path, work: Path) -> None:
     processor = load_chat(checkpoint).engine.processor
     for mode in (None, processor.inference_image_mode, "pad_black"):
@@ -154,6 +156,7 @@ def test_answers_of_another_run_are_rejected(field: str, value: str, checkpoint:
     assert (work / "answers.jsonl").read_bytes() == before
 
 
+@pytest.mark.slow
 def test_two_processes_give_the_file_of_one(checkpoint: Path, work: Path) -> None:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "llavar_peft"]
     options = ["--questions", "questions.jsonl", "--images", "images", "--answers", "two.jsonl", "--greedy"]

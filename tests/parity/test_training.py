@@ -121,6 +121,7 @@ def test_ten_steps_of_stage_1(golden: Path, tmp_path: Path) -> None:
         torch.testing.assert_close(ours[name], tensor, atol=2e-6, rtol=0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("file", ["mm_projector.bin", "mm_projector_2rows.bin"])
 def test_ten_steps_of_stage_2_from_the_originals_stage_1(golden: Path, tmp_path: Path, file: str) -> None:
     recipe = _recipe(golden, tmp_path, number=2, rate=2e-5, projector=str(golden / "stage1_out" / file))

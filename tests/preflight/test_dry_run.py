@@ -13,6 +13,7 @@ from llavar_peft.preflight.dry_run import dry_run
 from llavar_peft.recipe.recipe_yaml import dump_recipe
 
 
+@pytest.mark.slow
 def test_each_stage_is_tried_on_its_longest_records(
     tiny_recipe: Recipe, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -41,6 +41,7 @@ def middle(tmp_path: Path) -> ModelConfig:
     )  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="resets its peak by /proc")
 def test_estimated_peaks_agree_with_a_run(middle: ModelConfig, tiny_recipe: Recipe, tmp_path: Path) -> None:
     kinds: dict[str, tuple[Tune, bool]] = {
@@ -85,6 +86,7 @@ def test_the_size_of_the_papers_model_is_derived_from_its_name(capsys: pytest.Ca
     assert 26 < sum(finetune["memory"][part] for part in ("weights", "gradients", "optimizer")) / 1e9 < 27
 
 
+@pytest.mark.slow
 def test_settings_that_make_a_stage_fit_are_reported(capsys: pytest.CaptureFixture[str]) -> None:
     recipe = load_recipe("llavar-13b", [], preset="lora")
     stage = recipe.stages[-1]

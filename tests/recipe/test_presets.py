@@ -105,6 +105,7 @@ def test_command_line(capsys: pytest.CaptureFixture[str]) -> None:
     assert "variant: dora" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_training_with_a_preset_with_and_without_a_recipe(tmp_path: Path) -> None:
     from llavar_peft.datagen.synth.synth_settings import SynthSettings
     from llavar_peft.datagen.synth.write_synthetic import write_synthetic

@@ -124,6 +124,7 @@ def test_shipped_recipes_are_valid_and_survive_a_round_trip_with_comments(name: 
     assert list_recipes()[name].endswith(".")
 
 
+@pytest.mark.slow
 @settings(deadline=None)
 @given(st.text(st.characters(exclude_categories=("Cs",), exclude_characters="\0"), min_size=1).filter(str.strip))
 def test_any_text_survives_the_dump(tmp_path_factory: pytest.TempPathFactory, text: str) -> None:

@@ -46,6 +46,7 @@ def _messages(text: str, *images: Path) -> list[Any]:
     return [{"role": "user", "content": [*shown, {"type": "text", "text": text}]}]
 
 
+@pytest.mark.slow
 def test_answers_are_those_of_asking_directly(chat: Chat, client: openai.OpenAI, images: list[Path]) -> None:
     for image in images:
         for model, adapter in ((MODEL, None), ("one", "one"), ("two", "two")):
@@ -59,6 +60,7 @@ def test_answers_are_those_of_asking_directly(chat: Chat, client: openai.OpenAI,
             assert done.usage.total_tokens == done.usage.prompt_tokens + done.usage.completion_tokens
 
 
+@pytest.mark.slow
 def test_concurrent_clients_get_the_answers_of_single_ones(client: openai.OpenAI, images: list[Path]) -> None:
     asked = [
         (model, f"Read {word}.", image)
@@ -215,8 +217,8 @@ def test_a_full_queue_rejects_requests(chat: Chat) -> None:
 
 
 def test_the_queue_takes_64_answers(chat: Chat, monkeypatch: pytest.MonkeyPatch) -> None:
-    proceed, look = threading.Event(), chat.engine.look
-    monkeypatch.setattr(chat.engine, "look", lambda *args: (proceed.wait(60), look(*args)))
+    proceed, compute = threading.Event(), chat.engine.compute_features
+    monkeypatch.setattr(chat.engine, "compute_features", lambda *args: (proceed.wait(60), compute(*args)))
     app = create_app(chat.engine, name=MODEL)
     service = app.state.scheduler
 
@@ -250,14 +252,14 @@ def test_a_failing_batch_does_not_affect_others(
     chat: Chat, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     secret = "/home/somebody/secret"
-    whole = chat.engine.look
+    whole = chat.engine.compute_features
 
     def breaks(images: Any, adapter: str | None) -> None:
         if adapter == "two":
             raise RuntimeError(f"CUDA error at {secret}")
         whole(images, adapter)
 
-    monkeypatch.setattr(chat.engine, "look", breaks)
+    monkeypatch.setattr(chat.engine, "compute_features", breaks)
     with serving(chat) as (address, app):
         client = openai.OpenAI(base_url=f"{address}/v1", api_key="any", max_retries=0)
         hello: list[Any] = [{"role": "user", "content": "Hello"}]
@@ -303,6 +305,7 @@ def test_a_port_in_use_is_reported(checkpoint: Path, capsys: pytest.CaptureFixtu
     assert f"127.0.0.1:{port}: the server cannot listen at this address" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.name != "posix", reason="sends signals")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_the_command_stops_on_a_signal(number: signal.Signals, checkpoint: Path) -> None:

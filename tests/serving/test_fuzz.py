@@ -115,6 +115,7 @@ async def _end(app: FastAPI) -> None:
         pass
 
 
+@pytest.mark.slow
 def test_malformed_requests_leak_nothing(chat: Chat, files: list[bytes], caplog: pytest.LogCaptureFixture) -> None:
     process, memory = psutil.Process(), []
     before = set(threading.enumerate())

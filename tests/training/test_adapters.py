@@ -58,6 +58,7 @@ def _logits(model: Any, ids: torch.Tensor = IDS, pixels: torch.Tensor | None = N
     return logits
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("quantize", [None, "nf4", "int8"])
 def test_an_adapter_holds_everything_and_answers_as_in_training(
     quantize: Quantization | None, tiny_recipe: Recipe, tiny_data: Path
@@ -140,6 +141,7 @@ def test_lora_alone_on_a_released_checkpoint(tiny_recipe: Recipe, tmp_path: Path
     torch.testing.assert_close(_logits(load_adapter(config, result)), _logits(trainer.model), atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_second_adapter_belongs_to_the_model_with_the_first_one_merged(tiny_recipe: Recipe) -> None:
     recipe = _lora(tiny_recipe, only=True)
     again = dataclasses.replace(recipe.stages[0], name="again")
@@ -152,6 +154,7 @@ def test_a_second_adapter_belongs_to_the_model_with_the_first_one_merged(tiny_re
     assert json.loads((result / "base.json").read_text())["checkpoint"].endswith("stage2/model")
 
 
+@pytest.mark.slow
 def test_biases_are_trained_saved_and_never_merged(tiny_recipe: Recipe) -> None:
     trainer, result = _train(_lora(tiny_recipe, bias="lora", target=("q_proj", "v_proj")))
     stored = load_file(result / "adapter_model.safetensors")
@@ -163,6 +166,7 @@ def test_biases_are_trained_saved_and_never_merged(tiny_recipe: Recipe) -> None:
         merge_adapter(json.loads((result / "base.json").read_text())["checkpoint"], result, result.parent / "merged")
 
 
+@pytest.mark.slow
 def test_the_model_card_describes_the_adapter(tiny_recipe: Recipe) -> None:
     recipe = _lora(tiny_recipe, variant="rslora")
     _, result = _train(recipe)
@@ -185,6 +189,7 @@ def test_adapters_of_a_half_precision_base_train_in_float32(tiny_recipe: Recipe)
     assert dtypes == {torch.float32}
 
 
+@pytest.mark.slow
 def test_another_base_is_rejected_and_left_unchanged(tiny_recipe: Recipe, tmp_path: Path) -> None:
     _, result = _train(_lora(tiny_recipe, only=True))
     other, processor = build_model(tiny_recipe.model)

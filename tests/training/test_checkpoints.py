@@ -100,6 +100,7 @@ def test_every_byte_of_a_checkpoint_is_verified(saved: Path) -> None:
     assert find_checkpoint_fault(folder) is None
 
 
+@pytest.mark.slow
 def test_a_run_resumes_from_the_last_valid_checkpoint_with_the_same_result(tiny_recipe: Recipe, tmp_path: Path) -> None:
     whole = dataclasses.replace(
         _one_stage(tiny_recipe, epochs=2, save_every_steps=2, keep_checkpoints=2), output_dir=str(tmp_path / "whole")
@@ -145,6 +146,7 @@ def full_disk() -> Any:
     signal.signal(signal.SIGXFSZ, before)
 
 
+@pytest.mark.slow
 def test_a_run_continues_without_a_checkpoint_that_the_full_disk_prevented(
     full_disk: Any, tiny_recipe: Recipe, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -155,6 +157,7 @@ def test_a_run_continues_without_a_checkpoint_that_the_full_disk_prevented(
     assert all(torch.equal(ours[name], expected[name]) for name in expected)
 
 
+@pytest.mark.slow
 def test_a_disk_that_stays_full_stops_the_run_which_can_be_resumed(
     full_disk: Any, tiny_recipe: Recipe, tmp_path: Path
 ) -> None:
@@ -171,6 +174,7 @@ def test_a_disk_that_stays_full_stops_the_run_which_can_be_resumed(
     assert all(torch.equal(ours[name], expected[name]) for name in expected)
 
 
+@pytest.mark.slow
 def test_a_result_that_does_not_fit_on_the_disk_is_named(full_disk: Any, tiny_recipe: Recipe) -> None:
     class FullAtTheEnd(TrainerCallback):  # type: ignore[misc]
         def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -206,6 +210,7 @@ def test_the_micro_batch_at_fault_is_named() -> None:
         check_finite(accelerator, losses[:1], float("inf"), where="s:step 1")
 
 
+@pytest.mark.slow
 def test_changed_records_are_rejected_unless_allowed(tiny_recipe: Recipe, tiny_data: Path, tmp_path: Path) -> None:
     records = tmp_path / "records.json"
     shutil.copyfile(tiny_data / "records.json", records)

@@ -101,6 +101,7 @@ def test_eager_attention_pads(tiny_recipe: Recipe) -> None:
     assert not enable_packing(model)
 
 
+@pytest.mark.slow
 def test_a_run_ends_with_the_same_weights(tiny_recipe: Recipe) -> None:
     """Both stages, packed and padded; the saved configuration is the same."""
     ended, figures = [], []

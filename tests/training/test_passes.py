@@ -29,6 +29,7 @@ def _run(recipe: Recipe, stage: Stage, name: str) -> tuple[list[dict[str, Any]],
     return [json.loads(line) for line in lines], load_file(next(folder.glob("*model.safetensors")))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("average", ["token", "micro_batch"])
 def test_a_token_budget_changes_no_loss_and_no_weight(average: Any, tiny_recipe: Recipe) -> None:
     stage = dataclasses.replace(
@@ -44,6 +45,7 @@ def test_a_token_budget_changes_no_loss_and_no_weight(average: Any, tiny_recipe:
         torch.testing.assert_close(weights[name], one, atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("error:.gradient_checkpointing.:FutureWarning")
 def test_auto_recomputation_does_not_change_the_result(tiny_recipe: Recipe) -> None:
     stage = dataclasses.replace(

@@ -60,6 +60,7 @@ def test_at_the_start_the_model_is_the_base(recipe: Recipe) -> None:
     assert largest == pytest.approx(float(torch.linalg.svdvals(whole)[TUNE.rank]), rel=0.05)
 
 
+@pytest.mark.slow
 def test_every_checkpoint_and_the_result_fit_the_whole_base(recipe: Recipe) -> None:
     trainer = _trainer(recipe, InterruptAt(2))
     with pytest.raises(InterruptedRunError):
@@ -107,6 +108,7 @@ def test_a_resumed_run_uses_the_saved_components_not_new_ones(recipe: Recipe) ->
     assert torch.equal(_residual(recipe, 1, checkpoint), whole)
 
 
+@pytest.mark.slow
 def test_the_next_stage_builds_on_the_merged_adapter_also_in_a_second_run(recipe: Recipe, tmp_path: Path) -> None:
     second = dataclasses.replace(recipe.stages[0], name="after", tune=Full())
     whole = dataclasses.replace(recipe, stages=(*recipe.stages, second), output_dir=str(tmp_path / "whole"))

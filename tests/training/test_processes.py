@@ -37,6 +37,7 @@ def _assert_same(ours: Path, theirs: Path, recipe: Recipe) -> None:
         torch.testing.assert_close(found[name], tensor, atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_two_processes_equal_one(tiny_recipe: Recipe, tmp_path: Path) -> None:
     recipes = {}
     for average in ("token", "micro_batch"):
@@ -70,6 +71,7 @@ def _launch_nodes(recipe: Path) -> list[subprocess.Popen[str]]:
     ]  # fmt: skip
 
 
+@pytest.mark.slow
 def test_two_nodes_stop_when_a_rank_is_killed_and_resume(tiny_recipe: Recipe, tmp_path: Path) -> None:
     stage = dataclasses.replace(tiny_recipe.stages[1], epochs=3, save_every_steps=1)
     one = dataclasses.replace(tiny_recipe, stages=(stage,), output_dir=str(tmp_path / "one"))

@@ -55,6 +55,7 @@ TUNES: dict[str, Tune] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "workers"), [("projector", 0), ("full", 2), ("lora", 0), ("pissa", 0)])
 def test_an_interrupted_and_resumed_run_equals_an_uninterrupted_one(
     kind: str, workers: int, tiny_recipe: Recipe, tmp_path: Path
@@ -84,6 +85,7 @@ def test_an_interrupted_and_resumed_run_equals_an_uninterrupted_one(
     assert left == []
 
 
+@pytest.mark.slow
 def test_the_second_stage_resumes_from_the_result_of_the_first(tiny_recipe: Recipe, tmp_path: Path) -> None:
     whole = dataclasses.replace(tiny_recipe, output_dir=str(tmp_path / "whole"))
     halved = dataclasses.replace(tiny_recipe, output_dir=str(tmp_path / "halved"))
@@ -103,6 +105,7 @@ def test_the_second_stage_resumes_from_the_result_of_the_first(tiny_recipe: Reci
     assert all(torch.equal(ours[name], expected[name]) for name in expected)
 
 
+@pytest.mark.slow
 def test_an_incomplete_page_is_written_again(tiny_recipe: Recipe) -> None:
     _train(tiny_recipe)
     root = Path(tiny_recipe.output_dir)
@@ -114,6 +117,7 @@ def test_an_incomplete_page_is_written_again(tiny_recipe: Recipe) -> None:
     assert not (root / ".index.html.part").exists()
 
 
+@pytest.mark.slow
 def test_a_finished_run_is_not_run_again(tiny_recipe: Recipe) -> None:
     result = _train(tiny_recipe)
     written = {path: path.stat().st_mtime_ns for path in result.rglob("*") if path.is_file()}
@@ -121,6 +125,7 @@ def test_a_finished_run_is_not_run_again(tiny_recipe: Recipe) -> None:
     assert {path: path.stat().st_mtime_ns for path in result.rglob("*") if path.is_file()} == written
 
 
+@pytest.mark.slow
 def test_another_recipe_in_the_same_folder_is_rejected_with_the_difference(tiny_recipe: Recipe) -> None:
     _train(tiny_recipe)
     first, second = tiny_recipe.stages
@@ -135,6 +140,7 @@ def test_a_stage_that_needs_a_missing_result_is_rejected(tiny_recipe: Recipe) ->
         Trainer(model, processor, tiny_recipe).train([tiny_recipe.stages[1].name])
 
 
+@pytest.mark.slow
 def test_stages_can_be_run_one_by_one(tiny_recipe: Recipe, tmp_path: Path) -> None:
     at_once = dataclasses.replace(tiny_recipe, output_dir=str(tmp_path / "at_once"))
     expected = _weights(_train(at_once))

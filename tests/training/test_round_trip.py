@@ -22,6 +22,7 @@ _WAYS: tuple[tuple[LoraVariant, Quantization | None], ...] = (
 )  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("variant", "quantize"), _WAYS)
 def test_from_training_to_the_applied_delta(
     variant: LoraVariant, quantize: Quantization | None, tiny_recipe: Recipe, tiny_data: Path, tmp_path: Path

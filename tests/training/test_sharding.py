@@ -74,6 +74,7 @@ def _losses(run_folder: Path, stage: str) -> list[float]:
     return [json.loads(line)["loss"] for line in (run_folder / stage / "metrics.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("engine", ENGINES)
 def test_two_shards_equal_one_process(engine: str, tiny_recipe: Recipe, tmp_path: Path) -> None:
     recipes = _recipes(tiny_recipe, tmp_path / "records.json", quantize="nf4" if engine == "FSDP2" else None)
@@ -103,6 +104,7 @@ def _assert_close(path: Path, other: Path) -> None:
         torch.testing.assert_close(ours[name], tensor, atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_fsdp_version_1_is_rejected_on_a_cpu(tiny_recipe: Recipe, tmp_path: Path) -> None:
     (tmp_path / "a.yaml").write_text(dump_recipe(dataclasses.replace(tiny_recipe, output_dir=str(tmp_path / "run"))))
     done = _launch(tmp_path, **_environment("fsdp1_8gpu.yaml"))

@@ -48,6 +48,7 @@ def _tower(layout: str) -> Path | None:
     return VISION_TOWER if layout == "original" else None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("start", "end"), list(itertools.product(LAYOUTS, LAYOUTS)))
 def test_conversions_are_bit_equal(start: str, end: str, layouts: dict[str, Path], tmp_path: Path) -> None:
     export(layouts[start], tmp_path / "out", to=end, vision_tower=_tower(start))  # type: ignore[arg-type]
@@ -114,6 +115,7 @@ print(json.dumps({
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ["linear", "two-sided"])
 def test_stock_transformers_gives_the_same_answers(form: str, layouts: dict[str, Path], tmp_path: Path) -> None:
     source = layouts["llavar"]

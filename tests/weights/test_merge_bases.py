@@ -114,6 +114,7 @@ def test_a_plain_language_model_needs_tower_and_projector(tmp_path: Path) -> Non
 # -- a quantized base ------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("quantize", ["nf4", "int8"])
 def test_merging_onto_the_dequantized_or_the_original_base(quantize: str, checkpoint: Path, tmp_path: Path) -> None:
     base = ModelConfig(checkpoint=str(checkpoint), dtype="float32", quantize=quantize)  # type: ignore[arg-type]

@@ -102,6 +102,7 @@ def test_a_benchmark_takes_the_letter_height_from_an_ocr_build(
     assert "holds none of the images of the questions" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("tesseract") is None, reason="the program tesseract is not installed")
 def test_two_engines_keep_what_both_read(tmp_path: Path) -> None:
     """RapidOCR reads a page that is upside down, Tesseract does not."""
@@ -169,6 +170,7 @@ def test_a_broken_image_can_stop_the_build(signs: Path, built: Path, tmp_path: P
         assert not out.exists()
 
 
+@pytest.mark.slow
 def test_a_killed_run_is_resumed(signs: Path, built: Path, tmp_path: Path) -> None:
     out = tmp_path / "records.json"
     command = [sys.executable, "-m", "llavar_peft", "ocr", "build", str(signs), "--out", str(out), "--workers", "1"]

@@ -109,6 +109,7 @@ def test_invalid_turns_are_left_out(bad: dict[str, str], fault: str) -> None:
     assert fault in checked.faults[0]
 
 
+@pytest.mark.slow
 @given(
     st.text(max_size=200)
     | st.recursive(st.none() | st.text(), lambda v: st.lists(v) | st.dictionaries(st.text(), v)).map(json.dumps)

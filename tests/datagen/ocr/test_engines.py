@@ -27,6 +27,7 @@ def engine(request: pytest.FixtureRequest) -> Any:
     return open_ocr_engine(name)
 
 
+@pytest.mark.slow
 def test_text_is_read_with_its_position(engine: Any) -> None:
     page = draw_page(SynthSettings(kinds=("documents",), width=900), 0)
     lines = engine.read(page.image)
@@ -41,6 +42,7 @@ def test_text_is_read_with_its_position(engine: Any) -> None:
         )
 
 
+@pytest.mark.slow
 def test_a_blank_page_has_no_text(engine: Any) -> None:
     assert engine.read(Image.new("RGB", (400, 300), "white")) == ()
     assert engine.read(Image.new("RGB", (3, 500), "black")) == ()
