@@ -1,0 +1,99 @@
+"""Private parts of transformers, PyTorch, accelerate, DeepSpeed and bitsandbytes, one function for each.
+
+The libraries are imported where they are used, so that no part of this package pays for the import of another.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+    from torch import Tensor, nn
+    from transformers import PretrainedConfig
+
+_PARTITIONS = ("fp32_partitioned_groups_flat", "single_partition_of_fp32_groups")
+"""Attributes of DeepSpeed's ZeRO optimizers: of stage 3, and of stages 1 and 2."""
+
+
+def attention_implementation(config: PretrainedConfig) -> str:
+    """Return the name of the attention implementation that a model with this configuration uses.
+
+    Replaces: nothing public. ``PreTrainedModel.set_attn_implementation`` sets it and has no counterpart that reads it;
+    transformers' guide to custom attention reads the same attribute. Since: transformers 4.36, last seen in 5.24.
+    """
+    return str(config._attn_implementation)
+
+
+def fake_tensors() -> AbstractContextManager[object]:
+    """Return a context in which new tensors have a device, a dtype and a shape, but no memory.
+
+    Replaces ``torch.device("meta")``, which does not suffice: autocast does not support the device type ``meta``.
+    PyTorch documents fake tensors but exports them under no public name. Needed since torch 2.0; checked with 2.13.
+    """
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    return FakeTensorMode()
+
+
+def enable_fsdp_on_cpu(accelerator: Accelerator) -> None:
+    """Switch an accelerator of several CPU processes from DDP to the FSDP of its environment variables.
+
+    Replaces the choice in ``AcceleratorState.__init__``, which considers FSDP only where each process has a GPU or
+    another accelerator, and ignores a plugin passed to ``Accelerator``. Needed since accelerate 1.0.
+    """
+    from accelerate import PartialState
+    from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+
+    accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin()
+    # Both states: every new AcceleratorState copies that of the process.
+    accelerator.state.distributed_type = PartialState().distributed_type = DistributedType.FSDP
+
+
+def fp32_partitions(optimizer: Any) -> list[Tensor]:
+    """Return the flat float32 partitions that this rank's ZeRO optimizer updates.
+
+    Replaces ``deepspeed.utils.safe_get_local_fp32_param`` and its relatives: they work for one parameter at a time,
+    for stage 3 only, and cannot set a state that is not a tensor of the parameter's shape (Adam's ``step``), so that a
+    resumed run would not be exact. The attributes exist since DeepSpeed 0.9.
+
+    Args:
+        optimizer: DeepSpeed's optimizer, which wraps a ``torch.optim.Optimizer``.
+
+    Returns:
+        The partitions in the order of the parameter groups; an empty list where DeepSpeed keeps them elsewhere, as it
+        does without ZeRO and with offload to disk.
+    """
+    for attribute in _PARTITIONS:
+        found: list[Tensor] = list(getattr(optimizer, attribute, None) or ())
+        if found and all(partition.numel() for partition in found):
+            return found
+    return []
+
+
+def keep_quantization_scales(model: nn.Module) -> None:
+    """Keep the stored numbers and scales of quantized layers unchanged while the layers are used.
+
+    Replaces: nothing public; bitsandbytes has no option for either behavior. Since: bitsandbytes 0.48, last seen in
+    0.50.2.
+
+    ``Linear4bit.support_avx512bf16_for_cpu``: on a CPU with AVX512-BF16, a layer in ``eval`` mode rewrites its weight
+    for another kernel and rounds the scales to bfloat16. A run that generates between its steps would not be
+    reproducible, and an adapter could not be merged onto the same numbers again.
+
+    ``Int8Params.CB`` and ``SCB``: a weight on the CPU that is moved to the CPU counts as a new weight, whose scales
+    ``Linear8bitLt`` expects in ``weight.SCB``, while those of a layer in use are in ``state.SCB``. peft's DoRA moves
+    the weight in each forward pass (peft 0.21.2, ``peft/utils/integrations.py``, ``dequantize_module_weight``).
+    """
+    from bitsandbytes.nn import Linear4bit, Linear8bitLt
+
+    def keep_state(layer: Any, _: Any) -> None:
+        if layer.weight.CB is not None and layer.weight.SCB is None and layer.state.SCB is not None:
+            layer.state.CB, layer.weight.CB = layer.weight.CB, None
+
+    for module in model.modules():
+        if isinstance(module, Linear8bitLt):
+            module.register_forward_pre_hook(keep_state)
+        elif isinstance(module, Linear4bit):
+            module.support_avx512bf16_for_cpu = False
