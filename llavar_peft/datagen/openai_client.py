@@ -143,7 +143,7 @@ def _parse_reply(content: bytes) -> ChatReply:
     return ChatReply(text if isinstance(text, str) else "", refusal if isinstance(refusal, str) else "", refused)
 
 
-class RequestRejectedError(LlavarError, ValueError):
+class EndpointRejectedError(LlavarError, ValueError):
     """The endpoint does not accept this request, however often it is sent."""
 
 
@@ -171,7 +171,7 @@ class ChatModel:
         """Return the model's reply, empty if it wrote nothing.
 
         Raises:
-            RequestRejectedError: The endpoint does not accept this request.
+            EndpointRejectedError: The endpoint does not accept this request.
             InterruptedRunError: The endpoint keeps failing.
             EnvironmentFaultError: The key, the address or the model's name is wrong.
         """
@@ -197,7 +197,7 @@ class ChatModel:
         endpoint = self._client.endpoint
         where, message = f"{self._client.address} {endpoint.model}", str(error)[:300]
         if error.kind == "rejected":
-            return RequestRejectedError.at(where, f"rejected the request ({message})", "leave the image out")
+            return EndpointRejectedError.at(where, f"rejected the request ({message})", "leave the image out")
         if error.kind == "denied":
             return EnvironmentFaultError.at(where, message, f"check --model, --base-url and {endpoint.key_variable}")
         return InterruptedRunError.at(

@@ -43,7 +43,7 @@ def layer_cost(config: LlavarConfig, tune: Tune, *, weights: torch.dtype, autoca
         hidden_1TD = torch.zeros(1, _TOKENS, text.hidden_size, dtype=stream, requires_grad=True)
         positions_1T = torch.arange(_TOKENS)[None]
         rotary = LlamaRotaryEmbedding(text)(hidden_1TD, positions_1T)
-        saved = _SavedTensors(layer)
+        saved = _MeasuredTensors(layer)
         with (
             torch.autocast("cpu", dtype=autocast or torch.bfloat16, enabled=autocast is not None),
             torch.autograd.graph.saved_tensors_hooks(saved.pack, lambda box: box.tensor),
@@ -91,7 +91,7 @@ def _replace_parameters(layer: nn.Module, *, frozen: torch.dtype) -> None:
                 holder.register_parameter(name, nn.Parameter(data, requires_grad=trained))
 
 
-class _SavedTensors:
+class _MeasuredTensors:
     """The tensors that autograd saves, except the layer's own parameters, which need no additional memory."""
 
     def __init__(self, layer: nn.Module) -> None:

@@ -24,7 +24,7 @@ from llavar_peft.datagen.ocr.build_ocr_records import Progress, journal_path
 from llavar_peft.datagen.ocr.check_replies import Pair, check_reply
 from llavar_peft.datagen.ocr.ocr_engines import OcrLine
 from llavar_peft.datagen.ocr.ocr_quality import transcribe
-from llavar_peft.datagen.openai_client import ChatModel, Endpoint, Message, RequestRejectedError
+from llavar_peft.datagen.openai_client import ChatModel, Endpoint, EndpointRejectedError, Message
 from llavar_peft.errors import DataError, EnvironmentFaultError, InterruptedRunError
 
 # Both texts stay byte for byte, because replies are kept by the hash of the whole request.
@@ -253,7 +253,7 @@ def _converse_one(task: _Task, model: ChatModel, settings: ConverseSettings) -> 
     for attempt in range(1, settings.attempts + 1):
         try:
             reply = model.ask(messages)
-        except RequestRejectedError as error:
+        except EndpointRejectedError as error:
             return _Made((), attempt, "refused", str(error))
         checked = check_reply(reply, task.evidence)
         if len(checked.turns) >= settings.least:
