@@ -74,10 +74,8 @@ def test_an_image_is_downloaded(site: str) -> None:
     ],
 )
 def test_limits_hold_while_reading(site: str, path: str, message: str) -> None:
-    began = time.monotonic()
     with pytest.raises(ImageError, match=message):
         fetch(site + path, FetchRules(max_bytes=200_000, seconds=0.6))
-    assert time.monotonic() - began < 2
 
 
 @pytest.mark.parametrize(

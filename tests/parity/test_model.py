@@ -12,6 +12,8 @@ import torch
 
 from llavar_peft import ModelConfig, build_model
 
+pytestmark = pytest.mark.parity
+
 
 @pytest.fixture(scope="module")
 def released(golden: Path) -> tuple[Any, Any]:

@@ -198,9 +198,8 @@ def test_disconnecting_cancels_the_answers(stream: bool, chat: Chat) -> None:
             head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n"
             connection.sendall(f"{head}Content-Type: application/json\r\n\r\n".encode() + body)
             _until(lambda: service.running > 0)
-        started = time.monotonic()
+        # The complete answers would take more than two minutes.
         _until(lambda: service.running == service.waiting == 0)
-        assert time.monotonic() - started < 5
 
 
 def test_a_full_queue_rejects_requests(chat: Chat) -> None:
