@@ -13,14 +13,14 @@ if VERSION is None:
 # Lower bounds only: a library that pins fights with every other one.
 INSTALL_REQUIRES = [
     "accelerate>=1.10",
-    "bitsandbytes>=0.48",
+    "bitsandbytes>=0.49",
     "datasets>=4.0",
-    "huggingface-hub>=1.5",
+    "huggingface-hub>=1.31",
     "jinja2>=3.1.6",
     "msgspec>=0.19",
-    "numpy>=1.26",
+    "numpy>=2.0",
     "packaging>=24.0",
-    "peft>=0.18",
+    "peft>=0.19",
     "pillow>=11.0",
     "protobuf>=5.26.1",
     "psutil>=5.9",
@@ -33,7 +33,7 @@ INSTALL_REQUIRES = [
     "tokenizers>=0.23.1",
     "torch>=2.9",
     "tqdm>=4.66.3",
-    "transformers>=5.17",
+    "transformers>=5.18",
     "typer>=0.20",
 ]
 

@@ -75,7 +75,7 @@ def fp32_partitions(optimizer: Any) -> list[Tensor]:
 def keep_quantization_scales(model: nn.Module) -> None:
     """Keep the stored numbers and scales of quantized layers unchanged while the layers are used.
 
-    Replaces: nothing public; bitsandbytes has no option for either behavior. Since: bitsandbytes 0.48, last seen in
+    Replaces: nothing public; bitsandbytes has no option for either behavior. Since: bitsandbytes 0.49, last seen in
     0.50.2.
 
     ``Linear4bit.support_avx512bf16_for_cpu``: on a CPU with AVX512-BF16, a layer in ``eval`` mode rewrites its weight
