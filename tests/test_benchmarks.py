@@ -136,6 +136,7 @@ def test_contenders_of_the_training_have_the_same_losses(stage: str, tmp_path: P
         assert found == pytest.approx(losses["original"], abs=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("scripts")
 def test_the_gpu_benchmark_runs_where_there_is_none() -> None:
     pytest.importorskip("bitsandbytes")

@@ -188,6 +188,7 @@ def test_the_page_loads_nothing_from_the_network(run: Path) -> None:
     assert any("default-src 'none'" in (attributes.get("content") or "") for attributes in page.all("meta"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("side", "count"), [(400, 40), (48, 60)])
 def test_a_large_page_shows_fewer_images(tmp_path: Path, side: int, count: int) -> None:
     samples = [sample(number, "x" * 5000) for number in range(count)]

@@ -11,6 +11,7 @@ import torch
 from llavar_peft.compat import library_internals
 
 
+@pytest.mark.slow
 def test_the_optimizers_have_the_attributes() -> None:
     pytest.importorskip("deepspeed")
     from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3

@@ -148,6 +148,7 @@ def test_unsupported_sizes_are_rejected() -> None:
 # ---- extreme shapes
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("size", [(600, 1), (1, 600), (1, 1), (3, 1), (1, 3), (30_000, 2), (2, 30_000)], ids=str)
 def test_extreme_shapes_are_prepared(mode: ImageMode, size: tuple[int, int]) -> None:

@@ -514,6 +514,7 @@ def test_released_questions_can_be_judged(
         assert 'written by "Daryn Kagan"' in cases[0].context  # the context with the id 1
 
 
+@pytest.mark.slow
 def test_a_model_s_answers_can_be_judged(
     endpoint: Endpoint, released: list[str], checkpoint: Path, tmp_path: Path
 ) -> None:

@@ -96,6 +96,7 @@ def test_folder(tmp_path: Path, apart: bool) -> None:
         read_folder(tmp_path)
 
 
+@pytest.mark.slow
 def test_a_model_is_asked(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "results.json"
     command = ["eval", "mme", "--folder", str(benchmark(tmp_path, apart=False)), "--model", str(checkpoint)]

@@ -228,6 +228,7 @@ def test_compare(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "lost   b: What is b?" in shown
 
 
+@pytest.mark.slow
 def test_comparisons_and_diagnoses_show_settings(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = predictions(tmp_path, "before", {"a": "GO"}, "--greedy", "--prompt", "{question} Read.")
     after = predictions(tmp_path, "after", {"b": "13"}, "--temperature", "0.9", "--prompt", "{question} Read.")

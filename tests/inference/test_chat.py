@@ -210,6 +210,7 @@ def test_a_conversation_changes_its_adapter(checkpoint: Path, adapters: dict[str
     assert third == _fresh(chat, [*said, ("Again.", None, "")])
 
 
+@pytest.mark.slow
 def test_what_cannot_be_loaded_is_rejected(checkpoint: Path, adapters: dict[str, Path], tmp_path: Path) -> None:
     other = tmp_path / "other"
     base = ModelConfig(checkpoint=str(checkpoint), dtype="float32", quantize="nf4")

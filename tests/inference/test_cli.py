@@ -35,6 +35,7 @@ def run(*arguments: object) -> int:
     return cli.main([str(argument) for argument in arguments])
 
 
+@pytest.mark.slow
 def test_ask(checkpoint: Path, adapter: Path, images: list[Path], capsys: pytest.CaptureFixture[str]) -> None:
     chat = load_chat(checkpoint, adapter)
     both = [chat.ask(opened, "Read.", **GREEDY) for opened in images[:2]]
@@ -68,6 +69,7 @@ def test_ask_rejects(
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_chat_through_a_pipe(
     checkpoint: Path,
     adapter: Path,

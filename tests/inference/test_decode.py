@@ -53,6 +53,7 @@ def run(batch: DecodingBatch) -> None:
         batch.step()
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("error:.*cache.*:FutureWarning")  # the argument was renamed in transformers
 @pytest.mark.parametrize("kind", ["engine", "nf4_engine"])
 def test_any_batch_answers_as_generate(kind: str, images: list[Path], request: pytest.FixtureRequest) -> None:
@@ -98,6 +99,7 @@ def test_finished_and_cancelled_rows_are_not_computed(engine: Engine, images: li
     assert (rows[4].answer.finish_reason, rows[4].answer.ids) == ("cancelled", expected[4].ids[:2])
 
 
+@pytest.mark.slow
 def test_a_seeded_row_does_not_depend_on_its_batch(engine: Engine, images: list[Path]) -> None:
     hot = Sampling(temperature=1.5, top_p=0.95, max_new_tokens=12, seed=3)
     requests = [replace(each, sampling=hot) for each in make_requests(engine, images)]
@@ -218,6 +220,7 @@ def _changed(engine: Engine) -> Engine:
     return Engine(get_peft_model(copy.deepcopy(engine.base_model), config).eval(), engine.processor, training=True)
 
 
+@pytest.mark.slow
 def test_a_model_in_training_answers_as_generate_and_stays_trainable(engine: Engine, images: list[Path]) -> None:
     torch.manual_seed(0)
     training = _changed(engine)
@@ -250,6 +253,7 @@ def test_ranks_that_are_done_take_part_in_the_steps_of_others(
     assert len(calls) == len(answer.ids) + 2
 
 
+@pytest.mark.slow
 @pytest.mark.parity
 @pytest.mark.parametrize("batch_size", [1, 2])
 def test_greedy_answers_are_the_originals(batch_size: int, shared_dir: Path) -> None:

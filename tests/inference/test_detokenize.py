@@ -106,6 +106,7 @@ def test_each_token_has_its_bytes_of_the_text(data: st.DataObject, which: int) -
     _check_bytes(data, TOKENIZERS[which])
 
 
+@pytest.mark.slow
 @given(data=st.data())
 def test_each_of_llamas_tokens_has_its_bytes_of_the_text(data: st.DataObject, llama: Any) -> None:
     _check_bytes(data, llama)

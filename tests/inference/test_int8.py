@@ -37,6 +37,7 @@ def quiet(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("ERROR", "bitsandbytes.autograd._functions")
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("quiet")
 def test_answers_are_those_of_generate(int8: Chat, images: list[Path]) -> None:
     requests = make_requests(int8.engine, images)

@@ -47,6 +47,7 @@ def _batches(golden: Path) -> list[dict[str, Any]]:
     return batches
 
 
+@pytest.mark.slow
 def test_logits_and_losses_equal_the_originals(golden: Path, released: tuple[Any, Any]) -> None:
     model, _ = released
     batches = _batches(golden)

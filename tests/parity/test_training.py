@@ -106,6 +106,7 @@ def _compare(golden: Path, output: Path, model: Any, *, number: int, before: dic
     assert all(torch.equal(after[name], before[name]) for name in tower)
 
 
+@pytest.mark.slow
 def test_ten_steps_of_stage_1(golden: Path, tmp_path: Path) -> None:
     recipe = _recipe(golden, tmp_path, number=1, rate=2e-3)
     model, processor = build_model(recipe.model)

@@ -60,6 +60,7 @@ def _choose(browser: Browser, where: str, name: str) -> None:
     browser.wait_for(f"document.querySelector('#{where} input').value == {name!r}")
 
 
+@pytest.mark.slow
 def test_ask_about_an_image(browser: Browser, chat: Chat, images: list[Path], tmp_path: Path) -> None:
     browser.download_to(tmp_path)
     browser.set_file("#image input[type=file]", images[0])
@@ -101,6 +102,7 @@ def _select_greedy(browser: Browser) -> None:
         )
 
 
+@pytest.mark.slow
 def test_two_models_side_by_side_wide_and_narrow(browser: Browser, images: list[Path]) -> None:
     browser.set_file("#image input[type=file]", images[1])
     browser.wait_for("document.querySelector('#image img')?.naturalWidth > 0")
@@ -123,6 +125,7 @@ def test_two_models_side_by_side_wide_and_narrow(browser: Browser, images: list[
         _save_screenshot(browser, f"compared-{width}")
 
 
+@pytest.mark.slow
 def test_an_example_is_filled_in_by_a_click(browser: Browser) -> None:
     browser.click(".gallery-item, table tbody tr")
     browser.wait_for(f"document.querySelector({QUESTION!r}).value.length > 3")
@@ -132,6 +135,7 @@ def test_an_example_is_filled_in_by_a_click(browser: Browser) -> None:
     assert len(_answers(browser, 0, 1)) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("endless", "slow")
 def test_stop_ends_an_answer(browser: Browser, server: tuple[str, FastAPI]) -> None:
     _choose(browser, "model", MODEL)
@@ -156,6 +160,7 @@ _WATCH = """(() => {
 _COPY = "#window_0 .answer .copy"
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("endless", "slow")
 def test_an_answer_is_streamed_and_can_be_copied(browser: Browser) -> None:
     browser.allow_clipboard()

@@ -81,6 +81,7 @@ def test_cve_2024_11449_the_page_downloads_no_url(meta: Any, address: str, neigh
     assert neighbour.visits == 0, answers
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", ["/etc/passwd", "file:///etc/passwd", "../../../../etc/passwd", "/proc/self/environ"])
 def test_cve_2024_12065_the_page_opens_no_local_file(path: str, address: str) -> None:
     """Local file inclusion: one request makes Gradio copy a file, another one reads the copy."""

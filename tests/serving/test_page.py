@@ -60,6 +60,7 @@ def test_an_answer_is_streamed_and_is_the_models(client: Client, chat: Chat, ima
     assert client.predict(api_name="/as_text") == f"Image: {images[0].name}\n\nQ: Read.\n{MODEL}: {expected}\n"
 
 
+@pytest.mark.slow
 def test_two_models_answer_side_by_side(client: Client, chat: Chat, images: list[Path]) -> None:
     one, two = chat.adapters
     outputs = ask(client, images[1], "Read.", one, two)

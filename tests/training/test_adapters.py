@@ -96,6 +96,7 @@ def test_an_adapter_holds_everything_and_answers_as_in_training(
     torch.testing.assert_close(_logits(opened, ids, pixels), expected, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_from_the_parts_only_the_new_rows_of_the_embeddings_are_trained(tiny_recipe: Recipe) -> None:
     recipe = _lora(tiny_recipe, only=True)
     optim = OptimConfig(learning_rate=1e-3, projector_learning_rate=2e-3, rows_learning_rate=5e-3, weight_decay=0.01)
@@ -123,6 +124,7 @@ def test_from_the_parts_only_the_new_rows_of_the_embeddings_are_trained(tiny_rec
         assert line["learning_rates"] == pytest.approx({"adapters": rate, "projector": 2 * rate, "rows": 5 * rate})
 
 
+@pytest.mark.slow
 def test_lora_alone_on_a_released_checkpoint(tiny_recipe: Recipe, tmp_path: Path) -> None:
     """A released folder has no tower, and its rows are already trained."""
     model, processor = build_model(tiny_recipe.model, seed=1)

@@ -187,6 +187,7 @@ def test_a_result_that_does_not_fit_on_the_disk_is_named(full_disk: Any, tiny_re
     assert not [path.name for path in Path(recipe.output_dir).iterdir() if "model" in path.name]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("clipped", [1.0, 0.0])
 def test_a_loss_that_is_not_finite_stops_before_the_step(clipped: float, tiny_recipe: Recipe) -> None:
     optim = dataclasses.replace(
@@ -263,6 +264,7 @@ class TooMuch(TrainerCallback):  # type: ignore[misc]
         torch.empty(2**50)
 
 
+@pytest.mark.slow
 def test_too_little_memory_is_explained(tiny_recipe: Recipe) -> None:
     with pytest.raises(EnvironmentFaultError, match=r"stage stage2: out of memory \(.* GiB.*gradient_checkpointing"):
         _train(_one_stage(tiny_recipe), (TooMuch(),))

@@ -54,6 +54,7 @@ def _gradients(model: Any, batch: dict[str, Any]) -> tuple[float, dict[str, torc
     return float(loss.detach()), found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["", "recomputed"])
 @pytest.mark.parametrize("images", [(True,) * 4, (True, False, True, False), (False,) * 4], ids=["all", "some", "none"])
 @pytest.mark.parametrize("tune", TUNES, ids=lambda tune: type(tune).__name__)

@@ -94,6 +94,7 @@ def test_every_process_subtracts_the_same_components(recipe: Recipe) -> None:
     assert torch.equal(_residual(recipe, 1), _residual(recipe, 2))
 
 
+@pytest.mark.slow
 def test_a_resumed_run_uses_the_saved_components_not_new_ones(recipe: Recipe) -> None:
     """The decomposition of another machine differs in the last bits; here by more, to make it visible."""
     with pytest.raises(InterruptedRunError):

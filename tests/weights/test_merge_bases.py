@@ -55,6 +55,7 @@ def test_an_adapter_of_a_plain_language_model_becomes_a_whole_model(tmp_path: Pa
     assert merged.engine.processor.image_mode == "pad"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", ["lora", "dora", "rslora"])
 def test_an_adapter_of_a_plain_language_model_becomes_a_delta(variant: str, tmp_path: Path) -> None:
     """Adapter of a Vicuna, then delta to LLaMA, then applied: values and logits are those of the merged model."""
@@ -75,6 +76,7 @@ def test_an_adapter_of_a_plain_language_model_becomes_a_delta(variant: str, tmp_
     assert (config["model_type"], config["vocab_size"]) == ("llava", 863)
 
 
+@pytest.mark.slow
 def test_a_stage_1_projector_belongs_to_the_base(checkpoint: Path, tmp_path: Path) -> None:
     """For an adapter that was trained on a base with a stage-1 file, the merge applies the file to the base again."""
     stage_1 = {
@@ -153,6 +155,7 @@ def test_a_delta_of_an_adapter_trained_on_4_bits(checkpoint: Path, tmp_path: Pat
     assert difference["original"] > 3 * difference["dequantized"]
 
 
+@pytest.mark.slow
 def test_dequantized_requires_a_quantized_base(checkpoint: Path, tmp_path: Path) -> None:
     save_moved_adapter(tmp_path / "adapter", ModelConfig(checkpoint=str(checkpoint)), Lora(rank=4))
     with pytest.raises(ConfigError, match="not trained on a quantized base"):
@@ -181,6 +184,7 @@ def test_the_probe_computes_the_logits_of_the_model(variant: str, checkpoint: Pa
     assert torch.allclose(plain, _logits(build_model(base)[0])[0], atol=1e-4)
 
 
+@pytest.mark.slow
 def test_a_result_that_differs_too_much_is_not_kept(
     checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -198,6 +202,7 @@ def test_a_result_that_differs_too_much_is_not_kept(
     assert "of their spread" not in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_two_adapters_probed(checkpoint: Path, tmp_path: Path) -> None:
     base = ModelConfig(checkpoint=str(checkpoint), dtype="float32")
     tunes = (Lora(rank=4, dropout=0.0), Lora(rank=2, dropout=0.0, variant="dora"))

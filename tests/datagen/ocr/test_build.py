@@ -43,6 +43,7 @@ def built(signs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
+@pytest.mark.slow
 def test_good_images_are_kept_and_the_others_reported(signs: Path, built: Path) -> None:
     records = json.loads(built.read_text("utf-8"))
     report = json.loads(report_path(built).read_text("utf-8"))
@@ -133,6 +134,7 @@ def test_other_limits_read_nothing_again(signs: Path, built: Path, tmp_path: Pat
     assert (report.resumed, report.kept) == (report.images, 6)
 
 
+@pytest.mark.slow
 def test_an_incomplete_journal_is_resumed(signs: Path, built: Path, tmp_path: Path) -> None:
     out = tmp_path / "records.json"
     journal_path(out).write_bytes(journal_path(built).read_bytes()[:-300])
@@ -144,6 +146,7 @@ def test_an_incomplete_journal_is_resumed(signs: Path, built: Path, tmp_path: Pa
     assert out.read_bytes() == built.read_bytes()
 
 
+@pytest.mark.slow
 def test_a_changed_image_is_read_again(signs: Path, built: Path, tmp_path: Path) -> None:
     images, out = tmp_path / "images", tmp_path / "records.json"
     shutil.copytree(signs, images)
