@@ -5,6 +5,7 @@ They have a file of their own because importing ``Trainer`` takes seconds, which
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,7 +15,7 @@ import transformers
 from torch import nn
 
 
-class TrainerInternals(transformers.Trainer):
+class TrainerInternals(transformers.Trainer, ABC):
     """Map the private methods of ``transformers.Trainer`` that are still needed onto public hooks.
 
     Replaces three private methods, which have had these names and arguments since transformers 5.0:
@@ -33,16 +34,16 @@ class TrainerInternals(transformers.Trainer):
     control: transformers.TrainerControl
     grad_norm: float = 0.0
 
+    @abstractmethod
     def load_weights(self, checkpoint: Path) -> None:
         """Load the weights of a checkpoint while every rank still has the whole model."""
-        raise NotImplementedError
 
     def check_prepared(self, model: nn.Module) -> None:
         """Check the model after it was wrapped or sharded."""
 
+    @abstractmethod
     def load_training_state(self, checkpoint: Path) -> None:
         """Load optimizer, schedule and scaler, all of which exist by now."""
-        raise NotImplementedError
 
     def _prepare_for_training(
         self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None

@@ -16,7 +16,7 @@ import torch
 from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, AutoProcessor, PreTrainedTokenizerFast
 from transformers.utils import logging as hf_logging
 
-from llavar_peft.compat.library_internals import keep_quantization_scales
+from llavar_peft.compat.dependency_internals import keep_quantization_scales
 from llavar_peft.constants import MODEL_TYPE
 from llavar_peft.errors import ConfigError, MissingDependencyError
 from llavar_peft.models.checkpoint_loading import read_checkpoint, read_parts, resolve_folder

@@ -16,7 +16,7 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
-from llavar_peft.compat.library_internals import attention_implementation
+from llavar_peft.compat.dependency_internals import attention_implementation
 
 _PACKED_SDPA = "sdpa_within_segments"
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRotaryEmbedding
 
-from llavar_peft.compat.library_internals import fake_tensors
+from llavar_peft.compat.dependency_internals import fake_tensors
 from llavar_peft.models.llavar_config import LlavarConfig
 from llavar_peft.models.tuning import lora_config
 from llavar_peft.recipe.schema import Full, Lora, Tune

@@ -18,7 +18,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from torch.distributed.tensor import DTensor
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
-from llavar_peft.compat.library_internals import enable_fsdp_on_cpu
+from llavar_peft.compat.dependency_internals import enable_fsdp_on_cpu
 from llavar_peft.errors import ConfigError, EnvironmentFaultError
 from llavar_peft.recipe.schema import Lora, Tune
 

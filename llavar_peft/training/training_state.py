@@ -23,7 +23,7 @@ from torch.distributed.tensor import DTensor
 from transformers.trainer import OPTIMIZER_NAME, SCALER_NAME, SCHEDULER_NAME
 from transformers.training_args import ParallelMode
 
-from llavar_peft.compat.library_internals import fp32_partitions
+from llavar_peft.compat.dependency_internals import fp32_partitions
 from llavar_peft.errors import EnvironmentFaultError, WeightsError
 from llavar_peft.training.sharding import Sharding
 

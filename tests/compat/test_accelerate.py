@@ -12,7 +12,7 @@ from accelerate import Accelerator
 
 SCRIPT = """
 from accelerate import Accelerator
-from llavar_peft.compat.library_internals import enable_fsdp_on_cpu
+from llavar_peft.compat.dependency_internals import enable_fsdp_on_cpu
 
 accelerator = Accelerator(cpu=True)
 before = accelerator.distributed_type.value

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 bnb = pytest.importorskip("bitsandbytes")
 
-from llavar_peft.compat.library_internals import keep_quantization_scales  # noqa: E402
+from llavar_peft.compat.dependency_internals import keep_quantization_scales  # noqa: E402
 
 
 def _int8_layer() -> tuple[nn.Module, Tensor]:

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from llavar_peft.compat import library_internals
+from llavar_peft.compat import dependency_internals
 
 
 @pytest.mark.slow
@@ -18,14 +18,14 @@ def test_the_optimizers_have_the_attributes() -> None:
     from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 
     optimizers = (DeepSpeedZeroOptimizer_Stage3, DeepSpeedZeroOptimizer)
-    for attribute, optimizer in zip(library_internals._PARTITIONS, optimizers, strict=True):
+    for attribute, optimizer in zip(dependency_internals._PARTITIONS, optimizers, strict=True):
         assert f"self.{attribute} = []" in inspect.getsource(optimizer.__init__)
 
 
 def test_partitions_are_found_under_either_name_and_reported_missing() -> None:
     one = torch.ones(3)
-    for attribute in library_internals._PARTITIONS:
-        assert library_internals.fp32_partitions(SimpleNamespace(**{attribute: [one]})) == [one]
+    for attribute in dependency_internals._PARTITIONS:
+        assert dependency_internals.fp32_partitions(SimpleNamespace(**{attribute: [one]})) == [one]
         # With offload to disk the partitions are empty tensors.
-        assert library_internals.fp32_partitions(SimpleNamespace(**{attribute: [torch.ones(0)]})) == []
-    assert library_internals.fp32_partitions(SimpleNamespace()) == []
+        assert dependency_internals.fp32_partitions(SimpleNamespace(**{attribute: [torch.ones(0)]})) == []
+    assert dependency_internals.fp32_partitions(SimpleNamespace()) == []

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from llavar_peft.compat.library_internals import fake_tensors
+from llavar_peft.compat.dependency_internals import fake_tensors
 
 
 def test_fake_tensors_have_no_memory_and_take_part_in_autocast_and_autograd() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from llavar_peft.compat.library_internals import attention_implementation
+from llavar_peft.compat.dependency_internals import attention_implementation
 
 
 @pytest.mark.parametrize("name", ["eager", "sdpa"])

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from llavar_peft import Full, Lora, Projector, Recipe, Trainer, build_model
-from llavar_peft.compat.library_internals import attention_implementation
+from llavar_peft.compat.dependency_internals import attention_implementation
 from llavar_peft.data.encode_record import encode_record
 from llavar_peft.data.training_dataset import Collator, Item
 from llavar_peft.models.packed_attention import disable_packing, enable_packing, packed_arguments
