@@ -211,6 +211,9 @@ def write_answer_file(
     return len(lines)
 
 
+_ANSWER_START = '{"question_id"'
+
+
 def earlier_answers(path: Path, questions: Sequence[ImageQuestion], model: str) -> list[dict[str, Any]]:
     """Read an existing answer file: a finished one, or one that the original left unfinished.
 
@@ -235,7 +238,8 @@ def earlier_answers(path: Path, questions: Sequence[ImageQuestion], model: str) 
             answer = json.loads(line)
             asked, answered_by, text = (answer["question_id"], answer["prompt"]), answer["model_id"], answer["text"]
         except (ValueError, TypeError, KeyError):
-            if number > len(complete):
+            # Only the beginning of an answer is an interrupted write; anything else is a file of another kind.
+            if number > len(complete) and line[: len(_ANSWER_START)] == _ANSWER_START[: len(line)]:
                 continue
             asked, answered_by, text = None, model, None
         found = next((one for one in remaining if (one.id, one.text) == asked), None)

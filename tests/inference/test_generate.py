@@ -221,3 +221,11 @@ def test_the_command(checkpoint: Path, work: Path, capsys: pytest.CaptureFixture
     (work / "questions.jsonl").write_text(json.dumps({"question_id": "new", "text": "Who?"}))
     assert cli.main(list(map(str, arguments))) == 2
     assert "is not an answer to these questions" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("content", ['[{"id": "1", "image": "a.png"}]', '{"a": 1}', "notes", '["no end'])
+def test_a_file_of_another_kind_is_not_overwritten(checkpoint: Path, work: Path, content: str) -> None:
+    (work / "answers.jsonl").write_text(content)
+    with pytest.raises(ConfigError, match="is not an answer to these questions"):
+        run(checkpoint, work)
+    assert (work / "answers.jsonl").read_text() == content
