@@ -1,4 +1,4 @@
-"""The types of the data on its way through the package.
+"""The types that several packages share: mainly those of the data on its way through the package.
 
 JSON record -> ``Conversation`` -> ``Example`` -> ``Batch`` -> loss.
 """
@@ -107,3 +107,22 @@ class ImageLoader(Protocol):
     def __call__(self, path: str) -> Image:
         """Return the image upright, in RGB. Raises ``ImageError``."""
         ...
+
+
+@dataclass(frozen=True)
+class LayerCost:
+    """Memory that one layer keeps for its backward pass.
+
+    Attributes:
+        per_token: Bytes for each token.
+        constant: Bytes that do not depend on the tokens: under autocast, the weights in half precision.
+        input_per_token: Bytes for each token of the layer's input, which a layer that recomputes keeps.
+    """
+
+    per_token: float
+    constant: int
+    input_per_token: float
+
+    def kept(self, tokens: int) -> float:
+        """Return the bytes of a layer that keeps its activations."""
+        return self.per_token * tokens + self.constant

@@ -15,7 +15,7 @@ from pathlib import Path
 from llavar_peft.cli import main
 
 _PRELOADED = [
-    "llavar_peft.cli", "llavar_peft.inference", "llavar_peft.models.merge_adapter", "llavar_peft.preflight.dry_run",
+    "llavar_peft.cli", "llavar_peft.inference", "llavar_peft.models.merge_adapter", "llavar_peft.training.dry_run",
     "llavar_peft.training.trainer", "peft",
 ]  # fmt: skip
 _DEFAULT = multiprocessing.get_all_start_methods()[0]

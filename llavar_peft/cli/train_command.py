@@ -28,7 +28,7 @@ def quickstart(
 
     Run the same command again to resume.
     """
-    from llavar_peft.quickstart import run_quickstart
+    from llavar_peft.training.quickstart import run_quickstart
 
     result = run_quickstart(output_dir, tune, seed=seed)
     if not is_first_rank():
@@ -95,7 +95,7 @@ def train(
 def _run_dry(recipe: Recipe, stages: tuple[str, ...]) -> None:
     import shutil
 
-    from llavar_peft.preflight.dry_run import dry_run
+    from llavar_peft.training.dry_run import dry_run
 
     rows, disk = [], 0
     for trial in dry_run(recipe, stages):

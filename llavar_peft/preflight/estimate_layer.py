@@ -14,7 +14,7 @@ from llavar_peft.compat.dependency_internals import fake_tensors
 from llavar_peft.models.llavar_config import LlavarConfig
 from llavar_peft.models.tuning import lora_config
 from llavar_peft.recipe.schema import Full, Lora, Tune
-from llavar_peft.training.activation_checkpointing import LayerCost
+from llavar_peft.types import LayerCost
 
 _TOKENS = 251
 """A prime that is no dimension of a layer, so that tensors with a token axis differ from all others in shape."""

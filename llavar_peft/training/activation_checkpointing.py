@@ -10,7 +10,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ from torch.distributed.tensor import DTensor
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from llavar_peft.models.chunked_loss import CHUNK
+from llavar_peft.types import LayerCost
 
 logger = logging.getLogger(__name__)
 
@@ -28,25 +28,6 @@ _RESERVE = 0.1
 """Share of the free memory that is not used: for fragmentation, and for allocations of libraries."""
 _BACKWARD = 2
 """Number of layers' activations that the backward pass through one layer needs in addition to those kept."""
-
-
-@dataclass(frozen=True)
-class LayerCost:
-    """Memory that one layer keeps for its backward pass.
-
-    Attributes:
-        per_token: Bytes for each token.
-        constant: Bytes that do not depend on the tokens: under autocast, the weights in half precision.
-        input_per_token: Bytes for each token of the layer's input, which a layer that recomputes keeps.
-    """
-
-    per_token: float
-    constant: int
-    input_per_token: float
-
-    def kept(self, tokens: int) -> float:
-        """Return the bytes of a layer that keeps its activations."""
-        return self.per_token * tokens + self.constant
 
 
 class Recomputation:

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from llavar_peft import Recipe, cli
-from llavar_peft.preflight.dry_run import dry_run
 from llavar_peft.recipe.recipe_yaml import dump_recipe
+from llavar_peft.training.dry_run import dry_run
 
 
 @pytest.mark.slow
