@@ -86,6 +86,7 @@ def test_from_photographs_to_an_answer(folder: Path, shared_dir: Path) -> None:
     assert _run(folder, "ask", "--model", str(model), "--image", str(image), "--max-new-tokens", "4", QUESTION).strip()
 
 
+@pytest.mark.slow
 def test_missing_and_broken_images_are_found_before_the_first_step(folder: Path, shared_dir: Path) -> None:
     recipe = _recipe(folder, shared_dir)
     (folder / "images/cmyk.jpg").unlink()

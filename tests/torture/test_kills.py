@@ -35,6 +35,7 @@ def _figures(run: Path) -> list[tuple[Any, ...]]:
     return [(line["step"], line["loss"], line["grad_norm"], line["tokens"]) for line in lines]
 
 
+@pytest.mark.slow
 @pytest.mark.torture
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="kills forked processes")
 @pytest.mark.parametrize("kind", KINDS)

@@ -58,6 +58,7 @@ def test_auto_recomputation_does_not_change_the_result(tiny_recipe: Recipe) -> N
         assert all(torch.equal(weights[name], one) for name, one in expected.items())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tune", [Full(), Lora(rank=4, alpha=8.0)], ids=["full", "lora"])
 def test_the_number_of_layers_follows_tokens_and_memory(tune: Any, tiny_recipe: Recipe) -> None:
     model, processor = build_model(tiny_recipe.model)

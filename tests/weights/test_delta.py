@@ -322,6 +322,7 @@ def work(folder, progress):
 """
 
 
+@pytest.mark.slow
 @pytest.mark.torture
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="kills forked processes")
 def test_killed_at_twenty_random_moments(base: Path, target: Path, tmp_path: Path) -> None:

@@ -193,6 +193,7 @@ def work(folder, progress):
 """
 
 
+@pytest.mark.slow
 @pytest.mark.torture
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="kills forked processes")
 def test_killed_at_twenty_random_moments(base: Path, adapter: Path, tmp_path: Path) -> None:
