@@ -60,9 +60,9 @@ def data_inspect(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document per record.")] = False,
 ) -> None:
     """Show the text of records as the model is trained on it, with the supervised parts in green."""
-    from llavar_peft.data.encode_record import encode_record
+    from llavar_peft.data.encode_record import encode_conversation
     from llavar_peft.data.image_roots import ImageRoots
-    from llavar_peft.data.record_store import open_records
+    from llavar_peft.data.record_store import open_records, parse_record
     from llavar_peft.data.supervised_text import decode_supervision
     from llavar_peft.models.build_model import load_processor
 
@@ -72,7 +72,8 @@ def data_inspect(
     console = Console(highlight=False, soft_wrap=True)
     count = limit if limit is not None else len(opened) if as_json else _DEFAULT_LIMIT
     for index in range(min(count, len(opened))):
-        example = encode_record(opened[index], processor, max_length, roots=roots)
+        conversation = parse_record(opened[index], opened.where(index))
+        example = encode_conversation(conversation, processor, max_length, roots=roots)
         spans = decode_supervision(example, processor)
         if as_json:
             say_json(_example_as_dict(example, spans))

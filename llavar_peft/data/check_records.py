@@ -16,13 +16,14 @@ from typing import Any, Final, Literal
 
 from llavar_peft.constants import IMAGE_PLACEHOLDER
 from llavar_peft.data.image_roots import FolderListing, ImageRoots
-from llavar_peft.data.record_store import RecordSource, parse_record
+from llavar_peft.data.record_store import RecordSource, count_placeholders, parse_record
 from llavar_peft.errors import DataError, Fault, ImageError
 from llavar_peft.types import Conversation
 
 Kind = Literal[
     "record",
     "placeholder",
+    "placeholder_in_answer",
     "no_answer",
     "empty_answer",
     "last_turn",
@@ -32,7 +33,7 @@ Kind = Literal[
     "image_broken",
     "duplicate_id",
 ]
-"""``duplicate_id`` is a warning (LLaVA-Instruct repeats many ids); all others are faults."""
+"""``duplicate_id`` (LLaVA-Instruct repeats many ids) and ``placeholder_in_answer`` are warnings, the others faults."""
 
 _CHUNK: Final = 1024  # records between two progress reports
 _MAX_GUESSES: Final = 20  # missing images for which a similar name is searched, which reads a folder
@@ -111,6 +112,7 @@ def check_records(
     total = len(store)
     images = _ImageChecker(roots, open_images=open_images)
     faults: list[RecordFinding] = []
+    warnings: list[RecordFinding] = []
     first_by_id: dict[int, int] = {}  # by the hash of the id, to save memory
     repeated: dict[str, list[int]] = {}
     with ThreadPoolExecutor(workers or os.cpu_count()) as pool:
@@ -124,6 +126,7 @@ def check_records(
                 if conversation is None:
                     continue
                 where = store.where(index)
+                warnings += _placeholders_in_answers(conversation, where, index)
                 faults += _image_findings(conversation, bad_images, where, index)
                 if conversation.id == where.rpartition(":")[2]:
                     continue  # the index, used as the id of a record without one
@@ -136,31 +139,39 @@ def check_records(
         what = f"the records name {len(images.without_folder)} images, and no image folder was given"
         fix = "give the folder that the image paths start from (--images)"
         faults.append(RecordFinding(store.where(0), what, fix, "no_image_folder", 0))
-    return RecordReport(total, images.opened, tuple(faults), tuple(_duplicates(store, repeated)))
+    return RecordReport(total, images.opened, tuple(faults), (*warnings, *_duplicates(store, repeated)))
 
 
-def preflight(store: RecordSource, roots: ImageRoots) -> list[tuple[int, Fault]]:
-    """Find the records that cannot be read and the images that do not exist, without opening an image.
+def preflight(store: RecordSource, roots: ImageRoots) -> list[RecordFinding]:
+    """Find every fault of the records that ``check_records`` finds without opening an image.
 
     Returns:
-        (index, fault) in the order of the records, once for each fault.
+        The faults in the order of the records.
     """
     listing, guesses = FolderListing(roots), count()
-    found: list[tuple[int, Fault]] = []
+    found: list[RecordFinding] = []
     for index in range(len(store)):
-        try:
-            raw = store[index]
-            images = _image_of_valid_record(raw)
-            if images is None:
-                images = parse_record(raw, store.where(index)).images
-        except DataError as error:
-            found += [(index, fault) for fault in error.faults]
-            continue
+        images = _image_of_valid_record(_read(store, index))
+        if images is None:
+            conversation, faults = _parse(store, index)
+            found += faults
+            images = conversation.images if conversation else ()
         for path in images:
             missing = None if listing.contains(path) else _missing(roots, path, guesses)
             if missing is not None:
-                found.append((index, _of_record(missing, store.where(index))))
+                kind: Kind = "image_outside" if roots.leads_outside(path) else "image_missing"
+                found.append(
+                    RecordFinding(f"{store.where(index)}: {missing.where}", missing.what, missing.fix, kind, index)
+                )
     return found
+
+
+def _read(store: RecordSource, index: int) -> Any:
+    """Return a raw record; None if it is not JSON."""
+    try:
+        return store[index]
+    except DataError:
+        return None
 
 
 def _missing(roots: ImageRoots, path: str, guesses: Iterator[int]) -> Fault | None:
@@ -178,16 +189,20 @@ def _missing(roots: ImageRoots, path: str, guesses: Iterator[int]) -> Fault | No
 
 
 def _image_of_valid_record(raw: Any) -> tuple[str, ...] | None:
-    """Return the image of a record of the usual form; None if only the slower ``parse_record`` can tell."""
+    """Return the image of a faultless record of the usual form; None if only the slower ``_parse`` can tell."""
     if type(raw) is not dict or type(raw.get("id")) is not str or type(raw.get("conversations")) is not list:
         return None
-    role, other = "human", "gpt"
+    role, other, placed = "human", "gpt", False
     for turn in raw["conversations"]:
         if type(turn) is not dict or turn.get("from") != role or type(turn.get("value")) is not str:
             return None
+        if role == "human":
+            placed = placed or IMAGE_PLACEHOLDER in turn["value"]
+        elif not turn["value"].strip():
+            return None
         role, other = other, role
     image = raw.get("image")
-    return (image,) if type(image) is str and image and raw["conversations"] else None
+    return (image,) if type(image) is str and image and placed and role == "human" else None
 
 
 def _parse(store: RecordSource, index: int) -> tuple[Conversation | None, list[RecordFinding]]:
@@ -203,9 +218,9 @@ def _parse(store: RecordSource, index: int) -> tuple[Conversation | None, list[R
 def _content_faults(conversation: Conversation) -> Iterator[tuple[Kind, str, str]]:
     """Find faults of a valid record that leave it without effect, or that teach the wrong thing."""
     turns = conversation.turns
-    placeholders = sum(turn.text.count(IMAGE_PLACEHOLDER) for turn in turns)
+    placeholders = count_placeholders(turns)
     if conversation.images and not placeholders:
-        what = f"names an image but no turn contains {IMAGE_PLACEHOLDER}, so the model never sees the image"
+        what = f"names an image but no human turn contains {IMAGE_PLACEHOLDER}, so the model never sees the image"
         yield "placeholder", what, f"insert {IMAGE_PLACEHOLDER} into the first turn"
     if placeholders and not conversation.images:
         what = f"contains {IMAGE_PLACEHOLDER} but names no image, so {IMAGE_PLACEHOLDER} is treated as ordinary text"
@@ -224,6 +239,14 @@ def _content_faults(conversation: Conversation) -> Iterator[tuple[Kind, str, str
         )
 
 
+def _placeholders_in_answers(conversation: Conversation, where: str, index: int) -> Iterator[RecordFinding]:
+    count = sum(turn.text.count(IMAGE_PLACEHOLDER) for turn in conversation.turns if turn.role == "gpt")
+    if count:
+        what = f"an answer contains {IMAGE_PLACEHOLDER} ({count} times), which is learned as text and shows no image"
+        fix = f"remove it from the answer, unless the model should write {IMAGE_PLACEHOLDER}"
+        yield RecordFinding(where, what, fix, "placeholder_in_answer", index)
+
+
 def _image_findings(
     conversation: Conversation, bad_images: dict[str, tuple[Kind, Fault]], where: str, index: int
 ) -> Iterator[RecordFinding]:
@@ -231,10 +254,6 @@ def _image_findings(
         if path in bad_images:
             kind, fault = bad_images[path]
             yield RecordFinding(f"{where}: {fault.where}", fault.what, fault.fix, kind, index)
-
-
-def _of_record(fault: Fault, where: str) -> Fault:
-    return Fault(f"{where}: {fault.where}", fault.what, fault.fix)
 
 
 def _duplicates(store: RecordSource, repeated: dict[str, list[int]]) -> Iterator[RecordFinding]:

@@ -74,7 +74,8 @@ def encode_record(
         ImageError: An image has to be measured and cannot be opened.
         ConfigError: The processor's tokenizer has no image tokens, or ``max_length`` is not positive.
     """
-    conversation = parse_record(record, f"record {record.get('id', '?')!s}")
+    name = record.get("id", "?") if isinstance(record, Mapping) else "?"
+    conversation = parse_record(record, f"record {name!s}")
     return encode_conversation(conversation, processor, max_length, roots=roots)
 
 
@@ -152,10 +153,13 @@ def _add_text(
 
 
 def _contents(conversation: Conversation, *, front: bool) -> list[Content]:
-    """Split each turn at its images. In a record without an image ``<image>`` is ordinary text, as in the original."""
+    """Split each human turn at its images. Without an image ``<image>`` is ordinary text, as in the original."""
     if not conversation.images:
         return [[turn.text] for turn in conversation.turns]
-    contents: list[Content] = [split_placeholders(turn.text) for turn in conversation.turns]
+    # An answer that spells ``<image>``, such as Markdown read off a page, shows no image.
+    contents: list[Content] = [
+        split_placeholders(turn.text) if turn.role == "human" else [turn.text] for turn in conversation.turns
+    ]
     if front and contents:
         contents[0] = images_to_front(contents[0])
     return contents

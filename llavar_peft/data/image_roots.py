@@ -23,7 +23,7 @@ class ImageRoots:
 
     Records may come from untrusted sources, so that no path may leave the folders: not as an absolute path, not with
     ``..``, and not through a symbolic link. A folder itself may be a link, and links from one folder to another are
-    allowed.
+    allowed, as are absolute paths that lead into a folder.
 
     Args:
         roots: The folders; none for text-only records.
@@ -34,7 +34,7 @@ class ImageRoots:
 
     def __init__(self, roots: Iterable[str | Path] | str | Path = ()) -> None:
         given = [roots] if isinstance(roots, str | Path) else roots
-        self.roots = tuple(Path(root) for root in given)
+        self.roots = tuple(Path(root).expanduser() for root in given)
         for root in self.roots:
             if not root.is_dir():
                 raise ImageError.at(
@@ -60,10 +60,8 @@ class ImageRoots:
         """
         if not self.roots:
             raise ImageError.at(path, "no image folder was given", "give the folder that the image paths start from")
-        if not path or "\0" in path or os.path.isabs(path):
-            raise ImageError.at(
-                repr(path), "is not a relative path", "write the path of the image relative to an image folder"
-            )
+        if not path or "\0" in path:
+            raise ImageError.at(repr(path), "is not a path", "write the path of the image relative to an image folder")
         for root in self.roots:
             candidate = os.path.join(root, path)
             if os.path.isfile(candidate):
@@ -87,7 +85,7 @@ class ImageRoots:
 
     def leads_outside(self, path: str) -> bool:
         """Return whether the path in a record leaves the folders."""
-        return os.path.isabs(path) or not all(self.is_inside(os.path.join(root, path)) for root in self.roots)
+        return not all(self.is_inside(os.path.join(root, path)) for root in self.roots)
 
     def _check_inside(self, candidate: str, path: str) -> None:
         if not self.is_inside(candidate):
@@ -150,7 +148,7 @@ class FolderListing:
     def _list(self, folder: str) -> Iterable[str]:
         for root in self._roots.roots:
             path = os.path.join(root, folder)
-            if os.path.isabs(folder) or not self._roots.is_inside(path):
+            if not self._roots.is_inside(path):
                 continue
             try:
                 with os.scandir(path) as entries:

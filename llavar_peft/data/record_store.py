@@ -7,7 +7,7 @@ A record is ``{"id": ..., "image": "a.jpg", "conversations": [{"from": "human", 
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from difflib import get_close_matches
 from itertools import accumulate
 from pathlib import Path
@@ -164,7 +164,7 @@ def parse_record(raw: object, where: str) -> Conversation:
     """Validate a record and return it as a conversation with its text unchanged.
 
     A leading ``gpt`` turn is dropped. A single image may be placed by any number of ``<image>``; with several images,
-    each needs exactly one.
+    each needs exactly one. Only human turns place images: in an answer, ``<image>`` is ordinary text.
 
     Args:
         raw: The record as it is stored.
@@ -185,13 +185,18 @@ def parse_record(raw: object, where: str) -> Conversation:
     identity = _identity(raw, where, faults)
     images = _images(raw, where, faults)
     turns = _turns(raw, where, faults)
-    placeholders = sum(turn.text.count(IMAGE_PLACEHOLDER) for turn in turns)
+    placeholders = count_placeholders(turns)
     if len(images) > 1 and turns and placeholders != len(images):
         what = f"the number of {IMAGE_PLACEHOLDER} is wrong (got {placeholders}, expected {len(images)}: one per image)"
         faults.append(Fault(where, what, f"write {IMAGE_PLACEHOLDER} once for each image"))
     if faults:
         raise DataError("\n".join(str(fault) for fault in faults), faults)
     return Conversation(identity, turns, images)
+
+
+def count_placeholders(turns: Iterable[Turn]) -> int:
+    """Return the number of ``<image>`` that place an image: those in human turns."""
+    return sum(turn.text.count(IMAGE_PLACEHOLDER) for turn in turns if turn.role == "human")
 
 
 def _identity(raw: Mapping[str, Any], where: str, faults: list[Fault]) -> str:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import copy
 import logging
+from typing import Final
 
 from llavar_peft.data.check_records import preflight
 from llavar_peft.data.image_roots import ImageRoots
-from llavar_peft.data.record_store import open_records
+from llavar_peft.data.record_store import RecordStore, open_records
 from llavar_peft.data.training_dataset import TrainingDataset, split_holdout
 from llavar_peft.errors import DataError
 from llavar_peft.models.processing_llavar import LlavarProcessor
@@ -16,6 +17,8 @@ from llavar_peft.recipe.schema import Stage
 logger = logging.getLogger(__name__)
 
 _SHOWN = 10
+_WITHOUT_EFFECT: Final = frozenset({"placeholder", "no_answer", "empty_answer", "last_turn"})
+"""Kinds of faults of records that can be read, for which ``data.max_bad_share`` alone decides."""
 
 
 def stage_records(stage: Stage, processor: LlavarProcessor, *, seed: int) -> tuple[TrainingDataset, TrainingDataset]:
@@ -37,20 +40,7 @@ def stage_records(stage: Stage, processor: LlavarProcessor, *, seed: int) -> tup
     if not len(records):
         raise DataError.at(", ".join(_paths(data.records)), "no records", "give a file with at least one record")
     roots = ImageRoots(_paths(data.images))
-    faults = preflight(records, roots)
-    skipped = {index for index, _ in faults}
-    if faults:
-        allowed = int(data.max_bad_share * len(records)) if data.on_bad_image == "skip" else 0
-        listed = "\n".join(str(fault) for _, fault in faults[:_SHOWN])
-        more = f"\nand {len(faults) - _SHOWN} more" if len(faults) > _SHOWN else ""
-        if len(skipped) > allowed:
-            raise DataError(
-                f"stage {stage.name}: {len(skipped)} of {len(records)} records cannot be trained on\n{listed}{more}\n"
-                "Fix: repair them ('llavar-peft data check' lists all), or set data.on_bad_image to skip and "
-                "data.max_bad_share to the share that may be skipped.",
-                [fault for _, fault in faults],
-            )
-        logger.warning("stage %s: %d records are skipped\n%s%s", stage.name, len(skipped), listed, more)
+    skipped = _faulty_records(stage, records, roots)
     usable = [index for index in range(len(records)) if index not in skipped]
     kept, held = split_holdout(len(usable), data.holdout, seed=seed)
     own = processor
@@ -62,6 +52,28 @@ def stage_records(stage: Stage, processor: LlavarProcessor, *, seed: int) -> tup
         return TrainingDataset(records, [usable[i] for i in positions], roots, own, max_length=stage.max_length)
 
     return dataset(kept), dataset(held)
+
+
+def _faulty_records(stage: Stage, records: RecordStore, roots: ImageRoots) -> set[int]:
+    """Return the indices of the records to skip. Raise ``DataError`` if there are more than the stage allows."""
+    data = stage.data
+    faults = preflight(records, roots)
+    if not faults:
+        return set()
+    skipped = {fault.index for fault in faults}
+    listed = "\n".join(str(fault) for fault in faults[:_SHOWN])
+    more = f"\nand {len(faults) - _SHOWN} more" if len(faults) > _SHOWN else ""
+    stops = data.on_bad_image == "stop" and any(fault.kind not in _WITHOUT_EFFECT for fault in faults)
+    if stops or len(skipped) > int(data.max_bad_share * len(records)):
+        switch = "data.on_bad_image to skip and " if stops else ""
+        raise DataError(
+            f"stage {stage.name}: {len(skipped)} of {len(records)} records cannot be trained on\n{listed}{more}\n"
+            f"Fix: repair them ('llavar-peft data check' lists all), or set {switch}data.max_bad_share to the share "
+            "that may be skipped.",
+            faults,
+        )
+    logger.warning("stage %s: %d records are skipped\n%s%s", stage.name, len(skipped), listed, more)
+    return skipped
 
 
 def _paths(given: str | tuple[str, ...]) -> tuple[str, ...]:

@@ -59,7 +59,7 @@ FAULTY: list[tuple[Any, list[str], str]] = [
     (record(12, "A.png"), ["image_missing"], "if a.png is meant"),
     (record(13, ["a.png", "none/x.png"], "<image><image>", "x"), ["image_missing"], "none/x.png: is in none of"),
     (record(14, "../secret.png"), ["image_outside"], "leads outside"),
-    (record(15, "/etc/passwd"), ["image_outside"], "is not a relative path"),
+    (record(15, "/etc/passwd"), ["image_outside"], "leads outside"),
     (record(16, "broken.png"), ["image_broken"], "cannot be read as an image"),
     (record(17, "broken.png", "<image>", ""), ["empty_answer", "image_broken"], "broken.png"),
 ]
@@ -96,13 +96,15 @@ def test_missing_images_are_found_without_opening_any(tmp_path: Path, roots: Ima
 
 def test_preflight_finds_the_records_that_would_stop_a_run(tmp_path: Path, roots: ImageRoots) -> None:
     records = store(tmp_path, VALID + [faulty for faulty, _, _ in FAULTY])
-    stops = {"record", "image_missing", "image_outside"}
     expected = [
-        index for index, (_, kinds, _) in enumerate(FAULTY, start=len(VALID)) for kind in kinds if kind in stops
+        (index, kind)
+        for index, (_, kinds, _) in enumerate(FAULTY, start=len(VALID))
+        for kind in kinds
+        if kind != "image_broken"  # only opening the image can tell
     ]
     found = preflight(records, roots)
-    assert [index for index, _ in found] == expected
-    assert all(fault.where.startswith(records.where(index)) for index, fault in found)
+    assert [(fault.index, fault.kind) for fault in found] == expected
+    assert all(fault.where.startswith(records.where(fault.index)) for fault in found)
 
 
 @pytest.mark.parametrize("listed_after", [0, 1, 64])
@@ -118,7 +120,7 @@ def test_listing_folders_gives_the_same_result_as_single_lookups(
     monkeypatch.setattr(image_roots, "_LISTED_AFTER", listed_after)
     records = store(tmp_path, [record(index, name) for index, name in enumerate(names * 2)])
     bad = [3, 4, 5, 6, 7]
-    assert [index for index, _ in preflight(records, roots)] == bad + [index + len(names) for index in bad]
+    assert [fault.index for fault in preflight(records, roots)] == bad + [index + len(names) for index in bad]
 
 
 def test_missing_image_folders_are_reported_once(tmp_path: Path) -> None:
@@ -138,3 +140,24 @@ def test_repeated_ids_are_a_warning(tmp_path: Path, roots: ImageRoots) -> None:
     assert str(report.warnings[0]).startswith(expected)
     no_ids = [{key: value for key, value in record(0).items() if key != "id"}] * 2
     assert not check_records(RecordStore([*open_records(no_ids).parts] * 2), roots).warnings
+
+
+def test_an_image_placeholder_in_an_answer_is_a_warning(tmp_path: Path, roots: ImageRoots) -> None:
+    answered = record(0, "a.png", "<image>\nRead it.", "![figure](<image>) EXIT")
+    report = check_records(store(tmp_path, [*VALID, answered]), roots)
+    assert report.clean
+    (warning,) = report.warnings
+    assert (warning.kind, warning.index) == ("placeholder_in_answer", len(VALID))
+    only = record(0, "a.png", "Read it.", "<image>")
+    assert [finding.kind for finding in check_records(store(tmp_path, [only]), roots)] == ["placeholder"]
+
+
+def test_an_absolute_path_into_an_image_folder_is_inside_it(tmp_path: Path, roots: ImageRoots) -> None:
+    inside, outside = str(roots.roots[0] / "a.png"), str(tmp_path / "secret.png")
+    (roots.roots[0] / "linked.png").symlink_to(tmp_path / "secret.png")
+    linked = str(roots.roots[0] / "linked.png")
+    records = store(tmp_path, [record(0, inside), record(1, outside), record(2, linked)])
+    assert [(found.index, found.kind) for found in check_records(records, roots)] == [
+        (1, "image_outside"), (2, "image_outside"),
+    ]  # fmt: skip
+    assert roots.open(inside).size == (5, 4)

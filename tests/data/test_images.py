@@ -420,10 +420,16 @@ def test_a_path_may_not_leave_its_root(roots: ImageRoots, path: str) -> None:
         roots.resolve(path)
 
 
-def test_absolute_and_empty_paths_are_rejected(roots: ImageRoots, tmp_path: Path) -> None:
-    for path in (str(tmp_path / "one/train/a.png"), "", "a\0b"):
-        with pytest.raises(ImageError, match="is not a relative path"):
+def test_empty_paths_are_rejected(roots: ImageRoots) -> None:
+    for path in ("", "a\0b"):
+        with pytest.raises(ImageError, match="is not a path"):
             roots.resolve(path)
+
+
+def test_an_absolute_path_is_taken_inside_a_root_only(roots: ImageRoots, tmp_path: Path) -> None:
+    assert roots.resolve(str(tmp_path / "one/train/a.png")) == tmp_path / "one/train/a.png"
+    with pytest.raises(ImageError, match="leads outside the image folders"):
+        roots.resolve(str(tmp_path / "secret/s.png"))
 
 
 def test_links_may_lead_into_image_folders_only(roots: ImageRoots, tmp_path: Path) -> None:

@@ -198,9 +198,12 @@ def test_without_an_image_the_placeholder_is_text(small: Settings) -> None:
     assert "USER: write <image> here ASSISTANT: A</s>" in decoded(example, small)
 
 
-def test_an_image_in_an_answer_is_not_supervised(small: Settings) -> None:
-    example = encode_record(record("Q", "see <image> there", image="1"), small, 2048)
-    assert answers(example, small) == [" see", "there</s>"]
+def test_the_placeholder_in_an_answer_is_text(small: Settings) -> None:
+    example = encode_record(record("<image>\nQ", "see <image> there", image="1"), small, 2048)
+    assert answers(example, small) == [" see <image> there</s>"]
+    assert example.image_token_counts == (small.num_image_tokens,)
+    several = record("<image> a <image>", "![figure](<image>)", image=["1", "2"])
+    assert len(encode_record(several, small, 2048).images) == 2
 
 
 def test_images_are_moved_to_the_front_of_the_first_turn(small: Settings) -> None:
