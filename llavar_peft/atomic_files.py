@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import stat
 from pathlib import Path
 from typing import Any
 
@@ -47,10 +48,14 @@ def dump_json(value: Any, *, indent: int | None = None, separators: tuple[str, s
 
 def commit_folder(staged: Path, final: Path) -> None:
     """Move a finished folder to its final name, replacing any folder of that name."""
-    for entry in sorted(staged.rglob("*")):
-        if entry.is_file():
-            with entry.open("rb") as file:
-                os.fsync(file.fileno())
+    files = [entry for entry in sorted(staged.rglob("*")) if entry.is_file()]
+    mode = _default_mode(staged)
+    for entry in files:
+        if entry.suffix == ".safetensors":
+            # safetensors creates its files for their owner alone, whatever the umask.
+            entry.chmod(mode)
+        with entry.open("rb") as file:
+            os.fsync(file.fileno())
     old = final.with_name(f".{final.name}.old")
     shutil.rmtree(old, ignore_errors=True)
     if final.exists():
@@ -58,6 +63,15 @@ def commit_folder(staged: Path, final: Path) -> None:
     staged.rename(final)
     _sync_folder(final.parent)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def _default_mode(folder: Path) -> int:
+    """Return the permissions that the umask gives a new file; ``os.umask`` can only read them by changing them."""
+    probe = folder / ".mode"
+    probe.touch()
+    mode = stat.S_IMODE(probe.stat().st_mode)
+    probe.unlink()
+    return mode
 
 
 def _sync_folder(folder: Path) -> None:

@@ -18,6 +18,7 @@ from llavar_peft.errors import ConfigError
 from llavar_peft.inference.generation_request import PromptImage
 from llavar_peft.models.adapter_loading import add_adapter, apply_adapter, check_base_of_adapter
 from llavar_peft.models.build_model import build_model
+from llavar_peft.models.checkpoint_loading import resolve_folder
 from llavar_peft.recipe.schema import Attention, Dtype, ModelConfig, Quantization
 from llavar_peft.weights.adapter.adapter_files import ADAPTER_CONFIG, BASE_FILE, read_base_settings, read_settings
 
@@ -163,7 +164,7 @@ def load_engine(
             that are stored in different ways.
         WeightsError: The weights do not fit the model.
     """
-    model = _resolve_run(Path(model))
+    model = _resolve_run(resolve_folder(str(model), "model"))
     folders = {name: _resolve_run(Path(folder)) for name, folder in adapters.items()}
     if not folders and (model / ADAPTER_CONFIG).is_file():
         folders = {model.name: model}

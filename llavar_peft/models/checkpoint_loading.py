@@ -22,9 +22,11 @@ from llavar_peft.models.llavar_config import LlavarConfig, make_config, read_lla
 from llavar_peft.models.model_parts import ModelParts
 from llavar_peft.models.processing_llavar import LlavarProcessor
 from llavar_peft.recipe.schema import ModelConfig
-from llavar_peft.weights.delta.released_layout import read_model_config
+from llavar_peft.weights.adapter.adapter_files import ADAPTER_CONFIG
+from llavar_peft.weights.delta.released_layout import check_not_delta, read_model_config
 from llavar_peft.weights.io import tensor_names
 from llavar_peft.weights.io.tensor_blocks import open_weights
+from llavar_peft.weights.io.tensor_table import WEIGHTS_FILES
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -60,6 +62,7 @@ def read_parts(config: ModelConfig, *, seed: int) -> ModelParts:
         use_im_start_end=config.use_im_start_end,
     )
     tensors = _rename_released(open_weights(language))
+    check_not_delta(tensors.get(tensor_names.FINAL_NORM), language)
     if tensor_names.HEAD not in tensors and text.tie_word_embeddings and tensor_names.EMBEDDINGS in tensors:
         tensors[tensor_names.HEAD] = tensors[tensor_names.EMBEDDINGS]
     for name in (tensor_names.EMBEDDINGS, tensor_names.HEAD):
@@ -89,6 +92,12 @@ def read_checkpoint(config: ModelConfig) -> ModelParts:
         WeightsError: A file cannot be read.
     """
     folder = resolve_folder(_required(config.checkpoint), "model.checkpoint")
+    if (folder / ADAPTER_CONFIG).is_file() and not any((folder / name).is_file() for name in WEIGHTS_FILES):
+        raise ConfigError.at(
+            str(folder),
+            "an adapter, expected a complete model",
+            "give it as the adapter of its base, or merge it first with `llavar-peft merge`",
+        )
     described = read_model_config(folder)
     kind = described.get("model_type")
     if kind == MODEL_TYPE:
@@ -108,6 +117,7 @@ def _read_own_layout(folder: Path, config: ModelConfig) -> ModelParts:
     model_config = LlavarConfig.from_pretrained(folder)
     processor = LlavarProcessor.from_pretrained(folder)
     tensors = dict(open_weights(folder))
+    check_not_delta(tensors.get(tensor_names.FINAL_NORM), folder)
     image_processor = processor.image_processor
     if config.vision_tower is not None:
         tower, tower_tensors, image_processor = _read_tower(config.vision_tower)
@@ -148,6 +158,7 @@ def _read_released_layout(folder: Path, described: Mapping[str, Any], config: Mo
         sep_image_conv_front=bool(described.get("sep_image_conv_front", False)),
     )
     tensors = _rename_released(open_weights(folder))
+    check_not_delta(tensors.get(tensor_names.FINAL_NORM), folder)
     tensors.update(tower_tensors)
     return ModelParts(
         source=str(folder),
@@ -176,12 +187,13 @@ def resolve_folder(name: str, setting: str) -> Path:
     if path.is_dir():
         return path
     looks_local = name.startswith((".", "/", "~")) or name.count("/") != 1 or path.parent.is_dir() or path.exists()
+    if path.is_file():
+        raise ConfigError.at(setting, f"a file, expected a folder (got {name!r})", _fix_for_file(path))
     if looks_local:
         siblings = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
         near = difflib.get_close_matches(path.name, siblings, n=1)
         hint = f"did you mean {str(path.parent / near[0])!r}" if near else "give a folder, or a hub name owner/model"
-        what = "a file, expected a folder" if path.exists() else "no such folder"
-        raise ConfigError.at(setting, f"{what} (got {name!r})", hint)
+        raise ConfigError.at(setting, f"no such folder (got {name!r})", hint)
     from huggingface_hub import snapshot_download
 
     try:
@@ -195,6 +207,16 @@ def resolve_folder(name: str, setting: str) -> Path:
         ) from error
 
 
+def _fix_for_file(path: Path) -> str:
+    if path.name.startswith("mm_projector"):
+        return "this is a stage-1 projector: set model.projector to it, and language_model and vision_tower"
+    if path.suffix == ".gguf":
+        return "GGUF files are not supported: give the folder of the model that the file was converted from"
+    if (path.parent / "config.json").is_file():
+        return f"give the folder of the model, {str(path.parent)!r}"
+    return "give the folder that contains config.json and the weights"
+
+
 def _read_tower(name: str) -> tuple[CLIPVisionConfig, dict[str, Tensor], CLIPImageProcessorPil]:
     folder = resolve_folder(name, "model.vision_tower")
     described = read_model_config(folder)
@@ -204,8 +226,13 @@ def _read_tower(name: str) -> tuple[CLIPVisionConfig, dict[str, Tensor], CLIPIma
             f"not a CLIP model (got {described.get('model_type')!r}, expected 'clip' or 'clip_vision_model')",
             "give the vision tower's folder",
         )
-    if not (folder / "preprocessor_config.json").is_file():
-        raise ConfigError.at(str(folder), "no preprocessor_config.json in it", "copy it from the CLIP model")
+    # Transformers 4 writes the image processor to a file of its own, transformers 5 into that of the processor.
+    if not any((folder / name).is_file() for name in ("preprocessor_config.json", "processor_config.json")):
+        raise ConfigError.at(
+            str(folder),
+            "no preprocessor_config.json and no processor_config.json in it",
+            "copy the file from the CLIP model",
+        )
     tensors = {ours: tensor for name, tensor in open_weights(folder).items() if (ours := tensor_names.from_clip(name))}
     return CLIPVisionConfig.from_pretrained(folder), tensors, CLIPImageProcessorPil.from_pretrained(folder)
 

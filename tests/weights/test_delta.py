@@ -62,6 +62,22 @@ def test_make_and_apply(
     assert _same(again, expected)
 
 
+def test_folders_of_another_role_are_rejected(base: Path, target: Path, tmp_path: Path) -> None:
+    delta, out = tmp_path / "delta", tmp_path / "out"
+    make_delta(base, target, delta)
+    for what, call in (
+        ("the target is the base", lambda: make_delta(base, base, out)),
+        ("a plain language model", lambda: make_delta(base, shutil.copytree(base, tmp_path / "copy"), out)),
+        ("delta: a delta, expected complete weights", lambda: make_delta(base, delta, out)),
+        ("delta: a delta, expected complete weights", lambda: make_delta(delta, target, out)),
+        ("delta: a delta, expected complete weights", lambda: apply_delta(delta, delta, out)),
+        ("llava: complete weights, expected a delta", lambda: apply_delta(base, target, out)),
+    ):
+        with pytest.raises(ConfigError, match=what):
+            call()
+        assert _nothing_is_left(out)
+
+
 def test_the_files_are_those_of_the_released_delta(base: Path, target: Path, tmp_path: Path) -> None:
     make_delta(base, target, tmp_path / "delta", shard_size=150_000)
     files = sorted(path.name for path in (tmp_path / "delta").iterdir())

@@ -13,9 +13,17 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from llavar_peft.errors import ConfigError
 from llavar_peft.weights.adapter.lora_updates import read_adapter
 from llavar_peft.weights.delta.delta_base_check import check_delta_base, check_matching_tensors
-from llavar_peft.weights.delta.released_layout import ReleasedView, copy_companions, view_as_released
+from llavar_peft.weights.delta.released_layout import (
+    ReleasedView,
+    check_not_delta,
+    copy_companions,
+    is_delta,
+    view_as_released,
+)
+from llavar_peft.weights.io import tensor_names
 from llavar_peft.weights.io.folder_writer import FolderWriter, WeightsReport
 from llavar_peft.weights.io.shard_layout import RELEASED_SHARD_SIZE, TensorSpec, WeightsFormat
 from llavar_peft.weights.io.tensor_blocks import read_blocks
@@ -26,6 +34,9 @@ from llavar_peft.weights.merge.merge_stream import MergedTensors, Onto, choose_r
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+_NORM = "model.norm.weight"
+"""Released name of the last RMS norm."""
 
 
 def make_delta(
@@ -62,8 +73,9 @@ def make_delta(
         EnvironmentFaultError: The disk is full, or another process is writing the same folder.
     """
     old, new = view_as_released(base), view_as_released(target)
-    check_matching_tensors(old, new)
     folders = [Path(adapter)] if isinstance(adapter, (str, Path)) else [Path(one) for one in adapter]
+    _check_roles(old, new, adapters=bool(folders))
+    check_matching_tensors(old, new)
     for folder in folders[:1]:
         check_adapter_base(folder, lambda: take_fingerprint(new.table, new.config), str(target))
     adapters = [read_adapter(folder) for folder in folders]
@@ -116,6 +128,13 @@ def apply_delta(
         EnvironmentFaultError: The disk is full, or another process is writing the same folder.
     """
     old, step = view_as_released(base), view_as_released(delta)
+    check_not_delta(old.table.get(_NORM), old.folder)
+    if _NORM in step.table and not is_delta(step.table[_NORM]):
+        raise ConfigError.at(
+            str(step.folder),
+            "complete weights, expected a delta (the mean of a delta's last norm is near 0)",
+            "give the folder of the released delta; complete weights need no `delta apply`",
+        )
     check_matching_tensors(old, step)
     if not force:
         check_delta_base(old, step)
@@ -130,6 +149,22 @@ def apply_delta(
         prints=prints,
         progress=progress,
     )
+
+
+def _check_roles(base: ReleasedView, target: ReleasedView, *, adapters: bool) -> None:
+    """Reject folders that cannot be the base and the target of a delta."""
+    for view in (base, target):
+        check_not_delta(view.table.get(_NORM), view.folder)
+    if not adapters and base.folder.resolve() == target.folder.resolve():
+        raise ConfigError.at(
+            str(target.folder), "the target is the base", "give the folder of the trained model as the target"
+        )
+    if not adapters and tensor_names.RELEASED_PROJECTOR_WEIGHT not in target.table:
+        raise ConfigError.at(
+            str(target.folder),
+            "a plain language model, expected a LLaVAR (it has no projector)",
+            "give the folder of the trained model as the target, or the adapter that was trained on it with --adapter",
+        )
 
 
 def _write(

@@ -7,7 +7,7 @@ import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from llavar_peft.constants import (
     ADDED_TOKENS,
@@ -20,7 +20,11 @@ from llavar_peft.constants import (
 )
 from llavar_peft.errors import ConfigError, WeightsError
 from llavar_peft.weights.io import tensor_names
+from llavar_peft.weights.io.tensor_blocks import read_tensor
 from llavar_peft.weights.io.tensor_table import DOWNLOAD_AGAIN, TensorEntry, read_tensor_table
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _TOKENIZER_MODEL, _ADDED_FILE = "tokenizer.model", "added_tokens.json"
 _TOKENIZER_FILES = (
@@ -31,6 +35,8 @@ _TEXT_FIELDS = (
     "max_position_embeddings", "num_attention_heads", "num_hidden_layers", "rms_norm_eps", "vocab_size",
 )  # fmt: skip
 _ORIGINAL_TOWER = "openai/clip-vit-large-patch14-336"
+_DELTA_MEAN = 0.1
+"""Largest mean of a delta's last norm. Norms are initialized with 1 and change little in finetuning."""
 _FLOATS = ("float16", "bfloat16", "float32", "float64")
 
 
@@ -101,6 +107,30 @@ def read_model_config(folder: Path) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise ConfigError.at(str(path), f"not a JSON object (got a {type(config).__name__})", DOWNLOAD_AGAIN)
     return config
+
+
+def check_not_delta(norm: TensorEntry | Tensor | None, folder: str | Path) -> None:
+    """Reject a delta where complete weights are expected: a model would load it and answer with gibberish.
+
+    Args:
+        norm: The last RMS norm, ``tensor_names.FINAL_NORM``; None if the folder holds none.
+        folder: The folder, for the message.
+
+    Raises:
+        ConfigError: The norm is that of a delta.
+    """
+    if norm is not None and is_delta(norm):
+        raise ConfigError.at(
+            str(folder),
+            "a delta, expected complete weights (the mean of its last norm is near 0, where models have about 1)",
+            "add it to LLaMA's weights first: `llavar-peft delta apply`",
+        )
+
+
+def is_delta(norm: TensorEntry | Tensor) -> bool:
+    """Return whether the last RMS norm is that of a delta, whose mean is near 0."""
+    values = read_tensor(norm) if isinstance(norm, TensorEntry) else norm
+    return values.numel() > 0 and abs(float(values.float().mean())) < _DELTA_MEAN
 
 
 def flatten_config(config: Mapping[str, Any]) -> dict[str, Any]:

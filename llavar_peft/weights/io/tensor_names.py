@@ -14,6 +14,7 @@ PROJECTOR_BIAS = "model.multi_modal_projector.bias"
 EMBEDDINGS = "model.language_model.embed_tokens.weight"
 HEAD = "lm_head.weight"
 TOWER = "model.vision_tower."
+FINAL_NORM = "model.language_model.norm.weight"
 
 RELEASED_PROJECTOR_WEIGHT = "model.mm_projector.weight"
 RELEASED_PROJECTOR_BIAS = "model.mm_projector.bias"

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llavar_peft.errors import WeightsError
+from llavar_peft.errors import LlavarError, WeightsError
 
 if TYPE_CHECKING:
     import torch
@@ -26,6 +26,8 @@ SAFE_SINGLE = "model.safetensors"
 SAFE_INDEX = "model.safetensors.index.json"
 BIN_SINGLE = "pytorch_model.bin"
 BIN_INDEX = "pytorch_model.bin.index.json"
+WEIGHTS_FILES = (SAFE_INDEX, BIN_INDEX, SAFE_SINGLE, BIN_SINGLE)
+"""The files that a folder of weights may begin with."""
 CHECKSUMS_FILE = "weights_checksums.json"
 """CRC-32 by tensor, for the safetensors files of the same folder. A ``.bin`` holds its checksums itself."""
 DOWNLOAD_AGAIN = "download or copy the file again"
@@ -37,6 +39,8 @@ _SAFE_DTYPES = {
 }  # fmt: skip
 SAFE_NAMES = {name: code for code, name in _SAFE_DTYPES.items()}
 """Safetensors' code of each dtype, by torch's name."""
+_LFS_POINTER = b"version https://git-lfs.github.com/spec/"
+_REASON = 200  # characters of another library's message
 _LOCAL_HEADER = 30
 """Bytes of a zip entry's local header before its name."""
 
@@ -154,8 +158,8 @@ def _list_files(folder: Path) -> str:
 def _read_index(index: Path) -> dict[str, Path]:
     try:
         files = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        indexed = {str(name): index.parent / str(file) for name, file in files.items()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        indexed = {str(name): index.parent / _shard_name(file) for name, file in files.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise WeightsError.at(str(index), f"not an index of shards ({error})", DOWNLOAD_AGAIN) from error
     missing = sorted({file.name for file in indexed.values() if not file.is_file()})
     if missing:
@@ -163,10 +167,30 @@ def _read_index(index: Path) -> dict[str, Path]:
     return indexed
 
 
-def _unreadable(path: Path, error: Exception) -> WeightsError:
-    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-    fault = WeightsError.at(str(path), f"not a readable file of weights ({reason})", DOWNLOAD_AGAIN)
-    return WeightsError(str(fault), fault.faults)
+def _shard_name(file: Any) -> str:
+    """Return the name of a shard, which must be in the folder of its index; the file itself may be a link."""
+    if not isinstance(file, str) or not file or Path(file).is_absolute() or ".." in Path(file).parts or "\\" in file:
+        raise ValueError(f"it names the shard {file!r}, expected a file in the same folder")
+    return file
+
+
+def _unreadable(path: Path, error: Exception) -> LlavarError:
+    try:
+        with path.open("rb") as file:
+            start = file.read(len(_LFS_POINTER))
+    except OSError as unopened:
+        return WeightsError.at(str(path), f"cannot be read ({unopened.strerror})", "check the file's permissions")
+    if start == _LFS_POINTER:
+        what = "a Git LFS pointer, not the file of weights that it stands for"
+        return WeightsError.at(str(path), what, "run `git lfs pull` in the repository, or download the file itself")
+    if not start:
+        return WeightsError.at(str(path), "the file is empty", DOWNLOAD_AGAIN)
+    if "weights_only" in str(error):
+        # Torch's message advises to load the file in a way that runs code in it.
+        reason = "it is damaged, or contains more than tensors, which is never loaded"
+    else:
+        reason = str(error).strip().splitlines()[0][:_REASON] if str(error).strip() else type(error).__name__
+    return WeightsError.at(str(path), f"not a readable file of weights ({reason})", DOWNLOAD_AGAIN)
 
 
 def _read_safetensors(path: Path) -> dict[str, TensorEntry]:

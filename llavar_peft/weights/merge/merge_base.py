@@ -11,7 +11,12 @@ from llavar_peft.constants import MODEL_TYPE
 from llavar_peft.errors import ConfigError, WeightsError
 from llavar_peft.weights.adapter.adapter_files import BASE_FILE, read_base_settings
 from llavar_peft.weights.adapter.lora_updates import Adapter, Replacement, Rows
-from llavar_peft.weights.delta.released_layout import ReleasedView, flatten_config, read_model_config
+from llavar_peft.weights.delta.released_layout import (
+    ReleasedView,
+    check_not_delta,
+    flatten_config,
+    read_model_config,
+)
 from llavar_peft.weights.io import tensor_names
 from llavar_peft.weights.io.projector_file import TRAINED_ROWS, read_projector
 from llavar_peft.weights.io.tensor_table import TensorEntry, read_tensor_table
@@ -72,6 +77,9 @@ def open_merge_base(
     if config.get("model_type") != "llama":
         ours = _same if config.get("model_type") == MODEL_TYPE else tensor_names.from_released
         table = {name: entry for name, entry in read_tensor_table(folder).items() if ours(name) is not None}
+        check_not_delta(
+            next((one for name, one in table.items() if ours(name) == tensor_names.FINAL_NORM), None), folder
+        )
         shapes = {name: entry.shape for name, entry in table.items()}
         rows = next((shape[0] for name, shape in shapes.items() if ours(name) == tensor_names.EMBEDDINGS), 0)
         overlay = _read_overlay(projector or settings.projector, adapters[0].folder, rows)
@@ -137,6 +145,7 @@ def _extend_language_model(folder: Path, adapters: Sequence[Adapter], projector:
     table = {
         ours: entry for name, entry in read_tensor_table(folder).items() if (ours := tensor_names.from_released(name))
     }
+    check_not_delta(table.get(tensor_names.FINAL_NORM), folder)
     if tensor_names.HEAD not in table and tensor_names.EMBEDDINGS in table:  # tied in the file; ours never are
         table[tensor_names.HEAD] = table[tensor_names.EMBEDDINGS]
     rows = int(config["text_config"]["vocab_size"])
