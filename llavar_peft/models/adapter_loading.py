@@ -13,12 +13,8 @@ from llavar_peft.models.build_model import build_model, expected_shapes
 from llavar_peft.models.checkpoint_loading import resolve_folder
 from llavar_peft.models.modeling_llavar import LlavarForConditionalGeneration
 from llavar_peft.recipe.schema import ModelConfig
-from llavar_peft.weights.adapter.adapter_files import (
-    ADAPTER_WEIGHTS,
-    load_adapter_weights,
-    read_adapter_table,
-    read_settings,
-)
+from llavar_peft.weights.adapter.adapter_files import ADAPTER_WEIGHTS, load_adapter_weights
+from llavar_peft.weights.adapter.adapter_layouts import open_adapter
 from llavar_peft.weights.adapter.adapter_parts import find_base_faults, find_shape_faults, split_adapter
 from llavar_peft.weights.delta.released_layout import view_as_released
 from llavar_peft.weights.io import tensor_names
@@ -26,7 +22,7 @@ from llavar_peft.weights.io.tensor_blocks import find_not_finite, read_tensor
 from llavar_peft.weights.io.weights_fingerprint import check_adapter_base, take_fingerprint
 
 if TYPE_CHECKING:
-    from peft import PeftModel
+    from peft import PeftConfig, PeftModel
 
 # The tensors that a stage-1 projector file replaces.
 _REPLACED_BY_PROJECTOR = (
@@ -82,7 +78,7 @@ def apply_adapter(
     Args:
         name: The adapter's name in peft.
     """
-    from peft import PeftConfig, get_peft_model
+    from peft import get_peft_model
 
     if not isinstance(model, LlavarForConditionalGeneration) or hasattr(model, "peft_config"):
         raise ConfigError.at(
@@ -90,8 +86,7 @@ def apply_adapter(
             f"expected a LLaVAR without adapters (got {type(model).__name__})",
             "pass a model from build_model",
         )
-    tensors = _read_checked(model, folder)
-    settings = PeftConfig.from_pretrained(str(folder))
+    tensors, settings = _read_checked(model, folder)
     settings.inference_mode = not trainable
     settings.base_model_name_or_path = model.name_or_path
     model.requires_grad_(False)
@@ -111,11 +106,8 @@ def add_adapter(model: PeftModel, folder: Path, name: str) -> None:
         ConfigError: There is no adapter.
         WeightsError: As in ``load_adapter``. The model is then unchanged.
     """
-    from peft import PeftConfig
-
     base = model.get_base_model()
-    tensors = _read_checked(base, folder)
-    settings = PeftConfig.from_pretrained(str(folder))
+    tensors, settings = _read_checked(base, folder)
     settings.inference_mode = True
     settings.base_model_name_or_path = base.name_or_path
     model.add_adapter(name, settings)
@@ -153,16 +145,23 @@ def fingerprint_base(config: ModelConfig) -> dict[str, Any]:
     return take_fingerprint(table, view.config)
 
 
-def _read_checked(model: LlavarForConditionalGeneration, folder: Path) -> dict[str, torch.Tensor]:
-    """Read an adapter's tensors, all of which fit the model and are finite."""
-    settings, table = read_settings(folder), read_adapter_table(folder)
+def _read_checked(model: LlavarForConditionalGeneration, folder: Path) -> tuple[dict[str, torch.Tensor], PeftConfig]:
+    """Read an adapter's tensors, all of which fit the model and are finite, and its settings."""
+    from peft import PeftConfig
+
+    stored = open_adapter(folder)
+    table = stored.table
     parts = split_adapter(table)
-    faults: list[Fault] = list(find_shape_faults(parts, settings, str(folder)))
+    faults: list[Fault] = list(find_shape_faults(parts, stored.settings, str(folder)))
     # The shapes come from the configuration, because a quantized layer's own tensor is packed.
-    faults = faults or list(find_base_faults(parts, settings, expected_shapes(model.config), str(folder)))
+    faults = faults or list(find_base_faults(parts, stored.settings, expected_shapes(model.config), str(folder)))
     tensors = {} if faults else {name: read_tensor(entry) for name, entry in table.items()}
     found = (find_not_finite([tensor], table[name].location) for name, tensor in tensors.items())
     faults += [fault for fault in found if fault is not None]
     if faults:
         raise WeightsError("\n".join(map(str, faults)), faults)
-    return tensors
+    settings = PeftConfig.from_pretrained(str(folder))
+    if stored.converted:
+        for name in ("target_modules", "exclude_modules", "layers_to_transform", "modules_to_save"):
+            setattr(settings, name, stored.settings.get(name))
+    return tensors, settings

@@ -16,7 +16,8 @@ from llavar_peft.constants import METRICS_FILE, PROBE_FILE, RESOLVED_RECIPE_FILE
 from llavar_peft.recipe.recipe_yaml import dump_recipe
 from llavar_peft.recipe.schema import Lora, ModelConfig, Recipe, Stage
 from llavar_peft.training.run_files import read_metric_lines
-from llavar_peft.weights.adapter.adapter_files import read_adapter_table, read_base_settings, read_settings
+from llavar_peft.weights.adapter.adapter_files import read_base_settings
+from llavar_peft.weights.adapter.adapter_layouts import open_adapter
 from llavar_peft.weights.adapter.adapter_parts import AdapterPart, row_indices, split_adapter
 from llavar_peft.weights.io.weights_fingerprint import FINGERPRINT_FILE, digest, read_fingerprint
 
@@ -35,7 +36,8 @@ def write_card(folder: Path, recipe: Recipe, stage: Stage, *, run: Path, step: i
     """
     write_text(folder / RESOLVED_RECIPE_FILE, f"# Trained by stage: {stage.name}\n{dump_recipe(recipe)}")
     base = ModelConfig(**read_base_settings(folder).fields)
-    parts, settings = split_adapter(read_adapter_table(folder)), read_settings(folder)
+    stored = open_adapter(folder)
+    parts, settings = split_adapter(stored.table), stored.settings
     sections = [
         _header(base, stage),
         f"# {stage.name}: an adapter for LLaVAR\n",

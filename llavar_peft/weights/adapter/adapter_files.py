@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from llavar_peft.errors import ConfigError
 from llavar_peft.weights.io.tensor_blocks import check_tensors
-from llavar_peft.weights.io.tensor_table import DOWNLOAD_AGAIN, TensorEntry, read_file_table
+from llavar_peft.weights.io.tensor_table import DOWNLOAD_AGAIN
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -72,14 +73,26 @@ def read_settings(folder: Path) -> dict[str, Any]:
     """
     path = folder / ADAPTER_CONFIG
     try:
-        settings = json.loads(path.read_text(encoding="utf-8"))
-        _ = settings["peft_type"]
+        settings = dict(json.loads(path.read_text(encoding="utf-8")))
+        if settings["peft_type"] == "LORA":
+            _check_scale(settings)
     except FileNotFoundError:
         what = "no such folder" if not folder.is_dir() else f"no {ADAPTER_CONFIG} in this folder"
         raise ConfigError.at(str(folder), what, _FIX) from None
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise ConfigError.at(str(path), f"not readable as settings of peft ({error!r})", DOWNLOAD_AGAIN) from error
-    return dict(settings)
+    return settings
+
+
+def _check_scale(settings: Mapping[str, Any]) -> None:
+    """Raise ``ValueError`` or ``TypeError`` for ranks and scales that are no usable numbers."""
+    ranks, alphas = settings.get("rank_pattern") or {}, settings.get("alpha_pattern") or {}
+    for name, rank in {"r": settings["r"], **dict(ranks)}.items():
+        if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
+            raise ValueError(f"rank {name}: got {rank!r}, expected a positive integer")
+    for name, alpha in {"lora_alpha": settings["lora_alpha"], **dict(alphas)}.items():
+        if not isinstance(alpha, int | float) or isinstance(alpha, bool) or not math.isfinite(alpha):
+            raise ValueError(f"scale {name}: got {alpha!r}, expected a finite number")
 
 
 def scaling_of(module: str, settings: Mapping[str, Any]) -> tuple[int, float]:
@@ -93,19 +106,6 @@ def scaling_of(module: str, settings: Mapping[str, Any]) -> tuple[int, float]:
     rank = int(ranks.get(get_pattern_key(ranks.keys(), module), settings["r"]))
     alpha = float(alphas.get(get_pattern_key(alphas.keys(), module), settings["lora_alpha"]))
     return rank, alpha / (rank**0.5 if settings.get("use_rslora") else rank)
-
-
-def read_adapter_table(folder: Path) -> dict[str, TensorEntry]:
-    """Read the table of an adapter's tensors, by peft's names.
-
-    Raises:
-        ConfigError: There is no file of weights.
-        WeightsError: The file is truncated or no safetensors.
-    """
-    path = folder / ADAPTER_WEIGHTS
-    if not path.is_file():
-        raise ConfigError.at(str(folder), f"no {ADAPTER_WEIGHTS} in this folder", _FIX)
-    return read_file_table(path)
 
 
 def load_adapter_weights(model: Any, tensors: dict[str, Tensor], *, where: str, name: str = "default") -> None:

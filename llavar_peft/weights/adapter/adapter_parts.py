@@ -26,6 +26,11 @@ _ROLES = {
 }
 _OPTIONAL = {"bias": "lora_bias", "magnitude": "use_dora"}
 """Roles of an update that depend on a setting."""
+# Settings that change the meaning of the tensors in ways that are not implemented here.
+_UNSUPPORTED = (
+    "fan_in_fan_out", "layer_replication", "target_parameters", "use_qalora", "use_bdlora",
+    "alora_invocation_tokens", "megatron_config", "arrow_config", "kasa_config", "velora_config", "monteclora_config",
+)  # fmt: skip
 _LAYER = re.compile(r"\.language_model\.layers\.(\d+)\.")
 _SHOWN = 6
 
@@ -80,8 +85,9 @@ def find_shape_faults(parts: Sequence[AdapterPart], settings: Mapping[str, Any],
         settings: The adapter's ``adapter_config.json``.
         where: What to call the adapter in messages.
     """
-    if settings["peft_type"] != "LORA":
-        yield Fault(where, f"unsupported peft_type (got {settings['peft_type']}, expected LORA)", "give a LoRA adapter")
+    unsupported = _find_kind_fault(parts, settings, where)
+    if unsupported is not None:
+        yield unsupported
         return
     if not any("A" in part.tensors for part in parts):
         yield Fault(where, "the adapter has no low-rank updates", _SAVE_AGAIN)
@@ -95,6 +101,27 @@ def find_shape_faults(parts: Sequence[AdapterPart], settings: Mapping[str, Any],
         what = _check_part(part, settings, saved)
         if what is not None:
             yield Fault(f"{where}:{part.module}", what, _SAVE_AGAIN)
+
+
+def _find_kind_fault(parts: Sequence[AdapterPart], settings: Mapping[str, Any], where: str) -> Fault | None:
+    """Return why this kind of adapter is not supported; None if it is."""
+    if settings["peft_type"] != "LORA":
+        return Fault(
+            where, f"unsupported peft_type (got {settings['peft_type']}, expected LORA)", "give a LoRA adapter"
+        )
+    unsupported = [key for key in _UNSUPPORTED if settings.get(key)]
+    unsupported += ["bias"] if settings.get("bias", "none") != "none" else []
+    if unsupported:
+        what = f"unsupported kind of LoRA (got settings {', '.join(unsupported)}, expected a plain LoRA)"
+        return Fault(where, what, "use the adapter with peft")
+    if parts and not any(entry.numel for part in parts for entry in part.tensors.values()):
+        what = "all tensors are empty: a run under DeepSpeed's ZeRO-3 saved placeholders instead of its shards"
+        return Fault(where, what, "use the adapter of a checkpoint that was gathered (`zero_to_fp32.py` gathers one)")
+    for part in parts:
+        if any(own.startswith("lora_embedding_") for own in part.tensors):
+            what = "a low-rank update of the embeddings, which is not supported"
+            return Fault(f"{where}:{part.module}", what, "train the embeddings in full (modules_to_save)")
+    return None
 
 
 def _check_part(part: AdapterPart, settings: Mapping[str, Any], saved: Sequence[str]) -> str | None:

@@ -10,13 +10,8 @@ from typing import Any
 
 from llavar_peft.constants import ADDED_TOKENS, ATTENTION_LAYERS, LINEAR_LAYERS, MLP_LAYERS
 from llavar_peft.errors import Fault, WeightsError
-from llavar_peft.weights.adapter.adapter_files import (
-    ADAPTER_WEIGHTS,
-    read_adapter_table,
-    read_base_settings,
-    read_settings,
-    scaling_of,
-)
+from llavar_peft.weights.adapter.adapter_files import read_base_settings, scaling_of
+from llavar_peft.weights.adapter.adapter_layouts import open_adapter
 from llavar_peft.weights.adapter.adapter_parts import (
     AdapterPart,
     Shape,
@@ -28,7 +23,7 @@ from llavar_peft.weights.adapter.adapter_parts import (
 from llavar_peft.weights.delta.released_layout import ReleasedView, view_as_released
 from llavar_peft.weights.io import tensor_names
 from llavar_peft.weights.io.tensor_blocks import find_not_finite, raise_faults, read_tensor
-from llavar_peft.weights.io.tensor_table import TensorEntry
+from llavar_peft.weights.io.tensor_table import TensorEntry, read_tensor_table
 from llavar_peft.weights.io.weights_fingerprint import (
     FINGERPRINT_FILE,
     check_adapter_base,
@@ -74,7 +69,7 @@ class AdapterReport:
         bias: Whether the updates have biases.
         tensors: Number of tensors.
         parameters: Number of parameters.
-        nbytes: Size of the file.
+        nbytes: Size of its files of tensors.
         dtypes: Dtypes of the tensors.
         base: The fields of its base's ``ModelConfig`` that are set.
         fingerprint: Digest of the base's fingerprint; None if it is not known.
@@ -132,8 +127,8 @@ def describe_adapter(folder: str | Path) -> AdapterReport:
         ConfigError: No adapter.
         WeightsError: The adapter is damaged, or is not a valid LoRA adapter.
     """
-    path = Path(folder)
-    settings, table = read_settings(path), read_adapter_table(path)
+    stored = open_adapter(folder)
+    path, settings, table = stored.folder, stored.settings, stored.table
     parts = split_adapter(table)
     raise_faults(list(find_shape_faults(parts, settings, str(path))))
     prints = read_fingerprint(path / FINGERPRINT_FILE) or {}
@@ -147,7 +142,7 @@ def describe_adapter(folder: str | Path) -> AdapterReport:
         bias=bool(settings.get("lora_bias")),
         tensors=len(table),
         parameters=sum(entry.numel for entry in table.values()),
-        nbytes=(path / ADAPTER_WEIGHTS).stat().st_size,
+        nbytes=sum(file.stat().st_size for file in {entry.path for entry in table.values()}),
         dtypes=tuple(sorted({entry.dtype for entry in table.values()})),
         base={key: value for key, value in read_base_settings(path).fields.items() if value is not None}
         or {"checkpoint": settings.get("base_model_name_or_path")},
@@ -200,15 +195,16 @@ def verify_adapter(folder: str | Path, *, base: str | Path | None = None) -> Ada
         WeightsError: Names everything that is wrong: damaged tensors, NaN and infinite elements, tensors that
             contradict the settings or do not fit the base, and a base with other values.
     """
-    path = Path(folder)
-    settings, table = read_settings(path), read_adapter_table(path)
+    stored = open_adapter(folder)
+    path, settings, table = stored.folder, stored.settings, stored.table
     parts = split_adapter(table)
     faults = list(find_shape_faults(parts, settings, str(path)))
     faults += [fault for entry in table.values() for fault in _find_damage(entry)]
     method = None
     if base is not None:
         view = view_as_released(base)
-        faults += find_base_faults(parts, settings, _base_shapes(view, parts), str(path))
+        if not faults:
+            faults += find_base_faults(parts, settings, _base_shapes(view, parts), str(path))
         method = "shapes" if read_fingerprint(path / FINGERPRINT_FILE) is None else "fingerprint"
         try:
             check_adapter_base(path, lambda: take_fingerprint(view.table, view.config), str(base))
@@ -232,6 +228,9 @@ def _base_shapes(view: ReleasedView, parts: tuple[AdapterPart, ...]) -> dict[str
     shapes = {
         new: entry.shape for name, entry in view.table.items() if (new := tensor_names.from_released(name)) is not None
     }
+    if any(part.module.startswith(tensor_names.TOWER) for part in parts):
+        stored = read_tensor_table(view.folder, checksums=False)
+        shapes.update({name: one.shape for name, one in stored.items() if name.startswith(tensor_names.TOWER)})
     if tensor_names.PROJECTOR_WEIGHT not in shapes:
         rows, width = shapes[tensor_names.EMBEDDINGS]
         shapes[tensor_names.EMBEDDINGS] = (rows + len(ADDED_TOKENS), width)

@@ -11,14 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llavar_peft.errors import ConfigError, Fault
-from llavar_peft.weights.adapter.adapter_files import (
-    ADAPTER_CONFIG,
-    ADAPTER_WEIGHTS,
-    PREFIX,
-    read_adapter_table,
-    read_settings,
-    scaling_of,
-)
+from llavar_peft.weights.adapter.adapter_files import ADAPTER_CONFIG, PREFIX, scaling_of
+from llavar_peft.weights.adapter.adapter_layouts import open_adapter
+from llavar_peft.weights.adapter.adapter_parts import find_shape_faults, split_adapter
 from llavar_peft.weights.io.tensor_blocks import find_not_finite, raise_faults, read_tensor
 
 if TYPE_CHECKING:
@@ -26,11 +21,6 @@ if TYPE_CHECKING:
 
 _A, _B, _MAGNITUDE = ".lora_A.weight", ".lora_B.weight", ".lora_magnitude_vector"
 _ROWS = ".token_adapter.trainable_tokens_delta"
-# Settings that change the meaning of the tensors in ways that are not implemented here.
-_UNSUPPORTED = (
-    "fan_in_fan_out", "layer_replication", "target_parameters", "use_qalora", "use_bdlora",
-    "alora_invocation_tokens", "megatron_config", "arrow_config", "kasa_config", "velora_config", "monteclora_config",
-)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,13 +141,20 @@ def read_adapter(folder: str | Path) -> Adapter:
         ConfigError: Not an adapter, or an unsupported kind of adapter.
         WeightsError: A tensor is damaged, unexpected, without its counterpart, or not finite.
     """
-    path = Path(folder)
-    settings = _read_supported_settings(path)
-    tensors = {name: read_tensor(entry).float() for name, entry in read_adapter_table(path).items()}
+    stored = open_adapter(folder)
+    path, settings = stored.folder, stored.settings
+    if settings.get("lora_bias"):
+        raise ConfigError.at(
+            str(path / ADAPTER_CONFIG),
+            "an adapter with biases cannot be merged, because LLaMA's layers have no biases",
+            "use the adapter unmerged, or train one with bias: none",
+        )
+    raise_faults(list(find_shape_faults(split_adapter(stored.table), settings, str(path))))
+    tensors = {name: read_tensor(entry).float() for name, entry in stored.table.items()}
     faults = [
         fault
         for name, tensor in tensors.items()
-        if (fault := find_not_finite([tensor], f"{path / ADAPTER_WEIGHTS}:{name}")) is not None
+        if (fault := find_not_finite([tensor], stored.table[name].location)) is not None
     ]
     updates: dict[str, Update] = {}
     for name in tensors:
@@ -165,7 +162,7 @@ def read_adapter(folder: str | Path) -> Adapter:
         if update is not None:
             updates[target] = update
         elif target == "":
-            where = f"{path / ADAPTER_WEIGHTS}:{name}"
+            where = stored.table[name].location
             faults.append(Fault(where, "not a tensor of this kind of adapter", "save the adapter again with peft"))
     raise_faults(faults)
     return Adapter(path, settings, updates)
@@ -200,22 +197,3 @@ def _make_update(name: str, tensors: Mapping[str, Tensor], settings: Mapping[str
         return f"{target}.weight", Rows(torch.tensor(chosen), tensors[name])
     saved = settings.get("modules_to_save") or ()
     return (plain, Replacement(tensors[name])) if plain.rsplit(".", 2)[-2] in saved else ("", None)
-
-
-def _read_supported_settings(folder: Path) -> dict[str, Any]:
-    settings = read_settings(folder)
-    where, kind = str(folder / ADAPTER_CONFIG), settings["peft_type"]
-    if settings.get("lora_bias"):
-        raise ConfigError.at(
-            where,
-            "an adapter with biases cannot be merged, because LLaMA's layers have no biases",
-            "use the adapter unmerged, or train one with bias: none",
-        )
-    unsupported = [key for key in _UNSUPPORTED if settings.get(key)]
-    if settings.get("bias", "none") != "none":
-        unsupported.append("bias")
-    if kind != "LORA" or unsupported:
-        got = f"peft_type {kind}" if kind != "LORA" else f"settings {', '.join(unsupported)}"
-        what = f"this kind of adapter cannot be merged (got {got}, expected a plain LoRA)"
-        raise ConfigError.at(where, what, "merge it with peft")
-    return settings

@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from llavar_peft.errors import ConfigError
-from llavar_peft.weights.adapter.adapter_files import ADAPTER_CONFIG, read_adapter_table
+from llavar_peft.weights.adapter.adapter_files import ADAPTER_CONFIG
+from llavar_peft.weights.adapter.adapter_layouts import open_adapter
 from llavar_peft.weights.delta.released_layout import view_as_released
 from llavar_peft.weights.io.tensor_table import read_tensor_table
 from llavar_peft.weights.io.weights_fingerprint import FINGERPRINT_FILE, digest, read_fingerprint, take_fingerprint
@@ -35,7 +36,7 @@ def identify_model(model: str | Path, adapter: str | Path | None = None) -> str:
     base = (read_fingerprint(applied / FINGERPRINT_FILE) or {}).get("base")
     if base is None and adapter is not None:
         base = _fingerprint(folder)
-    return digest({"base": base, "adapter": take_fingerprint(read_adapter_table(applied), {})})
+    return digest({"base": base, "adapter": take_fingerprint(open_adapter(applied).table, {})})
 
 
 def _find_result(folder: Path) -> Path:

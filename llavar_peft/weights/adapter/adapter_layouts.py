@@ -1,0 +1,102 @@
+"""Adapters as other programs save them, under the names and settings that this package's own adapters have.
+
+=====================  ==============================================================================================
+Saved by               Difference
+=====================  ==============================================================================================
+LLaVA                  ``model.layers.*`` names, and the projector in ``non_lora_trainables.bin``
+transformers < 4.52    ``language_model.model.*`` names of stock LLaVA
+transformers < 5       ``vision_tower.vision_model.*`` names of the tower
+peft < 0.7             ``adapter_model.bin`` instead of safetensors, and ``.lora_A.default.weight`` names
+=====================  ==============================================================================================
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from llavar_peft.errors import ConfigError, WeightsError
+from llavar_peft.weights.adapter.adapter_files import ADAPTER_WEIGHTS, PREFIX, read_settings
+from llavar_peft.weights.io import tensor_names
+from llavar_peft.weights.io.tensor_table import TensorEntry, read_file_table
+
+_BIN = "adapter_model.bin"
+_LLAVA_FILE = "non_lora_trainables.bin"
+"""LLaVA's file of what it trained besides the low-rank updates: the projector."""
+_ADAPTER_NAME = re.compile(r"\.(lora_[AB]|lora_magnitude_vector)\.default(?=\.|$)")
+_LLAVA_NAME = re.compile(r"^model\.(layers|embed_tokens|norm|mm_projector)\.")
+_PROJECTOR = "model.multi_modal_projector."
+_PROJECTOR_MODULE = "multi_modal_projector"
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterOnDisk:
+    """An adapter's settings and tensors.
+
+    Attributes:
+        folder: Its folder.
+        settings: Its ``adapter_config.json``.
+        table: Its tensors by the names that peft gives them in our model.
+        converted: Whether names or settings were converted, so that ``adapter_config.json`` does not describe them.
+    """
+
+    folder: Path
+    settings: dict[str, Any]
+    table: dict[str, TensorEntry]
+    converted: bool
+
+
+def open_adapter(folder: str | Path) -> AdapterOnDisk:
+    """Open an adapter in any of the layouts above; only headers are read.
+
+    Args:
+        folder: Holds ``adapter_config.json`` and the tensors.
+
+    Raises:
+        ConfigError: The folder holds no adapter.
+        WeightsError: A file is damaged, or its names cannot be converted.
+    """
+    path = Path(folder)
+    settings = read_settings(path)
+    stored = _read_table(path)
+    extra = read_file_table(path / _LLAVA_FILE) if (path / _LLAVA_FILE).is_file() else {}
+    table: dict[str, TensorEntry] = {}
+    for name, entry in {**stored, **extra}.items():
+        new = _our_name(name)
+        if new in table:
+            raise WeightsError.at(
+                f"{entry.path}:{name}", f"another tensor has the same name in our layout ({new})", "save it again"
+            )
+        table[new] = entry
+    if any(_our_name(name).startswith(PREFIX + _PROJECTOR) for name in extra):
+        settings["modules_to_save"] = sorted({*(settings.get("modules_to_save") or ()), _PROJECTOR_MODULE})
+    converted = bool(extra) or set(table) != set(stored)
+    if converted:
+        # Targets such as q_proj would also select layers of the vision tower, which have the same names in our model.
+        settings.update(target_modules=_adapted_modules(table), exclude_modules=None, layers_to_transform=None)
+    return AdapterOnDisk(path, settings, table, converted)
+
+
+def _read_table(folder: Path) -> dict[str, TensorEntry]:
+    for name in (ADAPTER_WEIGHTS, _BIN):
+        if (folder / name).is_file():
+            return read_file_table(folder / name)
+    raise ConfigError.at(
+        str(folder), f"no {ADAPTER_WEIGHTS} and no {_BIN} in this folder", "give the complete folder of an adapter"
+    )
+
+
+def _our_name(name: str) -> str:
+    """Return the name that peft gives a tensor in our model."""
+    plain = _ADAPTER_NAME.sub(r".\1", name.removeprefix(PREFIX))
+    rename = tensor_names.from_released if _LLAVA_NAME.match(plain) else tensor_names.from_stock
+    ours = rename(plain)
+    return PREFIX + (ours if ours is not None else plain)
+
+
+def _adapted_modules(table: Mapping[str, TensorEntry]) -> list[str]:
+    found = (name.removeprefix(PREFIX) for name in table if name.endswith(".lora_A.weight"))
+    return sorted(name.removesuffix(".lora_A.weight") for name in found)
