@@ -40,9 +40,29 @@ def serve(
         list[str] | None,
         typer.Option(
             "--allow-media-domain",
-            help="A host from which the server may download images. Repeat the option for several. Default: none.",
+            help="A host from which the server may download images; its addresses have to be public. Repeat the option "
+            "for several. Default: none.",
         ),
     ] = None,
+    allow_host: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--allow-host",
+            help="A further host name that requests may have, such as a proxy's; with an API key, any name is "
+            "accepted. Repeat the option for several.",
+        ),
+    ] = None,
+    allow_origin: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--allow-origin",
+            help="An origin whose web pages may use the API (CORS), such as http://localhost:3000. Repeat the option "
+            "for several. Default: none.",
+        ),
+    ] = None,
+    max_tokens: Annotated[
+        int, typer.Option("--max-tokens", min=1, help="The largest number of tokens that a request may ask for.")
+    ] = 2048,
     ui: Annotated[bool, typer.Option("--ui", help="Serve a chat page for browsers at /ui.")] = False,
 ) -> None:
     """Serve a model and its adapters with an OpenAI-compatible API and continuous batching.
@@ -51,6 +71,7 @@ def serve(
     """
     try:
         from llavar_peft.serving.api.api_app import create_app
+        from llavar_peft.serving.api.request_limits import RequestLimits
         from llavar_peft.serving.run_server import bind_socket, check_listen_address, run_server
     except ImportError as error:
         raise MissingDependencyError.at(
@@ -58,7 +79,7 @@ def serve(
         ) from None
     from llavar_peft.inference.chat import load_chat
 
-    hosts = check_listen_address(host, api_key)
+    hosts = check_listen_address(host, api_key, allow_host or ())
     adapters = parse_adapters(adapter or [])
     model_name = name or _folder_name(model)
     if model_name in adapters:
@@ -66,7 +87,10 @@ def serve(
     bound = bind_socket(host, port)
     chat = load_chat(model, adapters or None, vision_tower=vision_tower, quantize=quantize)
     domains = frozenset(domain.lower().rstrip(".") for domain in allow_media_domain or ())
-    app = create_app(chat.engine, name=model_name, api_key=api_key, hosts=hosts, media_domains=domains)
+    app = create_app(
+        chat.engine, name=model_name, limits=RequestLimits(new_tokens=max_tokens), api_key=api_key, hosts=hosts,
+        media_domains=domains, origins=allow_origin or (),
+    )  # fmt: skip
     address = f"http://{f'[{host}]' if ':' in host else host}:{bound.getsockname()[1]}"
     names = [model_name, *chat.adapters]
     if ui:

@@ -13,8 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from llavar_peft.atomic_files import write_json, write_text
+from llavar_peft.atomic_files import dump_json, write_json, write_text
 from llavar_peft.data.image_roots import ImageRoots
+from llavar_peft.data.json_lines import read_json_lines, text_problem
 from llavar_peft.data.resume_journal import ResumeJournal, check_settings, read_entries
 from llavar_peft.errors import ConfigError, DataError, Fault, ImageError
 
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 
 _COCO_PREFIX: Final = "COCO_val2014_"
 _NAMESPACE: Final = uuid.UUID("6f1c0c3e-6a52-5d0e-9d8e-2f6b1f0d7a11")  # arbitrary but fixed
+_EXAMPLE = 'write {"question_id": 1, "image": "a.png", "text": "Who?"}'
 _MAX_FAULTS: Final = 20  # listed in a message
 
 
@@ -73,23 +75,14 @@ def read_question_file(path: Path) -> list[ImageQuestion]:
         DataError: Some lines are not questions.
     """
     fix = "use a file of questions, one per line"
-    try:
-        lines = path.read_text(encoding="utf-8").split("\n")  # not splitlines: text may contain U+2028
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError.at(str(path), f"cannot be read ({error})", fix) from error
+    if not path.is_file():
+        raise ConfigError.at(str(path), "no such file", fix)
     questions: list[ImageQuestion] = []
     faults: list[Fault] = []
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        where = f"{path}:{number}"
-        try:
-            fields = json.loads(line)
-            problem = _find_problem(fields)
-        except ValueError as error:
-            problem = f"is not JSON ({error})"
+    for where, fields in read_json_lines(path, fix=_EXAMPLE, faults=faults):
+        problem = _find_problem(fields)
         if problem:
-            faults.append(Fault(where, problem, 'write {"question_id": 1, "image": "a.png", "text": "Who?"}'))
+            faults.append(Fault(where, problem, _EXAMPLE))
         else:
             questions.append(
                 ImageQuestion(len(questions), where, fields["question_id"], fields["text"], fields.get("image") or None)
@@ -108,6 +101,10 @@ def _find_problem(fields: Any) -> str | None:
         return "has no question_id"
     if not isinstance(fields.get("text"), str):
         return f"text is {fields.get('text')!r}, expected a string"
+    if problem := text_problem(fields["text"]):
+        return f"text {problem}"
+    if not isinstance(fields["question_id"], str | int) or text_problem(str(fields["question_id"])):
+        return f"question_id is {fields['question_id']!a}, expected a string or an integer"
     if not isinstance(fields.get("image"), str | None):
         return f"image is {fields['image']!r}, expected a path"
     return None
@@ -206,7 +203,7 @@ def write_answer_file(
                 "model_id": model,
                 "metadata": {},
             }
-            lines.append(json.dumps(answer, ensure_ascii=False) + "\n")
+            lines.append(dump_json(answer) + "\n")
     write_text(path, "".join(lines))
     return len(lines)
 

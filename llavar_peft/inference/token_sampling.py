@@ -13,6 +13,9 @@ from torch import Tensor
 from llavar_peft.constants import TOP_K
 from llavar_peft.errors import ConfigError
 
+_SMALLEST = 1e-30
+"""Smaller temperatures and shares would be 0 in float32; at this value already, only the most likely token is left."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sampling:
@@ -111,7 +114,9 @@ def _sample(logits_BV: Tensor, samplings: Sequence[Sampling], generators: Sequen
         return torch.tensor(values, dtype=torch.float32, device=logits_BV.device)[:, None]
 
     # Shifted so that the largest logit is 0: a tiny temperature then cannot overflow.
-    scaled_BV = (logits_BV - logits_BV.amax(dim=-1, keepdim=True)) / column([s.temperature for s in samplings])
+    scaled_BV = (logits_BV - logits_BV.amax(dim=-1, keepdim=True)) / column(
+        [max(s.temperature, _SMALLEST) for s in samplings]
+    )
     probabilities_BV, ids_BV = scaled_BV.softmax(dim=-1).sort(dim=-1, descending=True, stable=True)
     # 0 means all tokens: the last one has the smallest probability.
     last_B1 = torch.tensor([(s.top_k or probabilities_BV.shape[1]) - 1 for s in samplings], device=logits_BV.device)
@@ -119,7 +124,7 @@ def _sample(logits_BV: Tensor, samplings: Sequence[Sampling], generators: Sequen
     probabilities_BV = probabilities_BV * (probabilities_BV >= least_B1)
     probabilities_BV = probabilities_BV / probabilities_BV.sum(dim=-1, keepdim=True)
     upto_BV = probabilities_BV.cumsum(dim=-1)
-    within_BV = upto_BV - probabilities_BV < column([s.top_p for s in samplings])
+    within_BV = upto_BV - probabilities_BV < column([max(s.top_p, _SMALLEST) for s in samplings])
     kept_BV = within_BV & (probabilities_BV > 0)  # the first token is always kept
     mass_B1 = (probabilities_BV * kept_BV).sum(dim=-1, keepdim=True)
     uniform_B1 = column([float(torch.rand((), generator=generator)) for generator in generators])

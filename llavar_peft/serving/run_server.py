@@ -5,6 +5,7 @@ from __future__ import annotations
 import ipaddress
 import signal
 import socket
+from collections.abc import Iterable
 
 import uvicorn
 from fastapi import FastAPI
@@ -17,17 +18,24 @@ _SHUTDOWN_SECONDS = 10
 _MAX_CONNECTIONS = 256  # each may hold a body while it waits
 
 
-def check_listen_address(host: str, api_key: str | None) -> frozenset[str] | None:
+def check_listen_address(host: str, api_key: str | None, names: Iterable[str] = ()) -> frozenset[str] | None:
     """Check whether the server may listen at an address.
 
+    Args:
+        host: The address.
+        api_key: The key that clients have to send; None requires none.
+        names: Further host names that are accepted in requests, such as that of a proxy.
+
     Returns:
-        The host names that the server accepts in requests; None is any.
+        The host names that the server accepts in requests; None is any, since a page of another site that reaches the
+        server under its own name does not have the key.
 
     Raises:
         ConfigError: Other machines can reach the address, and there is no API key.
     """
-    if host in LOOPBACK or _is_loopback(host):
-        return LOOPBACK | {host}
+    local = host in LOOPBACK or _is_loopback(host)
+    if local and not api_key:
+        return LOOPBACK | {host} | {name.lower() for name in names}
     if not api_key:
         raise ConfigError.at(
             "--host", f"{host} can be reached from other machines, and there is no API key",

@@ -193,15 +193,17 @@ def test_images_stay_in_their_folder(path: str, checkpoint: Path, work: Path) ->
     (work / "secret.png").write_bytes((work / "images/page 0.png").read_bytes())
     (work / "images/linked.png").symlink_to(work / "secret.png")
     (work / "questions.jsonl").write_text(json.dumps({"question_id": 1, "image": path, "text": "Read."}))
-    with pytest.raises(ImageError, match=r"outside the image folders|not a relative path"):
+    with pytest.raises(ImageError, match=r"outside the image folders|not a path"):
         run(checkpoint, work)
 
 
 def test_invalid_questions_are_rejected(checkpoint: Path, work: Path) -> None:
-    (work / "questions.jsonl").write_text('{"question_id": 1}\n[]\n{"text": "Who?"}\nnothing\n')
+    half = '{"question_id": 5, "text": "\\ud83d"}'
+    (work / "questions.jsonl").write_text(f'{{"question_id": 1}}\n[]\n{{"text": "Who?"}}\nnothing\n{half}\n')
     with pytest.raises(DataError) as caught:
         run(checkpoint, work)
-    assert [fault.where.rpartition(":")[2] for fault in caught.value.faults] == ["1", "2", "3", "4"]
+    assert [fault.where.rpartition(":")[2] for fault in caught.value.faults] == ["1", "2", "3", "4", "5"]
+    assert "half of a character" in str(caught.value)
     (work / "questions.jsonl").write_text(json.dumps({"question_id": 1, "text": "word " * 3000}))
     with pytest.raises(DataError, match=r"questions.jsonl:1: .* tokens, the model's context 2048"):
         run(checkpoint, work)

@@ -173,8 +173,9 @@ def test_unsupported_requests_give_openais_errors(client: openai.OpenAI) -> None
         client.chat.completions.create(model=MODEL, messages=hello, tools=[tool])
     with pytest.raises(openai.BadRequestError, match="longer than the model's context"):
         client.chat.completions.create(model=MODEL, messages=[{"role": "user", "content": "long " * 5000}])
-    with pytest.raises(openai.BadRequestError, match="user and assistant in turn"):
-        client.chat.completions.create(model=MODEL, messages=[*hello, *hello])
+    with pytest.raises(openai.BadRequestError, match="the last message has to be the user's"):
+        client.chat.completions.create(model=MODEL, messages=[*hello, {"role": "assistant", "content": "Hi"}])
+    assert client.models.retrieve(MODEL).id == MODEL
     extra = client.chat.completions.create(
         model=MODEL, messages=hello, user="me", extra_body={"unheard_of": 1}, **GREEDY
     )

@@ -10,7 +10,7 @@ import json
 import logging
 import time
 import uuid
-from collections.abc import AsyncIterator, Iterator, Mapping
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, contextmanager
 from functools import partial
@@ -19,6 +19,7 @@ from typing import Any
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 
 from llavar_peft.inference.engine import Engine
 from llavar_peft.inference.generation_request import Answer
@@ -42,6 +43,7 @@ def create_app(
     api_key: str | None = None,
     hosts: frozenset[str] | None = None,
     media_domains: frozenset[str] = frozenset(),
+    origins: Sequence[str] = (),
 ) -> FastAPI:
     """Create the server's application, which owns the engine until it shuts down.
 
@@ -52,6 +54,7 @@ def create_app(
         api_key: The key required on ``/v1`` and ``/metrics``.
         hosts: Values of the ``Host`` header that are accepted; None accepts any.
         media_domains: Hosts from which images may be downloaded.
+        origins: Origins of web pages that browsers let use the API (CORS), such as ``"http://localhost:3000"``.
     """
     limits = limits or RequestLimits()
     metrics, scheduler = Metrics(), Scheduler(engine, rows=limits.rows, waiting=limits.waiting)
@@ -67,11 +70,18 @@ def create_app(
     app = FastAPI(title="llavar-peft", docs_url=None, redoc_url=None, openapi_url=None, lifespan=_lifespan)
     app.add_api_route("/v1/chat/completions", api.complete, methods=["POST"], response_model=None)
     app.add_api_route("/v1/models", api.models, methods=["GET"])
+    app.add_api_route("/v1/models/{model:path}", api.model, methods=["GET"])
     app.add_api_route("/health", api.health, methods=["GET"])
     app.add_api_route("/metrics", api.metrics_text, methods=["GET"], response_model=None)
     app.add_exception_handler(RequestRejectedError, _handle_rejection)
     app.add_exception_handler(HTTPException, _handle_http_error)
     app.add_middleware(RequestMiddleware, api_key=api_key, hosts=hosts, metrics=metrics)
+    if origins:
+        # Outermost: a browser's preflight request carries no key, and errors need the header as well.
+        app.add_middleware(
+            CORSMiddleware, allow_origins=list(origins), allow_methods=["GET", "POST"],
+            allow_headers=["authorization", "content-type"], expose_headers=["x-request-id", "retry-after"],
+        )  # fmt: skip
     app.state.scheduler = scheduler
     app.state.limits = limits
     return app
@@ -110,8 +120,16 @@ class _Api:
 
     async def models(self) -> dict[str, Any]:
         """List the model and each adapter."""
-        about = {"object": "model", "created": self._created, "owned_by": "llavar-peft"}
-        return {"object": "list", "data": [{"id": name, **about} for name in self._models]}
+        return {"object": "list", "data": [self._describe(name) for name in self._models]}
+
+    async def model(self, model: str) -> dict[str, Any]:
+        """Describe the model or an adapter by its name."""
+        if model not in self._models:
+            raise _unknown_model()
+        return self._describe(model)
+
+    def _describe(self, name: str) -> dict[str, Any]:
+        return {"id": name, "object": "model", "created": self._created, "owned_by": "llavar-peft"}
 
     async def health(self) -> dict[str, str]:
         """Report that the server runs."""
@@ -158,9 +176,7 @@ class _Api:
         body = await read_body(request, self._limits)
         chat = await asyncio.to_thread(parse_request, body)
         if chat.model not in self._models:
-            raise RequestRejectedError(
-                404, "The model does not exist. GET /v1/models lists the models.", "model_not_found", param="model"
-            )
+            raise _unknown_model()
         read = partial(
             read_conversation, chat, self._scheduler.engine.processor, self._images, self._limits,
             adapter=self._models[chat.model],
@@ -226,6 +242,11 @@ async def _handle_http_error(_: Request, error: Exception) -> JSONResponse:
     status = error.status_code if isinstance(error, HTTPException) else 500
     message = "The method is not allowed." if status == 405 else "There is no such path."
     return JSONResponse(RequestRejectedError(status, message, "not_found").body(), status)
+
+
+def _unknown_model() -> RequestRejectedError:
+    what = "The model does not exist. GET /v1/models lists the models."
+    return RequestRejectedError(404, what, "model_not_found", param="model")
 
 
 def _format_event(value: Mapping[str, Any]) -> str:

@@ -6,7 +6,9 @@ are rejected; unknown fields are ignored.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
@@ -15,57 +17,62 @@ from llavar_peft.inference.generation_request import Answer
 from llavar_peft.inference.text_stream import bytes_of_tokens
 from llavar_peft.serving.api.request_limits import RequestRejectedError
 
-_Text = Annotated[str, Field(max_length=400_000)]
+_MAX_TEXT, _MAX_PARTS, _MAX_STOPS = 400_000, 64, 4
 _Stop = Annotated[str, Field(min_length=1, max_length=256)]
 _Number = Annotated[float, Field(allow_inf_nan=False)]
 
 
-class _Part(BaseModel):
+class _Fields(BaseModel):
     model_config = ConfigDict(strict=True)
 
 
-class TextPart(_Part):
+@dataclass(frozen=True, slots=True)
+class TextPart:
     """Text."""
 
-    type: Literal["text"]
-    text: _Text
+    text: str
 
 
-class ImageAddress(_Part):
-    """A ``data:`` URL, or an http(s) URL of a host that the server allows."""
+@dataclass(frozen=True, slots=True)
+class ImagePart:
+    """An image: a ``data:`` URL, or an http(s) URL of a host that the server allows."""
 
     url: str
 
 
-class ImagePart(_Part):
-    """An image."""
-
-    type: Literal["image_url"]
-    image_url: ImageAddress
+Part = TextPart | ImagePart
 
 
-Part = Annotated[TextPart | ImagePart, Field(discriminator="type")]
+class Message(_Fields):
+    """A message of the conversation.
 
-
-class Message(_Part):
-    """A message of the conversation."""
+    Attributes:
+        role: The speaker.
+        content: As the client sent it: a string, a list of parts, or null.
+        name: Ignored.
+    """
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: _Text | Annotated[list[Part], Field(max_length=64)]
+    content: Any = None
+    name: str | None = None
+
+    def parts(self) -> list[Part]:
+        """Return the content of a message that ``parse_request`` has checked."""
+        return _read_content(self.content, "content")
 
 
-class StreamOptions(_Part):
+class StreamOptions(_Fields):
     """What a stream contains besides the text."""
 
-    include_usage: bool = False
+    include_usage: bool | None = None
 
 
-class ChatRequest(_Part):
+class ChatRequest(_Fields):
     """A request for a chat completion."""
 
     model: Annotated[str, Field(max_length=400)]
     messages: Annotated[list[Message], Field(min_length=1, max_length=256)]
-    stream: bool = False
+    stream: bool | None = None
     stream_options: StreamOptions | None = None
     temperature: Annotated[_Number, Field(ge=0, le=2)] | None = None
     top_p: Annotated[_Number, Field(gt=0, le=1)] | None = None
@@ -73,7 +80,7 @@ class ChatRequest(_Part):
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
     n: Annotated[int, Field(ge=1)] | None = None
     seed: Annotated[int, Field(ge=0, lt=2**63)] | None = None
-    stop: _Stop | list[_Stop] | None = None
+    stop: _Stop | Annotated[list[_Stop], Field(max_length=_MAX_STOPS)] | None = None
     logprobs: bool | None = None
     top_logprobs: int | None = None
     # Not supported: a value that would change the answer is rejected.
@@ -123,9 +130,57 @@ def parse_request(body: bytes) -> ChatRequest:
     for name, given in unsupported.items():
         if given:
             raise RequestRejectedError(400, f"{name} is not supported.", "unsupported", param=name)
-    if len(request.stops()) > 4:
-        raise RequestRejectedError(400, "stop: at most 4 texts are supported.", "invalid_request", param="stop")
+    for number, message in enumerate(request.messages):
+        where = f"messages.{number}.content"
+        if message.content is None and message.role != "assistant":
+            raise _invalid(where, "expected a string or a list of parts")
+        _read_content(message.content, where)
     return request
+
+
+def _read_content(content: Any, where: str) -> list[Part]:
+    """Return the parts of a message's content. An error names the part at fault, in this schema's words."""
+    if content is None:
+        return [TextPart("")]
+    if isinstance(content, str):
+        return [TextPart(_read_text(content, where))]
+    if not isinstance(content, list):
+        raise _invalid(where, "expected a string or a list of parts")
+    if len(content) > _MAX_PARTS:
+        raise _invalid(where, f"expected at most {_MAX_PARTS} parts")
+    return [_read_part(part, f"{where}.{number}") for number, part in enumerate(content)]
+
+
+def _read_part(part: Any, where: str) -> Part:
+    if isinstance(part, str):
+        return TextPart(_read_text(part, where))
+    if not isinstance(part, dict):
+        raise _invalid(where, "expected a part: an object with type, and text or image_url")
+    kind = part.get("type")
+    if kind == "text":
+        return TextPart(_read_text(part.get("text"), f"{where}.text"))
+    if kind != "image_url":
+        # Only names as APIs have them are repeated to the client.
+        named = isinstance(kind, str) and re.fullmatch(r"[a-z_]{1,32}", kind) is not None
+        got = f"{kind!r} is not known" if named else "missing" if kind is None else "not known"
+        raise _invalid(f"{where}.type", f"{got}, expected 'text' or 'image_url'")
+    address = part.get("image_url")
+    url = address.get("url") if isinstance(address, dict) else address
+    if not isinstance(url, str):
+        raise _invalid(f"{where}.image_url", "expected an object with url, or the URL as a string")
+    return ImagePart(url)
+
+
+def _read_text(text: Any, where: str) -> str:
+    if not isinstance(text, str):
+        raise _invalid(where, "expected a string")
+    if len(text) > _MAX_TEXT:
+        raise _invalid(where, f"expected at most {_MAX_TEXT} characters")
+    return text
+
+
+def _invalid(where: str, what: str) -> RequestRejectedError:
+    return RequestRejectedError(400, f"{where}: {what}.", "invalid_request", param=where)
 
 
 def count_usage(answers: Sequence[Answer]) -> dict[str, int]:

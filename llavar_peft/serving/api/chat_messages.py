@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Final
 
 from llavar_peft.constants import SYSTEM_PROMPT
 from llavar_peft.data.conversation_template import Content
@@ -10,10 +11,13 @@ from llavar_peft.errors import LlavarError
 from llavar_peft.inference.generation_request import Request, encode_messages
 from llavar_peft.inference.token_sampling import Sampling
 from llavar_peft.models.processing_llavar import LlavarProcessor
-from llavar_peft.serving.api.api_schema import ChatRequest, ImagePart, Message, TextPart
+from llavar_peft.serving.api.api_schema import ChatRequest, ImagePart, Message, Part, TextPart
 from llavar_peft.serving.api.request_images import RequestImageReader
 from llavar_peft.serving.api.request_limits import RequestLimits, RequestRejectedError
 from llavar_peft.types import Role
+
+Turn = tuple[Role, list[Part]]
+_ROLES: Final[dict[str, Role]] = {"user": "human", "assistant": "gpt"}
 
 
 def read_conversation(
@@ -43,13 +47,13 @@ def read_conversation(
         RequestRejectedError: The messages are not a valid conversation, or a limit is exceeded.
     """
     system, turns = _split(request.messages)
-    addresses = [part.image_url.url for turn in turns for part in _parts(turn) if isinstance(part, ImagePart)]
+    addresses = [part.url for _, parts in turns for part in parts if isinstance(part, ImagePart)]
     if len(addresses) > limits.images:
         raise RequestRejectedError(
             400, f"A request may have at most {limits.images} images.", "too_many_images", param="messages"
         )
     shown = [images.open(address) for address in addresses]
-    messages = [(_role(turn), _content(turn)) for turn in turns]
+    messages = [(role, _content(parts)) for role, parts in turns]
     try:
         ids = encode_messages(processor, messages, shown, system=system)
     except LlavarError:
@@ -59,37 +63,47 @@ def read_conversation(
     return [Request(ids=ids, images=shown, sampling=one, adapter=adapter) for one in _samplings(request, limits)]
 
 
-def _split(messages: Sequence[Message]) -> tuple[str, list[Message]]:
-    system = [message for message in messages if message.role in ("system", "developer")]
-    turns = [message for message in messages if message.role in ("user", "assistant")]
-    expected = ["user" if place % 2 == 0 else "assistant" for place in range(len(turns))]
-    if list(messages[: len(system)]) != system or len(turns) % 2 == 0 or [turn.role for turn in turns] != expected:
-        what = "messages: expected an optional system message, then user and assistant in turn, ending with user."
-        raise RequestRejectedError(400, what, "invalid_request", param="messages")
-    for message in (*system, *turns[1::2]):
-        if any(isinstance(part, ImagePart) for part in _parts(message)):
-            raise RequestRejectedError(
-                400, "Images are supported in user messages only.", "invalid_request", param="messages"
-            )
-    return "\n".join(_text(message) for message in system) or SYSTEM_PROMPT, turns
+def _split(messages: Sequence[Message]) -> tuple[str, list[Turn]]:
+    """Return the system prompt, and the turns of human and model in alternation, the human's first.
+
+    As OpenAI's API does, messages of one role in a row are taken as one. An assistant's greeting before the first
+    question is left out, because the model was trained on conversations that a human begins.
+    """
+    first = next((number for number, one in enumerate(messages) if one.role in _ROLES), len(messages))
+    system, rest = messages[:first], messages[first:]
+    turns: list[Turn] = []
+    for message in rest:
+        if message.role not in _ROLES:
+            raise _invalid("A system message has to come before the other messages.")
+        role, parts = _ROLES[message.role], message.parts()
+        if role == "gpt" and not turns:
+            continue
+        if role == "gpt" and any(isinstance(part, ImagePart) for part in parts):
+            raise _invalid("Images are supported in user messages only.")
+        if turns and turns[-1][0] == role:
+            turns[-1][1].extend(parts)
+        else:
+            turns.append((role, parts))
+    if not turns or turns[-1][0] != "human":
+        raise _invalid("messages: the last message has to be the user's.")
+    prompt = [message.parts() for message in system]
+    if any(isinstance(part, ImagePart) for parts in prompt for part in parts):
+        raise _invalid("Images are supported in user messages only.")
+    return "\n".join(text for parts in prompt if (text := _text(parts))) or SYSTEM_PROMPT, turns
 
 
-def _parts(message: Message) -> Sequence[TextPart | ImagePart]:
-    return [TextPart(type="text", text=message.content)] if isinstance(message.content, str) else message.content
+def _text(parts: Sequence[Part]) -> str:
+    return "\n".join(part.text for part in parts if isinstance(part, TextPart))
 
 
-def _text(message: Message) -> str:
-    return "\n".join(part.text for part in _parts(message) if isinstance(part, TextPart))
-
-
-def _role(message: Message) -> Role:
-    return "human" if message.role == "user" else "gpt"
-
-
-def _content(message: Message) -> Content:
-    images = sum(isinstance(part, ImagePart) for part in _parts(message))
-    text = _text(message)
+def _content(parts: Sequence[Part]) -> Content:
+    images = sum(isinstance(part, ImagePart) for part in parts)
+    text = _text(parts)
     return [f"{text}\n", *[None] * images] if images else [text]
+
+
+def _invalid(what: str) -> RequestRejectedError:
+    return RequestRejectedError(400, what, "invalid_request", param="messages")
 
 
 def _samplings(request: ChatRequest, limits: RequestLimits) -> list[Sampling]:

@@ -26,6 +26,10 @@ logger = logging.getLogger(__name__)
 
 LOOPBACK = frozenset({"localhost", "127.0.0.1", "[::1]", "::1"})
 _HOST = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+)(:\d{1,5})?")
+_WRONG_HOST = (
+    "The host name of the request is not allowed. Start the server with --allow-host NAME, or with an API key, or let "
+    "the proxy send the header Host: localhost."
+)
 _PROTECTED = ("/v1/", "/metrics")
 _COUNTED_PATHS = frozenset({"/v1/chat/completions", "/v1/models", "/health", "/metrics"})
 
@@ -124,7 +128,7 @@ class RequestMiddleware:
         if self._hosts is not None:
             host = _HOST.fullmatch(headers.get(b"host", b"").decode("latin-1"))
             if host is None or host[1].lower() not in self._hosts:
-                raise RequestRejectedError(421, "The host name of the request is not allowed.", "wrong_host")
+                raise RequestRejectedError(421, _WRONG_HOST, "wrong_host")
         if self._key is None or not scope["path"].startswith(_PROTECTED):
             return
         if not hmac.compare_digest(headers.get(b"authorization", b""), b"Bearer " + self._key):

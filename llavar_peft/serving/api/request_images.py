@@ -19,10 +19,12 @@ from llavar_peft.inference.generation_request import PromptImage
 from llavar_peft.models.processing_llavar import LlavarProcessor
 from llavar_peft.serving.api.request_limits import RequestLimits, RequestRejectedError
 
-_DATA_URL = re.compile(r"data:image/[a-z0-9.+-]{1,40};base64,", re.IGNORECASE)
+_DATA_URL = re.compile(r"data:image/[a-z0-9.+-]{1,40}(?:;[a-z0-9=.-]{1,40}){0,3};base64,", re.IGNORECASE)
+_LINE_BREAKS = str.maketrans("", "", "\r\n\t ")
 # The formats that browsers and cameras write; decoders of rare formats are an unnecessary risk. Pillow's JPEG plugin
 # opens MPO too. MPO is not listed here: it has no plugin of that name, and Pillow would stop at it.
 _FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
+_PDF = "PDF files are not supported. Send each page as an image."
 _CACHE_SIZE = 64
 _MAX_SCANS = 100
 """Scans of a JPEG. Cameras write 1, progressive files about 10. A scan of a few bytes is a pass over all pixels."""
@@ -74,12 +76,14 @@ class RequestImageReader:
 
     def _data(self, url: str) -> bytes:
         head = _DATA_URL.match(url)
+        if head is None and url[:40].lower().startswith("data:application/pdf"):
+            raise _unreadable(_PDF)
         if head is None:
             return self._fetch(url)
         if (len(url) - head.end()) * 3 // 4 > self._limits.image_bytes + 2:
             raise RequestRejectedError(413, "An image file is too large.", "image_too_large", param="messages")
         try:
-            return base64.b64decode(url[head.end() :], validate=True)
+            return base64.b64decode(url[head.end() :].translate(_LINE_BREAKS), validate=True)
         except (binascii.Error, ValueError) as error:
             raise _unreadable("The data URL of an image is not valid base64.") from error
 
@@ -93,14 +97,19 @@ class RequestImageReader:
             raise _unreadable("An image cannot be downloaded from its URL.") from error
 
     def _prepare(self, data: bytes) -> PromptImage:
+        if data.startswith(b"%PDF"):
+            raise _unreadable(_PDF)
         try:
             with Image.open(BytesIO(data), formats=_FORMATS) as opened:
                 width, height = opened.size
+                animated = opened.format != "MPO" and int(getattr(opened, "n_frames", 1)) > 1
                 scans = data.count(b"\xff\xda") if opened.format in ("JPEG", "MPO") else 0
         except Image.DecompressionBombError:  # Pillow's limit is higher than ours
             raise self._too_many_pixels() from None
         except Exception as error:
             raise _unreadable("An image cannot be read. Supported formats are PNG, JPEG, WebP, GIF and BMP.") from error
+        if animated:
+            raise _unreadable("An image is an animation. Send the frame that you mean as an image.")
         if scans > _MAX_SCANS:
             raise _unreadable(f"An image has more than {_MAX_SCANS} scans.")
         if width * height > self._limits.pixels:

@@ -35,6 +35,7 @@ def mount_page(app: FastAPI, *, models: Sequence[str], max_tokens: int, api_key:
     app.state.page_files = files  # removed with the application
     import gradio as gr
     from starlette.middleware import Middleware
+    from starlette.responses import RedirectResponse
 
     from llavar_peft.serving.ui.chat_page import build_page
     from llavar_peft.serving.ui.page_client import PageClient
@@ -48,6 +49,7 @@ def mount_page(app: FastAPI, *, models: Sequence[str], max_tokens: int, api_key:
         ssr_mode=False, enable_monitoring=False, pwa=False, mcp_server=False, root_path=PREFIX,
         theme=make_theme(), css=STYLE,
     )  # fmt: skip
+    app.add_api_route("/", lambda: RedirectResponse(f"{PREFIX}/"), methods=["GET"], include_in_schema=False)
     # `add_middleware` would put the guard outermost. Behind RequestMiddleware, requests that it rejects have an ID and
     # are logged and counted.
     app.user_middleware.append(Middleware(PageGuard, prefix=PREFIX, files=Path(files.name), api_key=api_key))
