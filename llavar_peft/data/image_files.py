@@ -1,11 +1,14 @@
 """Open images without losing text in them.
 
-Three things differ from the original, which loses text there: EXIF rotation is applied, 16-bit grey is scaled instead
-of clipped, and transparent areas become white. For all other files the pixels are the original's.
+Three things differ from the original, which loses text there: EXIF rotation is applied, grey of more than 8 bits is
+scaled instead of clipped, and transparent areas become white, or black behind a bright drawing. For all other files the
+pixels are the original's.
 """
 
 from __future__ import annotations
 
+import importlib.util
+import re
 from functools import lru_cache
 from io import BytesIO
 from pathlib import Path
@@ -20,7 +23,7 @@ MAX_PIXELS: Final = 2**26
 """Larger images (8192 x 8192 pixels, 256 MiB decoded) are rejected: a PNG of 20 kB can decode to gigabytes."""
 
 # Formats for photographs and scans. Others run programs (EPS) or cannot be identified by their first bytes (TGA).
-_FORMATS: Final = ("PNG", "JPEG", "MPO", "WEBP", "GIF", "BMP", "DIB", "TIFF", "PPM", "JPEG2000", "AVIF", "ICO")
+_FORMATS: Final = ("PNG", "JPEG", "MPO", "WEBP", "GIF", "BMP", "DIB", "TIFF", "PPM", "JPEG2000", "AVIF", "HEIF", "ICO")
 _TURNS: Final = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -31,7 +34,27 @@ _TURNS: Final = {
     8: Image.Transpose.ROTATE_90,
 }
 _ORIENTATION: Final = 0x0112
-_NOT_IMAGES: Final = ((b"version https://git-lfs", "a Git LFS pointer"), (b"<", "a web page or other markup"))
+_START: Final = 256  # bytes of a file by which its kind is recognized
+_REASON: Final = 200  # characters of another library's message
+_GIVE_IMAGE: Final = "give an image in one of these formats"
+_CONVERT: Final = "convert it to PNG or JPEG"
+# First bytes of files that are no images, or not of a supported format: what they are, and what to do.
+_NOT_IMAGES: Final = (
+    (re.compile(rb"version https://git-lfs"), "a Git LFS pointer", "run `git lfs pull`"),
+    (re.compile(rb"%PDF"), "a PDF document", "save its pages as images, for example with `pdftoppm -r 150 -png`"),
+    (re.compile(rb"....ftyp(heic|heix|heim|heis|hevc|mif1|msf1)", re.DOTALL), "a HEIC photograph",
+     f"{_CONVERT}, or install support for it with `pip install pillow-heif`"),
+    (re.compile(rb"....ftyp(?!avif|avis)|\x1aE\xdf\xa3|RIFF....AVI ", re.DOTALL), "a video", "save a frame of it"),
+    (re.compile(rb"%!PS|\xc5\xd0\xd3\xc6"), "a PostScript drawing", _CONVERT),
+    (re.compile(rb"<(\?xml|svg)", re.IGNORECASE), "an SVG drawing or other XML", _CONVERT),
+    (re.compile(rb"<"), "a web page or other markup", "download the image itself"),
+)  # fmt: skip
+_PNG: Final = b"\x89PNG\r\n\x1a\n"
+_PNG_TEXTS: Final = (b"tEXt", b"zTXt", b"iTXt")
+_DEPTHS: Final = (1023, 4095, 16383, 65535)
+"""Largest values of grey of 10, 12, 14 and 16 bits, all of which are stored in 16 bits."""
+_BRIGHT: Final = 200
+"""Mean brightness of a drawing on a transparent ground above which the ground becomes black instead of white."""
 
 
 def open_image(source: str | Path | Image.Image) -> Image.Image:
@@ -53,12 +76,20 @@ def open_image(source: str | Path | Image.Image) -> Image.Image:
         return _checked(source, where)
     where = str(source)
     try:
+        return _open_file(where)
+    except _PngTextError:
+        return _checked_bytes(_without_texts(Path(where).read_bytes()), where)
+
+
+def _open_file(where: str) -> Image.Image:
+    try:
         opened = Image.open(where, formats=_formats())
     except FileNotFoundError:
         raise ImageError.at(where, "no such file", "give the path of a local image") from None
     except IsADirectoryError:
         raise ImageError.at(where, "is a folder, expected an image", "give the path of a file") from None
     except Exception as error:  # broken files make Pillow raise many types of exceptions
+        _raise_for_texts(error)
         raise _unreadable(where, error) from error
     with opened:
         return _checked(opened, where)
@@ -75,10 +106,18 @@ def decode_image(data: bytes, where: str) -> Image.Image:
         ImageError: As in ``open_image``.
     """
     try:
+        return _checked_bytes(data, where)
+    except _PngTextError:
+        return _checked_bytes(_without_texts(data), where)
+
+
+def _checked_bytes(data: bytes, where: str) -> Image.Image:
+    try:
         opened = Image.open(BytesIO(data), formats=_formats())
     except Exception as error:  # broken files make Pillow raise many types of exceptions
-        what = f"is not an image ({', '.join(_formats())})" if data else "is empty"
-        raise ImageError.at(where, what, "give an image in one of the supported formats") from error
+        _raise_for_texts(error)
+        what, fix = _describe_start(data[:_START])
+        raise ImageError.at(where, f"is {what}, expected an image ({', '.join(_formats())})", fix) from error
     with opened:
         return _checked(opened, where)
 
@@ -102,6 +141,7 @@ def _checked(image: Image.Image, where: str) -> Image.Image:
     except ImageError:
         raise
     except Exception as error:  # mostly OSError, but also IndexError, TypeError, SyntaxError, ...
+        _raise_for_texts(error)
         raise _unreadable(where, error) from error
     raise ImageError.at(
         where,
@@ -117,7 +157,7 @@ def _upright_rgb(image: Image.Image) -> Image.Image:
         rgb = Image.fromarray(_eight_bits(np.asarray(image))).convert("RGB")
     elif image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
         coloured = image.convert("RGBA")
-        rgb = Image.new("RGB", image.size, (255, 255, 255))
+        rgb = Image.new("RGB", image.size, _ground(coloured))
         rgb.paste(coloured, mask=coloured.getchannel("A"))
     else:
         rgb = image.convert("RGB")  # copies even RGB images, so that the file can be closed
@@ -125,6 +165,15 @@ def _upright_rgb(image: Image.Image) -> Image.Image:
         rgb = rgb.transpose(_TURNS[orientation])
     rgb.info = {}  # otherwise a remaining orientation tag would rotate it again
     return rgb
+
+
+def _ground(drawing: Image.Image) -> tuple[int, int, int]:
+    """Return the color behind a drawing, so that white text on a transparent ground stays readable."""
+    brightness = np.asarray(drawing.convert("L"), dtype=np.float32)
+    alpha = np.asarray(drawing.getchannel("A"), dtype=np.float32)
+    covered = float(alpha.sum())
+    bright = covered > 0 and float((brightness * alpha).sum()) / covered > _BRIGHT
+    return (0, 0, 0) if bright else (255, 255, 255)
 
 
 def _orientation(image: Image.Image) -> int:
@@ -136,7 +185,7 @@ def _orientation(image: Image.Image) -> int:
 
 
 def _eight_bits(values_HW: np.ndarray) -> np.ndarray:
-    """Scale grey values of any depth to uint8 ``[H, W]`` by the range of 8 or 16 bits, or by their own beyond it."""
+    """Scale grey values to uint8 ``[H, W]`` by the range of their depth (8 to 16 bits), or by their own beyond it."""
     values: np.ndarray = values_HW.astype(np.float32 if values_HW.dtype.itemsize == 2 else np.float64)
     low, high = float(values.min()), float(values.max())
     if not np.isfinite(low + high):
@@ -144,7 +193,7 @@ def _eight_bits(values_HW: np.ndarray) -> np.ndarray:
     if low < 0 or high > 65535:
         values = (values - low) * (255 / max(high - low, 1e-300))
     elif high > 255:
-        values = values / 257
+        values = values * (255 / next(depth for depth in _DEPTHS if high <= depth))
     elif values_HW.dtype.kind == "f" and high <= 1:
         values = values * 255
     rounded: np.ndarray = np.rint(values).astype(np.uint8)
@@ -152,27 +201,59 @@ def _eight_bits(values_HW: np.ndarray) -> np.ndarray:
 
 
 def _unreadable(where: str, error: Exception) -> LlavarError:
+    fix = "get the file again, or remove its record"
     if isinstance(error, UnidentifiedImageError):
-        what = f"is {_describe_file(where)}, expected an image ({', '.join(_formats())})"
+        kind, fix = _describe_file(where)
+        what = f"is {kind}, expected an image ({', '.join(_formats())})"
     elif isinstance(error, PermissionError):
         what = "cannot be read (permission denied)"
     else:
-        what = f"cannot be read as an image ({type(error).__name__}: {error})"
-    return ImageError.at(where, what, "get the file again, or remove its record")
+        what = f"cannot be read as an image ({type(error).__name__}: {str(error)[:_REASON]})"
+    return ImageError.at(where, what, fix)
 
 
-def _describe_file(where: str) -> str:
+def _describe_file(where: str) -> tuple[str, str]:
     try:
         with open(where, "rb") as file:
-            start = file.read(256).lstrip()
+            return _describe_start(file.read(_START))
     except OSError:
-        return "not an image"
+        return "not an image", _GIVE_IMAGE
+
+
+def _describe_start(start: bytes) -> tuple[str, str]:
+    """Return what a file is whose first bytes are not those of an image, and what to do."""
+    start = start.lstrip()
     if not start:
-        return "an empty file"
-    return next((name for prefix, name in _NOT_IMAGES if start.startswith(prefix)), "not an image")
+        return "an empty file", "get the file again, or remove its record"
+    found = ((name, fix) for pattern, name, fix in _NOT_IMAGES if pattern.match(start))
+    return next(found, ("not an image", _GIVE_IMAGE))
+
+
+class _PngTextError(Exception):
+    """Pillow refuses a PNG because of its texts, which the pixels do not depend on."""
+
+
+def _raise_for_texts(error: Exception) -> None:
+    """Raise ``_PngTextError`` for Pillow's limits on the texts of a PNG (``PngImagePlugin.MAX_TEXT_CHUNK``)."""
+    if "MAX_TEXT" in str(error):
+        raise _PngTextError from error
+
+
+def _without_texts(data: bytes) -> bytes:
+    """Return a PNG without its texts, such as a workflow or XMP, which may be larger than Pillow accepts."""
+    kept, position = [data[: len(_PNG)]], len(_PNG)
+    while position + 8 <= len(data):
+        length = int.from_bytes(data[position : position + 4], "big")
+        end = position + 12 + length
+        if data[position + 4 : position + 8] not in _PNG_TEXTS:
+            kept.append(data[position:end])
+        position = end
+    return b"".join(kept)
 
 
 @lru_cache(maxsize=1)
 def _formats() -> tuple[str, ...]:
     Image.init()  # lists the formats that this Pillow was built with
+    if importlib.util.find_spec("pillow_heif") is not None:
+        importlib.import_module("pillow_heif").register_heif_opener()
     return tuple(name for name in _FORMATS if name in Image.OPEN)

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from PIL import Image, ImageFile, ImageOps
 from transformers import CLIPImageProcessorPil
 
-from llavar_peft.data.image_files import MAX_PIXELS, open_image
+from llavar_peft.data.image_files import MAX_PIXELS, decode_image, open_image
 from llavar_peft.data.image_preparation import image_token_count, prepare_image
 from llavar_peft.data.image_roots import ImageRoots
 from llavar_peft.errors import ConfigError, ImageError
@@ -227,6 +227,9 @@ def test_sixteen_bits_are_scaled(dtype: str, tmp_path: Path) -> None:
     ("values", "expected"),
     [
         (np.array([[0, 7, 255]], np.uint16), [0, 7, 255]),  # eight bits in a wide type
+        (np.array([[0, 2048, 4095]], np.uint16), [0, 128, 255]),  # twelve bits, as scanners and X-ray devices write
+        (np.array([[0, 1023]], np.uint16), [0, 255]),
+        (np.array([[0, 16383]], np.uint16), [0, 255]),
         (np.array([[-100, 0, 155]], np.int32), [0, 100, 255]),
         (np.array([[0, 10**6]], np.int32), [0, 255]),
         (np.array([[0.0, 0.5, 1.0]], np.float32), [0, 128, 255]),
@@ -258,6 +261,50 @@ def test_transparent_areas_become_white(mode: str, tmp_path: Path) -> None:
     pixels = np.asarray(open_image(saved(image, tmp_path / "a.png", **options)))
     assert (pixels[:, 0] == 0).all()
     assert (pixels[:, 1:] == 255).all()
+
+
+def test_white_text_on_a_transparent_ground_stays_readable(tmp_path: Path) -> None:
+    drawing = Image.new("RGBA", (6, 2), (255, 255, 255, 0))
+    drawing.paste((250, 250, 250, 255), (0, 0, 2, 2))
+    pixels = np.asarray(open_image(saved(drawing, tmp_path / "a.png")))
+    assert (pixels[:, :2] == 250).all()
+    assert (pixels[:, 2:] == 0).all()
+
+
+@pytest.mark.parametrize("place", ["before the pixels", "after the pixels"])
+def test_large_texts_in_a_png_are_skipped(place: str, tmp_path: Path) -> None:
+    image = noise(8, 4)
+    data = saved(image, tmp_path / "plain.png").read_bytes()
+    text = chunk(b"zTXt", b"workflow\0\0" + zlib.compress(b"x" * 2_000_000))
+    at = 33 if place == "before the pixels" else data.rindex(b"IEND") - 4
+    path = tmp_path / "a.png"
+    path.write_bytes(data[:at] + text + data[at:])
+    assert np.array_equal(np.asarray(open_image(path)), np.asarray(image))
+    assert np.array_equal(np.asarray(decode_image(path.read_bytes(), "image")), np.asarray(image))
+
+
+@pytest.mark.parametrize(
+    ("start", "what", "fix"),
+    [
+        (b"\0\0\0\x18ftypheic", "a HEIC photograph", "pillow-heif"),
+        (b"\0\0\0\x18ftypmif1", "a HEIC photograph", "convert it"),
+        (b"%PDF-1.7", "a PDF document", "pdftoppm"),
+        (b"\0\0\0\x18ftypmp42", "a video", "save a frame"),
+        (b"\x1aE\xdf\xa3", "a video", "save a frame"),
+        (b"<svg xmlns=''>", "an SVG drawing", "convert it"),
+        (b"<!DOCTYPE html>", "a web page", "download the image"),
+        (b"version https://git-lfs.github.com/spec/v1", "a Git LFS pointer", "git lfs pull"),
+        (b"%!PS-Adobe", "a PostScript drawing", "convert it"),
+        (b"", "an empty file", "get the file again"),
+        (b"hello", "not an image", "one of these formats"),
+    ],
+)
+def test_files_that_are_no_images_are_named(start: bytes, what: str, fix: str, tmp_path: Path) -> None:
+    path = tmp_path / "a.png"
+    path.write_bytes(start + b"\0" * 40 if start else b"")
+    for opened in (lambda: open_image(path), lambda: decode_image(path.read_bytes(), "image")):
+        with pytest.raises(ImageError, match=f"is {what}.*Fix: .*{fix}"):
+            opened()
 
 
 def test_golden_images_that_are_opened_better_than_in_the_original() -> None:
@@ -306,7 +353,7 @@ def test_a_photograph_with_a_preview_is_one_image(tmp_path: Path) -> None:
         (b"", "is an empty file"),
         (b"\n<!DOCTYPE html><html>Not found</html>", "is a web page"),
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:0", "is a Git LFS pointer"),
-        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "is not an image, expected an image"),
+        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "is a PostScript drawing, expected an image"),
     ],
 )
 def test_the_kind_of_other_files_is_reported(content: bytes, what: str, tmp_path: Path) -> None:

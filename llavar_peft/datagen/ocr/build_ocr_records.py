@@ -109,7 +109,13 @@ def build_records(
     write_json(report_path(out), report.as_dict())
     if not records:
         reasons = ", ".join(f"{count} {reason}" for reason, count in report.counts.items()) or "the folder has none"
-        raise DataError.at(str(images), f"no image became a record ({reasons})", f"see {report_path(out)}")
+        if folder.some_others:
+            reasons += f"; other files: {', '.join(folder.some_others)}"
+        raise DataError.at(
+            str(images),
+            f"no image became a record ({reasons})",
+            f"see {report_path(out)}; other formats, such as HEIC or PDF, have to be converted to PNG or JPEG first",
+        )
     return report
 
 

@@ -27,6 +27,7 @@ LONGEST: Final = 4096
 SUFFIXES: Final = frozenset(
     (".png", ".jpg", ".jpeg", ".jpe", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".pgm", ".jp2", ".avif", ".mpo")
 )
+_OTHERS_SHOWN: Final = 5
 _AHEAD: Final = 4  # images queued per process, so that no process waits
 
 
@@ -127,11 +128,13 @@ class Folder:
         images: Files with an image's extension, as sorted POSIX paths within the folder.
         unnameable: Such files whose names are not Unicode, so that no record can name them, in an escaped form.
         others: Number of all other files.
+        some_others: The names of some of them, without hidden ones.
     """
 
     images: tuple[str, ...]
     unnameable: tuple[str, ...]
     others: int
+    some_others: tuple[str, ...] = ()
 
 
 def list_folder(folder: Path) -> Folder:
@@ -141,18 +144,20 @@ def list_folder(folder: Path) -> Folder:
         ImageError: The folder does not exist.
     """
     ImageRoots(folder)
-    found, unnameable, others = list[str](), list[str](), 0
+    found, unnameable, others, some_others = list[str](), list[str](), 0, list[str]()
     for parent, folders, names in os.walk(folder):
         folders[:] = [name for name in folders if not name.startswith(".")]
         for name in names:
             path = (Path(parent) / name).relative_to(folder).as_posix()
             if Path(name).suffix.lower() not in SUFFIXES or name.startswith("."):
                 others += 1
+                if len(some_others) < _OTHERS_SHOWN and not name.startswith("."):
+                    some_others.append(ascii(path)[1:-1])
             elif any("\ud800" <= character <= "\udfff" for character in path):
                 unnameable.append(path.encode(errors="backslashreplace").decode())
             else:
                 found.append(path)
-    return Folder(tuple(sorted(found)), tuple(sorted(unnameable)), others)
+    return Folder(tuple(sorted(found)), tuple(sorted(unnameable)), others, tuple(sorted(some_others)))
 
 
 def file_stamp(path: Path) -> dict[str, int]:
