@@ -30,6 +30,7 @@ from llavar_peft.weights.io.tensor_table import WEIGHTS_FILES
 
 if TYPE_CHECKING:
     from torch import Tensor
+    from transformers import PreTrainedTokenizerFast
 
 _HUB_FILES = ["*.json", "*.safetensors", "*.bin", "tokenizer.model"]
 
@@ -159,6 +160,7 @@ def _read_released_layout(folder: Path, described: Mapping[str, Any], config: Mo
     )
     tensors = _rename_released(open_weights(folder))
     check_not_delta(tensors.get(tensor_names.FINAL_NORM), folder)
+    _check_rows(tensors, tokenizer, folder)
     tensors.update(tower_tensors)
     return ModelParts(
         source=str(folder),
@@ -257,6 +259,18 @@ def _read_language_config(folder: Path) -> LlamaConfig:
 
 def _rename_released(store: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {ours: tensor for name, tensor in store.items() if (ours := tensor_names.from_released(name))}
+
+
+def _check_rows(tensors: Mapping[str, Tensor], tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
+    """Reject embeddings that have another number of rows than the tokenizer has tokens: the ids would be shifted."""
+    rows = tensors[tensor_names.EMBEDDINGS].shape[0] if tensor_names.EMBEDDINGS in tensors else len(tokenizer)
+    if rows != len(tokenizer):
+        raise WeightsError.at(
+            str(folder),
+            f"the embeddings and the tokenizer do not belong together (got {rows} rows and {len(tokenizer)} tokens)",
+            "put the tokenizer that the checkpoint was saved with into its folder (added_tokens.json or "
+            "tokenizer_config.json states the ids of the added tokens)",
+        )
 
 
 def _extend_with_mean(rows: Tensor, old: int, new: int, where: str) -> Tensor:

@@ -34,6 +34,7 @@ _SPACE: Final = "▁"
 _MODEL_FILE: Final = "tokenizer.model"
 _JSON_FILE: Final = "tokenizer.json"
 _ADDED_FILE: Final = "added_tokens.json"
+_CONFIG_FILE: Final = "tokenizer_config.json"
 _NORMALIZER: Final[dict[str, Any]] = {
     "type": "Sequence",
     "normalizers": [
@@ -60,7 +61,8 @@ def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerFast:
     """Load a tokenizer whose ids are those of the original.
 
     ``tokenizer.model`` is used if it exists; a ``tokenizer.json`` in the same folder is then ignored, because a stock
-    conversion gives different ids. Tokens of an ``added_tokens.json`` are added with the ids that it states.
+    conversion gives different ids. Tokens of an ``added_tokens.json``, or else of a ``tokenizer_config.json``, are
+    added with the ids that it states.
 
     Args:
         folder: A local folder with ``tokenizer.model``, or with a ``tokenizer.json`` that this package has written.
@@ -78,7 +80,7 @@ def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerFast:
         raise ConfigError.at(str(folder), "not a folder (expected one with a tokenizer)", "give a local folder")
     if (folder / _MODEL_FILE).is_file():
         tokenizer = _wrap(_from_sentencepiece(folder / _MODEL_FILE))
-        _add_saved_tokens(tokenizer, folder / _ADDED_FILE)
+        _add_saved_tokens(tokenizer, folder)
         return tokenizer
     if (folder / _JSON_FILE).is_file():
         return _wrap(_from_json(folder / _JSON_FILE))
@@ -234,17 +236,29 @@ def _from_json(path: Path) -> Tokenizer:
     return backend
 
 
-def _add_saved_tokens(tokenizer: PreTrainedTokenizerFast, path: Path) -> None:
-    """Add the tokens of a slow tokenizer's ``added_tokens.json`` with the ids that it states."""
-    if not path.is_file():
-        return
+def _read_added_tokens(folder: Path) -> tuple[Path, dict[str, int]]:
+    """Return the ids of a slow tokenizer's added tokens, and the file that states them."""
+    path = folder / _ADDED_FILE
     try:
-        saved = json.loads(path.read_text(encoding="utf-8"))
-        in_order = sorted(saved.items(), key=lambda item: int(item[1]))
-    except (ValueError, AttributeError, TypeError) as error:
+        if path.is_file():
+            saved = json.loads(path.read_text(encoding="utf-8"))
+            return path, {str(name): int(index) for name, index in saved.items()}
+        path = folder / _CONFIG_FILE
+        if not path.is_file():
+            return path, {}
+        listed = json.loads(path.read_text(encoding="utf-8")).get("added_tokens_decoder") or {}
+        return path, {str(token["content"]): int(index) for index, token in listed.items()}
+    except (OSError, ValueError, AttributeError, TypeError, KeyError, RecursionError) as error:
         raise WeightsError.at(
             str(path), f"not a JSON object of tokens and ids ({error})", "download the file again"
         ) from error
+
+
+def _add_saved_tokens(tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
+    """Add the tokens that a slow tokenizer's files state, with the ids that they state."""
+    path, saved = _read_added_tokens(folder)
+    known = tokenizer.get_vocab()
+    in_order = sorted((item for item in saved.items() if known.get(item[0]) != item[1]), key=lambda item: item[1])
     from tokenizers import AddedToken
 
     for name, index in in_order:

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 import transformers
 
-from llavar_peft.errors import ConfigError
+from llavar_peft.errors import ConfigError, MissingDependencyError
 from llavar_peft.recipe.schema import Precision, Recipe, Stage
 
 # Renamed in transformers 5.24.
@@ -16,6 +16,12 @@ _RECOMPUTING = (
     if "activation_checkpointing" in transformers.TrainingArguments.__dataclass_fields__
     else "gradient_checkpointing"
 )
+_TRACKERS = {
+    "azure_ml": "azureml-core", "clearml": "clearml", "codecarbon": "codecarbon", "comet_ml": "comet-ml",
+    "dagshub": "dagshub", "dvclive": "dvclive", "flyte": "flytekit", "mlflow": "mlflow", "neptune": "neptune",
+    "swanlab": "swanlab", "tensorboard": "tensorboard", "trackio": "trackio", "wandb": "wandb",
+}  # fmt: skip
+"""The package of each tracker that transformers can report to."""
 _OPTIMIZERS = {"adamw": "adamw_torch", "adamw_8bit": "adamw_bnb_8bit", "paged_adamw_8bit": "paged_adamw_8bit"}
 
 
@@ -68,6 +74,26 @@ def training_arguments(recipe: Recipe, stage: Stage, directory: Path, *, ranks: 
             f"{_RECOMPUTING}_kwargs": {"use_reentrant": False} if stage.gradient_checkpointing else None,
         },
     )
+
+
+def check_trackers(recipe: Recipe) -> None:
+    """Check that the experiment trackers of ``report_to`` are known and installed, before a model is loaded.
+
+    Raises:
+        ConfigError: transformers knows no tracker of this name.
+        MissingDependencyError: A tracker's package is not installed.
+    """
+    from transformers.integrations import get_available_reporting_integrations
+
+    available = get_available_reporting_integrations()
+    for name in recipe.report_to:
+        if name in ("all", "none") or name in available:
+            continue
+        package = _TRACKERS.get(name)
+        if package is None:
+            known = ", ".join(sorted(_TRACKERS))
+            raise ConfigError.at("report_to", f"unknown tracker (got {name!r}, expected one of {known})", "correct it")
+        raise MissingDependencyError.at("report_to", f"{name} is not installed", f"pip install {package}")
 
 
 def resolve_precision(precision: Precision) -> str:

@@ -37,7 +37,7 @@ from llavar_peft.training.out_of_memory import explain_out_of_memory
 from llavar_peft.training.run_folder import RunFolder, lock_folder
 from llavar_peft.training.save_weights import save_plain, save_result
 from llavar_peft.training.sharding import reset_zero
-from llavar_peft.training.stage_arguments import micro_batches, resolve_precision, training_arguments
+from llavar_peft.training.stage_arguments import check_trackers, micro_batches, resolve_precision, training_arguments
 from llavar_peft.training.stage_records import stage_records
 from llavar_peft.training.stage_trainer import StageTrainer
 from llavar_peft.training.trainer_callbacks import EvalCallback, ProgressBar, StopOnSignal
@@ -70,6 +70,7 @@ class Trainer:
         callbacks: Sequence[transformers.TrainerCallback] = (),
     ) -> None:
         self.recipe = validate_recipe(recipe)
+        check_trackers(self.recipe)
         self.model: Any = model
         self.processor = processor
         self.callbacks = list(callbacks)
@@ -267,5 +268,6 @@ def run_recipe(
     recipe: Recipe, stages: Sequence[str] | None = None, *, restart: bool = False, allow_changes: bool = False
 ) -> Path:
     """Build the recipe's model, train it as ``Trainer.train`` does, and return the folder of the last result."""
+    check_trackers(recipe)
     model, processor = build_model(recipe.model, seed=recipe.seed)
     return Trainer(model, processor, recipe).train(stages, restart=restart, allow_changes=allow_changes)

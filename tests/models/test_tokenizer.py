@@ -110,6 +110,17 @@ def test_tokenizer_model_is_preferred_to_a_tokenizer_json(small: PreTrainedToken
     assert opened.backend_tokenizer.to_str() == small.backend_tokenizer.to_str()
 
 
+def test_ids_of_a_tokenizer_config_are_kept(tmp_path: Path) -> None:
+    """Checkpoints with a row for ``[PAD]`` have shifted image tokens, which only this file may state."""
+    shutil.copy(SMALL / "tokenizer.model", tmp_path)
+    tokens = {"0": "<unk>", "1": "<s>", "2": "</s>", "640": "[PAD]", "641": "<im_patch>", "642": "<im_start>"}
+    stated = {index: {"content": content} for index, content in {**tokens, "643": "<im_end>"}.items()}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"added_tokens_decoder": stated}))
+    tokenizer = load_tokenizer(tmp_path)
+    assert add_image_tokens(tokenizer) == 0
+    assert [tokenizer.convert_tokens_to_ids(name) for name in ("[PAD]", "<im_patch>", "<im_end>")] == [640, 641, 643]
+
+
 def test_added_tokens_with_other_ids_are_rejected(tmp_path: Path) -> None:
     shutil.copy(SMALL / "tokenizer.model", tmp_path)
     (tmp_path / "added_tokens.json").write_text(json.dumps({"<im_patch>": 700}))

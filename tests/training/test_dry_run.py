@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 
-from llavar_peft import Recipe, cli
+from llavar_peft import ModelConfig, Recipe, cli
+from llavar_peft.errors import ConfigError, MissingDependencyError
 from llavar_peft.recipe.recipe_yaml import dump_recipe
 from llavar_peft.training.dry_run import dry_run
+from llavar_peft.training.trainer import run_recipe
 
 
 @pytest.mark.slow
@@ -48,3 +51,16 @@ def test_an_error_that_would_stop_the_run_stops_the_dry_run(tiny_recipe: Recipe,
     (tmp_path / "mine.yaml").write_text(dump_recipe(recipe))
     assert cli.main(["train", str(tmp_path / "mine.yaml"), "--dry-run"]) == 2
     assert [path.name for path in tmp_path.iterdir()] == ["mine.yaml"]
+
+
+def test_a_missing_tracker_is_found_before_the_model_is_loaded(tiny_recipe: Recipe) -> None:
+    absent = next(name for name in ("clearml", "neptune", "swanlab") if find_spec(name) is None)
+    recipe = dataclasses.replace(
+        tiny_recipe,
+        report_to=(absent,),
+        model=ModelConfig(language_model="/nonexistent", vision_tower="/nonexistent"),
+    )
+    with pytest.raises(MissingDependencyError, match=f"{absent} is not installed. Fix: pip install"):
+        run_recipe(recipe)
+    with pytest.raises(ConfigError, match="unknown tracker"):
+        run_recipe(dataclasses.replace(recipe, report_to=("tensorbord",)))
