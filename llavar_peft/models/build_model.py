@@ -22,6 +22,7 @@ from llavar_peft.errors import ConfigError, MissingDependencyError
 from llavar_peft.models.checkpoint_loading import read_checkpoint, read_parts, resolve_folder
 from llavar_peft.models.llavar_config import LlavarConfig
 from llavar_peft.models.modeling_llavar import LlavarForConditionalGeneration, LlavarModel
+from llavar_peft.models.pretrained_files import load_pretrained
 from llavar_peft.models.processing_llavar import LlavarProcessor
 from llavar_peft.recipe.schema import Attention, ModelConfig, Quantization
 from llavar_peft.weights.io.projector_file import apply_projector
@@ -96,8 +97,7 @@ def load_processor(model: str, *, vision_tower: str | None = None) -> LlavarProc
     register()
     folder = resolve_folder(model, "model")
     if (folder / PROCESSOR_FILE).is_file():
-        loaded: LlavarProcessor = LlavarProcessor.from_pretrained(folder)
-        return loaded
+        return load_pretrained(LlavarProcessor, folder)
     return read_checkpoint(ModelConfig(checkpoint=str(folder), vision_tower=vision_tower)).processor()
 
 

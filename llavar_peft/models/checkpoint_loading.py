@@ -20,6 +20,7 @@ from llavar_peft.models.hf_llava import read_stock
 from llavar_peft.models.llama_tokenizer import add_image_tokens, load_tokenizer
 from llavar_peft.models.llavar_config import LlavarConfig, make_config, read_llama_config
 from llavar_peft.models.model_parts import ModelParts
+from llavar_peft.models.pretrained_files import check_sizes, load_pretrained, unreadable_settings
 from llavar_peft.models.processing_llavar import LlavarProcessor
 from llavar_peft.recipe.schema import ModelConfig
 from llavar_peft.weights.adapter.adapter_files import ADAPTER_CONFIG
@@ -115,8 +116,8 @@ def read_checkpoint(config: ModelConfig) -> ModelParts:
 
 
 def _read_own_layout(folder: Path, config: ModelConfig) -> ModelParts:
-    model_config = LlavarConfig.from_pretrained(folder)
-    processor = LlavarProcessor.from_pretrained(folder)
+    model_config = load_pretrained(LlavarConfig, folder)
+    processor = load_pretrained(LlavarProcessor, folder)
     tensors = dict(open_weights(folder))
     check_not_delta(tensors.get(tensor_names.FINAL_NORM), folder)
     image_processor = processor.image_processor
@@ -144,7 +145,7 @@ def _read_released_layout(folder: Path, described: Mapping[str, Any], config: Mo
             f"{described.get('mm_vision_tower')!r})",
             "set it to the folder of the CLIP model that the checkpoint was trained with",
         )
-    text = read_llama_config(described)
+    text = _llama_config(described, folder)
     use_im_start_end = bool(described.get("mm_use_im_start_end", False))
     tokenizer = load_tokenizer(folder)
     add_image_tokens(tokenizer, use_im_start_end=use_im_start_end)
@@ -236,7 +237,7 @@ def _read_tower(name: str) -> tuple[CLIPVisionConfig, dict[str, Tensor], CLIPIma
             "copy the file from the CLIP model",
         )
     tensors = {ours: tensor for name, tensor in open_weights(folder).items() if (ours := tensor_names.from_clip(name))}
-    return CLIPVisionConfig.from_pretrained(folder), tensors, CLIPImageProcessorPil.from_pretrained(folder)
+    return load_pretrained(CLIPVisionConfig, folder), tensors, load_pretrained(CLIPImageProcessorPil, folder)
 
 
 def _read_language_config(folder: Path) -> LlamaConfig:
@@ -254,7 +255,16 @@ def _read_language_config(folder: Path) -> LlamaConfig:
             f"not a LLaMA (got {kind!r}, expected 'llama')",
             "give the folder of a LLaMA or Vicuna",
         )
-    return read_llama_config(described)
+    return _llama_config(described, folder)
+
+
+def _llama_config(described: Mapping[str, Any], folder: Path) -> LlamaConfig:
+    try:
+        config = read_llama_config(described)
+    except Exception as error:  # transformers passes on whatever a damaged file causes
+        raise unreadable_settings(folder, "LlamaConfig", error) from error
+    check_sizes(config, folder)
+    return config
 
 
 def _rename_released(store: Mapping[str, Tensor]) -> dict[str, Tensor]:

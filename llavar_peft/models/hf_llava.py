@@ -14,6 +14,7 @@ from llavar_peft.errors import ConfigError
 from llavar_peft.models.llama_tokenizer import load_tokenizer
 from llavar_peft.models.llavar_config import make_config
 from llavar_peft.models.model_parts import ModelParts
+from llavar_peft.models.pretrained_files import load_pretrained
 from llavar_peft.weights.io import tensor_names
 from llavar_peft.weights.io.convert_layout import to_one_layer
 from llavar_peft.weights.io.tensor_blocks import open_weights
@@ -65,7 +66,7 @@ def read_stock(folder: Path) -> ModelParts:
         ConfigError: Another LLaVA, whose image token is not ``<im_patch>``.
         WeightsError: The projector is not linear, or a file cannot be read.
     """
-    described = LlavaConfig.from_pretrained(folder)
+    described = load_pretrained(LlavaConfig, folder)
     tokenizer = load_tokenizer(folder)
     use_im_start_end = IMAGE_START_TOKEN in tokenizer.get_vocab()
     image_id = tokenizer.convert_tokens_to_ids(IMAGE_PATCH_TOKEN)
@@ -88,7 +89,7 @@ def read_stock(folder: Path) -> ModelParts:
     weight, bias = to_one_layer(tensors, described.projector_hidden_act, str(folder))
     tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith(tensor_names.STOCK_PROJECTOR)}
     tensors.update({tensor_names.PROJECTOR_WEIGHT: weight, tensor_names.PROJECTOR_BIAS: bias})
-    images = LlavaImageProcessorPil.from_pretrained(folder)
+    images = load_pretrained(LlavaImageProcessorPil, folder)
     return ModelParts(
         source=str(folder),
         config=config,

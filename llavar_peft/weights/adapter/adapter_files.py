@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from llavar_peft.errors import ConfigError
+from llavar_peft.weights.io.checkpoint_code import check_no_code
 from llavar_peft.weights.io.tensor_blocks import check_tensors
 from llavar_peft.weights.io.tensor_table import DOWNLOAD_AGAIN
 
@@ -72,6 +73,7 @@ def read_settings(folder: Path) -> dict[str, Any]:
         ConfigError: The folder holds no adapter, or the file is not readable.
     """
     path = folder / ADAPTER_CONFIG
+    check_no_code(folder)
     try:
         settings = dict(json.loads(path.read_text(encoding="utf-8")))
         if settings["peft_type"] == "LORA":

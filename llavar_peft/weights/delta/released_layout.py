@@ -20,6 +20,7 @@ from llavar_peft.constants import (
 )
 from llavar_peft.errors import ConfigError, WeightsError
 from llavar_peft.weights.io import tensor_names
+from llavar_peft.weights.io.checkpoint_code import check_no_code
 from llavar_peft.weights.io.tensor_blocks import read_tensor
 from llavar_peft.weights.io.tensor_table import DOWNLOAD_AGAIN, TensorEntry, read_tensor_table
 
@@ -94,7 +95,8 @@ def read_model_config(folder: Path) -> dict[str, Any]:
     """Read the ``config.json`` of a model's folder.
 
     Raises:
-        ConfigError: The folder or the file does not exist, or the file holds no JSON object.
+        ConfigError: The folder or the file does not exist, the file holds no JSON object, or a file of the folder names
+            code to run.
     """
     path = folder / "config.json"
     try:
@@ -102,10 +104,11 @@ def read_model_config(folder: Path) -> dict[str, Any]:
     except FileNotFoundError:
         what = "no such folder" if not folder.is_dir() else "no config.json in this folder"
         raise ConfigError.at(str(folder), what, "give the folder that the model was saved to") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ConfigError.at(str(path), f"not readable as JSON ({error})", DOWNLOAD_AGAIN) from error
     if not isinstance(config, dict):
         raise ConfigError.at(str(path), f"not a JSON object (got a {type(config).__name__})", DOWNLOAD_AGAIN)
+    check_no_code(folder)
     return config
 
 

@@ -1,0 +1,78 @@
+"""Load configurations and processors of checkpoints, which may come from anyone.
+
+No code of a checkpoint is run, sizes are bounded before anything is allocated, and whatever is wrong with a file is one
+of this package's errors.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, TypeVar
+
+from transformers import PretrainedConfig
+
+from llavar_peft.errors import ConfigError, LlavarError
+from llavar_peft.weights.io.checkpoint_code import check_no_code
+from llavar_peft.weights.io.tensor_table import DOWNLOAD_AGAIN
+
+_LoadedT = TypeVar("_LoadedT")
+
+_LARGEST = {
+    "num_hidden_layers": 1_000, "num_attention_heads": 4_096, "num_key_value_heads": 4_096, "hidden_size": 1_000_000,
+    "intermediate_size": 10_000_000, "vocab_size": 100_000_000, "head_dim": 1_000_000, "image_size": 100_000,
+    "patch_size": 100_000, "num_channels": 1_000, "projection_dim": 1_000_000, "max_position_embeddings": 1_000_000_000,
+}  # fmt: skip
+"""Bounds far above every model there is. A larger number is damage, and building its modules would not end."""
+_MESSAGE = 200  # characters of another library's message
+
+
+def load_pretrained(kind: type[_LoadedT], folder: Path) -> _LoadedT:
+    """Call a class's ``from_pretrained`` on a local folder.
+
+    Args:
+        kind: A configuration, tokenizer or processor class of transformers.
+        folder: The folder.
+
+    Raises:
+        ConfigError: A file is missing or damaged, states absurd sizes, or names code of its own.
+    """
+    check_no_code(folder)
+    loader: Any = kind
+    try:
+        loaded: _LoadedT = loader.from_pretrained(str(folder), trust_remote_code=False)
+    except LlavarError:
+        raise
+    except Exception as error:  # the loaders pass on whatever a damaged file causes
+        raise unreadable_settings(folder, kind.__name__, error) from error
+    if isinstance(loaded, PretrainedConfig):
+        check_sizes(loaded, folder)
+    return loaded
+
+
+def unreadable_settings(folder: Path, what: str, error: Exception) -> LlavarError:
+    """Return the error for a folder whose configuration, tokenizer or processor cannot be loaded."""
+    reason = (str(error).strip() or type(error).__name__).splitlines()[0][:_MESSAGE]
+    return ConfigError.at(
+        str(folder),
+        f"its files of settings cannot be read as a {what} ({type(error).__name__}: {reason})",
+        DOWNLOAD_AGAIN,
+    )
+
+
+def check_sizes(config: PretrainedConfig, folder: Path) -> None:
+    """Reject a configuration, including the parts of it, whose sizes are no numbers that a model can have.
+
+    Raises:
+        ConfigError: Names the field.
+    """
+    parts = [config, *(part for name in config.sub_configs if (part := getattr(config, name, None)) is not None)]
+    for part in parts:
+        for name, largest in _LARGEST.items():
+            value = getattr(part, name, None)
+            if value is None or (isinstance(value, int) and not isinstance(value, bool) and 0 < value <= largest):
+                continue
+            raise ConfigError.at(
+                f"{folder / 'config.json'}:{name}",
+                f"not a size of a model (got {ascii(value)[:80]}, expected a number from 1 to {largest})",
+                DOWNLOAD_AGAIN,
+            )
