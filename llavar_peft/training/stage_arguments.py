@@ -48,7 +48,7 @@ def training_arguments(recipe: Recipe, stage: Stage, directory: Path, *, ranks: 
         bf16=precision == "bf16",
         fp16=precision == "fp16",
         tf32=True if cuda and precision != "fp32" and torch.cuda.get_device_capability()[0] >= 8 else None,
-        use_cpu=not cuda and not torch.backends.mps.is_available(),
+        use_cpu=not torch.accelerator.is_available(),
         dataloader_num_workers=stage.data.workers,
         dataloader_pin_memory=cuda,
         save_strategy="steps" if stage.save_every_steps else "no",

@@ -76,7 +76,7 @@ class Trainer:
         self.run = RunFolder(self.recipe)
         self.base = self.recipe.model
         # Without ``cpu`` on a machine without GPUs, accelerate treats several processes as one.
-        self.processes = PartialState(cpu=not (torch.cuda.is_available() or torch.backends.mps.is_available()))
+        self.processes = PartialState(cpu=not (torch.accelerator.is_available()))
         self.ranks = self.processes.num_processes
         self.main = self.processes.is_main_process
 
