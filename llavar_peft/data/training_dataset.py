@@ -28,8 +28,8 @@ _HOLDOUT_STREAM = 0x0C4
 SUPERVISED_PLACES: Final = "supervised_places"
 IMAGE_PLACES: Final = "image_places"
 PLACES: Final = {SUPERVISED_PLACES: "supervised_counts", IMAGE_PLACES: "image_token_counts"}
-"""Keys of a batch for the positions that predict a supervised token and for those of ``<im_patch>``: int64, counted over
-all rows of the batch in reading order, item by item. To each belongs the key of a tuple with the number of each item."""
+"""Keys of a batch for the positions that predict a supervised token and for those of ``<im_patch>``: int64, counted
+over all rows of the batch in reading order, item by item. Each has the key of a tuple with the number in each item."""
 
 
 @dataclass(frozen=True, slots=True)

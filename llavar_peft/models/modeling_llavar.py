@@ -17,7 +17,7 @@ Source: LLaVAR, llava/model/llava.py, ``LlavaLlamaModel`` and ``LlavaLlamaForCau
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from inspect import signature
 from typing import Any, Final
 
@@ -73,6 +73,20 @@ class LlavarVisionTower(CLIPVisionModel):
         return BaseModelOutputWithPooling(last_hidden_state=hidden_N1C)
 
 
+class LinearProjector(nn.Linear):
+    """The projector, which computes in the dtype of its weights, except under autocast.
+
+    A tower that is not trained may be in half precision while the trained projector is in float32. In a training step
+    autocast decides on the dtype; decoding and evaluation also call the model without it.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Return the projected features ``[..., D]`` of features ``[..., C]``."""
+        if input.dtype != self.weight.dtype and not torch.is_autocast_enabled(input.device.type):
+            input = input.to(self.weight.dtype)
+        return super().forward(input)
+
+
 class LlavarModel(LlavaModel):
     """Vision tower, linear projector and language model, without the language modeling head."""
 
@@ -82,7 +96,7 @@ class LlavarModel(LlavaModel):
     def __init__(self, config: LlavarConfig) -> None:
         super().__init__(config)
         self.vision_tower = LlavarVisionTower(config.vision_config)
-        self.multi_modal_projector = nn.Linear(config.vision_config.hidden_size, config.text_config.hidden_size)
+        self.multi_modal_projector = LinearProjector(config.vision_config.hidden_size, config.text_config.hidden_size)
         self.post_init()
 
     def forward(
@@ -107,8 +121,8 @@ class LlavarModel(LlavaModel):
             inputs_embeds: ``[B, T, D]`` instead of ``input_ids``.
             vision_feature_layer: As in ``get_image_features``.
             vision_feature_select_strategy: As in ``get_image_features``.
-            image_places: The positions of ``<im_patch>`` ``[F]``, counted over the batch in reading order. None searches
-                them, for which the host waits for the device.
+            image_places: The positions of ``<im_patch>`` ``[F]``, counted over the batch in reading order. None
+                searches them, for which the host waits for the device.
             **kwargs: Passed to the language model, including the key-value cache (``CACHE_ARGUMENT``).
 
         Returns:
@@ -168,15 +182,12 @@ class LlavarModel(LlavaModel):
 
         Returns:
             ``pooler_output`` is a list of N projected features ``[P, D]``, ``last_hidden_state`` the tower's hidden
-            state (for a sequence of images, the last image's).
+            state (for a sequence of images, of those that are as large as the last one). The tower runs once for each
+            size of image.
         """
         if not isinstance(pixel_values, Tensor):
-            outputs = [
-                self.get_image_features(image[None], vision_feature_layer, vision_feature_select_strategy, **kwargs)
-                for image in pixel_values
-            ]
-            outputs[-1].pooler_output = [features_PD for output in outputs for features_PD in output.pooler_output]
-            return outputs[-1]
+            arguments = (vision_feature_layer, vision_feature_select_strategy)
+            return self._features_by_size(pixel_values, lambda one: self.get_image_features(one, *arguments, **kwargs))
         size = self.config.vision_config.image_size
         # CLIP's positions are learned for one size and interpolated for other sizes (image mode "keep").
         interpolate = tuple(pixel_values.shape[-2:]) != (size, size)
@@ -194,6 +205,22 @@ class LlavarModel(LlavaModel):
         hidden_NPC = output.last_hidden_state[:, 1:] if strategy == "default" else output.last_hidden_state
         output.pooler_output = list(self.multi_modal_projector(hidden_NPC))
         return output
+
+    @staticmethod
+    def _features_by_size(
+        images: Sequence[Tensor], compute: Callable[[Tensor], BaseModelOutputWithPooling]
+    ) -> BaseModelOutputWithPooling:
+        """Compute the features of images of several sizes, all images of a size together."""
+        indices: dict[tuple[int, ...], list[int]] = {}
+        for index, image in enumerate(images):
+            indices.setdefault(tuple(image.shape), []).append(index)
+        outputs = {size: compute(torch.stack([images[index] for index in same])) for size, same in indices.items()}
+        found = {
+            i: part for size, same in indices.items() for i, part in zip(same, outputs[size].pooler_output, strict=True)
+        }
+        last = outputs[tuple(images[-1].shape)]
+        last.pooler_output = [found[index] for index in range(len(images))]
+        return last
 
     def _num_tower_layers(self, feature_layer: int | None) -> int:
         """Return the number of tower layers to compute for a hidden state; hidden state 0 is the embeddings."""
@@ -240,7 +267,7 @@ class LlavarForConditionalGeneration(LlavaForConditionalGeneration):
         self.lm_head = LossHead.of(self.lm_head)
         self.post_init()
 
-    def forward(
+    def forward(  # noqa: PLR0913 - the inputs of a transformers model
         self,
         input_ids: Tensor | None = None,
         pixel_values: Tensor | Sequence[Tensor] | None = None,
@@ -250,6 +277,7 @@ class LlavarForConditionalGeneration(LlavaForConditionalGeneration):
         labels: Tensor | None = None,
         logits_to_keep: int | Tensor = 0,
         targets: Tensor | None = None,
+        *,
         supervised_places: Tensor | None = None,
         **kwargs: Any,
     ) -> Any:

@@ -71,8 +71,8 @@ def packed_arguments(lengths: tuple[int, ...], model: Any, device: torch.device)
 def padded_arguments(attention_mask_BT: Tensor, model: Any) -> dict[str, Any]:
     """Return the mask with which a model's ``forward`` takes rows that are padded on the right.
 
-    Given a mask of two dimensions, transformers asks the device in each pass whether there is any padding, and waits for
-    the answer. A mask of four dimensions is used as given. On a CPU, where nothing waits, the choice stays with transformers.
+    Given a mask of two dimensions, transformers asks the device in each pass whether there is any padding, and waits
+    for the answer. A mask of four dimensions is used as given. On a CPU, where nothing waits, transformers may ask.
 
     Args:
         attention_mask_BT: 0 at padding.

@@ -6,7 +6,6 @@ from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
 from typing import Any
 
-import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
@@ -14,6 +13,7 @@ from llavar_peft.constants import IGNORE_INDEX
 from llavar_peft.data.epoch_sampler import bins_under_limit
 from llavar_peft.data.training_dataset import IMAGE_PLACES, SUPERVISED_PLACES, split_batch
 from llavar_peft.models.packed_attention import packed_arguments, padded_arguments
+from llavar_peft.training.rank_agreement import largest_of_ranks
 
 SUPERVISED = "supervised"
 """Key of a batch under which the number of supervised positions of its whole micro batch is stored."""
@@ -74,9 +74,7 @@ def split_micro_batch(
         return
     bins = bins_under_limit(inputs["lengths"], max_tokens)
     if accelerator.num_processes > 1:
-        expected = torch.tensor(len(bins), device=accelerator.device)
-        torch.distributed.all_reduce(expected, op=torch.distributed.ReduceOp.MAX)
-        bins += [[]] * (int(expected) - len(bins))
+        bins += [[]] * (largest_of_ranks(len(bins)) - len(bins))
     ends_step = accelerator.sync_gradients
     *first, last = split_batch(inputs, bins)
     # Before the last micro batch of a step nothing is exchanged anyway. DeepSpeed reads only ``sync_gradients``.

@@ -23,7 +23,13 @@ from llavar_peft.models.merge_adapter import merge_adapter
 from llavar_peft.models.modeling_llavar import LlavarForConditionalGeneration
 from llavar_peft.models.packed_attention import disable_packing
 from llavar_peft.models.processing_llavar import LlavarProcessor
-from llavar_peft.models.tuning import apply_tuning, is_quantized, merge_tuning, trained_parameters
+from llavar_peft.models.tuning import (
+    apply_tuning,
+    is_quantized,
+    merge_tuning,
+    share_adapter_inputs,
+    trained_parameters,
+)
 from llavar_peft.page.run_page import has_run_page, write_run_page
 from llavar_peft.recipe.schema import Lora, ModelConfig, Recipe, Stage
 from llavar_peft.recipe.schema_rules import trains_image_rows
@@ -177,7 +183,8 @@ class Trainer:
             callbacks=[bar, stop, *([EvalCallback(probe)] if len(held_out) else []), *self.callbacks],
         )
         try:
-            engine.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+            with share_adapter_inputs(trained, autocast=engine.accelerator.native_amp):
+                engine.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         finally:
             disable_packing(self.model)
             reset_zero()

@@ -19,14 +19,15 @@ def announce_device() -> None:
 
 
 def support_half_precision() -> None:
-    """Allow bf16 and fp16 training: both libraries list the devices that they know."""
+    """Allow bf16 and fp16 training: both libraries list the devices that they know.
+
+    The loss scale begins at a value at which the few steps of a test do not overflow, so that they train something.
+    """
     import accelerate.accelerator
     import transformers.training_args
 
     transformers.training_args.is_torch_bf16_gpu_available = lambda: True
-    accelerate.accelerator.get_grad_scaler = lambda distributed_type=None, **kwargs: torch.amp.GradScaler(
-        NAME, **kwargs
-    )
+    accelerate.accelerator.get_grad_scaler = lambda *_, **kwargs: torch.amp.GradScaler(NAME, init_scale=64.0, **kwargs)
     function: Any = accelerate.accelerator.Accelerator.__init__
     function.__code__ = _extend_device_list(function.__code__)
 

@@ -8,11 +8,11 @@ around a CPU tensor. Operations reach ``_run``, which
   every transfer in either direction, unless it is ``non_blocking``, and results whose size depends on values,
 * computes on the CPU and wraps the result.
 
-Under ``torch.autocast("gpu")`` operations are cast as CUDA's lists say, as far as a transformer uses them; a CPU's lists
-differ. What is not simulated: speed, memory, kernels and their rounding, streams.
+Under ``torch.autocast("gpu")`` operations are cast as CUDA's lists say, as far as a transformer uses them; a CPU's
+lists differ. What is not simulated: speed, memory, kernels and their rounding, streams.
 
-All of this can be set up once per process, and changes global state (autocast's registrations, methods of tensors). Tests
-therefore use it in a process of its own (``run_cases.py``).
+All of this can be set up once per process, and changes global state (autocast's registrations, methods of tensors).
+Tests therefore use it in a process of its own (``case_server.py``).
 
 Private parts of PyTorch are used throughout, because PyTorch has no public interface for a device written in Python.
 """
@@ -22,6 +22,7 @@ from __future__ import annotations
 import collections
 import contextlib
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -51,38 +52,16 @@ _VALUE_DEPENDENT = {
     aten.equal.default,
     aten.repeat_interleave.Tensor,
 }
-_HALF_OPERATIONS = [
-    "linear",
-    "matmul",
-    "mm",
-    "bmm",
-    "addmm",
-    "baddbmm",
-    "addbmm",
-    "addmv",
-    "mv",
-    "conv2d",
+# As in PyTorch's documentation of CUDA's autocast.
+_HALF_OPERATIONS = (
+    "linear", "matmul", "mm", "bmm", "addmm", "baddbmm", "addbmm", "addmv", "mv", "conv2d",
     "scaled_dot_product_attention",
-]
-_FLOAT_OPERATIONS = [
-    "layer_norm",
-    "native_layer_norm",
-    "group_norm",
-    "pow.Tensor_Scalar",
-    "pow.Tensor_Tensor",
-    "pow.Scalar",
-    "prod",
-    "cumsum",
-    "rsqrt",
-    "exp",
-    "log",
-    "norm.Scalar",
-    "softmax.int",
-    "log_softmax.int",
-    "sum",
-    "sum.dim_IntList",
+)  # fmt: skip
+_FLOAT_OPERATIONS = (
+    "layer_norm", "native_layer_norm", "group_norm", "pow.Tensor_Scalar", "pow.Tensor_Tensor", "pow.Scalar", "prod",
+    "cumsum", "rsqrt", "exp", "log", "norm.Scalar", "softmax.int", "log_softmax.int", "sum", "sum.dim_IntList",
     "nll_loss",
-]
+)  # fmt: skip
 _LIBRARIES = ("llavar_peft/", "transformers/", "accelerate/", "peft/", "bitsandbytes/", "torch/optim", "torch/amp")
 _registered: list[torch.library.Library] = []
 
@@ -159,8 +138,20 @@ def install() -> None:
         self.host = value.host
         plain.__set__(self, value)  # type: ignore[attr-defined]
 
-    SimulatedTensor.data = property(lambda self: plain.__get__(self), set_data)  # type: ignore[assignment,attr-defined]
+    SimulatedTensor.data = property(plain.__get__, set_data)  # type: ignore[assignment,attr-defined]
     _register_autocast()
+    _enter_mode_in_threads()
+
+
+def _enter_mode_in_threads() -> None:
+    """Let every thread use the device: a mode belongs to the thread that entered it."""
+    run = threading.Thread.run
+
+    def run_with_mode(self: threading.Thread) -> None:
+        with _FactoryMode():
+            run(self)
+
+    threading.Thread.run = run_with_mode  # type: ignore[method-assign]
 
 
 @contextlib.contextmanager
@@ -279,18 +270,13 @@ def _return_arguments(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], 
     written = []
     for number, argument in enumerate(func._schema.arguments):
         if argument.alias_info is not None and argument.alias_info.is_write:
-            written.append(
-                kwargs.get(argument.name) if argument.kwarg_only else _argument(args, kwargs, number, argument)
-            )
+            given = number < len(args) and not argument.kwarg_only
+            written.append(args[number] if given else kwargs.get(argument.name))
     if isinstance(result, Tensor):
         return written[0]
     if isinstance(result, tuple) and len(written) >= len(result):
         return tuple(written[: len(result)])
     return _wrap(result)
-
-
-def _argument(args: tuple[Any, ...], kwargs: dict[str, Any], number: int, argument: Any) -> Any:
-    return args[number] if number < len(args) else kwargs.get(argument.name)
 
 
 def _register_autocast() -> None:
