@@ -17,7 +17,7 @@ TUNES: dict[str, Tune] = {
     "dora": dataclasses.replace(_LORA, variant="dora"),
     "pissa": dataclasses.replace(_LORA, variant="pissa"),
 }
-STEPS = 3
+STEPS = 2
 
 
 class Combination(NamedTuple):

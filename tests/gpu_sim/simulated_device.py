@@ -130,8 +130,7 @@ class SimulatedTensor(torch.Tensor):
 def install() -> None:
     """Set the simulated device up; once per process, before transformers and accelerate are imported."""
     registration._setup_privateuseone_for_python_backend(NAME, backend_module=_DeviceModule())  # type: ignore[arg-type]
-    # ``torch.tensor`` then makes a CPU tensor that a mode can move to the device.
-    torch._C._set_only_lift_cpu_tensors(True)
+    _prepare_thread()
     plain = torch.Tensor.data
 
     def set_data(self: SimulatedTensor, value: SimulatedTensor) -> None:
@@ -141,6 +140,13 @@ def install() -> None:
     SimulatedTensor.data = property(plain.__get__, set_data)  # type: ignore[assignment,attr-defined]
     _register_autocast()
     _enter_mode_in_threads()
+    # PyTorch cannot make a view of a tensor that was made in Python while inference mode is on.
+    torch.inference_mode = torch.no_grad  # type: ignore[misc,assignment]
+
+
+def _prepare_thread() -> None:
+    """Let ``torch.tensor`` make a CPU tensor that a mode then moves to the device; the setting is the thread's."""
+    torch._C._set_only_lift_cpu_tensors(True)
 
 
 def _enter_mode_in_threads() -> None:
@@ -148,6 +154,7 @@ def _enter_mode_in_threads() -> None:
     run = threading.Thread.run
 
     def run_with_mode(self: threading.Thread) -> None:
+        _prepare_thread()
         with _FactoryMode():
             run(self)
 

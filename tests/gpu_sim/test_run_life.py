@@ -27,7 +27,7 @@ def test_a_resumed_run_continues_exactly(
     recipe = small_recipe(base_recipe, TUNES["rows"], output_dir=str(tmp_path / "run"), **_SETTINGS)
     (tmp_path / "recipe.yaml").write_text(dump_recipe(recipe))
     resumed = simulation.run(
-        "tests.gpu_sim.training_cases:train_in_two_parts", recipe=str(tmp_path / "recipe.yaml"), interrupt_at=1
+        "tests.gpu_sim.training_cases:train_in_two_parts", recipe=str(tmp_path / "recipe.yaml"), interrupt_at=0
     )
     assert [line["loss"] for line in resumed["metrics"]] == [line["loss"] for line in whole["metrics"]]
     ours, theirs = (load_file(Path(one["result"]) / "adapter_model.safetensors") for one in (resumed, whole))

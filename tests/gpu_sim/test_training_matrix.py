@@ -61,6 +61,6 @@ def test_a_step_waits_for_the_device_once(one: Combination, on_gpu: Callable[...
 
 
 def test_several_passes_and_the_average_by_token_wait_no_more(on_gpu: Callable[..., dict[str, Any]]) -> None:
-    figures = on_gpu("lora", max_length=256, max_tokens=256, loss_average="token", micro_batch_size=4)
+    figures = on_gpu("lora", max_length=256, max_tokens=256, loss_average="token", micro_batch_size=4, max_steps=3)
     assert max(line["tokens"] for line in figures["metrics"]) > 256  # more than one pass
     assert all(sum(step.values()) <= 1 for step in figures["syncs"]), figures["syncs"]

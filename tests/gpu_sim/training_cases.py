@@ -20,7 +20,7 @@ class StepRecorder(TrainerCallback):  # type: ignore[misc]
     """Records where the host waited in each optimizer step, up to the beginning of the next one.
 
     Args:
-        interrupt_at: Number of steps after which the run gets a signal to stop.
+        interrupt_at: Number of steps after which the run gets a signal, to stop after the next one.
     """
 
     def __init__(self, interrupt_at: int | None = None) -> None:
