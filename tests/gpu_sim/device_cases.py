@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from llavar_peft.models.pissa import _principal_components
 from tests.gpu_sim.simulated_device import DEVICE, SYNCS, MixedDevicesError, simulated_gpu
 
 
@@ -97,3 +98,10 @@ def leave_context() -> str:
 def fail() -> None:
     """Raise an error."""
     raise ValueError("the case's own error")
+
+
+def pissa_components(rows: int, columns: int, rank: int) -> dict[str, Any]:
+    """Return where PiSSA computes a weight's components on a machine with this accelerator, and their product."""
+    weight = torch.randn(rows, columns, generator=torch.Generator().manual_seed(0))
+    a, b = _principal_components(weight, rank, 2.0, seed=7)
+    return {"device": str(a.device), "product": (b @ a).tolist()}

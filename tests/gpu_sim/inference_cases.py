@@ -8,6 +8,7 @@ from typing import Any
 
 from llavar_peft import Chat, load_chat
 from llavar_peft.inference.token_sampling import Sampling
+from llavar_peft.recipe.schema import Dtype
 from llavar_peft.serving.api.api_app import create_app
 from tests.serving.server import ask_body, call, data_url
 
@@ -17,9 +18,9 @@ _SAMPLINGS = (
 )
 
 
-def answer(result: str, image: str, device: str) -> dict[str, Any]:
+def answer(result: str, image: str, device: str, dtype: Dtype) -> dict[str, Any]:
     """Return a result's answers, greedy and sampled, with its adapter and without, in a batch and in a conversation."""
-    chat = load_chat(result, device=device, dtype="bfloat16")
+    chat = load_chat(result, device=device, dtype=dtype)
     requests = [
         chat.request(image, question, adapter=adapter, sampling=sampling)
         for adapter in (*chat.adapters, None)

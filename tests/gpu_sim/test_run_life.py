@@ -51,13 +51,17 @@ def test_an_adapter_is_merged_on_the_device_between_stages(
 def test_answers_are_those_of_the_cpu(
     simulation: Simulation, on_gpu: Callable[..., dict[str, Any]], base_recipe: Recipe
 ) -> None:
-    """Without autocast, device and CPU compute the same, so that all answers are equal."""
     result = on_gpu("rows", **_SETTINGS)["result"]
-    image = str(next(iter(sorted(Path(str(base_recipe.stages[0].data.images)).iterdir()))))
-    found = simulation.run("tests.gpu_sim.inference_cases:answer", result=result, image=image, device="gpu:0")
-    assert found.pop("device") == "gpu:0"
-    expected = inference_cases.answer(result, image, "cpu")
-    assert expected.pop("device") == "cpu"
+    image = str(min(Path(str(base_recipe.stages[0].data.images)).iterdir()))
+    case: dict[str, Any] = {"case": "tests.gpu_sim.inference_cases:answer", "result": result, "image": image}
+    found = simulation.run(**case, device="gpu:0", dtype="float32")
+    half = simulation.run(**case, device="gpu:0", dtype="bfloat16")
+    expected = inference_cases.answer(result, image, "cpu", "float32")
+    assert (found.pop("device"), expected.pop("device"), half["device"]) == ("gpu:0", "cpu", "gpu:0")
+    logprobs, expected_logprobs = found.pop("logprobs"), expected.pop("logprobs")
     assert found == expected
-    with_adapter, without = found["logprobs"][0], found["logprobs"][2]
+    assert [sum(one) for one in logprobs] == pytest.approx([sum(one) for one in expected_logprobs], abs=1e-3)
+    with_adapter, without = logprobs[0], logprobs[2]
     assert with_adapter != without
+    # The first token's, which depends on no other choice.
+    assert half["logprobs"][0][0] == pytest.approx(with_adapter[0], abs=0.1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from tests.gpu_sim import device_cases
 from tests.gpu_sim.simulation import Simulation
 
 CASES = "tests.gpu_sim.device_cases"
@@ -40,3 +41,12 @@ def test_contexts_can_be_nested(simulation: Simulation) -> None:
 def test_a_failing_case_shows_its_traceback(simulation: Simulation) -> None:
     with pytest.raises(AssertionError, match=r"(?s)in fail\n.*ValueError: the case's own error"):
         simulation.run(f"{CASES}:fail")
+
+
+def test_pissa_computes_on_the_accelerator_with_a_seed_for_each_layer(simulation: Simulation) -> None:
+    found = simulation.run(f"{CASES}:pissa_components", rows=40, columns=24, rank=3)
+    expected = device_cases.pissa_components(40, 24, 3)
+    assert (found["device"], expected["device"]) == ("gpu:0", "cpu")
+    # On the simulated device even the random numbers are the CPU's.
+    for row, other in zip(found["product"], expected["product"], strict=True):
+        assert row == pytest.approx(other, abs=1e-5)
