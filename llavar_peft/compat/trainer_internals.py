@@ -25,7 +25,8 @@ class TrainerInternals(transformers.Trainer, ABC):
       called there instead.
     * ``_load_from_checkpoint`` would load the weights a second time, by names that adapters and trained rows lack.
     * ``_get_grad_norm`` is the only access to the norm before the optimizer step; ``on_pre_optimizer_step`` is not
-      given it, and after clipping an infinite norm can no longer be computed again.
+      given it, and after clipping an infinite norm can no longer be computed again. The hook ``fetch_norm`` turns it
+      into a number.
 
     Attributes:
         grad_norm: Norm of the gradient of the current optimizer step, before clipping.
@@ -45,6 +46,10 @@ class TrainerInternals(transformers.Trainer, ABC):
     def load_training_state(self, checkpoint: Path) -> None:
         """Load optimizer, schedule and scaler, all of which exist by now."""
 
+    def fetch_norm(self, norm: Any) -> float:
+        """Return the gradient's norm, a tensor or a number, as a number. Called once in each optimizer step."""
+        return float(norm)
+
     def _prepare_for_training(
         self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None
     ) -> tuple[nn.Module, Any]:
@@ -60,9 +65,8 @@ class TrainerInternals(transformers.Trainer, ABC):
         """Load nothing: ``load_weights`` does it."""
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
-        norm = super()._get_grad_norm(model, grad_norm=grad_norm)
-        self.grad_norm = float(norm)
-        return norm
+        self.grad_norm = self.fetch_norm(super()._get_grad_norm(model, grad_norm=grad_norm))
+        return self.grad_norm
 
 
 @contextmanager

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 import torch
@@ -25,6 +25,11 @@ from llavar_peft.errors import DataError, ImageError
 from llavar_peft.types import Example, Processor
 
 _HOLDOUT_STREAM = 0x0C4
+SUPERVISED_PLACES: Final = "supervised_places"
+IMAGE_PLACES: Final = "image_places"
+PLACES: Final = {SUPERVISED_PLACES: "supervised_counts", IMAGE_PLACES: "image_token_counts"}
+"""Keys of a batch for the positions that predict a supervised token and for those of ``<im_patch>``: int64, counted
+over all rows of the batch in reading order, item by item. Each has the key of a tuple with the number in each item."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,11 +136,13 @@ class Collator:
     Args:
         pad_id: Id of the padding token.
         packed: Concatenate the items to one row.
+        image_token_id: Id of ``<im_patch>``; None leaves it to the model to find the image tokens.
     """
 
-    def __init__(self, pad_id: int, *, packed: bool = False) -> None:
+    def __init__(self, pad_id: int, *, packed: bool = False, image_token_id: int | None = None) -> None:
         self.pad_id = pad_id
         self.packed = packed
+        self.image_token_id = image_token_id
 
     def __call__(self, items: Sequence[Item]) -> dict[str, Any]:
         """Make a batch of B items.
@@ -144,12 +151,15 @@ class Collator:
             Padded: ``input_ids``, ``labels``, ``attention_mask`` ``[B, T]``.
             Packed: ``input_ids``, ``labels`` ``[1, T]``, and two tuples with a number for each item: ``lengths`` in
             tokens, and ``image_counts``.
-            Both: ``ids`` and ``faults`` for the trainer and, if there are images, ``pixel_values`` ``[N, 3, H, W]``, or
-            a list of N tensors ``[3, H, W]`` of different sizes.
+            Both: ``ids`` and ``faults`` for the trainer; the positions in ``PLACES``; the number of ``tokens`` without
+            padding; and, if there are images, ``pixel_values`` ``[N, 3, H, W]``, or a list of N tensors ``[3, H, W]``
+            of different sizes.
         """
         good = [item for item in items if item.fault is None]
+        rows = self._packed_row(good) if self.packed else self._padded_rows(good)
         batch: dict[str, Any] = {
-            **(self._packed_row(good) if self.packed else self._padded_rows(good)),
+            **rows,
+            **self._find_places(good, width=None if self.packed else rows["input_ids"].shape[1]),
             "ids": [item.example.id for item in good],
             "faults": [(item.example.id, item.fault) for item in items if item.fault is not None],
         }
@@ -158,6 +168,29 @@ class Collator:
             same = len({tuple(image.shape) for image in pixels}) == 1
             batch["pixel_values"] = torch.stack(pixels) if same else pixels
         return batch
+
+    def _find_places(self, good: Sequence[Item], *, width: int | None) -> dict[str, Any]:
+        """Return where the tokens are that the model looks for, so that no device has to be asked for it.
+
+        Args:
+            good: The items of the batch.
+            width: Length of a padded row; None for a packed one.
+        """
+        lengths = [len(item.example.input_ids) for item in good]
+        starts = accumulate(lengths[:-1], initial=0) if width is None else range(0, width * len(good), width)
+        found: dict[str, list[Tensor]] = {SUPERVISED_PLACES: []}
+        if self.image_token_id is not None:
+            found[IMAGE_PLACES] = []
+        for start, item in zip(starts, good, strict=False):
+            # The token at a position predicts the label of the next one.
+            found[SUPERVISED_PLACES].append(item.example.labels[1:].ne(IGNORE_INDEX).nonzero()[:, 0] + start)
+            if self.image_token_id is not None:
+                found[IMAGE_PLACES].append(item.example.input_ids.eq(self.image_token_id).nonzero()[:, 0] + start)
+        places: dict[str, Any] = {"tokens": sum(lengths) or 1}
+        for name, parts in found.items():
+            each = parts or [torch.zeros(0, dtype=torch.int64)]
+            places[name], places[PLACES[name]] = torch.cat(each), tuple(map(len, each))
+        return places
 
     def _padded_rows(self, good: Sequence[Item]) -> dict[str, Tensor]:
         lengths = [len(item.example.input_ids) for item in good] or [1]
@@ -207,6 +240,11 @@ def split_batch(batch: Mapping[str, Any], bins: Sequence[Sequence[int]]) -> list
         }
         row["lengths"] = tuple(lengths[item] for item in items)
         row["image_counts"] = tuple(image_counts[item] for item in items)
+        row["tokens"] = sum(row["lengths"])
+        for places, counts in PLACES.items():
+            if places in batch:
+                row[places] = _move_places(batch[places], batch[counts], items, lengths)
+                row[counts] = tuple(batch[counts][item] for item in items)
         if any(row["image_counts"]):
             parts = [batch["pixel_values"][images[item]] for item in items]
             stacked = isinstance(batch["pixel_values"], Tensor)
@@ -215,10 +253,18 @@ def split_batch(batch: Mapping[str, Any], bins: Sequence[Sequence[int]]) -> list
     return rows
 
 
+def _move_places(places: Tensor, counts: Sequence[int], items: Sequence[int], lengths: Sequence[int]) -> Tensor:
+    """Return the positions of some items of a packed row in a row of these items alone."""
+    parts, starts = torch.split(places, list(counts)), list(accumulate(lengths, initial=0))
+    moved = accumulate((lengths[item] for item in items), initial=0)
+    return torch.cat([parts[item] + (start - starts[item]) for item, start in zip(items, moved, strict=False)])
+
+
 def _unsupervised_row(input_ids_11: Tensor) -> dict[str, Any]:
     """Return a packed row of a single token that carries no loss."""
     labels_11 = torch.full_like(input_ids_11, IGNORE_INDEX)
-    return {"input_ids": input_ids_11, "labels": labels_11, "lengths": (1,), "image_counts": (0,)}
+    row: dict[str, Any] = {"input_ids": input_ids_11, "labels": labels_11, "lengths": (1,), "image_counts": (0,)}
+    return {**row, "tokens": 1, SUPERVISED_PLACES: input_ids_11.new_zeros(0), PLACES[SUPERVISED_PLACES]: (0,)}
 
 
 def split_holdout(count: int, holdout: float, *, seed: int) -> tuple[list[int], list[int]]:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from llavar_peft.compat.dependency_internals import embed_used_rows_only
 from llavar_peft.errors import ConfigError, Fault, WeightsError
 from llavar_peft.models.build_model import build_model, expected_shapes
 from llavar_peft.models.checkpoint_loading import resolve_folder
@@ -91,6 +92,7 @@ def apply_adapter(
     settings.base_model_name_or_path = model.name_or_path
     model.requires_grad_(False)
     wrapped: Any = get_peft_model(model, settings, adapter_name=name)
+    embed_used_rows_only(wrapped)
     load_adapter_weights(wrapped, tensors, where=str(folder / ADAPTER_WEIGHTS), name=name)
     wrapped.eval()
     return wrapped
@@ -111,6 +113,7 @@ def add_adapter(model: PeftModel, folder: Path, name: str) -> None:
     settings.inference_mode = True
     settings.base_model_name_or_path = base.name_or_path
     model.add_adapter(name, settings)
+    embed_used_rows_only(model)
     load_adapter_weights(model, tensors, where=str(folder / ADAPTER_WEIGHTS), name=name)
     model.eval()
 

@@ -9,7 +9,7 @@ The forward pass, with B conversations of T tokens, N images of P patches, tower
                               -> language_model -> [B, T, D] -> lm_head -> logits [B, T, V], or the loss
 
 Shape suffixes: B batch, T tokens, N images, P patches of an image, F = N * P features, C tower width, D language model
-width, V vocabulary.
+width, V vocabulary, S supervised positions.
 
 Source: LLaVAR, llava/model/llava.py, ``LlavaLlamaModel`` and ``LlavaLlamaForCausalLM``.
 """
@@ -17,7 +17,7 @@ Source: LLaVAR, llava/model/llava.py, ``LlavaLlamaModel`` and ``LlavaLlamaForCau
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from inspect import signature
 from typing import Any, Final
 
@@ -73,6 +73,20 @@ class LlavarVisionTower(CLIPVisionModel):
         return BaseModelOutputWithPooling(last_hidden_state=hidden_N1C)
 
 
+class LinearProjector(nn.Linear):
+    """The projector, which computes in the dtype of its weights, except under autocast.
+
+    A tower that is not trained may be in half precision while the trained projector is in float32. In a training step
+    autocast decides on the dtype; decoding and evaluation also call the model without it.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Return the projected features ``[..., D]`` of features ``[..., C]``."""
+        if input.dtype != self.weight.dtype and not torch.is_autocast_enabled(input.device.type):
+            input = input.to(self.weight.dtype)
+        return super().forward(input)
+
+
 class LlavarModel(LlavaModel):
     """Vision tower, linear projector and language model, without the language modeling head."""
 
@@ -82,7 +96,7 @@ class LlavarModel(LlavaModel):
     def __init__(self, config: LlavarConfig) -> None:
         super().__init__(config)
         self.vision_tower = LlavarVisionTower(config.vision_config)
-        self.multi_modal_projector = nn.Linear(config.vision_config.hidden_size, config.text_config.hidden_size)
+        self.multi_modal_projector = LinearProjector(config.vision_config.hidden_size, config.text_config.hidden_size)
         self.post_init()
 
     def forward(
@@ -94,6 +108,7 @@ class LlavarModel(LlavaModel):
         inputs_embeds: Tensor | None = None,
         vision_feature_layer: int | None = None,
         vision_feature_select_strategy: str | None = None,
+        image_places: Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
         """Put the image features in the places of ``<im_patch>`` and run the language model.
@@ -106,6 +121,8 @@ class LlavarModel(LlavaModel):
             inputs_embeds: ``[B, T, D]`` instead of ``input_ids``.
             vision_feature_layer: As in ``get_image_features``.
             vision_feature_select_strategy: As in ``get_image_features``.
+            image_places: The positions of ``<im_patch>`` ``[F]``, counted over the batch in reading order. None
+                searches them, for which the host waits for the device.
             **kwargs: Passed to the language model, including the key-value cache (``CACHE_ARGUMENT``).
 
         Returns:
@@ -125,13 +142,25 @@ class LlavarModel(LlavaModel):
                 vision_feature_select_strategy=vision_feature_select_strategy,
             ).pooler_output
             features_FD = torch.cat(features_NPD).to(embeds_BTD.device, embeds_BTD.dtype)
-            is_patch_BT1 = self.get_placeholder_mask(input_ids, inputs_embeds=embeds_BTD, image_features=features_FD)
-            embeds_BTD = embeds_BTD.masked_scatter(is_patch_BT1, features_FD)
+            embeds_BTD = self._splice(input_ids, embeds_BTD, features_FD, image_places)
         elif self.training and torch.is_grad_enabled() and inputs_embeds is None:
             embeds_BTD = embeds_BTD + self._zero_through_projector()
         return super().forward(
             inputs_embeds=embeds_BTD, attention_mask=attention_mask, position_ids=position_ids, **kwargs
         )
+
+    def _splice(
+        self, input_ids: Tensor | None, embeds_BTD: Tensor, features_FD: Tensor, places_F: Tensor | None
+    ) -> Tensor:
+        """Replace the embeddings of ``<im_patch>`` by image features."""
+        if places_F is None:
+            is_patch_BT1 = self.get_placeholder_mask(input_ids, inputs_embeds=embeds_BTD, image_features=features_FD)
+            return embeds_BTD.masked_scatter(is_patch_BT1, features_FD)
+        if len(places_F) != len(features_FD):
+            raise ValueError(
+                f"forward: got {len(places_F)} image tokens and {len(features_FD)} image features, expected as many"
+            )
+        return embeds_BTD.flatten(0, 1).index_copy(0, places_F, features_FD).view_as(embeds_BTD)
 
     def get_image_features(
         self,
@@ -153,15 +182,12 @@ class LlavarModel(LlavaModel):
 
         Returns:
             ``pooler_output`` is a list of N projected features ``[P, D]``, ``last_hidden_state`` the tower's hidden
-            state (for a sequence of images, the last image's).
+            state (for a sequence of images, of those that are as large as the last one). The tower runs once for each
+            size of image.
         """
         if not isinstance(pixel_values, Tensor):
-            outputs = [
-                self.get_image_features(image[None], vision_feature_layer, vision_feature_select_strategy, **kwargs)
-                for image in pixel_values
-            ]
-            outputs[-1].pooler_output = [features_PD for output in outputs for features_PD in output.pooler_output]
-            return outputs[-1]
+            arguments = (vision_feature_layer, vision_feature_select_strategy)
+            return self._features_by_size(pixel_values, lambda one: self.get_image_features(one, *arguments, **kwargs))
         size = self.config.vision_config.image_size
         # CLIP's positions are learned for one size and interpolated for other sizes (image mode "keep").
         interpolate = tuple(pixel_values.shape[-2:]) != (size, size)
@@ -179,6 +205,22 @@ class LlavarModel(LlavaModel):
         hidden_NPC = output.last_hidden_state[:, 1:] if strategy == "default" else output.last_hidden_state
         output.pooler_output = list(self.multi_modal_projector(hidden_NPC))
         return output
+
+    @staticmethod
+    def _features_by_size(
+        images: Sequence[Tensor], compute: Callable[[Tensor], BaseModelOutputWithPooling]
+    ) -> BaseModelOutputWithPooling:
+        """Compute the features of images of several sizes, all images of a size together."""
+        indices: dict[tuple[int, ...], list[int]] = {}
+        for index, image in enumerate(images):
+            indices.setdefault(tuple(image.shape), []).append(index)
+        outputs = {size: compute(torch.stack([images[index] for index in same])) for size, same in indices.items()}
+        found = {
+            i: part for size, same in indices.items() for i, part in zip(same, outputs[size].pooler_output, strict=True)
+        }
+        last = outputs[tuple(images[-1].shape)]
+        last.pooler_output = [found[index] for index in range(len(images))]
+        return last
 
     def _num_tower_layers(self, feature_layer: int | None) -> int:
         """Return the number of tower layers to compute for a hidden state; hidden state 0 is the embeddings."""
@@ -225,7 +267,7 @@ class LlavarForConditionalGeneration(LlavaForConditionalGeneration):
         self.lm_head = LossHead.of(self.lm_head)
         self.post_init()
 
-    def forward(
+    def forward(  # noqa: PLR0913 - the inputs of a transformers model
         self,
         input_ids: Tensor | None = None,
         pixel_values: Tensor | Sequence[Tensor] | None = None,
@@ -235,6 +277,8 @@ class LlavarForConditionalGeneration(LlavaForConditionalGeneration):
         labels: Tensor | None = None,
         logits_to_keep: int | Tensor = 0,
         targets: Tensor | None = None,
+        *,
+        supervised_places: Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
         """Return logits, or with ``targets`` the loss without computing all logits.
@@ -245,6 +289,8 @@ class LlavarForConditionalGeneration(LlavaForConditionalGeneration):
             labels: ``[B, T]``, for the loss of stock LLaVA.
             logits_to_keep: Positions whose logits are returned, as in ``LlavaForConditionalGeneration.forward``.
             targets: ``[B, T]``, the token to predict at each position; ``IGNORE_INDEX`` where there is none.
+            supervised_places: The positions that have a token to predict ``[S]``, counted over the batch in reading
+                order. None searches them, for which the host waits for the device.
             **kwargs: Passed to ``LlavarModel.forward``, including the key-value cache (``CACHE_ARGUMENT``).
 
         Returns:
@@ -263,11 +309,14 @@ class LlavarForConditionalGeneration(LlavaForConditionalGeneration):
         if targets is None:
             return super().forward(**inputs, labels=labels, logits_to_keep=logits_to_keep)
         hidden_BTD = self.model(**inputs).last_hidden_state
-        supervised_BT = targets != IGNORE_INDEX
-        if not supervised_BT.any():
+        if supervised_places is None:
+            supervised_places = (targets.flatten() != IGNORE_INDEX).nonzero()[:, 0]
+        if not len(supervised_places):
             zero = self.lm_head(hidden_BTD[0, :1], targets.new_zeros(1)) * 0.0
             return LlavaCausalLMOutputWithPast(loss=zero)
-        return LlavaCausalLMOutputWithPast(loss=self.lm_head(hidden_BTD[supervised_BT], targets[supervised_BT]))
+        hidden_SD = hidden_BTD.flatten(0, 1).index_select(0, supervised_places)
+        loss = self.lm_head(hidden_SD, targets.flatten().index_select(0, supervised_places))
+        return LlavaCausalLMOutputWithPast(loss=loss)
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
         """Save under the modules' own names, also where the weights were loaded from the released layout.

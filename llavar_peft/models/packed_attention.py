@@ -59,13 +59,30 @@ def packed_arguments(lengths: tuple[int, ...], model: Any, device: torch.device)
         # A mask with four dimensions is used as given; otherwise one of the row's length squared would be built.
         unused_mask = torch.zeros(1, 1, 1, 1, dtype=torch.bool, device=device)
         return {"position_ids": position_ids, "segments": lengths, "attention_mask": unused_mask}
-    ends = torch.tensor([0, *lengths], dtype=torch.int32, device=device).cumsum(0, dtype=torch.int32)
+    ends = torch.tensor([0, *lengths]).cumsum(0, dtype=torch.int32).to(device, non_blocking=True)
     longest = max(lengths)
     return {
         "position_ids": position_ids,
         **dict.fromkeys(("cu_seq_lens_q", "cu_seq_lens_k"), ends),
         **dict.fromkeys(("max_length_q", "max_length_k"), longest),
     }
+
+
+def padded_arguments(attention_mask_BT: Tensor, model: Any) -> dict[str, Any]:
+    """Return the mask with which a model's ``forward`` takes rows that are padded on the right.
+
+    Given a mask of two dimensions, transformers asks the device in each pass whether there is any padding, and waits
+    for the answer. A mask of four dimensions is used as given. On a CPU, where nothing waits, transformers may ask.
+
+    Args:
+        attention_mask_BT: 0 at padding.
+        model: Its configuration states which attention it uses; only SDPA takes such a mask.
+    """
+    if attention_mask_BT.device.type == "cpu" or "sdpa" not in attention_implementation(model.config.text_config):
+        return {"attention_mask": attention_mask_BT}
+    width = attention_mask_BT.shape[1]
+    causal_TT = torch.ones(width, width, dtype=torch.bool, device=attention_mask_BT.device).tril()
+    return {"attention_mask": causal_TT & attention_mask_BT.bool()[:, None, None, :]}
 
 
 def _sdpa_within_segments(

@@ -25,7 +25,7 @@ from llavar_peft.weights.io.tensor_blocks import open_weights
 _ADAPTER = "default"
 _A, _B = ".lora_A.weight", ".lora_B.weight"
 # The paper's fast SVD, with 4 iterations: an exact one would take hours for a 13B model.
-_INITIALIZATION = "pissa_niter_4"
+_ITERATIONS = 4
 
 
 def make_residual(model: Any, checkpoint: Path | None) -> None:
@@ -51,16 +51,34 @@ def make_residual(model: Any, checkpoint: Path | None) -> None:
             )
         weight, a, b = base.weight.data, layer.lora_A[_ADAPTER].weight, layer.lora_B[_ADAPTER].weight
         if stored is None:
-            # A seed per layer: every rank must remove the same components from its copy of the base.
-            with torch.random.fork_rng(devices=[weight.device] if weight.is_cuda else []):
-                torch.manual_seed(number)
-                layer.pissa_init(_ADAPTER, _INITIALIZATION)  # sets A and B; the base it computes is replaced below
+            components = _principal_components(weight, rank, layer.scaling[_ADAPTER], seed=number)
+            a.data, b.data = (component.to(weight.device) for component in components)
         else:
             a.data.copy_(stored[name + _A][rank:])
             b.data.copy_(-stored[name + _B][:, rank:])
         # Kept on the CPU and outside the module's state: they are needed only for saving.
         layer.pissa_start = (a.detach().cpu().clone(), b.detach().cpu().clone())
         base.weight.data = (weight.float() - layer.scaling[_ADAPTER] * b.data @ a.data).to(weight.dtype)
+
+
+def _principal_components(weight: Tensor, rank: int, scaling: float, *, seed: int) -> tuple[Tensor, Tensor]:
+    """Return A and B such that ``scaling * B @ A`` is close to the best approximation of this rank.
+
+    Args:
+        weight: On any device. The computation runs on the accelerator of this process if there is one: for a 13B model
+            it takes hours on a CPU.
+        rank: The number of components.
+        scaling: The adapter's factor.
+        seed: One for each layer: every rank must remove the same components from its copy of the base.
+    """
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    device = weight.device if accelerator is None or accelerator.type == "mps" else accelerator
+    devices = [] if device.type == "cpu" else [torch.accelerator.current_device_index()]
+    with torch.random.fork_rng(devices=devices, device_type=device.type if devices else "cuda"):
+        torch.manual_seed(seed)
+        left, values, right = torch.svd_lowrank(weight.detach().to(device, torch.float32), rank, niter=_ITERATIONS)
+    root = torch.diag(torch.sqrt(values / scaling))
+    return root @ right.T, left @ root
 
 
 def has_residual_base(model: Any) -> bool:

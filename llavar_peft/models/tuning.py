@@ -5,13 +5,15 @@ Source: LLaVAR, llava/train/train.py, ``train`` (``tune_mm_mlp_adapter`` in stag
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from llavar_peft.compat.dependency_internals import embed_used_rows_only
 from llavar_peft.constants import ATTENTION_LAYERS, LINEAR_LAYERS, MLP_LAYERS
 from llavar_peft.errors import ConfigError
 from llavar_peft.models import pissa
@@ -125,6 +127,34 @@ def apply_tuning(
     return wrapped
 
 
+@contextmanager
+def share_adapter_inputs(model: Any, *, autocast: bool) -> Iterator[None]:
+    """Let adapters take the inputs of their layers as they are, under autocast.
+
+    peft converts the input of each adapted layer to the float32 of the adapter, which autocast converts back, so that
+    each layer keeps a copy of its own for the backward pass. The gradients are the same. DoRA computes the norm of the
+    weights in the dtype of the input and keeps the conversion.
+
+    Args:
+        model: The model that ``apply_tuning`` returned.
+        autocast: Whether the model is called under autocast inside the context; otherwise peft's conversion stays.
+    """
+    from peft import PeftModel
+    from peft.tuners.lora import LoraLayer
+
+    adapters = model.peft_config.values() if isinstance(model, PeftModel) else ()
+    active = autocast and not any(adapter.use_dora for adapter in adapters)
+    # Not peft's own context manager: it fails on models with trained embedding rows (peft 0.21).
+    layers = [module for module in model.modules() if isinstance(module, LoraLayer)] if active else []
+    try:
+        for layer in layers:
+            layer.cast_input_dtype_enabled = False
+        yield
+    finally:
+        for layer in layers:
+            layer.cast_input_dtype_enabled = True
+
+
 def merge_tuning(trained: Any) -> LlavarForConditionalGeneration:
     """Merge the trained rows and adapters into the model.
 
@@ -235,6 +265,7 @@ def _add_lora(model: LlavarForConditionalGeneration, tune: Lora, train_rows: boo
         size = model.config.text_config.vocab_size
         config.trainable_token_indices = {"embed_tokens": list(range(size - TRAINED_ROWS, size))}
     wrapped = get_peft_model(model, config)
+    embed_used_rows_only(wrapped)
     for name, parameter in wrapped.named_parameters():
         if parameter.requires_grad and parameter.dtype in _HALF:
             parameter.data = parameter.data.float()

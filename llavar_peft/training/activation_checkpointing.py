@@ -20,6 +20,7 @@ from torch.distributed.tensor import DTensor
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from llavar_peft.models.chunked_loss import CHUNK
+from llavar_peft.training.rank_agreement import largest_of_ranks
 from llavar_peft.types import LayerCost
 
 logger = logging.getLogger(__name__)
@@ -65,11 +66,8 @@ class Recomputation:
             count -= 1  # the layer that is measured
         elif has_states:
             count -= self._affordable(self.cost, tokens)
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            # Layers that recompute gather their shards again, in which all ranks must take part.
-            agreed = torch.tensor(count, device=self.device)
-            torch.distributed.all_reduce(agreed, op=torch.distributed.ReduceOp.MAX)
-            count = int(agreed)
+        # Layers that recompute gather their shards again, in which all ranks must take part.
+        count = largest_of_ranks(count)
         for number, layer in enumerate(self.layers):
             layer.gradient_checkpointing = number < count
         if count != self.recomputed:

@@ -108,7 +108,7 @@ class CheckpointWriter:
                 raise
             logger.debug("not saved", exc_info=True)
             full = True
-        return on_any_rank(full, self.accelerator.device)
+        return on_any_rank(full)
 
     def _report_failure(self, path: Path, *, stop: bool) -> None:
         last = newest_valid_checkpoint(self.directory) if self.accelerator.is_main_process else None

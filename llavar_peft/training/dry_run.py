@@ -72,7 +72,7 @@ def dry_run(recipe: Recipe, stages: tuple[str, ...] = ()) -> Iterator[Trial]:
     Raises:
         LlavarError: Any error that would stop the run.
     """
-    processes = PartialState(cpu=not (torch.cuda.is_available() or torch.backends.mps.is_available()))
+    processes = PartialState(cpu=not (torch.accelerator.is_available()))
     output = Path(recipe.output_dir)
     folder = output.with_name(f".{output.name}.dry-run")
     if processes.is_main_process:

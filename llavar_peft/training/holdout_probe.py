@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from llavar_peft.constants import IMAGE_PLACEHOLDER, PROBE_FILE
 from llavar_peft.data.record_store import parse_record
@@ -110,7 +110,7 @@ class Probe:
 
     def _loss(self, model: nn.Module) -> float | None:
         """Return the mean cross entropy per supervised token."""
-        collate = Collator(self.processor.tokenizer.pad_token_id)
+        collate = Collator(self.processor.tokenizer.pad_token_id, image_token_id=self.processor.image_token_id)
         device = next(model.parameters()).device
         count = min(len(self.held_out), self.config.loss_records)
         total, tokens = 0.0, 0
@@ -177,4 +177,6 @@ class Probe:
 
 
 def _to(value: Any, device: torch.device) -> Any:
-    return [item.to(device) for item in value] if isinstance(value, list) else value.to(device)
+    if isinstance(value, list):
+        return [_to(item, device) for item in value]
+    return value.to(device) if isinstance(value, Tensor) else value

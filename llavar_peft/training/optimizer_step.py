@@ -12,63 +12,121 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from llavar_peft.errors import EnvironmentFaultError
 from llavar_peft.models.tuning import part_of
 from llavar_peft.recipe.schema import OptimConfig
-from llavar_peft.training.rank_agreement import on_any_rank
 
 _SHOWN = 16
 
 
 @dataclass
 class StepCounts:
-    """Counts of the current optimizer step on this rank."""
+    """Counts and losses of the current optimizer step on this rank."""
 
     tokens: int = 0
     supervised: int = 0
     losses: list[tuple[Tensor, tuple[str, ...]]] = field(default_factory=list)
+    """Loss of each micro batch, with the ids of its records."""
     started: float = 0.0
 
-    def figures(self, accelerator: Accelerator) -> dict[str, Any]:
-        """Return tokens of all ranks, seconds and peak memory of the step. Every rank must call this."""
-        seconds = time.perf_counter() - self.started if self.started else 0.0
-        counts = torch.tensor([self.tokens, self.supervised], device=accelerator.device)
-        tokens, supervised = accelerator.reduce(counts, reduction="sum").tolist()
-        figures: dict[str, Any] = {
-            "tokens": tokens,
-            "supervised_tokens": supervised,
-            "seconds": round(seconds, 4),
-            "tokens_per_second": round(tokens / seconds, 1) if seconds else None,
-        }
-        if torch.cuda.is_available():
-            figures["peak_memory_mb"] = round(torch.cuda.max_memory_allocated() / 2**20)
-        return figures
+
+@dataclass(frozen=True)
+class StepFigures:
+    """What the host knows of an optimizer step, the same on all ranks.
+
+    Attributes:
+        loss: Mean over the ranks.
+        norm: Norm of the gradient over all ranks, before clipping.
+        tokens: Of all ranks.
+        supervised: Supervised tokens of all ranks.
+        finite_loss: Whether the losses of all ranks are finite.
+    """
+
+    loss: float = 0.0
+    norm: float = 0.0
+    tokens: int = 0
+    supervised: int = 0
+    finite_loss: bool = True
 
 
-def check_finite(
-    accelerator: Accelerator, losses: Sequence[tuple[Tensor, tuple[str, ...]]], norm: float, *, where: str
-) -> None:
+def fetch_figures(accelerator: Accelerator, counts: StepCounts, norm: Tensor | float) -> StepFigures:
+    """Fetch all figures of an optimizer step in one transfer, the only one for which the host waits for the device.
+
+    Every rank must call this.
+
+    Args:
+        accelerator: The accelerator of the run.
+        counts: Those of this rank; they contain the losses of all micro batches.
+        norm: Norm of the gradient over all ranks; DeepSpeed gives a number.
+    """
+    loss = counts.losses[0][0]
+    for other, _ in counts.losses[1:]:
+        loss = loss + other
+    norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+    known = [float(counts.tokens), float(counts.supervised), *([] if isinstance(norm, Tensor) else [norm])]
+    fetched = torch.stack([loss, *([norm.to(loss)] if isinstance(norm, Tensor) else [])])
+    if accelerator.num_processes == 1:
+        rows = [[*fetched.tolist(), *known]]
+    else:
+        row = torch.cat([fetched, torch.tensor(known).to(fetched, non_blocking=True)])
+        rows = accelerator.gather(row).view(-1, len(row)).tolist()
+    losses = [row[0] for row in rows]
+    norms, tokens = (1, 2) if isinstance(norm, Tensor) else (3, 1)
+    return StepFigures(
+        # In float32, as the losses are.
+        loss=torch.tensor(losses, dtype=torch.float32).mean().item(),
+        norm=max((row[norms] for row in rows), key=_badness),
+        tokens=int(sum(row[tokens] for row in rows)),
+        supervised=int(sum(row[tokens + 1] for row in rows)),
+        finite_loss=all(map(math.isfinite, losses)),
+    )
+
+
+def _badness(norm: float) -> tuple[bool, float]:
+    return not math.isfinite(norm), norm
+
+
+def log_line(figures: StepFigures, started: float) -> dict[str, Any]:
+    """Return tokens, seconds and peak memory of a step.
+
+    Args:
+        figures: Of the step.
+        started: The time at which the step began; 0 is unknown.
+    """
+    seconds = time.perf_counter() - started if started else 0.0
+    line: dict[str, Any] = {
+        "tokens": figures.tokens,
+        "supervised_tokens": figures.supervised,
+        "seconds": round(seconds, 4),
+        "tokens_per_second": round(figures.tokens / seconds, 1) if seconds else None,
+    }
+    if torch.cuda.is_available():
+        line["peak_memory_mb"] = round(torch.cuda.max_memory_allocated() / 2**20)
+    return line
+
+
+def check_finite(accelerator: Accelerator, counts: StepCounts, figures: StepFigures, *, where: str) -> None:
     """Check the losses and the gradient of an optimizer step before it is taken. All ranks stop together.
 
     Args:
         accelerator: The accelerator of the run.
-        losses: Loss of each micro batch of the step on this rank, with the ids of its records.
-        norm: Norm of the gradient over all ranks, before clipping.
+        counts: Those of this rank.
+        figures: Those of all ranks.
         where: Stage and step, for the message.
 
     Raises:
         EnvironmentFaultError: A loss or the gradient is not finite.
     """
-    finite = torch.stack([loss for loss, _ in losses]).isfinite().tolist()
-    bad = [record for (_, ids), good in zip(losses, finite, strict=True) for record in ids if not good]
     # With fp16, the scaler skips a step whose gradient overflows.
-    overflowed = accelerator.scaler is None and not math.isfinite(norm)
-    if not on_any_rank(bool(bad) or overflowed, accelerator.device):
+    if figures.finite_loss and (accelerator.scaler is not None or math.isfinite(figures.norm)):
         return
+    finite = torch.stack([loss for loss, _ in counts.losses]).isfinite().tolist()
+    bad = [record for (_, ids), good in zip(counts.losses, finite, strict=True) for record in ids if not good]
     bad = gather_object(bad)
-    what = "the loss is not finite" if bad else f"the gradient is not finite (norm {norm})"
-    records = bad or gather_object([record for _, ids in losses for record in ids])
+    what = "the loss is not finite" if bad else f"the gradient is not finite (norm {figures.norm})"
+    records = bad or gather_object([record for _, ids in counts.losses for record in ids])
     more = f" and {len(records) - _SHOWN} more" if len(records) > _SHOWN else ""
     raise EnvironmentFaultError.at(
         where,

@@ -54,13 +54,14 @@ def training_arguments(recipe: Recipe, stage: Stage, directory: Path, *, ranks: 
         bf16=precision == "bf16",
         fp16=precision == "fp16",
         tf32=True if cuda and precision != "fp32" and torch.cuda.get_device_capability()[0] >= 8 else None,
-        use_cpu=not cuda and not torch.backends.mps.is_available(),
+        use_cpu=not torch.accelerator.is_available(),
         dataloader_num_workers=stage.data.workers,
         dataloader_pin_memory=cuda,
+        # Otherwise the host waits for the device with each tensor of a batch.
+        accelerator_config={"non_blocking": True} if torch.accelerator.is_available() else None,
         save_strategy="steps" if stage.save_every_steps else "no",
         save_steps=stage.save_every_steps or 500,
-        logging_strategy="steps",
-        logging_steps=1,
+        logging_strategy="no",  # StageTrainer writes the log
         logging_nan_inf_filter=False,
         report_to=list(recipe.report_to) or "none",
         seed=recipe.seed,

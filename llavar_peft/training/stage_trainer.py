@@ -19,9 +19,8 @@ from torch.utils.data import DataLoader
 from transformers.trainer import TRAINER_STATE_NAME
 
 from llavar_peft.compat.trainer_internals import TrainerInternals, allow_quantized_base
-from llavar_peft.constants import IGNORE_INDEX
 from llavar_peft.data.epoch_sampler import Balance, EpochSampler
-from llavar_peft.data.training_dataset import Collator, TrainingDataset
+from llavar_peft.data.training_dataset import PLACES, SUPERVISED_PLACES, Collator, TrainingDataset
 from llavar_peft.models.packed_attention import enable_packing
 from llavar_peft.models.processing_llavar import LlavarProcessor
 from llavar_peft.models.tuning import is_quantized
@@ -31,7 +30,15 @@ from llavar_peft.training.checkpoint_folders import RunInputs
 from llavar_peft.training.checkpoint_writer import CheckpointWriter
 from llavar_peft.training.dropped_records import DroppedRecords
 from llavar_peft.training.model_card import write_card
-from llavar_peft.training.optimizer_step import StepCounts, check_finite, learning_rates, split_groups
+from llavar_peft.training.optimizer_step import (
+    StepCounts,
+    StepFigures,
+    check_finite,
+    fetch_figures,
+    learning_rates,
+    log_line,
+    split_groups,
+)
 from llavar_peft.training.save_weights import load_trained, save_trained
 from llavar_peft.training.sharding import (
     check_fsdp_version,
@@ -86,6 +93,8 @@ class StageTrainer(TrainerInternals):
         self.recipe = recipe
         self.sink = sink
         self.counts = StepCounts()
+        self.figures = StepFigures()
+        self.learning_rate = 0.0
         # A projector stage trains only parameters that are not quantized.
         without_adapters = isinstance(stage.tune, Projector) and is_quantized(model)
         with allow_quantized_base(model) if without_adapters else nullcontext():
@@ -93,7 +102,9 @@ class StageTrainer(TrainerInternals):
                 model=model,
                 args=arguments,
                 train_dataset=dataset,
-                data_collator=Collator(processor.tokenizer.pad_token_id, packed=self.packed),
+                data_collator=Collator(
+                    processor.tokenizer.pad_token_id, packed=self.packed, image_token_id=processor.image_token_id
+                ),
                 processing_class=processor,
                 callbacks=callbacks,
             )
@@ -160,8 +171,8 @@ class StageTrainer(TrainerInternals):
         """Record the batch's faults, then run forward and backward passes of at most ``max_tokens`` tokens."""
         self.dropped.add(inputs.pop("faults"))
         ids = tuple(inputs.pop("ids"))
-        self.counts.tokens += sum(inputs["lengths"]) if "lengths" in inputs else int(inputs["attention_mask"].sum())
-        inputs[SUPERVISED] = int((inputs["labels"][:, 1:] != IGNORE_INDEX).sum())
+        self.counts.tokens += inputs.pop("tokens")
+        inputs[SUPERVISED] = sum(inputs[PLACES[SUPERVISED_PLACES]])
         self.counts.supervised += inputs[SUPERVISED]
         loss = torch.zeros((), device=self.args.device)
         for part in split_micro_batch(self.accelerator, model, inputs, max_tokens=self.stage.max_tokens):
@@ -194,10 +205,17 @@ class StageTrainer(TrainerInternals):
             loss = loss_sum * ranks / num_items_in_batch
         return (loss, outputs) if return_outputs else loss
 
+    def fetch_norm(self, norm: Tensor | float) -> float:
+        """Return the gradient's norm, fetched together with everything else that the host needs of the step."""
+        self.figures = fetch_figures(self.accelerator, self.counts, norm)
+        return self.figures.norm
+
     def check_step(self) -> None:
         """Raise an error before an optimizer step on a loss or gradient that is not finite."""
         where = f"{self.stage.name}:step {self.state.global_step + 1}"
-        check_finite(self.accelerator, self.counts.losses, self.grad_norm, where=where)
+        check_finite(self.accelerator, self.counts, self.figures, where=where)
+        # The rate of this step: the schedule moves on before the step's line is written.
+        self.learning_rate = self.optimizer.param_groups[0]["lr"] if self.optimizer is not None else 0.0
 
     # -- optimizer ----------------------------------------------------------------------------------------------------
 
@@ -211,31 +229,32 @@ class StageTrainer(TrainerInternals):
 
     # -- log ----------------------------------------------------------------------------------------------------------
 
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add tokens and time to the figures of a step, and pass them to the sink."""
-        if "loss" in logs:
-            groups = self.optimizer.param_groups if self.optimizer is not None else []
-            rates = learning_rates(groups, logs["learning_rate"])
-            counted = self.counts.figures(self.accelerator)
-            logs["tokens"] = counted["tokens"]
-            figures = {
-                "step": self.state.global_step,
-                "epoch": round(float(self.state.epoch or 0.0), 6),
-                "loss": logs["loss"],
-                "learning_rate": logs["learning_rate"],
-                "grad_norm": logs.get("grad_norm"),
-                **counted,
-                **({"learning_rates": rates} if rates else {}),
-            }
-            if self.is_world_process_zero():
-                self.sink(figures)
-        super().log(logs, start_time)
+    def log_step(self) -> None:
+        """Pass the figures of a step to the sink and to the callbacks.
+
+        ``transformers.Trainer``'s own log is disabled: it fetches loss and norm from the device once more.
+        """
+        figures, step = self.figures, {"loss": self.figures.loss, "learning_rate": self.learning_rate}
+        groups = self.optimizer.param_groups if self.optimizer is not None else []
+        rates = learning_rates(groups, self.learning_rate)
+        line = {
+            "step": self.state.global_step,
+            "epoch": round(float(self.state.epoch or 0.0), 6),
+            **step,
+            "grad_norm": figures.norm,
+            **log_line(figures, self.counts.started),
+            **({"learning_rates": rates} if rates else {}),
+        }
+        if self.is_world_process_zero():
+            self.sink(line)
+        self.log({**step, "grad_norm": figures.norm, "tokens": figures.tokens})
 
     # -- checkpoints --------------------------------------------------------------------------------------------------
 
     def save_checkpoint(self) -> None:
         """Write a checkpoint that appears only when it is complete, and report it to the callbacks."""
         step, ending = self.state.global_step, self.control.should_training_stop
+        self.store_flos()
         self.checkpoints.write(step, self._write_checkpoint, ending=ending)
         self.control = self.callback_handler.on_save(self.args, self.state, self.control)
 
@@ -271,7 +290,7 @@ class _StageEvents(transformers.TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         # A checkpoint is saved in ``on_log``, so that the line of its step is in metrics.jsonl before it.
-        control.should_log = control.should_log or control.should_save
+        self.trainer.log_step()
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         if "loss" in (logs or {}):

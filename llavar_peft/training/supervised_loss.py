@@ -6,18 +6,18 @@ from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
 from typing import Any
 
-import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
 from llavar_peft.constants import IGNORE_INDEX
 from llavar_peft.data.epoch_sampler import bins_under_limit
-from llavar_peft.data.training_dataset import split_batch
-from llavar_peft.models.packed_attention import packed_arguments
+from llavar_peft.data.training_dataset import IMAGE_PLACES, SUPERVISED_PLACES, split_batch
+from llavar_peft.models.packed_attention import packed_arguments, padded_arguments
+from llavar_peft.training.rank_agreement import largest_of_ranks
 
 SUPERVISED = "supervised"
 """Key of a batch under which the number of supervised positions of its whole micro batch is stored."""
-_MODEL_INPUTS = ("input_ids", "attention_mask", "pixel_values")
+_MODEL_INPUTS = ("input_ids", "attention_mask", "pixel_values", SUPERVISED_PLACES, IMAGE_PLACES)
 
 
 def supervised_loss(model: nn.Module, inputs: Mapping[str, Any]) -> tuple[Tensor, int, Any]:
@@ -25,7 +25,8 @@ def supervised_loss(model: nn.Module, inputs: Mapping[str, Any]) -> tuple[Tensor
 
     Args:
         model: A LLaVAR, possibly wrapped by DDP or DeepSpeed.
-        inputs: A batch from ``Collator``; only ``labels``, ``lengths`` and the model's inputs are read.
+        inputs: A batch from ``Collator``; only ``labels``, ``lengths`` and the model's inputs are read. Without the
+            positions in ``PLACES``, the device is asked for them.
 
     Returns:
         The sum in float32, the number of supervised positions, and the model's output. Without a supervised position
@@ -36,7 +37,11 @@ def supervised_loss(model: nn.Module, inputs: Mapping[str, Any]) -> tuple[Tensor
     arguments = {name: inputs[name] for name in _MODEL_INPUTS if name in inputs}
     if "lengths" in inputs:
         arguments.update(packed_arguments(inputs["lengths"], _unwrap(model), labels.device))
+    elif "attention_mask" in inputs:
+        arguments.update(padded_arguments(inputs["attention_mask"], _unwrap(model)))
     outputs = model(**arguments, targets=targets, use_cache=False)
+    if SUPERVISED_PLACES in inputs:
+        return outputs.loss, len(inputs[SUPERVISED_PLACES]), outputs
     return outputs.loss, int((targets != IGNORE_INDEX).sum()), outputs
 
 
@@ -69,9 +74,7 @@ def split_micro_batch(
         return
     bins = bins_under_limit(inputs["lengths"], max_tokens)
     if accelerator.num_processes > 1:
-        expected = torch.tensor(len(bins), device=accelerator.device)
-        torch.distributed.all_reduce(expected, op=torch.distributed.ReduceOp.MAX)
-        bins += [[]] * (int(expected) - len(bins))
+        bins += [[]] * (largest_of_ranks(len(bins)) - len(bins))
     ends_step = accelerator.sync_gradients
     *first, last = split_batch(inputs, bins)
     # Before the last micro batch of a step nothing is exchanged anyway. DeepSpeed reads only ``sync_gradients``.

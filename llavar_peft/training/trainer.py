@@ -23,7 +23,13 @@ from llavar_peft.models.merge_adapter import merge_adapter
 from llavar_peft.models.modeling_llavar import LlavarForConditionalGeneration
 from llavar_peft.models.packed_attention import disable_packing
 from llavar_peft.models.processing_llavar import LlavarProcessor
-from llavar_peft.models.tuning import apply_tuning, is_quantized, merge_tuning, trained_parameters
+from llavar_peft.models.tuning import (
+    apply_tuning,
+    is_quantized,
+    merge_tuning,
+    share_adapter_inputs,
+    trained_parameters,
+)
 from llavar_peft.page.run_page import has_run_page, write_run_page
 from llavar_peft.recipe.schema import Lora, ModelConfig, Recipe, Stage
 from llavar_peft.recipe.schema_rules import trains_image_rows
@@ -77,7 +83,7 @@ class Trainer:
         self.run = RunFolder(self.recipe)
         self.base = self.recipe.model
         # Without ``cpu`` on a machine without GPUs, accelerate treats several processes as one.
-        self.processes = PartialState(cpu=not (torch.cuda.is_available() or torch.backends.mps.is_available()))
+        self.processes = PartialState(cpu=not (torch.accelerator.is_available()))
         self.ranks = self.processes.num_processes
         self.main = self.processes.is_main_process
 
@@ -178,7 +184,8 @@ class Trainer:
             callbacks=[bar, stop, *([EvalCallback(probe)] if len(held_out) else []), *self.callbacks],
         )
         try:
-            engine.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+            with share_adapter_inputs(trained, autocast=engine.accelerator.native_amp):
+                engine.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         finally:
             disable_packing(self.model)
             reset_zero()

@@ -76,7 +76,7 @@ class StopOnSignal(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Stop after this step if any rank received a signal."""
-        if on_any_rank(self.requested, args.device):
+        if on_any_rank(self.requested):
             self.requested = True
             # A run at its last step is finished, not interrupted.
             if state.global_step < state.max_steps:

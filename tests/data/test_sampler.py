@@ -10,7 +10,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llavar_peft.data.epoch_sampler import Balance, EpochSampler, balance_bins, bins_under_limit
-from llavar_peft.data.training_dataset import split_batch
+from llavar_peft.data.training_dataset import (
+    IMAGE_PLACES,
+    PLACES,
+    SUPERVISED_PLACES,
+    Collator,
+    Item,
+    split_batch,
+)
+from llavar_peft.types import Example
 
 SIZES = st.lists(st.integers(1, 2000), min_size=1, max_size=64)
 
@@ -111,3 +119,31 @@ def test_a_row_without_conversations_is_unsupervised() -> None:
     _, empty = split_batch(batch, [[0], []])
     assert empty["input_ids"].shape == (1, 1)
     assert (empty["labels"] == -100).all()
+
+
+@pytest.mark.parametrize("packed", [True, False], ids=["packed", "padded"])
+def test_places_are_those_of_supervised_and_image_tokens(packed: bool) -> None:
+    """In a batch, in each row that it is split into, and in a batch without usable items."""
+    items = [
+        _item(ids, labels) for ids, labels in ((_IDS[:4], [0, 0, 9, 9]), (_IDS, [0, 9, 0, 0, 9, 0]), ([1, 2], [9, 9]))
+    ]
+    collate = Collator(0, packed=packed, image_token_id=7)
+    batch = collate(items)
+    rows = [batch, *(split_batch(batch, [[2, 0], [1], []]) if packed else [])]
+    for row in [*rows, collate([Item(Example("bad", *[torch.zeros(0, dtype=torch.int64)] * 2), (), "image: broken")])]:
+        targets = torch.nn.functional.pad(row["labels"], (0, 1), value=-100)[:, 1:].flatten()
+        assert row[SUPERVISED_PLACES].tolist() == (targets != -100).nonzero()[:, 0].tolist()
+        assert sum(row[PLACES[SUPERVISED_PLACES]]) == len(row[SUPERVISED_PLACES])
+        if IMAGE_PLACES in row:
+            assert row[IMAGE_PLACES].tolist() == (row["input_ids"].flatten() == 7).nonzero()[:, 0].tolist()
+    assert batch["tokens"] == 12
+    assert batch[PLACES[SUPERVISED_PLACES]] == (2, 2, 1)
+    assert batch[PLACES[IMAGE_PLACES]] == (2, 2, 0)
+
+
+_IDS = [1, 7, 7, 3, 4, 5]
+
+
+def _item(ids: list[int], labels: list[int]) -> Item:
+    ignored = torch.tensor([label or -100 for label in labels])
+    return Item(Example("a", torch.tensor(ids), ignored), (), None)

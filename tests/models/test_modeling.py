@@ -11,7 +11,7 @@ from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig
 
 from llavar_peft.errors import ConfigError
 from llavar_peft.models.llavar_config import make_config
-from llavar_peft.models.modeling_llavar import LlavarForConditionalGeneration
+from llavar_peft.models.modeling_llavar import LinearProjector, LlavarForConditionalGeneration
 
 LAYERS, PATCHES, IMAGE_ID = 4, 4, 20
 
@@ -135,3 +135,46 @@ def test_a_training_batch_without_an_image_reaches_the_projector(model: LlavarFo
     gradient = model.model.multi_modal_projector.weight.grad
     assert gradient is not None
     assert not gradient.any()
+
+
+@torch.no_grad()
+def test_the_tower_runs_once_for_each_size_of_image(model: LlavarForConditionalGeneration, pixels: Tensor) -> None:
+    wide = torch.randn(3, 8, 12, generator=torch.Generator().manual_seed(2))
+    images = [pixels[0], wide, pixels[1]]
+    sizes: list[tuple[int, ...]] = []
+    hook = model.model.vision_tower.register_forward_hook(lambda _, inputs, __: sizes.append(tuple(inputs[0].shape)))
+    together = model.get_image_features(images).pooler_output
+    hook.remove()
+    assert sizes == [(2, 3, 8, 8), (1, 3, 8, 12)]
+    for image, features in zip(images, together, strict=True):
+        torch.testing.assert_close(features, model.get_image_features(image[None]).pooler_output[0])
+
+
+def test_given_places_change_neither_loss_nor_gradients(model: LlavarForConditionalGeneration, pixels: Tensor) -> None:
+    ids = torch.tensor([[1, *[IMAGE_ID] * PATCHES, 5, 6], [1, 4, *[IMAGE_ID] * PATCHES, 5]])
+    targets = torch.full_like(ids, -100)
+    targets[:, -2:] = 7
+    places = {
+        "image_places": (ids.flatten() == IMAGE_ID).nonzero()[:, 0],
+        "supervised_places": (targets.flatten() == 7).nonzero()[:, 0],
+    }
+    found = []
+    for given in ({}, places):
+        model.zero_grad()
+        loss = model(input_ids=ids, pixel_values=pixels, targets=targets, **given).loss
+        loss.backward()
+        found.append([loss.detach(), *(one.grad.clone() for one in model.parameters() if one.grad is not None)])
+    assert len(found[0]) > 10
+    for one, other in zip(*found, strict=True):
+        assert torch.equal(one, other)
+    with pytest.raises(ValueError, match="got 7 image tokens and 8 image features"):
+        model(input_ids=ids, pixel_values=pixels, image_places=places["image_places"][1:])
+
+
+def test_the_projector_computes_in_its_own_dtype_except_under_autocast() -> None:
+    projector = LinearProjector(4, 4)
+    features = torch.ones(2, 4, dtype=torch.bfloat16)
+    assert projector(features).dtype == torch.float32
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert projector(features).dtype == torch.bfloat16
+    assert projector.to(torch.bfloat16)(features.float()).dtype == torch.bfloat16

@@ -27,7 +27,7 @@ from llavar_peft.training.checkpoint_folders import (
     list_checkpoints,
     newest_valid_checkpoint,
 )
-from llavar_peft.training.optimizer_step import check_finite
+from llavar_peft.training.optimizer_step import StepCounts, check_finite, fetch_figures
 from llavar_peft.training.out_of_memory import memory_remedies
 from llavar_peft.training.run_folder import lock_folder
 from tests.training.test_resume import SignalAt, _figures, _train, _weights
@@ -204,11 +204,17 @@ def test_the_micro_batch_at_fault_is_named() -> None:
     accelerator = Accelerator(cpu=True)
     good, bad = torch.tensor(1.0), torch.tensor(float("nan"))
     losses = [(good, ("a", "b")), (bad, ("c", "d")), (good, ("e",))]
-    check_finite(accelerator, losses[:1], 1.0, where="s:step 1")
+
+    def check(number: int, norm: float) -> None:
+        counts = StepCounts(losses=losses[:number])
+        figures = fetch_figures(accelerator, counts, torch.tensor(norm))
+        check_finite(accelerator, counts, figures, where="s:step 1")
+
+    check(1, 1.0)
     with pytest.raises(EnvironmentFaultError, match=r"^s:step 1: the loss is not finite, records c, d. Fix"):
-        check_finite(accelerator, losses, float("nan"), where="s:step 1")
+        check(3, float("nan"))
     with pytest.raises(EnvironmentFaultError, match=r"the gradient is not finite \(norm inf\), records a, b. Fix"):
-        check_finite(accelerator, losses[:1], float("inf"), where="s:step 1")
+        check(1, float("inf"))
 
 
 @pytest.mark.slow
