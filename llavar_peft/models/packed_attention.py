@@ -23,7 +23,7 @@ import logging
 from collections.abc import Sequence
 from functools import cache
 from inspect import signature
-from itertools import accumulate
+from itertools import accumulate, chain
 from typing import Any
 
 import torch
@@ -77,7 +77,7 @@ def packed_arguments(lengths: tuple[int, ...], model: Any, device: torch.device)
     """
     text = model.config.text_config
     # Made on the CPU and copied once: the device is neither waited for nor given an operation per conversation.
-    positions = torch.cat([torch.arange(length) for length in lengths])[None].to(device, non_blocking=True)
+    positions = torch.tensor([list(chain.from_iterable(map(range, lengths)))]).to(device, non_blocking=True)
     if attention_implementation(text) != _PACKED_SDPA:
         return {"position_ids": positions, **_kernel_arguments(lengths, device)}
     # A mask with four dimensions is used as given; otherwise one of the row's length squared would be built.
@@ -140,7 +140,7 @@ def _sdpa_within_segments(
         output: Tensor = sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)[0]
         return output, None
     if cu_seq_lens_q is not None and (dtype := _compute_dtype(query)) in _KERNEL_DTYPES:
-        rows = [tensor[0].transpose(0, 1).to(dtype) for tensor in (query, key, value)]
+        rows = [tensor.squeeze(0).transpose(0, 1).to(dtype) for tensor in (query, key, value)]
         return _varlen(rows, cu_seq_lens_q, max_length_q, scale=kwargs.get("scaling"))[None], None
     split = zip(*(torch.split(tensor, list(segments), dim=2) for tensor in (query, key, value)), strict=True)
     outputs: list[Tensor] = [sdpa_attention_forward(module, *segment, None, **kwargs)[0] for segment in split]
