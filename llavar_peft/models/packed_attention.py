@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cache
 from inspect import signature
 from itertools import accumulate, chain
@@ -40,6 +41,17 @@ _PACKED_SDPA = "sdpa_within_segments"
 _KERNEL_DTYPES = (torch.float16, torch.bfloat16)
 _LARGEST_HEAD = 256
 """The largest width of a head that flash-attention supports; it must also be a multiple of 8."""
+
+
+@dataclass(frozen=True)
+class Segments:
+    """The lengths of a packed row's conversations.
+
+    A compiled layer depends on the numbers in a tuple among its arguments, but not on those in an object that it does
+    not look into, as with a kernel for all segments.
+    """
+
+    lengths: tuple[int, ...]
 
 
 def enable_packing(model: Any) -> bool:
@@ -82,7 +94,7 @@ def packed_arguments(lengths: tuple[int, ...], model: Any, device: torch.device)
         return {"position_ids": positions, **_kernel_arguments(lengths, device)}
     # A mask with four dimensions is used as given; otherwise one of the row's length squared would be built.
     unused_mask = torch.zeros(1, 1, 1, 1, dtype=torch.bool, device=device)
-    arguments = {"position_ids": positions, "segments": lengths, "attention_mask": unused_mask}
+    arguments = {"position_ids": positions, "segments": Segments(lengths), "attention_mask": unused_mask}
     has_kernel = _fits_kernel(text.head_dim, text.attention_dropout) and _has_kernel(device)
     _log_choice(device.type, has_kernel)
     return {**arguments, **_kernel_arguments(lengths, device)} if has_kernel else arguments
@@ -127,7 +139,7 @@ def _sdpa_within_segments(
     value: Tensor,
     attention_mask: Tensor | None,
     *,
-    segments: tuple[int, ...] | None = None,
+    segments: Segments | None = None,
     cu_seq_lens_q: Tensor | None = None,
     max_length_q: int = 0,
     **kwargs: Any,
@@ -142,7 +154,7 @@ def _sdpa_within_segments(
     if cu_seq_lens_q is not None and (dtype := _compute_dtype(query)) in _KERNEL_DTYPES:
         rows = [tensor.squeeze(0).transpose(0, 1).to(dtype) for tensor in (query, key, value)]
         return _varlen(rows, cu_seq_lens_q, max_length_q, scale=kwargs.get("scaling"))[None], None
-    split = zip(*(torch.split(tensor, list(segments), dim=2) for tensor in (query, key, value)), strict=True)
+    split = zip(*(torch.split(tensor, list(segments.lengths), dim=2) for tensor in (query, key, value)), strict=True)
     outputs: list[Tensor] = [sdpa_attention_forward(module, *segment, None, **kwargs)[0] for segment in split]
     return torch.cat(outputs, dim=1), None
 

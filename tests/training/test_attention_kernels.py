@@ -189,7 +189,7 @@ def test_fewer_key_heads(varlen: KernelCalls) -> None:
     ends = torch.tensor([0, 4, 9], dtype=torch.int32)
     module = nn.Module()
     module.is_causal, module.num_key_value_groups = True, 2
-    arguments = {"segments": (4, 5), "scaling": 0.3}
+    arguments: dict[str, Any] = {"segments": packed_attention.Segments((4, 5)), "scaling": 0.3}
     by_segment = packed_attention._sdpa_within_segments(module, query, key, value, None, **arguments)[0]
     arguments.update(cu_seq_lens_q=ends, max_length_q=5)
     at_once = packed_attention._sdpa_within_segments(module, query, key, value, None, **arguments)[0]
