@@ -2,7 +2,12 @@
 
 Liger replaces RMSNorm, the MLP's product with its activation, and the rotation of queries and keys by one kernel each.
 Its modules hold the model's own parameters and linear layers, so that names, adapters, quantization and checkpoints
-stay as they are. Compilation is regional: all layers share one compiled function, whose shapes are dynamic.
+stay as they are.
+
+Compilation is regional, with dynamic shapes: all layers share the compiled function of their MLPs and that of their
+norms. A layer as a whole is not compiled, because its attention works on the key-value cache: a decoded token would
+need a function for each layer, which is more than ``torch.compile`` keeps, and the layers of a packed row would depend
+on the number of its conversations where each is computed by itself.
 
 Source: liger-kernel (arXiv 2410.10989); PyTorch's tutorial on regional compilation.
 """
@@ -36,8 +41,11 @@ def apply_kernels(model: Any, kernels: Kernels) -> None:
     if kernels == "liger":
         _use_liger(model)
     elif kernels == "compile":
-        for layer in model.get_decoder().layers:
-            layer.compile(dynamic=True)
+        decoder = model.get_decoder()
+        for layer in decoder.layers:
+            for part in (layer.mlp, layer.input_layernorm, layer.post_attention_layernorm):
+                part.compile(dynamic=True)
+        decoder.norm.compile(dynamic=True)
     if kernels != "none":
         logger.info("kernels of the language model: %s", kernels)
 

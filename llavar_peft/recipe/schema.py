@@ -100,8 +100,8 @@ class ModelConfig(_Strict):
     """Attention implementation; ``auto`` uses flash-attention where it is installed and supported, else PyTorch's
     SDPA."""
     kernels: Kernels = "none"
-    """Kernels of the language model's layers: PyTorch's, Liger's (they need a GPU and the extra ``liger``), or those
-    that ``torch.compile`` makes at the first step, which takes minutes for a large model."""
+    """Kernels of the language model's norms and MLPs: PyTorch's, Liger's (they need a GPU and the extra ``liger``), or
+    those that ``torch.compile`` makes at the first step."""
     image_mode: ImageMode = "pad"
     """Image preparation in training, for a model built from parts. Source: LLaVAR, ``--image_aspect_ratio pad``."""
     use_im_start_end: bool = True
