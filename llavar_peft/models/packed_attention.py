@@ -76,6 +76,19 @@ def disable_packing(model: Any) -> None:
         model.get_decoder().set_attn_implementation("sdpa")
 
 
+def replace_flash_attention(model: Any) -> bool:
+    """Switch a LLaVAR from flash-attention to SDPA, for a computation in float32, which flash-attention rejects.
+
+    Returns:
+        Whether the model used flash-attention.
+    """
+    configs = (model.config.text_config, model.config.vision_config)
+    used = any(attention_implementation(config).startswith("flash") for config in configs)
+    if used:
+        model.set_attn_implementation("sdpa")
+    return used
+
+
 def packed_arguments(lengths: tuple[int, ...], model: Any, device: torch.device) -> dict[str, Any]:
     """Return the arguments with which a model's ``forward`` takes a packed row.
 

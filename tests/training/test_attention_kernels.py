@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from llavar_peft import Full, Lora, Projector, Recipe, build_model
+from llavar_peft import Full, Lora, Projector, Recipe, Trainer, build_model
 from llavar_peft.data.training_dataset import Collator
 from llavar_peft.models import packed_attention
 from llavar_peft.models.packed_attention import disable_packing, enable_packing, packed_arguments
@@ -214,3 +214,19 @@ def test_the_stand_in_reports_what_cuda_would_not(flash: KernelCalls, tiny_recip
     short = logits((0, 3, 6))
     assert short[:6].isfinite().all()
     assert short[6].isnan().all()
+
+
+@pytest.mark.slow
+def test_a_stage_in_float32_does_not_call_flash_attention(
+    tiny_recipe: Recipe, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """``auto`` chooses flash-attention by the weights' dtype, before the precision of a stage is known."""
+    calls = put_flash_attention(monkeypatch)  # accepts half precision only
+    stage = dataclasses.replace(tiny_recipe.stages[1], max_steps=1, precision="fp32")
+    recipe = dataclasses.replace(tiny_recipe, stages=(stage,))
+    model, processor = build_model(recipe.model)
+    use_attention(model, "flash_attention_2")
+    with caplog.at_level(logging.INFO, logger="llavar_peft"):
+        Trainer(model, processor, recipe).train()
+    assert not calls.shapes
+    assert any("SDPA replaces flash-attention" in record.message for record in caplog.records)
