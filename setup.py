@@ -40,6 +40,7 @@ INSTALL_REQUIRES = [
 EXTRAS_REQUIRE = {
     "cuda": ["flash-attn>=2.7"],
     "deepspeed": ["deepspeed>=0.18"],
+    "liger": ["liger-kernel>=0.7"],
     "serve": ["fastapi>=0.115", "gradio>=6.16", "python-multipart>=0.0.18", "uvicorn>=0.32"],
     "ocr": ["onnxruntime>=1.20", "rapidocr>=3.10"],
     "eval": ["openai>=1.50"],

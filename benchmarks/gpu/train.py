@@ -23,6 +23,8 @@ from typing import Any
 
 HERE = Path(__file__).resolve().parent
 PEAK_TFLOPS = 989.0
+CELL_SECONDS = 105.0
+"""The five cells of a size end within nine minutes."""
 UTILISATION = 50.0
 """The goal for LoRA in bf16, in per cent."""
 
@@ -58,11 +60,12 @@ def cells(size: str, steps: int) -> list[dict[str, Any]]:
     return found
 
 
-def run(cell: dict[str, Any]) -> dict[str, Any]:
+def run(cell: dict[str, Any], limit: float) -> dict[str, Any]:
     """Measure one cell.
 
     Args:
         cell: A cell from ``cells``.
+        limit: Seconds after which the cell is given up.
 
     Returns:
         The result of ``train_cell.measure``, or the last line of its error under ``failed``.
@@ -70,7 +73,10 @@ def run(cell: dict[str, Any]) -> dict[str, Any]:
     paths = [str(HERE.parent), str(HERE.parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
     command = [sys.executable, str(HERE / "train_cell.py"), json.dumps(cell)]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
-    done = subprocess.run(command, check=False, capture_output=True, text=True, env=environment)
+    try:
+        done = subprocess.run(command, check=False, capture_output=True, text=True, env=environment, timeout=limit)
+    except subprocess.TimeoutExpired:
+        return {"failed": f"took longer than {limit:g} s"}
     if done.returncode:
         return {"failed": done.stderr.strip().splitlines()[-1]}
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
@@ -100,12 +106,15 @@ def main() -> None:
     parser.add_argument("--sizes", nargs="+", choices=("tiny", "7b", "13b"), default=["7b", "13b"])
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--peak-tflops", type=float, default=PEAK_TFLOPS)
+    parser.add_argument("--cell-seconds", type=float, default=CELL_SECONDS, help="give up a cell after this time")
     parser.add_argument("--out", type=Path, help="write OUT.json and OUT.md")
     options = parser.parse_args()
     if options.steps < 3:
         parser.error("--steps: must be at least 3, because two steps warm up")
     command = " ".join(["python", "benchmarks/gpu/train.py", *sys.argv[1:]])
-    measured = [(cell, run(cell)) for size in options.sizes for cell in cells(size, options.steps)]
+    measured = [
+        (cell, run(cell, options.cell_seconds)) for size in options.sizes for cell in cells(size, options.steps)
+    ]
     device = next((found["device"] for _, found in measured if "device" in found), "no cell ran")
     lines = [
         f"{datetime.now(timezone.utc).date().isoformat()}, `{command}`: {device}.",

@@ -5,7 +5,7 @@ The libraries are imported where they are used, so that no part of this package 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from types import MethodType
 from typing import TYPE_CHECKING, Any
@@ -135,3 +135,27 @@ def _embed_used_rows(
     weight = layer.trainable_tokens_delta[active_adapters[0]]
     trained = torch.nn.functional.embedding(index.clamp(0, len(weight) - 1), weight).to(embeds.dtype)
     return torch.where(((index >= 0) & (index < len(weight)))[..., None], trained, embeds)
+
+
+def use_rotary_kernel(kernel: Callable[..., tuple[Tensor, Tensor]]) -> None:
+    """Rotate queries and keys of LLaMA models on a GPU by another function; on a CPU the plain one stays in use.
+
+    Replaces: nothing public. ``LlamaAttention.forward`` calls a function of its module, which libraries of kernels
+    (liger-kernel, ``apply_liger_kernel_to_llama``) replace; transformers' own mechanism needs the package ``kernels``
+    and the hub. It holds for all LLaMA models of the process. Since: transformers 4.31, last seen in 5.24.
+
+    Args:
+        kernel: Takes queries ``[B, H, T, D]``, keys, cosines and sines ``[B, T, D]``.
+    """
+    from transformers.models.llama import modeling_llama
+
+    current: Any = modeling_llama.apply_rotary_pos_emb
+    plain = getattr(current, "plain", current)  # set below, by an earlier call
+
+    def rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
+        chosen = kernel if q.is_cuda and not options else plain
+        rotated: tuple[Tensor, Tensor] = chosen(q, k, cos, sin, **options)
+        return rotated
+
+    rotate.plain = plain  # type: ignore[attr-defined]
+    modeling_llama.apply_rotary_pos_emb = rotate

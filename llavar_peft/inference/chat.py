@@ -20,7 +20,7 @@ from llavar_peft.inference.generation_request import (
     question_content,
 )
 from llavar_peft.inference.token_sampling import Sampling, SamplingSettings
-from llavar_peft.recipe.schema import Attention, Dtype, Quantization
+from llavar_peft.recipe.schema import Attention, Dtype, Kernels, Quantization
 from llavar_peft.types import ImageMode, Role
 
 if TYPE_CHECKING:
@@ -37,6 +37,7 @@ def load_chat(
     dtype: Dtype = "auto",
     vision_tower: str | None = None,
     attention: Attention = "auto",
+    kernels: Kernels = "none",
 ) -> Chat:
     """Load a model that answers questions.
 
@@ -50,6 +51,7 @@ def load_chat(
         dtype: Type of the weights; ``auto`` is bfloat16 on a GPU that supports it, else float32.
         vision_tower: Folder or name of the tower, for a checkpoint in the released layout.
         attention: Implementation of attention.
+        kernels: Kernels of the language model's layers, as in ``ModelConfig``.
 
     Raises:
         ConfigError: The folder holds no model, or the base of the adapter is missing.
@@ -66,6 +68,7 @@ def load_chat(
         quantize=quantize,
         dtype=dtype,
         attention=attention,
+        kernels=kernels,
         device=device,
     )
     return Chat(engine)

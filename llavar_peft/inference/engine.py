@@ -19,7 +19,7 @@ from llavar_peft.inference.generation_request import PromptImage
 from llavar_peft.models.adapter_loading import add_adapter, apply_adapter, check_base_of_adapter
 from llavar_peft.models.build_model import build_model
 from llavar_peft.models.checkpoint_loading import resolve_folder
-from llavar_peft.recipe.schema import Attention, Dtype, ModelConfig, Quantization
+from llavar_peft.recipe.schema import Attention, Dtype, Kernels, ModelConfig, Quantization
 from llavar_peft.weights.adapter.adapter_files import ADAPTER_CONFIG, BASE_FILE, read_base_settings, read_settings
 
 if TYPE_CHECKING:
@@ -152,6 +152,7 @@ def load_engine(
     quantize: Quantization | None = None,
     dtype: Dtype = "auto",
     attention: Attention = "auto",
+    kernels: Kernels = "none",
     device: str = "auto",
 ) -> Engine:
     """Load a model with any number of adapters. The arguments are those of ``load_chat``, the adapters by name.
@@ -176,7 +177,7 @@ def load_engine(
     device = _choose_device(device, quantize)
     if dtype == "auto" and not device.startswith("cuda"):
         dtype = "float32"  # also on a machine whose GPU is not used
-    config = dataclasses.replace(base, quantize=quantize, dtype=dtype, attention=attention)
+    config = dataclasses.replace(base, quantize=quantize, dtype=dtype, attention=attention, kernels=kernels)
     for folder in folders.values():
         check_base_of_adapter(folder, config)
     built, processor = build_model(config, device=device)

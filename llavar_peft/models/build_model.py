@@ -20,6 +20,7 @@ from llavar_peft.compat.dependency_internals import keep_quantization_scales
 from llavar_peft.constants import MODEL_TYPE
 from llavar_peft.errors import ConfigError, MissingDependencyError
 from llavar_peft.models.checkpoint_loading import read_checkpoint, read_parts, resolve_folder
+from llavar_peft.models.layer_kernels import apply_kernels
 from llavar_peft.models.llavar_config import LlavarConfig
 from llavar_peft.models.modeling_llavar import LlavarForConditionalGeneration, LlavarModel
 from llavar_peft.models.pretrained_files import load_pretrained
@@ -54,7 +55,8 @@ def build_model(
     Raises:
         ConfigError: The settings do not name exactly one model.
         WeightsError: A tensor is missing, unexpected or has the wrong shape.
-        MissingDependencyError: flash-attention or bitsandbytes is requested and not installed.
+        MissingDependencyError: flash-attention, bitsandbytes or liger-kernel is requested and not installed.
+        EnvironmentFaultError: The kernels need a GPU, and there is none.
     """
     register()
     _check_sources(config)
@@ -78,6 +80,7 @@ def build_model(
         )
     if config.quantize is not None:
         keep_quantization_scales(model)
+    apply_kernels(model, config.kernels)
     _set_generation_ids(model, parts.tokenizer)
     model.name_or_path = model.config.name_or_path = parts.source
     logger.info("%s: %s weights, %s attention", parts.source, str(dtype).removeprefix("torch."), attention)

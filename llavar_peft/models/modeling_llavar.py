@@ -200,7 +200,8 @@ class LlavarModel(LlavaModel):
                 interpolate_pos_encoding=interpolate,
                 **kwargs,
             )
-        output = self.vision_tower(pixel_values, interpolate_pos_encoding=interpolate, num_layers=layers)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self._tower_needs_gradients(pixel_values)):
+            output = self.vision_tower(pixel_values, interpolate_pos_encoding=interpolate, num_layers=layers)
         strategy = vision_feature_select_strategy or self.config.vision_feature_select_strategy
         hidden_NPC = output.last_hidden_state[:, 1:] if strategy == "default" else output.last_hidden_state
         output.pooler_output = list(self.multi_modal_projector(hidden_NPC))
@@ -221,6 +222,14 @@ class LlavarModel(LlavaModel):
         last = outputs[tuple(images[-1].shape)]
         last.pooler_output = [found[index] for index in range(len(images))]
         return last
+
+    def _tower_needs_gradients(self, pixel_values: Tensor) -> bool:
+        """Return whether a gradient passes through the tower.
+
+        With gradient checkpointing, ``transformers`` marks the output of the tower's embeddings as requiring one, also
+        where the tower is frozen; it would then be computed twice more, in the backward pass.
+        """
+        return pixel_values.requires_grad or any(one.requires_grad for one in self.vision_tower.parameters())
 
     def _num_tower_layers(self, feature_layer: int | None) -> int:
         """Return the number of tower layers to compute for a hidden state; hidden state 0 is the embeddings."""

@@ -1,13 +1,30 @@
 """Packed rows: several conversations in one row, each attending only to itself, so that a batch has no padding.
 
-flash-attention supports such rows directly (``cu_seq_lens``). With SDPA, attention is computed once per conversation,
-causally and without a mask: a dense block-diagonal mask would cost time and memory quadratic in the row's length.
+The attention of packed rows, by what the language model is set to and where it runs:
+
+=====================  ==================================  ========================================================
+attention              used on                             kernels
+=====================  ==================================  ========================================================
+``flash_attention_2``  GPUs, in half precision             one call of flash-attention (``cu_seq_lens``)
+``sdpa``               CUDA from compute capability 8.0,   one call of ``torch.nn.attention.varlen.varlen_attn``:
+                       half precision, torch >= 2.11       PyTorch's own build of flash-attention
+``sdpa``               everything else                     one call of SDPA per conversation
+=====================  ==================================  ========================================================
+
+A dense block-diagonal mask would cost time and memory quadratic in the row's length. ``flex_attention`` is not used:
+its block mask has to be built for each batch, and without compilation it computes all of the quadratic attention.
 
 Source: arXiv 2407.09105 (packing with position ids); transformers, integrations/sdpa_attention.py.
 """
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from inspect import signature
+from itertools import accumulate, chain
 from typing import Any
 
 import torch
@@ -18,7 +35,23 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from llavar_peft.compat.dependency_internals import attention_implementation
 
+logger = logging.getLogger(__name__)
+
 _PACKED_SDPA = "sdpa_within_segments"
+_KERNEL_DTYPES = (torch.float16, torch.bfloat16)
+_LARGEST_HEAD = 256
+"""The largest width of a head that flash-attention supports; it must also be a multiple of 8."""
+
+
+@dataclass(frozen=True)
+class Segments:
+    """The lengths of a packed row's conversations.
+
+    A compiled layer depends on the numbers in a tuple among its arguments, but not on those in an object that it does
+    not look into, as with a kernel for all segments.
+    """
+
+    lengths: tuple[int, ...]
 
 
 def enable_packing(model: Any) -> bool:
@@ -43,6 +76,19 @@ def disable_packing(model: Any) -> None:
         model.get_decoder().set_attn_implementation("sdpa")
 
 
+def replace_flash_attention(model: Any) -> bool:
+    """Switch a LLaVAR from flash-attention to SDPA, for a computation in float32, which flash-attention rejects.
+
+    Returns:
+        Whether the model used flash-attention.
+    """
+    configs = (model.config.text_config, model.config.vision_config)
+    used = any(attention_implementation(config).startswith("flash") for config in configs)
+    if used:
+        model.set_attn_implementation("sdpa")
+    return used
+
+
 def packed_arguments(lengths: tuple[int, ...], model: Any, device: torch.device) -> dict[str, Any]:
     """Return the arguments with which a model's ``forward`` takes a packed row.
 
@@ -54,17 +100,25 @@ def packed_arguments(lengths: tuple[int, ...], model: Any, device: torch.device)
     Returns:
         ``position_ids`` ``[1, T]``, which restart with each conversation, and the attention's own arguments.
     """
-    position_ids = torch.cat([torch.arange(length, device=device) for length in lengths])[None]
-    if attention_implementation(model.config.text_config) == _PACKED_SDPA:
-        # A mask with four dimensions is used as given; otherwise one of the row's length squared would be built.
-        unused_mask = torch.zeros(1, 1, 1, 1, dtype=torch.bool, device=device)
-        return {"position_ids": position_ids, "segments": lengths, "attention_mask": unused_mask}
-    ends = torch.tensor([0, *lengths]).cumsum(0, dtype=torch.int32).to(device, non_blocking=True)
-    longest = max(lengths)
+    text = model.config.text_config
+    # Made on the CPU and copied once: the device is neither waited for nor given an operation per conversation.
+    positions = torch.tensor([list(chain.from_iterable(map(range, lengths)))]).to(device, non_blocking=True)
+    if attention_implementation(text) != _PACKED_SDPA:
+        return {"position_ids": positions, **_kernel_arguments(lengths, device)}
+    # A mask with four dimensions is used as given; otherwise one of the row's length squared would be built.
+    unused_mask = torch.zeros(1, 1, 1, 1, dtype=torch.bool, device=device)
+    arguments = {"position_ids": positions, "segments": Segments(lengths), "attention_mask": unused_mask}
+    has_kernel = _fits_kernel(text.head_dim, text.attention_dropout) and _has_kernel(device)
+    _log_choice(device.type, has_kernel)
+    return {**arguments, **_kernel_arguments(lengths, device)} if has_kernel else arguments
+
+
+def _kernel_arguments(lengths: tuple[int, ...], device: torch.device) -> dict[str, Any]:
+    """Return where the conversations end and how long the longest is, under flash-attention's names."""
+    ends = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32).to(device, non_blocking=True)
     return {
-        "position_ids": position_ids,
         **dict.fromkeys(("cu_seq_lens_q", "cu_seq_lens_k"), ends),
-        **dict.fromkeys(("max_length_q", "max_length_k"), longest),
+        **dict.fromkeys(("max_length_q", "max_length_k"), max(lengths)),
     }
 
 
@@ -85,6 +139,29 @@ def padded_arguments(attention_mask_BT: Tensor, model: Any) -> dict[str, Any]:
     return {"attention_mask": causal_TT & attention_mask_BT.bool()[:, None, None, :]}
 
 
+def _fits_kernel(head: int, dropout: float) -> bool:
+    return head % 8 == 0 and head <= _LARGEST_HEAD and dropout == 0
+
+
+@cache
+def _has_kernel(device: torch.device) -> bool:
+    """Return whether ``varlen_attn`` runs on a device. Its causal mask and scale exist since torch 2.11."""
+    if device.type != "cuda" or torch.version.cuda is None or not torch.backends.cuda.is_flash_attention_available():
+        return False
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError:
+        return False
+    has_arguments = {"scale", "window_size"} <= set(signature(varlen_attn).parameters)
+    return has_arguments and torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+@cache
+def _log_choice(device: str, has_kernel: bool) -> None:
+    way = "varlen_attn in half precision, else SDPA in each" if has_kernel else "SDPA in each"
+    logger.info("attention within the conversations of packed rows on %s: %s", device, way)
+
+
 def _sdpa_within_segments(
     module: torch.nn.Module,
     query: Tensor,
@@ -92,7 +169,9 @@ def _sdpa_within_segments(
     value: Tensor,
     attention_mask: Tensor | None,
     *,
-    segments: tuple[int, ...] | None = None,
+    segments: Segments | None = None,
+    cu_seq_lens_q: Tensor | None = None,
+    max_length_q: int = 0,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Compute SDPA, within each segment if there are any.
@@ -102,6 +181,38 @@ def _sdpa_within_segments(
     if segments is None:
         output: Tensor = sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)[0]
         return output, None
-    split = zip(*(torch.split(tensor, list(segments), dim=2) for tensor in (query, key, value)), strict=True)
+    if cu_seq_lens_q is not None and (dtype := _compute_dtype(query)) in _KERNEL_DTYPES:
+        rows = [tensor.squeeze(0).transpose(0, 1).to(dtype) for tensor in (query, key, value)]
+        return _varlen(rows, cu_seq_lens_q, max_length_q, scale=kwargs.get("scaling"))[None], None
+    split = zip(*(torch.split(tensor, list(segments.lengths), dim=2) for tensor in (query, key, value)), strict=True)
     outputs: list[Tensor] = [sdpa_attention_forward(module, *segment, None, **kwargs)[0] for segment in split]
     return torch.cat(outputs, dim=1), None
+
+
+def _compute_dtype(query: Tensor) -> torch.dtype:
+    """Return the dtype that SDPA computes in; queries and keys are float32 where the hidden states are."""
+    device = query.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else query.dtype
+
+
+def _varlen(rows: Sequence[Tensor], ends: Tensor, longest: int, *, scale: float | None) -> Tensor:
+    """Compute causal attention within the segments of one row by one kernel.
+
+    Args:
+        rows: Queries ``[T, H, D]``, keys and values ``[T, K, D]``.
+        ends: Where the segments end, after a 0.
+        longest: Length of the longest segment.
+        scale: Factor of the scores; None is one over the square root of D.
+
+    Returns:
+        The result ``[T, H, D]``.
+    """
+    from torch.nn.attention.varlen import varlen_attn
+
+    query, key, value = rows
+    groups = query.shape[1] // key.shape[1]
+    if groups > 1:
+        key, value = (tensor.repeat_interleave(groups, dim=1) for tensor in (key, value))
+    output: Any = varlen_attn(query, key, value, ends, ends, longest, longest, scale=scale, window_size=(-1, 0))
+    attended: Tensor = output
+    return attended

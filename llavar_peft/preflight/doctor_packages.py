@@ -56,6 +56,7 @@ def _extra(name: str, requirements: Sequence[Requirement]) -> DoctorFinding:
         "lmms-eval": "lmms-eval",
         "cuda": "flash-attention",
         "deepspeed": "ZeRO",
+        "liger": "model.kernels=liger",
     }
     missing = [one.name for one in requirements if check_requirement(one).state == "fault"]
     label = f"[{name}]"

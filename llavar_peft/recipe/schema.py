@@ -19,6 +19,7 @@ from llavar_peft.types import ImageMode
 Quantization = Literal["nf4", "int8"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Attention = Literal["auto", "flash_attention_2", "sdpa", "eager"]
+Kernels = Literal["none", "liger", "compile"]
 Precision = Literal["auto", "bf16", "fp16", "fp32"]
 Schedule = Literal["cosine", "linear", "constant", "constant_with_warmup"]
 Optimizer = Literal["adamw", "adamw_8bit", "paged_adamw_8bit"]
@@ -98,6 +99,9 @@ class ModelConfig(_Strict):
     attention: Attention = "auto"
     """Attention implementation; ``auto`` uses flash-attention where it is installed and supported, else PyTorch's
     SDPA."""
+    kernels: Kernels = "none"
+    """Kernels of the language model's norms and MLPs: PyTorch's, Liger's (they need a GPU and the extra ``liger``), or
+    those that ``torch.compile`` makes at the first step."""
     image_mode: ImageMode = "pad"
     """Image preparation in training, for a model built from parts. Source: LLaVAR, ``--image_aspect_ratio pad``."""
     use_im_start_end: bool = True

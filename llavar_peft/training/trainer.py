@@ -21,7 +21,7 @@ from llavar_peft.errors import InterruptedRunError, LlavarError
 from llavar_peft.models.build_model import build_model
 from llavar_peft.models.merge_adapter import merge_adapter
 from llavar_peft.models.modeling_llavar import LlavarForConditionalGeneration
-from llavar_peft.models.packed_attention import disable_packing
+from llavar_peft.models.packed_attention import disable_packing, replace_flash_attention
 from llavar_peft.models.processing_llavar import LlavarProcessor
 from llavar_peft.models.tuning import (
     apply_tuning,
@@ -154,6 +154,8 @@ class Trainer:
         trained = apply_tuning(
             self.model, stage.tune, new_rows=trains_image_rows(self.recipe, stage), checkpoint=checkpoint
         )
+        if resolve_precision(stage.precision) == "fp32" and replace_flash_attention(self.model):
+            logger.info("%s: computes in float32, so SDPA replaces flash-attention", stage.name)
         # After the model: once ZeRO-3's settings are known, peft takes the model for partitioned.
         arguments = training_arguments(self.recipe, stage, directory, ranks=self.ranks)
         count, total = trained_parameters(trained)

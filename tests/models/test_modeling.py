@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 
 import pytest
@@ -178,3 +179,25 @@ def test_the_projector_computes_in_its_own_dtype_except_under_autocast() -> None
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert projector(features).dtype == torch.bfloat16
     assert projector.to(torch.bfloat16)(features.float()).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("trained", [False, True])
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_a_frozen_tower_is_not_computed_again_for_gradients(
+    model: LlavarForConditionalGeneration, pixels: Tensor, trained: bool
+) -> None:
+    """With gradient checkpointing, transformers marks the embeddings of the tower too."""
+    model = copy.deepcopy(model).train()
+    model.model.vision_tower.requires_grad_(trained)
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    outputs: list[Tensor] = []
+    for layer in model.model.vision_tower.encoder.layers:
+        layer.layer_norm2.register_forward_hook(lambda _, __, output: outputs.append(output))
+    ids = torch.tensor([[1, *[IMAGE_ID] * PATCHES, 5]])
+    model(input_ids=ids, pixel_values=pixels[:1], targets=ids).loss.backward()
+    assert len(outputs) == (LAYERS - 1) * (2 if trained else 1)
+    assert [output.requires_grad for output in outputs] == [trained] * len(outputs)
+    gradient = model.model.multi_modal_projector.weight.grad
+    assert gradient is not None
+    assert gradient.any()
+    assert (model.model.vision_tower.embeddings.patch_embedding.weight.grad is not None) == trained

@@ -1,0 +1,183 @@
+"""Other kernels of the layers: they replace the right modules and nothing else, and compute the same.
+
+Liger's kernels run on GPUs only (tests/gpu compares the real ones). Here their interface is a module of plain PyTorch.
+"""
+
+from __future__ import annotations
+
+import sys
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers.models.llama import modeling_llama
+
+from llavar_peft import Lora, ModelConfig
+from llavar_peft.errors import EnvironmentFaultError, MissingDependencyError
+from llavar_peft.models import build_model as building
+from llavar_peft.models import layer_kernels
+from llavar_peft.models.layer_kernels import apply_kernels
+from llavar_peft.models.modeling_llavar import LlavarForConditionalGeneration
+from llavar_peft.models.packed_attention import enable_packing
+from llavar_peft.models.tuning import apply_tuning
+from llavar_peft.training.supervised_loss import supervised_loss
+from tests.training.test_operation_counts import _model
+from tests.weights.adapters import LANGUAGE_MODEL, VISION_TOWER
+
+
+class LigerRMSNorm(nn.Module):
+    def __init__(self, hidden_size: int, eps: float = 1e-6) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(hidden_size))
+        self.eps = eps
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return nn.functional.rms_norm(hidden, hidden.shape[-1:], self.weight, self.eps)
+
+
+class LigerSwiGLUMLP(nn.Module):
+    def __init__(self, config: Any) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        gate = self.gate_proj(hidden)
+        made: Tensor = self.down_proj(gate * gate.sigmoid() * self.up_proj(hidden))
+        return made
+
+
+def liger_rotary_pos_emb(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    def rotate(tensor: Tensor) -> Tensor:
+        one, two = tensor.chunk(2, dim=-1)
+        c, s = (table[:, None, :, : one.shape[-1]] for table in (cos, sin))
+        return torch.cat([one * c - two * s, two * c + one * s], dim=-1)
+
+    return rotate(q), rotate(k)
+
+
+@pytest.fixture
+def liger(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """Put the classes above in the place of liger-kernel's."""
+    package, module = ModuleType("liger_kernel"), ModuleType("liger_kernel.transformers")
+    for made in (LigerRMSNorm, LigerSwiGLUMLP, liger_rotary_pos_emb):
+        setattr(module, made.__name__, made)
+    package.transformers = module  # type: ignore[attr-defined]
+    package.__spec__ = ModuleSpec("liger_kernel", None)
+    monkeypatch.setitem(sys.modules, "liger_kernel", package)
+    monkeypatch.setitem(sys.modules, "liger_kernel.transformers", module)
+    monkeypatch.setattr(modeling_llama, "apply_rotary_pos_emb", modeling_llama.apply_rotary_pos_emb)
+    return module
+
+
+def _batch() -> dict[str, Any]:
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(3, 50, (1, 24), generator=generator)
+    ids[0, 2:6] = 60
+    pixels = torch.randn(1, 3, 28, 28, generator=generator)
+    return {"input_ids": ids, "labels": torch.where(ids == 60, -100, ids), "lengths": (14, 10), "pixel_values": pixels}
+
+
+def _step(model: LlavarForConditionalGeneration, trained: Any) -> tuple[float, dict[str, Tensor]]:
+    enable_packing(model)
+    loss, count, _ = supervised_loss(trained, _batch())
+    (loss / count).backward()
+    found = {name: one.grad for name, one in trained.named_parameters() if one.grad is not None}
+    return float(loss.detach()) / count, found
+
+
+def _pair(layers: int = 2) -> tuple[LlavarForConditionalGeneration, LlavarForConditionalGeneration]:
+    torch.manual_seed(0)
+    one, other = _model(layers), _model(layers)
+    other.load_state_dict(one.state_dict())
+    return one, other
+
+
+@pytest.mark.usefixtures("liger")
+@pytest.mark.parametrize("adapted", [False, True])
+def test_liger_replaces_norms_and_mlps_of_the_language_model(adapted: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain, other = _pair()
+    names = {name: id(parameter) for name, parameter in other.named_parameters()}
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.cuda, "is_available", lambda: True)
+        apply_kernels(other, "liger")
+    assert {name: id(parameter) for name, parameter in other.named_parameters()} == names
+    kinds = {name: type(module) for name, module in other.named_modules()}
+    norms = {name for name, kind in kinds.items() if kind is LigerRMSNorm}
+    layers = "model.language_model.layers"
+    expected = {f"{layers}.{n}.{norm}" for n in (0, 1) for norm in ("input_layernorm", "post_attention_layernorm")}
+    assert norms == {*expected, "model.language_model.norm"}
+    assert {name for name, kind in kinds.items() if kind is LigerSwiGLUMLP} == {f"{layers}.{n}.mlp" for n in (0, 1)}
+    torch.manual_seed(1)
+    tune = Lora(rank=4, dropout=0.0)
+    models = [apply_tuning(one, tune) if adapted else one for one in (plain, other)]
+    if adapted:
+        models[1].load_state_dict(models[0].state_dict())
+    (loss, gradients), (other_loss, others) = (
+        _step(one, trained.train()) for one, trained in zip((plain, other), models, strict=True)
+    )
+    assert other_loss == pytest.approx(loss, abs=1e-5)
+    assert set(gradients) == set(others)
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(others[name], gradient, atol=1e-5, rtol=1e-4)
+
+
+def test_a_missing_package_and_a_missing_gpu_are_reported(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = _model(1)
+    monkeypatch.setattr(layer_kernels, "find_spec", lambda name: None)
+    with pytest.raises(MissingDependencyError, match=r"pip install 'llavar-peft\[liger\]'"):
+        apply_kernels(model, "liger")
+    monkeypatch.setattr(layer_kernels, "find_spec", lambda name: name)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(EnvironmentFaultError, match="needs a GPU"):
+        apply_kernels(model, "liger")
+    assert all(type(layer.mlp) is modeling_llama.LlamaMLP for layer in model.get_decoder().layers)
+
+
+def test_the_setting_reaches_the_model_and_the_default_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[str] = []
+    monkeypatch.setattr(building, "apply_kernels", lambda model, kernels: seen.append(kernels))
+    config = {"language_model": str(LANGUAGE_MODEL), "vision_tower": str(VISION_TOWER), "dtype": "float32"}
+    building.build_model(ModelConfig(**config))
+    building.build_model(ModelConfig(**config, kernels="compile"))
+    assert seen == ["none", "compile"]
+    model = _model(1)
+    apply_kernels(model, "none")
+    assert not any(module._compiled_call_impl for module in model.modules())
+    assert modeling_llama.apply_rotary_pos_emb.__module__ == modeling_llama.__name__
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.parametrize("recompute", [False, True], ids=["", "recomputed"])
+def test_compiled_layers_give_the_same(recompute: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Layers share graphs, also for decoded tokens. Without the backend that makes machine code, which takes long."""
+    compiled: list[Any] = []
+
+    def backend(graph: Any, example: Any) -> Any:
+        compiled.append(graph)
+        return graph.forward
+
+    real = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda function, **options: real(function, backend=backend, **options))
+    torch.compiler.reset()
+    plain, other = _pair(layers=10)
+    if recompute:
+        for model in (plain, other):
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+    apply_kernels(other, "compile")
+    expected, gradients = _step(plain, plain.train())
+    loss, others = _step(other, other.train())
+    assert loss == pytest.approx(expected, abs=1e-6)
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(others[name], gradient, atol=1e-6, rtol=1e-5)
+    assert len(compiled) == 2  # a norm and an MLP
+    ids = torch.arange(3, 12)[None]
+    made, same = (one.eval().generate(input_ids=ids, max_new_tokens=6, do_sample=False) for one in (other, plain))
+    assert torch.equal(made, same)
+    assert len(compiled) <= 8  # and those without gradients, of a prompt and of a single token: fewer than layers
+    torch.compiler.reset()
