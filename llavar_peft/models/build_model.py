@@ -13,17 +13,23 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, AutoProcessor, PreTrainedTokenizerFast
+from accelerate import init_empty_weights
+from torch import nn
+from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, AutoProcessor
 from transformers.utils import logging as hf_logging
 
-from llavar_peft.compat.dependency_internals import keep_quantization_scales
+from llavar_peft.compat.dependency_internals import attention_implementation, keep_quantization_scales
 from llavar_peft.constants import MODEL_TYPE
 from llavar_peft.errors import ConfigError, MissingDependencyError
 from llavar_peft.models.checkpoint_loading import read_checkpoint, read_parts, resolve_folder
 from llavar_peft.models.llavar_config import LlavarConfig
+from llavar_peft.models.model_parts import ModelParts
 from llavar_peft.models.modeling_llavar import LlavarForConditionalGeneration, LlavarModel
+from llavar_peft.models.pending_weights import PendingWeights
 from llavar_peft.models.processing_llavar import LlavarProcessor
 from llavar_peft.recipe.schema import Attention, ModelConfig, Quantization
+from llavar_peft.weights.io import tensor_names
+from llavar_peft.weights.io.joined_rows import JoinedRows, whole
 from llavar_peft.weights.io.projector_file import apply_projector
 from llavar_peft.weights.io.tensor_blocks import check_tensors
 
@@ -55,12 +61,7 @@ def build_model(
         WeightsError: A tensor is missing, unexpected or has the wrong shape.
         MissingDependencyError: flash-attention or bitsandbytes is requested and not installed.
     """
-    register()
-    _check_sources(config)
-    parts = read_checkpoint(config) if config.checkpoint is not None else read_parts(config, seed=seed)
-    if config.projector is not None:
-        apply_projector(parts.tensors, config.projector)
-    check_tensors(parts.tensors, expected_shapes(parts.config), where=parts.source)
+    parts = _read_checked_parts(config, seed)
     dtype = resolve_dtype(config.dtype)
     attention = resolve_attention(config.attention, dtype)
     if device is None:
@@ -69,7 +70,7 @@ def build_model(
         model = LlavarForConditionalGeneration.from_pretrained(
             None,
             config=parts.config,
-            state_dict=parts.tensors,
+            state_dict=parts.whole_tensors(),
             dtype=dtype,
             attn_implementation=attention,
             device_map={"": device},
@@ -77,10 +78,42 @@ def build_model(
         )
     if config.quantize is not None:
         keep_quantization_scales(model)
-    _set_generation_ids(model, parts.tokenizer)
-    model.name_or_path = model.config.name_or_path = parts.source
-    logger.info("%s: %s weights, %s attention", parts.source, str(dtype).removeprefix("torch."), attention)
-    return model, parts.processor()
+    return _finish(model, parts), parts.processor()
+
+
+def build_pending_model(
+    config: ModelConfig, *, seed: int = 0
+) -> tuple[LlavarForConditionalGeneration, LlavarProcessor]:
+    """Build a LLaVAR whose large tensors are on the device ``meta``, for training with sharded weights.
+
+    The model cannot be used before it is sharded. ``Trainer`` reads the values of each shard from the files.
+
+    Args:
+        config: As for ``build_model``, without ``quantize``.
+        seed: Of a new projector's random weights.
+
+    Returns:
+        The model, in ``eval`` mode with nothing frozen, and its processor.
+
+    Raises:
+        ConfigError: The settings do not name exactly one model.
+        WeightsError: A tensor is missing, unexpected or has the wrong shape.
+        MissingDependencyError: flash-attention is requested and not installed.
+    """
+    parts = _read_checked_parts(config, seed)
+    dtype = resolve_dtype(config.dtype)
+    attention = resolve_attention(config.attention, dtype)
+    with init_empty_weights(include_buffers=False):
+        model = AutoModelForImageTextToText.from_config(parts.config, dtype=dtype, attn_implementation=attention)
+    pending = PendingWeights(dtype)
+    for name, parameter in list(model.named_parameters()):
+        pending.add(parameter, parts.tensors[name])
+    for name in (tensor_names.PROJECTOR_WEIGHT, tensor_names.PROJECTOR_BIAS):
+        # Small, and copied by peft: read at once.
+        module, _, own = name.rpartition(".")
+        setattr(model.get_submodule(module), own, nn.Parameter(whole(parts.tensors[name]).to(dtype, copy=True)))
+    model.pending_weights = pending
+    return _finish(model.eval(), parts), parts.processor()
 
 
 def load_processor(model: str, *, vision_tower: str | None = None) -> LlavarProcessor:
@@ -183,6 +216,27 @@ def quantization_arguments(quantize: Quantization | None, dtype: torch.dtype) ->
     }
 
 
+def _read_checked_parts(config: ModelConfig, seed: int) -> ModelParts:
+    register()
+    _check_sources(config)
+    parts = read_checkpoint(config) if config.checkpoint is not None else read_parts(config, seed=seed)
+    if config.projector is not None:
+        apply_projector(parts.tensors, config.projector)
+    check_tensors(parts.tensors, expected_shapes(parts.config), where=parts.source)
+    return parts
+
+
+def _finish(model: LlavarForConditionalGeneration, parts: ModelParts) -> LlavarForConditionalGeneration:
+    generation, tokenizer = model.generation_config, parts.tokenizer
+    generation.bos_token_id = tokenizer.bos_token_id
+    generation.eos_token_id = tokenizer.eos_token_id
+    generation.pad_token_id = tokenizer.pad_token_id
+    model.name_or_path = model.config.name_or_path = parts.source
+    dtype, attention = str(model.dtype).removeprefix("torch."), attention_implementation(model.config)
+    logger.info("%s: %s weights, %s attention", parts.source, dtype, attention)
+    return model
+
+
 def _check_sources(config: ModelConfig) -> None:
     has_parts = config.language_model is not None and config.vision_tower is not None
     if config.checkpoint is None and not has_parts:
@@ -197,7 +251,7 @@ def _check_sources(config: ModelConfig) -> None:
 
 
 @contextmanager
-def _no_progress_bar_for_small_models(tensors: Mapping[str, torch.Tensor]) -> Iterator[None]:
+def _no_progress_bar_for_small_models(tensors: Mapping[str, torch.Tensor | JoinedRows]) -> Iterator[None]:
     """Hide ``transformers``' progress bar for a model that loads within a moment."""
     small = sum(tensor.numel() for tensor in tensors.values()) < _SMALL_MODEL
     if not (small and hf_logging.is_progress_bar_enabled()):
@@ -208,10 +262,3 @@ def _no_progress_bar_for_small_models(tensors: Mapping[str, torch.Tensor]) -> It
         yield
     finally:
         hf_logging.enable_progress_bar()
-
-
-def _set_generation_ids(model: LlavarForConditionalGeneration, tokenizer: PreTrainedTokenizerFast) -> None:
-    generation = model.generation_config
-    generation.bos_token_id = tokenizer.bos_token_id
-    generation.eos_token_id = tokenizer.eos_token_id
-    generation.pad_token_id = tokenizer.pad_token_id

@@ -32,6 +32,7 @@ from llavar_peft.constants import IGNORE_INDEX
 from llavar_peft.errors import ConfigError
 from llavar_peft.models.chunked_loss import LossHead
 from llavar_peft.models.llavar_config import LlavarConfig
+from llavar_peft.models.pending_weights import PendingWeights
 
 CACHE_ARGUMENT: Final = (
     "cache" if "cache" in signature(LlavaForConditionalGeneration.forward).parameters else "past_key_values"
@@ -218,6 +219,8 @@ class LlavarForConditionalGeneration(LlavaForConditionalGeneration):
     config: LlavarConfig
     config_class = LlavarConfig
     lm_head: nn.Linear
+    pending_weights: PendingWeights | None = None
+    """Set while parameters are on the device ``meta``, until their values are read (``build_pending_model``)."""
 
     def __init__(self, config: LlavarConfig) -> None:
         super().__init__(config)

@@ -32,6 +32,7 @@ from llavar_peft.training.checkpoint_writer import CheckpointWriter
 from llavar_peft.training.dropped_records import DroppedRecords
 from llavar_peft.training.model_card import write_card
 from llavar_peft.training.optimizer_step import StepCounts, check_finite, learning_rates, split_groups
+from llavar_peft.training.read_shards import shard_pending
 from llavar_peft.training.save_weights import load_trained, save_trained
 from llavar_peft.training.sharding import (
     check_fsdp_version,
@@ -122,6 +123,12 @@ class StageTrainer(TrainerInternals):
     def load_weights(self, checkpoint: Path) -> None:
         """Load what the stage had trained when the checkpoint was written."""
         load_trained(self.model, checkpoint)
+
+    def shard_pending(self) -> None:
+        """Shard a model whose weights are still to be read."""
+        pending = self.model.pending_weights
+        if pending is not None and self.sharding == "fsdp2":
+            shard_pending(self.model, pending, self.accelerator)
 
     def check_prepared(self, model: nn.Module) -> None:
         """Check that FSDP2 has sharded the model."""
