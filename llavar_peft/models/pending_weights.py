@@ -72,6 +72,28 @@ class PendingWeights:
                 last = min(first + step, target.shape[0])
                 target[first:last].copy_(self.read(parameter, start + first, start + last))
 
+    def fill(self, model: nn.Module, device: torch.device) -> None:
+        """Read all pending parameters of a model onto a device, and move the rest of the model there, in place."""
+        for module, name, parameter in pending_places(model):
+            setattr(module, name, self.load(parameter, device))
+        model.to(device)
+
+    def load(self, parameter: nn.Parameter, device: torch.device) -> nn.Parameter:
+        """Return a parameter on a device with the values of a pending one, in its dtype."""
+        values = torch.empty(parameter.shape, dtype=parameter.dtype, device=device)
+        self.copy_rows(parameter, 0, values)
+        return nn.Parameter(values, requires_grad=parameter.requires_grad)
+
+
+def pending_places(model: nn.Module) -> list[tuple[nn.Module, str, nn.Parameter]]:
+    """Return the parameters of a model that are on ``meta``, each with its module and its name there."""
+    return [
+        (module, name, parameter)
+        for module in model.modules()
+        for name, parameter in module.named_parameters(recurse=False)
+        if parameter.device == _META
+    ]
+
 
 @contextmanager
 def without_memory_on_cpu(model: nn.Module) -> Iterator[None]:
@@ -79,12 +101,7 @@ def without_memory_on_cpu(model: nn.Module) -> Iterator[None]:
 
     peft moves new adapters onto the device of the layer that they belong to; on ``meta`` their values would be lost.
     """
-    places = [
-        (module, name, parameter)
-        for module in model.modules()
-        for name, parameter in module.named_parameters(recurse=False)
-        if parameter.device == _META
-    ]
+    places = pending_places(model)
     for module, name, parameter in places:
         zeros = torch.zeros((), dtype=parameter.dtype).expand(parameter.shape)
         setattr(module, name, nn.Parameter(zeros, requires_grad=False))

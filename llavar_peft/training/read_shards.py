@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator, PartialState
-from accelerate.utils import fsdp2_prepare_model
+from accelerate.utils import DistributedType, fsdp2_prepare_model
 from torch import Tensor, nn
 from torch.distributed.fsdp import CPUOffloadPolicy
 from torch.distributed.tensor import DTensor, Shard
@@ -22,7 +22,7 @@ from llavar_peft.models.modeling_llavar import LlavarForConditionalGeneration
 from llavar_peft.models.pending_weights import PendingWeights
 from llavar_peft.models.processing_llavar import LlavarProcessor
 from llavar_peft.recipe.schema import ModelConfig
-from llavar_peft.training.sharding import is_fsdp_requested
+from llavar_peft.training.sharding import Sharding, is_fsdp2, is_fsdp_requested
 
 logger = logging.getLogger(__name__)
 
@@ -38,24 +38,63 @@ def build_for_training(
         seed: As in ``build_model``.
 
     Returns:
-        What ``build_model`` returns; the weights are pending if they will be sharded.
+        What ``build_model`` returns. The model is on the GPU, if there is one; its weights are pending if they will be
+        sharded.
     """
-    if config.quantize is None and processes.num_processes > 1 and is_fsdp_requested():
-        return build_pending_model(config, seed=seed)
-    return build_model(config, seed=seed)
+    sharded = processes.num_processes > 1 and (
+        processes.distributed_type == DistributedType.DEEPSPEED or (is_fsdp_requested() and is_fsdp2())
+    )
+    gpu = processes.device.type == "cuda"
+    if config.quantize is not None or not (sharded or gpu):
+        return build_model(config, seed=seed)
+    model, processor = build_pending_model(config, seed=seed)
+    if not sharded and model.pending_weights is not None:
+        model.pending_weights.fill(model, processes.device)
+        model.pending_weights = None
+    return model, processor
 
 
-def shard_pending(model: Any, pending: PendingWeights, accelerator: Accelerator) -> None:
-    """Shard a model with FSDP2, as accelerate would, and read the shards, in place.
+def shard_pending(model: Any, accelerator: Accelerator, sharding: Sharding) -> None:
+    """Shard a model whose values are pending, as accelerate would shard a whole one, and read the shards, in place.
 
     Args:
         model: The tuned model.
-        pending: Its values.
-        accelerator: The accelerator of the run, with FSDP2.
+        accelerator: The accelerator of the run.
+        sharding: How the model is sharded.
 
     Raises:
         EnvironmentFaultError: A parameter has no values.
     """
+    pending: PendingWeights = model.pending_weights
+    if sharding == "fsdp2":
+        _shard(model, pending, accelerator)
+    elif accelerator.state.deepspeed_plugin.zero_stage == 3:
+        _partition(model, pending, accelerator)
+    else:
+        pending.fill(model, accelerator.device)
+    plain = model.get_base_model() if hasattr(model, "peft_config") else model
+    plain.pending_weights = None
+    _check_filled(model)
+
+
+def _partition(model: nn.Module, pending: PendingWeights, accelerator: Accelerator) -> None:
+    """Partition a model as ZeRO-3 does, one tensor after the other."""
+    import deepspeed
+
+    settings = accelerator.state.deepspeed_plugin.hf_ds_config
+    dtype = settings.dtype()
+    for module in model.modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            whole = pending.load(parameter, accelerator.device) if parameter in pending else parameter
+            # DeepSpeed computes in one dtype, and keeps float32 copies of what is trained.
+            converted = nn.Parameter(whole.detach().to(accelerator.device, dtype), requires_grad=whole.requires_grad)
+            setattr(module, name, converted)
+            deepspeed.zero.Init(module=nn.ParameterList([converted]), config_dict_or_path=settings.config, dtype=dtype)
+    for buffer in model.buffers():
+        buffer.data = buffer.to(accelerator.device)
+
+
+def _shard(model: nn.Module, pending: PendingWeights, accelerator: Accelerator) -> None:
     plugin = accelerator.state.fsdp_plugin
     # Otherwise accelerate would distribute the tensors of the first rank, which has none.
     plugin.cpu_ram_efficient_loading = False
@@ -68,7 +107,6 @@ def shard_pending(model: Any, pending: PendingWeights, accelerator: Accelerator)
         if name in sources
     }
     sharded.load_state_dict(shards, strict=False, assign=True)
-    check_filled(sharded)
 
 
 def _read_shard(parameter: DTensor, source: Tensor, pending: PendingWeights, device: torch.device) -> DTensor:
@@ -95,7 +133,7 @@ def _first_row(parameter: DTensor) -> int:
     return start
 
 
-def check_filled(model: nn.Module) -> None:
+def _check_filled(model: nn.Module) -> None:
     """Check that every parameter and buffer has memory.
 
     Raises:
@@ -104,4 +142,4 @@ def check_filled(model: nn.Module) -> None:
     tensors = (*model.named_parameters(), *model.named_buffers())
     empty = [name for name, tensor in tensors if tensor.device.type == "meta"]
     if empty:
-        raise EnvironmentFaultError.at("FSDP", f"{empty[0]} was not read", "report this with the configuration")
+        raise EnvironmentFaultError.at("weights", f"{empty[0]} was not read", "report this with the configuration")

@@ -31,13 +31,18 @@ def is_fsdp_requested() -> bool:
     return os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
 
 
+def is_fsdp2() -> bool:
+    """Whether version 2 of FSDP was requested."""
+    return os.environ.get("FSDP_VERSION", "1") == "2"
+
+
 def check_fsdp_version() -> None:
     """Reject FSDP version 1 on a CPU, where accelerate runs DDP silently or raises an error about devices.
 
     Raises:
         EnvironmentFaultError: FSDP version 1 was requested and there is no GPU.
     """
-    if is_fsdp_requested() and os.environ.get("FSDP_VERSION", "1") != "2" and not torch.accelerator.is_available():
+    if is_fsdp_requested() and not is_fsdp2() and not torch.accelerator.is_available():
         raise EnvironmentFaultError.at(
             "accelerate", "FSDP version 1 needs GPUs, and this machine has none", "set fsdp_version: 2"
         )

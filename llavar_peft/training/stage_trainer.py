@@ -126,9 +126,8 @@ class StageTrainer(TrainerInternals):
 
     def shard_pending(self) -> None:
         """Shard a model whose weights are still to be read."""
-        pending = self.model.pending_weights
-        if pending is not None and self.sharding == "fsdp2":
-            shard_pending(self.model, pending, self.accelerator)
+        if self.model.pending_weights is not None and self.sharding is not None:
+            shard_pending(self.model, self.accelerator, self.sharding)
 
     def check_prepared(self, model: nn.Module) -> None:
         """Check that FSDP2 has sharded the model."""
