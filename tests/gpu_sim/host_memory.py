@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import sys
-import weakref
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
@@ -19,7 +19,6 @@ import torch.distributed as dist
 from accelerate import Accelerator
 from torch import Tensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from llavar_peft.compat.dependency_internals import enable_fsdp_on_cpu
 from llavar_peft.models import build_model as building
@@ -34,31 +33,26 @@ TUNES = {"stage1": Projector(), "full": Full(), "lora": Lora(rank=64, alpha=128,
 GPU = torch.device("meta")
 
 
-class HostMemory(TorchDispatchMode):
-    """Follows the memory of the CPU tensors that are created inside the context."""
+class HostMemory:
+    """The peak of this process's memory since the last reset, in bytes."""
 
     def __init__(self) -> None:
-        super().__init__()
-        self.now = self.peak = 0
-        self._alive: set[int] = set()
+        self.start = _resident("VmRSS")
+        self.reset()
 
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = function(*args, **(kwargs or {}))
-        for tensor in result if isinstance(result, (list, tuple)) else (result,):
-            if isinstance(tensor, Tensor) and tensor.device.type == "cpu":
-                self._add(tensor.untyped_storage())
-        return result
+    def reset(self) -> None:
+        """Begin a new peak."""
+        Path("/proc/self/clear_refs").write_text("5")
 
-    def _add(self, storage: torch.UntypedStorage) -> None:
-        if storage._cdata not in self._alive:
-            self._alive.add(storage._cdata)
-            self.now += storage.nbytes()
-            self.peak = max(self.peak, self.now)
-            weakref.finalize(storage, self._free, storage._cdata, storage.nbytes())
+    @property
+    def peak(self) -> int:
+        """The peak, without what the process held when this object was made."""
+        return _resident("VmHWM") - self.start
 
-    def _free(self, identity: int, size: int) -> None:
-        self._alive.discard(identity)
-        self.now -= size
+
+def _resident(kind: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * int(next(line for line in lines if line.startswith(kind)).split()[1])
 
 
 def stored_parts(config: LlavarConfig) -> tuple[SimpleNamespace, int]:
@@ -86,11 +80,11 @@ def measure(case: str, accelerator: Accelerator) -> dict[str, Any]:
     def copy_and_count(*arguments: Any) -> None:
         # From here on the files count as well.
         if not before[0]:
-            before[0], memory.peak = memory.peak, memory.now
+            before[0] = memory.peak
+            memory.reset()
         copy_rows(*arguments)
 
     with (
-        memory,
         patch.object(building, "_read_checked_parts", return_value=parts),
         patch.object(PendingWeights, "copy_rows", copy_and_count),
     ):

@@ -15,12 +15,14 @@ MOST = 1.2
 """Copies of the stored model per node."""
 CASES = {8: ("7b,stage1", "13b,full", "13b,lora", "7b,ddp"), 16: ("13b,stage1",)}
 PER_NODE = 8
+PLAIN = {"OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+"""The allocator returns freed memory to the system."""
 
 
 def _measure(ranks: int) -> list[dict[str, Any]]:
     done = subprocess.run(
         [sys.executable, "-m", "tests.gpu_sim.host_memory", str(ranks), *CASES[ranks]],
-        cwd=Path(__file__).parents[2], env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True,
+        cwd=Path(__file__).parents[2], env={**os.environ, **PLAIN}, capture_output=True, text=True,
         check=False, timeout=600,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
