@@ -10,9 +10,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-import torch
 import transformers
-from accelerate import PartialState
 
 from llavar_peft.atomic_files import commit_folder
 from llavar_peft.constants import METRICS_FILE, PROBE_FILE
@@ -33,6 +31,7 @@ from llavar_peft.training.checkpoint_folders import checkpoint_step, find_resume
 from llavar_peft.training.checkpoint_writer import explain_full_disk
 from llavar_peft.training.dropped_records import DROPPED_FILE, DroppedRecords
 from llavar_peft.training.holdout_probe import Probe
+from llavar_peft.training.launch import start_processes
 from llavar_peft.training.out_of_memory import explain_out_of_memory
 from llavar_peft.training.run_folder import RunFolder, lock_folder
 from llavar_peft.training.save_weights import save_plain, save_result
@@ -75,8 +74,7 @@ class Trainer:
         self.callbacks = list(callbacks)
         self.run = RunFolder(self.recipe)
         self.base = self.recipe.model
-        # Without ``cpu`` on a machine without GPUs, accelerate treats several processes as one.
-        self.processes = PartialState(cpu=not (torch.cuda.is_available() or torch.backends.mps.is_available()))
+        self.processes = start_processes(self.recipe)
         self.ranks = self.processes.num_processes
         self.main = self.processes.is_main_process
 
@@ -267,5 +265,6 @@ def run_recipe(
     recipe: Recipe, stages: Sequence[str] | None = None, *, restart: bool = False, allow_changes: bool = False
 ) -> Path:
     """Build the recipe's model, train it as ``Trainer.train`` does, and return the folder of the last result."""
+    start_processes(validate_recipe(recipe))
     model, processor = build_model(recipe.model, seed=recipe.seed)
     return Trainer(model, processor, recipe).train(stages, restart=restart, allow_changes=allow_changes)
