@@ -22,6 +22,7 @@ from llavar_peft.compat.dependency_internals import attention_implementation, ke
 from llavar_peft.constants import MODEL_TYPE
 from llavar_peft.errors import ConfigError, MissingDependencyError
 from llavar_peft.models.checkpoint_loading import read_checkpoint, read_parts, resolve_folder
+from llavar_peft.models.launch_environment import claim_device, half_precision, requested_sharding
 from llavar_peft.models.llavar_config import LlavarConfig
 from llavar_peft.models.model_parts import ModelParts
 from llavar_peft.models.modeling_llavar import LlavarForConditionalGeneration, LlavarModel
@@ -50,7 +51,7 @@ def build_model(
     Args:
         config: The model's source: ``language_model`` and ``vision_tower``; or ``checkpoint`` in this package's layout
             or in the released one (then with ``vision_tower``); each optionally with a stage-1 ``projector``.
-        device: None is the CPU or, for a quantized model, the current GPU if there is one.
+        device: None is the CPU or, for a quantized model, the GPU of this process if there is one.
         seed: Of a new projector's random weights.
 
     Returns:
@@ -65,7 +66,7 @@ def build_model(
     dtype = resolve_dtype(config.dtype)
     attention = resolve_attention(config.attention, dtype)
     if device is None:
-        device = "cuda" if config.quantize and torch.cuda.is_available() else "cpu"
+        device = claim_device() if config.quantize else "cpu"
     with _no_progress_bar_for_small_models(parts.tensors):
         model = LlavarForConditionalGeneration.from_pretrained(
             None,
@@ -156,11 +157,8 @@ def expected_shapes(config: LlavarConfig) -> dict[str, tuple[int, ...]]:
 
 
 def resolve_dtype(dtype: str) -> torch.dtype:
-    """Return a setting's dtype; ``auto`` is bfloat16 on a GPU that supports it, otherwise float32."""
-    if dtype == "auto":
-        has_bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
-        return torch.bfloat16 if has_bf16 else torch.float32
-    return _DTYPES[dtype]
+    """Return a setting's dtype; ``auto`` is the 16-bit format that suits the GPU, without a GPU float32."""
+    return half_precision() or torch.float32 if dtype == "auto" else _DTYPES[dtype]
 
 
 def resolve_attention(attention: Attention, dtype: torch.dtype) -> str:
@@ -211,6 +209,8 @@ def quantization_arguments(quantize: Quantization | None, dtype: torch.dtype) ->
             bnb_4bit_quant_type="nf4",
             bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=dtype,
+            # FSDP2 shards, and in mixed precision casts, every parameter that is not of the computation's dtype.
+            bnb_4bit_quant_storage=dtype if requested_sharding() == "fsdp2" else torch.uint8,
             llm_int8_skip_modules=_UNQUANTIZED,
         )
     }

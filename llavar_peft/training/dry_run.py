@@ -27,7 +27,9 @@ from llavar_peft.constants import METRICS_FILE
 from llavar_peft.errors import InterruptedRunError
 from llavar_peft.models.build_model import build_model
 from llavar_peft.recipe.schema import Recipe, Stage
+from llavar_peft.recipe.validate import validate_recipe
 from llavar_peft.training.checkpoint_folders import list_checkpoints
+from llavar_peft.training.launch import start_processes
 from llavar_peft.training.stage_records import stage_records
 from llavar_peft.training.trainer import Trainer
 
@@ -72,7 +74,7 @@ def dry_run(recipe: Recipe, stages: tuple[str, ...] = ()) -> Iterator[Trial]:
     Raises:
         LlavarError: Any error that would stop the run.
     """
-    processes = PartialState(cpu=not (torch.cuda.is_available() or torch.backends.mps.is_available()))
+    processes = start_processes(validate_recipe(recipe))
     output = Path(recipe.output_dir)
     folder = output.with_name(f".{output.name}.dry-run")
     if processes.is_main_process:

@@ -6,25 +6,26 @@ system caches once.
 
 from __future__ import annotations
 
-import logging
+import os
 from typing import Any
 
 import torch
 from accelerate import Accelerator, PartialState
-from accelerate.utils import DistributedType, fsdp2_prepare_model
+from accelerate.utils import fsdp2_prepare_model
 from torch import Tensor, nn
 from torch.distributed.fsdp import CPUOffloadPolicy
 from torch.distributed.tensor import DTensor, Shard
 
 from llavar_peft.errors import EnvironmentFaultError
 from llavar_peft.models.build_model import build_model, build_pending_model
+from llavar_peft.models.launch_environment import Sharding, requested_sharding
 from llavar_peft.models.modeling_llavar import LlavarForConditionalGeneration
 from llavar_peft.models.pending_weights import PendingWeights
 from llavar_peft.models.processing_llavar import LlavarProcessor
 from llavar_peft.recipe.schema import ModelConfig
-from llavar_peft.training.sharding import Sharding, is_fsdp2, is_fsdp_requested
 
-logger = logging.getLogger(__name__)
+_WRAPS_BEFORE = {"FSDP_ACTIVATION_CHECKPOINTING": ("true", "1"), "ACCELERATE_DYNAMO_BACKEND": ("inductor", "eager")}
+"""Settings of accelerate with which it changes the modules of a whole model before it shards it."""
 
 
 def build_for_training(
@@ -41,10 +42,10 @@ def build_for_training(
         What ``build_model`` returns. The model is on the GPU, if there is one; its weights are pending if they will be
         sharded.
     """
-    sharded = processes.num_processes > 1 and (
-        processes.distributed_type == DistributedType.DEEPSPEED or (is_fsdp_requested() and is_fsdp2())
-    )
-    gpu = processes.device.type == "cuda"
+    sharding = requested_sharding()
+    wrapped_before = any(os.environ.get(name, "").lower() in values for name, values in _WRAPS_BEFORE.items())
+    sharded = sharding == "zero" or (sharding == "fsdp2" and not wrapped_before)
+    gpu = processes.device.type == "cuda" and sharding is None
     if config.quantize is not None or not (sharded or gpu):
         return build_model(config, seed=seed)
     model, processor = build_pending_model(config, seed=seed)

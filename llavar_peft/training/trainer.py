@@ -10,9 +10,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-import torch
 import transformers
-from accelerate import PartialState
 
 from llavar_peft.atomic_files import commit_folder
 from llavar_peft.constants import METRICS_FILE, PROBE_FILE
@@ -32,6 +30,7 @@ from llavar_peft.training.checkpoint_folders import checkpoint_step, find_resume
 from llavar_peft.training.checkpoint_writer import explain_full_disk
 from llavar_peft.training.dropped_records import DROPPED_FILE, DroppedRecords
 from llavar_peft.training.holdout_probe import Probe
+from llavar_peft.training.launch import start_processes
 from llavar_peft.training.out_of_memory import explain_out_of_memory
 from llavar_peft.training.read_shards import build_for_training
 from llavar_peft.training.run_folder import RunFolder, lock_folder
@@ -75,7 +74,7 @@ class Trainer:
         self.callbacks = list(callbacks)
         self.run = RunFolder(self.recipe)
         self.base = self.recipe.model
-        self.processes = start_processes()
+        self.processes = start_processes(self.recipe)
         self.ranks = self.processes.num_processes
         self.main = self.processes.is_main_process
 
@@ -274,15 +273,10 @@ class Trainer:
                 logger.warning("the run's page was not written: %s", error)
 
 
-def start_processes() -> PartialState:
-    """Return the processes of the run, which are connected by the first call."""
-    # Without ``cpu`` on a machine without GPUs, accelerate treats several processes as one.
-    return PartialState(cpu=not (torch.cuda.is_available() or torch.backends.mps.is_available()))
-
-
 def run_recipe(
     recipe: Recipe, stages: Sequence[str] | None = None, *, restart: bool = False, allow_changes: bool = False
 ) -> Path:
     """Build the recipe's model, train it as ``Trainer.train`` does, and return the folder of the last result."""
-    model, processor = build_for_training(recipe.model, start_processes(), seed=recipe.seed)
+    processes = start_processes(validate_recipe(recipe))
+    model, processor = build_for_training(recipe.model, processes, seed=recipe.seed)
     return Trainer(model, processor, recipe).train(stages, restart=restart, allow_changes=allow_changes)
