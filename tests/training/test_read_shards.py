@@ -20,9 +20,10 @@ from tests.training.test_sharding import _environment
 RESULTS = {
     "stages": ("stage1/model/mm_projector.safetensors", "model/model.safetensors"),
     "adapter": ("adapter/adapter_model.safetensors",),
+    "full": ("model/model.safetensors",),
 }
-"""Results of the recipes: a projector and new rows, then full finetuning; and DoRA with rows and projector."""
-EXAMPLES = {"FSDP2": ("fsdp2_8gpu.yaml", ("stages", "adapter")), "ZeRO-3": ("zero3_8gpu.yaml", ("stages",))}
+"""Results of the recipes: a projector and new rows, then full finetuning; DoRA with rows and projector; one stage."""
+EXAMPLES = {"FSDP2": ("fsdp2_8gpu.yaml", ("stages", "adapter")), "ZeRO-3": ("zero3_8gpu.yaml", ("full",))}
 
 
 def _write_recipes(tiny_recipe: Recipe, folder: Path, names: tuple[str, ...]) -> None:
@@ -34,6 +35,7 @@ def _write_recipes(tiny_recipe: Recipe, folder: Path, names: tuple[str, ...]) ->
     stages = {
         "stages": (dataclasses.replace(one, max_steps=1), dataclasses.replace(two, max_steps=3)),
         "adapter": (dataclasses.replace(two, tune=dora, max_steps=1),),
+        "full": (dataclasses.replace(two, max_steps=1),),
     }
     for name in names:
         (folder / f"{name}.yaml").write_text(dump_recipe(dataclasses.replace(tiny_recipe, stages=stages[name])))
