@@ -21,8 +21,8 @@ class TrainerInternals(transformers.Trainer, ABC):
     Replaces three private methods, which have had these names and arguments since transformers 5.0:
 
     * ``_prepare_for_training`` is the only place between the whole model and its shards, and it asks DeepSpeed for
-      DeepSpeed's own checkpoint format. The hooks ``load_weights``, ``check_prepared`` and ``load_training_state`` are
-      called there instead.
+      DeepSpeed's own checkpoint format. The hooks ``load_weights``, ``shard_pending``, ``check_prepared`` and
+      ``load_training_state`` are called there instead.
     * ``_load_from_checkpoint`` would load the weights a second time, by names that adapters and trained rows lack.
     * ``_get_grad_norm`` is the only access to the norm before the optimizer step; ``on_pre_optimizer_step`` is not
       given it, and after clipping an infinite norm can no longer be computed again. The hook ``fetch_norm`` turns it
@@ -38,6 +38,9 @@ class TrainerInternals(transformers.Trainer, ABC):
     @abstractmethod
     def load_weights(self, checkpoint: Path) -> None:
         """Load the weights of a checkpoint while every rank still has the whole model."""
+
+    def shard_pending(self) -> None:
+        """Shard a model that has no values yet, after the weights of a checkpoint were set."""
 
     def check_prepared(self, model: nn.Module) -> None:
         """Check the model after it was wrapped or sharded."""
@@ -55,6 +58,7 @@ class TrainerInternals(transformers.Trainer, ABC):
     ) -> tuple[nn.Module, Any]:
         if resume_from_checkpoint:
             self.load_weights(Path(resume_from_checkpoint))
+        self.shard_pending()
         prepared: tuple[nn.Module, Any] = super()._prepare_for_training(max_steps, train_dataloader, None)
         self.check_prepared(prepared[0])
         if resume_from_checkpoint:

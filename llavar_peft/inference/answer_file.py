@@ -19,7 +19,6 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import distributed
 
 from llavar_peft.data.image_roots import ImageRoots
@@ -35,6 +34,7 @@ from llavar_peft.inference.question_file import (
     write_answer_file,
 )
 from llavar_peft.inference.token_sampling import Sampling
+from llavar_peft.models.launch_environment import claim_device, uses_gpu
 from llavar_peft.recipe.schema import BadImagePolicy, Quantization
 from llavar_peft.types import ImageMode
 from llavar_peft.weights.adapter.model_hash import identify_model
@@ -76,7 +76,7 @@ class _Processes:
     @property
     def device(self) -> str:
         """The GPU of this process."""
-        return f"cuda:{os.environ['LOCAL_RANK']}" if self.size > 1 and torch.cuda.is_available() else "auto"
+        return str(claim_device()) if self.size > 1 and uses_gpu() else "auto"
 
 
 def generate_answers(  # noqa: PLR0913 - a run's settings, by name

@@ -48,7 +48,7 @@ def load_chat(
         quantize: How the language model's linear layers are stored; None stores an adapter's base as in its training.
             With ``int8``, the other rows of a batch can change the logits slightly (bitsandbytes' outlier columns).
         device: ``auto`` is a GPU if available, else Apple's GPU (unless quantized), else the CPU.
-        dtype: Type of the weights; ``auto`` is bfloat16 on a GPU that supports it, else float32.
+        dtype: Type of the weights; ``auto`` is the 16-bit format that suits the GPU, without a GPU float32.
         vision_tower: Folder or name of the tower, for a checkpoint in the released layout.
         attention: Implementation of attention.
         kernels: Kernels of the language model's layers, as in ``ModelConfig``.

@@ -13,19 +13,26 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, AutoProcessor, PreTrainedTokenizerFast
+from accelerate import init_empty_weights
+from torch import nn
+from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, AutoProcessor
 from transformers.utils import logging as hf_logging
 
-from llavar_peft.compat.dependency_internals import keep_quantization_scales
+from llavar_peft.compat.dependency_internals import attention_implementation, keep_quantization_scales
 from llavar_peft.constants import MODEL_TYPE
 from llavar_peft.errors import ConfigError, MissingDependencyError
 from llavar_peft.models.checkpoint_loading import read_checkpoint, read_parts, resolve_folder
+from llavar_peft.models.launch_environment import claim_device, half_precision, requested_sharding
 from llavar_peft.models.layer_kernels import apply_kernels
 from llavar_peft.models.llavar_config import LlavarConfig
+from llavar_peft.models.model_parts import ModelParts
 from llavar_peft.models.modeling_llavar import LlavarForConditionalGeneration, LlavarModel
+from llavar_peft.models.pending_weights import PendingWeights
 from llavar_peft.models.pretrained_files import load_pretrained
 from llavar_peft.models.processing_llavar import LlavarProcessor
 from llavar_peft.recipe.schema import Attention, ModelConfig, Quantization
+from llavar_peft.weights.io import tensor_names
+from llavar_peft.weights.io.joined_rows import JoinedRows, whole
 from llavar_peft.weights.io.projector_file import apply_projector
 from llavar_peft.weights.io.tensor_blocks import check_tensors
 
@@ -46,7 +53,7 @@ def build_model(
     Args:
         config: The model's source: ``language_model`` and ``vision_tower``; or ``checkpoint`` in this package's layout
             or in the released one (then with ``vision_tower``); each optionally with a stage-1 ``projector``.
-        device: None is the CPU or, for a quantized model, the current GPU if there is one.
+        device: None is the CPU or, for a quantized model, the GPU of this process if there is one.
         seed: Of a new projector's random weights.
 
     Returns:
@@ -58,21 +65,16 @@ def build_model(
         MissingDependencyError: flash-attention, bitsandbytes or liger-kernel is requested and not installed.
         EnvironmentFaultError: The kernels need a GPU, and there is none.
     """
-    register()
-    _check_sources(config)
-    parts = read_checkpoint(config) if config.checkpoint is not None else read_parts(config, seed=seed)
-    if config.projector is not None:
-        apply_projector(parts.tensors, config.projector)
-    check_tensors(parts.tensors, expected_shapes(parts.config), where=parts.source)
+    parts = _read_checked_parts(config, seed)
     dtype = resolve_dtype(config.dtype)
     attention = resolve_attention(config.attention, dtype)
     if device is None:
-        device = "cuda" if config.quantize and torch.cuda.is_available() else "cpu"
+        device = claim_device() if config.quantize else "cpu"
     with _no_progress_bar_for_small_models(parts.tensors):
         model = LlavarForConditionalGeneration.from_pretrained(
             None,
             config=parts.config,
-            state_dict=parts.tensors,
+            state_dict=parts.whole_tensors(),
             dtype=dtype,
             attn_implementation=attention,
             device_map={"": device},
@@ -81,10 +83,42 @@ def build_model(
     if config.quantize is not None:
         keep_quantization_scales(model)
     apply_kernels(model, config.kernels)
-    _set_generation_ids(model, parts.tokenizer)
-    model.name_or_path = model.config.name_or_path = parts.source
-    logger.info("%s: %s weights, %s attention", parts.source, str(dtype).removeprefix("torch."), attention)
-    return model, parts.processor()
+    return _finish(model, parts), parts.processor()
+
+
+def build_pending_model(
+    config: ModelConfig, *, seed: int = 0
+) -> tuple[LlavarForConditionalGeneration, LlavarProcessor]:
+    """Build a LLaVAR whose large tensors are on the device ``meta``, for training with sharded weights.
+
+    The model cannot be used before it is sharded. ``Trainer`` reads the values of each shard from the files.
+
+    Args:
+        config: As for ``build_model``, without ``quantize``.
+        seed: Of a new projector's random weights.
+
+    Returns:
+        The model, in ``eval`` mode with nothing frozen, and its processor.
+
+    Raises:
+        ConfigError: The settings do not name exactly one model.
+        WeightsError: A tensor is missing, unexpected or has the wrong shape.
+        MissingDependencyError: flash-attention is requested and not installed.
+    """
+    parts = _read_checked_parts(config, seed)
+    dtype = resolve_dtype(config.dtype)
+    attention = resolve_attention(config.attention, dtype)
+    with init_empty_weights(include_buffers=False):
+        model = AutoModelForImageTextToText.from_config(parts.config, dtype=dtype, attn_implementation=attention)
+    pending = PendingWeights(dtype)
+    for name, parameter in list(model.named_parameters()):
+        pending.add(parameter, parts.tensors[name])
+    for name in (tensor_names.PROJECTOR_WEIGHT, tensor_names.PROJECTOR_BIAS):
+        # Small, and copied by peft: read at once.
+        module, _, own = name.rpartition(".")
+        setattr(model.get_submodule(module), own, nn.Parameter(whole(parts.tensors[name]).to(dtype, copy=True)))
+    model.pending_weights = pending
+    return _finish(model.eval(), parts), parts.processor()
 
 
 def load_processor(model: str, *, vision_tower: str | None = None) -> LlavarProcessor:
@@ -126,11 +160,8 @@ def expected_shapes(config: LlavarConfig) -> dict[str, tuple[int, ...]]:
 
 
 def resolve_dtype(dtype: str) -> torch.dtype:
-    """Return a setting's dtype; ``auto`` is bfloat16 on a GPU that supports it, otherwise float32."""
-    if dtype == "auto":
-        has_bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
-        return torch.bfloat16 if has_bf16 else torch.float32
-    return _DTYPES[dtype]
+    """Return a setting's dtype; ``auto`` is the 16-bit format that suits the GPU, without a GPU float32."""
+    return half_precision() or torch.float32 if dtype == "auto" else _DTYPES[dtype]
 
 
 def resolve_attention(attention: Attention, dtype: torch.dtype) -> str:
@@ -181,9 +212,32 @@ def quantization_arguments(quantize: Quantization | None, dtype: torch.dtype) ->
             bnb_4bit_quant_type="nf4",
             bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=dtype,
+            # FSDP2 shards, and in mixed precision casts, every parameter that is not of the computation's dtype.
+            bnb_4bit_quant_storage=dtype if requested_sharding() == "fsdp2" else torch.uint8,
             llm_int8_skip_modules=_UNQUANTIZED,
         )
     }
+
+
+def _read_checked_parts(config: ModelConfig, seed: int) -> ModelParts:
+    register()
+    _check_sources(config)
+    parts = read_checkpoint(config) if config.checkpoint is not None else read_parts(config, seed=seed)
+    if config.projector is not None:
+        apply_projector(parts.tensors, config.projector)
+    check_tensors(parts.tensors, expected_shapes(parts.config), where=parts.source)
+    return parts
+
+
+def _finish(model: LlavarForConditionalGeneration, parts: ModelParts) -> LlavarForConditionalGeneration:
+    generation, tokenizer = model.generation_config, parts.tokenizer
+    generation.bos_token_id = tokenizer.bos_token_id
+    generation.eos_token_id = tokenizer.eos_token_id
+    generation.pad_token_id = tokenizer.pad_token_id
+    model.name_or_path = model.config.name_or_path = parts.source
+    dtype, attention = str(model.dtype).removeprefix("torch."), attention_implementation(model.config)
+    logger.info("%s: %s weights, %s attention", parts.source, dtype, attention)
+    return model
 
 
 def _check_sources(config: ModelConfig) -> None:
@@ -200,7 +254,7 @@ def _check_sources(config: ModelConfig) -> None:
 
 
 @contextmanager
-def _no_progress_bar_for_small_models(tensors: Mapping[str, torch.Tensor]) -> Iterator[None]:
+def _no_progress_bar_for_small_models(tensors: Mapping[str, torch.Tensor | JoinedRows]) -> Iterator[None]:
     """Hide ``transformers``' progress bar for a model that loads within a moment."""
     small = sum(tensor.numel() for tensor in tensors.values()) < _SMALL_MODEL
     if not (small and hf_logging.is_progress_bar_enabled()):
@@ -211,10 +265,3 @@ def _no_progress_bar_for_small_models(tensors: Mapping[str, torch.Tensor]) -> It
         yield
     finally:
         hf_logging.enable_progress_bar()
-
-
-def _set_generation_ids(model: LlavarForConditionalGeneration, tokenizer: PreTrainedTokenizerFast) -> None:
-    generation = model.generation_config
-    generation.bos_token_id = tokenizer.bos_token_id
-    generation.eos_token_id = tokenizer.eos_token_id
-    generation.pad_token_id = tokenizer.pad_token_id

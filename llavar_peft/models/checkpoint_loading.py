@@ -26,6 +26,7 @@ from llavar_peft.recipe.schema import ModelConfig
 from llavar_peft.weights.adapter.adapter_files import ADAPTER_CONFIG
 from llavar_peft.weights.delta.released_layout import check_not_delta, read_model_config
 from llavar_peft.weights.io import tensor_names
+from llavar_peft.weights.io.joined_rows import JoinedRows, mean_row
 from llavar_peft.weights.io.tensor_blocks import open_weights
 from llavar_peft.weights.io.tensor_table import WEIGHTS_FILES
 
@@ -63,13 +64,14 @@ def read_parts(config: ModelConfig, *, seed: int) -> ModelParts:
         vision_feature_layer=config.vision_feature_layer,
         use_im_start_end=config.use_im_start_end,
     )
-    tensors = _rename_released(open_weights(language))
-    check_not_delta(tensors.get(tensor_names.FINAL_NORM), language)
-    if tensor_names.HEAD not in tensors and text.tie_word_embeddings and tensor_names.EMBEDDINGS in tensors:
-        tensors[tensor_names.HEAD] = tensors[tensor_names.EMBEDDINGS]
+    stored = _rename_released(open_weights(language))
+    check_not_delta(stored.get(tensor_names.FINAL_NORM), language)
+    if tensor_names.HEAD not in stored and text.tie_word_embeddings and tensor_names.EMBEDDINGS in stored:
+        stored[tensor_names.HEAD] = stored[tensor_names.EMBEDDINGS]
+    tensors: dict[str, Tensor | JoinedRows] = {**stored}
     for name in (tensor_names.EMBEDDINGS, tensor_names.HEAD):
-        if name in tensors:
-            tensors[name] = _extend_with_mean(tensors[name], old_size, len(tokenizer), f"{language}:{name}")
+        if name in stored:
+            tensors[name] = _extend_with_mean(stored[name], old_size, len(tokenizer), f"{language}:{name}")
     tensors.update(tower_tensors)
     tensors.update(_draw_projector(tower.hidden_size, text.hidden_size, seed))
     return ModelParts(
@@ -118,8 +120,9 @@ def read_checkpoint(config: ModelConfig) -> ModelParts:
 def _read_own_layout(folder: Path, config: ModelConfig) -> ModelParts:
     model_config = load_pretrained(LlavarConfig, folder)
     processor = load_pretrained(LlavarProcessor, folder)
-    tensors = dict(open_weights(folder))
-    check_not_delta(tensors.get(tensor_names.FINAL_NORM), folder)
+    stored = open_weights(folder)
+    check_not_delta(stored.get(tensor_names.FINAL_NORM), folder)
+    tensors: dict[str, Tensor | JoinedRows] = {**stored}
     image_processor = processor.image_processor
     if config.vision_tower is not None:
         tower, tower_tensors, image_processor = _read_tower(config.vision_tower)
@@ -159,14 +162,14 @@ def _read_released_layout(folder: Path, described: Mapping[str, Any], config: Mo
         use_im_start_end=use_im_start_end,
         sep_image_conv_front=bool(described.get("sep_image_conv_front", False)),
     )
-    tensors = _rename_released(open_weights(folder))
-    check_not_delta(tensors.get(tensor_names.FINAL_NORM), folder)
-    _check_rows(tensors, tokenizer, folder)
-    tensors.update(tower_tensors)
+    stored = _rename_released(open_weights(folder))
+    check_not_delta(stored.get(tensor_names.FINAL_NORM), folder)
+    _check_rows(stored, tokenizer, folder)
+    tensors = {**stored, **tower_tensors}
     return ModelParts(
         source=str(folder),
         config=model_config,
-        tensors=tensors,
+        tensors={**tensors},
         tokenizer=tokenizer,
         image_processor=image_processor,
         image_mode=config.image_mode,
@@ -283,15 +286,14 @@ def _check_rows(tensors: Mapping[str, Tensor], tokenizer: PreTrainedTokenizerFas
         )
 
 
-def _extend_with_mean(rows: Tensor, old: int, new: int, where: str) -> Tensor:
+def _extend_with_mean(rows: Tensor, old: int, new: int, where: str) -> JoinedRows:
     if rows.shape[0] < old:
         raise WeightsError.at(
             where,
             f"too few rows for the tokenizer (got {rows.shape[0]}, expected at least {old})",
             "put this model's own tokenizer into its folder",
         )
-    known = rows[:old].float()
-    return torch.cat([known, known.mean(dim=0, keepdim=True).expand(new - old, -1)])
+    return JoinedRows(rows[:old], mean_row(rows[:old]).expand(new - old, -1))
 
 
 def _draw_projector(width_in: int, width_out: int, seed: int) -> dict[str, Tensor]:

@@ -92,15 +92,14 @@ def export(  # noqa: PLR0913 - the options of the conversion
     tower = None if vision_tower is None else str(vision_tower)
     parts = read_checkpoint(ModelConfig(checkpoint=str(folder), vision_tower=tower))
     check_tensors(parts.tensors, expected_shapes(parts.config), where=parts.source)
+    read = parts.whole_tensors()
     tensors = _locate_tensors(folder, tower, parts)
     if to == "original":
         tensors = {new: one for name, one in tensors.items() if (new := tensor_names.to_released(name)) is not None}
         folders = (Path(tokenizer), folder) if tokenizer is not None else (folder,)
         finish = partial(_finish_original, parts, folder, folders)
     elif to == "hf-llava":
-        layers = to_two_layers(
-            parts.tensors[tensor_names.PROJECTOR_WEIGHT], parts.tensors[tensor_names.PROJECTOR_BIAS], projector
-        )
+        layers = to_two_layers(read[tensor_names.PROJECTOR_WEIGHT], read[tensor_names.PROJECTOR_BIAS], projector)
         kept = {name: one for name, one in tensors.items() if not name.startswith("model.multi_modal_projector.")}
         tensors = {tensor_names.to_stock(name): one for name, one in {**kept, **layers}.items()}
         finish = partial(write_stock_companions, parts, ACTIVATIONS[projector], dtype)
@@ -127,7 +126,7 @@ def _locate_tensors(folder: Path, tower: str | None, parts: ModelParts) -> dict[
         entries = read_tensor_table(resolve_folder(tower, "vision_tower"))
         found.update({new: entry for name, entry in entries.items() if (new := tensor_names.from_clip(name))})
     for name in (tensor_names.PROJECTOR_WEIGHT, tensor_names.PROJECTOR_BIAS):
-        found.setdefault(name, parts.tensors[name].contiguous())
+        found.setdefault(name, parts.whole_tensors()[name].contiguous())
     return {name: found[name] for name in expected_shapes(parts.config)}
 
 

@@ -93,7 +93,7 @@ def read_stock(folder: Path) -> ModelParts:
     return ModelParts(
         source=str(folder),
         config=config,
-        tensors=tensors,
+        tensors={**tensors},
         tokenizer=tokenizer,
         # How images are padded is decided by LlavarProcessor.
         image_processor=CLIPImageProcessorPil(**{name: getattr(images, name) for name in _SHARED_IMAGE_SETTINGS}),

@@ -10,6 +10,7 @@ from transformers import CLIPImageProcessorPil, PreTrainedTokenizerFast
 from llavar_peft.models.llavar_config import LlavarConfig
 from llavar_peft.models.processing_llavar import LlavarProcessor
 from llavar_peft.types import ImageMode
+from llavar_peft.weights.io.joined_rows import JoinedRows, whole
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -31,11 +32,15 @@ class ModelParts:
 
     source: str
     config: LlavarConfig
-    tensors: dict[str, Tensor]
+    tensors: dict[str, Tensor | JoinedRows]
     tokenizer: PreTrainedTokenizerFast
     image_processor: CLIPImageProcessorPil
     image_mode: ImageMode
     inference_image_mode: ImageMode
+
+    def whole_tensors(self) -> dict[str, Tensor]:
+        """Return all tensors; those that were joined from parts are then in memory."""
+        return {name: whole(tensor) for name, tensor in self.tensors.items()}
 
     def processor(self) -> LlavarProcessor:
         """Return the model's processor."""

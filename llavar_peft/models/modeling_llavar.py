@@ -23,15 +23,17 @@ from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
-from transformers import CLIPVisionModel, LlavaForConditionalGeneration, LlavaModel
+from transformers import CLIPVisionConfig, CLIPVisionModel, LlavaForConditionalGeneration, LlavaModel
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.models.clip.modeling_clip import CLIPVisionEmbeddings
 from transformers.models.llava.modeling_llava import LlavaCausalLMOutputWithPast
 
 from llavar_peft.constants import IGNORE_INDEX
 from llavar_peft.errors import ConfigError
 from llavar_peft.models.chunked_loss import LossHead
 from llavar_peft.models.llavar_config import LlavarConfig
+from llavar_peft.models.pending_weights import PendingWeights
 
 CACHE_ARGUMENT: Final = (
     "cache" if "cache" in signature(LlavaForConditionalGeneration.forward).parameters else "past_key_values"
@@ -39,11 +41,47 @@ CACHE_ARGUMENT: Final = (
 """The name of ``forward``'s argument for the key-value cache, which transformers 5.24 renamed."""
 
 
+class LlavarVisionEmbeddings(CLIPVisionEmbeddings):
+    """CLIP's embeddings, which call the same modules for every image size, as ZeRO-3 requires of all ranks."""
+
+    @classmethod
+    def of(cls, embeddings: CLIPVisionEmbeddings) -> LlavarVisionEmbeddings:
+        """Return embeddings that share the parameters of others."""
+        with torch.device("meta"):
+            made = cls(embeddings.config)
+        made.class_embedding, made.position_ids = embeddings.class_embedding, embeddings.position_ids
+        made.patch_embedding, made.position_embedding = embeddings.patch_embedding, embeddings.position_embedding
+        return made
+
+    def interpolate_pos_encoding(self, embeddings: Tensor, height: int, width: int) -> Tensor:
+        """Return the positions ``[1, 1 + P, C]`` of an image, from the learned ones by bicubic interpolation.
+
+        The same numbers as CLIP's, which reads the weight without calling its module.
+
+        Args:
+            embeddings: ``[N, 1 + P, C]``; not used.
+            height: In pixels.
+            width: In pixels.
+        """
+        learned_1QC = self.position_embedding(self.position_ids)
+        side = self.image_size // self.patch_size
+        grid_1CSS = learned_1QC[:, 1:].unflatten(1, (side, side)).permute(0, 3, 1, 2)
+        size = (height // self.patch_size, width // self.patch_size)
+        grid_1CHW = nn.functional.interpolate(grid_1CSS, size=size, mode="bicubic", align_corners=False)
+        return torch.cat((learned_1QC[:, :1], grid_1CHW.flatten(2).transpose(1, 2)), dim=1)
+
+
 class LlavarVisionTower(CLIPVisionModel):
     """CLIP's vision tower, which can stop at the layer whose output is projected.
 
     All layers keep their weights, so that checkpoints and exports hold the complete tower.
     """
+
+    embeddings: CLIPVisionEmbeddings
+
+    def __init__(self, config: CLIPVisionConfig) -> None:
+        super().__init__(config)
+        self.embeddings = LlavarVisionEmbeddings.of(self.embeddings)
 
     def forward(
         self,
@@ -134,6 +172,8 @@ class LlavarModel(LlavaModel):
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("forward: expected exactly one of input_ids and inputs_embeds")
+        in_training = self.training and torch.is_grad_enabled() and inputs_embeds is None
+        missing = self._missing_projector_calls(pixel_values) if in_training else 0
         embeds_BTD = self.get_input_embeddings()(input_ids) if inputs_embeds is None else inputs_embeds
         if pixel_values is not None:
             features_NPD = self.get_image_features(
@@ -143,7 +183,7 @@ class LlavarModel(LlavaModel):
             ).pooler_output
             features_FD = torch.cat(features_NPD).to(embeds_BTD.device, embeds_BTD.dtype)
             embeds_BTD = self._splice(input_ids, embeds_BTD, features_FD, image_places)
-        elif self.training and torch.is_grad_enabled() and inputs_embeds is None:
+        for _ in range(missing):
             embeds_BTD = embeds_BTD + self._zero_through_projector()
         return super().forward(
             inputs_embeds=embeds_BTD, attention_mask=attention_mask, position_ids=position_ids, **kwargs
@@ -243,13 +283,26 @@ class LlavarModel(LlavaModel):
             )
         return chosen if chosen >= 0 else layers + 1 + chosen
 
-    def _zero_through_projector(self) -> Tensor:
-        """Return a zero that depends on the projector, for a training batch without an image.
+    def _missing_projector_calls(self, pixel_values: Tensor | Sequence[Tensor] | None) -> int:
+        """Return how often a training batch calls the projector without an image.
 
-        As in the original, the projector's gradient must exist on every rank, whichever rank has images.
+        As in the original, the projector's gradient must exist on every rank, whichever rank has images. ZeRO-3 gathers
+        a module's weights when the module is called, so that every rank has to call tower and projector equally often,
+        whatever number of images and sizes (image mode ``keep``) it has.
         """
+        if pixel_values is None or isinstance(pixel_values, Tensor):
+            calls = int(pixel_values is not None)
+        else:
+            calls = len({image.shape for image in pixel_values})  # one for each size
         if is_deepspeed_zero3_enabled():
-            # ZeRO-3 gathers a module's weights when the module is called, so every rank has to call the same modules.
+            # Before the first call: a rank that waits here would not take part in gathering another rank's modules.
+            calls_of_any = _most_of_all_ranks(calls, next(self.parameters()).device)
+            return max(calls_of_any, 1) - calls
+        return 0 if calls else 1
+
+    def _zero_through_projector(self) -> Tensor:
+        """Return a zero that depends on the projector; with ZeRO-3 it depends on the tower as well."""
+        if is_deepspeed_zero3_enabled():
             size, tower = self.config.vision_config.image_size, next(self.vision_tower.parameters())
             black_13HW = torch.zeros(1, 3, size, size, dtype=tower.dtype, device=tower.device)
             features_PD: Tensor = self.get_image_features(black_13HW).pooler_output[0]
@@ -258,6 +311,15 @@ class LlavarModel(LlavaModel):
         zeros_1C = torch.zeros(1, self.config.vision_config.hidden_size, dtype=weight.dtype, device=weight.device)
         projected_1D: Tensor = self.multi_modal_projector(zeros_1C)
         return projected_1D.sum() * 0.0
+
+
+def _most_of_all_ranks(count: int, device: torch.device) -> int:
+    """Return the largest of the ranks' counts. Every rank must call this."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return count
+    most = torch.tensor(count, device=device)
+    torch.distributed.all_reduce(most, op=torch.distributed.ReduceOp.MAX)
+    return int(most)
 
 
 class LlavarForConditionalGeneration(LlavaForConditionalGeneration):
@@ -269,6 +331,8 @@ class LlavarForConditionalGeneration(LlavaForConditionalGeneration):
     config: LlavarConfig
     config_class = LlavarConfig
     lm_head: nn.Linear
+    pending_weights: PendingWeights | None = None
+    """Set while parameters are on the device ``meta``, until their values are read (``build_pending_model``)."""
 
     def __init__(self, config: LlavarConfig) -> None:
         super().__init__(config)

@@ -18,6 +18,7 @@ from llavar_peft.constants import ATTENTION_LAYERS, LINEAR_LAYERS, MLP_LAYERS
 from llavar_peft.errors import ConfigError
 from llavar_peft.models import pissa
 from llavar_peft.models.modeling_llavar import LlavarForConditionalGeneration
+from llavar_peft.models.pending_weights import PendingWeights, set_adapter_values, without_memory_on_cpu
 from llavar_peft.recipe.schema import Full, Lora, LoraVariant, Projector, Tune
 
 if TYPE_CHECKING:
@@ -53,14 +54,16 @@ class EmbeddingWithTrainedRows(nn.Module):
 
     Args:
         embedding: The frozen embedding, ``[V, D]``.
-        rows: Number of last rows that are trained, in float32.
+        pending: Where its values are, if it has none yet.
     """
 
-    def __init__(self, embedding: nn.Embedding, rows: int = TRAINED_ROWS) -> None:
+    def __init__(self, embedding: nn.Embedding, pending: PendingWeights | None = None) -> None:
         super().__init__()
         self.embedding = embedding
-        self.first = embedding.num_embeddings - rows
-        self.rows = nn.Parameter(embedding.weight.detach()[self.first :].float().clone())
+        self.first = embedding.num_embeddings - TRAINED_ROWS
+        weight = embedding.weight.detach()
+        rows = pending.read(embedding.weight, self.first, len(weight)) if pending else weight[self.first :]
+        self.rows = nn.Parameter(rows.float().clone())
 
     @property
     def weight(self) -> Tensor:
@@ -107,7 +110,7 @@ def apply_tuning(
     if isinstance(tune, Projector):
         embedding = model.get_input_embeddings()
         if model.config.use_im_start_end and isinstance(embedding, nn.Embedding):
-            model.set_input_embeddings(EmbeddingWithTrainedRows(embedding))
+            model.set_input_embeddings(EmbeddingWithTrainedRows(embedding, model.pending_weights))
         _unfreeze(projector)
         return model
     if isinstance(tune, Full):
@@ -264,7 +267,10 @@ def _add_lora(model: LlavarForConditionalGeneration, tune: Lora, train_rows: boo
             )
         size = model.config.text_config.vocab_size
         config.trainable_token_indices = {"embed_tokens": list(range(size - TRAINED_ROWS, size))}
-    wrapped = get_peft_model(model, config)
+    with without_memory_on_cpu(model):
+        wrapped = get_peft_model(model, config)
+    if model.pending_weights is not None:
+        set_adapter_values(wrapped, model.pending_weights)
     embed_used_rows_only(wrapped)
     for name, parameter in wrapped.named_parameters():
         if parameter.requires_grad and parameter.dtype in _HALF:

@@ -60,8 +60,10 @@ def _gpus() -> Iterator[DoctorFinding]:
         what = f"{about.name} ({about.major}.{about.minor}), {free / _GIB:.0f} of {total / _GIB:.0f} GiB free"
         if about.major >= 8:
             yield ok_finding(f"GPU {index}", f"{what}, bf16")
+        elif about.major == 7:
+            yield ok_finding(f"GPU {index}", f"{what}, no bf16: 'auto' is fp16 with loss scaling")
         else:
-            yield note_finding(f"GPU {index}", f"{what}, no bf16", "train with precision: fp16")
+            yield note_finding(f"GPU {index}", f"{what}, no bf16: 'auto' is fp32", "use a GPU with tensor cores")
         if free < total / 2:
             fix = "find the processes that use it with nvidia-smi"
             yield note_finding(f"GPU {index}", "more than half of its memory is in use", fix)

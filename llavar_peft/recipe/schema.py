@@ -95,7 +95,8 @@ class ModelConfig(_Strict):
     """Storage of the language model's linear layers. Vision tower, projector, embeddings and ``lm_head`` are never
     quantized."""
     dtype: Dtype = "auto"
-    """Number format of the weights in memory; ``auto`` is bfloat16 on a GPU that supports it, else float32."""
+    """Number format of the weights in memory; ``auto`` is bfloat16 on a GPU with bfloat16 arithmetic, float16 on
+    an older one with float16 tensor cores (V100, T4), else float32."""
     attention: Attention = "auto"
     """Attention implementation; ``auto`` uses flash-attention where it is installed and supported, else PyTorch's
     SDPA."""
@@ -259,7 +260,11 @@ class Stage(_Strict):
     """``micro_batch`` averages over each micro batch and then over the micro batches, as LLaVAR does; ``token``
     averages over all tokens of a step."""
     precision: Precision = "auto"
-    """Number format of the computation; ``auto`` is bf16 on a GPU that supports it, else fp32."""
+    """Number format of the computation; ``auto`` is bf16 on a GPU with bfloat16 arithmetic, fp16 (with loss
+    scaling) on an older one with float16 tensor cores (V100, T4), else fp32."""
+    fp32_reduction: bool = False
+    """Whether sharded gradients are summed over the ranks in float32 instead of the computation's format (FSDP2, ZeRO);
+    their traffic doubles."""
     gradient_checkpointing: Recompute = False
     """Whether activations are recomputed in the backward pass to save memory; ``auto`` recomputes in as many layers as
     the batch and the free memory require."""
@@ -283,5 +288,7 @@ class Recipe(_Strict):
     """Folder of the run's results."""
     seed: Annotated[int, Field(ge=0, le=2**32 - 1)] = 0
     """Seed of all random numbers; 32 bits wide, as NumPy requires."""
+    process_timeout: PositiveInteger = 1800
+    """Seconds for which the processes of a run wait for each other before they stop with an error."""
     report_to: tuple[Text, ...] = ()
     """Experiment trackers by their names in transformers: ``tensorboard``, ``wandb``, ``mlflow``, ..."""

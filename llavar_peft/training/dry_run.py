@@ -25,9 +25,11 @@ from accelerate import PartialState
 from llavar_peft.atomic_files import write_json
 from llavar_peft.constants import METRICS_FILE
 from llavar_peft.errors import InterruptedRunError
-from llavar_peft.models.build_model import build_model
 from llavar_peft.recipe.schema import Recipe, Stage
+from llavar_peft.recipe.validate import validate_recipe
 from llavar_peft.training.checkpoint_folders import list_checkpoints
+from llavar_peft.training.launch import start_processes
+from llavar_peft.training.read_shards import build_for_training
 from llavar_peft.training.stage_records import stage_records
 from llavar_peft.training.trainer import Trainer
 
@@ -72,7 +74,7 @@ def dry_run(recipe: Recipe, stages: tuple[str, ...] = ()) -> Iterator[Trial]:
     Raises:
         LlavarError: Any error that would stop the run.
     """
-    processes = PartialState(cpu=not (torch.accelerator.is_available()))
+    processes = start_processes(validate_recipe(recipe))
     output = Path(recipe.output_dir)
     folder = output.with_name(f".{output.name}.dry-run")
     if processes.is_main_process:
@@ -108,7 +110,7 @@ class _StopOnce(transformers.TrainerCallback):
 
 
 def _try_stage(recipe: Recipe, stage: Stage, folder: Path, processes: PartialState) -> Trial:
-    model, processor = build_model(recipe.model, seed=recipe.seed)
+    model, processor = build_for_training(recipe.model, processes, seed=recipe.seed)
     dataset, _ = stage_records(stage, processor, seed=recipe.seed)
     lengths = sorted(((dataset.estimated_tokens(i), i) for i in range(len(dataset))), reverse=True)
     batch = min(stage.global_batch_size, 2 * stage.micro_batch_size * processes.num_processes)
@@ -127,7 +129,7 @@ def _try_stage(recipe: Recipe, stage: Stage, folder: Path, processes: PartialSta
         if not stop.checkpoint_bytes:
             raise
     del model
-    model, processor = build_model(recipe.model, seed=recipe.seed)
+    model, processor = build_for_training(recipe.model, processes, seed=recipe.seed)
     result = Trainer(model, processor, short, callbacks=[stop]).train()
     processes.wait_for_everyone()
     lines = (folder / "run" / stage.name / METRICS_FILE).read_text(encoding="utf-8").splitlines()

@@ -9,10 +9,14 @@ import psutil
 import torch
 
 from llavar_peft.errors import EnvironmentFaultError
+from llavar_peft.models.launch_environment import requested_sharding, uses_gpu
 from llavar_peft.recipe.schema import Full, Lora, ModelConfig, Stage
 
 _TEXTS = ("out of memory", "can't allocate memory", "not enough memory")
 _GIB = 2**30
+_SHARD = (
+    "shard the model over the GPUs (examples/accelerate/fsdp2_8gpu.yaml)", "shard the model over more GPUs"
+)  # fmt: skip
 
 
 @contextmanager
@@ -34,6 +38,7 @@ def explain_out_of_memory(stage: Stage, model: ModelConfig, *, ranks: int) -> It
 def memory_remedies(stage: Stage, model: ModelConfig, *, ranks: int) -> list[str]:
     """Return settings that need less memory and are not set yet; those that do not change the result come first."""
     found = []
+    sharding = requested_sharding()
     if stage.gradient_checkpointing is not True:
         found.append("set gradient_checkpointing: true")
     several = stage.micro_batch_size > 1
@@ -41,11 +46,13 @@ def memory_remedies(stage: Stage, model: ModelConfig, *, ranks: int) -> list[str
         found.append(f"set max_tokens: {stage.max_length}")
     elif several:
         found.append(f"set micro_batch_size: {stage.micro_batch_size // 2} (global_batch_size can stay)")
-    if stage.optim.optimizer == "adamw" and torch.cuda.is_available():
+    # Sharding divides the states already, and FSDP cannot shard those of 8 bits.
+    if stage.optim.optimizer == "adamw" and uses_gpu() and sharding is None:
         found.append("set optim.optimizer: paged_adamw_8bit")
     if isinstance(stage.tune, Full):
-        found.append("shard the model over more GPUs (examples/accelerate)" if ranks > 1 else "set tune: lora")
-    if isinstance(stage.tune, Lora) and model.quantize is None:
+        found.append(_SHARD[sharding is not None] if ranks > 1 else "set tune: lora")
+    # PiSSA is rejected on a quantized base, and ZeRO does not partition one.
+    if isinstance(stage.tune, Lora) and stage.tune.variant != "pissa" and model.quantize is None and sharding != "zero":
         found.append("set model.quantize: nf4")
     if stage.max_length > 1024:
         found.append(f"set max_length: {stage.max_length // 2}")

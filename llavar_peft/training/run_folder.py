@@ -40,7 +40,7 @@ FINISHED_FILE = "stage.json"
 LOCK_FILE = ".lock"
 _HARMLESS = (
     "report_to", "keep_checkpoints", "save_every_steps", "probe", "workers", "output_dir", "gradient_checkpointing",
-    "max_tokens",
+    "max_tokens", "process_timeout",
 )  # fmt: skip
 """Fields that may change in a resumed run, because they do not change its result."""
 

@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from llavar_peft.atomic_files import write_json
 from llavar_peft.constants import PROJECTOR_SAFETENSORS
 from llavar_peft.models import pissa
 from llavar_peft.models.adapter_loading import fingerprint_base
 from llavar_peft.models.checkpoint_loading import read_checkpoint, read_parts
+from llavar_peft.models.modeling_llavar import LlavarForConditionalGeneration
 from llavar_peft.models.tuning import EmbeddingWithTrainedRows, is_quantized, merge_rows_in_state_dict
 from llavar_peft.recipe.schema import Lora, ModelConfig, Projector, Tune
 from llavar_peft.weights.adapter.adapter_files import (
@@ -116,7 +117,7 @@ def save_result(config: ModelConfig, folder: Path) -> None:
 
     parts = read_checkpoint(config) if config.checkpoint is not None else read_parts(config, seed=0)
     apply_projector(parts.tensors, folder)
-    save_torch_state_dict(parts.tensors, str(folder), max_shard_size=_SHARD_SIZE)
+    save_torch_state_dict(parts.whole_tensors(), str(folder), max_shard_size=_SHARD_SIZE)
     # The configuration of the unquantized source, not that of the model in memory.
     parts.config.save_pretrained(str(folder))
 
@@ -142,14 +143,21 @@ def load_trained(model: Any, folder: Path) -> None:
         load_full(model, folder)
 
 
-def load_full(model: nn.Module, folder: Path) -> None:
-    """Load all tensors of a full checkpoint into a plain model, in place."""
+def load_full(model: LlavarForConditionalGeneration, folder: Path) -> None:
+    """Load all tensors of a full checkpoint into a plain model, in place.
+
+    Pending tensors are read later, from the checkpoint.
+    """
     stored = open_weights(folder)
-    target = model.state_dict()
+    target = model.state_dict(keep_vars=True)
     check_tensors(stored, {name: tuple(tensor.shape) for name, tensor in target.items()}, where=str(folder))
+    pending = model.pending_weights
     with torch.no_grad():
         for name, tensor in stored.items():
-            target[name].copy_(tensor)
+            if pending is not None and target[name] in pending:
+                pending.replace(target[name], tensor)
+            else:
+                target[name].copy_(tensor)
 
 
 def load_projector(model: Any, path: Path) -> None:

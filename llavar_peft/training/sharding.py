@@ -6,54 +6,42 @@ nothing of such a step is saved.
 
 from __future__ import annotations
 
-import os
 import sys
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from llavar_peft.compat.dependency_internals import enable_fsdp_on_cpu
 from llavar_peft.errors import ConfigError, EnvironmentFaultError
-from llavar_peft.recipe.schema import Lora, Tune
+from llavar_peft.models.launch_environment import Sharding, requested_sharding
 
-Sharding = Literal["fsdp1", "fsdp2", "zero"]
+_COMPUTE = {"bf16": torch.bfloat16, "fp16": torch.float16}
 _GATHER_ON_SAVE = "stage3_gather_16bit_weights_on_model_save"
 
 
-def is_fsdp_requested() -> bool:
-    """Whether ``accelerate launch`` was configured to shard with FSDP."""
-    return os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
-
-
-def check_fsdp_version() -> None:
-    """Reject FSDP version 1 on a CPU, where accelerate runs DDP silently or raises an error about devices.
-
-    Raises:
-        EnvironmentFaultError: FSDP version 1 was requested and there is no GPU.
-    """
-    if is_fsdp_requested() and os.environ.get("FSDP_VERSION", "1") != "2" and not torch.accelerator.is_available():
-        raise EnvironmentFaultError.at(
-            "accelerate", "FSDP version 1 needs GPUs, and this machine has none", "set fsdp_version: 2"
-        )
-
-
-def configure_sharding(accelerator: Accelerator) -> Sharding | None:
+def configure_sharding(accelerator: Accelerator, *, fp32_reduction: bool) -> Sharding | None:
     """Set up the sharding that ``accelerate launch`` was configured for, and return its kind.
+
+    Args:
+        accelerator: The accelerator of the run.
+        fp32_reduction: Whether gradients are summed over the ranks in float32.
 
     Raises:
         ConfigError: DeepSpeed's configuration sets the optimizer or the schedule.
-        EnvironmentFaultError: FSDP was requested and accelerate does not run it.
+        EnvironmentFaultError: FSDP was requested and accelerate does not run it, or it was requested in version 1.
     """
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
-        _configure_zero(accelerator)
+        _configure_zero(accelerator, fp32_reduction=fp32_reduction)
         return "zero"
-    if not is_fsdp_requested() or accelerator.num_processes == 1:
+    requested = requested_sharding()
+    if requested is None:
         return None
     if accelerator.distributed_type == DistributedType.MULTI_CPU:
         enable_fsdp_on_cpu(accelerator)
@@ -63,10 +51,24 @@ def configure_sharding(accelerator: Accelerator) -> Sharding | None:
             f"FSDP is not enabled (got {accelerator.distributed_type}, expected {DistributedType.FSDP})",
             "check the configuration given to accelerate launch",
         )
-    return "fsdp2" if accelerator.is_fsdp2 else "fsdp1"
+    _set_policy(accelerator, fp32_reduction=fp32_reduction)
+    return requested
 
 
-def _configure_zero(accelerator: Accelerator) -> None:
+def _set_policy(accelerator: Accelerator, *, fp32_reduction: bool) -> None:
+    """Compute in the accelerator's precision, but return the loss in the float32 in which it is computed.
+
+    accelerate's policy rounds the output of every unit to the precision of the computation, and the head's output is
+    the loss. An ``output_dtype`` of float32 would double the memory of the hidden states between the layers.
+    """
+    plugin = accelerator.state.fsdp_plugin
+    compute = _COMPUTE.get(accelerator.mixed_precision)
+    plugin.mixed_precision_policy = MixedPrecisionPolicy(
+        param_dtype=compute, reduce_dtype=torch.float32 if fp32_reduction else compute
+    )
+
+
+def _configure_zero(accelerator: Accelerator, *, fp32_reduction: bool) -> None:
     plugin = accelerator.state.deepspeed_plugin
     settings: dict[str, Any] = plugin.deepspeed_config
     for name in ("optimizer", "scheduler"):
@@ -78,6 +80,8 @@ def _configure_zero(accelerator: Accelerator) -> None:
             )
     if plugin.zero_stage == 3:
         settings["zero_optimization"][_GATHER_ON_SAVE] = True
+    if fp32_reduction:
+        settings["communication_data_type"] = "fp32"
 
 
 def reset_zero() -> None:
@@ -87,24 +91,14 @@ def reset_zero() -> None:
 
 
 def check_sharding(model: nn.Module) -> None:
-    """Check that FSDP2 has sharded every trained parameter of a prepared model.
+    """Check that FSDP2 has sharded every parameter of a prepared model, frozen ones as well.
 
     Raises:
-        EnvironmentFaultError: A trained parameter is not sharded.
+        EnvironmentFaultError: A parameter is not sharded.
     """
-    unsharded = [name for name, one in model.named_parameters() if one.requires_grad and not isinstance(one, DTensor)]
+    unsharded = [name for name, parameter in model.named_parameters() if not isinstance(parameter, DTensor)]
     if unsharded:
         raise EnvironmentFaultError.at("FSDP", f"{unsharded[0]} is not sharded", "report this with the configuration")
-
-
-def check_sharding_support(tune: Tune, stage: str) -> None:
-    """Reject a stage that cannot be sharded before its first step.
-
-    Raises:
-        ConfigError: The stage uses PiSSA, which needs the whole base at each save.
-    """
-    if isinstance(tune, Lora) and tune.variant == "pissa":
-        raise ConfigError.at(f"stages.{stage}.tune.variant", "pissa cannot be sharded", "use lora, or DDP")
 
 
 def gather_weights(

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import torch
 import transformers
 
 from llavar_peft.errors import ConfigError, MissingDependencyError
+from llavar_peft.models.launch_environment import requested_sharding, uses_gpu
 from llavar_peft.recipe.schema import Precision, Recipe, Stage
+from llavar_peft.training.launch import compute_dtype, uses_cpu
 
 # Renamed in transformers 5.24.
 _RECOMPUTING = (
@@ -24,6 +27,30 @@ _TRACKERS = {
 """The package of each tracker that transformers can report to."""
 _OPTIMIZERS = {"adamw": "adamw_torch", "adamw_8bit": "adamw_bnb_8bit", "paged_adamw_8bit": "paged_adamw_8bit"}
 
+_LAUNCHED_PRECISION = "ACCELERATE_MIXED_PRECISION"
+
+
+class StageArguments(transformers.TrainingArguments):
+    """Arguments of one process on one device, in the stage's precision."""
+
+    def __post_init__(self) -> None:
+        # Neither bf16 nor fp16 means float32, but transformers takes the precision of the launch configuration then.
+        launched = os.environ.pop(_LAUNCHED_PRECISION, None)
+        try:
+            super().__post_init__()
+        finally:
+            if launched is not None:
+                os.environ[_LAUNCHED_PRECISION] = launched
+
+    @property
+    def n_gpu(self) -> int:
+        """The number of GPUs that this process uses: at most one, however many it sees.
+
+        ``transformers`` would use all of them, in micro batches that are as many times larger than the stage's.
+        """
+        seen: int = super().n_gpu
+        return min(seen, 1)
+
 
 def training_arguments(recipe: Recipe, stage: Stage, directory: Path, *, ranks: int) -> transformers.TrainingArguments:
     """Build the arguments of a stage, with exactly the stage's global batch.
@@ -32,10 +59,10 @@ def training_arguments(recipe: Recipe, stage: Stage, directory: Path, *, ranks: 
         ConfigError: The global batch does not divide by micro batch times ranks.
     """
     accumulated = micro_batches(stage, ranks=ranks)
-    cuda = torch.cuda.is_available()
+    cuda = uses_gpu()
     precision = resolve_precision(stage.precision)
     optim = stage.optim
-    return transformers.TrainingArguments(
+    return StageArguments(
         output_dir=str(directory),
         run_name=f"{Path(recipe.output_dir).name}-{stage.name}",
         per_device_train_batch_size=stage.micro_batch_size,
@@ -54,11 +81,13 @@ def training_arguments(recipe: Recipe, stage: Stage, directory: Path, *, ranks: 
         bf16=precision == "bf16",
         fp16=precision == "fp16",
         tf32=True if cuda and precision != "fp32" and torch.cuda.get_device_capability()[0] >= 8 else None,
-        use_cpu=not torch.accelerator.is_available(),
+        use_cpu=uses_cpu(),
         dataloader_num_workers=stage.data.workers,
         dataloader_pin_memory=cuda,
-        # Otherwise the host waits for the device with each tensor of a batch.
-        accelerator_config={"non_blocking": True} if torch.accelerator.is_available() else None,
+        accelerator_config={
+            "non_blocking": not uses_cpu(),  # otherwise the host waits for the device with each tensor of a batch
+            "gradient_accumulation_kwargs": {"sync_each_batch": requested_sharding() == "fsdp2"},
+        },
         save_strategy="steps" if stage.save_every_steps else "no",
         save_steps=stage.save_every_steps or 500,
         logging_strategy="no",  # StageTrainer writes the log
@@ -69,6 +98,7 @@ def training_arguments(recipe: Recipe, stage: Stage, directory: Path, *, ranks: 
         remove_unused_columns=False,
         disable_tqdm=True,
         ddp_find_unused_parameters=False,
+        ddp_timeout=recipe.process_timeout,
         log_level="error",
         **{
             _RECOMPUTING: bool(stage.gradient_checkpointing),
@@ -98,10 +128,8 @@ def check_trackers(recipe: Recipe) -> None:
 
 
 def resolve_precision(precision: Precision) -> str:
-    """Return the precision, with ``auto`` resolved to bf16 on a GPU that supports it, otherwise to fp32."""
-    if precision != "auto":
-        return precision
-    return "bf16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else "fp32"
+    """Return the precision, with ``auto`` resolved to the 16-bit format that suits the GPU, without a GPU to fp32."""
+    return {torch.bfloat16: "bf16", torch.float16: "fp16"}.get(compute_dtype(precision) or torch.float32, "fp32")
 
 
 def micro_batches(stage: Stage, *, ranks: int) -> int:

@@ -39,11 +39,10 @@ from llavar_peft.training.optimizer_step import (
     log_line,
     split_groups,
 )
+from llavar_peft.training.read_shards import shard_pending
 from llavar_peft.training.save_weights import load_trained, save_trained
 from llavar_peft.training.sharding import (
-    check_fsdp_version,
     check_sharding,
-    check_sharding_support,
     configure_sharding,
     gather_weights,
 )
@@ -117,22 +116,24 @@ class StageTrainer(TrainerInternals):
         self.add_callback(_StageEvents(self))
         # Makes the parent count the labels of the whole optimizer step and pass the number to compute_loss.
         self.model_accepts_loss_kwargs = stage.loss_average == "token"
-        if self.sharding is not None:
-            check_sharding_support(stage.tune, stage.name)
 
     # -- processes ----------------------------------------------------------------------------------------------------
 
     def create_accelerator_and_postprocess(self) -> None:
         """Create the accelerator, and make sure that FSDP is active if it was requested."""
-        check_fsdp_version()
         super().create_accelerator_and_postprocess()
-        self.sharding = configure_sharding(self.accelerator)
-        if self.sharding in ("fsdp1", "fsdp2"):
+        self.sharding = configure_sharding(self.accelerator, fp32_reduction=self.stage.fp32_reduction)
+        if self.sharding == "fsdp2":
             self.is_fsdp_enabled: bool = True
 
     def load_weights(self, checkpoint: Path) -> None:
         """Load what the stage had trained when the checkpoint was written."""
         load_trained(self.model, checkpoint)
+
+    def shard_pending(self) -> None:
+        """Shard a model whose weights are still to be read."""
+        if self.model.pending_weights is not None and self.sharding is not None:
+            shard_pending(self.model, self.accelerator, self.sharding)
 
     def check_prepared(self, model: nn.Module) -> None:
         """Check that FSDP2 has sharded the model."""

@@ -7,6 +7,7 @@ from contextlib import nullcontext
 from typing import Any
 
 from accelerate import Accelerator
+from accelerate.utils import DistributedType
 from torch import Tensor, nn
 
 from llavar_peft.constants import IGNORE_INDEX
@@ -55,7 +56,7 @@ def _unwrap(model: Any) -> Any:
 def split_micro_batch(
     accelerator: Accelerator, model: nn.Module, inputs: dict[str, Any], *, max_tokens: int | None
 ) -> Iterator[dict[str, Any]]:
-    """Split a micro batch into passes, and exchange gradients between ranks in the last pass only.
+    """Split a micro batch into passes, and exchange gradients between ranks in the last pass only, except with FSDP.
 
     Every rank makes as many passes as the rank that needs most, because with sharded weights all ranks communicate in
     each pass. The loss does not depend on the assignment of records to passes.
@@ -77,8 +78,10 @@ def split_micro_batch(
         bins += [[]] * (largest_of_ranks(len(bins)) - len(bins))
     ends_step = accelerator.sync_gradients
     *first, last = split_batch(inputs, bins)
+    # FSDP would hold the whole gradients of the model until they are exchanged; each pass leaves shards instead.
+    exchanged_once = bool(first) and ends_step and accelerator.distributed_type != DistributedType.FSDP
     # Before the last micro batch of a step nothing is exchanged anyway. DeepSpeed reads only ``sync_gradients``.
-    with accelerator.no_sync(model) if first and ends_step else nullcontext():
+    with accelerator.no_sync(model) if exchanged_once else nullcontext():
         accelerator.sync_gradients = False
         for part in first:
             yield {**part, SUPERVISED: inputs[SUPERVISED]}

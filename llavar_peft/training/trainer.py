@@ -10,15 +10,12 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-import torch
 import transformers
-from accelerate import PartialState
 
 from llavar_peft.atomic_files import commit_folder
 from llavar_peft.constants import METRICS_FILE, PROBE_FILE
 from llavar_peft.data.training_dataset import TrainingDataset
 from llavar_peft.errors import InterruptedRunError, LlavarError
-from llavar_peft.models.build_model import build_model
 from llavar_peft.models.merge_adapter import merge_adapter
 from llavar_peft.models.modeling_llavar import LlavarForConditionalGeneration
 from llavar_peft.models.packed_attention import disable_packing, replace_flash_attention
@@ -39,7 +36,9 @@ from llavar_peft.training.checkpoint_folders import checkpoint_step, find_resume
 from llavar_peft.training.checkpoint_writer import explain_full_disk
 from llavar_peft.training.dropped_records import DROPPED_FILE, DroppedRecords
 from llavar_peft.training.holdout_probe import Probe
+from llavar_peft.training.launch import start_processes
 from llavar_peft.training.out_of_memory import explain_out_of_memory
+from llavar_peft.training.read_shards import build_for_training
 from llavar_peft.training.run_folder import RunFolder, lock_folder
 from llavar_peft.training.save_weights import save_plain, save_result
 from llavar_peft.training.sharding import reset_zero
@@ -82,8 +81,7 @@ class Trainer:
         self.callbacks = list(callbacks)
         self.run = RunFolder(self.recipe)
         self.base = self.recipe.model
-        # Without ``cpu`` on a machine without GPUs, accelerate treats several processes as one.
-        self.processes = PartialState(cpu=not (torch.accelerator.is_available()))
+        self.processes = start_processes(self.recipe)
         self.ranks = self.processes.num_processes
         self.main = self.processes.is_main_process
 
@@ -122,8 +120,7 @@ class Trainer:
         for stage in self.recipe.stages:
             if self.run.finished(stage):
                 logger.info("%s: finished before, its result is loaded", stage.name)
-                result = self.run.load_result(stage, self.model)
-                self.base = self._base_after(stage, result)
+                result = self._load_finished(stage)
                 if self.main:
                     self.run.remove_checkpoints(stage)
                 if not has_run_page(self.run.root):
@@ -134,6 +131,19 @@ class Trainer:
             else:
                 self.run.check_not_needed(stage, selected)
         return result
+
+    def _load_finished(self, stage: Stage) -> Path:
+        result = self.run.result(stage)
+        self.base = self._base_after(stage, result)
+        if self.model.pending_weights is None:
+            self.run.load_result(stage, self.model)
+        else:
+            self.model = self._build_next()
+        return result
+
+    def _build_next(self) -> LlavarForConditionalGeneration:
+        base = dataclasses.replace(self.base, quantize=self.recipe.model.quantize)
+        return build_for_training(base, self.processes, seed=self.recipe.seed)[0]
 
     def _run_stage(
         self, stage: Stage, train_set: TrainingDataset, held_out: TrainingDataset, *, allow_changes: bool
@@ -234,7 +244,7 @@ class Trainer:
         self.base = self._base_after(stage, final)
         if sharded and not last:
             # A sharded model stays sharded; the next stage needs a whole one.
-            self.model = build_model(dataclasses.replace(self.base, quantize=self.recipe.model.quantize))[0]
+            self.model = self._build_next()
         return final
 
     def _save_merged(self, stage: Stage, *, from_disk: bool) -> None:
@@ -278,5 +288,6 @@ def run_recipe(
 ) -> Path:
     """Build the recipe's model, train it as ``Trainer.train`` does, and return the folder of the last result."""
     check_trackers(recipe)
-    model, processor = build_model(recipe.model, seed=recipe.seed)
+    processes = start_processes(validate_recipe(recipe))
+    model, processor = build_for_training(recipe.model, processes, seed=recipe.seed)
     return Trainer(model, processor, recipe).train(stages, restart=restart, allow_changes=allow_changes)

@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
-from accelerate.utils import load_fsdp_optimizer, save_fsdp_optimizer
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -25,7 +24,7 @@ from transformers.training_args import ParallelMode
 
 from llavar_peft.compat.dependency_internals import fp32_partitions
 from llavar_peft.errors import EnvironmentFaultError, WeightsError
-from llavar_peft.training.sharding import Sharding
+from llavar_peft.models.launch_environment import Sharding
 
 _PARAMETER = "itself"
 """Key of the parameter itself among its states in a shard's file."""
@@ -35,12 +34,10 @@ def save_training_state(trainer: transformers.Trainer, folder: Path, sharding: S
     """Write this rank's part of the training state into a checkpoint."""
     accelerator, optimizer = trainer.accelerator, trainer.optimizer
     folder.mkdir(parents=True, exist_ok=True)  # the rank that writes the weights may come later
-    if sharding in ("fsdp2", "zero"):
+    if sharding is not None:
         named, updating = _updated_tensors(trainer, sharding)
         # ZeRO's float32 partitions exist nowhere else.
         save_shard(named, updating, _shard_file(trainer, folder), weights=sharding == "zero")
-    elif sharding == "fsdp1":
-        save_fsdp_optimizer(accelerator.state.fsdp_plugin, accelerator, optimizer, trainer.model, str(folder))
     elif trainer.args.should_save:
         torch.save(optimizer.state_dict(), folder / OPTIMIZER_NAME)
     if trainer.args.should_save:
@@ -57,12 +54,8 @@ def load_training_state(trainer: transformers.Trainer, folder: Path, sharding: S
         WeightsError: A shard's file belongs to another model or number of ranks.
     """
     accelerator, optimizer = trainer.accelerator, trainer.optimizer
-    if sharding in ("fsdp2", "zero"):
+    if sharding is not None:
         load_shard(*_updated_tensors(trainer, sharding), _shard_file(trainer, folder))
-    elif sharding == "fsdp1":
-        load_fsdp_optimizer(
-            accelerator.state.fsdp_plugin, accelerator, optimizer, trainer.model, str(folder), adapter_only=True
-        )
     else:
         # Through the CPU where a single GPU would have to hold the states twice.
         several = trainer.args.world_size > 1 and trainer.args.device.type != "cpu"

@@ -102,11 +102,3 @@ def _assert_close(path: Path, other: Path) -> None:
     assert ours.keys() == theirs.keys()
     for name, tensor in theirs.items():
         torch.testing.assert_close(ours[name], tensor, atol=1e-5, rtol=1e-4)
-
-
-@pytest.mark.slow
-def test_fsdp_version_1_is_rejected_on_a_cpu(tiny_recipe: Recipe, tmp_path: Path) -> None:
-    (tmp_path / "a.yaml").write_text(dump_recipe(dataclasses.replace(tiny_recipe, output_dir=str(tmp_path / "run"))))
-    done = _launch(tmp_path, **_environment("fsdp1_8gpu.yaml"))
-    assert done.returncode != 0
-    assert "FSDP version 1 needs GPUs" in done.stderr

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from llavar_peft.constants import PROJECTOR_BIN, PROJECTOR_SAFETENSORS
 from llavar_peft.errors import WeightsError
 from llavar_peft.weights.io import tensor_names
+from llavar_peft.weights.io.joined_rows import JoinedRows, first_rows
 from llavar_peft.weights.io.tensor_blocks import check_tensors, open_weights
 
 if TYPE_CHECKING:
@@ -23,7 +24,7 @@ TRAINED_ROWS = 2
 """``<im_start>`` and ``<im_end>``, the last two rows of the embeddings."""
 
 
-def apply_projector(tensors: dict[str, Tensor], source: str | Path) -> None:
+def apply_projector(tensors: dict[str, Tensor | JoinedRows], source: str | Path) -> None:
     """Replace the projector and the last two embedding rows of a model, in place.
 
     Args:
@@ -69,8 +70,8 @@ def read_projector(source: str | Path) -> dict[str, Tensor]:
     return {tensor_names.from_released(name) or name: tensor for name, tensor in open_weights(path).items()}
 
 
-def _replace_rows(embeddings: Tensor, rows: Tensor, path: Path) -> Tensor:
-    rows_fit = rows.ndim == embeddings.ndim and rows.shape[1] == embeddings.shape[1]
+def _replace_rows(embeddings: Tensor | JoinedRows, rows: Tensor, path: Path) -> JoinedRows:
+    rows_fit = rows.ndim == len(embeddings.shape) and rows.shape[1] == embeddings.shape[1]
     if not rows_fit or rows.shape[0] not in (embeddings.shape[0], TRAINED_ROWS):
         expected = f"{list(embeddings.shape)} or [{TRAINED_ROWS}, {embeddings.shape[1]}]"
         raise WeightsError.at(
@@ -79,9 +80,7 @@ def _replace_rows(embeddings: Tensor, rows: Tensor, path: Path) -> Tensor:
             "give a projector that was trained for this language model",
         )
     # Only the last two: stage 1 trains no others, and the original's loader reads no others.
-    import torch
-
-    return torch.cat([embeddings[:-TRAINED_ROWS].float(), rows[-TRAINED_ROWS:].float()])
+    return JoinedRows(*first_rows(embeddings, embeddings.shape[0] - TRAINED_ROWS), rows[-TRAINED_ROWS:])
 
 
 def save_projector(directory: str | Path, weight: Tensor, bias: Tensor, embeddings: Tensor) -> None:

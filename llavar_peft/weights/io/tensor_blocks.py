@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from llavar_peft.atomic_files import write_json
 from llavar_peft.errors import Fault, WeightsError
+from llavar_peft.weights.io.joined_rows import JoinedRows
 from llavar_peft.weights.io.tensor_table import (
     CHECKSUMS_FILE,
     DOWNLOAD_AGAIN,
@@ -222,7 +223,11 @@ def not_finite_error(name: str, *sources: TensorEntry | Tensor | None) -> Weight
 
 
 def check_tensors(
-    tensors: Mapping[str, Tensor], expected: Mapping[str, tuple[int, ...]], *, where: str, subset: bool = False
+    tensors: Mapping[str, Tensor] | Mapping[str, Tensor | JoinedRows],
+    expected: Mapping[str, tuple[int, ...]],
+    *,
+    where: str,
+    subset: bool = False,
 ) -> None:
     """Reject tensors whose names or shapes are not those of a model.
 
