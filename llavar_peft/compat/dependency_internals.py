@@ -97,3 +97,30 @@ def keep_quantization_scales(model: nn.Module) -> None:
             module.register_forward_pre_hook(keep_state)
         elif isinstance(module, Linear4bit):
             module.support_avx512bf16_for_cpu = False
+
+
+def release_int8_inputs(model: nn.Module) -> None:
+    """Do not keep the inputs of frozen 8-bit layers for a backward pass that does not read them.
+
+    Replaces: nothing public. bitsandbytes keeps a layer's input as an attribute of autograd's context instead of by
+    ``save_for_backward``, so that activation checkpointing does not see it: each layer keeps its inputs although it is
+    recomputed (13B, 8,192 tokens: 19 GB). Only the gradient of the weight would need them, and a weight in 8 bits has
+    none. Since: bitsandbytes 0.41, last seen in 0.50.2.
+
+    ``MatMul8bitLt`` (CUDA) sets ``ctx.tensors``, ``MatMul8bitFp`` (CPU and XPU) ``ctx.A``; the context is the
+    ``grad_fn`` of the output.
+    """
+    from bitsandbytes.nn import Linear8bitLt
+
+    def release(layer: Any, _: Any, output: Tensor) -> None:
+        node: Any = output.grad_fn
+        if node is None or layer.weight.requires_grad or getattr(node, "is_empty", False):
+            return
+        if getattr(node, "tensors", None) is not None:
+            node.tensors = (None, None, None)
+        if getattr(node, "A", None) is not None:
+            node.A = None
+
+    for module in model.modules():
+        if isinstance(module, Linear8bitLt):
+            module.register_forward_hook(release)

@@ -16,7 +16,7 @@ import torch
 from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, AutoProcessor, PreTrainedTokenizerFast
 from transformers.utils import logging as hf_logging
 
-from llavar_peft.compat.dependency_internals import keep_quantization_scales
+from llavar_peft.compat.dependency_internals import keep_quantization_scales, release_int8_inputs
 from llavar_peft.constants import MODEL_TYPE
 from llavar_peft.errors import ConfigError, MissingDependencyError
 from llavar_peft.models.checkpoint_loading import read_checkpoint, read_parts, resolve_folder
@@ -77,6 +77,7 @@ def build_model(
         )
     if config.quantize is not None:
         keep_quantization_scales(model)
+        release_int8_inputs(model)
     _set_generation_ids(model, parts.tokenizer)
     model.name_or_path = model.config.name_or_path = parts.source
     logger.info("%s: %s weights, %s attention", parts.source, str(dtype).removeprefix("torch."), attention)

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 import transformers
+from accelerate.utils import AutocastKwargs
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers.trainer import TRAINER_STATE_NAME
@@ -115,6 +116,9 @@ class StageTrainer(TrainerInternals):
         """Create the accelerator, and make sure that FSDP is active if it was requested."""
         check_fsdp_version()
         super().create_accelerator_and_postprocess()
+        # The cache would hold a copy of all trained weights in half precision until the end of each forward pass,
+        # while every weight is used only once.
+        self.accelerator.autocast_handler = AutocastKwargs(cache_enabled=False)
         self.sharding = configure_sharding(self.accelerator)
         if self.sharding in ("fsdp1", "fsdp2"):
             self.is_fsdp_enabled: bool = True
