@@ -26,7 +26,7 @@ class LayerMemory:
     Attributes:
         input: Its input, which a layer that recomputes keeps.
         kept: All that is kept from the forward to the backward pass by a layer that does not recompute.
-        backward: Peak of the backward pass, with the input, what is kept, and the gradients that it makes.
+        backward: Peak of the backward pass, with what is kept, and the gradients that it makes.
     """
 
     input: int
@@ -72,20 +72,20 @@ def measure_layer(
         if accumulated:
             for parameter in layer.parameters():
                 parameter.grad = torch.empty_like(parameter) if parameter.requires_grad else None
-        before = tracker.now
         shape = (1, tokens, text.hidden_size)
-        hidden_1TD = torch.zeros(shape, dtype=dtypes.stream, requires_grad=True)
-        entered = tracker.now - before
+        stream = torch.zeros(shape, dtype=dtypes.stream, requires_grad=True)
+        before = tracker.now
         with torch.autocast(
             "cpu", dtype=dtypes.autocast or torch.bfloat16, enabled=dtypes.autocast is not None, cache_enabled=False
         ):
-            output = layer(hidden_1TD, position_embeddings=rotary, position_ids=torch.arange(tokens)[None])
+            # The sum is released unless the layer keeps it, as the output of another layer is.
+            output = layer(stream + 0.0, position_embeddings=rotary, position_ids=torch.arange(tokens)[None])
         # The output is the next layer's input, and is released before this layer's backward pass.
         outside = before + output.untyped_storage().nbytes()
         kept = tracker.now - outside
         tracker.reset_peak()
         output.backward(torch.empty_like(output))
-        return LayerMemory(entered, kept, tracker.peak - outside)
+        return LayerMemory(stream.untyped_storage().nbytes(), kept, tracker.peak - outside)
 
 
 def _as_trained(layer: nn.Module, tune: Tune) -> nn.Module:

@@ -83,7 +83,8 @@ class StepMoments:
         """Return the moments as bytes by part, without weights and optimizer states."""
         layer = self._layer
         layers: int = self.config.text_config.num_hidden_layers
-        kept = layer.kept if self.stage.gradient_checkpointing is False else layer.input
+        recomputes = self.stage.gradient_checkpointing is not False
+        kept = layer.input if recomputes else layer.kept
         whole = 4.0 * self.trained / self.shards
         existing = whole if self._accumulates else 0.0
         during = self._gathered_root + self._gathered_layers + self._decompressed
@@ -95,14 +96,14 @@ class StepMoments:
         }
         last_layer = {
             "gradients": max(existing, self._trained_half_head),
-            "activations": (layers - 1) * kept + layer.backward,
+            "activations": (layers - 1 + recomputes) * kept + layer.backward,
             "logits": 0.0,
             "other": during,
         }
         first_layer = {
             # The layer's own gradients are among what was measured.
             "gradients": max(existing, whole - self._trained_layer - self._trained_half_head),
-            "activations": float(layer.backward),
+            "activations": float(recomputes * kept + layer.backward),
             "logits": 0.0,
             "other": during + self._gathered_half_head,
         }

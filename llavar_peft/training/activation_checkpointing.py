@@ -95,16 +95,17 @@ class Recomputation:
     def _gathered_buffers(self) -> float:
         """Return the bytes of whole weights and gradients that FSDP holds during a backward pass; 0 without FSDP.
 
-        Two layers are gathered, the one in progress and the next one. The gradients of two are whole, those that the
-        layer makes and those of the layer before, on their way to other ranks. The parts outside the layers stay
-        gathered from the forward pass on.
+        Two layers are gathered, the one in progress and the next one, while the gradients of the layer before are on
+        their way to other ranks. The parts outside the layers, except the input embeddings, stay gathered from the
+        forward pass on.
         """
         if not self.gathered:
             return 0.0
         layer = list(self.layers[-1].parameters())
         numbers, trained = (sum(one.numel() for one in layer if one.requires_grad or every) for every in (True, False))
         outside = sum(one.numel() for one in self._model.parameters()) - numbers * len(self.layers)
-        return float(self.gathered * (2 * numbers + 2 * trained + outside) / numbers)
+        outside -= self._model.get_input_embeddings().weight.numel()
+        return float(self.gathered * (2 * numbers + trained + outside) / numbers)
 
     @contextmanager
     def measure(self, tokens: int) -> Iterator[None]:
