@@ -18,6 +18,8 @@ CARDS = (12, 16, 24, 48, 80, 141)
 """Memory sizes of common GPUs, in GiB as the driver reports them and in GB as they are sold."""
 MARGIN = 1.05
 """The estimate counts tensors; the allocator and the libraries need a little more."""
+CUDA = 2**30
+"""Bytes that CUDA itself takes."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +51,7 @@ def row(case: Case) -> str:
     """Return the table row of a case."""
     recipe = load_recipe(case.recipe, [f"stages.1.micro_batch_size={case.micro_batch_size}"], preset=case.preset)
     peak = estimate_stage(recipe.model, recipe.stages[-1], gpus=case.gpus).memory.peak
-    fitting = [card for card in CARDS if peak * MARGIN <= card * 2**30]
+    fitting = [card for card in CARDS if peak * MARGIN + CUDA <= card * 2**30]
     smallest = f"{fitting[0]} GB" if fitting else "none of these"
     return f"| {case.tuning} | {case.micro_batch_size} | {case.gpus} | {peak / 2**30:.1f} | {smallest} |"
 

@@ -159,3 +159,30 @@ def use_rotary_kernel(kernel: Callable[..., tuple[Tensor, Tensor]]) -> None:
 
     rotate.plain = plain  # type: ignore[attr-defined]
     modeling_llama.apply_rotary_pos_emb = rotate
+
+
+def release_int8_inputs(model: nn.Module) -> None:
+    """Do not keep the inputs of frozen 8-bit layers for a backward pass that does not read them.
+
+    Replaces: nothing public. bitsandbytes keeps a layer's input as an attribute of autograd's context instead of by
+    ``save_for_backward``, so that activation checkpointing does not see it: each layer keeps its inputs although it is
+    recomputed (13B, 8,192 tokens: 19 GB). Only the gradient of the weight would need them, and a weight in 8 bits has
+    none. Since: bitsandbytes 0.41, last seen in 0.50.2.
+
+    ``MatMul8bitLt`` (CUDA) sets ``ctx.tensors``, ``MatMul8bitFp`` (CPU and XPU) ``ctx.A``; the context is the
+    ``grad_fn`` of the output.
+    """
+    from bitsandbytes.nn import Linear8bitLt
+
+    def release(layer: Any, _: Any, output: Tensor) -> None:
+        node: Any = output.grad_fn
+        if node is None or layer.weight.requires_grad or getattr(node, "is_empty", False):
+            return
+        if getattr(node, "tensors", None) is not None:
+            node.tensors = (None, None, None)
+        if getattr(node, "A", None) is not None:
+            node.A = None
+
+    for module in model.modules():
+        if isinstance(module, Linear8bitLt):
+            module.register_forward_hook(release)

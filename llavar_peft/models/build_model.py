@@ -18,7 +18,11 @@ from torch import nn
 from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, AutoProcessor
 from transformers.utils import logging as hf_logging
 
-from llavar_peft.compat.dependency_internals import attention_implementation, keep_quantization_scales
+from llavar_peft.compat.dependency_internals import (
+    attention_implementation,
+    keep_quantization_scales,
+    release_int8_inputs,
+)
 from llavar_peft.constants import MODEL_TYPE
 from llavar_peft.errors import ConfigError, MissingDependencyError
 from llavar_peft.models.checkpoint_loading import read_checkpoint, read_parts, resolve_folder
@@ -82,6 +86,7 @@ def build_model(
         )
     if config.quantize is not None:
         keep_quantization_scales(model)
+        release_int8_inputs(model)
     apply_kernels(model, config.kernels)
     return _finish(model, parts), parts.processor()
 

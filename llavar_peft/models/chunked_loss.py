@@ -43,6 +43,8 @@ class _SummedCrossEntropy(torch.autograd.Function):
                 grad_hidden_ND[part] = grad_nV @ cast_VD
             if grad_weight_VD is not None:
                 grad_weight_VD += grad_nV.T @ hidden_ND[part]
+            # Otherwise the next chunk's logits would be computed beside this one's.
+            del logits_nV, grad_nV
         ctx.save_for_backward(grad_hidden_ND, grad_weight_VD)
         ctx.weight_dtype = weight_VD.dtype
         return total

@@ -11,7 +11,7 @@ from llavar_peft.data.record_store import open_records
 from llavar_peft.data.training_dataset import image_count, text_tokens
 from llavar_peft.models.llavar_config import LlavarConfig
 from llavar_peft.models.tuning import target_layers
-from llavar_peft.preflight.estimate_memory import Counts
+from llavar_peft.preflight.estimate_counts import Counts
 from llavar_peft.recipe.schema import Full, Lora, Stage, Tune
 
 _SAMPLE = 2000

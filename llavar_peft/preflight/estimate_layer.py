@@ -1,61 +1,91 @@
-"""The bytes that one layer keeps for its backward pass, measured on tensors without memory."""
+"""The bytes that one layer needs in its backward pass, measured on tensors without memory."""
 
 from __future__ import annotations
 
 import dataclasses
-from weakref import WeakSet
+from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRotaryEmbedding
 
 from llavar_peft.compat.dependency_internals import fake_tensors
+from llavar_peft.compat.memory_tracker import MemoryTracker
 from llavar_peft.models.llavar_config import LlavarConfig
 from llavar_peft.models.tuning import lora_config
 from llavar_peft.recipe.schema import Full, Lora, Tune
-from llavar_peft.types import LayerCost
 
-_TOKENS = 251
-"""A prime that is no dimension of a layer, so that tensors with a token axis differ from all others in shape."""
 _PREFIX = "model.language_model.layers.0"
 
 
-def layer_cost(config: LlavarConfig, tune: Tune, *, weights: torch.dtype, autocast: torch.dtype | None) -> LayerCost:
-    """Measure a layer of the language model in the forward pass of a stage.
+@dataclass(frozen=True, slots=True)
+class LayerMemory:
+    """Bytes of one layer, without its parameters.
+
+    Attributes:
+        input: Its input, which a layer that recomputes keeps.
+        kept: All that is kept from the forward to the backward pass by a layer that does not recompute.
+        backward: Peak of the backward pass, with what is kept, and the gradients that it makes.
+    """
+
+    input: int
+    kept: int
+    backward: int
+
+
+@dataclass(frozen=True, slots=True)
+class LayerDtypes:
+    """The number formats of a layer in training.
+
+    Attributes:
+        frozen: Of parameters that are not trained.
+        trained: Of parameters that are trained.
+        stream: Of the hidden state between layers.
+        autocast: Of the computation under autocast; None is without it.
+    """
+
+    frozen: torch.dtype
+    trained: torch.dtype
+    stream: torch.dtype
+    autocast: torch.dtype | None
+
+
+def measure_layer(
+    config: LlavarConfig, tune: Tune, dtypes: LayerDtypes, *, tokens: int, accumulated: bool
+) -> LayerMemory:
+    """Measure a layer of the language model in the forward and backward pass of a stage.
 
     Args:
         config: The model's configuration.
         tune: What the stage trains.
-        weights: Dtype of the frozen weights; trained ones are float32.
-        autocast: Dtype of the computation, if it differs from the weights'.
-
-    Returns:
-        The cost. A quantized layer costs as much as a frozen one in half precision.
+        dtypes: Number formats. A quantized layer keeps as much as a frozen one in half precision.
+        tokens: Tokens of the pass.
+        accumulated: Whether gradients of an earlier pass exist, to which those of this pass are added.
     """
     text = LlamaConfig.from_dict(config.text_config.to_dict(), attn_implementation="sdpa")
     with torch.device("meta"):
         layer = _as_trained(LlamaDecoderLayer(text, 0), tune)
-    with fake_tensors():
-        _replace_parameters(layer, frozen=weights)
-        # Trained embeddings are float32, and so is then the hidden state between the layers.
-        stream = torch.float32 if isinstance(tune, Full) else weights
-        hidden_1TD = torch.zeros(1, _TOKENS, text.hidden_size, dtype=stream, requires_grad=True)
-        positions_1T = torch.arange(_TOKENS)[None]
-        rotary = LlamaRotaryEmbedding(text)(hidden_1TD, positions_1T)
-        saved = _MeasuredTensors(layer)
-        with (
-            torch.autocast("cpu", dtype=autocast or torch.bfloat16, enabled=autocast is not None),
-            torch.autograd.graph.saved_tensors_hooks(saved.pack, lambda box: box.tensor),
+    with fake_tensors(), MemoryTracker() as tracker:
+        _replace_parameters(layer, dtypes)
+        rotary = LlamaRotaryEmbedding(text)(torch.zeros(1, dtype=dtypes.stream), torch.arange(tokens)[None])
+        if accumulated:
+            for parameter in layer.parameters():
+                parameter.grad = torch.empty_like(parameter) if parameter.requires_grad else None
+        shape = (1, tokens, text.hidden_size)
+        stream = torch.zeros(shape, dtype=dtypes.stream, requires_grad=True)
+        before = tracker.now
+        with torch.autocast(
+            "cpu", dtype=dtypes.autocast or torch.bfloat16, enabled=dtypes.autocast is not None, cache_enabled=False
         ):
-            output = layer(hidden_1TD, position_embeddings=rotary, position_ids=positions_1T)
-        by_token, constant = saved.bytes()
-        del output  # kept the graph, and with it the saved tensors, until here
-    return LayerCost(
-        per_token=by_token / _TOKENS,
-        constant=constant,
-        input_per_token=text.hidden_size * hidden_1TD.element_size(),
-    )
+            # The sum is released unless the layer keeps it, as the output of another layer is.
+            output = layer(stream + 0.0, position_embeddings=rotary, position_ids=torch.arange(tokens)[None])
+        # The output is the next layer's input, and is released before this layer's backward pass.
+        outside = before + output.untyped_storage().nbytes()
+        kept = tracker.now - outside
+        tracker.reset_peak()
+        output.backward(torch.empty_like(output))
+        return LayerMemory(stream.untyped_storage().nbytes(), kept, tracker.peak - outside)
 
 
 def _as_trained(layer: nn.Module, tune: Tune) -> nn.Module:
@@ -77,47 +107,19 @@ def _as_trained(layer: nn.Module, tune: Tune) -> nn.Module:
             parent = child
         parent.add_module(last, layer)
         inject_adapter_in_model(settings, root, low_cpu_mem_usage=True)
+        for module in layer.modules():
+            # Under autocast the adapters' input is not converted to float32.
+            if hasattr(module, "cast_input_dtype_enabled"):
+                setattr(module, "cast_input_dtype_enabled", False)  # noqa: B010 - it is no declared attribute
     return layer
 
 
-def _replace_parameters(layer: nn.Module, *, frozen: torch.dtype) -> None:
-    """Replace the meta parameters by fake ones on the CPU; trained ones become float32."""
+def _replace_parameters(layer: nn.Module, dtypes: LayerDtypes) -> None:
+    """Replace the meta parameters by fake ones on the CPU."""
     for module in layer.modules():
         holders = [module, *(child for child in module.children() if isinstance(child, nn.ParameterDict))]
         for holder in holders:
             for name, parameter in list(holder.named_parameters(recurse=False)):
                 trained = parameter.requires_grad
-                data = torch.empty(parameter.shape, dtype=torch.float32 if trained else frozen)
+                data = torch.empty(parameter.shape, dtype=dtypes.trained if trained else dtypes.frozen)
                 holder.register_parameter(name, nn.Parameter(data, requires_grad=trained))
-
-
-class _MeasuredTensors:
-    """The tensors that autograd saves, except the layer's own parameters, which need no additional memory."""
-
-    def __init__(self, layer: nn.Module) -> None:
-        parameters = list(layer.parameters())
-        self._storages = {parameter.untyped_storage() for parameter in parameters}
-        self._shapes = {tuple(sorted(parameter.shape)) for parameter in parameters}
-        self._boxes = WeakSet[_Box]()
-
-    def pack(self, tensor: Tensor) -> _Box:
-        box = _Box(tensor)
-        self._boxes.add(box)
-        return box
-
-    def bytes(self) -> tuple[int, int]:
-        """Return the bytes that grow with the tokens, and those of tensors in the shape of a parameter."""
-        # A storage is one Python object for all tensors that share it; several of them count once.
-        by_token, constant = set[torch.UntypedStorage](), set[torch.UntypedStorage]()
-        for box in self._boxes:
-            storage = box.tensor.untyped_storage()
-            if storage not in self._storages:
-                (constant if tuple(sorted(box.tensor.shape)) in self._shapes else by_token).add(storage)
-        return sum(one.nbytes() for one in by_token), sum(one.nbytes() for one in constant)
-
-
-class _Box:
-    """A saved tensor; it is released together with the graph that saved it."""
-
-    def __init__(self, tensor: Tensor) -> None:
-        self.tensor = tensor

@@ -13,7 +13,8 @@ from llavar_peft.preflight.estimate_compute import (
     largest_pass,
     measure_records,
 )
-from llavar_peft.preflight.estimate_memory import Memory, count_parameters, count_trained, estimate_memory
+from llavar_peft.preflight.estimate_counts import count_parameters, count_trained
+from llavar_peft.preflight.estimate_memory import Memory, estimate_memory
 from llavar_peft.recipe.schema import Full, Lora, ModelConfig, Stage
 
 

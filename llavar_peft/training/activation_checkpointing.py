@@ -39,6 +39,10 @@ class Recomputation:
         auto: Whether to decide at all; otherwise all layers stay as they are.
         device: The device of the model.
         free: Returns the number of bytes available on the device.
+
+    Attributes:
+        cost: What a layer keeps, once it was measured.
+        gathered: Bytes of a layer's weights as FSDP gathers them; 0 without FSDP.
     """
 
     def __init__(
@@ -48,6 +52,7 @@ class Recomputation:
         self.device = device
         self.free = free or free_memory
         self.cost: LayerCost | None = None
+        self.gathered = 0
         self.recomputed = len(self.layers)
         self._model = model
         self._logits = 8 * CHUNK * model.get_output_embeddings().weight.shape[0] if auto else 0
@@ -81,9 +86,24 @@ class Recomputation:
         missing = (one for one in self._model.parameters() if one.requires_grad and one.grad is None)
         gradients = sum(_local(one).numel() * one.element_size() for one in missing)
         inputs = layers * cost.input_per_token * tokens
-        others = gradients + self._logits + inputs + _BACKWARD * cost.kept(tokens)
+        others = gradients + self._logits + inputs + _BACKWARD * cost.kept(tokens) + self._gathered_buffers()
         room = self.free(self.device) * (1 - _RESERVE) - others
         return max(0, min(layers, int(room / (cost.kept(tokens) - cost.input_per_token * tokens))))
+
+    def _gathered_buffers(self) -> float:
+        """Return the bytes of whole weights and gradients that FSDP holds during a backward pass; 0 without FSDP.
+
+        Two layers are gathered, the one in progress and the next one, while the gradients of the layer before are on
+        their way to other ranks. The parts outside the layers, except the input embeddings, stay gathered from the
+        forward pass on.
+        """
+        if not self.gathered:
+            return 0.0
+        layer = list(self.layers[-1].parameters())
+        numbers, trained = (sum(one.numel() for one in layer if one.requires_grad or every) for every in (True, False))
+        outside = sum(one.numel() for one in self._model.parameters()) - numbers * len(self.layers)
+        outside -= self._model.get_input_embeddings().weight.numel()
+        return float(self.gathered * (2 * numbers + trained + outside) / numbers)
 
     @contextmanager
     def measure(self, tokens: int) -> Iterator[None]:
@@ -98,8 +118,12 @@ class Recomputation:
         layer, saved = self.layers[-1], _SavedTensors()
         stack = ExitStack()
 
+        sharded = any(isinstance(one, DTensor) for one in layer.parameters())
+
         def start(_: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
             saved.exclude_parameters(layer)
+            # FSDP has gathered the layer by now, in the number format of the computation.
+            self.gathered = sum(one.numel() * one.element_size() for one in layer.parameters()) if sharded else 0
             hidden = arguments[0] if arguments else keywords["hidden_states"]
             saved.input_bytes = hidden.numel() * hidden.element_size()
             stack.enter_context(torch.autograd.graph.saved_tensors_hooks(saved.add, lambda tensor: tensor))
@@ -139,14 +163,15 @@ class _SavedTensors:
             layer: The layer that is about to run; sharded parameters are gathered.
         """
         parameters = list(layer.parameters())
-        self._parameters = {_local(one).untyped_storage().data_ptr() for one in parameters}
+        self._parameters = {id(_local(one).untyped_storage()) for one in parameters}
         self._shapes = {tuple(sorted(one.shape)) for one in parameters}
 
     def add(self, tensor: Tensor) -> Tensor:
+        # A storage is one Python object as long as any tensor uses it.
         storage = tensor.untyped_storage()
-        if storage.data_ptr() not in self._parameters:
+        if id(storage) not in self._parameters:
             kind = self.constant if tuple(sorted(tensor.shape)) in self._shapes else self.by_token
-            kind[storage.data_ptr()] = storage.nbytes()
+            kind[id(storage)] = storage.nbytes()
         return tensor
 
 

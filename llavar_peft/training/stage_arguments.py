@@ -10,7 +10,7 @@ import transformers
 
 from llavar_peft.errors import ConfigError, MissingDependencyError
 from llavar_peft.models.launch_environment import requested_sharding, uses_gpu
-from llavar_peft.recipe.schema import Precision, Recipe, Stage
+from llavar_peft.recipe.schema import Optimizer, Precision, Recipe, Stage
 from llavar_peft.training.launch import compute_dtype, uses_cpu
 
 # Renamed in transformers 5.24.
@@ -77,7 +77,7 @@ def training_arguments(recipe: Recipe, stage: Stage, directory: Path, *, ranks: 
         adam_beta1=optim.beta1,
         adam_beta2=optim.beta2,
         adam_epsilon=optim.epsilon,
-        optim=_OPTIMIZERS[optim.optimizer],
+        optim=optimizer_name(optim.optimizer, precision, device="cuda" if cuda else "cpu"),
         bf16=precision == "bf16",
         fp16=precision == "fp16",
         tf32=True if cuda and precision != "fp32" and torch.cuda.get_device_capability()[0] >= 8 else None,
@@ -125,6 +125,23 @@ def check_trackers(recipe: Recipe) -> None:
             known = ", ".join(sorted(_TRACKERS))
             raise ConfigError.at("report_to", f"unknown tracker (got {name!r}, expected one of {known})", "correct it")
         raise MissingDependencyError.at("report_to", f"{name} is not installed", f"pip install {package}")
+
+
+def optimizer_name(optimizer: Optimizer, precision: str, *, device: str) -> str:
+    """Return transformers' name of an optimizer.
+
+    On a CUDA device AdamW is fused: the default there, ``foreach``, needs 4 more bytes per trained weight in each step.
+    On a CPU the default is a loop without such memory, whose results released versions had. With fp16 it stays the
+    default everywhere, because the fused kernel itself skips a step whose gradient overflows: accelerate would not
+    notice, and the learning rate would follow a schedule that is ahead by one step.
+
+    Args:
+        optimizer: The recipe's setting.
+        precision: As ``resolve_precision`` returns it.
+        device: Type of the device that is trained on.
+    """
+    fused = optimizer == "adamw" and device == "cuda" and precision != "fp16"
+    return "adamw_torch_fused" if fused else _OPTIMIZERS[optimizer]
 
 
 def resolve_precision(precision: Precision) -> str:

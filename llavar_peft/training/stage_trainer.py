@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 import transformers
+from accelerate.utils import AutocastKwargs
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers.trainer import TRAINER_STATE_NAME
@@ -122,6 +123,9 @@ class StageTrainer(TrainerInternals):
     def create_accelerator_and_postprocess(self) -> None:
         """Create the accelerator, and make sure that FSDP is active if it was requested."""
         super().create_accelerator_and_postprocess()
+        # The cache would hold a copy of all trained weights in half precision until the end of each forward pass,
+        # while every weight is used only once.
+        self.accelerator.autocast_handler = AutocastKwargs(cache_enabled=False)
         self.sharding = configure_sharding(self.accelerator, fp32_reduction=self.stage.fp32_reduction)
         if self.sharding == "fsdp2":
             self.is_fsdp_enabled: bool = True

@@ -28,6 +28,8 @@ from llavar_peft.models.launch_environment import Sharding
 
 _PARAMETER = "itself"
 """Key of the parameter itself among its states in a shard's file."""
+_IMPLEMENTATION = ("fused", "foreach", "capturable")
+"""Settings of an optimizer that depend on this run's device, not on that of the checkpoint."""
 
 
 def save_training_state(trainer: transformers.Trainer, folder: Path, sharding: Sharding | None) -> None:
@@ -118,6 +120,7 @@ def load_shard(named: Mapping[str, Tensor], optimizer: torch.optim.Optimizer, pa
     Raises:
         WeightsError: The file does not hold the states of these tensors.
     """
+    fused = any(group.get("fused") for group in optimizer.param_groups)
     with safe_open(path, framework="pt") as file:
         metadata = file.metadata() or {}
         for entry in file.keys():  # noqa: SIM118 - it is not a dictionary
@@ -129,13 +132,16 @@ def load_shard(named: Mapping[str, Tensor], optimizer: torch.optim.Optimizer, pa
                 )
             if key == _PARAMETER:
                 parameter.data.copy_(value)
+            elif value.ndim:
+                optimizer.state[parameter][key] = _distribute(value, parameter)
             else:
-                optimizer.state[parameter][key] = _distribute(value, parameter) if value.ndim else value
+                # A fused optimizer reads its step number on the device, every other one on the CPU.
+                optimizer.state[parameter][key] = value.to(parameter.device) if fused else value
     for entry, plain in json.loads(metadata.get("states", "{}")).items():
         name, _, key = entry.rpartition("|")
         optimizer.state[named[name]][key] = plain
     for group, saved in zip(optimizer.param_groups, json.loads(metadata.get("groups", "[]")), strict=True):
-        group.update(saved)
+        group.update({key: value for key, value in saved.items() if key not in _IMPLEMENTATION})
 
 
 def _local(tensor: Tensor) -> Tensor:

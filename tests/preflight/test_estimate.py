@@ -13,7 +13,8 @@ import pytest
 
 from llavar_peft import Full, Lora, ModelConfig, Projector, Recipe, cli
 from llavar_peft.models.llavar_config import config_without_weights
-from llavar_peft.preflight.estimate_memory import count_parameters, estimate_memory
+from llavar_peft.preflight.estimate_counts import count_parameters
+from llavar_peft.preflight.estimate_memory import estimate_memory
 from llavar_peft.preflight.estimate_stage import estimate_stage, what_would_help
 from llavar_peft.recipe.presets import load_recipe
 from llavar_peft.recipe.recipe_yaml import dump_recipe
@@ -65,11 +66,14 @@ def test_estimated_peaks_agree_with_a_run(middle: ModelConfig, tiny_recipe: Reci
     assert done.returncode == 0, done.stderr[-2000:]
     measured = {name: int(peak) for name, peak in map(str.split, done.stdout.splitlines()[-len(stages) :])}
     config = config_without_weights(middle)
-    for stage in stages:
-        estimated = estimate_memory(
+    estimated = {
+        stage.name: estimate_memory(
             config, middle, stage, tokens=_TOKENS, supervised=_SUPERVISED, gpus=1, sharded=False
-        )
-        assert estimated.peak == pytest.approx(measured[stage.name], rel=0.15), (stage.name, estimated)
+        ).peak
+        for stage in stages
+    }
+    # Python and its libraries themselves allocate some tens of MB in the first steps.
+    assert estimated == pytest.approx(measured, rel=0.15, abs=60e6)
 
 
 def test_the_size_of_the_papers_model_is_derived_from_its_name(capsys: pytest.CaptureFixture[str]) -> None:
@@ -83,7 +87,8 @@ def test_the_size_of_the_papers_model_is_derived_from_its_name(capsys: pytest.Ca
     # Three times two for each weight and token, and a fourth time, because activations are recomputed.
     assert finetune["step_flops"] == pytest.approx(8 * 12.7e9 * 32 * 2048, rel=0.1)
     assert finetune["step_seconds"] == pytest.approx(finetune["step_flops"] / (8 * 150e12))
-    assert 26 < sum(finetune["memory"][part] for part in ("weights", "gradients", "optimizer")) / 1e9 < 27
+    # At the peak, the gradients of the first layer and of the embeddings do not exist yet.
+    assert 25.5 < sum(finetune["memory"][part] for part in ("weights", "gradients", "optimizer")) / 1e9 < 26.5
 
 
 @pytest.mark.slow

@@ -18,7 +18,7 @@ from llavar_peft.models.llavar_config import LlavarConfig, config_without_weight
 from llavar_peft.models.modeling_llavar import LlavarForConditionalGeneration
 from llavar_peft.models.packed_attention import enable_packing
 from llavar_peft.models.tuning import apply_tuning
-from llavar_peft.preflight.estimate_memory import compute_dtype, storage_dtype
+from llavar_peft.preflight.estimate_moments import compute_dtype, storage_dtype
 from llavar_peft.recipe.presets import load_recipe
 from llavar_peft.recipe.schema import ModelConfig, Stage
 from llavar_peft.training.supervised_loss import supervised_loss

@@ -1,0 +1,100 @@
+"""The peak of a GPU's memory in whole training steps on fake tensors: what fits, and that ``estimate`` agrees."""
+
+from __future__ import annotations
+
+import dataclasses
+from functools import cache
+
+import pytest
+
+from llavar_peft import DataConfig, Full, Lora, OptimConfig, Projector, Stage
+from llavar_peft.models.llavar_config import config_without_weights
+from llavar_peft.preflight.estimate_counts import count_parameters, count_trained
+from llavar_peft.preflight.estimate_memory import Memory, estimate_memory
+from tests.gpu_sim.fake_training import Case, track_layers, track_peak, track_peaks
+
+_GIB = 2**30
+_LORA = Lora(rank=64, alpha=128.0, dropout=0.05, train_image_rows=False)
+
+TARGETS = {
+    "7B QLoRA": (Case("7b", _LORA, "nf4", accumulation=2), 9),
+    "13B QLoRA": (Case("13b", _LORA, "nf4", accumulation=2), 16),
+    "7B full on one H200": (Case("7b", Full(), accumulation=2), 141e9 / _GIB),
+    "13B full on 8 GPUs of 80 GB, with room": (Case("13b", Full(), gpus=8, records=4), 40),
+}
+"""Cases and the GiB that they must stay under, of which CUDA itself takes about one."""
+
+OTHERS = {
+    "stage 1": Case("13b", Projector()),
+    "stage 1, activations kept": Case("7b", Projector(), recompute=False),
+    "stage 1 on 8, activations kept": Case("13b", Projector(), gpus=8, recompute=False),
+    "full, activations kept, on 8": Case("13b", Full(), gpus=8, recompute=False),
+    "full on 2 x 8": Case("13b", Full(), gpus=16),
+    "LoRA": Case("7b", _LORA),
+    "LoRA, activations kept": Case("7b", _LORA, recompute=False),
+    "LoRA on 8, activations kept": Case("7b", _LORA, gpus=8, recompute=False),
+    "QLoRA on 2 x 8": Case("13b", _LORA, "nf4", gpus=16),
+    "int8": Case("7b", _LORA, "int8", recompute=False),
+}
+
+
+@cache
+def _tracked(case: Case) -> float:
+    return track_peak(case)
+
+
+def _estimated(case: Case, *, layers: int | None = None) -> Memory:
+    config = config_without_weights(case.model)
+    config.text_config.num_hidden_layers = layers or config.text_config.num_hidden_layers
+    stage = Stage(
+        name="stage",
+        data=DataConfig(records="records.json"),
+        tune=case.tune,
+        optim=OptimConfig(learning_rate=1e-4),
+        global_batch_size=case.records * case.gpus * case.accumulation,
+        micro_batch_size=case.records,
+        precision="bf16",
+        gradient_checkpointing=case.recompute,
+    )
+    return estimate_memory(
+        config, case.model, stage, tokens=sum(case.lengths), supervised=case.supervised, gpus=case.gpus,
+        sharded=case.gpus > 1,
+    )  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", TARGETS)
+def test_the_recipes_fit(name: str) -> None:
+    case, limit = TARGETS[name]
+    assert _tracked(case) < (limit - 1) * _GIB
+    assert _estimated(case).peak == pytest.approx(_tracked(case), rel=0.1), _estimated(case)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", OTHERS)
+def test_the_estimate_agrees_with_the_tracker(name: str) -> None:
+    case = OTHERS[name]
+    assert _estimated(case).peak == pytest.approx(_tracked(case), rel=0.1), _estimated(case)
+
+
+def test_a_short_qlora_fits_and_the_estimate_agrees() -> None:
+    """The one test of this file that takes only a few seconds."""
+    case = Case("7b", _LORA, "nf4")
+    peaks = track_layers(case, 2)
+    assert _estimated(case, layers=2).peak == pytest.approx(max(peaks.values()), rel=0.1)
+
+
+@pytest.mark.slow
+def test_two_short_models_give_the_peaks_of_the_whole_model() -> None:
+    case = Case("7b", Full(), gpus=8)
+    assert track_layers(case) == pytest.approx(track_peaks(case), rel=0.001)
+
+
+@pytest.mark.slow
+def test_fused_adamw_needs_no_memory_of_its_own() -> None:
+    fused = Case("7b", Full())
+    config = config_without_weights(fused.model)
+    config.text_config.num_hidden_layers = 2
+    trained = count_trained(config, fused.tune, count_parameters(config, fused.tune))
+    peaks, unfused = (track_layers(dataclasses.replace(fused, fused=value), 2) for value in (True, False))
+    assert unfused["optimizer"] - peaks["optimizer"] == pytest.approx(4 * trained, rel=0.01)
