@@ -156,7 +156,7 @@ def _contents(conversation: Conversation, *, front: bool) -> list[Content]:
     """Split each human turn at its images. Without an image ``<image>`` is ordinary text, as in the original."""
     if not conversation.images:
         return [[turn.text] for turn in conversation.turns]
-    # An answer that spells ``<image>``, such as Markdown read off a page, shows no image.
+    # An answer may contain ``<image>`` as text, such as Markdown read off a page.
     contents: list[Content] = [
         split_placeholders(turn.text) if turn.role == "human" else [turn.text] for turn in conversation.turns
     ]
