@@ -28,7 +28,7 @@ from llavar_peft.constants import PROJECTOR_SAFETENSORS, RESOLVED_RECIPE_FILE, V
 from llavar_peft.errors import ConfigError, EnvironmentFaultError, Fault
 from llavar_peft.recipe.recipe_yaml import dump_recipe
 from llavar_peft.recipe.schema import Lora, Projector, Recipe, Stage
-from llavar_peft.recipe.validate import recipe_to_mapping
+from llavar_peft.recipe.validate import recipe_from_mapping, recipe_to_mapping
 from llavar_peft.training import run_files
 from llavar_peft.training.checkpoint_folders import list_checkpoints, remove_unfinished
 from llavar_peft.training.save_weights import load_full, load_projector
@@ -149,9 +149,7 @@ class RunFolder:
         started = any(self.finished(stage) or list_checkpoints(self.directory(stage)) for stage in self.recipe.stages)
         if not (written.is_file() and started):
             return
-        before = yaml.safe_load(written.read_text(encoding="utf-8"))
-        # Through JSON, so that tuples become lists as in the YAML file.
-        now = json.loads(json.dumps(recipe_to_mapping(self.recipe)))
+        before, now = _read_written(written), _to_mapping(self.recipe)
         faults = [
             Fault(path, f"changed since this run started (was {old!r}, is {new!r})", "")
             for path, old, new in _differences(before, now, "")
@@ -168,6 +166,19 @@ class RunFolder:
                 "continue anyway.",
                 faults,
             )
+
+
+def _read_written(path: Path) -> Any:
+    """Return a written recipe, with the defaults of the fields that the version that wrote it did not have."""
+    mapping = yaml.safe_load(path.read_text(encoding="utf-8"))
+    with suppress(ConfigError):
+        return _to_mapping(recipe_from_mapping(mapping, str(path)))
+    return mapping
+
+
+def _to_mapping(recipe: Recipe) -> Any:
+    # Through JSON, so that tuples become lists as in the YAML file.
+    return json.loads(json.dumps(recipe_to_mapping(recipe)))
 
 
 def _differences(old: Any, new: Any, path: str) -> list[tuple[str, Any, Any]]:

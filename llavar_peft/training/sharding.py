@@ -7,6 +7,7 @@ nothing of such a step is saved.
 from __future__ import annotations
 
 import sys
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -119,21 +120,24 @@ def gather_weights(
         plain: dict[str, Tensor] = accelerator.unwrap_model(model).state_dict()
         return plain
     if sharding == "zero":
-        if trained_only:
-            return _gather_trained(model, accelerator)
-        return accelerator.get_state_dict(model) or {}
+        whole = {} if trained_only else accelerator.get_state_dict(model) or {}
+        return {**whole, **_gather_trained(model, accelerator)}
     options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=trained_only)
     state = get_model_state_dict(model, options=options)
     return {name: value for name, value in state.items() if isinstance(value, Tensor)}
 
 
 def _gather_trained(model: nn.Module, accelerator: Accelerator) -> dict[str, Tensor]:
+    """Gather the float32 weights that the optimizer updates; those in the model may be rounded to 16 bits."""
     import deepspeed
+    from deepspeed.utils import safe_get_full_fp32_param
 
     state = {}
     for name, parameter in accelerator.unwrap_model(model).named_parameters():
-        if parameter.requires_grad:
-            with deepspeed.zero.GatheredParameters([parameter]):
-                if accelerator.is_main_process:
-                    state[name] = parameter.detach().cpu().clone()
+        if not parameter.requires_grad:
+            continue
+        exact = safe_get_full_fp32_param(parameter)
+        with deepspeed.zero.GatheredParameters([parameter]) if exact is None else nullcontext():
+            if accelerator.is_main_process:
+                state[name] = (parameter if exact is None else exact).detach().cpu().clone()
     return state

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -24,35 +25,41 @@ from tests.training.sharded import ShardCounter, run
 ROOT = Path(__file__).parents[2]
 
 
-def _assert_same(ours: Path, theirs: Path, recipe: Recipe) -> None:
+def _assert_same(ours: Path, theirs: Path, recipe: Recipe, *, rounding: float = 1e-5) -> None:
     for stage in recipe.stages:
         two, one = (
             [json.loads(line) for line in (folder / stage.name / "metrics.jsonl").read_text().splitlines()]
             for folder in (ours, theirs)
         )
         assert [line["tokens"] for line in two] == [line["tokens"] for line in one]
-        assert [line["loss"] for line in two] == pytest.approx([line["loss"] for line in one], rel=1e-5)
+        assert [line["loss"] for line in two] == pytest.approx([line["loss"] for line in one], rel=rounding)
     found, expected = (load_file(folder / "model/model.safetensors") for folder in (ours, theirs))
     for name, tensor in expected.items():
-        torch.testing.assert_close(found[name], tensor, atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(found[name], tensor, atol=rounding, rtol=10 * rounding)
 
 
 @pytest.mark.slow
 def test_two_processes_equal_one(tiny_recipe: Recipe, tmp_path: Path) -> None:
     recipes = {}
-    for average in ("token", "micro_batch"):
-        stages = tuple(dataclasses.replace(stage, loss_average=average, max_steps=3) for stage in tiny_recipe.stages)  # type: ignore[arg-type]
-        one = dataclasses.replace(tiny_recipe, stages=stages, output_dir=str(tmp_path / "1" / average))
+    half = dataclasses.replace(tiny_recipe.model, dtype="bfloat16")
+    for average, precision in (("token", "fp32"), ("micro_batch", "fp32"), ("token", "bf16")):
+        changes: dict[str, Any] = {"loss_average": average, "precision": precision, "max_steps": 3}
+        stages = tuple(dataclasses.replace(stage, **changes) for stage in tiny_recipe.stages)
+        model = half if precision == "bf16" else tiny_recipe.model
+        name = f"{average}-{precision}"
+        one = dataclasses.replace(tiny_recipe, stages=stages, model=model, output_dir=str(tmp_path / "1" / name))
         run(one, ShardCounter(None))
-        recipes[average] = dataclasses.replace(one, output_dir=str(tmp_path / "2" / average))
-        (tmp_path / f"{average}.yaml").write_text(dump_recipe(recipes[average]))
+        recipes[name] = dataclasses.replace(one, output_dir=str(tmp_path / "2" / name))
+        (tmp_path / f"{name}.yaml").write_text(dump_recipe(recipes[name]))
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     done = subprocess.run(
         [*launch, "-m", "tests.training.sharded", str(tmp_path)], cwd=ROOT, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr[-2000:]
-    for average, recipe in recipes.items():
-        _assert_same(tmp_path / "2" / average, tmp_path / "1" / average, recipe)
+    for name, recipe in recipes.items():
+        # The gradients of two records are summed in another order, and rounded to 8 bits before.
+        rounding = 5e-3 if "bf16" in name else 1e-5
+        _assert_same(tmp_path / "2" / name, tmp_path / "1" / name, recipe, rounding=rounding)
 
 
 def _launch_nodes(recipe: Path) -> list[subprocess.Popen[str]]:
