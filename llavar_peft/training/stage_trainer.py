@@ -16,6 +16,7 @@ import torch
 import transformers
 from accelerate.utils import AutocastKwargs
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
 from transformers.trainer import TRAINER_STATE_NAME
 
@@ -86,6 +87,7 @@ class StageTrainer(TrainerInternals):
         callbacks: list[transformers.TrainerCallback],
     ) -> None:
         self.optimizer: torch.optim.Optimizer | None = None
+        self.optimized: list[list[Tensor]] = [[]]
         self.packed = stage.packing and enable_packing(model)
         self.stage = stage
         self.dropped = dropped
@@ -143,6 +145,11 @@ class StageTrainer(TrainerInternals):
         """Check that FSDP2 has sharded the model."""
         if self.sharding == "fsdp2":
             check_sharding(model)
+        if self.sharding == "fsdp2" and self.optimizer is not None and isinstance(self.optimized[0][0], DTensor):
+            # Accelerate replaces whole parameters by shards, by their addresses. These were shards before, and those
+            # that are empty on this rank have one address.
+            for group, parameters in zip(self.optimizer.param_groups, self.optimized, strict=True):
+                group["params"] = parameters
 
     def load_training_state(self, checkpoint: Path) -> None:
         """Load the states of optimizer, schedule and loss scaler."""
@@ -230,6 +237,7 @@ class StageTrainer(TrainerInternals):
         optimizer: torch.optim.Optimizer = super().create_optimizer(model)
         if new:
             split_groups(optimizer, model or self.model, self.stage.optim)
+            self.optimized = [list(group["params"]) for group in optimizer.param_groups]
         return optimizer
 
     # -- log ----------------------------------------------------------------------------------------------------------

@@ -20,6 +20,17 @@ from llavar_peft.training.read_shards import build_for_training
 from tests.training.sharded import ShardCounter
 
 
+class EachParameterOnce(ShardCounter):
+    """Checks that the optimizer has each trained parameter once, also those of which this rank has no part."""
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        super().on_step_begin(args, state, control, model=model, **kwargs)
+        updated = [each for group in kwargs["optimizer"].param_groups for each in group["params"]]
+        if "ACCELERATE_USE_FSDP" in os.environ:
+            assert {*updated} == {each for each in model.parameters() if each.requires_grad}
+            assert len({*updated}) == len(updated)
+
+
 def _build_at_once(config: ModelConfig, processes: PartialState, *, seed: int) -> Any:
     return build_model(config, seed=seed)
 
@@ -49,7 +60,7 @@ def main() -> None:
         recipe = load_recipe(str(path), [])
         for name, build in (("at_once", _build_at_once), ("by_shard", build_for_training)):
             # Only the second way is interrupted, and resumes.
-            counter = ShardCounter(2 if build is build_for_training else None)
+            counter = EachParameterOnce(2 if build is build_for_training else None)
             _train(dataclasses.replace(recipe, output_dir=str(folder / name / path.stem)), build, counter)
 
 

@@ -31,7 +31,8 @@ def _write_recipes(tiny_recipe: Recipe, folder: Path, names: tuple[str, ...]) ->
     one, two = (
         dataclasses.replace(stage, data=data, global_batch_size=2, micro_batch_size=1) for stage in tiny_recipe.stages
     )
-    dora = Lora(rank=4, alpha=8, variant="dora", train_image_rows=True)
+    # Of rank 1, so that the second process has no part of A.
+    dora = Lora(rank=1, alpha=8, variant="dora", train_image_rows=True)
     stages = {
         "stages": (dataclasses.replace(one, max_steps=1), dataclasses.replace(two, max_steps=3)),
         "adapter": (dataclasses.replace(two, tune=dora, max_steps=1),),
