@@ -87,8 +87,7 @@ def build_model(
     if config.quantize is not None:
         keep_quantization_scales(model)
         release_int8_inputs(model)
-    apply_kernels(model, config.kernels)
-    return _finish(model, parts), parts.processor()
+    return _finish(model, parts, config), parts.processor()
 
 
 def build_pending_model(
@@ -108,7 +107,8 @@ def build_pending_model(
     Raises:
         ConfigError: The settings do not name exactly one model.
         WeightsError: A tensor is missing, unexpected or has the wrong shape.
-        MissingDependencyError: flash-attention is requested and not installed.
+        MissingDependencyError: flash-attention or liger-kernel is requested and not installed.
+        EnvironmentFaultError: The kernels need a GPU, and there is none.
     """
     parts = _read_checked_parts(config, seed)
     dtype = resolve_dtype(config.dtype)
@@ -123,7 +123,7 @@ def build_pending_model(
         module, _, own = name.rpartition(".")
         setattr(model.get_submodule(module), own, nn.Parameter(whole(parts.tensors[name]).to(dtype, copy=True)))
     model.pending_weights = pending
-    return _finish(model.eval(), parts), parts.processor()
+    return _finish(model.eval(), parts, config), parts.processor()
 
 
 def load_processor(model: str, *, vision_tower: str | None = None) -> LlavarProcessor:
@@ -234,7 +234,10 @@ def _read_checked_parts(config: ModelConfig, seed: int) -> ModelParts:
     return parts
 
 
-def _finish(model: LlavarForConditionalGeneration, parts: ModelParts) -> LlavarForConditionalGeneration:
+def _finish(
+    model: LlavarForConditionalGeneration, parts: ModelParts, config: ModelConfig
+) -> LlavarForConditionalGeneration:
+    apply_kernels(model, config.kernels)
     generation, tokenizer = model.generation_config, parts.tokenizer
     generation.bos_token_id = tokenizer.bos_token_id
     generation.eos_token_id = tokenizer.eos_token_id

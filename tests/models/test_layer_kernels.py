@@ -144,7 +144,8 @@ def test_the_setting_reaches_the_model_and_the_default_changes_nothing(monkeypat
     config = {"language_model": str(LANGUAGE_MODEL), "vision_tower": str(VISION_TOWER), "dtype": "float32"}
     building.build_model(ModelConfig(**config))
     building.build_model(ModelConfig(**config, kernels="compile"))
-    assert seen == ["none", "compile"]
+    building.build_pending_model(ModelConfig(**config, kernels="compile"))
+    assert seen == ["none", "compile", "compile"]
     model = _model(1)
     apply_kernels(model, "none")
     assert not any(module._compiled_call_impl for module in model.modules())
