@@ -10,7 +10,7 @@ import importlib.util
 import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from accelerate import init_empty_weights
@@ -203,6 +203,9 @@ def quantization_arguments(quantize: Quantization | None, dtype: torch.dtype) ->
     """
     if quantize is None:
         return {}
+    if quantize not in get_args(Quantization):
+        known = " or ".join(repr(name) for name in get_args(Quantization))
+        raise ConfigError.at("model.quantize", f"unknown format (got {quantize!r}, expected {known})", "correct it")
     if importlib.util.find_spec("bitsandbytes") is None:
         raise MissingDependencyError.at(
             "model.quantize", f"{quantize} needs bitsandbytes, which is not installed", "pip install bitsandbytes"

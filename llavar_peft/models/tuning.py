@@ -267,9 +267,11 @@ def _add_lora(model: LlavarForConditionalGeneration, tune: Lora, train_rows: boo
             )
         size = model.config.text_config.vocab_size
         config.trainable_token_indices = {"embed_tokens": list(range(size - TRAINED_ROWS, size))}
-    with without_memory_on_cpu(model):
+    if model.pending_weights is None:
         wrapped = get_peft_model(model, config)
-    if model.pending_weights is not None:
+    else:
+        with without_memory_on_cpu(model):
+            wrapped = get_peft_model(model, config)
         set_adapter_values(wrapped, model.pending_weights)
     embed_used_rows_only(wrapped)
     for name, parameter in wrapped.named_parameters():

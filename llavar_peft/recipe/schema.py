@@ -7,6 +7,7 @@ Constraints that involve several fields are in ``schema_rules``.
 
 from __future__ import annotations
 
+import os
 import re
 from dataclasses import dataclass, field
 from typing import Annotated, ClassVar, Literal
@@ -56,9 +57,11 @@ _BY_KIND = Discriminator(_kind)
 
 Text = Annotated[str, Field(pattern=r"^[^\x00]*[^\s\x00\x1c-\x1f][^\x00]*$")]
 """A string that is not blank and has no NUL character."""
-TextOrList = Annotated[Annotated[Text, Tag("text")] | Annotated[tuple[Text, ...], Tag("list")], _BY_KIND]
-TextOrFilledList = Annotated[
-    Annotated[Text, Tag("text")] | Annotated[tuple[Text, ...], Field(min_length=1), Tag("list")], _BY_KIND
+PathText = Annotated[Text, AfterValidator(os.path.expanduser)]
+"""A path, or the name of a model on the hub; ``~`` is the user's home."""
+PathOrList = Annotated[Annotated[PathText, Tag("text")] | Annotated[tuple[PathText, ...], Tag("list")], _BY_KIND]
+PathOrFilledList = Annotated[
+    Annotated[PathText, Tag("text")] | Annotated[tuple[PathText, ...], Field(min_length=1), Tag("list")], _BY_KIND
 ]
 PositiveInteger = Annotated[int, Field(ge=1)]
 IntegerFromZero = Annotated[int, Field(ge=0)]
@@ -83,13 +86,13 @@ class ModelConfig(_Strict):
     checkpoint in the released layout does not contain the vision tower and needs ``vision_tower`` as well.
     """
 
-    language_model: Text | None = None
+    language_model: PathText | None = None
     """Folder or hub name of a LLaMA or Vicuna model."""
-    vision_tower: Text | None = None
+    vision_tower: PathText | None = None
     """Folder or hub name of a CLIP vision tower with its ``preprocessor_config.json``."""
-    checkpoint: Text | None = None
+    checkpoint: PathText | None = None
     """Folder or hub name of a LLaVAR checkpoint, in this package's or in the released layout."""
-    projector: Text | None = None
+    projector: PathText | None = None
     """A stage-1 file, ``mm_projector.bin`` or ``.safetensors``, that replaces the projector's weights."""
     quantize: Quantization | None = None
     """Storage of the language model's linear layers. Vision tower, projector, embeddings and ``lm_head`` are never
@@ -115,9 +118,9 @@ class ModelConfig(_Strict):
 class DataConfig(_Strict):
     """The training records and their images."""
 
-    records: TextOrFilledList
+    records: PathOrFilledList
     """One or more files in the released format (JSON, JSONL, Parquet) or folders written by ``datasets``."""
-    images: TextOrList = ()
+    images: PathOrList = ()
     """Folders in which the records' image paths are searched, in this order."""
     image_mode: ImageMode | None = None
     """Image preparation in training, if it differs from the processor's."""
@@ -284,7 +287,7 @@ class Recipe(_Strict):
     """Where the model comes from and how its weights are stored."""
     stages: Annotated[tuple[Stage, ...], Field(min_length=1)]
     """The run's stages, in order; each starts from the result of the one before."""
-    output_dir: Text
+    output_dir: PathText
     """Folder of the run's results."""
     seed: Annotated[int, Field(ge=0, le=2**32 - 1)] = 0
     """Seed of all random numbers; 32 bits wide, as NumPy requires."""

@@ -16,6 +16,7 @@ import logging
 import os
 import platform
 import shutil
+import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -147,6 +148,7 @@ class RunFolder:
     def _check_recipe(self, allow_changes: bool) -> None:
         written = self.root / RESOLVED_RECIPE_FILE
         started = any(self.finished(stage) or list_checkpoints(self.directory(stage)) for stage in self.recipe.stages)
+        self._check_stages()
         if not (written.is_file() and started):
             return
         before, now = _read_written(written), _to_mapping(self.recipe)
@@ -157,6 +159,7 @@ class RunFolder:
         ]
         if faults:
             lines = "\n".join(f"  {fault.where}: {fault.what}" for fault in faults)
+            self._check_not_prolonged(faults)
             if allow_changes:
                 logger.warning("%s: continues with a changed recipe\n%s", self.root, lines)
                 return
@@ -166,6 +169,60 @@ class RunFolder:
                 "continue anyway.",
                 faults,
             )
+
+    def _check_stages(self) -> None:
+        """Check that the folder holds no results of stages that this recipe does not have.
+
+        Raises:
+            ConfigError: It does. They, the page and the recipe would be mixed with those of this run.
+        """
+        listed = self.root / STAGES_FILE
+        names = json.loads(listed.read_text(encoding="utf-8")) if listed.is_file() else []
+        own = {stage.name for stage in self.recipe.stages}
+        others = [
+            name
+            for name in names
+            if name not in own and ((self.root / name / FINISHED_FILE).is_file() or list_checkpoints(self.root / name))
+        ]
+        if others:
+            raise ConfigError.at(
+                "output_dir",
+                f"{self.root} holds the run of another recipe (with {', '.join(others)}, expected only "
+                f"{', '.join(sorted(own))})",
+                "choose another output_dir, or delete the folder",
+            )
+
+    def _check_not_prolonged(self, faults: Sequence[Fault]) -> None:
+        """Reject more steps for a finished stage, whose checkpoints are removed: the run would end without a step."""
+        for number, stage in enumerate(self.recipe.stages):
+            paths = {f"stages.{number}.max_steps", f"stages.{number}.epochs"}
+            if self.finished(stage) and any(fault.where in paths for fault in faults):
+                raise ConfigError.at(
+                    f"stages.{stage.name}",
+                    "is finished, and its checkpoints were removed, so that it cannot be continued with another number "
+                    "of steps",
+                    "undo the change, pass --restart to train the stage again, or start a new run from its result "
+                    f"({self.result(stage)})",
+                )
+
+
+def check_output_folder(folder: Path) -> None:
+    """Check that a run can write its folder, before anything is loaded.
+
+    Raises:
+        ConfigError: The path, or a part of it, is a file.
+        EnvironmentFaultError: The folder cannot be created or written.
+    """
+    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not existing.is_dir():
+        raise ConfigError.at("output_dir", f"{existing} is a file, expected a folder", "choose another output_dir")
+    try:
+        with tempfile.TemporaryDirectory(dir=existing, prefix=".llavar-peft-"):
+            pass
+    except OSError as error:
+        raise EnvironmentFaultError.at(
+            "output_dir", f"{existing} cannot be written ({error.strerror or error})", "choose another output_dir"
+        ) from error
 
 
 def _read_written(path: Path) -> Any:

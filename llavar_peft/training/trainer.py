@@ -39,7 +39,7 @@ from llavar_peft.training.holdout_probe import Probe
 from llavar_peft.training.launch import start_processes
 from llavar_peft.training.out_of_memory import explain_out_of_memory
 from llavar_peft.training.read_shards import build_for_training
-from llavar_peft.training.run_folder import RunFolder, lock_folder
+from llavar_peft.training.run_folder import RunFolder, check_output_folder, lock_folder
 from llavar_peft.training.save_weights import save_plain, save_result
 from llavar_peft.training.sharding import reset_zero
 from llavar_peft.training.stage_arguments import check_trackers, micro_batches, resolve_precision, training_arguments
@@ -287,7 +287,9 @@ def run_recipe(
     recipe: Recipe, stages: Sequence[str] | None = None, *, restart: bool = False, allow_changes: bool = False
 ) -> Path:
     """Build the recipe's model, train it as ``Trainer.train`` does, and return the folder of the last result."""
+    recipe = validate_recipe(recipe)
     check_trackers(recipe)
-    processes = start_processes(validate_recipe(recipe))
+    check_output_folder(Path(recipe.output_dir))
+    processes = start_processes(recipe)
     model, processor = build_for_training(recipe.model, processes, seed=recipe.seed)
     return Trainer(model, processor, recipe).train(stages, restart=restart, allow_changes=allow_changes)

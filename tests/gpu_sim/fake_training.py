@@ -110,7 +110,7 @@ def track_layers(case: Case, layers: int | None = None) -> dict[str, float]:
     config.text_config.num_hidden_layers = layers or config.text_config.num_hidden_layers
     with torch.device("meta"):
         model, trained = _build(case, config)
-    with _ranks(case.gpus) as mesh, FakeTensorMode(), _DataDependent(case.supervised):
+    with _ranks(case.gpus) as mesh, FakeTensorMode(), _DataDependent():
         _allocate(trained)
         if mesh is not None:
             trained = _shard(trained, mesh)
@@ -192,16 +192,9 @@ def _shard(model: Any, mesh: Any) -> Any:
 class _DataDependent(TorchDispatchMode):
     """Answers what depends on values, which fake tensors do not have: every condition is true."""
 
-    def __init__(self, supervised: int) -> None:
-        super().__init__()
-        self._supervised = supervised
-
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.ops.aten._local_scalar_dense.default:
             return True if args[0].dtype == torch.bool else 1
-        if func is torch.ops.aten.index.Tensor and args[1][0].dtype == torch.bool:
-            # The rows of supervised positions.
-            return args[0].new_empty(self._supervised, *args[0].shape[args[1][0].ndim :])
         return func(*args, **(kwargs or {}))
 
 
@@ -243,10 +236,13 @@ class Step:
     def _batch(self) -> dict[str, Any]:
         tokens = sum(self.case.lengths)
         side = self.model.config.vision_config.image_size
+        patches = self.case.records * self.model.config.image_seq_length
         return {
             "input_ids": torch.zeros(1, tokens, dtype=torch.long),
             "targets": torch.zeros(1, tokens, dtype=torch.long),
             "pixel_values": torch.zeros(self.case.records, 3, side, side),
+            "image_places": torch.zeros(patches, dtype=torch.long),
+            "supervised_places": torch.zeros(self.case.supervised, dtype=torch.long),
             **packed_arguments(self.case.lengths, self.model, torch.device("cpu")),
         }
 
