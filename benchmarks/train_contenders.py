@@ -93,6 +93,12 @@ def arguments_of(cell: Cell, stage: Stage) -> tuple[Recipe, transformers.Trainin
     return recipe, training_arguments(recipe, stage, cell.folder, ranks=1)
 
 
+def peer_arguments(cell: Cell, stage: Stage) -> transformers.TrainingArguments:
+    """Return the same arguments for a trainer that, unlike the library's, logs its losses through transformers."""
+    arguments = arguments_of(cell, stage)[1]
+    return arguments.set_logging(strategy="steps", steps=1, report_to=[], level="error")
+
+
 def ours(cell: Cell, records: Dataset[Any], callback: Any, *, model: Any, stage: Stage, trainer: Any = None) -> Any:
     """Return the library's trainer.
 
@@ -134,7 +140,7 @@ def contender(name: str, cell: Cell, records: Records, callback: Any) -> Any:
     if name.startswith("original"):
         stage = stage_of(cell, packing=False, recompute="keeping" not in name)
         model = train_original.prepare(seeded(build(cell.shape)), stage.tune)
-        return train_original.OriginalTrainer(model, arguments_of(cell, stage)[1], records, [callback])
+        return train_original.OriginalTrainer(model, peer_arguments(cell, stage), records, [callback])
     if name == "trl":
         return _trl(cell, records, callback)
     tune: Any = TUNES[cell.stage]
@@ -188,7 +194,7 @@ def _trl(cell: Cell, records: Records, callback: Any) -> Any:
         def _get_train_sampler(self, train_dataset: Any = None) -> Any:
             return train_original.SequentialSampler(self.train_dataset)
 
-    _, arguments = arguments_of(cell, stage_of(cell, packing=False, recompute=True))
+    arguments = peer_arguments(cell, stage_of(cell, packing=False, recompute=True))
     # Copied by name, because neither class can be built from the other.
     names = (
         "output_dir per_device_train_batch_size max_steps learning_rate lr_scheduler_type weight_decay use_cpu"

@@ -103,7 +103,7 @@ def dry_run(folder: Path, tiny: Path, shape: inputs.Shape) -> dict[str, Any]:
     before, write_all = counters(), folder_writer._write_all
     folder_writer._write_all = skip_zeros
     try:
-        report = apply_delta(folder / "zeros-base", folder / "zeros-delta", outs[1])
+        report = apply_delta(folder / "zeros-base", folder / "zeros-delta", outs[1], force=True)
     finally:
         folder_writer._write_all = write_all
     after = counters()

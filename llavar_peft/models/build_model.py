@@ -10,6 +10,7 @@ import importlib.util
 import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, get_args
 
 import torch
@@ -32,7 +33,7 @@ from llavar_peft.models.llavar_config import LlavarConfig
 from llavar_peft.models.model_parts import ModelParts
 from llavar_peft.models.modeling_llavar import LlavarForConditionalGeneration, LlavarModel
 from llavar_peft.models.pending_weights import PendingWeights
-from llavar_peft.models.pretrained_files import load_pretrained
+from llavar_peft.models.pretrained_files import load_pretrained, unreadable_settings
 from llavar_peft.models.processing_llavar import LlavarProcessor
 from llavar_peft.recipe.schema import Attention, ModelConfig, Quantization
 from llavar_peft.weights.io import tensor_names
@@ -158,9 +159,15 @@ def expected_shapes(config: LlavarConfig) -> dict[str, tuple[int, ...]]:
     """Return the shape of each tensor that a configuration requires, by name in the modules' order.
 
     No memory is allocated.
+
+    Raises:
+        ConfigError: No model can be made from the configuration.
     """
-    with torch.device("meta"):
-        skeleton = LlavarForConditionalGeneration(config)
+    try:
+        with torch.device("meta"):
+            skeleton = LlavarForConditionalGeneration(config)
+    except Exception as error:  # damaged settings make the modules raise many types of exceptions
+        raise unreadable_settings(Path(config.name_or_path or "config.json"), "LlavarConfig", error) from error
     return {name: tuple(tensor.shape) for name, tensor in skeleton.state_dict().items()}
 
 

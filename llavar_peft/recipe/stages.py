@@ -52,6 +52,7 @@ class StageOptions(TypedDict, total=False):
     max_length: int
     loss_average: LossAverage
     precision: Precision
+    fp32_reduction: bool
     gradient_checkpointing: Recompute
     save_every_steps: int | None
     keep_checkpoints: int

@@ -99,14 +99,16 @@ class StageTrainer(TrainerInternals):
         self.learning_rate = 0.0
         # A projector stage trains only parameters that are not quantized.
         without_adapters = isinstance(stage.tune, Projector) and is_quantized(model)
+        settings: Any = model.config
+        collator = Collator(
+            processor.tokenizer.pad_token_id, packed=self.packed, image_token_id=settings.image_token_id
+        )
         with allow_quantized_base(model) if without_adapters else nullcontext():
             super().__init__(
                 model=model,
                 args=arguments,
                 train_dataset=dataset,
-                data_collator=Collator(
-                    processor.tokenizer.pad_token_id, packed=self.packed, image_token_id=processor.image_token_id
-                ),
+                data_collator=collator,
                 processing_class=processor,
                 callbacks=callbacks,
             )

@@ -29,7 +29,7 @@ def test_an_adapter_and_its_base_both_count(checkpoint: Path, tmp_path: Path) ->
     def adapter(name: str, value: float) -> Path:
         folder = tmp_path / name
         folder.mkdir()
-        (folder / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA"}))
+        (folder / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 4, "lora_alpha": 8}))
         save_file({"q_proj.lora_A.weight": torch.full((2, 4), value)}, folder / "adapter_model.safetensors")
         return folder
 

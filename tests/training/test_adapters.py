@@ -76,7 +76,7 @@ def test_an_adapter_holds_everything_and_answers_as_in_training(
     kinds = {name: type(module).__name__ for name, module in base.named_modules()}
     assert kinds["model.language_model.layers.0.self_attn.q_proj.base_layer"] == _STORED[quantize]
     assert {kinds[name] for name in kinds if "vision_tower" in name and name.endswith("_proj")} == {"Linear"}
-    assert kinds["model.multi_modal_projector.modules_to_save.default"] == "Linear"
+    assert kinds["model.multi_modal_projector.modules_to_save.default"] == "LinearProjector"
     assert (kinds["model.language_model.embed_tokens"], kinds["lm_head"]) == ("Embedding", "LossHead")
 
     chat = load_chat(result)

@@ -146,7 +146,7 @@ def test_processes_start_before_the_model_is_loaded(
         return start_processes(recipe)
 
     monkeypatch.setattr(module, "start_processes", start)
-    monkeypatch.setattr(module, "build_model", load)
+    monkeypatch.setattr(module, "build_for_training", load)
     with pytest.raises(InterruptedError):
         list(run(tiny_recipe))
     assert order == ["start", "load"]
@@ -227,7 +227,7 @@ def test_what_cannot_be_sharded_is_rejected_before_the_model_is_loaded(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     _set(monkeypatch, variables)
-    monkeypatch.setattr(trainer, "build_model", lambda *_, **__: pytest.fail("the model is loaded"))
+    monkeypatch.setattr(trainer, "build_for_training", lambda *_, **__: pytest.fail("the model is loaded"))
     last = tiny_recipe.stages[1]
     if "optimizer" in stage:
         stage = {"optim": dataclasses.replace(last.optim, **stage)}

@@ -15,6 +15,8 @@ from llavar_peft.weights.io.shard_layout import TensorSpec, allocate_file, write
 from llavar_peft.weights.io.tensor_blocks import open_weights, read_blocks, read_elements, read_tensor, write_checksums
 from llavar_peft.weights.io.tensor_table import TensorEntry, read_tensor_table
 
+LFS_POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 3\n"
+
 
 @pytest.fixture
 def tensors() -> dict[str, Tensor]:
@@ -111,9 +113,16 @@ def test_errors_name_the_file(tensors: dict[str, Tensor], tmp_path: Path) -> Non
     for name in ("model.safetensors", "pytorch_model.bin"):
         path = _write(tmp_path / name, tensors)
         whole = path.read_bytes()
-        for damaged in (whole[:-1], whole[: len(whole) // 2], whole[:5], b""):
+        for damaged in (whole[:-1], whole[: len(whole) // 2], whole[:5]):
             path.write_bytes(damaged)
-            with pytest.raises(WeightsError, match=rf"{name}: not a readable file of weights .*Fix: download"):
+            with pytest.raises(
+                WeightsError, match=rf"{name}: not a readable file of weights .*Fix: download"
+            ) as caught:
+                open_weights(tmp_path)
+            assert "weights_only" not in str(caught.value)
+        for written, what in ((b"", "the file is empty"), (LFS_POINTER, "a Git LFS pointer.*git lfs pull")):
+            path.write_bytes(written)
+            with pytest.raises(WeightsError, match=rf"{name}: {what}"):
                 open_weights(tmp_path)
         path.unlink()
     torch.save([1, 2], tmp_path / "list.bin")
@@ -130,6 +139,15 @@ def test_errors_name_the_file(tensors: dict[str, Tensor], tmp_path: Path) -> Non
 def test_an_index_must_match_its_shards(tensors: dict[str, Tensor], tmp_path: Path) -> None:
     _write(tmp_path / "a.safetensors", {"half": tensors["half"], "other": tensors["codes"]})
     index = tmp_path / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"half": "a.safetensors"}}))
+    assert list(open_weights(tmp_path)) == ["half"]
+    for outside in ("../a.safetensors", str(tmp_path / "a.safetensors"), "x/../../a.safetensors", "..\\a", "", 7):
+        index.write_text(json.dumps({"weight_map": {"half": outside}}))
+        with pytest.raises(WeightsError, match="expected a file in the same folder"):
+            open_weights(tmp_path)
+    (tmp_path / "blobs").mkdir()
+    (tmp_path / "a.safetensors").rename(tmp_path / "blobs/b")
+    (tmp_path / "a.safetensors").symlink_to("blobs/b")  # as in the cache of the hub
     index.write_text(json.dumps({"weight_map": {"half": "a.safetensors"}}))
     assert list(open_weights(tmp_path)) == ["half"]
     index.write_text(json.dumps({"weight_map": {"half": "a.safetensors", "lost": "a.safetensors"}}))

@@ -118,7 +118,7 @@ def apply_delta(
         out: Folder to create.
         form: ``"bin"``, as released, or ``"safetensors"``.
         shard_size: Maximum size of a file in bytes.
-        force: Accept a base that the delta was not made from.
+        force: Accept a base that the delta was not made from, and weights that do not look like a base and a delta.
         progress: Called after each tensor with the number of bytes written and the total.
 
     Raises:
@@ -128,13 +128,9 @@ def apply_delta(
         EnvironmentFaultError: The disk is full, or another process is writing the same folder.
     """
     old, step = view_as_released(base), view_as_released(delta)
-    check_not_delta(old.table.get(_NORM), old.folder)
-    if _NORM in step.table and not is_delta(step.table[_NORM]):
-        raise ConfigError.at(
-            str(step.folder),
-            "complete weights, expected a delta (the mean of a delta's last norm is near 0)",
-            "give the folder of the released delta; complete weights need no `delta apply`",
-        )
+    if not force:
+        check_not_delta(old.table.get(_NORM), old.folder)
+        _check_is_delta(step)
     check_matching_tensors(old, step)
     if not force:
         check_delta_base(old, step)
@@ -149,6 +145,15 @@ def apply_delta(
         prints=prints,
         progress=progress,
     )
+
+
+def _check_is_delta(view: ReleasedView) -> None:
+    if _NORM in view.table and not is_delta(view.table[_NORM]):
+        raise ConfigError.at(
+            str(view.folder),
+            "complete weights, expected a delta (the mean of a delta's last norm is near 0)",
+            "give the folder of the released delta; complete weights need no `delta apply`",
+        )
 
 
 def _check_roles(base: ReleasedView, target: ReleasedView, *, adapters: bool) -> None:
