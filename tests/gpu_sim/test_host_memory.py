@@ -13,7 +13,7 @@ import pytest
 
 MOST = 1.2
 """Copies of the stored model per node."""
-CASES = {8: ("13b,full", "13b,lora", "7b,ddp"), 16: ("7b,stage1",)}
+CASES = {8: ("13b,full", "7b,lora", "7b,ddp"), 16: ("7b,stage1",)}
 PER_NODE = 8
 PLAIN = {"OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
 """The allocator returns freed memory to the system."""

@@ -40,7 +40,7 @@ def test_another_recipe_does_not_overwrite_a_run(tiny_recipe: Recipe) -> None:
 
 
 @pytest.mark.parametrize("change", [{"max_steps": 9}, {"epochs": 7.0}])
-def test_a_finished_stage_is_not_prolonged_without_a_word(change: dict[str, float], tiny_recipe: Recipe) -> None:
+def test_more_steps_for_a_finished_stage_are_rejected(change: dict[str, float], tiny_recipe: Recipe) -> None:
     _finish(tiny_recipe)
     longer = dataclasses.replace(tiny_recipe.stages[-1], **change)
     recipe = dataclasses.replace(tiny_recipe, stages=(*tiny_recipe.stages[:-1], longer))
