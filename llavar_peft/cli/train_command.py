@@ -79,7 +79,7 @@ def train(
     if dry_run:
         _run_dry(chosen, tuple(stage or ()))
         return
-    from llavar_peft.training.rank_agreement import exit_together
+    from llavar_peft.models.rank_agreement import exit_together
     from llavar_peft.training.trainer import run_recipe
 
     try:

@@ -20,7 +20,7 @@ from torch.distributed.tensor import DTensor
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from llavar_peft.models.chunked_loss import CHUNK
-from llavar_peft.training.rank_agreement import largest_of_ranks
+from llavar_peft.models.rank_agreement import largest_of_ranks
 from llavar_peft.types import LayerCost
 
 logger = logging.getLogger(__name__)

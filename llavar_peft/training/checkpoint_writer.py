@@ -12,6 +12,7 @@ from accelerate import Accelerator
 from safetensors import SafetensorError
 
 from llavar_peft.errors import EnvironmentFaultError
+from llavar_peft.models.rank_agreement import on_any_rank
 from llavar_peft.training.checkpoint_folders import (
     PREFIX,
     STAGING,
@@ -22,7 +23,6 @@ from llavar_peft.training.checkpoint_folders import (
     remove_old_checkpoints,
     remove_unfinished,
 )
-from llavar_peft.training.rank_agreement import on_any_rank
 
 logger = logging.getLogger(__name__)
 

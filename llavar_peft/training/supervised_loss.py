@@ -14,7 +14,7 @@ from llavar_peft.constants import IGNORE_INDEX
 from llavar_peft.data.epoch_sampler import bins_under_limit
 from llavar_peft.data.training_dataset import IMAGE_PLACES, SUPERVISED_PLACES, split_batch
 from llavar_peft.models.packed_attention import packed_arguments, padded_arguments
-from llavar_peft.training.rank_agreement import largest_of_ranks
+from llavar_peft.models.rank_agreement import largest_of_ranks
 
 SUPERVISED = "supervised"
 """Key of a batch under which the number of supervised positions of its whole micro batch is stored."""

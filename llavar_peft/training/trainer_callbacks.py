@@ -12,8 +12,8 @@ from typing import Any
 from tqdm.auto import tqdm
 from transformers import TrainerCallback
 
+from llavar_peft.models.rank_agreement import on_any_rank
 from llavar_peft.training.holdout_probe import Probe
-from llavar_peft.training.rank_agreement import on_any_rank
 
 logger = logging.getLogger(__name__)
 

@@ -12,7 +12,8 @@ from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig
 
 from llavar_peft.errors import ConfigError
 from llavar_peft.models.llavar_config import make_config
-from llavar_peft.models.modeling_llavar import LinearProjector, LlavarForConditionalGeneration
+from llavar_peft.models.modeling_llavar import LlavarForConditionalGeneration
+from llavar_peft.models.vision_tower import LinearProjector
 
 LAYERS, PATCHES, IMAGE_ID = 4, 4, 20
 
