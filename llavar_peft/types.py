@@ -96,6 +96,11 @@ class Processor(Protocol):
     sep_image_conv_front: bool
 
     @property
+    def image_side(self) -> int:
+        """Side of a prepared image in pixels."""
+        ...
+
+    @property
     def num_image_tokens(self) -> int:
         """Number of ``<im_patch>`` tokens of an image in the tower's square size."""
         ...

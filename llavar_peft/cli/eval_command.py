@@ -118,7 +118,7 @@ def eval_vqa(
         chat, setting = evaluated.load_evaluated_model(model, adapter, vision_tower, quantize, chosen)
         log = out.with_suffix(".answers.jsonl")
         answered = evaluated.answer_with_progress(chat, questions, roots or ImageRoots(), setting, log)
-    side = int(chat.engine.processor.image_processor.crop_size["height"]) if chat else _RELEASED_SIDE
+    side = chat.engine.processor.image_side if chat else _RELEASED_SIDE
     measured = borrow_heights(answered, heights) if heights else answered
     measures = measure_letter_height(measured, roots, setting.image_mode or "pad", side)
     _report_results(score_answers(answered, name or str(source), setting, protocols, measures), out, as_json=as_json)

@@ -25,12 +25,8 @@ from llavar_peft.weights.io.weights_fingerprint import check_adapter_base, take_
 if TYPE_CHECKING:
     from peft import PeftConfig, PeftModel
 
-# The tensors that a stage-1 projector file replaces.
-_REPLACED_BY_PROJECTOR = (
-    tensor_names.RELEASED_PROJECTOR_WEIGHT,
-    tensor_names.RELEASED_PROJECTOR_BIAS,
-    tensor_names.RELEASED_EMBEDDINGS,
-)
+# How the names of the tensors begin that a stage-1 projector file replaces.
+_REPLACED_BY_PROJECTOR = (tensor_names.RELEASED_PROJECTOR, tensor_names.RELEASED_EMBEDDINGS)
 
 
 def load_adapter(
@@ -144,7 +140,7 @@ def fingerprint_base(config: ModelConfig) -> dict[str, Any]:
     source = config.checkpoint or config.language_model or ""
     view = view_as_released(resolve_folder(source, "model.checkpoint" if config.checkpoint else "model.language_model"))
     replaced = _REPLACED_BY_PROJECTOR if config.projector is not None else ()
-    table = {name: entry for name, entry in view.table.items() if name not in replaced}
+    table = {name: entry for name, entry in view.table.items() if not name.startswith(replaced)}
     return take_fingerprint(table, view.config)
 
 

@@ -9,10 +9,10 @@ from __future__ import annotations
 import difflib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast, get_args
 
 import torch
-from transformers import CLIPImageProcessorPil, CLIPVisionConfig, LlamaConfig
+from transformers import LlamaConfig
 
 from llavar_peft.constants import IMAGE_PATCH_TOKEN, MODEL_TYPE, RELEASED_MODEL_TYPE
 from llavar_peft.errors import ConfigError, EnvironmentFaultError, WeightsError
@@ -22,7 +22,8 @@ from llavar_peft.models.llavar_config import LlavarConfig, make_config, read_lla
 from llavar_peft.models.model_parts import ModelParts
 from llavar_peft.models.pretrained_files import check_sizes, load_pretrained, unreadable_settings
 from llavar_peft.models.processing_llavar import LlavarProcessor
-from llavar_peft.recipe.schema import ModelConfig
+from llavar_peft.models.tower_loading import TowerParts, read_tower
+from llavar_peft.recipe.schema import ModelConfig, ProjectorType
 from llavar_peft.weights.adapter.adapter_files import ADAPTER_CONFIG
 from llavar_peft.weights.delta.released_layout import check_not_delta, read_model_config
 from llavar_peft.weights.io import tensor_names
@@ -38,7 +39,7 @@ _HUB_FILES = ["*.json", "*.safetensors", "*.bin", "tokenizer.model"]
 
 
 def read_parts(config: ModelConfig, *, seed: int) -> ModelParts:
-    """Read a LLaMA or Vicuna and a CLIP tower, and draw a new projector.
+    """Read a LLaMA or Vicuna and a vision tower, and draw a new projector.
 
     New embedding rows are initialized with the mean of the old ones, the projector as ``torch.nn.Linear`` is.
 
@@ -55,14 +56,17 @@ def read_parts(config: ModelConfig, *, seed: int) -> ModelParts:
     tokenizer = load_tokenizer(language)
     old_size = len(tokenizer)
     add_image_tokens(tokenizer, use_im_start_end=config.use_im_start_end)
-    tower, tower_tensors, image_processor = _read_tower(_required(config.vision_tower))
+    tower = _read_tower(_required(config.vision_tower))
     model_config = make_config(
         text,
-        tower,
+        tower.config,
         vocab_size=len(tokenizer),
         image_token_id=int(tokenizer.convert_tokens_to_ids(IMAGE_PATCH_TOKEN)),
         vision_feature_layer=config.vision_feature_layer,
         use_im_start_end=config.use_im_start_end,
+        image_side=tower.side,
+        extra_positions=tower.extra_positions,
+        projector_type=config.projector_type,
     )
     stored = _rename_released(open_weights(language))
     check_not_delta(stored.get(tensor_names.FINAL_NORM), language)
@@ -72,14 +76,14 @@ def read_parts(config: ModelConfig, *, seed: int) -> ModelParts:
     for name in (tensor_names.EMBEDDINGS, tensor_names.HEAD):
         if name in stored:
             tensors[name] = _extend_with_mean(stored[name], old_size, len(tokenizer), f"{language}:{name}")
-    tensors.update(tower_tensors)
-    tensors.update(_draw_projector(tower.hidden_size, text.hidden_size, seed))
+    tensors.update(tower.tensors)
+    tensors.update(_draw_projector(tower.config.hidden_size, text.hidden_size, config.projector_type, seed))
     return ModelParts(
         source=str(language),
         config=model_config,
         tensors=tensors,
         tokenizer=tokenizer,
-        image_processor=image_processor,
+        image_processor=tower.image_processor,
         image_mode=config.image_mode,
         inference_image_mode=config.image_mode,
     )
@@ -125,10 +129,10 @@ def _read_own_layout(folder: Path, config: ModelConfig) -> ModelParts:
     tensors: dict[str, Tensor | JoinedRows] = {**stored}
     image_processor = processor.image_processor
     if config.vision_tower is not None:
-        tower, tower_tensors, image_processor = _read_tower(config.vision_tower)
+        tower = _read_tower(config.vision_tower)
         tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith(tensor_names.TOWER)}
-        tensors.update(tower_tensors)
-        model_config.vision_config = tower
+        tensors.update(tower.tensors)
+        model_config.vision_config, image_processor = tower.config, tower.image_processor
     return ModelParts(
         source=str(folder),
         config=model_config,
@@ -152,26 +156,29 @@ def _read_released_layout(folder: Path, described: Mapping[str, Any], config: Mo
     use_im_start_end = bool(described.get("mm_use_im_start_end", False))
     tokenizer = load_tokenizer(folder)
     add_image_tokens(tokenizer, use_im_start_end=use_im_start_end)
-    tower, tower_tensors, image_processor = _read_tower(config.vision_tower)
+    tower = _read_tower(config.vision_tower)
     model_config = make_config(
         text,
-        tower,
+        tower.config,
         vocab_size=text.vocab_size,
         image_token_id=int(tokenizer.convert_tokens_to_ids(IMAGE_PATCH_TOKEN)),
         vision_feature_layer=int(described.get("mm_vision_select_layer", config.vision_feature_layer)),
         use_im_start_end=use_im_start_end,
         sep_image_conv_front=bool(described.get("sep_image_conv_front", False)),
+        image_side=tower.side,
+        extra_positions=tower.extra_positions,
+        projector_type=_released_projector_type(described, folder),
     )
     stored = _rename_released(open_weights(folder))
     check_not_delta(stored.get(tensor_names.FINAL_NORM), folder)
     _check_rows(stored, tokenizer, folder)
-    tensors = {**stored, **tower_tensors}
+    tensors = {**stored, **tower.tensors}
     return ModelParts(
         source=str(folder),
         config=model_config,
         tensors={**tensors},
         tokenizer=tokenizer,
-        image_processor=image_processor,
+        image_processor=tower.image_processor,
         image_mode=config.image_mode,
         # The original evaluates with another mode than it trains with: llava/eval/run_llava.py, resize_image.
         inference_image_mode="pad_black",
@@ -223,24 +230,20 @@ def _fix_for_file(path: Path) -> str:
     return "give the folder that contains config.json and the weights"
 
 
-def _read_tower(name: str) -> tuple[CLIPVisionConfig, dict[str, Tensor], CLIPImageProcessorPil]:
-    folder = resolve_folder(name, "model.vision_tower")
-    described = read_model_config(folder)
-    if described.get("model_type") not in ("clip", "clip_vision_model"):
+def _read_tower(name: str) -> TowerParts:
+    return read_tower(resolve_folder(name, "model.vision_tower"))
+
+
+def _released_projector_type(described: Mapping[str, Any], folder: Path) -> ProjectorType:
+    """Return the projector of a released checkpoint, which LLaVAR's own configuration does not state."""
+    stated = described.get("mm_projector_type", "linear")
+    if stated not in get_args(ProjectorType):
         raise ConfigError.at(
-            f"{folder / 'config.json'}:model_type",
-            f"not a CLIP model (got {described.get('model_type')!r}, expected 'clip' or 'clip_vision_model')",
-            "give the vision tower's folder",
+            f"{folder / 'config.json'}:mm_projector_type",
+            f"unknown projector (got {stated!r}, expected one of {', '.join(get_args(ProjectorType))})",
+            "use a checkpoint with one of these projectors",
         )
-    # Transformers 4 writes the image processor to a file of its own, transformers 5 into that of the processor.
-    if not any((folder / name).is_file() for name in ("preprocessor_config.json", "processor_config.json")):
-        raise ConfigError.at(
-            str(folder),
-            "no preprocessor_config.json and no processor_config.json in it",
-            "copy the file from the CLIP model",
-        )
-    tensors = {ours: tensor for name, tensor in open_weights(folder).items() if (ours := tensor_names.from_clip(name))}
-    return load_pretrained(CLIPVisionConfig, folder), tensors, load_pretrained(CLIPImageProcessorPil, folder)
+    return cast("ProjectorType", stated)
 
 
 def _read_language_config(folder: Path) -> LlamaConfig:
@@ -296,15 +299,20 @@ def _extend_with_mean(rows: Tensor, old: int, new: int, where: str) -> JoinedRow
     return JoinedRows(rows[:old], mean_row(rows[:old]).expand(new - old, -1))
 
 
-def _draw_projector(width_in: int, width_out: int, seed: int) -> dict[str, Tensor]:
+def _draw_projector(width_in: int, width_out: int, kind: ProjectorType, seed: int) -> dict[str, Tensor]:
+    """Draw a projector as ``torch.nn.Linear`` is initialized, weight before bias, the first layer first."""
     generator = torch.Generator().manual_seed(seed)
-    bound = width_in**-0.5  # the bound of torch.nn.Linear's initialization, for weight and bias
 
-    def draw(*shape: int) -> Tensor:
-        drawn: Tensor = (torch.rand(*shape, generator=generator) * 2 - 1) * bound
+    def draw(width: int, *shape: int) -> Tensor:
+        drawn: Tensor = (torch.rand(*shape, generator=generator) * 2 - 1) * width**-0.5
         return drawn
 
-    return {tensor_names.PROJECTOR_WEIGHT: draw(width_out, width_in), tensor_names.PROJECTOR_BIAS: draw(width_out)}
+    layers = {"": width_in} if kind == "linear" else {"linear_1.": width_in, "linear_2.": width_out}
+    tensors: dict[str, Tensor] = {}
+    for layer, width in layers.items():
+        tensors[f"{tensor_names.PROJECTOR}{layer}weight"] = draw(width, width_out, width)
+        tensors[f"{tensor_names.PROJECTOR}{layer}bias"] = draw(width, width_out)
+    return tensors
 
 
 def _required(name: str | None) -> str:

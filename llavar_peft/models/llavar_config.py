@@ -7,11 +7,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig
+from transformers import AutoConfig, CLIPVisionConfig, LlamaConfig, LlavaConfig, PretrainedConfig
 
 from llavar_peft.constants import MODEL_TYPE
 from llavar_peft.errors import ConfigError
-from llavar_peft.recipe.schema import ModelConfig
+from llavar_peft.recipe.schema import ModelConfig, ProjectorType
 from llavar_peft.weights.delta.released_layout import read_model_config
 
 # The fields of a flat, released config.json that describe the language model; no other field is read for it.
@@ -28,10 +28,15 @@ params.json."""
 _CLIP_VIT_L = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16}
 
 
+ACTIVATION_OF_PROJECTOR: dict[ProjectorType, str] = {"linear": "linear", "mlp2x_gelu": "gelu"}
+"""The configuration's ``projector_hidden_act`` of each kind of projector."""
+
+
 class LlavarConfig(LlavaConfig):
     """Configuration of ``LlavarForConditionalGeneration``.
 
-    It has all fields of ``transformers.LlavaConfig``, where ``image_token_index`` is the id of ``<im_patch>``, and:
+    It has all fields of ``transformers.LlavaConfig``, where ``image_token_index`` is the id of ``<im_patch>`` and the
+    ``projector_hidden_act`` ``"linear"`` stands for a single layer, and:
 
     Attributes:
         use_im_start_end: Whether images are enclosed in ``<im_start>`` and ``<im_end>``.
@@ -48,13 +53,16 @@ class LlavarConfig(LlavaConfig):
 
 def make_config(
     text_config: LlamaConfig,
-    vision_config: CLIPVisionConfig,
+    vision_config: PretrainedConfig,
     *,
     vocab_size: int,
     image_token_id: int,
     vision_feature_layer: int = -2,
     use_im_start_end: bool = True,
     sep_image_conv_front: bool = False,
+    image_side: int | None = None,
+    extra_positions: int = 1,
+    projector_type: ProjectorType = "linear",
 ) -> LlavarConfig:
     """Compose the configuration from those of the language model and the vision tower.
 
@@ -63,16 +71,19 @@ def make_config(
         vocab_size: Number of rows of the embeddings, image tokens included (32003 for LLaVAR).
         image_token_id: Id of ``<im_patch>``.
         vision_feature_layer: The tower's hidden state that is projected.
+        image_side: Side of a prepared image in pixels; None is the tower's ``image_size``.
+        extra_positions: Number of positions of the tower that are no patches.
+        projector_type: Kind of projector.
     """
     text = LlamaConfig(**{**text_config.to_dict(), "vocab_size": vocab_size, "tie_word_embeddings": False})
     return LlavarConfig(
         text_config=text,
         vision_config=vision_config,
         image_token_index=image_token_id,
-        image_seq_length=(vision_config.image_size // vision_config.patch_size) ** 2,
-        projector_hidden_act="linear",
+        image_seq_length=((image_side or vision_config.image_size) // vision_config.patch_size) ** 2,
+        projector_hidden_act=ACTIVATION_OF_PROJECTOR[projector_type],
         vision_feature_layer=vision_feature_layer,
-        vision_feature_select_strategy="default",
+        vision_feature_select_strategy="default" if extra_positions else "full",
         use_im_start_end=use_im_start_end,
         sep_image_conv_front=sep_image_conv_front,
         bos_token_id=text.bos_token_id,
@@ -114,7 +125,7 @@ def config_without_weights(model: ModelConfig) -> LlavarConfig:
             config: LlavarConfig = LlavarConfig.from_pretrained(model.checkpoint)
             return config
         if described is not None and "text_config" in described:
-            text, tower = LlamaConfig(**described["text_config"]), CLIPVisionConfig(**described["vision_config"])
+            text, tower = LlamaConfig(**described["text_config"]), _tower_config(described["vision_config"])
             return _compose(model, text, tower, text.vocab_size)
         # A checkpoint in the released layout already has the image tokens' rows.
         text = _llama_by_name(model.checkpoint, described, "model.checkpoint")
@@ -125,7 +136,7 @@ def config_without_weights(model: ModelConfig) -> LlavarConfig:
     return _compose(model, text, _tower_by_name(model.vision_tower), text.vocab_size + _num_new_rows(model))
 
 
-def _compose(model: ModelConfig, text: LlamaConfig, tower: CLIPVisionConfig, rows: int) -> LlavarConfig:
+def _compose(model: ModelConfig, text: LlamaConfig, tower: PretrainedConfig, rows: int) -> LlavarConfig:
     return make_config(
         text,
         tower,
@@ -133,6 +144,7 @@ def _compose(model: ModelConfig, text: LlamaConfig, tower: CLIPVisionConfig, row
         image_token_id=rows - _num_new_rows(model),
         vision_feature_layer=model.vision_feature_layer,
         use_im_start_end=model.use_im_start_end,
+        projector_type=model.projector_type,
     )
 
 
@@ -165,9 +177,17 @@ def _llama_by_name(name: str, described: dict[str, Any] | None, setting: str) ->
     )
 
 
-def _tower_by_name(name: str | None) -> CLIPVisionConfig:
+def _tower_config(described: Mapping[str, Any]) -> PretrainedConfig:
+    kind = described.get("model_type", "clip_vision_model")
+    if kind in ("clip", "clip_vision_model"):
+        return CLIPVisionConfig(**described)
+    known: PretrainedConfig = AutoConfig.for_model(**described)
+    return known
+
+
+def _tower_by_name(name: str | None) -> PretrainedConfig:
     described = _read_described(name) if name else None
     if described is not None:
-        return CLIPVisionConfig(**described.get("vision_config", described))
+        return _tower_config(described.get("vision_config", described))
     side = 336 if name is None or "336" in name else 224
     return CLIPVisionConfig(**_CLIP_VIT_L, image_size=side, patch_size=14)

@@ -60,6 +60,10 @@ class Weights(ABC):
     def blocks(self, name: str) -> Iterator[Tensor]:
         """Yield a tensor's rows in consecutive blocks."""
 
+    @abstractmethod
+    def has(self, name: str) -> bool:
+        """Return whether there is such a tensor."""
+
     def linear(self, name: str, x: Tensor) -> Tensor:
         """Return a linear layer's output without its bias."""
         return torch.cat([x @ block.T for block in self.blocks(name)], dim=-1)
@@ -92,6 +96,10 @@ class StoredWeights(Weights):
         """Yield a tensor's rows in consecutive blocks."""
         yield from (block.float() for block in read_blocks(self._table[name]))
 
+    def has(self, name: str) -> bool:
+        """Return whether there is such a tensor."""
+        return name in self._table
+
 
 class UnmergedWeights(Weights):
     """A base with unmerged adapters, as it was trained.
@@ -107,6 +115,10 @@ class UnmergedWeights(Weights):
     def blocks(self, name: str) -> Iterator[Tensor]:
         """Yield a tensor's rows in consecutive blocks."""
         return self._merged.blocks(self._stored[name], "float32")
+
+    def has(self, name: str) -> bool:
+        """Return whether there is such a tensor."""
+        return name in self._stored
 
     def linear(self, name: str, x: Tensor) -> Tensor:
         """Return a linear layer's output, with the adapters computed as peft computes them before a merge."""
@@ -177,10 +189,7 @@ def probe_logits(weights: Weights, config: LlamaConfig, ids: Tensor, image_id: i
     """
     patch = ids == image_id
     x = weights.rows(tensor_names.EMBEDDINGS, ids)
-    bias = weights.tensor(tensor_names.PROJECTOR_BIAS)
-    width = weights.rows(tensor_names.PROJECTOR_WEIGHT, torch.tensor([0])).shape[1]
-    features = torch.randn(int(patch.sum()), width, generator=torch.Generator().manual_seed(0))
-    x[patch] = weights.linear(tensor_names.PROJECTOR_WEIGHT, features) + bias
+    x[patch] = _image_features(weights, int(patch.sum()))
     positions = torch.arange(len(ids))[None]
     cos, sin = LlamaRotaryEmbedding(config)(x[None], positions)
     for layer in range(config.num_hidden_layers):
@@ -191,6 +200,19 @@ def probe_logits(weights: Weights, config: LlamaConfig, ids: Tensor, image_id: i
         up = weights.linear(stem + "mlp.up_proj.weight", normed)
         x = x + weights.linear(stem + "mlp.down_proj.weight", gate * up)
     return weights.linear(tensor_names.HEAD, _norm(weights, config, "model.language_model.norm", x))
+
+
+def _image_features(weights: Weights, count: int) -> Tensor:
+    """Return random features, passed through the projector, shape (count, width)."""
+    two_layers = weights.has(tensor_names.PROJECTOR + "linear_1.weight")
+    first, *second = tensor_names.projector_names("gelu" if two_layers else "linear")[::2]
+    width = weights.rows(first, torch.tensor([0])).shape[1]
+    features = torch.randn(count, width, generator=torch.Generator().manual_seed(0))
+    for name in (first, *second):
+        if name != first:
+            features = nn.functional.gelu(features)
+        features = weights.linear(name, features) + weights.tensor(name.removesuffix("weight") + "bias")
+    return features
 
 
 def logits_gap(expected: Tensor, got: Tensor) -> LogitsGap:

@@ -1,4 +1,4 @@
-"""LLaVAR as a ``transformers`` model: stock LLaVA with a single linear layer as its projector.
+"""LLaVAR as a ``transformers`` model: stock LLaVA with a single linear layer, or two, as its projector.
 
 The forward pass, with B conversations of T tokens, N images of P patches, tower width C and language model width D::
 
@@ -34,7 +34,7 @@ from llavar_peft.models.chunked_loss import LossHead
 from llavar_peft.models.llavar_config import LlavarConfig
 from llavar_peft.models.pending_weights import PendingWeights
 from llavar_peft.models.rank_agreement import largest_of_ranks
-from llavar_peft.models.vision_tower import LinearProjector, LlavarVisionTower
+from llavar_peft.models.vision_tower import LlavarVisionTower, make_projector, tower_features, tower_layers
 
 CACHE_ARGUMENT: Final = (
     "cache" if "cache" in signature(LlavaForConditionalGeneration.forward).parameters else "past_key_values"
@@ -43,15 +43,18 @@ CACHE_ARGUMENT: Final = (
 
 
 class LlavarModel(LlavaModel):
-    """Vision tower, linear projector and language model, without the language modeling head."""
+    """Vision tower, projector and language model, without the language modeling head."""
 
     config: LlavarConfig
     config_class = LlavarConfig
 
     def __init__(self, config: LlavarConfig) -> None:
         super().__init__(config)
-        self.vision_tower = LlavarVisionTower(config.vision_config)
-        self.multi_modal_projector = LinearProjector(config.vision_config.hidden_size, config.text_config.hidden_size)
+        if config.vision_config.model_type == "clip_vision_model":
+            self.vision_tower = LlavarVisionTower(config.vision_config)
+        self.multi_modal_projector = make_projector(
+            config.projector_hidden_act, config.vision_config.hidden_size, config.text_config.hidden_size
+        )
         self.post_init()
 
     def forward(
@@ -132,8 +135,8 @@ class LlavarModel(LlavaModel):
             pixel_values: Images of one size ``[N, 3, H, W]``, or (image mode ``keep``) a sequence of ``[3, H, W]``.
             vision_feature_layer: The hidden state that is projected; 0 is the embeddings, -1 the last layer's output.
                 None is the configured one.
-            vision_feature_select_strategy: ``"default"`` drops the class token, ``"full"`` keeps it. None is the
-                configured one.
+            vision_feature_select_strategy: ``"default"`` drops the class token and register tokens, ``"full"`` keeps
+                everything. None is the configured one.
             **kwargs: Options of ``LlavaModel.get_image_features``, such as ``output_attentions``; with any of them the
                 complete tower is run.
 
@@ -141,15 +144,18 @@ class LlavarModel(LlavaModel):
             ``pooler_output`` is a list of N projected features ``[P, D]``, ``last_hidden_state`` the tower's hidden
             state (for a sequence of images, of those that are as large as the last one). The tower runs once for each
             size of image.
+
+        Raises:
+            ConfigError: The tower has no such hidden state.
         """
         if not isinstance(pixel_values, Tensor):
             arguments = (vision_feature_layer, vision_feature_select_strategy)
             return self._features_by_size(pixel_values, lambda one: self.get_image_features(one, *arguments, **kwargs))
-        size = self.config.vision_config.image_size
-        # CLIP's positions are learned for one size and interpolated for other sizes (image mode "keep").
-        interpolate = tuple(pixel_values.shape[-2:]) != (size, size)
         layers = self._num_tower_layers(vision_feature_layer)
         if kwargs:
+            size = self.config.vision_config.image_size
+            # CLIP's positions are learned for one size and interpolated for other sizes (image mode "keep").
+            interpolate = tuple(pixel_values.shape[-2:]) != (size, size)
             return super().get_image_features(
                 pixel_values,
                 vision_feature_layer=vision_feature_layer,
@@ -158,11 +164,14 @@ class LlavarModel(LlavaModel):
                 **kwargs,
             )
         with torch.set_grad_enabled(torch.is_grad_enabled() and self._tower_needs_gradients(pixel_values)):
-            output = self.vision_tower(pixel_values, interpolate_pos_encoding=interpolate, num_layers=layers)
+            hidden_NQC = tower_features(self.vision_tower, pixel_values, layers)
         strategy = vision_feature_select_strategy or self.config.vision_feature_select_strategy
-        hidden_NPC = output.last_hidden_state[:, 1:] if strategy == "default" else output.last_hidden_state
-        output.pooler_output = list(self.multi_modal_projector(hidden_NPC))
-        return output
+        # The class token and register tokens come before the patches.
+        rows, columns = (side // self.config.vision_config.patch_size for side in pixel_values.shape[-2:])
+        hidden_NPC = hidden_NQC[:, hidden_NQC.shape[1] - rows * columns :] if strategy == "default" else hidden_NQC
+        return BaseModelOutputWithPooling(
+            last_hidden_state=hidden_NQC, pooler_output=list(self.multi_modal_projector(hidden_NPC))
+        )
 
     @staticmethod
     def _features_by_size(
@@ -191,7 +200,7 @@ class LlavarModel(LlavaModel):
     def _num_tower_layers(self, feature_layer: int | None) -> int:
         """Return the number of tower layers to compute for a hidden state; hidden state 0 is the embeddings."""
         chosen = self.config.vision_feature_layer if feature_layer is None else feature_layer
-        layers = len(self.vision_tower.encoder.layers)
+        layers = len(tower_layers(self.vision_tower))
         if not isinstance(chosen, int) or not -layers <= chosen + 1 <= layers + 1:
             raise ConfigError.at(
                 "vision_feature_layer",

@@ -18,6 +18,7 @@ from llavar_peft.data.encode_record import encode_pieces
 from llavar_peft.data.image_preparation import prepare_image
 from llavar_peft.data.text_encoder import text_encoder
 from llavar_peft.errors import ConfigError, DataError
+from llavar_peft.models.tower_loading import as_clip_processor, prepared_side
 from llavar_peft.types import ImageMode, Role
 
 if TYPE_CHECKING:
@@ -67,9 +68,7 @@ class LlavarProcessor(ProcessorMixin):
         _check_mode("image_mode", image_mode)
         _check_mode("inference_image_mode", inference_image_mode)
         if not isinstance(image_processor, CLIPImageProcessorPil):
-            settings = image_processor.to_dict()
-            settings.pop("image_processor_type", None)
-            image_processor = CLIPImageProcessorPil(**settings)
+            image_processor = as_clip_processor(image_processor)
         self.patch_size = patch_size
         self.image_mode: ImageMode = image_mode
         self.inference_image_mode: ImageMode = inference_image_mode
@@ -81,8 +80,13 @@ class LlavarProcessor(ProcessorMixin):
     @property
     def num_image_tokens(self) -> int:
         """Number of ``<im_patch>`` tokens for an image of the tower's square size (576 at 336 pixels)."""
-        side = int(self.image_processor.crop_size["height"]) // self.patch_size
+        side = self.image_side // self.patch_size
         return side * side
+
+    @property
+    def image_side(self) -> int:
+        """Side of a prepared image in pixels, except in image mode ``keep``."""
+        return prepared_side(self.image_processor)
 
     @property
     def image_token_id(self) -> int:

@@ -1,17 +1,25 @@
-"""The parts of LLaVAR before its language model: CLIP's vision tower and the linear projector.
+"""The parts of a model before its language model: the vision tower and the projector.
 
-Shape suffixes: N images, P patches of an image, C tower width.
+Any vision transformer that ``AutoModel`` builds can be the tower, if its features form a grid of patches. CLIP's has a
+class of its own.
+
+Shape suffixes: N images, P patches of an image, Q positions of the tower (the patches, after a class token and register
+tokens where the tower has them), C tower width, D language model width.
 """
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import CLIPVisionConfig, CLIPVisionModel
+from transformers.activations import ACT2FN
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.models.clip.modeling_clip import CLIPVisionEmbeddings
+
+from llavar_peft.errors import ConfigError
 
 
 class LlavarVisionEmbeddings(CLIPVisionEmbeddings):
@@ -84,6 +92,96 @@ class LlavarVisionTower(CLIPVisionModel):
         return BaseModelOutputWithPooling(last_hidden_state=hidden_N1C)
 
 
+class _LayerReached(Exception):  # noqa: N818 - not an error: it ends the forward pass early
+    """Carries the input of the first layer that is not needed."""
+
+    def __init__(self, hidden_NQC: Tensor) -> None:
+        super().__init__()
+        self.hidden_NQC = hidden_NQC
+
+
+def tower_layers(tower: nn.Module) -> nn.ModuleList:
+    """Return the layers of a vision tower.
+
+    Raises:
+        ConfigError: The tower is not a sequence of layers.
+    """
+    count = getattr(tower.config, "num_hidden_layers", None)
+    for module in tower.modules():
+        if isinstance(module, nn.ModuleList) and len(module) == count:
+            return module
+    raise ConfigError.at(
+        "vision_tower",
+        f"not a vision transformer (got {type(tower).__name__}, expected a sequence of num_hidden_layers layers)",
+        "use a tower such as CLIP, SigLIP or DINOv2",
+    )
+
+
+def tower_features(tower: nn.Module, pixel_values: Tensor, num_layers: int) -> Tensor:
+    """Return the hidden state of a vision tower after some of its layers; the others are not computed.
+
+    Args:
+        tower: CLIP's or another tower.
+        pixel_values: ``[N, 3, H, W]``. A size that is not the tower's own needs positions that can be interpolated.
+        num_layers: Number of layers to compute.
+
+    Returns:
+        ``[N, Q, C]``.
+    """
+    side = getattr(tower.config, "image_size", None)
+    other_size = tuple(pixel_values.shape[-2:]) != (side, side)
+    if isinstance(tower, LlavarVisionTower):
+        output = tower(pixel_values, interpolate_pos_encoding=other_size, num_layers=num_layers)
+        hidden_NQC: Tensor = output.last_hidden_state
+        return hidden_NQC
+    takes_sizes = "interpolate_pos_encoding" in inspect.signature(tower.forward).parameters
+    options = {"interpolate_pos_encoding": True} if takes_sizes and other_size else {}
+    layers = tower_layers(tower)
+    if num_layers == len(layers):
+        return _last_output(tower, layers[-1], pixel_values, options)
+
+    def stop(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        raise _LayerReached(args[0] if args else kwargs["hidden_states"])
+
+    # Before the hooks of sharded training, which would gather the weights of the layer.
+    handle = layers[num_layers].register_forward_pre_hook(stop, prepend=True, with_kwargs=True)
+    try:
+        tower(pixel_values, **options)
+    except _LayerReached as reached:
+        return reached.hidden_NQC
+    finally:
+        handle.remove()
+    raise ConfigError.at("vision_tower", f"{type(tower).__name__} does not call its layers in order", "use another tower")
+
+
+def _last_output(tower: nn.Module, layer: nn.Module, pixel_values: Tensor, options: dict[str, Any]) -> Tensor:
+    """Return the output of a tower's last layer, before any norm."""
+    found: list[Tensor] = []
+
+    def keep(_: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        found.append(output[0] if isinstance(output, tuple) else output)
+
+    handle = layer.register_forward_hook(keep)
+    try:
+        tower(pixel_values, **options)
+    finally:
+        handle.remove()
+    return found[0]
+
+
+def make_projector(activation: str, width_in: int, width_out: int) -> nn.Module:
+    """Return an untrained projector.
+
+    Args:
+        activation: ``"linear"`` for a single linear layer; otherwise the activation between two layers.
+        width_in: Width of the tower.
+        width_out: Width of the language model.
+    """
+    if activation == "linear":
+        return LinearProjector(width_in, width_out)
+    return MlpProjector(activation, width_in, width_out)
+
+
 class LinearProjector(nn.Linear):
     """The projector, which computes in the dtype of its weights, except under autocast.
 
@@ -96,3 +194,26 @@ class LinearProjector(nn.Linear):
         if input.dtype != self.weight.dtype and not torch.is_autocast_enabled(input.device.type):
             input = input.to(self.weight.dtype)
         return super().forward(input)
+
+
+class MlpProjector(nn.Module):
+    """A projector of two linear layers, with the names and the values of stock LLaVA's.
+
+    Args:
+        activation: Name of the activation between the layers in ``transformers``.
+        width_in: Width of the tower.
+        width_out: Width of the language model.
+
+    Source: LLaVA-1.5 (arXiv 2310.03744), ``mlp2x_gelu``.
+    """
+
+    def __init__(self, activation: str, width_in: int, width_out: int) -> None:
+        super().__init__()
+        self.linear_1 = LinearProjector(width_in, width_out)
+        self.act = ACT2FN[activation]
+        self.linear_2 = LinearProjector(width_out, width_out)
+
+    def forward(self, features_NPC: Tensor) -> Tensor:
+        """Return the projected features ``[..., D]`` of features ``[..., C]``."""
+        projected_NPD: Tensor = self.linear_2(self.act(self.linear_1(features_NPC)))
+        return projected_NPD

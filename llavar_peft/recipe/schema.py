@@ -29,6 +29,7 @@ LossAverage = Literal["micro_batch", "token"]
 LoraVariant = Literal["lora", "rslora", "dora", "pissa"]
 LoraTarget = Literal["all-linear", "attention", "mlp"]
 LoraBias = Literal["none", "lora"]
+ProjectorType = Literal["linear", "mlp2x_gelu"]
 LinearLayer = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 _NUMBER = re.compile(r"\s*[-+]?(\d[\d_]*\.?\d*|\.\d+)([eE][-+]?\d+)?\s*")
@@ -89,7 +90,11 @@ class ModelConfig(_Strict):
     language_model: PathText | None = None
     """Folder or hub name of a LLaMA or Vicuna model."""
     vision_tower: PathText | None = None
-    """Folder or hub name of a CLIP vision tower with its ``preprocessor_config.json``."""
+    """Folder or hub name of a vision tower with its ``preprocessor_config.json``: CLIP, SigLIP, DINOv2 or another whose
+    features form a grid of patches."""
+    projector_type: ProjectorType = "linear"
+    """The projector of a model that is built from parts: one linear layer, or two with a GELU between them. Source:
+    LLaVAR; LLaVA-1.5, ``--mm_projector_type``."""
     checkpoint: PathText | None = None
     """Folder or hub name of a LLaVAR checkpoint, in this package's or in the released layout."""
     projector: PathText | None = None

@@ -66,17 +66,9 @@ def save_trained(
         model.save_pretrained(str(folder), state_dict=merge_rows_in_state_dict(state), max_shard_size=_SHARD_SIZE)
     if isinstance(tune, Projector):
         # In float32, whatever the dtype of the base, so that a resumed run starts from exactly these values.
-        parts = ("model.multi_modal_projector.", tensor_names.EMBEDDINGS.removesuffix("weight"))
-        exact = merge_rows_in_state_dict(
-            {name: tensor.float() for name, tensor in state.items() if name.startswith(parts)}
-        )
-        save_projector(
-            folder,
-            *(
-                exact[name]
-                for name in (tensor_names.PROJECTOR_WEIGHT, tensor_names.PROJECTOR_BIAS, tensor_names.EMBEDDINGS)
-            ),
-        )
+        parts = (tensor_names.EMBEDDINGS.removesuffix("weight"), tensor_names.PROJECTOR)
+        found = {name: tensor.float() for part in parts for name, tensor in state.items() if name.startswith(part)}
+        save_projector(folder, merge_rows_in_state_dict(found))
     processor.save_pretrained(str(folder))
 
 
@@ -164,16 +156,17 @@ def load_projector(model: Any, path: Path) -> None:
     """Load a projector stage's result into a model with or without separately trained rows, in place."""
     stored = open_weights(path)
     projector, embedding = model.model.multi_modal_projector, model.get_input_embeddings()
-    expected = {
-        tensor_names.RELEASED_PROJECTOR_WEIGHT: tuple(projector.weight.shape),
-        tensor_names.RELEASED_PROJECTOR_BIAS: tuple(projector.bias.shape),
-        tensor_names.RELEASED_EMBEDDINGS: tuple(embedding.weight.shape),
+    own = {
+        tensor_names.to_released(tensor_names.PROJECTOR + name) or name: one
+        for name, one in projector.named_parameters()
     }
+    expected = {name: tuple(parameter.shape) for name, parameter in own.items()}
+    expected[tensor_names.RELEASED_EMBEDDINGS] = tuple(embedding.weight.shape)
     check_tensors(stored, expected, where=str(path))
     rows = stored[tensor_names.RELEASED_EMBEDDINGS][-2:]
     with torch.no_grad():
-        projector.weight.copy_(stored[tensor_names.RELEASED_PROJECTOR_WEIGHT])
-        projector.bias.copy_(stored[tensor_names.RELEASED_PROJECTOR_BIAS])
+        for name, parameter in own.items():
+            parameter.copy_(stored[name])
         if isinstance(embedding, EmbeddingWithTrainedRows):
             embedding.rows.copy_(rows)
         elif model.config.use_im_start_end:

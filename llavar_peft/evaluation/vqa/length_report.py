@@ -99,7 +99,7 @@ def report_lengths(
     count = min(_MAX_RECORDS, len(records))
     rows: list[tuple[bool, int, bool]] = []
     heights: list[float] = []
-    side = int(processor.image_processor.crop_size["height"])
+    side = processor.image_side
     for number in range(count):
         record = records[number * len(records) // count]
         where = f"record {number * len(records) // count}"

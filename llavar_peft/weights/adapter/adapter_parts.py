@@ -93,7 +93,7 @@ def find_shape_faults(parts: Sequence[AdapterPart], settings: Mapping[str, Any],
         yield Fault(where, "the adapter has no low-rank updates", _SAVE_AGAIN)
     saved = tuple(settings.get("modules_to_save") or ())
     for module in saved:
-        if not any(part.in_full and part.kind == module for part in parts):
+        if not any(part.in_full and module in part.module.split(".") for part in parts):
             yield Fault(where, f"{module} was trained in full, but its tensors are missing", _SAVE_AGAIN)
     if settings.get("trainable_token_indices") and not any("rows" in part.tensors for part in parts):
         yield Fault(where, "rows of the embeddings were trained, but they are missing", _SAVE_AGAIN)
@@ -126,7 +126,8 @@ def _find_kind_fault(parts: Sequence[AdapterPart], settings: Mapping[str, Any], 
 
 def _check_part(part: AdapterPart, settings: Mapping[str, Any], saved: Sequence[str]) -> str | None:
     if part.in_full:
-        return None if part.kind in saved else "not a tensor of this kind of adapter"
+        known = set(saved) & set(part.module.split("."))
+        return None if known else "not a tensor of this kind of adapter"
     if "rows" in part.tensors:
         expected, got = len(row_indices(part, settings)), part.tensors["rows"].shape
         fits = len(got) == 2 and got[0] == expected

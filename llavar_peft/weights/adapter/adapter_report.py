@@ -231,13 +231,13 @@ def _base_shapes(view: ReleasedView, parts: tuple[AdapterPart, ...]) -> dict[str
     if any(part.module.startswith(tensor_names.TOWER) for part in parts):
         stored = read_tensor_table(view.folder, checksums=False)
         shapes.update({name: one.shape for name, one in stored.items() if name.startswith(tensor_names.TOWER)})
-    if tensor_names.PROJECTOR_WEIGHT not in shapes:
+    if not any(name.startswith(tensor_names.PROJECTOR) for name in shapes):
         rows, width = shapes[tensor_names.EMBEDDINGS]
         shapes[tensor_names.EMBEDDINGS] = (rows + len(ADDED_TOKENS), width)
         # The width of its input is that of the tower, which is not part of a language model.
-        own = [
-            part.tensors["weight"].shape for part in parts if f"{part.module}.weight" == tensor_names.PROJECTOR_WEIGHT
-        ]
-        shapes[tensor_names.PROJECTOR_WEIGHT] = (width, *own[0][1:]) if own else (width, 0)
-        shapes[tensor_names.PROJECTOR_BIAS] = (width,)
+        own = {f"{part.module}.weight": part.tensors["weight"].shape for part in parts if "weight" in part.tensors}
+        layers = [name for name in own if name.startswith(tensor_names.PROJECTOR)] or [tensor_names.PROJECTOR_WEIGHT]
+        for name in layers:
+            shapes[name] = (width, *own.get(name, (width, 0))[1:])
+            shapes[name.removesuffix("weight") + "bias"] = (width,)
     return shapes

@@ -39,7 +39,6 @@ _TENSOR_MAX_OFF_GRID, _TENSOR_MIN_COUNT = 1e-3, 8
 """The same share within one tensor, and the minimum count there: detects a base in which a few tensors differ."""
 _MAGNITUDE = 0x7FFF
 _GROWS = (tensor_names.RELEASED_EMBEDDINGS, tensor_names.HEAD)
-_VERBATIM = (tensor_names.RELEASED_PROJECTOR_WEIGHT, tensor_names.RELEASED_PROJECTOR_BIAS)
 _SHOWN = 6
 
 
@@ -91,7 +90,7 @@ def check_matching_tensors(base: ReleasedView, other: ReleasedView) -> None:
     """
     fix = "give a base and a target or delta of the same model"
     absent = [name for name in base.table if name not in other.table]
-    unexpected = [name for name in other.table if name not in base.table and name not in _VERBATIM]
+    unexpected = [name for name in other.table if name not in base.table and not _is_projector(name)]
     faults = [
         Fault(str(view.folder), f"{len(found)} tensors of {owner.folder} are missing: {join_first(found)}", fix)
         for view, owner, found in ((other, base, absent), (base, other, unexpected))
@@ -104,6 +103,10 @@ def check_matching_tensors(base: ReleasedView, other: ReleasedView) -> None:
     if faults:
         more = [f"and {len(faults) - _SHOWN} more"] if len(faults) > _SHOWN else []
         raise WeightsError("\n".join([*map(str, faults[:_SHOWN]), *more]), faults)
+
+
+def _is_projector(name: str) -> bool:
+    return name.startswith(tensor_names.RELEASED_PROJECTOR)
 
 
 def _fits(name: str, base: tuple[int, ...], other: tuple[int, ...]) -> bool:

@@ -164,7 +164,7 @@ def _check_roles(base: ReleasedView, target: ReleasedView, *, adapters: bool) ->
         raise ConfigError.at(
             str(target.folder), "the target is the base", "give the folder of the trained model as the target"
         )
-    if not adapters and tensor_names.RELEASED_PROJECTOR_WEIGHT not in target.table:
+    if not adapters and not any(name.startswith(tensor_names.RELEASED_PROJECTOR) for name in target.table):
         raise ConfigError.at(
             str(target.folder),
             "a plain language model, expected a LLaVAR (it has no projector)",

@@ -154,6 +154,7 @@ def flatten_config(config: Mapping[str, Any]) -> dict[str, Any]:
                 "architectures": ["LlavaLlamaForCausalLM"],
                 "freeze_mm_mlp_adapter": False,
                 "mm_hidden_size": vision["hidden_size"],
+                **({"mm_projector_type": "mlp2x_gelu"} if config.get("projector_hidden_act") == "gelu" else {}),
                 "mm_use_im_start_end": config.get("use_im_start_end", True),
                 "mm_vision_select_layer": config.get("vision_feature_layer", -2),
                 "mm_vision_tower": tower,

@@ -8,6 +8,7 @@ names count.
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -29,8 +30,8 @@ def apply_projector(tensors: dict[str, Tensor | JoinedRows], source: str | Path)
 
     Args:
         tensors: All tensors of the model by our names.
-        source: ``mm_projector.bin`` or ``.safetensors`` with the keys ``model.mm_projector.weight`` ``[D, C]``,
-            ``model.mm_projector.bias`` ``[D]`` and, optionally, ``model.embed_tokens.weight``: the whole ``[V, D]`` or
+        source: ``mm_projector.bin`` or ``.safetensors`` with the keys ``model.mm_projector.weight`` ``[D, C]`` and
+            ``model.mm_projector.bias`` ``[D]`` (for two layers, ``model.mm_projector.0.weight`` and so on) and, optionally, ``model.embed_tokens.weight``: the whole ``[V, D]`` or
             its last two rows ``[2, D]``.
 
     Raises:
@@ -39,7 +40,7 @@ def apply_projector(tensors: dict[str, Tensor | JoinedRows], source: str | Path)
     stored = read_projector(source)
     embeddings = stored.pop(tensor_names.EMBEDDINGS, None)
     expected = {
-        name: tuple(tensors[name].shape) for name in (tensor_names.PROJECTOR_WEIGHT, tensor_names.PROJECTOR_BIAS)
+        name: tuple(tensor.shape) for name, tensor in tensors.items() if name.startswith(tensor_names.PROJECTOR)
     }
     check_tensors(stored, expected, where=str(source))
     tensors.update(stored)
@@ -83,29 +84,27 @@ def _replace_rows(embeddings: Tensor | JoinedRows, rows: Tensor, path: Path) -> 
     return JoinedRows(*first_rows(embeddings, embeddings.shape[0] - TRAINED_ROWS), rows[-TRAINED_ROWS:])
 
 
-def save_projector(directory: str | Path, weight: Tensor, bias: Tensor, embeddings: Tensor) -> None:
+def save_projector(directory: str | Path, tensors: Mapping[str, Tensor]) -> None:
     """Write both files, each under a temporary name that is then changed.
 
     Args:
         directory: An existing folder.
-        weight: The projector's weight, ``[D, C]``.
-        bias: The projector's bias, ``[D]``.
-        embeddings: The whole input embeddings ``[V, D]``, as the original writes them.
+        tensors: By our names: the projector's, and the whole input embeddings ``[V, D]``, as the original writes them.
     """
     import torch
     from safetensors.torch import save_file
 
-    tensors = {
-        tensor_names.RELEASED_EMBEDDINGS: embeddings.detach().cpu().contiguous(),
-        tensor_names.RELEASED_PROJECTOR_WEIGHT: weight.detach().cpu().contiguous(),
-        tensor_names.RELEASED_PROJECTOR_BIAS: bias.detach().cpu().contiguous(),
+    released = {
+        new: tensor.detach().cpu().contiguous()
+        for name, tensor in tensors.items()
+        if (new := tensor_names.to_released(name)) is not None
     }
     folder = Path(directory)
     temporary = folder / (PROJECTOR_SAFETENSORS + ".part")
-    save_file(tensors, str(temporary), metadata={"format": "pt"})
+    save_file(released, str(temporary), metadata={"format": "pt"})
     _commit(temporary, folder / PROJECTOR_SAFETENSORS)
     temporary = folder / (PROJECTOR_BIN + ".part")
-    torch.save(tensors, temporary)
+    torch.save(released, temporary)
     _commit(temporary, folder / PROJECTOR_BIN)
 
 

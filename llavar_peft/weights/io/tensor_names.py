@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 
+PROJECTOR = "model.multi_modal_projector."
 PROJECTOR_WEIGHT = "model.multi_modal_projector.weight"
 PROJECTOR_BIAS = "model.multi_modal_projector.bias"
 EMBEDDINGS = "model.language_model.embed_tokens.weight"
@@ -16,12 +17,13 @@ HEAD = "lm_head.weight"
 TOWER = "model.vision_tower."
 FINAL_NORM = "model.language_model.norm.weight"
 
+RELEASED_PROJECTOR = "model.mm_projector."
 RELEASED_PROJECTOR_WEIGHT = "model.mm_projector.weight"
 RELEASED_PROJECTOR_BIAS = "model.mm_projector.bias"
 RELEASED_EMBEDDINGS = "model.embed_tokens.weight"
 
 STOCK_PROJECTOR = "model.multi_modal_projector.linear_"
-"""Prefix of our names of the tensors of stock LLaVA's two-layer projector."""
+"""Prefix of our names of the tensors of a two-layer projector, as in stock LLaVA."""
 
 # Prefixes on the hub, of the modules of transformers 5, and of versions in between.
 _STOCK = (
@@ -41,8 +43,20 @@ _IGNORED = re.compile(r"(^|\.)rotary_emb\.inv_freq$|(^|\.)position_ids$")
 # The original sometimes saved a copy of the tower in the model.
 _RELEASED_TOWER = re.compile(r"^model\.vision_tower\.")
 _RELEASED_BODY = re.compile(r"^model\.(?=embed_tokens\.|layers\.|norm\.)")
-_RELEASED_PROJECTOR = re.compile(r"^model\.mm_projector\.")
+# The layers of an MLP, which the original layout numbers within ``nn.Sequential``.
+_MLP_LAYERS = (("0.", "linear_1."), ("2.", "linear_2."))
 _CLIP_OTHER = re.compile(r"^(text_model\.|text_projection|visual_projection|logit_scale)")
+
+
+def projector_names(activation: object) -> tuple[str, ...]:
+    """Return our names of a projector's tensors.
+
+    Args:
+        activation: The configuration's ``projector_hidden_act``; ``"linear"``, or None in configurations without it,
+            stands for a single layer.
+    """
+    layers = ("",) if activation in (None, "linear") else ("linear_1.", "linear_2.")
+    return tuple(f"{PROJECTOR}{layer}{part}" for layer in layers for part in ("weight", "bias"))
 
 
 def from_released(name: str) -> str | None:
@@ -52,7 +66,9 @@ def from_released(name: str) -> str | None:
     """
     if _IGNORED.search(name) or _RELEASED_TOWER.match(name):
         return None
-    name = _RELEASED_PROJECTOR.sub("model.multi_modal_projector.", name)
+    if name.startswith(RELEASED_PROJECTOR):
+        own = name.removeprefix(RELEASED_PROJECTOR)
+        return PROJECTOR + next((new + own[len(old) :] for old, new in _MLP_LAYERS if own.startswith(old)), own)
     return _RELEASED_BODY.sub("model.language_model.", name)
 
 
@@ -60,8 +76,9 @@ def to_released(name: str) -> str | None:
     """Return the released name of one of our tensors; None for those of the tower, which that layout does not have."""
     if name.startswith(TOWER):
         return None
-    if name.startswith("model.multi_modal_projector."):
-        return "model.mm_projector." + name.removeprefix("model.multi_modal_projector.")
+    if name.startswith(PROJECTOR):
+        own = name.removeprefix(PROJECTOR)
+        return RELEASED_PROJECTOR + next((old + own[len(new) :] for old, new in _MLP_LAYERS if own.startswith(new)), own)
     if name.startswith("model.language_model."):
         return "model." + name.removeprefix("model.language_model.")
     return name

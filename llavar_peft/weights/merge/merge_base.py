@@ -22,7 +22,6 @@ from llavar_peft.weights.io.projector_file import TRAINED_ROWS, read_projector
 from llavar_peft.weights.io.tensor_table import TensorEntry, read_tensor_table
 
 _GROWING = (tensor_names.EMBEDDINGS, tensor_names.HEAD)
-_PROJECTOR = (tensor_names.PROJECTOR_WEIGHT, tensor_names.PROJECTOR_BIAS)
 _FIX_PROJECTOR = "give the mm_projector.bin that stage 1 wrote"
 
 
@@ -151,7 +150,7 @@ def _extend_language_model(folder: Path, adapters: Sequence[Adapter], projector:
     rows = int(config["text_config"]["vocab_size"])
     overlay = _read_overlay(projector, first, rows)
     shapes = {name: (rows, *entry.shape[1:]) if name in _GROWING else entry.shape for name, entry in table.items()}
-    for name in _PROJECTOR:
+    for name in tensor_names.projector_names(config.get("projector_hidden_act")):
         found = next((one.updates[name] for one in adapters if name in one.updates), overlay.get(name))
         if not isinstance(found, Replacement):
             what = f"no {name}, neither in the adapter nor in the plain language model"
@@ -170,9 +169,10 @@ def _read_overlay(projector: str | Path | None, adapter: Path, rows: int) -> dic
         what = f"the projector file of the adapter's run does not exist (got {str(projector)!r})"
         raise ConfigError.at(str(adapter / BASE_FILE), what, "give its new path with --projector")
     stored = read_projector(projector)
-    if not set(_PROJECTOR) <= set(stored):
+    names = [name for name in stored if name.startswith(tensor_names.PROJECTOR)]
+    if not names:
         raise WeightsError.at(str(projector), "no projector in this file", _FIX_PROJECTOR)
-    updates: dict[str, Replacement | Rows] = {name: Replacement(stored[name].float()) for name in _PROJECTOR}
+    updates: dict[str, Replacement | Rows] = {name: Replacement(stored[name].float()) for name in names}
     if tensor_names.EMBEDDINGS in stored:
         last = torch.arange(rows - TRAINED_ROWS, rows)
         updates[tensor_names.EMBEDDINGS] = Rows(last, stored[tensor_names.EMBEDDINGS][-TRAINED_ROWS:].float())
