@@ -37,6 +37,12 @@ SYSTEM_PROMPT: Final = (
 )
 """Identical to LLaVAR's prompt, which has no space between its sentences."""
 
+VICUNA_SYSTEM_PROMPT: Final = (
+    "A chat between a curious user and an artificial intelligence assistant. "
+    "The assistant gives helpful, detailed, and polite answers to the user's questions."
+)
+"""LLaVA-1.5's prompt. Source: LLaVA, llava/conversation.py, ``conv_vicuna_v1``."""
+
 USER_ROLE: Final = "USER"
 ASSISTANT_ROLE: Final = "ASSISTANT"
 

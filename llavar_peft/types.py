@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 Role = Literal["human", "gpt"]
+TemplateName = Literal["llava_v1", "vicuna_v1", "chat"]
+"""How a conversation is written: as LLaVAR does, as LLaVA-1.5 does, or by the tokenizer's own chat template."""
 ImageMode = Literal["pad", "square", "keep", "pad_black"]
 """Conversion of an image to a tensor; see ``llavar_peft.data.image_preparation``."""
 
@@ -94,6 +96,12 @@ class Processor(Protocol):
     patch_size: int
     use_im_start_end: bool
     sep_image_conv_front: bool
+    image_token: str
+
+    @property
+    def conversation_template(self) -> Any:
+        """How conversations are written, with the methods of ``RoleTemplate``."""
+        ...
 
     @property
     def image_side(self) -> int:

@@ -20,7 +20,6 @@ from llavar_peft.constants import IGNORE_INDEX, IMAGE_PLACEHOLDER
 from llavar_peft.data.conversation_template import (
     Content,
     Piece,
-    conversation_pieces,
     images_to_front,
     split_placeholders,
 )
@@ -90,7 +89,8 @@ def encode_conversation(
     contents = _contents(conversation, front=processor.sep_image_conv_front)
     paths = _placed_images(conversation, sum(part is None for content in contents for part in content))
     counts = tuple(_image_tokens(path, processor, roots, conversation.id) for path in paths)
-    pieces = conversation_pieces(zip((turn.role for turn in conversation.turns), contents, strict=True))
+    turns = zip((turn.role for turn in conversation.turns), contents, strict=True)
+    pieces = processor.conversation_template.pieces(turns)
     encoding = encode_pieces(pieces, text_encoder(processor), counts)
 
     cut = _cut(encoding, max_length)
@@ -113,20 +113,24 @@ def encode_pieces(pieces: Sequence[Piece], encoder: TextEncoder, image_tokens: S
     """Encode a conversation's pieces, without truncation.
 
     Args:
-        pieces: From ``conversation_pieces``.
+        pieces: From a conversation template.
         encoder: From ``text_encoder``.
-        image_tokens: Number of ``<im_patch>`` of each ``image`` piece, in order.
+        image_tokens: Number of image tokens of each ``image`` piece, in order.
     """
-    encoding = Encoding([encoder.bos], [IGNORE_INDEX])
+    encoding = Encoding([], [])
+    if encoder.bos is not None:
+        encoding.add([encoder.bos], 1)
     counts = iter(image_tokens)
     runs = [(kind, list(run)) for kind, run in groupby(pieces, key=lambda piece: piece.kind)]
+    edges = [_edge_tokens(run, encoder) for _, run in runs]
     for index, (kind, run) in enumerate(runs):
         if kind == "text":
-            after_image = index > 0 and runs[index - 1][0] == "image"
-            before_image = index + 1 < len(runs) and runs[index + 1][0] == "image"
-            _add_text(encoding, run, encoder, after_image=after_image, before_image=before_image)
-        elif kind == "end":
-            encoding.add([encoder.eos], 0 if run[0].supervised else 1)
+            before = edges[index - 1][1] if index else None
+            after = edges[index + 1][0] if index + 1 < len(runs) else None
+            _add_text(encoding, run, encoder, before=before, after=after)
+        elif kind == "special":
+            for piece in run:
+                encoding.add([encoder.special[piece.text]], 0 if piece.supervised else 1)
         else:
             for _ in run:
                 block = encoder.image_block(next(counts))
@@ -135,21 +139,36 @@ def encode_pieces(pieces: Sequence[Piece], encoder: TextEncoder, image_tokens: S
     return encoding
 
 
+def _edge_tokens(run: Sequence[Piece], encoder: TextEncoder) -> tuple[int | None, int | None]:
+    """Return the first and the last special token of adjacent pieces of one kind; None for text."""
+    if run[0].kind == "text":
+        return None, None
+    if run[0].kind == "special":
+        return encoder.special[run[0].text], encoder.special[run[-1].text]
+    block = encoder.image_block(1)
+    return block[0], block[-1]
+
+
 def _add_text(
-    encoding: Encoding, run: Sequence[Piece], encoder: TextEncoder, *, after_image: bool, before_image: bool
+    encoding: Encoding, run: Sequence[Piece], encoder: TextEncoder, *, before: int | None, after: int | None
 ) -> None:
-    """Encode adjacent text pieces as one stretch, of which only the end can be supervised."""
+    """Encode adjacent text pieces as one stretch, of which only the end can be supervised.
+
+    Args:
+        before: The special token before the stretch.
+        after: The special token after it.
+    """
     prompt = valid_unicode("".join(piece.text for piece in run if not piece.supervised))
     text = prompt + valid_unicode("".join(piece.text for piece in run if piece.supervised))
     answer_start = len(prompt)
-    if before_image:
+    if after in encoder.strips_before:
         text = text.rstrip()
-    if after_image:
+    if before in encoder.strips_after:
         stripped = text.lstrip()
         answer_start = max(0, answer_start - (len(text) - len(stripped)))
         text = stripped
     if text:
-        encoding.add(*encoder.encode(text, answer_start))
+        encoding.add(*encoder.encode(text, answer_start, first=before is None))
 
 
 def _contents(conversation: Conversation, *, front: bool) -> list[Content]:

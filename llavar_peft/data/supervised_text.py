@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from itertools import groupby
 from typing import Any
 
-from llavar_peft.constants import BOS_TOKEN, EOS_TOKEN, IGNORE_INDEX
+from llavar_peft.constants import IGNORE_INDEX
 from llavar_peft.data.text_encoder import TextEncoder, text_encoder
 from llavar_peft.types import Example, Processor
 
@@ -25,18 +25,19 @@ def decode_supervision(example: Example, processor: Processor) -> list[tuple[str
         written out. White space next to an image is missing because it is not encoded.
     """
     encoder = text_encoder(processor)
+    specials = frozenset(encoder.special.values())
     spans: list[tuple[str, bool]] = []
     tokens = zip(example.input_ids.tolist(), (example.labels != IGNORE_INDEX).tolist(), strict=True)
     counts = iter(example.image_token_counts)
     after_special = True
-    for (kind, supervised), run in groupby(tokens, key=lambda pair: (_kind(pair[0], encoder), pair[1])):
+    for (kind, supervised), run in groupby(tokens, key=lambda pair: (_kind(pair[0], encoder, specials), pair[1])):
         ids = [token for token, _ in run]
         if kind == "text":
             text = _decode(processor.tokenizer, ids, keep_space=not after_special)
         elif kind == "image":
             text = _images(ids.count(encoder.patch), counts)
         else:
-            text = {encoder.bos: BOS_TOKEN, encoder.eos: EOS_TOKEN}[ids[0]] * len(ids)
+            text = "".join(processor.tokenizer.convert_ids_to_tokens(ids))
         after_special = kind != "text"
         if spans and spans[-1][1] == supervised:
             text = spans.pop()[0] + text
@@ -54,10 +55,10 @@ def _images(patches: int, counts: Iterator[int]) -> str:
     return text
 
 
-def _kind(token: int, encoder: TextEncoder) -> str:
+def _kind(token: int, encoder: TextEncoder, specials: frozenset[int]) -> str:
     if token in (encoder.patch, encoder.start, encoder.end):
         return "image"
-    return "special" if token in (encoder.bos, encoder.eos) else "text"
+    return "special" if token in specials else "text"
 
 
 def _decode(tokenizer: Any, ids: list[int], *, keep_space: bool) -> str:

@@ -1,6 +1,6 @@
 """Encode text to ids without ever producing a special token, even if the text contains the name of one.
 
-No token of LLaMA's vocabulary crosses a word boundary. Words are therefore encoded separately and cached, which gives
+Each stretch of text between special tokens is encoded as the tokenizer itself would encode it in that place. No token of LLaMA's vocabulary crosses a word boundary. Words are therefore encoded separately and cached, which gives
 the same ids as encoding whole texts and is faster.
 """
 
@@ -8,17 +8,18 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 from weakref import WeakKeyDictionary
 
-from llavar_peft.constants import ADDED_TOKENS, IMAGE_END_TOKEN, IMAGE_PATCH_TOKEN, IMAGE_START_TOKEN
+from llavar_peft.constants import IMAGE_END_TOKEN, IMAGE_START_TOKEN
 from llavar_peft.errors import ConfigError
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-    from llavar_peft.types import Processor
+    from llavar_peft.types import Processor, TemplateName
 
 _SPACE: Final = "▁"
 _NORMALIZERS: Final = [
@@ -63,28 +64,35 @@ class TextEncoder:
 
     Attributes:
         pieces: The backend with the same vocabulary and merges, and without added tokens.
+        later_pieces: The same for text after a special token, where some backends add no space before the first word.
         words: Encodes word by word; None for a vocabulary in which a token may cross a word boundary.
-        bos: Id of ``<s>``.
-        eos: Id of ``</s>``.
-        patch: Id of ``<im_patch>``.
+        bos: Id of the token that starts every text, ``<s>``; None if the conversation template writes it.
+        special: Ids of the special tokens, by their text.
+        strips_before: Ids of the special tokens before which white space is not encoded.
+        strips_after: Ids of the special tokens after which white space is not encoded.
+        patch: Id of the image token, ``<im_patch>`` for LLaVAR.
         start: Id of ``<im_start>``, or None if it is not used.
         end: Id of ``<im_end>``, or None if it is not used.
     """
 
     pieces: Tokenizer
+    later_pieces: Tokenizer
     words: WordCache | None
-    bos: int
-    eos: int
+    bos: int | None
+    special: Mapping[str, int]
+    strips_before: frozenset[int]
+    strips_after: frozenset[int]
     patch: int
     start: int | None
     end: int | None
 
-    def encode(self, text: str, answer_start: int | None = None) -> tuple[list[int], int]:
+    def encode(self, text: str, answer_start: int | None = None, *, first: bool = False) -> tuple[list[int], int]:
         """Encode a stretch of text between special tokens.
 
         Args:
             text: Any non-empty text without lone surrogates.
             answer_start: Index of the first supervised character.
+            first: Whether no special token precedes it, apart from ``bos``.
 
         Returns:
             The ids, and the index of the first id with a supervised character (the number of ids if there is none).
@@ -98,7 +106,7 @@ class TextEncoder:
             if _ACROSS_WORDS.match(spaced, supervised):
                 prompt = self.words.encode(spaced[: supervised + 1])
                 return prompt + self.words.encode(spaced[supervised + 1 :]), len(prompt)
-        encoding = self.pieces.encode(text, add_special_tokens=False)
+        encoding = (self.pieces if first else self.later_pieces).encode(text, add_special_tokens=False)
         all_ids: list[int] = encoding.ids
         if supervised == len(text):
             return all_ids, len(all_ids)
@@ -112,22 +120,23 @@ class TextEncoder:
 
 
 def text_encoder(processor: Processor) -> TextEncoder:
-    """Return the encoder of a processor's tokenizer, which is built once per value of ``use_im_start_end``.
+    """Return the encoder of a processor's tokenizer, which is built once for each way to write images.
 
     Raises:
         ConfigError: The tokenizer is a slow one, or has no image tokens.
     """
     built = _ENCODERS.setdefault(processor.tokenizer, {})
-    if processor.use_im_start_end not in built:
-        built[processor.use_im_start_end] = _build(processor.tokenizer, processor.use_im_start_end)
-    return built[processor.use_im_start_end]
+    key = (processor.image_token, processor.use_im_start_end, processor.conversation_template.name)
+    if key not in built:
+        built[key] = _build(processor.tokenizer, *key)
+    return built[key]
 
 
 # The key is the tokenizer itself: a worker process gets a copy of it and builds its own encoder.
-_ENCODERS: WeakKeyDictionary[Any, dict[bool, TextEncoder]] = WeakKeyDictionary()
+_ENCODERS: WeakKeyDictionary[Any, dict[tuple[Any, ...], TextEncoder]] = WeakKeyDictionary()
 
 
-def _build(tokenizer: Any, use_im_start_end: bool) -> TextEncoder:
+def _build(tokenizer: Any, image_token: str, use_im_start_end: bool, template: TemplateName) -> TextEncoder:
     from tokenizers import Tokenizer
 
     where = str(tokenizer.name_or_path or type(tokenizer).__name__)
@@ -138,7 +147,7 @@ def _build(tokenizer: Any, use_im_start_end: bool) -> TextEncoder:
             "load it with llavar_peft.models.llama_tokenizer.load_tokenizer",
         )
     vocabulary = tokenizer.get_vocab()
-    names = ADDED_TOKENS if use_im_start_end else (IMAGE_PATCH_TOKEN,)
+    names = (image_token, *((IMAGE_START_TOKEN, IMAGE_END_TOKEN) if use_im_start_end else ()))
     missing = [name for name in names if name not in vocabulary]
     if missing:
         raise ConfigError.at(
@@ -152,15 +161,31 @@ def _build(tokenizer: Any, use_im_start_end: bool) -> TextEncoder:
     if backend.pre_tokenizer is not None:
         bare.pre_tokenizer = backend.pre_tokenizer
     start, end = (vocabulary[name] if name in names else None for name in (IMAGE_START_TOKEN, IMAGE_END_TOKEN))
+    added = tokenizer.added_tokens_decoder
     return TextEncoder(
         pieces=bare,
+        later_pieces=_without_first_space(bare),
         words=WordCache(Tokenizer(backend.model)) if _respects_word_boundaries(bare) else None,
-        bos=tokenizer.bos_token_id,
-        eos=tokenizer.eos_token_id,
-        patch=vocabulary[IMAGE_PATCH_TOKEN],
+        bos=None if template == "chat" else tokenizer.bos_token_id,
+        special={token.content: index for index, token in added.items()},
+        strips_before=frozenset(index for index, token in added.items() if token.lstrip),
+        strips_after=frozenset(index for index, token in added.items() if token.rstrip),
+        patch=vocabulary[image_token],
         start=start,
         end=end,
     )
+
+
+def _without_first_space(bare: Tokenizer) -> Tokenizer:
+    """Return the backend for text that does not start the input: some add a space before its first word only."""
+    form = json.loads(bare.to_str())
+    steps = (form.get("pre_tokenizer") or {}).get("pretokenizers", [form.get("pre_tokenizer") or {}])
+    first_only = [step for step in steps if step.get("prepend_scheme") == "first"]
+    if not first_only:
+        return bare
+    for step in first_only:
+        step["prepend_scheme"] = "never"
+    return type(bare).from_str(json.dumps(form))
 
 
 def _respects_word_boundaries(bare: Tokenizer) -> bool:

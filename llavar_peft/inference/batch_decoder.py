@@ -55,7 +55,7 @@ class Row:
         self.generator = new_generator(request.sampling)
         self._stream = TextStream(engine.processor.tokenizer, request.sampling.stop)
         self._on_text = on_text
-        self._eos = engine.processor.tokenizer.eos_token_id
+        self._stop_tokens = engine.processor.stop_token_ids
         self._limit = min(request.sampling.max_new_tokens, engine.context - len(request.ids))
 
     @property
@@ -68,7 +68,7 @@ class Row:
         self.ids.append(token)
         if self.request.sampling.logprobs and logprob is not None:
             self.logprobs.append(logprob)
-        if token == self._eos:
+        if token in self._stop_tokens:
             return "stop"
         self._emit(self._stream.add(token))
         if self._stream.stopped:

@@ -17,7 +17,6 @@ from llavar_peft.inference.generation_request import (
     PromptImage,
     Request,
     encode_messages,
-    question_content,
 )
 from llavar_peft.inference.token_sampling import Sampling, SamplingSettings
 from llavar_peft.recipe.schema import Attention, Dtype, Kernels, Quantization
@@ -151,7 +150,7 @@ class Chat:
     ) -> Request:
         """Prepare a question for ``answer``. The arguments are those of ``ask``."""
         images = [] if image is None else [PromptImage.prepare(image, self.engine.processor, image_mode)]
-        content = question_content(question, images[0] if images else None)
+        content = self.engine.processor.conversation_template.question(question, len(images))
         return Request(
             ids=encode_messages(self.engine.processor, [("human", content)], images),
             images=images,
@@ -264,10 +263,11 @@ class Dialogue:
                 self._prefix, self._prefix_adapter = row.answer.prefix, row.request.adapter
 
     def _request(self, text: str, image: PromptImage | None, sampling: Sampling) -> Request:
+        ask = self._engine.processor.conversation_template.question
         messages: list[tuple[Role, Content]] = []
         for turn in self.turns:
-            messages += [("human", question_content(turn.question, turn.image)), ("gpt", [turn.answer])]
-        messages.append(("human", question_content(text, image)))
+            messages += [("human", ask(turn.question, int(turn.image is not None))), ("gpt", [turn.answer])]
+        messages.append(("human", ask(text, int(image is not None))))
         images = [shown for shown in (*(turn.image for turn in self.turns), image) if shown is not None]
         ids = encode_messages(self._engine.processor, messages, images)
         prefix = self._prefix if self._prefix_adapter == self.adapter else None

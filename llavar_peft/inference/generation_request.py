@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor
 
-from llavar_peft.constants import SYSTEM_PROMPT
-from llavar_peft.data.conversation_template import Content, conversation_pieces
+from llavar_peft.data.conversation_template import Content
 from llavar_peft.data.encode_record import encode_pieces
 from llavar_peft.data.image_preparation import image_token_count, prepare_image
 from llavar_peft.data.text_encoder import text_encoder
@@ -153,20 +152,12 @@ class Answer:
         return len(self.ids)
 
 
-def question_content(text: str, image: PromptImage | None) -> Content:
-    """Return a question in the original's layout: the text, then a line break and the image.
-
-    Source: LLaVAR, llava/eval/run_llava.py, ``eval_model``.
-    """
-    return [text] if image is None else [f"{text}\n", None]
-
-
 def encode_messages(
     processor: LlavarProcessor,
     messages: Iterable[tuple[Role, Content]],
     images: Sequence[PromptImage],
     *,
-    system: str = SYSTEM_PROMPT,
+    system: str | None = None,
 ) -> Tensor:
     """Encode a conversation up to the next answer. Nothing in its text becomes a special token.
 
@@ -174,7 +165,7 @@ def encode_messages(
         processor: The model's processor.
         messages: Turns in order; the first and the last are the human's. None in a turn marks the place of an image.
         images: One image for each None, in order.
-        system: The text before the first turn.
+        system: The text before the first turn; None is the conversation template's own.
 
     Returns:
         Ids, int64 ``[T]``.
@@ -182,7 +173,7 @@ def encode_messages(
     Raises:
         DataError: The number of images is not the number of their places.
     """
-    pieces = conversation_pieces(messages, answer_next=True, system=system)
+    pieces = processor.conversation_template.pieces(messages, answer_next=True, system=system)
     places = sum(piece.kind == "image" for piece in pieces)
     if places != len(images):
         raise DataError.at("messages", f"have {places} places for {len(images)} images", "give one image for each")

@@ -72,7 +72,7 @@ def build_model(
     """
     parts = _read_checked_parts(config, seed)
     dtype = resolve_dtype(config.dtype)
-    attention = resolve_attention(config.attention, dtype)
+    attention = resolve_attention(config.attention, dtype, parts.config)
     if device is None:
         device = claim_device() if config.quantize else "cpu"
     with _no_progress_bar_for_small_models(parts.tensors):
@@ -113,7 +113,7 @@ def build_pending_model(
     """
     parts = _read_checked_parts(config, seed)
     dtype = resolve_dtype(config.dtype)
-    attention = resolve_attention(config.attention, dtype)
+    attention = resolve_attention(config.attention, dtype, parts.config)
     with init_empty_weights(include_buffers=False):
         model = AutoModelForImageTextToText.from_config(parts.config, dtype=dtype, attn_implementation=attention)
     pending = PendingWeights(dtype)
@@ -168,7 +168,10 @@ def expected_shapes(config: LlavarConfig) -> dict[str, tuple[int, ...]]:
             skeleton = LlavarForConditionalGeneration(config)
     except Exception as error:  # damaged settings make the modules raise many types of exceptions
         raise unreadable_settings(Path(config.name_or_path or "config.json"), "LlavarConfig", error) from error
-    return {name: tuple(tensor.shape) for name, tensor in skeleton.state_dict().items()}
+    shapes = {name: tuple(tensor.shape) for name, tensor in skeleton.state_dict().items()}
+    if config.tie_word_embeddings:
+        shapes.pop(tensor_names.HEAD, None)
+    return shapes
 
 
 def resolve_dtype(dtype: str) -> torch.dtype:
@@ -176,8 +179,11 @@ def resolve_dtype(dtype: str) -> torch.dtype:
     return half_precision() or torch.float32 if dtype == "auto" else _DTYPES[dtype]
 
 
-def resolve_attention(attention: Attention, dtype: torch.dtype) -> str:
+def resolve_attention(attention: Attention, dtype: torch.dtype, config: LlavarConfig) -> str:
     """Return a setting's attention; ``auto`` is flash-attention if it is installed and usable, otherwise SDPA.
+
+    A language model with soft-capped attention scores (Gemma 2) gets eager attention where there is no flash-attention,
+    because SDPA does not cap them.
 
     Raises:
         MissingDependencyError: ``flash_attention_2`` is requested and not installed.
@@ -187,8 +193,12 @@ def resolve_attention(attention: Attention, dtype: torch.dtype) -> str:
 
     half = dtype in (torch.bfloat16, torch.float16)
     available = bool(is_flash_attn_2_available())
+    if attention == "auto" and available and half and torch.cuda.is_available():
+        return "flash_attention_2"
+    if attention in ("auto", "sdpa") and getattr(config.text_config, "attn_logit_softcapping", None):
+        return "eager"
     if attention == "auto":
-        return "flash_attention_2" if available and half and torch.cuda.is_available() else "sdpa"
+        return "sdpa"
     if attention == "flash_attention_2" and not available:
         raise MissingDependencyError.at(
             "model.attention", "flash_attention_2 is not installed", "pip install 'llavar-peft[cuda]', or use 'auto'"

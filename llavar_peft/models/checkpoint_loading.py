@@ -18,6 +18,7 @@ from llavar_peft.constants import IMAGE_PATCH_TOKEN, MODEL_TYPE, RELEASED_MODEL_
 from llavar_peft.errors import ConfigError, EnvironmentFaultError, WeightsError
 from llavar_peft.models.hf_llava import read_stock
 from llavar_peft.models.llama_tokenizer import add_image_tokens, load_tokenizer
+from llavar_peft.models.language_model_loading import read_language_model
 from llavar_peft.models.llavar_config import LlavarConfig, make_config, read_llama_config
 from llavar_peft.models.model_parts import ModelParts
 from llavar_peft.models.pretrained_files import check_sizes, load_pretrained, unreadable_settings
@@ -27,7 +28,7 @@ from llavar_peft.recipe.schema import ModelConfig, ProjectorType
 from llavar_peft.weights.adapter.adapter_files import ADAPTER_CONFIG
 from llavar_peft.weights.delta.released_layout import check_not_delta, read_model_config
 from llavar_peft.weights.io import tensor_names
-from llavar_peft.weights.io.joined_rows import JoinedRows, mean_row
+from llavar_peft.weights.io.joined_rows import JoinedRows
 from llavar_peft.weights.io.tensor_blocks import open_weights
 from llavar_peft.weights.io.tensor_table import WEIGHTS_FILES
 
@@ -39,7 +40,7 @@ _HUB_FILES = ["*.json", "*.safetensors", "*.bin", "tokenizer.model"]
 
 
 def read_parts(config: ModelConfig, *, seed: int) -> ModelParts:
-    """Read a LLaMA or Vicuna and a vision tower, and draw a new projector.
+    """Read a language model and a vision tower, and draw a new projector.
 
     New embedding rows are initialized with the mean of the old ones, the projector as ``torch.nn.Linear`` is.
 
@@ -51,41 +52,31 @@ def read_parts(config: ModelConfig, *, seed: int) -> ModelParts:
         ConfigError: A folder does not hold the model that its setting names.
         WeightsError: A file cannot be read.
     """
-    language = resolve_folder(_required(config.language_model), "model.language_model")
-    text = _read_language_config(language)
-    tokenizer = load_tokenizer(language)
-    old_size = len(tokenizer)
-    add_image_tokens(tokenizer, use_im_start_end=config.use_im_start_end)
+    folder = resolve_folder(_required(config.language_model), "model.language_model")
+    language = read_language_model(folder, config)
     tower = _read_tower(_required(config.vision_tower))
     model_config = make_config(
-        text,
+        language.config,
         tower.config,
-        vocab_size=len(tokenizer),
-        image_token_id=int(tokenizer.convert_tokens_to_ids(IMAGE_PATCH_TOKEN)),
+        vocab_size=language.rows,
+        image_token_id=int(language.tokenizer.convert_tokens_to_ids(language.image_token)),
         vision_feature_layer=config.vision_feature_layer,
-        use_im_start_end=config.use_im_start_end,
+        use_im_start_end=language.use_im_start_end,
         image_side=tower.side,
         extra_positions=tower.extra_positions,
         projector_type=config.projector_type,
     )
-    stored = _rename_released(open_weights(language))
-    check_not_delta(stored.get(tensor_names.FINAL_NORM), language)
-    if tensor_names.HEAD not in stored and text.tie_word_embeddings and tensor_names.EMBEDDINGS in stored:
-        stored[tensor_names.HEAD] = stored[tensor_names.EMBEDDINGS]
-    tensors: dict[str, Tensor | JoinedRows] = {**stored}
-    for name in (tensor_names.EMBEDDINGS, tensor_names.HEAD):
-        if name in stored:
-            tensors[name] = _extend_with_mean(stored[name], old_size, len(tokenizer), f"{language}:{name}")
-    tensors.update(tower.tensors)
-    tensors.update(_draw_projector(tower.config.hidden_size, text.hidden_size, config.projector_type, seed))
+    widths = (tower.config.hidden_size, language.config.hidden_size)
     return ModelParts(
-        source=str(language),
+        source=str(folder),
         config=model_config,
-        tensors=tensors,
-        tokenizer=tokenizer,
+        tensors={**language.tensors, **tower.tensors, **_draw_projector(*widths, config.projector_type, seed)},
+        tokenizer=language.tokenizer,
         image_processor=tower.image_processor,
         image_mode=config.image_mode,
         inference_image_mode=config.image_mode,
+        template=language.template,
+        image_token=language.image_token,
     )
 
 
@@ -125,7 +116,8 @@ def _read_own_layout(folder: Path, config: ModelConfig) -> ModelParts:
     model_config = load_pretrained(LlavarConfig, folder)
     processor = load_pretrained(LlavarProcessor, folder)
     stored = open_weights(folder)
-    check_not_delta(stored.get(tensor_names.FINAL_NORM), folder)
+    if model_config.text_config.model_type == "llama":
+        check_not_delta(stored.get(tensor_names.FINAL_NORM), folder)
     tensors: dict[str, Tensor | JoinedRows] = {**stored}
     image_processor = processor.image_processor
     if config.vision_tower is not None:
@@ -141,6 +133,9 @@ def _read_own_layout(folder: Path, config: ModelConfig) -> ModelParts:
         image_processor=image_processor,
         image_mode=processor.image_mode,
         inference_image_mode=processor.inference_image_mode,
+        template=processor.template,
+        image_token=processor.image_token,
+        chat_template=processor.chat_template,
     )
 
 
@@ -246,24 +241,6 @@ def _released_projector_type(described: Mapping[str, Any], folder: Path) -> Proj
     return cast("ProjectorType", stated)
 
 
-def _read_language_config(folder: Path) -> LlamaConfig:
-    described = read_model_config(folder)
-    kind = described.get("model_type")
-    if kind == RELEASED_MODEL_TYPE and "text_config" not in described:
-        raise ConfigError.at(
-            "model.language_model",
-            f"{folder} is a complete LLaVA, expected a language model",
-            "set checkpoint instead of language_model",
-        )
-    if kind != "llama":
-        raise ConfigError.at(
-            f"{folder / 'config.json'}:model_type",
-            f"not a LLaMA (got {kind!r}, expected 'llama')",
-            "give the folder of a LLaMA or Vicuna",
-        )
-    return _llama_config(described, folder)
-
-
 def _llama_config(described: Mapping[str, Any], folder: Path) -> LlamaConfig:
     try:
         config = read_llama_config(described)
@@ -287,16 +264,6 @@ def _check_rows(tensors: Mapping[str, Tensor], tokenizer: PreTrainedTokenizerFas
             "put the tokenizer that the checkpoint was saved with into its folder (added_tokens.json or "
             "tokenizer_config.json states the ids of the added tokens)",
         )
-
-
-def _extend_with_mean(rows: Tensor, old: int, new: int, where: str) -> JoinedRows:
-    if rows.shape[0] < old:
-        raise WeightsError.at(
-            where,
-            f"too few rows for the tokenizer (got {rows.shape[0]}, expected at least {old})",
-            "put this model's own tokenizer into its folder",
-        )
-    return JoinedRows(rows[:old], mean_row(rows[:old]).expand(new - old, -1))
 
 
 def _draw_projector(width_in: int, width_out: int, kind: ProjectorType, seed: int) -> dict[str, Tensor]:

@@ -21,7 +21,9 @@ CHUNK = 1024
 
 class _SummedCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, chunk: int) -> Tensor:
+    def forward(
+        ctx: Any, hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, chunk: int, softcap: float | None
+    ) -> Tensor:
         needs_hidden, needs_weight = ctx.needs_input_grad[:2]
         grad_hidden_ND = torch.empty_like(hidden_ND) if needs_hidden else None
         # Summed in float32: over many chunks, half precision would lose small contributions.
@@ -30,7 +32,8 @@ class _SummedCrossEntropy(torch.autograd.Function):
         total = hidden_ND.new_zeros((), dtype=torch.float32)
         for start in range(0, len(hidden_ND), chunk):
             part = slice(start, start + chunk)
-            logits_nV = nn.functional.linear(hidden_ND[part], cast_VD).float()
+            logits_nV = cap_logits(nn.functional.linear(hidden_ND[part], cast_VD).float(), softcap)
+            slope_nV = None if softcap is None else 1 - (logits_nV / softcap) ** 2
             norm_n1 = logits_nV.logsumexp(dim=1, keepdim=True)
             total += (norm_n1 - logits_nV.gather(1, targets_N[part, None])).sum()
             if not (needs_hidden or needs_weight):
@@ -38,30 +41,38 @@ class _SummedCrossEntropy(torch.autograd.Function):
             # The gradient overwrites the logits: probabilities, less one at the target.
             grad_nV = logits_nV.sub_(norm_n1).exp_()
             grad_nV.scatter_add_(1, targets_N[part, None], torch.full_like(norm_n1, -1.0))
-            grad_nV = grad_nV.to(hidden_ND.dtype)
+            grad_nV = (grad_nV if slope_nV is None else grad_nV.mul_(slope_nV)).to(hidden_ND.dtype)
             if grad_hidden_ND is not None:
                 grad_hidden_ND[part] = grad_nV @ cast_VD
             if grad_weight_VD is not None:
                 grad_weight_VD += grad_nV.T @ hidden_ND[part]
             # Otherwise the next chunk's logits would be computed beside this one's.
-            del logits_nV, grad_nV
+            del logits_nV, grad_nV, slope_nV
         ctx.save_for_backward(grad_hidden_ND, grad_weight_VD)
         ctx.weight_dtype = weight_VD.dtype
         return total
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, factor: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+    def backward(ctx: Any, factor: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
         grad_hidden_ND, grad_weight_VD = ctx.saved_tensors
         return (
             None if grad_hidden_ND is None else grad_hidden_ND * factor.to(grad_hidden_ND.dtype),
             None if grad_weight_VD is None else grad_weight_VD.mul_(factor).to(ctx.weight_dtype),
             None,
             None,
+            None,
         )
 
 
-def summed_cross_entropy(hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, *, chunk: int = CHUNK) -> Tensor:
+def cap_logits(logits: Tensor, softcap: float | None) -> Tensor:
+    """Return logits limited to a range by a hyperbolic tangent, as in Gemma 2; None leaves them unchanged."""
+    return logits if softcap is None else softcap * torch.tanh(logits / softcap)
+
+
+def summed_cross_entropy(
+    hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, *, chunk: int = CHUNK, softcap: float | None = None
+) -> Tensor:
     """Return the summed cross entropy of a linear head's logits.
 
     Args:
@@ -69,6 +80,7 @@ def summed_cross_entropy(hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor
         weight_VD: The head's weight ``[V, D]``.
         targets_N: The tokens to predict ``[N]``, none of them ignored.
         chunk: Number of positions whose logits are computed at once.
+        softcap: Limit of the logits, see ``cap_logits``.
 
     Returns:
         The sum in float32. Its gradient is that of ``cross_entropy(linear(hidden, weight).float(), targets)``. Under
@@ -78,7 +90,7 @@ def summed_cross_entropy(hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor
     if torch.is_autocast_enabled(device):
         hidden_ND = hidden_ND.to(torch.get_autocast_dtype(device))
     with torch.autocast(device, enabled=False):
-        total: Tensor = _SummedCrossEntropy.apply(hidden_ND, weight_VD, targets_N, chunk)  # type: ignore[no-untyped-call]
+        total: Tensor = _SummedCrossEntropy.apply(hidden_ND, weight_VD, targets_N, chunk, softcap)  # type: ignore[no-untyped-call]
     return total
 
 
@@ -89,11 +101,18 @@ class LossHead(nn.Linear):
     when the module is called.
     """
 
+    softcap: float | None = None
+
     @classmethod
-    def of(cls, head: nn.Linear) -> LossHead:
-        """Return a head that shares the parameter of another head without bias."""
+    def of(cls, head: nn.Linear, softcap: float | None = None) -> LossHead:
+        """Return a head that shares the parameter of another head without bias.
+
+        Args:
+            head: The other head.
+            softcap: Limit of the logits, see ``cap_logits``.
+        """
         made = cls(head.in_features, head.out_features, bias=False, device="meta")
-        made.weight = head.weight
+        made.weight, made.softcap = head.weight, softcap
         return made
 
     def forward(self, input: Tensor, targets: Tensor | None = None) -> Tensor:
@@ -103,4 +122,6 @@ class LossHead(nn.Linear):
             input: Hidden states ``[..., D]``; with ``targets`` ``[N, D]``.
             targets: The tokens to predict ``[N]``.
         """
-        return super().forward(input) if targets is None else summed_cross_entropy(input, self.weight, targets)
+        if targets is None:
+            return cap_logits(super().forward(input), self.softcap)
+        return summed_cross_entropy(input, self.weight, targets, softcap=self.softcap)

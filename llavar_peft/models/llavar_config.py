@@ -52,7 +52,7 @@ class LlavarConfig(LlavaConfig):
 
 
 def make_config(
-    text_config: LlamaConfig,
+    text_config: PretrainedConfig,
     vision_config: PretrainedConfig,
     *,
     vocab_size: int,
@@ -75,7 +75,10 @@ def make_config(
         extra_positions: Number of positions of the tower that are no patches.
         projector_type: Kind of projector.
     """
-    text = LlamaConfig(**{**text_config.to_dict(), "vocab_size": vocab_size, "tie_word_embeddings": False})
+    described = {**text_config.to_dict(), "vocab_size": vocab_size}
+    if text_config.model_type == "llama" and not text_config.tie_word_embeddings:
+        described["tie_word_embeddings"] = False
+    text = type(text_config)(**described)
     return LlavarConfig(
         text_config=text,
         vision_config=vision_config,

@@ -12,12 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import init_empty_weights
 from torch import Tensor, nn
-from transformers import LlamaConfig
-from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
+from transformers import AutoConfig, AutoModel, PretrainedConfig
 
-from llavar_peft.constants import MODEL_TYPE, SYSTEM_PROMPT
+from llavar_peft.constants import SYSTEM_PROMPT
 from llavar_peft.errors import ConfigError, MissingDependencyError, WeightsError
+from llavar_peft.models.chunked_loss import cap_logits
 from llavar_peft.models.llama_tokenizer import load_tokenizer
 from llavar_peft.models.llavar_config import read_llama_config
 from llavar_peft.weights.adapter.lora_updates import LowRank
@@ -174,32 +175,64 @@ def measure_merge(plan: MergePlan, folder: Path, tokenizers: tuple[Path, ...]) -
     return gaps
 
 
+class _StreamedLinear(nn.Module):
+    """A linear layer whose weight is read from disk each time it is used.
+
+    Args:
+        weights: The model.
+        name: The layer's name, without ``.weight``.
+    """
+
+    def __init__(self, weights: Weights, name: str) -> None:
+        super().__init__()
+        self._weights = weights
+        self._name = name
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the layer's output."""
+        output = self._weights.linear(f"{self._name}.weight", x)
+        bias = f"{self._name}.bias"
+        return output + self._weights.tensor(bias) if self._weights.has(bias) else output
+
+
 @torch.no_grad()
-def probe_logits(weights: Weights, config: LlamaConfig, ids: Tensor, image_id: int) -> Tensor:
+def probe_logits(weights: Weights, config: PretrainedConfig, ids: Tensor, image_id: int) -> Tensor:
     """Run the projector and the language model.
 
     Args:
+        weights: The model.
+        config: The language model's configuration.
         ids: Shape (tokens,); at each ``image_id``, random features are passed through the projector.
-        image_id: The id of ``<im_patch>``.
+        image_id: The id of the image token.
 
     Returns:
         Logits in float32, shape (tokens, vocabulary).
-
-    Source: transformers, models/llama/modeling_llama.py.
     """
+    with init_empty_weights(include_buffers=False):
+        model: Any = AutoModel.from_config(config, dtype=torch.float32, attn_implementation="eager")
+    embedding = model.get_input_embeddings()
+    # The module of the embeddings may scale them; it gets the rows that are used, in their order.
+    embedding.weight = nn.Parameter(weights.rows(tensor_names.EMBEDDINGS, ids), requires_grad=False)
+    x = embedding(torch.arange(len(ids))).clone()
     patch = ids == image_id
-    x = weights.rows(tensor_names.EMBEDDINGS, ids)
     x[patch] = _image_features(weights, int(patch.sum()))
-    positions = torch.arange(len(ids))[None]
-    cos, sin = LlamaRotaryEmbedding(config)(x[None], positions)
-    for layer in range(config.num_hidden_layers):
-        stem = f"model.language_model.layers.{layer}."
-        x = x + _attention(weights, config, stem, _norm(weights, config, stem + "input_layernorm", x), cos, sin)
-        normed = _norm(weights, config, stem + "post_attention_layernorm", x)
-        gate = nn.functional.silu(weights.linear(stem + "mlp.gate_proj.weight", normed))
-        up = weights.linear(stem + "mlp.up_proj.weight", normed)
-        x = x + weights.linear(stem + "mlp.down_proj.weight", gate * up)
-    return weights.linear(tensor_names.HEAD, _norm(weights, config, "model.language_model.norm", x))
+    _stream_layers(model, weights)
+    hidden = model.eval()(inputs_embeds=x[None], use_cache=False).last_hidden_state[0]
+    head = tensor_names.EMBEDDINGS if config.tie_word_embeddings else tensor_names.HEAD
+    return cap_logits(weights.linear(head, hidden), getattr(config, "final_logit_softcapping", None))
+
+
+def _stream_layers(model: nn.Module, weights: Weights) -> None:
+    """Replace the linear layers of a language model without memory, and read its other tensors, which are small."""
+    for path, module in list(model.named_modules()):
+        name = f"model.language_model.{path}"
+        if isinstance(module, nn.Linear):
+            parent, _, own = path.rpartition(".")
+            setattr(model.get_submodule(parent), own, _StreamedLinear(weights, name))
+            continue
+        for own, parameter in list(module.named_parameters(recurse=False)):
+            if parameter.is_meta:
+                setattr(module, own, nn.Parameter(weights.tensor(f"{name}.{own}"), requires_grad=False))
 
 
 def _image_features(weights: Weights, count: int) -> Tensor:
@@ -227,26 +260,10 @@ def logits_gap(expected: Tensor, got: Tensor) -> LogitsGap:
     )
 
 
-def _attention(weights: Weights, config: LlamaConfig, stem: str, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    def heads(name: str, count: int | None) -> Tensor:
-        output = weights.linear(f"{stem}self_attn.{name}.weight", x)
-        return output.view(1, len(x), count or config.num_attention_heads, -1).transpose(1, 2)
-
-    key_value_heads = config.num_key_value_heads
-    query, key = apply_rotary_pos_emb(heads("q_proj", None), heads("k_proj", key_value_heads), cos, sin)
-    value = heads("v_proj", key_value_heads)
-    mixed = nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
-    return weights.linear(f"{stem}self_attn.o_proj.weight", mixed.transpose(1, 2).reshape(len(x), -1))
-
-
-def _norm(weights: Weights, config: LlamaConfig, name: str, x: Tensor) -> Tensor:
-    return nn.functional.rms_norm(x, (x.shape[-1],), weights.tensor(f"{name}.weight"), config.rms_norm_eps)
-
-
-def read_config(config: Mapping[str, Any]) -> tuple[LlamaConfig, int]:
-    """Return the language model's configuration and the id of ``<im_patch>``."""
-    if config.get("model_type") == MODEL_TYPE:
-        return LlamaConfig(**config["text_config"]), int(config["image_token_index"])
+def read_config(config: Mapping[str, Any]) -> tuple[PretrainedConfig, int]:
+    """Return the language model's configuration and the id of the image token."""
+    if "text_config" in config:
+        return AutoConfig.for_model(**config["text_config"]), int(config["image_token_index"])
     text = read_llama_config(config)
     return text, text.vocab_size - (3 if config.get("mm_use_im_start_end") else 1)
 

@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING
 
 from transformers import CLIPImageProcessorPil, PreTrainedTokenizerFast
 
+from llavar_peft.constants import IMAGE_PATCH_TOKEN
 from llavar_peft.models.llavar_config import LlavarConfig
 from llavar_peft.models.processing_llavar import LlavarProcessor
-from llavar_peft.types import ImageMode
+from llavar_peft.types import ImageMode, TemplateName
 from llavar_peft.weights.io.joined_rows import JoinedRows, whole
 
 if TYPE_CHECKING:
@@ -28,6 +29,9 @@ class ModelParts:
         image_processor: CLIP's Pillow-based one.
         image_mode: How images are prepared in training.
         inference_image_mode: How images are prepared in inference.
+        template: How conversations are written.
+        image_token: The token at the positions of images.
+        chat_template: The Jinja template; None is that of ``template``.
     """
 
     source: str
@@ -37,6 +41,9 @@ class ModelParts:
     image_processor: CLIPImageProcessorPil
     image_mode: ImageMode
     inference_image_mode: ImageMode
+    template: TemplateName = "llava_v1"
+    image_token: str = IMAGE_PATCH_TOKEN
+    chat_template: str | None = None
 
     def whole_tensors(self) -> dict[str, Tensor]:
         """Return all tensors; those that were joined from parts are then in memory."""
@@ -52,4 +59,7 @@ class ModelParts:
             patch_size=self.config.vision_config.patch_size,
             use_im_start_end=self.config.use_im_start_end,
             sep_image_conv_front=self.config.sep_image_conv_front,
+            template=self.template,
+            image_token=self.image_token,
+            chat_template=self.chat_template,
         )

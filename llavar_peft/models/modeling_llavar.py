@@ -254,7 +254,7 @@ class LlavarForConditionalGeneration(LlavaForConditionalGeneration):
     def __init__(self, config: LlavarConfig) -> None:
         super().__init__(config)
         self.model = LlavarModel(config)
-        self.lm_head = LossHead.of(self.lm_head)
+        self.lm_head = LossHead.of(self.lm_head, getattr(config.text_config, "final_logit_softcapping", None))
         self.post_init()
 
     def forward(  # noqa: PLR0913 - the inputs of a transformers model

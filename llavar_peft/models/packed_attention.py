@@ -108,7 +108,8 @@ def packed_arguments(lengths: tuple[int, ...], model: Any, device: torch.device)
     # A mask with four dimensions is used as given; otherwise one of the row's length squared would be built.
     unused_mask = torch.zeros(1, 1, 1, 1, dtype=torch.bool, device=device)
     arguments = {"position_ids": positions, "segments": Segments(lengths), "attention_mask": unused_mask}
-    has_kernel = _fits_kernel(text.head_dim, text.attention_dropout) and _has_kernel(device)
+    head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    has_kernel = _fits_kernel(head, getattr(text, "attention_dropout", 0.0)) and _has_kernel(device)
     _log_choice(device.type, has_kernel)
     return {**arguments, **_kernel_arguments(lengths, device)} if has_kernel else arguments
 
@@ -132,9 +133,10 @@ def padded_arguments(attention_mask_BT: Tensor, model: Any) -> dict[str, Any]:
         attention_mask_BT: 0 at padding.
         model: Its configuration states which attention it uses; only SDPA takes such a mask.
     """
-    if attention_mask_BT.device.type == "cpu" or "sdpa" not in attention_implementation(model.config.text_config):
+    text, width = model.config.text_config, attention_mask_BT.shape[1]
+    has_window = (getattr(text, "sliding_window", None) or width) < width
+    if attention_mask_BT.device.type == "cpu" or "sdpa" not in attention_implementation(text) or has_window:
         return {"attention_mask": attention_mask_BT}
-    width = attention_mask_BT.shape[1]
     causal_TT = torch.ones(width, width, dtype=torch.bool, device=attention_mask_BT.device).tril()
     return {"attention_mask": causal_TT & attention_mask_BT.bool()[:, None, None, :]}
 
@@ -172,6 +174,7 @@ def _sdpa_within_segments(
     segments: Segments | None = None,
     cu_seq_lens_q: Tensor | None = None,
     max_length_q: int = 0,
+    sliding_window: int | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Compute SDPA, within each segment if there are any.
@@ -183,10 +186,23 @@ def _sdpa_within_segments(
         return output, None
     if cu_seq_lens_q is not None and (dtype := _compute_dtype(query)) in _KERNEL_DTYPES:
         rows = [tensor.squeeze(0).transpose(0, 1).to(dtype) for tensor in (query, key, value)]
-        return _varlen(rows, cu_seq_lens_q, max_length_q, scale=kwargs.get("scaling"))[None], None
+        scale, window = kwargs.get("scaling"), sliding_window
+        return _varlen(rows, cu_seq_lens_q, max_length_q, scale=scale, window=window)[None], None
     split = zip(*(torch.split(tensor, list(segments.lengths), dim=2) for tensor in (query, key, value)), strict=True)
-    outputs: list[Tensor] = [sdpa_attention_forward(module, *segment, None, **kwargs)[0] for segment in split]
+    outputs: list[Tensor] = []
+    for one_query, *key_value in split:
+        mask = _window_mask(one_query, sliding_window)
+        outputs.append(sdpa_attention_forward(module, one_query, *key_value, mask, **kwargs)[0])
     return torch.cat(outputs, dim=1), None
+
+
+def _window_mask(query: Tensor, window: int | None) -> Tensor | None:
+    """Return the mask ``[1, 1, T, T]`` of a causal attention to a window, or None where the window holds everything."""
+    width = query.shape[2]
+    if window is None or width <= window:
+        return None
+    causal_TT = torch.ones(width, width, dtype=torch.bool, device=query.device).tril()
+    return (causal_TT & ~causal_TT.tril(-window))[None, None]
 
 
 def _compute_dtype(query: Tensor) -> torch.dtype:
@@ -195,7 +211,9 @@ def _compute_dtype(query: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else query.dtype
 
 
-def _varlen(rows: Sequence[Tensor], ends: Tensor, longest: int, *, scale: float | None) -> Tensor:
+def _varlen(
+    rows: Sequence[Tensor], ends: Tensor, longest: int, *, scale: float | None, window: int | None = None
+) -> Tensor:
     """Compute causal attention within the segments of one row by one kernel.
 
     Args:
@@ -203,6 +221,7 @@ def _varlen(rows: Sequence[Tensor], ends: Tensor, longest: int, *, scale: float 
         ends: Where the segments end, after a 0.
         longest: Length of the longest segment.
         scale: Factor of the scores; None is one over the square root of D.
+        window: Number of positions that each position attends to, itself included; None is all before it.
 
     Returns:
         The result ``[T, H, D]``.
@@ -213,6 +232,6 @@ def _varlen(rows: Sequence[Tensor], ends: Tensor, longest: int, *, scale: float 
     groups = query.shape[1] // key.shape[1]
     if groups > 1:
         key, value = (tensor.repeat_interleave(groups, dim=1) for tensor in (key, value))
-    output: Any = varlen_attn(query, key, value, ends, ends, longest, longest, scale=scale, window_size=(-1, 0))
+    output: Any = varlen_attn(query, key, value, ends, ends, longest, longest, scale=scale, window_size=(-1 if window is None else window - 1, 0))
     attended: Tensor = output
     return attended

@@ -13,13 +13,22 @@ from torch import Tensor
 from transformers import BatchFeature, CLIPImageProcessorPil, ProcessorMixin
 
 from llavar_peft.constants import ADDED_TOKENS, IMAGE_PATCH_TOKEN, IMAGE_PLACEHOLDER
-from llavar_peft.data.conversation_template import CHAT_TEMPLATE, Content, conversation_pieces, image_block
+from llavar_peft.data.chat_template import ChatTemplate, with_image_parts
+from llavar_peft.data.conversation_template import (
+    CHAT_TEMPLATE,
+    LLAVA_V1,
+    VICUNA_CHAT_TEMPLATE,
+    VICUNA_V1,
+    Content,
+    RoleTemplate,
+    image_block,
+)
 from llavar_peft.data.encode_record import encode_pieces
 from llavar_peft.data.image_preparation import prepare_image
 from llavar_peft.data.text_encoder import text_encoder
 from llavar_peft.errors import ConfigError, DataError
 from llavar_peft.models.tower_loading import as_clip_processor, prepared_side
-from llavar_peft.types import ImageMode, Role
+from llavar_peft.types import ImageMode, Role, TemplateName
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -46,13 +55,13 @@ class LlavarProcessor(ProcessorMixin):
         inference_image_mode: How images are prepared in ``__call__``: ``"pad_black"`` is ``run_llava``'s.
         use_im_start_end: Whether images are enclosed in ``<im_start>`` and ``<im_end>``.
         sep_image_conv_front: Whether, in training, images precede the first words of the conversation.
-        chat_template: Jinja; None is ``llava_v1``.
+        template: How conversations are written.
+        image_token: The token at the positions of images.
+        chat_template: Jinja; None is that of ``template``.
 
     Raises:
         ConfigError: A mode is unknown, or the tokenizer has no image tokens.
     """
-
-    image_token: Final = IMAGE_PATCH_TOKEN
 
     def __init__(
         self,
@@ -63,6 +72,8 @@ class LlavarProcessor(ProcessorMixin):
         inference_image_mode: ImageMode = "pad",
         use_im_start_end: bool = True,
         sep_image_conv_front: bool = False,
+        template: TemplateName = "llava_v1",
+        image_token: str = IMAGE_PATCH_TOKEN,
         chat_template: str | None = None,
     ) -> None:
         _check_mode("image_mode", image_mode)
@@ -74,8 +85,24 @@ class LlavarProcessor(ProcessorMixin):
         self.inference_image_mode: ImageMode = inference_image_mode
         self.use_im_start_end = use_im_start_end
         self.sep_image_conv_front = sep_image_conv_front
-        super().__init__(image_processor, tokenizer, chat_template=chat_template or CHAT_TEMPLATE)
+        self.template: TemplateName = template
+        self.image_token = image_token
+        jinja = chat_template or _jinja(template, tokenizer)
+        super().__init__(image_processor, tokenizer, chat_template=jinja)
+        self._conversation_template = _conversation_template(template, tokenizer, jinja)
         text_encoder(self)  # raises here rather than in the first batch if the tokenizer does not fit
+
+    @property
+    def conversation_template(self) -> RoleTemplate | ChatTemplate:
+        """How conversations are written."""
+        return self._conversation_template
+
+    @property
+    def stop_token_ids(self) -> frozenset[int]:
+        """Ids of the tokens that end an answer: the tokenizer's end of text, and the template's end of a turn."""
+        end = self._conversation_template.end_of_answer()
+        ids = {self.tokenizer.eos_token_id, self.tokenizer.convert_tokens_to_ids(end) if end else None}
+        return frozenset(index for index in ids if index is not None)
 
     @property
     def num_image_tokens(self) -> int:
@@ -170,18 +197,18 @@ class LlavarProcessor(ProcessorMixin):
         for asked, answered in history:
             messages += [("human", [asked]), ("gpt", [answered])]
         messages.append(("human", [question]))
-        if image:
-            messages[0] = ("human", [f"{messages[0][1][0]}\n", None])
-        pieces = conversation_pieces(messages, answer_next=True)
+        template = self.conversation_template
+        messages[0] = ("human", template.question(str(messages[0][1][0]), int(image)))
+        pieces = template.pieces(messages, answer_next=True)
         tokens = self.num_image_tokens if num_image_tokens is None else num_image_tokens
         encoding = encode_pieces(pieces, text_encoder(self), [tokens] if image else [])
         return torch.tensor([encoding.ids], dtype=torch.int64)
 
     def _collapse(self, prompt: str) -> str:
         """Replace image tokens that a prompt already contains by ``<image>``."""
-        block = image_block(self.num_image_tokens, use_im_start_end=self.use_im_start_end)
+        block = self._tokens(self.num_image_tokens)
         prompt = prompt.replace(block, IMAGE_PLACEHOLDER)
-        stray = [name for name in ADDED_TOKENS if name in prompt]
+        stray = [name for name in (*ADDED_TOKENS, self.image_token) if name != IMAGE_PLACEHOLDER and name in prompt]
         if stray:
             raise DataError.at(
                 "processor",
@@ -193,12 +220,41 @@ class LlavarProcessor(ProcessorMixin):
     def _block(self, image_3HW: Tensor) -> str:
         height, width = image_3HW.shape[-2:]
         tokens = (height // self.patch_size) * (width // self.patch_size)
-        return image_block(tokens, use_im_start_end=self.use_im_start_end)
+        return self._tokens(tokens)
+
+    def _tokens(self, count: int) -> str:
+        return image_block(count, use_im_start_end=self.use_im_start_end, patch=self.image_token)
 
     @property
     def model_input_names(self) -> list[str]:
         """Names of the tensors that ``__call__`` returns."""
         return ["input_ids", "attention_mask", "pixel_values"]
+
+
+def _jinja(template: TemplateName, tokenizer: Any) -> str:
+    """Return the Jinja template of a conversation template.
+
+    Raises:
+        ConfigError: ``chat``, and the tokenizer has none.
+    """
+    if template == "llava_v1":
+        return CHAT_TEMPLATE
+    if template == "vicuna_v1":
+        return VICUNA_CHAT_TEMPLATE
+    if not isinstance(tokenizer.chat_template, str):
+        raise ConfigError.at(
+            "template", "the tokenizer has no chat template of its own", "use vicuna_v1, or a model tuned for chats"
+        )
+    return with_image_parts(tokenizer.chat_template)
+
+
+def _conversation_template(template: TemplateName, tokenizer: Any, jinja: str) -> RoleTemplate | ChatTemplate:
+    if template not in get_args(TemplateName):
+        known = ", ".join(get_args(TemplateName))
+        raise ConfigError.at("template", f"unknown (got {template!r}, expected one of {known})", "use one of them")
+    if template == "chat":
+        return ChatTemplate(tokenizer, jinja)
+    return LLAVA_V1 if template == "llava_v1" else VICUNA_V1
 
 
 def _check_mode(name: str, got: str) -> None:

@@ -23,7 +23,8 @@ if TYPE_CHECKING:
 _CLIP = ("clip", "clip_vision_model")
 _REQUIRED = ("hidden_size", "num_hidden_layers", "image_size", "patch_size")
 _SETTINGS = (
-    "do_resize", "size", "resample", "do_rescale", "rescale_factor", "do_normalize", "image_mean", "image_std",
+    "do_resize", "size", "resample", "do_center_crop", "crop_size", "do_rescale", "rescale_factor", "do_normalize",
+    "image_mean", "image_std",
 )  # fmt: skip
 
 
@@ -113,11 +114,12 @@ def count_extra_positions(config: PretrainedConfig, side: int, folder: Path) -> 
 
 def as_clip_processor(processor: Any) -> CLIPImageProcessorPil:
     """Return an image processor's settings as CLIP's Pillow-based one, whose pixels equal the original's."""
-    settings = {name: getattr(processor, name) for name in _SETTINGS}
-    crops = bool(getattr(processor, "do_center_crop", None))
-    crop = {"crop_size": dict(processor.crop_size)} if crops else {}
-    size = {name: value for name, value in dict(settings.pop("size")).items() if value is not None}
-    return CLIPImageProcessorPil(**settings, size=size, do_center_crop=crops, **crop)
+    described = processor.to_dict()
+    settings = {name: described[name] for name in _SETTINGS if described.get(name) is not None}
+    for name in ("size", "crop_size"):
+        if name in settings:
+            settings[name] = {key: value for key, value in dict(settings[name]).items() if value is not None}
+    return CLIPImageProcessorPil(**{"do_center_crop": False, **settings})
 
 
 def prepared_side(processor: Any, where: str = "preprocessor_config.json") -> int:

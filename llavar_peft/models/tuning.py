@@ -14,9 +14,15 @@ import torch
 from torch import Tensor, nn
 
 from llavar_peft.compat.dependency_internals import embed_used_rows_only
-from llavar_peft.constants import ATTENTION_LAYERS, LINEAR_LAYERS, MLP_LAYERS
 from llavar_peft.errors import ConfigError
 from llavar_peft.models import pissa
+from llavar_peft.models.linear_layers import (
+    LLAMA_BLOCKS,
+    Blocks,
+    choose_targets,
+    find_linear_layers,
+    target_pattern,
+)
 from llavar_peft.models.modeling_llavar import LlavarForConditionalGeneration
 from llavar_peft.models.pending_weights import PendingWeights, set_adapter_values, without_memory_on_cpu
 from llavar_peft.recipe.schema import Full, Lora, LoraVariant, Projector, Tune
@@ -40,7 +46,6 @@ _VARIANT_ARGUMENTS: dict[LoraVariant, dict[str, Any]] = {
 TRAINED_ROWS = 2
 """Number of trained rows of the input embeddings: the last ones, ``<im_start>`` and ``<im_end>``."""
 
-_TARGETS = {"all-linear": LINEAR_LAYERS, "attention": ATTENTION_LAYERS, "mlp": MLP_LAYERS}
 _ROWS_SUFFIX = "embed_tokens.rows"
 _EMBEDDING_SUFFIX = "embed_tokens.embedding.weight"
 _HALF = (torch.float16, torch.bfloat16)
@@ -124,7 +129,8 @@ def apply_tuning(
         _unfreeze(model.lm_head)
         _unfreeze(projector)
         return model
-    wrapped = _add_lora(model, tune, new_rows if tune.train_image_rows is None else tune.train_image_rows)
+    untrained = new_rows and bool(model.config.use_im_start_end)
+    wrapped = _add_lora(model, tune, untrained if tune.train_image_rows is None else tune.train_image_rows)
     if tune.variant == "pissa":
         pissa.make_residual(wrapped, checkpoint)
     return wrapped
@@ -227,26 +233,24 @@ def part_of(name: str) -> str:
 
 
 def target_layers(tune: Lora) -> tuple[str, ...]:
-    """Return the names of the language model's layers that get adapters, such as ``q_proj``."""
-    return tuple(_TARGETS[tune.target] if isinstance(tune.target, str) else tune.target)
+    """Return the names of a LLaMA's layers that get adapters, such as ``q_proj``."""
+    return tuple(name for names in choose_targets(tune).values() for name in names)
 
 
-def lora_config(tune: Lora) -> LoraConfig:
+def lora_config(tune: Lora, blocks: Blocks = LLAMA_BLOCKS) -> LoraConfig:
     """Return the ``peft`` configuration of a stage's value.
 
-    ``target_modules`` is anchored at the language model, because a plain ``q_proj`` would match the vision tower too.
+    Args:
+        tune: The stage's value.
+        blocks: The language model's linear layers.
     """
     from peft import LoraConfig
 
-    names = target_layers(tune)
-    attention = [name for name in names if name in ATTENTION_LAYERS]
-    mlp = [name for name in names if name in MLP_LAYERS]
-    blocks = [rf"{block}\.({'|'.join(layers)})" for block, layers in (("self_attn", attention), ("mlp", mlp)) if layers]
     return LoraConfig(
         r=tune.rank,
         lora_alpha=tune.alpha,
         lora_dropout=tune.dropout,
-        target_modules=rf"model\.language_model\.layers\.\d+\.({'|'.join(blocks)})",
+        target_modules=target_pattern(choose_targets(tune, blocks)),
         modules_to_save=["multi_modal_projector"] if tune.train_projector else None,
         lora_bias=tune.bias == "lora",
         bias="none",  # peft's "all" would train the tower's biases; its "lora_only" those of LLaMA, which has none
@@ -257,7 +261,7 @@ def lora_config(tune: Lora) -> LoraConfig:
 def _add_lora(model: LlavarForConditionalGeneration, tune: Lora, train_rows: bool) -> PeftModel:
     from peft import get_peft_model
 
-    config = lora_config(tune)
+    config = lora_config(tune, find_linear_layers(model.model.language_model))
     if train_rows:
         if not model.config.use_im_start_end:
             raise ConfigError.at(

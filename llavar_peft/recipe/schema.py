@@ -15,7 +15,7 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import AfterValidator, BeforeValidator, Discriminator, Field, Tag
 from pydantic_core import PydanticCustomError
 
-from llavar_peft.types import ImageMode
+from llavar_peft.types import ImageMode, TemplateName
 
 Quantization = Literal["nf4", "int8"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
@@ -88,7 +88,7 @@ class ModelConfig(_Strict):
     """
 
     language_model: PathText | None = None
-    """Folder or hub name of a LLaMA or Vicuna model."""
+    """Folder or hub name of a language model: Vicuna, Llama, Qwen, Mistral or another decoder."""
     vision_tower: PathText | None = None
     """Folder or hub name of a vision tower with its ``preprocessor_config.json``: CLIP, SigLIP, DINOv2 or another whose
     features form a grid of patches."""
@@ -113,8 +113,13 @@ class ModelConfig(_Strict):
     those that ``torch.compile`` makes at the first step."""
     image_mode: ImageMode = "pad"
     """Image preparation in training, for a model built from parts. Source: LLaVAR, ``--image_aspect_ratio pad``."""
+    template: TemplateName | None = None
+    """How conversations are written, for a model built from parts: ``llava_v1``, ``vicuna_v1`` (LLaVA-1.5's), or
+    ``chat``, the tokenizer's own chat template. None is ``llava_v1`` for a LLaMA or Vicuna with its
+    ``tokenizer.model``, otherwise ``chat``."""
     use_im_start_end: bool = True
-    """Whether ``<im_start>`` and ``<im_end>`` enclose each image. Source: LLaVAR, ``--mm_use_im_start_end``."""
+    """Whether ``<im_start>`` and ``<im_end>`` enclose each image, with the template ``llava_v1``; other templates never
+    have them. Source: LLaVAR, ``--mm_use_im_start_end``."""
     vision_feature_layer: int = -2
     """The tower's hidden state that is projected. Source: LLaVAR, ``--mm_vision_select_layer``."""
 

@@ -73,7 +73,7 @@ def _check_model(model: ModelConfig) -> Iterator[Violation]:
         if model.language_model is not None:
             yield "model.checkpoint", "set together with language_model", "keep one of the two"
         defaults = ModelConfig()
-        for name in ("image_mode", "projector_type", "use_im_start_end", "vision_feature_layer"):
+        for name in ("image_mode", "projector_type", "template", "use_im_start_end", "vision_feature_layer"):
             if getattr(model, name) != getattr(defaults, name):
                 fix = "remove it" if name != "image_mode" else "use stages.N.data.image_mode"
                 yield f"model.{name}", "applies only to a model built from parts; a checkpoint has its own value", fix

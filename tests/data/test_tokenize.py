@@ -17,6 +17,8 @@ from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
 from llavar_peft.constants import IGNORE_INDEX
+from llavar_peft.constants import IMAGE_PATCH_TOKEN
+from llavar_peft.data.conversation_template import LLAVA_V1
 from llavar_peft.data.encode_record import encode_record
 from llavar_peft.data.supervised_text import decode_supervision
 from llavar_peft.data.text_encoder import text_encoder, valid_unicode
@@ -44,6 +46,8 @@ class Settings:
     use_im_start_end: bool = True
     sep_image_conv_front: bool = False
     num_image_tokens: int = 4
+    image_token: str = IMAGE_PATCH_TOKEN
+    conversation_template: Any = LLAVA_V1
 
 
 @pytest.fixture(scope="module")

@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Final
 
-from llavar_peft.constants import SYSTEM_PROMPT
-from llavar_peft.data.conversation_template import Content
 from llavar_peft.errors import LlavarError
 from llavar_peft.inference.generation_request import Request, encode_messages
 from llavar_peft.inference.token_sampling import Sampling
@@ -53,7 +51,8 @@ def read_conversation(
             400, f"A request may have at most {limits.images} images.", "too_many_images", param="messages"
         )
     shown = [images.open(address) for address in addresses]
-    messages = [(role, _content(parts)) for role, parts in turns]
+    write = processor.conversation_template.question
+    messages = [(role, write(_text(parts), _count_images(parts))) for role, parts in turns]
     try:
         ids = encode_messages(processor, messages, shown, system=system)
     except LlavarError:
@@ -63,8 +62,8 @@ def read_conversation(
     return [Request(ids=ids, images=shown, sampling=one, adapter=adapter) for one in _samplings(request, limits)]
 
 
-def _split(messages: Sequence[Message]) -> tuple[str, list[Turn]]:
-    """Return the system prompt, and the turns of human and model in alternation, the human's first.
+def _split(messages: Sequence[Message]) -> tuple[str | None, list[Turn]]:
+    """Return the system prompt (None for the template's own), and the turns of human and model in alternation, the human's first.
 
     As OpenAI's API does, messages of one role in a row are taken as one. An assistant's greeting before the first
     question is left out, because the model was trained on conversations that a human begins.
@@ -89,17 +88,15 @@ def _split(messages: Sequence[Message]) -> tuple[str, list[Turn]]:
     prompt = [message.parts() for message in system]
     if any(isinstance(part, ImagePart) for parts in prompt for part in parts):
         raise _invalid("Images are supported in user messages only.")
-    return "\n".join(text for parts in prompt if (text := _text(parts))) or SYSTEM_PROMPT, turns
+    return "\n".join(text for parts in prompt if (text := _text(parts))) or None, turns
 
 
 def _text(parts: Sequence[Part]) -> str:
     return "\n".join(part.text for part in parts if isinstance(part, TextPart))
 
 
-def _content(parts: Sequence[Part]) -> Content:
-    images = sum(isinstance(part, ImagePart) for part in parts)
-    text = _text(parts)
-    return [f"{text}\n", *[None] * images] if images else [text]
+def _count_images(parts: Sequence[Part]) -> int:
+    return sum(isinstance(part, ImagePart) for part in parts)
 
 
 def _invalid(what: str) -> RequestRejectedError:

@@ -21,6 +21,7 @@ from llavar_peft.weights.delta.released_layout import (
     check_not_delta,
     copy_companions,
     is_delta,
+    check_released_kind,
     view_as_released,
 )
 from llavar_peft.weights.io import tensor_names
@@ -159,6 +160,7 @@ def _check_is_delta(view: ReleasedView) -> None:
 def _check_roles(base: ReleasedView, target: ReleasedView, *, adapters: bool) -> None:
     """Reject folders that cannot be the base and the target of a delta."""
     for view in (base, target):
+        check_released_kind(view)
         check_not_delta(view.table.get(_NORM), view.folder)
     if not adapters and base.folder.resolve() == target.folder.resolve():
         raise ConfigError.at(

@@ -57,7 +57,7 @@ class ReleasedView:
 
 
 def view_as_released(folder: str | Path) -> ReleasedView:
-    """View a LLaMA, a Vicuna, a released LLaVA, a delta, or a checkpoint of ours in the released layout.
+    """View a language model, a LLaVA, a delta, or a checkpoint of ours in the released layout.
 
     Args:
         folder: Holds ``config.json`` and weights.
@@ -71,13 +71,16 @@ def view_as_released(folder: str | Path) -> ReleasedView:
     kind = config.get("model_type")
     if kind == MODEL_TYPE:
         rename, flat = tensor_names.to_released, flatten_config(config)
-    elif kind in ("llama", RELEASED_MODEL_TYPE) and "text_config" not in config:
+    elif kind == RELEASED_MODEL_TYPE and "text_config" in config:
+        rename, flat = _released_name_of_stock, flatten_config(config)
+    elif isinstance(kind, str) and not {"text_config", "vision_config"} & set(config):
         rename, flat = _without_buffers, config
     else:
         raise ConfigError.at(
             f"{path / 'config.json'}:model_type",
-            f"unsupported kind of model (got {kind!r}, expected 'llama', {MODEL_TYPE!r}, or a released 'llava')",
-            "give a LLaMA, a Vicuna, a released LLaVA or LLaVAR, or a checkpoint of this package",
+            f"unsupported kind of model (got {kind!r}, expected a language model, {MODEL_TYPE!r} or "
+            f"{RELEASED_MODEL_TYPE!r})",
+            "give a language model, a LLaVA or LLaVAR, or a checkpoint of this package",
         )
     table = {new: entry for old, entry in read_tensor_table(path).items() if (new := rename(old)) is not None}
     for entry in table.values():
@@ -85,6 +88,31 @@ def view_as_released(folder: str | Path) -> ReleasedView:
             what = f"unsupported dtype (got {entry.dtype}, expected one of {', '.join(_FLOATS)})"
             raise WeightsError.at(entry.location, what, "use unquantized weights")
     return ReleasedView(path, flat, table)
+
+
+def is_language_model(config: Mapping[str, Any]) -> bool:
+    """Return whether a ``config.json`` is that of a plain language model rather than of one with images."""
+    return config.get("model_type") not in (MODEL_TYPE, RELEASED_MODEL_TYPE)
+
+
+def check_released_kind(view: ReleasedView) -> None:
+    """Reject a model that the released layout cannot express.
+
+    Raises:
+        ConfigError: Its language model is no LLaMA.
+    """
+    kind = view.config.get("model_type")
+    if kind not in ("llama", RELEASED_MODEL_TYPE):
+        raise ConfigError.at(
+            str(view.folder),
+            f"the released layout exists for LLaMA and Vicuna only (got a model of the kind {kind!r})",
+            "merge the adapter with `llavar-peft merge`, which writes a complete model",
+        )
+
+
+def _released_name_of_stock(name: str) -> str | None:
+    ours = tensor_names.from_stock(name)
+    return None if ours is None else tensor_names.to_released(ours)
 
 
 def _without_buffers(name: str) -> str | None:
@@ -142,6 +170,7 @@ def flatten_config(config: Mapping[str, Any]) -> dict[str, Any]:
     Source: the ``config.json`` of the released LLaVAR delta.
     """
     text, vision = config["text_config"], config["vision_config"]
+    kind = text.get("model_type", "llama")
     flat = {key: text[key] for key in _TEXT_FIELDS if key in text}
     is_original = (vision.get("hidden_size"), vision.get("image_size"), vision.get("patch_size")) == (1024, 336, 14)
     tower = _ORIGINAL_TOWER if is_original else vision.get("_name_or_path") or "clip"
@@ -158,7 +187,7 @@ def flatten_config(config: Mapping[str, Any]) -> dict[str, Any]:
                 "mm_use_im_start_end": config.get("use_im_start_end", True),
                 "mm_vision_select_layer": config.get("vision_feature_layer", -2),
                 "mm_vision_tower": tower,
-                "model_type": RELEASED_MODEL_TYPE,
+                "model_type": RELEASED_MODEL_TYPE if kind == "llama" else f"{RELEASED_MODEL_TYPE}_{kind}",
                 "pad_token_id": 0,
                 "sep_image_conv_front": config.get("sep_image_conv_front", False),
                 "tie_word_embeddings": False,

@@ -15,6 +15,7 @@ from llavar_peft.weights.delta.released_layout import (
     ReleasedView,
     check_not_delta,
     flatten_config,
+    is_language_model,
     read_model_config,
 )
 from llavar_peft.weights.io import tensor_names
@@ -73,7 +74,7 @@ def open_merge_base(
     """
     settings = read_base_settings(adapters[0].folder)
     config = read_model_config(folder)
-    if config.get("model_type") != "llama":
+    if not is_language_model(config):
         ours = _same if config.get("model_type") == MODEL_TYPE else tensor_names.from_released
         table = {name: entry for name, entry in read_tensor_table(folder).items() if ours(name) is not None}
         check_not_delta(
@@ -115,7 +116,7 @@ def released_merge_base(view: ReleasedView, adapters: Sequence[Adapter]) -> Merg
         WeightsError: A plain language model without a projector.
     """
     projector = read_base_settings(adapters[0].folder).projector if adapters else None
-    if not adapters or view.config.get("model_type") != "llama":
+    if not adapters or not is_language_model(view.config):
         shapes = {name: entry.shape for name, entry in view.table.items()}
         rows = shapes.get(tensor_names.RELEASED_EMBEDDINGS, (0,))[0]
         overlay = _read_overlay(projector, adapters[0].folder, rows) if adapters else {}
@@ -145,7 +146,9 @@ def _extend_language_model(folder: Path, adapters: Sequence[Adapter], projector:
         ours: entry for name, entry in read_tensor_table(folder).items() if (ours := tensor_names.from_released(name))
     }
     check_not_delta(table.get(tensor_names.FINAL_NORM), folder)
-    if tensor_names.HEAD not in table and tensor_names.EMBEDDINGS in table:  # tied in the file; ours never are
+    if config.get("tie_word_embeddings"):
+        table.pop(tensor_names.HEAD, None)
+    elif tensor_names.HEAD not in table and tensor_names.EMBEDDINGS in table:  # tied in the file only
         table[tensor_names.HEAD] = table[tensor_names.EMBEDDINGS]
     rows = int(config["text_config"]["vocab_size"])
     overlay = _read_overlay(projector, first, rows)

@@ -1,0 +1,239 @@
+"""A tokenizer's own chat template as a conversation template of this package.
+
+The Jinja template is rendered once for each sequence of roles, with marks in the places of the messages. The text around
+the marks may contain special tokens; the messages, which replace the marks, never do. What the model is trained to
+produce are the assistant's messages with the token that ends each of them.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+from llavar_peft.constants import IMAGE_PLACEHOLDER
+from llavar_peft.data.conversation_template import Content, Piece
+from llavar_peft.errors import ConfigError
+from llavar_peft.types import Role, TemplateName
+
+_MARK: Final = re.compile("\ue000(\\d+)\ue001")  # private characters, which no template treats in a special way
+_NAMES: Final[dict[Role, str]] = {"human": "user", "gpt": "assistant"}
+_CALL_OF_TODAY: Final = re.compile(r"strftime_now\(\s*(['\"])(.*?)\1\s*\)")
+# Options that templates look for. A date that changes would give other tokens on each day.
+_OPTIONS: Final[dict[str, Any]] = {"enable_thinking": False, "date_string": "26 Jul 2024"}
+_FIXED_DATE: Final = (2024, 7, 26)
+
+_PARTS_TO_TEXT: Final = (
+    "{%- set joined = namespace(messages=[]) -%}"
+    "{%- for message in messages -%}"
+    "{%- if message['content'] is string or not message['content'] -%}"
+    "{%- set joined.messages = joined.messages + [message] -%}"
+    "{%- else -%}"
+    "{%- set words = namespace(text='') -%}"
+    "{%- for part in message['content'] -%}"
+    "{%- set words.text = words.text + ('IMAGE\\n' if part['type'] == 'image' else part['text']) -%}"
+    "{%- endfor -%}"
+    "{%- set joined.messages = joined.messages + [dict(message, content=words.text)] -%}"
+    "{%- endif -%}"
+    "{%- endfor -%}"
+    "{%- set messages = joined.messages -%}"
+).replace("IMAGE", IMAGE_PLACEHOLDER)
+
+
+def with_image_parts(template: str) -> str:
+    """Return a text model's Jinja template for messages whose content may be a list of image and text parts.
+
+    ``strftime_now`` is replaced by a fixed date, so that a conversation has the same tokens on each day.
+    """
+    if template.startswith(_PARTS_TO_TEXT):
+        return template
+    from datetime import date
+
+    fixed = _CALL_OF_TODAY.sub(lambda call: repr(date(*_FIXED_DATE).strftime(call.group(2))), template)
+    return _PARTS_TO_TEXT + fixed
+
+
+@dataclass(frozen=True, slots=True)
+class _Rendered:
+    """A conversation of marks.
+
+    Attributes:
+        text: The rendering.
+        supervised: The ranges of characters that the model is trained to produce.
+        stripped: Indices of the messages that the template strips of white space around them.
+    """
+
+    text: str
+    supervised: tuple[tuple[int, int], ...]
+    stripped: frozenset[int]
+
+
+@dataclass(eq=False)
+class ChatTemplate:
+    """A tokenizer's chat template.
+
+    Args:
+        tokenizer: A fast tokenizer.
+        source: Its Jinja template.
+
+    Attributes:
+        name: ``"chat"``.
+    """
+
+    tokenizer: Any
+    source: str
+    name: TemplateName = "chat"
+    _rendered: dict[tuple[Any, ...], _Rendered] = field(default_factory=dict, init=False, repr=False)
+
+    def pieces(
+        self, messages: Iterable[tuple[Role, Content]], *, answer_next: bool = False, system: str | None = None
+    ) -> list[Piece]:
+        """Format a conversation.
+
+        Args:
+            messages: Turns in order, starting with the human.
+            answer_next: Append what comes before the assistant's answer.
+            system: The system message; None is the template's default.
+
+        Raises:
+            ConfigError: The template rejects the conversation.
+        """
+        turns = list(messages)
+        contents = [content for _, content in turns] + ([[system]] if system is not None else [])
+        rendered = self._render(tuple(role for role, _ in turns), system is not None, answer_next)
+        specials = self._special_tokens()
+        pieces: list[Piece] = []
+        for text, mark, supervised in _segments(rendered):
+            if mark is None:
+                pieces += _split_specials(text, specials, supervised)
+            else:
+                content = _strip(contents[mark]) if mark in rendered.stripped else contents[mark]
+                pieces += [Piece("image") if part is None else Piece("text", part, supervised) for part in content]
+        return [piece for piece in pieces if piece.kind != "text" or piece.text]
+
+    def question(self, text: str, images: int) -> Content:
+        """Return a question about images, which come first, as in LLaVA-1.5."""
+        return [*[None] * images, f"\n{text}"] if images else [text]
+
+    def end_of_answer(self) -> str | None:
+        """Return the special token that ends an answer; None if the template has none."""
+        last = self.pieces([("human", ["a"]), ("gpt", ["b"])])
+        ends = [piece.text for piece in last if piece.kind == "special" and piece.supervised]
+        return ends[-1] if ends else None
+
+    def _special_tokens(self) -> re.Pattern[str]:
+        names = sorted(self.tokenizer.get_added_vocab(), key=len, reverse=True)
+        return re.compile("|".join(map(re.escape, names)) or r"(?!)")
+
+    def _render(self, roles: tuple[Role, ...], system: bool, answer_next: bool) -> _Rendered:
+        key = (roles, system, answer_next)
+        if key not in self._rendered:
+            self._rendered[key] = self._render_marks(roles, system, answer_next)
+        return self._rendered[key]
+
+    def _render_marks(self, roles: Sequence[Role], system: bool, answer_next: bool) -> _Rendered:
+        messages = [{"role": _NAMES[role], "content": _mark(index)} for index, role in enumerate(roles)]
+        first = [{"role": "system", "content": _mark(len(roles))}] if system else []
+        text = self._apply(first + messages, answer_next)
+        places = {int(found.group(1)): found.span() for found in _MARK.finditer(text)}
+        missing = [index for index in range(len(roles) + system) if index not in places]
+        if missing:
+            raise ConfigError.at(
+                "chat template",
+                f"does not render each message as it is (missing: message {missing[0]})",
+                "use a tokenizer with another chat template",
+            )
+        specials = self._special_tokens()
+        spans = []
+        for index, role in enumerate(roles):
+            if role == "gpt":
+                prompt = self._apply(first + messages[:index], True)
+                spans.append(_answer_span(text, prompt, places, index, specials))
+        padded = [{**one, "content": f" {one['content']} "} for one in first + messages]
+        return _Rendered(text, tuple(spans), _stripped(text, self._apply(padded, answer_next)))
+
+    def _apply(self, messages: Sequence[dict[str, str]], answer_next: bool) -> str:
+        try:
+            rendered: str = self.tokenizer.apply_chat_template(
+                list(messages),
+                chat_template=self.source,
+                tokenize=False,
+                add_generation_prompt=answer_next,
+                **_OPTIONS,
+            )
+        except Exception as error:  # a template can raise whatever it likes
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            roles = ", ".join(message["role"] for message in messages)
+            raise ConfigError.at(
+                "chat template", f"rejects a conversation of {roles} ({reason})", "change the order of the turns"
+            ) from error
+        return rendered
+
+
+def _mark(index: int) -> str:
+    return f"\ue000{index}\ue001"
+
+
+def _answer_span(
+    text: str, prompt: str, places: dict[int, tuple[int, int]], index: int, specials: re.Pattern[str]
+) -> tuple[int, int]:
+    """Return the characters that the model produces for an answer: from the prompt's end to the end of the turn."""
+    start, end = places[index]
+    previous = max((stop for other, (_, stop) in places.items() if stop <= start and other != index), default=0)
+    same = next((at for at, (one, other) in enumerate(zip(text, prompt, strict=False)) if one != other), len(prompt))
+    first = same if previous <= same <= start else start
+    following = min((begin for begin, _ in places.values() if begin >= end), default=len(text))
+    closing = specials.search(text, end, following)
+    return first, closing.end() if closing is not None else end
+
+
+def _stripped(text: str, padded: str) -> frozenset[int]:
+    """Return the messages around which spaces of the padded rendering are missing."""
+    found = set()
+    plain, spaced = (_around_marks(one) for one in (text, padded))
+    for index, (before, after) in plain.items():
+        if spaced.get(index) == (before, after):
+            found.add(index)
+    return frozenset(found)
+
+
+def _around_marks(text: str) -> dict[int, tuple[int, int]]:
+    """Return the numbers of spaces before and after each mark."""
+    return {
+        int(found.group(1)): (
+            len(text[: found.start()]) - len(text[: found.start()].rstrip(" ")),
+            len(text[found.end() :]) - len(text[found.end() :].lstrip(" ")),
+        )
+        for found in _MARK.finditer(text)
+    }
+
+
+def _segments(rendered: _Rendered) -> Iterator[tuple[str, int | None, bool]]:
+    """Yield (text, index of a message or None, supervised) in reading order."""
+    cuts = {0, len(rendered.text), *(edge for span in rendered.supervised for edge in span)}
+    marks = {found.start(): found for found in _MARK.finditer(rendered.text)}
+    cuts |= {edge for found in marks.values() for edge in found.span()}
+    ordered = sorted(cuts)
+    for start, stop in zip(ordered, ordered[1:], strict=False):
+        supervised = any(first <= start < last for first, last in rendered.supervised)
+        mark = int(marks[start].group(1)) if start in marks else None
+        yield rendered.text[start:stop], mark, supervised
+
+
+def _split_specials(text: str, specials: re.Pattern[str], supervised: bool) -> Iterator[Piece]:
+    position = 0
+    for found in specials.finditer(text):
+        yield Piece("text", text[position : found.start()], supervised)
+        yield Piece("special", found.group(), supervised)
+        position = found.end()
+    yield Piece("text", text[position:], supervised)
+
+
+def _strip(content: Content) -> list[str | None]:
+    parts = list(content)
+    if parts and isinstance(parts[0], str):
+        parts[0] = parts[0].lstrip()
+    if parts and isinstance(parts[-1], str):
+        parts[-1] = parts[-1].rstrip()
+    return parts

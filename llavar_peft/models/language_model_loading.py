@@ -1,0 +1,206 @@
+"""Read a language model from disk: configuration, tensors, and its tokenizer with the image token added."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoTokenizer, PretrainedConfig
+
+from llavar_peft.constants import IMAGE_PATCH_TOKEN, IMAGE_PLACEHOLDER, RELEASED_MODEL_TYPE
+from llavar_peft.errors import ConfigError, WeightsError
+from llavar_peft.models.llama_tokenizer import add_image_tokens, load_tokenizer
+from llavar_peft.models.llavar_config import read_llama_config
+from llavar_peft.models.pretrained_files import check_sizes, load_pretrained, unreadable_settings
+from llavar_peft.recipe.schema import ModelConfig
+from llavar_peft.types import TemplateName
+from llavar_peft.weights.delta.released_layout import check_not_delta, read_model_config
+from llavar_peft.weights.io import tensor_names
+from llavar_peft.weights.io.joined_rows import JoinedRows, mean_row
+from llavar_peft.weights.io.tensor_blocks import open_weights
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import PreTrainedTokenizerFast
+
+# Settings that change the logits after the head, which LLaVA's head does not compute.
+_SCALED_LOGITS = ("logits_scaling", "logit_scale", "logits_scale")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LanguageParts:
+    """A language model on disk, with the image token.
+
+    Attributes:
+        config: Its configuration, with the number of embedding rows that it has on disk.
+        tensors: Its tensors by our names, with rows for the image token. A tied head is absent.
+        tokenizer: With the image token.
+        template: How conversations are written for it.
+        image_token: The token at the positions of images.
+        use_im_start_end: Whether ``<im_start>`` and ``<im_end>`` enclose an image.
+        rows: Number of rows of the embeddings.
+    """
+
+    config: PretrainedConfig
+    tensors: dict[str, Tensor | JoinedRows]
+    tokenizer: PreTrainedTokenizerFast
+    template: TemplateName
+    image_token: str
+    use_im_start_end: bool
+    rows: int
+
+
+def read_language_model(folder: Path, settings: ModelConfig) -> LanguageParts:
+    """Read a language model.
+
+    New embedding rows are initialized with the mean of the old ones. Where the embeddings have spare rows, as many
+    models do, the image token takes one of these.
+
+    Args:
+        folder: Holds ``config.json``, weights and tokenizer.
+        settings: With ``template`` and ``use_im_start_end``.
+
+    Raises:
+        ConfigError: The folder holds no language model of a supported kind, or no template fits it.
+        WeightsError: A file cannot be read, or the tokenizer does not belong to the weights.
+    """
+    described = read_model_config(folder)
+    _check_kind(described, folder)
+    template = _choose_template(folder, described, settings)
+    legacy = template == "llava_v1"
+    config = _llama_config(described, folder) if legacy and described["model_type"] == "llama" else _config(folder)
+    tokenizer = load_tokenizer(folder) if legacy else load_pretrained(AutoTokenizer, folder)
+    old_size = len(tokenizer)
+    use_im_start_end = legacy and settings.use_im_start_end is not False
+    if legacy:
+        add_image_tokens(tokenizer, use_im_start_end=use_im_start_end)
+    else:
+        _check_fast(tokenizer, folder)
+        add_placeholder(tokenizer)
+    tied = bool(config.tie_word_embeddings) and not legacy
+    stored = {ours: one for name, one in open_weights(folder).items() if (ours := tensor_names.from_released(name))}
+    if described["model_type"] == "llama":  # Gemma's norms, for example, are stored as differences from 1
+        check_not_delta(stored.get(tensor_names.FINAL_NORM), folder)
+    if tied:
+        stored.pop(tensor_names.HEAD, None)
+    elif tensor_names.HEAD not in stored and config.tie_word_embeddings and tensor_names.EMBEDDINGS in stored:
+        stored[tensor_names.HEAD] = stored[tensor_names.EMBEDDINGS]
+    config.tie_word_embeddings = tied
+    rows = _number_of_rows(stored, old_size, len(tokenizer), folder, keep_spare=not legacy)
+    tensors: dict[str, Tensor | JoinedRows] = {**stored}
+    for name in (tensor_names.EMBEDDINGS, tensor_names.HEAD):
+        if name in stored:
+            tensors[name] = _extend(stored[name], rows if not legacy else len(tokenizer), old_size, legacy=legacy)
+    return LanguageParts(
+        config=config,
+        tensors=tensors,
+        tokenizer=tokenizer,
+        template=template,
+        image_token=IMAGE_PATCH_TOKEN if legacy else IMAGE_PLACEHOLDER,
+        use_im_start_end=use_im_start_end,
+        rows=rows,
+    )
+
+
+def add_placeholder(tokenizer: PreTrainedTokenizerFast) -> None:
+    """Add ``<image>`` as a special token, in place. Text next to it keeps its white space, as in stock LLaVA."""
+    from tokenizers import AddedToken
+
+    token: Any = AddedToken(IMAGE_PLACEHOLDER, normalized=False, special=True)
+    if IMAGE_PLACEHOLDER not in tokenizer.get_vocab():
+        tokenizer.add_tokens([token], special_tokens=True)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+
+
+def _check_kind(described: Mapping[str, Any], folder: Path) -> None:
+    kind = described.get("model_type")
+    if kind == RELEASED_MODEL_TYPE or "vision_config" in described:
+        raise ConfigError.at(
+            "model.language_model",
+            f"{folder} is a complete vision-language model (got {kind!r}), expected a language model",
+            "set checkpoint instead of language_model, or give the folder of the language model it was made from",
+        )
+    if described.get("is_encoder_decoder"):
+        raise ConfigError.at(
+            f"{folder / 'config.json'}:model_type",
+            f"a model with an encoder and a decoder (got {kind!r}, expected a decoder)",
+            "give the folder of a language model such as Vicuna, Llama, Qwen or Mistral",
+        )
+
+
+def _config(folder: Path) -> PretrainedConfig:
+    config = load_pretrained(AutoConfig, folder)
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING or getattr(config, "is_encoder_decoder", False):
+        raise ConfigError.at(
+            f"{folder / 'config.json'}:model_type",
+            f"not a language model that transformers can continue a text with (got {config.model_type!r})",
+            "give the folder of a language model such as Vicuna, Llama, Qwen or Mistral",
+        )
+    scaled = [name for name in _SCALED_LOGITS if getattr(config, name, None) not in (None, 1, 1.0)]
+    if scaled:
+        raise ConfigError.at(
+            f"{folder / 'config.json'}:{scaled[0]}",
+            f"models with scaled logits are not supported (got {getattr(config, scaled[0])})",
+            "give a language model without this setting",
+        )
+    return config
+
+
+def _llama_config(described: Mapping[str, Any], folder: Path) -> PretrainedConfig:
+    try:
+        config = read_llama_config(described)
+    except Exception as error:  # transformers passes on whatever a damaged file causes
+        raise unreadable_settings(folder, "LlamaConfig", error) from error
+    check_sizes(config, folder)
+    return config
+
+
+def _choose_template(folder: Path, described: Mapping[str, Any], settings: ModelConfig) -> TemplateName:
+    """Return the template that is set, or the one that fits the language model."""
+    if settings.template is not None:
+        return settings.template
+    if described.get("model_type") == "llama" and (folder / "tokenizer.model").is_file():
+        return "llava_v1"
+    tokenizer: Any = load_pretrained(AutoTokenizer, folder)
+    if tokenizer.chat_template is not None:
+        return "chat"
+    if described.get("model_type") == "llama":
+        return "llava_v1"
+    raise ConfigError.at(
+        "model.template",
+        f"not set, and the tokenizer of {folder} brings no chat template",
+        "set it to vicuna_v1, or give a language model that was tuned for chats",
+    )
+
+
+def _check_fast(tokenizer: Any, folder: Path) -> None:
+    if not tokenizer.is_fast:
+        raise ConfigError.at(
+            str(folder),
+            f"wrong kind of tokenizer (got {type(tokenizer).__name__}, expected a fast one)",
+            "put the model's tokenizer.json into the folder",
+        )
+
+
+def _number_of_rows(
+    stored: Mapping[str, Tensor], old: int, new: int, folder: Path, *, keep_spare: bool
+) -> int:
+    rows = stored[tensor_names.EMBEDDINGS].shape[0] if tensor_names.EMBEDDINGS in stored else new
+    if rows < old:
+        raise WeightsError.at(
+            f"{folder}:{tensor_names.EMBEDDINGS}",
+            f"too few rows for the tokenizer (got {rows}, expected at least {old})",
+            "put this model's own tokenizer into its folder",
+        )
+    return max(rows, new) if keep_spare else new
+
+
+def _extend(stored: Tensor, rows: int, old: int, *, legacy: bool) -> Tensor | JoinedRows:
+    """Return embeddings with this number of rows; the new ones are the mean of those that have a token."""
+    kept = stored[:old] if legacy else stored
+    if len(kept) >= rows and not legacy:
+        return stored
+    return JoinedRows(kept, mean_row(kept).expand(rows - len(kept), -1))
