@@ -1,8 +1,8 @@
 """A tokenizer's own chat template as a conversation template of this package.
 
-The Jinja template is rendered once for each sequence of roles, with marks in the places of the messages. The text around
-the marks may contain special tokens; the messages, which replace the marks, never do. What the model is trained to
-produce are the assistant's messages with the token that ends each of them.
+The Jinja template is rendered once for each sequence of roles, with marks in the places of the messages. The text
+around the marks may contain special tokens; the messages, which replace the marks, never do. What the model is trained
+to produce are the assistant's messages with the token that ends each of them.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any, Final
 
 from llavar_peft.constants import IMAGE_PLACEHOLDER
@@ -215,7 +216,7 @@ def _segments(rendered: _Rendered) -> Iterator[tuple[str, int | None, bool]]:
     marks = {found.start(): found for found in _MARK.finditer(rendered.text)}
     cuts |= {edge for found in marks.values() for edge in found.span()}
     ordered = sorted(cuts)
-    for start, stop in zip(ordered, ordered[1:], strict=False):
+    for start, stop in pairwise(ordered):
         supervised = any(first <= start < last for first, last in rendered.supervised)
         mark = int(marks[start].group(1)) if start in marks else None
         yield rendered.text[start:stop], mark, supervised

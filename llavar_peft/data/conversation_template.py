@@ -123,9 +123,7 @@ class RoleTemplate:
         """
         if self.image_first:
             messages = [(role, _image_first(content)) for role, content in messages]
-        return conversation_pieces(
-            messages, answer_next=answer_next, system=self.system if system is None else system
-        )
+        return conversation_pieces(messages, answer_next=answer_next, system=self.system if system is None else system)
 
     def question(self, text: str, images: int) -> Content:
         """Return a question, with its images in the place that they have in this template.

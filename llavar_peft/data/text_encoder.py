@@ -1,7 +1,9 @@
 """Encode text to ids without ever producing a special token, even if the text contains the name of one.
 
-Each stretch of text between special tokens is encoded as the tokenizer itself would encode it in that place. No token of LLaMA's vocabulary crosses a word boundary. Words are therefore encoded separately and cached, which gives
-the same ids as encoding whole texts and is faster.
+Each stretch of text between special tokens is encoded as the tokenizer itself would encode it in that place.
+
+No token of LLaMA's vocabulary crosses a word boundary. Its words are therefore encoded separately and cached, which
+gives the same ids as encoding whole texts and is faster.
 """
 
 from __future__ import annotations
@@ -110,8 +112,8 @@ class TextEncoder:
         all_ids: list[int] = encoding.ids
         if supervised == len(text):
             return all_ids, len(all_ids)
-        first = 0 if supervised == 0 else encoding.char_to_token(supervised)
-        return all_ids, len(all_ids) if first is None else first
+        start = 0 if supervised == 0 else encoding.char_to_token(supervised)
+        return all_ids, len(all_ids) if start is None else start
 
     def image_block(self, tokens: int) -> list[int]:
         """Return the ids of an image with ``tokens`` x ``<im_patch>``."""

@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING, Any, cast, get_args
 import torch
 from transformers import LlamaConfig
 
-from llavar_peft.constants import IMAGE_PATCH_TOKEN, MODEL_TYPE, RELEASED_MODEL_TYPE
+from llavar_peft.constants import IMAGE_PATCH_TOKEN, IMAGE_PLACEHOLDER, MODEL_TYPE, RELEASED_MODEL_TYPE
 from llavar_peft.errors import ConfigError, EnvironmentFaultError, WeightsError
 from llavar_peft.models.hf_llava import read_stock
+from llavar_peft.models.language_model_loading import add_placeholder, read_language_model, with_mean_rows
 from llavar_peft.models.llama_tokenizer import add_image_tokens, load_tokenizer
-from llavar_peft.models.language_model_loading import read_language_model
 from llavar_peft.models.llavar_config import LlavarConfig, make_config, read_llama_config
 from llavar_peft.models.model_parts import ModelParts
 from llavar_peft.models.pretrained_files import check_sizes, load_pretrained, unreadable_settings
@@ -101,7 +101,7 @@ def read_checkpoint(config: ModelConfig) -> ModelParts:
     kind = described.get("model_type")
     if kind == MODEL_TYPE:
         return _read_own_layout(folder, config)
-    if kind == RELEASED_MODEL_TYPE and "text_config" not in described:
+    if kind in (RELEASED_MODEL_TYPE, "llava_llama") and "text_config" not in described:
         return _read_released_layout(folder, described, config)
     if kind == RELEASED_MODEL_TYPE:
         return read_stock(folder)
@@ -116,8 +116,7 @@ def _read_own_layout(folder: Path, config: ModelConfig) -> ModelParts:
     model_config = load_pretrained(LlavarConfig, folder)
     processor = load_pretrained(LlavarProcessor, folder)
     stored = open_weights(folder)
-    if model_config.text_config.model_type == "llama":
-        check_not_delta(stored.get(tensor_names.FINAL_NORM), folder)
+    check_not_delta(stored.get(tensor_names.FINAL_NORM), folder, model_config.to_dict())
     tensors: dict[str, Tensor | JoinedRows] = {**stored}
     image_processor = processor.image_processor
     if config.vision_tower is not None:
@@ -150,13 +149,19 @@ def _read_released_layout(folder: Path, described: Mapping[str, Any], config: Mo
     text = _llama_config(described, folder)
     use_im_start_end = bool(described.get("mm_use_im_start_end", False))
     tokenizer = load_tokenizer(folder)
-    add_image_tokens(tokenizer, use_im_start_end=use_im_start_end)
+    # LLaVA-1.5's code has no image token: it splits the text at each image.
+    has_image_token = use_im_start_end or bool(described.get("mm_use_im_patch_token", True))
+    if has_image_token:
+        add_image_tokens(tokenizer, use_im_start_end=use_im_start_end)
+    else:
+        add_placeholder(tokenizer)
+    image_token = IMAGE_PATCH_TOKEN if has_image_token else IMAGE_PLACEHOLDER
     tower = _read_tower(config.vision_tower)
     model_config = make_config(
         text,
         tower.config,
-        vocab_size=text.vocab_size,
-        image_token_id=int(tokenizer.convert_tokens_to_ids(IMAGE_PATCH_TOKEN)),
+        vocab_size=text.vocab_size if has_image_token else len(tokenizer),
+        image_token_id=int(tokenizer.convert_tokens_to_ids(image_token)),
         vision_feature_layer=int(described.get("mm_vision_select_layer", config.vision_feature_layer)),
         use_im_start_end=use_im_start_end,
         sep_image_conv_front=bool(described.get("sep_image_conv_front", False)),
@@ -166,17 +171,23 @@ def _read_released_layout(folder: Path, described: Mapping[str, Any], config: Mo
     )
     stored = _rename_released(open_weights(folder))
     check_not_delta(stored.get(tensor_names.FINAL_NORM), folder)
-    _check_rows(stored, tokenizer, folder)
-    tensors = {**stored, **tower.tensors}
+    tensors: dict[str, Tensor | JoinedRows] = {**stored, **tower.tensors}
+    if has_image_token:
+        _check_rows(stored, tokenizer, folder)
+    else:
+        for name in {tensor_names.EMBEDDINGS, tensor_names.HEAD} & set(stored):
+            tensors[name] = with_mean_rows(stored[name], len(tokenizer))
     return ModelParts(
         source=str(folder),
         config=model_config,
-        tensors={**tensors},
+        tensors=tensors,
         tokenizer=tokenizer,
         image_processor=tower.image_processor,
         image_mode=config.image_mode,
-        # The original evaluates with another mode than it trains with: llava/eval/run_llava.py, resize_image.
-        inference_image_mode="pad_black",
+        # LLaVAR evaluates with another mode than it trains with: llava/eval/run_llava.py, resize_image.
+        inference_image_mode="pad_black" if has_image_token else config.image_mode,
+        template="llava_v1" if has_image_token else "vicuna_v1",
+        image_token=image_token,
     )
 
 

@@ -95,14 +95,18 @@ def export(  # noqa: PLR0913 - the options of the conversion
     read = parts.whole_tensors()
     tensors = _locate_tensors(folder, tower, parts)
     if to == "original":
+        _check_original(parts)
         tensors = {new: one for name, one in tensors.items() if (new := tensor_names.to_released(name)) is not None}
         folders = (Path(tokenizer), folder) if tokenizer is not None else (folder,)
         finish = partial(_finish_original, parts, folder, folders)
     elif to == "hf-llava":
-        layers = to_two_layers(read[tensor_names.PROJECTOR_WEIGHT], read[tensor_names.PROJECTOR_BIAS], projector)
-        kept = {name: one for name, one in tensors.items() if not name.startswith("model.multi_modal_projector.")}
-        tensors = {tensor_names.to_stock(name): one for name, one in {**kept, **layers}.items()}
-        finish = partial(write_stock_companions, parts, ACTIVATIONS[projector], dtype)
+        activation = parts.config.projector_hidden_act
+        if activation == "linear":
+            layers = to_two_layers(read[tensor_names.PROJECTOR_WEIGHT], read[tensor_names.PROJECTOR_BIAS], projector)
+            kept = {name: one for name, one in tensors.items() if not name.startswith(tensor_names.PROJECTOR)}
+            tensors, activation = {**kept, **layers}, ACTIVATIONS[projector]
+        tensors = {tensor_names.to_stock(name): one for name, one in tensors.items()}
+        finish = partial(write_stock_companions, parts, activation, dtype)
     else:
         finish = partial(_finish_own_layout, parts, dtype)
     return write_converted(
@@ -116,6 +120,16 @@ def export(  # noqa: PLR0913 - the options of the conversion
     )
 
 
+def _check_original(parts: ModelParts) -> None:
+    kind = parts.config.text_config.model_type
+    if kind != "llama":
+        raise ConfigError.at(
+            "to",
+            f"the original layout exists for LLaMA and Vicuna only (the language model is of the kind {kind!r})",
+            "use hf-llava, which stock transformers opens",
+        )
+
+
 def _locate_tensors(folder: Path, tower: str | None, parts: ModelParts) -> dict[str, TensorEntry | Tensor]:
     """Return where each tensor of the model is stored, under this package's names in the modules' order."""
     rename = _choose_rename(read_model_config(folder))
@@ -125,7 +139,7 @@ def _locate_tensors(folder: Path, tower: str | None, parts: ModelParts) -> dict[
     if tower is not None:
         entries = read_tensor_table(resolve_folder(tower, "vision_tower"))
         found.update({new: entry for name, entry in entries.items() if (new := tensor_names.from_clip(name))})
-    for name in (tensor_names.PROJECTOR_WEIGHT, tensor_names.PROJECTOR_BIAS):
+    for name in tensor_names.projector_names(parts.config.projector_hidden_act):
         found.setdefault(name, parts.whole_tensors()[name].contiguous())
     return {name: found[name] for name in expected_shapes(parts.config)}
 

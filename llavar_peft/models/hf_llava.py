@@ -4,25 +4,34 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from transformers import CLIPImageProcessorPil, LlavaConfig, LlavaImageProcessorPil, LlavaProcessor
+from transformers import AutoTokenizer, LlavaConfig, LlavaImageProcessorPil, LlavaProcessor
 
 from llavar_peft.atomic_files import write_json
 from llavar_peft.constants import IMAGE_PATCH_TOKEN, IMAGE_PLACEHOLDER, IMAGE_START_TOKEN
-from llavar_peft.data.conversation_template import CHAT_TEMPLATE, image_block
+from llavar_peft.data.conversation_template import image_block
 from llavar_peft.errors import ConfigError
 from llavar_peft.models.llama_tokenizer import load_tokenizer
 from llavar_peft.models.llavar_config import make_config
 from llavar_peft.models.model_parts import ModelParts
 from llavar_peft.models.pretrained_files import load_pretrained
+from llavar_peft.models.tower_loading import as_clip_processor, prepared_side
+from llavar_peft.recipe.schema import ProjectorType
+from llavar_peft.types import ImageMode, TemplateName
 from llavar_peft.weights.io import tensor_names
 from llavar_peft.weights.io.convert_layout import to_one_layer
 from llavar_peft.weights.io.tensor_blocks import open_weights
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
 logger = logging.getLogger(__name__)
 
 # The settings that CLIP's and LLaVA's image processors share.
-_SHARED_IMAGE_SETTINGS = ("size", "crop_size", "resample", "rescale_factor", "image_mean", "image_std")
+_SHARED_IMAGE_SETTINGS = (
+    "do_resize", "size", "resample", "do_center_crop", "crop_size", "rescale_factor", "image_mean", "image_std",
+)  # fmt: skip
 
 
 def write_stock_companions(parts: ModelParts, activation: str, dtype: str | None, staged: Path) -> None:
@@ -32,7 +41,7 @@ def write_stock_companions(parts: ModelParts, activation: str, dtype: str | None
         activation: Name of the activation between the projector's two layers.
         dtype: Of the weights, by torch's name; None if each tensor keeps its own.
     """
-    if parts.inference_image_mode != "pad":
+    if parts.inference_image_mode not in ("pad", "square"):
         logger.warning(
             "images will be padded with the mean color: stock LLaVA does not support the mode %s",
             parts.inference_image_mode,
@@ -42,64 +51,114 @@ def write_stock_companions(parts: ModelParts, activation: str, dtype: str | None
     tokenizer = parts.tokenizer
     ids = {f"{role}_token_id": getattr(tokenizer, f"{role}_token_id") for role in ("bos", "eos", "pad")}
     write_json(staged / "generation_config.json", ids)
-    images = LlavaImageProcessorPil(
-        do_pad=True, **{name: getattr(parts.image_processor, name) for name in _SHARED_IMAGE_SETTINGS}
-    )
+    shared = {name: getattr(parts.image_processor, name) for name in _SHARED_IMAGE_SETTINGS}
+    images = LlavaImageProcessorPil(do_pad=parts.inference_image_mode != "square", **shared)
     LlavaProcessor(
         image_processor=images,
         tokenizer=tokenizer,
         patch_size=parts.config.vision_config.patch_size,
         vision_feature_select_strategy=parts.config.vision_feature_select_strategy,
         chat_template=_stock_chat_template(parts),
-        image_token=IMAGE_PATCH_TOKEN,
-        num_additional_image_tokens=1,  # the class token, which the strategy "default" removes again
+        image_token=parts.image_token,
+        # The class token, which the strategy "default" removes again.
+        num_additional_image_tokens=int(parts.config.vision_feature_select_strategy == "default"),
     ).save_pretrained(str(staged))
 
 
 def read_stock(folder: Path) -> ModelParts:
-    """Read a LLaVAR in the layout of ``transformers.LlavaForConditionalGeneration``, as ``export`` writes it.
+    """Read a model in the layout of ``transformers.LlavaForConditionalGeneration``: LLaVA-1.5, or an export of ours.
 
     Returns:
-        Its parts, with the projector as a single linear layer.
+        Its parts. Two layers that stand for LLaVAR's single one become that again.
 
     Raises:
-        ConfigError: Another LLaVA, whose image token is not ``<im_patch>``.
-        WeightsError: The projector is not linear, or a file cannot be read.
+        ConfigError: A setting that this package does not support.
+        WeightsError: A file cannot be read, or the projector has no form that this package supports.
     """
     described = load_pretrained(LlavaConfig, folder)
-    tokenizer = load_tokenizer(folder)
-    use_im_start_end = IMAGE_START_TOKEN in tokenizer.get_vocab()
-    image_id = tokenizer.convert_tokens_to_ids(IMAGE_PATCH_TOKEN)
-    if image_id != described.image_token_index:
-        raise ConfigError.at(
-            f"{folder / 'config.json'}:image_token_index",
-            f"is not the id of {IMAGE_PATCH_TOKEN} (got {described.image_token_index}, expected {image_id} as in the "
-            f"tokenizer)",
-            "give a LLaVAR; use stock transformers for other LLaVA models",
-        )
+    _check_stock(described, folder)
+    tokenizer, image_token = _stock_tokenizer(described, folder)
+    tensors = {ours: tensor for name, tensor in open_weights(folder).items() if (ours := tensor_names.from_stock(name))}
+    projector_type: ProjectorType = "mlp2x_gelu"
+    if described.projector_hidden_act != "gelu":
+        projector_type = "linear"
+        weight, bias = to_one_layer(tensors, described.projector_hidden_act, str(folder))
+        tensors = {name: one for name, one in tensors.items() if not name.startswith(tensor_names.STOCK_PROJECTOR)}
+        tensors.update({tensor_names.PROJECTOR_WEIGHT: weight, tensor_names.PROJECTOR_BIAS: bias})
+    images = load_pretrained(LlavaImageProcessorPil, folder)
     config = make_config(
         described.text_config,
         described.vision_config,
         vocab_size=described.text_config.vocab_size,
         image_token_id=described.image_token_index,
         vision_feature_layer=described.vision_feature_layer,
-        use_im_start_end=use_im_start_end,
+        use_im_start_end=IMAGE_START_TOKEN in tokenizer.get_vocab(),
+        image_side=prepared_side(images, str(folder)),
+        extra_positions=int(described.vision_feature_select_strategy == "default"),
+        projector_type=projector_type,
     )
-    tensors = {ours: tensor for name, tensor in open_weights(folder).items() if (ours := tensor_names.from_stock(name))}
-    weight, bias = to_one_layer(tensors, described.projector_hidden_act, str(folder))
-    tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith(tensor_names.STOCK_PROJECTOR)}
-    tensors.update({tensor_names.PROJECTOR_WEIGHT: weight, tensor_names.PROJECTOR_BIAS: bias})
-    images = load_pretrained(LlavaImageProcessorPil, folder)
+    if config.tie_word_embeddings:
+        tensors.pop(tensor_names.HEAD, None)
+    mode: ImageMode = "pad" if images.do_pad else "square"
+    template, chat_template = _stock_template(tokenizer, image_token, folder)
     return ModelParts(
         source=str(folder),
         config=config,
         tensors={**tensors},
         tokenizer=tokenizer,
-        # How images are padded is decided by LlavarProcessor.
-        image_processor=CLIPImageProcessorPil(**{name: getattr(images, name) for name in _SHARED_IMAGE_SETTINGS}),
-        image_mode="pad",
-        inference_image_mode="pad",
+        image_processor=as_clip_processor(images),  # LlavarProcessor decides how images are padded
+        image_mode=mode,
+        inference_image_mode=mode,
+        template=template,
+        image_token=image_token,
+        chat_template=chat_template,
     )
+
+
+def _check_stock(described: LlavaConfig, folder: Path) -> None:
+    where = folder / "config.json"
+    if not isinstance(described.vision_feature_layer, int):
+        raise ConfigError.at(
+            f"{where}:vision_feature_layer",
+            f"several layers are not supported (got {described.vision_feature_layer}, expected an integer)",
+            "use a LLaVA that projects one hidden state of its tower",
+        )
+    has_class_token = described.vision_config.model_type == "clip_vision_model"
+    if has_class_token and described.vision_feature_select_strategy != "default":
+        raise ConfigError.at(
+            f"{where}:vision_feature_select_strategy",
+            "image features with CLIP's class token are not supported (got 'full', expected 'default')",
+            "use a LLaVA that drops the class token",
+        )
+
+
+def _stock_tokenizer(described: LlavaConfig, folder: Path) -> tuple[PreTrainedTokenizerFast, str]:
+    """Return the tokenizer and the image token, whose id the configuration states."""
+    tokenizer: Any = load_pretrained(AutoTokenizer, folder)
+    if IMAGE_PATCH_TOKEN in tokenizer.get_vocab():
+        tokenizer = load_tokenizer(folder)
+    token = tokenizer.convert_ids_to_tokens(described.image_token_index)
+    is_llavar = IMAGE_PATCH_TOKEN in tokenizer.get_vocab()
+    if token is None or token not in tokenizer.get_added_vocab() or (is_llavar and token != IMAGE_PATCH_TOKEN):
+        expected = tokenizer.convert_tokens_to_ids(IMAGE_PATCH_TOKEN)
+        raise ConfigError.at(
+            f"{folder / 'config.json'}:image_token_index",
+            f"is not the id of an image token (got {described.image_token_index}, which is {token!r} in the tokenizer"
+            + (f", expected {expected} for {IMAGE_PATCH_TOKEN})" if is_llavar else ")"),
+            "put the tokenizer that the model was saved with into its folder",
+        )
+    return tokenizer, str(token)
+
+
+def _stock_template(tokenizer: Any, image_token: str, folder: Path) -> tuple[TemplateName, str | None]:
+    """Return the conversation template of a model, and its Jinja template if it is the tokenizer's own."""
+    if image_token == IMAGE_PATCH_TOKEN:
+        return "llava_v1", None
+    found = load_pretrained(LlavaProcessor, folder).chat_template or tokenizer.chat_template
+    # LLaVA-1.5 was trained with this role; its template in transformers leaves out system prompt and </s>.
+    if not isinstance(found, str) or "ASSISTANT:" in found:
+        return "vicuna_v1", None
+    return "chat", found
 
 
 def _stock_config(parts: ModelParts, activation: str) -> LlavaConfig:
@@ -113,7 +172,7 @@ def _stock_config(parts: ModelParts, activation: str) -> LlavaConfig:
         vision_feature_layer=ours.vision_feature_layer,
         vision_feature_select_strategy=ours.vision_feature_select_strategy,
         multimodal_projector_bias=True,
-        tie_word_embeddings=False,
+        tie_word_embeddings=ours.tie_word_embeddings,
     )
     config.architectures = ["LlavaForConditionalGeneration"]
     return config
@@ -122,8 +181,11 @@ def _stock_config(parts: ModelParts, activation: str) -> LlavaConfig:
 def _stock_chat_template(parts: ModelParts) -> str:
     """Return the conversation template for a stock processor.
 
-    It writes the ``<s>`` that a stock processor does not add, and one ``<im_patch>`` per image, which a stock processor
+    It writes the ``<s>`` that a stock processor does not add, and one image token per image, which a stock processor
     repeats for each patch of the tower.
     """
-    block = image_block(1, use_im_start_end=parts.config.use_im_start_end)
-    return "{{- bos_token -}}\n" + CHAT_TEMPLATE.replace(IMAGE_PLACEHOLDER, block)
+    template: str = parts.processor().chat_template
+    if parts.template == "chat":
+        return template
+    block = image_block(1, use_im_start_end=parts.config.use_im_start_end, patch=parts.image_token)
+    return "{{- bos_token -}}\n" + template.replace(IMAGE_PLACEHOLDER, block)

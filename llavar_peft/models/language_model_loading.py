@@ -81,8 +81,7 @@ def read_language_model(folder: Path, settings: ModelConfig) -> LanguageParts:
         add_placeholder(tokenizer)
     tied = bool(config.tie_word_embeddings) and not legacy
     stored = {ours: one for name, one in open_weights(folder).items() if (ours := tensor_names.from_released(name))}
-    if described["model_type"] == "llama":  # Gemma's norms, for example, are stored as differences from 1
-        check_not_delta(stored.get(tensor_names.FINAL_NORM), folder)
+    check_not_delta(stored.get(tensor_names.FINAL_NORM), folder, described)
     if tied:
         stored.pop(tensor_names.HEAD, None)
     elif tensor_names.HEAD not in stored and config.tie_word_embeddings and tensor_names.EMBEDDINGS in stored:
@@ -92,7 +91,8 @@ def read_language_model(folder: Path, settings: ModelConfig) -> LanguageParts:
     tensors: dict[str, Tensor | JoinedRows] = {**stored}
     for name in (tensor_names.EMBEDDINGS, tensor_names.HEAD):
         if name in stored:
-            tensors[name] = _extend(stored[name], rows if not legacy else len(tokenizer), old_size, legacy=legacy)
+            # LLaVAR's rows follow those of the tokenizer, also where the embeddings have more.
+            tensors[name] = with_mean_rows(stored[name][:old_size] if legacy else stored[name], rows)
     return LanguageParts(
         config=config,
         tensors=tensors,
@@ -185,9 +185,7 @@ def _check_fast(tokenizer: Any, folder: Path) -> None:
         )
 
 
-def _number_of_rows(
-    stored: Mapping[str, Tensor], old: int, new: int, folder: Path, *, keep_spare: bool
-) -> int:
+def _number_of_rows(stored: Mapping[str, Tensor], old: int, new: int, folder: Path, *, keep_spare: bool) -> int:
     rows = stored[tensor_names.EMBEDDINGS].shape[0] if tensor_names.EMBEDDINGS in stored else new
     if rows < old:
         raise WeightsError.at(
@@ -198,9 +196,7 @@ def _number_of_rows(
     return max(rows, new) if keep_spare else new
 
 
-def _extend(stored: Tensor, rows: int, old: int, *, legacy: bool) -> Tensor | JoinedRows:
-    """Return embeddings with this number of rows; the new ones are the mean of those that have a token."""
-    kept = stored[:old] if legacy else stored
-    if len(kept) >= rows and not legacy:
-        return stored
-    return JoinedRows(kept, mean_row(kept).expand(rows - len(kept), -1))
+def with_mean_rows(stored: Tensor, rows: int) -> Tensor | JoinedRows:
+    """Return embeddings with at least this number of rows; the new ones are the mean of the others."""
+    missing = rows - len(stored)
+    return JoinedRows(stored, mean_row(stored).expand(missing, -1)) if missing > 0 else stored

@@ -71,7 +71,10 @@ def target_pattern(blocks: Blocks) -> str:
 
     A plain ``q_proj`` would match the vision tower too.
     """
-    parts = [rf"{re.escape(block)}\.({'|'.join(names)})" if block else f"({'|'.join(names)})" for block, names in blocks.items()]
+    parts = [
+        rf"{re.escape(block)}\.({'|'.join(names)})" if block else f"({'|'.join(names)})"
+        for block, names in blocks.items()
+    ]
     return rf"model\.language_model\.layers\.\d+\.({'|'.join(parts)})"
 
 

@@ -51,7 +51,7 @@ class LlavarConfig(LlavaConfig):
     sep_image_conv_front: bool = False
 
 
-def make_config(
+def make_config(  # noqa: PLR0913 - the settings of a model
     text_config: PretrainedConfig,
     vision_config: PretrainedConfig,
     *,

@@ -212,6 +212,7 @@ def probe_logits(weights: Weights, config: PretrainedConfig, ids: Tensor, image_
         model: Any = AutoModel.from_config(config, dtype=torch.float32, attn_implementation="eager")
     embedding = model.get_input_embeddings()
     # The module of the embeddings may scale them; it gets the rows that are used, in their order.
+    embedding.padding_idx = None
     embedding.weight = nn.Parameter(weights.rows(tensor_names.EMBEDDINGS, ids), requires_grad=False)
     x = embedding(torch.arange(len(ids))).clone()
     patch = ids == image_id

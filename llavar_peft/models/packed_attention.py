@@ -164,7 +164,7 @@ def _log_choice(device: str, has_kernel: bool) -> None:
     logger.info("attention within the conversations of packed rows on %s: %s", device, way)
 
 
-def _sdpa_within_segments(
+def _sdpa_within_segments(  # noqa: PLR0913 - the arguments of an attention function
     module: torch.nn.Module,
     query: Tensor,
     key: Tensor,
@@ -232,6 +232,16 @@ def _varlen(
     groups = query.shape[1] // key.shape[1]
     if groups > 1:
         key, value = (tensor.repeat_interleave(groups, dim=1) for tensor in (key, value))
-    output: Any = varlen_attn(query, key, value, ends, ends, longest, longest, scale=scale, window_size=(-1 if window is None else window - 1, 0))
+    output: Any = varlen_attn(
+        query,
+        key,
+        value,
+        ends,
+        ends,
+        longest,
+        longest,
+        scale=scale,
+        window_size=(-1 if window is None else window - 1, 0),
+    )
     attended: Tensor = output
     return attended

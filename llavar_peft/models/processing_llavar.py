@@ -63,7 +63,7 @@ class LlavarProcessor(ProcessorMixin):
         ConfigError: A mode is unknown, or the tokenizer has no image tokens.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913, PLR0917 - the settings of a processor, as transformers passes them
         self,
         image_processor: Any,
         tokenizer: Any,

@@ -140,8 +140,8 @@ def prepared_side(processor: Any, where: str = "preprocessor_config.json") -> in
 
 
 def _read_config(folder: Path) -> PretrainedConfig:
-    config: Any = load_pretrained(AutoConfig, folder)
-    config = getattr(config, "vision_config", config)
+    whole: Any = load_pretrained(AutoConfig, folder)
+    config: PretrainedConfig = getattr(whole, "vision_config", whole)
     check_sizes(config, folder)
     missing = [name for name in _REQUIRED if not isinstance(getattr(config, name, None), int)]
     if missing:
@@ -151,7 +151,7 @@ def _read_config(folder: Path) -> PretrainedConfig:
             f"{', '.join(missing)})",
             "give the folder of a vision tower with a fixed resolution, such as a CLIP, SigLIP or DINOv2",
         )
-    return config  # type: ignore[no-any-return]
+    return config
 
 
 def _load_tensors(folder: Path, config: PretrainedConfig) -> dict[str, Tensor]:

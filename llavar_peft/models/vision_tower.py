@@ -92,7 +92,7 @@ class LlavarVisionTower(CLIPVisionModel):
         return BaseModelOutputWithPooling(last_hidden_state=hidden_N1C)
 
 
-class _LayerReached(Exception):  # noqa: N818 - not an error: it ends the forward pass early
+class _LayerReached(Exception):
     """Carries the input of the first layer that is not needed."""
 
     def __init__(self, hidden_NQC: Tensor) -> None:
@@ -151,14 +151,16 @@ def tower_features(tower: nn.Module, pixel_values: Tensor, num_layers: int) -> T
         return reached.hidden_NQC
     finally:
         handle.remove()
-    raise ConfigError.at("vision_tower", f"{type(tower).__name__} does not call its layers in order", "use another tower")
+    raise ConfigError.at(
+        "vision_tower", f"{type(tower).__name__} does not call its layers in order", "use another tower"
+    )
 
 
 def _last_output(tower: nn.Module, layer: nn.Module, pixel_values: Tensor, options: dict[str, Any]) -> Tensor:
     """Return the output of a tower's last layer, before any norm."""
     found: list[Tensor] = []
 
-    def keep(_: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    def keep(_: nn.Module, __: tuple[Any, ...], output: Any) -> None:
         found.append(output[0] if isinstance(output, tuple) else output)
 
     handle = layer.register_forward_hook(keep)

@@ -16,8 +16,7 @@ from PIL import Image
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
-from llavar_peft.constants import IGNORE_INDEX
-from llavar_peft.constants import IMAGE_PATCH_TOKEN
+from llavar_peft.constants import IGNORE_INDEX, IMAGE_PATCH_TOKEN
 from llavar_peft.data.conversation_template import LLAVA_V1
 from llavar_peft.data.encode_record import encode_record
 from llavar_peft.data.supervised_text import decode_supervision

@@ -63,7 +63,9 @@ def read_conversation(
 
 
 def _split(messages: Sequence[Message]) -> tuple[str | None, list[Turn]]:
-    """Return the system prompt (None for the template's own), and the turns of human and model in alternation, the human's first.
+    """Return the system prompt, and the turns of human and model in alternation, the human's first.
+
+    The system prompt is None for the template's own.
 
     As OpenAI's API does, messages of one role in a row are taken as one. An assistant's greeting before the first
     question is left out, because the model was trained on conversations that a human begins.

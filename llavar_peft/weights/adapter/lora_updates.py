@@ -195,5 +195,5 @@ def _make_update(name: str, tensors: Mapping[str, Tensor], settings: Mapping[str
         indices = settings["trainable_token_indices"]
         chosen = indices[target.rsplit(".", 1)[-1]] if isinstance(indices, Mapping) else indices
         return f"{target}.weight", Rows(torch.tensor(chosen), tensors[name])
-    saved = settings.get("modules_to_save") or ()
-    return (plain, Replacement(tensors[name])) if plain.rsplit(".", 2)[-2] in saved else ("", None)
+    in_full = set(settings.get("modules_to_save") or ()) & set(plain.split("."))
+    return (plain, Replacement(tensors[name])) if in_full else ("", None)

@@ -19,9 +19,9 @@ from llavar_peft.weights.delta.delta_base_check import check_delta_base, check_m
 from llavar_peft.weights.delta.released_layout import (
     ReleasedView,
     check_not_delta,
+    check_released_kind,
     copy_companions,
     is_delta,
-    check_released_kind,
     view_as_released,
 )
 from llavar_peft.weights.io import tensor_names

@@ -140,17 +140,22 @@ def read_model_config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def check_not_delta(norm: TensorEntry | Tensor | None, folder: str | Path) -> None:
+def check_not_delta(
+    norm: TensorEntry | Tensor | None, folder: str | Path, config: Mapping[str, Any] | None = None
+) -> None:
     """Reject a delta where complete weights are expected: a model would load it and answer with gibberish.
 
     Args:
         norm: The last RMS norm, ``tensor_names.FINAL_NORM``; None if the folder holds none.
         folder: The folder, for the message.
+        config: The model's ``config.json``; deltas are of LLaMA's kind. Gemma's norms, for example, are stored as
+            differences from 1. None is a LLaMA.
 
     Raises:
         ConfigError: The norm is that of a delta.
     """
-    if norm is not None and is_delta(norm):
+    kind = (config or {}).get("text_config", config or {}).get("model_type", "llama")
+    if norm is not None and kind in ("llama", RELEASED_MODEL_TYPE) and is_delta(norm):
         raise ConfigError.at(
             str(folder),
             "a delta, expected complete weights (the mean of its last norm is near 0, where models have about 1)",

@@ -31,8 +31,8 @@ def apply_projector(tensors: dict[str, Tensor | JoinedRows], source: str | Path)
     Args:
         tensors: All tensors of the model by our names.
         source: ``mm_projector.bin`` or ``.safetensors`` with the keys ``model.mm_projector.weight`` ``[D, C]`` and
-            ``model.mm_projector.bias`` ``[D]`` (for two layers, ``model.mm_projector.0.weight`` and so on) and, optionally, ``model.embed_tokens.weight``: the whole ``[V, D]`` or
-            its last two rows ``[2, D]``.
+            ``model.mm_projector.bias`` ``[D]`` (for two layers, ``model.mm_projector.0.weight`` and so on) and,
+            optionally, ``model.embed_tokens.weight``: the whole ``[V, D]`` or its last two rows ``[2, D]``.
 
     Raises:
         WeightsError: A tensor is missing, unexpected or misshapen.

@@ -45,7 +45,7 @@ _RELEASED_TOWER = re.compile(r"^model\.vision_tower\.")
 _RELEASED_BODY = re.compile(r"^model\.(?=embed_tokens\.|layers\.|norm\.)")
 # The layers of an MLP, which the original layout numbers within ``nn.Sequential``.
 _MLP_LAYERS = (("0.", "linear_1."), ("2.", "linear_2."))
-_CLIP_OTHER = re.compile(r"^(text_model\.|text_projection|visual_projection|logit_scale)")
+_CLIP_OTHER = re.compile(r"^(text_model\.|text_projection|visual_projection|logit_scale|logit_bias)")
 
 
 def projector_names(activation: object) -> tuple[str, ...]:
@@ -78,7 +78,9 @@ def to_released(name: str) -> str | None:
         return None
     if name.startswith(PROJECTOR):
         own = name.removeprefix(PROJECTOR)
-        return RELEASED_PROJECTOR + next((old + own[len(new) :] for old, new in _MLP_LAYERS if own.startswith(new)), own)
+        return RELEASED_PROJECTOR + next(
+            (old + own[len(new) :] for old, new in _MLP_LAYERS if own.startswith(new)), own
+        )
     if name.startswith("model.language_model."):
         return "model." + name.removeprefix("model.language_model.")
     return name
@@ -107,7 +109,7 @@ def to_stock(name: str) -> str:
 
 
 def from_clip(name: str) -> str | None:
-    """Return our name of a tensor of CLIP or its vision tower; None for the text tower and for buffers.
+    """Return our name of a tensor of CLIP, SigLIP or their vision tower; None for the text tower and for buffers.
 
     E.g. ``vision_model.encoder.layers.0.mlp.fc1.weight`` gives ``model.vision_tower.encoder.layers.0.mlp.fc1.weight``.
     """

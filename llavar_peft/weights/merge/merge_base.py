@@ -23,6 +23,8 @@ from llavar_peft.weights.io.projector_file import TRAINED_ROWS, read_projector
 from llavar_peft.weights.io.tensor_table import TensorEntry, read_tensor_table
 
 _GROWING = (tensor_names.EMBEDDINGS, tensor_names.HEAD)
+_STREAMED_TOWERS = ("clip", "clip_vision_model", "siglip", "siglip_vision_model")
+"""Towers whose tensors have the same names in their files and in our model, apart from a prefix."""
 _FIX_PROJECTOR = "give the mm_projector.bin that stage 1 wrote"
 
 
@@ -78,7 +80,7 @@ def open_merge_base(
         ours = _same if config.get("model_type") == MODEL_TYPE else tensor_names.from_released
         table = {name: entry for name, entry in read_tensor_table(folder).items() if ours(name) is not None}
         check_not_delta(
-            next((one for name, one in table.items() if ours(name) == tensor_names.FINAL_NORM), None), folder
+            next((one for name, one in table.items() if ours(name) == tensor_names.FINAL_NORM), None), folder, config
         )
         shapes = {name: entry.shape for name, entry in table.items()}
         rows = next((shape[0] for name, shape in shapes.items() if ours(name) == tensor_names.EMBEDDINGS), 0)
@@ -89,7 +91,14 @@ def open_merge_base(
     if not (tower / "config.json").is_file():
         where = str(adapters[0].folder / BASE_FILE) if vision_tower is None else "--vision-tower"
         what = f"no vision tower found (got {str(tower)!r}, expected a folder with config.json)"
-        raise ConfigError.at(where, what, "give CLIP's folder with --vision-tower")
+        raise ConfigError.at(where, what, "give the tower's folder with --vision-tower")
+    kind = read_model_config(tower).get("model_type")
+    if kind not in _STREAMED_TOWERS:
+        raise ConfigError.at(
+            str(tower),
+            f"a tower of this kind cannot be merged from its own files (got {kind!r}, expected CLIP or SigLIP)",
+            "save the model that build_model makes of the parts, and give its folder as the base",
+        )
     entries = {new: entry for name, entry in read_tensor_table(tower).items() if (new := tensor_names.from_clip(name))}
     return MergeBase(
         {**extended.table, **entries},
@@ -145,7 +154,7 @@ def _extend_language_model(folder: Path, adapters: Sequence[Adapter], projector:
     table = {
         ours: entry for name, entry in read_tensor_table(folder).items() if (ours := tensor_names.from_released(name))
     }
-    check_not_delta(table.get(tensor_names.FINAL_NORM), folder)
+    check_not_delta(table.get(tensor_names.FINAL_NORM), folder, config)
     if config.get("tie_word_embeddings"):
         table.pop(tensor_names.HEAD, None)
     elif tensor_names.HEAD not in table and tensor_names.EMBEDDINGS in table:  # tied in the file only
