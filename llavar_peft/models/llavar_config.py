@@ -128,7 +128,7 @@ def config_without_weights(model: ModelConfig) -> LlavarConfig:
             config: LlavarConfig = LlavarConfig.from_pretrained(model.checkpoint)
             return config
         if described is not None and "text_config" in described:
-            text, tower = LlamaConfig(**described["text_config"]), _tower_config(described["vision_config"])
+            text, tower = AutoConfig.for_model(**described["text_config"]), _tower_config(described["vision_config"])
             return _compose(model, text, tower, text.vocab_size)
         # A checkpoint in the released layout already has the image tokens' rows.
         text = _llama_by_name(model.checkpoint, described, "model.checkpoint")
@@ -139,7 +139,7 @@ def config_without_weights(model: ModelConfig) -> LlavarConfig:
     return _compose(model, text, _tower_by_name(model.vision_tower), text.vocab_size + _num_new_rows(model))
 
 
-def _compose(model: ModelConfig, text: LlamaConfig, tower: PretrainedConfig, rows: int) -> LlavarConfig:
+def _compose(model: ModelConfig, text: PretrainedConfig, tower: PretrainedConfig, rows: int) -> LlavarConfig:
     return make_config(
         text,
         tower,
@@ -160,7 +160,10 @@ def _read_described(name: str) -> dict[str, Any] | None:
     return read_model_config(folder) if (folder / "config.json").is_file() else None
 
 
-def _llama_by_name(name: str, described: dict[str, Any] | None, setting: str) -> LlamaConfig:
+def _llama_by_name(name: str, described: dict[str, Any] | None, setting: str) -> PretrainedConfig:
+    if described is not None and described.get("model_type") not in ("llama", "llava", None):
+        known: PretrainedConfig = AutoConfig.for_model(**described)
+        return known
     if described is not None:
         return read_llama_config(described)
     size = re.search(r"(?<![0-9.])(7|13)b(?![a-z0-9])", name.lower())

@@ -232,11 +232,6 @@ def part_of(name: str) -> str:
     return "adapters" if "lora_" in name else "language_model"
 
 
-def target_layers(tune: Lora) -> tuple[str, ...]:
-    """Return the names of a LLaMA's layers that get adapters, such as ``q_proj``."""
-    return tuple(name for names in choose_targets(tune).values() for name in names)
-
-
 def lora_config(tune: Lora, blocks: Blocks = LLAMA_BLOCKS) -> LoraConfig:
     """Return the ``peft`` configuration of a stage's value.
 

@@ -10,7 +10,6 @@ from pathlib import Path
 from llavar_peft.data.record_store import open_records
 from llavar_peft.data.training_dataset import image_count, text_tokens
 from llavar_peft.models.llavar_config import LlavarConfig
-from llavar_peft.models.tuning import target_layers
 from llavar_peft.preflight.estimate_counts import Counts
 from llavar_peft.recipe.schema import Full, Lora, Stage, Tune
 
@@ -83,13 +82,14 @@ def flops_per_step(config: LlavarConfig, stage: Stage, counts: Counts, lengths: 
     """
     text = config.text_config
     # Queries by keys and probabilities by values; a causal mask halves both. Their gradients need five products.
-    attention = 2.0 * text.num_hidden_layers * text.head_dim * text.num_attention_heads * lengths.squares
+    head_width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    attention = 2.0 * text.num_hidden_layers * head_width * text.num_attention_heads * lengths.squares
     linear = 2.0 * counts.linear * lengths.mean
     layers = attention + linear + 2.5 * attention + linear * (2.0 if isinstance(stage.tune, Full) else 1.0)
     if isinstance(stage.tune, Lora):
         layers += _adapter_flops(config, stage, stage.tune, counts, lengths)
     if stage.gradient_checkpointing is True:
-        layers += attention + linear - _not_recomputed(config, stage.tune, lengths)
+        layers += attention + linear - _not_recomputed(config, stage.tune, counts, lengths)
     text_length = max(0.0, lengths.mean - lengths.images * config.image_seq_length)
     head = (6.0 if isinstance(stage.tune, Full) else 4.0) * text.vocab_size * text.hidden_size * text_length
     total: float = layers + head + _image_flops(config, stage.tune, counts, lengths)
@@ -98,7 +98,7 @@ def flops_per_step(config: LlavarConfig, stage: Stage, counts: Counts, lengths: 
 
 def _adapter_flops(config: LlavarConfig, stage: Stage, tune: Lora, counts: Counts, lengths: RecordLengths) -> float:
     """Return the operations that adapters add to a record, including their recomputation."""
-    shapes = [shape for name, shape in _layer_matrices(config).items() if name in target_layers(tune)]
+    shapes = [shape for name, shape in counts.matrices.items() if name in counts.adapted]
     layers: int = config.text_config.num_hidden_layers
     recomputes = stage.gradient_checkpointing is True
     added = (8.0 if recomputes else 6.0) * tune.rank * layers * sum(map(sum, shapes)) * lengths.mean
@@ -113,10 +113,10 @@ def _adapter_flops(config: LlavarConfig, stage: Stage, tune: Lora, counts: Count
     return added + (again if tune.dropout > 0 else 0.0)
 
 
-def _not_recomputed(config: LlavarConfig, tune: Tune, lengths: RecordLengths) -> float:
+def _not_recomputed(config: LlavarConfig, tune: Tune, counts: Counts, lengths: RecordLengths) -> float:
     """Return the operations of a record at the end of its layers, which need not be repeated for a gradient."""
     text = config.text_config
-    adapted = isinstance(tune, Lora) and "down_proj" in target_layers(tune)
+    adapted = "mlp.down_proj.weight" in counts.adapted
     inputs = tune.rank if isinstance(tune, Lora) and adapted else text.intermediate_size
     skipped: float = 2.0 * text.num_hidden_layers * inputs * text.hidden_size * lengths.mean
     return skipped
@@ -133,22 +133,6 @@ def _image_flops(config: LlavarConfig, tune: Tune, counts: Counts, lengths: Reco
     trained = not isinstance(tune, Lora) or tune.train_projector
     projector = (4.0 if trained else 2.0) * counts.projector * config.image_seq_length
     return lengths.images * float(tower + projector)
-
-
-def _layer_matrices(config: LlavarConfig) -> dict[str, tuple[int, int]]:
-    """Return the shapes of a layer's matrices, as (width of the output, width of the input)."""
-    text = config.text_config
-    width, inner = text.hidden_size, text.intermediate_size
-    heads, key_heads = (text.head_dim * count for count in (text.num_attention_heads, text.num_key_value_heads))
-    return {
-        "q_proj": (heads, width),
-        "k_proj": (key_heads, width),
-        "v_proj": (key_heads, width),
-        "o_proj": (width, heads),
-        "gate_proj": (inner, width),
-        "up_proj": (inner, width),
-        "down_proj": (width, inner),
-    }
 
 
 def _mean(values: Iterable[float]) -> float:

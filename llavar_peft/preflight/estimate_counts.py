@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
-from llavar_peft.constants import LINEAR_LAYERS
 from llavar_peft.models.build_model import expected_shapes
+from llavar_peft.models.linear_layers import Blocks, choose_targets
 from llavar_peft.models.llavar_config import LlavarConfig
-from llavar_peft.models.tuning import TRAINED_ROWS, target_layers
+from llavar_peft.models.tuning import TRAINED_ROWS
 from llavar_peft.recipe.schema import Full, Lora, Projector, Tune
 
-_LAYERS = "model.language_model.layers."
+LAYERS = "model.language_model.layers."
+_MATRIX = 2  # dimensions
+Shapes = Mapping[str, tuple[int, ...]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,6 +28,8 @@ class Counts:
         tower: The vision tower.
         projector: The projector.
         adapters: The adapters that the stage adds.
+        matrices: The matrices of a layer, see ``layer_matrices``.
+        adapted: The names of those that get adapters.
     """
 
     linear: int
@@ -33,6 +38,8 @@ class Counts:
     tower: int
     projector: int
     adapters: int
+    matrices: Mapping[str, tuple[int, int]]
+    adapted: frozenset[str]
 
     @property
     def whole(self) -> int:
@@ -43,12 +50,12 @@ class Counts:
 def count_parameters(config: LlavarConfig, tune: Tune) -> Counts:
     """Count a model's parameters."""
     sums = dict.fromkeys(("linear", "norms", "head", "tower", "projector", "adapters"), 0)
-    targets = target_layers(tune) if isinstance(tune, Lora) else ()
-    for name, shape in expected_shapes(config).items():
-        kind = name.removesuffix(".weight").rpartition(".")[2]
-        if name.startswith(_LAYERS):
-            sums["linear" if kind in LINEAR_LAYERS else "norms"] += math.prod(shape)
-            if isinstance(tune, Lora) and kind in targets:
+    shapes = expected_shapes(config)
+    targets = adapted_matrices(shapes, tune)
+    for name, shape in shapes.items():
+        if name.startswith(LAYERS):
+            sums["linear" if len(shape) == _MATRIX else "norms"] += math.prod(shape)
+            if isinstance(tune, Lora) and name.removeprefix(LAYERS).partition(".")[2] in targets:
                 extra = shape[0] * ((tune.variant == "dora") + (tune.bias == "lora"))
                 sums["adapters"] += tune.rank * sum(shape) + extra
         elif "vision_tower" in name:
@@ -57,7 +64,41 @@ def count_parameters(config: LlavarConfig, tune: Tune) -> Counts:
             sums["projector"] += math.prod(shape)
         else:
             sums["head"] += math.prod(shape)
-    return Counts(**sums)
+    return Counts(**sums, matrices=layer_matrices(shapes), adapted=targets)
+
+
+def layer_matrices(shapes: Shapes) -> dict[str, tuple[int, int]]:
+    """Return the matrices of the language model's first layer, by their names in the layer.
+
+    Args:
+        shapes: From ``expected_shapes``.
+
+    Returns:
+        (width of the output, width of the input) by names such as ``mlp.up_proj.weight``.
+    """
+    first = LAYERS + "0."
+    return {
+        name.removeprefix(first): (shape[0], shape[1])
+        for name, shape in shapes.items()
+        if name.startswith(first) and len(shape) == _MATRIX
+    }
+
+
+def linear_blocks(shapes: Shapes) -> Blocks:
+    """Return the linear layers of a language model by their blocks, as ``find_linear_layers`` does for a model."""
+    found: dict[str, tuple[str, ...]] = {}
+    for name in layer_matrices(shapes):
+        block, _, own = name.removesuffix(".weight").rpartition(".")
+        found[block] = (*found.get(block, ()), own)
+    return found
+
+
+def adapted_matrices(shapes: Shapes, tune: Tune) -> frozenset[str]:
+    """Return the names, in a layer, of the matrices that a stage adds adapters to."""
+    if not isinstance(tune, Lora):
+        return frozenset()
+    chosen = choose_targets(tune, linear_blocks(shapes))
+    return frozenset(f"{block}.{own}.weight" for block, names in chosen.items() for own in names)
 
 
 def count_trained(config: LlavarConfig, tune: Tune, counts: Counts) -> int:

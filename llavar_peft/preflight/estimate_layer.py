@@ -63,7 +63,7 @@ def measure_layer(
         tokens: Tokens of the pass.
         accumulated: Whether gradients of an earlier pass exist, to which those of this pass are added.
     """
-    text = LlamaConfig.from_dict(config.text_config.to_dict(), attn_implementation="sdpa")
+    text = _as_llama(config)
     with torch.device("meta"):
         layer = _as_trained(LlamaDecoderLayer(text, 0), tune)
     with fake_tensors(), MemoryTracker() as tracker:
@@ -86,6 +86,23 @@ def measure_layer(
         tracker.reset_peak()
         output.backward(torch.empty_like(output))
         return LayerMemory(stream.untyped_storage().nbytes(), kept, tracker.peak - outside)
+
+
+def _as_llama(config: LlavarConfig) -> LlamaConfig:
+    """Return a LLaMA with the sizes of the language model, whose layers keep about as much as those of its kind."""
+    text = config.text_config
+    if isinstance(text, LlamaConfig):
+        return LlamaConfig.from_dict(text.to_dict(), attn_implementation="sdpa")
+    return LlamaConfig(
+        hidden_size=text.hidden_size,
+        intermediate_size=text.intermediate_size,
+        num_hidden_layers=text.num_hidden_layers,
+        num_attention_heads=text.num_attention_heads,
+        num_key_value_heads=text.num_key_value_heads,
+        head_dim=getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads,
+        vocab_size=text.vocab_size,
+        attn_implementation="sdpa",
+    )
 
 
 def _as_trained(layer: nn.Module, tune: Tune) -> nn.Module:
