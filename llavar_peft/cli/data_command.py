@@ -70,6 +70,8 @@ def data_inspect(
     roots = ImageRoots([str(path) for path in images]) if images else None
     opened = open_records([str(records)])
     console = Console(highlight=False, soft_wrap=True)
+    if not as_json:
+        console.print(Text(f"Conversation template: {processor.template}\n", style="dim"))
     count = limit if limit is not None else len(opened) if as_json else _DEFAULT_LIMIT
     for index in range(min(count, len(opened))):
         conversation = parse_record(opened[index], opened.where(index))

@@ -16,7 +16,7 @@ from llavar_peft.models.llama_tokenizer import load_tokenizer
 from llavar_peft.models.llavar_config import make_config
 from llavar_peft.models.model_parts import ModelParts
 from llavar_peft.models.pretrained_files import load_pretrained
-from llavar_peft.models.tower_loading import as_clip_processor, prepared_side
+from llavar_peft.models.tower_loading import as_clip_processor, count_extra_positions, prepared_side
 from llavar_peft.recipe.schema import ProjectorType
 from llavar_peft.types import ImageMode, TemplateName
 from llavar_peft.weights.io import tensor_names
@@ -40,7 +40,18 @@ def write_stock_companions(parts: ModelParts, activation: str, dtype: str | None
     Args:
         activation: Name of the activation between the projector's two layers.
         dtype: Of the weights, by torch's name; None if each tensor keeps its own.
+
+    Raises:
+        ConfigError: Stock LLaVA cannot express the tower.
     """
+    side = parts.processor().image_side
+    extra = count_extra_positions(parts.config.vision_config, side, Path(parts.source))
+    if extra > 1:
+        raise ConfigError.at(
+            "to",
+            f"stock LLaVA leaves out one position of the tower at most (this one has {extra} that are no patches)",
+            "use the layout llavar, or a tower without register tokens",
+        )
     if parts.inference_image_mode not in ("pad", "square"):
         logger.warning(
             "images will be padded with the mean color: stock LLaVA does not support the mode %s",

@@ -115,6 +115,14 @@ def test_a_model_with_an_encoder_is_named(tower: Folder, tmp_path: Path) -> None
         build_model(ModelConfig(language_model=str(tmp_path), vision_tower=tower("dinov2")))
 
 
+@pytest.mark.parametrize(("kind", "setting"), [("granite", "logits_scaling"), ("cohere2", "logit_scale")])
+def test_scaled_logits_are_named(kind: str, setting: str, tower: Folder, tmp_path: Path) -> None:
+    AutoConfig.for_model(kind, **{setting: 0.5}).save_pretrained(tmp_path)
+    make_tokenizer("chatml").save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match=f"{setting}: models with scaled logits"):
+        build_model(ModelConfig(language_model=str(tmp_path), vision_tower=tower("dinov2")))
+
+
 def test_a_kind_that_transformers_cannot_continue_a_text_with_is_named(tower: Folder, tmp_path: Path) -> None:
     AutoConfig.for_model("clip_text_model").save_pretrained(tmp_path)
     make_tokenizer("chatml").save_pretrained(tmp_path)

@@ -33,7 +33,7 @@ from llavar_peft import (
 )
 from llavar_peft.datagen.synth.synth_settings import SynthSettings
 from llavar_peft.datagen.synth.write_synthetic import write_synthetic
-from llavar_peft.errors import InterruptedRunError
+from llavar_peft.errors import ConfigError, InterruptedRunError
 from llavar_peft.models.tuning import apply_tuning, merge_tuning
 from tests.parts.tiny_parts import LANGUAGE_MODELS
 
@@ -162,6 +162,19 @@ def test_both_stages_then_an_adapter_then_a_merge_then_stock_transformers(
     again, _ = build_model(ModelConfig(checkpoint=str(tmp_path / "stock"), dtype="float32"))
     with torch.no_grad():
         assert torch.allclose(again(**inputs).logits, logits, atol=1e-4)
+
+
+def test_a_tower_with_registers_is_not_exported_to_stock_llava(
+    language_model: Folder, tower: Folder, tmp_path: Path
+) -> None:
+    model, processor = build_model(
+        ModelConfig(language_model=language_model("olmo2"), vision_tower=tower("dinov2_with_registers"))
+    )
+    model.save_pretrained(tmp_path / "model")
+    processor.save_pretrained(tmp_path / "model")
+    with pytest.raises(ConfigError, match="one position of the tower at most"):
+        export(tmp_path / "model", tmp_path / "stock", to="hf-llava")
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
 class _StopAt(TrainerCallback):
