@@ -25,6 +25,7 @@ from llavar_peft.evaluation.vqa.answer_metrics import Score
 from llavar_peft.evaluation.vqa.confidence_intervals import ratio_intervals
 from llavar_peft.evaluation.vqa.scored_results import Answered, Figure, Results, Setting
 from llavar_peft.evaluation.vqa.vqa_questions import VqaQuestion
+from llavar_peft.text_files import read_text
 
 Rule = Literal["mme", "mme-first-word"]
 TASK: Final = "OCR"
@@ -90,10 +91,7 @@ def read_folder(folder: str | Path) -> tuple[tuple[VqaQuestion, ...], Path]:
 
 
 def _lines(path: Path) -> list[str]:
-    try:
-        return [line for line in path.read_text(encoding="utf-8-sig").split("\n") if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError.at(str(path), f"cannot be read ({error})", "correct the path") from error
+    return [line for line in read_text(path).split("\n") if line.strip()]
 
 
 def _truth(text: str, where: str) -> str:

@@ -16,6 +16,7 @@ from llavar_peft.constants import IMAGE_PLACEHOLDER
 from llavar_peft.data.record_store import parse_record
 from llavar_peft.errors import DataError, LlavarError
 from llavar_peft.evaluation.vqa.benchmark_files import RECORD_FIX, SIZE_KEYS, read_rows, read_text_size
+from llavar_peft.text_files import text_problem
 
 _IDS: Final = ("question_id", "questionId", "id")
 _TRUTHS: Final = ("gt_answers", "answers", "truths", "truth")
@@ -154,6 +155,8 @@ def _parse(row: Mapping[str, Any], where: str, index: str) -> VqaQuestion:
     question = row.get("question")
     if not isinstance(question, str) or not question.strip():
         raise DataError.at(where, "has no question", RECORD_FIX)
+    if problem := text_problem(question):
+        raise DataError.at(where, f"the question {problem}", "write the whole text of the question")
     # "answer" is the truth in a file of questions, but the prediction in a record with a list of truths, even if empty.
     keys = ("answer",) if not any(key in row for key in _TRUTHS) else _TRUTHS
     truth_key = next((key for key in keys if row.get(key) not in (None, [])), None)
