@@ -9,7 +9,7 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
-from llavar_peft.cli.output import say, say_json, with_released_key
+from llavar_peft.cli.output import make_safe, say, say_json, with_released_key
 from llavar_peft.cli.shared_options import ImagesOption, JsonOption, VisionTowerOption
 
 if TYPE_CHECKING:
@@ -96,7 +96,7 @@ def _example_as_dict(example: Example, spans: list[tuple[str, bool]]) -> dict[st
 def _example_as_text(example: Example, spans: list[tuple[str, bool]]) -> Text:
     count = f"{len(example.input_ids)} tokens, {example.supervised} supervised"
     dropped = f", dropped: {example.dropped}" if example.dropped else ""
-    text = Text(f"{example.id} ({count}{dropped})\n", style="bold")
+    text = Text(f"{make_safe(example.id)} ({count}{dropped})\n", style="bold")
     for span, supervised in spans:
-        text.append(span, style="not bold green" if supervised else "not bold dim")
+        text.append(make_safe(span), style="not bold green" if supervised else "not bold dim")
     return text.append("\n")
