@@ -292,3 +292,14 @@ def text_problem(text: str) -> str | None:
     except UnicodeEncodeError as error:
         return f"contains half of a character, {text[error.start]!a} (a lone surrogate), at position {error.start}"
     return None
+
+
+def question_problem(text: str) -> str | None:
+    """Return why a text is no question for a model; None if it is one."""
+    return text_problem(text) if text.strip() else "is empty"
+
+
+def check_question(text: str) -> None:
+    """Check a question that a model is asked. Raises ``DataError`` if it is empty or cannot be encoded."""
+    if problem := question_problem(text):
+        raise DataError.at("question", problem, "write a question, in whole characters")

@@ -5,7 +5,9 @@ JSON record -> ``Conversation`` -> ``Example`` -> ``Batch`` -> loss.
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol, TypedDict
 
 if TYPE_CHECKING:
@@ -15,6 +17,14 @@ if TYPE_CHECKING:
 Role = Literal["human", "gpt"]
 ImageMode = Literal["pad", "square", "keep", "pad_black"]
 """Conversion of an image to a tensor; see ``llavar_peft.data.image_preparation``."""
+
+
+def expand_home(path: str | os.PathLike[str]) -> Path:
+    """Return a path of the user's, in which ``~`` and ``~user`` are homes; an unknown user stays as it is.
+
+    Every setting, option and argument that is a path goes through this, so that a path means the same everywhere.
+    """
+    return Path(os.path.expanduser(path))
 
 
 @dataclass(frozen=True, slots=True)

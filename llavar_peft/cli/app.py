@@ -8,6 +8,8 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import wraps
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -33,6 +35,7 @@ from llavar_peft.cli.report_command import report
 from llavar_peft.cli.serve_command import serve
 from llavar_peft.cli.synth_command import synth
 from llavar_peft.cli.train_command import quickstart, train
+from llavar_peft.types import expand_home
 
 _HELP = """Train, evaluate and serve LLaVAR models, which read text in images.
 
@@ -63,11 +66,11 @@ def build_app() -> typer.Typer:
     def group(name: str, panel: str, text: str, **commands: Callable[..., None]) -> None:
         sub_app = typer.Typer(help=text, no_args_is_help=True)
         for command, function in commands.items():
-            sub_app.command(command)(function)
+            sub_app.command(command)(_with_homes(function))
         app.add_typer(sub_app, name=name, rich_help_panel=panel)
 
     def command(name: str, panel: str, function: Callable[..., None]) -> None:
-        app.command(name, rich_help_panel=panel)(function)
+        app.command(name, rich_help_panel=panel)(_with_homes(function))
 
     command("quickstart", _TRAIN, quickstart)
     command("train", _TRAIN, train)
@@ -95,6 +98,22 @@ def build_app() -> typer.Typer:
         make=delta_make, apply=delta_apply, verify=delta_verify,
     )  # fmt: skip
     return app
+
+
+def _with_homes(command: Callable[..., None]) -> Callable[..., None]:
+    """Return a command whose paths may begin with ``~``, which shells do not replace in ``--option=~/path``."""
+
+    @wraps(command)
+    def run(**options: Any) -> None:
+        command(**{name: _expand(value) for name, value in options.items()})
+
+    return run
+
+
+def _expand(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_expand(one) for one in value]
+    return expand_home(value) if isinstance(value, Path) else value
 
 
 def _print_version(requested: bool) -> None:

@@ -27,9 +27,9 @@ def data_check(
     """Report all malformed records and all missing or broken images."""
     from llavar_peft.data.check_records import check_records
     from llavar_peft.data.image_roots import ImageRoots
-    from llavar_peft.data.record_store import open_records
+    from llavar_peft.data.record_store import open_filled_records
 
-    opened = open_records([str(path) for path in records])
+    opened = open_filled_records([str(path) for path in records])
     report = check_records(opened, ImageRoots([str(path) for path in images or ()]))
     if as_json:
         found = report.as_dict()
@@ -62,13 +62,13 @@ def data_inspect(
     """Show the text of records as the model is trained on it, with the supervised parts in green."""
     from llavar_peft.data.encode_record import encode_conversation
     from llavar_peft.data.image_roots import ImageRoots
-    from llavar_peft.data.record_store import open_records, parse_record
+    from llavar_peft.data.record_store import open_filled_records, parse_record
     from llavar_peft.data.supervised_text import decode_supervision
     from llavar_peft.models.build_model import load_processor
 
     processor = load_processor(str(model), vision_tower=vision_tower)
     roots = ImageRoots([str(path) for path in images]) if images else None
-    opened = open_records([str(records)])
+    opened = open_filled_records([str(records)])
     console = Console(highlight=False, soft_wrap=True)
     count = limit if limit is not None else len(opened) if as_json else _DEFAULT_LIMIT
     for index in range(min(count, len(opened))):

@@ -37,7 +37,13 @@ _JSON_ESCAPES: Final = {code: f"\\u{code:04x}" for code in _CONTROLS}
 
 
 def prepare_streams() -> None:
-    """Let stdout and stderr escape the characters that their encoding does not have, instead of raising an error."""
+    """Let stdout and stderr escape the characters that their encoding does not have, instead of raising an error.
+
+    Input that is not in the encoding of stdin is kept, and rejected where it is used.
+    """
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        with suppress(OSError, ValueError):
+            sys.stdin.reconfigure(errors="surrogateescape")
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             with suppress(OSError, ValueError):

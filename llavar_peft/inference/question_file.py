@@ -17,7 +17,14 @@ from llavar_peft.atomic_files import dump_json, write_json, write_text
 from llavar_peft.data.image_roots import ImageRoots
 from llavar_peft.data.resume_journal import ResumeJournal, check_settings, read_entries
 from llavar_peft.errors import ConfigError, DataError, Fault, ImageError
-from llavar_peft.text_files import check_is_file, parse_json, read_bytes, read_json_lines, text_problem
+from llavar_peft.text_files import (
+    check_is_file,
+    parse_json,
+    question_problem,
+    read_bytes,
+    read_json_lines,
+    text_problem,
+)
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -100,7 +107,7 @@ def _find_problem(fields: Any) -> str | None:
         return "has no question_id"
     if not isinstance(fields.get("text"), str):
         return f"text is {fields.get('text')!r}, expected a string"
-    if problem := text_problem(fields["text"]):
+    if problem := question_problem(fields["text"]):
         return f"text {problem}"
     if not isinstance(fields["question_id"], str | int) or text_problem(str(fields["question_id"])):
         return f"question_id is {fields['question_id']!a}, expected a string or an integer"

@@ -14,6 +14,7 @@ from llavar_peft.recipe.schema import Recipe
 from llavar_peft.recipe.schema_fields import nearest
 from llavar_peft.recipe.validate import recipe_from_mapping
 from llavar_peft.text_files import read_text
+from llavar_peft.types import expand_home
 
 _HERE = Path(__file__).parent
 # setup.py packs the repository's examples/recipes into the package; a checkout reads that folder itself.
@@ -59,7 +60,7 @@ def read_recipe(name_or_path: str | Path) -> str:
     known = list(_shipped())
     if where in known:
         return (_SHIPPED / f"{where}{_SUFFIX}").read_text(encoding="utf-8")
-    path = Path(name_or_path).expanduser()
+    path = expand_home(name_or_path)
     if not os.path.exists(path):  # pathlib's raises an error for a name that is too long
         near = nearest(where, known)
         names = f"did you mean '{near}'?" if near else f"use a YAML file, or one of {', '.join(known)}"

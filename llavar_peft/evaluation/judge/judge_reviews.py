@@ -16,6 +16,7 @@ from llavar_peft.atomic_files import dump_json, write_text
 from llavar_peft.errors import DataError
 from llavar_peft.evaluation.vqa.confidence_intervals import ratio_intervals
 from llavar_peft.text_files import read_json_lines
+from llavar_peft.types import expand_home
 
 ALL: Final = "all"
 
@@ -185,7 +186,7 @@ def read_reviews(path: str | Path) -> tuple[Review, ...]:
     Raises:
         DataError: The file cannot be read, or a line is not a review.
     """
-    return tuple(_from_json(value, where) for where, value in read_json_lines(Path(path), lenient=True))
+    return tuple(_from_json(value, where) for where, value in read_json_lines(expand_home(path), lenient=True))
 
 
 def _from_json(value: Any, where: str) -> Review:

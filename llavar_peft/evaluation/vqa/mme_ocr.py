@@ -26,6 +26,7 @@ from llavar_peft.evaluation.vqa.confidence_intervals import ratio_intervals
 from llavar_peft.evaluation.vqa.scored_results import Answered, Figure, Results, Setting
 from llavar_peft.evaluation.vqa.vqa_questions import VqaQuestion
 from llavar_peft.text_files import read_text
+from llavar_peft.types import expand_home
 
 Rule = Literal["mme", "mme-first-word"]
 TASK: Final = "OCR"
@@ -44,7 +45,7 @@ def read_answers(path: str | Path) -> tuple[VqaQuestion, ...]:
         DataError: The file cannot be read, a line has fewer than four columns, or a truth is neither yes nor no.
     """
     questions: list[VqaQuestion] = []
-    for number, line in enumerate(_lines(Path(path)), 1):
+    for number, line in enumerate(_lines(expand_home(path)), 1):
         columns = line.split("\t", 3)
         if len(columns) != 4:
             raise DataError.at(
@@ -72,7 +73,8 @@ def read_folder(folder: str | Path) -> tuple[tuple[VqaQuestion, ...], Path]:
     Raises:
         DataError: The folder does not exist, or a question has no image.
     """
-    root = Path(folder) / TASK if (Path(folder) / TASK).is_dir() else Path(folder)
+    given = expand_home(folder)
+    root = given / TASK if (given / TASK).is_dir() else given
     apart = (root / "questions_answers_YN").is_dir()
     texts, images = (root / "questions_answers_YN", root / "images") if apart else (root, root)
     questions: list[VqaQuestion] = []

@@ -15,7 +15,7 @@ from llavar_peft.evaluation.vqa.answer_metrics import LOWER_IS_BETTER, PROTOCOLS
 from llavar_peft.evaluation.vqa.confidence_intervals import ratio_intervals, sum_by_name
 from llavar_peft.evaluation.vqa.vqa_questions import VqaQuestion
 from llavar_peft.text_files import read_json
-from llavar_peft.types import ImageMode
+from llavar_peft.types import ImageMode, expand_home
 
 _FORMAT: Final = 1
 _FIX: Final = "give a file written by 'llavar-peft eval vqa --out'"
@@ -202,7 +202,7 @@ def read_results(path: str | Path) -> Results:
     Raises:
         DataError: It is not a results file.
     """
-    plain = read_json(Path(path), fix=_FIX, lenient=True)
+    plain = read_json(expand_home(path), fix=_FIX, lenient=True)
     try:
         if plain["format"] != _FORMAT:
             raise ValueError(f"format {plain['format']}, expected {_FORMAT}")
