@@ -27,8 +27,8 @@ def write_bytes(path: Path, data: bytes) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a file in UTF-8 atomically."""
-    write_bytes(path, text.encode("utf-8"))
+    """Write a file in UTF-8 atomically; halves of characters, as in file names that are not UTF-8, become escapes."""
+    write_bytes(path, text.encode("utf-8", "backslashreplace"))
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -5,7 +5,9 @@ JSON record -> ``Conversation`` -> ``Example`` -> ``Batch`` -> loss.
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol, TypedDict
 
 if TYPE_CHECKING:
@@ -17,6 +19,14 @@ TemplateName = Literal["llava_v1", "vicuna_v1", "chat"]
 """How a conversation is written: as LLaVAR does, as LLaVA-1.5 does, or by the tokenizer's own chat template."""
 ImageMode = Literal["pad", "square", "keep", "pad_black"]
 """Conversion of an image to a tensor; see ``llavar_peft.data.image_preparation``."""
+
+
+def expand_home(path: str | os.PathLike[str]) -> Path:
+    """Return a path of the user's, in which ``~`` and ``~user`` are homes; an unknown user stays as it is.
+
+    Every setting, option and argument that is a path goes through this, so that a path means the same everywhere.
+    """
+    return Path(os.path.expanduser(path))
 
 
 @dataclass(frozen=True, slots=True)

@@ -233,7 +233,7 @@ def test_an_incomplete_last_line_is_ignored(run: Path, half: bytes) -> None:
 def test_a_malformed_line_is_reported(run: Path) -> None:
     path = run / "one" / "metrics.jsonl"
     path.write_text('{"step": 1, "lo\n' + path.read_text(encoding="utf-8"), encoding="utf-8")
-    with pytest.raises(DataError, match=r"metrics\.jsonl:1: is not JSON"):
+    with pytest.raises(DataError, match=r"metrics\.jsonl:1: not valid JSON"):
         write_run_page(run)
 
 

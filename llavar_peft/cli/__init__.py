@@ -7,7 +7,7 @@ import traceback
 from collections.abc import Sequence
 
 from llavar_peft.cli.app import Session, build_app
-from llavar_peft.cli.output import complain
+from llavar_peft.cli.output import complain, make_safe, prepare_streams
 from llavar_peft.errors import LlavarError
 
 _UNEXPECTED = 1
@@ -25,6 +25,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         130 interrupted.
     """
     session = Session()
+    prepare_streams()
     try:
         build_app()(args=arguments, obj=session, prog_name="llavar-peft")
     except SystemExit as stop:  # how click ends every command
@@ -46,4 +47,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _print_traceback(session: Session) -> None:
     if session.debug:
-        traceback.print_exc(file=sys.stderr)
+        print(make_safe(traceback.format_exc()), file=sys.stderr)  # noqa: T201

@@ -5,11 +5,15 @@ from __future__ import annotations
 import logging
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Annotated
+from functools import wraps
+from pathlib import Path
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from llavar_peft import __version__
 from llavar_peft.cli.adapter_command import adapter_show, adapter_verify
@@ -24,13 +28,14 @@ from llavar_peft.cli.generate_command import generate
 from llavar_peft.cli.judge_command import eval_answer, eval_judge, eval_summarize
 from llavar_peft.cli.merge_command import merge
 from llavar_peft.cli.ocr_command import ocr_build, ocr_converse
-from llavar_peft.cli.output import is_first_rank, say
+from llavar_peft.cli.output import is_first_rank, make_safe, say
 from llavar_peft.cli.preflight_command import doctor, estimate
 from llavar_peft.cli.recipe_command import recipe_list, recipe_show
 from llavar_peft.cli.report_command import report
 from llavar_peft.cli.serve_command import serve
 from llavar_peft.cli.synth_command import synth
 from llavar_peft.cli.train_command import quickstart, train
+from llavar_peft.types import expand_home
 
 _HELP = """Train, evaluate and serve LLaVAR models, which read text in images.
 
@@ -53,17 +58,19 @@ class Session:
 
 def build_app() -> typer.Typer:
     """Return the command line as a typer application."""
-    app = typer.Typer(help=_HELP, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+    app = typer.Typer(
+        cls=_SafeGroup, help=_HELP, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False
+    )
     app.callback()(_global_options)
 
     def group(name: str, panel: str, text: str, **commands: Callable[..., None]) -> None:
         sub_app = typer.Typer(help=text, no_args_is_help=True)
         for command, function in commands.items():
-            sub_app.command(command)(function)
+            sub_app.command(command)(_with_homes(function))
         app.add_typer(sub_app, name=name, rich_help_panel=panel)
 
     def command(name: str, panel: str, function: Callable[..., None]) -> None:
-        app.command(name, rich_help_panel=panel)(function)
+        app.command(name, rich_help_panel=panel)(_with_homes(function))
 
     command("quickstart", _TRAIN, quickstart)
     command("train", _TRAIN, train)
@@ -93,6 +100,22 @@ def build_app() -> typer.Typer:
     return app
 
 
+def _with_homes(command: Callable[..., None]) -> Callable[..., None]:
+    """Return a command whose paths may begin with ``~``, which shells do not replace in ``--option=~/path``."""
+
+    @wraps(command)
+    def run(**options: Any) -> None:
+        command(**{name: _expand(value) for name, value in options.items()})
+
+    return run
+
+
+def _expand(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_expand(one) for one in value]
+    return expand_home(value) if isinstance(value, Path) else value
+
+
 def _print_version(requested: bool) -> None:
     if requested:
         say(f"llavar-peft {__version__}")
@@ -117,6 +140,7 @@ def _configure_logging(debug: bool) -> None:
         warnings.filterwarnings("ignore", category=FutureWarning)
     level = logging.DEBUG if debug else logging.INFO
     layout = "%(levelname)s %(name)s: %(message)s" if debug else "%(message)s"
+    logging.setLogRecordFactory(_SafeRecord)
     logging.basicConfig(format=layout, handlers=[_StandardError()], force=True)
     # Only this package logs at INFO, and only in the first process of a run.
     logging.getLogger("llavar_peft").setLevel(level if is_first_rank() else logging.WARNING)
@@ -125,13 +149,45 @@ def _configure_logging(debug: bool) -> None:
     logging.getLogger("bitsandbytes.autograd._functions").addFilter(_is_not_cast_notice)
 
 
+class _SafeRecord(logging.LogRecord):
+    """A message of any library's logger without characters that control the terminal."""
+
+    def getMessage(self) -> str:
+        """Return the message."""
+        return make_safe(super().getMessage())
+
+
+class _SafeGroup(TyperGroup):
+    """The program. Messages about its arguments, which may be names of files, do not control the terminal."""
+
+    def make_context(self, *args: Any, **settings: Any) -> Any:
+        """Read the program's own options."""
+        with _safe_messages():
+            return super().make_context(*args, **settings)
+
+    def invoke(self, *args: Any) -> Any:
+        """Run a command."""
+        with _safe_messages():
+            return super().invoke(*args)
+
+
+@contextmanager
+def _safe_messages() -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:
+        if isinstance(message := getattr(error, "message", None), str):  # click's errors about arguments
+            error.message = make_safe(message)  # type: ignore[attr-defined]
+        raise
+
+
 class _StandardError(logging.Handler):
     """Writes to the present ``sys.stderr``; logging's StreamHandler keeps the first one, which may be closed."""
 
     def emit(self, record: logging.LogRecord) -> None:
         """Write a line."""
         try:
-            print(self.format(record), file=sys.stderr, flush=True)  # noqa: T201
+            print(make_safe(self.format(record)), file=sys.stderr, flush=True)  # noqa: T201
         except Exception:  # noqa: BLE001 - as in every handler, a line that cannot be written must not end the program
             self.handleError(record)
 

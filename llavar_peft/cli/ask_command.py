@@ -8,6 +8,7 @@ import typer
 
 from llavar_peft.cli import shared_options as shared
 from llavar_peft.cli.output import say, say_json
+from llavar_peft.text_files import check_question
 
 
 def ask(
@@ -34,6 +35,7 @@ def ask(
     """Ask a model a question about images."""
     from llavar_peft.inference.chat import load_chat
 
+    check_question(question)
     sampling = shared.make_sampling(max_new_tokens, temperature, greedy, seed)
     names: list[str | None] = [*image] if image else [None]
     images = [None if name is None else shared.open_image_or_url(name) for name in names]

@@ -90,7 +90,7 @@ class _Terminal:
 
     def _read(self) -> str | None:
         if not self._interactive:
-            return sys.stdin.readline() or None
+            return sys.stdin.readline().removeprefix("\ufeff") or None
         while True:
             try:
                 return input("> ")

@@ -9,7 +9,7 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
-from llavar_peft.cli.output import say, say_json, with_released_key
+from llavar_peft.cli.output import make_safe, say, say_json, with_released_key
 from llavar_peft.cli.shared_options import ImagesOption, JsonOption, VisionTowerOption
 
 if TYPE_CHECKING:
@@ -27,9 +27,9 @@ def data_check(
     """Report all malformed records and all missing or broken images."""
     from llavar_peft.data.check_records import check_records
     from llavar_peft.data.image_roots import ImageRoots
-    from llavar_peft.data.record_store import open_records
+    from llavar_peft.data.record_store import open_filled_records
 
-    opened = open_records([str(path) for path in records])
+    opened = open_filled_records([str(path) for path in records])
     report = check_records(opened, ImageRoots([str(path) for path in images or ()]))
     if as_json:
         found = report.as_dict()
@@ -62,13 +62,13 @@ def data_inspect(
     """Show the text of records as the model is trained on it, with the supervised parts in green."""
     from llavar_peft.data.encode_record import encode_conversation
     from llavar_peft.data.image_roots import ImageRoots
-    from llavar_peft.data.record_store import open_records, parse_record
+    from llavar_peft.data.record_store import open_filled_records, parse_record
     from llavar_peft.data.supervised_text import decode_supervision
     from llavar_peft.models.build_model import load_processor
 
     processor = load_processor(str(model), vision_tower=vision_tower)
     roots = ImageRoots([str(path) for path in images]) if images else None
-    opened = open_records([str(records)])
+    opened = open_filled_records([str(records)])
     console = Console(highlight=False, soft_wrap=True)
     if not as_json:
         console.print(Text(f"Conversation template: {processor.template}\n", style="dim"))
@@ -98,7 +98,7 @@ def _example_as_dict(example: Example, spans: list[tuple[str, bool]]) -> dict[st
 def _example_as_text(example: Example, spans: list[tuple[str, bool]]) -> Text:
     count = f"{len(example.input_ids)} tokens, {example.supervised} supervised"
     dropped = f", dropped: {example.dropped}" if example.dropped else ""
-    text = Text(f"{example.id} ({count}{dropped})\n", style="bold")
+    text = Text(f"{make_safe(example.id)} ({count}{dropped})\n", style="bold")
     for span, supervised in spans:
-        text.append(span, style="not bold green" if supervised else "not bold dim")
+        text.append(make_safe(span), style="not bold green" if supervised else "not bold dim")
     return text.append("\n")

@@ -1,12 +1,19 @@
-"""Output of the commands: results go to stdout, everything else to stderr."""
+r"""Output of the commands: results go to stdout, everything else to stderr.
+
+Text of models, files and file names can contain control characters that move the cursor, change the window or reorder
+the line. They are shown as escapes such as ``\x1b``, on a terminal and in a pipe alike, because a file of output is
+shown on a terminal later. In JSON they are JSON's own escapes, so that a program reads the text unchanged.
+"""
 
 from __future__ import annotations
 
+import io
 import json
 import os
+import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
-from typing import TYPE_CHECKING, Any, TypeAlias
+from contextlib import AbstractContextManager, contextmanager, suppress
+from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 import typer
 
@@ -19,20 +26,59 @@ Counter: TypeAlias = AbstractContextManager[Callable[[int, int], None]]
 """A progress bar: a context that returns a function of the number done and the total."""
 _FILE_WIDTH = 160  # characters of a line when stdout is not a terminal
 
+# The control characters except tab and line feed, the directions that text can be forced into, and halves of
+# characters, which file names that are not UTF-8 contain.
+_CONTROLS: Final = (
+    *range(0x09), *range(0x0B, 0x20), *range(0x7F, 0xA0), *range(0x202A, 0x202F), *range(0x2066, 0x206A),
+    *range(0xD800, 0xE000),
+)  # fmt: skip
+_ESCAPES: Final = {code: f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}" for code in _CONTROLS}
+_JSON_ESCAPES: Final = {code: f"\\u{code:04x}" for code in _CONTROLS}
+
+
+def prepare_streams() -> None:
+    """Let stdout and stderr escape the characters that their encoding does not have, instead of raising an error.
+
+    Input that is not in the encoding of stdin is kept, and rejected where it is used.
+    """
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        with suppress(OSError, ValueError):
+            sys.stdin.reconfigure(errors="surrogateescape")
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            with suppress(OSError, ValueError):
+                stream.reconfigure(errors="backslashreplace")
+
+
+def make_safe(text: str) -> str:
+    """Return a text with escapes instead of the characters that control a terminal; line ends and tabs stay."""
+    return text.replace("\r\n", "\n").translate(_ESCAPES)
+
+
+def _echo(text: str, *, err: bool = False, nl: bool = True) -> None:
+    """Print text. typer would print UTF-8 where the encoding is ASCII, as a terminal that is not set up says."""
+    encoding = getattr(sys.stderr if err else sys.stdout, "encoding", None) or "utf-8"
+    typer.echo(text.encode(encoding, "backslashreplace").decode(encoding), err=err, nl=nl)
+
 
 def say(text: str) -> None:
     """Print a result, without wrapping or colour, so that it can be piped."""
-    typer.echo(text)
+    _echo(make_safe(text))
 
 
 def say_piece(text: str) -> None:
     """Print a part of a line without delay."""
-    typer.echo(text, nl=False)
+    _echo(make_safe(text), nl=False)
 
 
 def say_json(value: Any) -> None:
     """Print a result as one line of JSON."""
-    typer.echo(json.dumps(value, ensure_ascii=False))
+    text = json.dumps(value, ensure_ascii=False).translate(_JSON_ESCAPES)
+    try:
+        text.encode(getattr(sys.stdout, "encoding", None) or "utf-8")
+    except UnicodeEncodeError:
+        text = json.dumps(value).translate(_JSON_ESCAPES)
+    typer.echo(text)
 
 
 def with_released_key(finding: dict[str, Any]) -> dict[str, Any]:
@@ -47,7 +93,7 @@ def say_weights(report: WeightsReport) -> None:
 
 def complain(text: str) -> None:
     """Print an error."""
-    typer.secho(f"error: {text}", err=True, fg=typer.colors.RED)
+    _echo(typer.style(f"error: {make_safe(text)}", fg=typer.colors.RED), err=True)
 
 
 def is_first_rank() -> bool:
@@ -76,7 +122,7 @@ def print_table(titles: Sequence[str], rows: Sequence[Sequence[object]], *, text
     for column in table.columns[text_columns:]:
         column.justify = "right"
     for row in rows:
-        table.add_row(*(Text("" if cell is None else str(cell)) for cell in row))
+        table.add_row(*(Text("" if cell is None else make_safe(str(cell))) for cell in row))
     console = Console(highlight=False)
     if not console.is_terminal:
         console.width = _FILE_WIDTH

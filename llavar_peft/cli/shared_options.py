@@ -12,7 +12,7 @@ import typer
 from llavar_peft.errors import ConfigError
 from llavar_peft.recipe.presets import load_recipe
 from llavar_peft.recipe.schema import Quantization, Recipe
-from llavar_peft.types import ImageMode
+from llavar_peft.types import ImageMode, expand_home
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -145,7 +145,7 @@ def parse_adapters(given: Sequence[str]) -> dict[str, Path]:
     named: dict[str, Path] = {}
     for text in given:
         name, separator, folder = text.partition("=")
-        path = Path(folder if separator else text)
+        path = expand_home(folder if separator else text)
         name = name if separator else path.resolve().name
         if name in named or not name:
             raise ConfigError.at(

@@ -16,7 +16,7 @@ from typing import Any, Final, Literal
 
 from llavar_peft.constants import IMAGE_PLACEHOLDER
 from llavar_peft.data.image_roots import FolderListing, ImageRoots
-from llavar_peft.data.record_store import RecordSource, count_placeholders, parse_record
+from llavar_peft.data.record_store import RecordSource, count_placeholders, is_image_path, parse_record
 from llavar_peft.errors import DataError, Fault, ImageError
 from llavar_peft.types import Conversation
 
@@ -202,7 +202,9 @@ def _image_of_valid_record(raw: Any) -> tuple[str, ...] | None:
             return None
         role, other = other, role
     image = raw.get("image")
-    return (image,) if type(image) is str and image and placed and role == "human" else None
+    if type(image) is not str or not is_image_path(image) or "video" in raw:
+        return None
+    return (image,) if placed and role == "human" else None
 
 
 def _parse(store: RecordSource, index: int) -> tuple[Conversation | None, list[RecordFinding]]:

@@ -18,6 +18,7 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from llavar_peft.errors import ImageError, LlavarError
+from llavar_peft.types import expand_home
 
 MAX_PIXELS: Final = 2**26
 """Larger images (8192 x 8192 pixels, 256 MiB decoded) are rejected: a PNG of 20 kB can decode to gigabytes."""
@@ -74,7 +75,7 @@ def open_image(source: str | Path | Image.Image) -> Image.Image:
             return source
         where = str(getattr(source, "filename", "") or "image")
         return _checked(source, where)
-    where = str(source)
+    where = str(expand_home(source))
     try:
         return _open_file(where)
     except _PngTextError:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from llavar_peft.errors import ImageError, LlavarError
+from llavar_peft.types import expand_home
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -34,7 +35,7 @@ class ImageRoots:
 
     def __init__(self, roots: Iterable[str | Path] | str | Path = ()) -> None:
         given = [roots] if isinstance(roots, str | Path) else roots
-        self.roots = tuple(Path(root).expanduser() for root in given)
+        self.roots = tuple(expand_home(root) for root in given)
         for root in self.roots:
             if not root.is_dir():
                 raise ImageError.at(

@@ -22,6 +22,14 @@ import msgspec
 import numpy as np
 
 from llavar_peft.errors import DataError, LlavarError
+from llavar_peft.text_encodings import detect_unicode, explain_encoding, find_foreign_format, is_legacy
+from llavar_peft.text_files import (
+    check_is_file,
+    decode_unicode,
+    explain_json_error,
+    json_error_position,
+    parse_json,
+)
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -34,6 +42,8 @@ _MAGIC: Final = b"LLVRIDX1"
 # magic, size, mtime_ns, count, CRC of the first and last bytes of the file, CRC of the offsets
 _HEADER: Final = struct.Struct("<8sQqQII24x")
 _ENDS: Final = 4096
+_HEAD: Final = 2**20  # bytes from which the encoding is found
+_CONVERTED_BYTES: Final = 2**28  # of a file in UTF-16 or UTF-32, which is converted each time it is opened
 _BETWEEN: Final = re.compile(rb"[ \t\r\n]*,[ \t\r\n]*")
 _SPACE: Final = b" \t\r\n"
 _BOM: Final = b"\xef\xbb\xbf"
@@ -73,11 +83,7 @@ class IndexedFile:
         """Return a decoded record. Raises ``DataError`` if it is not valid JSON."""
         start, stop = int(self._offsets[index]), int(self._offsets[index + 1])
         # The last byte of a JSON value is never a comma.
-        text = self._file[start:stop].rstrip(b" \t\r\n,")
-        try:
-            return msgspec.json.decode(text)
-        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
-            raise _malformed(self.where(index), text, error) from error
+        return parse_json(self._file[start:stop].rstrip(b" \t\r\n,"), self.where(index), self.path, base=start)
 
     def where(self, index: int) -> str:
         """Return the name of a record, e.g. ``"records.json:17"``, counted from 0."""
@@ -95,6 +101,7 @@ class IndexedFile:
             )
 
     def _open(self) -> None:
+        check_is_file(self.path, fix="correct the path to the records")
         try:
             with open(self.path, "rb") as file:
                 status = os.fstat(file.fileno())
@@ -105,9 +112,30 @@ class IndexedFile:
             raise _fault(
                 self.path, f"cannot be opened ({error.strerror or error})", "correct the path to the records"
             ) from error
+        self._convert()
         ends = zlib.crc32(self._file[-_ENDS:], zlib.crc32(self._file[:_ENDS]))
         self._stamp = _Stamp(status.st_size, status.st_mtime_ns, ends)
         self._offsets = self._find_offsets()
+
+    def _convert(self) -> None:
+        """Replace the content by its form in UTF-8, and check that it is text."""
+        head = self._file[:_HEAD]
+        if detect_unicode(head).encoding == "utf-8":
+            fault = find_foreign_format(str(self.path), head)
+            if fault is None and is_legacy(head):
+                fault = explain_encoding(head, str(self.path), self.path, line=1)
+            if fault is not None:
+                raise DataError(str(fault), (fault,))
+            return
+        if len(self._file) > _CONVERTED_BYTES:
+            what = f"is too large to be converted from UTF-16 each time (got {len(self._file):,} bytes)"
+            raise _fault(self.path, what, "save the file as UTF-8")
+        data = decode_unicode(self._file[:], str(self.path), self.path)
+        if not data:
+            raise _fault(self.path, "the file is empty", "give a file with records")
+        self._file = mmap.mmap(-1, len(data))
+        self._file.write(data)
+        self._file.seek(0)  # where find() begins by default
 
     def _find_offsets(self) -> npt.NDArray[np.uint64]:
         if self._stamp.size < MIN_INDEXED_BYTES:
@@ -171,10 +199,6 @@ def _save(index_path: Path, stamp: _Stamp, offsets: npt.NDArray[np.uint64]) -> N
 
 def _scan(path: Path, file: mmap.mmap) -> npt.NDArray[np.uint64]:
     head = file[:_ENDS]
-    if head.startswith((b"\xff\xfe", b"\xfe\xff")):
-        raise _fault(path, "wrong encoding (got UTF-16, expected UTF-8)", "save the file as UTF-8")
-    if head.startswith((b"\x1f\x8b", b"PK", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")):
-        raise _fault(path, "the file is compressed", "decompress it")
     start = len(_BOM) if head.startswith(_BOM) else 0
     first = head[start:].lstrip(_SPACE)[:1]
     lines = path.suffix.lower() != ".json"
@@ -197,7 +221,7 @@ def _scan_array(path: Path, file: mmap.mmap, start: int) -> npt.NDArray[np.uint6
         try:
             elements = msgspec.json.decode(view, type=list[msgspec.Raw])
         except (msgspec.MsgspecError, RecursionError) as error:
-            raise _malformed(str(path), view, error) from None
+            raise _malformed(path, bytes(view), error) from None
         lengths = np.fromiter((len(memoryview(element)) for element in elements), np.int64, len(elements))
         del elements
     offsets = np.empty(len(lengths) + 1, np.dtype("<u8"))
@@ -217,8 +241,9 @@ def _scan_array(path: Path, file: mmap.mmap, start: int) -> npt.NDArray[np.uint6
 def _scan_lines(file: mmap.mmap, start: int) -> npt.NDArray[np.uint64]:
     """Return the offsets of the lines that are not blank. Their syntax is checked when they are read."""
     step = 2**24  # bytes searched at once
+    end = 0x0A if file.find(b"\n") >= 0 else 0x0D  # old programs of the Mac end lines with a carriage return
     breaks = (
-        np.flatnonzero(np.frombuffer(file[base : base + step], np.uint8) == 0x0A) + base
+        np.flatnonzero(np.frombuffer(file[base : base + step], np.uint8) == end) + base
         for base in range(0, len(file), step)
     )
     starts = np.concatenate([np.array([start], np.int64), *(found + 1 for found in breaks)])
@@ -233,30 +258,16 @@ def _scan_lines(file: mmap.mmap, start: int) -> npt.NDArray[np.uint64]:
     return np.append(starts[~blank], len(file)).astype("<u8")
 
 
-def _malformed(where: str, text: bytes | memoryview, error: Exception) -> LlavarError:
-    """Return an error with the position of the syntax error, as far as it is known."""
-    if isinstance(error, RecursionError):
-        return DataError.at(where, "the JSON is nested too deeply", "remove the record")
-    found = re.search(r"\(byte (\d+)\)", str(error))
-    reason = re.sub(r"^JSON is malformed: | \(byte \d+\)$", "", str(error))
-    if not found:
-        return DataError.at(
-            where, f"not valid JSON ({reason})", "get the file again: it may have been cut off in a transfer"
-        )
-    at = int(found[1])
-    before = bytes(text[:at])
-    line = before.count(b"\n") + 1
-    column = at - (before.rfind(b"\n") + 1) + 1
-    near = bytes(text[max(0, at - 20) : at + 20]).decode("utf-8", "replace")
+def _malformed(path: Path, text: bytes, error: Exception) -> LlavarError:
+    """Return an error about the syntax of an array, with its position as far as it is known."""
+    at = json_error_position(error, text)
     record = ""
-    if "trailing" in reason:
+    if at is not None and "trailing char" in str(error):
         record = ", after the end of the array"
-    elif before.lstrip(_SPACE)[:1] == b"[" and at < _COUNTED_BYTES:
-        record = f", record {_count_records(before)}"
-    fix = "correct the syntax at this position"
-    if re.match(rb"-?(NaN|Inf)", bytes(text[max(0, at - 1) : at + 8]).lstrip(b" :,[-")):
-        fix = "write null instead of NaN or Infinity, which are not JSON"
-    return DataError.at(where, f"not valid JSON at line {line}, column {column}{record} ({reason}, near {near!r})", fix)
+    elif at is not None and at < _COUNTED_BYTES:
+        record = f", record {_count_records(text[:at])}"
+    fault = explain_json_error(error, text, str(path), path, line=1, record=record)
+    return DataError(str(fault), (fault,))
 
 
 def _count_records(before: bytes) -> int:

@@ -6,6 +6,7 @@ A record is ``{"id": ..., "image": "a.jpg", "conversations": [{"from": "human", 
 
 from __future__ import annotations
 
+import re
 from bisect import bisect_right
 from collections.abc import Iterable, Mapping, Sequence
 from difflib import get_close_matches
@@ -16,8 +17,12 @@ from typing import Any, Final, Protocol
 from llavar_peft.constants import IMAGE_PLACEHOLDER
 from llavar_peft.data.record_index import IndexedFile
 from llavar_peft.errors import DataError, Fault, LlavarError
-from llavar_peft.types import Conversation, Role, Turn
+from llavar_peft.types import Conversation, Role, Turn, expand_home
 
+_MAX_PATH: Final = 1024  # characters of the path of an image; a longer text is the image itself
+_SCHEME: Final = 32  # characters in which a URL says what it is
+_SHOWN: Final = 80
+_TABLES: Final = (".csv", ".tsv", ".xls", ".xlsx", ".ods")
 _ROLES: Final[dict[str, Role]] = {"human": "human", "user": "human", "gpt": "gpt", "assistant": "gpt"}
 
 
@@ -102,10 +107,19 @@ def open_records(source: Any, cache_dir: str | Path | None = None) -> RecordStor
         DataError: A file is missing, empty, of an unknown format, or malformed.
     """
     if isinstance(source, str | Path):
-        return RecordStore([_open_path(Path(source), cache_dir)])
+        return RecordStore([_open_path(expand_home(source), cache_dir)])
     if isinstance(source, Sequence) and all(isinstance(entry, str | Path) for entry in source):
-        return RecordStore([_open_path(Path(path), cache_dir) for path in source])
+        return RecordStore([_open_path(expand_home(path), cache_dir) for path in source])
     return RecordStore([Table(source, "records")])
+
+
+def open_filled_records(source: Any) -> RecordStore:
+    """Open records as ``open_records`` does. Raises ``DataError`` if there are none."""
+    records = open_records(source)
+    if not len(records):
+        where = str(source) if isinstance(source, str | Path) else ", ".join(map(str, source))
+        raise DataError.at(where, "no records", "give a file with at least one record")
+    return records
 
 
 def _open_path(path: Path, cache_dir: str | Path | None) -> RecordSource:
@@ -118,6 +132,10 @@ def _open_path(path: Path, cache_dir: str | Path | None) -> RecordSource:
         raise DataError.at(str(path), "no such file", "correct the path to the records")
     if suffix == ".parquet":
         return Table(_read_parquet(path, cache_dir), str(path))
+    if suffix in _TABLES:
+        what = f"is a table ({suffix}), expected records with conversations"
+        fix = "write each row as a record into a .jsonl file, one per line"
+        raise DataError.at(str(path), what, fix)
     raise DataError.at(
         str(path),
         f"unknown file format (got {suffix or 'no extension'!r}, expected .json, .jsonl or .parquet)",
@@ -138,7 +156,7 @@ def _open_folder(path: Path) -> RecordSource:
     from datasets import load_from_disk
 
     try:
-        return Table(load_from_disk(str(path)), str(path))
+        return Table(_undecoded(load_from_disk(str(path))), str(path))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise _unreadable(path, error) from error
 
@@ -149,9 +167,19 @@ def _read_parquet(path: Path, cache_dir: str | Path | None) -> Any:
     from datasets.exceptions import DatasetGenerationError
 
     try:
-        return Dataset.from_parquet(str(path), cache_dir=None if cache_dir is None else str(cache_dir))
+        return _undecoded(Dataset.from_parquet(str(path), cache_dir=None if cache_dir is None else str(cache_dir)))
     except (OSError, ValueError, KeyError, TypeError, DatasetGenerationError) as error:
         raise _unreadable(path, error.__cause__ or error) from error
+
+
+def _undecoded(table: Any) -> Any:
+    """Return a table whose images stay files: a broken one is then reported with its record."""
+    from datasets import Image
+
+    for name, feature in table.features.items():
+        if isinstance(feature, Image):
+            table = table.cast_column(name, Image(decode=False))
+    return table
 
 
 def _unreadable(path: Path, error: BaseException) -> LlavarError:
@@ -211,6 +239,9 @@ def _identity(raw: Mapping[str, Any], where: str, faults: list[Fault]) -> str:
 
 def _images(raw: Mapping[str, Any], where: str, faults: list[Fault]) -> tuple[str, ...]:
     images = raw.get("image")
+    if raw.get("video") is not None:
+        what, fix = "names a video, expected images", "save frames as images, and list their paths under 'image'"
+        faults.append(Fault(f"{where}: video", what, fix))
     if images is None:
         if "images" in raw:
             faults.append(Fault(where, "unknown key (got 'images', expected 'image')", "rename 'images' to 'image'"))
@@ -218,14 +249,37 @@ def _images(raw: Mapping[str, Any], where: str, faults: list[Fault]) -> tuple[st
     is_list = isinstance(images, list | tuple)
     listed = images if is_list else [images]
     for number, image in enumerate(listed):
-        if isinstance(image, str) and image:
+        problem = _image_problem(image)
+        if problem is None:
             continue
-        what = f"wrong type (got {_type_name(image)}, expected a relative path)"
-        fix = "write the path of the image as a string"
-        if image == "":
-            what, fix = "the path is empty", "write the path of the image, or leave out 'image' in a text-only record"
+        what, fix = problem
         faults.append(Fault(f"{where}: image[{number}]" if is_list else f"{where}: image", what, fix))
     return tuple(image for image in listed if isinstance(image, str))
+
+
+def is_image_path(text: str) -> bool:
+    """Return whether a text can be the path of an image: it is no URL, no image itself, and not empty."""
+    return (0 < len(text) <= _MAX_PATH and ":" not in text[:_SCHEME]) or _image_problem(text) is None
+
+
+def _image_problem(image: object) -> tuple[str, str] | None:
+    """Return why a value of 'image' is no path, and the fix; None for a path."""
+    to_file = "save the image as a file in the image folder, and write its path"
+    if isinstance(image, str):
+        kind = image[:_SCHEME].lower()
+        if not image:
+            return "the path is empty", "write the path of the image, or leave out 'image' in a text-only record"
+        if kind.startswith("data:"):
+            return f"is an image in a data URL (got {len(image):,} characters, expected a relative path)", to_file
+        if re.match(r"[a-z][a-z0-9+.-]*://", kind):
+            return f"is a URL (got {image[:_SHOWN]!r}, expected a relative path)", f"download it: {to_file}"
+        if len(image) > _MAX_PATH:
+            return f"is too long for a path (got {len(image):,} characters); it may be the image itself", to_file
+        return None
+    embedded = isinstance(image, Mapping) and ("bytes" in image or "path" in image)
+    if embedded or isinstance(image, bytes | bytearray) or hasattr(image, "getpixel"):
+        return "is an embedded image, expected a relative path", to_file
+    return f"wrong type (got {_type_name(image)}, expected a relative path)", "write the path of the image as a string"
 
 
 def _turns(raw: Mapping[str, Any], where: str, faults: list[Fault]) -> tuple[Turn, ...]:
@@ -235,6 +289,9 @@ def _turns(raw: Mapping[str, Any], where: str, faults: list[Fault]) -> tuple[Tur
         if listed is not None:
             what = f"'conversations' has the wrong type (got {_type_name(listed)}, expected a list)"
             fix = 'write it as [{"from": "human", "value": "..."}, ...]'
+        elif isinstance(raw.get("messages"), list | tuple):
+            what = "has 'messages' as in OpenAI's format, expected 'conversations'"
+            fix = 'write each message as {"from": "human" or "gpt", "value": its text} under \'conversations\''
         elif similar := get_close_matches("conversations", [str(key) for key in raw], n=1):
             fix = f"rename {similar[0]!r} to 'conversations'"
         faults.append(Fault(where, what, fix))
@@ -268,6 +325,10 @@ def _turn(turn: object, where: str, number: int, faults: list[Fault]) -> Turn | 
     if not isinstance(turn, Mapping):
         what = f"the turn has the wrong type (got {_type_name(turn)}, expected an object)"
         faults.append(Fault(at, what, 'write the turn as {"from": "human", "value": "..."}'))
+        return None
+    if "role" in turn and "content" in turn and "from" not in turn:
+        what = "has 'role' and 'content' as in OpenAI's format, expected 'from' and 'value'"
+        faults.append(Fault(at, what, 'write the turn as {"from": "human" or "gpt", "value": its text}'))
         return None
     if known is None:
         what = f"unknown role (got {role!r}, expected 'human' or 'gpt')" if "from" in turn else "has no 'from'"

@@ -36,7 +36,7 @@ from llavar_peft.inference.question_file import (
 from llavar_peft.inference.token_sampling import Sampling
 from llavar_peft.models.launch_environment import claim_device, uses_gpu
 from llavar_peft.recipe.schema import BadImagePolicy, Quantization
-from llavar_peft.types import ImageMode
+from llavar_peft.types import ImageMode, expand_home
 from llavar_peft.weights.adapter.model_hash import identify_model
 
 logger = logging.getLogger(__name__)
@@ -119,15 +119,15 @@ def generate_answers(  # noqa: PLR0913 - a run's settings, by name
         DataError: A line is not a question.
         ImageError: An image is missing, broken or outside the folder.
     """
-    asked = read_question_file(Path(questions))
-    path, sampling = Path(answers), sampling or Sampling()
+    asked = read_question_file(expand_home(questions))
+    path, sampling = expand_home(answers), sampling or Sampling()
     roots = ImageRoots([] if images is None else [images])
     name = str(model) if adapter is None else f"{model}+{adapter}"
     settings: dict[str, Any] = {
-        "questions": hashlib.sha256(Path(questions).read_bytes()).hexdigest(),
-        "images": None if images is None else str(Path(images).resolve()),
+        "questions": hashlib.sha256(expand_home(questions).read_bytes()).hexdigest(),
+        "images": None if images is None else str(expand_home(images).resolve()),
         "model": name,
-        "weights": identify_model(model, adapter) if Path(model).is_dir() else None,
+        "weights": identify_model(model, adapter) if expand_home(model).is_dir() else None,
         "vision_tower": vision_tower,
         "quantize": quantize,
         "image_mode": image_mode,

@@ -20,7 +20,8 @@ from llavar_peft.inference.generation_request import (
 )
 from llavar_peft.inference.token_sampling import Sampling, SamplingSettings
 from llavar_peft.recipe.schema import Attention, Dtype, Kernels, Quantization
-from llavar_peft.types import ImageMode, Role
+from llavar_peft.text_files import check_question
+from llavar_peft.types import ImageMode, Role, expand_home
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -59,7 +60,7 @@ def load_chat(
     if adapter is None:
         adapters: Mapping[str, str | Path] = {}
     else:
-        adapters = adapter if isinstance(adapter, Mapping) else {Path(adapter).name: adapter}
+        adapters = adapter if isinstance(adapter, Mapping) else {expand_home(adapter).resolve().name: adapter}
     engine = load_engine(
         model,
         adapters,
@@ -105,8 +106,9 @@ class Chat:
         Raises:
             ImageError: The image is missing or broken.
             ConfigError: The adapter does not exist, or a value is out of its range.
-            DataError: The question is longer than the model's context.
+            DataError: The question is empty, or longer than the model's context.
         """
+        check_question(question)
         request = self.request(image, question, adapter=adapter, image_mode=image_mode, sampling=Sampling(**sampling))
         return self.answer([request])[0].text
 
@@ -124,6 +126,7 @@ class Chat:
         Yields:
             Pieces of text in whole characters. Closing the iterator ends the answer.
         """
+        check_question(question)
         request = self.request(image, question, adapter=adapter, image_mode=image_mode, sampling=Sampling(**sampling))
         pieces: list[str] = []
         yield from stream_row(self.engine, Row(request, self.engine, pieces.append), pieces)
@@ -236,7 +239,7 @@ class Dialogue:
 
         Raises:
             ImageError: The image is missing or broken.
-            DataError: The conversation is longer than the model's context.
+            DataError: The message is empty, or the conversation is longer than the model's context.
         """
         return "".join(self.stream(text, image, **sampling))
 
@@ -264,6 +267,7 @@ class Dialogue:
 
     def _request(self, text: str, image: PromptImage | None, sampling: Sampling) -> Request:
         ask = self._engine.processor.conversation_template.question
+        check_question(text)
         messages: list[tuple[Role, Content]] = []
         for turn in self.turns:
             messages += [("human", ask(turn.question, int(turn.image is not None))), ("gpt", [turn.answer])]

@@ -20,6 +20,7 @@ from llavar_peft.models.adapter_loading import add_adapter, apply_adapter, check
 from llavar_peft.models.build_model import build_model
 from llavar_peft.models.checkpoint_loading import resolve_folder
 from llavar_peft.recipe.schema import Attention, Dtype, Kernels, ModelConfig, Quantization
+from llavar_peft.types import expand_home
 from llavar_peft.weights.adapter.adapter_files import ADAPTER_CONFIG, BASE_FILE, read_base_settings, read_settings
 
 if TYPE_CHECKING:
@@ -166,7 +167,7 @@ def load_engine(
         WeightsError: The weights do not fit the model.
     """
     model = _resolve_run(resolve_folder(str(model), "model"))
-    folders = {name: _resolve_run(Path(folder)) for name, folder in adapters.items()}
+    folders = {name: _resolve_run(expand_home(folder)) for name, folder in adapters.items()}
     if not folders and (model / ADAPTER_CONFIG).is_file():
         folders = {model.name: model}
         base = _read_base(model)

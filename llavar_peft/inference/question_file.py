@@ -15,9 +15,16 @@ from typing import TYPE_CHECKING, Any, Final
 
 from llavar_peft.atomic_files import dump_json, write_json, write_text
 from llavar_peft.data.image_roots import ImageRoots
-from llavar_peft.data.json_lines import read_json_lines, text_problem
 from llavar_peft.data.resume_journal import ResumeJournal, check_settings, read_entries
 from llavar_peft.errors import ConfigError, DataError, Fault, ImageError
+from llavar_peft.text_files import (
+    check_is_file,
+    parse_json,
+    question_problem,
+    read_bytes,
+    read_json_lines,
+    text_problem,
+)
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -75,8 +82,7 @@ def read_question_file(path: Path) -> list[ImageQuestion]:
         DataError: Some lines are not questions.
     """
     fix = "use a file of questions, one per line"
-    if not path.is_file():
-        raise ConfigError.at(str(path), "no such file", fix)
+    check_is_file(path, error=ConfigError, fix=fix)
     questions: list[ImageQuestion] = []
     faults: list[Fault] = []
     for where, fields in read_json_lines(path, fix=_EXAMPLE, faults=faults):
@@ -101,7 +107,7 @@ def _find_problem(fields: Any) -> str | None:
         return "has no question_id"
     if not isinstance(fields.get("text"), str):
         return f"text is {fields.get('text')!r}, expected a string"
-    if problem := text_problem(fields["text"]):
+    if problem := question_problem(fields["text"]):
         return f"text {problem}"
     if not isinstance(fields["question_id"], str | int) or text_problem(str(fields["question_id"])):
         return f"question_id is {fields['question_id']!a}, expected a string or an integer"
@@ -208,7 +214,7 @@ def write_answer_file(
     return len(lines)
 
 
-_ANSWER_START = '{"question_id"'
+_ANSWER_START = b'{"question_id"'
 
 
 def earlier_answers(path: Path, questions: Sequence[ImageQuestion], model: str) -> list[dict[str, Any]]:
@@ -225,16 +231,16 @@ def earlier_answers(path: Path, questions: Sequence[ImageQuestion], model: str) 
     Raises:
         ConfigError: The file answers other questions, or another model's answers are in it.
     """
-    *complete, rest = path.read_text(encoding="utf-8").split("\n")
+    *complete, rest = read_bytes(path, error=ConfigError, fix="choose another output file").split(b"\n")
     remaining = iter(questions)
     entries = []
     for number, line in enumerate([*complete, rest], start=1):
         if not line:
             continue
         try:
-            answer = json.loads(line)
+            answer = parse_json(line, f"{path}:{number}", path, lenient=True)
             asked, answered_by, text = (answer["question_id"], answer["prompt"]), answer["model_id"], answer["text"]
-        except (ValueError, TypeError, KeyError):
+        except (DataError, TypeError, KeyError):
             # Only the beginning of an answer is an interrupted write; anything else is a file of another kind.
             if number > len(complete) and line[: len(_ANSWER_START)] == _ANSWER_START[: len(line)]:
                 continue

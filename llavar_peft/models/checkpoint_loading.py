@@ -25,6 +25,7 @@ from llavar_peft.models.pretrained_files import check_sizes, load_pretrained, un
 from llavar_peft.models.processing_llavar import LlavarProcessor
 from llavar_peft.models.tower_loading import TowerParts, read_tower
 from llavar_peft.recipe.schema import ModelConfig, ProjectorType
+from llavar_peft.types import expand_home
 from llavar_peft.weights.adapter.adapter_files import ADAPTER_CONFIG
 from llavar_peft.weights.delta.released_layout import check_not_delta, read_model_config
 from llavar_peft.weights.io import tensor_names
@@ -202,7 +203,7 @@ def resolve_folder(name: str, setting: str) -> Path:
         ConfigError: There is no such folder.
         EnvironmentFaultError: The hub cannot be reached, or does not have the model.
     """
-    path = Path(name).expanduser()
+    path = expand_home(name)
     if path.is_dir():
         return path
     looks_local = name.startswith((".", "/", "~")) or name.count("/") != 1 or path.parent.is_dir() or path.exists()

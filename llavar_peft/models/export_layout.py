@@ -23,6 +23,7 @@ from llavar_peft.models.checkpoint_loading import read_checkpoint, resolve_folde
 from llavar_peft.models.hf_llava import write_stock_companions
 from llavar_peft.models.model_parts import ModelParts
 from llavar_peft.recipe.schema import ModelConfig
+from llavar_peft.types import expand_home
 from llavar_peft.weights.adapter.adapter_files import ADAPTER_CONFIG
 from llavar_peft.weights.delta.released_layout import ReleasedView, copy_companions, flatten_config, read_model_config
 from llavar_peft.weights.io import tensor_names
@@ -97,7 +98,7 @@ def export(  # noqa: PLR0913 - the options of the conversion
     if to == "original":
         _check_original(parts)
         tensors = {new: one for name, one in tensors.items() if (new := tensor_names.to_released(name)) is not None}
-        folders = (Path(tokenizer), folder) if tokenizer is not None else (folder,)
+        folders = (expand_home(tokenizer), folder) if tokenizer is not None else (folder,)
         finish = partial(_finish_original, parts, folder, folders)
     elif to == "hf-llava":
         activation = parts.config.projector_hidden_act
@@ -111,7 +112,7 @@ def export(  # noqa: PLR0913 - the options of the conversion
         finish = partial(_finish_own_layout, parts, dtype)
     return write_converted(
         tensors,
-        Path(out),
+        expand_home(out),
         dtype=dtype or (_FLOAT16 if to == "original" else None),
         form=form or ("bin" if to == "original" else "safetensors"),
         shard_size=shard_size,

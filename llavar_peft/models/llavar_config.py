@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from transformers import AutoConfig, CLIPVisionConfig, LlamaConfig, LlavaConfig, PretrainedConfig
@@ -12,6 +11,7 @@ from transformers import AutoConfig, CLIPVisionConfig, LlamaConfig, LlavaConfig,
 from llavar_peft.constants import MODEL_TYPE
 from llavar_peft.errors import ConfigError
 from llavar_peft.recipe.schema import ModelConfig, ProjectorType
+from llavar_peft.types import expand_home
 from llavar_peft.weights.delta.released_layout import read_model_config
 
 # The fields of a flat, released config.json that describe the language model; no other field is read for it.
@@ -156,7 +156,7 @@ def _num_new_rows(model: ModelConfig) -> int:
 
 
 def _read_described(name: str) -> dict[str, Any] | None:
-    folder = Path(name).expanduser()
+    folder = expand_home(name)
     return read_model_config(folder) if (folder / "config.json").is_file() else None
 
 

@@ -12,6 +12,7 @@ from typing import Any
 from llavar_peft.atomic_files import write_json
 from llavar_peft.errors import WeightsError
 from llavar_peft.models.merge_logits_gap import LogitsGap, measure_merge
+from llavar_peft.types import expand_home
 from llavar_peft.weights.io.shard_layout import RELEASED_SHARD_SIZE, WeightsFormat
 from llavar_peft.weights.io.write_weights import Progress
 from llavar_peft.weights.merge.merge_plan import MergePlan, plan_merge, write_merged
@@ -114,11 +115,17 @@ def merge_adapter(  # noqa: PLR0913 - the options of the merge
             logger.info("comparing the logits before and after")
             folders = [one.folder for one in plan.merged.adapters]
             gaps.update(measure_merge(plan, staged, (*folders, Path(base), staged)))
-            _check_gap(plan, gaps["result"], bound, Path(out))
+            _check_gap(plan, gaps["result"], bound, expand_home(out))
         write_json(staged / MERGE_FILE, _describe(plan, Path(base), used, gaps))
 
     written = write_merged(
-        plan, Path(out), dtype=dtype, form=form, shard_size=shard_size, progress=progress, check=probe_and_describe
+        plan,
+        expand_home(out),
+        dtype=dtype,
+        form=form,
+        shard_size=shard_size,
+        progress=progress,
+        check=probe_and_describe,
     )
     return MergeReport(written.out, written.tensors, written.nbytes, written.seconds, used, dict(gaps))
 

@@ -14,8 +14,8 @@ from typing import Literal, TypeVar
 
 import msgspec
 
-from llavar_peft.data.json_lines import read_json_lines
 from llavar_peft.errors import DataError
+from llavar_peft.text_files import read_json_lines
 
 When = Literal["start", "step", "end"]
 _WHENS = ("start", "step", "end")

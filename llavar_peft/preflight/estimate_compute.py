@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
 
 from llavar_peft.data.record_store import open_records
 from llavar_peft.data.training_dataset import image_count, text_tokens
 from llavar_peft.models.llavar_config import LlavarConfig
 from llavar_peft.preflight.estimate_counts import Counts
 from llavar_peft.recipe.schema import Full, Lora, Stage, Tune
+from llavar_peft.types import expand_home
 
 _SAMPLE = 2000
 
@@ -43,7 +43,7 @@ def measure_records(stage: Stage, config: LlavarConfig) -> RecordLengths:
     """
     given = stage.data.records
     paths = (given,) if isinstance(given, str) else given
-    if not all(Path(path).expanduser().exists() for path in paths):
+    if not all(expand_home(path).exists() for path in paths):
         most = stage.max_length
         return RecordLengths(None, most, most, most**2, 1.0)
     records = open_records(paths)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,12 +13,15 @@ from llavar_peft.recipe.recipe_yaml import apply_overrides, parse_yaml
 from llavar_peft.recipe.schema import Recipe
 from llavar_peft.recipe.schema_fields import nearest
 from llavar_peft.recipe.validate import recipe_from_mapping
+from llavar_peft.text_files import read_text
+from llavar_peft.types import expand_home
 
 _HERE = Path(__file__).parent
 # setup.py packs the repository's examples/recipes into the package; a checkout reads that folder itself.
 _CHECKOUT = _HERE.parents[1] / "examples" / "recipes"
 _SHIPPED = next((folder for folder in (_HERE / "shipped", _CHECKOUT) if folder.is_dir()), _HERE / "shipped")
 _SUFFIX = ".yaml"
+_MOST_BYTES = 2**20  # of a recipe; records given by mistake would be parsed for hours
 _RATES = ("learning_rate", "projector_learning_rate", "rows_learning_rate")
 
 
@@ -56,16 +60,14 @@ def read_recipe(name_or_path: str | Path) -> str:
     known = list(_shipped())
     if where in known:
         return (_SHIPPED / f"{where}{_SUFFIX}").read_text(encoding="utf-8")
-    path = Path(name_or_path).expanduser()
-    if not path.exists():
+    path = expand_home(name_or_path)
+    if not os.path.exists(path):  # pathlib's raises an error for a name that is too long
         near = nearest(where, known)
         names = f"did you mean '{near}'?" if near else f"use a YAML file, or one of {', '.join(known)}"
         raise ConfigError.at(where, "no such file or shipped recipe", names)
-    try:
-        return path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "the file is not UTF-8 text"
-        raise ConfigError.at(where, f"cannot be read: {reason}", "use a YAML file in UTF-8") from error
+    if path.is_file() and path.stat().st_size > _MOST_BYTES:
+        raise ConfigError.at(where, f"is too large for a recipe ({path.stat().st_size:,} bytes)", "give a YAML file")
+    return read_text(path, error=ConfigError, fix="give a YAML file")
 
 
 def load_recipe(

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from itertools import chain
+from typing import Any, Final
 
 import yaml
 
@@ -24,6 +25,8 @@ from llavar_peft.recipe.schema_fields import (
 )
 from llavar_peft.recipe.validate import recipe_to_mapping
 
+_MOST_VALUES: Final = 100_000  # of a recipe with its aliases written out
+
 
 class _StrictLoader(yaml.SafeLoader):
     """YAML's safe loader, which in addition rejects duplicate keys; YAML would silently drop the first one."""
@@ -31,11 +34,44 @@ class _StrictLoader(yaml.SafeLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[str] = set()
         for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                raise yaml.MarkedYAMLError(problem="a key is not text", problem_mark=key.start_mark)
             if key.value in seen and key.tag != "tag:yaml.org,2002:merge":
                 raise yaml.MarkedYAMLError(problem=f"duplicate key '{key.value}'", problem_mark=key.start_mark)
-            if isinstance(key.value, str):
-                seen.add(key.value)
+            seen.add(key.value)
         return super().construct_mapping(node, deep)
+
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        """Return a node's value. A value that is not of its type, as in ``!!int x``, is reported with its position."""
+        try:
+            return super().construct_object(node, deep)
+        except (ValueError, LookupError, TypeError, AttributeError, OverflowError) as error:
+            kind = str(node.tag).rpartition(":")[2]
+            raise yaml.MarkedYAMLError(problem=f"a value is no valid {kind}", problem_mark=node.start_mark) from error
+
+    def get_single_node(self) -> yaml.Node | None:
+        """Return the document's node. Aliases to aliases, which could stand for any number of values, are refused."""
+        node = super().get_single_node()
+        if node is not None:
+            _count_values(node, {})
+        return node
+
+
+def _count_values(node: yaml.Node, known: dict[int, int]) -> int:
+    """Return the number of values of a node with its aliases written out.
+
+    Raises:
+        MarkedYAMLError: They are too many, or endless.
+    """
+    if isinstance(node, yaml.ScalarNode):
+        return 1
+    if id(node) not in known:
+        known[id(node)] = _MOST_VALUES  # of a node within itself
+        parts = chain.from_iterable(node.value) if isinstance(node, yaml.MappingNode) else iter(node.value)
+        known[id(node)] = 1 + sum(_count_values(part, known) for part in parts)
+    if known[id(node)] > _MOST_VALUES:
+        raise yaml.MarkedYAMLError(problem="its aliases stand for too many values", problem_mark=node.start_mark)
+    return known[id(node)]
 
 
 def parse_yaml(text: str, where: str) -> Any:
@@ -55,8 +91,11 @@ def parse_yaml(text: str, where: str) -> Any:
         mark = error.problem_mark
         place = f"{where}:{mark.line + 1}:{mark.column + 1}" if mark else where
         problem = error.problem or "invalid YAML"
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        place, problem = where, f"invalid YAML ({str(error).splitlines()[0] if str(error) else 'nested too deeply'})"
+    except yaml.reader.ReaderError as error:
+        lines = text[: error.position].split("\n")
+        place, problem = f"{where}:{len(lines)}:{len(lines[-1]) + 1}", f"invalid character {chr(error.character)!a}"
+    except RecursionError:
+        place, problem = where, "invalid YAML (nested too deeply)"
     raise ConfigError.at(place, problem, "correct this line; llavar-peft recipe show llavar-13b prints a valid file")
 
 

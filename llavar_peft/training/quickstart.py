@@ -23,6 +23,7 @@ from llavar_peft.datagen.synth.write_synthetic import SynthResult, write_synthet
 from llavar_peft.errors import ConfigError
 from llavar_peft.recipe.presets import load_recipe
 from llavar_peft.recipe.schema import Lora, Quantization, Recipe
+from llavar_peft.types import expand_home
 
 if TYPE_CHECKING:
     from llavar_peft.inference.chat import Chat
@@ -83,7 +84,7 @@ def run_quickstart(output_dir: str | Path, tune: QuickstartTune = "full", *, see
         InterruptedRunError: The run was stopped by a signal and saved.
     """
     began = time.perf_counter()
-    root = Path(output_dir).resolve()
+    root = expand_home(output_dir).resolve()
     recipe = quickstart_recipe(root, tune, seed=seed)
     _draw(root, seed=seed)
     # Imported after drawing, so that the processes forked for it do not contain torch.

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from llavar_peft.atomic_files import write_text
-from llavar_peft.data.json_lines import read_json_lines
+from llavar_peft.text_files import read_json_lines
 
 _PACKAGES = (
     "llavar_peft", "torch", "transformers", "peft", "accelerate", "bitsandbytes", "flash_attn", "datasets", "pillow",

@@ -22,14 +22,13 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
-import yaml
-
 from llavar_peft.atomic_files import write_json, write_text
 from llavar_peft.constants import PROJECTOR_SAFETENSORS, RESOLVED_RECIPE_FILE, VERSIONS_FILE
 from llavar_peft.errors import ConfigError, EnvironmentFaultError, Fault
-from llavar_peft.recipe.recipe_yaml import dump_recipe
+from llavar_peft.recipe.recipe_yaml import dump_recipe, parse_yaml
 from llavar_peft.recipe.schema import Lora, Projector, Recipe, Stage
 from llavar_peft.recipe.validate import recipe_from_mapping, recipe_to_mapping
+from llavar_peft.text_files import read_json, read_text
 from llavar_peft.training import run_files
 from llavar_peft.training.checkpoint_folders import list_checkpoints, remove_unfinished
 from llavar_peft.training.save_weights import load_full, load_projector
@@ -177,7 +176,7 @@ class RunFolder:
             ConfigError: It does. They, the page and the recipe would be mixed with those of this run.
         """
         listed = self.root / STAGES_FILE
-        names = json.loads(listed.read_text(encoding="utf-8")) if listed.is_file() else []
+        names = read_json(listed, lenient=True) if listed.is_file() else []
         own = {stage.name for stage in self.recipe.stages}
         others = [
             name
@@ -227,7 +226,7 @@ def check_output_folder(folder: Path) -> None:
 
 def _read_written(path: Path) -> Any:
     """Return a written recipe, with the defaults of the fields that the version that wrote it did not have."""
-    mapping = yaml.safe_load(path.read_text(encoding="utf-8"))
+    mapping = parse_yaml(read_text(path, error=ConfigError), str(path))
     with suppress(ConfigError):
         return _to_mapping(recipe_from_mapping(mapping, str(path)))
     return mapping

@@ -8,7 +8,7 @@ from typing import Final
 
 from llavar_peft.data.check_records import preflight
 from llavar_peft.data.image_roots import ImageRoots
-from llavar_peft.data.record_store import RecordStore, open_records
+from llavar_peft.data.record_store import RecordStore, open_filled_records
 from llavar_peft.data.training_dataset import TrainingDataset, split_holdout
 from llavar_peft.errors import DataError
 from llavar_peft.models.processing_llavar import LlavarProcessor
@@ -36,9 +36,7 @@ def stage_records(stage: Stage, processor: LlavarProcessor, *, seed: int) -> tup
         DataError: More records are malformed or lack their images than the stage allows.
     """
     data = stage.data
-    records = open_records(_paths(data.records))
-    if not len(records):
-        raise DataError.at(", ".join(_paths(data.records)), "no records", "give a file with at least one record")
+    records = open_filled_records(_paths(data.records))
     roots = ImageRoots(_paths(data.images))
     skipped = _faulty_records(stage, records, roots)
     usable = [index for index in range(len(records)) if index not in skipped]

@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
-from llavar_peft.data.json_lines import read_json_lines
 from llavar_peft.data.resume_journal import ReplyFolder, ResumeJournal, read_entries
 from llavar_peft.errors import ConfigError, DataError, EnvironmentFaultError
 from llavar_peft.inference.question_file import AnswerJournal
+from llavar_peft.text_files import read_json_lines
 
 OCR_JOURNAL = (
     '{"format":2,"engines":{"rapidocr":"3.4.2"},"short_edge":384}\n'
@@ -123,16 +123,16 @@ def test_json_lines_are_located(tmp_path: Path) -> None:
     assert list(read_json_lines(path)) == [(f"{path}:1", {"a": "x\u2028y"}), (f"{path}:3", [1])]
     for bad in (b"{oops}\n{}\n", b'"\xff"\n{}\n'):
         path.write_bytes(bad)
-        with pytest.raises(DataError, match=r"lines\.jsonl:1: is not JSON .*Fix: fetch it again"):
+        with pytest.raises(DataError, match=r"lines\.jsonl:1: .*Fix: "):
             list(read_json_lines(path, fix="fetch it again", unfinished=True))
 
 
 def test_an_unfinished_file_of_json_lines_is_read(tmp_path: Path) -> None:
     path = tmp_path / "lines.jsonl"
     assert list(read_json_lines(path, unfinished=True)) == []
-    with pytest.raises(DataError, match="cannot be read"):
+    with pytest.raises(DataError, match="no such file"):
         list(read_json_lines(path))
     path.write_bytes('{"a": 1}\n{"b": "ü'.encode()[:-1])
     assert list(read_json_lines(path, unfinished=True)) == [(f"{path}:1", {"a": 1})]
-    with pytest.raises(DataError, match=r"lines\.jsonl:2: is not JSON"):
+    with pytest.raises(DataError, match=r"lines\.jsonl:2: byte 0xc3 at position 16 .*ends within a character"):
         list(read_json_lines(path))

@@ -266,7 +266,7 @@ def test_invalid_reports_are_errors(run: Path, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(ConfigError, match="holds no results"):
         write_report(run, settings=ReportSettings(before=[tmp_path / "empty"]))
-    with pytest.raises(DataError, match="cannot be read as results"):
+    with pytest.raises(DataError, match=r"recipe\.yaml: not valid JSON .* Fix: give a file written by"):
         write_report(run, settings=ReportSettings(results=[run / "recipe.yaml"]))
     with pytest.raises(DataError, match="no such folder"):
         write_report(tmp_path / "none")

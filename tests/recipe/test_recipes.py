@@ -124,9 +124,13 @@ def test_shipped_recipes_are_valid_and_survive_a_round_trip_with_comments(name: 
     assert list_recipes()[name].endswith(".")
 
 
+def _is_no_home(text: str) -> bool:
+    return bool(text.strip()) and not text.startswith("~")  # in a path, which is replaced by the user's home
+
+
 @pytest.mark.slow
 @settings(deadline=None)
-@given(st.text(st.characters(exclude_categories=("Cs",), exclude_characters="\0"), min_size=1).filter(str.strip))
+@given(st.text(st.characters(exclude_categories=("Cs",), exclude_characters="\0"), min_size=1).filter(_is_no_home))
 def test_any_text_survives_the_dump(tmp_path_factory: pytest.TempPathFactory, text: str) -> None:
     recipe = dataclasses.replace(load_recipe("tiny"), output_dir=text, report_to=(text, "b"))
     path = write(tmp_path_factory.mktemp("dump"), "")
@@ -210,7 +214,7 @@ def test_merge_keys_are_not_duplicates(tmp_path: Path) -> None:
 def test_a_missing_or_unreadable_recipe_is_rejected(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"Fix: did you mean 'llavar-13b'\?$"):
         load_recipe("llavar13b")
-    with pytest.raises(ConfigError, match="cannot be read: Is a directory"):
+    with pytest.raises(ConfigError, match="is a folder, expected a file"):
         load_recipe(tmp_path)
     broken = tmp_path / "latin.yaml"
     broken.write_bytes(b"output_dir: caf\xe9\n")

@@ -6,7 +6,6 @@ the request is our own, and so is the check of the replies, which the paper does
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
@@ -26,6 +25,7 @@ from llavar_peft.datagen.ocr.ocr_engines import OcrLine
 from llavar_peft.datagen.ocr.ocr_quality import transcribe
 from llavar_peft.datagen.openai_client import ChatModel, Endpoint, EndpointRejectedError, Message
 from llavar_peft.errors import DataError, EnvironmentFaultError, InterruptedRunError
+from llavar_peft.text_files import read_json, read_json_lines
 
 # Both texts stay byte for byte, because replies are kept by the hash of the whole request.
 REQUEST: Final = """\
@@ -171,17 +171,14 @@ def read_captions(path: Path) -> dict[str, str]:
     Raises:
         DataError: The file is missing or has another form.
     """
+    fix = 'write {"a.jpg": "...", ...}, or lines of {"image": ..., "caption": ...}'
+    in_lines = path.suffix.lower() != ".json"
+    value = [value for _, value in read_json_lines(path)] if in_lines else read_json(path, fix=fix, unique=True)
     try:
-        text = path.read_text("utf-8")
-        lines = [line for line in text.split("\n") if line.strip()]  # not splitlines: text may contain U+2028
-        value = json.loads(text) if path.suffix == ".json" else [json.loads(line) for line in lines]
         found = value if isinstance(value, dict) else {entry["image"]: entry["caption"] for entry in value}
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DataError.at(
-            str(path),
-            f"cannot be read as captions ({type(error).__name__}: {error})",
-            'write {"a.jpg": "...", ...}, or lines of {"image": ..., "caption": ...}',
-        ) from error
+    except (KeyError, TypeError) as error:
+        what = f"cannot be read as captions ({type(error).__name__}: {error})"
+        raise DataError.at(str(path), what, fix) from error
     for image, caption in found.items():
         if not isinstance(caption, str):
             raise DataError.at(f"{path}:{image}", f"is {type(caption).__name__}, expected text", "write the caption")

@@ -6,7 +6,6 @@ contexts (a single caption, no objects); here they are judged by the caption wit
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -14,11 +13,11 @@ from typing import Any, Final
 
 from llavar_peft.atomic_files import dump_json, write_text
 from llavar_peft.data.image_roots import ImageRoots
-from llavar_peft.data.json_lines import read_json_lines
 from llavar_peft.errors import DataError
 from llavar_peft.evaluation.vqa.answer_settings import read_stated_settings
 from llavar_peft.evaluation.vqa.scored_results import Setting
 from llavar_peft.evaluation.vqa.vqa_questions import VqaQuestion
+from llavar_peft.text_files import read_json, read_json_lines
 
 SYSTEM: Final = "You are a helpful and precise assistant for checking the quality of the answer."
 """The system message, byte for byte the original's."""
@@ -140,6 +139,8 @@ def read_unanswered(questions: Path, roots: ImageRoots) -> tuple[VqaQuestion, ..
         coco = f"{_COCO}{image}"
         exists = any((root / coco).is_file() for root in roots.roots)
         found.append(VqaQuestion(identity, text, (), image=coco if exists else image))
+    if not found:
+        raise DataError.at(str(questions), "contains no questions", "use a file with at least one")
     return tuple(found)
 
 
@@ -161,10 +162,7 @@ def write_judge_answers(answered: Sequence[VqaQuestion], setting: Setting, path:
 
 
 def _read_rules(path: Path) -> Mapping[str, Any]:
-    try:
-        rules = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise DataError.at(str(path), f"cannot be read ({error})", "use rule.json or rule_read_v3.json") from error
+    rules = read_json(path, fix="use rule.json or rule_read_v3.json", unique=True)
     if not isinstance(rules, Mapping):
         raise DataError.at(str(path), "is not a JSON object of rules", "use rule.json or rule_read_v3.json")
     return rules
@@ -172,6 +170,8 @@ def _read_rules(path: Path) -> Mapping[str, Any]:
 
 def _format_context(row: Mapping[str, Any], where: str) -> str:
     captions, objects = _get(row, "captions", where), row.get("instances")
+    if not isinstance(captions, str | list) or not isinstance(objects, list | None):
+        raise DataError.at(where, "'captions' or 'instances' has the wrong type (expected lists)", _FIX_FILE)
     text = captions if isinstance(captions, str) else "\n".join(str(caption) for caption in captions)
     if objects is None:
         return text
@@ -180,7 +180,7 @@ def _format_context(row: Mapping[str, Any], where: str) -> str:
 
 def _read_answers(path: Path) -> dict[Any, ModelAnswer]:
     found = {}
-    for where, row in read_json_lines(path):
+    for where, row in read_json_lines(path, lenient=True):
         identity = _get(row, "question_id", where)
         found[str(identity)] = ModelAnswer(
             row.get("answer_id", identity), str(_get(row, "text", where)), read_stated_settings(row)

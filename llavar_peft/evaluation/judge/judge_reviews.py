@@ -13,9 +13,10 @@ from typing import Any, Final
 import numpy as np
 
 from llavar_peft.atomic_files import dump_json, write_text
-from llavar_peft.data.json_lines import read_json_lines
 from llavar_peft.errors import DataError
 from llavar_peft.evaluation.vqa.confidence_intervals import ratio_intervals
+from llavar_peft.text_files import read_json_lines
+from llavar_peft.types import expand_home
 
 ALL: Final = "all"
 
@@ -185,7 +186,7 @@ def read_reviews(path: str | Path) -> tuple[Review, ...]:
     Raises:
         DataError: The file cannot be read, or a line is not a review.
     """
-    return tuple(_from_json(value, where) for where, value in read_json_lines(Path(path)))
+    return tuple(_from_json(value, where) for where, value in read_json_lines(expand_home(path), lenient=True))
 
 
 def _from_json(value: Any, where: str) -> Review:
@@ -203,7 +204,7 @@ def _from_json(value: Any, where: str) -> Review:
             swapped_scores=_read_scores(swapped.get("tuple")),
             settings=dict(value.get("metadata") or {}),
         )
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
         raise DataError.at(where, f"is not a review ({error!r})", "correct the file, or download it again") from error
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+from llavar_peft.constants import RESOLVED_RECIPE_FILE
 from llavar_peft.errors import ConfigError, DataError
 from llavar_peft.evaluation.judge.judge_reviews import read_reviews, summarize_reviews
 from llavar_peft.evaluation.report.report_view import Images, Labelled, bar_share, view_dataset
@@ -14,6 +15,7 @@ from llavar_peft.evaluation.vqa.answer_metrics import LOWER_IS_BETTER
 from llavar_peft.evaluation.vqa.scored_results import Results, read_results
 from llavar_peft.page.report_page import REPORT_NAME, DatasetView, Head, write_report_page
 from llavar_peft.page.run_log import RunLog, read_run
+from llavar_peft.recipe.recipe_yaml import parse_yaml
 
 RESULTS: Final = "*.results.json"
 """Results files in the folder of a run."""
@@ -221,12 +223,11 @@ def _judge_head(path: Path) -> Head:
 
 def _images_of(run: RunLog | None) -> list[Path]:
     """Return the existing folders of images of a run's recipe."""
-    import yaml
-
-    recipe = yaml.safe_load(run.recipe) if run is not None and run.recipe else None
+    recipe = parse_yaml(run.recipe, str(run.folder / RESOLVED_RECIPE_FILE)) if run is not None and run.recipe else None
     stages = recipe.get("stages") if isinstance(recipe, dict) else None
     named: list[str] = []
     for stage in stages if isinstance(stages, list) else ():
-        images = (stage.get("data") or {}).get("images")
-        named += [images] if isinstance(images, str) else images or []
+        data = stage.get("data") if isinstance(stage, dict) else None
+        images = data.get("images") if isinstance(data, dict) else None
+        named += [one for one in (images if isinstance(images, list) else [images]) if isinstance(one, str)]
     return [Path(name) for name in dict.fromkeys(named) if Path(name).is_dir()]

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
-from llavar_peft.errors import ConfigError
+from llavar_peft.errors import ConfigError, DataError
 from llavar_peft.evaluation.vqa.benchmark_files import LOG_HEADER
 from llavar_peft.evaluation.vqa.scored_results import Setting
+from llavar_peft.text_files import read_json_lines
 
 
 def read_setting(path: Path) -> Setting:
@@ -26,8 +26,7 @@ def read_setting(path: Path) -> Setting:
         return Setting()
     common: dict[str, Any] | None = None
     try:
-        for line in path.read_text(encoding="utf-8-sig").split("\n"):
-            row = json.loads(line) if line.strip() else None
+        for _, row in read_json_lines(path, lenient=True):
             if isinstance(row, dict) and set(row) == LOG_HEADER:
                 return Setting(**_select_known(row["setting"]))
             if row is not None:
@@ -35,7 +34,7 @@ def read_setting(path: Path) -> Setting:
                 common = (
                     own if common is None else {key: value for key, value in common.items() if own.get(key) == value}
                 )
-    except (OSError, ValueError):
+    except DataError:
         return Setting()
     return Setting(**(common or {}))
 

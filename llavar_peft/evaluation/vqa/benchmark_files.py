@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any, Final, TypedDict
 
 from llavar_peft.errors import DataError
+from llavar_peft.text_files import read_json, read_json_lines
 
 LOG_HEADER: Final = frozenset({"setting", "questions"})
 """Keys of the first line of the log that ``answer_questions`` writes."""
@@ -15,6 +15,7 @@ RECORD_FIX: Final = "write question, answers (a list) and image in each record"
 SIZE_KEYS: Final = ("text_height", "box", "image_width", "image_height")
 """Keys that give the size of a record's text."""
 
+_MOST: Final = 1e9  # pixels
 _SPLITS: Final = ("split", "set_name", "data_split")
 _OCR_VQA_SPLITS: Final[Mapping[int, str]] = {1: "train", 2: "val", 3: "test"}
 """Source: OCR-VQA's loadDataset.py, which is distributed with its dataset.json."""
@@ -33,11 +34,11 @@ def read_rows(path: Path, split: str | None = None) -> Iterator[tuple[str, Mappi
     Raises:
         DataError: The file cannot be read, its format is unknown, or a record does not give its split.
     """
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError.at(str(path), f"cannot be read ({error})", "correct the path") from error
-    rows = _read_lines(path, text) if path.suffix.lower() == ".jsonl" else _unwrap(path, text)
+    rows: Iterable[Any]
+    if path.suffix.lower() == ".jsonl":
+        rows = (row for _, row in read_json_lines(path, lenient=True))
+    else:
+        rows = _unwrap(path, read_json(path, fix="give a file of questions", lenient=True))
     for index, row in enumerate(rows):
         if not isinstance(row, Mapping):
             raise DataError.at(f"{path}:{index}", f"is {type(row).__name__}, expected an object", RECORD_FIX)
@@ -54,14 +55,7 @@ def _read_split(row: Mapping[str, Any], where: str) -> str:
     return _OCR_VQA_SPLITS.get(value, str(value)) if isinstance(value, int) else str(value)
 
 
-def _read_lines(path: Path, text: str) -> Iterator[Any]:
-    for number, line in enumerate(text.split("\n"), 1):
-        if line.strip():
-            yield _decode(f"{path}:{number}", line)
-
-
-def _unwrap(path: Path, text: str) -> Iterable[Any]:
-    content = _decode(str(path), text)
+def _unwrap(path: Path, content: Any) -> Iterable[Any]:
     if isinstance(content, Mapping) and isinstance(content.get("data"), list):  # ST-VQA, TextVQA, DocVQA
         content = content["data"]
     if isinstance(content, list):
@@ -85,13 +79,6 @@ def _read_book(path: Path, name: str, book: Mapping[str, Any]) -> list[dict[str,
         {"id": f"{name}/{number}", "question": question, "answers": [answer], "image": f"{name}{extension}", **shared}
         for number, (question, answer) in enumerate(zip(questions, answers, strict=True))
     ]
-
-
-def _decode(where: str, text: str) -> Any:
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise DataError.at(where, f"is not JSON ({error})", "write or download the file again") from error
 
 
 class TextSize(TypedDict):
@@ -119,7 +106,7 @@ def _read_height(row: Mapping[str, Any], where: str) -> float | None:
     value = row.get("text_height")
     if value is None:
         return None
-    if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
+    if not _is_size(value):
         raise DataError.at(
             f"{where}: text_height", f"got {value!r}, expected a positive number", "give the height in image pixels"
         )
@@ -131,7 +118,7 @@ def _read_box(row: Mapping[str, Any], where: str) -> tuple[float, float, float, 
     if value is None:
         return None
     numbers = value if isinstance(value, list) else []
-    if len(numbers) != 4 or not all(isinstance(number, int | float) for number in numbers):
+    if len(numbers) != 4 or not all(isinstance(number, int | float) and abs(number) < _MOST for number in numbers):
         raise DataError.at(f"{where}: box", "is not four numbers", "give left, top, right, bottom in image pixels")
     left, top, right, bottom = (float(number) for number in numbers)
     if right <= left or bottom <= top:
@@ -141,5 +128,10 @@ def _read_box(row: Mapping[str, Any], where: str) -> tuple[float, float, float, 
 
 def _read_image_size(row: Mapping[str, Any]) -> tuple[int, int] | None:
     width, height = row.get("image_width"), row.get("image_height")
-    ints = isinstance(width, int) and isinstance(height, int)
-    return (int(width), int(height)) if ints and width and height and width > 0 and height > 0 else None
+    if not (isinstance(width, int) and isinstance(height, int) and _is_size(width) and _is_size(height)):
+        return None
+    return width, height
+
+
+def _is_size(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < _MOST

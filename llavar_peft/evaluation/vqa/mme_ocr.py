@@ -25,6 +25,8 @@ from llavar_peft.evaluation.vqa.answer_metrics import Score
 from llavar_peft.evaluation.vqa.confidence_intervals import ratio_intervals
 from llavar_peft.evaluation.vqa.scored_results import Answered, Figure, Results, Setting
 from llavar_peft.evaluation.vqa.vqa_questions import VqaQuestion
+from llavar_peft.text_files import read_text
+from llavar_peft.types import expand_home
 
 Rule = Literal["mme", "mme-first-word"]
 TASK: Final = "OCR"
@@ -43,7 +45,7 @@ def read_answers(path: str | Path) -> tuple[VqaQuestion, ...]:
         DataError: The file cannot be read, a line has fewer than four columns, or a truth is neither yes nor no.
     """
     questions: list[VqaQuestion] = []
-    for number, line in enumerate(_lines(Path(path)), 1):
+    for number, line in enumerate(_lines(expand_home(path)), 1):
         columns = line.split("\t", 3)
         if len(columns) != 4:
             raise DataError.at(
@@ -71,7 +73,8 @@ def read_folder(folder: str | Path) -> tuple[tuple[VqaQuestion, ...], Path]:
     Raises:
         DataError: The folder does not exist, or a question has no image.
     """
-    root = Path(folder) / TASK if (Path(folder) / TASK).is_dir() else Path(folder)
+    given = expand_home(folder)
+    root = given / TASK if (given / TASK).is_dir() else given
     apart = (root / "questions_answers_YN").is_dir()
     texts, images = (root / "questions_answers_YN", root / "images") if apart else (root, root)
     questions: list[VqaQuestion] = []
@@ -90,10 +93,7 @@ def read_folder(folder: str | Path) -> tuple[tuple[VqaQuestion, ...], Path]:
 
 
 def _lines(path: Path) -> list[str]:
-    try:
-        return [line for line in path.read_text(encoding="utf-8-sig").split("\n") if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError.at(str(path), f"cannot be read ({error})", "correct the path") from error
+    return [line for line in read_text(path).split("\n") if line.strip()]
 
 
 def _truth(text: str, where: str) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -15,9 +14,11 @@ from llavar_peft.errors import DataError
 from llavar_peft.evaluation.vqa.answer_metrics import LOWER_IS_BETTER, PROTOCOLS, Protocol, Score, applies, score
 from llavar_peft.evaluation.vqa.confidence_intervals import ratio_intervals, sum_by_name
 from llavar_peft.evaluation.vqa.vqa_questions import VqaQuestion
-from llavar_peft.types import ImageMode
+from llavar_peft.text_files import read_json
+from llavar_peft.types import ImageMode, expand_home
 
 _FORMAT: Final = 1
+_FIX: Final = "give a file written by 'llavar-peft eval vqa --out'"
 
 
 @dataclass(frozen=True, slots=True)
@@ -201,8 +202,8 @@ def read_results(path: str | Path) -> Results:
     Raises:
         DataError: It is not a results file.
     """
+    plain = read_json(expand_home(path), fix=_FIX, lenient=True)
     try:
-        plain = json.loads(Path(path).read_text(encoding="utf-8"))
         if plain["format"] != _FORMAT:
             raise ValueError(f"format {plain['format']}, expected {_FORMAT}")
         setting = Setting(**plain["setting"])
@@ -212,10 +213,8 @@ def read_results(path: str | Path) -> Results:
             tuple(_read_figure(figure, setting) for figure in plain["figures"]),
             tuple(_read_answered(record) for record in plain["records"]),
         )
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DataError.at(
-            str(path), f"cannot be read as results ({error!r})", "give a file written by 'llavar-peft eval vqa --out'"
-        ) from error
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+        raise DataError.at(str(path), f"cannot be read as results ({error!r})", _FIX) from error
 
 
 def _read_figure(plain: Mapping[str, Any], setting: Setting) -> Figure:

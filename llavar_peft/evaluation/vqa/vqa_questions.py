@@ -16,6 +16,8 @@ from llavar_peft.constants import IMAGE_PLACEHOLDER
 from llavar_peft.data.record_store import parse_record
 from llavar_peft.errors import DataError, LlavarError
 from llavar_peft.evaluation.vqa.benchmark_files import RECORD_FIX, SIZE_KEYS, read_rows, read_text_size
+from llavar_peft.text_files import text_problem
+from llavar_peft.types import expand_home
 
 _IDS: Final = ("question_id", "questionId", "id")
 _TRUTHS: Final = ("gt_answers", "answers", "truths", "truth")
@@ -77,7 +79,7 @@ def read_vqa_questions(
 def _read(path: str | Path, limit: int | None, split: str | None) -> list[tuple[str, VqaQuestion]]:
     """Return the questions as given, each with its location in messages."""
     questions: list[tuple[str, VqaQuestion]] = []
-    for where, row in read_rows(Path(path), split):
+    for where, row in read_rows(expand_home(path), split):
         if limit is not None and len(questions) == limit:
             break
         questions.append((where, _parse(row, where, str(len(questions)))))
@@ -115,7 +117,7 @@ def read_predictions(
         return questions
     asked = [question for _, question in _check_unique_ids(_read(dataset, limit, split))]
     answers: dict[str, str] = {}
-    for where, row in read_rows(Path(path)):
+    for where, row in read_rows(expand_home(path)):
         identity, answer = _identity(row), _text(row, (*_ANSWERS, "text"), where)
         if identity is None or answer is None:
             lacking = "question_id" if identity is None else "answer"
@@ -154,6 +156,8 @@ def _parse(row: Mapping[str, Any], where: str, index: str) -> VqaQuestion:
     question = row.get("question")
     if not isinstance(question, str) or not question.strip():
         raise DataError.at(where, "has no question", RECORD_FIX)
+    if problem := text_problem(question):
+        raise DataError.at(where, f"the question {problem}", "write the whole text of the question")
     # "answer" is the truth in a file of questions, but the prediction in a record with a list of truths, even if empty.
     keys = ("answer",) if not any(key in row for key in _TRUTHS) else _TRUTHS
     truth_key = next((key for key in keys if row.get(key) not in (None, [])), None)

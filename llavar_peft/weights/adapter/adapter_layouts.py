@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from llavar_peft.errors import ConfigError, WeightsError
+from llavar_peft.types import expand_home
 from llavar_peft.weights.adapter.adapter_files import ADAPTER_WEIGHTS, PREFIX, read_settings
 from llavar_peft.weights.io import tensor_names
 from llavar_peft.weights.io.tensor_table import TensorEntry, read_file_table
@@ -59,7 +60,7 @@ def open_adapter(folder: str | Path) -> AdapterOnDisk:
         ConfigError: The folder holds no adapter.
         WeightsError: A file is damaged, or its names cannot be converted.
     """
-    path = Path(folder)
+    path = expand_home(folder)
     settings = read_settings(path)
     stored = _read_table(path)
     extra = read_file_table(path / _LLAVA_FILE) if (path / _LLAVA_FILE).is_file() else {}

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from llavar_peft.errors import ConfigError
+from llavar_peft.types import expand_home
 from llavar_peft.weights.adapter.adapter_files import ADAPTER_CONFIG
 from llavar_peft.weights.adapter.adapter_layouts import open_adapter
 from llavar_peft.weights.delta.released_layout import view_as_released
@@ -28,10 +29,10 @@ def identify_model(model: str | Path, adapter: str | Path | None = None) -> str:
         ConfigError: The folder holds no model.
         WeightsError: A file cannot be read.
     """
-    folder = _find_result(Path(model))
+    folder = _find_result(expand_home(model))
     if adapter is None and not (folder / ADAPTER_CONFIG).is_file():
         return digest(_fingerprint(folder))
-    applied = Path(adapter) if adapter is not None else folder
+    applied = expand_home(adapter) if adapter is not None else folder
     # An adapter with a fingerprint knows its base, so that the hash is the same whether or not the base is given.
     base = (read_fingerprint(applied / FINGERPRINT_FILE) or {}).get("base")
     if base is None and adapter is not None:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llavar_peft.errors import ConfigError
+from llavar_peft.types import expand_home
 from llavar_peft.weights.adapter.lora_updates import read_adapter
 from llavar_peft.weights.delta.delta_base_check import check_delta_base, check_matching_tensors
 from llavar_peft.weights.delta.released_layout import (
@@ -74,7 +75,7 @@ def make_delta(
         EnvironmentFaultError: The disk is full, or another process is writing the same folder.
     """
     old, new = view_as_released(base), view_as_released(target)
-    folders = [Path(adapter)] if isinstance(adapter, (str, Path)) else [Path(one) for one in adapter]
+    folders = [expand_home(one) for one in ([adapter] if isinstance(adapter, (str, Path)) else adapter)]
     _check_roles(old, new, adapters=bool(folders))
     check_matching_tensors(old, new)
     for folder in folders[:1]:
@@ -88,7 +89,7 @@ def make_delta(
     specs = [TensorSpec(name, shape, "float16") for name, shape in merged.base.shapes.items()]
     plan = repr((merged.identity(), rounding, _identity(old, new)))
     return _write(
-        FolderWriter(Path(out), specs, form=form, shard_size=shard_size, plan=plan),
+        FolderWriter(expand_home(out), specs, form=form, shard_size=shard_size, plan=plan),
         lambda name: merged.blocks(name, "float16"),
         (old, replace(new, config=dict(merged.base.config))),
         sign=-1,
@@ -138,7 +139,7 @@ def apply_delta(
     prints = {"base": take_fingerprint(old.table, old.config), "delta": take_fingerprint(step.table, step.config)}
     specs = [TensorSpec(name, entry.shape, "float16") for name, entry in step.table.items()]
     return _write(
-        FolderWriter(Path(out), specs, form=form, shard_size=shard_size, plan="apply" + _identity(old, step)),
+        FolderWriter(expand_home(out), specs, form=form, shard_size=shard_size, plan="apply" + _identity(old, step)),
         lambda name: read_blocks(step.table[name]),
         (old, step),
         sign=1,

@@ -19,6 +19,7 @@ from llavar_peft.constants import (
     UNK_TOKEN,
 )
 from llavar_peft.errors import ConfigError, WeightsError
+from llavar_peft.types import expand_home
 from llavar_peft.weights.io import tensor_names
 from llavar_peft.weights.io.checkpoint_code import check_no_code
 from llavar_peft.weights.io.tensor_blocks import read_tensor
@@ -66,7 +67,7 @@ def view_as_released(folder: str | Path) -> ReleasedView:
         ConfigError: No such folder, or another kind of model.
         WeightsError: Weights are missing, truncated, or quantized.
     """
-    path = Path(folder)
+    path = expand_home(folder)
     config = read_model_config(path)
     kind = config.get("model_type")
     if kind == MODEL_TYPE:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from llavar_peft.constants import PROJECTOR_BIN, PROJECTOR_SAFETENSORS
 from llavar_peft.errors import WeightsError
+from llavar_peft.types import expand_home
 from llavar_peft.weights.io import tensor_names
 from llavar_peft.weights.io.joined_rows import JoinedRows, first_rows
 from llavar_peft.weights.io.tensor_blocks import check_tensors, open_weights
@@ -60,7 +61,7 @@ def read_projector(source: str | Path) -> dict[str, Tensor]:
     Raises:
         WeightsError: No such file, or not readable.
     """
-    path, fix = Path(source), "give the mm_projector.bin that stage 1 wrote"
+    path, fix = expand_home(source), "give the mm_projector.bin that stage 1 wrote"
     if path.is_dir():
         found = [path / name for name in (PROJECTOR_SAFETENSORS, PROJECTOR_BIN) if (path / name).is_file()]
         if not found:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llavar_peft.errors import LlavarError, WeightsError
+from llavar_peft.types import expand_home
 
 if TYPE_CHECKING:
     import torch
@@ -110,7 +111,7 @@ def read_tensor_table(source: str | Path, *, checksums: bool = True) -> dict[str
     Raises:
         WeightsError: No weights, a shard that is missing or truncated, or a tensor of the index that no shard holds.
     """
-    files, indexed = _find_shards(Path(source))
+    files, indexed = _find_shards(expand_home(source))
     found: dict[str, TensorEntry] = {}
     for path in files:
         found.update(read_file_table(path, checksums=checksums))

@@ -9,6 +9,7 @@ from typing import Any
 
 from llavar_peft.constants import MODEL_TYPE
 from llavar_peft.errors import ConfigError, WeightsError
+from llavar_peft.types import expand_home
 from llavar_peft.weights.adapter.adapter_files import BASE_FILE, read_base_settings
 from llavar_peft.weights.adapter.lora_updates import Adapter, Replacement, Rows
 from llavar_peft.weights.delta.released_layout import (
@@ -87,7 +88,7 @@ def open_merge_base(
         overlay = _read_overlay(projector or settings.projector, adapters[0].folder, rows)
         return MergeBase(table, shapes, ours, config, (folder,), overlay)
     extended = _extend_language_model(folder, adapters, projector or settings.projector)
-    tower = Path(vision_tower or settings.vision_tower or "")
+    tower = expand_home(vision_tower or settings.vision_tower or "")
     if not (tower / "config.json").is_file():
         where = str(adapters[0].folder / BASE_FILE) if vision_tower is None else "--vision-tower"
         what = f"no vision tower found (got {str(tower)!r}, expected a folder with config.json)"
@@ -177,7 +178,7 @@ def _read_overlay(projector: str | Path | None, adapter: Path, rows: int) -> dic
         return {}
     import torch
 
-    if not Path(projector).exists():
+    if not expand_home(projector).exists():
         what = f"the projector file of the adapter's run does not exist (got {str(projector)!r})"
         raise ConfigError.at(str(adapter / BASE_FILE), what, "give its new path with --projector")
     stored = read_projector(projector)

@@ -10,6 +10,7 @@ from typing import Any
 
 from llavar_peft.atomic_files import write_json
 from llavar_peft.errors import ConfigError
+from llavar_peft.types import expand_home
 from llavar_peft.weights.adapter.adapter_files import ADAPTER_CONFIG, BASE_FILE
 from llavar_peft.weights.adapter.lora_updates import read_adapter
 from llavar_peft.weights.delta.released_layout import view_as_released
@@ -48,8 +49,8 @@ def plan_merge(
     force: bool = False,
 ) -> MergePlan:
     """Open and check the inputs of a merge. The arguments are those of ``models.merge_adapter.merge_adapter``."""
-    folder = Path(base)
-    folders = [Path(adapter)] if isinstance(adapter, (str, Path)) else [Path(one) for one in adapter]
+    folder = expand_home(base)
+    folders = [expand_home(one) for one in ([adapter] if isinstance(adapter, (str, Path)) else adapter)]
     if not folders:
         raise ConfigError.at("adapter", "no adapter (got 0, expected at least one)", "give an adapter's folder")
     # Without weights the second adapter may have been trained on the base with the first one merged into it.
