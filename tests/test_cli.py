@@ -90,6 +90,37 @@ def test_recipe_show_prints_the_file_itself(capsys: pytest.CaptureFixture[str]) 
     assert capsys.readouterr().out == read_recipe("llavar-13b")
 
 
+@pytest.mark.parametrize(
+    ("typed", "found"),
+    [
+        ("qui", ["quickstart"]),
+        ("train ti", ["tiny"]),
+        ("train --preset ql", ["qlora"]),
+        ("recipe show llavar-7", ["llavar-7b"]),
+        ("ask --quantize i", ["int8"]),
+    ],
+)
+def test_the_shell_completes_names(
+    typed: str, found: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = f"llavar-peft {typed}"
+    monkeypatch.setenv("_LLAVAR_PEFT_COMPLETE", "complete_bash")
+    monkeypatch.setenv("COMP_WORDS", words)
+    monkeypatch.setenv("COMP_CWORD", str(len(words.split()) - 1))
+    assert run() == 0
+    assert capsys.readouterr().out.split() == found
+
+
+def test_an_invalid_recipe_is_not_shown_as_if_it_could_be_trained(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    (tmp_path / "mine.yaml").write_text("modle: {}\n", encoding="utf-8")
+    assert run("recipe", "show", str(tmp_path / "mine.yaml")) == 2
+    captured = capsys.readouterr()
+    assert not captured.out
+    assert "unknown field; did you mean 'model'?" in captured.err
+
+
 def test_recipe_show_with_overrides_prints_every_field(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     assert run("recipe", "show", "tiny", "seed=7") == 0
     shown = tmp_path / "shown.yaml"
@@ -242,13 +273,18 @@ def modules_after(code: str) -> set[str]:
     [
         ["--help"],
         ["--version"],
+        [],
         ["recipe", "list"],
         ["recipe", "show", "llavar-13b", "seed=1"],
         ["train", "--help"],
         ["eval", "vqa", "--help"],
     ],
 )
-def test_light_commands_do_not_import_torch(arguments: list[str]) -> None:
+def test_light_commands_do_not_import_torch(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    if not arguments:  # completion: the shell calls the program without arguments, at each press of the key
+        monkeypatch.setenv("_LLAVAR_PEFT_COMPLETE", "complete_bash")
+        monkeypatch.setenv("COMP_WORDS", "llavar-peft train --preset q")
+        monkeypatch.setenv("COMP_CWORD", "3")
     loaded = modules_after(f"from llavar_peft.cli import main\nassert main({arguments!r}) == 0")
     assert not loaded & {"torch", "transformers", "peft", "datasets", "accelerate", "PIL", "numpy"}
 

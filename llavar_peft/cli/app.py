@@ -34,8 +34,7 @@ from llavar_peft.cli.train_command import quickstart, train
 
 _HELP = """Train, evaluate and serve LLaVAR models, which read text in images.
 
-Run 'llavar-peft COMMAND --help' for the options of a command. To see it all work in minutes, on a CPU, run
-'llavar-peft quickstart'.
+Run 'llavar-peft COMMAND --help' for the options of a command, and 'llavar-peft quickstart' to see it all work on a CPU.
 """
 _TRAIN, _ASK, _DATA, _EVALUATE, _WEIGHTS = "Train", "Ask and serve", "Prepare data", "Evaluate", "Convert weights"
 
@@ -53,7 +52,7 @@ class Session:
 
 def build_app() -> typer.Typer:
     """Return the command line as a typer application."""
-    app = typer.Typer(help=_HELP, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+    app = typer.Typer(help=_HELP, no_args_is_help=True, pretty_exceptions_enable=False)
     app.callback()(_global_options)
 
     def group(name: str, panel: str, text: str, **commands: Callable[..., None]) -> None:
