@@ -45,9 +45,11 @@ class Session:
 
     Attributes:
         debug: Print a traceback with each error.
+        command: The command, without its subcommand.
     """
 
     debug: bool = False
+    command: str = ""
 
 
 def build_app() -> typer.Typer:
@@ -106,7 +108,7 @@ def _global_options(
     ] = False,
 ) -> None:
     if isinstance(context.obj, Session):
-        context.obj.debug = debug
+        context.obj.debug, context.obj.command = debug, context.invoked_subcommand or ""
     _configure_logging(debug)
 
 

@@ -8,6 +8,7 @@ import typer
 
 from llavar_peft.cli import shared_options as shared
 from llavar_peft.cli.output import say, say_json
+from llavar_peft.errors import ConfigError
 
 
 def ask(
@@ -34,6 +35,8 @@ def ask(
     """Ask a model a question about images."""
     from llavar_peft.inference.chat import load_chat
 
+    if not question.strip():
+        raise ConfigError.at("QUESTION", "it is empty", "write a question in quotes")
     sampling = shared.make_sampling(max_new_tokens, temperature, greedy, seed)
     names: list[str | None] = [*image] if image else [None]
     images = [None if name is None else shared.open_image_or_url(name) for name in names]

@@ -73,6 +73,9 @@ def read_settings(folder: Path) -> dict[str, Any]:
         ConfigError: The folder holds no adapter, or the file is not readable.
     """
     path = folder / ADAPTER_CONFIG
+    if folder.is_file():
+        fix = f"give {str(folder.parent)!r}" if folder.with_name(ADAPTER_CONFIG).is_file() else _FIX
+        raise ConfigError.at(str(folder), "a file, expected a folder", fix)
     check_no_code(folder)
     try:
         settings = dict(json.loads(path.read_text(encoding="utf-8")))
