@@ -161,6 +161,29 @@ def test_future_warnings_of_libraries_are_shown_with_debug_only(
 
 
 @pytest.mark.parametrize(
+    ("logger", "message"),
+    [
+        ("bitsandbytes.backends.cpu.ops", "Failed to load CPU gemm_4bit_forward from kernels-community: No module"),
+        ("DeepSpeed", "Setting accelerator to CPU. If you have GPU or other accelerator, we were unable to detect it."),
+    ],
+)
+def test_notices_of_libraries_are_shown_with_debug_only(
+    logger: str, message: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    named = logging.getLogger(logger)
+    for options, shown in (((), False), (("--debug",), True)):
+        monkeypatch.setattr(named, "filters", [])
+        assert run(*options, "recipe", "list") == 0
+        capsys.readouterr()
+        named.warning(message)
+        named.warning("Something else")
+        captured = capsys.readouterr()
+        assert not captured.out
+        assert (message in captured.err) == shown
+        assert "Something else" in captured.err
+
+
+@pytest.mark.parametrize(
     "arguments", [["trian"], ["train"], ["recipe", "show"], ["ask", "what?"], ["train", "x", "--no"]]
 )
 def test_wrong_usage_is_status_2(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:

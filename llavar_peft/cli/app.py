@@ -123,7 +123,9 @@ def _configure_logging(debug: bool) -> None:
     logging.getLogger("llavar_peft").setLevel(level if is_first_rank() else logging.WARNING)
     # accelerate imports DeepSpeed where it is installed, and DeepSpeed logs to stdout, which is for our results.
     logging.getLogger("DeepSpeed").addFilter(_redirect_to_stderr)
-    logging.getLogger("bitsandbytes.autograd._functions").addFilter(_is_not_cast_notice)
+    logging.getLogger("bitsandbytes.autograd._functions").addFilter(_is_for_users)
+    if not debug:
+        logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(_is_for_users)
 
 
 class _StandardError(logging.Handler):
@@ -137,12 +139,21 @@ class _StandardError(logging.Handler):
             self.handleError(record)
 
 
-def _is_not_cast_notice(record: logging.LogRecord) -> bool:
-    """Return False for a notice that bitsandbytes logs for each layer and token."""
-    return not record.getMessage().startswith("MatMul8bitLt: inputs will be cast")
+_NOT_FOR_USERS = (
+    "MatMul8bitLt: inputs will be cast",  # bitsandbytes, for each layer and token
+    "Failed to load CPU gemm_4bit_forward",  # bitsandbytes, whose other kernel gives the same numbers
+    "Setting accelerator to CPU",  # DeepSpeed, which accelerate imports and which does nothing here
+)
+"""Beginnings of messages that users cannot act on."""
+
+
+def _is_for_users(record: logging.LogRecord) -> bool:
+    return not record.getMessage().startswith(_NOT_FOR_USERS)
 
 
 def _redirect_to_stderr(record: logging.LogRecord) -> bool:
+    if not _is_for_users(record) and not logging.getLogger("llavar_peft").isEnabledFor(logging.DEBUG):
+        return False
     if record.levelno >= logging.WARNING and is_first_rank():
         print(f"DeepSpeed: {record.getMessage()}", file=sys.stderr)  # noqa: T201 - its handler writes to stdout
     return False

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from llavar_peft.inference.token_sampling import Sampling
 
 _HELP = """\
-/image FILE|URL   Add an image to the next question.
+/image FILE|URL   Choose the image of the next question.
 /adapter [NAME]   Switch to an adapter, or to 'base' for the model without one. Without a name, list the adapters.
 /clear            Forget the conversation and its images.
 /help             Print this help.
@@ -86,7 +86,7 @@ class _Terminal:
                 complain(str(error))
 
     def show(self, source: str) -> None:
-        """Add an image to the next question."""
+        """Choose the image of the next question."""
         if not source:
             raise ConfigError.at("/image", "no image is given", "type /image and a file or an http(s) URL")
         self._conversation.show(shared.open_image_or_url(source), self._image_mode)

@@ -66,7 +66,7 @@ ImagesOption: TypeAlias = Annotated[
 ]
 JsonOption: TypeAlias = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 WorkersOption: TypeAlias = Annotated[
-    int | None, typer.Option("--workers", min=1, help="Number of processes. Default: one per CPU.")
+    int | None, typer.Option("--workers", min=1, help="Number of processes. Default: one per usable core.")
 ]
 RecipeArgument: TypeAlias = Annotated[
     str | None,

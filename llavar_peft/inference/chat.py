@@ -13,18 +13,19 @@ from llavar_peft.inference.batch_decoder import Row, answer_all, stream_row
 from llavar_peft.inference.engine import Engine, load_engine
 from llavar_peft.inference.generation_request import (
     Answer,
+    ImageInput,
     Prefix,
     PromptImage,
     Request,
     encode_messages,
+    prepare_images,
     question_content,
 )
 from llavar_peft.inference.token_sampling import Sampling, SamplingSettings
 from llavar_peft.recipe.schema import Attention, Dtype, Kernels, Quantization
-from llavar_peft.types import ImageMode, Role
+from llavar_peft.types import ImageMode, ReadableRepr, Role
 
 if TYPE_CHECKING:
-    from PIL.Image import Image
     from typing_extensions import Unpack
 
 
@@ -80,6 +81,10 @@ class Chat:
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
 
+    def __repr__(self) -> str:
+        model = self.engine.base_model
+        return f"Chat({model.name_or_path!r}, adapters={list(self.adapters)}, {model.dtype} on {self.engine.device})"
+
     @property
     def adapters(self) -> tuple[str, ...]:
         """The valid values of ``adapter`` in addition to None."""
@@ -87,7 +92,7 @@ class Chat:
 
     def ask(
         self,
-        image: Image | str | Path | None,
+        image: ImageInput | Sequence[ImageInput] | None,
         question: str,
         *,
         adapter: str | EllipsisType | None = ...,
@@ -97,7 +102,9 @@ class Chat:
         """Answer one question.
 
         Args:
-            image: An image or a local path; None asks without an image.
+            image: A local path, a Pillow image, the bytes of an image file, or a uint8 array ``[H, W, 3]``; or a list
+                of them, which are shown in this order, although LLaVAR was trained with one. None asks without an
+                image.
             question: Plain text; nothing in it becomes a special token.
             adapter: Name of the adapter, None for the base; the default is the first adapter.
             image_mode: Overrides how the model prepares images.
@@ -113,7 +120,7 @@ class Chat:
 
     def stream(
         self,
-        image: Image | str | Path | None,
+        image: ImageInput | Sequence[ImageInput] | None,
         question: str,
         *,
         adapter: str | EllipsisType | None = ...,
@@ -130,7 +137,10 @@ class Chat:
         yield from stream_row(self.engine, Row(request, self.engine, pieces.append), pieces)
 
     def conversation(
-        self, image: Image | str | Path | None = None, *, adapter: str | EllipsisType | None = ...
+        self,
+        image: ImageInput | Sequence[ImageInput] | None = None,
+        *,
+        adapter: str | EllipsisType | None = ...,
     ) -> Dialogue:
         """Start a conversation, which remembers earlier turns.
 
@@ -142,7 +152,7 @@ class Chat:
 
     def request(
         self,
-        image: Image | str | Path | None,
+        image: ImageInput | Sequence[ImageInput] | None,
         question: str,
         *,
         adapter: str | EllipsisType | None = ...,
@@ -150,8 +160,8 @@ class Chat:
         sampling: Sampling | None = None,
     ) -> Request:
         """Prepare a question for ``answer``. The arguments are those of ``ask``."""
-        images = [] if image is None else [PromptImage.prepare(image, self.engine.processor, image_mode)]
-        content = question_content(question, images[0] if images else None)
+        images = prepare_images(image, self.engine.processor, image_mode)
+        content = question_content(question, images)
         return Request(
             ids=encode_messages(self.engine.processor, [("human", content)], images),
             images=images,
@@ -176,13 +186,18 @@ class Chat:
         return adapter
 
 
-@dataclass(frozen=True, slots=True)
-class DialogueReply:
-    """A question with its image, and the model's answer."""
+@dataclass(frozen=True, slots=True, repr=False)
+class DialogueReply(ReadableRepr):
+    """A question with its images, and the model's answer."""
 
     question: str
-    image: PromptImage | None
+    images: tuple[PromptImage, ...]
     answer: str
+
+    @property
+    def image(self) -> PromptImage | None:
+        """The first image."""
+        return self.images[0] if self.images else None
 
 
 class Dialogue:
@@ -200,39 +215,53 @@ class Dialogue:
         turns: The questions and answers so far.
     """
 
-    def __init__(self, engine: Engine, image: Image | str | Path | None = None, *, adapter: str | None = None) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        image: ImageInput | Sequence[ImageInput] | None = None,
+        *,
+        adapter: str | None = None,
+    ) -> None:
         self.adapter = adapter
         self.turns: list[DialogueReply] = []
         self._engine = engine
-        self._next_image: PromptImage | None = None
+        self._next_images: tuple[PromptImage, ...] = ()
         self._prefix: Prefix | None = None
         self._prefix_adapter: str | None = None
         if image is not None:
             self.show(image)
 
-    def show(self, image: Image | str | Path, image_mode: ImageMode | None = None) -> None:
-        """Add an image to the next question.
+    def __repr__(self) -> str:
+        return f"Dialogue({len(self.turns)} turns, adapter={self.adapter!r})"
+
+    def show(self, image: ImageInput | Sequence[ImageInput], image_mode: ImageMode | None = None) -> None:
+        """Choose the image, or the images, of the next question.
 
         Args:
-            image: An image or a local path.
+            image: As in ``Chat.ask``.
             image_mode: Overrides how the model prepares images.
 
         Raises:
             ImageError: The image is missing or broken.
         """
-        self._next_image = PromptImage.prepare(image, self._engine.processor, image_mode)
+        self._next_images = tuple(prepare_images(image, self._engine.processor, image_mode))
 
     def clear(self) -> None:
         """Remove all turns and images."""
         self.turns.clear()
-        self._next_image = self._prefix = None
+        self._next_images, self._prefix = (), None
 
-    def send(self, text: str, image: Image | str | Path | None = None, **sampling: Unpack[SamplingSettings]) -> str:
+    def send(
+        self,
+        text: str,
+        image: ImageInput | Sequence[ImageInput] | None = None,
+        **sampling: Unpack[SamplingSettings],
+    ) -> str:
         """Send a message and return the answer.
 
         Args:
             text: Plain text; nothing in it becomes a special token.
-            image: An image to add to the message.
+            image: An image or several, as in ``Chat.ask``.
             **sampling: Fields of ``Sampling``.
 
         Raises:
@@ -242,7 +271,10 @@ class Dialogue:
         return "".join(self.stream(text, image, **sampling))
 
     def stream(
-        self, text: str, image: Image | str | Path | None = None, **sampling: Unpack[SamplingSettings]
+        self,
+        text: str,
+        image: ImageInput | Sequence[ImageInput] | None = None,
+        **sampling: Unpack[SamplingSettings],
     ) -> Generator[str, None, None]:
         """Send a message and yield the answer piece by piece. The arguments are those of ``send``.
 
@@ -250,7 +282,7 @@ class Dialogue:
         """
         if image is not None:
             self.show(image)
-        shown = self._next_image
+        shown = self._next_images
         pieces: list[str] = []
         row = Row(self._request(text, shown, Sampling(**sampling)), self._engine, pieces.append)
         try:
@@ -258,17 +290,17 @@ class Dialogue:
         finally:
             if row.text or (row.answer is not None and row.answer.finish_reason != "cancelled"):
                 self.turns.append(DialogueReply(text, shown, row.text))
-                self._next_image = None
+                self._next_images = ()
             # Without an answer the step was interrupted; the keys and values of the earlier turns are still valid.
             if row.answer is not None:
                 self._prefix, self._prefix_adapter = row.answer.prefix, row.request.adapter
 
-    def _request(self, text: str, image: PromptImage | None, sampling: Sampling) -> Request:
+    def _request(self, text: str, shown: tuple[PromptImage, ...], sampling: Sampling) -> Request:
         messages: list[tuple[Role, Content]] = []
         for turn in self.turns:
-            messages += [("human", question_content(turn.question, turn.image)), ("gpt", [turn.answer])]
-        messages.append(("human", question_content(text, image)))
-        images = [shown for shown in (*(turn.image for turn in self.turns), image) if shown is not None]
+            messages += [("human", question_content(turn.question, turn.images)), ("gpt", [turn.answer])]
+        messages.append(("human", question_content(text, shown)))
+        images = [image for turn in self.turns for image in turn.images] + list(shown)
         ids = encode_messages(self._engine.processor, messages, images)
         prefix = self._prefix if self._prefix_adapter == self.adapter else None
         if prefix is not None:

@@ -12,6 +12,7 @@ from typing import Any
 from llavar_peft.atomic_files import write_json
 from llavar_peft.errors import WeightsError
 from llavar_peft.models.merge_logits_gap import LogitsGap, measure_merge
+from llavar_peft.types import ReadableRepr
 from llavar_peft.weights.io.shard_layout import RELEASED_SHARD_SIZE, WeightsFormat
 from llavar_peft.weights.io.write_weights import Progress
 from llavar_peft.weights.merge.merge_plan import MergePlan, plan_merge, write_merged
@@ -26,8 +27,8 @@ BOUND, BOUND_ORIGINAL = 0.05, 0.5
 in training, and if adapters of a quantized base are merged onto the original one."""
 
 
-@dataclass(frozen=True, slots=True)
-class MergeReport:
+@dataclass(frozen=True, slots=True, repr=False)
+class MergeReport(ReadableRepr):
     """What a merge wrote, and how far its logits are from those before it.
 
     Attributes:

@@ -85,6 +85,10 @@ class Trainer:
         self.ranks = self.processes.num_processes
         self.main = self.processes.is_main_process
 
+    def __repr__(self) -> str:
+        stages = ", ".join(stage.name for stage in self.recipe.stages)
+        return f"Trainer(stages: {stages}; output_dir={self.recipe.output_dir!r})"
+
     def train(self, stages: Sequence[str] | None = None, *, restart: bool = False, allow_changes: bool = False) -> Path:
         """Run the recipe or some of its stages. Finished stages are loaded, not run again.
 

@@ -6,7 +6,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -106,6 +108,40 @@ def _fresh(chat: Chat, turns: list[tuple[str, Path | Image.Image | None, str]], 
     ids = encode_messages(processor, messages[:-1], there)
     (answer,) = chat.answer([Request(ids=ids, images=there, sampling=Sampling(**GREEDY), adapter=adapter)])
     return answer.text
+
+
+def test_images_are_taken_in_each_natural_form(chat: Chat, images: list[Path]) -> None:
+    opened = Image.open(images[0]).convert("RGB")
+    expected = chat.request(images[0], "Read.").images[0].pixels
+    for form in (str(images[0]), opened, images[0].read_bytes(), np.asarray(opened)):
+        assert torch.equal(chat.request(form, "Read.").images[0].pixels, expected)
+
+
+@pytest.mark.parametrize("form", [3, torch.zeros(3, 8, 8), np.zeros((8, 8, 3)), {"image": "a.png"}])
+def test_other_forms_of_an_image_are_named(form: Any, chat: Chat) -> None:
+    with pytest.raises(ConfigError, match=r"image: got .*, expected a path, a Pillow image, the bytes of a file"):
+        chat.ask(form, "Read.")
+
+
+def test_a_list_of_images_is_shown_in_one_question(chat: Chat, images: list[Path]) -> None:
+    request = chat.request(images[:2], "Compare.")
+    turn = ("human", ["Compare.\n", None, None])
+    both = [PromptImage.prepare(image, chat.engine.processor) for image in images[:2]]
+    assert torch.equal(request.ids, encode_messages(chat.engine.processor, [turn], both))
+    assert [image.pixels.sum() for image in request.images] == [image.pixels.sum() for image in both]
+    assert chat.ask(images[:2], "Compare.", **GREEDY) == chat.conversation(images[:2]).send("Compare.", **GREEDY)
+    assert not len(chat.request([], "Hello?").images)
+
+
+def test_values_are_readable_in_a_notebook(chat: Chat, images: list[Path]) -> None:
+    request = chat.request(images[0], "Read.", sampling=Sampling(max_new_tokens=20))
+    talk = chat.conversation(images[0])
+    talk.send("Read.", **GREEDY)
+    for value in (chat, request, chat.answer([request])[0], talk, talk.turns, request.images[0]):
+        lines = repr(value).splitlines()
+        assert len(lines) <= 25
+        assert max(map(len, lines)) <= 120
+    assert "float32 on cpu" in repr(chat)
 
 
 def test_a_conversation_computes_nothing_twice(chat: Chat, images: list[Path], page: Image.Image) -> None:
