@@ -31,6 +31,7 @@ from llavar_peft.weights.io.folder_writer import WeightsReport
 from llavar_peft.weights.io.shard_layout import RELEASED_SHARD_SIZE, WeightsFormat
 from llavar_peft.weights.io.tensor_blocks import check_tensors
 from llavar_peft.weights.io.tensor_table import TensorEntry, read_tensor_table
+from llavar_peft.weights.io.weights_card import portable_name, write_weights_card
 from llavar_peft.weights.io.write_weights import Progress
 
 if TYPE_CHECKING:
@@ -105,13 +106,19 @@ def export(  # noqa: PLR0913 - the options of the conversion
         finish = partial(write_stock_companions, parts, ACTIVATIONS[projector], dtype)
     else:
         finish = partial(_finish_own_layout, parts, dtype)
+
+    def complete(staged: Path) -> None:
+        finish(staged)
+        sources = {"model": source, **({"vision tower": vision_tower} if vision_tower is not None else {})}
+        write_weights_card(staged, f"{portable_name(source)} in the layout {to}", sources)
+
     return write_converted(
         tensors,
         Path(out),
         dtype=dtype or (_FLOAT16 if to == "original" else None),
         form=form or ("bin" if to == "original" else "safetensors"),
         shard_size=shard_size,
-        finish=finish,
+        finish=complete,
         progress=progress,
     )
 

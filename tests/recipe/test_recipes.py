@@ -231,5 +231,5 @@ def test_a_recipe_is_shown_as_readable_python(name: str) -> None:
     text = repr(recipe)
     assert max(map(len, text.splitlines())) <= 100
     assert len(text.splitlines()) <= 60
-    assert "holdout=" not in text  # at its default
+    assert "shuffle=" not in text  # at its default
     assert eval(text, vars(schema)) == recipe
