@@ -197,7 +197,7 @@ def resolve_folder(name: str, setting: str) -> Path:
         raise ConfigError.at(setting, f"a file, expected a folder (got {name!r})", _fix_for_file(path))
     if not is_hub_name(name):
         siblings = [entry.name for entry in path.parent.iterdir() if entry.is_dir()] if path.parent.is_dir() else []
-        near = difflib.get_close_matches(path.name, siblings, n=1)
+        near = difflib.get_close_matches(path.name, siblings, n=1, cutoff=0.75)
         hint = f"did you mean {str(path.parent / near[0])!r}?" if near else "give a folder, or a hub name owner/model"
         raise ConfigError.at(setting, f"no such folder (got {name!r})", hint)
     return download(name, setting)

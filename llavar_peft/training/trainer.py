@@ -43,7 +43,7 @@ from llavar_peft.training.run_folder import RunFolder, check_output_folder, lock
 from llavar_peft.training.save_weights import save_plain, save_result
 from llavar_peft.training.sharding import reset_zero
 from llavar_peft.training.stage_arguments import check_trackers, micro_batches, resolve_precision, training_arguments
-from llavar_peft.training.stage_records import stage_records
+from llavar_peft.training.stage_records import check_data_paths, stage_records
 from llavar_peft.training.stage_trainer import StageTrainer
 from llavar_peft.training.trainer_callbacks import EvalCallback, ProgressBar, StopOnSignal
 from llavar_peft.weights.io.tensor_blocks import write_checksums
@@ -294,6 +294,7 @@ def run_recipe(
     recipe = validate_recipe(recipe)
     check_trackers(recipe)
     check_output_folder(Path(recipe.output_dir))
+    check_data_paths([stage for stage in recipe.stages if not stages or stage.name in stages])
     processes = start_processes(recipe)
     model, processor = build_for_training(recipe.model, processes, seed=recipe.seed)
     return Trainer(model, processor, recipe).train(stages, restart=restart, allow_changes=allow_changes)
