@@ -20,6 +20,9 @@ _OPTIONS = {
     "adapter": "--adapter",
     "adapters": "--adapter",
     "model.quantize": "--quantize",
+    "onto": "--onto",
+    "source": "SRC",
+    "weights": "--weight",
 }
 _INTERRUPTED = 130  # as shells report a command that Ctrl-C ended: 128 + SIGINT
 
