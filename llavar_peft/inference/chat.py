@@ -9,6 +9,7 @@ from types import EllipsisType
 from typing import TYPE_CHECKING
 
 from llavar_peft.data.conversation_template import Content
+from llavar_peft.errors import ConfigError
 from llavar_peft.inference.batch_decoder import Row, answer_all, stream_row
 from llavar_peft.inference.engine import Engine, load_engine
 from llavar_peft.inference.generation_request import (
@@ -58,10 +59,11 @@ def load_chat(
         ConfigError: The folder holds no model, or the base of the adapter is missing.
         WeightsError: The weights do not fit the model.
     """
-    if adapter is None:
-        adapters: Mapping[str, str | Path] = {}
-    else:
-        adapters = adapter if isinstance(adapter, Mapping) else {Path(adapter).name: adapter}
+    adapters: Mapping[str, str | Path] = {}
+    if isinstance(adapter, Mapping):
+        adapters = adapter
+    elif adapter is not None:
+        adapters = {_adapter_name(adapter): adapter}
     engine = load_engine(
         model,
         adapters,
@@ -73,6 +75,13 @@ def load_chat(
         device=device,
     )
     return Chat(engine)
+
+
+def _adapter_name(folder: object) -> str:
+    if not isinstance(folder, str | Path):
+        what = f"got {type(folder).__name__}, expected a folder, or a mapping of names to folders"
+        raise ConfigError.at("adapter", what, 'write {"name": "folder", ...} for several')
+    return Path(folder).name
 
 
 class Chat:
@@ -160,6 +169,8 @@ class Chat:
         sampling: Sampling | None = None,
     ) -> Request:
         """Prepare a question for ``answer``. The arguments are those of ``ask``."""
+        if not isinstance(question, str):
+            raise ConfigError.at("question", f"got {type(question).__name__}, expected a string", "write the question")
         images = prepare_images(image, self.engine.processor, image_mode)
         content = question_content(question, images)
         return Request(
@@ -176,6 +187,8 @@ class Chat:
             requests: Made by ``request``; neighbours with the same adapter form a batch.
             batch_size: Maximum number of questions that are answered at a time.
         """
+        if batch_size < 1:
+            raise ConfigError.at("batch_size", f"got {batch_size}, expected at least 1", "change it")
         return answer_all(self.engine, requests, batch_size=batch_size)
 
     def resolve_adapter(self, adapter: str | EllipsisType | None) -> str | None:

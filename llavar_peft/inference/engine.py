@@ -268,6 +268,11 @@ def _choose_device(device: str, quantize: Quantization | None) -> str:
         if torch.cuda.is_available():
             return "cuda"
         return "mps" if torch.backends.mps.is_available() and quantize is None else "cpu"
+    try:
+        torch.empty(0, device=device)
+    except Exception as error:  # the backends of torch raise many types of exceptions
+        reason = str(error).strip().splitlines()[0][:100]
+        raise ConfigError.at("device", f"{device!r} is not usable here ({reason})", "use auto, cpu or cuda") from error
     if quantize is not None and device.startswith("mps"):
         raise ConfigError.at(
             "device", f"{quantize} weights are not supported on {device}", "use cuda or cpu, or do not quantize"

@@ -13,7 +13,7 @@ import logging
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from llavar_peft.atomic_files import write_json
 from llavar_peft.constants import MODEL_TYPE, RELEASED_MODEL_TYPE
@@ -85,6 +85,9 @@ def export(  # noqa: PLR0913 - the options of the conversion
         EnvironmentFaultError: The disk is full, or another process writes the same folder.
     """
     register()
+    if to not in get_args(Layout):
+        known = ", ".join(map(repr, get_args(Layout)))
+        raise ConfigError.at("to", f"unknown layout (got {to!r}, expected one of {known})", "correct it")
     folder = resolve_folder(str(source), "source")
     if (folder / ADAPTER_CONFIG).is_file():
         raise ConfigError.at(

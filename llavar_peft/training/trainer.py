@@ -15,7 +15,7 @@ import transformers
 from llavar_peft.atomic_files import commit_folder
 from llavar_peft.constants import METRICS_FILE, PROBE_FILE
 from llavar_peft.data.training_dataset import TrainingDataset
-from llavar_peft.errors import InterruptedRunError, LlavarError
+from llavar_peft.errors import ConfigError, InterruptedRunError, LlavarError
 from llavar_peft.models.merge_adapter import merge_adapter
 from llavar_peft.models.modeling_llavar import LlavarForConditionalGeneration
 from llavar_peft.models.packed_attention import disable_packing, replace_flash_attention
@@ -76,6 +76,7 @@ class Trainer:
     ) -> None:
         self.recipe = validate_recipe(recipe)
         check_trackers(self.recipe)
+        _check_model(model, self.recipe)
         self.model: Any = model
         self.processor = processor
         self.callbacks = list(callbacks)
@@ -108,7 +109,7 @@ class Trainer:
             DataError: More records or images are unusable than the recipe allows.
             InterruptedRunError: A signal stopped the run after it was saved.
         """
-        selected = self.run.select_stages(stages)
+        selected = self.run.select_stages((stages,) if isinstance(stages, str) else stages)
         with lock_folder(self.run.root) if self.main else nullcontext():
             if self.main:
                 self.run.open(restart=restart, stages=selected, allow_changes=allow_changes)
@@ -285,6 +286,17 @@ class Trainer:
             except LlavarError as error:
                 # The page can be written again at any time; the training must not fail because of it.
                 logger.warning("the run's page was not written: %s", error)
+
+
+def _check_model(model: object, recipe: Recipe) -> None:
+    """Reject a model that the recipe does not describe: its results would be recorded for another one."""
+    fix = "pass the model from build_model(recipe.model)"
+    if not isinstance(model, LlavarForConditionalGeneration) or hasattr(model, "peft_config"):
+        got = "one with adapters" if hasattr(model, "peft_config") else type(model).__name__
+        raise ConfigError.at("model", f"expected a LLaVAR without adapters (got {got})", fix)
+    if is_quantized(model) != (recipe.model.quantize is not None):
+        got, expected = "quantized" if is_quantized(model) else "not quantized", recipe.model.quantize
+        raise ConfigError.at("model", f"is {got}, and the recipe's model.quantize is {expected}", fix)
 
 
 def run_recipe(

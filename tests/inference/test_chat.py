@@ -13,7 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
-from llavar_peft import Chat, ModelConfig, load_chat
+from llavar_peft import Chat, ModelConfig, build_model, load_chat
 from llavar_peft.errors import ConfigError, WeightsError
 from llavar_peft.inference.engine import Engine
 from llavar_peft.inference.generation_request import PromptImage, Request, encode_messages
@@ -263,3 +263,47 @@ def test_what_cannot_be_loaded_is_rejected(checkpoint: Path, adapters: dict[str,
     chat.engine.processor.save_pretrained(tmp_path / "moved")
     with pytest.raises(WeightsError):
         load_chat(tmp_path / "moved", adapters)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"temperature": "hot"}, "temperature: got 'hot', expected a number"),
+        ({"max_new_tokens": 2.5}, "max_new_tokens: got 2.5, expected a whole number"),
+        ({"seed": "7"}, "seed: got '7', expected a whole number"),
+    ],
+)
+def test_sampling_of_another_type_is_named(settings: dict[str, Any], message: str, chat: Chat) -> None:
+    with pytest.raises(ConfigError, match=message):
+        chat.ask(None, "Read.", **settings)
+
+
+def test_numbers_of_numpy_are_numbers(chat: Chat) -> None:
+    assert chat.ask(None, "Hi", temperature=np.float32(0.0), max_new_tokens=np.int64(1)) is not None
+
+
+def test_a_question_is_text(chat: Chat) -> None:
+    question: Any = None
+    with pytest.raises(ConfigError, match="question: got NoneType, expected a string"):
+        chat.ask(None, question)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"dtype": "fp16"}, "model.dtype: unknown value .got 'fp16', expected one of 'auto', 'float32'"),
+        ({"attention": "flash"}, "model.attention: unknown value"),
+        ({"quantize": "4bit"}, "model.quantize: unknown value"),
+        ({"device": "gpu"}, "device: 'gpu' is not usable here"),
+        ({"adapter": ["a", "b"]}, "adapter: got list, expected a folder, or a mapping"),
+    ],
+)
+def test_unknown_settings_are_named(settings: dict[str, Any], message: str, checkpoint: Path) -> None:
+    with pytest.raises(ConfigError, match=message):
+        load_chat(checkpoint, **settings)
+
+
+def test_a_model_is_built_from_a_configuration(checkpoint: Path) -> None:
+    source: Any = str(checkpoint)
+    with pytest.raises(ConfigError, match=r"expected a ModelConfig \(got str\). Fix: pass ModelConfig\(checkpoint="):
+        build_model(source)

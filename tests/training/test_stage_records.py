@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from llavar_peft import DataConfig, Recipe
-from llavar_peft.errors import LlavarError
+from llavar_peft import DataConfig, Lora, Recipe, Trainer, build_model
+from llavar_peft.errors import ConfigError, LlavarError
 from llavar_peft.training import dry_run, trainer
 from llavar_peft.training.stage_records import stage_records
 
@@ -56,3 +56,18 @@ def test_a_setting_that_is_missing_is_one_message(tiny_recipe: Recipe, tmp_path:
         f"stages.{stage.name}.data.images: not set, and 20 of 20 records name an image. "
         "Fix: set it to the folder that the image paths start from."
     )
+
+
+def test_a_model_that_the_recipe_does_not_describe_is_rejected(tiny_recipe: Recipe, tmp_path: Path) -> None:
+    model, processor = build_model(tiny_recipe.model)
+    stage = dataclasses.replace(tiny_recipe.stages[0], tune=Lora(rank=2), max_steps=1)
+    recipe = dataclasses.replace(tiny_recipe, stages=(stage,))
+    quantized = dataclasses.replace(recipe, model=dataclasses.replace(recipe.model, quantize="nf4"))
+    with pytest.raises(ConfigError, match="model: is not quantized, and the recipe's model.quantize is nf4"):
+        Trainer(model, processor, quantized)
+    swapped: Any = processor
+    with pytest.raises(ConfigError, match=r"expected a LLaVAR without adapters \(got LlavarProcessor\)"):
+        Trainer(swapped, processor, recipe)
+    Trainer(model, processor, recipe).train("stage1")
+    with pytest.raises(ConfigError, match="got one with adapters"):
+        Trainer(model, processor, dataclasses.replace(recipe, output_dir=str(tmp_path / "again")))
