@@ -63,7 +63,7 @@ def test_a_model_that_the_recipe_does_not_describe_is_rejected(tiny_recipe: Reci
     stage = dataclasses.replace(tiny_recipe.stages[0], tune=Lora(rank=2), max_steps=1)
     recipe = dataclasses.replace(tiny_recipe, stages=(stage,))
     quantized = dataclasses.replace(recipe, model=dataclasses.replace(recipe.model, quantize="nf4"))
-    with pytest.raises(ConfigError, match="model: is not quantized, and the recipe's model.quantize is nf4"):
+    with pytest.raises(ConfigError, match="is not quantized, and the recipe's model\\.quantize is nf4"):
         Trainer(model, processor, quantized)
     swapped: Any = processor
     with pytest.raises(ConfigError, match=r"expected a LLaVAR without adapters \(got LlavarProcessor\)"):
