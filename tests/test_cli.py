@@ -210,6 +210,30 @@ def test_exit_status(error: BaseException, status: int, failing, capsys: pytest.
         assert captured.err == f"error: {error}\n"
 
 
+def test_a_message_names_the_option_of_a_command_and_the_setting_of_a_recipe(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    records = tmp_path / "records.json"
+    records.write_text("[]")
+    given = [f"stages.0.data.records={records}", f"output_dir={tmp_path / 'run'}"]
+    for arguments, named in (
+        (["ask", "--model", "./gone", "Read."], "--model"),
+        (["convert", "./gone", str(tmp_path / "out"), "--to", "llavar"], "SRC"),
+        (["train", "--preset", "lora", "model.checkpoint=./gone", *given], "model.checkpoint"),
+    ):
+        assert run(*arguments) == 2
+        assert f"error: {named}: no such folder (got './gone')." in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("value", "colored"), [("", True), ("1", False)])
+def test_no_color_is_respected(value: str, colored: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    shown: list[object] = []
+    monkeypatch.setenv("NO_COLOR", value)
+    monkeypatch.setattr("typer.secho", lambda *_, fg, **__: shown.append(fg))
+    assert run("recipe", "show", "gone") == 2
+    assert (shown != [None]) == colored
+
+
 def test_an_unexpected_error_says_how_to_get_the_traceback(failing, capsys: pytest.CaptureFixture[str]) -> None:
     failing(KeyError("surprise"))
     assert run("train", "tiny") == 1

@@ -323,7 +323,7 @@ def test_one_id_with_two_images_is_two_records(run: Path) -> None:
     append(run / "two" / "probe.jsonl", *lines)
     text = page_of(run)
     assert len(Elements(text).all("img")) == 3
-    assert "Evaluated on other held-out images than the stage before: two" in text
+    assert "Evaluated on different held-out images from those of the stage before: two" in text
     assert "start of two" in text
 
 

@@ -11,19 +11,6 @@ from llavar_peft.cli.output import complain
 from llavar_peft.errors import LlavarError
 
 _UNEXPECTED = 1
-_WITH_RECIPE = ("train", "estimate")
-_OPTIONS = {
-    "model": "--model",
-    "model.checkpoint": "--model",
-    "model.vision_tower": "--vision-tower",
-    "vision_tower": "--vision-tower",
-    "adapter": "--adapter",
-    "adapters": "--adapter",
-    "model.quantize": "--quantize",
-    "onto": "--onto",
-    "source": "SRC",
-    "weights": "--weight",
-}
 _INTERRUPTED = 130  # as shells report a command that Ctrl-C ended: 128 + SIGINT
 
 
@@ -44,7 +31,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return stop.code if isinstance(stop.code, int) else int(bool(stop.code))
     except LlavarError as error:
         _print_traceback(session)
-        complain(_name_option(str(error), session))
+        complain(str(error))
         return error.exit_code
     except KeyboardInterrupt:
         complain("interrupted")
@@ -55,13 +42,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         complain(f"unexpected {type(error).__name__}: {error}{hint}")
         return _UNEXPECTED
     return 0
-
-
-def _name_option(message: str, session: Session) -> str:
-    """Begin a message about a setting with the option that sets it, except where a recipe does."""
-    setting, colon, rest = message.partition(":")
-    option = _OPTIONS.get(setting) if session.command not in _WITH_RECIPE else None
-    return f"{option}{colon}{rest}" if option else message
 
 
 def _print_traceback(session: Session) -> None:

@@ -7,9 +7,10 @@ import sys
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from llavar_peft import __version__
 from llavar_peft.cli.adapter_command import adapter_show, adapter_verify
@@ -31,6 +32,7 @@ from llavar_peft.cli.report_command import report
 from llavar_peft.cli.serve_command import serve
 from llavar_peft.cli.synth_command import synth
 from llavar_peft.cli.train_command import quickstart, train
+from llavar_peft.errors import LlavarError
 
 _HELP = """Train, evaluate and serve LLaVAR models, which read text in images.
 
@@ -45,16 +47,43 @@ class Session:
 
     Attributes:
         debug: Print a traceback with each error.
-        command: The command, without its subcommand.
     """
 
     debug: bool = False
-    command: str = ""
+
+
+_WITH_RECIPE = ("train", "estimate")
+_OPTIONS = {
+    "model": "--model",
+    "model.checkpoint": "--model",
+    "model.quantize": "--quantize",
+    "model.vision_tower": "--vision-tower",
+    "vision_tower": "--vision-tower",
+    "adapter": "--adapter",
+    "adapters": "--adapter",
+    "onto": "--onto",
+    "source": "SRC",
+    "weights": "--weight",
+}
+
+
+class _CommandGroup(TyperGroup):
+    """Names the options of commands in messages about the settings that they set, instead of those of a recipe."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the command."""
+        try:
+            return super().invoke(ctx)
+        except LlavarError as error:
+            setting, _, rest = str(error).partition(": ")
+            if ctx.invoked_subcommand in _WITH_RECIPE or setting not in _OPTIONS:
+                raise
+            raise type(error)(f"{_OPTIONS[setting]}: {rest}", error.faults) from error
 
 
 def build_app() -> typer.Typer:
     """Return the command line as a typer application."""
-    app = typer.Typer(help=_HELP, no_args_is_help=True, pretty_exceptions_enable=False)
+    app = typer.Typer(cls=_CommandGroup, help=_HELP, no_args_is_help=True, pretty_exceptions_enable=False)
     app.callback()(_global_options)
 
     def group(name: str, panel: str, text: str, **commands: Callable[..., None]) -> None:
@@ -108,7 +137,7 @@ def _global_options(
     ] = False,
 ) -> None:
     if isinstance(context.obj, Session):
-        context.obj.debug, context.obj.command = debug, context.invoked_subcommand or ""
+        context.obj.debug = debug
     _configure_logging(debug)
 
 

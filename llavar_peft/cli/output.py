@@ -47,7 +47,8 @@ def say_weights(report: WeightsReport) -> None:
 
 def complain(text: str) -> None:
     """Print an error."""
-    typer.secho(f"error: {text}", err=True, fg=typer.colors.RED)
+    # click does not follow NO_COLOR (https://no-color.org).
+    typer.secho(f"error: {text}", err=True, fg=None if os.environ.get("NO_COLOR") else typer.colors.RED)
 
 
 def is_first_rank() -> bool:

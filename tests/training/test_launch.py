@@ -275,8 +275,11 @@ def test_16_bits_on_a_cpu_are_said_to_be_slow(
     precision: Any, warned: bool, tiny_recipe: Recipe, caplog: pytest.LogCaptureFixture
 ) -> None:
     stage = dataclasses.replace(tiny_recipe.stages[0], precision=precision)
+    launch._report_slow.cache_clear()
     with caplog.at_level(logging.WARNING, "llavar_peft"):
-        start_processes(dataclasses.replace(tiny_recipe, stages=(stage,)))
+        for _ in range(2):  # the command and the Trainer
+            start_processes(dataclasses.replace(tiny_recipe, stages=(stage,)))
+    assert len(caplog.records) == warned
     assert ("stages.0.precision=bf16: a CPU computes in 16 bits more slowly" in caplog.text) == warned
 
 
