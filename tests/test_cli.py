@@ -292,6 +292,18 @@ def test_data_check(records: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run("data", "check", str(records), "--images", str(records.parent)) == 0
 
 
+def test_a_wrong_folder_of_images_is_one_message(
+    records: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "empty").mkdir()
+    assert run("data", "check", str(records), "--images", str(tmp_path / "empty")) == 2
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 2
+    assert "a.png: is in none of the image folders" in lines[0]
+    assert "like the images of all 2 records. Fix: give the folder that the image paths start from." in lines[0]
+    assert lines[1] == "2 records, 2 faults"
+
+
 def test_data_inspect_marks_the_supervised_text() -> None:
     import torch
 

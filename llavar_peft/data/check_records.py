@@ -142,6 +142,22 @@ def check_records(
     return RecordReport(total, images.opened, tuple(faults), (*warnings, *_duplicates(store, repeated)))
 
 
+def summarize_faults(faults: Sequence[RecordFinding], records: int) -> list[Fault]:
+    """Return the faults to show: one instead of thousands where every record lacks its image, as with a wrong folder.
+
+    Args:
+        faults: All faults.
+        records: Number of records.
+    """
+    missing = [fault for fault in faults if fault.kind == "image_missing"]
+    if records < 2 or len({fault.index for fault in missing}) < records:
+        return list(faults)
+    first = missing[0]
+    what = f"{first.what}, like the images of all {records} records"
+    one = Fault(first.where, what, "give the folder that the image paths start from")
+    return [one, *(fault for fault in faults if fault.kind != "image_missing")]
+
+
 def preflight(store: RecordSource, roots: ImageRoots) -> list[RecordFinding]:
     """Find every fault of the records that ``check_records`` finds without opening an image.
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
 
-from llavar_peft.data.check_records import preflight
+from llavar_peft.data.check_records import preflight, summarize_faults
 from llavar_peft.data.image_roots import ImageRoots
 from llavar_peft.data.record_store import RecordStore, open_records
 from llavar_peft.data.training_dataset import TrainingDataset, split_holdout
@@ -86,8 +86,9 @@ def _faulty_records(stage: Stage, records: RecordStore, roots: ImageRoots) -> se
             f"not set, and {without} of {len(records)} records name an image",
             "set it to the folder that the image paths start from",
         )
-    listed = "\n".join(str(fault) for fault in faults[:_SHOWN])
-    more = f"\nand {len(faults) - _SHOWN} more" if len(faults) > _SHOWN else ""
+    shown = summarize_faults(faults, len(records))
+    listed = "\n".join(str(fault) for fault in shown[:_SHOWN])
+    more = f"\nand {len(shown) - _SHOWN} more" if len(shown) > _SHOWN else ""
     if stops:
         switch = "data.on_bad_image to skip and " if data.on_bad_image == "stop" else ""
         raise DataError(
