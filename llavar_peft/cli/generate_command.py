@@ -67,5 +67,5 @@ def generate(
         return
     kept = f", {report.kept} of them from an earlier run" if report.kept else ""
     skipped = f"; {len(report.skipped)} skipped because of their images" if report.skipped else ""
-    answers = "1 answer" if report.count == 1 else f"{report.count} answers"
-    say(f"{report.answers}: {answers} in {report.seconds:.0f} s{kept}{skipped}")
+    counted = "1 answer" if report.count == 1 else f"{report.count} answers"
+    say(f"{report.answers}: {counted} in {report.seconds:.0f} s{kept}{skipped}")
