@@ -114,6 +114,10 @@ def page_of(folder: Path, **options: Any) -> str:
     return write_run_page(folder, **options).read_text(encoding="utf-8")
 
 
+def test_the_command_names_the_folder_of_the_run(run: Path) -> None:
+    assert f"llavar-peft ask --model {run} --image FILE" in page_of(run)
+
+
 def test_the_page_shows_the_results_of_the_run(run: Path) -> None:
     page = Elements(page_of(run, title="Signs", extra=[("Device", "a CPU")], notes=["A note."], model_dir="my model"))
     for words in (
