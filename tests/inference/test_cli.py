@@ -79,7 +79,7 @@ def test_ask_rejects(
         (("--model", "{model}/modle"), "--model: no such folder"),
         (("--model", "{parts}/language_model"), "Fix: a plain language model sees no images: train a LLaVAR from it"),
         (("--model", "{parts}/vision_tower"), "Fix: give a LLaVAR as the model, and this folder as its vision tower."),
-        (("--model", "{above}"), "no config.json in this folder. Fix: did you mean '{model}'?"),
+        (("--model", "{run}/shelf"), "no config.json in this folder. Fix: did you mean '{run}/shelf/llavar'?"),
         (("--model", "{model}", "--adapter", "{adapter}/adapter_config.json"), "a file, expected a folder. Fix: give"),
         (("--model", "{model}", "--adapter", "{run}/more"), "Fix: did you mean '{run}/more/adapter'?"),
         (("--model", "{adapter}", "--adapter", "{adapter}"), "--model: an adapter, expected the base of the adapter"),
@@ -96,11 +96,12 @@ def test_what_is_no_model_or_adapter_is_named_before_it_is_loaded(
 ) -> None:
     (tmp_path / "more").mkdir()
     (tmp_path / "more/adapter").symlink_to(adapter)
+    (tmp_path / "shelf").mkdir()
+    (tmp_path / "shelf/llavar").symlink_to(checkpoint)
     if message.startswith("Fix: did you mean '{run}"):
         (adapter / "config.json").rename(adapter / "moved.json")  # not the result of a finished run
     places = {
-        "model": checkpoint, "above": checkpoint.parent, "adapter": adapter, "run": tmp_path,
-        "parts": LANGUAGE_MODEL.parent,
+        "model": checkpoint, "adapter": adapter, "run": tmp_path, "parts": LANGUAGE_MODEL.parent,
     }  # fmt: skip
     try:
         assert run("ask", *(word.format(**places) for word in arguments), *([] if "" in arguments else ["Read."])) == 2
