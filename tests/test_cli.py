@@ -148,6 +148,18 @@ def test_the_log_goes_to_the_present_stderr(monkeypatch: pytest.MonkeyPatch) -> 
     assert later.getvalue() == "2 words\n"
 
 
+def test_a_line_of_the_log_does_not_continue_a_progress_bar(monkeypatch: pytest.MonkeyPatch) -> None:
+    from tqdm import tqdm
+
+    stream = io.StringIO()
+    monkeypatch.setattr(sys, "stderr", stream)
+    assert run("recipe", "list") == 0
+    with tqdm(total=2, file=stream) as bar:
+        bar.update()
+        logging.getLogger("llavar_peft.anything").info("a line")
+    assert "a line" in stream.getvalue().replace("\r", "\n").split("\n")
+
+
 @pytest.mark.parametrize(("options", "shown"), [((), 0), (("--debug",), 1)])
 def test_future_warnings_of_libraries_are_shown_with_debug_only(
     options: tuple[str, ...], shown: int, monkeypatch: pytest.MonkeyPatch
@@ -217,12 +229,12 @@ def test_a_message_names_the_option_of_a_command_and_the_setting_of_a_recipe(
     records.write_text("[]")
     given = [f"stages.0.data.records={records}", f"output_dir={tmp_path / 'run'}"]
     for arguments, named in (
-        (["ask", "--model", "./gone", "Read."], "--model"),
-        (["convert", "./gone", str(tmp_path / "out"), "--to", "llavar"], "SRC"),
-        (["train", "--preset", "lora", "model.checkpoint=./gone", *given], "model.checkpoint"),
+        (["ask", "--model", "gone", "Read."], "--model"),
+        (["convert", "gone", str(tmp_path / "out"), "--to", "llavar"], "SRC"),
+        (["train", "--preset", "lora", "model.checkpoint=gone", *given], "model.checkpoint"),
     ):
         assert run(*arguments) == 2
-        assert f"error: {named}: no such folder (got './gone')." in capsys.readouterr().err
+        assert f"error: {named}: no such folder (got 'gone')." in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("value", "colored"), [("", True), ("1", False)])

@@ -163,7 +163,10 @@ class _StandardError(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         """Write a line."""
         try:
-            print(self.format(record), file=sys.stderr, flush=True)  # noqa: T201
+            bars = sys.modules.get("tqdm")  # what shows progress in training; a line would continue that of its bar
+            write = print if bars is None else bars.tqdm.write
+            write(self.format(record), file=sys.stderr)
+            sys.stderr.flush()
         except Exception:  # noqa: BLE001 - as in every handler, a line that cannot be written must not end the program
             self.handleError(record)
 
