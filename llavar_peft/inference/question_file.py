@@ -80,7 +80,7 @@ def read_question_file(path: Path) -> list[ImageQuestion]:
     questions: list[ImageQuestion] = []
     faults: list[Fault] = []
     for where, fields in read_json_lines(path, fix=_EXAMPLE, faults=faults):
-        if isinstance(fields, list):
+        if isinstance(fields, list) and fields and isinstance(fields[0], dict):
             raise DataError.at(where, "is a JSON array, expected one question per line", _EXAMPLE)
         problem = _find_problem(fields)
         if problem:

@@ -72,8 +72,6 @@ def write_report(run_dir: Path | None, out: Path | None = None, settings: Report
     reviews = [*(sorted(run_dir.glob(REVIEWS)) if run_dir is not None else ()), *settings.reviews]
     if run is None and not now and not reviews:
         raise ConfigError.at("report", "has neither a run nor results", "give the folder of a run, or --results")
-    if run is not None and not (run.recipe or run.stages or now or reviews):
-        raise ConfigError.at(str(run_dir), "holds neither a run nor results", "give the output folder of a run")
     chains = [_make_labels_unique([*_previous_of(before, chain), *chain]) for chain in _by_dataset(now)]
     chosen = [_metric(chain, settings.metric) for chain in chains]
     images = Images(settings.images or _images_of(run))
