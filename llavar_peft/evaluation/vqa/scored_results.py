@@ -213,9 +213,8 @@ def read_results(path: str | Path) -> Results:
             tuple(_read_answered(record) for record in plain["records"]),
         )
     except (OSError, ValueError, KeyError, TypeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else repr(error)
         raise DataError.at(
-            str(path), f"cannot be read as results ({reason})", "give a file written by 'llavar-peft eval vqa --out'"
+            str(path), f"cannot be read as results ({error!r})", "give a file written by 'llavar-peft eval vqa --out'"
         ) from error
 
 
