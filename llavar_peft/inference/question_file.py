@@ -89,7 +89,7 @@ def read_question_file(path: Path) -> list[ImageQuestion]:
             questions.append(
                 ImageQuestion(len(questions), where, fields["question_id"], fields["text"], fields.get("image") or None)
             )
-    if faults and not questions and path.read_bytes().lstrip()[:1] in (b"[", b"{"):
+    if faults and not questions and path.read_bytes().lstrip().split(b"\n")[0].strip() in (b"[", b"{", b"[{"):
         # Most lines of an array, or of an object that is written over several lines, are no JSON by themselves.
         raise DataError.at(str(path), f"is not one question per line, but JSON over {len(faults)} lines", _EXAMPLE)
     if faults:

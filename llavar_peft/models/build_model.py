@@ -210,6 +210,9 @@ def quantization_arguments(quantize: Quantization | None, dtype: torch.dtype) ->
     """
     if quantize is None:
         return {}
+    if quantize not in get_args(Quantization):
+        known = " or ".join(repr(name) for name in get_args(Quantization))
+        raise ConfigError.at("model.quantize", f"unknown format (got {quantize!r}, expected {known})", "correct it")
     if importlib.util.find_spec("bitsandbytes") is None:
         raise MissingDependencyError.at(
             "model.quantize", f"{quantize} needs bitsandbytes, which is not installed", "pip install bitsandbytes"
@@ -261,9 +264,9 @@ def _check_values(config: object) -> None:
     if not isinstance(config, ModelConfig):
         example = f"ModelConfig(checkpoint={str(config)!r})" if isinstance(config, str | Path) else "ModelConfig(...)"
         raise ConfigError.at("model", f"expected a ModelConfig (got {type(config).__name__})", f"pass {example}")
-    for name, choices in (("dtype", Dtype), ("attention", Attention), ("kernels", Kernels), ("quantize", Quantization)):
+    for name, choices in (("dtype", Dtype), ("attention", Attention), ("kernels", Kernels)):
         value = getattr(config, name)
-        if value not in get_args(choices) and not (name == "quantize" and value is None):
+        if value not in get_args(choices):
             known = ", ".join(map(repr, get_args(choices)))
             raise ConfigError.at(
                 f"model.{name}", f"unknown value (got {value!r}, expected one of {known})", "correct it"

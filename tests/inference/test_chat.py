@@ -293,7 +293,7 @@ def test_a_question_is_text(chat: Chat) -> None:
     [
         ({"dtype": "fp16"}, "model.dtype: unknown value .got 'fp16', expected one of 'auto', 'float32'"),
         ({"attention": "flash"}, "model.attention: unknown value"),
-        ({"quantize": "4bit"}, "model.quantize: unknown value"),
+        ({"quantize": "4bit"}, "model.quantize: unknown format"),
         ({"device": "gpu"}, "device: 'gpu' is not usable here"),
         ({"adapter": ["a", "b"]}, "adapter: got list, expected a folder, or a mapping"),
     ],
