@@ -6,9 +6,10 @@ JSON record -> ``Conversation`` -> ``Example`` -> ``Batch`` -> loss.
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol, TypedDict
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, TypedDict
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -29,6 +30,41 @@ def expand_home(path: str | os.PathLike[str]) -> Path:
     return Path(os.path.expanduser(path))
 
 
+class ReadableRepr:
+    """Base of dataclasses (with ``repr=False``): shows the fields that are not at their default, on one screen."""
+
+    __slots__ = ()
+    _most_entries: ClassVar[int] = 3
+    _most_characters: ClassVar[int] = 80
+
+    def __rich_repr__(self) -> Iterator[tuple[str, object] | tuple[str, object, object]]:
+        """Yield the fields for ``rich``, which leaves out those at their default."""
+        for field in fields(self):  # type: ignore[arg-type]
+            value = getattr(self, field.name)
+            if not field.repr:
+                continue
+            if field.default is not MISSING:
+                yield field.name, value, field.default
+            elif field.default_factory is not MISSING:
+                yield field.name, value, field.default_factory()
+            elif hasattr(value, "untyped_storage"):  # a tensor, whose numbers tell nothing
+                yield field.name, _Shown(f"<{value.dtype} {list(value.shape)}>")
+            else:
+                yield field.name, value
+
+    def __repr__(self) -> str:
+        from rich.pretty import pretty_repr
+
+        return pretty_repr(self, max_width=100, max_length=self._most_entries, max_string=self._most_characters)
+
+
+class _Shown(str):
+    """A text that is shown without quotes."""
+
+    __slots__ = ()
+    __repr__ = str.__str__
+
+
 @dataclass(frozen=True, slots=True)
 class Turn:
     """One message of a conversation.
@@ -42,8 +78,8 @@ class Turn:
     text: str
 
 
-@dataclass(frozen=True, slots=True)
-class Conversation:
+@dataclass(frozen=True, slots=True, repr=False)
+class Conversation(ReadableRepr):
     """A validated record.
 
     Attributes:
@@ -57,8 +93,8 @@ class Conversation:
     images: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
-class Example:
+@dataclass(frozen=True, slots=True, repr=False)
+class Example(ReadableRepr):
     """A tokenized conversation whose images are not opened yet.
 
     Attributes:

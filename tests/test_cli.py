@@ -90,6 +90,37 @@ def test_recipe_show_prints_the_file_itself(capsys: pytest.CaptureFixture[str]) 
     assert capsys.readouterr().out == read_recipe("llavar-13b")
 
 
+@pytest.mark.parametrize(
+    ("typed", "found"),
+    [
+        ("qui", ["quickstart"]),
+        ("train ti", ["tiny"]),
+        ("train --preset ql", ["qlora"]),
+        ("recipe show llavar-7", ["llavar-7b"]),
+        ("ask --quantize i", ["int8"]),
+    ],
+)
+def test_the_shell_completes_names(
+    typed: str, found: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = f"llavar-peft {typed}"
+    monkeypatch.setenv("_LLAVAR_PEFT_COMPLETE", "complete_bash")
+    monkeypatch.setenv("COMP_WORDS", words)
+    monkeypatch.setenv("COMP_CWORD", str(len(words.split()) - 1))
+    assert run() == 0
+    assert capsys.readouterr().out.split() == found
+
+
+def test_an_invalid_recipe_is_not_shown_as_if_it_could_be_trained(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    (tmp_path / "mine.yaml").write_text("modle: {}\n", encoding="utf-8")
+    assert run("recipe", "show", str(tmp_path / "mine.yaml")) == 2
+    captured = capsys.readouterr()
+    assert not captured.out
+    assert "unknown field; did you mean 'model'?" in captured.err
+
+
 def test_recipe_show_with_overrides_prints_every_field(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     assert run("recipe", "show", "tiny", "seed=7") == 0
     shown = tmp_path / "shown.yaml"
@@ -117,6 +148,18 @@ def test_the_log_goes_to_the_present_stderr(monkeypatch: pytest.MonkeyPatch) -> 
     assert later.getvalue() == "2 words\n"
 
 
+def test_a_line_of_the_log_does_not_continue_a_progress_bar(monkeypatch: pytest.MonkeyPatch) -> None:
+    from tqdm import tqdm
+
+    stream = io.StringIO()
+    monkeypatch.setattr(sys, "stderr", stream)
+    assert run("recipe", "list") == 0
+    with tqdm(total=2, file=stream) as bar:
+        bar.update()
+        logging.getLogger("llavar_peft.anything").info("a line")
+    assert "a line" in stream.getvalue().replace("\r", "\n").split("\n")
+
+
 @pytest.mark.parametrize(("options", "shown"), [((), 0), (("--debug",), 1)])
 def test_future_warnings_of_libraries_are_shown_with_debug_only(
     options: tuple[str, ...], shown: int, monkeypatch: pytest.MonkeyPatch
@@ -127,6 +170,29 @@ def test_future_warnings_of_libraries_are_shown_with_debug_only(
         assert run(*options, "recipe", "list") == 0
         warnings.warn("the argument has another name from version 6 on", FutureWarning, stacklevel=1)
     assert len(seen) == shown
+
+
+@pytest.mark.parametrize(
+    ("logger", "message"),
+    [
+        ("bitsandbytes.backends.cpu.ops", "Failed to load CPU gemm_4bit_forward from kernels-community: No module"),
+        ("DeepSpeed", "Setting accelerator to CPU. If you have GPU or other accelerator, we were unable to detect it."),
+    ],
+)
+def test_notices_of_libraries_are_shown_with_debug_only(
+    logger: str, message: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    named = logging.getLogger(logger)
+    for options, shown in (((), False), (("--debug",), True)):
+        monkeypatch.setattr(named, "filters", [])
+        assert run(*options, "recipe", "list") == 0
+        capsys.readouterr()
+        named.warning(message)
+        named.warning("Something else")
+        captured = capsys.readouterr()
+        assert not captured.out
+        assert (message in captured.err) == shown
+        assert "Something else" in captured.err
 
 
 @pytest.mark.parametrize(
@@ -154,6 +220,30 @@ def test_exit_status(error: BaseException, status: int, failing, capsys: pytest.
     assert "Traceback" not in captured.err
     if isinstance(error, LlavarError):
         assert captured.err == f"error: {error}\n"
+
+
+def test_a_message_names_the_option_of_a_command_and_the_setting_of_a_recipe(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    records = tmp_path / "records.json"
+    records.write_text("[]")
+    given = [f"stages.0.data.records={records}", f"output_dir={tmp_path / 'run'}"]
+    for arguments, named in (
+        (["ask", "--model", "gone", "Read."], "--model"),
+        (["convert", "gone", str(tmp_path / "out"), "--to", "llavar"], "SRC"),
+        (["train", "--preset", "lora", "model.checkpoint=gone", *given], "model.checkpoint"),
+    ):
+        assert run(*arguments) == 2
+        assert f"error: {named}: no such folder (got 'gone')." in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("value", "colored"), [("", True), ("1", False)])
+def test_no_color_is_respected(value: str, colored: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    shown: list[object] = []
+    monkeypatch.setenv("NO_COLOR", value)
+    monkeypatch.setattr("typer.secho", lambda *_, fg, **__: shown.append(fg))
+    assert run("recipe", "show", "gone") == 2
+    assert (shown != [None]) == colored
 
 
 def test_an_unexpected_error_says_how_to_get_the_traceback(failing, capsys: pytest.CaptureFixture[str]) -> None:
@@ -214,6 +304,18 @@ def test_data_check(records: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run("data", "check", str(records), "--images", str(records.parent)) == 0
 
 
+def test_a_wrong_folder_of_images_is_one_message(
+    records: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "empty").mkdir()
+    assert run("data", "check", str(records), "--images", str(tmp_path / "empty")) == 2
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 2
+    assert "a.png: is in none of the image folders" in lines[0]
+    assert "like the images of all 2 records. Fix: give the folder that the image paths start from." in lines[0]
+    assert lines[1] == "2 records, 2 faults"
+
+
 def test_data_inspect_marks_the_supervised_text() -> None:
     import torch
 
@@ -242,13 +344,18 @@ def modules_after(code: str) -> set[str]:
     [
         ["--help"],
         ["--version"],
+        [],
         ["recipe", "list"],
         ["recipe", "show", "llavar-13b", "seed=1"],
         ["train", "--help"],
         ["eval", "vqa", "--help"],
     ],
 )
-def test_light_commands_do_not_import_torch(arguments: list[str]) -> None:
+def test_light_commands_do_not_import_torch(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    if not arguments:  # completion: the shell calls the program without arguments, at each press of the key
+        monkeypatch.setenv("_LLAVAR_PEFT_COMPLETE", "complete_bash")
+        monkeypatch.setenv("COMP_WORDS", "llavar-peft train --preset q")
+        monkeypatch.setenv("COMP_CWORD", "3")
     loaded = modules_after(f"from llavar_peft.cli import main\nassert main({arguments!r}) == 0")
     assert not loaded & {"torch", "transformers", "peft", "datasets", "accelerate", "PIL", "numpy"}
 

@@ -114,6 +114,10 @@ def page_of(folder: Path, **options: Any) -> str:
     return write_run_page(folder, **options).read_text(encoding="utf-8")
 
 
+def test_the_command_names_the_folder_of_the_run(run: Path) -> None:
+    assert f"llavar-peft ask --model {run} --image FILE" in page_of(run)
+
+
 def test_the_page_shows_the_results_of_the_run(run: Path) -> None:
     page = Elements(page_of(run, title="Signs", extra=[("Device", "a CPU")], notes=["A note."], model_dir="my model"))
     for words in (
@@ -323,7 +327,7 @@ def test_one_id_with_two_images_is_two_records(run: Path) -> None:
     append(run / "two" / "probe.jsonl", *lines)
     text = page_of(run)
     assert len(Elements(text).all("img")) == 3
-    assert "Evaluated on other held-out images than the stage before: two" in text
+    assert "Evaluated on different held-out images from those of the stage before: two" in text
     assert "start of two" in text
 
 

@@ -11,6 +11,8 @@ import llavar_peft
 PACKAGE = Path(llavar_peft.__file__).parent
 FILES = sorted(PACKAGE.rglob("*.py"))
 SMALLEST = 40
+RELEASED = {"llavar_peft.models.build"}
+"""Paths of version 0.1 that are kept for users, and that nothing here imports."""
 
 
 def _module(path: Path) -> str:
@@ -51,4 +53,4 @@ def test_no_small_file_has_a_single_user() -> None:
         for path in FILES
         if path.name not in ("__init__.py", "__main__.py") and len(path.read_text("utf-8").splitlines()) < SMALLEST
     ]
-    assert [module for module in small if users[module] <= 1] == []
+    assert [module for module in small if users[module] <= 1 and module not in RELEASED] == []

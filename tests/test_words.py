@@ -43,6 +43,7 @@ ALLOWED = {
     ("llavar_peft/datagen/ocr/make_conversations.py", '"pictures"'),
     ("llavar_peft/datagen/ocr/make_conversations.py", '"mended"'),
     ("llavar_peft/serving/ui/chat_page.py", "picture"),
+    ("llavar_peft/inference/__init__.py", '"Picture"'),
     ("tests/serving/test_page.py", "picture"),
     ("llavar_peft/training/dropped_records.py", "Mend"),
     ("llavar_peft/errors.py", "mend"),

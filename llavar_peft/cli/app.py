@@ -35,12 +35,12 @@ from llavar_peft.cli.report_command import report
 from llavar_peft.cli.serve_command import serve
 from llavar_peft.cli.synth_command import synth
 from llavar_peft.cli.train_command import quickstart, train
+from llavar_peft.errors import LlavarError
 from llavar_peft.types import expand_home
 
 _HELP = """Train, evaluate and serve LLaVAR models, which read text in images.
 
-Run 'llavar-peft COMMAND --help' for the options of a command. To see it all work in minutes, on a CPU, run
-'llavar-peft quickstart'.
+Run 'llavar-peft COMMAND --help' for the options of a command, and 'llavar-peft quickstart' to see it all work on a CPU.
 """
 _TRAIN, _ASK, _DATA, _EVALUATE, _WEIGHTS = "Train", "Ask and serve", "Prepare data", "Evaluate", "Convert weights"
 
@@ -56,11 +56,62 @@ class Session:
     debug: bool = False
 
 
+_WITH_RECIPE = ("train", "estimate")
+_OPTIONS = {
+    "model": "--model",
+    "model.checkpoint": "--model",
+    "model.quantize": "--quantize",
+    "model.vision_tower": "--vision-tower",
+    "vision_tower": "--vision-tower",
+    "adapter": "--adapter",
+    "adapters": "--adapter",
+    "onto": "--onto",
+    "source": "SRC",
+    "weights": "--weight",
+}
+
+
+class _SafeGroup(TyperGroup):
+    """The program. Messages about its arguments, which may be names of files, do not control the terminal."""
+
+    def make_context(self, *args: Any, **settings: Any) -> Any:
+        """Read the program's own options."""
+        with _safe_messages():
+            return super().make_context(*args, **settings)
+
+    def invoke(self, *args: Any) -> Any:
+        """Run a command."""
+        with _safe_messages():
+            return super().invoke(*args)
+
+
+@contextmanager
+def _safe_messages() -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:
+        if isinstance(message := getattr(error, "message", None), str):  # click's errors about arguments
+            error.message = make_safe(message)  # type: ignore[attr-defined]
+        raise
+
+
+class _CommandGroup(_SafeGroup):
+    """Names the options of commands in messages about the settings that they set, instead of those of a recipe."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the command."""
+        try:
+            return super().invoke(ctx)
+        except LlavarError as error:
+            setting, _, rest = str(error).partition(": ")
+            if ctx.invoked_subcommand in _WITH_RECIPE or setting not in _OPTIONS:
+                raise
+            raise type(error)(f"{_OPTIONS[setting]}: {rest}", error.faults) from error
+
+
 def build_app() -> typer.Typer:
     """Return the command line as a typer application."""
-    app = typer.Typer(
-        cls=_SafeGroup, help=_HELP, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False
-    )
+    app = typer.Typer(cls=_CommandGroup, help=_HELP, no_args_is_help=True, pretty_exceptions_enable=False)
     app.callback()(_global_options)
 
     def group(name: str, panel: str, text: str, **commands: Callable[..., None]) -> None:
@@ -146,7 +197,9 @@ def _configure_logging(debug: bool) -> None:
     logging.getLogger("llavar_peft").setLevel(level if is_first_rank() else logging.WARNING)
     # accelerate imports DeepSpeed where it is installed, and DeepSpeed logs to stdout, which is for our results.
     logging.getLogger("DeepSpeed").addFilter(_redirect_to_stderr)
-    logging.getLogger("bitsandbytes.autograd._functions").addFilter(_is_not_cast_notice)
+    logging.getLogger("bitsandbytes.autograd._functions").addFilter(_is_for_users)
+    if not debug:
+        logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(_is_for_users)
 
 
 class _SafeRecord(logging.LogRecord):
@@ -157,47 +210,35 @@ class _SafeRecord(logging.LogRecord):
         return make_safe(super().getMessage())
 
 
-class _SafeGroup(TyperGroup):
-    """The program. Messages about its arguments, which may be names of files, do not control the terminal."""
-
-    def make_context(self, *args: Any, **settings: Any) -> Any:
-        """Read the program's own options."""
-        with _safe_messages():
-            return super().make_context(*args, **settings)
-
-    def invoke(self, *args: Any) -> Any:
-        """Run a command."""
-        with _safe_messages():
-            return super().invoke(*args)
-
-
-@contextmanager
-def _safe_messages() -> Iterator[None]:
-    try:
-        yield
-    except Exception as error:
-        if isinstance(message := getattr(error, "message", None), str):  # click's errors about arguments
-            error.message = make_safe(message)  # type: ignore[attr-defined]
-        raise
-
-
 class _StandardError(logging.Handler):
     """Writes to the present ``sys.stderr``; logging's StreamHandler keeps the first one, which may be closed."""
 
     def emit(self, record: logging.LogRecord) -> None:
         """Write a line."""
         try:
-            print(make_safe(self.format(record)), file=sys.stderr, flush=True)  # noqa: T201
+            bars = sys.modules.get("tqdm")  # what shows progress in training; a line would continue that of its bar
+            write = print if bars is None else bars.tqdm.write
+            write(make_safe(self.format(record)), file=sys.stderr)
+            sys.stderr.flush()
         except Exception:  # noqa: BLE001 - as in every handler, a line that cannot be written must not end the program
             self.handleError(record)
 
 
-def _is_not_cast_notice(record: logging.LogRecord) -> bool:
-    """Return False for a notice that bitsandbytes logs for each layer and token."""
-    return not record.getMessage().startswith("MatMul8bitLt: inputs will be cast")
+_NOT_FOR_USERS = (
+    "MatMul8bitLt: inputs will be cast",  # bitsandbytes, for each layer and token
+    "Failed to load CPU gemm_4bit_forward",  # bitsandbytes, whose other kernel gives the same numbers
+    "Setting accelerator to CPU",  # DeepSpeed, which accelerate imports and which does nothing here
+)
+"""Beginnings of messages that users cannot act on."""
+
+
+def _is_for_users(record: logging.LogRecord) -> bool:
+    return not record.getMessage().startswith(_NOT_FOR_USERS)
 
 
 def _redirect_to_stderr(record: logging.LogRecord) -> bool:
+    if not _is_for_users(record) and not logging.getLogger("llavar_peft").isEnabledFor(logging.DEBUG):
+        return False
     if record.levelno >= logging.WARNING and is_first_rank():
         print(f"DeepSpeed: {record.getMessage()}", file=sys.stderr)  # noqa: T201 - its handler writes to stdout
     return False

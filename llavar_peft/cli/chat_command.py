@@ -18,12 +18,13 @@ if TYPE_CHECKING:
     from llavar_peft.inference.token_sampling import Sampling
 
 _HELP = """\
-/image FILE|URL   Add an image to the next question.
+/image FILE|URL   Choose the image of the next question.
 /adapter [NAME]   Switch to an adapter, or to 'base' for the model without one. Without a name, list the adapters.
 /clear            Forget the conversation and its images.
 /help             Print this help.
-Press Ctrl-C to stop an answer and Ctrl-D to exit."""
+/exit             Exit, as Ctrl-D does. Ctrl-C stops an answer."""
 _BASE = "base"
+_EXIT = ("/exit", "/quit")
 
 
 def chat(
@@ -78,14 +79,16 @@ class _Terminal:
             with suppress(ImportError):  # not available on Windows
                 import readline  # noqa: F401 - gives input() line editing and a history
             say(_HELP)
-        while (line := self._read()) is not None:
+        while (line := self._read()) is not None and line.strip() not in _EXIT:
             try:
                 self._handle(line.strip())
             except LlavarError as error:
                 complain(str(error))
 
     def show(self, source: str) -> None:
-        """Add an image to the next question."""
+        """Choose the image of the next question."""
+        if not source:
+            raise ConfigError.at("/image", "no image is given", "type /image and a file or an http(s) URL")
         self._conversation.show(shared.open_image_or_url(source), self._image_mode)
 
     def _read(self) -> str | None:

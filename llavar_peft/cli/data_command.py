@@ -25,7 +25,7 @@ def data_check(
     as_json: JsonOption = False,
 ) -> None:
     """Report all malformed records and all missing or broken images."""
-    from llavar_peft.data.check_records import check_records
+    from llavar_peft.data.check_records import check_records, summarize_faults
     from llavar_peft.data.image_roots import ImageRoots
     from llavar_peft.data.record_store import open_filled_records
 
@@ -36,7 +36,7 @@ def data_check(
         listed = {name: [with_released_key(one) for one in found[name]] for name in ("faults", "warnings")}
         say_json(found | listed)
     else:
-        for fault in report.faults:
+        for fault in summarize_faults(report.faults, len(opened)):
             say(str(fault))
         for warning in report.warnings:
             say(f"warning: {warning}")

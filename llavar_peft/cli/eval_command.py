@@ -59,7 +59,7 @@ def eval_vqa(
     max_new_tokens: shared.MaxNewTokensOption = _VQA_TOKENS,
     batch_size: evaluated.BatchSizeOption = 8,
     seed: evaluated.SamplingSeedOption = 0,
-    limit: Annotated[int | None, typer.Option("--limit", min=1, help="Use only this many first questions.")] = None,
+    limit: Annotated[int | None, typer.Option("--limit", min=1, help="Use only this many questions.")] = None,
     split: Annotated[
         str | None, typer.Option("--split", help="Use only the questions of this split: train, val or test.")
     ] = None,

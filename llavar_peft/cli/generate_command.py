@@ -63,8 +63,9 @@ def generate(
     if not is_first_rank():
         return
     if report.kept == report.count and not report.seconds:
-        say(f"{report.answers}: all {report.count} answers exist already; delete the file to answer again")
+        say(f"{report.answers}: all questions are answered already; delete the file to answer them again")
         return
     kept = f", {report.kept} of them from an earlier run" if report.kept else ""
     skipped = f"; {len(report.skipped)} skipped because of their images" if report.skipped else ""
-    say(f"{report.answers}: {report.count} answers in {report.seconds:.0f} s{kept}{skipped}")
+    counted = "1 answer" if report.count == 1 else f"{report.count} answers"
+    say(f"{report.answers}: {counted} in {report.seconds:.0f} s{kept}{skipped}")

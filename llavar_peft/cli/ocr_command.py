@@ -122,7 +122,7 @@ def ocr_converse(
     temperature: Annotated[float, typer.Option("--temperature", min=0, max=2, help="Sampling temperature.")] = 0.7,
     concurrency: Annotated[int, typer.Option("--concurrency", min=1, help="Number of requests at the same time.")] = 4,
     seed: Annotated[
-        int, typer.Option("--seed", min=0, help="Seed of the image's position before or after the first question.")
+        int, typer.Option("--seed", min=0, help="Seed that places each image before or after its first question.")
     ] = 0,
     as_json: JsonOption = False,
 ) -> None:

@@ -93,7 +93,9 @@ def say_weights(report: WeightsReport) -> None:
 
 def complain(text: str) -> None:
     """Print an error."""
-    _echo(typer.style(f"error: {make_safe(text)}", fg=typer.colors.RED), err=True)
+    # click does not follow NO_COLOR (https://no-color.org).
+    color = None if os.environ.get("NO_COLOR") else typer.colors.RED
+    _echo(typer.style(f"error: {make_safe(text)}", fg=color), err=True)
 
 
 def is_first_rank() -> bool:

@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from llavar_peft.cli.output import say
+from llavar_peft.cli.shared_options import complete_preset, complete_recipe_or_preset
 from llavar_peft.recipe.presets import list_presets, list_recipes, load_recipe, read_recipe
 from llavar_peft.recipe.recipe_yaml import dump_recipe
 
@@ -22,7 +23,12 @@ def recipe_list() -> None:
 
 def recipe_show(
     name: Annotated[
-        str, typer.Argument(help="The name of a shipped recipe or preset, or a YAML file.", metavar="NAME")
+        str,
+        typer.Argument(
+            help="The name of a shipped recipe or preset, or a YAML file.",
+            metavar="NAME",
+            autocompletion=complete_recipe_or_preset,
+        ),
     ],
     overrides: Annotated[
         list[str] | None, typer.Argument(help="Fields to change. This implies --full.", metavar="[PATH=VALUE]...")
@@ -31,11 +37,17 @@ def recipe_show(
         bool, typer.Option("--full", help="Print all fields with their defaults and explanations.")
     ] = False,
     preset: Annotated[
-        str | None, typer.Option("--preset", help="A preset to apply to the last stage. This implies --full.")
+        str | None,
+        typer.Option(
+            "--preset", help="A preset to apply to the last stage. This implies --full.", autocompletion=complete_preset
+        ),
     ] = None,
 ) -> None:
     """Print a recipe or preset as YAML, to save, edit and train."""
-    if full or overrides or preset:
-        say(dump_recipe(load_recipe(name, overrides or (), preset=preset)).rstrip("\n"))
+    # A preset alone is incomplete; everything else is shown only if it can be trained.
+    complete = name not in list_presets() or full or overrides or preset
+    loaded = load_recipe(name, overrides or (), preset=preset) if complete else None
+    if loaded is not None and (full or overrides or preset):
+        say(dump_recipe(loaded).rstrip("\n"))
     else:
         say(read_recipe(name).rstrip("\n"))

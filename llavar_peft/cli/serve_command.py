@@ -28,10 +28,10 @@ def serve(
         str | None, typer.Option("--name", help="The model's name for clients. Default: the name of its folder.")
     ] = None,
     host: Annotated[
-        str, typer.Option("--host", help="The address to listen at. Addresses other than loopback need an API key.")
+        str, typer.Option("--host", help="The address to listen on. Addresses other than loopback need an API key.")
     ] = "127.0.0.1",
     port: Annotated[
-        int, typer.Option("--port", min=0, max=65535, help="The port to listen at; 0 selects a free one.")
+        int, typer.Option("--port", min=0, max=65535, help="The port to listen on; 0 selects a free one.")
     ] = 8000,
     api_key: Annotated[
         str | None, typer.Option("--api-key", envvar="LLAVAR_API_KEY", help="The key that clients have to send.")

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal, TypeAlias, overload
 
 import typer
 
 from llavar_peft.errors import ConfigError
-from llavar_peft.recipe.presets import load_recipe
+from llavar_peft.recipe.presets import list_presets, list_recipes, load_recipe
 from llavar_peft.recipe.schema import Quantization, Recipe
 from llavar_peft.types import ImageMode, expand_home
 
@@ -18,6 +18,16 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
     from llavar_peft.inference.token_sampling import Sampling
+
+
+def _complete(list_names: Callable[[], dict[str, str]]) -> Callable[[str], list[tuple[str, str]]]:
+    """Return a function for the shell's completion: the names that begin as the given text, with their descriptions."""
+    return lambda incomplete: [pair for pair in list_names().items() if pair[0].startswith(incomplete)]
+
+
+complete_recipe = _complete(list_recipes)
+complete_preset = _complete(list_presets)
+complete_recipe_or_preset = _complete(lambda: {**list_recipes(), **list_presets()})
 
 # A model and its answers.
 ModelOption: TypeAlias = Annotated[Path, typer.Option("--model", help="The folder of a checkpoint, adapter or run.")]
@@ -56,11 +66,15 @@ ImagesOption: TypeAlias = Annotated[
 ]
 JsonOption: TypeAlias = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 WorkersOption: TypeAlias = Annotated[
-    int | None, typer.Option("--workers", min=1, help="Number of processes. Default: one per CPU.")
+    int | None, typer.Option("--workers", min=1, help="Number of processes. Default: one per usable core.")
 ]
 RecipeArgument: TypeAlias = Annotated[
     str | None,
-    typer.Argument(help="A YAML file or the name of a shipped recipe. Optional with --preset.", metavar="RECIPE"),
+    typer.Argument(
+        help="A YAML file or the name of a shipped recipe. Optional with --preset.",
+        metavar="RECIPE",
+        autocompletion=complete_recipe,
+    ),
 ]
 OverridesArgument: TypeAlias = Annotated[
     list[str] | None,
@@ -68,7 +82,11 @@ OverridesArgument: TypeAlias = Annotated[
 ]
 PresetOption: TypeAlias = Annotated[
     str | None,
-    typer.Option("--preset", help="A preset for the last stage, e.g. qlora. See 'llavar-peft recipe list'."),
+    typer.Option(
+        "--preset",
+        help="A preset for the last stage, e.g. qlora. See 'llavar-peft recipe list'.",
+        autocompletion=complete_preset,
+    ),
 ]
 
 # Weights on disk.

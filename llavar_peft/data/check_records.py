@@ -6,7 +6,6 @@ stop a run; it opens no image and takes seconds for a million records.
 
 from __future__ import annotations
 
-import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -14,11 +13,12 @@ from dataclasses import asdict, dataclass, field
 from itertools import count
 from typing import Any, Final, Literal
 
+from llavar_peft.compat.usable_cores import usable_cores
 from llavar_peft.constants import IMAGE_PLACEHOLDER
 from llavar_peft.data.image_roots import FolderListing, ImageRoots
 from llavar_peft.data.record_store import RecordSource, count_placeholders, is_image_path, parse_record
 from llavar_peft.errors import DataError, Fault, ImageError
-from llavar_peft.types import Conversation
+from llavar_peft.types import Conversation, ReadableRepr
 
 Kind = Literal[
     "record",
@@ -48,8 +48,8 @@ class RecordFinding(Fault):
     index: int
 
 
-@dataclass(frozen=True)
-class RecordReport(Sequence[RecordFinding]):
+@dataclass(frozen=True, repr=False)
+class RecordReport(ReadableRepr, Sequence[RecordFinding]):
     """The result of ``check_records``; as a sequence, its faults.
 
     Attributes:
@@ -106,7 +106,7 @@ def check_records(
         store: The records.
         roots: The image folders; without any, a single finding reports that they are missing.
         open_images: Decode each image as training does; False only checks that its file exists.
-        workers: Number of threads that open images; None for one per CPU.
+        workers: Number of threads that open images; None for one per usable core.
         progress: Called with (number of records checked, number of records).
     """
     total = len(store)
@@ -115,7 +115,7 @@ def check_records(
     warnings: list[RecordFinding] = []
     first_by_id: dict[int, int] = {}  # by the hash of the id, to save memory
     repeated: dict[str, list[int]] = {}
-    with ThreadPoolExecutor(workers or os.cpu_count()) as pool:
+    with ThreadPoolExecutor(workers or usable_cores()) as pool:
         for start in range(0, total, _CHUNK):
             indices = range(start, min(total, start + _CHUNK))
             parsed = [_parse(store, index) for index in indices]
@@ -140,6 +140,22 @@ def check_records(
         fix = "give the folder that the image paths start from (--images)"
         faults.append(RecordFinding(store.where(0), what, fix, "no_image_folder", 0))
     return RecordReport(total, images.opened, tuple(faults), (*warnings, *_duplicates(store, repeated)))
+
+
+def summarize_faults(faults: Sequence[RecordFinding], records: int) -> list[Fault]:
+    """Return the faults to show: one instead of thousands where every record lacks its image, as with a wrong folder.
+
+    Args:
+        faults: All faults.
+        records: Number of records.
+    """
+    missing = [fault for fault in faults if fault.kind == "image_missing"]
+    if records < 2 or len({fault.index for fault in missing}) < records:
+        return list(faults)
+    first = missing[0]
+    what = f"{first.what}, like the images of all {records} records"
+    one = Fault(first.where, what, "give the folder that the image paths start from")
+    return [one, *(fault for fault in faults if fault.kind != "image_missing")]
 
 
 def preflight(store: RecordSource, roots: ImageRoots) -> list[RecordFinding]:

@@ -8,6 +8,7 @@ pixels are the original's.
 from __future__ import annotations
 
 import importlib.util
+import os
 import re
 from functools import lru_cache
 from io import BytesIO
@@ -84,9 +85,10 @@ def open_image(source: str | Path | Image.Image) -> Image.Image:
 
 def _open_file(where: str) -> Image.Image:
     try:
-        opened = Image.open(where, formats=_formats())
+        opened = Image.open(os.path.expanduser(where), formats=_formats())
     except FileNotFoundError:
-        raise ImageError.at(where, "no such file", "give the path of a local image") from None
+        fix = "download the image, and give its path" if "://" in where else "give the path of a local image"
+        raise ImageError.at(where, "no such file", fix) from None
     except IsADirectoryError:
         raise ImageError.at(where, "is a folder, expected an image", "give the path of a file") from None
     except Exception as error:  # broken files make Pillow raise many types of exceptions

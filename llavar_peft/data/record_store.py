@@ -73,6 +73,9 @@ class RecordStore(Sequence[Any]):
         self.parts = tuple(parts)
         self._ends = list(accumulate(len(part) for part in self.parts))
 
+    def __repr__(self) -> str:
+        return f"RecordStore({len(self):,} records in {len(self.parts)} sources)"
+
     def __len__(self) -> int:
         return self._ends[-1] if self._ends else 0
 

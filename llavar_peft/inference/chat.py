@@ -9,22 +9,24 @@ from types import EllipsisType
 from typing import TYPE_CHECKING
 
 from llavar_peft.data.conversation_template import Content
+from llavar_peft.errors import ConfigError
 from llavar_peft.inference.batch_decoder import Row, answer_all, stream_row
 from llavar_peft.inference.engine import Engine, load_engine
 from llavar_peft.inference.generation_request import (
     Answer,
+    ImageInput,
     Prefix,
     PromptImage,
     Request,
     encode_messages,
+    prepare_images,
 )
 from llavar_peft.inference.token_sampling import Sampling, SamplingSettings
 from llavar_peft.recipe.schema import Attention, Dtype, Kernels, Quantization
 from llavar_peft.text_files import check_question
-from llavar_peft.types import ImageMode, Role, expand_home
+from llavar_peft.types import ImageMode, ReadableRepr, Role
 
 if TYPE_CHECKING:
-    from PIL.Image import Image
     from typing_extensions import Unpack
 
 
@@ -57,10 +59,11 @@ def load_chat(
         ConfigError: The folder holds no model, or the base of the adapter is missing.
         WeightsError: The weights do not fit the model.
     """
-    if adapter is None:
-        adapters: Mapping[str, str | Path] = {}
-    else:
-        adapters = adapter if isinstance(adapter, Mapping) else {expand_home(adapter).resolve().name: adapter}
+    adapters: Mapping[str, str | Path] = {}
+    if isinstance(adapter, Mapping):
+        adapters = adapter
+    elif adapter is not None:
+        adapters = {_adapter_name(adapter): adapter}
     engine = load_engine(
         model,
         adapters,
@@ -74,11 +77,22 @@ def load_chat(
     return Chat(engine)
 
 
+def _adapter_name(folder: object) -> str:
+    if not isinstance(folder, str | Path):
+        what = f"got {type(folder).__name__}, expected a folder, or a mapping of names to folders"
+        raise ConfigError.at("adapter", what, 'write {"name": "folder", ...} for several')
+    return Path(folder).name
+
+
 class Chat:
     """A model that answers questions. The default sampling is ``run_llava``'s (temperature 0.2); 0 is greedy."""
 
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
+
+    def __repr__(self) -> str:
+        model = self.engine.base_model
+        return f"Chat({model.name_or_path!r}, adapters={list(self.adapters)}, {model.dtype} on {self.engine.device})"
 
     @property
     def adapters(self) -> tuple[str, ...]:
@@ -87,7 +101,7 @@ class Chat:
 
     def ask(
         self,
-        image: Image | str | Path | None,
+        image: ImageInput | Sequence[ImageInput] | None,
         question: str,
         *,
         adapter: str | EllipsisType | None = ...,
@@ -97,7 +111,9 @@ class Chat:
         """Answer one question.
 
         Args:
-            image: An image or a local path; None asks without an image.
+            image: A local path, a Pillow image, the bytes of an image file, or a uint8 array ``[H, W, 3]``; or a list
+                of them, which are shown in this order, although LLaVAR was trained with one. None asks without an
+                image.
             question: Plain text; nothing in it becomes a special token.
             adapter: Name of the adapter, None for the base; the default is the first adapter.
             image_mode: Overrides how the model prepares images.
@@ -114,7 +130,7 @@ class Chat:
 
     def stream(
         self,
-        image: Image | str | Path | None,
+        image: ImageInput | Sequence[ImageInput] | None,
         question: str,
         *,
         adapter: str | EllipsisType | None = ...,
@@ -132,7 +148,10 @@ class Chat:
         yield from stream_row(self.engine, Row(request, self.engine, pieces.append), pieces)
 
     def conversation(
-        self, image: Image | str | Path | None = None, *, adapter: str | EllipsisType | None = ...
+        self,
+        image: ImageInput | Sequence[ImageInput] | None = None,
+        *,
+        adapter: str | EllipsisType | None = ...,
     ) -> Dialogue:
         """Start a conversation, which remembers earlier turns.
 
@@ -144,7 +163,7 @@ class Chat:
 
     def request(
         self,
-        image: Image | str | Path | None,
+        image: ImageInput | Sequence[ImageInput] | None,
         question: str,
         *,
         adapter: str | EllipsisType | None = ...,
@@ -152,7 +171,9 @@ class Chat:
         sampling: Sampling | None = None,
     ) -> Request:
         """Prepare a question for ``answer``. The arguments are those of ``ask``."""
-        images = [] if image is None else [PromptImage.prepare(image, self.engine.processor, image_mode)]
+        if not isinstance(question, str):
+            raise ConfigError.at("question", f"got {type(question).__name__}, expected a string", "write the question")
+        images = prepare_images(image, self.engine.processor, image_mode)
         content = self.engine.processor.conversation_template.question(question, len(images))
         return Request(
             ids=encode_messages(self.engine.processor, [("human", content)], images),
@@ -168,6 +189,8 @@ class Chat:
             requests: Made by ``request``; neighbours with the same adapter form a batch.
             batch_size: Maximum number of questions that are answered at a time.
         """
+        if batch_size < 1:
+            raise ConfigError.at("batch_size", f"got {batch_size}, expected at least 1", "change it")
         return answer_all(self.engine, requests, batch_size=batch_size)
 
     def resolve_adapter(self, adapter: str | EllipsisType | None) -> str | None:
@@ -178,13 +201,18 @@ class Chat:
         return adapter
 
 
-@dataclass(frozen=True, slots=True)
-class DialogueReply:
-    """A question with its image, and the model's answer."""
+@dataclass(frozen=True, slots=True, repr=False)
+class DialogueReply(ReadableRepr):
+    """A question with its images, and the model's answer."""
 
     question: str
-    image: PromptImage | None
+    images: tuple[PromptImage, ...]
     answer: str
+
+    @property
+    def image(self) -> PromptImage | None:
+        """The first image."""
+        return self.images[0] if self.images else None
 
 
 class Dialogue:
@@ -202,39 +230,53 @@ class Dialogue:
         turns: The questions and answers so far.
     """
 
-    def __init__(self, engine: Engine, image: Image | str | Path | None = None, *, adapter: str | None = None) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        image: ImageInput | Sequence[ImageInput] | None = None,
+        *,
+        adapter: str | None = None,
+    ) -> None:
         self.adapter = adapter
         self.turns: list[DialogueReply] = []
         self._engine = engine
-        self._next_image: PromptImage | None = None
+        self._next_images: tuple[PromptImage, ...] = ()
         self._prefix: Prefix | None = None
         self._prefix_adapter: str | None = None
         if image is not None:
             self.show(image)
 
-    def show(self, image: Image | str | Path, image_mode: ImageMode | None = None) -> None:
-        """Add an image to the next question.
+    def __repr__(self) -> str:
+        return f"Dialogue({len(self.turns)} turns, adapter={self.adapter!r})"
+
+    def show(self, image: ImageInput | Sequence[ImageInput], image_mode: ImageMode | None = None) -> None:
+        """Choose the image, or the images, of the next question.
 
         Args:
-            image: An image or a local path.
+            image: As in ``Chat.ask``.
             image_mode: Overrides how the model prepares images.
 
         Raises:
             ImageError: The image is missing or broken.
         """
-        self._next_image = PromptImage.prepare(image, self._engine.processor, image_mode)
+        self._next_images = tuple(prepare_images(image, self._engine.processor, image_mode))
 
     def clear(self) -> None:
         """Remove all turns and images."""
         self.turns.clear()
-        self._next_image = self._prefix = None
+        self._next_images, self._prefix = (), None
 
-    def send(self, text: str, image: Image | str | Path | None = None, **sampling: Unpack[SamplingSettings]) -> str:
+    def send(
+        self,
+        text: str,
+        image: ImageInput | Sequence[ImageInput] | None = None,
+        **sampling: Unpack[SamplingSettings],
+    ) -> str:
         """Send a message and return the answer.
 
         Args:
             text: Plain text; nothing in it becomes a special token.
-            image: An image to add to the message.
+            image: An image or several, as in ``Chat.ask``.
             **sampling: Fields of ``Sampling``.
 
         Raises:
@@ -244,7 +286,10 @@ class Dialogue:
         return "".join(self.stream(text, image, **sampling))
 
     def stream(
-        self, text: str, image: Image | str | Path | None = None, **sampling: Unpack[SamplingSettings]
+        self,
+        text: str,
+        image: ImageInput | Sequence[ImageInput] | None = None,
+        **sampling: Unpack[SamplingSettings],
     ) -> Generator[str, None, None]:
         """Send a message and yield the answer piece by piece. The arguments are those of ``send``.
 
@@ -252,7 +297,7 @@ class Dialogue:
         """
         if image is not None:
             self.show(image)
-        shown = self._next_image
+        shown = self._next_images
         pieces: list[str] = []
         row = Row(self._request(text, shown, Sampling(**sampling)), self._engine, pieces.append)
         try:
@@ -260,19 +305,19 @@ class Dialogue:
         finally:
             if row.text or (row.answer is not None and row.answer.finish_reason != "cancelled"):
                 self.turns.append(DialogueReply(text, shown, row.text))
-                self._next_image = None
+                self._next_images = ()
             # Without an answer the step was interrupted; the keys and values of the earlier turns are still valid.
             if row.answer is not None:
                 self._prefix, self._prefix_adapter = row.answer.prefix, row.request.adapter
 
-    def _request(self, text: str, image: PromptImage | None, sampling: Sampling) -> Request:
-        ask = self._engine.processor.conversation_template.question
+    def _request(self, text: str, shown: tuple[PromptImage, ...], sampling: Sampling) -> Request:
         check_question(text)
+        ask = self._engine.processor.conversation_template.question
         messages: list[tuple[Role, Content]] = []
         for turn in self.turns:
-            messages += [("human", ask(turn.question, int(turn.image is not None))), ("gpt", [turn.answer])]
-        messages.append(("human", ask(text, int(image is not None))))
-        images = [shown for shown in (*(turn.image for turn in self.turns), image) if shown is not None]
+            messages += [("human", ask(turn.question, len(turn.images))), ("gpt", [turn.answer])]
+        messages.append(("human", ask(text, len(shown))))
+        images = [image for turn in self.turns for image in turn.images] + list(shown)
         ids = encode_messages(self._engine.processor, messages, images)
         prefix = self._prefix if self._prefix_adapter == self.adapter else None
         if prefix is not None:

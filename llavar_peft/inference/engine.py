@@ -6,6 +6,7 @@ Shape suffixes: P patches of an image, D language model width.
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -19,12 +20,16 @@ from llavar_peft.inference.generation_request import PromptImage
 from llavar_peft.models.adapter_loading import add_adapter, apply_adapter, check_base_of_adapter
 from llavar_peft.models.build_model import build_model
 from llavar_peft.models.checkpoint_loading import resolve_folder
+from llavar_peft.models.hub_models import is_hub_name
 from llavar_peft.recipe.schema import Attention, Dtype, Kernels, ModelConfig, Quantization
-from llavar_peft.types import expand_home
 from llavar_peft.weights.adapter.adapter_files import ADAPTER_CONFIG, BASE_FILE, read_base_settings, read_settings
+from llavar_peft.weights.io.tensor_table import WEIGHTS_FILES
 
 if TYPE_CHECKING:
     from llavar_peft.models.processing_llavar import LlavarProcessor
+
+
+logger = logging.getLogger(__name__)
 
 
 class Engine:
@@ -85,8 +90,9 @@ class Engine:
     def check_adapter(self, name: str | None) -> None:
         """Raise ``ConfigError`` if no adapter has this name. None is the base and always valid."""
         if name is not None and name not in self._inner:
-            known = ", ".join(self._inner) or "none"
-            raise ConfigError.at("adapter", f"no adapter is named {name!r} (available: {known})", "use one of these")
+            known = ", ".join(self._inner)
+            fix = f"use one of {known}" if known else "load the adapter with the model"
+            raise ConfigError.at("adapter", f"no adapter is named {name!r}", fix)
 
     def use(self, adapter: str | None) -> None:
         """Activate an adapter with its projector and embedding rows, or the base for None.
@@ -166,13 +172,7 @@ def load_engine(
             that are stored in different ways.
         WeightsError: The weights do not fit the model.
     """
-    model = _resolve_run(resolve_folder(str(model), "model"))
-    folders = {name: _resolve_run(expand_home(folder)) for name, folder in adapters.items()}
-    if not folders and (model / ADAPTER_CONFIG).is_file():
-        folders = {model.name: model}
-        base = _read_base(model)
-    else:
-        base = ModelConfig(checkpoint=str(model), vision_tower=vision_tower)
+    base, folders = _find_parts(model, adapters, vision_tower)
     if quantize is None:
         quantize = _trained_quantization(folders)
     device = _choose_device(device, quantize)
@@ -185,6 +185,9 @@ def load_engine(
     built.eval()
     if not folders:
         return Engine(built, processor)
+    for number, folder in enumerate(folders.values()):
+        state = "can be chosen" if number else "is on"
+        logger.info("the adapter %s %s; its base: %s", folder, state, base.checkpoint or base.language_model)
     # peft uses an adapter's name in module names, which must not contain a dot; its name for the first is "default".
     inner = {f"adapter_{number}" if number else "default": name for number, name in enumerate(folders)}
     # Adapters with trained embedding rows are loaded last: peft 0.21 cannot read the state of an adapter without rows
@@ -194,6 +197,25 @@ def load_engine(
     for name, folder in others:
         add_adapter(wrapped, folder, name)
     return Engine(wrapped, processor, inner)
+
+
+def _find_parts(
+    model: str | Path, adapters: Mapping[str, str | Path], vision_tower: str | None
+) -> tuple[ModelConfig, dict[str, Path]]:
+    """Return the model to build, and the folders of its adapters by name."""
+    model = _resolve_run(resolve_folder(str(model), "model"))
+    folders = {name: _resolve_run(Path(folder).expanduser()) for name, folder in adapters.items()}
+    for folder in folders.values():
+        read_settings(folder)  # a folder that holds no adapter is found before the model is loaded
+    if not folders and (model / ADAPTER_CONFIG).is_file():
+        base = _read_base(model)
+        return (base if vision_tower is None else dataclasses.replace(base, vision_tower=vision_tower)), {
+            model.name: model
+        }
+    if (model / ADAPTER_CONFIG).is_file() and not any((model / name).is_file() for name in WEIGHTS_FILES):
+        what = f"an adapter, expected the base of the adapter that is given too (got {str(model)!r})"
+        raise ConfigError.at("model", what, "give the base as the model, or leave out one of the two adapters")
+    return ModelConfig(checkpoint=str(model), vision_tower=vision_tower), folders
 
 
 def _trains_rows(adapter: Path) -> bool:
@@ -211,21 +233,21 @@ def _resolve_run(folder: Path) -> Path:
 
 def _read_base(adapter: Path) -> ModelConfig:
     settings = read_base_settings(adapter)
+    fix = f"give the base as the model, and this folder as its adapter: --model BASE --adapter {adapter}"
     if not settings.fields:
-        raise ConfigError.at(str(adapter / BASE_FILE), "no such file", "give the adapter's base as --model as well")
+        raise ConfigError.at(str(adapter / BASE_FILE), "no such file", fix)
     base = ModelConfig(**settings.fields)
     if base.checkpoint is None or Path(base.checkpoint).is_dir():
         return base
-    # The run's folder may have been moved as a whole: try the base at the same place relative to the adapter.
+    # The run's folder may have been moved as a whole: try the base at the same place relative to the adapter. A folder
+    # of the same name that holds other weights is rejected by its fingerprint.
     old = Path(base.checkpoint)
-    for moved in (adapter.parent / old.parent.name / old.name, adapter.parent / old.name):
+    for moved in (adapter.parent / old.parent.name / old.name, adapter.parent / old.name, Path(old.name)):
         if moved.is_dir():
             return dataclasses.replace(base, checkpoint=str(moved))
-    raise ConfigError.at(
-        str(adapter / BASE_FILE),
-        f"the base does not exist (got {base.checkpoint!r})",
-        "give the base as --model as well",
-    )
+    if is_hub_name(base.checkpoint):
+        return base
+    raise ConfigError.at(str(adapter / BASE_FILE), f"the base does not exist (got {base.checkpoint!r})", fix)
 
 
 def _trained_quantization(adapters: Mapping[str, Path]) -> Quantization | None:
@@ -246,6 +268,11 @@ def _choose_device(device: str, quantize: Quantization | None) -> str:
         if torch.cuda.is_available():
             return "cuda"
         return "mps" if torch.backends.mps.is_available() and quantize is None else "cpu"
+    try:
+        torch.empty(0, device=device)
+    except Exception as error:  # the backends of torch raise many types of exceptions
+        reason = str(error).strip().splitlines()[0][:100]
+        raise ConfigError.at("device", f"{device!r} is not usable here ({reason})", "use auto, cpu or cuda") from error
     if quantize is not None and device.startswith("mps"):
         raise ConfigError.at(
             "device", f"{quantize} weights are not supported on {device}", "use cuda or cpu, or do not quantize"

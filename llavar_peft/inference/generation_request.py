@@ -2,34 +2,39 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import takewhile
-from typing import TYPE_CHECKING, Literal
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
+import numpy as np
+import PIL.Image
 import torch
 from torch import Tensor
 
 from llavar_peft.data.conversation_template import Content
 from llavar_peft.data.encode_record import encode_pieces
+from llavar_peft.data.image_files import decode_image
 from llavar_peft.data.image_preparation import image_token_count, prepare_image
 from llavar_peft.data.text_encoder import text_encoder
-from llavar_peft.errors import DataError
+from llavar_peft.errors import ConfigError, DataError
 from llavar_peft.inference.token_sampling import Sampling
-from llavar_peft.types import ImageMode, Role
+from llavar_peft.types import ImageMode, ReadableRepr, Role
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from PIL.Image import Image
 
     from llavar_peft.models.processing_llavar import LlavarProcessor
 
+ImageInput: TypeAlias = "Image | str | os.PathLike[str] | bytes | np.ndarray"
+"""What can be asked about: see ``PromptImage.prepare``."""
 FinishReason = Literal["stop", "length", "cancelled"]
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class PromptImage:
+@dataclass(frozen=True, slots=True, eq=False, repr=False)
+class PromptImage(ReadableRepr):
     """A prepared image, and the features that were computed from it so far.
 
     Attributes:
@@ -43,25 +48,49 @@ class PromptImage:
     features: dict[str | None, Tensor] = field(default_factory=dict, repr=False)
 
     @classmethod
-    def prepare(
-        cls, image: Image | str | Path, processor: LlavarProcessor, mode: ImageMode | None = None
-    ) -> PromptImage:
+    def prepare(cls, image: ImageInput, processor: LlavarProcessor, mode: ImageMode | None = None) -> PromptImage:
         """Open and prepare an image.
 
         Args:
-            image: An image or a local path; nothing is downloaded.
+            image: A local path (nothing is downloaded), a Pillow image, the bytes of an image file, or the pixels as a
+                NumPy array, uint8 ``[H, W]`` or ``[H, W, 3]``.
             processor: The model's processor.
             mode: Overrides the processor's ``inference_image_mode``.
 
         Raises:
             ImageError: The image is missing or broken.
+            ConfigError: It is none of these.
         """
-        pixels = prepare_image(image, mode or processor.inference_image_mode, processor)
+        pixels = prepare_image(_as_image(image), mode or processor.inference_image_mode, processor)
         return cls(pixels, image_token_count(pixels, processor.patch_size))
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Prefix:
+def prepare_images(
+    images: ImageInput | Sequence[ImageInput] | None, processor: LlavarProcessor, mode: ImageMode | None = None
+) -> list[PromptImage]:
+    """Open and prepare the images of one question: none, one, or several in order."""
+    given: Sequence[Any] = [] if images is None else images if isinstance(images, list | tuple) else [images]
+    return [PromptImage.prepare(image, processor, mode) for image in given]
+
+
+def _as_image(image: ImageInput) -> Image | str | Path:
+    if isinstance(image, bytes | bytearray):
+        return decode_image(bytes(image), "image")
+    if isinstance(image, os.PathLike):
+        return Path(image)
+    if isinstance(image, str | PIL.Image.Image):
+        return image
+    got = type(image).__name__
+    if isinstance(image, np.ndarray):
+        if image.dtype == np.uint8 and (image.ndim == 2 or (image.ndim == 3 and image.shape[2] in (3, 4))):
+            return PIL.Image.fromarray(image)
+        got = f"{image.dtype} array {list(image.shape)}"
+    what = f"got {got}, expected a path, a Pillow image, the bytes of a file, or a uint8 array [height, width, 3]"
+    raise ConfigError.at("image", what, "convert it to one of these")
+
+
+@dataclass(frozen=True, slots=True, eq=False, repr=False)
+class Prefix(ReadableRepr):
     """The keys and values of the beginning of a prompt.
 
     Attributes:
@@ -97,8 +126,8 @@ class Prefix:
         return Prefix(self.ids[:length], self.images, layers)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Request:
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False, repr=False)
+class Request(ReadableRepr):
     """A prompt, and how its answer is sampled.
 
     Attributes:
@@ -125,8 +154,8 @@ class Request:
             raise DataError.at("request", "the prompt has no tokens", "encode a question")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Answer:
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False, repr=False)
+class Answer(ReadableRepr):
     """The answer to a request.
 
     Attributes:

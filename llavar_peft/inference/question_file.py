@@ -86,6 +86,8 @@ def read_question_file(path: Path) -> list[ImageQuestion]:
     questions: list[ImageQuestion] = []
     faults: list[Fault] = []
     for where, fields in read_json_lines(path, fix=_EXAMPLE, faults=faults):
+        if isinstance(fields, list) and fields and isinstance(fields[0], dict):
+            raise DataError.at(where, "is a JSON array, expected one question per line", _EXAMPLE)
         problem = _find_problem(fields)
         if problem:
             faults.append(Fault(where, problem, _EXAMPLE))
@@ -93,6 +95,9 @@ def read_question_file(path: Path) -> list[ImageQuestion]:
             questions.append(
                 ImageQuestion(len(questions), where, fields["question_id"], fields["text"], fields.get("image") or None)
             )
+    if faults and not questions and path.read_bytes().lstrip().split(b"\n")[0].strip() in (b"[", b"{", b"[{"):
+        # Most lines of an array, or of an object that is written over several lines, are no JSON by themselves.
+        raise DataError.at(str(path), f"is not one question per line, but JSON over {len(faults)} lines", _EXAMPLE)
     if faults:
         raise DataError("\n".join(map(str, faults[:_MAX_FAULTS])), faults)
     if not questions:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Integral, Real
 from typing import TypedDict
 
 import torch
@@ -15,6 +16,15 @@ from llavar_peft.errors import ConfigError
 
 _SMALLEST = 1e-30
 """Smaller temperatures and shares would be 0 in float32; at this value already, only the most likely token is left."""
+
+
+_TYPES = (
+    ("max_new_tokens", Integral, "a whole number"),
+    ("temperature", Real, "a number"),
+    ("top_p", Real, "a number"),
+    ("top_k", Integral, "a whole number"),
+    ("seed", (Integral, type(None)), "a whole number"),
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,6 +53,10 @@ class Sampling:
     logprobs: bool = False
 
     def __post_init__(self) -> None:
+        for name, kinds, expected in _TYPES:
+            value = getattr(self, name)
+            if not isinstance(value, kinds) or isinstance(value, bool):
+                raise ConfigError.at(name, f"got {value!r}, expected {expected}", "change it")
         faults = (
             (self.max_new_tokens < 1, "max_new_tokens", self.max_new_tokens, "at least 1"),
             (not 0 <= self.temperature < math.inf, "temperature", self.temperature, "0 or more"),

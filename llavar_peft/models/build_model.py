@@ -35,7 +35,7 @@ from llavar_peft.models.modeling_llavar import LlavarForConditionalGeneration, L
 from llavar_peft.models.pending_weights import PendingWeights
 from llavar_peft.models.pretrained_files import load_pretrained, unreadable_settings
 from llavar_peft.models.processing_llavar import LlavarProcessor
-from llavar_peft.recipe.schema import Attention, ModelConfig, Quantization
+from llavar_peft.recipe.schema import Attention, Dtype, Kernels, ModelConfig, Quantization
 from llavar_peft.weights.io import tensor_names
 from llavar_peft.weights.io.joined_rows import JoinedRows, whole
 from llavar_peft.weights.io.projector_file import apply_projector
@@ -246,6 +246,7 @@ def quantization_arguments(quantize: Quantization | None, dtype: torch.dtype) ->
 
 def _read_checked_parts(config: ModelConfig, seed: int) -> ModelParts:
     register()
+    _check_values(config)
     _check_sources(config)
     parts = read_checkpoint(config) if config.checkpoint is not None else read_parts(config, seed=seed)
     if config.projector is not None:
@@ -266,6 +267,20 @@ def _finish(
     dtype, attention = str(model.dtype).removeprefix("torch."), attention_implementation(model.config)
     logger.info("%s: %s weights, %s attention", parts.source, dtype, attention)
     return model
+
+
+def _check_values(config: object) -> None:
+    """Reject values that a recipe's validation would: Python does not check types."""
+    if not isinstance(config, ModelConfig):
+        example = f"ModelConfig(checkpoint={str(config)!r})" if isinstance(config, str | Path) else "ModelConfig(...)"
+        raise ConfigError.at("model", f"expected a ModelConfig (got {type(config).__name__})", f"pass {example}")
+    for name, choices in (("dtype", Dtype), ("attention", Attention), ("kernels", Kernels)):
+        value = getattr(config, name)
+        if value not in get_args(choices):
+            known = ", ".join(map(repr, get_args(choices)))
+            raise ConfigError.at(
+                f"model.{name}", f"unknown value (got {value!r}, expected one of {known})", "correct it"
+            )
 
 
 def _check_sources(config: ModelConfig) -> None:

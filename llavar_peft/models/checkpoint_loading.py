@@ -15,8 +15,9 @@ import torch
 from transformers import LlamaConfig
 
 from llavar_peft.constants import IMAGE_PATCH_TOKEN, IMAGE_PLACEHOLDER, MODEL_TYPE, RELEASED_MODEL_TYPE
-from llavar_peft.errors import ConfigError, EnvironmentFaultError, WeightsError
+from llavar_peft.errors import ConfigError, WeightsError
 from llavar_peft.models.hf_llava import read_stock
+from llavar_peft.models.hub_models import download, is_hub_name
 from llavar_peft.models.language_model_loading import add_placeholder, read_language_model, with_mean_rows
 from llavar_peft.models.llama_tokenizer import add_image_tokens, load_tokenizer
 from llavar_peft.models.llavar_config import LlavarConfig, make_config, read_llama_config
@@ -37,7 +38,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedTokenizerFast
 
-_HUB_FILES = ["*.json", "*.safetensors", "*.bin", "tokenizer.model"]
+_CLIP = ("clip", "clip_vision_model")
 
 
 def read_parts(config: ModelConfig, *, seed: int) -> ModelParts:
@@ -109,7 +110,7 @@ def read_checkpoint(config: ModelConfig) -> ModelParts:
     raise ConfigError.at(
         f"{folder / 'config.json'}:model_type",
         f"not a LLaVAR (got {kind!r}, expected {MODEL_TYPE!r}, or {RELEASED_MODEL_TYPE!r} with LLaMA's fields)",
-        "for a plain language model set language_model and vision_tower instead of checkpoint",
+        _fix_for_kind(kind),
     )
 
 
@@ -140,6 +141,8 @@ def _read_own_layout(folder: Path, config: ModelConfig) -> ModelParts:
 
 
 def _read_released_layout(folder: Path, described: Mapping[str, Any], config: ModelConfig) -> ModelParts:
+    stored = _rename_released(open_weights(folder))
+    check_not_delta(stored.get(tensor_names.FINAL_NORM), folder)
     if config.vision_tower is None:
         raise ConfigError.at(
             "model.vision_tower",
@@ -170,8 +173,6 @@ def _read_released_layout(folder: Path, described: Mapping[str, Any], config: Mo
         extra_positions=tower.extra_positions,
         projector_type=_released_projector_type(described, folder),
     )
-    stored = _rename_released(open_weights(folder))
-    check_not_delta(stored.get(tensor_names.FINAL_NORM), folder)
     tensors: dict[str, Tensor | JoinedRows] = {**stored, **tower.tensors}
     if has_image_token:
         _check_rows(stored, tokenizer, folder)
@@ -206,25 +207,25 @@ def resolve_folder(name: str, setting: str) -> Path:
     path = expand_home(name)
     if path.is_dir():
         return path
-    looks_local = name.startswith((".", "/", "~")) or name.count("/") != 1 or path.parent.is_dir() or path.exists()
     if path.is_file():
         raise ConfigError.at(setting, f"a file, expected a folder (got {name!r})", _fix_for_file(path))
-    if looks_local:
-        siblings = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
-        near = difflib.get_close_matches(path.name, siblings, n=1)
-        hint = f"did you mean {str(path.parent / near[0])!r}" if near else "give a folder, or a hub name owner/model"
+    if not is_hub_name(name):
+        siblings = [entry.name for entry in path.parent.iterdir() if entry.is_dir()] if path.parent.is_dir() else []
+        near = difflib.get_close_matches(path.name, siblings, n=1, cutoff=0.75)
+        hint = f"did you mean {str(path.parent / near[0])!r}?" if near else "give a folder, or a hub name owner/model"
         raise ConfigError.at(setting, f"no such folder (got {name!r})", hint)
-    from huggingface_hub import snapshot_download
+    return download(name, setting)
 
-    try:
-        return Path(snapshot_download(name, allow_patterns=_HUB_FILES))
-    except Exception as error:  # the hub's client passes on any error of its transport
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise EnvironmentFaultError.at(
-            setting,
-            f"{name!r} is not a folder, and could not be downloaded from the Hugging Face hub ({reason})",
-            "give an existing folder, or check the name and the connection",
-        ) from error
+
+def _fix_for_kind(kind: object) -> str:
+    if kind == "llama":
+        return (
+            "a plain language model sees no images: train a LLaVAR from it, with a recipe's model.language_model and "
+            "model.vision_tower"
+        )
+    if kind in _CLIP:
+        return "give a LLaVAR as the model, and this folder as its vision tower"
+    return "give the folder of a LLaVAR"
 
 
 def _fix_for_file(path: Path) -> str:

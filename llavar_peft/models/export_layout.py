@@ -13,7 +13,7 @@ import logging
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from llavar_peft.atomic_files import write_json
 from llavar_peft.constants import MODEL_TYPE, RELEASED_MODEL_TYPE
@@ -32,6 +32,7 @@ from llavar_peft.weights.io.folder_writer import WeightsReport
 from llavar_peft.weights.io.shard_layout import RELEASED_SHARD_SIZE, WeightsFormat
 from llavar_peft.weights.io.tensor_blocks import check_tensors
 from llavar_peft.weights.io.tensor_table import TensorEntry, read_tensor_table
+from llavar_peft.weights.io.weights_card import portable_name, write_weights_card
 from llavar_peft.weights.io.write_weights import Progress
 
 if TYPE_CHECKING:
@@ -85,6 +86,9 @@ def export(  # noqa: PLR0913 - the options of the conversion
         EnvironmentFaultError: The disk is full, or another process writes the same folder.
     """
     register()
+    if to not in get_args(Layout):
+        known = ", ".join(map(repr, get_args(Layout)))
+        raise ConfigError.at("to", f"unknown layout (got {to!r}, expected one of {known})", "correct it")
     folder = resolve_folder(str(source), "source")
     if (folder / ADAPTER_CONFIG).is_file():
         raise ConfigError.at(
@@ -110,13 +114,19 @@ def export(  # noqa: PLR0913 - the options of the conversion
         finish = partial(write_stock_companions, parts, activation, dtype)
     else:
         finish = partial(_finish_own_layout, parts, dtype)
+
+    def complete(staged: Path) -> None:
+        finish(staged)
+        sources = {"model": source, **({"vision tower": vision_tower} if vision_tower is not None else {})}
+        write_weights_card(staged, f"{portable_name(source)} in the layout {to}", sources)
+
     return write_converted(
         tensors,
         expand_home(out),
         dtype=dtype or (_FLOAT16 if to == "original" else None),
         form=form or ("bin" if to == "original" else "safetensors"),
         shard_size=shard_size,
-        finish=finish,
+        finish=complete,
         progress=progress,
     )
 

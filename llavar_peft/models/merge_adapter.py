@@ -12,8 +12,9 @@ from typing import Any
 from llavar_peft.atomic_files import write_json
 from llavar_peft.errors import WeightsError
 from llavar_peft.models.merge_logits_gap import LogitsGap, measure_merge
-from llavar_peft.types import expand_home
+from llavar_peft.types import ReadableRepr, expand_home
 from llavar_peft.weights.io.shard_layout import RELEASED_SHARD_SIZE, WeightsFormat
+from llavar_peft.weights.io.weights_card import adapter_name, portable_name, write_weights_card
 from llavar_peft.weights.io.write_weights import Progress
 from llavar_peft.weights.merge.merge_plan import MergePlan, plan_merge, write_merged
 from llavar_peft.weights.merge.merge_stream import Onto
@@ -27,8 +28,8 @@ BOUND, BOUND_ORIGINAL = 0.05, 0.5
 in training, and if adapters of a quantized base are merged onto the original one."""
 
 
-@dataclass(frozen=True, slots=True)
-class MergeReport:
+@dataclass(frozen=True, slots=True, repr=False)
+class MergeReport(ReadableRepr):
     """What a merge wrote, and how far its logits are from those before it.
 
     Attributes:
@@ -117,6 +118,7 @@ def merge_adapter(  # noqa: PLR0913 - the options of the merge
             gaps.update(measure_merge(plan, staged, (*folders, Path(base), staged)))
             _check_gap(plan, gaps["result"], bound, expand_home(out))
         write_json(staged / MERGE_FILE, _describe(plan, Path(base), used, gaps))
+        _write_card(plan, staged, {"base": base, "vision tower": vision_tower, "projector": projector}, gaps)
 
     written = write_merged(
         plan,
@@ -128,6 +130,20 @@ def merge_adapter(  # noqa: PLR0913 - the options of the merge
         check=probe_and_describe,
     )
     return MergeReport(written.out, written.tensors, written.nbytes, written.seconds, used, dict(gaps))
+
+
+def _write_card(
+    plan: MergePlan, staged: Path, sources: Mapping[str, str | Path | None], gaps: Mapping[str, LogitsGap]
+) -> None:
+    gap = gaps.get("result")
+    figures = {} if gap is None else {
+        "difference of the logits from those before the merge, in standard deviations": f"{gap.relative:.1e}",
+        "same top token as before the merge": f"{gap.same_top:.0%} of {gap.tokens} positions",
+    }  # fmt: skip
+    adapters = [one.folder for one in plan.merged.adapters]
+    title = f"{portable_name(sources['base'] or '')} with {', '.join(map(adapter_name, adapters))} merged into it"
+    given = {what: source for what, source in sources.items() if source is not None}
+    write_weights_card(staged, title, given, adapters=adapters, figures=figures)
 
 
 def _check_gap(plan: MergePlan, gap: LogitsGap, bound: float | None, out: Path) -> None:

@@ -160,8 +160,8 @@ def _has_kernel(device: torch.device) -> bool:
 
 @cache
 def _log_choice(device: str, has_kernel: bool) -> None:
-    way = "varlen_attn in half precision, else SDPA in each" if has_kernel else "SDPA in each"
-    logger.info("attention within the conversations of packed rows on %s: %s", device, way)
+    way = "by varlen_attn in half precision, otherwise by SDPA" if has_kernel else "by SDPA"
+    logger.info("packed rows on %s: attention within each conversation, %s", device, way)
 
 
 def _sdpa_within_segments(  # noqa: PLR0913 - the arguments of an attention function

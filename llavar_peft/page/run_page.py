@@ -45,7 +45,7 @@ def write_run_page(
         title: Heading of the page; the name of the folder by default.
         extra: Rows (label, value) for the table of facts.
         notes: Paragraphs under the headline, as plain text.
-        model_dir: Folder of the model for the ``llavar-peft ask`` command on the page.
+        model_dir: Folder of the model for the ``llavar-peft ask`` command on the page; by default that of the run.
 
     Returns:
         The page, ``run_dir/index.html``.
@@ -87,13 +87,13 @@ def run_values(
         "recipe_cut": len(run.recipe) > _LONGEST_RECIPE,
         "versions": run.versions,
         "notes": list(run.remarks),
-        "command": _ask_command(model_dir, gallery),
+        "command": _ask_command(model_dir or str(run.folder), gallery),
     }
 
 
-def _ask_command(model_dir: str | None, gallery: Gallery) -> str:
+def _ask_command(model_dir: str, gallery: Gallery) -> str:
     """Return a command that asks the model, with a short question of this run if there is one."""
     questions = (asked.question for card in gallery.cards for asked in card.asked)
     question = next((one for one in questions if one.isprintable() and len(one) <= 80), "What is written here?")
     quoted = shlex.quote(question) if set(question) & set('"$`\\!') else f'"{question}"'
-    return f"llavar-peft ask --model {shlex.quote(model_dir) if model_dir else 'DIR'} --image FILE {quoted}"
+    return f"llavar-peft ask --model {shlex.quote(model_dir)} --image FILE {quoted}"

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 
 import psutil
 
+from llavar_peft.compat.usable_cores import usable_cores
 from llavar_peft.preflight.doctor_findings import DoctorFinding, fault_finding, note_finding, ok_finding
 
 _GIB = 2**30
@@ -36,7 +37,7 @@ def check_devices() -> Iterator[DoctorFinding]:
     else:
         yield ok_finding("torch's build", build)
         memory = psutil.virtual_memory()
-        cores = psutil.cpu_count(logical=False) or psutil.cpu_count()
+        cores = usable_cores()
         yield note_finding(
             "GPU", f"none; {cores} cores, {memory.available / _GIB:.0f} of {memory.total / _GIB:.0f} GiB free",
             "use a machine with a GPU to train 7B or 13B models; this one can train a tiny model",

@@ -58,7 +58,7 @@ def _folder(name: str, path: Path, *, enough: float) -> DoctorFinding:
         return note_finding(
             name,
             f"{path}: {free:.0f} GB free",
-            f"free up to {enough:g} GB for fully trained 13B models; adapters need less",
+            f"a 13B model that is trained in full needs up to {enough:g} GB; adapters need less",
         )
     return ok_finding(name, f"{path}: {free:.0f} GB free")
 

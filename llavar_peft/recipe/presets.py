@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -85,21 +86,36 @@ def load_recipe(
     Raises:
         ConfigError: The recipe or preset does not exist, or is invalid; the message lists everything that is wrong.
     """
+    if preset is None and str(name_or_path) in list_presets():
+        name_or_path, preset = None, str(name_or_path)
     chosen = _read_preset(preset) if preset is not None else None
     if name_or_path is None:
         if chosen is None:
             raise ConfigError.at("recipe", "neither a recipe nor a preset is given", "name one of the two")
-        # Empty mappings, so that each missing field is reported with its own path.
-        mapping = {"model": {}, **chosen, "stages": [{"data": {}, **chosen["stages"][0]}]}
-        where = f"preset {preset}, to be completed by PATH=VALUE"
-    else:
-        where = str(name_or_path)
-        mapping = parse_yaml(read_recipe(name_or_path), where)
-        if chosen is not None:
-            mapping, where = _apply_preset(mapping, chosen), f"{where} with preset {preset}"
+        return _complete_preset(chosen, overrides, f"preset {preset}, to be completed by PATH=VALUE")
+    where = str(name_or_path)
+    mapping = parse_yaml(read_recipe(name_or_path), where)
+    if chosen is not None:
+        mapping, where = _apply_preset(mapping, chosen), f"{where} with preset {preset}"
     if overrides and isinstance(mapping, dict):
         mapping = apply_overrides(mapping, overrides)
     return recipe_from_mapping(mapping, where)
+
+
+def _complete_preset(preset: dict[str, Any], overrides: Sequence[str], where: str) -> Recipe:
+    # Empty mappings, so that each missing field is reported with its own path.
+    mapping = {"model": {}, **preset, "stages": [{"data": {}, **preset["stages"][0]}]}
+    try:
+        return recipe_from_mapping(apply_overrides(mapping, overrides), where)
+    except ConfigError as error:
+        paths = {"model": "model.checkpoint"}
+        faults = [
+            replace(fault, fix=f"add {paths.get(fault.where, fault.where)}=...") if "missing" in fault.what else fault
+            for fault in error.faults
+        ]
+        if faults == list(error.faults):
+            raise
+        raise ConfigError.listing(where, faults) from None
 
 
 def _read_preset(name: str) -> dict[str, Any]:

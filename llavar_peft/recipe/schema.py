@@ -15,7 +15,7 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import AfterValidator, BeforeValidator, Discriminator, Field, Tag
 from pydantic_core import PydanticCustomError
 
-from llavar_peft.types import ImageMode, TemplateName
+from llavar_peft.types import ImageMode, ReadableRepr, TemplateName
 
 Quantization = Literal["nf4", "int8"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
@@ -73,13 +73,15 @@ ShareBelowOne = Annotated[float, Field(ge=0, lt=1), _FROM_TEXT]
 Recompute = Annotated[Annotated[bool, Tag("switch")] | Annotated[Literal["auto"], Tag("text")], _BY_KIND]
 
 
-class _Strict:
+class _Strict(ReadableRepr):
     """Reject unknown fields, and values that would have to be converted to the field's type."""
 
+    _most_entries: ClassVar[int] = 100
+    _most_characters: ClassVar[int] = 1000
     __pydantic_config__: ClassVar[dict[str, object]] = {"extra": "forbid", "strict": True}
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class ModelConfig(_Strict):
     """Where the model comes from and how its weights are stored.
 
@@ -124,7 +126,7 @@ class ModelConfig(_Strict):
     """The tower's hidden state that is projected. Source: LLaVAR, ``--mm_vision_select_layer``."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class DataConfig(_Strict):
     """The training records and their images."""
 
@@ -144,10 +146,10 @@ class DataConfig(_Strict):
     shuffle: bool = True
     """Whether the records are shuffled in each epoch; the order depends on the seed and the epoch."""
     workers: IntegerFromZero = 4
-    """Number of processes per rank that open images."""
+    """Number of processes per rank that open images, limited to the CPU cores that the run may use."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class Projector(_Strict):
     """Train only the projector and the ``<im_start>`` and ``<im_end>`` input embeddings (stage 1)."""
 
@@ -155,7 +157,7 @@ class Projector(_Strict):
     """Selects this method."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class Full(_Strict):
     """Train the projector and the whole language model; the vision tower stays frozen (stage 2)."""
 
@@ -163,7 +165,7 @@ class Full(_Strict):
     """Selects this method."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class Lora(_Strict):
     """Train low-rank adapters on the language model's linear layers, and the projector in full."""
 
@@ -193,7 +195,7 @@ class Lora(_Strict):
 Tune = Annotated[Projector | Full | Lora, Field(discriminator="type")]
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class OptimConfig(_Strict):
     """The optimizer and its schedule. Source of the defaults: both training scripts of LLaVAR."""
 
@@ -223,7 +225,7 @@ class OptimConfig(_Strict):
     """AdamW with its state in float32, in 8 bits, or in 8 bits paged to CPU memory when the GPU's is full."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class ProbeConfig(_Strict):
     """Checks during training: the held-out loss, and the answers to some held-out images."""
 
@@ -237,7 +239,7 @@ class ProbeConfig(_Strict):
     """Maximum number of tokens per answer."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class Stage(_Strict):
     """One part of a run: what is trained, on which data, and how."""
 
@@ -289,7 +291,7 @@ class Stage(_Strict):
     """Checks during training."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class Recipe(_Strict):
     """A whole run."""
 

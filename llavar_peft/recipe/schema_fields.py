@@ -181,8 +181,9 @@ def suggest_field(path: Path, names: Iterable[str]) -> str:
     near = nearest(name, known)
     if near is not None:
         return f"did you mean '{near}'?"
+    other = nearest(name, [field for cls in TUNES.values() for field in fields_of(cls)])
+    if other is not None and len(path) > 1 and path[-2] == "tune":
+        owners = [kind for kind, cls in TUNES.items() if other in fields_of(cls)]
+        return f"only tune: {' or '.join(owners)} has {'it' if other == name else other}"
     place = _first_paths().get(name)
-    if place == dotted(tuple("N" if isinstance(key, int) else key for key in path)):
-        owners = [kind for kind, cls in TUNES.items() if name in fields_of(cls)]
-        return f"only tune: {' or '.join(owners)} has it"
     return f"it belongs at {place}" if place else f"the fields here are {', '.join(known)}"

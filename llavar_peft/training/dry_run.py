@@ -30,7 +30,7 @@ from llavar_peft.recipe.validate import validate_recipe
 from llavar_peft.training.checkpoint_folders import list_checkpoints
 from llavar_peft.training.launch import start_processes
 from llavar_peft.training.read_shards import build_for_training
-from llavar_peft.training.stage_records import stage_records
+from llavar_peft.training.stage_records import check_data_paths, stage_records
 from llavar_peft.training.trainer import Trainer
 
 _SAMPLE = 1000
@@ -74,6 +74,7 @@ def dry_run(recipe: Recipe, stages: tuple[str, ...] = ()) -> Iterator[Trial]:
     Raises:
         LlavarError: Any error that would stop the run.
     """
+    check_data_paths([stage for stage in recipe.stages if not stages or stage.name in stages])
     processes = start_processes(validate_recipe(recipe))
     output = Path(recipe.output_dir)
     folder = output.with_name(f".{output.name}.dry-run")

@@ -46,6 +46,8 @@ def start_processes(recipe: Recipe) -> PartialState:
     if uses_gpu() and state.num_processes == 1:
         _report_unused_gpus(torch.cuda.device_count())
     _report_precision()
+    if not uses_accelerator():
+        _report_slow(", ".join(_slow_settings(recipe)))
     return state
 
 
@@ -112,3 +114,21 @@ def _report_unused_gpus(seen: int) -> None:
 def _report_precision() -> None:
     if reason := describe_half_precision():
         logger.warning("%s", reason)
+
+
+def _slow_settings(recipe: Recipe) -> Iterator[str]:
+    for number, stage in enumerate(recipe.stages):
+        if stage.precision in ("bf16", "fp16"):
+            yield f"stages.{number}.precision={stage.precision}"
+    if recipe.model.dtype in ("bfloat16", "float16"):
+        yield f"model.dtype={recipe.model.dtype}"
+
+
+@cache
+def _report_slow(settings: str) -> None:
+    if settings:
+        logger.warning(
+            "%s: a CPU computes in 16 bits more slowly than in 32, and without instructions for it many times more "
+            "slowly (minutes for each step); use 'auto' instead, which is float32 on a CPU",
+            settings,
+        )

@@ -19,9 +19,8 @@ from llavar_peft.training.run_files import read_metric_lines
 from llavar_peft.weights.adapter.adapter_files import read_base_settings
 from llavar_peft.weights.adapter.adapter_layouts import open_adapter
 from llavar_peft.weights.adapter.adapter_parts import AdapterPart, row_indices, split_adapter
+from llavar_peft.weights.io.weights_card import CARD_FILE, portable_name
 from llavar_peft.weights.io.weights_fingerprint import FINGERPRINT_FILE, digest, read_fingerprint
-
-CARD_FILE = "README.md"
 
 
 def write_card(folder: Path, recipe: Recipe, stage: Stage, *, run: Path, step: int) -> None:
@@ -43,7 +42,7 @@ def write_card(folder: Path, recipe: Recipe, stage: Stage, *, run: Path, step: i
         f"# {stage.name}: an adapter for LLaVAR\n",
         _about_base(folder, base),
         _about_training(parts, settings, stage, step),
-        _USE.format(base=_name(base.checkpoint or base.language_model or ""), kind=_base_call(base)),
+        _USE.format(base=portable_name(base.checkpoint or base.language_model or ""), kind=_base_call(base)),
         _figures(run, step),
     ]
     write_text(folder / CARD_FILE, "\n".join(section for section in sections if section))
@@ -52,7 +51,7 @@ def write_card(folder: Path, recipe: Recipe, stage: Stage, *, run: Path, step: i
 def _header(base: ModelConfig, stage: Stage) -> str:
     variant = stage.tune.variant if isinstance(stage.tune, Lora) else ""
     sources = [base.checkpoint] if base.checkpoint else [base.language_model, base.vision_tower]
-    named = [_name(source) for source in sources if source]
+    named = [portable_name(source) for source in sources if source]
     fields = {
         "library_name": "peft",
         "base_model": named[0] if len(named) == 1 else named,
@@ -62,23 +61,17 @@ def _header(base: ModelConfig, stage: Stage) -> str:
     return f"---\n{yaml.safe_dump(fields, sort_keys=False, allow_unicode=True)}---\n"
 
 
-def _name(source: str) -> str:
-    """Return a hub name or relative path unchanged, and only the last part of an absolute path."""
-    path = Path(source)
-    return path.name if path.is_absolute() else source
-
-
 def _about_base(folder: Path, base: ModelConfig) -> str:
     known = read_fingerprint(folder / FINGERPRINT_FILE) or {}
     lines = ["## Base model\n"]
     if base.checkpoint is not None:
-        lines.append(f"- checkpoint `{_name(base.checkpoint)}`")
+        lines.append(f"- checkpoint `{portable_name(base.checkpoint)}`")
     else:
-        lines.append(f"- a new LLaVAR built from the language model `{_name(base.language_model or '')}`")
+        lines.append(f"- a new LLaVAR built from the language model `{portable_name(base.language_model or '')}`")
     if base.vision_tower is not None:
-        lines.append(f"- vision tower `{_name(base.vision_tower)}`")
+        lines.append(f"- vision tower `{portable_name(base.vision_tower)}`")
     if base.projector is not None:
-        lines.append(f"- projector `{_name(base.projector)}` loaded into it")
+        lines.append(f"- projector `{portable_name(base.projector)}` loaded into it")
     stored = {None: "in full precision", "nf4": "in 4 bits (nf4, double quantization)", "int8": "in 8 bits"}
     lines.append(f"- stored {stored[base.quantize]} during training")
     if "base" in known:
@@ -121,9 +114,10 @@ def _about_training(parts: tuple[AdapterPart, ...], settings: dict[str, Any], st
 
 def _base_call(base: ModelConfig) -> str:
     if base.checkpoint is not None:
-        tower = f', vision_tower="{_name(base.vision_tower)}"' if base.vision_tower else ""
-        return f'checkpoint="{_name(base.checkpoint)}"{tower}'
-    return f'language_model="{_name(base.language_model or "")}", vision_tower="{_name(base.vision_tower or "")}"'
+        tower = f', vision_tower="{portable_name(base.vision_tower)}"' if base.vision_tower else ""
+        return f'checkpoint="{portable_name(base.checkpoint)}"{tower}'
+    language, tower = portable_name(base.language_model or ""), portable_name(base.vision_tower or "")
+    return f'language_model="{language}", vision_tower="{tower}"'
 
 
 _USE = """\

@@ -10,7 +10,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
-import os
 import shutil
 import time
 from collections.abc import Sequence
@@ -18,6 +17,7 @@ from importlib.resources import files as package_files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from llavar_peft.compat.usable_cores import usable_cores
 from llavar_peft.datagen.synth.synth_settings import SynthSettings, Task
 from llavar_peft.datagen.synth.write_synthetic import SynthResult, write_synthetic
 from llavar_peft.errors import ConfigError
@@ -200,17 +200,13 @@ def _draw(root: Path, *, seed: int) -> None:
         if not (root / "data" / folder).is_dir():
             staged = root / "data" / f".{folder}"
             shutil.rmtree(staged, ignore_errors=True)
-            _write(staged, count, seed * 10 + number, task, _cores())
+            _write(staged, count, seed * 10 + number, task, min(4, usable_cores()))
             staged.rename(root / "data" / folder)
 
 
 def _write(folder: Path, count: int, seed: int, task: Task, workers: int) -> SynthResult:
     settings = SynthSettings(style="plain", seed=seed, task=task, width=_WIDTH)
     return write_synthetic(folder, count, settings, workers)
-
-
-def _cores() -> int:
-    return min(4, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
 
 
 def _draw_held_out(root: Path, seed: int) -> list[tuple[Path, str, str]]:

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 import transformers
 
+from llavar_peft.compat.usable_cores import usable_cores
 from llavar_peft.errors import ConfigError, MissingDependencyError
 from llavar_peft.models.launch_environment import requested_sharding, uses_gpu
 from llavar_peft.recipe.schema import Optimizer, Precision, Recipe, Stage
@@ -82,7 +83,7 @@ def training_arguments(recipe: Recipe, stage: Stage, directory: Path, *, ranks: 
         fp16=precision == "fp16",
         tf32=True if cuda and precision != "fp32" and torch.cuda.get_device_capability()[0] >= 8 else None,
         use_cpu=uses_cpu(),
-        dataloader_num_workers=stage.data.workers,
+        dataloader_num_workers=_image_workers(stage),
         dataloader_pin_memory=cuda,
         accelerator_config={
             "non_blocking": not uses_cpu(),  # otherwise the host waits for the device with each tensor of a batch
@@ -105,6 +106,12 @@ def training_arguments(recipe: Recipe, stage: Stage, directory: Path, *, ranks: 
             f"{_RECOMPUTING}_kwargs": {"use_reentrant": False} if stage.gradient_checkpointing else None,
         },
     )
+
+
+def _image_workers(stage: Stage) -> int:
+    """Return the number of processes that open images: more than there are cores for each rank would be slower."""
+    ranks = int(os.environ.get("LOCAL_WORLD_SIZE") or 1)
+    return min(stage.data.workers, max(1, usable_cores() // ranks))
 
 
 def check_trackers(recipe: Recipe) -> None:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import copy
 import logging
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Final
 
-from llavar_peft.data.check_records import preflight
+from llavar_peft.data.check_records import preflight, summarize_faults
 from llavar_peft.data.image_roots import ImageRoots
 from llavar_peft.data.record_store import RecordStore, open_filled_records
 from llavar_peft.data.training_dataset import TrainingDataset, split_holdout
@@ -52,6 +54,20 @@ def stage_records(stage: Stage, processor: LlavarProcessor, *, seed: int) -> tup
     return dataset(kept), dataset(held)
 
 
+def check_data_paths(stages: Sequence[Stage]) -> None:
+    """Check that the stages' files of records and folders of images exist, before the model is loaded.
+
+    Raises:
+        DataError: A file does not exist.
+        ImageError: A folder does not exist.
+    """
+    for stage in stages:
+        for path in map(Path, _paths(stage.data.records)):
+            if not path.exists():
+                raise DataError.at(str(path), "no such file", "correct the path to the records")
+        ImageRoots(_paths(stage.data.images))
+
+
 def _faulty_records(stage: Stage, records: RecordStore, roots: ImageRoots) -> set[int]:
     """Return the indices of the records to skip. Raise ``DataError`` if there are more than the stage allows."""
     data = stage.data
@@ -59,11 +75,20 @@ def _faulty_records(stage: Stage, records: RecordStore, roots: ImageRoots) -> se
     if not faults:
         return set()
     skipped = {fault.index for fault in faults}
-    listed = "\n".join(str(fault) for fault in faults[:_SHOWN])
-    more = f"\nand {len(faults) - _SHOWN} more" if len(faults) > _SHOWN else ""
     stops = data.on_bad_image == "stop" and any(fault.kind not in _WITHOUT_EFFECT for fault in faults)
-    if stops or len(skipped) > int(data.max_bad_share * len(records)):
-        switch = "data.on_bad_image to skip and " if stops else ""
+    stops = stops or len(skipped) > int(data.max_bad_share * len(records))
+    without = sum(fault.kind == "image_missing" for fault in faults)
+    if stops and without and not data.images:
+        raise DataError.at(
+            f"stages.{stage.name}.data.images",
+            f"not set, and {without} of {len(records)} records name an image",
+            "set it to the folder that the image paths start from",
+        )
+    shown = summarize_faults(faults, len(records))
+    listed = "\n".join(str(fault) for fault in shown[:_SHOWN])
+    more = f"\nand {len(shown) - _SHOWN} more" if len(shown) > _SHOWN else ""
+    if stops:
+        switch = "data.on_bad_image to skip and " if data.on_bad_image == "stop" else ""
         raise DataError(
             f"stage {stage.name}: {len(skipped)} of {len(records)} records cannot be trained on\n{listed}{more}\n"
             f"Fix: repair them ('llavar-peft data check' lists all), or set {switch}data.max_bad_share to the share "

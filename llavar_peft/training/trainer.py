@@ -15,7 +15,7 @@ import transformers
 from llavar_peft.atomic_files import commit_folder
 from llavar_peft.constants import METRICS_FILE, PROBE_FILE
 from llavar_peft.data.training_dataset import TrainingDataset
-from llavar_peft.errors import InterruptedRunError, LlavarError
+from llavar_peft.errors import ConfigError, InterruptedRunError, LlavarError
 from llavar_peft.models.merge_adapter import merge_adapter
 from llavar_peft.models.modeling_llavar import LlavarForConditionalGeneration
 from llavar_peft.models.packed_attention import disable_packing, replace_flash_attention
@@ -43,7 +43,7 @@ from llavar_peft.training.run_folder import RunFolder, check_output_folder, lock
 from llavar_peft.training.save_weights import save_plain, save_result
 from llavar_peft.training.sharding import reset_zero
 from llavar_peft.training.stage_arguments import check_trackers, micro_batches, resolve_precision, training_arguments
-from llavar_peft.training.stage_records import stage_records
+from llavar_peft.training.stage_records import check_data_paths, stage_records
 from llavar_peft.training.stage_trainer import StageTrainer
 from llavar_peft.training.trainer_callbacks import EvalCallback, ProgressBar, StopOnSignal
 from llavar_peft.weights.io.tensor_blocks import write_checksums
@@ -76,6 +76,7 @@ class Trainer:
     ) -> None:
         self.recipe = validate_recipe(recipe)
         check_trackers(self.recipe)
+        _check_model(model, self.recipe)
         self.model: Any = model
         self.processor = processor
         self.callbacks = list(callbacks)
@@ -84,6 +85,10 @@ class Trainer:
         self.processes = start_processes(self.recipe)
         self.ranks = self.processes.num_processes
         self.main = self.processes.is_main_process
+
+    def __repr__(self) -> str:
+        stages = ", ".join(stage.name for stage in self.recipe.stages)
+        return f"Trainer(stages: {stages}; output_dir={self.recipe.output_dir!r})"
 
     def train(self, stages: Sequence[str] | None = None, *, restart: bool = False, allow_changes: bool = False) -> Path:
         """Run the recipe or some of its stages. Finished stages are loaded, not run again.
@@ -104,7 +109,7 @@ class Trainer:
             DataError: More records or images are unusable than the recipe allows.
             InterruptedRunError: A signal stopped the run after it was saved.
         """
-        selected = self.run.select_stages(stages)
+        selected = self.run.select_stages((stages,) if isinstance(stages, str) else stages)
         with lock_folder(self.run.root) if self.main else nullcontext():
             if self.main:
                 self.run.open(restart=restart, stages=selected, allow_changes=allow_changes)
@@ -283,6 +288,17 @@ class Trainer:
                 logger.warning("the run's page was not written: %s", error)
 
 
+def _check_model(model: object, recipe: Recipe) -> None:
+    """Reject a model that the recipe does not describe: its results would be recorded for another one."""
+    fix = "pass the model from build_model(recipe.model)"
+    if not isinstance(model, LlavarForConditionalGeneration) or hasattr(model, "peft_config"):
+        got = "one with adapters" if hasattr(model, "peft_config") else type(model).__name__
+        raise ConfigError.at("model", f"expected a LLaVAR without adapters (got {got})", fix)
+    if is_quantized(model) != (recipe.model.quantize is not None):
+        got, expected = "quantized" if is_quantized(model) else "not quantized", recipe.model.quantize
+        raise ConfigError.at("model", f"is {got}, and the recipe's model.quantize is {expected}", fix)
+
+
 def run_recipe(
     recipe: Recipe, stages: Sequence[str] | None = None, *, restart: bool = False, allow_changes: bool = False
 ) -> Path:
@@ -290,6 +306,7 @@ def run_recipe(
     recipe = validate_recipe(recipe)
     check_trackers(recipe)
     check_output_folder(Path(recipe.output_dir))
+    check_data_paths([stage for stage in recipe.stages if not stages or stage.name in stages])
     processes = start_processes(recipe)
     model, processor = build_for_training(recipe.model, processes, seed=recipe.seed)
     return Trainer(model, processor, recipe).train(stages, restart=restart, allow_changes=allow_changes)

@@ -6,12 +6,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from llavar_peft import Chat, ModelConfig, load_chat
+from llavar_peft import Chat, ModelConfig, build_model, load_chat
 from llavar_peft.errors import ConfigError, WeightsError
 from llavar_peft.inference.engine import Engine
 from llavar_peft.inference.generation_request import PromptImage, Request, encode_messages
@@ -106,6 +108,40 @@ def _fresh(chat: Chat, turns: list[tuple[str, Path | Image.Image | None, str]], 
     ids = encode_messages(processor, messages[:-1], there)
     (answer,) = chat.answer([Request(ids=ids, images=there, sampling=Sampling(**GREEDY), adapter=adapter)])
     return answer.text
+
+
+def test_images_are_taken_in_each_natural_form(chat: Chat, images: list[Path]) -> None:
+    opened = Image.open(images[0]).convert("RGB")
+    expected = chat.request(images[0], "Read.").images[0].pixels
+    for form in (str(images[0]), opened, images[0].read_bytes(), np.asarray(opened)):
+        assert torch.equal(chat.request(form, "Read.").images[0].pixels, expected)
+
+
+@pytest.mark.parametrize("form", [3, torch.zeros(3, 8, 8), np.zeros((8, 8, 3)), {"image": "a.png"}])
+def test_other_forms_of_an_image_are_named(form: Any, chat: Chat) -> None:
+    with pytest.raises(ConfigError, match=r"image: got .*, expected a path, a Pillow image, the bytes of a file"):
+        chat.ask(form, "Read.")
+
+
+def test_a_list_of_images_is_shown_in_one_question(chat: Chat, images: list[Path]) -> None:
+    request = chat.request(images[:2], "Compare.")
+    turn = ("human", ["Compare.\n", None, None])
+    both = [PromptImage.prepare(image, chat.engine.processor) for image in images[:2]]
+    assert torch.equal(request.ids, encode_messages(chat.engine.processor, [turn], both))
+    assert [image.pixels.sum() for image in request.images] == [image.pixels.sum() for image in both]
+    assert chat.ask(images[:2], "Compare.", **GREEDY) == chat.conversation(images[:2]).send("Compare.", **GREEDY)
+    assert not len(chat.request([], "Hello?").images)
+
+
+def test_values_are_readable_in_a_notebook(chat: Chat, images: list[Path]) -> None:
+    request = chat.request(images[0], "Read.", sampling=Sampling(max_new_tokens=20))
+    talk = chat.conversation(images[0])
+    talk.send("Read.", **GREEDY)
+    for value in (chat, request, chat.answer([request])[0], talk, talk.turns, request.images[0]):
+        lines = repr(value).splitlines()
+        assert len(lines) <= 25
+        assert max(map(len, lines)) <= 120
+    assert "float32 on cpu" in repr(chat)
 
 
 def test_a_conversation_computes_nothing_twice(chat: Chat, images: list[Path], page: Image.Image) -> None:
@@ -227,3 +263,47 @@ def test_what_cannot_be_loaded_is_rejected(checkpoint: Path, adapters: dict[str,
     chat.engine.processor.save_pretrained(tmp_path / "moved")
     with pytest.raises(WeightsError):
         load_chat(tmp_path / "moved", adapters)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"temperature": "hot"}, "temperature: got 'hot', expected a number"),
+        ({"max_new_tokens": 2.5}, "max_new_tokens: got 2.5, expected a whole number"),
+        ({"seed": "7"}, "seed: got '7', expected a whole number"),
+    ],
+)
+def test_sampling_of_another_type_is_named(settings: dict[str, Any], message: str, chat: Chat) -> None:
+    with pytest.raises(ConfigError, match=message):
+        chat.ask(None, "Read.", **settings)
+
+
+def test_numbers_of_numpy_are_numbers(chat: Chat) -> None:
+    assert chat.ask(None, "Hi", temperature=np.float32(0.0), max_new_tokens=np.int64(1)) is not None
+
+
+def test_a_question_is_text(chat: Chat) -> None:
+    question: Any = None
+    with pytest.raises(ConfigError, match="question: got NoneType, expected a string"):
+        chat.ask(None, question)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"dtype": "fp16"}, "model.dtype: unknown value .got 'fp16', expected one of 'auto', 'float32'"),
+        ({"attention": "flash"}, "model.attention: unknown value"),
+        ({"quantize": "4bit"}, "model.quantize: unknown format"),
+        ({"device": "gpu"}, "device: 'gpu' is not usable here"),
+        ({"adapter": ["a", "b"]}, "adapter: got list, expected a folder, or a mapping"),
+    ],
+)
+def test_unknown_settings_are_named(settings: dict[str, Any], message: str, checkpoint: Path) -> None:
+    with pytest.raises(ConfigError, match=message):
+        load_chat(checkpoint, **settings)
+
+
+def test_a_model_is_built_from_a_configuration(checkpoint: Path) -> None:
+    source: Any = str(checkpoint)
+    with pytest.raises(ConfigError, match=r"expected a ModelConfig \(got str\). Fix: pass ModelConfig\(checkpoint="):
+        build_model(source)

@@ -18,7 +18,7 @@ from transformers import AutoTokenizer
 
 from llavar_peft import ModelConfig, cli, load_chat
 from llavar_peft.recipe.schema import Lora
-from tests.weights.adapters import save_moved_adapter
+from tests.weights.adapters import LANGUAGE_MODEL, save_moved_adapter
 
 GREEDY = {"temperature": 0.0, "max_new_tokens": 8}
 OPTIONS = ("--greedy", "--max-new-tokens", "8")
@@ -67,6 +67,87 @@ def test_ask_rejects(
 ) -> None:
     assert run("ask", "--model", checkpoint, *options, "Read.") == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            ("--model", "{model}/config.json"),
+            "--model: a file, expected a folder (got '{model}/config.json').",
+        ),
+        (("--model", "{model}/modle"), "--model: no such folder"),
+        (("--model", "{parts}/language_model"), "Fix: a plain language model sees no images: train a LLaVAR from it"),
+        (("--model", "{parts}/vision_tower"), "Fix: give a LLaVAR as the model, and this folder as its vision tower."),
+        (("--model", "{run}/shelf"), "no config.json in this folder. Fix: did you mean '{run}/shelf/llavar'?"),
+        (("--model", "{model}", "--adapter", "{adapter}/adapter_config.json"), "a file, expected a folder. Fix: give"),
+        (("--model", "{model}", "--adapter", "{run}/more"), "Fix: did you mean '{run}/more/adapter'?"),
+        (("--model", "{adapter}", "--adapter", "{adapter}"), "--model: an adapter, expected the base of the adapter"),
+        (("--model", "{model}", "--greedy", ""), "QUESTION: it is empty."),
+    ],
+)
+def test_what_is_no_model_or_adapter_is_named_before_it_is_loaded(
+    arguments: tuple[str, ...],
+    message: str,
+    checkpoint: Path,
+    adapter: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    (tmp_path / "more").mkdir()
+    (tmp_path / "more/adapter").symlink_to(adapter)
+    (tmp_path / "shelf").mkdir()
+    (tmp_path / "shelf/llavar").symlink_to(checkpoint)
+    if message.startswith("Fix: did you mean '{run}"):
+        (adapter / "config.json").rename(adapter / "moved.json")  # not the result of a finished run
+    places = {
+        "model": checkpoint, "adapter": adapter, "run": tmp_path, "parts": LANGUAGE_MODEL.parent,
+    }  # fmt: skip
+    try:
+        assert run("ask", *(word.format(**places) for word in arguments), *([] if "" in arguments else ["Read."])) == 2
+    finally:
+        if (adapter / "moved.json").exists():
+            (adapter / "moved.json").rename(adapter / "config.json")
+    captured = capsys.readouterr().err
+    assert message.format(**places) in captured
+    assert "weights," not in captured  # what is logged when a model has been loaded
+
+
+def test_ask_says_which_adapter_is_on(checkpoint: Path, adapter: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments in (("--model", adapter), ("--model", checkpoint, "--adapter", adapter)):
+        assert run("ask", *arguments, *OPTIONS, "Read.") == 0
+        assert f"the adapter {adapter} is on; its base: {checkpoint}\n" in capsys.readouterr().err
+    assert run("ask", "--model", checkpoint, *OPTIONS, "Read.") == 0
+    assert "adapter" not in capsys.readouterr().err
+
+
+def test_the_base_of_a_moved_adapter_is_found_by_its_name(
+    checkpoint: Path, adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(adapter, tmp_path / "elsewhere/tuned")
+    base = tmp_path / "elsewhere/tuned/base.json"
+    fields = json.loads(base.read_text())
+    monkeypatch.chdir(tmp_path)
+    for source, status, shown in (
+        ("/gone/model", 2, "--model BASE --adapter elsewhere/tuned"),
+        ("someone/model", 3, "no such folder, and not in the hub's cache"),
+    ):
+        base.write_text(json.dumps({**fields, "checkpoint": source}))
+        assert run("ask", "--model", "elsewhere/tuned", *OPTIONS, "Read.") == status
+        assert shown in capsys.readouterr().err
+    (tmp_path / "model").symlink_to(checkpoint)
+    assert run("ask", "--model", "elsewhere/tuned", *OPTIONS, "Read.") == 0
+
+
+def test_commands_of_the_chat_that_need_more(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "stdin", io.StringIO("/image\n/adapter x\n/exit\nNever answered"))
+    assert run("chat", "--model", checkpoint, *OPTIONS) == 0
+    captured = capsys.readouterr()
+    assert not captured.out
+    assert "/image: no image is given. Fix: type /image and a file" in captured.err
+    assert "no adapter is named 'x'. Fix: load the adapter with the model." in captured.err
 
 
 @pytest.mark.slow

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from llavar_peft import cli, load_chat
 from llavar_peft.errors import ConfigError, DataError, ImageError
 from llavar_peft.inference.answer_file import GenerateReport, generate_answers
+from llavar_peft.inference.question_file import read_question_file
 from llavar_peft.inference.token_sampling import Sampling
 
 GREEDY = Sampling(temperature=0.0, max_new_tokens=8)
@@ -219,7 +220,7 @@ def test_the_command(checkpoint: Path, work: Path, capsys: pytest.CaptureFixture
     run(checkpoint, work, "expected.jsonl")
     assert (work / "answers.jsonl").read_bytes() == (work / "expected.jsonl").read_bytes()
     assert cli.main(list(map(str, arguments))) == 0
-    assert "all 7 answers exist already; delete the file to answer again" in capsys.readouterr().out
+    assert "all questions are answered already; delete the file to answer them again" in capsys.readouterr().out
     (work / "questions.jsonl").write_text(json.dumps({"question_id": "new", "text": "Who?"}))
     assert cli.main(list(map(str, arguments))) == 2
     assert "is not an answer to these questions" in capsys.readouterr().err
@@ -231,3 +232,12 @@ def test_a_file_of_another_kind_is_not_overwritten(checkpoint: Path, work: Path,
     with pytest.raises(ConfigError, match="is not an answer to these questions"):
         run(checkpoint, work)
     assert (work / "answers.jsonl").read_text() == content
+
+
+@pytest.mark.parametrize("indent", [None, 2])
+def test_an_array_of_questions_is_one_message(indent: int | None, tmp_path: Path) -> None:
+    path = tmp_path / "questions.json"
+    path.write_text(json.dumps([{"question_id": n, "text": "Read."} for n in range(20)], indent=indent))
+    with pytest.raises(DataError, match="one question per line") as caught:
+        read_question_file(path)
+    assert len(str(caught.value).splitlines()) == 1

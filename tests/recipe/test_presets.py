@@ -62,6 +62,11 @@ def test_all_missing_fields_are_reported(name: str) -> None:
     with pytest.raises(ConfigError, match=f"^preset {name}, to be completed by PATH=VALUE: 3 problems\n") as caught:
         load_recipe(preset=name)
     assert {fault.where for fault in caught.value.faults} == {"stages.0.data.records", "output_dir", "model"}
+    fixes = {fault.fix for fault in caught.value.faults}
+    assert fixes == {"add stages.0.data.records=...", "add output_dir=...", "add model.checkpoint=..."}
+    with pytest.raises(ConfigError) as named:
+        load_recipe(name)
+    assert str(named.value) == str(caught.value)
 
 
 @pytest.mark.parametrize("name", TUNES)

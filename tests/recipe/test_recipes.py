@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llavar_peft.errors import ConfigError
+from llavar_peft.recipe import schema
 from llavar_peft.recipe.presets import list_recipes, load_recipe, read_recipe
 from llavar_peft.recipe.recipe_yaml import dump_recipe
 from llavar_peft.recipe.schema import DataConfig, Full, Lora, ModelConfig, OptimConfig, Projector, Recipe
@@ -226,3 +227,13 @@ def test_a_byte_order_mark_is_accepted(tmp_path: Path) -> None:
     path = tmp_path / "bom.yaml"
     path.write_bytes(b"\xef\xbb\xbf" + read_recipe("tiny").encode())
     assert load_recipe(path) == load_recipe("tiny")
+
+
+@pytest.mark.parametrize("name", list_recipes())
+def test_a_recipe_is_shown_as_readable_python(name: str) -> None:
+    recipe = load_recipe(name)
+    text = repr(recipe)
+    assert max(map(len, text.splitlines())) <= 100
+    assert len(text.splitlines()) <= 60
+    assert "shuffle=" not in text  # at its default
+    assert eval(text, vars(schema)) == recipe

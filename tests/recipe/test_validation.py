@@ -143,6 +143,7 @@ def test_types_and_combinations_are_reported_together() -> None:
             ),
         ),
         ({"stages__0__tune": {"type": "full", "rank": 8}}, "stages.0.tune.rank: unknown field; only tune: lora has it"),
+        ({"stages__0__tune": {"type": "full", "rnk": 8}}, "stages.0.tune.rnk: unknown field; only tune: lora has rank"),
         ({"stages__0__rank": 8}, "stages.0.rank: unknown field; it belongs at stages.N.tune.rank"),
         ({"stages__0": 7}, "stages.0: expected a mapping of fields, got 7; write its fields below it, indented"),
         ({"model": None}, "model: expected a mapping of fields, got nothing; write its fields below it, indented"),

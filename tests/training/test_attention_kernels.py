@@ -161,7 +161,7 @@ def test_float32_uses_sdpa_where_the_kernel_exists(
             assert model(input_ids=ids, use_cache=False, **packed_arguments((3, 4), model, CPU)).logits.isfinite().all()
     assert not varlen.shapes
     assert [record.message for record in caplog.records if "packed rows" in record.message] == [
-        "attention within the conversations of packed rows on cpu: varlen_attn in half precision, else SDPA in each"
+        "packed rows on cpu: attention within each conversation, by varlen_attn in half precision, otherwise by SDPA"
     ]
 
 

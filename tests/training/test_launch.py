@@ -265,3 +265,32 @@ def test_the_advice_for_memory_is_accepted_by_the_launch(tiny_recipe: Recipe, mo
             sharded = memory_remedies(full, tiny_recipe.model, ranks=2)
             assert not any("8bit" in one for one in sharded)
             assert "shard the model over more GPUs" in sharded
+
+
+# -- the CPU ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("precision", "warned"), [("bf16", True), ("auto", False), ("fp32", False)])
+def test_16_bits_on_a_cpu_are_said_to_be_slow(
+    precision: Any, warned: bool, tiny_recipe: Recipe, caplog: pytest.LogCaptureFixture
+) -> None:
+    stage = dataclasses.replace(tiny_recipe.stages[0], precision=precision)
+    launch._report_slow.cache_clear()
+    with caplog.at_level(logging.WARNING, "llavar_peft"):
+        for _ in range(2):  # the command and the Trainer
+            start_processes(dataclasses.replace(tiny_recipe, stages=(stage,)))
+    assert len(caplog.records) == warned
+    assert ("stages.0.precision=bf16: a CPU computes in 16 bits more slowly" in caplog.text) == warned
+
+
+@pytest.mark.parametrize(("ranks", "workers"), [("1", 3), ("2", 1), ("8", 1)])
+def test_image_workers_are_limited_to_the_cores_of_the_rank(
+    ranks: str, workers: int, tiny_recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stage_arguments, "usable_cores", lambda: 3)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", ranks)
+    stage = tiny_recipe.stages[0]
+    for asked in (0, 4):
+        chosen = dataclasses.replace(stage, data=dataclasses.replace(stage.data, workers=asked))
+        found = training_arguments(tiny_recipe, chosen, tmp_path, ranks=1).dataloader_num_workers
+        assert found == (workers if asked else 0)

@@ -221,7 +221,7 @@ def test_damage_is_reported(layouts: dict[str, Path], tmp_path: Path, capsys: py
 def test_command(layouts: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     source, out = str(layouts["original"]), str(tmp_path / "out")
     assert cli.main(["convert", source, out, "--to", "llavar"]) == 2
-    assert "vision_tower" in capsys.readouterr().err
+    assert "--vision-tower" in capsys.readouterr().err
     tower = ["--vision-tower", str(VISION_TOWER)]
     assert (
         cli.main(["convert", source, out, "--to", "llavar", "--dtype", "bfloat16", "--shard-gb", "0.002", *tower]) == 0

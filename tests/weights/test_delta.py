@@ -96,7 +96,7 @@ def test_the_files_are_those_of_the_released_delta(base: Path, target: Path, tmp
     config = json.loads((tmp_path / "delta/config.json").read_text())
     assert config == {**LLAVA, "torch_dtype": "float16"}
     assert set(files) - set(shards) == {
-        "config.json", "pytorch_model.bin.index.json", "tokenizer_config.json", FINGERPRINT_FILE,
+        "config.json", "pytorch_model.bin.index.json", "tokenizer_config.json", FINGERPRINT_FILE, "README.md",
     }  # fmt: skip
 
 

@@ -5,7 +5,6 @@ Source: arXiv 2306.17107, section 3 (422K noisy OCR records); its code was not r
 
 from __future__ import annotations
 
-import os
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -16,6 +15,7 @@ from statistics import median
 from typing import Any, Literal, TypeAlias
 
 from llavar_peft.atomic_files import write_json
+from llavar_peft.compat.usable_cores import usable_cores
 from llavar_peft.constants import IMAGE_PLACEHOLDER, OCR_INSTRUCTIONS
 from llavar_peft.data.resume_journal import ResumeJournal
 from llavar_peft.datagen.ocr.duplicate_images import Candidate, find_duplicates
@@ -44,7 +44,7 @@ class BuildSettings:
         limits: Minimum quality of the text.
         seed: Selects, with a record's id, its instruction and whether the image precedes it.
         keep_duplicates: Whether copies of an image become records too.
-        workers: Number of processes that read; None for one per CPU.
+        workers: Number of processes that read; None for one per usable core.
         on_bad_image: Whether an image that cannot be opened is skipped or stops the build.
     """
 
@@ -163,7 +163,7 @@ def _read_new(
         if settings.on_bad_image == "stop" and entry.get("reason") == "broken_image":
             raise ImageError(entry["error"])
 
-    read_images(images, paths, settings.reading, journal, settings.workers or os.cpu_count() or 1, on_entry)
+    read_images(images, paths, settings.reading, journal, settings.workers or usable_cores(), on_entry)
 
 
 def _make_records(

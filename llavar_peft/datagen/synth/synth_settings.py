@@ -67,7 +67,9 @@ class SynthSettings:
         if self.fonts is not None:
             raise ConfigError.at("fonts", "plain images use fixed fonts", "omit it, or use the detailed style")
         if self.pixels < LEAST_PLAIN:
-            raise ConfigError.at("width", f"is {self.pixels}", f"use at least {LEAST_PLAIN} for plain images")
+            raise ConfigError.at(
+                "width", f"too small (got {self.pixels})", f"use at least {LEAST_PLAIN} for plain images"
+            )
 
     @property
     def turns(self) -> tuple[SynthKind, ...]:
@@ -82,4 +84,4 @@ class SynthSettings:
 
 def _check_choice(where: str, value: str, choices: tuple[str, ...]) -> None:
     if value not in choices:
-        raise ConfigError.at(where, f"is {value!r}", f"use one of {', '.join(choices)}")
+        raise ConfigError.at(where, f"unknown (got {value!r})", f"use one of {', '.join(choices)}")

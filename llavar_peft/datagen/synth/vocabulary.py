@@ -58,7 +58,7 @@ class Vocabulary:
 def load_vocabulary(language: str) -> Vocabulary:
     """Load the packaged words of one of ``LANGUAGES``. Raises ``ConfigError`` for another language."""
     if language not in LANGUAGES:
-        raise ConfigError.at("language", f"is {language!r}", f"use one of {', '.join(LANGUAGES)}")
+        raise ConfigError.at("language", f"unknown (got {language!r})", f"use one of {', '.join(LANGUAGES)}")
     text = (resources.files("llavar_peft") / "assets" / "words" / f"{language}.json").read_text("utf-8")
     return msgspec.json.decode(text, type=Vocabulary)
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from llavar_peft.atomic_files import write_json, write_text
+from llavar_peft.compat.usable_cores import usable_cores
 from llavar_peft.datagen.synth.drawn_page import draw_page
 from llavar_peft.datagen.synth.synth_record import describe_page
 from llavar_peft.datagen.synth.synth_settings import SynthSettings
@@ -55,7 +56,7 @@ def write_synthetic(
 
     Args:
         out: Folder that gets ``images/`` and, when all images are complete, ``records.json`` and ``truth.jsonl``.
-        workers: Number of processes, None for one per CPU. It does not affect the result.
+        workers: Number of processes, None for one per usable core. It does not affect the result.
         progress: Called with the number of images drawn and in total.
 
     Raises:
@@ -67,7 +68,7 @@ def write_synthetic(
     records, truths = [], []
     try:
         (out / IMAGES).mkdir(parents=True, exist_ok=True)
-        for done, (record, truth) in enumerate(_draw_all(out, count, settings, workers or os.cpu_count() or 1), 1):
+        for done, (record, truth) in enumerate(_draw_all(out, count, settings, workers or usable_cores()), 1):
             records.append(record)
             truths.append(truth)
             if progress is not None:

@@ -111,6 +111,9 @@ def _check_images(questions: Sequence[VqaQuestion], roots: ImageRoots) -> None:
             roots.resolve(path, guess=len(faults) < _SHOWN)
         except ImageError as error:
             faults += error.faults
+    if faults and not roots.roots:
+        what = f"not given, and {len(faults)} of {len(questions)} questions name an image"
+        raise ImageError.at("--images", what, "give the folder that the image paths start from")
     if faults:
         more = f"\nand {len(faults) - _SHOWN} more" if len(faults) > _SHOWN else ""
         raise ImageError("\n".join(str(fault) for fault in faults[:_SHOWN]) + more, faults)

@@ -13,6 +13,7 @@ from llavar_peft.evaluation.vqa.answer_metrics import LOWER_IS_BETTER, Score
 from llavar_peft.evaluation.vqa.confidence_intervals import difference_interval, sign_test, sum_by_name
 from llavar_peft.evaluation.vqa.diagnose_results import group_records
 from llavar_peft.evaluation.vqa.scored_results import Answered, Results, Setting
+from llavar_peft.types import ReadableRepr
 
 Pair = tuple[Answered, Answered]
 
@@ -72,8 +73,8 @@ class Change:
     gained: bool
 
 
-@dataclass(frozen=True, slots=True)
-class Comparison:
+@dataclass(frozen=True, slots=True, repr=False)
+class Comparison(ReadableRepr):
     """The comparison of two results.
 
     Attributes:

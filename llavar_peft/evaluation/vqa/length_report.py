@@ -19,6 +19,7 @@ from llavar_peft.errors import DataError
 from llavar_peft.evaluation.vqa.benchmark_files import read_text_size
 from llavar_peft.evaluation.vqa.diagnose_results import SMALLEST, TooSmall, measure_letter_height
 from llavar_peft.evaluation.vqa.vqa_questions import VqaQuestion
+from llavar_peft.types import ReadableRepr
 
 if TYPE_CHECKING:
     from llavar_peft.data.image_roots import ImageRoots
@@ -47,8 +48,8 @@ class AnswerLengths:
     percentiles: Mapping[int, int]
 
 
-@dataclass(frozen=True, slots=True)
-class LengthReport:
+@dataclass(frozen=True, slots=True, repr=False)
+class LengthReport(ReadableRepr):
     """Lengths and letter heights of a file of records.
 
     Attributes:

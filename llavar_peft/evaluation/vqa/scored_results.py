@@ -15,14 +15,14 @@ from llavar_peft.evaluation.vqa.answer_metrics import LOWER_IS_BETTER, PROTOCOLS
 from llavar_peft.evaluation.vqa.confidence_intervals import ratio_intervals, sum_by_name
 from llavar_peft.evaluation.vqa.vqa_questions import VqaQuestion
 from llavar_peft.text_files import read_json
-from llavar_peft.types import ImageMode, expand_home
+from llavar_peft.types import ImageMode, ReadableRepr, expand_home
 
 _FORMAT: Final = 1
 _FIX: Final = "give a file written by 'llavar-peft eval vqa --out'"
 
 
-@dataclass(frozen=True, slots=True)
-class Setting:
+@dataclass(frozen=True, slots=True, repr=False)
+class Setting(ReadableRepr):
     """How answers were generated; None where it is unknown.
 
     Attributes:
@@ -48,8 +48,8 @@ class Setting:
     batch_size: int | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Figure:
+@dataclass(frozen=True, slots=True, repr=False)
+class Figure(ReadableRepr):
     """One number with all that it depends on.
 
     Attributes:
@@ -81,8 +81,8 @@ class Figure:
         }
 
 
-@dataclass(frozen=True, slots=True)
-class Answered:
+@dataclass(frozen=True, slots=True, repr=False)
+class Answered(ReadableRepr):
     """A question with its answer and scores.
 
     Attributes:
@@ -113,8 +113,8 @@ class Answered:
         return (self.id, False) if self.image is None else (self.image, True)
 
 
-@dataclass(frozen=True, slots=True)
-class Results:
+@dataclass(frozen=True, slots=True, repr=False)
+class Results(ReadableRepr):
     """The results of an evaluation.
 
     Attributes:

@@ -73,6 +73,9 @@ def read_settings(folder: Path) -> dict[str, Any]:
         ConfigError: The folder holds no adapter, or the file is not readable.
     """
     path = folder / ADAPTER_CONFIG
+    if folder.is_file():
+        fix = f"give {str(folder.parent)!r}" if folder.with_name(ADAPTER_CONFIG).is_file() else _FIX
+        raise ConfigError.at(str(folder), "a file, expected a folder", fix)
     check_no_code(folder)
     try:
         settings = dict(json.loads(path.read_text(encoding="utf-8")))
@@ -80,7 +83,9 @@ def read_settings(folder: Path) -> dict[str, Any]:
             _check_scale(settings)
     except FileNotFoundError:
         what = "no such folder" if not folder.is_dir() else f"no {ADAPTER_CONFIG} in this folder"
-        raise ConfigError.at(str(folder), what, _FIX) from None
+        near = folder / "adapter"  # where a run writes it
+        fix = f"did you mean {str(near)!r}?" if (near / ADAPTER_CONFIG).is_file() else _FIX
+        raise ConfigError.at(str(folder), what, fix) from None
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise ConfigError.at(str(path), f"not readable as settings of peft ({error!r})", DOWNLOAD_AGAIN) from error
     return settings

@@ -10,6 +10,7 @@ from typing import Any
 
 from llavar_peft.constants import ADDED_TOKENS, ATTENTION_LAYERS, LINEAR_LAYERS, MLP_LAYERS
 from llavar_peft.errors import Fault, WeightsError
+from llavar_peft.types import ReadableRepr
 from llavar_peft.weights.adapter.adapter_files import read_base_settings, scaling_of
 from llavar_peft.weights.adapter.adapter_layouts import open_adapter
 from llavar_peft.weights.adapter.adapter_parts import (
@@ -56,8 +57,8 @@ class AdapterKind:
     largest: float
 
 
-@dataclass(frozen=True, slots=True)
-class AdapterReport:
+@dataclass(frozen=True, slots=True, repr=False)
+class AdapterReport(ReadableRepr):
     """Description of an adapter.
 
     Attributes:

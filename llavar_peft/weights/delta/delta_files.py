@@ -29,6 +29,7 @@ from llavar_peft.weights.io import tensor_names
 from llavar_peft.weights.io.folder_writer import FolderWriter, WeightsReport
 from llavar_peft.weights.io.shard_layout import RELEASED_SHARD_SIZE, TensorSpec, WeightsFormat
 from llavar_peft.weights.io.tensor_blocks import read_blocks
+from llavar_peft.weights.io.weights_card import portable_name, write_weights_card
 from llavar_peft.weights.io.weights_fingerprint import FINGERPRINT_FILE, check_adapter_base, take_fingerprint
 from llavar_peft.weights.io.write_weights import Progress, identify_files, write_weights
 from llavar_peft.weights.merge.merge_base import released_merge_base
@@ -96,6 +97,13 @@ def make_delta(
         # The tokenizer of an adapter has the image tokens, that of its plain language model has not.
         tokenizers=(*reversed(merged.base.companions), old.folder),
         prints=prints,
+        describe=lambda staged: write_weights_card(
+            staged,
+            f"{portable_name(target)}, as a delta to {portable_name(base)}",
+            {"base": base, "target": target},
+            adapters=folders,
+            delta=True,
+        ),
         progress=progress,
     )
 
@@ -145,6 +153,9 @@ def apply_delta(
         sign=1,
         tokenizers=(step.folder, old.folder),
         prints=prints,
+        describe=lambda staged: write_weights_card(
+            staged, f"{portable_name(base)} with {portable_name(delta)}", {"base": base, "delta": delta}
+        ),
         progress=progress,
     )
 
@@ -183,6 +194,7 @@ def _write(
     sign: int,
     tokenizers: Sequence[Path],
     prints: Mapping[str, Any],
+    describe: Callable[[Path], None],
     progress: Progress | None,
 ) -> WeightsReport:
     """Write the blocks of a target or delta, combined with the base, which is the first of the views."""
@@ -195,6 +207,7 @@ def _write(
     def finish(staged: Path) -> None:
         copy_companions(views[1], staged, tokenizers)
         (staged / FINGERPRINT_FILE).write_text(json.dumps(prints) + "\n", encoding="utf-8")
+        describe(staged)
 
     return write_weights(
         writer,

@@ -132,7 +132,9 @@ def read_model_config(folder: Path) -> dict[str, Any]:
         config = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         what = "no such folder" if not folder.is_dir() else "no config.json in this folder"
-        raise ConfigError.at(str(folder), what, "give the folder that the model was saved to") from None
+        near = sorted(path.parent for place in (folder, folder.parent) for path in place.glob("*/config.json"))
+        fix = f"did you mean {str(near[0])!r}?" if len(near) == 1 else "give the folder that the model was saved to"
+        raise ConfigError.at(str(folder), what, fix) from None
     except (OSError, ValueError, RecursionError) as error:
         raise ConfigError.at(str(path), f"not readable as JSON ({error})", DOWNLOAD_AGAIN) from error
     if not isinstance(config, dict):

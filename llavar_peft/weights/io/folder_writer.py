@@ -18,6 +18,7 @@ from typing import IO, TYPE_CHECKING
 
 from llavar_peft.atomic_files import commit_folder, write_text
 from llavar_peft.errors import ConfigError, EnvironmentFaultError, WeightsError
+from llavar_peft.types import ReadableRepr
 from llavar_peft.weights.io.shard_layout import (
     TensorSpec,
     WeightsFormat,
@@ -38,8 +39,8 @@ _SYNC_AFTER = 1 << 29
 _REPORT = "report this as a bug"
 
 
-@dataclass(frozen=True, slots=True)
-class WeightsReport:
+@dataclass(frozen=True, slots=True, repr=False)
+class WeightsReport(ReadableRepr):
     """What was written.
 
     Attributes:

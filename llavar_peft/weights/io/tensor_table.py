@@ -141,6 +141,12 @@ def _find_shards(source: Path) -> tuple[list[Path], Mapping[str, Path]]:
     for name in (SAFE_SINGLE, BIN_SINGLE):
         if (source / name).is_file():
             return [source / name], {}
+    if (source / "adapter_config.json").is_file():
+        raise WeightsError.at(
+            str(source),
+            "an adapter, expected the weights of a complete model",
+            "give its base, or the folder that `llavar-peft merge` wrote",
+        )
     expected = f"{SAFE_SINGLE}, {BIN_SINGLE} or an index of either"
     raise WeightsError.at(
         str(source),

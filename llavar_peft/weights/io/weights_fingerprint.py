@@ -128,6 +128,6 @@ def check_adapter_base(adapter: Path, base_print: Callable[[], Mapping[str, Any]
     if found:
         raise WeightsError.at(
             base,
-            f"not the base that {adapter} was trained on: its fingerprint differs in {join_first(found)}",
+            f"not the base that {adapter} was trained on: its fingerprint differs in {join_first(found, 3)}",
             "give the unchanged base that the adapter was trained on",
         )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from functools import partial
@@ -10,6 +9,7 @@ from pathlib import Path
 from threading import Event
 from typing import TYPE_CHECKING
 
+from llavar_peft.compat.usable_cores import usable_cores
 from llavar_peft.errors import EnvironmentFaultError, InterruptedRunError
 from llavar_peft.weights.io.folder_writer import FolderWriter, WeightsReport
 from llavar_peft.weights.io.shard_layout import TensorSpec
@@ -24,7 +24,7 @@ Blocks = Callable[[], Iterator["Tensor"]]
 Progress = Callable[[int, int], None]
 """Called after each tensor with the number of bytes written and the total."""
 
-WORKERS = min(4, os.cpu_count() or 1)
+WORKERS = min(4, usable_cores())
 """Number of tensors that are written at the same time."""
 
 

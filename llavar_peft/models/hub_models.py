@@ -1,0 +1,57 @@
+"""Models of the Hugging Face hub: which names can be theirs, and their download."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from llavar_peft.errors import EnvironmentFaultError
+
+_FILES = ["*.json", "*.safetensors", "*.bin", "*.jinja", "tokenizer.model"]
+_LONGEST_REASON = 200  # characters of another library's message
+
+
+def is_hub_name(name: str) -> bool:
+    """Return whether a name that is no folder on this disk can be that of a model on the Hugging Face hub."""
+    path = Path(name).expanduser()
+    looks_local = name.startswith((".", "/", "~")) or name.count("/") != 1 or path.parent.is_dir() or path.exists()
+    return not looks_local and bool(re.fullmatch(r"[\w.-]+/[\w.-]+", name))
+
+
+def download(name: str, setting: str) -> Path:
+    """Return the folder of the hub's cache that holds a model, which is downloaded if it is not there.
+
+    Args:
+        name: ``owner/model``.
+        setting: The setting that names the model, for the message.
+
+    Raises:
+        EnvironmentFaultError: The hub cannot be reached, or does not have the model.
+    """
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=_FILES))
+    except Exception as error:  # the hub's client passes on any error of its transport
+        reason, fix = _why_not_downloaded(error)
+        raise EnvironmentFaultError.at(setting, f"no such folder, and {reason} (got {name!r})", fix) from error
+
+
+def _why_not_downloaded(error: Exception) -> tuple[str, str]:
+    """Return why a model could not be downloaded from the hub, and the fix."""
+    from huggingface_hub.constants import HF_HUB_OFFLINE
+    from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
+
+    if isinstance(error, GatedRepoError):
+        return "the model on the hub needs a permission", "request it on the model's page, and run `hf auth login`"
+    if isinstance(error, RepositoryNotFoundError):
+        return "the hub has no public model of this name", "check the name, or run `hf auth login` for a private one"
+    if isinstance(error, LocalEntryNotFoundError):
+        if HF_HUB_OFFLINE:
+            return (
+                "not in the hub's cache, and HF_HUB_OFFLINE is set",
+                "give a folder, or unset HF_HUB_OFFLINE",
+            )
+        return "the Hugging Face hub cannot be reached", "give a folder, or check the connection"
+    reason = (str(error).strip() or type(error).__name__).splitlines()[0][:_LONGEST_REASON]
+    return f"the download from the Hugging Face hub failed ({reason})", "give a folder, or try again"
