@@ -75,7 +75,7 @@ def build_app() -> typer.Typer:
     command("generate", _ASK, generate)
     command("serve", _ASK, serve)
     group("data", _DATA, "Check records and images before training.", check=data_check, inspect=data_inspect)
-    group("ocr", _DATA, "Make training records from unlabelled images.", build=ocr_build, converse=ocr_converse)
+    group("ocr", _DATA, "Make training records from unlabeled images.", build=ocr_build, converse=ocr_converse)
     command("synth", _DATA, synth)
     group(
         "eval", _EVALUATE, "Evaluate a model with the original protocols, and compare results.",

@@ -187,7 +187,7 @@ def rate(records: Sequence[Answered], protocol: str) -> tuple[float, float, floa
     by_image = sum_by_name(scores, [record.drawn_with for record in records])
     ((low, high),) = ratio_intervals(by_image[:, :1], by_image[:, 1:])
     points, out_of = scores.sum(axis=0)
-    return 100 * float(points / max(out_of, 1e-12)), 100 * low, 100 * high
+    return 100 * float(points / (out_of or 1.0)), 100 * low, 100 * high
 
 
 def write_results(results: Results, path: Path) -> None:
@@ -199,23 +199,30 @@ def read_results(path: str | Path) -> Results:
     """Read a results file that ``write_results`` wrote.
 
     Raises:
-        DataError: It is not a results file.
+        DataError: It is not a results file, or contains no answers.
     """
+    where, fix = str(path), "give a file written by 'llavar-peft eval vqa --out'"
+    if Path(path).is_dir():
+        inside = ", ".join(str(found) for found in sorted(Path(path).glob("*.results.json"))[:3])
+        raise DataError.at(where, "is a folder, expected a results file", f"give {inside}" if inside else fix)
     try:
         plain = json.loads(Path(path).read_text(encoding="utf-8"))
         if plain["format"] != _FORMAT:
             raise ValueError(f"format {plain['format']}, expected {_FORMAT}")
         setting = Setting(**plain["setting"])
-        return Results(
+        results = Results(
             str(plain["dataset"]),
             setting,
             tuple(_read_figure(figure, setting) for figure in plain["figures"]),
             tuple(_read_answered(record) for record in plain["records"]),
         )
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DataError.at(
-            str(path), f"cannot be read as results ({error!r})", "give a file written by 'llavar-peft eval vqa --out'"
-        ) from error
+    except OSError as error:
+        raise DataError.at(where, f"cannot be read ({error.strerror})", fix) from error
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise DataError.at(where, f"cannot be read as results ({error!r})", fix) from error
+    if not results.records or not all(record.scores for record in results.records):
+        raise DataError.at(where, "contains no scored answers", fix)
+    return results
 
 
 def _read_figure(plain: Mapping[str, Any], setting: Setting) -> Figure:
