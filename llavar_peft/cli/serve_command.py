@@ -72,7 +72,7 @@ def serve(
     try:
         from llavar_peft.serving.api.api_app import create_app
         from llavar_peft.serving.api.request_limits import RequestLimits
-        from llavar_peft.serving.run_server import bind_socket, check_listen_address, run_server
+        from llavar_peft.serving.run_server import bind_socket, check_listen_address, check_origins, run_server
     except ImportError as error:
         raise MissingDependencyError.at(
             "serve", f"the package {error.name} is not installed", "pip install 'llavar-peft[serve]'"
@@ -80,6 +80,7 @@ def serve(
     from llavar_peft.inference.chat import load_chat
 
     hosts = check_listen_address(host, api_key, allow_host or ())
+    origins = check_origins(allow_origin or ())
     adapters = parse_adapters(adapter or [])
     model_name = name or _folder_name(model)
     if model_name in adapters:
@@ -89,7 +90,7 @@ def serve(
     domains = frozenset(domain.lower().rstrip(".") for domain in allow_media_domain or ())
     app = create_app(
         chat.engine, name=model_name, limits=RequestLimits(new_tokens=max_tokens), api_key=api_key, hosts=hosts,
-        media_domains=domains, origins=allow_origin or (),
+        media_domains=domains, origins=origins,
     )  # fmt: skip
     address = f"http://{f'[{host}]' if ':' in host else host}:{bound.getsockname()[1]}"
     names = [model_name, *chat.adapters]

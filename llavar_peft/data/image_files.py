@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import importlib.util
 import re
-from collections.abc import Sequence
 from functools import lru_cache
 from io import BytesIO
 from pathlib import Path
@@ -83,7 +82,7 @@ def decode_image(data: bytes, where: str) -> Image.Image:
     return _decode(data, where)
 
 
-def read_header(data: bytes, formats: Sequence[str]) -> Image.Image:
+def read_header(data: bytes, formats: tuple[str, ...]) -> Image.Image:
     """Return the image in a file's bytes without decoding it: its size, format and number of frames.
 
     Args:

@@ -51,7 +51,7 @@ def upright_rgb(image: Image.Image) -> Image.Image:
 def _brighten(image: Image.Image) -> Image.Image:
     """Scale colours of 10 to 14 bits in a file of 16 bits, of which Pillow keeps the upper 8, to the whole range."""
     bands = image.split()
-    highest = max(int(band.getextrema()[1]) for band in bands)
+    highest = max(int(np.asarray(band).max()) for band in bands)
     largest = next(depth >> 8 for depth in _DEPTHS if highest <= depth >> 8)
     if largest == 255:
         return image
