@@ -126,7 +126,7 @@ class RequestImageReader:
             with self._decoding:
                 return PromptImage.prepare(decode_image(data, "image"), self._processor)
         except ImageError as error:
-            raise _unreadable("An image cannot be read.") from error
+            raise _unreadable("An image cannot be read, because its file is damaged or incomplete.") from error
 
     def _too_many_pixels(self) -> RequestRejectedError:
         what = f"An image has more than {self._limits.pixels // 1_000_000} megapixels."
