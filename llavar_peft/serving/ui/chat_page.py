@@ -48,7 +48,7 @@ def build_page(client: PageClient, examples: Sequence[tuple[str, str]]) -> gr.Bl
                 )  # fmt: skip
                 # Only the API opens images, with its limits. Gradio would open any kind of file, such as PostScript.
                 # A subclass is no way: Gradio writes a file beside each module that has one.
-                image.preprocess = _path_of_upload  # type: ignore[method-assign]
+                image.preprocess = _path_of_upload
                 question = gr.Textbox(
                     label="Question", placeholder="What does the sign say?", lines=1, max_lines=6, elem_id="question",
                 )  # fmt: skip
