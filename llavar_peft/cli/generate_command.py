@@ -9,7 +9,6 @@ import typer
 
 from llavar_peft.cli import shared_options as shared
 from llavar_peft.cli.output import is_first_rank, say, show_count
-from llavar_peft.errors import count_of
 from llavar_peft.recipe.schema import BadImagePolicy
 
 
@@ -64,9 +63,8 @@ def generate(
     if not is_first_rank():
         return
     if report.kept == report.count and not report.seconds:
-        all_exist = "the answer exists" if report.count == 1 else f"all {report.count} answers exist"
-        say(f"{report.answers}: {all_exist} already; delete the file to answer again")
+        say(f"{report.answers}: all {report.count} answers exist already; delete the file to answer again")
         return
     kept = f", {report.kept} of them from an earlier run" if report.kept else ""
     skipped = f"; {len(report.skipped)} skipped because of their images" if report.skipped else ""
-    say(f"{report.answers}: {count_of(report.count, 'answer')} in {report.seconds:.0f} s{kept}{skipped}")
+    say(f"{report.answers}: {report.count} answers in {report.seconds:.0f} s{kept}{skipped}")

@@ -8,11 +8,12 @@ For all other files the pixels are the original's.
 from __future__ import annotations
 
 import importlib.util
+import os
 import re
 from functools import lru_cache
 from io import BytesIO
 from pathlib import Path
-from typing import Final
+from typing import IO, Final
 
 from PIL import Image, UnidentifiedImageError
 
@@ -39,6 +40,10 @@ _NOT_IMAGES: Final = (
     (re.compile(rb"<(\?xml|svg)", re.IGNORECASE), "an SVG drawing or other XML", _CONVERT),
     (re.compile(rb"<"), "a web page or other markup", "download the image itself"),
 )  # fmt: skip
+_MOST_MARKERS: Final = 10_000
+"""Photographs have up to a few hundred. A million in 4 MB would take Pillow 10 seconds."""
+_PLAIN_MARKERS: Final = frozenset((0x00, 0x01, 0xFF, *range(0xD0, 0xDA)))
+"""Markers without a length."""
 _PNG: Final = b"\x89PNG\r\n\x1a\n"
 _PNG_REMARKS: Final = (b"tEXt", b"zTXt", b"iTXt", b"iCCP")
 """Chunks of a PNG that pixels do not depend on, and that Pillow refuses if they are large."""
@@ -66,7 +71,7 @@ def open_image(source: str | Path | Image.Image) -> Image.Image:
             raise
         except Exception as error:  # mostly OSError, but also IndexError, TypeError, SyntaxError, ...
             raise _unreadable(b"", where, error) from error
-    return _decode(str(source), str(source))
+    return _decode(os.path.expanduser(source), str(source))
 
 
 def decode_image(data: bytes, where: str) -> Image.Image:
@@ -90,8 +95,10 @@ def read_header(data: bytes, formats: tuple[str, ...]) -> Image.Image:
         formats: The formats that are accepted, by Pillow's names.
 
     Raises:
+        ImageError: It is a JPEG with very many markers.
         Exception: Any of Pillow's exceptions, if the file is damaged or of another format.
     """
+    _check_markers(BytesIO(data), "image")
     try:
         return Image.open(BytesIO(data), formats=formats)
     except Exception as error:
@@ -102,12 +109,17 @@ def read_header(data: bytes, formats: tuple[str, ...]) -> Image.Image:
 
 def _decode(source: str | bytes, where: str, *, has_remarks: bool = True) -> Image.Image:
     try:
+        with open(source, "rb") if isinstance(source, str) else BytesIO(source) as file:
+            _check_markers(file, where)
         with Image.open(source if isinstance(source, str) else BytesIO(source), formats=_formats()) as opened:
+            if opened.format == "JPEG2000":
+                _check_end(Path(source).read_bytes() if isinstance(source, str) else source)
             return _checked(opened, where)
     except ImageError:
         raise
     except FileNotFoundError:
-        raise ImageError.at(where, "no such file", "give the path of a local image") from None
+        fix = "download the image, and give its path" if "://" in where else "give the path of a local image"
+        raise ImageError.at(where, "no such file", fix) from None
     except IsADirectoryError:
         raise ImageError.at(where, "is a folder, expected an image", "give the path of a file") from None
     except Image.DecompressionBombError as error:  # Pillow's limit is higher than ours
@@ -119,6 +131,28 @@ def _decode(source: str | bytes, where: str, *, has_remarks: bool = True) -> Ima
             data = Path(source).read_bytes() if isinstance(source, str) else source
             return _decode(_without_remarks(data), where, has_remarks=False)
         raise _unreadable(source, where, error) from error
+
+
+def _check_markers(file: IO[bytes], where: str) -> None:
+    """Reject a JPEG with very many markers before its pixels, each of which Pillow reads and some of which it keeps."""
+    if file.read(2) != b"\xff\xd8":
+        return
+    for _ in range(_MOST_MARKERS):
+        marker = file.read(2)
+        if len(marker) < 2 or marker == b"\xff\xda":
+            return
+        if marker[0] != 0xFF or marker[1] in _PLAIN_MARKERS:
+            file.seek(-1, 1)  # Pillow looks for the next marker byte by byte
+        else:
+            file.seek(max(0, int.from_bytes(file.read(2), "big") - 2), 1)
+    what = f"the JPEG has more than {_MOST_MARKERS} markers before its pixels"
+    raise ImageError.at(where, what, "save the image again, for example as PNG")
+
+
+def _check_end(data: bytes) -> None:
+    """Reject a JPEG 2000 without its end marker, which no pixels contain; Pillow makes what is missing black."""
+    if data.find(b"\xff\xd9", data.find(b"\xff\x4f\xff\x51")) < 0:
+        raise OSError("image file is truncated")
 
 
 def _checked(image: Image.Image, where: str) -> Image.Image:

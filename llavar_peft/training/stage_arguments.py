@@ -108,7 +108,7 @@ def training_arguments(recipe: Recipe, stage: Stage, directory: Path, *, ranks: 
     )
 
 
-def check_packages(recipe: Recipe) -> None:
+def check_trackers(recipe: Recipe) -> None:
     """Check, before a model is loaded, that what the run reports to, optimizes and shards with is installed.
 
     Raises:

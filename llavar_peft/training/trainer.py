@@ -42,7 +42,7 @@ from llavar_peft.training.read_shards import build_for_training
 from llavar_peft.training.run_folder import RunFolder, check_output_folder, lock_folder
 from llavar_peft.training.save_weights import save_plain, save_result
 from llavar_peft.training.sharding import reset_zero
-from llavar_peft.training.stage_arguments import check_packages, micro_batches, resolve_precision, training_arguments
+from llavar_peft.training.stage_arguments import check_trackers, micro_batches, resolve_precision, training_arguments
 from llavar_peft.training.stage_records import stage_records
 from llavar_peft.training.stage_trainer import StageTrainer
 from llavar_peft.training.trainer_callbacks import EvalCallback, ProgressBar, StopOnSignal
@@ -75,7 +75,7 @@ class Trainer:
         callbacks: Sequence[transformers.TrainerCallback] = (),
     ) -> None:
         self.recipe = validate_recipe(recipe)
-        check_packages(self.recipe)
+        check_trackers(self.recipe)
         self.model: Any = model
         self.processor = processor
         self.callbacks = list(callbacks)
@@ -288,7 +288,7 @@ def run_recipe(
 ) -> Path:
     """Build the recipe's model, train it as ``Trainer.train`` does, and return the folder of the last result."""
     recipe = validate_recipe(recipe)
-    check_packages(recipe)
+    check_trackers(recipe)
     check_output_folder(Path(recipe.output_dir))
     processes = start_processes(recipe)
     model, processor = build_for_training(recipe.model, processes, seed=recipe.seed)

@@ -332,6 +332,29 @@ def test_large_remarks_in_a_png_are_skipped_everywhere(remark: tuple[bytes, byte
     assert embed_image(tmp_path, "a.png") is not None
 
 
+def test_a_jpeg_of_very_many_markers_is_rejected_by_every_opener(tmp_path: Path) -> None:
+    """A million of them in 4 MB would take Pillow 10 seconds."""
+    data = io.BytesIO()
+    noise(8, 8).save(data, "JPEG")
+    path = tmp_path / "a.jpg"
+    path.write_bytes(data.getvalue()[:2] + b"\xff\xfe\0\x02" * 20_000 + data.getvalue()[2:])
+    for opens in (lambda: open_image(path), lambda: decode_image(path.read_bytes(), "image"),
+                  lambda: read_header(path.read_bytes(), ("JPEG",))):  # fmt: skip
+        with pytest.raises(ImageError, match="more than 10000 markers"):
+            opens()
+    assert embed_image(tmp_path, "a.jpg") is None
+
+
+@pytest.mark.parametrize("share", [0.2, 0.5, 0.9])
+def test_a_truncated_jpeg_2000_is_not_black(share: float, tmp_path: Path) -> None:
+    path = saved(noise(64, 48), tmp_path / "a.jp2")
+    whole = path.read_bytes()
+    assert open_image(path).size == (64, 48)
+    path.write_bytes(whole[: int(share * len(whole))])
+    with pytest.raises(ImageError, match="truncated|cannot be read"):
+        open_image(path)
+
+
 @pytest.mark.parametrize("name", ["postscript.png", "large.png"])
 def test_pages_open_images_as_training_does(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Pillow alone would start Ghostscript for a drawing named as a PNG, and decode any number of pixels."""

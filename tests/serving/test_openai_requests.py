@@ -14,7 +14,7 @@ from typing import Any
 import openai
 import pytest
 from fastapi import FastAPI
-from PIL import Image
+from PIL import Image, PngImagePlugin
 
 from llavar_peft import Chat
 from llavar_peft.serving.api.api_app import create_app
@@ -162,6 +162,15 @@ def test_messages_that_are_accepted(messages: tuple[Any, ...], app: FastAPI) -> 
 def test_data_urls_that_are_accepted(url: str, app: FastAPI) -> None:
     reply = _send(app, _user(_text(), _image(url)))
     assert reply.status == 200, reply.body
+
+
+def test_a_png_with_a_large_text_is_read(app: FastAPI) -> None:
+    """The server has the opener of ask and train."""
+    text = PngImagePlugin.PngInfo()
+    text.add_text("workflow", "x" * 2_000_000, zip=True)
+    file = BytesIO()
+    Image.new("RGB", (21, 13), "red").save(file, "PNG", pnginfo=text)
+    assert _send(app, _user(_text(), _image(data_url(file.getvalue())))).status == 200
 
 
 @pytest.mark.parametrize(
