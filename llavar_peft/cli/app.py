@@ -115,6 +115,7 @@ def _configure_logging(debug: bool) -> None:
     if not debug and not sys.warnoptions:
         # Libraries announce future changes to each other, which users of this command cannot act on.
         warnings.filterwarnings("ignore", category=FutureWarning)
+        warnings.filterwarnings("ignore", module=r"PIL\.")  # what matters in them is an error of ours
     level = logging.DEBUG if debug else logging.INFO
     layout = "%(levelname)s %(name)s: %(message)s" if debug else "%(message)s"
     logging.basicConfig(format=layout, handlers=[_StandardError()], force=True)

@@ -351,7 +351,7 @@ def test_a_truncated_jpeg_2000_is_not_black(share: float, tmp_path: Path) -> Non
     whole = path.read_bytes()
     assert open_image(path).size == (64, 48)
     path.write_bytes(whole[: int(share * len(whole))])
-    with pytest.raises(ImageError, match="truncated|cannot be read"):
+    with pytest.raises(ImageError, match="cannot be read as an image"):
         open_image(path)
 
 
