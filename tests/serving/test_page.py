@@ -111,7 +111,7 @@ def test_a_file_that_is_no_image_is_named_without_a_traceback(
     path.write_bytes(content)
     with pytest.raises(Exception, match=message):
         ask(client, path, "Read.")
-    assert conversation(client) == before  # the conversation about the earlier image goes on
+    assert conversation(client) == before  # the conversation about the earlier image is kept
     assert "Traceback" not in "".join(capfd.readouterr())
 
 

@@ -178,6 +178,6 @@ def _error_message(status: int, headers: dict[bytes, bytes], body: bytes) -> str
         return f"The server is busy. Please try again{f' in {seconds} seconds' if seconds.isdigit() else ' soon'}."
     try:
         error = json.loads(body)["error"]
-        return _PLAIN_MESSAGES.get(error["code"], str(error["message"]))
-    except (ValueError, LookupError, TypeError):
+        return _PLAIN_MESSAGES.get(error.get("code"), str(error["message"]))
+    except (ValueError, LookupError, TypeError, AttributeError):
         return f"The server could not answer ({status})."
