@@ -10,6 +10,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 
+def count_of(number: int, noun: str) -> str:
+    """Return a number with its noun, for messages: ``1 record``, ``2,000 records``."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
 @dataclass(frozen=True, slots=True)
 class Fault:
     """One problem, its location, and its fix.
@@ -62,7 +67,7 @@ class LlavarError(Exception):
     def listing(cls, where: str, faults: Sequence[Fault]) -> LlavarError:
         """Return an error with several faults of one source, which its message lists line by line."""
         lines = [f"  {fault.where}: {fault.what}; {fault.fix}" for fault in faults]
-        return cls("\n".join([f"{where}: {len(faults)} problem{'' if len(faults) == 1 else 's'}", *lines]), faults)
+        return cls("\n".join([f"{where}: {count_of(len(faults), 'problem')}", *lines]), faults)
 
 
 class ConfigError(LlavarError, ValueError):

@@ -133,7 +133,7 @@ def build_app() -> typer.Typer:
     command("generate", _ASK, generate)
     command("serve", _ASK, serve)
     group("data", _DATA, "Check records and images before training.", check=data_check, inspect=data_inspect)
-    group("ocr", _DATA, "Make training records from unlabelled images.", build=ocr_build, converse=ocr_converse)
+    group("ocr", _DATA, "Make training records from unlabeled images.", build=ocr_build, converse=ocr_converse)
     command("synth", _DATA, synth)
     group(
         "eval", _EVALUATE, "Evaluate a model with the original protocols, and compare results.",
@@ -189,6 +189,7 @@ def _configure_logging(debug: bool) -> None:
     if not debug and not sys.warnoptions:
         # Libraries announce future changes to each other, which users of this command cannot act on.
         warnings.filterwarnings("ignore", category=FutureWarning)
+        warnings.filterwarnings("ignore", module=r"PIL\.")  # what matters in them is an error of ours
     level = logging.DEBUG if debug else logging.INFO
     layout = "%(levelname)s %(name)s: %(message)s" if debug else "%(message)s"
     logging.setLogRecordFactory(_SafeRecord)

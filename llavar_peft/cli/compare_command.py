@@ -10,7 +10,7 @@ import typer
 
 from llavar_peft.cli.output import format_interval, print_table, say, say_json, show_count
 from llavar_peft.cli.shared_options import ImagesOption, JsonOption, VisionTowerOption
-from llavar_peft.errors import ConfigError
+from llavar_peft.errors import ConfigError, count_of
 
 if TYPE_CHECKING:
     from llavar_peft.evaluation.vqa.compare_results import Comparison, Difference
@@ -175,7 +175,7 @@ def _print_comparison(comparison: Comparison, shown: int) -> None:
         elif value is not None:
             say(f"{key.replace('_', ' ')}: {value} in both")
     if comparison.unpaired:
-        say(f"{comparison.unpaired} records are in only one of the results, and were excluded")
+        say(f"excluded, because only one of the results has them: {count_of(comparison.unpaired, 'record')}")
     for change in comparison.changes[:shown]:
         say(f"{'gained' if change.gained else 'lost  '} {change.id}: {change.question}")
         say(f"       truth {' | '.join(change.truths)}\n       A     {change.before}\n       B     {change.after}")

@@ -11,6 +11,7 @@ from rich.text import Text
 
 from llavar_peft.cli.output import make_safe, say, say_json, with_released_key
 from llavar_peft.cli.shared_options import ImagesOption, JsonOption, VisionTowerOption
+from llavar_peft.errors import count_of
 
 if TYPE_CHECKING:
     from llavar_peft.types import Example
@@ -40,7 +41,7 @@ def data_check(
             say(str(fault))
         for warning in report.warnings:
             say(f"warning: {warning}")
-        say(f"{len(opened)} records, {len(report)} fault{'' if len(report) == 1 else 's'}")
+        say(f"{count_of(len(opened), 'record')}, {count_of(len(report), 'fault')}")
     if not report.clean:
         raise typer.Exit(_INVALID_INPUT)
 

@@ -116,7 +116,6 @@ def eval_judge(
     from llavar_peft.evaluation.judge.judge_reviews import summarize_reviews, write_reviews
     from llavar_peft.evaluation.judge.run_judge import judge_cases
 
-    cases = read_cases(questions, contexts, rules, reference, answers)
     config = JudgeConfig(
         model=model,
         base_url=base_url,
@@ -126,6 +125,7 @@ def eval_judge(
         concurrency=concurrency,
     )
     client = Judge(config, cache or out.with_suffix(".replies"))
+    cases = read_cases(questions, contexts, rules, reference, answers)
     with show_count("judging") as progress:
         judged = judge_cases(cases, client, swap=swap, progress=progress)
     write_reviews(judged.reviews, out)

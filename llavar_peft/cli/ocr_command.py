@@ -9,6 +9,7 @@ import typer
 
 from llavar_peft.cli.output import say, say_json, show_count
 from llavar_peft.cli.shared_options import JsonOption, WorkersOption
+from llavar_peft.errors import count_of
 
 
 def ocr_build(
@@ -146,7 +147,8 @@ def ocr_converse(
     if as_json:
         say_json(report.as_dict())
         return
-    say(f"{out}: {report.kept} conversations about {report.images} images, {report.turns} questions")
+    conversations, images = count_of(report.kept, "conversation"), count_of(report.images, "image")
+    say(f"{out}: {conversations} about {images}, {count_of(report.turns, 'question')}")
     say(f"{report.asked} new requests, {report.remembered} from the cache; {report.repaired} conversations repaired")
     for reason, count in report.as_dict()["dropped"].items():
         say(f"{count} dropped: {reason}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from pathlib import Path
 from typing import Annotated
 
@@ -9,7 +10,7 @@ import typer
 
 from llavar_peft.cli.output import say
 from llavar_peft.cli.shared_options import ModelOption, QuantizeOption, VisionTowerOption, parse_adapters
-from llavar_peft.errors import ConfigError, MissingDependencyError
+from llavar_peft.errors import ConfigError, LlavarError, MissingDependencyError
 
 
 def serve(
@@ -69,17 +70,19 @@ def serve(
 
     The server stops on Ctrl-C or SIGTERM; running answers may complete.
     """
+    # Not imported here: Gradio reads a variable when it is imported, which `mount_page` sets.
+    if ui and importlib.util.find_spec("gradio") is None:
+        raise _missing("gradio")
     try:
         from llavar_peft.serving.api.api_app import create_app
         from llavar_peft.serving.api.request_limits import RequestLimits
-        from llavar_peft.serving.run_server import bind_socket, check_listen_address, run_server
+        from llavar_peft.serving.run_server import bind_socket, check_listen_address, check_origins, run_server
     except ImportError as error:
-        raise MissingDependencyError.at(
-            "serve", f"the package {error.name} is not installed", "pip install 'llavar-peft[serve]'"
-        ) from None
+        raise _missing(str(error.name)) from None
     from llavar_peft.inference.chat import load_chat
 
     hosts = check_listen_address(host, api_key, allow_host or ())
+    origins = check_origins(allow_origin or ())
     adapters = parse_adapters(adapter or [])
     model_name = name or _folder_name(model)
     if model_name in adapters:
@@ -89,7 +92,7 @@ def serve(
     domains = frozenset(domain.lower().rstrip(".") for domain in allow_media_domain or ())
     app = create_app(
         chat.engine, name=model_name, limits=RequestLimits(new_tokens=max_tokens), api_key=api_key, hosts=hosts,
-        media_domains=domains, origins=allow_origin or (),
+        media_domains=domains, origins=origins,
     )  # fmt: skip
     address = f"http://{f'[{host}]' if ':' in host else host}:{bound.getsockname()[1]}"
     names = [model_name, *chat.adapters]
@@ -100,6 +103,12 @@ def serve(
         say(f"page  {address}{PREFIX}/")
     say(f"API   {address}/v1   models: {', '.join(names)}")
     run_server(app, bound)
+
+
+def _missing(package: str) -> LlavarError:
+    return MissingDependencyError.at(
+        "serve", f"the package {package} is not installed", "pip install 'llavar-peft[serve]'"
+    )
 
 
 def _folder_name(model: Path) -> str:

@@ -10,6 +10,7 @@ import typer
 
 from llavar_peft.cli.output import say, show_count
 from llavar_peft.cli.shared_options import WorkersOption
+from llavar_peft.errors import count_of
 
 
 class SynthKind(str, Enum):
@@ -85,6 +86,6 @@ def synth(
     )
     with show_count("drawing") as progress:
         result = write_synthetic(out, count, settings, workers, progress)
-    say(f"images    {result.images}: {result.image_count}, with {result.lines} lines of text")
+    say(f"images    {result.images}: {result.image_count}, with {count_of(result.lines, 'line')} of text")
     say(f"records   {result.records}")
     say(f"truth     {result.truth}")

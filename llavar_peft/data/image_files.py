@@ -1,23 +1,22 @@
 """Open images without losing text in them.
 
 Three things differ from the original, which loses text there: EXIF rotation is applied, grey of more than 8 bits is
-scaled instead of clipped, and transparent areas become white, or black behind a bright drawing. For all other files the
-pixels are the original's.
+scaled instead of clipped, and transparent areas become white, or black or grey behind a drawing that white would hide.
+For all other files the pixels are the original's.
 """
 
 from __future__ import annotations
 
 import importlib.util
-import os
 import re
 from functools import lru_cache
 from io import BytesIO
 from pathlib import Path
-from typing import Final
+from typing import IO, Final
 
-import numpy as np
 from PIL import Image, UnidentifiedImageError
 
+from llavar_peft.data.upright_rgb import upright_rgb
 from llavar_peft.errors import ImageError, LlavarError
 from llavar_peft.types import expand_home
 
@@ -26,16 +25,6 @@ MAX_PIXELS: Final = 2**26
 
 # Formats for photographs and scans. Others run programs (EPS) or cannot be identified by their first bytes (TGA).
 _FORMATS: Final = ("PNG", "JPEG", "MPO", "WEBP", "GIF", "BMP", "DIB", "TIFF", "PPM", "JPEG2000", "AVIF", "HEIF", "ICO")
-_TURNS: Final = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
-_ORIENTATION: Final = 0x0112
 _START: Final = 256  # bytes of a file by which its kind is recognized
 _REASON: Final = 200  # characters of another library's message
 _GIVE_IMAGE: Final = "give an image in one of these formats"
@@ -51,12 +40,13 @@ _NOT_IMAGES: Final = (
     (re.compile(rb"<(\?xml|svg)", re.IGNORECASE), "an SVG drawing or other XML", _CONVERT),
     (re.compile(rb"<"), "a web page or other markup", "download the image itself"),
 )  # fmt: skip
+_MOST_MARKERS: Final = 10_000
+"""Photographs have up to a few hundred. A million in 4 MB would take Pillow 10 seconds."""
+_PLAIN_MARKERS: Final = frozenset((0x00, 0x01, 0xFF, *range(0xD0, 0xDA)))
+"""Markers without a length."""
 _PNG: Final = b"\x89PNG\r\n\x1a\n"
-_PNG_TEXTS: Final = (b"tEXt", b"zTXt", b"iTXt")
-_DEPTHS: Final = (1023, 4095, 16383, 65535)
-"""Largest values of grey of 10, 12, 14 and 16 bits, all of which are stored in 16 bits."""
-_BRIGHT: Final = 200
-"""Mean brightness of a drawing on a transparent ground above which the ground becomes black instead of white."""
+_PNG_REMARKS: Final = (b"tEXt", b"zTXt", b"iTXt", b"iCCP")
+"""Chunks of a PNG that pixels do not depend on, and that Pillow refuses if they are large."""
 
 
 def open_image(source: str | Path | Image.Image) -> Image.Image:
@@ -75,27 +65,13 @@ def open_image(source: str | Path | Image.Image) -> Image.Image:
         if type(source) is Image.Image and source.mode == "RGB" and not source.info and source.width * source.height:
             return source
         where = str(getattr(source, "filename", "") or "image")
-        return _checked(source, where)
-    where = str(expand_home(source))
-    try:
-        return _open_file(where)
-    except _PngTextError:
-        return _checked_bytes(_without_texts(Path(where).read_bytes()), where)
-
-
-def _open_file(where: str) -> Image.Image:
-    try:
-        opened = Image.open(os.path.expanduser(where), formats=_formats())
-    except FileNotFoundError:
-        fix = "download the image, and give its path" if "://" in where else "give the path of a local image"
-        raise ImageError.at(where, "no such file", fix) from None
-    except IsADirectoryError:
-        raise ImageError.at(where, "is a folder, expected an image", "give the path of a file") from None
-    except Exception as error:  # broken files make Pillow raise many types of exceptions
-        _raise_for_texts(error)
-        raise _unreadable(where, error) from error
-    with opened:
-        return _checked(opened, where)
+        try:
+            return _checked(source, where)
+        except ImageError:
+            raise
+        except Exception as error:  # mostly OSError, but also IndexError, TypeError, SyntaxError, ...
+            raise _unreadable(b"", where, error) from error
+    return _decode(str(expand_home(source)), str(source))
 
 
 def decode_image(data: bytes, where: str) -> Image.Image:
@@ -108,21 +84,75 @@ def decode_image(data: bytes, where: str) -> Image.Image:
     Raises:
         ImageError: As in ``open_image``.
     """
-    try:
-        return _checked_bytes(data, where)
-    except _PngTextError:
-        return _checked_bytes(_without_texts(data), where)
+    return _decode(data, where)
 
 
-def _checked_bytes(data: bytes, where: str) -> Image.Image:
+def read_header(data: bytes, formats: tuple[str, ...]) -> Image.Image:
+    """Return the image in a file's bytes without decoding it: its size, format and number of frames.
+
+    Args:
+        data: The bytes of the file.
+        formats: The formats that are accepted, by Pillow's names.
+
+    Raises:
+        ImageError: It is a JPEG with very many markers.
+        Exception: Any of Pillow's exceptions, if the file is damaged or of another format.
+    """
+    _check_markers(BytesIO(data), "image")
     try:
-        opened = Image.open(BytesIO(data), formats=_formats())
+        return Image.open(BytesIO(data), formats=formats)
+    except Exception as error:
+        if not _is_remark_limit(error):
+            raise
+        return Image.open(BytesIO(_without_remarks(data)), formats=formats)
+
+
+def _decode(source: str | bytes, where: str, *, has_remarks: bool = True) -> Image.Image:
+    try:
+        with open(source, "rb") if isinstance(source, str) else BytesIO(source) as file:
+            _check_markers(file, where)
+        with Image.open(source if isinstance(source, str) else BytesIO(source), formats=_formats()) as opened:
+            if opened.format == "JPEG2000":
+                _check_end(Path(source).read_bytes() if isinstance(source, str) else source)
+            return _checked(opened, where)
+    except ImageError:
+        raise
+    except FileNotFoundError:
+        fix = "download the image, and give its path" if "://" in where else "give the path of a local image"
+        raise ImageError.at(where, "no such file", fix) from None
+    except IsADirectoryError:
+        raise ImageError.at(where, "is a folder, expected an image", "give the path of a file") from None
+    except Image.DecompressionBombError as error:  # Pillow's limit is higher than ours
+        raise ImageError.at(
+            where, f"the image is too large (expected at most {MAX_PIXELS / 1e6:.0f} megapixels)", "scale it down"
+        ) from error
     except Exception as error:  # broken files make Pillow raise many types of exceptions
-        _raise_for_texts(error)
-        what, fix = _describe_start(data[:_START])
-        raise ImageError.at(where, f"is {what}, expected an image ({', '.join(_formats())})", fix) from error
-    with opened:
-        return _checked(opened, where)
+        if has_remarks and _is_remark_limit(error):
+            data = Path(source).read_bytes() if isinstance(source, str) else source
+            return _decode(_without_remarks(data), where, has_remarks=False)
+        raise _unreadable(source, where, error) from error
+
+
+def _check_markers(file: IO[bytes], where: str) -> None:
+    """Reject a JPEG with very many markers before its pixels, each of which Pillow reads and some of which it keeps."""
+    if file.read(2) != b"\xff\xd8":
+        return
+    for _ in range(_MOST_MARKERS):
+        marker = file.read(2)
+        if len(marker) < 2 or marker == b"\xff\xda":
+            return
+        if marker[0] != 0xFF or marker[1] in _PLAIN_MARKERS:
+            file.seek(-1, 1)  # Pillow looks for the next marker byte by byte
+        else:
+            file.seek(max(0, int.from_bytes(file.read(2), "big") - 2), 1)
+    what = f"the JPEG has more than {_MOST_MARKERS} markers before its pixels"
+    raise ImageError.at(where, what, "save the image again, for example as PNG")
+
+
+def _check_end(data: bytes) -> None:
+    """Reject a JPEG 2000 without its end marker, which no pixels contain; Pillow makes what is missing black."""
+    if data.find(b"\xff\xd9", data.find(b"\xff\x4f\xff\x51")) < 0:
+        raise OSError("image file is truncated")
 
 
 def _checked(image: Image.Image, where: str) -> Image.Image:
@@ -136,16 +166,10 @@ def _checked(image: Image.Image, where: str) -> Image.Image:
         )
     if not width or not height:
         raise ImageError.at(where, f"the image has no pixels (got {width} x {height})", "replace or remove it")
-    try:
-        # An MPO file is one photograph with previews or depth maps; its first frame is the image.
-        frames = 1 if image.format == "MPO" else int(getattr(image, "n_frames", 1))
-        if frames == 1:
-            return _upright_rgb(image)
-    except ImageError:
-        raise
-    except Exception as error:  # mostly OSError, but also IndexError, TypeError, SyntaxError, ...
-        _raise_for_texts(error)
-        raise _unreadable(where, error) from error
+    # An MPO file is one photograph with previews or depth maps; its first frame is the image.
+    frames = 1 if image.format == "MPO" else int(getattr(image, "n_frames", 1))
+    if frames == 1:
+        return upright_rgb(image)
     raise ImageError.at(
         where,
         f"the file is an animation or document (got {frames} frames, expected 1)",
@@ -153,60 +177,10 @@ def _checked(image: Image.Image, where: str) -> Image.Image:
     )
 
 
-def _upright_rgb(image: Image.Image) -> Image.Image:
-    image.load()
-    orientation = _orientation(image)
-    if image.mode.startswith("I") or image.mode == "F":
-        rgb = Image.fromarray(_eight_bits(np.asarray(image))).convert("RGB")
-    elif image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
-        coloured = image.convert("RGBA")
-        rgb = Image.new("RGB", image.size, _ground(coloured))
-        rgb.paste(coloured, mask=coloured.getchannel("A"))
-    else:
-        rgb = image.convert("RGB")  # copies even RGB images, so that the file can be closed
-    if orientation in _TURNS:
-        rgb = rgb.transpose(_TURNS[orientation])
-    rgb.info = {}  # otherwise a remaining orientation tag would rotate it again
-    return rgb
-
-
-def _ground(drawing: Image.Image) -> tuple[int, int, int]:
-    """Return the color behind a drawing, so that white text on a transparent ground stays readable."""
-    brightness = np.asarray(drawing.convert("L"), dtype=np.float32)
-    alpha = np.asarray(drawing.getchannel("A"), dtype=np.float32)
-    covered = float(alpha.sum())
-    bright = covered > 0 and float((brightness * alpha).sum()) / covered > _BRIGHT
-    return (0, 0, 0) if bright else (255, 255, 255)
-
-
-def _orientation(image: Image.Image) -> int:
-    """Return the EXIF orientation, 1 to 8. Damaged EXIF data counts as upright."""
-    try:
-        return int(image.getexif().get(_ORIENTATION, 1))
-    except Exception:  # noqa: BLE001 - struct, int and Pillow raise various exceptions
-        return 1
-
-
-def _eight_bits(values_HW: np.ndarray) -> np.ndarray:
-    """Scale grey values to uint8 ``[H, W]`` by the range of their depth (8 to 16 bits), or by their own beyond it."""
-    values: np.ndarray = values_HW.astype(np.float32 if values_HW.dtype.itemsize == 2 else np.float64)
-    low, high = float(values.min()), float(values.max())
-    if not np.isfinite(low + high):
-        raise ValueError("some values are not finite")
-    if low < 0 or high > 65535:
-        values = (values - low) * (255 / max(high - low, 1e-300))
-    elif high > 255:
-        values = values * (255 / next(depth for depth in _DEPTHS if high <= depth))
-    elif values_HW.dtype.kind == "f" and high <= 1:
-        values = values * 255
-    rounded: np.ndarray = np.rint(values).astype(np.uint8)
-    return rounded
-
-
-def _unreadable(where: str, error: Exception) -> LlavarError:
+def _unreadable(source: str | bytes, where: str, error: Exception) -> LlavarError:
     fix = "get the file again, or remove its record"
     if isinstance(error, UnidentifiedImageError):
-        kind, fix = _describe_file(where)
+        kind, fix = describe_start(_start_of(source))
         what = f"is {kind}, expected an image ({', '.join(_formats())})"
     elif isinstance(error, PermissionError):
         what = "cannot be read (permission denied)"
@@ -215,15 +189,17 @@ def _unreadable(where: str, error: Exception) -> LlavarError:
     return ImageError.at(where, what, fix)
 
 
-def _describe_file(where: str) -> tuple[str, str]:
+def _start_of(source: str | bytes) -> bytes:
+    if isinstance(source, bytes):
+        return source[:_START]
     try:
-        with open(where, "rb") as file:
-            return _describe_start(file.read(_START))
+        with open(source, "rb") as file:
+            return file.read(_START)
     except OSError:
-        return "not an image", _GIVE_IMAGE
+        return b"unreadable"
 
 
-def _describe_start(start: bytes) -> tuple[str, str]:
+def describe_start(start: bytes) -> tuple[str, str]:
     """Return what a file is whose first bytes are not those of an image, and what to do."""
     start = start.lstrip()
     if not start:
@@ -232,23 +208,18 @@ def _describe_start(start: bytes) -> tuple[str, str]:
     return next(found, ("not an image", _GIVE_IMAGE))
 
 
-class _PngTextError(Exception):
-    """Pillow refuses a PNG because of its texts, which the pixels do not depend on."""
+def _is_remark_limit(error: Exception) -> bool:
+    """Return whether Pillow refuses a PNG because of the size of its remarks (``PngImagePlugin.MAX_TEXT_CHUNK``)."""
+    return "MAX_TEXT" in str(error)
 
 
-def _raise_for_texts(error: Exception) -> None:
-    """Raise ``_PngTextError`` for Pillow's limits on the texts of a PNG (``PngImagePlugin.MAX_TEXT_CHUNK``)."""
-    if "MAX_TEXT" in str(error):
-        raise _PngTextError from error
-
-
-def _without_texts(data: bytes) -> bytes:
-    """Return a PNG without its texts, such as a workflow or XMP, which may be larger than Pillow accepts."""
+def _without_remarks(data: bytes) -> bytes:
+    """Return a PNG without its texts, such as a workflow or XMP, and without its colour profile."""
     kept, position = [data[: len(_PNG)]], len(_PNG)
     while position + 8 <= len(data):
         length = int.from_bytes(data[position : position + 4], "big")
         end = position + 12 + length
-        if data[position + 4 : position + 8] not in _PNG_TEXTS:
+        if data[position + 4 : position + 8] not in _PNG_REMARKS:
             kept.append(data[position:end])
         position = end
     return b"".join(kept)

@@ -25,6 +25,13 @@ _PORTS: Final = {"http": 80, "https": 443}
 _REDIRECTS: Final = frozenset({301, 302, 303, 307, 308})
 _HOST: Final = re.compile(r"[A-Za-z0-9._-]+|[0-9A-Fa-f:.]+")
 _NAT64: Final = ipaddress.ip_network("64:ff9b::/96")
+_RESERVED: Final = tuple(
+    map(
+        ipaddress.ip_network,
+        ("192.0.0.0/24", "192.88.99.0/24", "64:ff9b:1::/48", "2001::/23", "3fff::/20", "5f00::/16"),
+    )
+)
+"""Networks that some versions of Python count as public. Source: IANA's registries of special-purpose addresses."""
 _BLOCK: Final = 2**16  # bytes
 
 
@@ -229,6 +236,8 @@ def _is_public(address: str) -> bool:
             return _is_public(str(embedded))
         if parsed.is_site_local:  # deprecated, but still routed in some networks
             return False
+    if any(parsed.version == network.version and parsed in network for network in _RESERVED):
+        return False
     return parsed.is_global and not parsed.is_multicast and not parsed.is_reserved
 
 

@@ -38,6 +38,11 @@ def requested_sharding() -> Sharding | None:
     return "fsdp2"
 
 
+def uses_deepspeed() -> bool:
+    """Whether ``accelerate launch`` was configured for DeepSpeed, with any number of processes."""
+    return _is_set("ACCELERATE_USE_DEEPSPEED")
+
+
 def uses_gpu() -> bool:
     """Whether this process computes on a CUDA device: there is one, and accelerate was not told to use the CPU."""
     return torch.cuda.is_available() and not _is_set("ACCELERATE_USE_CPU")

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from llavar_peft.constants import IMAGE_PLACEHOLDER, PROBE_FILE
 from llavar_peft.data.record_store import parse_record
-from llavar_peft.data.text_metrics import character_accuracy, exact_match
+from llavar_peft.data.text_metrics import character_accuracy, exact_match, is_blank
 from llavar_peft.data.training_dataset import Collator, TrainingDataset
 from llavar_peft.errors import ImageError
 from llavar_peft.inference.chat import Chat
@@ -97,7 +97,7 @@ class Probe:
             if len(chosen) == self.config.images:
                 break
             conversation = parse_record(self.held_out.records[index], f"record {index}")
-            if len(conversation.images) != 1 or len(conversation.turns) < 2:
+            if len(conversation.images) != 1 or len(conversation.turns) < 2 or is_blank(conversation.turns[1].text):
                 continue
             try:
                 self.held_out.roots.open(conversation.images[0])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import transformers
 
 from llavar_peft.compat.usable_cores import usable_cores
 from llavar_peft.errors import ConfigError, MissingDependencyError
-from llavar_peft.models.launch_environment import requested_sharding, uses_gpu
+from llavar_peft.models.launch_environment import requested_sharding, uses_deepspeed, uses_gpu
 from llavar_peft.recipe.schema import Optimizer, Precision, Recipe, Stage
 from llavar_peft.training.launch import compute_dtype, uses_cpu
 
@@ -115,12 +116,24 @@ def _image_workers(stage: Stage) -> int:
 
 
 def check_trackers(recipe: Recipe) -> None:
-    """Check that the experiment trackers of ``report_to`` are known and installed, before a model is loaded.
+    """Check, before a model is loaded, that what the run reports to, optimizes and shards with is installed.
 
     Raises:
         ConfigError: transformers knows no tracker of this name.
-        MissingDependencyError: A tracker's package is not installed.
+        MissingDependencyError: The package of a tracker, an optimizer or DeepSpeed is not installed.
     """
+    if uses_deepspeed() and importlib.util.find_spec("deepspeed") is None:
+        raise MissingDependencyError.at(
+            "accelerate", "its configuration asks for DeepSpeed, which is not installed",
+            "pip install 'llavar-peft[deepspeed]', or use examples/accelerate/fsdp2_8gpu.yaml",
+        )  # fmt: skip
+    for stage in recipe.stages:
+        if stage.optim.optimizer != "adamw" and importlib.util.find_spec("bitsandbytes") is None:
+            raise MissingDependencyError.at(
+                f"stages.{stage.name}.optim.optimizer",
+                f"{stage.optim.optimizer} needs bitsandbytes, which is not installed",
+                "pip install bitsandbytes, or use adamw",
+            )
     from transformers.integrations import get_available_reporting_integrations
 
     available = get_available_reporting_integrations()

@@ -20,10 +20,11 @@ from hypothesis import strategies as st
 from PIL import Image, ImageFile, ImageOps
 from transformers import CLIPImageProcessorPil
 
-from llavar_peft.data.image_files import MAX_PIXELS, decode_image, open_image
+from llavar_peft.data.image_files import MAX_PIXELS, decode_image, open_image, read_header
 from llavar_peft.data.image_preparation import image_token_count, prepare_image
 from llavar_peft.data.image_roots import ImageRoots
 from llavar_peft.errors import ConfigError, ImageError
+from llavar_peft.page.inline_images import embed_image
 from llavar_peft.types import ImageMode
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "images"
@@ -263,12 +264,106 @@ def test_transparent_areas_become_white(mode: str, tmp_path: Path) -> None:
     assert (pixels[:, 1:] == 255).all()
 
 
-def test_white_text_on_a_transparent_ground_stays_readable(tmp_path: Path) -> None:
-    drawing = Image.new("RGBA", (6, 2), (255, 255, 255, 0))
-    drawing.paste((250, 250, 250, 255), (0, 0, 2, 2))
-    pixels = np.asarray(open_image(saved(drawing, tmp_path / "a.png")))
-    assert (pixels[:, :2] == 250).all()
-    assert (pixels[:, 2:] == 0).all()
+def _drawn(mode: str, *colours: int, size: tuple[int, int] = (60, 20)) -> Image.Image:
+    """Return bars as wide as strokes of letters on a transparent ground."""
+    drawing = Image.new("RGBA", size, (255, 255, 255, 0))
+    for place, colour in enumerate(colours):
+        drawing.paste((colour, colour, colour, 255), (4 + 10 * place, 4, 7 + 10 * place, size[1] - 4))
+    return drawing.convert(mode)
+
+
+@pytest.mark.parametrize(
+    ("colours", "ground"),
+    [
+        ((0,), 255), ((90,), 255), ((160,), 255), ((200,), 0), ((250,), 0), ((255,), 0), ((255, 0), 128),
+        ((0, 255, 250, 5), 128),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("mode", ["RGBA", "LA"])
+def test_text_on_a_transparent_ground_stays_readable(
+    mode: str, colours: tuple[int, ...], ground: int, tmp_path: Path
+) -> None:
+    pixels = np.asarray(open_image(saved(_drawn(mode, *colours), tmp_path / "a.png")), dtype=int)[..., 0]
+    assert pixels[0, 0] == ground
+    for place, colour in enumerate(colours):
+        assert pixels[10, 5 + 10 * place] == colour
+        assert abs(pixels[10, 5 + 10 * place] - ground) > 60
+
+
+def test_black_letters_beside_a_bright_box_stay_readable(tmp_path: Path) -> None:
+    drawing = _drawn("RGBA", 0, 0, size=(400, 200))
+    drawing.paste((255, 255, 255, 255), (100, 20, 390, 180))
+    pixels = np.asarray(open_image(saved(drawing, tmp_path / "a.png")), dtype=int)[..., 0]
+    assert pixels[10, 5] == 0
+    assert pixels[0, 0] >= 128
+
+
+@pytest.mark.parametrize("bits", [10, 12, 14, 16])
+@pytest.mark.parametrize("alpha", [False, True])
+def test_colours_of_fewer_bits_in_files_of_16_are_scaled(bits: int, alpha: bool, tmp_path: Path) -> None:
+    """Pillow keeps the upper 8 of 16 bits, so that 12 bits would be almost black."""
+    largest = 2**bits - 1
+    values = np.linspace(0, largest, 64).astype(np.uint16)
+    pixels = np.stack([values, values[::-1], values] + [np.full(64, largest, np.uint16)] * alpha, axis=-1)
+    rows = zlib.compress(b"\0" + pixels.astype(">u2").tobytes())
+    head = struct.pack(">IIBBBBB", 64, 1, 16, 6 if alpha else 2, 0, 0, 0)
+    path = tmp_path / "a.png"
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", rows) + chunk(b"IEND", b""))
+    found = np.asarray(open_image(path), dtype=int)[0]
+    assert np.abs(found[:, 0] - np.linspace(0, 255, 64)).max() <= 255 / (largest >> 8) + 2
+    assert (found[0, 0], found[0, 1]) == (0, 255)
+
+
+@pytest.mark.parametrize(
+    "remark",
+    [
+        (b"zTXt", b"workflow\0\0" + zlib.compress(b"x" * 2_000_000)),
+        (b"iTXt", b"XML:com.adobe.xmp\0\1\0\0\0" + zlib.compress(b"x" * 2_000_000)),
+        (b"iCCP", b"profile\0\0" + zlib.compress(b"x" * 2_000_000)),
+    ],
+)
+def test_large_remarks_in_a_png_are_skipped_everywhere(remark: tuple[bytes, bytes], tmp_path: Path) -> None:
+    data = saved(noise(8, 4), tmp_path / "plain.png").read_bytes()
+    path = tmp_path / "a.png"
+    path.write_bytes(data[:33] + chunk(*remark) + data[33:])
+    assert np.array_equal(np.asarray(open_image(path)), np.asarray(noise(8, 4)))
+    with read_header(path.read_bytes(), ("PNG",)) as header:
+        assert (header.size, header.format) == ((8, 4), "PNG")
+    assert embed_image(tmp_path, "a.png") is not None
+
+
+def test_a_jpeg_of_very_many_markers_is_rejected_by_every_opener(tmp_path: Path) -> None:
+    """A million of them in 4 MB would take Pillow 10 seconds."""
+    data = io.BytesIO()
+    noise(8, 8).save(data, "JPEG")
+    path = tmp_path / "a.jpg"
+    path.write_bytes(data.getvalue()[:2] + b"\xff\xfe\0\x02" * 20_000 + data.getvalue()[2:])
+    for opens in (lambda: open_image(path), lambda: decode_image(path.read_bytes(), "image"),
+                  lambda: read_header(path.read_bytes(), ("JPEG",))):  # fmt: skip
+        with pytest.raises(ImageError, match="more than 10000 markers"):
+            opens()
+    assert embed_image(tmp_path, "a.jpg") is None
+
+
+@pytest.mark.parametrize("share", [0.2, 0.5, 0.9])
+def test_a_truncated_jpeg_2000_is_not_black(share: float, tmp_path: Path) -> None:
+    path = saved(noise(64, 48), tmp_path / "a.jp2")
+    whole = path.read_bytes()
+    assert open_image(path).size == (64, 48)
+    path.write_bytes(whole[: int(share * len(whole))])
+    with pytest.raises(ImageError, match="cannot be read as an image"):
+        open_image(path)
+
+
+@pytest.mark.parametrize("name", ["postscript.png", "large.png"])
+def test_pages_open_images_as_training_does(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pillow alone would start Ghostscript for a drawing named as a PNG, and decode any number of pixels."""
+    image = noise(40, 30)
+    image.save(tmp_path / "postscript.png", "EPS")
+    image.save(tmp_path / "large.png")
+    monkeypatch.setattr("llavar_peft.data.image_files.MAX_PIXELS", 1000)
+    monkeypatch.setattr("PIL.EpsImagePlugin.Ghostscript", lambda *_, **__: pytest.fail("Ghostscript was started"))
+    assert embed_image(tmp_path, name) is None
 
 
 @pytest.mark.parametrize("place", ["before the pixels", "after the pixels"])

@@ -562,6 +562,9 @@ def test_files_that_do_not_belong_together_are_rejected(released: list[str], tmp
         with pytest.raises(DataError, match=message):
             read_cases(*order)
         order[place].write_text(old)
+    order[3].write_text(order[3].read_text().replace('"text": "', '"text": "", "was": "'))
+    with pytest.raises(DataError, match="is empty, so that nothing can be compared"):
+        read_cases(*order)
     order[2].write_text("{}")
     with pytest.raises(DataError, match="no rule for 'read'"):
         read_cases(*order)

@@ -125,6 +125,16 @@ def test_duplicate_ids_are_replaced_by_indices(tmp_path: Path) -> None:
         ({"questions": 1}, "has an unknown format"),
         ([1], r":0: is int, expected an object"),
         ([{"question": " ", "answers": ["A"]}], "has no question"),
+        ([{"question": "Q?", "answers": [""]}], r"has no correct answers \(answers is empty\)"),
+        (
+            [{"question": "Q?", "answers": [" ", {"answer": "\u200b"}]}] * 7,
+            r":4: has no(.|\n)*and 2 more",
+        ),
+        ([{"question": "Q?", "answer": ""}], r"has no correct answers \(answer is empty\)"),
+        (
+            [{"id": "r", "conversations": [{"from": "human", "value": "Q?"}, {"from": "gpt", "value": " "}]}],
+            r"has no correct answers \(the answer is empty\)",
+        ),
         ([{"question": "Q?", "answers": []}], r"has no correct answers \(answers is empty\)"),
         ([{"question": "Q?", "gt_answers": [], "answer": "said"}], r"no correct answers \(gt_answers is empty\)"),
         ([{"question": "Q?", "gt_answers": ["A"], "answer": True}], "answer: is not a text"),

@@ -164,7 +164,9 @@ def test_a_run_without_results_and_an_empty_run(run: Path, tmp_path: Path) -> No
     assert "No results of an evaluation were found" in page.text
     assert "Useful tokens per second" in page.text
     (tmp_path / "new").mkdir()
-    assert "Nothing has been written" in Page(write_report(tmp_path / "new")).text
+    with pytest.raises(ConfigError, match="neither steps of a run nor results"):
+        write_report(tmp_path / "new")
+    assert list((tmp_path / "new").iterdir()) == []
 
 
 def test_other_questions_have_their_own_table(run: Path, tmp_path: Path) -> None:
@@ -257,7 +259,7 @@ def test_stays_under_the_cap(tmp_path: Path) -> None:
 
 
 def test_invalid_reports_are_errors(run: Path, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="neither a run nor results"):
+    with pytest.raises(ConfigError, match="neither steps of a run nor results"):
         write_report(None, tmp_path / "page.html")
     with pytest.raises(ConfigError, match="nor an output file"):
         write_report(None)

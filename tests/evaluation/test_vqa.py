@@ -257,6 +257,26 @@ def test_compare_rejects_other_questions(tmp_path: Path, done: Path, capsys: pyt
     assert "cannot be read as results" in capsys.readouterr().err
 
 
+def test_what_holds_no_results_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "run").mkdir()
+    results = predictions(tmp_path, "run/one", {})
+    none = tmp_path / "none.results.json"
+    none.write_text(json.dumps(json.loads(results.read_text()) | {"records": []}))
+    for given, what in (
+        (tmp_path / "empty", "is a folder, expected a results file"),
+        (tmp_path / "run", f"Fix: give {results}."),
+        (none, "contains no scored answers"),
+        (tmp_path / "missing.json", "cannot be read (No such file or directory)"),
+    ):
+        for command in (["eval", "compare", str(results), str(given)], ["eval", "diagnose", str(given)]):
+            assert cli.main(command) == 2
+            assert what in capsys.readouterr().err
+    assert cli.main(["report", str(tmp_path / "empty")]) == 2
+    assert "holds neither steps of a run nor results" in capsys.readouterr().err
+    assert not (tmp_path / "empty" / "report.html").exists()
+
+
 def test_diagnose(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     results = predictions(tmp_path, "one", {"b": "13"})
     capsys.readouterr()

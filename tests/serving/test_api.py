@@ -302,7 +302,9 @@ def test_a_port_in_use_is_reported(checkpoint: Path, capsys: pytest.CaptureFixtu
         taken.listen()
         port = taken.getsockname()[1]
         assert cli.main(["serve", "--model", str(checkpoint), "--port", str(port)]) == 3
-    assert f"127.0.0.1:{port}: the server cannot listen at this address" in capsys.readouterr().err
+    assert (
+        f"127.0.0.1:{port}: the server cannot listen at this port (Address already in use)" in capsys.readouterr().err
+    )
 
 
 @pytest.mark.slow

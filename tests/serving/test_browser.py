@@ -185,3 +185,25 @@ def test_an_answer_is_streamed_and_can_be_copied(browser: Browser) -> None:
         browser.wait_for(f"document.querySelector({_COPY!r}).textContent == 'Copied'")
         browser.run("delete navigator.clipboard")  # remove the override
         assert browser.run("navigator.clipboard.readText()") == answer
+
+
+@pytest.mark.slow
+def test_mistakes_are_told_on_the_page(browser: Browser, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    no_image = tmp_path / "a.png"
+    no_image.write_bytes(b"hello")
+    _select_greedy(browser)
+    for file, question, message in (
+        (None, " ", "Please write a question"),
+        (None, "x" * 8001, "The question is too long"),
+        (None, "Hm?", "No image was uploaded"),
+        (no_image, "Read.", "An image cannot be read"),
+    ):
+        if file is not None:
+            browser.set_file("#image input[type=file]", file)
+            browser.wait_for("!!document.querySelector('#image img')")
+        browser.type(QUESTION, question)
+        # Gradio ignores a click while the stream of the previous answer is being closed, so click again.
+        told = f"[...document.querySelectorAll('.toast-body')].some(it => it.innerText.includes({message!r}))"
+        browser.wait_for(f"{told} || (document.querySelector({ASK!r}).click(), false)", pause=0.5)
+        _save_screenshot(browser, f"mistake-{len(question)}")
+    assert "Traceback" not in "".join(capfd.readouterr())

@@ -173,7 +173,7 @@ def test_text_never_becomes_a_special_token(text: str, chat: Chat, app: FastAPI)
         {"n": 10**9}, {"n": 9}, {"n": 2**70}, {"n": 0}, {"best_of": 10**9, "n": 10**9},
         {"max_tokens": 10**12}, {"max_tokens": 2049}, {"max_tokens": 0}, {"max_completion_tokens": 10**9},
         {"top_logprobs": 10**9, "logprobs": True}, {"stop": ["x"] * 5}, {"stop": "x" * 10_000},
-        {"seed": 2**64}, {"seed": -1}, {"temperature": 1e308}, {"temperature": -1}, {"top_p": 0},
+        {"seed": 2**64}, {"seed": -(2**64)}, {"temperature": 1e308}, {"temperature": -1}, {"top_p": 0},
     ],
 )  # fmt: skip
 def test_numbers_beyond_the_limits_are_rejected(fields: dict[str, Any], app: FastAPI) -> None:

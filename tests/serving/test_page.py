@@ -91,6 +91,42 @@ def test_an_invalid_image_or_question_is_rejected(
     assert conversation(client)["turns"] == []
 
 
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"hello", r"An image cannot be read\. Supported formats"), (b"", "An image is an empty file"),
+        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "An image is a PostScript drawing"),
+        (b"%PDF-1.4", "PDF files are not supported"), (progressive()[:900], "damaged or incomplete"),
+    ],
+)  # fmt: skip
+def test_a_file_that_is_no_image_is_named_without_a_traceback(
+    content: bytes, message: str, client: Client, images: list[Path], tmp_path: Path, capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """Gradio opens uploads itself by default, and prints the exception."""
+    monkeypatch.setattr("gradio.image_utils.preprocess_image", lambda *_, **__: pytest.fail("Gradio opened the file"))
+    ask(client, images[0], "Read.")
+    before = conversation(client)
+    path = tmp_path / "a.png"
+    path.write_bytes(content)
+    with pytest.raises(Exception, match=message):
+        ask(client, path, "Read.")
+    assert conversation(client) == before  # the conversation about the earlier image is kept
+    assert "Traceback" not in "".join(capfd.readouterr())
+
+
+@pytest.mark.parametrize(
+    ("question", "message"),
+    [("x" * 8001, "too long: it has 8,001 characters"), ("many words " * 700, "longer than the model can read")],
+)
+def test_a_long_question_is_named(
+    question: str, message: str, client: Client, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(Exception, match=message):
+        ask(client, None, question)
+    assert "Traceback" not in "".join(capfd.readouterr())
+
+
 def test_a_huge_image_is_not_decoded(client: Client, tmp_path: Path) -> None:
     huge = tmp_path / "huge.png"
     Image.new("1", (12000, 12000)).save(huge)

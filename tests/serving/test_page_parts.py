@@ -73,10 +73,11 @@ def test_reading_a_body_stops_at_the_limit(path: str) -> None:
             yield b" " * 1_000_000
 
     client = guarded()
-    assert asyncio.run(client.post(path, content=blocks(19))).status_code == 200
+    megabytes = 19 if path.endswith("upload") else 0
+    assert asyncio.run(client.post(path, content=blocks(megabytes))).status_code == 200
     sent.clear()
     assert asyncio.run(client.post(path, content=blocks(500))).status_code == 413
-    assert len(sent) <= 22
+    assert len(sent) <= megabytes + 3
     assert asyncio.run(client.post(path, content=b" " * 20_000_001)).status_code == 413
 
 

@@ -130,8 +130,8 @@ def _find_answer(question: str, answer: str, lines: Sequence[PlacedLine]) -> ran
             words = [word for line in lines[start:end] for word in line.text.split()]
             if not any(words[at : at + len(expected)] == expected for at in range(len(words) - len(expected) + 1)):
                 continue
-            unlabelled = start == 0 or lines[start - 1].text not in question
-            key = (len(words), unlabelled, start)
+            unlabeled = start == 0 or lines[start - 1].text not in question
+            key = (len(words), unlabeled, start)
             if best is None or key < best:
                 best, found = key, range(start, end)
             break

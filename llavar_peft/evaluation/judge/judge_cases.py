@@ -13,6 +13,7 @@ from typing import Any, Final
 
 from llavar_peft.atomic_files import dump_json, write_text
 from llavar_peft.data.image_roots import ImageRoots
+from llavar_peft.data.text_metrics import is_blank
 from llavar_peft.errors import DataError
 from llavar_peft.evaluation.vqa.answer_settings import read_stated_settings
 from llavar_peft.evaluation.vqa.scored_results import Setting
@@ -114,6 +115,11 @@ def read_cases(questions: Path, contexts: Path, rules: Path, reference: Path, an
             reference=_find(references, str(identity), where, f"no answer in {reference}"),
             ours=_find(ours, str(identity), where, f"no answer in {answers}"),
         )
+        if is_blank(case.reference.text):
+            raise DataError.at(
+                where, f"its answer in {reference} is empty, so that nothing can be compared with it",
+                "write the answer, or remove the question",
+            )  # fmt: skip
         cases.append(case)
     if not cases:
         raise DataError.at(str(questions), "contains no questions", "use a file with at least one")

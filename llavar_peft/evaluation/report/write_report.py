@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Final
 
 from llavar_peft.constants import RESOLVED_RECIPE_FILE
-from llavar_peft.errors import ConfigError, DataError
+from llavar_peft.errors import ConfigError, DataError, count_of
 from llavar_peft.evaluation.judge.judge_reviews import read_reviews, summarize_reviews
 from llavar_peft.evaluation.report.report_view import Images, Labelled, bar_share, view_dataset
 from llavar_peft.evaluation.vqa.answer_metrics import LOWER_IS_BETTER
@@ -72,8 +72,11 @@ def write_report(run_dir: Path | None, out: Path | None = None, settings: Report
     now = [_labelled(path, run) for path in [*found, *settings.results]]
     before = [_labelled(path, None, before=True) for path in _previous(settings.before)]
     reviews = [*(sorted(run_dir.glob(REVIEWS)) if run_dir is not None else ()), *settings.reviews]
-    if run is None and not now and not reviews:
-        raise ConfigError.at("report", "has neither a run nor results", "give the folder of a run, or --results")
+    if not now and not reviews and (run is None or not any(stage.steps or stage.probes for stage in run.stages)):
+        raise ConfigError.at(
+            "report" if run_dir is None else str(run_dir), f"holds neither steps of a run nor results ({RESULTS})",
+            "give the folder of a run (its output_dir), or --results",
+        )  # fmt: skip
     chains = [_make_labels_unique([*_previous_of(before, chain), *chain]) for chain in _by_dataset(now)]
     chosen = [_metric(chain, settings.metric) for chain in chains]
     images = Images(settings.images or _images_of(run))
@@ -196,7 +199,7 @@ def _protocols(one: Labelled) -> list[str]:
 def _head(chain: Sequence[Labelled], protocol: str) -> Head:
     latest = chain[-1].results
     figure = next(one for one in latest.figures if one.protocol.startswith(protocol))
-    note = f"{figure.protocol}, {figure.low:.1f} to {figure.high:.1f}, {figure.records:,} records"
+    note = f"{figure.protocol}, {figure.low:.1f} to {figure.high:.1f}, {count_of(figure.records, 'record')}"
     if protocol in LOWER_IS_BETTER:
         note += ", lower is better"
     return Head(Path(latest.dataset).stem, f"{figure.value:.1f}", bar_share(figure.value), note)
@@ -215,7 +218,7 @@ def _judge_head(path: Path) -> Head:
         parts.append(f"{len(summary.unscored)} without scores")
     note = [
         f"judged{by} against the reference, {whole.low:.1f} to {whole.high:.1f}",
-        f"{whole.reviews:,} reviews",
+        count_of(whole.reviews, "review"),
         *parts,
     ]
     return Head(path.name.split(".")[0], f"{whole.ratio:.1f}", bar_share(whole.ratio), ", ".join(note))

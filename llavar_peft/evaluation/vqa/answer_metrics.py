@@ -4,8 +4,15 @@
 ``substring``      OCRBench's: any truth is found anywhere, in lower case
 ``vqa-accuracy``   VQA's, for ten annotators: min(agreeing / 3, 1), averaged over leaving out each annotator
 ``anls``           ST-VQA's and DocVQA's: 1 - normalized edit distance, 0 from a distance of 0.5
-``exact``          the same characters, white space ignored
+``exact``          the same text
 ``cer``, ``wer``   edits per character or word of the nearest truth; lower is better, and values above 1 are possible
+
+The first three are published programs, which compare code points: a composed letter (NFC) and a decomposed one (NFD)
+differ, as in the published figures. The others are formulas and compare texts by ``unify_text``: composed letters,
+single spaces of any kind, nothing that has no shape. No protocol equates full-width and ordinary letters.
+
+A truth without a visible character is never right. A truth that only normalization empties, such as ``{}``, is found in
+every answer by ``multimodalocr``, which the published figures include.
 """
 
 from __future__ import annotations
@@ -18,7 +25,7 @@ from typing import Final, Literal, get_args
 
 from rapidfuzz.distance import Levenshtein
 
-from llavar_peft.data.text_metrics import exact_match
+from llavar_peft.data.text_metrics import exact_match, is_blank, unify_text
 from llavar_peft.errors import DataError
 
 Protocol = Literal["multimodalocr", "substring", "vqa-accuracy", "anls", "exact", "cer", "wer"]
@@ -43,7 +50,7 @@ class Score:
 
     @property
     def value(self) -> float:
-        """The score of this answer alone: 1 is full marks. The number of edits where the truth is empty."""
+        """The score of this answer alone: 1 is full marks. The number of edits if ``out_of`` is 0, as in old files."""
         return self.points / self.out_of if self.out_of else self.points
 
 
@@ -56,22 +63,27 @@ def score(protocol: Protocol, answer: str, truths: Sequence[str]) -> Score:
         truths: The correct answers, in any order.
 
     Raises:
-        DataError: There is no truth, or not the number of truths that the protocol needs.
+        DataError: All truths are blank, or there are not as many as the protocol needs.
     """
-    if not truths:
-        raise DataError.at(protocol, "an answer without a truth cannot be scored", "remove its record")
+    visible = [truth for truth in truths if not is_blank(truth)]
+    if not visible:
+        raise DataError.at(
+            protocol, f"an answer without a truth cannot be scored (got {list(truths)[:3]!r})", "remove its record"
+        )
     if not applies(protocol, truths):
         raise DataError.at(
             protocol,
             f"needs the answers of {_ANNOTATORS} annotators (got {len(truths)})",
             "choose another protocol for this data: anls or multimodalocr",
         )
-    return _SCORERS[protocol](answer, truths)
+    return _SCORERS[protocol](answer, truths if protocol == "vqa-accuracy" else visible)
 
 
 def applies(protocol: Protocol, truths: Sequence[str]) -> bool:
     """Return whether a record has the truths that a protocol needs."""
-    return len(truths) == _ANNOTATORS if protocol == "vqa-accuracy" else bool(truths)
+    if protocol == "vqa-accuracy" and len(truths) != _ANNOTATORS:
+        return False
+    return not all(map(is_blank, truths))
 
 
 def contains_words(text: str, words: str) -> bool:
@@ -115,12 +127,13 @@ def _lower(text: str) -> str:
 def _vqa_accuracy(answer: str, truths: Sequence[str]) -> Score:
     """Average min(n / 3, 1) over the ten sets of nine annotators, of whom n gave this answer after VQA normalization.
 
-    Both sides are always normalized; the published program skips normalization where all ten annotators agree.
+    Both sides are always normalized; the published program skips normalization where all ten annotators agree. An
+    annotator who wrote nothing counts among the ten, and agrees with no answer.
 
     Source: visualqa.org/evaluation.html.
     """
     normalized = normalize_answer(answer)
-    agreeing = sum(normalize_answer(truth) == normalized for truth in truths)
+    agreeing = sum(normalize_answer(truth) == normalized and not is_blank(truth) for truth in truths)
     # In `agreeing` of the ten sets, the annotator that is left out is one who agrees.
     total = agreeing * min((agreeing - 1) / 3, 1.0) + (len(truths) - agreeing) * min(agreeing / 3, 1.0)
     return Score(total / len(truths))
@@ -129,11 +142,12 @@ def _vqa_accuracy(answer: str, truths: Sequence[str]) -> Score:
 def _anls(answer: str, truths: Sequence[str]) -> Score:
     """Give 1 - normalized edit distance to the nearest truth, and nothing from a distance of 0.5.
 
-    Both sides are in lower case with single spaces. A distance of exactly 0.5 gives nothing.
+    Both sides are in lower case and unified. A distance of exactly 0.5 gives nothing.
 
     Source: arXiv 1905.13648, equation 1.
     """
-    return Score(max(_similarity(_fold(answer), _fold(truth)) for truth in truths))
+    lowered = unify_text(answer.lower())
+    return Score(max(_similarity(lowered, unify_text(truth.lower())) for truth in truths))
 
 
 def _similarity(answer: str, truth: str) -> float:
@@ -141,22 +155,18 @@ def _similarity(answer: str, truth: str) -> float:
     return 1.0 - distance if distance < _ANLS_THRESHOLD else 0.0
 
 
-def _fold(text: str) -> str:
-    return " ".join(text.lower().split())
-
-
 def _exact(answer: str, truths: Sequence[str]) -> Score:
-    """Count an answer as correct if it equals any truth, white space ignored. Source: own protocol."""
+    """Count an answer as correct if it equals any truth after ``unify_text``. Source: own protocol."""
     return Score(float(any(exact_match(answer, truth) for truth in truths)))
 
 
 def _cer(answer: str, truths: Sequence[str]) -> Score:
-    """Count character edits (insertions, deletions, substitutions) to the nearest truth, with single spaces.
+    """Count character edits (insertions, deletions, substitutions) to the nearest truth, both unified.
 
     The figure of a data set is the sum of edits over the sum of the truths' lengths. Source: own protocol; the usual
     character error rate, case-sensitive.
     """
-    return _nearest(" ".join(answer.split()), [" ".join(truth.split()) for truth in truths])
+    return _nearest(unify_text(answer), [unify_text(truth) for truth in truths])
 
 
 def _wer(answer: str, truths: Sequence[str]) -> Score:
@@ -164,7 +174,7 @@ def _wer(answer: str, truths: Sequence[str]) -> Score:
 
     Source: own protocol; the usual word error rate, case-sensitive.
     """
-    return _nearest(answer.split(), [truth.split() for truth in truths])
+    return _nearest(unify_text(answer).split(), [unify_text(truth).split() for truth in truths])
 
 
 def _nearest(answer: Sequence[str], truths: Sequence[Sequence[str]]) -> Score:

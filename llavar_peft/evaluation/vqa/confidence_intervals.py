@@ -37,7 +37,8 @@ def ratio_intervals(points: FloatArray, out_of: FloatArray) -> list[tuple[float,
     for number in range(RESAMPLES):
         drawn = np.bincount(generator.integers(0, rows, rows), minlength=rows)
         sums = drawn @ both
-        ratios[number] = sums[: points.shape[1]] / np.maximum(sums[points.shape[1] :], 1e-12)
+        attainable = sums[points.shape[1] :]
+        ratios[number] = sums[: points.shape[1]] / np.where(attainable > 0, attainable, 1.0)
     tail = (1.0 - CONFIDENCE) / 2
     low, high = np.quantile(ratios, [tail, 1.0 - tail], axis=0)
     return list(zip(low.tolist(), high.tolist(), strict=True))
@@ -74,7 +75,7 @@ def difference_interval(rows: FloatArray) -> tuple[float, float]:
     for number in range(RESAMPLES):
         drawn = np.bincount(generator.integers(0, len(rows), len(rows)), minlength=len(rows))
         points, out_of, other_points, other_out_of = drawn @ rows
-        differences[number] = points / max(out_of, 1e-12) - other_points / max(other_out_of, 1e-12)
+        differences[number] = points / (out_of or 1.0) - other_points / (other_out_of or 1.0)
     tail = (1.0 - CONFIDENCE) / 2
     low, high = np.quantile(differences, [tail, 1.0 - tail])
     return float(low), float(high)

@@ -188,7 +188,7 @@ def rate(records: Sequence[Answered], protocol: str) -> tuple[float, float, floa
     by_image = sum_by_name(scores, [record.drawn_with for record in records])
     ((low, high),) = ratio_intervals(by_image[:, :1], by_image[:, 1:])
     points, out_of = scores.sum(axis=0)
-    return 100 * float(points / max(out_of, 1e-12)), 100 * low, 100 * high
+    return 100 * float(points / (out_of or 1.0)), 100 * low, 100 * high
 
 
 def write_results(results: Results, path: Path) -> None:
@@ -200,14 +200,18 @@ def read_results(path: str | Path) -> Results:
     """Read a results file that ``write_results`` wrote.
 
     Raises:
-        DataError: It is not a results file.
+        DataError: It is not a results file, or contains no answers.
     """
-    plain = read_json(expand_home(path), fix=_FIX, lenient=True)
+    path = expand_home(path)
+    if path.is_dir():
+        inside = ", ".join(str(found) for found in sorted(path.glob("*.results.json"))[:3])
+        raise DataError.at(str(path), "is a folder, expected a results file", f"give {inside}" if inside else _FIX)
+    plain = read_json(path, fix=_FIX, lenient=True)
     try:
         if plain["format"] != _FORMAT:
             raise ValueError(f"format {plain['format']}, expected {_FORMAT}")
         setting = Setting(**plain["setting"])
-        return Results(
+        results = Results(
             str(plain["dataset"]),
             setting,
             tuple(_read_figure(figure, setting) for figure in plain["figures"]),
@@ -215,6 +219,9 @@ def read_results(path: str | Path) -> Results:
         )
     except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
         raise DataError.at(str(path), f"cannot be read as results ({error!r})", _FIX) from error
+    if not results.records or not all(record.scores for record in results.records):
+        raise DataError.at(str(path), "contains no scored answers", _FIX)
+    return results
 
 
 def _read_figure(plain: Mapping[str, Any], setting: Setting) -> Figure:

@@ -14,7 +14,8 @@ from typing import Any, Final
 
 from llavar_peft.constants import IMAGE_PLACEHOLDER
 from llavar_peft.data.record_store import parse_record
-from llavar_peft.errors import DataError, LlavarError
+from llavar_peft.data.text_metrics import is_blank
+from llavar_peft.errors import DataError, Fault, LlavarError
 from llavar_peft.evaluation.vqa.benchmark_files import RECORD_FIX, SIZE_KEYS, read_rows, read_text_size
 from llavar_peft.text_files import text_problem
 from llavar_peft.types import expand_home
@@ -25,6 +26,8 @@ _ANSWERS: Final = ("prediction", "predict", "answer")
 _IMAGES: Final = ("image_path", "image", "file_path", "file_name", "image_id")
 _USED: Final = {*_IDS, *_TRUTHS, *_ANSWERS, *_IMAGES, *SIZE_KEYS, "question", "conversations"}
 _LONGEST_FIELD: Final = 40
+_SHOWN: Final = 5
+_NO_TRUTHS_FIX: Final = "remove the record, or use a split whose answers are public"
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,10 +82,17 @@ def read_vqa_questions(
 def _read(path: str | Path, limit: int | None, split: str | None) -> list[tuple[str, VqaQuestion]]:
     """Return the questions as given, each with its location in messages."""
     questions: list[tuple[str, VqaQuestion]] = []
+    faults: list[Fault] = []
     for where, row in read_rows(expand_home(path), split):
         if limit is not None and len(questions) == limit:
             break
-        questions.append((where, _parse(row, where, str(len(questions)))))
+        try:
+            questions.append((where, _parse(row, where, str(len(questions)))))
+        except DataError as error:
+            faults += error.faults
+    if faults:
+        more = f"\nand {len(faults) - _SHOWN} more" if len(faults) > _SHOWN else ""
+        raise DataError("\n".join(str(fault) for fault in faults[:_SHOWN]) + more, faults)
     if not questions:
         of = "" if split is None else f" of the split {split!r}"
         raise DataError.at(str(path), f"holds no questions{of}", "give a file with at least one")
@@ -161,13 +171,14 @@ def _parse(row: Mapping[str, Any], where: str, index: str) -> VqaQuestion:
     # "answer" is the truth in a file of questions, but the prediction in a record with a list of truths, even if empty.
     keys = ("answer",) if not any(key in row for key in _TRUTHS) else _TRUTHS
     truth_key = next((key for key in keys if row.get(key) not in (None, [])), None)
-    if truth_key is None:
-        empty = next((f" ({key} is empty)" for key in _TRUTHS if key in row), "")
-        raise DataError.at(where, f"has no correct answers{empty}", "use a split whose answers are public")
+    truths = () if truth_key is None else _truths(row[truth_key], f"{where}: {truth_key}")
+    if truth_key is None or all(map(is_blank, truths)):
+        empty = next((f" ({key} is empty)" for key in (truth_key, *_TRUTHS) if key in row), "")
+        raise DataError.at(where, f"has no correct answers{empty}", _NO_TRUTHS_FIX)
     return VqaQuestion(
         id=_identity(row) or index,
         question=question,
-        truths=_truths(row[truth_key], f"{where}: {truth_key}"),
+        truths=truths,
         image=_image(row, where),
         answer=None if truth_key == "answer" else _text(row, _ANSWERS, where),
         fields=_fields(row),
@@ -180,6 +191,8 @@ def _parse_record(row: Mapping[str, Any], where: str) -> VqaQuestion:
     if len(conversation.turns) < 2 or len(conversation.images) > 1:
         raise DataError.at(where, "has no answer, or several images", "remove the record")
     asked, answered = conversation.turns[:2]
+    if is_blank(answered.text):
+        raise DataError.at(where, "has no correct answers (the answer is empty)", _NO_TRUTHS_FIX)
     return VqaQuestion(
         id=conversation.id,
         question=asked.text.replace(IMAGE_PLACEHOLDER, "").strip(),

@@ -28,11 +28,21 @@ from llavar_peft.serving.api.api_schema import ChatRequest, count_usage, format_
 from llavar_peft.serving.api.chat_messages import read_conversation
 from llavar_peft.serving.api.middleware import Metrics, Receive, RequestMiddleware, Scope, Send, escape_for_log
 from llavar_peft.serving.api.request_images import RequestImageReader
-from llavar_peft.serving.api.request_limits import RequestLimits, RequestRejectedError, busy_error, read_body
+from llavar_peft.serving.api.request_limits import (
+    BodyBudget,
+    RequestLimits,
+    RequestRejectedError,
+    busy_error,
+    receive_body,
+    shutdown_error,
+)
 from llavar_peft.serving.api.response_stream import ResponseStream
 from llavar_peft.serving.api.scheduler import Scheduler
 
 logger = logging.getLogger(__name__)
+
+_GET = ("GET", "HEAD")
+_NO_SUCH_PATH = "There is no such path. The API has /v1/chat/completions and /v1/models; serve --ui adds a page at /ui."
 
 
 def create_app(
@@ -58,7 +68,11 @@ def create_app(
     """
     limits = limits or RequestLimits()
     metrics, scheduler = Metrics(), Scheduler(engine, rows=limits.rows, waiting=limits.waiting)
-    api = _Api(scheduler, RequestImageReader(engine.processor, limits, domains=media_domains), metrics, limits, name)
+    images, budget = (
+        RequestImageReader(engine.processor, limits, domains=media_domains),
+        BodyBudget(limits.all_bodies_bytes),
+    )
+    api = _Api(scheduler, images, metrics, limits, name, budget)
 
     @asynccontextmanager
     async def _lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -69,10 +83,11 @@ def create_app(
     # FastAPI's documentation pages load scripts from another host.
     app = FastAPI(title="llavar-peft", docs_url=None, redoc_url=None, openapi_url=None, lifespan=_lifespan)
     app.add_api_route("/v1/chat/completions", api.complete, methods=["POST"], response_model=None)
-    app.add_api_route("/v1/models", api.models, methods=["GET"])
-    app.add_api_route("/v1/models/{model:path}", api.model, methods=["GET"])
-    app.add_api_route("/health", api.health, methods=["GET"])
-    app.add_api_route("/metrics", api.metrics_text, methods=["GET"], response_model=None)
+    for path, answer in (
+        ("/v1/models", api.models), ("/v1/models/{model:path}", api.model), ("/health", api.health),
+        ("/metrics", api.metrics_text),
+    ):  # fmt: skip
+        app.add_api_route(path, answer, methods=list(_GET), response_model=None)
     app.add_exception_handler(RequestRejectedError, _handle_rejection)
     app.add_exception_handler(HTTPException, _handle_http_error)
     app.add_middleware(RequestMiddleware, api_key=api_key, hosts=hosts, metrics=metrics)
@@ -80,10 +95,12 @@ def create_app(
         # Outermost: a browser's preflight request carries no key, and errors need the header as well.
         app.add_middleware(
             CORSMiddleware, allow_origins=list(origins), allow_methods=["GET", "POST"],
-            allow_headers=["authorization", "content-type"], expose_headers=["x-request-id", "retry-after"],
+            allow_headers=["*"],  # OpenAI's client for browsers sends about ten headers of its own
+            expose_headers=["x-request-id", "retry-after"],
         )  # fmt: skip
     app.state.scheduler = scheduler
     app.state.limits = limits
+    app.state.body_budget = budget
     return app
 
 
@@ -103,7 +120,13 @@ class _EventStream(StreamingResponse):
 
 class _Api:
     def __init__(
-        self, scheduler: Scheduler, images: RequestImageReader, metrics: Metrics, limits: RequestLimits, name: str
+        self,
+        scheduler: Scheduler,
+        images: RequestImageReader,
+        metrics: Metrics,
+        limits: RequestLimits,
+        name: str,
+        budget: BodyBudget,
     ) -> None:
         self._scheduler = scheduler
         self._images = images
@@ -112,6 +135,10 @@ class _Api:
         self._models: Mapping[str, str | None] = {name: None, **{one: one for one in scheduler.engine.adapters}}
         self._created = int(time.time())
         self._reading = 0
+        self._budget = budget
+        # A token stands for at most as many characters as the longest one has.
+        longest = max(map(len, scheduler.engine.processor.tokenizer.get_vocab()))
+        self._most_characters = scheduler.engine.context * longest
         self._image_threads = ThreadPoolExecutor(4 * limits.decoding, thread_name_prefix="llavar-images")
 
     def close(self) -> None:
@@ -143,9 +170,15 @@ class _Api:
     async def complete(self, request: Request) -> Response:
         """Return a chat completion, as one document or as a stream of server-sent events."""
         deadline = time.monotonic() + self._limits.seconds
-        with self._reserve_reading():
-            chat, generations = await self._read(request, deadline)
-        stream = ResponseStream(self._scheduler, generations, deadline=deadline, limits=self._limits)
+        client = "" if request.client is None else request.client.host
+        self._check_json(request)
+        self._check_room(client)
+        async with receive_body(request, self._limits, self._budget) as body:
+            with self._reserve_reading():
+                chat, generations = await self._read(body, deadline)
+        stream = ResponseStream(
+            self._scheduler, generations, deadline=deadline, limits=self._limits, client=client
+        )  # fmt: skip
         head = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": chat.model}
         if chat.stream:
             return _EventStream(self._events(stream, chat, head), stream)
@@ -156,30 +189,44 @@ class _Api:
 
     @contextmanager
     def _reserve_reading(self) -> Iterator[None]:
-        """Limit the number of requests that are read, which takes memory and time, to what could be answered."""
-        limits, scheduler = self._limits, self._scheduler
-        if self._reading + scheduler.waiting + scheduler.running >= limits.waiting + limits.rows:
-            raise busy_error(limits)
+        """Limit the number of requests that are parsed, which takes memory and time, to what could be answered.
+
+        A request counts from the end of its body, so that slow bodies keep no one out.
+        """
+        if self._reading >= self._limits.waiting + self._limits.rows:
+            raise busy_error(self._limits)
         self._reading += 1
         try:
             yield
         finally:
             self._reading -= 1
 
-    async def _read(self, request: Request, deadline: float) -> tuple[ChatRequest, list[GenerationRequest]]:
+    def _check_room(self, client: str) -> None:
+        """Reject a request that cannot be answered before its body is read."""
+        if self._scheduler.closed:
+            raise shutdown_error()
+        if self._scheduler.is_full(client):
+            raise busy_error(self._limits)
+
+    def _check_json(self, request: Request) -> None:
         # Another site's page can make a browser send forms and plain text to this server, but not JSON.
         media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
         if media_type != "application/json":
             raise RequestRejectedError(
                 415, "The Content-Type header has to be application/json.", "unsupported_media_type"
             )
-        body = await read_body(request, self._limits)
+        if request.headers.get("content-encoding", "identity").strip().lower() not in ("", "identity"):
+            raise RequestRejectedError(
+                415, "The Content-Encoding header is not supported. Send the body uncompressed.", "unsupported_encoding"
+            )
+
+    async def _read(self, body: bytes, deadline: float) -> tuple[ChatRequest, list[GenerationRequest]]:
         chat = await asyncio.to_thread(parse_request, body)
         if chat.model not in self._models:
             raise _unknown_model()
         read = partial(
             read_conversation, chat, self._scheduler.engine.processor, self._images, self._limits,
-            adapter=self._models[chat.model],
+            adapter=self._models[chat.model], most_characters=self._most_characters,
         )  # fmt: skip
         # A separate pool of threads, so that requests without images do not wait for images.
         threads = self._image_threads if b"image_url" in body else None
@@ -198,8 +245,11 @@ class _Api:
         }
 
     async def _events(self, stream: ResponseStream, chat: ChatRequest, head: Mapping[str, Any]) -> AsyncIterator[str]:
-        def chunk(*choices: dict[str, Any], **more: Any) -> str:
-            return _format_event({**head, "object": "chat.completion.chunk", "choices": list(choices), **more})
+        counts = chat.stream_options is not None and bool(chat.stream_options.include_usage)
+
+        def chunk(*choices: dict[str, Any], usage: dict[str, int] | None = None) -> str:
+            event = {**head, "object": "chat.completion.chunk", "choices": list(choices)}
+            return _format_event({**event, "usage": usage} if counts else event)
 
         def part(number: int, delta: dict[str, str], reason: str | None = None, logprobs: Any = None) -> dict[str, Any]:
             return {"index": number, "delta": delta, "finish_reason": reason, "logprobs": logprobs}
@@ -219,7 +269,7 @@ class _Api:
             yield _format_event(error.body())
             return
         usage = self._count(list(answers.values()))
-        if chat.stream_options is not None and chat.stream_options.include_usage:
+        if counts:
             yield chunk(usage=usage)
         yield "data: [DONE]\n\n"
 
@@ -239,9 +289,9 @@ async def _handle_rejection(request: Request, error: Exception) -> JSONResponse:
 
 
 async def _handle_http_error(_: Request, error: Exception) -> JSONResponse:
-    status = error.status_code if isinstance(error, HTTPException) else 500
-    message = "The method is not allowed." if status == 405 else "There is no such path."
-    return JSONResponse(RequestRejectedError(status, message, "not_found").body(), status)
+    status, headers = (error.status_code, error.headers) if isinstance(error, HTTPException) else (500, None)
+    message = "The method is not allowed." if status == 405 else _NO_SUCH_PATH
+    return JSONResponse(RequestRejectedError(status, message, "not_found").body(), status, headers)
 
 
 def _unknown_model() -> RequestRejectedError:

@@ -7,7 +7,7 @@ are rejected; unknown fields are ignored.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
@@ -79,7 +79,7 @@ class ChatRequest(_Fields):
     max_tokens: Annotated[int, Field(ge=1)] | None = None
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
     n: Annotated[int, Field(ge=1)] | None = None
-    seed: Annotated[int, Field(ge=0, lt=2**63)] | None = None
+    seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
     stop: _Stop | Annotated[list[_Stop], Field(max_length=_MAX_STOPS)] | None = None
     logprobs: bool | None = None
     top_logprobs: int | None = None
@@ -99,7 +99,8 @@ class ChatRequest(_Fields):
 
 
 _REQUEST = TypeAdapter(ChatRequest)
-_PLAIN_FORMAT = {"type": "text"}
+_PLAIN_FORMAT = "text"
+_UNIONS = frozenset({"stop"})
 
 
 def parse_request(body: bytes) -> ChatRequest:
@@ -113,15 +114,16 @@ def parse_request(body: bytes) -> ChatRequest:
     except ValidationError as error:
         # The location consists of this schema's field names and of indices, never of the client's text.
         first = error.errors(include_url=False, include_context=False, include_input=False)[0]
-        field = ".".join(str(part) for part in first["loc"])
-        what = "The body is not valid JSON." if first["type"] == "json_invalid" else first["msg"][:200]
+        field = ".".join(_named_places(first["loc"]))
+        what = f"The body is not valid JSON ({first['msg'].partition(': ')[2]})."
+        what = what if first["type"] == "json_invalid" else first["msg"][:200]
         raise RequestRejectedError(
             400, f"{field}: {what}" if field else what, "invalid_request", param=field or None
         ) from None
     unsupported = {
         "tools": bool(request.tools),
         "functions": bool(request.functions),
-        "response_format": request.response_format not in (None, _PLAIN_FORMAT),
+        "response_format": (request.response_format or {}).get("type", _PLAIN_FORMAT) != _PLAIN_FORMAT,
         "logit_bias": bool(request.logit_bias),
         "presence_penalty": bool(request.presence_penalty),
         "frequency_penalty": bool(request.frequency_penalty),
@@ -136,6 +138,14 @@ def parse_request(body: bytes) -> ChatRequest:
             raise _invalid(where, "expected a string or a list of parts")
         _read_content(message.content, where)
     return request
+
+
+def _named_places(location: Sequence[int | str]) -> Iterator[str]:
+    """Yield the parts of a location that are the client's: fields and indices, without the branches of a union."""
+    for place, part in enumerate(location):
+        if place and isinstance(part, str) and location[0] in _UNIONS:
+            return
+        yield str(part)
 
 
 def _read_content(content: Any, where: str) -> list[Part]:

@@ -25,6 +25,7 @@ def read_conversation(
     limits: RequestLimits,
     *,
     adapter: str | None,
+    most_characters: int | None = None,
 ) -> list[Request]:
     """Convert a chat request into one generation request per answer. Run it in a thread: it decodes images.
 
@@ -37,6 +38,8 @@ def read_conversation(
         images: Opens the images.
         limits: Limits of a request.
         adapter: The adapter to use; None is the model without one.
+        most_characters: Length of all texts from which they cannot fit into the model's context. Encoding a text takes
+            long, and longer ones are rejected before.
 
     Returns:
         ``n`` requests with different seeds.
@@ -45,6 +48,9 @@ def read_conversation(
         RequestRejectedError: The messages are not a valid conversation, or a limit is exceeded.
     """
     system, turns = _split(request.messages)
+    texts = (part.text for _, parts in turns for part in parts if isinstance(part, TextPart))
+    if most_characters is not None and len(system or "") + sum(map(len, texts)) > most_characters:
+        raise context_error()
     addresses = [part.url for _, parts in turns for part in parts if isinstance(part, ImagePart)]
     if len(addresses) > limits.images:
         raise RequestRejectedError(
@@ -60,6 +66,12 @@ def read_conversation(
             400, "The messages cannot be encoded.", "invalid_request", param="messages"
         ) from None
     return [Request(ids=ids, images=shown, sampling=one, adapter=adapter) for one in _samplings(request, limits)]
+
+
+def context_error() -> RequestRejectedError:
+    """Return the error for a prompt that does not fit into the model's context."""
+    what = "The messages are longer than the model's context."
+    return RequestRejectedError(400, what, "context_length_exceeded", param="messages")
 
 
 def _split(messages: Sequence[Message]) -> tuple[str | None, list[Turn]]:
@@ -106,10 +118,11 @@ def _invalid(what: str) -> RequestRejectedError:
 
 
 def _samplings(request: ChatRequest, limits: RequestLimits) -> list[Sampling]:
+    field = "max_tokens" if request.max_completion_tokens is None else "max_completion_tokens"
     max_tokens = request.max_completion_tokens or request.max_tokens
     if max_tokens is not None and max_tokens > limits.new_tokens:
-        what = f"max_tokens: the limit is {limits.new_tokens}."
-        raise RequestRejectedError(400, what, "too_many_tokens", param="max_tokens")
+        what = f"{field}: the limit is {limits.new_tokens}."
+        raise RequestRejectedError(400, what, "too_many_tokens", param=field)
     choices = request.n or 1
     if choices > limits.choices:
         raise RequestRejectedError(400, f"n: the limit is {limits.choices}.", "too_many_choices", param="n")

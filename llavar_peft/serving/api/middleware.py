@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
-from llavar_peft.serving.api.request_limits import RequestRejectedError
+from llavar_peft.serving.api.request_limits import RequestRejectedError, shutdown_error
 
 Message = MutableMapping[str, Any]
 Scope = MutableMapping[str, Any]
@@ -31,6 +31,8 @@ _WRONG_HOST = (
     "the proxy send the header Host: localhost."
 )
 _PROTECTED = ("/v1/", "/metrics")
+_OWN_PATHS = ("/v1/", "/health/", "/metrics/")
+_SINGLE_HEADERS = (b"host", b"authorization", b"content-type", b"content-encoding", b"origin")
 _COUNTED_PATHS = frozenset({"/v1/chat/completions", "/v1/models", "/health", "/metrics"})
 
 
@@ -95,15 +97,18 @@ class RequestMiddleware:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        request_id, begin, status = uuid.uuid4().hex, time.perf_counter(), 0
+        request_id, begin, status, ended = uuid.uuid4().hex, time.perf_counter(), 0, False
         scope.setdefault("state", {})["request_id"] = request_id
+        if scope["path"].startswith(_OWN_PATHS):  # a redirect would lead to the server's own name and scheme
+            scope["path"] = scope["path"].rstrip("/")
 
         async def send_with_id(message: Message) -> None:
-            nonlocal status
+            nonlocal status, ended
             if message["type"] == "http.response.start":
                 status = message["status"]
                 headers = [*message.get("headers", []), (b"x-request-id", request_id.encode())]
                 message = {**message, "headers": [*headers, (b"x-content-type-options", b"nosniff")]}
+            ended = message["type"] == "http.response.body" and not message.get("more_body", False)
             await send(message)
 
         try:
@@ -112,7 +117,12 @@ class RequestMiddleware:
         except RequestRejectedError as error:
             await _send_error(send_with_id, error, started=bool(status))
         except asyncio.CancelledError:
-            raise
+            # The server cancels what still runs when its time to stop is over. A raised cancellation would be logged
+            # with a traceback, and the client would get status 500, or a stream that breaks off.
+            if status and not ended:
+                await send({"type": "http.response.body", "body": b"", "more_body": False})
+            elif not status:
+                await _send_error(send_with_id, shutdown_error(), started=False)
         except Exception:
             logger.exception("request %s failed", request_id)
             internal = RequestRejectedError(500, f"Internal error. The request ID is {request_id}.", "internal")
@@ -125,13 +135,18 @@ class RequestMiddleware:
 
     def _check(self, scope: Scope) -> None:
         headers = dict(scope["headers"])
+        names = [name for name, _ in scope["headers"]]
+        if any(names.count(name) > 1 for name in _SINGLE_HEADERS):
+            # Programs differ in which of two they use.
+            raise RequestRejectedError(400, "A header that may be given once is given twice.", "duplicate_header")
         if self._hosts is not None:
             host = _HOST.fullmatch(headers.get(b"host", b"").decode("latin-1"))
             if host is None or host[1].lower() not in self._hosts:
                 raise RequestRejectedError(421, _WRONG_HOST, "wrong_host")
         if self._key is None or not scope["path"].startswith(_PROTECTED):
             return
-        if not hmac.compare_digest(headers.get(b"authorization", b""), b"Bearer " + self._key):
+        scheme, _, given = headers.get(b"authorization", b"").partition(b" ")
+        if scheme.lower() != b"bearer" or not hmac.compare_digest(given.strip(), self._key):
             raise RequestRejectedError(401, "The API key is missing or wrong.", "invalid_api_key")
 
 

@@ -8,22 +8,27 @@ import hashlib
 import re
 import threading
 from collections import OrderedDict
-from io import BytesIO
+from urllib.parse import unquote
 
 from PIL import Image
 
-from llavar_peft.data.image_files import decode_image
+from llavar_peft.data.image_files import decode_image, describe_start, read_header
 from llavar_peft.errors import ImageError
 from llavar_peft.inference.fetch_image import FetchRules, fetch
 from llavar_peft.inference.generation_request import PromptImage
 from llavar_peft.models.processing_llavar import LlavarProcessor
 from llavar_peft.serving.api.request_limits import RequestLimits, RequestRejectedError
 
-_DATA_URL = re.compile(r"data:image/[a-z0-9.+-]{1,40}(?:;[a-z0-9=.-]{1,40}){0,3};base64,", re.IGNORECASE)
-_LINE_BREAKS = str.maketrans("", "", "\r\n\t ")
+# Any media type is accepted, because clients often name a wrong one or none; the bytes say what the file is.
+_DATA_URL = re.compile(
+    r"data:(?:[a-z0-9.+-]{1,40}/[a-z0-9.+-]{1,80})?(?:;[a-z0-9=.\"-]{1,40}){0,3};base64,", re.IGNORECASE
+)
+_STANDARD_BASE64 = str.maketrans("-_", "+/", "\r\n\t =")
+"""Removes line breaks and padding, and turns the alphabet of URLs into the usual one."""
 # The formats that browsers and cameras write; decoders of rare formats are an unnecessary risk. Pillow's JPEG plugin
 # opens MPO too. MPO is not listed here: it has no plugin of that name, and Pillow would stop at it.
 _FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
+_DATA_URL_NEEDED = "Images have to be data URLs (data:image/png;base64,...)."
 _PDF = "PDF files are not supported. Send each page as an image."
 _CACHE_SIZE = 64
 _MAX_SCANS = 100
@@ -75,21 +80,22 @@ class RequestImageReader:
         return image
 
     def _data(self, url: str) -> bytes:
+        url = url.strip()
         head = _DATA_URL.match(url)
-        if head is None and url[:40].lower().startswith("data:application/pdf"):
-            raise _unreadable(_PDF)
         if head is None:
             return self._fetch(url)
         if (len(url) - head.end()) * 3 // 4 > self._limits.image_bytes + 2:
             raise RequestRejectedError(413, "An image file is too large.", "image_too_large", param="messages")
         try:
-            return base64.b64decode(url[head.end() :].translate(_LINE_BREAKS), validate=True)
+            text = unquote(url[head.end() :]) if "%" in url else url[head.end() :]
+            digits = text.translate(_STANDARD_BASE64)
+            return base64.b64decode(digits + "=" * (-len(digits) % 4), validate=True)
         except (binascii.Error, ValueError) as error:
             raise _unreadable("The data URL of an image is not valid base64.") from error
 
     def _fetch(self, url: str) -> bytes:
-        if not self._rules.domains:
-            raise _unreadable("Images have to be data URLs (data:image/png;base64,...).")
+        if not self._rules.domains or not url[:8].lower().startswith(("http://", "https://")):
+            raise _unreadable(_DATA_URL_NEEDED)
         try:
             return fetch(url, self._rules)
         except ImageError as error:
@@ -100,14 +106,16 @@ class RequestImageReader:
         if data.startswith(b"%PDF"):
             raise _unreadable(_PDF)
         try:
-            with Image.open(BytesIO(data), formats=_FORMATS) as opened:
+            with read_header(data, _FORMATS) as opened:
                 width, height = opened.size
                 animated = opened.format != "MPO" and int(getattr(opened, "n_frames", 1)) > 1
                 scans = data.count(b"\xff\xda") if opened.format in ("JPEG", "MPO") else 0
         except Image.DecompressionBombError:  # Pillow's limit is higher than ours
             raise self._too_many_pixels() from None
         except Exception as error:
-            raise _unreadable("An image cannot be read. Supported formats are PNG, JPEG, WebP, GIF and BMP.") from error
+            kind = describe_start(data)[0]
+            what = "An image cannot be read" if kind == "not an image" else f"An image is {kind}"
+            raise _unreadable(f"{what}. Supported formats are PNG, JPEG, WebP, GIF and BMP.") from error
         if animated:
             raise _unreadable("An image is an animation. Send the frame that you mean as an image.")
         if scans > _MAX_SCANS:
@@ -118,7 +126,7 @@ class RequestImageReader:
             with self._decoding:
                 return PromptImage.prepare(decode_image(data, "image"), self._processor)
         except ImageError as error:
-            raise _unreadable("An image cannot be read.") from error
+            raise _unreadable("An image cannot be read, because its file is damaged or incomplete.") from error
 
     def _too_many_pixels(self) -> RequestRejectedError:
         what = f"An image has more than {self._limits.pixels // 1_000_000} megapixels."

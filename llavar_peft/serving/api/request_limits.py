@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
 from starlette.requests import ClientDisconnect, Request
@@ -14,7 +17,11 @@ class RequestLimits:
 
     Attributes:
         body_bytes: Size of a request's body.
+        all_bodies_bytes: Memory of all bodies that are received at the same time; further requests get status 429.
         body_seconds: Time to send the body.
+        body_grace_seconds: Time after which a body has to keep to ``body_rate``.
+        body_rate: Slowest average speed of a body, in bytes per second. A client that sends single bytes would hold a
+            connection for the whole ``body_seconds``.
         images: Number of images in a request.
         image_bytes: Size of an image file.
         pixels: Number of pixels of an image, read from its header.
@@ -28,7 +35,10 @@ class RequestLimits:
     """
 
     body_bytes: int = 20_000_000
+    all_bodies_bytes: int = 256_000_000
     body_seconds: float = 30.0
+    body_grace_seconds: float = 5.0
+    body_rate: int = 20_000
     images: int = 4
     image_bytes: int = 20_000_000
     pixels: int = 50_000_000
@@ -68,6 +78,11 @@ class RequestRejectedError(Exception):
         return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
 
 
+def shutdown_error() -> RequestRejectedError:
+    """Return the error for a request whose answer the end of the server interrupts."""
+    return RequestRejectedError(503, "The server is shutting down.", "shutting_down")
+
+
 def busy_error(limits: RequestLimits) -> RequestRejectedError:
     """Return the error for a request that finds the queue full."""
     return RequestRejectedError(
@@ -75,31 +90,74 @@ def busy_error(limits: RequestLimits) -> RequestRejectedError:
     )
 
 
-async def read_body(request: Request, limits: RequestLimits) -> bytes:
-    """Read a request's body, and stop as soon as it is too large or takes too long.
+class BodyBudget:
+    """The memory that bodies of requests take together, in bytes. The API and the page share one.
+
+    Args:
+        limit: The largest number of bytes; further requests get status 429.
+    """
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self._held = 0
+
+    def reserve(self, count: int) -> bool:
+        """Reserve memory, and return whether there was enough."""
+        if self._held + count > self._limit:
+            return False
+        self._held += count
+        return True
+
+    def release(self, count: int) -> None:
+        """Release memory that was reserved."""
+        self._held -= count
+
+
+@asynccontextmanager
+async def receive_body(
+    request: Request, limits: RequestLimits, budget: BodyBudget, *, most_bytes: int | None = None
+) -> AsyncIterator[bytes]:
+    """Read a request's body, which counts in the budget until the context ends.
+
+    Args:
+        request: The request, whose body has not been read.
+        limits: Limits of a request.
+        budget: The memory of all bodies.
+        most_bytes: Size of this body; None is that of the limits.
 
     Raises:
-        RequestRejectedError: The body is too large, too slow or incomplete.
+        RequestRejectedError: The body is too large, too slow or incomplete, or there is no memory for it.
     """
-    too_large = RequestRejectedError(413, f"The body is larger than {limits.body_bytes} bytes.", "body_too_large")
+    most = limits.body_bytes if most_bytes is None else most_bytes
+    too_large = RequestRejectedError(413, f"The body is larger than {most} bytes.", "body_too_large")
     declared = request.headers.get("content-length", "0")
-    if declared.isdigit() and int(declared[:20]) > limits.body_bytes:
+    if declared.isdigit() and int(declared[:20]) > most:
         raise too_large
-
-    async def _read() -> bytes:
-        body = bytearray()
-        async for block in request.stream():
-            body += block
-            if len(body) > limits.body_bytes:
-                raise too_large
-        return bytes(body)
-
+    body, start, blocks = bytearray(), time.monotonic(), request.stream()
     try:
-        return await asyncio.wait_for(_read(), limits.body_seconds)
-    except asyncio.TimeoutError:
-        raise RequestRejectedError(
-            408, f"The body did not arrive within {limits.body_seconds:g} seconds.", "body_too_slow"
-        ) from None
+        while (block := await _next_block(blocks, start, len(body), limits)) is not None:
+            if len(body) + len(block) > most:
+                raise too_large
+            if not budget.reserve(len(block)):
+                raise busy_error(limits)
+            body += block
+        yield bytes(body)
     except ClientDisconnect:
         message = "The connection was closed before the body was complete."
         raise RequestRejectedError(400, message, "body_broken") from None
+    finally:
+        budget.release(len(body))
+
+
+async def _next_block(blocks: AsyncIterator[bytes], start: float, received: int, limits: RequestLimits) -> bytes | None:
+    """Wait for a part of a body, as long as the whole body keeps to the limits of time and speed."""
+    allowed = min(limits.body_seconds, limits.body_grace_seconds + received / limits.body_rate)
+    try:
+        return await asyncio.wait_for(anext(blocks, None), max(0.0, start + allowed - time.monotonic()))
+    except asyncio.TimeoutError:
+        raise RequestRejectedError(
+            408,
+            f"The body did not arrive within {limits.body_seconds:g} seconds, or more slowly than "
+            f"{limits.body_rate / 1000:g} kB per second.",
+            "body_too_slow",
+        ) from None

@@ -10,7 +10,8 @@ from fastapi import Request as HttpRequest
 
 from llavar_peft.errors import LlavarError
 from llavar_peft.inference.generation_request import Answer, Request
-from llavar_peft.serving.api.request_limits import RequestLimits, RequestRejectedError, busy_error
+from llavar_peft.serving.api.chat_messages import context_error
+from llavar_peft.serving.api.request_limits import RequestLimits, RequestRejectedError, busy_error, shutdown_error
 from llavar_peft.serving.api.scheduler import BusyError, Event, Job, Scheduler
 
 
@@ -22,34 +23,40 @@ class ResponseStream:
         requests: One request per answer.
         deadline: The end of the answers' time, by ``time.monotonic``.
         limits: Limits of a request.
+        client: The client that asked, for ``Job``.
 
     Raises:
-        RequestRejectedError: The queue is full, or the prompt is too long.
+        RequestRejectedError: The queue is full, the prompt is too long, or the server shuts down.
     """
 
     def __init__(
-        self, scheduler: Scheduler, requests: Sequence[Request], *, deadline: float, limits: RequestLimits
+        self,
+        scheduler: Scheduler,
+        requests: Sequence[Request],
+        *,
+        deadline: float,
+        limits: RequestLimits,
+        client: str = "",
     ) -> None:
+        self._client = client
         self._loop = asyncio.get_running_loop()
         self._events: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
         self._deadline = deadline
         try:
             self.jobs = [self._job(number, one, scheduler) for number, one in enumerate(requests)]
         except LlavarError:
-            raise RequestRejectedError(
-                400, "The messages are longer than the model's context.", "context_length_exceeded"
-            ) from None
+            raise context_error() from None
         try:
             scheduler.submit(self.jobs)
         except BusyError:
-            raise busy_error(limits) from None
+            raise (shutdown_error() if scheduler.closed else busy_error(limits)) from None
 
     def _job(self, number: int, request: Request, scheduler: Scheduler) -> Job:
         def listen(event: Event) -> None:
             if not self._loop.is_closed():
                 self._loop.call_soon_threadsafe(self._events.put_nowait, (number, event))
 
-        return Job(request, scheduler.engine, listen)
+        return Job(request, scheduler.engine, listen, self._client)
 
     async def events(self) -> AsyncIterator[tuple[int, str | Answer]]:
         """Yield pieces of text and, at the end of each answer, the complete answer.
@@ -69,7 +76,7 @@ class ResponseStream:
                 except asyncio.TimeoutError:
                     raise RequestRejectedError(504, "The answer took too long.", "timeout") from None
                 if isinstance(event, BusyError):
-                    raise RequestRejectedError(503, "The server is shutting down.", "shutting_down")
+                    raise shutdown_error()
                 if isinstance(event, Exception):
                     raise RuntimeError("an answer failed") from event
                 left -= isinstance(event, Answer)

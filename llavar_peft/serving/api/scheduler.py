@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from itertools import groupby
 
@@ -28,13 +28,15 @@ class Job:
     Args:
         request: The prompt and the sampling settings.
         engine: The model.
-        listen: Called from the decoding thread with each event; the last is an ``Answer`` or an exception.
+        listen: Called from any thread with each event; the last is an ``Answer`` or an exception.
+        client: The client that asked; running answers are shared among clients.
 
     Raises:
         DataError: The prompt does not fit into the model's context.
     """
 
-    def __init__(self, request: Request, engine: Engine, listen: Callable[[Event], None]) -> None:
+    def __init__(self, request: Request, engine: Engine, listen: Callable[[Event], None], client: str = "") -> None:
+        self.client = client
         self.row = Row(request, engine, listen)
         self.listen = listen
 
@@ -45,6 +47,10 @@ class Job:
 
 class Scheduler:
     """Accepts jobs from any thread and computes them in one.
+
+    Clients take turns: when there is room, the client with the fewest running answers is next, and of several that
+    whose last turn is longest ago. A client that has
+    nothing in the queue may use a quarter more of it than the others, so that one client cannot keep all others out.
 
     Args:
         engine: The model; nothing else may use it until the scheduler is closed.
@@ -60,6 +66,7 @@ class Scheduler:
         self._waiting: deque[Job] = deque()
         self._running: dict[str | None, list[Job]] = {}
         self._batches: dict[str | None, DecodingBatch] = {}
+        self._turns: dict[str, int] = {}
         self._closed = False
         self._thread = threading.Thread(target=self._run, name="llavar-decoding", daemon=True)
         self._thread.start()
@@ -74,6 +81,19 @@ class Scheduler:
         """Number of answers that are being computed."""
         return sum(len(jobs) for jobs in list(self._running.values()))
 
+    @property
+    def closed(self) -> bool:
+        """Whether the scheduler takes no more jobs."""
+        return self._closed
+
+    def is_full(self, client: str) -> bool:
+        """Return whether the queue has no room for one more answer to a client."""
+        return len(self._waiting) >= self._room_of(client)
+
+    def _room_of(self, client: str) -> int:
+        is_new = all(job.client != client for job in list(self._waiting))
+        return self._max_waiting + (self._max_waiting // 4 if is_new else 0)
+
     def submit(self, jobs: Sequence[Job]) -> None:
         """Put all jobs of a request into the queue, or none.
 
@@ -82,17 +102,23 @@ class Scheduler:
         """
         with self._changed:
             self._waiting = deque(job for job in self._waiting if not job.row.cancelled)
-            if self._closed or len(self._waiting) + len(jobs) > self._max_waiting:
+            room = max((self._room_of(job.client) for job in jobs), default=0)
+            if self._closed or len(self._waiting) + len(jobs) > room:
                 raise BusyError
             self._waiting.extend(jobs)
             self._changed.notify()
 
     def close(self) -> None:
-        """Stop the thread; all jobs that are not complete get a ``BusyError``."""
+        """Stop the thread; all jobs that are not complete get a ``BusyError`` at once, before the last step ends."""
         with self._changed:
             self._closed = True
             self._changed.notify()
+            self._end_all()
         self._thread.join()
+
+    def _end_all(self) -> None:
+        for job in [*self._waiting, *(job for jobs in list(self._running.values()) for job in jobs)]:
+            job.listen(BusyError())
 
     def _run(self) -> None:
         while True:
@@ -106,19 +132,25 @@ class Scheduler:
                 self._join(adapter, list(group))
             for adapter in list(self._running):
                 self._run_batch(adapter, lambda batch: batch.step())
-        for job in [*self._waiting, *(job for jobs in self._running.values() for job in jobs)]:
-            job.listen(BusyError())
+        self._end_all()
         self._waiting.clear()
         self._running.clear()
 
     def _take_waiting(self) -> list[Job]:
-        """Take as many jobs as there is room for, in order; adjacent jobs of one adapter start together."""
+        """Take as many jobs as there is room for; adjacent jobs of one adapter start together."""
+        self._waiting = deque(job for job in self._waiting if not job.row.cancelled)
+        running = Counter(job.client for jobs in self._running.values() for job in jobs)
         taken: list[Job] = []
         room = self._max_rows - self.running
         while self._waiting and len(taken) < room:
-            job = self._waiting.popleft()
-            if not job.row.cancelled:
-                taken.append(job)
+            # The first of several in the queue.
+            job = min(self._waiting, key=lambda one: (running[one.client], self._turns.get(one.client, 0)))
+            self._waiting.remove(job)
+            running[job.client] += 1
+            self._turns[job.client] = max(self._turns.values(), default=0) + 1
+            taken.append(job)
+        present = {*running, *(job.client for job in self._waiting)}
+        self._turns = {client: turn for client, turn in self._turns.items() if client in present}
         return taken
 
     def _join(self, adapter: str | None, jobs: list[Job]) -> None:
@@ -134,16 +166,16 @@ class Scheduler:
             action(self._batches[adapter])
         except Exception as error:
             logger.exception("a batch of %d answers failed", len(jobs))
-            for job in jobs:
-                job.listen(error)
             del self._running[adapter]
             self._batches.pop(adapter, None)
+            for job in jobs:
+                job.listen(error)
             return
-        for job in jobs:
-            if job.row.answer is not None:
-                job.listen(job.row.answer)
         left = [job for job in jobs if job.row.answer is None]
         if left:
             self._running[adapter] = left
         else:
             del self._running[adapter], self._batches[adapter]
+        for job in jobs:  # after they have left, so that their clients find room
+            if job.row.answer is not None:
+                job.listen(job.row.answer)

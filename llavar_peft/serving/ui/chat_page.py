@@ -11,6 +11,7 @@ from collections.abc import AsyncGenerator, Sequence
 from typing import Any, Final
 
 import gradio as gr
+from gradio.data_classes import ImageData
 
 from llavar_peft.serving.ui.page_client import PageClient, PageClientError
 from llavar_peft.serving.ui.page_conversation import Exchange, PageConversation
@@ -32,7 +33,10 @@ def build_page(client: PageClient, examples: Sequence[tuple[str, str]]) -> gr.Bl
     page = gr.Blocks(title="LLaVAR", analytics_enabled=False, delete_cache=(600, _KEEP_FILES))
     with page:
         conversation = gr.State(PageConversation(), time_to_live=_KEEP_FILES)
-        gr.Markdown("# LLaVAR\nUpload an image with text in it, and ask about it.", elem_id="head")
+        gr.Markdown(
+            "# LLaVAR\nUpload an image with text in it, and ask about it. A conversation is about one image.",
+            elem_id="head",
+        )
         with gr.Row():
             model = gr.Dropdown(names, value=names[0], label="Model", min_width=140, elem_id="model")
             other = gr.Dropdown([OFF, *names], value=OFF, label="Compare with", min_width=140, elem_id="other")
@@ -42,9 +46,11 @@ def build_page(client: PageClient, examples: Sequence[tuple[str, str]]) -> gr.Bl
                     label="Image", type="filepath", image_mode=None, sources=["upload", "clipboard"], height=280,
                     buttons=[], elem_id="image",
                 )  # fmt: skip
+                # Only the API opens images, with its limits. Gradio would open any kind of file, such as PostScript.
+                # A subclass is no way: Gradio writes a file beside each module that has one.
+                image.preprocess = _path_of_upload
                 question = gr.Textbox(
-                    label="Question", placeholder="What does the sign say?", lines=1, max_lines=6,
-                    max_length=_MAX_QUESTION, elem_id="question",
+                    label="Question", placeholder="What does the sign say?", lines=1, max_lines=6, elem_id="question",
                 )  # fmt: skip
                 with gr.Row():
                     ask = gr.Button("Ask", variant="primary", min_width=90, elem_id="ask")
@@ -102,6 +108,14 @@ def build_page(client: PageClient, examples: Sequence[tuple[str, str]]) -> gr.Bl
     return page
 
 
+def _path_of_upload(payload: ImageData | None) -> str | None:
+    return None if payload is None else payload.path
+
+
+def _page_error(message: str) -> gr.Error:
+    return gr.Error(message, duration=8, print_exception=False)  # a user's mistake is no fault of the server
+
+
 def _window(side: int, name: str) -> gr.HTML:
     # Not a gr.Chatbot, which renders images and other HTML even with Markdown turned off.
     return gr.HTML(
@@ -137,12 +151,21 @@ class _Answering:
     ) -> AsyncGenerator[tuple[Any, ...], None]:
         """Show the question, then the answers as they arrive; two models answer at the same time."""
         if not question.strip():
-            raise gr.Error("Please write a question.", duration=4)
+            raise _page_error("Please write a question.")
+        # Not `max_length` of the textbox, with which a browser cuts a pasted text silently.
+        if len(question) > _MAX_QUESTION:
+            raise _page_error(
+                f"The question is too long: it has {len(question):,} characters, and {_MAX_QUESTION:,} are the limit. "
+                "Please shorten it."
+            )
         # Not a gr.Number, whose value is 0 when it is empty.
         if seed and not (seed.strip().isascii() and seed.strip().isdigit()):
-            raise gr.Error("The seed must be a whole number.", duration=4)
-        if conversation.image != picture:
+            raise _page_error("The seed must be a whole number.")
+        before = conversation
+        if before.image != picture:
             conversation = PageConversation(picture)  # a conversation is about one image
+        if picture is None and not conversation.exchanges:
+            gr.Info("No image was uploaded, so the model answers without one.", duration=6)
         models = (model,) if other == OFF else (model, other)
         sampling = {"temperature": temperature, "max_tokens": tokens, "seed": int(seed) if seed else None}
         streams = [
@@ -158,10 +181,12 @@ class _Answering:
                 yield conversation, gr.skip(), *_show(conversation, model, other)
         except PageClientError as error:
             conversation.exchanges.remove(exchange)
-            yield conversation, question, *_show(conversation, model, other)
-            raise gr.Error(str(error), duration=8) from None
+            yield before, question, *_show(before, model, other)
+            raise _page_error(str(error)) from None
         finally:
             exchange.done = True
+        if conversation is not before and before.exchanges:
+            gr.Info("A conversation is about one image, so this question has started a new one.", duration=6)
         yield conversation, gr.skip(), *_show(conversation, model, other)
 
 

@@ -49,10 +49,13 @@ def mount_page(app: FastAPI, *, models: Sequence[str], max_tokens: int, api_key:
         ssr_mode=False, enable_monitoring=False, pwa=False, mcp_server=False, root_path=PREFIX,
         theme=make_theme(), css=STYLE,
     )  # fmt: skip
-    app.add_api_route("/", lambda: RedirectResponse(f"{PREFIX}/"), methods=["GET"], include_in_schema=False)
+    app.add_api_route("/", lambda: RedirectResponse(f"{PREFIX}/"), methods=["GET", "HEAD"], include_in_schema=False)
     # `add_middleware` would put the guard outermost. Behind RequestMiddleware, requests that it rejects have an ID and
     # are logged and counted.
-    app.user_middleware.append(Middleware(PageGuard, prefix=PREFIX, files=Path(files.name), api_key=api_key))
+    guard = Middleware(
+        PageGuard, prefix=PREFIX, files=Path(files.name), api_key=api_key, budget=app.state.body_budget
+    )  # fmt: skip
+    app.user_middleware.append(guard)
 
 
 def draw_examples(folder: Path) -> list[tuple[str, str]]:

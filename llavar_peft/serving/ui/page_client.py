@@ -21,6 +21,15 @@ _PATH: Final = "/v1/chat/completions"
 _CANCEL_SECONDS: Final = 5.0  # time that the API has to cancel an answer after the client left
 
 
+_PLAIN_MESSAGES: Final = {
+    "context_length_exceeded": "The question and the conversation are longer than the model can read. "
+    "Please shorten the question, or start a new conversation.",
+    "body_too_large": "The image file is too large. Please upload a smaller one.",
+    "shutting_down": "The server is shutting down. Please ask again later.",
+}
+"""What the page says instead of the API's message, by its code."""
+
+
 class PageClientError(Exception):
     """The API did not answer. The message is shown to the user."""
 
@@ -168,6 +177,7 @@ def _error_message(status: int, headers: dict[bytes, bytes], body: bytes) -> str
         seconds = headers.get(b"retry-after", b"").decode("latin-1")
         return f"The server is busy. Please try again{f' in {seconds} seconds' if seconds.isdigit() else ' soon'}."
     try:
-        return str(json.loads(body)["error"]["message"])
-    except (ValueError, LookupError, TypeError):
+        error = json.loads(body)["error"]
+        return _PLAIN_MESSAGES.get(error.get("code"), str(error["message"]))
+    except (ValueError, LookupError, TypeError, AttributeError):
         return f"The server could not answer ({status})."

@@ -21,9 +21,12 @@ from urllib.parse import urlsplit
 from starlette.requests import Request
 
 from llavar_peft.serving.api.middleware import App, Message, Receive, Scope, Send
-from llavar_peft.serving.api.request_limits import RequestLimits, RequestRejectedError, read_body
+from llavar_peft.serving.api.request_limits import BodyBudget, RequestLimits, RequestRejectedError, receive_body
 
 logger = logging.getLogger(__name__)
+
+_LONGEST_JSON: Final = 1_000_000
+"""Bytes of a body that is no upload. It names uploaded files and holds a question; as objects it takes more memory."""
 
 _API: Final = "/gradio_api/"
 _ALLOWED_PATHS: Final = re.compile(
@@ -54,9 +57,14 @@ class PageGuard:
         prefix: The page's path, e.g. ``/ui``.
         files: The folder of uploads and examples, the only one whose files are served and accepted.
         api_key: The required key; None requires none.
+        budget: The memory of all bodies, shared with the API.
     """
 
-    def __init__(self, app: App, *, prefix: str, files: Path, api_key: str | None) -> None:
+    def __init__(
+        self, app: App, *, prefix: str, files: Path, api_key: str | None, budget: BodyBudget | None = None
+    ) -> None:
+        self._limits = RequestLimits()
+        self._budget = budget or BodyBudget(self._limits.all_bodies_bytes)
         self._app = app
         self._prefix = prefix
         self._files = files.resolve()
@@ -70,16 +78,18 @@ class PageGuard:
             return
         try:
             self._check(scope)
-            if scope["method"] not in ("GET", "HEAD"):
-                # Read the body here: Gradio sets no limit to it.
-                body = await read_body(Request(scope, receive), RequestLimits())
-                is_upload = path[len(self._prefix) :].rstrip("/") == f"{_API}upload"
-                receive = _replay(body if is_upload else self._check_files(body), receive)
+            if scope["method"] in ("GET", "HEAD"):
+                await self._app(self._with_bearer(scope), receive, _add_headers(send))
+                return
+            # Read the body here: Gradio sets no limit to it.
+            is_upload = path[len(self._prefix) :].rstrip("/") == f"{_API}upload"
+            most = None if is_upload else _LONGEST_JSON
+            async with receive_body(Request(scope, receive), self._limits, self._budget, most_bytes=most) as body:
+                replayed = _replay(body if is_upload else self._check_files(body), receive)
+                await self._app(self._with_bearer(scope), replayed, _add_headers(send))
         except RequestRejectedError as error:
             logger.info("request %s rejected: %s", scope["state"]["request_id"], error.message)
             await _send_error(send, error)
-            return
-        await self._app(self._with_bearer(scope), receive, _add_headers(send))
 
     def _check(self, scope: Scope) -> None:
         headers = {name.lower(): value for name, value in scope["headers"]}
