@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
+import shutil
 from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import CLIPVisionModel, LlamaForCausalLM
 
 from llavar_peft import DataConfig, Full, ModelConfig, OptimConfig, Recipe, Stage
 from llavar_peft.recipe.recipe_yaml import dump_recipe
@@ -26,14 +29,32 @@ def simulation(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Simulation]
 
 
 @pytest.fixture(scope="session")
-def base_recipe(tiny_model: ModelConfig, tiny_data: Path) -> Recipe:  # noqa: F811
+def short_model(tiny_model: ModelConfig, tmp_path_factory: pytest.TempPathFactory) -> ModelConfig:  # noqa: F811
+    """Return the tiny model with fewer layers: an operation on the simulated device takes long, however small it is."""
+    folder = tmp_path_factory.mktemp("short")
+    language_model = LlamaForCausalLM.from_pretrained(tiny_model.language_model)
+    tower = CLIPVisionModel.from_pretrained(tiny_model.vision_tower)
+    for config, layers in ((language_model.config, language_model.model.layers), (tower.config, tower.encoder.layers)):
+        config.num_hidden_layers = 2
+        del layers[2:]
+    for source, model in ((tiny_model.language_model, language_model), (tiny_model.vision_tower, tower)):
+        part = folder / Path(str(source)).name
+        shutil.copytree(str(source), part)
+        model.save_pretrained(part)
+    return dataclasses.replace(
+        tiny_model, language_model=str(folder / "language_model"), vision_tower=str(folder / "vision_tower")
+    )
+
+
+@pytest.fixture(scope="session")
+def base_recipe(short_model: ModelConfig, tiny_data: Path) -> Recipe:  # noqa: F811
     """Return a recipe that ``small_recipe`` makes runs of."""
     data = DataConfig(records=str(tiny_data / "records.json"), images=str(tiny_data / "images"), holdout=2, workers=0)
     stage = Stage(
         name="only", data=data, tune=Full(), optim=OptimConfig(learning_rate=1e-3), global_batch_size=4,
         micro_batch_size=2, max_length=1024,
     )  # fmt: skip
-    return Recipe(model=tiny_model, stages=(stage, stage), output_dir="unused", seed=3)
+    return Recipe(model=short_model, stages=(stage, stage), output_dir="unused", seed=3)
 
 
 @pytest.fixture(scope="session")

@@ -1,8 +1,8 @@
 """Starts training at 7B and 13B shapes on fake ranks, and prints one rank's host memory, in bytes.
 
-Run by ``test_host_memory.py`` as ``host_memory.py LAYERS RANKS,SIZE,TUNE...``; 0 layers are all of the model's. In place
-of the files, which the ranks of a node map together, are tensors that share the memory of one number; in place of the
-GPU is the device ``meta``. Each case runs in a process of its own, forked after all imports.
+Run by ``test_host_memory.py`` as ``host_memory.py LAYERS RANKS,SIZE,TUNE...``; 0 layers are all of the model's. In
+place of the files, which the ranks of a node map together, are tensors that share the memory of one number; in place of
+the GPU is the device ``meta``. Each case runs in a process of its own, forked after all imports.
 """
 
 from __future__ import annotations

@@ -13,8 +13,8 @@ import pytest
 MOST = 1.2
 """Copies of the stored model per node."""
 LAYERS = 8
-"""Of the language model. What a rank needs beside its shards weighs more in a shorter model, so that the limit is tighter
-than at full depth."""
+"""Of the language model. What a rank needs beside its shards weighs more in a shorter model, so that the limit is
+tighter than at full depth."""
 CASES = ("8,13b,full", "8,7b,lora", "8,7b,ddp", "16,7b,stage1")
 PER_NODE = 8
 PLAIN = {"OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
