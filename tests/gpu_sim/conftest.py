@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import dataclasses
-import shutil
 from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import CLIPVisionModel, LlamaForCausalLM
 
 from llavar_peft import DataConfig, Full, ModelConfig, OptimConfig, Recipe, Stage
 from llavar_peft.recipe.recipe_yaml import dump_recipe
 from tests.gpu_sim.recipes import TUNES, small_recipe
 from tests.gpu_sim.simulation import Simulation
 from tests.gpu_sim.training_cases import TrainedRun, train_recipe
-from tests.training.conftest import tiny_data, tiny_model  # noqa: F401 - fixtures
+from tests.training.conftest import short_model, tiny_data, tiny_model  # noqa: F401 - fixtures
 
 
 @pytest.fixture(scope="session")
@@ -26,24 +23,6 @@ def simulation(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Simulation]
     process = Simulation(tmp_path_factory.mktemp("gpu_sim") / "log.txt")
     yield process
     process.close()
-
-
-@pytest.fixture(scope="session")
-def short_model(tiny_model: ModelConfig, tmp_path_factory: pytest.TempPathFactory) -> ModelConfig:  # noqa: F811
-    """Return the tiny model with fewer layers: an operation on the simulated device takes long, however small it is."""
-    folder = tmp_path_factory.mktemp("short")
-    language_model = LlamaForCausalLM.from_pretrained(tiny_model.language_model)
-    tower = CLIPVisionModel.from_pretrained(tiny_model.vision_tower)
-    for config, layers in ((language_model.config, language_model.model.layers), (tower.config, tower.encoder.layers)):
-        config.num_hidden_layers = 2
-        del layers[2:]
-    for source, model in ((tiny_model.language_model, language_model), (tiny_model.vision_tower, tower)):
-        part = folder / Path(str(source)).name
-        shutil.copytree(str(source), part)
-        model.save_pretrained(part)
-    return dataclasses.replace(
-        tiny_model, language_model=str(folder / "language_model"), vision_tower=str(folder / "vision_tower")
-    )
 
 
 @pytest.fixture(scope="session")
