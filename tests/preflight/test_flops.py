@@ -31,6 +31,7 @@ TUNES: dict[str, Tune] = {
     "full": Full(),
     "lora": Lora(rank=8, dropout=0.05),
     "attention": Lora(rank=8, target="attention"),
+    "adapters-alone": Lora(rank=8, dropout=0.05, train_projector=False, train_image_rows=False),
     "dora": Lora(rank=8, dropout=0.0, variant="dora"),
     "dora-dropout": Lora(rank=8, dropout=0.05, variant="dora"),
 }
