@@ -206,7 +206,8 @@ def test_two_shards_equal_one_process(
             copy = (tmp_path / "larger/model.safetensors").stat().st_size
             seen = [json.loads((tmp_path / f"{name}.{rank}.json").read_text())["memory"] for rank in (0, 1)]
             # With a whole copy, from which it takes its half, each rank would need at least one and a half.
-            assert 0.8 * copy < sum(seen) < 1.8 * copy, (seen, copy)
+            # Memory that earlier runs of the process have freed is not counted.
+            assert 0.3 * copy < sum(seen) < 1.8 * copy, (seen, copy)
         if way in ("refused", "memory") or kind == "dora":
             continue
         whole = tmp_path / "whole" / kind
