@@ -5,6 +5,7 @@ A fresh interpreter takes longer to import torch and transformers than most comm
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import sys
@@ -58,6 +59,7 @@ def _run_in_child(function: Callable[..., None], argument: object, folder: Path,
         os.dup2(os.open(stream, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
     sys.stdout, sys.stderr = (open(number, "w", encoding="utf-8", closefd=False) for number in (1, 2))  # noqa: SIM115
     os.chdir(folder)
+    gc.freeze()  # a child that collects garbage would copy all pages of the modules
     # Start processes as a fresh interpreter does; otherwise each of them would import everything.
     multiprocessing.set_start_method(_DEFAULT, force=True)
     function(argument)

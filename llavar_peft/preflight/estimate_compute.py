@@ -88,6 +88,7 @@ def flops_per_step(config: LlavarConfig, stage: Stage, counts: Counts, lengths: 
     layers = attention + linear + 2.5 * attention + linear * (2.0 if isinstance(stage.tune, Full) else 1.0)
     if isinstance(stage.tune, Lora):
         layers += _adapter_flops(config, stage, stage.tune, counts, lengths)
+        layers -= _without_input_gradients(stage, stage.tune, counts, lengths)
     if stage.gradient_checkpointing is True:
         layers += attention + linear - _not_recomputed(config, stage.tune, counts, lengths)
     text_length = max(0.0, lengths.mean - lengths.images * config.image_seq_length)
@@ -111,6 +112,21 @@ def _adapter_flops(config: LlavarConfig, stage: Stage, tune: Lora, counts: Count
     share = layers * sum(height * width for height, width in shapes) / counts.linear
     again = (6.0 if recomputes else 4.0) * counts.linear * share * lengths.mean
     return added + (again if tune.dropout > 0 else 0.0)
+
+
+def _without_input_gradients(stage: Stage, tune: Lora, counts: Counts, lengths: RecordLengths) -> float:
+    """Return the operations for gradients of the first layer's inputs, where nothing before that layer is trained.
+
+    Gradient checkpointing computes them nevertheless.
+    """
+    if tune.train_projector or tune.train_image_rows or stage.gradient_checkpointing is not False:
+        return 0.0
+    widths = sum(
+        height * width + (tune.rank * width if name in counts.adapted else 0)
+        for name, (height, width) in counts.matrices.items()
+        if name.startswith("self_attn.") and not name.startswith("self_attn.o_proj.")
+    )
+    return 2.0 * widths * lengths.mean
 
 
 def _not_recomputed(config: LlavarConfig, tune: Tune, counts: Counts, lengths: RecordLengths) -> float:

@@ -27,6 +27,8 @@ logger = logging.getLogger(__name__)
 
 _RESERVE = 0.1
 """Share of the free memory that is not used: for fragmentation, and for allocations of libraries."""
+_ZERO_LIVE = 10**9
+"""Number of gathered parameters that ZeRO-3 keeps (DeepSpeed's default of ``stage3_max_live_parameters``)."""
 _BACKWARD = 2
 """Number of layers' activations that the backward pass through one layer needs in addition to those kept."""
 
@@ -42,7 +44,7 @@ class Recomputation:
 
     Attributes:
         cost: What a layer keeps, once it was measured.
-        gathered: Bytes of a layer's weights as FSDP gathers them; 0 without FSDP.
+        gathered: Bytes of a layer's weights as FSDP or ZeRO-3 gathers them; 0 without either.
     """
 
     def __init__(
@@ -91,19 +93,21 @@ class Recomputation:
         return max(0, min(layers, int(room / (cost.kept(tokens) - cost.input_per_token * tokens))))
 
     def _gathered_buffers(self) -> float:
-        """Return the bytes of whole weights and gradients that FSDP holds during a backward pass; 0 without FSDP.
+        """Return the bytes of whole weights and gradients that a backward pass gathers; 0 without FSDP and ZeRO-3.
 
         Two layers are gathered, the one in progress and the next one, while the gradients of the layer before are on
-        their way to other ranks. The parts outside the layers, except the input embeddings, stay gathered from the
-        forward pass on.
+        their way to other ranks. With FSDP, the parts outside the layers, except the input embeddings, stay gathered
+        from the forward pass on. ZeRO-3 releases weights when more than ``_ZERO_LIVE`` are gathered.
         """
         if not self.gathered:
             return 0.0
         layer = list(self.layers[-1].parameters())
-        numbers, trained = (sum(one.numel() for one in layer if one.requires_grad or every) for every in (True, False))
-        outside = sum(one.numel() for one in self._model.parameters()) - numbers * len(self.layers)
-        outside -= self._model.get_input_embeddings().weight.numel()
-        return float(self.gathered * (2 * numbers + trained + outside) / numbers)
+        numbers, trained = (sum(_numel(one) for one in layer if one.requires_grad or every) for every in (True, False))
+        total = sum(map(_numel, self._model.parameters()))
+        live = 2 * numbers + total - numbers * len(self.layers) - _numel(self._model.get_input_embeddings().weight)
+        if _is_partitioned(layer[0]):
+            live = max(2 * numbers, min(total, _ZERO_LIVE))
+        return float(self.gathered * (live + trained) / numbers)
 
     @contextmanager
     def measure(self, tokens: int) -> Iterator[None]:
@@ -118,12 +122,12 @@ class Recomputation:
         layer, saved = self.layers[-1], _SavedTensors()
         stack = ExitStack()
 
-        sharded = any(isinstance(one, DTensor) for one in layer.parameters())
+        sharded = any(isinstance(one, DTensor) or _is_partitioned(one) for one in layer.parameters())
 
         def start(_: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
             saved.exclude_parameters(layer)
-            # FSDP has gathered the layer by now, in the number format of the computation.
-            self.gathered = sum(one.numel() * one.element_size() for one in layer.parameters()) if sharded else 0
+            # FSDP has gathered the layer by now, in the number format of the computation; ZeRO-3 gathers it soon.
+            self.gathered = sum(_numel(one) * one.element_size() for one in layer.parameters()) if sharded else 0
             hidden = arguments[0] if arguments else keywords["hidden_states"]
             saved.input_bytes = hidden.numel() * hidden.element_size()
             stack.enter_context(torch.autograd.graph.saved_tensors_hooks(saved.add, lambda tensor: tensor))
@@ -181,6 +185,16 @@ def _language_layers(model: nn.Module) -> list[GradientCheckpointingLayer]:
         for name, module in model.named_modules()
         if isinstance(module, GradientCheckpointingLayer) and "language_model.layers." in name
     ]
+
+
+def _is_partitioned(parameter: Tensor) -> bool:
+    """Whether a parameter is one of ZeRO-3, which is empty while it is not gathered."""
+    return hasattr(parameter, "ds_numel")
+
+
+def _numel(parameter: Tensor) -> int:
+    """Return the number of elements of a whole parameter."""
+    return int(getattr(parameter, "ds_numel", parameter.numel()))
 
 
 def _local(tensor: Tensor) -> Tensor:

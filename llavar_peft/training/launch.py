@@ -75,12 +75,14 @@ def _sharding_faults(recipe: Recipe, stage: Stage, sharding: Sharding) -> Iterat
     where = f"stages.{stage.name}"
     if isinstance(stage.tune, Lora) and stage.tune.variant == "pissa":
         yield Fault(f"{where}.tune.variant", "pissa cannot be sharded", "use lora, or DDP")
+    if stage.optim.optimizer != "adamw":
+        # Its states are blocks of 8-bit numbers of a whole tensor: bitsandbytes has no kernels for FSDP's shards, and
+        # in ZeRO's flat partitions small tensors would lose the 32-bit states that bitsandbytes gives them.
+        engine = "FSDP" if sharding == "fsdp2" else "ZeRO"
+        what = f"{engine} cannot shard the states of {stage.optim.optimizer}"
+        yield Fault(f"{where}.optim.optimizer", what, f"use adamw, whose states {engine} shards, or DDP")
     if sharding != "fsdp2":
         return
-    if stage.optim.optimizer != "adamw":
-        # Its states are blocks of 8-bit numbers of the whole tensor; bitsandbytes has no kernels for sharded tensors.
-        what = f"FSDP cannot shard the states of {stage.optim.optimizer}"
-        yield Fault(f"{where}.optim.optimizer", what, "use adamw, whose states FSDP shards, or DDP")
     if recipe.model.quantize == "int8":
         # bitsandbytes keeps the scales and the weights outside the parameters.
         yield Fault("model.quantize", "FSDP cannot shard int8 weights", "use nf4, or DDP")

@@ -46,13 +46,13 @@ def memory_remedies(stage: Stage, model: ModelConfig, *, ranks: int) -> list[str
         found.append(f"set max_tokens: {stage.max_length}")
     elif several:
         found.append(f"set micro_batch_size: {stage.micro_batch_size // 2} (global_batch_size can stay)")
-    # Sharding divides the states already, and FSDP cannot shard those of 8 bits.
+    # Sharding divides the states already, and those of 8 bits cannot be sharded.
     if stage.optim.optimizer == "adamw" and uses_gpu() and sharding is None:
         found.append("set optim.optimizer: paged_adamw_8bit")
     if isinstance(stage.tune, Full):
         found.append(_SHARD[sharding is not None] if ranks > 1 else "set tune: lora")
-    # PiSSA is rejected on a quantized base, and ZeRO does not partition one.
-    if isinstance(stage.tune, Lora) and stage.tune.variant != "pissa" and model.quantize is None and sharding != "zero":
+    # PiSSA is rejected on a quantized base.
+    if isinstance(stage.tune, Lora) and stage.tune.variant != "pissa" and model.quantize is None:
         found.append("set model.quantize: nf4")
     if stage.max_length > 1024:
         found.append(f"set max_length: {stage.max_length // 2}")

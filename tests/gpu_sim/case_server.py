@@ -6,6 +6,7 @@ on the original standard output, ``{"result": ...}`` or ``{"traceback": "..."}``
 
 from __future__ import annotations
 
+import gc
 import importlib
 import json
 import os
@@ -35,6 +36,7 @@ def main() -> None:
     library_support.announce_device()
     simulated_device.install()
     library_support.support_half_precision()
+    gc.freeze()  # each stage collects garbage twice
     for line in sys.stdin:
         answers.write(json.dumps(answer(json.loads(line))) + "\n")
         answers.flush()

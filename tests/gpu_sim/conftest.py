@@ -14,7 +14,7 @@ from llavar_peft.recipe.recipe_yaml import dump_recipe
 from tests.gpu_sim.recipes import TUNES, small_recipe
 from tests.gpu_sim.simulation import Simulation
 from tests.gpu_sim.training_cases import TrainedRun, train_recipe
-from tests.training.conftest import tiny_data, tiny_model  # noqa: F401 - fixtures
+from tests.training.conftest import short_model, tiny_data, tiny_model  # noqa: F401 - fixtures
 
 
 @pytest.fixture(scope="session")
@@ -26,14 +26,14 @@ def simulation(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Simulation]
 
 
 @pytest.fixture(scope="session")
-def base_recipe(tiny_model: ModelConfig, tiny_data: Path) -> Recipe:  # noqa: F811
+def base_recipe(short_model: ModelConfig, tiny_data: Path) -> Recipe:  # noqa: F811
     """Return a recipe that ``small_recipe`` makes runs of."""
     data = DataConfig(records=str(tiny_data / "records.json"), images=str(tiny_data / "images"), holdout=2, workers=0)
     stage = Stage(
         name="only", data=data, tune=Full(), optim=OptimConfig(learning_rate=1e-3), global_batch_size=4,
         micro_batch_size=2, max_length=1024,
     )  # fmt: skip
-    return Recipe(model=tiny_model, stages=(stage, stage), output_dir="unused", seed=3)
+    return Recipe(model=short_model, stages=(stage, stage), output_dir="unused", seed=3)
 
 
 @pytest.fixture(scope="session")

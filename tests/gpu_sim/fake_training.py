@@ -86,11 +86,16 @@ class Case:
 PARTS = ("before", "forward", "first half of backward", "second half of backward", "optimizer")
 
 
-def track_peaks(case: Case) -> dict[str, float]:
-    """Return the peak of each part of a step in bytes, of the whole model."""
+def track_peaks(case: Case, depth: int | None = None) -> dict[str, float]:
+    """Return the peak of each part of a step in bytes, from those of two short models.
+
+    Args:
+        case: The run.
+        depth: Number of layers of the language model; None means all.
+    """
     few, many = _SHORT[case.gpus > 1]
     shorter, longer = track_layers(case, few), track_layers(case, many)
-    depth = config_without_weights(case.model).text_config.num_hidden_layers
+    depth = depth or config_without_weights(case.model).text_config.num_hidden_layers
     return {part: shorter[part] + (longer[part] - shorter[part]) * (depth - few) / (many - few) for part in PARTS}
 
 

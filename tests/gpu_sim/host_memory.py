@@ -1,7 +1,8 @@
 """Starts training at 7B and 13B shapes on fake ranks, and prints one rank's host memory, in bytes.
 
-Run by ``test_host_memory.py`` as ``host_memory.py RANKS SIZE,TUNE...``. In place of the files, which the ranks of a
-node map together, are tensors that share the memory of one number; in place of the GPU is the device ``meta``.
+Run by ``test_host_memory.py`` as ``host_memory.py LAYERS RANKS,SIZE,TUNE...``; 0 layers are all of the model's. In
+place of the files, which the ranks of a node map together, are tensors that share the memory of one number; in place of
+the GPU is the device ``meta``. Each case runs in a process of its own, forked after all imports.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import traceback
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -29,7 +31,12 @@ from llavar_peft.recipe.schema import Full, Lora, ModelConfig, Projector
 from llavar_peft.training import read_shards
 from llavar_peft.weights.io.joined_rows import JoinedRows
 
-TUNES = {"stage1": Projector(), "full": Full(), "lora": Lora(rank=64, alpha=128, train_image_rows=True)}
+TUNES = {
+    "stage1": Projector(),
+    "full": Full(),
+    "lora": Lora(rank=64, alpha=128, train_image_rows=True),
+    "dora": Lora(rank=64, alpha=128, variant="dora"),
+}
 GPU = torch.device("meta")
 
 
@@ -69,11 +76,12 @@ def stored_parts(config: LlavarConfig) -> tuple[SimpleNamespace, int]:
     return parts, sum(2 * tensor.numel() for tensor in tensors.values())
 
 
-def measure(case: str, accelerator: Accelerator) -> dict[str, Any]:
+def measure(size: str, tune: str, layers: int, accelerator: Accelerator) -> dict[str, Any]:
     """Return one rank's peak before and while it reads, and the bytes of one copy of the model."""
-    size, tune = case.split(",")
     source = ModelConfig(language_model=f"vicuna-{size}", vision_tower="clip-vit-large-patch14-336", dtype="bfloat16")
-    parts, copy = stored_parts(config_without_weights(source))
+    config = config_without_weights(source)
+    config.text_config.num_hidden_layers = layers or config.text_config.num_hidden_layers
+    parts, copy = stored_parts(config)
     memory, before = HostMemory(), [0]
     copy_rows = PendingWeights.copy_rows
 
@@ -95,10 +103,10 @@ def measure(case: str, accelerator: Accelerator) -> dict[str, Any]:
             # A shard on ``meta`` is one on the GPU: nothing is left to check.
             with patch.object(read_shards, "_check_filled"):
                 read_shards.shard_pending(apply_tuning(model, TUNES[tune]), accelerator, "fsdp2")
-    return {"case": case, "before": before[0], "reading": memory.peak, "copy": copy}
+    return {"before": before[0], "reading": memory.peak, "copy": copy}
 
 
-def main(ranks: int, cases: list[str]) -> None:
+def _start_ranks(ranks: int) -> Accelerator:
     os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": str(ranks)}
     os.environ |= {
         "MASTER_ADDR": "localhost",
@@ -112,10 +120,26 @@ def main(ranks: int, cases: list[str]) -> None:
     accelerator = Accelerator(cpu=True)
     enable_fsdp_on_cpu(accelerator)
     accelerator.state.device = GPU
+    return accelerator
+
+
+def main(layers: int, cases: list[str]) -> None:
+    import peft  # noqa: F401 - for the children
+
     building.register()
     for case in cases:
-        print(json.dumps(measure(case, accelerator)), flush=True)  # noqa: T201
-    os._exit(0)
+        child = os.fork()
+        if child == 0:
+            try:
+                ranks, size, tune = case.split(",")
+                found = measure(size, tune, layers, _start_ranks(int(ranks)))
+                print(json.dumps({"case": case, **found}), flush=True)  # noqa: T201
+            except BaseException:  # noqa: BLE001 - the child must exit here
+                traceback.print_exc()
+                os._exit(1)
+            os._exit(0)
+        if os.waitpid(child, 0)[1]:
+            raise SystemExit(f"{case} failed")
 
 
 if __name__ == "__main__":

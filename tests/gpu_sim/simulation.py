@@ -9,11 +9,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from tests.accelerate_examples import launch_environment
+
 ROOT = Path(__file__).parents[2]
 
 
 class Simulation:
-    """A process with the simulated device, which is started with the first case.
+    """A process with the simulated device, started with the first case as ``examples/accelerate/one_gpu.yaml`` says.
 
     A case is a function that takes and returns what JSON can hold. It runs once for the same arguments, so that several
     tests can look at one run.
@@ -49,10 +51,11 @@ class Simulation:
 
     def _ask(self, request: str) -> Any:
         if self._process is None:
+            environment = {**os.environ, **launch_environment("one_gpu.yaml"), "OMP_NUM_THREADS": "1"}
             with self.log.open("w") as log:
                 self._process = subprocess.Popen(
                     [sys.executable, "-m", "tests.gpu_sim.case_server"],
-                    cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, text=True,
+                    cwd=ROOT, env=environment, text=True,
                     stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log,
                 )  # fmt: skip
         assert self._process.stdin is not None

@@ -31,6 +31,7 @@ TUNES: dict[str, Tune] = {
     "full": Full(),
     "lora": Lora(rank=8, dropout=0.05),
     "attention": Lora(rank=8, target="attention"),
+    "adapters-alone": Lora(rank=8, dropout=0.05, train_projector=False, train_image_rows=False),
     "dora": Lora(rank=8, dropout=0.0, variant="dora"),
     "dora-dropout": Lora(rank=8, dropout=0.05, variant="dora"),
 }
@@ -109,7 +110,7 @@ def test_a_small_model(tune: Tune, recompute: bool) -> None:
     labels = torch.where(ids == 200, IGNORE_INDEX, ids)
     batch = {"input_ids": ids, "labels": labels, "lengths": lengths, "pixel_values": torch.zeros(2, 3, 56, 56)}
     counted = _count(lambda: supervised_loss(trained, batch)[0], _tower_attention(config, 2))
-    assert _estimate(config, tune, recompute, lengths) == pytest.approx(counted, rel=0.02)
+    assert _estimate(config, tune, recompute, lengths) == pytest.approx(counted, rel=0.005)
 
 
 def _to_fake(root: torch.nn.Module) -> None:

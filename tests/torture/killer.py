@@ -9,6 +9,7 @@ Run by ``test_kills.py`` as ``killer.py RECIPE COUNT SEED``.
 from __future__ import annotations
 
 import dataclasses
+import gc
 import json
 import os
 import random
@@ -74,6 +75,7 @@ def _wait(child: int, seconds: float | None) -> int | None:
 
 def main(path: str, count: int, seed: int) -> None:
     """Kill ``count`` times, and start again whenever a run finished."""
+    gc.freeze()  # a child that collects garbage would copy all pages of the modules
     torch.set_num_threads(1)  # a forked child has no threads of its parent
     recipe = load_recipe(path)
     draw = random.Random(seed)

@@ -14,12 +14,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from llavar_peft import Full, Lora, Projector, Recipe
+from llavar_peft import Full, Lora, ModelConfig, Projector, Recipe
 from llavar_peft.recipe.recipe_yaml import dump_recipe
 from llavar_peft.recipe.schema import Tune
-from tests.training.conftest import tiny_data, tiny_model, tiny_recipe
+from tests.training.conftest import short_model, tiny_data, tiny_model, tiny_recipe
 
-__all__ = ["tiny_data", "tiny_model", "tiny_recipe"]
+__all__ = ["short_model", "tiny_data", "tiny_model", "tiny_recipe"]
 
 KILLS = int(os.environ.get("LLAVAR_TORTURE_KILLS", "20"))
 KINDS: dict[str, tuple[Tune, str | None, int]] = {
@@ -39,13 +39,15 @@ def _figures(run: Path) -> list[tuple[Any, ...]]:
 @pytest.mark.torture
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="kills forked processes")
 @pytest.mark.parametrize("kind", KINDS)
-def test_kills_at_random_moments_do_not_change_the_result(kind: str, tiny_recipe: Recipe, tmp_path: Path) -> None:
+def test_kills_at_random_moments_do_not_change_the_result(
+    kind: str, short_model: ModelConfig, tiny_recipe: Recipe, tmp_path: Path
+) -> None:
     tune, quantize, workers = KINDS[kind]
     stage = tiny_recipe.stages[0]
     stage = dataclasses.replace(
         stage, tune=tune, epochs=2, save_every_steps=1, data=dataclasses.replace(stage.data, workers=workers)
     )
-    model = dataclasses.replace(tiny_recipe.model, quantize=quantize)
+    model = dataclasses.replace(short_model, quantize=quantize)
     run = tmp_path / "run"
     recipe = dataclasses.replace(tiny_recipe, model=model, stages=(stage,), output_dir=str(run))
     (tmp_path / "recipe.yaml").write_text(dump_recipe(recipe))

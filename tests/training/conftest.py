@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
+import shutil
 from importlib.resources import files
 from pathlib import Path
 
 import pytest
+from transformers import CLIPVisionModel, LlamaForCausalLM
 
 from llavar_peft import DataConfig, Full, ModelConfig, OptimConfig, ProbeConfig, Projector, Recipe, Stage
 from llavar_peft.datagen.synth.synth_settings import SynthSettings
@@ -17,6 +20,24 @@ def tiny_model() -> ModelConfig:
     parts = Path(str(files("llavar_peft") / "assets/tiny"))
     return ModelConfig(
         language_model=str(parts / "language_model"), vision_tower=str(parts / "vision_tower"), dtype="float32"
+    )
+
+
+@pytest.fixture(scope="session")
+def short_model(tiny_model: ModelConfig, tmp_path_factory: pytest.TempPathFactory) -> ModelConfig:
+    """Return the tiny model with fewer layers, for runs whose time depends on the number of operations."""
+    folder = tmp_path_factory.mktemp("short")
+    language_model = LlamaForCausalLM.from_pretrained(tiny_model.language_model)
+    tower = CLIPVisionModel.from_pretrained(tiny_model.vision_tower)
+    for config, layers in ((language_model.config, language_model.model.layers), (tower.config, tower.encoder.layers)):
+        config.num_hidden_layers = 2
+        del layers[2:]
+    for source, model in ((tiny_model.language_model, language_model), (tiny_model.vision_tower, tower)):
+        part = folder / Path(str(source)).name
+        shutil.copytree(str(source), part)
+        model.save_pretrained(part)
+    return dataclasses.replace(
+        tiny_model, language_model=str(folder / "language_model"), vision_tower=str(folder / "vision_tower")
     )
 
 

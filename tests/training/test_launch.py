@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
+from transformers import training_args
 from transformers.training_args import ParallelMode
 
 from llavar_peft import Lora, Recipe, build_model
@@ -18,7 +21,7 @@ from llavar_peft.models.build_model import resolve_dtype
 from llavar_peft.models.launch_environment import claim_device
 from llavar_peft.preflight.doctor_devices import check_devices
 from llavar_peft.recipe.schema import Full
-from llavar_peft.training import dry_run, launch, out_of_memory, stage_arguments, trainer
+from llavar_peft.training import dry_run, launch, out_of_memory, trainer
 from llavar_peft.training.launch import start_processes
 from llavar_peft.training.out_of_memory import memory_remedies
 from llavar_peft.training.stage_arguments import resolve_precision, training_arguments
@@ -48,6 +51,14 @@ def _set_capability(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int]
     monkeypatch.setattr(torch.cuda, "_check_bf16_tensor_supported", lambda *_: True)
 
 
+@pytest.fixture
+def new_state() -> Iterator[None]:
+    """Let transformers and accelerate look for the device again, before the test and after it."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
 def _set(monkeypatch: pytest.MonkeyPatch, variables: dict[str, str]) -> None:
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
@@ -56,11 +67,8 @@ def _set(monkeypatch: pytest.MonkeyPatch, variables: dict[str, str]) -> None:
 # -- one process, one device ------------------------------------------------------------------------------------------
 
 
-def test_one_process_that_sees_eight_gpus_trains_on_one(
-    tiny_recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(stage_arguments, "uses_cpu", lambda: False)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
+@pytest.mark.usefixtures("gpus", "new_state")
+def test_one_process_that_sees_eight_gpus_trains_on_one(tiny_recipe: Recipe, tmp_path: Path) -> None:
     stage = dataclasses.replace(tiny_recipe.stages[0], global_batch_size=32, micro_batch_size=4)
     made = training_arguments(tiny_recipe, stage, tmp_path, ranks=1)
     assert made.n_gpu == 1
@@ -189,6 +197,36 @@ def test_auto_does_not_emulate_bfloat16(
         assert f"'auto' is {precision}" in found.what
 
 
+@pytest.mark.usefixtures("gpus")
+@pytest.mark.parametrize(
+    ("capability", "dtype", "bf16", "fp16", "optimizer"),
+    [
+        ((9, 0), torch.bfloat16, True, False, "adamw_torch_fused"),
+        ((7, 5), torch.float16, False, True, "adamw_torch"),
+        ((6, 1), torch.float32, False, False, "adamw_torch_fused"),
+    ],
+)
+def test_the_trainer_and_the_model_have_the_format_that_the_gpu_has(
+    capability: tuple[int, int],
+    dtype: torch.dtype,
+    bf16: bool,
+    fp16: bool,
+    optimizer: str,
+    tiny_recipe: Recipe,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What ``transformers.Trainer`` is given where the recipe says ``auto``: also an AdamW without scratch memory."""
+    _set_capability(monkeypatch, capability)
+    monkeypatch.setattr(training_args, "is_torch_tf32_available", lambda: True)
+    monkeypatch.setattr(training_args, "enable_tf32", lambda _: None)
+    stage = dataclasses.replace(tiny_recipe.stages[0], precision="auto")
+    made = training_arguments(tiny_recipe, stage, tmp_path, ranks=1)
+    assert (made.bf16, made.fp16, made.optim) == (bf16, fp16, optimizer)
+    model, _ = build_model(dataclasses.replace(tiny_recipe.model, dtype="auto"))
+    assert model.dtype == dtype
+
+
 def test_the_recipe_decides_the_precision(tiny_recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")  # what examples/accelerate sets
     for precision, expected in (("fp32", "no"), ("bf16", "bf16")):
@@ -214,6 +252,7 @@ LORA = Lora(rank=4, alpha=8.0)
             "model.dtype: FSDP needs nf4 weights in the format of the computation (got float32, expected bfloat16)",
         ),
         (FSDP2, {}, {"tune": Lora(variant="pissa")}, "stages.stage2.tune.variant: pissa cannot be sharded"),
+        (ZERO, {}, {"optimizer": "adamw_8bit"}, "stages.stage2.optim.optimizer: ZeRO cannot shard the states"),
         (ZERO, {}, {"tune": Lora(variant="pissa")}, "stages.stage2.tune.variant: pissa cannot be sharded"),
         ({**FSDP2, "FSDP_VERSION": "1"}, {}, {}, "accelerate: FSDP version 1 is not supported"),
     ],

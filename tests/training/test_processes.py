@@ -18,7 +18,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from llavar_peft import Recipe
+from llavar_peft import ModelConfig, Recipe
 from llavar_peft.recipe.recipe_yaml import dump_recipe
 from tests.training.sharded import ShardCounter, run
 
@@ -39,13 +39,13 @@ def _assert_same(ours: Path, theirs: Path, recipe: Recipe, *, rounding: float = 
 
 
 @pytest.mark.slow
-def test_two_processes_equal_one(tiny_recipe: Recipe, tmp_path: Path) -> None:
+def test_two_processes_equal_one(short_model: ModelConfig, tiny_recipe: Recipe, tmp_path: Path) -> None:
     recipes = {}
-    half = dataclasses.replace(tiny_recipe.model, dtype="bfloat16")
+    half = dataclasses.replace(short_model, dtype="bfloat16")
     for average, precision in (("token", "fp32"), ("micro_batch", "fp32"), ("token", "bf16")):
         changes: dict[str, Any] = {"loss_average": average, "precision": precision, "max_steps": 3}
         stages = tuple(dataclasses.replace(stage, **changes) for stage in tiny_recipe.stages)
-        model = half if precision == "bf16" else tiny_recipe.model
+        model = half if precision == "bf16" else short_model
         name = f"{average}-{precision}"
         one = dataclasses.replace(tiny_recipe, stages=stages, model=model, output_dir=str(tmp_path / "1" / name))
         run(one, ShardCounter(None))
