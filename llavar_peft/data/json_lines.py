@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from llavar_peft.errors import DataError, Fault
+from llavar_peft.errors import DataError, Fault, describe_reason
 
 
 def read_json_lines(
@@ -36,7 +36,7 @@ def read_json_lines(
     try:
         data = path.read_bytes()
     except OSError as error:
-        raise DataError.at(str(path), f"cannot be read ({error})", "correct the path") from error
+        raise DataError.at(str(path), f"cannot be read ({describe_reason(error)})", "correct the path") from error
     if data.startswith((b"\xff\xfe", b"\xfe\xff")):
         raise DataError.at(str(path), "wrong encoding (got UTF-16, expected UTF-8)", "save the file as UTF-8")
     lines = [(number, line) for number, line in enumerate(data.split(b"\n"), 1) if line.strip()]
@@ -48,8 +48,8 @@ def read_json_lines(
             if unfinished and place == len(lines):
                 return
             if faults is None:
-                raise DataError.at(location, f"is not JSON ({error})", fix) from error
-            faults.append(Fault(location, f"is not JSON ({error})", fix))
+                raise DataError.at(location, f"is not JSON ({describe_reason(error)})", fix) from error
+            faults.append(Fault(location, f"is not JSON ({describe_reason(error)})", fix))
             continue
         yield location, value
 

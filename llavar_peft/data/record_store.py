@@ -15,7 +15,7 @@ from typing import Any, Final, Protocol
 
 from llavar_peft.constants import IMAGE_PLACEHOLDER
 from llavar_peft.data.record_index import IndexedFile
-from llavar_peft.errors import DataError, Fault, LlavarError
+from llavar_peft.errors import DataError, Fault, LlavarError, describe_reason
 from llavar_peft.types import Conversation, Role, Turn
 
 _ROLES: Final[dict[str, Role]] = {"human": "human", "user": "human", "gpt": "gpt", "assistant": "gpt"}
@@ -156,7 +156,9 @@ def _read_parquet(path: Path, cache_dir: str | Path | None) -> Any:
 
 def _unreadable(path: Path, error: BaseException) -> LlavarError:
     return DataError.at(
-        str(path), f"cannot be read ({type(error).__name__}: {error})", "write or download the file again"
+        str(path),
+        f"cannot be read ({type(error).__name__}: {describe_reason(error)})",
+        "write or download the file again",
     )
 
 

@@ -17,13 +17,14 @@ from llavar_peft.recipe.schema import ModelConfig
 from llavar_peft.weights.adapter.adapter_files import ADAPTER_WEIGHTS, load_adapter_weights
 from llavar_peft.weights.adapter.adapter_layouts import open_adapter
 from llavar_peft.weights.adapter.adapter_parts import find_base_faults, find_shape_faults, split_adapter
+from llavar_peft.weights.adapter.adapter_settings import peft_settings
 from llavar_peft.weights.delta.released_layout import view_as_released
 from llavar_peft.weights.io import tensor_names
 from llavar_peft.weights.io.tensor_blocks import find_not_finite, read_tensor
 from llavar_peft.weights.io.weights_fingerprint import check_adapter_base, take_fingerprint
 
 if TYPE_CHECKING:
-    from peft import PeftConfig, PeftModel
+    from peft import LoraConfig, PeftModel
 
 # The tensors that a stage-1 projector file replaces.
 _REPLACED_BY_PROJECTOR = (
@@ -148,10 +149,8 @@ def fingerprint_base(config: ModelConfig) -> dict[str, Any]:
     return take_fingerprint(table, view.config)
 
 
-def _read_checked(model: LlavarForConditionalGeneration, folder: Path) -> tuple[dict[str, torch.Tensor], PeftConfig]:
+def _read_checked(model: LlavarForConditionalGeneration, folder: Path) -> tuple[dict[str, torch.Tensor], LoraConfig]:
     """Read an adapter's tensors, all of which fit the model and are finite, and its settings."""
-    from peft import PeftConfig
-
     stored = open_adapter(folder)
     table = stored.table
     parts = split_adapter(table)
@@ -163,8 +162,4 @@ def _read_checked(model: LlavarForConditionalGeneration, folder: Path) -> tuple[
     faults += [fault for fault in found if fault is not None]
     if faults:
         raise WeightsError("\n".join(map(str, faults)), faults)
-    settings = PeftConfig.from_pretrained(str(folder))
-    if stored.converted:
-        for name in ("target_modules", "exclude_modules", "layers_to_transform", "modules_to_save"):
-            setattr(settings, name, stored.settings.get(name))
-    return tensors, settings
+    return tensors, peft_settings(stored.settings, stored.adapted)

@@ -20,7 +20,7 @@ from llavar_peft.models.hf_llava import read_stock
 from llavar_peft.models.llama_tokenizer import add_image_tokens, load_tokenizer
 from llavar_peft.models.llavar_config import LlavarConfig, make_config, read_llama_config
 from llavar_peft.models.model_parts import ModelParts
-from llavar_peft.models.pretrained_files import check_sizes, load_pretrained, unreadable_settings
+from llavar_peft.models.pretrained_files import load_pretrained
 from llavar_peft.models.processing_llavar import LlavarProcessor
 from llavar_peft.recipe.schema import ModelConfig
 from llavar_peft.weights.adapter.adapter_files import ADAPTER_CONFIG
@@ -148,7 +148,7 @@ def _read_released_layout(folder: Path, described: Mapping[str, Any], config: Mo
             f"{described.get('mm_vision_tower')!r})",
             "set it to the folder of the CLIP model that the checkpoint was trained with",
         )
-    text = _llama_config(described, folder)
+    text = read_llama_config(described, folder)
     use_im_start_end = bool(described.get("mm_use_im_start_end", False))
     tokenizer = load_tokenizer(folder)
     add_image_tokens(tokenizer, use_im_start_end=use_im_start_end)
@@ -258,16 +258,7 @@ def _read_language_config(folder: Path) -> LlamaConfig:
             f"not a LLaMA (got {kind!r}, expected 'llama')",
             "give the folder of a LLaMA or Vicuna",
         )
-    return _llama_config(described, folder)
-
-
-def _llama_config(described: Mapping[str, Any], folder: Path) -> LlamaConfig:
-    try:
-        config = read_llama_config(described)
-    except Exception as error:  # transformers passes on whatever a damaged file causes
-        raise unreadable_settings(folder, "LlamaConfig", error) from error
-    check_sizes(config, folder)
-    return config
+    return read_llama_config(described, folder)
 
 
 def _rename_released(store: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -25,7 +25,7 @@ from llavar_peft.constants import (
     PAD_TOKEN,
     UNK_TOKEN,
 )
-from llavar_peft.errors import ConfigError, MissingDependencyError, WeightsError
+from llavar_peft.errors import DAMAGED, ConfigError, MissingDependencyError, WeightsError, describe_reason
 
 if TYPE_CHECKING:
     from tokenizers import AddedToken, Tokenizer
@@ -216,7 +216,9 @@ def _from_json(path: Path) -> Tokenizer:
         form = json.loads(path.read_text(encoding="utf-8"))
         backend = Tokenizer.from_str(json.dumps(form))
     except Exception as error:  # tokenizers raises a bare Exception for an invalid file
-        raise WeightsError.at(str(path), f"not readable as a tokenizer ({error})", _GIVE_MODEL) from error
+        raise WeightsError.at(
+            str(path), f"not readable as a tokenizer ({describe_reason(error)})", _GIVE_MODEL
+        ) from error
     faults = []
     if form.get("model", {}).get("type") != "BPE":
         faults.append("the model is not BPE")
@@ -248,9 +250,9 @@ def _read_added_tokens(folder: Path) -> tuple[Path, dict[str, int]]:
             return path, {}
         listed = json.loads(path.read_text(encoding="utf-8")).get("added_tokens_decoder") or {}
         return path, {str(token["content"]): int(index) for index, token in listed.items()}
-    except (OSError, ValueError, AttributeError, TypeError, KeyError, RecursionError) as error:
+    except DAMAGED as error:
         raise WeightsError.at(
-            str(path), f"not a JSON object of tokens and ids ({error})", "download the file again"
+            str(path), f"not a JSON object of tokens and ids ({describe_reason(error)})", "download the file again"
         ) from error
 
 

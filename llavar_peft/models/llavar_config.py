@@ -11,6 +11,7 @@ from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig
 
 from llavar_peft.constants import MODEL_TYPE
 from llavar_peft.errors import ConfigError
+from llavar_peft.models.pretrained_files import load_pretrained, make_settings
 from llavar_peft.recipe.schema import ModelConfig
 from llavar_peft.weights.delta.released_layout import read_model_config
 
@@ -81,21 +82,28 @@ def make_config(
     )
 
 
-def read_llama_config(described: Mapping[str, Any]) -> LlamaConfig:
+def read_llama_config(described: Mapping[str, Any], folder: Path) -> LlamaConfig:
     """Return the language model's configuration from a parsed ``config.json``.
 
     A LLaMA's file of transformers 5 is read as it is. Older files and the released, flat ones (``model_type: llava``
     with LLaMA's fields at the top level) are read field by field, because ``AutoConfig`` opens a released file as
     another model without an error. Missing fields have LLaMA's defaults.
+
+    Args:
+        described: The file.
+        folder: Its folder, for messages.
+
+    Raises:
+        ConfigError: A value is none that a model can have.
     """
     if described.get("model_type") == "llama" and "rope_parameters" in described:
-        return LlamaConfig(**described)
+        return make_settings(LlamaConfig, described, folder)
     fields = {name: described[name] for name in _LLAMA_FIELDS if described.get(name) is not None}
     if _OLD_POSITIONS in described and "max_position_embeddings" not in fields:
         fields["max_position_embeddings"] = described[_OLD_POSITIONS]
     # Vicuna v1.1's file has pad_token_id -1 or 0; the original always pads with <unk>, id 0.
     fields["pad_token_id"] = 0
-    return LlamaConfig(tie_word_embeddings=False, **fields)
+    return make_settings(LlamaConfig, {"tie_word_embeddings": False, **fields}, folder)
 
 
 def config_without_weights(model: ModelConfig) -> LlavarConfig:
@@ -109,12 +117,12 @@ def config_without_weights(model: ModelConfig) -> LlavarConfig:
         ConfigError: The model is neither a folder nor does its name contain a size.
     """
     if model.checkpoint is not None:
-        described = _read_described(model.checkpoint)
+        described, folder = _read_described(model.checkpoint), Path(model.checkpoint).expanduser()
         if described is not None and described.get("model_type") == MODEL_TYPE:
-            config: LlavarConfig = LlavarConfig.from_pretrained(model.checkpoint)
-            return config
+            return load_pretrained(LlavarConfig, folder)
         if described is not None and "text_config" in described:
-            text, tower = LlamaConfig(**described["text_config"]), CLIPVisionConfig(**described["vision_config"])
+            text = make_settings(LlamaConfig, described["text_config"], folder)
+            tower = make_settings(CLIPVisionConfig, described.get("vision_config"), folder)
             return _compose(model, text, tower, text.vocab_size)
         # A checkpoint in the released layout already has the image tokens' rows.
         text = _llama_by_name(model.checkpoint, described, "model.checkpoint")
@@ -147,7 +155,7 @@ def _read_described(name: str) -> dict[str, Any] | None:
 
 def _llama_by_name(name: str, described: dict[str, Any] | None, setting: str) -> LlamaConfig:
     if described is not None:
-        return read_llama_config(described)
+        return read_llama_config(described, Path(name).expanduser())
     size = re.search(r"(?<![0-9.])(7|13)b(?![a-z0-9])", name.lower())
     if size is None:
         raise ConfigError.at(
@@ -168,6 +176,6 @@ def _llama_by_name(name: str, described: dict[str, Any] | None, setting: str) ->
 def _tower_by_name(name: str | None) -> CLIPVisionConfig:
     described = _read_described(name) if name else None
     if described is not None:
-        return CLIPVisionConfig(**described.get("vision_config", described))
+        return make_settings(CLIPVisionConfig, described.get("vision_config", described), Path(name or ""))
     side = 336 if name is None or "336" in name else 224
     return CLIPVisionConfig(**_CLIP_VIT_L, image_size=side, patch_size=14)

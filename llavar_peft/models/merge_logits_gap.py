@@ -20,6 +20,7 @@ from llavar_peft.constants import MODEL_TYPE, SYSTEM_PROMPT
 from llavar_peft.errors import ConfigError, MissingDependencyError, WeightsError
 from llavar_peft.models.llama_tokenizer import load_tokenizer
 from llavar_peft.models.llavar_config import read_llama_config
+from llavar_peft.models.pretrained_files import make_settings
 from llavar_peft.weights.adapter.lora_updates import LowRank
 from llavar_peft.weights.io import tensor_names
 from llavar_peft.weights.io.tensor_blocks import read_blocks
@@ -224,8 +225,9 @@ def _norm(weights: Weights, config: LlamaConfig, name: str, x: Tensor) -> Tensor
 def read_config(config: Mapping[str, Any]) -> tuple[LlamaConfig, int]:
     """Return the language model's configuration and the id of ``<im_patch>``."""
     if config.get("model_type") == MODEL_TYPE:
-        return LlamaConfig(**config["text_config"]), int(config["image_token_index"])
-    text = read_llama_config(config)
+        text = make_settings(LlamaConfig, config.get("text_config"), Path("config.json"))
+        return text, int(config["image_token_index"])
+    text = read_llama_config(config, Path("config.json"))
     return text, text.vocab_size - (3 if config.get("mm_use_im_start_end") else 1)
 
 

@@ -15,7 +15,7 @@ from transformers import BatchFeature, CLIPImageProcessorPil, ProcessorMixin
 from llavar_peft.constants import ADDED_TOKENS, IMAGE_PATCH_TOKEN, IMAGE_PLACEHOLDER
 from llavar_peft.data.conversation_template import CHAT_TEMPLATE, Content, conversation_pieces, image_block
 from llavar_peft.data.encode_record import encode_pieces
-from llavar_peft.data.image_preparation import prepare_image
+from llavar_peft.data.image_preparation import image_settings, prepare_image
 from llavar_peft.data.text_encoder import text_encoder
 from llavar_peft.errors import ConfigError, DataError
 from llavar_peft.types import ImageMode, Role
@@ -76,7 +76,9 @@ class LlavarProcessor(ProcessorMixin):
         self.use_im_start_end = use_im_start_end
         self.sep_image_conv_front = sep_image_conv_front
         super().__init__(image_processor, tokenizer, chat_template=chat_template or CHAT_TEMPLATE)
-        text_encoder(self)  # raises here rather than in the first batch if the tokenizer does not fit
+        # These raise here rather than in the first batch if the files do not fit.
+        text_encoder(self)
+        image_settings(self)
 
     @property
     def num_image_tokens(self) -> int:

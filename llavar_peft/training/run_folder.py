@@ -22,12 +22,10 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
-import yaml
-
 from llavar_peft.atomic_files import write_json, write_text
 from llavar_peft.constants import PROJECTOR_SAFETENSORS, RESOLVED_RECIPE_FILE, VERSIONS_FILE
-from llavar_peft.errors import ConfigError, EnvironmentFaultError, Fault
-from llavar_peft.recipe.recipe_yaml import dump_recipe
+from llavar_peft.errors import DAMAGED, ConfigError, EnvironmentFaultError, Fault, describe_reason
+from llavar_peft.recipe.recipe_yaml import dump_recipe, parse_yaml
 from llavar_peft.recipe.schema import Lora, Projector, Recipe, Stage
 from llavar_peft.recipe.validate import recipe_from_mapping, recipe_to_mapping
 from llavar_peft.training import run_files
@@ -177,7 +175,11 @@ class RunFolder:
             ConfigError: It does. They, the page and the recipe would be mixed with those of this run.
         """
         listed = self.root / STAGES_FILE
-        names = json.loads(listed.read_text(encoding="utf-8")) if listed.is_file() else []
+        try:
+            names = [str(name) for name in json.loads(listed.read_text(encoding="utf-8"))] if listed.is_file() else []
+        except DAMAGED as error:
+            what = f"not a list of stages ({describe_reason(error)})"
+            raise ConfigError.at(str(listed), what, "choose another output_dir, or delete the folder") from error
         own = {stage.name for stage in self.recipe.stages}
         others = [
             name
@@ -227,7 +229,7 @@ def check_output_folder(folder: Path) -> None:
 
 def _read_written(path: Path) -> Any:
     """Return a written recipe, with the defaults of the fields that the version that wrote it did not have."""
-    mapping = yaml.safe_load(path.read_text(encoding="utf-8"))
+    mapping = parse_yaml(path.read_text(encoding="utf-8", errors="replace"), str(path))
     with suppress(ConfigError):
         return _to_mapping(recipe_from_mapping(mapping, str(path)))
     return mapping

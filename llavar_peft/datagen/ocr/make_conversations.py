@@ -19,13 +19,14 @@ from typing import Any, Final, Literal
 from llavar_peft.atomic_files import write_json
 from llavar_peft.constants import IMAGE_PLACEHOLDER
 from llavar_peft.data.record_store import open_records, parse_record
-from llavar_peft.data.resume_journal import ResumeJournal, read_entries
+from llavar_peft.data.resume_journal import ResumeJournal
 from llavar_peft.datagen.ocr.build_ocr_records import Progress, journal_path
 from llavar_peft.datagen.ocr.check_replies import Pair, check_reply
 from llavar_peft.datagen.ocr.ocr_engines import OcrLine
 from llavar_peft.datagen.ocr.ocr_quality import transcribe
+from llavar_peft.datagen.ocr.stored_readings import stored_readings
 from llavar_peft.datagen.openai_client import ChatModel, Endpoint, EndpointRejectedError, Message
-from llavar_peft.errors import DataError, EnvironmentFaultError, InterruptedRunError
+from llavar_peft.errors import DAMAGED, DataError, EnvironmentFaultError, InterruptedRunError, describe_reason
 
 # Both texts stay byte for byte, because replies are kept by the hash of the whole request.
 REQUEST: Final = """\
@@ -176,10 +177,10 @@ def read_captions(path: Path) -> dict[str, str]:
         lines = [line for line in text.split("\n") if line.strip()]  # not splitlines: text may contain U+2028
         value = json.loads(text) if path.suffix == ".json" else [json.loads(line) for line in lines]
         found = value if isinstance(value, dict) else {entry["image"]: entry["caption"] for entry in value}
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except DAMAGED as error:
         raise DataError.at(
             str(path),
-            f"cannot be read as captions ({type(error).__name__}: {error})",
+            f"cannot be read as captions ({describe_reason(error)})",
             'write {"a.jpg": "...", ...}, or lines of {"image": ..., "caption": ...}',
         ) from error
     for image, caption in found.items():
@@ -193,8 +194,8 @@ def _read_tasks(records: Path, captions: Mapping[str, str]) -> list[_Task]:
     source = journal_path(records)
     if not source.is_file():
         raise DataError.at(str(source), "is missing", "run llavar-peft ocr build, which writes it next to the records")
-    for _, entry in read_entries(source):
-        found = entry.get("lines", {}).items()
+    for _, entry in stored_readings(source):
+        found = (entry.get("lines") or {}).items()
         readings[entry["path"]] = {
             name: transcribe([OcrLine.from_json(line) for line in lines]) for name, lines in found
         }

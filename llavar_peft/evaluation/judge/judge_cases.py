@@ -15,7 +15,7 @@ from typing import Any, Final
 from llavar_peft.atomic_files import dump_json, write_text
 from llavar_peft.data.image_roots import ImageRoots
 from llavar_peft.data.json_lines import read_json_lines
-from llavar_peft.errors import DataError
+from llavar_peft.errors import DAMAGED, DataError, describe_reason
 from llavar_peft.evaluation.vqa.answer_settings import read_stated_settings
 from llavar_peft.evaluation.vqa.scored_results import Setting
 from llavar_peft.evaluation.vqa.vqa_questions import VqaQuestion
@@ -163,8 +163,10 @@ def write_judge_answers(answered: Sequence[VqaQuestion], setting: Setting, path:
 def _read_rules(path: Path) -> Mapping[str, Any]:
     try:
         rules = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise DataError.at(str(path), f"cannot be read ({error})", "use rule.json or rule_read_v3.json") from error
+    except DAMAGED as error:
+        raise DataError.at(
+            str(path), f"cannot be read ({describe_reason(error)})", "use rule.json or rule_read_v3.json"
+        ) from error
     if not isinstance(rules, Mapping):
         raise DataError.at(str(path), "is not a JSON object of rules", "use rule.json or rule_read_v3.json")
     return rules

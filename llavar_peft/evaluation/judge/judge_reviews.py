@@ -14,7 +14,7 @@ import numpy as np
 
 from llavar_peft.atomic_files import dump_json, write_text
 from llavar_peft.data.json_lines import read_json_lines
-from llavar_peft.errors import DataError
+from llavar_peft.errors import DAMAGED, DataError, describe_reason
 from llavar_peft.evaluation.vqa.confidence_intervals import ratio_intervals
 
 ALL: Final = "all"
@@ -203,8 +203,10 @@ def _from_json(value: Any, where: str) -> Review:
             swapped_scores=_read_scores(swapped.get("tuple")),
             settings=dict(value.get("metadata") or {}),
         )
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise DataError.at(where, f"is not a review ({error!r})", "correct the file, or download it again") from error
+    except DAMAGED as error:
+        raise DataError.at(
+            where, f"is not a review ({describe_reason(error)})", "correct the file, or download it again"
+        ) from error
 
 
 def _read_scores(value: Any) -> Scores | None:

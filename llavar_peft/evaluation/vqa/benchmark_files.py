@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any, Final, TypedDict
 
-from llavar_peft.errors import DataError
+from llavar_peft.errors import DataError, describe_reason
 
 LOG_HEADER: Final = frozenset({"setting", "questions"})
 """Keys of the first line of the log that ``answer_questions`` writes."""
@@ -36,7 +36,7 @@ def read_rows(path: Path, split: str | None = None) -> Iterator[tuple[str, Mappi
     try:
         text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
-        raise DataError.at(str(path), f"cannot be read ({error})", "correct the path") from error
+        raise DataError.at(str(path), f"cannot be read ({describe_reason(error)})", "correct the path") from error
     rows = _read_lines(path, text) if path.suffix.lower() == ".jsonl" else _unwrap(path, text)
     for index, row in enumerate(rows):
         if not isinstance(row, Mapping):
@@ -91,7 +91,9 @@ def _decode(where: str, text: str) -> Any:
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise DataError.at(where, f"is not JSON ({error})", "write or download the file again") from error
+        raise DataError.at(
+            where, f"is not JSON ({describe_reason(error)})", "write or download the file again"
+        ) from error
 
 
 class TextSize(TypedDict):

@@ -20,7 +20,7 @@ from typing import Final, Literal
 
 import numpy as np
 
-from llavar_peft.errors import DataError
+from llavar_peft.errors import DataError, describe_reason
 from llavar_peft.evaluation.vqa.answer_metrics import Score
 from llavar_peft.evaluation.vqa.confidence_intervals import ratio_intervals
 from llavar_peft.evaluation.vqa.scored_results import Answered, Figure, Results, Setting
@@ -93,7 +93,7 @@ def _lines(path: Path) -> list[str]:
     try:
         return [line for line in path.read_text(encoding="utf-8-sig").split("\n") if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
-        raise DataError.at(str(path), f"cannot be read ({error})", "correct the path") from error
+        raise DataError.at(str(path), f"cannot be read ({describe_reason(error)})", "correct the path") from error
 
 
 def _truth(text: str, where: str) -> str:

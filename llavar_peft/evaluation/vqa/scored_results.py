@@ -11,7 +11,7 @@ from typing import Any, Final
 import numpy as np
 
 from llavar_peft.atomic_files import write_json
-from llavar_peft.errors import DataError
+from llavar_peft.errors import DAMAGED, DataError, describe_reason
 from llavar_peft.evaluation.vqa.answer_metrics import LOWER_IS_BETTER, PROTOCOLS, Protocol, Score, applies, score
 from llavar_peft.evaluation.vqa.confidence_intervals import ratio_intervals, sum_by_name
 from llavar_peft.evaluation.vqa.vqa_questions import VqaQuestion
@@ -212,9 +212,11 @@ def read_results(path: str | Path) -> Results:
             tuple(_read_figure(figure, setting) for figure in plain["figures"]),
             tuple(_read_answered(record) for record in plain["records"]),
         )
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except DAMAGED as error:
         raise DataError.at(
-            str(path), f"cannot be read as results ({error!r})", "give a file written by 'llavar-peft eval vqa --out'"
+            str(path),
+            f"cannot be read as results ({describe_reason(error)})",
+            "give a file written by 'llavar-peft eval vqa --out'",
         ) from error
 
 

@@ -18,7 +18,7 @@ from llavar_peft.constants import (
     RELEASED_MODEL_TYPE,
     UNK_TOKEN,
 )
-from llavar_peft.errors import ConfigError, WeightsError
+from llavar_peft.errors import DAMAGED, ConfigError, WeightsError, describe_reason
 from llavar_peft.weights.io import tensor_names
 from llavar_peft.weights.io.checkpoint_code import check_no_code
 from llavar_peft.weights.io.tensor_blocks import read_tensor
@@ -104,8 +104,8 @@ def read_model_config(folder: Path) -> dict[str, Any]:
     except FileNotFoundError:
         what = "no such folder" if not folder.is_dir() else "no config.json in this folder"
         raise ConfigError.at(str(folder), what, "give the folder that the model was saved to") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise ConfigError.at(str(path), f"not readable as JSON ({error})", DOWNLOAD_AGAIN) from error
+    except DAMAGED as error:
+        raise ConfigError.at(str(path), f"not readable as JSON ({describe_reason(error)})", DOWNLOAD_AGAIN) from error
     if not isinstance(config, dict):
         raise ConfigError.at(str(path), f"not a JSON object (got a {type(config).__name__})", DOWNLOAD_AGAIN)
     check_no_code(folder)
