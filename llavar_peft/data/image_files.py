@@ -12,7 +12,7 @@ import re
 from functools import lru_cache
 from io import BytesIO
 from pathlib import Path
-from typing import Final
+from typing import IO, Final
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
@@ -49,6 +49,10 @@ _NOT_IMAGES: Final = (
     (re.compile(rb"<(\?xml|svg)", re.IGNORECASE), "an SVG drawing or other XML", _CONVERT),
     (re.compile(rb"<"), "a web page or other markup", "download the image itself"),
 )  # fmt: skip
+_MOST_MARKERS: Final = 10_000
+"""Photographs have up to a few hundred. A million in 4 MB would take Pillow 10 seconds."""
+_PLAIN_MARKERS: Final = frozenset((0x00, 0x01, 0xFF, *range(0xD0, 0xDA)))
+"""Markers without a length."""
 _PNG: Final = b"\x89PNG\r\n\x1a\n"
 _PNG_TEXTS: Final = (b"tEXt", b"zTXt", b"iTXt")
 _DEPTHS: Final = (1023, 4095, 16383, 65535)
@@ -83,11 +87,15 @@ def open_image(source: str | Path | Image.Image) -> Image.Image:
 
 def _open_file(where: str) -> Image.Image:
     try:
+        with open(where, "rb") as file:
+            _check_markers(file, where)
         opened = Image.open(where, formats=_formats())
     except FileNotFoundError:
         raise ImageError.at(where, "no such file", "give the path of a local image") from None
     except IsADirectoryError:
         raise ImageError.at(where, "is a folder, expected an image", "give the path of a file") from None
+    except ImageError:
+        raise
     except Exception as error:  # broken files make Pillow raise many types of exceptions
         _raise_for_texts(error)
         raise _unreadable(where, error) from error
@@ -112,6 +120,7 @@ def decode_image(data: bytes, where: str) -> Image.Image:
 
 
 def _checked_bytes(data: bytes, where: str) -> Image.Image:
+    _check_markers(BytesIO(data), where)
     try:
         opened = Image.open(BytesIO(data), formats=_formats())
     except Exception as error:  # broken files make Pillow raise many types of exceptions
@@ -120,6 +129,22 @@ def _checked_bytes(data: bytes, where: str) -> Image.Image:
         raise ImageError.at(where, f"is {what}, expected an image ({', '.join(_formats())})", fix) from error
     with opened:
         return _checked(opened, where)
+
+
+def _check_markers(file: IO[bytes], where: str) -> None:
+    """Reject a JPEG with very many markers before its pixels, each of which Pillow reads and some of which it keeps."""
+    if file.read(2) != b"\xff\xd8":
+        return
+    for _ in range(_MOST_MARKERS):
+        marker = file.read(2)
+        if len(marker) < 2 or marker == b"\xff\xda":
+            return
+        if marker[0] != 0xFF or marker[1] in _PLAIN_MARKERS:
+            file.seek(-1, 1)  # Pillow looks for the next marker byte by byte
+        else:
+            file.seek(max(0, int.from_bytes(file.read(2), "big") - 2), 1)
+    what = f"the JPEG has more than {_MOST_MARKERS} markers before its pixels"
+    raise ImageError.at(where, what, "save the image again, for example as PNG")
 
 
 def _checked(image: Image.Image, where: str) -> Image.Image:

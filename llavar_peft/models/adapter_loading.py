@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from llavar_peft.compat.dependency_internals import embed_used_rows_only
-from llavar_peft.errors import ConfigError, Fault, WeightsError
+from llavar_peft.errors import ConfigError, Fault
 from llavar_peft.models.build_model import build_model, expected_shapes
 from llavar_peft.models.checkpoint_loading import resolve_folder
 from llavar_peft.models.modeling_llavar import LlavarForConditionalGeneration
@@ -20,7 +20,7 @@ from llavar_peft.weights.adapter.adapter_parts import find_base_faults, find_sha
 from llavar_peft.weights.adapter.adapter_settings import peft_settings
 from llavar_peft.weights.delta.released_layout import view_as_released
 from llavar_peft.weights.io import tensor_names
-from llavar_peft.weights.io.tensor_blocks import find_not_finite, read_tensor
+from llavar_peft.weights.io.tensor_blocks import find_not_finite, raise_faults, read_tensor
 from llavar_peft.weights.io.weights_fingerprint import check_adapter_base, take_fingerprint
 
 if TYPE_CHECKING:
@@ -160,6 +160,5 @@ def _read_checked(model: LlavarForConditionalGeneration, folder: Path) -> tuple[
     tensors = {} if faults else {name: read_tensor(entry) for name, entry in table.items()}
     found = (find_not_finite([tensor], table[name].location) for name, tensor in tensors.items())
     faults += [fault for fault in found if fault is not None]
-    if faults:
-        raise WeightsError("\n".join(map(str, faults)), faults)
+    raise_faults(faults)
     return tensors, peft_settings(stored.settings, stored.adapted)

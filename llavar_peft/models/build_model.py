@@ -39,7 +39,8 @@ from llavar_peft.recipe.schema import Attention, ModelConfig, Quantization
 from llavar_peft.weights.io import tensor_names
 from llavar_peft.weights.io.joined_rows import JoinedRows, whole
 from llavar_peft.weights.io.projector_file import apply_projector
-from llavar_peft.weights.io.tensor_blocks import check_tensors
+from llavar_peft.weights.io.tensor_blocks import check_tensors, check_values
+from llavar_peft.weights.io.tensor_table import read_tensor_table
 
 logger = logging.getLogger(__name__)
 
@@ -78,6 +79,7 @@ def build_model(
     with _no_progress_bar_for_small_models(parts.tensors):
         model = LlavarForConditionalGeneration.from_pretrained(
             None,
+            trust_remote_code=False,
             config=parts.config,
             state_dict=parts.whole_tensors(),
             dtype=dtype,
@@ -115,7 +117,9 @@ def build_pending_model(
     dtype = resolve_dtype(config.dtype)
     attention = resolve_attention(config.attention, dtype)
     with init_empty_weights(include_buffers=False):
-        model = AutoModelForImageTextToText.from_config(parts.config, dtype=dtype, attn_implementation=attention)
+        model = AutoModelForImageTextToText.from_config(
+            parts.config, dtype=dtype, attn_implementation=attention, trust_remote_code=False
+        )
     pending = PendingWeights(dtype)
     for name, parameter in list(model.named_parameters()):
         pending.add(parameter, parts.tensors[name])
@@ -241,7 +245,18 @@ def _read_checked_parts(config: ModelConfig, seed: int) -> ModelParts:
     if config.projector is not None:
         apply_projector(parts.tensors, config.projector)
     check_tensors(parts.tensors, expected_shapes(parts.config), where=parts.source)
+    _check_stored_values(config, parts.source)
     return parts
+
+
+def _check_stored_values(config: ModelConfig, source: str) -> None:
+    """Reject damaged weights before they are used: with one NaN every answer, and every step of a training, is lost."""
+    tables = [read_tensor_table(source)]
+    if config.vision_tower is not None:
+        tower = read_tensor_table(resolve_folder(config.vision_tower, "model.vision_tower"))
+        tables.append({name: entry for name, entry in tower.items() if tensor_names.from_clip(name) is not None})
+    for table in tables:
+        check_values(table)
 
 
 def _finish(

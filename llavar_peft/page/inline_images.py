@@ -8,7 +8,10 @@ import io
 from dataclasses import dataclass
 from pathlib import Path
 
-from PIL import Image, ImageOps
+from PIL import Image
+
+from llavar_peft.data.image_files import open_image
+from llavar_peft.errors import ImageError
 
 LONGEST_SIDE = 360
 """Maximum side in pixels; larger images are scaled down."""
@@ -41,9 +44,8 @@ def embed_image(stage_folder: Path, image: str) -> InlineImage | None:
     if path is None:
         return None
     try:
-        with Image.open(path) as opened:
-            small = _on_white(ImageOps.exif_transpose(opened))
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+        small = open_image(path)  # nothing that the readers of records refuse is decoded for a page
+    except ImageError:
         return None
     small.thumbnail((LONGEST_SIDE, LONGEST_SIDE), Image.Resampling.LANCZOS)
     png, jpeg = io.BytesIO(), io.BytesIO()
@@ -61,11 +63,3 @@ def _inside(folder: Path, image: str) -> Path | None:
         return path if path.is_relative_to(folder.resolve()) and path.is_file() else None
     except (OSError, ValueError):
         return None
-
-
-def _on_white(image: Image.Image) -> Image.Image:
-    if image.mode in {"RGBA", "LA", "PA"} or "transparency" in image.info:
-        transparent = image.convert("RGBA")
-        background = Image.new("RGBA", transparent.size, "white")
-        return Image.alpha_composite(background, transparent).convert("RGB")
-    return image.convert("RGB")

@@ -14,8 +14,9 @@ from typing import Any
 Damage = Callable[[bytes, random.Random], bytes]
 
 STRANGE: tuple[Any, ...] = (
-    None, True, False, 0, -1, 1, 2, 3, 7, 255, 10**6, 10**9, 2**31, 2**63, 2**64, 10**30, -(10**9), 0.5, -0.0, 1e308,
-    1e-320, float("nan"), float("inf"), float("-inf"), "", " ", "\0", "\ud800", "é日本", "x" * 5000, "1", "true", "null",
+    None, True, False, 0, -1, 1, 2, 3, 7, 255, 10**6, 10**9, 2**31, 2**63, 2**64, 10**30, -(10**9), 0.5, -0.0,
+    1e308, 1e-320, float("nan"), float("inf"), float("-inf"), "", " ", "\0", "\ud800", "é日本",
+    "x" * 5000, "1", "true", "null",
     "../x", "/etc/passwd", "~", "C:\\x", "</s>", "<image>", "<im_patch>", "a" * 300 + "/b", "(a+)+$", "(x|x)*y", "[",
     "*", "%s", "{{ x }}", "float16", "cuda", "\x1b[31mred", [], {}, [[]], [None], [0], ["x"], [1, 2], {"": None},
     {"x": {}}, [[1, 2], [3]], [1e9] * 5, {"type": "x"},
@@ -27,23 +28,28 @@ KEYS = (
     "rope_parameters", "rope_theta", "layer_types", "num_hidden_layers", "vocab_size", "head_dim", "hidden_act",
     "image_size", "patch_size", "num_channels", "vision_feature_layer", "image_seq_length", "tie_word_embeddings",
     "text_config", "vision_config", "id2label", "num_labels", "label2id", "attn_implementation", "_name_or_path",
-    "pruned_heads", "sep_token", "pad_token", "extra_special_tokens", "additional_special_tokens", "added_tokens_decoder",
-    "model_max_length", "chat_template", "tokenizer_class", "processor_class", "backend", "size", "crop_size", "resample",
+    "pruned_heads", "sep_token", "pad_token", "extra_special_tokens", "additional_special_tokens",
+    "added_tokens_decoder",
+    "model_max_length", "chat_template", "tokenizer_class", "processor_class", "backend", "size",
+    "crop_size", "resample",
     "image_mean", "image_std", "do_resize", "rank_pattern", "alpha_pattern", "target_modules", "exclude_modules",
     "modules_to_save", "layers_to_transform", "layers_pattern", "trainable_token_indices", "use_dora", "use_rslora",
     "lora_bias", "use_qalora", "fan_in_fan_out", "megatron_config", "layer_replication", "target_parameters",
     "loftq_config", "eva_config", "corda_config", "lora_dropout", "bias", "init_lora_weights", "inference_mode",
-    "task_type", "revision", "peft_type", "runtime_config", "alora_invocation_tokens", "ensure_weight_tying", "lora_alpha",
+    "task_type", "revision", "peft_type", "runtime_config", "alora_invocation_tokens", "ensure_weight_tying",
+    "lora_alpha",
     "r", "__metadata__", "metadata", "weight_map", "format", "id", "image", "conversations", "from", "value", "images",
 )  # fmt: skip
 _STARTS = (
-    b"", b"null", b"[]", b"{}", b"0", b'""', b"\xef\xbb\xbf", b"\xff\xfe", b"\xfe\xff\x00{", b"version https://git-lfs."
-    b"github.com/spec/v1\noid sha256:0\nsize 1\n", b"<!DOCTYPE html><html></html>", b"PK\x03\x04", b"\x80\x02}q\x00.",
+    b"", b"null", b"[]", b"{}", b"0", b'""', b"\xef\xbb\xbf", b"\xff\xfe", b"\xfe\xff\x00{",
+    b"version https://git-lfs.github.com/spec/v1\noid x\nsize 1\n", b"<!DOCTYPE html><html></html>",
+    b"PK\x03\x04", b"\x80\x02}q\x00.",
     b"%PDF-1.4", b"\0" * 64, b"GGUF\x03\0\0\0", b"[" * 3000, b'{"a":' * 3000, b"[" * 200000,
 )  # fmt: skip
 _TOKENS = (
-    b"\0", b"\xff", b'"', b"{", b"[", b"}", b"]", b":", b",", b"\\", b"\\ud800", b"\\u0000", b"1e999", b"-", b"\n", b"\r",
-    b"\xe2\x80\xa8", b"NaN", b"null", b"&a *a", b"!!python/object:x.y {}", b"{% for i in range(9**9) %}", b"{{", b"%}",
+    b"\0", b"\xff", b'"', b"{", b"[", b"}", b"]", b":", b",", b"\\", b"\\ud800", b"\\u0000", b"1e999", b"-", b"\n",
+    b"\r", b"\xe2\x80\xa8", b"NaN", b"null", b"&a *a", b"!!python/object:x.y {}",
+    b"{% for i in range(9**9) %}", b"{{", b"%}",
 )  # fmt: skip
 
 
@@ -201,36 +207,40 @@ def damage_safetensors(data: bytes, draw: random.Random) -> bytes:
         put = draw.choice((b"\0\0\xc0\x7f", b"\0\0\x80\x7f", b"\xff" * 4, b"\0\x7e\0\x7e", draw.randbytes(4)))
         return pack_safetensors(header, tensors[:place] + put + tensors[place + 4 :])
     fields = json.loads(header)
+    if draw.random() < 0.1:  # a name twice
+        name = draw.choice([name for name in fields if name != "__metadata__"])
+        text = json.dumps(fields)
+        return pack_safetensors((text[:-1] + "," + json.dumps({name: fields[name]})[1:]).encode(), tensors)
+    damaged = _damage_header(fields, len(tensors), draw)
+    return pack_safetensors(_dump(damaged, draw), tensors + draw.choice((b"",) * 9 + (b"\0" * 8,)))
+
+
+def _damage_header(fields: Any, size: int, draw: random.Random) -> Any:
+    """Return a header with one entry damaged; ``size`` is the number of bytes of all tensors."""
     names = [name for name in fields if name != "__metadata__"]
     name = draw.choice(names)
-    entry = fields[name]
-    what = draw.randrange(9)
-    if what == 0:
-        fields = damage_document(fields, draw)
-    elif what == 1:
-        entry["shape"] = draw.choice(([], [0], [-1], [1.0], ["1"], [2**63], [2**33, 2**33], entry["shape"][::-1],
-                                      [*entry["shape"], 1], None, 5, [True], [10**30]))  # fmt: skip
-    elif what == 2:
-        entry["data_offsets"] = draw.choice(([0, 0], [0, len(tensors)], [-4, 0], entry["data_offsets"][::-1], [1, 2, 3],
-                                             [0.0, 4.0], ["0", "4"], None, [2**63, 2**64], [len(tensors)] * 2,
-                                             fields[names[0]]["data_offsets"]))  # fmt: skip
+    entry, place = fields[name], fields[name]["data_offsets"]
+    shapes = ([], [0], [-1], [1.0], ["1"], [2**63], [2**33, 2**33], entry["shape"][::-1], [*entry["shape"], 1], None, 5,
+              [True], [10**30])  # fmt: skip
+    places = ([0, 0], [0, size], [-4, 0], place[::-1], [1, 2, 3], [0.0, 4.0], ["0", "4"], None, [2**63, 2**64],
+              [size, size], fields[names[0]]["data_offsets"])  # fmt: skip
+    dtypes = ("F64", "F16", "BF16", "I8", "U64", "BOOL", "F8_E4M3", "F4", "C64", "x", None, 1, "f32")
+    what = draw.randrange(8)
+    if what < 3:
+        key, values = (("shape", shapes), ("data_offsets", places), ("dtype", dtypes))[what]
+        entry[key] = draw.choice(values)
     elif what == 3:
-        entry["dtype"] = draw.choice(
-            ("F64", "F16", "BF16", "I8", "U64", "BOOL", "F8_E4M3", "F4", "C64", "x", None, 1, "f32")
-        )
+        return damage_document(fields, draw)
     elif what == 4:
         fields[draw.choice(("", "x", name + "\0", name.upper(), "\ud800", "a" * 10000))] = fields.pop(name)
     elif what == 5:
         del fields[name]
     elif what == 6:
-        fields[name], other = fields[draw.choice(names)], fields[name]
-        fields[draw.choice(names)] = other
-    elif what == 7:
+        other = draw.choice(names)
+        fields[name], fields[other] = fields[other], fields[name]
+    else:
         fields["__metadata__"] = damage_document(fields.get("__metadata__", {"format": "pt"}), draw)
-    else:  # a name twice
-        text = json.dumps(fields)
-        return pack_safetensors((text[:-1] + "," + json.dumps({name: entry})[1:]).encode(), tensors)
-    return pack_safetensors(_dump(fields, draw), tensors + draw.choice((b"",) * 9 + (b"\0" * 8,)))
+    return fields
 
 
 def damage_zip(data: bytes, draw: random.Random) -> bytes:

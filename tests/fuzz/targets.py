@@ -7,7 +7,7 @@ import random
 import shlex
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 
 import torch
@@ -62,7 +62,7 @@ def _opinion(use: Callable[[], object]) -> LlavarError | None:
 
 def _adapter_opinions() -> None:
     folder = next(path for path in (Path("run/adapter"), Path("bin_adapter")) if path.is_dir())
-    show, verify, merge = (_opinion(lambda: read(folder)) for read in (describe_adapter, verify_adapter, read_adapter))
+    show, verify, merge = (_opinion(partial(read, folder)) for read in (describe_adapter, verify_adapter, read_adapter))
     only_merge = "adapter with biases cannot be merged"
     if (verify is None) != (merge is None) and only_merge not in str(merge):
         raise DisagreementError(f"verify says {verify}; merge says {merge}")
@@ -143,6 +143,7 @@ def _send_request() -> None:
 MODEL = "--model merged --max-new-tokens 1 --greedy"
 ASK = f"ask {MODEL} --image photos/page.png What?"
 MERGE = "merge --base run/stage1/model --adapter {} --out merged2 --no-probe"
+CONVERSE = "ocr converse ocr/read.json --out out.json --model x --base-url http://127.0.0.1:9/v1"
 TARGETS: dict[str, Target] = {
     "config": Target(
         "merged photos data language_model", "merged/config.json merged/generation_config.json",
@@ -152,15 +153,19 @@ TARGETS: dict[str, Target] = {
          "delta make --base language_model --target merged --out out"), 8,
     ),
     "parts": Target(
-        "language_model vision_tower", "language_model/*config.json vision_tower/*.json language_model/special*",
+        "language_model vision_tower",
+        "language_model/*config.json vision_tower/*.json language_model/special*",
         (_build_from_parts, "estimate mine.yaml"), 6,
     ),
     "stock": Target(
-        "stock photos", "stock/*.json", ("ask --model stock --max-new-tokens 1 What?", "convert stock out --to llavar"), 4,
+        "stock photos", "stock/*.json",
+        ("ask --model stock --max-new-tokens 1 What?", "convert stock out --to llavar"), 4,
     ),
     "released": Target(
-        "delta language_model vision_tower released", "delta/*.json released/*.json language_model/*.json",
-        ("delta verify --base language_model --delta delta", "delta apply --base language_model --delta delta --out out",
+        "delta language_model vision_tower released",
+        "delta/*.json released/*.json language_model/*.json",
+        ("delta verify --base language_model --delta delta",
+         "delta apply --base language_model --delta delta --out out",
          "ask --model released --vision-tower vision_tower --max-new-tokens 1 What?",
          "delta make --base language_model --target released --out out",
          "convert released out --to llavar --vision-tower vision_tower"), 6,
@@ -239,12 +244,12 @@ TARGETS: dict[str, Target] = {
     ),
     "converse": Target(
         "ocr judge", "ocr/read.json ocr/read.ocr.jsonl judge/captions.jsonl",
-        ("ocr converse ocr/read.json --out out.json --model x --base-url http://127.0.0.1:9/v1 --captions "
-         "judge/captions.jsonl --attempts 1",), 1,
+        (f"{CONVERSE} --captions judge/captions.jsonl --attempts 1",), 1,
     ),
     "request": Target("merged request.json", "request.json", (_send_request,), 6),
     "image": Target(
-        "photos merged", "photos/*", (_open_images, _open_images, "ask --model merged --image photos/photo.jpg What?"), 8,
+        "photos merged", "photos/*",
+        (_open_images, _open_images, "ask --model merged --image photos/photo.jpg What?"), 8,
     ),
 }  # fmt: skip
 

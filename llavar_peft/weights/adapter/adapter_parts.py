@@ -99,11 +99,13 @@ def find_shape_faults(parts: Sequence[AdapterPart], settings: Mapping[str, Any],
     if settings.get("trainable_token_indices") and not any("rows" in part.tensors for part in parts):
         yield Fault(where, "rows of the embeddings were trained, but they are missing", _SAVE_AGAIN)
     adapted = [part.module for part in parts if "A" in part.tensors]
-    targeted = set(target_names(settings, adapted, where))
+    selected = set(target_names(settings, adapted, where))
+    others = [module for module in adapted if module not in selected]
+    if others:
+        what = f"{len(others)} modules have updates, and target_modules does not select them: {join_first(others)}"
+        yield Fault(where, what, _SAVE_AGAIN)
     for part in parts:
         what = _check_part(part, settings, saved)
-        if what is None and "A" in part.tensors and part.module not in targeted:
-            what = "the settings do not select this module (target_modules, exclude_modules)"
         if what is not None:
             yield Fault(f"{where}:{part.module}", what, _SAVE_AGAIN)
 

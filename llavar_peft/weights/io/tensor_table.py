@@ -41,6 +41,8 @@ SAFE_NAMES = {name: code for code, name in _SAFE_DTYPES.items()}
 """Safetensors' code of each dtype, by torch's name."""
 _LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 _LONGEST_NAME = 255  # characters of a file's name
+_MOST_TENSORS = 50_000
+"""LLaVAR-13B has 800, and an adapter for it at most 3,000. A million would take minutes."""
 _MOST_PICKLED = 1 << 26
 """Bytes of a ``.bin``'s pickle. That of LLaVAR-13B's largest file, which only names the tensors, has 30 kB."""
 _LOCAL_HEADER = 30
@@ -211,6 +213,9 @@ def _read_safetensors(path: Path) -> dict[str, TensorEntry]:
     except (SafetensorError, *DAMAGED) as error:
         raise _unreadable(path, error) from error
     header.pop("__metadata__", None)
+    if len(header) > _MOST_TENSORS:
+        what = f"too many tensors (got {len(header)}, expected at most {_MOST_TENSORS})"
+        raise WeightsError.at(str(path), what, "give the weights of a LLaVAR, or an adapter for one")
     entries = {}
     for name, fields in header.items():
         dtype = _SAFE_DTYPES.get(fields["dtype"])
