@@ -20,6 +20,7 @@ from llavar_peft.models.adapter_loading import add_adapter, apply_adapter, check
 from llavar_peft.models.build_model import build_model
 from llavar_peft.models.checkpoint_loading import resolve_folder
 from llavar_peft.recipe.schema import Attention, Dtype, Kernels, ModelConfig, Quantization
+from llavar_peft.recipe.validate import model_from_mapping
 from llavar_peft.weights.adapter.adapter_files import ADAPTER_CONFIG, BASE_FILE, read_base_settings, read_settings
 
 if TYPE_CHECKING:
@@ -212,7 +213,7 @@ def _read_base(adapter: Path) -> ModelConfig:
     settings = read_base_settings(adapter)
     if not settings.fields:
         raise ConfigError.at(str(adapter / BASE_FILE), "no such file", "give the adapter's base as --model as well")
-    base = ModelConfig(**settings.fields)
+    base = model_from_mapping(settings.fields, str(adapter / BASE_FILE))
     if base.checkpoint is None or Path(base.checkpoint).is_dir():
         return base
     # The run's folder may have been moved as a whole: try the base at the same place relative to the adapter.

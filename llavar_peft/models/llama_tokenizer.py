@@ -25,7 +25,14 @@ from llavar_peft.constants import (
     PAD_TOKEN,
     UNK_TOKEN,
 )
-from llavar_peft.errors import DAMAGED, ConfigError, MissingDependencyError, WeightsError, describe_reason
+from llavar_peft.errors import (
+    DAMAGED,
+    ConfigError,
+    LlavarError,
+    MissingDependencyError,
+    WeightsError,
+    describe_reason,
+)
 
 if TYPE_CHECKING:
     from tokenizers import AddedToken, Tokenizer
@@ -138,7 +145,15 @@ def _wrap(backend: Tokenizer) -> PreTrainedTokenizerFast:
 
 
 def _from_sentencepiece(path: Path) -> Tokenizer:
-    pieces = _open_sentencepiece(path)
+    try:
+        return _convert_pieces(_open_sentencepiece(path), path)
+    except LlavarError:
+        raise
+    except Exception as error:  # a damaged model makes both libraries raise many types of exceptions
+        raise _unreadable_model(path) from error
+
+
+def _convert_pieces(pieces: Any, path: Path) -> Tokenizer:
     ids = {pieces.id_to_piece(index): index for index in range(pieces.get_piece_size())}
     missing = [name for name in (UNK_TOKEN, BOS_TOKEN, EOS_TOKEN) if name not in ids]
     if missing:
@@ -169,11 +184,13 @@ def _open_sentencepiece(path: Path) -> Any:
     try:
         return sentencepiece.SentencePieceProcessor(model_file=str(path))
     except (RuntimeError, OSError) as error:
-        raise WeightsError.at(
-            str(path),
-            f"not readable as a SentencePiece model (got {path.stat().st_size} bytes; LLaMA's has 499723)",
-            "download the file again",
-        ) from error
+        raise _unreadable_model(path) from error
+
+
+def _unreadable_model(path: Path) -> LlavarError:
+    size = path.stat().st_size
+    what = f"not readable as a SentencePiece model (got {size} bytes; LLaMA's has 499723)"
+    return WeightsError.at(str(path), what, "download the file again")
 
 
 def _merges(pieces: Any, ids: Mapping[str, int]) -> list[tuple[str, str]]:

@@ -16,7 +16,7 @@ import time
 from collections import Counter
 from pathlib import Path
 
-from tests.fuzz.fuzz_workers import Case, Failure, run_cases, run_valid_files
+from tests.fuzz.fuzz_workers import Case, Failure, keep_command_line, run_cases, run_valid_files
 from tests.fuzz.targets import TARGETS, write_request
 from tests.fuzz.valid_files import build_valid_files
 
@@ -29,19 +29,21 @@ def main() -> int:
     parser.add_argument("--first", type=int, default=0, help="The first seed.")
     parser.add_argument("--cases", type=int, default=2000, help="Number of cases in all.")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="Number of processes.")
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="Start no case after this time.")
     options = parser.parse_args()
     folder = Path(tempfile.mkdtemp(prefix="fuzz-valid-"))
     try:
         build_valid_files(folder)
         write_request(folder)
         os.chdir("/")
+        keep_command_line()
         names = options.target or sorted(TARGETS)
         for wrong in run_valid_files(names, folder):
             print(f"the undamaged files fail: {wrong}")  # noqa: T201
         cases = choose_cases(names, options.first, options.cases)
         if options.seed is not None:
             cases = [(name, options.seed) for name in names]
-        failures = report(cases, folder, options.workers, keep=options.seed is not None)
+        failures = report(cases, folder, options)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     return 1 if failures else 0
@@ -55,10 +57,11 @@ def choose_cases(names: list[str], first: int, count: int) -> list[Case]:
     return cases[:count]
 
 
-def report(cases: list[Case], files: Path, workers: int, *, keep: bool) -> list[Failure]:
+def report(cases: list[Case], files: Path, options: argparse.Namespace) -> list[Failure]:
     """Run cases, and print what fails and how many there were of each target."""
     started, failures, done = time.monotonic(), list[Failure](), Counter[str]()
-    for one in run_cases(cases, files, workers=workers, keep=keep):
+    stop, keep = started + options.seconds, options.seed is not None
+    for one in run_cases(cases, files, workers=options.workers, keep=keep, stop=stop):
         done[one.target if isinstance(one, Failure) else one[0]] += 1
         if isinstance(one, Failure):
             failures.append(one)

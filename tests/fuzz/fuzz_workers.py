@@ -22,8 +22,9 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+import typer
 
-from llavar_peft.cli import main
+from llavar_peft import cli
 from llavar_peft.errors import LlavarError
 from tests.fuzz.mutations import damage_file
 from tests.fuzz.targets import TARGETS, Target, choose_uses, serving_app, split_use
@@ -62,11 +63,23 @@ class Failure:
 Case = tuple[str, int]
 
 
-def run_cases(cases: Sequence[Case], files: Path, *, workers: int, keep: bool = False) -> Iterator[Failure | Case]:
-    """Run cases, and yield each that is done, as a failure if it was one."""
+def run_cases(
+    cases: Sequence[Case], files: Path, *, workers: int, keep: bool = False, stop: float = float("inf")
+) -> Iterator[Failure | Case]:
+    """Run cases, and yield each that is done, as a failure if it was one.
+
+    Args:
+        cases: Target and seed.
+        files: The valid files.
+        workers: Number of processes.
+        keep: Keep the files of each case, and print everything.
+        stop: Time of ``time.monotonic`` after which no worker is started.
+    """
     waiting = list(reversed(cases))
     running: dict[Connection, _Worker] = {}
     while waiting or running:
+        if time.monotonic() > stop:
+            waiting.clear()
         while waiting and len(running) < workers:
             started = _Worker([waiting.pop() for _ in range(min(200, len(waiting)))], files, keep)
             running[started.connection] = started
@@ -214,6 +227,12 @@ def _damage(target: Target, draw: random.Random) -> str:
     return ", ".join(map(str, chosen))
 
 
+def keep_command_line() -> None:
+    """Build the table of commands once, which takes longer than most commands."""
+    table = typer.main.get_command(cli.build_app())
+    cli.build_app = lambda: table  # type: ignore[assignment,return-value]
+
+
 def _run_command(arguments: list[str]) -> tuple[str, str]:
     status, printed = _main(arguments)
     if any(word in printed for word in _OUT_OF_MEMORY):
@@ -233,7 +252,7 @@ def _run_command(arguments: list[str]) -> tuple[str, str]:
 def _main(arguments: list[str]) -> tuple[Any, str]:
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
-        status = main(arguments)
+        status = cli.main(arguments)
     return status, printed.getvalue()
 
 

@@ -155,7 +155,7 @@ TARGETS: dict[str, Target] = {
     "parts": Target(
         "language_model vision_tower",
         "language_model/*config.json vision_tower/*.json language_model/special*",
-        (_build_from_parts, "estimate mine.yaml"), 6,
+        (_build_from_parts, _build_from_parts, "estimate mine.yaml"), 6,
     ),
     "stock": Target(
         "stock photos", "stock/*.json",
@@ -203,7 +203,8 @@ TARGETS: dict[str, Target] = {
         (_adapter_opinions, "adapter show bin_adapter", MERGE.format("bin_adapter")), 4,
     ),
     "projector": Target(
-        "projector language_model vision_tower", "projector/*", (_build_from_parts, _read_model_weights), 4,
+        "projector language_model vision_tower", "projector/*",
+        (_read_model_weights, _read_model_weights, _build_from_parts), 4,
     ),
     "records": Target(
         "data merged ocr", "data/records.json ocr/read.json",
@@ -237,7 +238,8 @@ TARGETS: dict[str, Target] = {
     ),
     "recipe": Target(
         "mine.yaml run/recipe.yaml language_model vision_tower data", "mine.yaml run/recipe.yaml",
-        ("recipe show mine.yaml", "recipe show run/recipe.yaml", "estimate mine.yaml", "estimate run/recipe.yaml"), 6,
+        ("recipe show mine.yaml", "recipe show run/recipe.yaml") * 4
+        + ("estimate mine.yaml", "estimate run/recipe.yaml"), 6,
     ),
     "ocr": Target(
         "ocr data", "ocr/read.ocr.jsonl ocr/read.report.json", (read_images,), 6,
@@ -249,7 +251,7 @@ TARGETS: dict[str, Target] = {
     "request": Target("merged request.json", "request.json", (_send_request,), 6),
     "image": Target(
         "photos merged", "photos/*",
-        (_open_images, _open_images, "ask --model merged --image photos/photo.jpg What?"), 8,
+        (_open_images, _open_images, f"ask {MODEL} --image photos/photo.jpg What?"), 8,
     ),
 }  # fmt: skip
 

@@ -52,7 +52,7 @@ _PLACES = {
     "ask": "ask --model {m} What?",
     "chat": "chat --model {m}",
     "serve": "serve --model {m} --port 0",
-    "generate": "generate --model {m} --questions q.jsonl --answers a.jsonl",
+    "generate": "generate --model {m} --questions q.jsonl --answers a.jsonl --images .",
     "inspect": "data inspect r.json --model {m}",
     "train": "train recipe.yaml model.checkpoint={m}",
     "dry run": "train recipe.yaml model.checkpoint={m} --dry-run",
@@ -83,7 +83,10 @@ def _write_inputs(folder: Path, checkpoint: Path) -> None:
     (folder / "mme" / "OCR").mkdir(parents=True)
     Image.new("RGB", (20, 20)).save(folder / "mme/OCR/a.png")
     (folder / "mme/OCR/a.txt").write_text("Is it red? Please answer yes or no.\tYes\nIs it blue?\tNo\n")
-    stage = {"name": "s", "tune": "projector", "data": {"records": "r.json"}, "precision": "fp32", "max_steps": 1}
+    stage = {
+        "name": "s", "tune": "projector", "data": {"records": "r.json", "workers": 0}, "precision": "fp32",
+        "optim": {"learning_rate": 1e-3}, "global_batch_size": 1, "micro_batch_size": 1, "max_steps": 1,
+    }  # fmt: skip
     (folder / "recipe.yaml").write_text(json.dumps({"stages": [stage], "output_dir": "run"}))
     (folder / "language_model").symlink_to(PARTS / "language_model")
     save_moved_adapter(
@@ -106,6 +109,7 @@ def test_code_of_a_checkpoint_never_runs(
     """Each command refuses code in each file that can name some, whatever is typed."""
     monkeypatch.chdir(inputs)
     for name in FILES:
+        shutil.rmtree(".a.jsonl.parts", ignore_errors=True)
         folder = shutil.copytree(checkpoint, tmp_path / name)
         trace = _plant(folder, name, "auto_map", CODE)
         monkeypatch.setattr("sys.stdin", io.StringIO("y\n" * 9))

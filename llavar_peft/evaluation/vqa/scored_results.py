@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Final
 
+import msgspec
 import numpy as np
 
 from llavar_peft.atomic_files import write_json
@@ -205,7 +206,7 @@ def read_results(path: str | Path) -> Results:
         plain = json.loads(Path(path).read_text(encoding="utf-8"))
         if plain["format"] != _FORMAT:
             raise ValueError(f"format {plain['format']}, expected {_FORMAT}")
-        setting = Setting(**plain["setting"])
+        setting = msgspec.convert(plain["setting"], Setting)
         return Results(
             str(plain["dataset"]),
             setting,
@@ -220,9 +221,33 @@ def read_results(path: str | Path) -> Results:
         ) from error
 
 
-def _read_figure(plain: Mapping[str, Any], setting: Setting) -> Figure:
-    own = [entry.name for entry in fields(Figure) if entry.name != "setting"]
-    return Figure(**{name: plain[name] for name in own}, setting=setting)
+class _StoredFigure(msgspec.Struct):
+    """The values of a figure in a file."""
+
+    protocol: str
+    value: float
+    low: float
+    high: float
+    records: int
+    lower_is_better: bool
+
+
+class _StoredAnswer(msgspec.Struct):
+    """The values of an answer in a file."""
+
+    id: str
+    question: str
+    answer: str
+    truths: list[str]
+    image: str | None
+    fields: dict[str, str]
+    scores: dict[str, tuple[float, float]]
+    letter_height: float | None
+    position: tuple[float, float] | None
+
+
+def _read_figure(plain: Any, setting: Setting) -> Figure:
+    return Figure(**msgspec.structs.asdict(msgspec.convert(plain, _StoredFigure)), setting=setting)
 
 
 def _plain(record: Answered) -> dict[str, Any]:
@@ -231,13 +256,7 @@ def _plain(record: Answered) -> dict[str, Any]:
     return {**plain, "truths": list(record.truths), "fields": dict(record.fields), "scores": scores}
 
 
-def _read_answered(plain: Mapping[str, Any]) -> Answered:
-    position = plain["position"]
-    return Answered(
-        **{
-            **plain,
-            "truths": tuple(plain["truths"]),
-            "scores": {name: Score(*one) for name, one in plain["scores"].items()},
-            "position": None if position is None else (position[0], position[1]),
-        }
-    )
+def _read_answered(plain: Any) -> Answered:
+    stored = msgspec.structs.asdict(msgspec.convert(plain, _StoredAnswer))
+    scores = {name: Score(*one) for name, one in stored["scores"].items()}
+    return Answered(**{**stored, "truths": tuple(stored["truths"]), "scores": scores})

@@ -60,6 +60,9 @@ def read_base_settings(adapter: Path) -> BaseSettings:
         known = dict(json.loads(path.read_text(encoding="utf-8")))
         if known.get("quantize") not in (None, "nf4", "int8"):
             raise ValueError(f"quantize: got {known['quantize']!r}, expected 'nf4', 'int8' or null")
+        odd = [name for name in ("vision_tower", "projector", "dtype") if not isinstance(known.get(name), str | None)]
+        if odd:
+            raise ValueError(f"{odd[0]}: got {ascii(known[odd[0]])[:80]}, expected a text or null")
     except DAMAGED as error:
         raise ConfigError.at(
             str(path), f"not readable as settings of a base ({describe_reason(error)})", DOWNLOAD_AGAIN

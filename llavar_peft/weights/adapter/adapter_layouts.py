@@ -19,7 +19,13 @@ from pathlib import Path
 from typing import Any
 
 from llavar_peft.errors import ConfigError, WeightsError
-from llavar_peft.weights.adapter.adapter_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, PREFIX, read_settings
+from llavar_peft.weights.adapter.adapter_files import (
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
+    PREFIX,
+    read_base_settings,
+    read_settings,
+)
 from llavar_peft.weights.adapter.adapter_settings import resolve_patterns
 from llavar_peft.weights.io import tensor_names
 from llavar_peft.weights.io.tensor_table import TensorEntry, read_file_table
@@ -62,6 +68,7 @@ def open_adapter(folder: str | Path) -> AdapterOnDisk:
     """
     path = Path(folder)
     settings = read_settings(path)
+    read_base_settings(path)  # all readers of adapters reject a damaged file of these settings
     stored = _read_table(path)
     extra = read_file_table(path / _LLAVA_FILE) if (path / _LLAVA_FILE).is_file() else {}
     table: dict[str, TensorEntry] = {}

@@ -105,9 +105,9 @@ def find_shape_faults(parts: Sequence[AdapterPart], settings: Mapping[str, Any],
         what = f"{len(others)} modules have updates, and target_modules does not select them: {join_first(others)}"
         yield Fault(where, what, _SAVE_AGAIN)
     for part in parts:
-        what = _check_part(part, settings, saved)
-        if what is not None:
-            yield Fault(f"{where}:{part.module}", what, _SAVE_AGAIN)
+        contradiction = _check_part(part, settings, saved)
+        if contradiction is not None:
+            yield Fault(f"{where}:{part.module}", contradiction, _SAVE_AGAIN)
 
 
 def _find_kind_fault(parts: Sequence[AdapterPart], settings: Mapping[str, Any], where: str) -> Fault | None:
