@@ -228,9 +228,10 @@ def _checked_settings(processor: Any) -> _Settings:
     for name, side in {**size, **crop, "patch_size": getattr(processor, "patch_size", 1)}.items():
         if side is not None and not (isinstance(side, int) and 0 < side <= _LARGEST_SIDE):
             raise ValueError(f"{name} is {ascii(side)[:40]}, expected 1 to {_LARGEST_SIDE} pixels")
-    for name, values in (("image_mean", images.image_mean), ("image_std", images.image_std)):
-        if len(values) != 3 or not all(math.isfinite(value) for value in values) or (name[-1] == "d" and 0 in values):
-            raise ValueError(f"{name} is {ascii(values)[:40]}, expected three numbers")
+    if len(images.image_mean) != 3 or not all(0 <= mean <= 1 for mean in images.image_mean):
+        raise ValueError(f"image_mean is {ascii(images.image_mean)[:40]}, expected three numbers from 0 to 1")
+    if len(images.image_std) != 3 or not all(math.isfinite(std) and std for std in images.image_std):
+        raise ValueError(f"image_std is {ascii(images.image_std)[:40]}, expected three numbers")
     fixed = (int(width), int(height)) if images.do_resize and not short and width and height else None
     return _Settings(
         short=int(short) if images.do_resize and short else None,

@@ -24,6 +24,7 @@ from llavar_peft.weights.adapter.adapter_report import describe_adapter, verify_
 from llavar_peft.weights.adapter.lora_updates import read_adapter
 from llavar_peft.weights.io.tensor_blocks import open_weights, read_tensor
 from llavar_peft.weights.io.tensor_table import read_tensor_table
+from llavar_peft.weights.merge.merge_plan import plan_merge
 from tests.fuzz.valid_files import read_images
 from tests.serving.server import ask_body, call, data_url
 
@@ -68,6 +69,11 @@ def _adapter_opinions() -> None:
         raise DisagreementError(f"verify says {verify}; merge says {merge}")
     if show is not None and verify is None:
         raise DisagreementError(f"show says {show}; verify finds nothing")
+    base = Path("run/stage1/model")
+    verify = _opinion(partial(verify_adapter, folder, base=base))
+    merge = _opinion(partial(plan_merge, base, folder))
+    if (verify is None) != (merge is None) and only_merge not in str(merge):
+        raise DisagreementError(f"verify --base says {verify}; merge says {merge}")
 
 
 def _read_model_weights() -> None:

@@ -29,6 +29,7 @@ from llavar_peft.weights.adapter.adapter_files import (
 from llavar_peft.weights.adapter.adapter_settings import resolve_patterns
 from llavar_peft.weights.io import tensor_names
 from llavar_peft.weights.io.tensor_table import TensorEntry, read_file_table
+from llavar_peft.weights.io.weights_fingerprint import FINGERPRINT_FILE, read_fingerprint
 
 _BIN = "adapter_model.bin"
 _LLAVA_FILE = "non_lora_trainables.bin"
@@ -68,7 +69,9 @@ def open_adapter(folder: str | Path) -> AdapterOnDisk:
     """
     path = Path(folder)
     settings = read_settings(path)
-    read_base_settings(path)  # all readers of adapters reject a damaged file of these settings
+    # All readers of adapters reject damage in the files that only some of them use.
+    read_base_settings(path)
+    read_fingerprint(path / FINGERPRINT_FILE)
     stored = _read_table(path)
     extra = read_file_table(path / _LLAVA_FILE) if (path / _LLAVA_FILE).is_file() else {}
     table: dict[str, TensorEntry] = {}
