@@ -34,6 +34,8 @@ SECONDS = 10
 WALL_SECONDS = 90
 MEMORY = 2 << 30
 """Bytes of address space that a worker may take beyond those of its parent."""
+_WRITTEN = ("request.json", "answers.jsonl", "read.report.json")
+"""Not replaced by a folder: the first is no file of a user, the others are written."""
 _GOOD = (0, 2, 3, 4)
 _OUT_OF_MEMORY = ("MemoryError", "not enough memory", "allocate memory", "DefaultCPUAllocator", "bad_alloc")
 _WIDTH = 300
@@ -218,7 +220,7 @@ def _damage(target: Target, draw: random.Random) -> str:
             if path.is_file()
             else draw.choice((b'{"<x>": 1}', b"{}", b"[]", b'{"size": {"height": 1}}'))
         )
-        if draw.random() < 0.01 and path.name != "request.json":
+        if draw.random() < 0.01 and path.name not in _WRITTEN:
             path.unlink(missing_ok=True)
             path.mkdir(exist_ok=True)
         elif path.parent.is_dir() and not path.is_dir():

@@ -70,7 +70,11 @@ def view_as_released(folder: str | Path) -> ReleasedView:
     config = read_model_config(path)
     kind = config.get("model_type")
     if kind == MODEL_TYPE:
-        rename, flat = tensor_names.to_released, flatten_config(config)
+        try:
+            rename, flat = tensor_names.to_released, flatten_config(config)
+        except DAMAGED as error:
+            what = f"its settings of a language model and a tower cannot be read ({describe_reason(error)})"
+            raise ConfigError.at(str(path / "config.json"), what, DOWNLOAD_AGAIN) from error
     elif kind in ("llama", RELEASED_MODEL_TYPE) and "text_config" not in config:
         rename, flat = _without_buffers, config
     else:
