@@ -30,7 +30,7 @@ from llavar_peft.models.checkpoint_loading import read_checkpoint, read_parts, r
 from llavar_peft.models.launch_environment import claim_device, half_precision, requested_sharding
 from llavar_peft.models.layer_kernels import apply_kernels
 from llavar_peft.models.llavar_config import LlavarConfig
-from llavar_peft.models.model_parts import ModelParts
+from llavar_peft.models.model_parts import ModelParts, check_stored_values, check_vocabulary
 from llavar_peft.models.modeling_llavar import LlavarForConditionalGeneration, LlavarModel
 from llavar_peft.models.pending_weights import PendingWeights
 from llavar_peft.models.pretrained_files import load_pretrained, unreadable_settings
@@ -39,8 +39,7 @@ from llavar_peft.recipe.schema import Attention, ModelConfig, Quantization
 from llavar_peft.weights.io import tensor_names
 from llavar_peft.weights.io.joined_rows import JoinedRows, whole
 from llavar_peft.weights.io.projector_file import apply_projector
-from llavar_peft.weights.io.tensor_blocks import check_tensors, check_values
-from llavar_peft.weights.io.tensor_table import read_tensor_table
+from llavar_peft.weights.io.tensor_blocks import check_tensors
 
 logger = logging.getLogger(__name__)
 
@@ -245,18 +244,10 @@ def _read_checked_parts(config: ModelConfig, seed: int) -> ModelParts:
     if config.projector is not None:
         apply_projector(parts.tensors, config.projector)
     check_tensors(parts.tensors, expected_shapes(parts.config), where=parts.source)
-    _check_stored_values(config, parts.source)
+    check_vocabulary(parts)
+    tower = config.vision_tower and resolve_folder(config.vision_tower, "model.vision_tower")
+    check_stored_values(parts.source, tower or None)
     return parts
-
-
-def _check_stored_values(config: ModelConfig, source: str) -> None:
-    """Reject damaged weights before they are used: with one NaN every answer, and every step of a training, is lost."""
-    tables = [read_tensor_table(source)]
-    if config.vision_tower is not None:
-        tower = read_tensor_table(resolve_folder(config.vision_tower, "model.vision_tower"))
-        tables.append({name: entry for name, entry in tower.items() if tensor_names.from_clip(name) is not None})
-    for table in tables:
-        check_values(table)
 
 
 def _finish(

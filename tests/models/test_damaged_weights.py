@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from llavar_peft import ModelConfig, build_model, cli
 from llavar_peft.errors import ConfigError, WeightsError
 from llavar_peft.models.build_model import build_pending_model, load_processor
+from llavar_peft.weights.delta.delta_files import make_delta
 from llavar_peft.weights.io.projector_file import save_projector
 from llavar_peft.weights.io.tensor_blocks import write_checksums
 from tests.weights.adapters import LANGUAGE_MODEL, VISION_TOWER
@@ -124,3 +125,23 @@ def test_settings_of_images_are_checked_when_they_are_loaded(changes: dict[str, 
     path.write_text(json.dumps(stored))
     with pytest.raises(ConfigError, match=what):
         load_processor(str(copy))
+
+
+def test_ids_beyond_the_embeddings_are_named(copy: Path) -> None:
+    path = copy / "tokenizer.json"
+    stored = json.loads(path.read_text())
+    added = {**stored["added_tokens"][0], "content": "<more>", "id": 5000}
+    stored["added_tokens"].append(added)
+    stored["model"]["vocab"]["<more>"] = 5000
+    path.write_text(json.dumps(stored))
+    with pytest.raises(WeightsError, match=r"do not belong together \(got the id 5000"):
+        build_model(ModelConfig(checkpoint=str(copy), dtype="float32"))
+
+
+def test_a_checkpoint_without_the_settings_of_its_tower_is_named(copy: Path, tmp_path: Path) -> None:
+    path = copy / "config.json"
+    stored = json.loads(path.read_text())
+    del stored["vision_config"]
+    path.write_text(json.dumps(stored))
+    with pytest.raises(ConfigError, match="settings of a language model and a tower cannot be read"):
+        make_delta(LANGUAGE_MODEL, copy, tmp_path / "out")

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import unicodedata
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
@@ -136,7 +136,7 @@ def borrow_heights(questions: Sequence[VqaQuestion], records: Path) -> list[VqaQ
     known = {
         record["image"]: read_text_size(record, f"{records}: record {number}")
         for number, record in enumerate(store[place] for place in range(len(store)))
-        if record.get("image") in expected
+        if isinstance(record, Mapping) and isinstance(record.get("image"), str) and record["image"] in expected
     }
     if not known:
         raise DataError.at(
