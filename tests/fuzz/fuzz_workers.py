@@ -36,6 +36,7 @@ MEMORY = 2 << 30
 """Bytes of address space that a worker may take beyond those of its parent."""
 _WRITTEN = ("request.json", "answers.jsonl", "read.report.json")
 """Not replaced by a folder: the first is no file of a user, the others are written."""
+_BATCH = 50  # cases of a forked worker
 _GOOD = (0, 2, 3, 4)
 _OUT_OF_MEMORY = ("MemoryError", "not enough memory", "allocate memory", "DefaultCPUAllocator", "bad_alloc")
 _WIDTH = 300
@@ -83,7 +84,7 @@ def run_cases(
         if time.monotonic() > stop:
             waiting.clear()
         while waiting and len(running) < workers:
-            started = _Worker([waiting.pop() for _ in range(min(200, len(waiting)))], files, keep)
+            started = _Worker([waiting.pop() for _ in range(min(_BATCH, len(waiting)))], files, keep)
             running[started.connection] = started
         ready = wait(list(running), timeout=0.5)
         for connection in list(running):
