@@ -1,6 +1,6 @@
 # Development commands; .ci/run runs `quality`, `docs` and the tests.
 PYTHON ?= python
-.PHONY: style quality test parity torture gpu docs bench
+.PHONY: style quality test parity torture gpu docs fuzz bench
 
 style:  ## Format the code and fix what ruff can fix.
 	ruff check --fix .
@@ -27,6 +27,9 @@ gpu:  ## Run the tests that need a CUDA device.
 
 docs:  ## Build the documentation into build/site.
 	$(PYTHON) -m mkdocs build --strict
+
+fuzz:  ## Damage the files that users give, and look for tracebacks, hangs and excessive memory.
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(PYTHON) -m tests.fuzz $(FUZZ_ARGS)
 
 bench:  ## Measure time and memory against named peers.
 	$(PYTHON) benchmarks/data.py

@@ -27,6 +27,7 @@ INSTALL_REQUIRES = [
     "pydantic>=2.10",
     "pyyaml>=6.0",
     "rapidfuzz>=3.10",
+    "regex>=2025.10.22",
     "rich>=13.9",
     "safetensors>=0.8",
     "sentencepiece>=0.2",

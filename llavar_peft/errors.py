@@ -9,6 +9,8 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+_REASON = 200  # characters of another library's message
+
 
 def count_of(number: int, noun: str) -> str:
     """Return a number with its noun, for messages: ``1 record``, ``2,000 records``."""
@@ -37,6 +39,24 @@ class Fault:
 
     def __str__(self) -> str:
         return f"{self.where}: {self.what}. Fix: {self.fix}{'' if self.fix.endswith('?') else '.'}"
+
+
+DAMAGED = (
+    OSError, ValueError, KeyError, IndexError, TypeError, AttributeError, OverflowError, RecursionError,
+)  # fmt: skip
+"""What reading a file of JSON raises whose text, structure or values are not those that are expected."""
+
+
+def describe_reason(error: BaseException) -> str:
+    """Return the first line of another library's message, shortened; its kind if it has none.
+
+    ``repr`` of an error may contain the whole file, as that of ``UnicodeDecodeError`` does.
+    """
+    text = str(error).strip()
+    if isinstance(error, KeyError):
+        text = f"no {text}"
+    line = next(iter(text.splitlines()), "") or type(error).__name__
+    return line if len(line) <= _REASON else f"{line[:_REASON]}..."
 
 
 class LlavarError(Exception):

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import groupby
+from itertools import count, groupby
 from typing import Any
 
 import numpy as np
@@ -86,9 +86,10 @@ def encode_conversation(
         raise ConfigError.at(
             "max_length", f"out of range (got {max_length}, expected at least 1)", "give the number of tokens"
         )
-    contents = _contents(conversation, front=processor.sep_image_conv_front)
+    contents = _without_images_beyond(_contents(conversation, front=processor.sep_image_conv_front), max_length + 1)
     paths = _placed_images(conversation, sum(part is None for content in contents for part in content))
-    counts = tuple(_image_tokens(path, processor, roots, conversation.id) for path in paths)
+    by_path = {path: _image_tokens(path, processor, roots, conversation.id) for path in dict.fromkeys(paths)}
+    counts = tuple(by_path[path] for path in paths)
     turns = zip((turn.role for turn in conversation.turns), contents, strict=True)
     pieces = processor.conversation_template.pieces(turns)
     encoding = encode_pieces(pieces, text_encoder(processor), counts)
@@ -182,6 +183,14 @@ def _contents(conversation: Conversation, *, front: bool) -> list[Content]:
     if front and contents:
         contents[0] = images_to_front(contents[0])
     return contents
+
+
+def _without_images_beyond(contents: list[Content], most: int) -> list[Content]:
+    """Leave out images that cannot fit, because each before them takes a token; a million would fill the memory."""
+    if sum(content.count(None) for content in contents) <= most:
+        return contents
+    number = count()
+    return [[part for part in content if part is not None or next(number) < most] for content in contents]
 
 
 def _placed_images(conversation: Conversation, placeholders: int) -> tuple[str, ...]:

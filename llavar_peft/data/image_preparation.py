@@ -14,6 +14,7 @@ Source: LLaVAR, llava/train/train.py, ``LazySupervisedDataset``; llava/eval/run_
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -23,7 +24,7 @@ import numpy as np
 from PIL import Image
 
 from llavar_peft.data.image_files import open_image
-from llavar_peft.errors import ConfigError
+from llavar_peft.errors import DAMAGED, ConfigError, LlavarError, describe_reason
 from llavar_peft.types import ImageMode
 
 if TYPE_CHECKING:
@@ -37,6 +38,8 @@ _KEEP_SHORT: Final = 224
 _BAND_PIXELS: Final = 2**22  # pixels of a padded image that are in memory at once
 _LONGEST_PADDED: Final = 16_384  # pixels; a longer strip is scaled down before it is padded
 _LONGEST_PADDED_RATIO: Final = 8
+_LARGEST_SIDE: Final = 4096
+_FIX_SETTINGS: Final = "use the preprocessor_config.json of the vision tower"
 _LONGEST_RATIO: Final = 32  # of a more elongated image only the area of the crop is resized
 
 
@@ -82,7 +85,7 @@ def prepare_image(image: Image.Image | str | Path, mode: ImageMode, processor: A
         raise ConfigError.at(
             "image_mode", f"unknown mode (got {mode!r}, expected one of {', '.join(_MODES)})", "choose one of these"
         )
-    settings = _settings(processor)
+    settings = image_settings(processor)
     return _tensor(_MODES[mode](open_image(image), settings), settings.table_3V)
 
 
@@ -196,7 +199,23 @@ def _tensor(image: Image.Image, table_3V: np.ndarray) -> Tensor:
     return torch.from_numpy(np.stack([table_3V[c].take(pixels_HWC[..., c]) for c in range(3)]))
 
 
-def _settings(processor: Any) -> _Settings:
+def image_settings(processor: Any) -> _Settings:
+    """Read the settings of an image processor, which come from a file.
+
+    Raises:
+        ConfigError: A value is missing, or none that images can be prepared with.
+    """
+    try:
+        return _checked_settings(processor)
+    except (*DAMAGED, ZeroDivisionError) as error:
+        if isinstance(error, LlavarError):
+            raise
+        raise ConfigError.at(
+            "preprocessor_config.json", f"unusable settings of images ({describe_reason(error)})", _FIX_SETTINGS
+        ) from error
+
+
+def _checked_settings(processor: Any) -> _Settings:
     images = getattr(processor, "image_processor", processor)
     size, crop = dict(images.size or {}), dict(images.crop_size or {})
     short, height, width = size.get("shortest_edge"), size.get("height"), size.get("width")
@@ -204,8 +223,15 @@ def _settings(processor: Any) -> _Settings:
         raise ConfigError.at(
             "preprocessor_config.json",
             f"unsupported size (got {size}, expected shortest_edge, or height and width)",
-            "use the preprocessor_config.json of the vision tower",
+            _FIX_SETTINGS,
         )
+    for name, side in {**size, **crop, "patch_size": getattr(processor, "patch_size", 1)}.items():
+        if side is not None and not (isinstance(side, int) and 0 < side <= _LARGEST_SIDE):
+            raise ValueError(f"{name} is {ascii(side)[:40]}, expected 1 to {_LARGEST_SIDE} pixels")
+    if len(images.image_mean) != 3 or not all(0 <= mean <= 1 for mean in images.image_mean):
+        raise ValueError(f"image_mean is {ascii(images.image_mean)[:40]}, expected three numbers from 0 to 1")
+    if len(images.image_std) != 3 or not all(math.isfinite(std) and std for std in images.image_std):
+        raise ValueError(f"image_std is {ascii(images.image_std)[:40]}, expected three numbers")
     fixed = (int(width), int(height)) if images.do_resize and not short and width and height else None
     return _Settings(
         short=int(short) if images.do_resize and short else None,

@@ -16,7 +16,7 @@ from typing import Any, Final, Protocol
 
 from llavar_peft.constants import IMAGE_PLACEHOLDER
 from llavar_peft.data.record_index import IndexedFile
-from llavar_peft.errors import DataError, Fault, LlavarError
+from llavar_peft.errors import DataError, Fault, LlavarError, describe_reason
 from llavar_peft.types import Conversation, Role, Turn, expand_home
 
 _MAX_PATH: Final = 1024  # characters of the path of an image; a longer text is the image itself
@@ -187,7 +187,9 @@ def _undecoded(table: Any) -> Any:
 
 def _unreadable(path: Path, error: BaseException) -> LlavarError:
     return DataError.at(
-        str(path), f"cannot be read ({type(error).__name__}: {error})", "write or download the file again"
+        str(path),
+        f"cannot be read ({type(error).__name__}: {describe_reason(error)})",
+        "write or download the file again",
     )
 
 

@@ -11,7 +11,7 @@ from types import TracebackType
 from typing import IO, TYPE_CHECKING, Any, Final
 
 from llavar_peft.atomic_files import dump_json, write_json
-from llavar_peft.errors import ConfigError, DataError, EnvironmentFaultError
+from llavar_peft.errors import DAMAGED, ConfigError, DataError, EnvironmentFaultError, describe_reason
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -152,7 +152,7 @@ class ReplyFolder:
         """Return the value of a key, None if there is none or its file is damaged."""
         try:
             return json.loads((self._folder / f"{key}.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError):
+        except DAMAGED:
             return None
 
     def write(self, key: str, value: Mapping[str, Any]) -> None:
@@ -174,8 +174,10 @@ def _encode(value: Mapping[str, Any]) -> bytes:
 def _decode(line: bytes, location: str) -> dict[str, Any]:
     try:
         value = json.loads(line)
-    except ValueError as error:
-        raise DataError.at(location, f"is not JSON ({error})", "delete the file, and run again") from error
+    except DAMAGED as error:
+        raise DataError.at(
+            location, f"is not JSON ({describe_reason(error)})", "delete the file, and run again"
+        ) from error
     if not isinstance(value, dict):
         raise DataError.at(location, "is not a JSON object", "delete the file, and run again")
     return value

@@ -157,6 +157,14 @@ def _build(tokenizer: Any, image_token: str, use_im_start_end: bool, template: T
             f"the tokenizer has no image tokens (missing: {', '.join(missing)})",
             "call llavar_peft.models.llama_tokenizer.add_image_tokens on it",
         )
+    ends = {"bos_token": tokenizer.bos_token_id, "eos_token": tokenizer.eos_token_id}
+    unknown = [name for name, index in ends.items() if not isinstance(index, int)]
+    if unknown:
+        raise ConfigError.at(
+            where,
+            f"the tokenizer has no {' and no '.join(unknown)}",
+            "copy the model's own tokenizer.json and tokenizer_config.json into its folder",
+        )
     backend = tokenizer.backend_tokenizer
     bare = Tokenizer(backend.model)
     bare.normalizer = backend.normalizer

@@ -22,6 +22,7 @@ from llavar_peft.models.build_model import build_model
 from llavar_peft.models.checkpoint_loading import resolve_folder
 from llavar_peft.models.hub_models import is_hub_name
 from llavar_peft.recipe.schema import Attention, Dtype, Kernels, ModelConfig, Quantization
+from llavar_peft.recipe.validate import model_from_mapping
 from llavar_peft.weights.adapter.adapter_files import ADAPTER_CONFIG, BASE_FILE, read_base_settings, read_settings
 from llavar_peft.weights.io.tensor_table import WEIGHTS_FILES
 
@@ -236,7 +237,7 @@ def _read_base(adapter: Path) -> ModelConfig:
     fix = f"give the base as the model, and this folder as its adapter: --model BASE --adapter {adapter}"
     if not settings.fields:
         raise ConfigError.at(str(adapter / BASE_FILE), "no such file", fix)
-    base = ModelConfig(**settings.fields)
+    base = model_from_mapping(settings.fields, str(adapter / BASE_FILE))
     if base.checkpoint is None or Path(base.checkpoint).is_dir():
         return base
     # The run's folder may have been moved as a whole: try the base at the same place relative to the adapter. A folder

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Final
 from llavar_peft.atomic_files import dump_json, write_json, write_text
 from llavar_peft.data.image_roots import ImageRoots
 from llavar_peft.data.resume_journal import ResumeJournal, check_settings, read_entries
-from llavar_peft.errors import ConfigError, DataError, Fault, ImageError
+from llavar_peft.errors import DAMAGED, ConfigError, DataError, Fault, ImageError
 from llavar_peft.text_files import (
     check_is_file,
     parse_json,
@@ -156,15 +156,23 @@ class AnswerJournal:
             write_json(self._settings, settings)  # last: its existence says that the run has begun
             return
         try:
-            found = json.loads(self._settings.read_text(encoding="utf-8"))
-        except ValueError:
+            found = dict(json.loads(self._settings.read_text(encoding="utf-8")))
+        except DAMAGED:
             found = {}
         check_settings(self.folder, found, settings)
 
     def read(self) -> dict[int, dict[str, Any]]:
         """Return what all processes have done: ``{"text": ...}`` or ``{"skipped": why}`` by the question's place."""
         parts = sorted(self.folder.glob("part-*.jsonl"))
-        return {entry["place"]: entry for part in parts for _, entry in read_entries(part, has_heading=False)}
+        found = {}
+        for part in parts:
+            for _, entry in read_entries(part, has_heading=False):
+                if not (
+                    isinstance(entry.get("place"), int) and isinstance(entry.get("text", entry.get("skipped")), str)
+                ):
+                    raise DataError.at(str(part), "has an entry that is no answer", "delete the folder, and run again")
+                found[entry["place"]] = entry
+        return found
 
     def __enter__(self) -> Self:
         """Open this process's part for writing."""
@@ -245,7 +253,7 @@ def earlier_answers(path: Path, questions: Sequence[ImageQuestion], model: str) 
         try:
             answer = parse_json(line, f"{path}:{number}", path, lenient=True)
             asked, answered_by, text = (answer["question_id"], answer["prompt"]), answer["model_id"], answer["text"]
-        except (DataError, TypeError, KeyError):
+        except DAMAGED:
             # Only the beginning of an answer is an interrupted write; anything else is a file of another kind.
             if number > len(complete) and line[: len(_ANSWER_START)] == _ANSWER_START[: len(line)]:
                 continue

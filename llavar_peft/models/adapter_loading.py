@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from llavar_peft.compat.dependency_internals import embed_used_rows_only
-from llavar_peft.errors import ConfigError, Fault, WeightsError
+from llavar_peft.errors import ConfigError, Fault
 from llavar_peft.models.build_model import build_model, expected_shapes
 from llavar_peft.models.checkpoint_loading import resolve_folder
 from llavar_peft.models.modeling_llavar import LlavarForConditionalGeneration
@@ -17,13 +17,14 @@ from llavar_peft.recipe.schema import ModelConfig
 from llavar_peft.weights.adapter.adapter_files import ADAPTER_WEIGHTS, load_adapter_weights
 from llavar_peft.weights.adapter.adapter_layouts import open_adapter
 from llavar_peft.weights.adapter.adapter_parts import find_base_faults, find_shape_faults, split_adapter
+from llavar_peft.weights.adapter.adapter_settings import peft_settings
 from llavar_peft.weights.delta.released_layout import view_as_released
 from llavar_peft.weights.io import tensor_names
-from llavar_peft.weights.io.tensor_blocks import find_not_finite, read_tensor
+from llavar_peft.weights.io.tensor_blocks import find_not_finite, raise_faults, read_tensor
 from llavar_peft.weights.io.weights_fingerprint import check_adapter_base, take_fingerprint
 
 if TYPE_CHECKING:
-    from peft import PeftConfig, PeftModel
+    from peft import LoraConfig, PeftModel
 
 # How the names of the tensors begin that a stage-1 projector file replaces.
 _REPLACED_BY_PROJECTOR = (tensor_names.RELEASED_PROJECTOR, tensor_names.RELEASED_EMBEDDINGS)
@@ -144,10 +145,8 @@ def fingerprint_base(config: ModelConfig) -> dict[str, Any]:
     return take_fingerprint(table, view.config)
 
 
-def _read_checked(model: LlavarForConditionalGeneration, folder: Path) -> tuple[dict[str, torch.Tensor], PeftConfig]:
+def _read_checked(model: LlavarForConditionalGeneration, folder: Path) -> tuple[dict[str, torch.Tensor], LoraConfig]:
     """Read an adapter's tensors, all of which fit the model and are finite, and its settings."""
-    from peft import PeftConfig
-
     stored = open_adapter(folder)
     table = stored.table
     parts = split_adapter(table)
@@ -157,10 +156,5 @@ def _read_checked(model: LlavarForConditionalGeneration, folder: Path) -> tuple[
     tensors = {} if faults else {name: read_tensor(entry) for name, entry in table.items()}
     found = (find_not_finite([tensor], table[name].location) for name, tensor in tensors.items())
     faults += [fault for fault in found if fault is not None]
-    if faults:
-        raise WeightsError("\n".join(map(str, faults)), faults)
-    settings = PeftConfig.from_pretrained(str(folder))
-    if stored.converted:
-        for name in ("target_modules", "exclude_modules", "layers_to_transform", "modules_to_save"):
-            setattr(settings, name, stored.settings.get(name))
-    return tensors, settings
+    raise_faults(faults)
+    return tensors, peft_settings(stored.settings, stored.adapted)

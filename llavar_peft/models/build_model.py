@@ -30,7 +30,7 @@ from llavar_peft.models.checkpoint_loading import read_checkpoint, read_parts, r
 from llavar_peft.models.launch_environment import claim_device, half_precision, requested_sharding
 from llavar_peft.models.layer_kernels import apply_kernels
 from llavar_peft.models.llavar_config import LlavarConfig
-from llavar_peft.models.model_parts import ModelParts
+from llavar_peft.models.model_parts import ModelParts, check_stored_values, check_vocabulary
 from llavar_peft.models.modeling_llavar import LlavarForConditionalGeneration, LlavarModel
 from llavar_peft.models.pending_weights import PendingWeights
 from llavar_peft.models.pretrained_files import load_pretrained, unreadable_settings
@@ -78,6 +78,7 @@ def build_model(
     with _no_progress_bar_for_small_models(parts.tensors):
         model = LlavarForConditionalGeneration.from_pretrained(
             None,
+            trust_remote_code=False,
             config=parts.config,
             state_dict=parts.whole_tensors(),
             dtype=dtype,
@@ -115,7 +116,9 @@ def build_pending_model(
     dtype = resolve_dtype(config.dtype)
     attention = resolve_attention(config.attention, dtype, parts.config)
     with init_empty_weights(include_buffers=False):
-        model = AutoModelForImageTextToText.from_config(parts.config, dtype=dtype, attn_implementation=attention)
+        model = AutoModelForImageTextToText.from_config(
+            parts.config, dtype=dtype, attn_implementation=attention, trust_remote_code=False
+        )
     pending = PendingWeights(dtype)
     for name, parameter in list(model.named_parameters()):
         pending.add(parameter, parts.tensors[name])
@@ -252,6 +255,9 @@ def _read_checked_parts(config: ModelConfig, seed: int) -> ModelParts:
     if config.projector is not None:
         apply_projector(parts.tensors, config.projector)
     check_tensors(parts.tensors, expected_shapes(parts.config), where=parts.source)
+    check_vocabulary(parts)
+    tower = config.vision_tower and resolve_folder(config.vision_tower, "model.vision_tower")
+    check_stored_values(parts.source, tower or None)
     return parts
 
 

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast, get_args
 
 import torch
-from transformers import LlamaConfig
 
 from llavar_peft.constants import IMAGE_PATCH_TOKEN, IMAGE_PLACEHOLDER, MODEL_TYPE, RELEASED_MODEL_TYPE
 from llavar_peft.errors import ConfigError, WeightsError
@@ -22,7 +21,7 @@ from llavar_peft.models.language_model_loading import add_placeholder, read_lang
 from llavar_peft.models.llama_tokenizer import add_image_tokens, load_tokenizer
 from llavar_peft.models.llavar_config import LlavarConfig, make_config, read_llama_config
 from llavar_peft.models.model_parts import ModelParts
-from llavar_peft.models.pretrained_files import check_sizes, load_pretrained, unreadable_settings
+from llavar_peft.models.pretrained_files import load_pretrained
 from llavar_peft.models.processing_llavar import LlavarProcessor
 from llavar_peft.models.tower_loading import TowerParts, read_tower
 from llavar_peft.recipe.schema import ModelConfig, ProjectorType
@@ -150,7 +149,7 @@ def _read_released_layout(folder: Path, described: Mapping[str, Any], config: Mo
             f"{described.get('mm_vision_tower')!r})",
             "set it to the folder of the CLIP model that the checkpoint was trained with",
         )
-    text = _llama_config(described, folder)
+    text = read_llama_config(described, folder)
     use_im_start_end = bool(described.get("mm_use_im_start_end", False))
     tokenizer = load_tokenizer(folder)
     # LLaVA-1.5's code has no image token: it splits the text at each image.
@@ -252,15 +251,6 @@ def _released_projector_type(described: Mapping[str, Any], folder: Path) -> Proj
             "use a checkpoint with one of these projectors",
         )
     return cast("ProjectorType", stated)
-
-
-def _llama_config(described: Mapping[str, Any], folder: Path) -> LlamaConfig:
-    try:
-        config = read_llama_config(described)
-    except Exception as error:  # transformers passes on whatever a damaged file causes
-        raise unreadable_settings(folder, "LlamaConfig", error) from error
-    check_sizes(config, folder)
-    return config
 
 
 def _rename_released(store: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -13,7 +13,7 @@ from llavar_peft.constants import IMAGE_PATCH_TOKEN, IMAGE_PLACEHOLDER, RELEASED
 from llavar_peft.errors import ConfigError, WeightsError
 from llavar_peft.models.llama_tokenizer import add_image_tokens, load_tokenizer
 from llavar_peft.models.llavar_config import read_llama_config
-from llavar_peft.models.pretrained_files import check_sizes, load_pretrained, unreadable_settings
+from llavar_peft.models.pretrained_files import load_pretrained
 from llavar_peft.recipe.schema import ModelConfig
 from llavar_peft.types import TemplateName
 from llavar_peft.weights.delta.released_layout import check_not_delta, read_model_config
@@ -70,7 +70,7 @@ def read_language_model(folder: Path, settings: ModelConfig) -> LanguageParts:
     _check_kind(described, folder)
     template = _choose_template(folder, described, settings)
     legacy = template == "llava_v1"
-    config = _llama_config(described, folder) if legacy and described["model_type"] == "llama" else _config(folder)
+    config = read_llama_config(described, folder) if legacy and described["model_type"] == "llama" else _config(folder)
     tokenizer = load_tokenizer(folder) if legacy else load_pretrained(AutoTokenizer, folder)
     old_size = len(tokenizer)
     use_im_start_end = legacy and settings.use_im_start_end is not False
@@ -146,15 +146,6 @@ def _config(folder: Path) -> PretrainedConfig:
             f"models with scaled logits are not supported (got {getattr(config, scaled[0])})",
             "give a language model without this setting",
         )
-    return config
-
-
-def _llama_config(described: Mapping[str, Any], folder: Path) -> PretrainedConfig:
-    try:
-        config = read_llama_config(described)
-    except Exception as error:  # transformers passes on whatever a damaged file causes
-        raise unreadable_settings(folder, "LlamaConfig", error) from error
-    check_sizes(config, folder)
     return config
 
 

@@ -25,7 +25,14 @@ from llavar_peft.constants import (
     PAD_TOKEN,
     UNK_TOKEN,
 )
-from llavar_peft.errors import ConfigError, MissingDependencyError, WeightsError
+from llavar_peft.errors import (
+    DAMAGED,
+    ConfigError,
+    LlavarError,
+    MissingDependencyError,
+    WeightsError,
+    describe_reason,
+)
 
 if TYPE_CHECKING:
     from tokenizers import AddedToken, Tokenizer
@@ -138,7 +145,15 @@ def _wrap(backend: Tokenizer) -> PreTrainedTokenizerFast:
 
 
 def _from_sentencepiece(path: Path) -> Tokenizer:
-    pieces = _open_sentencepiece(path)
+    try:
+        return _convert_pieces(_open_sentencepiece(path), path)
+    except LlavarError:
+        raise
+    except Exception as error:  # a damaged model makes both libraries raise many types of exceptions
+        raise _unreadable_model(path) from error
+
+
+def _convert_pieces(pieces: Any, path: Path) -> Tokenizer:
     ids = {pieces.id_to_piece(index): index for index in range(pieces.get_piece_size())}
     missing = [name for name in (UNK_TOKEN, BOS_TOKEN, EOS_TOKEN) if name not in ids]
     if missing:
@@ -169,11 +184,13 @@ def _open_sentencepiece(path: Path) -> Any:
     try:
         return sentencepiece.SentencePieceProcessor(model_file=str(path))
     except (RuntimeError, OSError) as error:
-        raise WeightsError.at(
-            str(path),
-            f"not readable as a SentencePiece model (got {path.stat().st_size} bytes; LLaMA's has 499723)",
-            "download the file again",
-        ) from error
+        raise _unreadable_model(path) from error
+
+
+def _unreadable_model(path: Path) -> LlavarError:
+    size = path.stat().st_size
+    what = f"not readable as a SentencePiece model (got {size} bytes; LLaMA's has 499723)"
+    return WeightsError.at(str(path), what, "download the file again")
 
 
 def _merges(pieces: Any, ids: Mapping[str, int]) -> list[tuple[str, str]]:
@@ -216,7 +233,9 @@ def _from_json(path: Path) -> Tokenizer:
         form = json.loads(path.read_text(encoding="utf-8"))
         backend = Tokenizer.from_str(json.dumps(form))
     except Exception as error:  # tokenizers raises a bare Exception for an invalid file
-        raise WeightsError.at(str(path), f"not readable as a tokenizer ({error})", _GIVE_MODEL) from error
+        raise WeightsError.at(
+            str(path), f"not readable as a tokenizer ({describe_reason(error)})", _GIVE_MODEL
+        ) from error
     faults = []
     if form.get("model", {}).get("type") != "BPE":
         faults.append("the model is not BPE")
@@ -248,9 +267,9 @@ def _read_added_tokens(folder: Path) -> tuple[Path, dict[str, int]]:
             return path, {}
         listed = json.loads(path.read_text(encoding="utf-8")).get("added_tokens_decoder") or {}
         return path, {str(token["content"]): int(index) for index, token in listed.items()}
-    except (OSError, ValueError, AttributeError, TypeError, KeyError, RecursionError) as error:
+    except DAMAGED as error:
         raise WeightsError.at(
-            str(path), f"not a JSON object of tokens and ids ({error})", "download the file again"
+            str(path), f"not a JSON object of tokens and ids ({describe_reason(error)})", "download the file again"
         ) from error
 
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig, CLIPVisionConfig, LlamaConfig, LlavaConfig, PretrainedConfig
+from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, PretrainedConfig
 
 from llavar_peft.constants import MODEL_TYPE
 from llavar_peft.errors import ConfigError
+from llavar_peft.models.pretrained_files import load_pretrained, make_part_settings, make_settings
 from llavar_peft.recipe.schema import ModelConfig, ProjectorType
 from llavar_peft.types import expand_home
 from llavar_peft.weights.delta.released_layout import read_model_config
@@ -95,21 +97,28 @@ def make_config(  # noqa: PLR0913 - the settings of a model
     )
 
 
-def read_llama_config(described: Mapping[str, Any]) -> LlamaConfig:
+def read_llama_config(described: Mapping[str, Any], folder: Path) -> LlamaConfig:
     """Return the language model's configuration from a parsed ``config.json``.
 
     A LLaMA's file of transformers 5 is read as it is. Older files and the released, flat ones (``model_type: llava``
     with LLaMA's fields at the top level) are read field by field, because ``AutoConfig`` opens a released file as
     another model without an error. Missing fields have LLaMA's defaults.
+
+    Args:
+        described: The file.
+        folder: Its folder, for messages.
+
+    Raises:
+        ConfigError: A value is none that a model can have.
     """
     if described.get("model_type") == "llama" and "rope_parameters" in described:
-        return LlamaConfig(**described)
+        return make_settings(LlamaConfig, described, folder)
     fields = {name: described[name] for name in _LLAMA_FIELDS if described.get(name) is not None}
     if _OLD_POSITIONS in described and "max_position_embeddings" not in fields:
         fields["max_position_embeddings"] = described[_OLD_POSITIONS]
     # Vicuna v1.1's file has pad_token_id -1 or 0; the original always pads with <unk>, id 0.
     fields["pad_token_id"] = 0
-    return LlamaConfig(tie_word_embeddings=False, **fields)
+    return make_settings(LlamaConfig, {"tie_word_embeddings": False, **fields}, folder)
 
 
 def config_without_weights(model: ModelConfig) -> LlavarConfig:
@@ -123,12 +132,12 @@ def config_without_weights(model: ModelConfig) -> LlavarConfig:
         ConfigError: The model is neither a folder nor does its name contain a size.
     """
     if model.checkpoint is not None:
-        described = _read_described(model.checkpoint)
+        described, folder = _read_described(model.checkpoint), expand_home(model.checkpoint)
         if described is not None and described.get("model_type") == MODEL_TYPE:
-            config: LlavarConfig = LlavarConfig.from_pretrained(model.checkpoint)
-            return config
+            return load_pretrained(LlavarConfig, folder)
         if described is not None and "text_config" in described:
-            text, tower = AutoConfig.for_model(**described["text_config"]), _tower_config(described["vision_config"])
+            text = make_part_settings(described["text_config"], folder, default="llama")
+            tower = make_part_settings(described.get("vision_config"), folder, default="clip_vision_model")
             return _compose(model, text, tower, text.vocab_size)
         # A checkpoint in the released layout already has the image tokens' rows.
         text = _llama_by_name(model.checkpoint, described, "model.checkpoint")
@@ -162,10 +171,9 @@ def _read_described(name: str) -> dict[str, Any] | None:
 
 def _llama_by_name(name: str, described: dict[str, Any] | None, setting: str) -> PretrainedConfig:
     if described is not None and described.get("model_type") not in ("llama", "llava", None):
-        known: PretrainedConfig = AutoConfig.for_model(**described)
-        return known
+        return make_part_settings(described, expand_home(name), default="llama")
     if described is not None:
-        return read_llama_config(described)
+        return read_llama_config(described, expand_home(name))
     size = re.search(r"(?<![0-9.])(7|13)b(?![a-z0-9])", name.lower())
     if size is None:
         raise ConfigError.at(
@@ -183,17 +191,10 @@ def _llama_by_name(name: str, described: dict[str, Any] | None, setting: str) ->
     )
 
 
-def _tower_config(described: Mapping[str, Any]) -> PretrainedConfig:
-    kind = described.get("model_type", "clip_vision_model")
-    if kind in ("clip", "clip_vision_model"):
-        return CLIPVisionConfig(**described)
-    known: PretrainedConfig = AutoConfig.for_model(**described)
-    return known
-
-
 def _tower_by_name(name: str | None) -> PretrainedConfig:
     described = _read_described(name) if name else None
     if described is not None:
-        return _tower_config(described.get("vision_config", described))
+        part = described.get("vision_config", described)
+        return make_part_settings(part, Path(name or ""), default="clip_vision_model")
     side = 336 if name is None or "336" in name else 224
     return CLIPVisionConfig(**_CLIP_VIT_L, image_size=side, patch_size=14)

@@ -14,13 +14,14 @@ from typing import Any
 import torch
 from accelerate import init_empty_weights
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel, PretrainedConfig
+from transformers import AutoModel, PretrainedConfig
 
 from llavar_peft.constants import SYSTEM_PROMPT
 from llavar_peft.errors import ConfigError, MissingDependencyError, WeightsError
 from llavar_peft.models.chunked_loss import cap_logits
 from llavar_peft.models.llama_tokenizer import load_tokenizer
 from llavar_peft.models.llavar_config import read_llama_config
+from llavar_peft.models.pretrained_files import make_part_settings
 from llavar_peft.weights.adapter.lora_updates import LowRank
 from llavar_peft.weights.io import tensor_names
 from llavar_peft.weights.io.tensor_blocks import read_blocks
@@ -264,8 +265,9 @@ def logits_gap(expected: Tensor, got: Tensor) -> LogitsGap:
 def read_config(config: Mapping[str, Any]) -> tuple[PretrainedConfig, int]:
     """Return the language model's configuration and the id of the image token."""
     if "text_config" in config:
-        return AutoConfig.for_model(**config["text_config"]), int(config["image_token_index"])
-    text = read_llama_config(config)
+        text = make_part_settings(config["text_config"], Path("config.json"), default="llama")
+        return text, int(config["image_token_index"])
+    text = read_llama_config(config, Path("config.json"))
     return text, text.vocab_size - (3 if config.get("mm_use_im_start_end") else 1)
 
 

@@ -1,17 +1,22 @@
-"""The parts that a model is built from, read from disk."""
+"""The parts that a model is built from, read from disk, and checks of their values."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from transformers import CLIPImageProcessorPil, PreTrainedTokenizerFast
 
 from llavar_peft.constants import IMAGE_PATCH_TOKEN
+from llavar_peft.errors import WeightsError
 from llavar_peft.models.llavar_config import LlavarConfig
 from llavar_peft.models.processing_llavar import LlavarProcessor
 from llavar_peft.types import ImageMode, TemplateName
+from llavar_peft.weights.io import tensor_names
 from llavar_peft.weights.io.joined_rows import JoinedRows, whole
+from llavar_peft.weights.io.tensor_blocks import check_values
+from llavar_peft.weights.io.tensor_table import read_tensor_table
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -63,3 +68,35 @@ class ModelParts:
             image_token=self.image_token,
             chat_template=self.chat_template,
         )
+
+
+def check_vocabulary(parts: ModelParts) -> None:
+    """Reject a tokenizer with ids beyond the rows of the embeddings, which fail in the middle of a batch.
+
+    Raises:
+        WeightsError: States the highest id and the number of rows.
+    """
+    highest, rows = max(parts.tokenizer.get_vocab().values()), parts.tensors[tensor_names.EMBEDDINGS].shape[0]
+    if highest >= rows:
+        raise WeightsError.at(
+            parts.source,
+            f"the tokenizer and the embeddings do not belong together (got the id {highest}, expected less than the "
+            f"number of rows, {rows})",
+            "put the tokenizer's files that the checkpoint was saved with into its folder",
+        )
+
+
+def check_stored_values(source: str | Path, tower: str | Path | None) -> None:
+    """Reject damaged weights before they are used: with one NaN every answer, and every step of a training, is lost.
+
+    Args:
+        source: The folder of a checkpoint or a language model.
+        tower: The folder of a separate vision tower.
+
+    Raises:
+        WeightsError: Names the tensors that have a wrong checksum, or elements that are NaN or infinite.
+    """
+    check_values(read_tensor_table(source))
+    if tower is not None:
+        table = read_tensor_table(tower)
+        check_values({name: entry for name, entry in table.items() if tensor_names.from_clip(name) is not None})

@@ -6,16 +6,18 @@ of this package's errors.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
-from transformers import PretrainedConfig
+from transformers import AutoConfig, CLIPVisionConfig, PretrainedConfig
 
-from llavar_peft.errors import ConfigError, LlavarError
+from llavar_peft.errors import ConfigError, LlavarError, describe_reason
 from llavar_peft.weights.io.checkpoint_code import check_no_code
 from llavar_peft.weights.io.tensor_table import DOWNLOAD_AGAIN
 
 _LoadedT = TypeVar("_LoadedT")
+_ConfigT = TypeVar("_ConfigT", bound=PretrainedConfig)
 
 _LARGEST = {
     "num_hidden_layers": 1_000, "num_attention_heads": 4_096, "num_key_value_heads": 4_096, "hidden_size": 1_000_000,
@@ -23,7 +25,6 @@ _LARGEST = {
     "patch_size": 100_000, "num_channels": 1_000, "projection_dim": 1_000_000, "max_position_embeddings": 1_000_000_000,
 }  # fmt: skip
 """Bounds far above every model there is. A larger number is damage, and building its modules would not end."""
-_MESSAGE = 200  # characters of another library's message
 
 
 def load_pretrained(kind: type[_LoadedT], folder: Path) -> _LoadedT:
@@ -49,9 +50,51 @@ def load_pretrained(kind: type[_LoadedT], folder: Path) -> _LoadedT:
     return loaded
 
 
+def make_settings(kind: type[_ConfigT], fields: Any, folder: Path) -> _ConfigT:
+    """Make a configuration from fields of a ``config.json``.
+
+    Args:
+        kind: A configuration class of transformers.
+        fields: By name.
+        folder: The folder of the file, for messages.
+
+    Raises:
+        ConfigError: A value is none that a model can have.
+    """
+    try:
+        config: _ConfigT = kind(**fields)
+    except Exception as error:  # transformers passes on whatever a damaged file causes
+        raise unreadable_settings(folder, kind.__name__, error) from error
+    check_sizes(config, folder)
+    return config
+
+
+def make_part_settings(fields: Any, folder: Path, *, default: str) -> PretrainedConfig:
+    """Make the configuration of a language model or a vision tower, of the kind that its fields state.
+
+    Args:
+        fields: By name; ``model_type`` is the kind. A whole CLIP counts as its tower.
+        folder: The folder of the file, for messages.
+        default: The kind where none is stated.
+
+    Raises:
+        ConfigError: The kind is unknown, or a value is none that a model can have.
+    """
+    stated = fields.get("model_type", default) if isinstance(fields, Mapping) else default
+    kind = "clip_vision_model" if stated == "clip" else stated
+    if kind == "clip_vision_model":
+        return make_settings(CLIPVisionConfig, fields, folder)
+    try:
+        config: PretrainedConfig = AutoConfig.for_model(**{**fields, "model_type": kind})
+    except Exception as error:  # transformers passes on whatever a damaged file causes
+        raise unreadable_settings(folder, f"configuration of the kind {kind}", error) from error
+    check_sizes(config, folder)
+    return config
+
+
 def unreadable_settings(folder: Path, what: str, error: Exception) -> LlavarError:
     """Return the error for a folder whose configuration, tokenizer or processor cannot be loaded."""
-    reason = (str(error).strip() or type(error).__name__).splitlines()[0][:_MESSAGE]
+    reason = describe_reason(error)
     return ConfigError.at(
         str(folder),
         f"its files of settings cannot be read as a {what} ({type(error).__name__}: {reason})",

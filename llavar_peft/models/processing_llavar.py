@@ -24,7 +24,7 @@ from llavar_peft.data.conversation_template import (
     image_block,
 )
 from llavar_peft.data.encode_record import encode_pieces
-from llavar_peft.data.image_preparation import prepare_image
+from llavar_peft.data.image_preparation import image_settings, prepare_image
 from llavar_peft.data.text_encoder import text_encoder
 from llavar_peft.errors import ConfigError, DataError
 from llavar_peft.models.tower_loading import as_clip_processor, prepared_side
@@ -90,7 +90,9 @@ class LlavarProcessor(ProcessorMixin):
         jinja = chat_template or _jinja(template, tokenizer)
         super().__init__(image_processor, tokenizer, chat_template=jinja)
         self._conversation_template = _conversation_template(template, tokenizer, jinja)
-        text_encoder(self)  # raises here rather than in the first batch if the tokenizer does not fit
+        # These raise here rather than in the first batch if the files do not fit.
+        text_encoder(self)
+        image_settings(self)
 
     @property
     def conversation_template(self) -> RoleTemplate | ChatTemplate:

@@ -14,7 +14,7 @@ from typing import Literal, TypeVar
 
 import msgspec
 
-from llavar_peft.errors import DataError
+from llavar_peft.errors import DAMAGED, DataError, describe_reason
 from llavar_peft.text_files import read_json_lines
 
 When = Literal["start", "step", "end"]
@@ -108,7 +108,7 @@ def _read_lines(path: Path, kind: type[_T]) -> Iterator[_T]:
         try:
             yield msgspec.convert(value, kind)
         except msgspec.ValidationError as error:
-            raise DataError.at(where, f"unexpected content ({error})", _FIX_LINE) from error
+            raise DataError.at(where, f"unexpected content ({describe_reason(error)})", _FIX_LINE) from error
 
 
 def read_stage(folder: Path) -> StageLog:
@@ -132,7 +132,7 @@ def _read_json(path: Path, remarks: list[str]) -> object:
     text = path.read_bytes().strip() if path.is_file() else b""
     try:
         return json.loads(text.decode("utf-8")) if text else None
-    except ValueError:
+    except DAMAGED:
         remarks.append(f"{path.name} is incomplete and was ignored.")
         return None
 

@@ -13,10 +13,10 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
-from pydantic import ValidationError
+from pydantic import TypeAdapter, ValidationError
 
-from llavar_peft.errors import ConfigError, Fault
-from llavar_peft.recipe.schema import Recipe
+from llavar_peft.errors import ConfigError, Fault, describe_reason
+from llavar_peft.recipe.schema import ModelConfig, Recipe
 from llavar_peft.recipe.schema_fields import (
     Path,
     class_for,
@@ -72,6 +72,21 @@ def recipe_from_mapping(mapping: Mapping[str, Any], where: str) -> Recipe:
     if recipe is None or check.faults:
         raise ConfigError.listing(where, check.faults)
     return recipe
+
+
+def model_from_mapping(mapping: Mapping[str, Any], where: str) -> ModelConfig:
+    """Build the settings of a model from plain data, as read from an adapter's ``base.json``.
+
+    Raises:
+        ConfigError: A field is unknown or has the wrong type; names the first.
+    """
+    try:
+        return TypeAdapter(ModelConfig).validate_json(json.dumps(_plain(mapping)))
+    except (ValidationError, ValueError, TypeError) as error:
+        first = error.errors(include_url=False)[0] if isinstance(error, ValidationError) else None
+        reason = describe_reason(error) if first is None else f"{dotted(path_of(first['loc']))}: {first['msg']}"
+        what = f"not readable as settings of a base ({reason[:200]})"
+        raise ConfigError.at(where, what, "download or copy the file again") from error
 
 
 def validate_recipe(recipe: Recipe) -> Recipe:

@@ -20,7 +20,7 @@ from typing import Any
 from accelerate import PartialState
 
 from llavar_peft.atomic_files import commit_folder, write_json
-from llavar_peft.errors import ConfigError, Fault
+from llavar_peft.errors import DAMAGED, ConfigError, Fault, describe_reason
 
 logger = logging.getLogger(__name__)
 
@@ -87,8 +87,12 @@ def find_checkpoint_fault(checkpoint: Path) -> str | None:
         manifest = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))
         entries: dict[str, dict[str, Any]] = manifest["files"]
         RunInputs(int(manifest["ranks"]), dict(manifest["records"]))
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        return f"{MANIFEST} cannot be read ({error})"
+        for name, entry in entries.items():
+            _ = entry["bytes"], entry["blake2b"]
+            if not (checkpoint / name).resolve().is_relative_to(checkpoint.resolve()):
+                raise ValueError(f"it names {name[:80]!a} outside the checkpoint")
+    except DAMAGED as error:
+        return f"{MANIFEST} cannot be read ({describe_reason(error)})"
 
     def check(item: tuple[str, dict[str, Any]]) -> str | None:
         name, entry = item

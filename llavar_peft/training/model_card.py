@@ -15,8 +15,9 @@ from llavar_peft.atomic_files import write_text
 from llavar_peft.constants import METRICS_FILE, PROBE_FILE, RESOLVED_RECIPE_FILE
 from llavar_peft.recipe.recipe_yaml import dump_recipe
 from llavar_peft.recipe.schema import Lora, ModelConfig, Recipe, Stage
+from llavar_peft.recipe.validate import model_from_mapping
 from llavar_peft.training.run_files import read_metric_lines
-from llavar_peft.weights.adapter.adapter_files import read_base_settings
+from llavar_peft.weights.adapter.adapter_files import BASE_FILE, read_base_settings
 from llavar_peft.weights.adapter.adapter_layouts import open_adapter
 from llavar_peft.weights.adapter.adapter_parts import AdapterPart, row_indices, split_adapter
 from llavar_peft.weights.io.weights_card import CARD_FILE, portable_name
@@ -34,7 +35,7 @@ def write_card(folder: Path, recipe: Recipe, stage: Stage, *, run: Path, step: i
         step: Number of optimizer steps done.
     """
     write_text(folder / RESOLVED_RECIPE_FILE, f"# Trained by stage: {stage.name}\n{dump_recipe(recipe)}")
-    base = ModelConfig(**read_base_settings(folder).fields)
+    base = model_from_mapping(read_base_settings(folder).fields, str(folder / BASE_FILE))
     stored = open_adapter(folder)
     parts, settings = split_adapter(stored.table), stored.settings
     sections = [

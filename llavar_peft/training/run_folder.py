@@ -24,7 +24,7 @@ from typing import IO, Any
 
 from llavar_peft.atomic_files import write_json, write_text
 from llavar_peft.constants import PROJECTOR_SAFETENSORS, RESOLVED_RECIPE_FILE, VERSIONS_FILE
-from llavar_peft.errors import ConfigError, EnvironmentFaultError, Fault
+from llavar_peft.errors import DAMAGED, ConfigError, EnvironmentFaultError, Fault, describe_reason
 from llavar_peft.recipe.recipe_yaml import dump_recipe, parse_yaml
 from llavar_peft.recipe.schema import Lora, Projector, Recipe, Stage
 from llavar_peft.recipe.validate import recipe_from_mapping, recipe_to_mapping
@@ -176,7 +176,11 @@ class RunFolder:
             ConfigError: It does. They, the page and the recipe would be mixed with those of this run.
         """
         listed = self.root / STAGES_FILE
-        names = read_json(listed, lenient=True) if listed.is_file() else []
+        try:
+            names = [str(name) for name in read_json(listed)] if listed.is_file() else []
+        except DAMAGED as error:
+            what = f"not a list of stages ({describe_reason(error)})"
+            raise ConfigError.at(str(listed), what, "choose another output_dir, or delete the folder") from error
         own = {stage.name for stage in self.recipe.stages}
         others = [
             name

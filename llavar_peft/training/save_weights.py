@@ -26,7 +26,8 @@ from llavar_peft.weights.adapter.adapter_files import (
 )
 from llavar_peft.weights.io import tensor_names
 from llavar_peft.weights.io.projector_file import apply_projector, save_projector
-from llavar_peft.weights.io.tensor_blocks import check_tensors, open_weights, write_checksums
+from llavar_peft.weights.io.tensor_blocks import check_tensors, check_values, open_weights, write_checksums
+from llavar_peft.weights.io.tensor_table import read_tensor_table
 from llavar_peft.weights.io.weights_fingerprint import FINGERPRINT_FILE
 
 if TYPE_CHECKING:
@@ -140,6 +141,7 @@ def load_full(model: LlavarForConditionalGeneration, folder: Path) -> None:
 
     Pending tensors are read later, from the checkpoint.
     """
+    check_values(read_tensor_table(folder))
     stored = open_weights(folder)
     target = model.state_dict(keep_vars=True)
     check_tensors(stored, {name: tuple(tensor.shape) for name, tensor in target.items()}, where=str(folder))
@@ -154,6 +156,7 @@ def load_full(model: LlavarForConditionalGeneration, folder: Path) -> None:
 
 def load_projector(model: Any, path: Path) -> None:
     """Load a projector stage's result into a model with or without separately trained rows, in place."""
+    check_values(read_tensor_table(path))
     stored = open_weights(path)
     projector, embedding = model.model.multi_modal_projector, model.get_input_embeddings()
     own = {

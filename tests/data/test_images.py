@@ -430,6 +430,19 @@ def test_a_decompression_bomb_is_rejected_before_it_is_decoded(tmp_path: Path) -
         open_image(path)
 
 
+@pytest.mark.parametrize("repeated", [b"\xff\xe2\x00\x02", b"\xff", b"\xff\xe0\x00\x02a", b"\xff\xd0"])
+def test_a_jpeg_of_endless_markers_is_rejected(repeated: bytes, tmp_path: Path) -> None:
+    """Pillow takes a second for 500,000 of them, and joins what some of them hold."""
+    path = saved(noise(9, 8), tmp_path / "a.jpg")
+    data = path.read_bytes()
+    path.write_bytes(data[:2] + repeated * 20_000 + data[2:])
+    for opened in (lambda: open_image(path), lambda: decode_image(path.read_bytes(), "image")):
+        with pytest.raises(ImageError, match="more than 10000 markers"):
+            opened()
+    path.write_bytes(data[:2] + repeated * 200 + data[2:])
+    assert open_image(path).size == (9, 8)
+
+
 @pytest.mark.parametrize("kind", ["gif", "webp", "png", "tiff"])
 def test_animations_are_rejected(kind: str, tmp_path: Path) -> None:
     path = saved(noise(8, 8), tmp_path / f"a.{kind}", save_all=True, append_images=[noise(9, 8).crop((0, 0, 8, 8))])

@@ -3,6 +3,7 @@
 import dataclasses
 import gzip
 import json
+import tracemalloc
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -187,6 +188,19 @@ def test_a_single_image_is_used_for_every_placeholder(small: Settings) -> None:
     assert decoded(example, small).endswith("USER:[image x4][image x4]b ASSISTANT: A</s>")
 
 
+def test_images_that_cannot_fit_take_no_memory(small: Settings) -> None:
+    """The same ids, labels and images as with all placeholders."""
+    few, many = (encode_record(record("<image>" * count + "b", "A", image="1"), small, 64) for count in (80, 30_000))
+    assert torch.equal(few.input_ids, many.input_ids)
+    assert (few.images, few.dropped) == (many.images, many.dropped)
+    wide = dataclasses.replace(small, num_image_tokens=576)
+    tracemalloc.start()
+    assert len(encode_record(record("<image>" * 30_000 + "b", "A", image="1"), wide, 2048).images) == 3
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 60_000_000
+
+
 def test_an_image_without_a_placeholder_is_not_used(small: Settings) -> None:
     assert encode_record(record("b", "A", image="1"), small, 2048).images == ()
 
@@ -310,7 +324,8 @@ def test_tokens_across_words_disable_encoding_word_by_word(small: Settings) -> N
     form["model"]["merges"].insert(0, ["e", "▁s"])
     form["model"]["merges"].insert(0, ["▁", "s"])
     form["model"]["vocab"].setdefault("▁s", len(small.tokenizer) + 1)
-    joined = Settings(PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(form)), bos_token="<s>"))
+    backend = Tokenizer.from_str(json.dumps(form))
+    joined = Settings(PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>"))
     encoder = text_encoder(joined)
     assert encoder.words is None
     assert form["model"]["vocab"]["e▁s"] in encoder.encode("the sun")[0]

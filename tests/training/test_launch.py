@@ -21,7 +21,7 @@ from llavar_peft.models.build_model import resolve_dtype
 from llavar_peft.models.launch_environment import claim_device
 from llavar_peft.preflight.doctor_devices import check_devices
 from llavar_peft.recipe.schema import Full
-from llavar_peft.training import dry_run, launch, out_of_memory, trainer
+from llavar_peft.training import dry_run, launch, out_of_memory, stage_arguments, trainer
 from llavar_peft.training.launch import start_processes
 from llavar_peft.training.out_of_memory import memory_remedies
 from llavar_peft.training.stage_arguments import resolve_precision, training_arguments

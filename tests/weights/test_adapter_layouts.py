@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 import shutil
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from llavar_peft import cli
 from llavar_peft.errors import LlavarError, WeightsError
 from llavar_peft.models.adapter_loading import load_adapter
 from llavar_peft.weights.adapter.adapter_report import describe_adapter, verify_adapter
@@ -97,9 +100,9 @@ def test_a_model_takes_an_adapter_in_another_layout(layout: Any, valid: Path, ch
     [
         ({"r": 0}, "expected a positive integer"),
         ({"r": -64}, "expected a positive integer"),
-        ({"r": True}, "expected a positive integer"),
+        ({"r": True}, "Expected `int`, got `bool`"),
         ({"lora_alpha": float("nan")}, "expected a finite number"),
-        ({"lora_alpha": "8"}, "expected a finite number"),
+        ({"lora_alpha": "8"}, r"Expected `int \| float`, got `str`"),
         ({"rank_pattern": {"q_proj": 0}}, "expected a positive integer"),
         ({"r": 2}, "expected rank 2"),
         ({"use_dora": True}, "magnitude"),
@@ -139,3 +142,69 @@ def test_updates_of_the_embeddings_are_named(valid: Path, tmp_path: Path) -> Non
     save_file(stored, folder / "adapter_model.safetensors")
     with pytest.raises(WeightsError, match="low-rank update of the embeddings"):
         read_adapter(folder)
+
+
+ENDLESS = r"(?:[a-z_.0-9]+)*\.none|(x+x+)+y"
+"""With ``re``, matching it with a module's name does not end."""
+
+
+@pytest.mark.parametrize(
+    ("changes", "what"),
+    [
+        ({"target_modules": ENDLESS}, "target_modules does not select them"),
+        ({"target_modules": "(("}, "no regular expression"),
+        ({"target_modules": ["q_proj"]}, "target_modules does not select them"),
+        ({"target_modules": ["q_proj", "(a+)+$"]}, "expected a name of letters"),
+        ({"modules_to_save": ["(a+)+$"]}, "expected a name of letters"),
+        ({"modules_to_save": "x"}, "modules_to_save"),
+        ({"rank_pattern": {"q_proj": 2}}, "expected rank 2"),
+        ({"rank_pattern": {"[": 2}}, "no regular expression"),
+        ({"r": 10**9}, "expected a positive integer up to"),
+        ({"layers_to_transform": "x"}, "layers_to_transform"),
+        ({"trainable_token_indices": [1, 1]}, "different numbers of rows"),
+        ({"lora_dropout": "x"}, "lora_dropout"),
+    ],
+)
+def test_settings_that_no_adapter_has_are_rejected(
+    changes: dict[str, Any], what: str, valid: Path, checkpoint: Path, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(valid, tmp_path / "adapter")
+    _settings(folder, **changes)
+    for reader in (describe_adapter, verify_adapter, read_adapter, partial(load_adapter, str(checkpoint))):
+        with pytest.raises(LlavarError, match=what):
+            reader(folder)
+
+
+@pytest.mark.parametrize("key", ["exclude_modules", "rank_pattern", "alpha_pattern"])
+def test_patterns_never_reach_peft(key: str, valid: Path, checkpoint: Path, tmp_path: Path) -> None:
+    """The adapter is valid, because the pattern selects nothing; peft would match it with ``re``."""
+    folder = shutil.copytree(valid, tmp_path / "adapter")
+    _settings(folder, **{key: ENDLESS if key == "exclude_modules" else {ENDLESS: 4}})
+    assert verify_adapter(folder, base=checkpoint).base == "fingerprint"
+    loaded = load_adapter(str(checkpoint), folder)
+    assert loaded.peft_config["default"].rank_pattern == {}
+
+
+def test_patterns_of_ranks_and_scales_are_those_of_peft(valid: Path, checkpoint: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(valid, tmp_path / "adapter")
+    _settings(folder, alpha_pattern={r"self_attn\.[qk]_proj": 16, "up_proj": 2, r"layers\.0\..*": 6})
+    scales = {
+        name: update.scale for name, update in read_adapter(folder).updates.items() if isinstance(update, LowRank)
+    }
+    loaded = load_adapter(str(checkpoint), folder)
+    theirs = {
+        f"{name}.weight": module.scaling["default"]
+        for name, module in loaded.get_base_model().named_modules()
+        if isinstance(module, LoraLayer)
+    }
+    assert scales == theirs
+    assert {4.0, 0.5, 1.5} <= set(scales.values())
+
+
+def test_an_adapter_in_a_bin_is_merged(valid: Path, checkpoint: Path, tmp_path: Path) -> None:
+    folder = _convert(valid, tmp_path / "adapter", _as_bin)
+    command = ["merge", "--base", str(checkpoint), "--no-probe"]
+    for adapter, out in ((valid, "a"), (folder, "b")):
+        assert cli.main([*command, "--adapter", str(adapter), "--out", str(tmp_path / out)]) == 0
+    merged = [load_file(tmp_path / out / "model.safetensors") for out in ("a", "b")]
+    assert all(torch.equal(tensor, merged[1][name]) for name, tensor in merged[0].items())

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import struct
+import tracemalloc
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -12,7 +15,14 @@ from torch import Tensor
 
 from llavar_peft.errors import WeightsError
 from llavar_peft.weights.io.shard_layout import TensorSpec, allocate_file, write_zip_checksums
-from llavar_peft.weights.io.tensor_blocks import open_weights, read_blocks, read_elements, read_tensor, write_checksums
+from llavar_peft.weights.io.tensor_blocks import (
+    check_values,
+    open_weights,
+    read_blocks,
+    read_elements,
+    read_tensor,
+    write_checksums,
+)
 from llavar_peft.weights.io.tensor_table import TensorEntry, read_tensor_table
 
 LFS_POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 3\n"
@@ -156,3 +166,45 @@ def test_an_index_must_match_its_shards(tensors: dict[str, Tensor], tmp_path: Pa
     index.write_text(json.dumps({"weight_map": {"half": "b.safetensors"}}))
     with pytest.raises(WeightsError, match=r"missing shards: b\.safetensors"):
         open_weights(tmp_path)
+
+
+def test_a_bin_that_grows_in_memory_is_rejected(tmp_path: Path) -> None:
+    """Torch compresses nothing; a list of tensors of a gigabyte compresses to a megabyte."""
+    path = tmp_path / "pytorch_model.bin"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("archive/data.pkl", b"\x80\x02(" + b"N" * 3_000_000 + b"t.")
+        archive.writestr("archive/version", "3\n")
+    tracemalloc.start()
+    with pytest.raises(WeightsError, match="a part of it is compressed"):
+        read_tensor_table(path)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 2_000_000
+
+
+def test_a_header_of_very_many_tensors_is_rejected(tmp_path: Path) -> None:
+    entries = {f"t{number}": {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]} for number in range(60_000)}
+    header = json.dumps(entries).encode()
+    (tmp_path / "model.safetensors").write_bytes(struct.pack("<Q", len(header)) + header)
+    with pytest.raises(WeightsError, match=r"too many tensors \(got 60000"):
+        open_weights(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["x" * 300, "a\0b", "a\nb", "a" * 5000 + ".safetensors"])
+def test_a_shard_that_no_file_can_be_is_rejected(name: str, tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"half": name}}))
+    with pytest.raises(WeightsError, match="not an index of shards") as caught:
+        open_weights(tmp_path)
+    assert len(str(caught.value)) < 500
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_values_that_are_not_finite_are_found(value: float, dtype: str, tmp_path: Path) -> None:
+    tensor = torch.ones(3, 5, dtype=getattr(torch, dtype))
+    save_file({"a": tensor, "codes": torch.arange(3)}, tmp_path / "model.safetensors")
+    check_values(read_tensor_table(tmp_path))
+    tensor[2, 4] = value
+    save_file({"a": tensor}, tmp_path / "model.safetensors")
+    with pytest.raises(WeightsError, match=r"model\.safetensors:a: 1 of 15 elements are NaN or infinite"):
+        check_values(read_tensor_table(tmp_path))

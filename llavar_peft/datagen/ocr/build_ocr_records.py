@@ -30,6 +30,7 @@ from llavar_peft.datagen.ocr.read_image_folder import (
     list_folder,
     read_images,
 )
+from llavar_peft.datagen.ocr.stored_readings import stored_readings
 from llavar_peft.errors import DataError, ImageError
 
 Progress: TypeAlias = Callable[[int, int], None]
@@ -95,14 +96,15 @@ def build_records(
     with ResumeJournal(journal_path(out), heading) as journal:
         # Failures of an engine are retried, because the machine may have caused them.
         retried = {"engine_failed", "broken_image"} if settings.on_bad_image == "stop" else {"engine_failed"}
-        known = _find_readings(journal, images, folder.images)
+        engines = settings.reading.engines
+        known = _find_readings(journal, images, folder.images, engines)
         new = [path for path in folder.images if path not in known or known[path].reason in retried]
         report = BuildReport(
             str(images), str(out), heading, len(folder.images), len(folder.images) - len(new), folder.others
         )
         report.drops += [Drop(path, "broken_image", "its name is not Unicode") for path in folder.unnameable]
         _read_new(images, new, settings, journal, report, progress)
-        readings = _current_entries(journal, _find_readings(journal, images, folder.images))
+        readings = _current_entries(journal, _find_readings(journal, images, folder.images, engines))
         records = _make_records(readings, settings, report, _record_ids(folder.images))
     write_json(out, records)
     report.seconds = time.monotonic() - started
@@ -127,11 +129,13 @@ class _Reading:
     reason: str | None
 
 
-def _find_readings(journal: ResumeJournal, images: Path, paths: Sequence[str]) -> dict[str, _Reading]:
+def _find_readings(
+    journal: ResumeJournal, images: Path, paths: Sequence[str], engines: Sequence[str]
+) -> dict[str, _Reading]:
     """Return the last reading of each image that has not changed since."""
     expected = {path: file_stamp(images / path) for path in paths}
     found: dict[str, _Reading] = {}
-    for offset, entry in journal.entries():
+    for offset, entry in stored_readings(journal.path, engines):
         path = entry["path"]
         stamp = {key: entry[key] for key in ("size", "mtime_ns") if key in entry}
         if path in expected and stamp == expected[path]:
@@ -140,7 +144,7 @@ def _find_readings(journal: ResumeJournal, images: Path, paths: Sequence[str]) -
 
 
 def _current_entries(journal: ResumeJournal, known: Mapping[str, _Reading]) -> Iterator[dict[str, Any]]:
-    for offset, entry in journal.entries():
+    for offset, entry in stored_readings(journal.path):
         if entry["path"] in known and known[entry["path"]].offset == offset:
             yield entry
 

@@ -18,13 +18,14 @@ from typing import Any, Final, Literal
 from llavar_peft.atomic_files import write_json
 from llavar_peft.constants import IMAGE_PLACEHOLDER
 from llavar_peft.data.record_store import open_records, parse_record
-from llavar_peft.data.resume_journal import ResumeJournal, read_entries
+from llavar_peft.data.resume_journal import ResumeJournal
 from llavar_peft.datagen.ocr.build_ocr_records import Progress, journal_path
 from llavar_peft.datagen.ocr.check_replies import Pair, check_reply
 from llavar_peft.datagen.ocr.ocr_engines import OcrLine
 from llavar_peft.datagen.ocr.ocr_quality import transcribe
+from llavar_peft.datagen.ocr.stored_readings import stored_readings
 from llavar_peft.datagen.openai_client import ChatModel, Endpoint, EndpointRejectedError, Message
-from llavar_peft.errors import DataError, EnvironmentFaultError, InterruptedRunError
+from llavar_peft.errors import DAMAGED, DataError, EnvironmentFaultError, InterruptedRunError, describe_reason
 from llavar_peft.text_files import read_json, read_json_lines
 
 # Both texts stay byte for byte, because replies are kept by the hash of the whole request.
@@ -176,8 +177,8 @@ def read_captions(path: Path) -> dict[str, str]:
     value = [value for _, value in read_json_lines(path)] if in_lines else read_json(path, fix=fix, unique=True)
     try:
         found = value if isinstance(value, dict) else {entry["image"]: entry["caption"] for entry in value}
-    except (KeyError, TypeError) as error:
-        what = f"cannot be read as captions ({type(error).__name__}: {error})"
+    except DAMAGED as error:
+        what = f"cannot be read as captions ({type(error).__name__}: {describe_reason(error)})"
         raise DataError.at(str(path), what, fix) from error
     for image, caption in found.items():
         if not isinstance(caption, str):
@@ -190,8 +191,8 @@ def _read_tasks(records: Path, captions: Mapping[str, str]) -> list[_Task]:
     source = journal_path(records)
     if not source.is_file():
         raise DataError.at(str(source), "is missing", "run llavar-peft ocr build, which writes it next to the records")
-    for _, entry in read_entries(source):
-        found = entry.get("lines", {}).items()
+    for _, entry in stored_readings(source):
+        found = (entry.get("lines") or {}).items()
         readings[entry["path"]] = {
             name: transcribe([OcrLine.from_json(line) for line in lines]) for name, lines in found
         }

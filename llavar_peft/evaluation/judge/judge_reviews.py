@@ -13,7 +13,7 @@ from typing import Any, Final
 import numpy as np
 
 from llavar_peft.atomic_files import dump_json, write_text
-from llavar_peft.errors import DataError
+from llavar_peft.errors import DAMAGED, DataError, describe_reason
 from llavar_peft.evaluation.vqa.confidence_intervals import ratio_intervals
 from llavar_peft.text_files import read_json_lines
 from llavar_peft.types import expand_home
@@ -204,8 +204,10 @@ def _from_json(value: Any, where: str) -> Review:
             swapped_scores=_read_scores(swapped.get("tuple")),
             settings=dict(value.get("metadata") or {}),
         )
-    except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
-        raise DataError.at(where, f"is not a review ({error!r})", "correct the file, or download it again") from error
+    except DAMAGED as error:
+        raise DataError.at(
+            where, f"is not a review ({describe_reason(error)})", "correct the file, or download it again"
+        ) from error
 
 
 def _read_scores(value: Any) -> Scores | None:

@@ -7,7 +7,7 @@ from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
-from llavar_peft.errors import ConfigError, DataError
+from llavar_peft.errors import DAMAGED, ConfigError
 from llavar_peft.evaluation.vqa.benchmark_files import LOG_HEADER
 from llavar_peft.evaluation.vqa.scored_results import Setting
 from llavar_peft.text_files import read_json_lines
@@ -34,7 +34,7 @@ def read_setting(path: Path) -> Setting:
                 common = (
                     own if common is None else {key: value for key, value in common.items() if own.get(key) == value}
                 )
-    except DataError:
+    except DAMAGED:
         return Setting()
     return Setting(**(common or {}))
 

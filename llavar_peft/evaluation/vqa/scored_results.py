@@ -7,10 +7,11 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Final
 
+import msgspec
 import numpy as np
 
 from llavar_peft.atomic_files import write_json
-from llavar_peft.errors import DataError
+from llavar_peft.errors import DAMAGED, DataError, describe_reason
 from llavar_peft.evaluation.vqa.answer_metrics import LOWER_IS_BETTER, PROTOCOLS, Protocol, Score, applies, score
 from llavar_peft.evaluation.vqa.confidence_intervals import ratio_intervals, sum_by_name
 from llavar_peft.evaluation.vqa.vqa_questions import VqaQuestion
@@ -210,23 +211,47 @@ def read_results(path: str | Path) -> Results:
     try:
         if plain["format"] != _FORMAT:
             raise ValueError(f"format {plain['format']}, expected {_FORMAT}")
-        setting = Setting(**plain["setting"])
+        setting = msgspec.convert(plain["setting"], Setting)
         results = Results(
             str(plain["dataset"]),
             setting,
             tuple(_read_figure(figure, setting) for figure in plain["figures"]),
             tuple(_read_answered(record) for record in plain["records"]),
         )
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
-        raise DataError.at(str(path), f"cannot be read as results ({error!r})", _FIX) from error
+    except DAMAGED as error:
+        raise DataError.at(str(path), f"cannot be read as results ({describe_reason(error)})", _FIX) from error
     if not results.records or not all(record.scores for record in results.records):
         raise DataError.at(str(path), "contains no scored answers", _FIX)
     return results
 
 
-def _read_figure(plain: Mapping[str, Any], setting: Setting) -> Figure:
-    own = [entry.name for entry in fields(Figure) if entry.name != "setting"]
-    return Figure(**{name: plain[name] for name in own}, setting=setting)
+class _StoredFigure(msgspec.Struct):
+    """The values of a figure in a file."""
+
+    protocol: str
+    value: float
+    low: float
+    high: float
+    records: int
+    lower_is_better: bool
+
+
+class _StoredAnswer(msgspec.Struct):
+    """The values of an answer in a file."""
+
+    id: str
+    question: str
+    answer: str
+    truths: list[str]
+    image: str | None
+    fields: dict[str, str]
+    scores: dict[str, tuple[float, float]]
+    letter_height: float | None
+    position: tuple[float, float] | None
+
+
+def _read_figure(plain: Any, setting: Setting) -> Figure:
+    return Figure(**msgspec.structs.asdict(msgspec.convert(plain, _StoredFigure)), setting=setting)
 
 
 def _plain(record: Answered) -> dict[str, Any]:
@@ -235,13 +260,7 @@ def _plain(record: Answered) -> dict[str, Any]:
     return {**plain, "truths": list(record.truths), "fields": dict(record.fields), "scores": scores}
 
 
-def _read_answered(plain: Mapping[str, Any]) -> Answered:
-    position = plain["position"]
-    return Answered(
-        **{
-            **plain,
-            "truths": tuple(plain["truths"]),
-            "scores": {name: Score(*one) for name, one in plain["scores"].items()},
-            "position": None if position is None else (position[0], position[1]),
-        }
-    )
+def _read_answered(plain: Any) -> Answered:
+    stored = msgspec.structs.asdict(msgspec.convert(plain, _StoredAnswer))
+    scores = {name: Score(*one) for name, one in stored["scores"].items()}
+    return Answered(**{**stored, "truths": tuple(stored["truths"]), "scores": scores})

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -11,7 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from llavar_peft.errors import ConfigError
+from llavar_peft.errors import DAMAGED, ConfigError, describe_reason
+from llavar_peft.weights.adapter.adapter_settings import check_settings_types
 from llavar_peft.weights.io.checkpoint_code import check_no_code
 from llavar_peft.weights.io.tensor_blocks import check_tensors
 from llavar_peft.weights.io.tensor_table import DOWNLOAD_AGAIN
@@ -60,8 +60,13 @@ def read_base_settings(adapter: Path) -> BaseSettings:
         known = dict(json.loads(path.read_text(encoding="utf-8")))
         if known.get("quantize") not in (None, "nf4", "int8"):
             raise ValueError(f"quantize: got {known['quantize']!r}, expected 'nf4', 'int8' or null")
-    except (OSError, ValueError, TypeError) as error:
-        raise ConfigError.at(str(path), f"not readable as settings of a base ({error})", DOWNLOAD_AGAIN) from error
+        odd = [name for name in ("vision_tower", "projector", "dtype") if not isinstance(known.get(name), str | None)]
+        if odd:
+            raise ValueError(f"{odd[0]}: got {ascii(known[odd[0]])[:80]}, expected a text or null")
+    except DAMAGED as error:
+        raise ConfigError.at(
+            str(path), f"not readable as settings of a base ({describe_reason(error)})", DOWNLOAD_AGAIN
+        ) from error
     chosen = {key: known.get(key) for key in ("vision_tower", "projector", "quantize")}
     return BaseSettings(known, **chosen, dtype=known.get("dtype") or "auto")
 
@@ -80,38 +85,30 @@ def read_settings(folder: Path) -> dict[str, Any]:
     try:
         settings = dict(json.loads(path.read_text(encoding="utf-8")))
         if settings["peft_type"] == "LORA":
-            _check_scale(settings)
+            check_settings_types(settings)
     except FileNotFoundError:
         what = "no such folder" if not folder.is_dir() else f"no {ADAPTER_CONFIG} in this folder"
         near = folder / "adapter"  # where a run writes it
         fix = f"did you mean {str(near)!r}?" if (near / ADAPTER_CONFIG).is_file() else _FIX
         raise ConfigError.at(str(folder), what, fix) from None
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise ConfigError.at(str(path), f"not readable as settings of peft ({error!r})", DOWNLOAD_AGAIN) from error
+    except DAMAGED as error:
+        raise ConfigError.at(
+            str(path), f"not readable as settings of peft ({describe_reason(error)})", DOWNLOAD_AGAIN
+        ) from error
     return settings
-
-
-def _check_scale(settings: Mapping[str, Any]) -> None:
-    """Raise ``ValueError`` or ``TypeError`` for ranks and scales that are no usable numbers."""
-    ranks, alphas = settings.get("rank_pattern") or {}, settings.get("alpha_pattern") or {}
-    for name, rank in {"r": settings["r"], **dict(ranks)}.items():
-        if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
-            raise ValueError(f"rank {name}: got {rank!r}, expected a positive integer")
-    for name, alpha in {"lora_alpha": settings["lora_alpha"], **dict(alphas)}.items():
-        if not isinstance(alpha, int | float) or isinstance(alpha, bool) or not math.isfinite(alpha):
-            raise ValueError(f"scale {name}: got {alpha!r}, expected a finite number")
 
 
 def scaling_of(module: str, settings: Mapping[str, Any]) -> tuple[int, float]:
     """Return rank and scale of a module's update.
 
+    Args:
+        module: Our name of the module.
+        settings: From ``open_adapter``, which replaces patterns by names.
+
     Source: peft, tuners/lora/layer.py, ``update_layer``.
     """
-    from peft.utils.other import get_pattern_key
-
-    ranks, alphas = settings.get("rank_pattern") or {}, settings.get("alpha_pattern") or {}
-    rank = int(ranks.get(get_pattern_key(ranks.keys(), module), settings["r"]))
-    alpha = float(alphas.get(get_pattern_key(alphas.keys(), module), settings["lora_alpha"]))
+    rank = int((settings.get("rank_pattern") or {}).get(module, settings["r"]))
+    alpha = float((settings.get("alpha_pattern") or {}).get(module, settings["lora_alpha"]))
     return rank, alpha / (rank**0.5 if settings.get("use_rslora") else rank)
 
 

@@ -20,9 +20,17 @@ from typing import Any
 
 from llavar_peft.errors import ConfigError, WeightsError
 from llavar_peft.types import expand_home
-from llavar_peft.weights.adapter.adapter_files import ADAPTER_WEIGHTS, PREFIX, read_settings
+from llavar_peft.weights.adapter.adapter_files import (
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
+    PREFIX,
+    read_base_settings,
+    read_settings,
+)
+from llavar_peft.weights.adapter.adapter_settings import resolve_patterns
 from llavar_peft.weights.io import tensor_names
 from llavar_peft.weights.io.tensor_table import TensorEntry, read_file_table
+from llavar_peft.weights.io.weights_fingerprint import FINGERPRINT_FILE, read_fingerprint
 
 _BIN = "adapter_model.bin"
 _LLAVA_FILE = "non_lora_trainables.bin"
@@ -39,15 +47,15 @@ class AdapterOnDisk:
 
     Attributes:
         folder: Its folder.
-        settings: Its ``adapter_config.json``.
+        settings: Its ``adapter_config.json``, with names instead of patterns in ``rank_pattern`` and ``alpha_pattern``.
         table: Its tensors by the names that peft gives them in our model.
-        converted: Whether names or settings were converted, so that ``adapter_config.json`` does not describe them.
+        adapted: Our names of the modules that have low-rank updates.
     """
 
     folder: Path
     settings: dict[str, Any]
     table: dict[str, TensorEntry]
-    converted: bool
+    adapted: list[str]
 
 
 def open_adapter(folder: str | Path) -> AdapterOnDisk:
@@ -62,6 +70,9 @@ def open_adapter(folder: str | Path) -> AdapterOnDisk:
     """
     path = expand_home(folder)
     settings = read_settings(path)
+    # All readers of adapters reject damage in the files that only some of them use.
+    read_base_settings(path)
+    read_fingerprint(path / FINGERPRINT_FILE)
     stored = _read_table(path)
     extra = read_file_table(path / _LLAVA_FILE) if (path / _LLAVA_FILE).is_file() else {}
     table: dict[str, TensorEntry] = {}
@@ -74,11 +85,19 @@ def open_adapter(folder: str | Path) -> AdapterOnDisk:
         table[new] = entry
     if any(_our_name(name).startswith(PREFIX + _PROJECTOR) for name in extra):
         settings["modules_to_save"] = sorted({*(settings.get("modules_to_save") or ()), _PROJECTOR_MODULE})
-    converted = bool(extra) or set(table) != set(stored)
-    if converted:
+    adapted = _adapted_modules(table)
+    if bool(extra) or set(table) != set(stored):
         # Targets such as q_proj would also select layers of the vision tower, which have the same names in our model.
-        settings.update(target_modules=_adapted_modules(table), exclude_modules=None, layers_to_transform=None)
-    return AdapterOnDisk(path, settings, table, converted)
+        settings.update(target_modules=adapted, exclude_modules=None, layers_to_transform=None)
+    if settings["peft_type"] == "LORA":
+        settings.update(resolve_patterns(settings, adapted, str(path / ADAPTER_CONFIG)))
+    return AdapterOnDisk(path, settings, table, adapted)
+
+
+def adapter_files(folder: Path) -> list[Path]:
+    """Return the existing files that an adapter's tensors and settings are read from."""
+    weights = next((name for name in (ADAPTER_WEIGHTS, _BIN) if (folder / name).is_file()), ADAPTER_WEIGHTS)
+    return [folder / name for name in (weights, _LLAVA_FILE, ADAPTER_CONFIG) if (folder / name).is_file()]
 
 
 def _read_table(folder: Path) -> dict[str, TensorEntry]:

@@ -12,6 +12,7 @@ from typing import Any
 
 from llavar_peft.errors import Fault
 from llavar_peft.weights.adapter.adapter_files import PREFIX, scaling_of
+from llavar_peft.weights.adapter.adapter_settings import target_names
 from llavar_peft.weights.io.tensor_blocks import join_first
 from llavar_peft.weights.io.tensor_table import TensorEntry
 
@@ -31,7 +32,7 @@ _UNSUPPORTED = (
     "fan_in_fan_out", "layer_replication", "target_parameters", "use_qalora", "use_bdlora",
     "alora_invocation_tokens", "megatron_config", "arrow_config", "kasa_config", "velora_config", "monteclora_config",
 )  # fmt: skip
-_LAYER = re.compile(r"\.language_model\.layers\.(\d+)\.")
+_LAYER = re.compile(r"\.language_model\.layers\.(\d{1,6})\.")
 _SHOWN = 6
 
 Shape = tuple[int, ...]
@@ -97,10 +98,16 @@ def find_shape_faults(parts: Sequence[AdapterPart], settings: Mapping[str, Any],
             yield Fault(where, f"{module} was trained in full, but its tensors are missing", _SAVE_AGAIN)
     if settings.get("trainable_token_indices") and not any("rows" in part.tensors for part in parts):
         yield Fault(where, "rows of the embeddings were trained, but they are missing", _SAVE_AGAIN)
+    adapted = [part.module for part in parts if "A" in part.tensors]
+    selected = set(target_names(settings, adapted, where))
+    others = [module for module in adapted if module not in selected]
+    if others:
+        what = f"{len(others)} modules have updates, and target_modules does not select them: {join_first(others)}"
+        yield Fault(where, what, _SAVE_AGAIN)
     for part in parts:
-        what = _check_part(part, settings, saved)
-        if what is not None:
-            yield Fault(f"{where}:{part.module}", what, _SAVE_AGAIN)
+        contradiction = _check_part(part, settings, saved)
+        if contradiction is not None:
+            yield Fault(f"{where}:{part.module}", contradiction, _SAVE_AGAIN)
 
 
 def _find_kind_fault(parts: Sequence[AdapterPart], settings: Mapping[str, Any], where: str) -> Fault | None:
@@ -164,16 +171,17 @@ def find_base_faults(
     Yields:
         A fault if the numbers of layers differ, and one for each kind of mismatch between modules.
     """
-    expected = _expected_modules(settings, base)
+    expected = _expected_modules(settings, base, where)
     theirs, ours = _layers(part.module for part in parts), _layers(expected)
     if theirs and theirs != ours:
         what = f"the adapter and the base have different layers (got {_describe(theirs)}, expected {_describe(ours)})"
         yield Fault(where, what, _OTHER_BASE)
-    unknown = [part.module for part in parts if not _targets(part) <= set(base)]
+    unknown = [part.module for part in parts if not _targets(part) <= base.keys()]
+    absent = set(unknown)
     bad = [
         f"{part.module} (the base's is {list(base[part.module + '.weight'])})"
         for part in parts
-        if part.module not in unknown and not _fits(part, settings, base)
+        if part.module not in absent and not _fits(part, settings, base)
     ]
     adapted = {part.module for part in parts if "A" in part.tensors}
     missing = [module for module in expected if module not in adapted]
@@ -202,14 +210,10 @@ def _fits(part: AdapterPart, settings: Mapping[str, Any], base: Mapping[str, Sha
     return shape == (part.tensors["B"].shape[0], part.tensors["A"].shape[1])
 
 
-def _expected_modules(settings: Mapping[str, Any], base: Mapping[str, Shape]) -> list[str]:
+def _expected_modules(settings: Mapping[str, Any], base: Mapping[str, Shape], where: str) -> list[str]:
     """Return the modules of a base that are to be adapted according to the settings."""
-    targets = settings.get("target_modules") or []
     modules = [name.removesuffix(".weight") for name in base if name.endswith(".weight")]
-    if isinstance(targets, str):
-        found = [module for module in modules if re.fullmatch(targets, module)]
-    else:
-        found = [module for module in modules if any(module == one or module.endswith(f".{one}") for one in targets)]
+    found = target_names(settings, modules, where)
     chosen = settings.get("layers_to_transform")
     if chosen is None:
         return found

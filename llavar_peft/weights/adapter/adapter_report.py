@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from llavar_peft.constants import ADDED_TOKENS, ATTENTION_LAYERS, LINEAR_LAYERS, MLP_LAYERS
-from llavar_peft.errors import Fault, WeightsError
+from llavar_peft.errors import WeightsError
 from llavar_peft.types import ReadableRepr
 from llavar_peft.weights.adapter.adapter_files import read_base_settings, scaling_of
 from llavar_peft.weights.adapter.adapter_layouts import open_adapter
@@ -23,8 +23,8 @@ from llavar_peft.weights.adapter.adapter_parts import (
 )
 from llavar_peft.weights.delta.released_layout import ReleasedView, view_as_released
 from llavar_peft.weights.io import tensor_names
-from llavar_peft.weights.io.tensor_blocks import find_not_finite, raise_faults, read_tensor
-from llavar_peft.weights.io.tensor_table import TensorEntry, read_tensor_table
+from llavar_peft.weights.io.tensor_blocks import find_damage, raise_faults, read_tensor
+from llavar_peft.weights.io.tensor_table import read_tensor_table
 from llavar_peft.weights.io.weights_fingerprint import (
     FINGERPRINT_FILE,
     check_adapter_base,
@@ -200,7 +200,7 @@ def verify_adapter(folder: str | Path, *, base: str | Path | None = None) -> Ada
     path, settings, table = stored.folder, stored.settings, stored.table
     parts = split_adapter(table)
     faults = list(find_shape_faults(parts, settings, str(path)))
-    faults += [fault for entry in table.values() for fault in _find_damage(entry)]
+    faults += [fault for entry in table.values() for fault in find_damage(entry)]
     method = None
     if base is not None:
         view = view_as_released(base)
@@ -214,14 +214,6 @@ def verify_adapter(folder: str | Path, *, base: str | Path | None = None) -> Ada
     raise_faults(faults)
     checked = all(entry.crc32 is not None for entry in table.values())
     return AdapterCheck(len(table), sum(entry.numel for entry in table.values()), checked, method)
-
-
-def _find_damage(entry: TensorEntry) -> list[Fault]:
-    try:
-        fault = find_not_finite([read_tensor(entry)], entry.location)
-    except WeightsError as error:
-        return list(error.faults)
-    return [] if fault is None else [fault]
 
 
 def _base_shapes(view: ReleasedView, parts: tuple[AdapterPart, ...]) -> dict[str, Shape]:

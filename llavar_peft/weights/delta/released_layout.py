@@ -18,7 +18,7 @@ from llavar_peft.constants import (
     RELEASED_MODEL_TYPE,
     UNK_TOKEN,
 )
-from llavar_peft.errors import ConfigError, WeightsError
+from llavar_peft.errors import DAMAGED, ConfigError, WeightsError, describe_reason
 from llavar_peft.types import expand_home
 from llavar_peft.weights.io import tensor_names
 from llavar_peft.weights.io.checkpoint_code import check_no_code
@@ -71,9 +71,9 @@ def view_as_released(folder: str | Path) -> ReleasedView:
     config = read_model_config(path)
     kind = config.get("model_type")
     if kind == MODEL_TYPE:
-        rename, flat = tensor_names.to_released, flatten_config(config)
+        rename, flat = tensor_names.to_released, _flatten(config, path)
     elif kind == RELEASED_MODEL_TYPE and "text_config" in config:
-        rename, flat = _released_name_of_stock, flatten_config(config)
+        rename, flat = _released_name_of_stock, _flatten(config, path)
     elif isinstance(kind, str) and not {"text_config", "vision_config"} & set(config):
         rename, flat = _without_buffers, config
     else:
@@ -89,6 +89,14 @@ def view_as_released(folder: str | Path) -> ReleasedView:
             what = f"unsupported dtype (got {entry.dtype}, expected one of {', '.join(_FLOATS)})"
             raise WeightsError.at(entry.location, what, "use unquantized weights")
     return ReleasedView(path, flat, table)
+
+
+def _flatten(config: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    try:
+        return flatten_config(config)
+    except DAMAGED as error:
+        what = f"its settings of a language model and a tower cannot be read ({describe_reason(error)})"
+        raise ConfigError.at(str(folder / "config.json"), what, DOWNLOAD_AGAIN) from error
 
 
 def is_language_model(config: Mapping[str, Any]) -> bool:
@@ -135,8 +143,8 @@ def read_model_config(folder: Path) -> dict[str, Any]:
         near = sorted(path.parent for place in (folder, folder.parent) for path in place.glob("*/config.json"))
         fix = f"did you mean {str(near[0])!r}?" if len(near) == 1 else "give the folder that the model was saved to"
         raise ConfigError.at(str(folder), what, fix) from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise ConfigError.at(str(path), f"not readable as JSON ({error})", DOWNLOAD_AGAIN) from error
+    except DAMAGED as error:
+        raise ConfigError.at(str(path), f"not readable as JSON ({describe_reason(error)})", DOWNLOAD_AGAIN) from error
     if not isinstance(config, dict):
         raise ConfigError.at(str(path), f"not a JSON object (got a {type(config).__name__})", DOWNLOAD_AGAIN)
     check_no_code(folder)

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from llavar_peft.errors import ConfigError
+from llavar_peft.errors import DAMAGED, ConfigError
 
 _FILES = (
     "config.json", "generation_config.json", "tokenizer_config.json", "processor_config.json",
@@ -32,7 +32,7 @@ def check_no_code(folder: Path) -> None:
         path = folder / name
         try:
             settings = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
-        except (OSError, ValueError, RecursionError):
+        except DAMAGED:
             continue
         for key, value in _find_keys(settings, _DEEPEST):
             if (key in _CODE_KEYS and value) or (key in _ATTENTION_KEYS and "/" in str(value)):

@@ -17,7 +17,8 @@ from llavar_peft.errors import WeightsError
 from llavar_peft.types import expand_home
 from llavar_peft.weights.io import tensor_names
 from llavar_peft.weights.io.joined_rows import JoinedRows, first_rows
-from llavar_peft.weights.io.tensor_blocks import check_tensors, open_weights
+from llavar_peft.weights.io.tensor_blocks import WeightsStore, check_tensors, check_values
+from llavar_peft.weights.io.tensor_table import read_tensor_table
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -59,7 +60,7 @@ def read_projector(source: str | Path) -> dict[str, Tensor]:
         Its tensors by our names, unchecked.
 
     Raises:
-        WeightsError: No such file, or not readable.
+        WeightsError: No such file, or not readable, or a tensor is damaged or not finite.
     """
     path, fix = expand_home(source), "give the mm_projector.bin that stage 1 wrote"
     if path.is_dir():
@@ -69,7 +70,9 @@ def read_projector(source: str | Path) -> dict[str, Tensor]:
         path = found[0]
     elif not path.is_file():
         raise WeightsError.at(str(path), "no such file", fix)
-    return {tensor_names.from_released(name) or name: tensor for name, tensor in open_weights(path).items()}
+    table = read_tensor_table(path)
+    check_values(table)
+    return {tensor_names.from_released(name) or name: tensor for name, tensor in WeightsStore(table).items()}
 
 
 def _replace_rows(embeddings: Tensor | JoinedRows, rows: Tensor, path: Path) -> JoinedRows:

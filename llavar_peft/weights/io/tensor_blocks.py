@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 import mmap
+import os
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +31,9 @@ if TYPE_CHECKING:
 BLOCK_ELEMENTS = 1 << 20
 """Approximate number of elements of a block, which consists of whole rows."""
 _SHOWN = 8
+_FAULTS_SHOWN = 20
+_READERS = 8
+"""Threads that read; more than a disk serves well."""
 
 
 def rows_per_block(shape: tuple[int, ...]) -> int:
@@ -180,6 +185,10 @@ def count_not_finite(tensor: Tensor) -> int:
     """Return the number of NaN and infinite elements."""
     import torch
 
+    if not tensor.is_floating_point():
+        return 0
+    if tensor.itemsize == 1:  # 8-bit floats have no minimum
+        tensor = tensor.float()
     # The minimum and maximum are NaN or infinite if any element is, and take a tenth of the time of counting.
     if tensor.numel() == 0 or all(math.isfinite(float(end)) for end in tensor.aminmax()):
         return 0
@@ -200,6 +209,28 @@ def find_not_finite(blocks: Iterable[Tensor], where: str) -> Fault | None:
     if count == 0:
         return None
     return Fault(where, f"{count} of {total} elements are NaN or infinite", "use undamaged weights")
+
+
+def check_values(table: Mapping[str, TensorEntry]) -> None:
+    """Read tensors once, several at the same time, and reject damage: a wrong checksum, NaN or infinite elements.
+
+    A core reads about 1 GB a second with a checksum, and 3 GB without.
+
+    Raises:
+        WeightsError: Names the first damaged tensors.
+    """
+    with ThreadPoolExecutor(min(_READERS, os.cpu_count() or 1)) as pool:
+        found = [fault for faults in pool.map(find_damage, table.values()) for fault in faults]
+    raise_faults(found[:_SHOWN])
+
+
+def find_damage(entry: TensorEntry) -> list[Fault]:
+    """Read a tensor, and return a fault if its checksum is wrong or elements are NaN or infinite."""
+    try:
+        fault = find_not_finite(read_blocks(entry), entry.location)
+    except WeightsError as error:
+        return list(error.faults)
+    return [] if fault is None else [fault]
 
 
 def not_finite_error(name: str, *sources: TensorEntry | Tensor | None) -> WeightsError:
@@ -261,9 +292,10 @@ def check_tensors(
 
 
 def raise_faults(faults: list[Fault]) -> None:
-    """Raise one error for all faults; do nothing if there are none."""
+    """Raise one error for all faults, whose message has the first of them; do nothing if there are none."""
     if faults:
-        raise WeightsError("\n".join(map(str, faults)), faults)
+        more = [f"and {len(faults) - _FAULTS_SHOWN} more problems of this kind"] * (len(faults) > _FAULTS_SHOWN)
+        raise WeightsError("\n".join([*map(str, faults[:_FAULTS_SHOWN]), *more]), faults)
 
 
 def join_first(found: list[str], shown: int = 6) -> str:

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llavar_peft.errors import LlavarError, WeightsError
+from llavar_peft.errors import DAMAGED, LlavarError, WeightsError, describe_reason
 from llavar_peft.types import expand_home
 
 if TYPE_CHECKING:
@@ -41,7 +41,11 @@ _SAFE_DTYPES = {
 SAFE_NAMES = {name: code for code, name in _SAFE_DTYPES.items()}
 """Safetensors' code of each dtype, by torch's name."""
 _LFS_POINTER = b"version https://git-lfs.github.com/spec/"
-_REASON = 200  # characters of another library's message
+_LONGEST_NAME = 255  # characters of a file's name
+_MOST_TENSORS = 50_000
+"""LLaVAR-13B has 800, and an adapter for it at most 3,000. A million would take minutes."""
+_MOST_PICKLED = 1 << 26
+"""Bytes of a ``.bin``'s pickle. That of LLaVAR-13B's largest file, which only names the tensors, has 30 kB."""
 _LOCAL_HEADER = 30
 """Bytes of a zip entry's local header before its name."""
 
@@ -166,19 +170,23 @@ def _read_index(index: Path) -> dict[str, Path]:
     try:
         files = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
         indexed = {str(name): index.parent / _shard_name(file) for name, file in files.items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise WeightsError.at(str(index), f"not an index of shards ({error})", DOWNLOAD_AGAIN) from error
-    missing = sorted({file.name for file in indexed.values() if not file.is_file()})
+        missing = sorted({file.name for file in indexed.values() if not file.is_file()})
+    except DAMAGED as error:
+        raise WeightsError.at(
+            str(index), f"not an index of shards ({describe_reason(error)})", DOWNLOAD_AGAIN
+        ) from error
     if missing:
-        raise WeightsError.at(str(index), f"missing shards: {', '.join(missing)}", "download the missing shards")
+        names = ", ".join(missing[:8]) + (f", and {len(missing) - 8} more" if len(missing) > 8 else "")
+        raise WeightsError.at(str(index), f"missing shards: {ascii(names)[1:-1]}", "download the missing shards")
     return indexed
 
 
 def _shard_name(file: Any) -> str:
     """Return the name of a shard, which must be in the folder of its index; the file itself may be a link."""
-    if not isinstance(file, str) or not file or Path(file).is_absolute() or ".." in Path(file).parts or "\\" in file:
-        raise ValueError(f"it names the shard {file!r}, expected a file in the same folder")
-    return file
+    inside = isinstance(file, str) and 0 < len(file) <= _LONGEST_NAME and file.isprintable() and "\\" not in file
+    if not inside or Path(file).is_absolute() or ".." in Path(file).parts:
+        raise ValueError(f"it names the shard {ascii(file)[:80]}, expected a file in the same folder")
+    return str(file)
 
 
 def _unreadable(path: Path, error: Exception) -> LlavarError:
@@ -196,7 +204,7 @@ def _unreadable(path: Path, error: Exception) -> LlavarError:
         # Torch's message advises to load the file in a way that runs code in it.
         reason = "it is damaged, or contains more than tensors, which is never loaded"
     else:
-        reason = str(error).strip().splitlines()[0][:_REASON] if str(error).strip() else type(error).__name__
+        reason = describe_reason(error)
     return WeightsError.at(str(path), f"not a readable file of weights ({reason})", DOWNLOAD_AGAIN)
 
 
@@ -209,9 +217,12 @@ def _read_safetensors(path: Path) -> dict[str, TensorEntry]:
         with path.open("rb") as file:
             length = struct.unpack("<Q", file.read(8))[0]
             header: dict[str, dict[str, Any]] = json.loads(file.read(length))
-    except (SafetensorError, OSError, ValueError) as error:
+    except (SafetensorError, *DAMAGED) as error:
         raise _unreadable(path, error) from error
     header.pop("__metadata__", None)
+    if len(header) > _MOST_TENSORS:
+        what = f"too many tensors (got {len(header)}, expected at most {_MOST_TENSORS})"
+        raise WeightsError.at(str(path), what, "give the weights of a LLaVAR, or an adapter for one")
     entries = {}
     for name, fields in header.items():
         dtype = _SAFE_DTYPES.get(fields["dtype"])
@@ -229,10 +240,10 @@ def _add_checksums(path: Path, entries: dict[str, TensorEntry]) -> dict[str, Ten
     try:
         known = json.loads(stored.read_text(encoding="utf-8"))
         return {name: replace(entry, crc32=int(known[name])) for name, entry in entries.items()}
-    except (ValueError, KeyError, TypeError) as error:
+    except DAMAGED as error:
         raise WeightsError.at(
             str(stored),
-            f"not the checksums of {path.name} ({error!r})",
+            f"not the checksums of {path.name} ({describe_reason(error)})",
             "delete it if you changed the weights yourself",
         ) from error
 
@@ -254,10 +265,19 @@ def _read_bin(path: Path) -> dict[str, TensorEntry]:
 
 
 def _zip_records(path: Path) -> dict[int, tuple[int, int]]:
-    """Return CRC-32 and size of each stored tensor, by the offset of its bytes in the file."""
+    """Return CRC-32 and size of each stored tensor, by the offset of its bytes in the file.
+
+    Raises:
+        ValueError: The archive is none that torch writes.
+    """
     found = {}
     with zipfile.ZipFile(path) as archive, path.open("rb") as file:
         for info in archive.infolist():
+            # Torch stores everything as it is. A compressed part can be a thousand times as large in memory.
+            if info.compress_type != zipfile.ZIP_STORED or info.file_size > path.stat().st_size:
+                raise ValueError("a part of it is compressed, which torch never does")
+            if info.filename.endswith("/data.pkl") and info.file_size > _MOST_PICKLED:
+                raise ValueError(f"its list of tensors has {info.file_size} bytes, expected at most {_MOST_PICKLED}")
             if "/data/" in info.filename and info.file_size:
                 file.seek(info.header_offset)
                 name, extra = struct.unpack("<HH", file.read(_LOCAL_HEADER)[26:30])

@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from llavar_peft.errors import WeightsError
+from llavar_peft.errors import DAMAGED, WeightsError, describe_reason
 from llavar_peft.weights.io.tensor_blocks import join_first, read_elements, tensor_bytes
 from llavar_peft.weights.io.tensor_table import DOWNLOAD_AGAIN, TensorEntry
 
@@ -104,9 +104,13 @@ def read_fingerprint(path: Path) -> dict[str, Any] | None:
         for value in content.values():
             if not isinstance(value, Mapping) or value.get("format") != _FORMAT:
                 raise ValueError("not fingerprints of this version")
-            _ = value["config"].items(), value["tensors"].items()
-    except (ValueError, KeyError, AttributeError, TypeError) as error:
-        raise WeightsError.at(str(path), f"not a readable file of fingerprints ({error})", DOWNLOAD_AGAIN) from error
+            _ = value["config"].items()
+            for shape, digest_ in value["tensors"].values():
+                _ = (*shape,), str(digest_)
+    except DAMAGED as error:
+        raise WeightsError.at(
+            str(path), f"not a readable file of fingerprints ({describe_reason(error)})", DOWNLOAD_AGAIN
+        ) from error
     return dict(content)
 
 

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from llavar_peft.errors import ConfigError, Fault, MissingDependencyError, WeightsError
-from llavar_peft.weights.adapter.adapter_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, read_base_settings
+from llavar_peft.weights.adapter.adapter_files import read_base_settings
+from llavar_peft.weights.adapter.adapter_layouts import adapter_files
 from llavar_peft.weights.adapter.lora_updates import Adapter, Update
 from llavar_peft.weights.io.tensor_blocks import join_first, raise_faults, read_blocks, rows_per_block, tensor_bytes
 from llavar_peft.weights.io.tensor_table import TensorEntry, torch_dtype
@@ -177,7 +178,7 @@ class MergedTensors:
         """Return path, size and time of every file that the result depends on."""
         paths = [entry.path for entry in self.base.table.values()]
         for adapter in self.adapters:
-            paths += [adapter.folder / ADAPTER_WEIGHTS, adapter.folder / ADAPTER_CONFIG]
+            paths += adapter_files(adapter.folder)
         overlay = [(name, 0, zlib.crc32(tensor_bytes(one.value))) for name, one in self.base.overlay.items()]
         return [*identify_files(paths), *overlay]
 

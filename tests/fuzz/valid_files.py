@@ -1,0 +1,99 @@
+"""The valid files that are damaged: those that version 0.1 wrote, other layouts of its model, and text files."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tarfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from llavar_peft.datagen.ocr import read_image_folder
+from llavar_peft.datagen.ocr.build_ocr_records import BuildSettings, build_records
+from llavar_peft.datagen.ocr.ocr_engines import EngineName, OcrLine
+from llavar_peft.models.export_layout import export
+from llavar_peft.weights.delta.delta_files import apply_delta
+
+TESTS = Path(__file__).parents[1]
+QUESTION = {"question_id": 0, "image": "covers_000001.png", "text": "Which book?", "category": "read"}
+
+
+class FixedOcr:
+    """An OCR engine that reads the same text in every image."""
+
+    name: EngineName = "rapidocr"
+    version = "1"
+
+    def read(self, image: Image.Image) -> tuple[OcrLine, ...]:
+        lines = ("GRAND OPENING TODAY", "Coffee 2.50")
+        return tuple(OcrLine(text, ((2, n), (50, n), (50, n + 9), (2, n + 9)), 0.9) for n, text in enumerate(lines))
+
+
+def read_images() -> None:
+    """Run ``ocr build`` with the fixed engine."""
+    real, read_image_folder.open_ocr_engine = read_image_folder.open_ocr_engine, lambda *_: FixedOcr()
+    try:
+        build_records(Path("data/images"), Path("ocr/read.json"), BuildSettings(workers=1))
+    finally:
+        read_image_folder.open_ocr_engine = real
+
+
+def _write_lines(path: Path, *rows: Any) -> None:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def _write_judge_files() -> None:
+    folder = Path("judge")
+    folder.mkdir()
+    _write_lines(folder / "questions.jsonl", QUESTION, {**QUESTION, "question_id": 1, "category": "conv"})
+    instance = {"category": "dog", "bbox": [0.1, 0.2, 0.3, 0.4]}
+    _write_lines(
+        folder / "contexts.jsonl",
+        {"id": "1", "image": QUESTION["image"], "captions": ["A cover.", "THE BOOK"], "instances": [instance]},
+    )
+    rule = {"role": "Assistant", "prompt": "Rate them."}
+    (folder / "rules.json").write_text(json.dumps({"read": rule, "conv": rule}))
+    _write_lines(folder / "reference.jsonl", *({"question_id": n, "text": f"reference {n}"} for n in range(2)))
+    _write_lines(folder / "answers.jsonl", *({"question_id": n, "text": f"ours {n}", "answer_id": "a"} for n in (1, 0)))
+    review = {
+        "id": 1, "question_id": 0, "answer1_id": 1, "answer2_id": "a", "category": "conv", "content": "8 9\nBecause.",
+        "tuple": [8, 9], "metadata": {"judge_model": "judge", "judge_temperature": 0.2, "judge_max_tokens": 1024},
+    }  # fmt: skip
+    _write_lines(folder / "reviews.jsonl", review, {**review, "id": 2, "question_id": 1, "tuple": [5, 5.5]})
+    (folder / "mme.txt").write_text("a.png\tIs it a book? Please answer yes or no.\tYes\tyes\n" * 2)
+    _write_lines(folder / "captions.jsonl", {"image": "covers_000001.png", "caption": "A cover."})
+
+
+def _write_weights() -> None:
+    """Write other layouts of the model, its adapter and its projector."""
+    export("merged", "stock", to="hf-llava", shard_size=60_000)
+    apply_delta("language_model", "delta", "released", shard_size=60_000)
+    shutil.copytree(TESTS / "golden/tokenization/small", "words")
+    shutil.copytree("run/adapter", "bin_adapter")
+    tensors = load_file("run/adapter/adapter_model.safetensors")
+    torch.save(tensors, "bin_adapter/adapter_model.bin")
+    for name in ("adapter_model.safetensors", "weights_checksums.json"):
+        Path("bin_adapter", name).unlink()
+    Path("projector").mkdir()
+    for name in ("mm_projector.bin", "mm_projector.safetensors"):
+        shutil.copy(f"run/stage1/model/{name}", "projector")
+
+
+def build_valid_files(folder: Path) -> None:
+    """Write all files to a folder, which becomes the working directory."""
+    with tarfile.open(TESTS / "fixtures/written_by_0_1/files.tar.xz") as archive:
+        archive.extractall(folder, filter="data")
+    os.chdir(folder)
+    _write_weights()
+    _write_judge_files()
+    Path("ocr").mkdir()
+    read_images()
+    Path("photos").mkdir()
+    photo = Image.radial_gradient("L").resize((60, 40)).convert("RGB")
+    photo.save("photos/photo.jpg", quality=60)
+    photo.save("photos/page.png")
