@@ -6,9 +6,12 @@ import json
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import typer
+
+from llavar_peft.errors import InterruptedRunError
 
 if TYPE_CHECKING:
     from rich.progress import ProgressColumn
@@ -48,6 +51,17 @@ def say_weights(report: WeightsReport) -> None:
 def complain(text: str) -> None:
     """Print an error."""
     typer.secho(f"error: {text}", err=True, fg=typer.colors.RED)
+
+
+@contextmanager
+def resumable(where: Path) -> Iterator[None]:
+    """Say that a command that keeps its results was interrupted, and how to resume it."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise InterruptedRunError.at(
+            str(where), "interrupted; results so far are kept", "run the same command again to resume"
+        ) from None
 
 
 def is_first_rank() -> bool:

@@ -22,7 +22,7 @@ import torch
 import transformers
 from accelerate import PartialState
 
-from llavar_peft.atomic_files import write_json
+from llavar_peft.atomic_files import check_output_folder, disk_errors, write_json
 from llavar_peft.constants import METRICS_FILE
 from llavar_peft.errors import InterruptedRunError
 from llavar_peft.recipe.schema import Recipe, Stage
@@ -78,8 +78,10 @@ def dry_run(recipe: Recipe, stages: tuple[str, ...] = ()) -> Iterator[Trial]:
     output = Path(recipe.output_dir)
     folder = output.with_name(f".{output.name}.dry-run")
     if processes.is_main_process:
+        check_output_folder(output, "output_dir")
         shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True)
+        with disk_errors(folder):
+            folder.mkdir(parents=True)
     processes.wait_for_everyone()
     try:
         for stage in recipe.stages:

@@ -13,6 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from llavar_peft.atomic_files import write_text
 from llavar_peft.errors import ConfigError
 from llavar_peft.weights.adapter.lora_updates import read_adapter
 from llavar_peft.weights.delta.delta_base_check import check_delta_base, check_matching_tensors
@@ -191,7 +192,7 @@ def _write(
 
     def finish(staged: Path) -> None:
         copy_companions(views[1], staged, tokenizers)
-        (staged / FINGERPRINT_FILE).write_text(json.dumps(prints) + "\n", encoding="utf-8")
+        write_text(staged / FINGERPRINT_FILE, json.dumps(prints) + "\n")
 
     return write_weights(
         writer,

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from llavar_peft.atomic_files import write_text
 from llavar_peft.constants import (
     ADDED_TOKENS,
     BOS_TOKEN,
@@ -184,7 +185,7 @@ def copy_companions(view: ReleasedView, staged: Path, tokenizers: Sequence[Path]
     """
     config = {**view.config, "torch_dtype": "float16"}
     config.pop("dtype", None)
-    (staged / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    write_text(staged / "config.json", json.dumps(config, indent=2, sort_keys=True) + "\n")
     for name in (*_TOKENIZER_FILES, "generation_config.json"):
         if (tokenizers[0] / name).is_file():
             shutil.copyfile(tokenizers[0] / name, staged / name)
@@ -223,4 +224,4 @@ def _write_released_tokenizer(model: Path, staged: Path, config: Mapping[str, An
         ("tokenizer_config.json", settings),
     ):
         text = json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False)
-        (staged / name).write_text(text + "\n", encoding="utf-8")
+        write_text(staged / name, text + "\n")
