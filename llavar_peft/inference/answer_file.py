@@ -142,6 +142,8 @@ def generate_answers(  # noqa: PLR0913 - a run's settings, by name
         if path.is_file() and not journal.begun:
             earlier = earlier_answers(path, asked, name)
             if len(earlier) == len(asked):
+                if here.rank == 0:
+                    journal.remove()  # left by a run that was killed while removing it
                 return GenerateReport(answers=path, count=len(earlier), kept=len(earlier))
         if here.rank == 0:
             if earlier:

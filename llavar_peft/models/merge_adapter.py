@@ -9,7 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llavar_peft.atomic_files import write_json
+from llavar_peft.atomic_files import write_json, write_text
+from llavar_peft.constants import MODEL_TYPE
+from llavar_peft.data.conversation_template import CHAT_TEMPLATE
 from llavar_peft.errors import WeightsError
 from llavar_peft.models.merge_logits_gap import LogitsGap, measure_merge
 from llavar_peft.weights.io.shard_layout import RELEASED_SHARD_SIZE, WeightsFormat
@@ -21,6 +23,7 @@ logger = logging.getLogger(__name__)
 
 MERGE_FILE = "merge.json"
 """File in the result's folder: what was merged, and how far its logits are from those before the merge."""
+CHAT_TEMPLATE_FILE = "chat_template.jinja"
 BOUND, BOUND_ORIGINAL = 0.05, 0.5
 """The largest accepted difference of the logits, relative to their standard deviation: if the base is stored as it was
 in training, and if adapters of a quantized base are merged onto the original one."""
@@ -115,6 +118,9 @@ def merge_adapter(  # noqa: PLR0913 - the options of the merge
             folders = [one.folder for one in plan.merged.adapters]
             gaps.update(measure_merge(plan, staged, (*folders, Path(base), staged)))
             _check_gap(plan, gaps["result"], bound, Path(out))
+        if plan.merged.base.config.get("model_type") == MODEL_TYPE:
+            # Ours, not that of the base: whoever opens the result runs it.
+            write_text(staged / CHAT_TEMPLATE_FILE, CHAT_TEMPLATE)
         write_json(staged / MERGE_FILE, _describe(plan, Path(base), used, gaps))
 
     written = write_merged(

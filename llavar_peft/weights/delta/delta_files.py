@@ -21,6 +21,7 @@ from llavar_peft.weights.delta.released_layout import (
     ReleasedView,
     check_not_delta,
     copy_companions,
+    find_tokenizer,
     is_delta,
     view_as_released,
 )
@@ -87,13 +88,15 @@ def make_delta(
         prints["target"] = take_fingerprint(new.table, new.config)
     specs = [TensorSpec(name, shape, "float16") for name, shape in merged.base.shapes.items()]
     plan = repr((merged.identity(), rounding, _identity(old, new)))
+    # The tokenizer of an adapter has the image tokens, that of its plain language model has not.
+    tokenizers = (*reversed(merged.base.companions), old.folder)
+    find_tokenizer(tokenizers)  # a link out of a folder is found before anything is written
     return _write(
         FolderWriter(Path(out), specs, form=form, shard_size=shard_size, plan=plan),
         lambda name: merged.blocks(name, "float16"),
         (old, replace(new, config=dict(merged.base.config))),
         sign=-1,
-        # The tokenizer of an adapter has the image tokens, that of its plain language model has not.
-        tokenizers=(*reversed(merged.base.companions), old.folder),
+        tokenizers=tokenizers,
         prints=prints,
         progress=progress,
     )
@@ -137,12 +140,14 @@ def apply_delta(
         check_delta_base(old, step)
     prints = {"base": take_fingerprint(old.table, old.config), "delta": take_fingerprint(step.table, step.config)}
     specs = [TensorSpec(name, entry.shape, "float16") for name, entry in step.table.items()]
+    tokenizers = (step.folder, old.folder)
+    find_tokenizer(tokenizers)  # a link out of a folder is found before anything is written
     return _write(
         FolderWriter(Path(out), specs, form=form, shard_size=shard_size, plan="apply" + _identity(old, step)),
         lambda name: read_blocks(step.table[name]),
         (old, step),
         sign=1,
-        tokenizers=(step.folder, old.folder),
+        tokenizers=tokenizers,
         prints=prints,
         progress=progress,
     )
