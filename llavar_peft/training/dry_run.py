@@ -32,6 +32,7 @@ from llavar_peft.training.launch import start_processes
 from llavar_peft.training.read_shards import build_for_training
 from llavar_peft.training.stage_records import stage_records
 from llavar_peft.training.trainer import Trainer
+from llavar_peft.training.trainer_callbacks import SAVE_SECONDS
 
 _SAMPLE = 1000
 """Number of records from whose lengths the duration of the whole stage is estimated."""
@@ -49,6 +50,7 @@ class Trial:
         seconds: Duration of the second step.
         steps: Number of steps of the whole stage.
         projected: Estimated duration of the whole stage in seconds, from its number of tokens.
+        save_every: Number of steps between two checkpoints.
         checkpoint_bytes: Size of one checkpoint on disk.
         result_bytes: Size of the stage's result on disk.
     """
@@ -60,6 +62,7 @@ class Trial:
     seconds: float
     steps: int
     projected: float
+    save_every: int
     checkpoint_bytes: int
     result_bytes: int
 
@@ -140,6 +143,7 @@ def _try_stage(recipe: Recipe, stage: Stage, folder: Path, processes: PartialSta
     sample = [length for length, _ in lengths[::every]]
     steps = stage.max_steps or math.ceil(math.ceil(len(dataset) / stage.global_batch_size) * stage.epochs)
     tokens = steps * stage.global_batch_size * sum(sample) / len(sample)
+    projected = tokens * stop.seconds / figures[-1]["tokens"]
     return Trial(
         stage=stage.name,
         longest=lengths[0][0],
@@ -147,7 +151,8 @@ def _try_stage(recipe: Recipe, stage: Stage, folder: Path, processes: PartialSta
         peak_bytes=_peak_memory(),
         seconds=stop.seconds,
         steps=steps,
-        projected=tokens * stop.seconds / figures[-1]["tokens"],
+        projected=projected,
+        save_every=stage.save_every_steps or max(1, round(SAVE_SECONDS * steps / projected)),
         checkpoint_bytes=stop.checkpoint_bytes,
         result_bytes=_size(result),
     )

@@ -11,6 +11,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 import shutil
@@ -41,6 +42,30 @@ _HARMLESS = (
     "max_tokens", "process_timeout",
 )  # fmt: skip
 """Fields that may change in a resumed run, because they do not change its result."""
+
+
+def keep_holdout(recipe: Recipe) -> Recipe:
+    """Return a recipe with the held-out records that its unfinished run began with, where it does not name a number.
+
+    Runs of earlier versions held out none by default; with another number, they could not be resumed.
+    """
+    written = Path(recipe.output_dir) / RESOLVED_RECIPE_FILE
+    if not written.is_file():
+        return recipe
+    try:
+        stages = _read_written(written)["stages"]
+        before = {stage["name"]: stage["data"]["holdout"] for stage in stages}
+    except (OSError, ValueError, LookupError, TypeError, yaml.YAMLError):
+        return recipe  # opening the folder reports what is wrong
+    return dataclasses.replace(
+        recipe,
+        stages=tuple(
+            dataclasses.replace(stage, data=dataclasses.replace(stage.data, holdout=before.get(stage.name)))
+            if stage.data.holdout is None
+            else stage
+            for stage in recipe.stages
+        ),
+    )
 
 
 class RunFolder:

@@ -40,13 +40,13 @@ from llavar_peft.training.holdout_probe import Probe
 from llavar_peft.training.launch import start_processes
 from llavar_peft.training.out_of_memory import explain_out_of_memory
 from llavar_peft.training.read_shards import build_for_training
-from llavar_peft.training.run_folder import RunFolder, lock_folder
+from llavar_peft.training.run_folder import RunFolder, keep_holdout, lock_folder
 from llavar_peft.training.save_weights import save_plain, save_result
 from llavar_peft.training.sharding import reset_zero
 from llavar_peft.training.stage_arguments import check_trackers, micro_batches, resolve_precision, training_arguments
 from llavar_peft.training.stage_records import stage_records
 from llavar_peft.training.stage_trainer import StageTrainer
-from llavar_peft.training.trainer_callbacks import EvalCallback, ProgressBar, StopOnSignal
+from llavar_peft.training.trainer_callbacks import EvalCallback, ProgressBar, SaveByTime, StopOnSignal
 from llavar_peft.weights.io.tensor_blocks import write_checksums
 
 logger = logging.getLogger(__name__)
@@ -105,6 +105,9 @@ class Trainer:
             DataError: More records or images are unusable than the recipe allows.
             InterruptedRunError: A signal stopped the run after it was saved.
         """
+        if not restart:
+            self.recipe = keep_holdout(self.recipe)
+            self.run = RunFolder(self.recipe)
         selected = self.run.select_stages(stages)
         with lock_folder(self.run.root) if self.main else nullcontext():
             if self.main:
@@ -177,6 +180,7 @@ class Trainer:
         number = self.recipe.stages.index(stage) + 1
         bar = ProgressBar(f"stage {number}/{len(self.recipe.stages)} {stage.name}")
         stop = StopOnSignal()
+        automatic = [SaveByTime()] if stage.save_every_steps is None else []
         probe = Probe(stage.probe, held_out, processor, directory, batch_size=stage.micro_batch_size, writes=self.main)
 
         def sink(figures: dict[str, Any]) -> None:
@@ -194,7 +198,7 @@ class Trainer:
             base=self.base,
             recipe=self.recipe,
             sink=sink,
-            callbacks=[bar, stop, *([EvalCallback(probe)] if len(held_out) else []), *self.callbacks],
+            callbacks=[bar, stop, *automatic, *([EvalCallback(probe)] if len(held_out) else []), *self.callbacks],
         )
         try:
             with share_adapter_inputs(trained, autocast=engine.accelerator.native_amp):
