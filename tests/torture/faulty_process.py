@@ -51,30 +51,32 @@ def obey_permissions() -> None:
 
 
 def send_at(number: int, name: str, events: Sequence[int]) -> None:
-    """Send this process a signal at the n-th operations on files whose path contains a name."""
-    seen, parent = 0, os.getpid()
+    """Send this process a signal at the n-th operations on an output, whose path in the folder begins with a name."""
 
-    def hook(event: str, arguments: tuple[Any, ...]) -> None:
-        nonlocal seen
-        if event in _FILE_EVENTS and name in str(arguments[0]) and os.getpid() == parent:
-            seen += 1
-            if seen in events:
-                os.kill(parent, number)
+    def count(seen: int) -> None:
+        if seen in events:
+            os.kill(os.getpid(), number)
 
-    sys.addaudithook(hook)
+    _watch(name, count)
 
 
 def count_events(name: str, found: str) -> None:
-    """Write the number of such operations to a file at the end."""
-    seen, parent = 0, os.getpid()
+    """Write the number of such operations to a file."""
+    handle = os.open(found, os.O_WRONLY | os.O_CREAT)
+    _watch(name, lambda seen: os.pwrite(handle, str(seen).encode(), 0))
+
+
+def _watch(name: str, call: Callable[[int], object]) -> None:
+    seen, process, folder = 0, os.getpid(), f"{os.getcwd()}/"
 
     def hook(event: str, arguments: tuple[Any, ...]) -> None:
         nonlocal seen
-        if event in _FILE_EVENTS and name in str(arguments[0]) and os.getpid() == parent:
+        if event not in _FILE_EVENTS or os.getpid() != process:
+            return
+        if str(arguments[0]).removeprefix(folder).startswith((name, f".{name}")):
             seen += 1
-            os.pwrite(handle, str(seen).encode(), 0)
+            call(seen)
 
-    handle = os.open(found, os.O_WRONLY | os.O_CREAT)
     sys.addaudithook(hook)
 
 
