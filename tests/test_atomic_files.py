@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 from collections.abc import Callable, Iterator
@@ -53,6 +54,7 @@ def test_two_processes_that_write_one_file_do_not_mix_it(tmp_path: Path) -> None
     assert [one.name for one in tmp_path.iterdir()] == ["out.txt"]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="forks processes")
 def test_of_writers_started_together_one_writes_and_the_others_are_refused(tmp_path: Path) -> None:
     """Whoever says that the folder is written is right, and it is there: 0.1 lost it in 15 of 800 trials."""
@@ -65,6 +67,37 @@ def test_of_writers_started_together_one_writes_and_the_others_are_refused(tmp_p
         stored = load_file(out / "model.safetensors")
         assert {float(tensor.mean()) for tensor in stored.values()} in ({1.0}, {2.0}), trial
         assert [one.name for one in tmp_path.iterdir() if one.name.startswith(".")] == [], trial
+
+
+def test_a_full_disk_keeps_what_was_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not even the journal fits then; the writer gives up the space that it has reserved for it."""
+    specs = [TensorSpec(f"t{number}", (3,), "float32") for number in range(3)]
+
+    def open_writer() -> FolderWriter:
+        return FolderWriter(tmp_path / "out", specs, form="safetensors", shard_size=1 << 20, plan="same")
+
+    synchronize = os.fsync
+
+    def no_space_left(handle: int) -> None:
+        if (tmp_path / ".out.part/.reserve").exists():
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        synchronize(handle)
+
+    writer = open_writer()
+    writer.write("t1", [torch.ones(3)])
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", no_space_left)
+        with pytest.raises(EnvironmentFaultError, match=r"out: cannot be written .the disk is full.*it needs 36 bytes"):
+            writer.finish()
+        writer.pause()
+    again = open_writer()
+    assert again.done == {"t1"}
+    for name in ("t0", "t2"):
+        again.write(name, [torch.zeros(3)])
+    again.finish()
+    again.commit()
+    assert sorted(one.name for one in (tmp_path / "out").iterdir()) == ["model.safetensors", "weights_checksums.json"]
+    assert [one.name for one in tmp_path.iterdir()] == ["out"]
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="forks processes")

@@ -201,11 +201,13 @@ class Trainer:
             callbacks=[bar, stop, *automatic, *([EvalCallback(probe)] if len(held_out) else []), *self.callbacks],
         )
         try:
-            with share_adapter_inputs(trained, autocast=engine.accelerator.native_amp):
-                engine.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-            disable_packing(self.model)
-            reset_zero()
-            bar.close()
+            try:
+                with share_adapter_inputs(trained, autocast=engine.accelerator.native_amp):
+                    engine.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+            finally:
+                disable_packing(self.model)
+                reset_zero()
+                bar.close()
             if stop.requested and engine.state.global_step < engine.state.max_steps:
                 self._write_page()
                 raise InterruptedRunError.at(
@@ -216,10 +218,7 @@ class Trainer:
             # Until the result is on the disk, a signal still waits: there may be no checkpoint of the last steps.
             result = self._finish_stage(stage, engine)
         finally:
-            disable_packing(self.model)
-            reset_zero()
             stop.restore()
-            bar.close()
         if on_any_rank(stop.requested) and stage != self.recipe.stages[-1]:
             raise InterruptedRunError.at(
                 stage.name, "interrupted; this stage is finished", "run the same command again to go on with the next"

@@ -31,7 +31,9 @@ from llavar_peft.weights.io.tensor_table import CHECKSUMS_FILE, TensorEntry, dty
 if TYPE_CHECKING:
     from torch import Tensor
 
-_JOURNAL = ".journal"
+_JOURNAL, _RESERVE = ".journal", ".reserve"
+_ENTRY_BYTES = 32
+"""Size of an entry of the journal without the tensor's name, which the reserve keeps free for it."""
 _SYNC_AFTER = 1 << 29
 """Number of bytes written before they are synced and entered in the journal: what a crash can lose."""
 _REPORT = "report this as a bug"
@@ -145,6 +147,8 @@ class FolderWriter:
     def pause(self) -> None:
         """Keep what is written, so that a later writer can resume; tensors that cannot be synced are written again."""
         with self._lock, self._held:
+            with suppress(OSError):
+                (self.staged / _RESERVE).unlink()  # on a full disk, this makes room for the journal
             with suppress(OSError, ValueError):  # the disk may be full, or the journal closed already
                 self._sync()
             with suppress(OSError):
@@ -188,6 +192,7 @@ class FolderWriter:
         with self._held, disk_errors(self.out, needed=self.total):
             _check_is_new(self.out)  # where files cannot be locked
             self._journal.close()
+            (self.staged / _RESERVE).unlink(missing_ok=True)
             commit_folder(self.staged, self.out, journal=self.staged / _JOURNAL)
         return WeightsReport(self.out, len(self.specs), self.total, time.perf_counter() - self._started)
 
@@ -202,6 +207,7 @@ class FolderWriter:
                 # A line that was cut off by a kill would damage the next one.
                 opened.truncate(len(("\n".join(lines) + "\n").encode()))
                 opened.seek(0, os.SEEK_END)
+                self._reserve()
                 return opened
             opened.close()
         shutil.rmtree(self.staged, ignore_errors=True)
@@ -210,10 +216,15 @@ class FolderWriter:
         for file, shard in self._shards.items():
             allocate_file(self.staged / file, shard)
         self._find_entries()
+        self._reserve()
         opened.write(self._key + "\n")
         opened.flush()
         os.fsync(opened.fileno())
         return opened
+
+    def _reserve(self) -> None:
+        """Occupy the space that the journal will need, so that work can be kept when the disk is full."""
+        (self.staged / _RESERVE).write_bytes(bytes(sum(len(name) + _ENTRY_BYTES for name in self.specs)))
 
     def _remove_if_empty(self) -> None:
         """Remove the hidden folder if it holds nothing to resume."""
