@@ -139,7 +139,7 @@ def _sync_folder(folder: Path) -> None:
 
 @contextmanager
 def hold_lock(lock: Path, *, where: Path, what: str = "another process is writing it") -> Iterator[None]:
-    """Hold a lock on an output. A process that dies releases it; the file, if it is left, blocks nobody.
+    """Hold a lock on an output. A process that dies releases it; the file, if it is left, does not block anyone.
 
     Args:
         lock: The file to lock, beside or in the output; it is removed at the end.

@@ -119,7 +119,7 @@ def merge_adapter(  # noqa: PLR0913 - the options of the merge
             gaps.update(measure_merge(plan, staged, (*folders, Path(base), staged)))
             _check_gap(plan, gaps["result"], bound, Path(out))
         if plan.merged.base.config.get("model_type") == MODEL_TYPE:
-            # Ours, not that of the base: whoever opens the result runs it.
+            # Ours, not that of the base: anyone who opens the result runs it.
             write_text(staged / CHAT_TEMPLATE_FILE, CHAT_TEMPLATE)
         write_json(staged / MERGE_FILE, _describe(plan, Path(base), used, gaps))
 

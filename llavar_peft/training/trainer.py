@@ -221,7 +221,9 @@ class Trainer:
             stop.restore()
         if on_any_rank(stop.requested) and stage != self.recipe.stages[-1]:
             raise InterruptedRunError.at(
-                stage.name, "interrupted; this stage is finished", "run the same command again to go on with the next"
+                stage.name,
+                "interrupted; this stage is finished",
+                "run the same command again to continue with the next",
             )
         return result
 

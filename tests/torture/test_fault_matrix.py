@@ -284,7 +284,7 @@ def whole(workshop: Path, tmp_path_factory: pytest.TempPathFactory, endpoint: st
     return get
 
 
-def _assert_goes_on(place: Place, whole: Whole) -> None:
+def _assert_resumes(place: Place, whole: Whole) -> None:
     """Check that the same command now gives the undisturbed result, and that nothing is left of the attempts."""
     again = place.run()
     assert again.status == 0, again.output
@@ -308,7 +308,7 @@ def test_a_full_disk(name: str, moment: str, place: Place, whole: Callable[[str]
     assert place.result != whole(name).result
     if moment == "first":
         assert place.left == []
-    _assert_goes_on(place, whole(name))
+    _assert_resumes(place, whole(name))
 
 
 @NAMES
@@ -321,7 +321,7 @@ def test_a_read_only_folder(name: str, place: Place, whole: Callable[[str], Whol
         assert place.result == {}
     finally:
         place.folder.chmod(0o755)
-    _assert_goes_on(place, whole(name))
+    _assert_resumes(place, whole(name))
 
 
 @NAMES
@@ -377,7 +377,7 @@ def test_a_signal(name: str, number: int, share: float, place: Place, whole: Cal
     if place.job.saves and share:
         assert ended.status == SAVED, ended.output
         assert "run the same command again" in ended.output
-    _assert_goes_on(place, whole(name))
+    _assert_resumes(place, whole(name))
 
 
 @NAMES
@@ -386,7 +386,7 @@ def test_a_second_ctrl_c(name: str, place: Place, whole: Callable[[str], Whole])
     ended = place.run(signal_at(signal.SIGINT, place.job.out.split(".")[0], middle, middle + 1, middle + 2))
     assert ended.status in (INTERRUPTED, SAVED), ended.output
     _assert_explained(ended, "interrupted")
-    _assert_goes_on(place, whole(name))
+    _assert_resumes(place, whole(name))
 
 
 @NAMES

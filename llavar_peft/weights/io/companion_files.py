@@ -1,7 +1,7 @@
 """Copy the files of a checkpoint other than its weights into a folder that may be published.
 
 Nothing is copied that the result does not need: a checkpoint of others may contain links to private files, code, or a
-chat template that whoever opens the result would run.
+chat template that anyone who opens the result would run.
 """
 
 from __future__ import annotations
