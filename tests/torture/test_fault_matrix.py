@@ -85,7 +85,7 @@ JOBS = {
     ),
     "convert": Job(("convert", "model", "out", "--to", "hf-llava"), "out", ("out/*",), True, 1_000_000),
     "train": Job(
-        ("train", "recipe.yaml"), "out", ("out/adapter/adapter_model.safetensors", "out/one/probe.jsonl"), True, 50_000
+        ("train", "recipe.yaml"), "out", ("out/adapter/adapter_model.safetensors",), True, 50_000
     ),
     "generate": Job(
         ("generate", "--model", "model", "--questions", "questions.jsonl", "--answers", "out.jsonl", "--images",
