@@ -93,7 +93,7 @@ setup(
     install_requires=INSTALL_REQUIRES,
     extras_require=EXTRAS_REQUIRE,
     entry_points={
-        "console_scripts": ["llavar-peft = llavar_peft.cli:main"],
+        "console_scripts": ["llavar-peft = llavar_peft.cli:run"],
         "lmms_eval.models": ["llavar = llavar_peft.evaluation.lmms_eval_model:manifest"],
     },
     classifiers=[

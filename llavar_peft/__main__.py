@@ -1,8 +1,6 @@
 """Run the command line by ``python -m llavar_peft``, as ``accelerate launch -m llavar_peft train ...`` requires."""
 
-import sys
-
-from llavar_peft.cli import main
+from llavar_peft.cli import run
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run()

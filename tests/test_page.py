@@ -358,7 +358,7 @@ def test_a_missing_folder_is_reported(tmp_path: Path) -> None:
 def test_a_page_that_cannot_be_written_leaves_nothing_behind(run: Path) -> None:
     (run / "index.html").mkdir()
     (run / "index.html" / "x").touch()
-    with pytest.raises(EnvironmentFaultError, match=r"index\.html: the page cannot be written"):
+    with pytest.raises(EnvironmentFaultError, match=r"index\.html: cannot be written"):
         write_run_page(run)
     assert not list(run.glob(".index*"))
 

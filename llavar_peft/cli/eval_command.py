@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, TypeAlias
 
 import typer
 
+from llavar_peft.atomic_files import check_output_file
 from llavar_peft.cli import evaluation_model as evaluated
 from llavar_peft.cli import shared_options as shared
 from llavar_peft.cli.output import format_interval, print_table, say, say_json
@@ -115,6 +116,7 @@ def eval_vqa(
             batch_size=batch_size,
         )
         out = out or Path(f"{dataset.stem}.results.json")
+        check_output_file(out, "--out")
         chat, setting = evaluated.load_evaluated_model(model, adapter, vision_tower, quantize, chosen)
         log = out.with_suffix(".answers.jsonl")
         answered = evaluated.answer_with_progress(chat, questions, roots or ImageRoots(), setting, log)
@@ -164,6 +166,7 @@ def eval_mme(
     elif folder is not None and model is not None and answers is None:
         questions, images = read_folder(folder)
         out = out or Path("mme.results.json")
+        check_output_file(out, "--out")
         chosen = Setting(
             prompt="{question}",
             image_mode=image_mode,
@@ -219,6 +222,7 @@ def _report_results(results: Results, out: Path | None, *, as_json: bool) -> Non
     from llavar_peft.evaluation.vqa.scored_results import write_results
 
     if out is not None:
+        check_output_file(out, "--out")
         write_results(results, out)
     if as_json:
         say_json(results.as_dict(records=False))

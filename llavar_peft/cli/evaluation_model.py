@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, TypeAlias
 
 import typer
 
-from llavar_peft.cli.output import show_count
+from llavar_peft.cli.output import resumable, show_count
 from llavar_peft.recipe.schema import Quantization
 
 if TYPE_CHECKING:
@@ -53,5 +53,5 @@ def answer_with_progress(
     """Answer all questions with a progress bar; answers in the log are not computed again."""
     from llavar_peft.evaluation.vqa.answer_questions import answer_questions
 
-    with show_count("asking") as progress:
+    with resumable(log), show_count("asking") as progress:
         return answer_questions(chat, questions, roots, setting, log, progress)

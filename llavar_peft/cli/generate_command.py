@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from llavar_peft.cli import shared_options as shared
-from llavar_peft.cli.output import is_first_rank, say, show_count
+from llavar_peft.cli.output import is_first_rank, resumable, say, show_count
 from llavar_peft.recipe.schema import BadImagePolicy
 
 
@@ -45,7 +45,7 @@ def generate(
     from llavar_peft.inference.answer_file import generate_answers
 
     sampling = shared.make_sampling(max_new_tokens, temperature, greedy, seed)
-    with show_count("answering") as progress:
+    with resumable(answers), show_count("answering") as progress:
         report = generate_answers(
             model,
             questions,

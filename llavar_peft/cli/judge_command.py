@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from llavar_peft.atomic_files import check_output_file
 from llavar_peft.cli import evaluation_model as evaluated
 from llavar_peft.cli import shared_options as shared
-from llavar_peft.cli.output import print_table, say, say_json, show_count
+from llavar_peft.cli.output import print_table, resumable, say, say_json, show_count
 
 if TYPE_CHECKING:
     from llavar_peft.evaluation.judge.judge_reviews import Summary
@@ -48,6 +49,7 @@ def eval_answer(
     from llavar_peft.evaluation.judge.judge_cases import read_unanswered, write_judge_answers
     from llavar_peft.evaluation.vqa.scored_results import Setting
 
+    check_output_file(out, "--out")
     roots = ImageRoots(images)
     unanswered = read_unanswered(questions, roots)
     chosen = Setting(
@@ -116,6 +118,7 @@ def eval_judge(
     from llavar_peft.evaluation.judge.judge_reviews import summarize_reviews, write_reviews
     from llavar_peft.evaluation.judge.run_judge import judge_cases
 
+    check_output_file(out, "--out")
     config = JudgeConfig(
         model=model,
         base_url=base_url,
@@ -126,9 +129,9 @@ def eval_judge(
     )
     client = Judge(config, cache or out.with_suffix(".replies"))
     cases = read_cases(questions, contexts, rules, reference, answers)
-    with show_count("judging") as progress:
+    with resumable(out), show_count("judging") as progress:
         judged = judge_cases(cases, client, swap=swap, progress=progress)
-    write_reviews(judged.reviews, out)
+        write_reviews(judged.reviews, out)
     summary = summarize_reviews(judged.reviews)
     if as_json:
         say_json({"judge": model, "temperature": temperature, **_count_replies(judged), **summary.as_dict()})

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from llavar_peft.cli.output import say, say_json, show_count
+from llavar_peft.cli.output import resumable, say, say_json, show_count
 from llavar_peft.cli.shared_options import JsonOption, WorkersOption
 from llavar_peft.errors import count_of
 
@@ -86,7 +86,7 @@ def ocr_build(
         workers=workers,
         on_bad_image=on_bad_image,
     )
-    with show_count("reading") as progress:
+    with resumable(out), show_count("reading") as progress:
         report = build_records(images, out, settings, progress)
     page = write_ocr_page(out)
     if as_json:
@@ -142,7 +142,7 @@ def ocr_converse(
         seed=seed,
         concurrency=concurrency,
     )
-    with show_count("conversing") as progress:
+    with resumable(out), show_count("conversing") as progress:
         report = make_conversations(records, out, settings, read_captions(captions) if captions else None, progress)
     if as_json:
         say_json(report.as_dict())

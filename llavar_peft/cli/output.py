@@ -13,9 +13,12 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 import typer
+
+from llavar_peft.errors import InterruptedRunError
 
 if TYPE_CHECKING:
     from rich.progress import ProgressColumn
@@ -96,6 +99,17 @@ def complain(text: str) -> None:
     # click does not follow NO_COLOR (https://no-color.org).
     color = None if os.environ.get("NO_COLOR") else typer.colors.RED
     _echo(typer.style(f"error: {make_safe(text)}", fg=color), err=True)
+
+
+@contextmanager
+def resumable(where: Path) -> Iterator[None]:
+    """Say that a command that keeps its results was interrupted, and how to resume it."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise InterruptedRunError.at(
+            str(where), "interrupted; results so far are kept", "run the same command again to resume"
+        ) from None
 
 
 def is_first_rank() -> bool:

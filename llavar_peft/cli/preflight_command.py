@@ -57,6 +57,9 @@ def estimate(
     _print_work(found, gpus, tflops)
     if any(one.lengths.records is None for one in found):
         say("The records were not found. Each is assumed to have an image and max_length tokens.")
+    for stage in chosen.stages:
+        if stage.save_every_steps is None:
+            say(f"{stage.name}: a checkpoint is saved about every 30 minutes (save_every_steps is not set).")
     for stage, one in zip(chosen.stages, found, strict=True):
         if memory is None:
             continue

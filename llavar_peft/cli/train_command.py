@@ -104,12 +104,13 @@ def _run_dry(recipe: Recipe, stages: tuple[str, ...]) -> None:
         disk += trial.result_bytes + (kept + 1) * trial.checkpoint_bytes
         rows.append((
             trial.stage, trial.longest, trial.tokens, f"{trial.peak_bytes / 2**30:.2f}", f"{trial.seconds:.2f}",
-            trial.steps, f"{trial.projected / 3600:.1f}", f"{trial.checkpoint_bytes / 1e9:.2f}",
+            trial.steps, f"{trial.projected / 3600:.1f}", trial.save_every, f"{trial.checkpoint_bytes / 1e9:.2f}",
         ))  # fmt: skip
     if not is_first_rank():
         return
     titles = (
-        "stage", "longest record", "tokens a step", "peak GiB", "s a step", "steps", "hours in all", "checkpoint GB",
+        "stage", "longest record", "tokens a step", "peak GiB", "s a step", "steps", "hours in all",
+        "steps a save", "checkpoint GB",
     )  # fmt: skip
     print_table(titles, rows)
     existing = next(one for one in Path(recipe.output_dir).absolute().parents if one.is_dir())

@@ -10,7 +10,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, TYPE_CHECKING, Any, Final
 
-from llavar_peft.atomic_files import dump_json, write_json
+from llavar_peft.atomic_files import disk_errors, dump_json, write_json
 from llavar_peft.errors import DAMAGED, ConfigError, DataError, EnvironmentFaultError, describe_reason
 
 if TYPE_CHECKING:
@@ -43,20 +43,16 @@ class ResumeJournal:
     def __init__(self, path: Path, heading: Mapping[str, Any] | None = None) -> None:
         self.path = path
         self._has_heading = heading is not None
-        try:
+        with disk_errors(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             self._file = path.open("a+b")
-        except OSError as error:
-            raise EnvironmentFaultError.at(
-                str(path), f"cannot be written ({error.strerror})", "make it writable, or choose another path"
-            ) from error
         try:
             _lock(self._file, path)
             self._remove_incomplete_line()
             if heading is not None:
                 self._check_heading(heading)
         except BaseException:
-            self._file.close()
+            self._close()
             raise
 
     def __enter__(self) -> Self:
@@ -65,23 +61,26 @@ class ResumeJournal:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        with suppress(OSError):
+        with suppress(EnvironmentFaultError):
             self.sync()
-        self._file.close()
+        self._close()
+
+    def _close(self) -> None:
+        # On a full disk, closing tries again to write what could not be written, and fails again.
+        with suppress(OSError):
+            self._file.close()
 
     def append(self, *entries: Mapping[str, Any]) -> None:
         """Add entries. Raises ``EnvironmentFaultError`` if they cannot be written."""
-        try:
-            self._file.write(b"".join(map(_encode, entries)))
+        data = b"".join(map(_encode, entries))
+        with disk_errors(self.path, needed=len(data)):
+            self._file.write(data)
             self._file.flush()
-        except OSError as error:
-            raise EnvironmentFaultError.at(
-                str(self.path), f"cannot be written ({error.strerror})", "free some space and run again to resume"
-            ) from error
 
     def sync(self) -> None:
         """Flush the file to the disk, so that its entries survive a crash of the machine too."""
-        os.fsync(self._file.fileno())
+        with disk_errors(self.path):
+            os.fsync(self._file.fileno())
 
     def entries(self) -> Iterator[tuple[int, dict[str, Any]]]:
         """Yield ``(offset, entry)`` in the order of writing. Raises ``DataError`` for a malformed line."""
@@ -189,7 +188,7 @@ def _lock(file: IO[bytes], path: Path) -> None:
 
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except BlockingIOError:
             raise EnvironmentFaultError.at(
                 str(path), "another process is writing it", "wait until that process has finished"
             ) from None

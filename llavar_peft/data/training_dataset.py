@@ -267,12 +267,28 @@ def _unsupervised_row(input_ids_11: Tensor) -> dict[str, Any]:
     return {**row, "tokens": 1, SUPERVISED_PLACES: input_ids_11.new_zeros(0), PLACES[SUPERVISED_PLACES]: (0,)}
 
 
-def split_holdout(count: int, holdout: float, *, seed: int) -> tuple[list[int], list[int]]:
+_AUTOMATIC_SHARE, _AUTOMATIC_FROM, _AUTOMATIC_MOST = 0.02, 100, 64
+
+
+def count_held_out(count: int, holdout: float | None) -> int:
+    """Return the number of held-out records.
+
+    Args:
+        count: Number of records.
+        holdout: A share below 1, or a number of records from 1 upwards. None is 2 % of 100 records or more, at most 64,
+            and none of fewer.
+    """
+    if holdout is None:
+        return min(round(_AUTOMATIC_SHARE * count), _AUTOMATIC_MOST) if count >= _AUTOMATIC_FROM else 0
+    return int(holdout) if holdout >= 1 else round(holdout * count)
+
+
+def split_holdout(count: int, holdout: float | None, *, seed: int) -> tuple[list[int], list[int]]:
     """Split records into training and held-out records; the draw depends on the seed alone.
 
     Args:
         count: Number of records.
-        holdout: A share below 1, or a number of records from 1 upwards.
+        holdout: As in ``count_held_out``.
         seed: Seed of the run.
 
     Returns:
@@ -281,7 +297,7 @@ def split_holdout(count: int, holdout: float, *, seed: int) -> tuple[list[int], 
     Raises:
         DataError: No record remains for training.
     """
-    number = int(holdout) if holdout >= 1 else round(holdout * count)
+    number = count_held_out(count, holdout)
     if number >= count:
         raise DataError.at(
             "data.holdout",

@@ -12,7 +12,7 @@ import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 from itertools import islice
@@ -21,6 +21,7 @@ from typing import Any
 
 from torch import distributed
 
+from llavar_peft.atomic_files import check_output_file, hold_lock
 from llavar_peft.data.image_roots import ImageRoots
 from llavar_peft.errors import DataError, Fault, ImageError
 from llavar_peft.inference.batch_decoder import DecodingBatch, Row
@@ -117,6 +118,7 @@ def generate_answers(  # noqa: PLR0913 - a run's settings, by name
     Raises:
         ConfigError: There are no questions, or the files belong to another run.
         DataError: A line is not a question.
+        EnvironmentFaultError: The disk is full, the folder is not writable, or another process writes the answers.
         ImageError: An image is missing, broken or outside the folder.
     """
     asked = read_question_file(expand_home(questions))
@@ -133,12 +135,15 @@ def generate_answers(  # noqa: PLR0913 - a run's settings, by name
         "image_mode": image_mode,
         "sampling": {**dataclasses.asdict(sampling), "stop": list(sampling.stop)},
     }
-    with _processes() as here:
+    check_output_file(path, str(path))
+    with _processes() as here, _lock_answers(path, here):
         journal = AnswerJournal(path, here.rank)
         earlier: list[dict[str, Any]] = []
         if path.is_file() and not journal.begun:
             earlier = earlier_answers(path, asked, name)
             if len(earlier) == len(asked):
+                if here.rank == 0:
+                    journal.remove()  # left by a run that was killed while removing it
                 return GenerateReport(answers=path, count=len(earlier), kept=len(earlier))
         if here.rank == 0:
             if earlier:
@@ -184,6 +189,11 @@ def _processes() -> Iterator[_Processes]:
         yield here
     finally:
         distributed.destroy_process_group()
+
+
+def _lock_answers(path: Path, here: _Processes) -> AbstractContextManager[None]:
+    """Return a lock on the answer file, which the first process holds for all."""
+    return hold_lock(path.with_name(f".{path.name}.lock"), where=path) if here.rank == 0 else nullcontext()
 
 
 def _share(questions: Sequence[ImageQuestion], here: _Processes) -> list[ImageQuestion]:

@@ -150,10 +150,14 @@ class AnswerJournal:
             ConfigError: The run to resume has other settings.
         """
         if not self.begun:
-            shutil.rmtree(self.folder, ignore_errors=True)  # left by a run that was killed while removing it
-            with ResumeJournal(self._path) as part:
-                part.append(*earlier)
-            write_json(self._settings, settings)  # last: its existence says that the run has begun
+            self.remove()  # left by a run that was killed while removing it
+            try:
+                with ResumeJournal(self._path) as part:
+                    part.append(*earlier)
+                write_json(self._settings, settings)  # last: its existence says that the run has begun
+            except BaseException:
+                self.remove()
+                raise
             return
         try:
             found = dict(json.loads(self._settings.read_text(encoding="utf-8")))
@@ -192,8 +196,8 @@ class AnswerJournal:
             self._part.sync()
 
     def remove(self) -> None:
-        """Remove the folder."""
-        shutil.rmtree(self.folder)
+        """Remove the folder, if it exists."""
+        shutil.rmtree(self.folder, ignore_errors=True)
 
 
 def write_answer_file(

@@ -25,7 +25,13 @@ from llavar_peft.models.model_parts import ModelParts
 from llavar_peft.recipe.schema import ModelConfig
 from llavar_peft.types import expand_home
 from llavar_peft.weights.adapter.adapter_files import ADAPTER_CONFIG
-from llavar_peft.weights.delta.released_layout import ReleasedView, copy_companions, flatten_config, read_model_config
+from llavar_peft.weights.delta.released_layout import (
+    ReleasedView,
+    copy_companions,
+    find_tokenizer,
+    flatten_config,
+    read_model_config,
+)
 from llavar_peft.weights.io import tensor_names
 from llavar_peft.weights.io.convert_layout import ACTIVATIONS, ProjectorForm, to_two_layers, write_converted
 from llavar_peft.weights.io.folder_writer import WeightsReport
@@ -103,6 +109,7 @@ def export(  # noqa: PLR0913 - the options of the conversion
         _check_original(parts)
         tensors = {new: one for name, one in tensors.items() if (new := tensor_names.to_released(name)) is not None}
         folders = (expand_home(tokenizer), folder) if tokenizer is not None else (folder,)
+        find_tokenizer(tuple(reversed(folders)))  # a link out of a folder is found before anything is written
         finish = partial(_finish_original, parts, folder, folders)
     elif to == "hf-llava":
         activation = parts.config.projector_hidden_act

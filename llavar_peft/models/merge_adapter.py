@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llavar_peft.atomic_files import write_json
+from llavar_peft.atomic_files import write_json, write_text
+from llavar_peft.constants import MODEL_TYPE
+from llavar_peft.data.conversation_template import CHAT_TEMPLATE, VICUNA_CHAT_TEMPLATE
 from llavar_peft.errors import WeightsError
 from llavar_peft.models.merge_logits_gap import LogitsGap, measure_merge
 from llavar_peft.types import ReadableRepr, expand_home
@@ -23,6 +26,7 @@ logger = logging.getLogger(__name__)
 
 MERGE_FILE = "merge.json"
 """File in the result's folder: what was merged, and how far its logits are from those before the merge."""
+CHAT_TEMPLATE_FILE = "chat_template.jinja"
 BOUND, BOUND_ORIGINAL = 0.05, 0.5
 """The largest accepted difference of the logits, relative to their standard deviation: if the base is stored as it was
 in training, and if adapters of a quantized base are merged onto the original one."""
@@ -117,6 +121,8 @@ def merge_adapter(  # noqa: PLR0913 - the options of the merge
             folders = [one.folder for one in plan.merged.adapters]
             gaps.update(measure_merge(plan, staged, (*folders, Path(base), staged)))
             _check_gap(plan, gaps["result"], bound, expand_home(out))
+        if plan.merged.base.config.get("model_type") == MODEL_TYPE:
+            write_text(staged / CHAT_TEMPLATE_FILE, _chat_template(plan, staged))
         write_json(staged / MERGE_FILE, _describe(plan, Path(base), used, gaps))
         _write_card(plan, staged, {"base": base, "vision tower": vision_tower, "projector": projector}, gaps)
 
@@ -144,6 +150,21 @@ def _write_card(
     title = f"{portable_name(sources['base'] or '')} with {', '.join(map(adapter_name, adapters))} merged into it"
     given = {what: source for what, source in sources.items() if source is not None}
     write_weights_card(staged, title, given, adapters=adapters, figures=figures)
+
+
+def _chat_template(plan: MergePlan, staged: Path) -> str:
+    """Return the Jinja template of the merged model's conversations.
+
+    It is ours rather than that of the base, because anyone who opens the result runs it; only a model that uses the
+    template of its tokenizer keeps that.
+    """
+    settings = json.loads((staged / "processor_config.json").read_text(encoding="utf-8"))
+    template = settings.get("template", "llava_v1")
+    if template == "chat":
+        for folder in reversed(plan.merged.base.companions):
+            if (folder / CHAT_TEMPLATE_FILE).is_file():
+                return (folder / CHAT_TEMPLATE_FILE).read_text(encoding="utf-8")
+    return VICUNA_CHAT_TEMPLATE if template == "vicuna_v1" else CHAT_TEMPLATE
 
 
 def _check_gap(plan: MergePlan, gap: LogitsGap, bound: float | None, out: Path) -> None:

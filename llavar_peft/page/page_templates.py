@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from contextlib import suppress
 from pathlib import Path
 from typing import Final
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from llavar_peft.atomic_files import staging_path, write_bytes
-from llavar_peft.errors import EnvironmentFaultError
+from llavar_peft.atomic_files import write_bytes
 from llavar_peft.page.run_figures import percent
 
 MOST_BYTES: Final = 3_000_000
@@ -35,14 +33,5 @@ def write_page(path: Path, page: bytes) -> Path:
     Raises:
         EnvironmentFaultError: The page cannot be written.
     """
-    try:
-        write_bytes(path, page)
-    except OSError as error:
-        with suppress(OSError):
-            staging_path(path).unlink(missing_ok=True)
-        raise EnvironmentFaultError.at(
-            str(path),
-            f"the page cannot be written ({error.strerror})",
-            "free disk space, or allow writing to the folder",
-        ) from error
+    write_bytes(path, page)
     return path

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from llavar_peft.data.record_store import open_records
-from llavar_peft.data.training_dataset import image_count, text_tokens
+from llavar_peft.data.training_dataset import count_held_out, image_count, text_tokens
 from llavar_peft.models.llavar_config import LlavarConfig
 from llavar_peft.preflight.estimate_counts import Counts
 from llavar_peft.recipe.schema import Full, Lora, Stage, Tune
@@ -70,8 +70,8 @@ def count_steps(stage: Stage, lengths: RecordLengths) -> int | None:
         return stage.max_steps
     if lengths.records is None:
         return None
-    held = stage.data.holdout if stage.data.holdout >= 1 else stage.data.holdout * lengths.records
-    return math.ceil(math.ceil((lengths.records - int(held)) / stage.global_batch_size) * stage.epochs)
+    held = count_held_out(lengths.records, stage.data.holdout)
+    return math.ceil(math.ceil((lengths.records - held) / stage.global_batch_size) * stage.epochs)
 
 
 def flops_per_step(config: LlavarConfig, stage: Stage, counts: Counts, lengths: RecordLengths) -> float:

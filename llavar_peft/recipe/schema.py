@@ -141,8 +141,9 @@ class DataConfig(_Strict):
     max_bad_share: Share = 0.01
     """Share of records that may be skipped (unreadable image) or dropped (no supervised token left) before the run
     stops."""
-    holdout: Annotated[NumberFromZero, AfterValidator(_whole_from_one)] = 0.0
-    """Share of records, or from 1 up their number, that is held out of training for the held-out loss and the probe."""
+    holdout: Annotated[NumberFromZero, AfterValidator(_whole_from_one)] | None = None
+    """Share of records, or from 1 up their number, that is held out of training for the held-out loss and the probe;
+    None holds out 2 % of 100 records or more, at most 64, and none of fewer."""
     shuffle: bool = True
     """Whether the records are shuffled in each epoch; the order depends on the seed and the epoch."""
     workers: IntegerFromZero = 4
@@ -284,7 +285,8 @@ class Stage(_Strict):
     """Whether activations are recomputed in the backward pass to save memory; ``auto`` recomputes in as many layers as
     the batch and the free memory require."""
     save_every_steps: PositiveInteger | None = None
-    """Optimizer steps between two checkpoints; None saves only at the end and on interruption."""
+    """Optimizer steps between two checkpoints; None saves about every 30 minutes, by the measured duration of the
+    steps."""
     keep_checkpoints: PositiveInteger = 1
     """Number of checkpoints to keep."""
     probe: ProbeConfig = field(default_factory=ProbeConfig)

@@ -140,7 +140,7 @@ def projector_pretraining(data: DataConfig, **options: Unpack[StageOptions]) -> 
     Raises:
         TypeError: An option is unknown.
     """
-    return _build_stage("projector_pretraining", data, Projector, StageOptions, {**_PRETRAINING, **options})
+    return _build_stage("projector_pretraining", _keep_all(data), Projector, StageOptions, {**_PRETRAINING, **options})
 
 
 @_signature(StageOptions, _FINETUNING)
@@ -154,7 +154,7 @@ def full_finetuning(data: DataConfig, **options: Unpack[StageOptions]) -> Stage:
     Raises:
         TypeError: An option is unknown.
     """
-    return _build_stage("full_finetuning", data, Full, StageOptions, {**_FINETUNING, **options})
+    return _build_stage("full_finetuning", _keep_all(data), Full, StageOptions, {**_FINETUNING, **options})
 
 
 @_signature(LoraOptions, _LORA)
@@ -172,6 +172,11 @@ def lora(data: DataConfig, **options: Unpack[LoraOptions]) -> Stage:
         TypeError: An option is unknown.
     """
     return _build_stage("lora", data, Lora, LoraOptions, {**_LORA, **options})
+
+
+def _keep_all(data: DataConfig) -> DataConfig:
+    """Return the data of a stage of the paper, which holds out no records, unless a number is given."""
+    return dataclasses.replace(data, holdout=0.0) if data.holdout is None else data
 
 
 def _build_stage(function: str, data: DataConfig, tune: type[Tune], known: type, options: Mapping[str, Any]) -> Stage:

@@ -6,7 +6,6 @@ number of ranks). A checkpoint that does not match its manifest is renamed to ``
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import logging
@@ -29,9 +28,6 @@ STAGING = ".staging"
 MANIFEST = "manifest.json"
 BROKEN = ".broken"
 _BLOCK = 1 << 22
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-_FULL_TEXTS = ("No space left on device", "Disk quota exceeded", "File too large", "unexpected pos", "failed writing")
-"""Messages of writers that raise no OSError: safetensors raises its own error, torch.save a RuntimeError."""
 
 
 @dataclass(frozen=True)
@@ -180,13 +176,6 @@ def remove_unfinished(directory: Path) -> None:
     """Remove what interrupted saves and removals have left in a stage's folder."""
     for path in [directory / STAGING, *directory.glob(f".{PREFIX}*")]:
         shutil.rmtree(path, ignore_errors=True)
-
-
-def is_disk_full(error: BaseException) -> bool:
-    """Whether an error means that the disk is full, in any library's words."""
-    if isinstance(error, OSError) and error.errno in _FULL:
-        return True
-    return any(text in str(error) for text in _FULL_TEXTS)
 
 
 def _hash(path: Path) -> str:

@@ -11,6 +11,7 @@ from pathlib import Path
 from accelerate import Accelerator
 from safetensors import SafetensorError
 
+from llavar_peft.atomic_files import is_disk_full
 from llavar_peft.errors import EnvironmentFaultError
 from llavar_peft.models.rank_agreement import on_any_rank
 from llavar_peft.training.checkpoint_folders import (
@@ -18,7 +19,6 @@ from llavar_peft.training.checkpoint_folders import (
     STAGING,
     RunInputs,
     commit_checkpoint,
-    is_disk_full,
     newest_valid_checkpoint,
     remove_old_checkpoints,
     remove_unfinished,

@@ -22,7 +22,7 @@ import torch
 import transformers
 from accelerate import PartialState
 
-from llavar_peft.atomic_files import write_json
+from llavar_peft.atomic_files import check_output_folder, disk_errors, write_json
 from llavar_peft.constants import METRICS_FILE
 from llavar_peft.errors import InterruptedRunError
 from llavar_peft.recipe.schema import Recipe, Stage
@@ -32,6 +32,7 @@ from llavar_peft.training.launch import start_processes
 from llavar_peft.training.read_shards import build_for_training
 from llavar_peft.training.stage_records import check_data_paths, stage_records
 from llavar_peft.training.trainer import Trainer
+from llavar_peft.training.trainer_callbacks import SAVE_SECONDS
 
 _SAMPLE = 1000
 """Number of records from whose lengths the duration of the whole stage is estimated."""
@@ -49,6 +50,7 @@ class Trial:
         seconds: Duration of the second step.
         steps: Number of steps of the whole stage.
         projected: Estimated duration of the whole stage in seconds, from its number of tokens.
+        save_every: Number of steps between two checkpoints.
         checkpoint_bytes: Size of one checkpoint on disk.
         result_bytes: Size of the stage's result on disk.
     """
@@ -60,6 +62,7 @@ class Trial:
     seconds: float
     steps: int
     projected: float
+    save_every: int
     checkpoint_bytes: int
     result_bytes: int
 
@@ -79,8 +82,10 @@ def dry_run(recipe: Recipe, stages: tuple[str, ...] = ()) -> Iterator[Trial]:
     output = Path(recipe.output_dir)
     folder = output.with_name(f".{output.name}.dry-run")
     if processes.is_main_process:
+        check_output_folder(output, "output_dir")
         shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True)
+        with disk_errors(folder):
+            folder.mkdir(parents=True)
     processes.wait_for_everyone()
     try:
         for stage in recipe.stages:
@@ -139,6 +144,7 @@ def _try_stage(recipe: Recipe, stage: Stage, folder: Path, processes: PartialSta
     sample = [length for length, _ in lengths[::every]]
     steps = stage.max_steps or math.ceil(math.ceil(len(dataset) / stage.global_batch_size) * stage.epochs)
     tokens = steps * stage.global_batch_size * sum(sample) / len(sample)
+    projected = tokens * stop.seconds / figures[-1]["tokens"]
     return Trial(
         stage=stage.name,
         longest=lengths[0][0],
@@ -146,7 +152,8 @@ def _try_stage(recipe: Recipe, stage: Stage, folder: Path, processes: PartialSta
         peak_bytes=_peak_memory(),
         seconds=stop.seconds,
         steps=steps,
-        projected=tokens * stop.seconds / figures[-1]["tokens"],
+        projected=projected,
+        save_every=stage.save_every_steps or max(1, round(SAVE_SECONDS * steps / projected)),
         checkpoint_bytes=stop.checkpoint_bytes,
         result_bytes=_size(result),
     )

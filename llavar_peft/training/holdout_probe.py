@@ -5,12 +5,14 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from llavar_peft.atomic_files import disk_errors, write_bytes
 from llavar_peft.constants import IMAGE_PLACEHOLDER, PROBE_FILE
 from llavar_peft.data.record_store import parse_record
 from llavar_peft.data.text_metrics import character_accuracy, exact_match, is_blank
@@ -86,7 +88,8 @@ class Probe:
         finally:
             model.train(training)
         if self.writes:
-            self.directory.mkdir(parents=True, exist_ok=True)
+            with disk_errors(self.directory):
+                self.directory.mkdir(parents=True, exist_ok=True)
             append_line(self.directory / PROBE_FILE, line)
         return line
 
@@ -169,10 +172,11 @@ class Probe:
         name = f"probe/{self.questions.index(question):03d}_{safe_id}.png"
         path = self.directory / name
         if self.writes and not path.exists():
-            path.parent.mkdir(parents=True, exist_ok=True)
             image = self.held_out.roots.open(question.path)
             image.thumbnail(_THUMBNAIL)
-            image.save(path)
+            data = BytesIO()
+            image.save(data, "PNG")
+            write_bytes(path, data.getvalue())
         return name
 
 

@@ -17,6 +17,7 @@ from importlib.resources import files as package_files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from llavar_peft.atomic_files import check_output_folder, disk_errors, write_json
 from llavar_peft.compat.usable_cores import usable_cores
 from llavar_peft.datagen.synth.synth_settings import SynthSettings, Task
 from llavar_peft.datagen.synth.write_synthetic import SynthResult, write_synthetic
@@ -86,7 +87,9 @@ def run_quickstart(output_dir: str | Path, tune: QuickstartTune = "full", *, see
     began = time.perf_counter()
     root = expand_home(output_dir).resolve()
     recipe = quickstart_recipe(root, tune, seed=seed)
-    _draw(root, seed=seed)
+    check_output_folder(root, "--output-dir")
+    with disk_errors(root, only_full=True):
+        _draw(root, seed=seed)
     # Imported after drawing, so that the processes forked for it do not contain torch.
     from llavar_peft.inference.chat import load_chat
     from llavar_peft.page.run_page import write_run_page
@@ -115,7 +118,7 @@ def run_quickstart(output_dir: str | Path, tune: QuickstartTune = "full", *, see
         page=page, model=model, exact_match=exact, blank_exact_match=blank, before=before, seconds=seconds
     )
     summary = {**dataclasses.asdict(result), "page": str(page), "model": str(model), "tune": tune, "seed": seed}
-    (root / "quickstart.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+    write_json(root / "quickstart.json", summary)
     return result
 
 

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from llavar_peft.atomic_files import write_text
+from llavar_peft.atomic_files import disk_errors, write_text
 from llavar_peft.text_files import read_json_lines
 
 _PACKAGES = (
@@ -21,9 +21,20 @@ _PACKAGES = (
 
 
 def append_line(path: Path, value: Mapping[str, Any]) -> None:
-    """Append one JSON line to a file."""
-    with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(value, ensure_ascii=False) + "\n")
+    """Append one JSON line to a file, completely or not at all.
+
+    Raises:
+        EnvironmentFaultError: The disk is full, or the file is not writable.
+    """
+    line = (json.dumps(value, ensure_ascii=False) + "\n").encode()
+    with disk_errors(path, needed=len(line)), path.open("ab", buffering=0) as file:
+        end, written = file.tell(), 0
+        try:
+            while written < len(line):
+                written += file.write(line[written:])
+        except OSError:
+            file.truncate(end)
+            raise
 
 
 def read_metric_lines(path: Path) -> Iterator[dict[str, Any]]:

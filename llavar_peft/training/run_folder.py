@@ -11,20 +11,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
-import os
-import platform
 import shutil
-import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, suppress
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
-from llavar_peft.atomic_files import write_json, write_text
+from llavar_peft.atomic_files import disk_errors, hold_lock, write_json, write_text
 from llavar_peft.constants import PROJECTOR_SAFETENSORS, RESOLVED_RECIPE_FILE, VERSIONS_FILE
-from llavar_peft.errors import DAMAGED, ConfigError, EnvironmentFaultError, Fault, describe_reason
+from llavar_peft.errors import DAMAGED, ConfigError, Fault, describe_reason
 from llavar_peft.recipe.recipe_yaml import dump_recipe, parse_yaml
 from llavar_peft.recipe.schema import Lora, Projector, Recipe, Stage
 from llavar_peft.recipe.validate import recipe_from_mapping, recipe_to_mapping
@@ -43,6 +41,30 @@ _HARMLESS = (
     "max_tokens", "process_timeout",
 )  # fmt: skip
 """Fields that may change in a resumed run, because they do not change its result."""
+
+
+def keep_holdout(recipe: Recipe) -> Recipe:
+    """Return a recipe with the held-out records that its unfinished run began with, where it does not name a number.
+
+    Runs of earlier versions held out none by default; with another number, they could not be resumed.
+    """
+    written = Path(recipe.output_dir) / RESOLVED_RECIPE_FILE
+    if not written.is_file():
+        return recipe
+    try:
+        stages = _read_written(written)["stages"]
+        before = {stage["name"]: stage["data"]["holdout"] for stage in stages}
+    except (OSError, ValueError, LookupError, TypeError):
+        return recipe  # opening the folder reports what is wrong
+    return dataclasses.replace(
+        recipe,
+        stages=tuple(
+            dataclasses.replace(stage, data=dataclasses.replace(stage.data, holdout=before.get(stage.name)))
+            if stage.data.holdout is None
+            else stage
+            for stage in recipe.stages
+        ),
+    )
 
 
 class RunFolder:
@@ -79,8 +101,9 @@ class RunFolder:
                 shutil.rmtree(self.directory(stage), ignore_errors=True)
                 shutil.rmtree(self.result(stage), ignore_errors=True)
         self._check_recipe(allow_changes)
-        for stage in self.recipe.stages:
-            self.directory(stage).mkdir(parents=True, exist_ok=True)
+        with disk_errors(self.root):
+            for stage in self.recipe.stages:
+                self.directory(stage).mkdir(parents=True, exist_ok=True)
         write_text(self.root / RESOLVED_RECIPE_FILE, dump_recipe(self.recipe))
         write_json(self.root / VERSIONS_FILE, run_files.describe_environment())
         write_json(self.root / STAGES_FILE, [stage.name for stage in self.recipe.stages])
@@ -209,25 +232,6 @@ class RunFolder:
                 )
 
 
-def check_output_folder(folder: Path) -> None:
-    """Check that a run can write its folder, before anything is loaded.
-
-    Raises:
-        ConfigError: The path, or a part of it, is a file.
-        EnvironmentFaultError: The folder cannot be created or written.
-    """
-    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    if not existing.is_dir():
-        raise ConfigError.at("output_dir", f"{existing} is a file, expected a folder", "choose another output_dir")
-    try:
-        with tempfile.TemporaryDirectory(dir=existing, prefix=".llavar-peft-"):
-            pass
-    except OSError as error:
-        raise EnvironmentFaultError.at(
-            "output_dir", f"{existing} cannot be written ({error.strerror or error})", "choose another output_dir"
-        ) from error
-
-
 def _read_written(path: Path) -> Any:
     """Return a written recipe, with the defaults of the fields that the version that wrote it did not have."""
     mapping = parse_yaml(read_text(path, error=ConfigError), str(path))
@@ -250,39 +254,10 @@ def _differences(old: Any, new: Any, path: str) -> list[tuple[str, Any, Any]]:
     return [] if old == new else [(path, old, new)]
 
 
-@contextmanager
-def lock_folder(folder: Path) -> Iterator[None]:
-    """Lock a run's folder, which is created if necessary. A process that dies releases the lock.
+def lock_folder(folder: Path) -> AbstractContextManager[None]:
+    """Return a lock on a run's folder, which is created if necessary. A process that dies releases the lock.
 
     Raises:
         EnvironmentFaultError: Another process holds the lock; the message names it.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / LOCK_FILE
-    while True:
-        with path.open("a+", encoding="utf-8") as file:
-            _lock_file(file, folder)
-            if not (path.exists() and os.path.samestat(path.stat(), os.fstat(file.fileno()))):
-                continue  # the holder released the lock and removed the file in the meantime
-            file.truncate(0)
-            file.write(f"process {os.getpid()} on {platform.node()}")
-            file.flush()
-            try:
-                yield
-            finally:
-                path.unlink(missing_ok=True)
-            return
-
-
-def _lock_file(file: IO[str], folder: Path) -> None:
-    with suppress(ImportError):  # Windows has no fcntl; there, nothing prevents a second run
-        import fcntl
-
-        try:
-            # Not flock: the data workers of a killed run would hold the lock for a while.
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            file.seek(0)
-            holder = file.read().strip() or "another process"
-            what = f"another run is active in this folder ({holder})"
-            raise EnvironmentFaultError.at(str(folder), what, "wait for it, or choose another output_dir") from None
+    return hold_lock(folder / LOCK_FILE, where=folder, what="another run is active in this folder")

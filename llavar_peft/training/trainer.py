@@ -12,7 +12,7 @@ from typing import Any
 
 import transformers
 
-from llavar_peft.atomic_files import commit_folder
+from llavar_peft.atomic_files import check_output_folder, commit_folder, disk_errors
 from llavar_peft.constants import METRICS_FILE, PROBE_FILE
 from llavar_peft.data.training_dataset import TrainingDataset
 from llavar_peft.errors import ConfigError, InterruptedRunError, LlavarError
@@ -20,6 +20,7 @@ from llavar_peft.models.merge_adapter import merge_adapter
 from llavar_peft.models.modeling_llavar import LlavarForConditionalGeneration
 from llavar_peft.models.packed_attention import disable_packing, replace_flash_attention
 from llavar_peft.models.processing_llavar import LlavarProcessor
+from llavar_peft.models.rank_agreement import on_any_rank
 from llavar_peft.models.tuning import (
     apply_tuning,
     is_quantized,
@@ -39,13 +40,13 @@ from llavar_peft.training.holdout_probe import Probe
 from llavar_peft.training.launch import start_processes
 from llavar_peft.training.out_of_memory import explain_out_of_memory
 from llavar_peft.training.read_shards import build_for_training
-from llavar_peft.training.run_folder import RunFolder, check_output_folder, lock_folder
+from llavar_peft.training.run_folder import RunFolder, keep_holdout, lock_folder
 from llavar_peft.training.save_weights import save_plain, save_result
 from llavar_peft.training.sharding import reset_zero
 from llavar_peft.training.stage_arguments import check_trackers, micro_batches, resolve_precision, training_arguments
 from llavar_peft.training.stage_records import check_data_paths, stage_records
 from llavar_peft.training.stage_trainer import StageTrainer
-from llavar_peft.training.trainer_callbacks import EvalCallback, ProgressBar, StopOnSignal
+from llavar_peft.training.trainer_callbacks import EvalCallback, ProgressBar, SaveByTime, StopOnSignal
 from llavar_peft.weights.io.tensor_blocks import write_checksums
 
 logger = logging.getLogger(__name__)
@@ -109,6 +110,9 @@ class Trainer:
             DataError: More records or images are unusable than the recipe allows.
             InterruptedRunError: A signal stopped the run after it was saved.
         """
+        if not restart:
+            self.recipe = keep_holdout(self.recipe)
+            self.run = RunFolder(self.recipe)
         selected = self.run.select_stages((stages,) if isinstance(stages, str) else stages)
         with lock_folder(self.run.root) if self.main else nullcontext():
             if self.main:
@@ -181,6 +185,7 @@ class Trainer:
         number = self.recipe.stages.index(stage) + 1
         bar = ProgressBar(f"stage {number}/{len(self.recipe.stages)} {stage.name}")
         stop = StopOnSignal()
+        automatic = [SaveByTime()] if stage.save_every_steps is None else []
         probe = Probe(stage.probe, held_out, processor, directory, batch_size=stage.micro_batch_size, writes=self.main)
 
         def sink(figures: dict[str, Any]) -> None:
@@ -198,24 +203,34 @@ class Trainer:
             base=self.base,
             recipe=self.recipe,
             sink=sink,
-            callbacks=[bar, stop, *([EvalCallback(probe)] if len(held_out) else []), *self.callbacks],
+            callbacks=[bar, stop, *automatic, *([EvalCallback(probe)] if len(held_out) else []), *self.callbacks],
         )
         try:
-            with share_adapter_inputs(trained, autocast=engine.accelerator.native_amp):
-                engine.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+            try:
+                with share_adapter_inputs(trained, autocast=engine.accelerator.native_amp):
+                    engine.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+            finally:
+                disable_packing(self.model)
+                reset_zero()
+                bar.close()
+            if stop.requested and engine.state.global_step < engine.state.max_steps:
+                self._write_page()
+                raise InterruptedRunError.at(
+                    f"{stage.name}:step {engine.state.global_step} of {engine.state.max_steps}",
+                    "interrupted; everything up to this step is saved",
+                    "run the same command again to resume",
+                )
+            # Until the result is on the disk, a signal still waits: there may be no checkpoint of the last steps.
+            result = self._finish_stage(stage, engine)
         finally:
-            disable_packing(self.model)
-            reset_zero()
             stop.restore()
-            bar.close()
-        if stop.requested and engine.state.global_step < engine.state.max_steps:
-            self._write_page()
+        if on_any_rank(stop.requested) and stage != self.recipe.stages[-1]:
             raise InterruptedRunError.at(
-                f"{stage.name}:step {engine.state.global_step} of {engine.state.max_steps}",
-                "interrupted; everything up to this step is saved",
-                "run the same command again to resume",
+                stage.name,
+                "interrupted; this stage is finished",
+                "run the same command again to continue with the next",
             )
-        return self._finish_stage(stage, engine)
+        return result
 
     def _finish_stage(self, stage: Stage, engine: StageTrainer) -> Path:
         """Write the stage's result, and make the model ready for the next stage."""
@@ -234,11 +249,12 @@ class Trainer:
             # An adapter is merged, because the next stage needs a plain model; that of the last stage is kept.
             self.model = trained if lora and last else merge_tuning(trained)
         if self.main:
-            if not lora:
-                if quantized:
-                    save_result(self.recipe.model, staged)
-                write_checksums(staged)
-            commit_folder(staged, final)
+            with explain_full_disk(final, staged):
+                if not lora:
+                    if quantized:
+                        save_result(self.recipe.model, staged)
+                    write_checksums(staged)
+                commit_folder(staged, final)
             if lora and not last:
                 self._save_merged(stage, from_disk=sharded)
             self.run.mark_finished(stage, steps=engine.state.global_step)
@@ -262,8 +278,8 @@ class Trainer:
                 merge_adapter(base, self.run.result(stage), staged, probe=False)
             else:
                 save_plain(self.model, self.processor, staged)
-        write_checksums(staged)
-        commit_folder(staged, final)
+            write_checksums(staged)
+            commit_folder(staged, final)
 
     def _base_after(self, stage: Stage, result: Path) -> ModelConfig:
         """Return the model that an adapter of the next stage belongs to."""
@@ -305,8 +321,9 @@ def run_recipe(
     """Build the recipe's model, train it as ``Trainer.train`` does, and return the folder of the last result."""
     recipe = validate_recipe(recipe)
     check_trackers(recipe)
-    check_output_folder(Path(recipe.output_dir))
+    check_output_folder(Path(recipe.output_dir), "output_dir")
     check_data_paths([stage for stage in recipe.stages if not stages or stage.name in stages])
-    processes = start_processes(recipe)
-    model, processor = build_for_training(recipe.model, processes, seed=recipe.seed)
-    return Trainer(model, processor, recipe).train(stages, restart=restart, allow_changes=allow_changes)
+    with disk_errors(Path(recipe.output_dir), only_full=True):
+        processes = start_processes(recipe)
+        model, processor = build_for_training(recipe.model, processes, seed=recipe.seed)
+        return Trainer(model, processor, recipe).train(stages, restart=restart, allow_changes=allow_changes)

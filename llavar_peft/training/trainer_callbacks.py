@@ -6,17 +6,22 @@ import logging
 import signal
 import sys
 import threading
+import time
+from collections.abc import Callable
 from types import FrameType
 from typing import Any
 
 from tqdm.auto import tqdm
 from transformers import TrainerCallback
 
-from llavar_peft.models.rank_agreement import on_any_rank
+from llavar_peft.models.rank_agreement import largest_of_ranks, on_any_rank
 from llavar_peft.training.holdout_probe import Probe
 
 logger = logging.getLogger(__name__)
 
+SAVE_SECONDS = 1800.0
+"""Time between two checkpoints, if a stage does not set ``save_every_steps``."""
+_MEASURED_STEPS = 4
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
@@ -95,6 +100,51 @@ class StopOnSignal(TrainerCallback):
             raise KeyboardInterrupt
         self.requested = True
         logger.warning("%s: saving after this step; send it again to stop at once", signal.Signals(number).name)
+
+
+class SaveByTime(TrainerCallback):
+    """Requests a checkpoint about every 30 minutes.
+
+    From the measured duration of the steps, it plans after how many steps to look at the clock again. The ranks agree
+    on that number, so that they save at the same step, and exchange nothing at other steps.
+
+    Args:
+        seconds: Time between two checkpoints.
+        clock: Returns the time in seconds.
+    """
+
+    def __init__(self, seconds: float = SAVE_SECONDS, clock: Callable[[], float] = time.monotonic) -> None:
+        self._seconds, self._clock = seconds, clock
+        self._saved_at: float | None = None
+        self._measured_from = (0, 0.0)  # step and time
+        self._plans = 0
+        self._next = 0
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Start the clock at the first step, after the evaluation before it."""
+        if self._saved_at is None:
+            self._saved_at = self._clock()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Request a checkpoint if its time has come, except at the last step, whose result is saved anyway."""
+        step, now = state.global_step, self._clock()
+        if self._saved_at is None or step >= state.max_steps:
+            return
+        if self._plans == 0:  # the first step may compile; the others are measured without it
+            self._measured_from, self._next, self._plans = (step, now), step + 1, 1
+            return
+        done = step - self._measured_from[0]
+        if step < self._next and not (self._plans == 2 and done == _MEASURED_STEPS):
+            return
+        duration = max((now - self._measured_from[1]) / done, 1e-6)
+        steps = largest_of_ranks(max(0, round((self._saved_at + self._seconds - now) / duration)))
+        if steps == 0:
+            control.should_save = True
+            self._saved_at = now
+        self._measured_from, self._next, self._plans = (step, now), step + max(1, steps), self._plans + 1
+        if self._plans == 3:
+            every = max(1, round(self._seconds / duration))
+            logger.info("a checkpoint is saved about every %d minutes, or %d steps", self._seconds / 60, every)
 
 
 class EvalCallback(TrainerCallback):

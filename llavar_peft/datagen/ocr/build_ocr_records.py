@@ -14,7 +14,7 @@ from random import Random
 from statistics import median
 from typing import Any, Literal, TypeAlias
 
-from llavar_peft.atomic_files import write_json
+from llavar_peft.atomic_files import check_output_file, write_json
 from llavar_peft.compat.usable_cores import usable_cores
 from llavar_peft.constants import IMAGE_PLACEHOLDER, OCR_INSTRUCTIONS
 from llavar_peft.data.resume_journal import ResumeJournal
@@ -91,6 +91,7 @@ def build_records(
     """
     settings = settings or BuildSettings()
     started = time.monotonic()
+    check_output_file(out, str(out))
     folder = list_folder(images)
     heading = OcrReader(images, settings.reading).heading()
     with ResumeJournal(journal_path(out), heading) as journal:
@@ -106,9 +107,9 @@ def build_records(
         _read_new(images, new, settings, journal, report, progress)
         readings = _current_entries(journal, _find_readings(journal, images, folder.images, engines))
         records = _make_records(readings, settings, report, _record_ids(folder.images))
-    write_json(out, records)
-    report.seconds = time.monotonic() - started
-    write_json(report_path(out), report.as_dict())
+        write_json(out, records)
+        report.seconds = time.monotonic() - started
+        write_json(report_path(out), report.as_dict())
     if not records:
         reasons = ", ".join(f"{count} {reason}" for reason, count in report.counts.items()) or "the folder has none"
         if folder.some_others:

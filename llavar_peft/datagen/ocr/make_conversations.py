@@ -15,7 +15,7 @@ from pathlib import Path
 from random import Random
 from typing import Any, Final, Literal
 
-from llavar_peft.atomic_files import write_json
+from llavar_peft.atomic_files import check_output_file, write_json
 from llavar_peft.constants import IMAGE_PLACEHOLDER
 from llavar_peft.data.record_store import open_records, parse_record
 from llavar_peft.data.resume_journal import ResumeJournal
@@ -142,6 +142,7 @@ def make_conversations(
         EnvironmentFaultError: The key, the address or the model's name is wrong.
         MissingDependencyError: ``openai`` is not installed.
     """
+    check_output_file(out, str(out))
     tasks = _read_tasks(records, captions or {})
     report = ConverseReport(len(tasks))
     with ResumeJournal(out.with_suffix(".replies.jsonl"), {"format": 1}) as journal:
@@ -153,11 +154,11 @@ def make_conversations(
                 str(journal.path), "interrupted; replies so far are kept", "run the same command again to resume"
             ) from None
         report.asked, report.remembered = model.asked, model.remembered
-    written = [_make_record(task, made[task.record_id], settings.seed) for task in tasks if task.record_id in made]
-    report.kept, report.turns = len(written), sum(len(turns) for turns in made.values())
-    report.drops.sort()
-    write_json(out, written)
-    write_json(out.with_suffix(".report.json"), report.as_dict())
+        written = [_make_record(task, made[task.record_id], settings.seed) for task in tasks if task.record_id in made]
+        report.kept, report.turns = len(written), sum(len(turns) for turns in made.values())
+        report.drops.sort()
+        write_json(out, written)
+        write_json(out.with_suffix(".report.json"), report.as_dict())
     if tasks and not written:
         _, outcome, detail = report.drops[0]
         raise DataError.at(

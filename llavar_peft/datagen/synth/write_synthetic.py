@@ -15,12 +15,11 @@ from multiprocessing.context import BaseContext
 from pathlib import Path
 from typing import Any, Final
 
-from llavar_peft.atomic_files import write_json, write_text
+from llavar_peft.atomic_files import check_output_folder, disk_errors, hold_lock, write_json, write_text
 from llavar_peft.compat.usable_cores import usable_cores
 from llavar_peft.datagen.synth.drawn_page import draw_page
 from llavar_peft.datagen.synth.synth_record import describe_page
 from llavar_peft.datagen.synth.synth_settings import SynthSettings
-from llavar_peft.errors import EnvironmentFaultError
 
 IMAGES: Final = "images"
 RECORDS: Final = "records.json"
@@ -62,12 +61,16 @@ def write_synthetic(
     Raises:
         ConfigError: A language has no vocabulary.
         DataError: No font has all letters of a language, or a font cannot be read.
-        EnvironmentFaultError: A file cannot be written.
+        EnvironmentFaultError: A file cannot be written, or another process is writing the folder.
     """
     settings = settings or SynthSettings()
     records, truths = [], []
-    try:
+    check_output_folder(out, str(out))
+    with hold_lock(out / ".lock", where=out), disk_errors(out):
         (out / IMAGES).mkdir(parents=True, exist_ok=True)
+        # The records of an earlier run do not describe the images that are drawn now.
+        for name in (RECORDS, TRUTH):
+            (out / name).unlink(missing_ok=True)
         for done, (record, truth) in enumerate(_draw_all(out, count, settings, workers or usable_cores()), 1):
             records.append(record)
             truths.append(truth)
@@ -75,12 +78,6 @@ def write_synthetic(
                 progress(done, count)
         write_text(out / TRUTH, "".join(json.dumps(truth, ensure_ascii=False) + "\n" for truth in truths))
         write_json(out / RECORDS, records)
-    except OSError as error:
-        raise EnvironmentFaultError.at(
-            str(error.filename or out),
-            f"cannot be written ({error.strerror})",
-            "free some space, or choose another folder",
-        ) from error
     lines = sum(len(truth["lines"]) for truth in truths)
     return SynthResult(out / RECORDS, out / TRUTH, out / IMAGES, len(records), lines)
 
@@ -95,8 +92,7 @@ def _draw_all(
     with ProcessPoolExecutor(
         workers,
         _context(),
-        initializer=signal.signal,  # the parent handles Ctrl-C
-        initargs=(signal.SIGINT, signal.SIG_IGN),
+        initializer=_leave_signals_to_parent,
     ) as pool:
         yield from pool.map(draw, range(count), chunksize=8)
 
@@ -108,6 +104,11 @@ def _context() -> BaseContext:
     """
     alone = sys.platform == "linux" and len(os.listdir("/proc/self/task")) == 1
     return get_context("fork" if alone else "spawn")
+
+
+def _leave_signals_to_parent() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes of a terminal
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def _draw_and_save(images: Path, settings: SynthSettings, index: int) -> tuple[dict[str, Any], dict[str, Any]]:

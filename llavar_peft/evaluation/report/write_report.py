@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+from llavar_peft.atomic_files import check_output_file
 from llavar_peft.constants import RESOLVED_RECIPE_FILE
 from llavar_peft.errors import ConfigError, DataError, count_of
 from llavar_peft.evaluation.judge.judge_reviews import read_reviews, summarize_reviews
@@ -68,6 +69,7 @@ def write_report(run_dir: Path | None, out: Path | None = None, settings: Report
     page = out or (run_dir / REPORT_NAME if run_dir is not None else None)
     if page is None:
         raise ConfigError.at("report", "has neither a run nor an output file", "give the folder of a run, or --out")
+    check_output_file(page, "--out")
     found = [path for path in _results_of(run) if path.resolve() not in {one.resolve() for one in settings.results}]
     now = [_labelled(path, run) for path in [*found, *settings.results]]
     before = [_labelled(path, None, before=True) for path in _previous(settings.before)]

@@ -13,6 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from llavar_peft.atomic_files import write_text
 from llavar_peft.errors import ConfigError
 from llavar_peft.types import expand_home
 from llavar_peft.weights.adapter.lora_updates import read_adapter
@@ -22,6 +23,7 @@ from llavar_peft.weights.delta.released_layout import (
     check_not_delta,
     check_released_kind,
     copy_companions,
+    find_tokenizer,
     is_delta,
     view_as_released,
 )
@@ -89,13 +91,15 @@ def make_delta(
         prints["target"] = take_fingerprint(new.table, new.config)
     specs = [TensorSpec(name, shape, "float16") for name, shape in merged.base.shapes.items()]
     plan = repr((merged.identity(), rounding, _identity(old, new)))
+    # The tokenizer of an adapter has the image tokens, that of its plain language model has not.
+    tokenizers = (*reversed(merged.base.companions), old.folder)
+    find_tokenizer(tokenizers)  # a link out of a folder is found before anything is written
     return _write(
         FolderWriter(expand_home(out), specs, form=form, shard_size=shard_size, plan=plan),
         lambda name: merged.blocks(name, "float16"),
         (old, replace(new, config=dict(merged.base.config))),
         sign=-1,
-        # The tokenizer of an adapter has the image tokens, that of its plain language model has not.
-        tokenizers=(*reversed(merged.base.companions), old.folder),
+        tokenizers=tokenizers,
         prints=prints,
         describe=lambda staged: write_weights_card(
             staged,
@@ -146,12 +150,14 @@ def apply_delta(
         check_delta_base(old, step)
     prints = {"base": take_fingerprint(old.table, old.config), "delta": take_fingerprint(step.table, step.config)}
     specs = [TensorSpec(name, entry.shape, "float16") for name, entry in step.table.items()]
+    tokenizers = (step.folder, old.folder)
+    find_tokenizer(tokenizers)  # a link out of a folder is found before anything is written
     return _write(
         FolderWriter(expand_home(out), specs, form=form, shard_size=shard_size, plan="apply" + _identity(old, step)),
         lambda name: read_blocks(step.table[name]),
         (old, step),
         sign=1,
-        tokenizers=(step.folder, old.folder),
+        tokenizers=tokenizers,
         prints=prints,
         describe=lambda staged: write_weights_card(
             staged, f"{portable_name(base)} with {portable_name(delta)}", {"base": base, "delta": delta}
@@ -206,7 +212,7 @@ def _write(
 
     def finish(staged: Path) -> None:
         copy_companions(views[1], staged, tokenizers)
-        (staged / FINGERPRINT_FILE).write_text(json.dumps(prints) + "\n", encoding="utf-8")
+        write_text(staged / FINGERPRINT_FILE, json.dumps(prints) + "\n")
         describe(staged)
 
     return write_weights(

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from llavar_peft.atomic_files import write_text
 from llavar_peft.constants import (
     ADDED_TOKENS,
     BOS_TOKEN,
@@ -22,16 +22,20 @@ from llavar_peft.errors import DAMAGED, ConfigError, WeightsError, describe_reas
 from llavar_peft.types import expand_home
 from llavar_peft.weights.io import tensor_names
 from llavar_peft.weights.io.checkpoint_code import check_no_code
+from llavar_peft.weights.io.companion_files import (
+    ADDED_TOKENS_FILE,
+    GENERATION_FILE,
+    TOKENIZER_FILES,
+    TOKENIZER_MODEL,
+    copy_companion,
+    find_companions,
+)
 from llavar_peft.weights.io.tensor_blocks import read_tensor
 from llavar_peft.weights.io.tensor_table import DOWNLOAD_AGAIN, TensorEntry, read_tensor_table
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-_TOKENIZER_MODEL, _ADDED_FILE = "tokenizer.model", "added_tokens.json"
-_TOKENIZER_FILES = (
-    _TOKENIZER_MODEL, "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", _ADDED_FILE,
-)  # fmt: skip
 _TEXT_FIELDS = (
     "bos_token_id", "eos_token_id", "hidden_act", "hidden_size", "initializer_range", "intermediate_size",
     "max_position_embeddings", "num_attention_heads", "num_hidden_layers", "rms_norm_eps", "vocab_size",
@@ -230,21 +234,31 @@ def copy_companions(view: ReleasedView, staged: Path, tokenizers: Sequence[Path]
     """
     config = {**view.config, "torch_dtype": "float16"}
     config.pop("dtype", None)
-    (staged / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    for name in (*_TOKENIZER_FILES, "generation_config.json"):
-        if (tokenizers[0] / name).is_file():
-            shutil.copyfile(tokenizers[0] / name, staged / name)
-    model = next((folder / _TOKENIZER_MODEL for folder in tokenizers if (folder / _TOKENIZER_MODEL).is_file()), None)
-    complete = (staged / _TOKENIZER_MODEL).is_file() and (staged / _ADDED_FILE).is_file()
+    write_text(staged / "config.json", json.dumps(config, indent=2, sort_keys=True) + "\n")
+    companions, model = find_tokenizer(tokenizers)
+    for path in companions:
+        copy_companion(path, staged)
+    complete = (staged / TOKENIZER_MODEL).is_file() and (staged / ADDED_TOKENS_FILE).is_file()
     if model is not None and config.get("model_type") == RELEASED_MODEL_TYPE and not complete:
         _write_released_tokenizer(model, staged, config)
 
 
+def find_tokenizer(folders: Sequence[Path]) -> tuple[list[Path], Path | None]:
+    """Return the tokenizer's files in the first folder, and the first ``tokenizer.model`` of all.
+
+    Raises:
+        ConfigError: One of them is a link out of its folder, or a folder names code to run.
+    """
+    companions = find_companions(folders[0], (*TOKENIZER_FILES, GENERATION_FILE), licences=False)
+    models = (path for folder in folders for path in find_companions(folder, (TOKENIZER_MODEL,), licences=False))
+    return companions, next(models, None)
+
+
 def _write_released_tokenizer(model: Path, staged: Path, config: Mapping[str, Any]) -> None:
     """Replace the tokenizer's files by LLaMA's with the image tokens. Source: those of the released LLaVAR delta."""
-    for name in _TOKENIZER_FILES:
+    for name in TOKENIZER_FILES:
         (staged / name).unlink(missing_ok=True)
-    shutil.copyfile(model, staged / _TOKENIZER_MODEL)
+    copy_companion(model, staged)
     added = ADDED_TOKENS if config.get("mm_use_im_start_end") else ADDED_TOKENS[:1]
     first = int(config["vocab_size"]) - len(added)
     plain = {"lstrip": False, "normalized": True, "rstrip": False, "single_word": False}
@@ -264,9 +278,9 @@ def _write_released_tokenizer(model: Path, staged: Path, config: Mapping[str, An
         **{role: {"__type": "AddedToken", **token} for role, token in special.items()},
     }
     for name, content in (
-        (_ADDED_FILE, {token: first + number for number, token in enumerate(added)}),
+        (ADDED_TOKENS_FILE, {token: first + number for number, token in enumerate(added)}),
         ("special_tokens_map.json", {**special, "pad_token": PAD_TOKEN}),
         ("tokenizer_config.json", settings),
     ):
         text = json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False)
-        (staged / name).write_text(text + "\n", encoding="utf-8")
+        write_text(staged / name, text + "\n")

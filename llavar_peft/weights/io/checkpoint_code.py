@@ -14,7 +14,7 @@ _FILES = (
     "preprocessor_config.json", "video_preprocessor_config.json", "image_processor_config.json", "adapter_config.json",
 )  # fmt: skip
 """The files in which transformers and peft look for the names of modules and classes to import."""
-_CODE_KEYS = frozenset({"auto_map", "custom_pipelines", "custom_generate"})
+CODE_KEYS = frozenset({"auto_map", "custom_pipelines", "custom_generate"})
 _ATTENTION_KEYS = frozenset({"_attn_implementation", "attn_implementation", "_attn_implementation_internal"})
 _DEEPEST = 20
 """Levels of nesting that are searched; transformers reads none that deep."""
@@ -35,7 +35,7 @@ def check_no_code(folder: Path) -> None:
         except DAMAGED:
             continue
         for key, value in _find_keys(settings, _DEEPEST):
-            if (key in _CODE_KEYS and value) or (key in _ATTENTION_KEYS and "/" in str(value)):
+            if (key in CODE_KEYS and value) or (key in _ATTENTION_KEYS and "/" in str(value)):
                 raise ConfigError.at(
                     f"{path}:{key}",
                     f"the checkpoint brings code of its own (got {ascii(value)[:80]}), which is never run",

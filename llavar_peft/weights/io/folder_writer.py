@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import os
@@ -10,14 +9,14 @@ import shutil
 import threading
 import time
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Iterable, Sequence
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
-from llavar_peft.atomic_files import commit_folder, write_text
-from llavar_peft.errors import ConfigError, EnvironmentFaultError, WeightsError
+from llavar_peft.atomic_files import check_output_folder, commit_folder, disk_errors, hold_lock, write_text
+from llavar_peft.errors import ConfigError, WeightsError
 from llavar_peft.types import ReadableRepr
 from llavar_peft.weights.io.shard_layout import (
     TensorSpec,
@@ -33,7 +32,9 @@ from llavar_peft.weights.io.tensor_table import CHECKSUMS_FILE, TensorEntry, dty
 if TYPE_CHECKING:
     from torch import Tensor
 
-_JOURNAL = ".journal"
+_JOURNAL, _RESERVE = ".journal", ".reserve"
+_ENTRY_BYTES = 32
+"""Size of an entry of the journal without the tensor's name, which the reserve keeps free for it."""
 _SYNC_AFTER = 1 << 29
 """Number of bytes written before they are synced and entered in the journal: what a crash can lose."""
 _REPORT = "report this as a bug"
@@ -70,15 +71,13 @@ class FolderWriter:
         plan: Identifies the inputs; an earlier attempt with other inputs is discarded.
 
     Raises:
-        ConfigError: The folder exists.
-        EnvironmentFaultError: Another process is writing the same folder, or it is not writable.
+        ConfigError: The folder exists, or its path leads through a file or a link to nothing.
+        EnvironmentFaultError: Another process is writing the same folder, it is not writable, or the disk is full.
     """
 
     def __init__(
         self, out: Path, specs: Sequence[TensorSpec], *, form: WeightsFormat, shard_size: int, plan: str
     ) -> None:
-        if out.exists():
-            raise ConfigError.at(str(out), "exists already", "delete it, or give another folder")
         self._started = time.perf_counter()
         self.out, self.staged = out, out.with_name(f".{out.name}.part")
         self._form, self._shards = form, plan_shards(specs, form, shard_size)
@@ -88,8 +87,18 @@ class FolderWriter:
         self._unsynced: dict[str, int] = {}
         self._checksums: dict[str, int] = {}
         self._entries: dict[str, TensorEntry] = {}
-        with _disk_errors(self.staged):
-            self._journal = self._open()
+        _check_is_new(out)
+        check_output_folder(out, str(out))
+        with ExitStack() as held:
+            held.enter_context(hold_lock(out.with_name(f".{out.name}.lock"), where=out))
+            _check_is_new(out)  # another process may have finished it before this one got the lock
+            try:
+                with disk_errors(out, needed=self.total):
+                    self._journal = self._open()
+            except BaseException:
+                self._remove_if_empty()
+                raise
+            self._held = held.pop_all()
 
     @property
     def done(self) -> frozenset[str]:
@@ -126,26 +135,32 @@ class FolderWriter:
                     what = f"a block does not fit (got {dtype_name(block)}, {done} bytes, expected {entry.dtype}, "
                     raise WeightsError.at(f"{self.out}:{name}", f"{what}{entry.nbytes} bytes)", _REPORT)
                 checksum = zlib.crc32(view, checksum)
-                with _disk_errors(self.staged):
+                with disk_errors(self.out, needed=self.total):
                     _write_all(file, view)
         if done != entry.nbytes:
             what = f"incomplete tensor (got {done} bytes, expected {entry.nbytes})"
             raise WeightsError.at(f"{self.out}:{name}", what, _REPORT)
-        with self._lock:
+        with self._lock, disk_errors(self.out, needed=self.total):
             self._unsynced[name] = checksum
             if sum(self.specs[waiting].nbytes for waiting in self._unsynced) >= _SYNC_AFTER:
                 self._sync()
 
     def pause(self) -> None:
-        """Keep what is written, so that a later writer can resume."""
-        with self._lock, _disk_errors(self.staged):
-            self._sync()
-            self._journal.close()
+        """Keep what is written, so that a later writer can resume; tensors that cannot be synced are written again."""
+        with self._lock, self._held:
+            with suppress(OSError):
+                (self.staged / _RESERVE).unlink()  # on a full disk, this makes room for the journal
+            with suppress(OSError, ValueError):  # the disk may be full, or the journal closed already
+                self._sync()
+            with suppress(OSError):
+                self._journal.close()
+            self._remove_if_empty()
 
     def discard(self) -> None:
         """Delete everything that was written."""
-        with self._lock:
-            self._journal.close()
+        with self._lock, self._held:
+            with suppress(OSError):
+                self._journal.close()
             shutil.rmtree(self.staged, ignore_errors=True)
 
     def finish(self) -> Path:
@@ -157,7 +172,7 @@ class FolderWriter:
         Raises:
             WeightsError: A tensor was not written.
         """
-        with self._lock, _disk_errors(self.staged):
+        with self._lock, disk_errors(self.out, needed=self.total):
             self._sync()
             missing = [name for name in self.specs if name not in self._checksums]
             if missing:
@@ -168,21 +183,24 @@ class FolderWriter:
             if index is not None:
                 write_text(self.staged / index[0], index[1])
             if self._form == "safetensors":
-                write_text(self.staged / CHECKSUMS_FILE, json.dumps(self._checksums, indent=0) + "\n")
+                # In the order of the plan, so that equal runs write equal files.
+                sums = {name: self._checksums[name] for name in self.specs}
+                write_text(self.staged / CHECKSUMS_FILE, json.dumps(sums, indent=0) + "\n")
         return self.staged
 
     def commit(self) -> WeightsReport:
         """Rename the folder to its final name."""
-        with _disk_errors(self.staged):
+        with self._held, disk_errors(self.out, needed=self.total):
+            _check_is_new(self.out)  # where files cannot be locked
             self._journal.close()
-            (self.staged / _JOURNAL).unlink()
-            commit_folder(self.staged, self.out)
+            (self.staged / _RESERVE).unlink(missing_ok=True)
+            commit_folder(self.staged, self.out, journal=self.staged / _JOURNAL)
         return WeightsReport(self.out, len(self.specs), self.total, time.perf_counter() - self._started)
 
     def _open(self) -> IO[str]:
         journal = self.staged / _JOURNAL
         if journal.is_file():
-            opened = _open_locked(journal, self.staged)
+            opened = journal.open("a+", encoding="utf-8")
             lines = [line for line in journal.read_text(encoding="utf-8").split("\n")[:-1] if line]
             if lines and lines[0] == self._key:
                 self._checksums = {name: crc for name, crc in map(json.loads, lines[1:]) if name in self.specs}
@@ -190,18 +208,29 @@ class FolderWriter:
                 # A line that was cut off by a kill would damage the next one.
                 opened.truncate(len(("\n".join(lines) + "\n").encode()))
                 opened.seek(0, os.SEEK_END)
+                self._reserve()
                 return opened
             opened.close()
         shutil.rmtree(self.staged, ignore_errors=True)
         self.staged.mkdir(parents=True)
-        opened = _open_locked(journal, self.staged)
+        opened = journal.open("a+", encoding="utf-8")
         for file, shard in self._shards.items():
             allocate_file(self.staged / file, shard)
         self._find_entries()
+        self._reserve()
         opened.write(self._key + "\n")
         opened.flush()
         os.fsync(opened.fileno())
         return opened
+
+    def _reserve(self) -> None:
+        """Occupy the space that the journal will need, so that work can be kept when the disk is full."""
+        (self.staged / _RESERVE).write_bytes(bytes(sum(len(name) + _ENTRY_BYTES for name in self.specs)))
+
+    def _remove_if_empty(self) -> None:
+        """Remove the hidden folder if it holds nothing to resume."""
+        if not self._checksums:
+            shutil.rmtree(self.staged, ignore_errors=True)
 
     def _find_entries(self) -> None:
         for file in self._shards:
@@ -225,27 +254,6 @@ def _write_all(file: IO[bytes], view: memoryview) -> None:
         done += file.write(view[done:])
 
 
-def _open_locked(journal: Path, staged: Path) -> IO[str]:
-    opened = journal.open("a+", encoding="utf-8")
-    with suppress(ImportError):  # Windows has no such locks
-        import fcntl
-
-        try:
-            fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            opened.close()
-            raise EnvironmentFaultError.at(
-                str(staged), "another process is writing this folder", "wait until it has finished"
-            ) from None
-    return opened
-
-
-@contextmanager
-def _disk_errors(folder: Path) -> Iterator[None]:
-    """Convert an ``OSError`` into our error."""
-    try:
-        yield
-    except OSError as error:
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-        fix = "free some space and run the same command again to resume" if full else "make the folder writable"
-        raise EnvironmentFaultError.at(str(folder), str(error.strerror or error), fix) from error
+def _check_is_new(out: Path) -> None:
+    if out.exists():
+        raise ConfigError.at(str(out), "exists already", "delete it, or give another folder")

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from threading import Event
 from typing import TYPE_CHECKING
 
+from llavar_peft.atomic_files import disk_errors
 from llavar_peft.compat.usable_cores import usable_cores
 from llavar_peft.errors import EnvironmentFaultError, InterruptedRunError
 from llavar_peft.weights.io.folder_writer import FolderWriter, WeightsReport
@@ -42,7 +44,8 @@ def write_weights(
         writer: A new writer of the folder.
         blocks: Returns a tensor's rows from first to last.
         sources: Returns what a tensor is computed from, to find the cause of NaN and infinite elements.
-        finish: Adds other files and checks the result, before the folder gets its name; if it raises, nothing is kept.
+        finish: Adds other files and checks the result, before the folder gets its name; if the result is wrong, nothing
+            is kept.
         progress: Called after each tensor.
 
     Raises:
@@ -58,16 +61,10 @@ def write_weights(
             yield block
 
     write_tensors(writer, {name: partial(checked, spec) for name, spec in writer.specs.items()}, progress)
-    staged = writer.finish()
-    try:
-        finish(staged)
-    except OSError:
-        writer.pause()
-        raise
-    except BaseException:
-        writer.discard()
-        raise
-    return writer.commit()
+    with _kept_if_possible(writer):
+        with disk_errors(writer.out, needed=writer.total, only_full=True):
+            finish(writer.finish())
+        return writer.commit()
 
 
 def identify_files(paths: Iterable[Path]) -> list[tuple[str, int, int]]:
@@ -101,20 +98,26 @@ def write_tensors(writer: FolderWriter, tensors: Mapping[str, Blocks], progress:
         writer.write(name, blocks())
         return name
 
+    with _kept_if_possible(writer), ThreadPoolExecutor(WORKERS) as pool:
+        try:
+            _wait({pool.submit(write, name) for name in tensors if name not in writer.done}, writer, progress)
+        except BaseException:
+            stop.set()
+            pool.shutdown(wait=True, cancel_futures=True)
+            raise
+
+
+@contextmanager
+def _kept_if_possible(writer: FolderWriter) -> Iterator[None]:
+    """Keep what is written if the machine or the user stopped the work, and delete it if the input is wrong."""
     try:
-        with ThreadPoolExecutor(WORKERS) as pool:
-            try:
-                _wait({pool.submit(write, name) for name in tensors if name not in writer.done}, writer, progress)
-            except BaseException:
-                stop.set()
-                pool.shutdown(wait=True, cancel_futures=True)
-                raise
+        yield
     except KeyboardInterrupt:
         writer.pause()
         raise InterruptedRunError.at(
             str(writer.out), "interrupted before it was complete", "run the same command again to resume"
         ) from None
-    except EnvironmentFaultError:
+    except (EnvironmentFaultError, OSError):
         writer.pause()
         raise
     except BaseException:

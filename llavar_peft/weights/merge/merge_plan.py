@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,18 +10,15 @@ from typing import Any
 from llavar_peft.atomic_files import write_json
 from llavar_peft.errors import ConfigError
 from llavar_peft.types import expand_home
-from llavar_peft.weights.adapter.adapter_files import ADAPTER_CONFIG, BASE_FILE
 from llavar_peft.weights.adapter.lora_updates import read_adapter
 from llavar_peft.weights.delta.released_layout import view_as_released
+from llavar_peft.weights.io.companion_files import copy_companion, find_companions
 from llavar_peft.weights.io.folder_writer import FolderWriter, WeightsReport
 from llavar_peft.weights.io.shard_layout import RELEASED_SHARD_SIZE, TensorSpec, WeightsFormat
-from llavar_peft.weights.io.tensor_table import BIN_INDEX, CHECKSUMS_FILE, SAFE_INDEX
-from llavar_peft.weights.io.weights_fingerprint import FINGERPRINT_FILE, check_adapter_base, take_fingerprint
+from llavar_peft.weights.io.weights_fingerprint import check_adapter_base, take_fingerprint
 from llavar_peft.weights.io.write_weights import Progress, write_weights
 from llavar_peft.weights.merge.merge_base import MergeBase, open_merge_base
 from llavar_peft.weights.merge.merge_stream import MergedTensors, Onto, Rounding, choose_rounding
-
-_COMPANIONS = ("*.json", "*.model", "*.jinja", "*.txt")
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +86,8 @@ def write_merged(
         if check is not None:
             check(staged)
 
+    for folder in base.companions:
+        find_companions(folder)  # a link out of a folder is found before anything is written
     specs = [TensorSpec(name, shape, dtype or base.dtype(name)) for name, shape in base.shapes.items()]
     key = repr([merged.identity(), merged.weights, merged.rounding, dtype])
     return write_weights(
@@ -108,12 +106,9 @@ def _fingerprint(folder: Path) -> dict[str, Any]:
 
 def _write_companions(base: MergeBase, staged: Path, dtype: str | None) -> None:
     """Write the configuration and copy the tokenizer and the other files of the model."""
-    skipped = {BIN_INDEX, SAFE_INDEX, CHECKSUMS_FILE, ADAPTER_CONFIG, BASE_FILE, FINGERPRINT_FILE}
     for folder in base.companions:
-        for pattern in _COMPANIONS:
-            for path in sorted(folder.glob(pattern)):
-                if path.name not in skipped:
-                    shutil.copyfile(path, staged / path.name)
+        for path in find_companions(folder):
+            copy_companion(path, staged)
     config = dict(base.config)
     # The result is not quantized, even if the base was in training.
     config.pop("quantization_config", None)
