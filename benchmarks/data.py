@@ -32,6 +32,8 @@ from data_table import GOALS, table
 from rounds import ratios, spread
 from weights import about, run
 
+from llavar_peft.constants import IMAGE_PATCH_TOKEN
+from llavar_peft.data.conversation_template import LLAVA_V1
 from llavar_peft.data.encode_record import encode_record
 from llavar_peft.models.llama_tokenizer import add_image_tokens, load_tokenizer
 
@@ -63,6 +65,8 @@ class Settings:
     use_im_start_end: bool = True
     sep_image_conv_front: bool = False
     num_image_tokens: int = IMAGE_TOKENS
+    image_token: str = IMAGE_PATCH_TOKEN
+    conversation_template: Any = LLAVA_V1
 
 
 def records(work: Path, count: int, rounds: int) -> dict[str, Any]:

@@ -200,7 +200,7 @@ def _write_checkpoint(folder: Path, target: Path, shape: Shape, generator: Gener
     from llavar_peft.weights.io.tensor_blocks import open_weights
     from llavar_peft.weights.io.tensor_table import SAFE_SINGLE
 
-    text: LlamaConfig = read_llama_config(flat_config(shape, llavar=True))
+    text: LlamaConfig = read_llama_config(flat_config(shape, llavar=True), Path("config.json"))
     tower = CLIPVisionConfig(
         hidden_size=shape.vision, intermediate_size=2 * shape.vision, num_hidden_layers=3, num_attention_heads=2,
         image_size=28, patch_size=14,

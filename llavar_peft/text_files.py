@@ -15,7 +15,7 @@ from typing import Any, Final
 
 import msgspec
 
-from llavar_peft.errors import DataError, Fault, LlavarError
+from llavar_peft.errors import ConfigError, DataError, Fault, LlavarError
 from llavar_peft.text_encodings import (
     detect_unicode,
     explain_encoding,
@@ -300,6 +300,13 @@ def question_problem(text: str) -> str | None:
 
 
 def check_question(text: str) -> None:
-    """Check a question that a model is asked. Raises ``DataError`` if it is empty or cannot be encoded."""
+    """Check a question that a model is asked.
+
+    Raises:
+        ConfigError: It is no string.
+        DataError: It is empty, or cannot be encoded.
+    """
+    if not isinstance(text, str):
+        raise ConfigError.at("question", f"got {type(text).__name__}, expected a string", "write the question")
     if problem := question_problem(text):
         raise DataError.at("question", problem, "write a question, in whole characters")

@@ -241,7 +241,7 @@ def test_a_message_names_the_option_of_a_command_and_the_setting_of_a_recipe(
 def test_no_color_is_respected(value: str, colored: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     shown: list[object] = []
     monkeypatch.setenv("NO_COLOR", value)
-    monkeypatch.setattr("typer.secho", lambda *_, fg, **__: shown.append(fg))
+    monkeypatch.setattr("typer.style", lambda text, fg: shown.append(fg) or text)
     assert run("recipe", "show", "gone") == 2
     assert (shown != [None]) == colored
 

@@ -14,6 +14,7 @@ from llavar_peft.atomic_files import write_json, write_text
 from llavar_peft.constants import MODEL_TYPE
 from llavar_peft.data.conversation_template import CHAT_TEMPLATE, VICUNA_CHAT_TEMPLATE
 from llavar_peft.errors import WeightsError
+from llavar_peft.models.build_model import PROCESSOR_FILE
 from llavar_peft.models.merge_logits_gap import LogitsGap, measure_merge
 from llavar_peft.types import ReadableRepr, expand_home
 from llavar_peft.weights.io.shard_layout import RELEASED_SHARD_SIZE, WeightsFormat
@@ -158,7 +159,8 @@ def _chat_template(plan: MergePlan, staged: Path) -> str:
     It is ours rather than that of the base, because anyone who opens the result runs it; only a model that uses the
     template of its tokenizer keeps that.
     """
-    settings = json.loads((staged / "processor_config.json").read_text(encoding="utf-8"))
+    path = staged / PROCESSOR_FILE
+    settings = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     template = settings.get("template", "llava_v1")
     if template == "chat":
         for folder in reversed(plan.merged.base.companions):

@@ -210,7 +210,9 @@ def probe_logits(weights: Weights, config: PretrainedConfig, ids: Tensor, image_
         Logits in float32, shape (tokens, vocabulary).
     """
     with init_empty_weights(include_buffers=False):
-        model: Any = AutoModel.from_config(config, dtype=torch.float32, attn_implementation="eager")
+        model: Any = AutoModel.from_config(
+            config, dtype=torch.float32, attn_implementation="eager", trust_remote_code=False
+        )
     embedding = model.get_input_embeddings()
     # The module of the embeddings may scale them; it gets the rows that are used, in their order.
     embedding.padding_idx = None

@@ -97,7 +97,7 @@ def count_extra_positions(config: PretrainedConfig, side: int, folder: Path) -> 
         return 1
     try:
         with torch.device("meta"):
-            tower: Any = AutoModel.from_config(config)
+            tower: Any = AutoModel.from_config(config, trust_remote_code=False)
             positions = tower(torch.zeros(1, 3, side, side)).last_hidden_state.shape[1]
     except Exception as error:  # transformers passes on whatever the settings cause
         raise unreadable_settings(folder, "vision tower", error) from error

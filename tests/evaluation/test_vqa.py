@@ -267,7 +267,7 @@ def test_what_holds_no_results_is_named(tmp_path: Path, capsys: pytest.CaptureFi
         (tmp_path / "empty", "is a folder, expected a results file"),
         (tmp_path / "run", f"Fix: give {results}."),
         (none, "contains no scored answers"),
-        (tmp_path / "missing.json", "cannot be read (No such file or directory)"),
+        (tmp_path / "missing.json", "missing.json: no such file"),
     ):
         for command in (["eval", "compare", str(results), str(given)], ["eval", "diagnose", str(given)]):
             assert cli.main(command) == 2

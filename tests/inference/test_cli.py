@@ -83,7 +83,7 @@ def test_ask_rejects(
         (("--model", "{model}", "--adapter", "{adapter}/adapter_config.json"), "a file, expected a folder. Fix: give"),
         (("--model", "{model}", "--adapter", "{run}/more"), "Fix: did you mean '{run}/more/adapter'?"),
         (("--model", "{adapter}", "--adapter", "{adapter}"), "--model: an adapter, expected the base of the adapter"),
-        (("--model", "{model}", "--greedy", ""), "QUESTION: it is empty."),
+        (("--model", "{model}", "--greedy", ""), "question: is empty."),
     ],
 )
 def test_what_is_no_model_or_adapter_is_named_before_it_is_loaded(

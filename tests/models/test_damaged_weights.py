@@ -15,6 +15,7 @@ from llavar_peft import ModelConfig, build_model, cli
 from llavar_peft.errors import ConfigError, WeightsError
 from llavar_peft.models.build_model import build_pending_model, load_processor
 from llavar_peft.weights.delta.delta_files import make_delta
+from llavar_peft.weights.io import tensor_names
 from llavar_peft.weights.io.projector_file import save_projector
 from llavar_peft.weights.io.tensor_blocks import write_checksums
 from tests.weights.adapters import LANGUAGE_MODEL, VISION_TOWER
@@ -101,7 +102,15 @@ def test_a_damaged_tower_and_a_damaged_projector_are_named(tmp_path: Path) -> No
     projector = model.model.multi_modal_projector
     weight = projector.weight.detach().clone()
     weight[0, 0] = torch.nan
-    save_projector(tmp_path, weight, projector.bias, model.get_input_embeddings().weight)
+    bias, embeddings = projector.bias, model.get_input_embeddings().weight
+    save_projector(
+        tmp_path,
+        {
+            tensor_names.PROJECTOR_WEIGHT: weight,
+            tensor_names.PROJECTOR_BIAS: bias,
+            tensor_names.EMBEDDINGS: embeddings,
+        },
+    )
     for file in ("mm_projector.bin", "mm_projector.safetensors"):
         with pytest.raises(WeightsError, match=r"mm_projector\.weight: 1 of"):
             build_model(ModelConfig(**PARTS, projector=str(tmp_path / file)))

@@ -198,7 +198,7 @@ def test_wrong_types(values: dict[str, Any], expected: str) -> None:
         ({"stages__0__data__holdout": 1.5}, "stages.0.data.holdout"),
         ({"stages__0__data__max_bad_share": 2}, "stages.0.data.max_bad_share"),
         ({"stages__0__data__workers": -1}, "stages.0.data.workers"),
-        ({"stages__0__probe__every_steps": 5}, "stages.0.probe.every_steps"),
+        ({"stages__0__probe__every_steps": 5, "stages__0__data__holdout": 0}, "stages.0.probe.every_steps"),
         ({"stages__0__name": "a/b"}, "stages.0.name"),
         ({"stages__0__name": ".."}, "stages.0.name"),
         ({"stages__0__name": "Model"}, "stages.0.name"),
