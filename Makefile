@@ -20,7 +20,7 @@ parity:  ## Compare with the outputs of the original code.
 	$(PYTHON) -m pytest -m parity
 
 torture:  ## Kill, corrupt and starve runs.
-	LLAVAR_TORTURE_KILLS=200 $(PYTHON) -m pytest -m torture --timeout 7200
+	LLAVAR_TORTURE_KILLS=200 LLAVAR_TORTURE_MATRIX=all $(PYTHON) -m pytest -m torture --timeout 7200
 
 gpu:  ## Run the tests that need a CUDA device.
 	$(PYTHON) -m pytest -m gpu

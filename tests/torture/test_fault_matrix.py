@@ -119,7 +119,26 @@ JOBS = {
     ),
     "report": Job(("report", "run", "--out", "out.html"), "out.html", ("out.html",), False, 5_000),
 }  # fmt: skip
-NAMES = pytest.mark.parametrize("name", JOBS)
+_EVERY = os.environ.get("LLAVAR_TORTURE_MATRIX") == "all"
+_THINNED = 4
+
+
+def each(position: int, *faults: tuple[Any, ...]) -> list[Any]:
+    """Return the pairs of commands and faults to test.
+
+    All of them take many minutes (`make torture`). Otherwise each command meets every fourth fault, and each fault at
+    least three commands.
+
+    Args:
+        position: Number of faults in the tests before this one.
+        faults: The arguments of each fault.
+    """
+    return [
+        pytest.param(name, *fault, id="-".join(map(str, (name, *fault))))
+        for command, name in enumerate(JOBS)
+        for number, fault in enumerate(faults or [()], start=position)
+        if _EVERY or (command + number) % _THINNED == 0
+    ]
 
 
 class Endpoint(BaseHTTPRequestHandler):
@@ -299,8 +318,7 @@ def _assert_explained(ended: Ended, *words: str) -> None:
     assert all(word in ended.output for word in ("error: ", *words)), ended.output
 
 
-@NAMES
-@pytest.mark.parametrize("moment", ["first", "middle"])
+@pytest.mark.parametrize(("name", "moment"), each(0, ("first",), ("middle",)))
 def test_a_full_disk(name: str, moment: str, place: Place, whole: Callable[[str], Whole]) -> None:
     ended = place.run(full_disk(0 if moment == "first" else place.job.middle))
     assert ended.status == ENVIRONMENT, ended.output
@@ -311,7 +329,7 @@ def test_a_full_disk(name: str, moment: str, place: Place, whole: Callable[[str]
     _assert_resumes(place, whole(name))
 
 
-@NAMES
+@pytest.mark.parametrize("name", each(2))
 def test_a_read_only_folder(name: str, place: Place, whole: Callable[[str], Whole]) -> None:
     place.folder.chmod(0o555)
     try:
@@ -324,8 +342,7 @@ def test_a_read_only_folder(name: str, place: Place, whole: Callable[[str], Whol
     _assert_resumes(place, whole(name))
 
 
-@NAMES
-@pytest.mark.parametrize("kind", ["file", "through a file", "dangling link"])
+@pytest.mark.parametrize(("name", "kind"), each(3, ("file",), ("through a file",), ("dangling link",)))
 def test_an_output_that_cannot_exist(name: str, kind: str, place: Place) -> None:
     """A file where a folder is expected, a folder where a file is, a parent that is a file or a link to nothing."""
     out = place.folder / place.job.out
@@ -345,8 +362,7 @@ def test_an_output_that_cannot_exist(name: str, kind: str, place: Place) -> None
     assert sorted(path.name for path in place.folder.iterdir()) == before
 
 
-@NAMES
-@pytest.mark.parametrize("share", [0.5, 0.95])
+@pytest.mark.parametrize(("name", "share"), each(6, (0.5,), (0.95,)))
 def test_a_kill(name: str, share: float, place: Place, whole: Callable[[str], Whole]) -> None:
     events = whole(name).events
     ended = place.run(signal_at(signal.SIGKILL, place.job.out.split(".")[0], max(1, int(share * events))))
@@ -359,11 +375,8 @@ def test_a_kill(name: str, share: float, place: Place, whole: Callable[[str], Wh
     assert place.left == []
 
 
-@NAMES
 @pytest.mark.parametrize(
-    ("number", "share"),
-    [(signal.SIGINT, 0.0), (signal.SIGINT, 0.5), (signal.SIGTERM, 0.5)],
-    ids=["SIGINT at first", "SIGINT", "SIGTERM"],
+    ("name", "number", "share"), each(8, (signal.SIGINT, 0.0), (signal.SIGINT, 0.5), (signal.SIGTERM, 0.5))
 )
 def test_a_signal(name: str, number: int, share: float, place: Place, whole: Callable[[str], Whole]) -> None:
     events = whole(name).events
@@ -380,7 +393,7 @@ def test_a_signal(name: str, number: int, share: float, place: Place, whole: Cal
     _assert_resumes(place, whole(name))
 
 
-@NAMES
+@pytest.mark.parametrize("name", each(11))
 def test_a_second_ctrl_c(name: str, place: Place, whole: Callable[[str], Whole]) -> None:
     middle = whole(name).events // 2
     ended = place.run(signal_at(signal.SIGINT, place.job.out.split(".")[0], middle, middle + 1, middle + 2))
@@ -389,7 +402,7 @@ def test_a_second_ctrl_c(name: str, place: Place, whole: Callable[[str], Whole])
     _assert_resumes(place, whole(name))
 
 
-@NAMES
+@pytest.mark.parametrize("name", each(12))
 def test_two_processes_at_once(name: str, place: Place, whole: Callable[[str], Whole]) -> None:
     both = [Running(place.arguments, place.folder) for _ in range(2)]
     ended = [one.wait() for one in both]
