@@ -22,7 +22,7 @@ from inference_original import answer_file
 from llavar_peft.inference.answer_file import generate_answers
 from llavar_peft.inference.batch_decoder import DecodingBatch, Row, stream_row
 from llavar_peft.inference.chat import Chat, load_chat
-from llavar_peft.inference.generation_request import PromptImage, Request, encode_messages, question_content
+from llavar_peft.inference.generation_request import PromptImage, Request, encode_messages
 from llavar_peft.inference.token_sampling import Sampling
 
 if TYPE_CHECKING:
@@ -123,7 +123,8 @@ def _second_turn(chat: Chat, image: Path, said: tuple[str, str, str], sampling: 
     """Answer the second turn as the original does: vision tower and the whole conversation from the beginning."""
     first, answer, second = said
     prompt_image = PromptImage.prepare(image, chat.engine.processor)
-    turns: Any = [("human", question_content(first, prompt_image)), ("gpt", [answer]), ("human", [second])]
+    asked = chat.engine.processor.conversation_template.question(first, 1)
+    turns: Any = [("human", asked), ("gpt", [answer]), ("human", [second])]
     request = Request(
         ids=encode_messages(chat.engine.processor, turns, [prompt_image]), images=[prompt_image], sampling=sampling
     )
