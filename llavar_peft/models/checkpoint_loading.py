@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast, get_args
 
 import torch
+from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING
 
 from llavar_peft.constants import IMAGE_PATCH_TOKEN, IMAGE_PLACEHOLDER, MODEL_TYPE, RELEASED_MODEL_TYPE
 from llavar_peft.errors import ConfigError, WeightsError
@@ -217,7 +218,7 @@ def resolve_folder(name: str, setting: str) -> Path:
 
 
 def _fix_for_kind(kind: object) -> str:
-    if kind == "llama":
+    if isinstance(kind, str) and kind in CONFIG_MAPPING and CONFIG_MAPPING[kind] in MODEL_FOR_CAUSAL_LM_MAPPING:
         return (
             "a plain language model sees no images: train a LLaVAR from it, with a recipe's model.language_model and "
             "model.vision_tower"

@@ -155,8 +155,9 @@ def _read_config(folder: Path) -> PretrainedConfig:
 
 
 def _load_tensors(folder: Path, config: PretrainedConfig) -> dict[str, Tensor]:
-    level = hf_logging.get_verbosity()
+    level, has_bar = hf_logging.get_verbosity(), hf_logging.is_progress_bar_enabled()
     hf_logging.set_verbosity_error()
+    hf_logging.disable_progress_bar()
     try:
         tower, loading = AutoModel.from_pretrained(
             str(folder), config=config, output_loading_info=True, dtype="auto", trust_remote_code=False
@@ -165,6 +166,8 @@ def _load_tensors(folder: Path, config: PretrainedConfig) -> dict[str, Tensor]:
         raise unreadable_settings(folder, "vision tower", error) from error
     finally:
         hf_logging.set_verbosity(level)
+        if has_bar:
+            hf_logging.enable_progress_bar()
     if loading["missing_keys"]:
         missing = sorted(loading["missing_keys"])
         raise WeightsError.at(

@@ -144,6 +144,8 @@ def load_full(model: LlavarForConditionalGeneration, folder: Path) -> None:
     check_values(read_tensor_table(folder))
     stored = open_weights(folder)
     target = model.state_dict(keep_vars=True)
+    if model.config.tie_word_embeddings:
+        target.pop(tensor_names.HEAD)
     check_tensors(stored, {name: tuple(tensor.shape) for name, tensor in target.items()}, where=str(folder))
     pending = model.pending_weights
     with torch.no_grad():
