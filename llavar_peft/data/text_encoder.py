@@ -8,6 +8,7 @@ gives the same ids as encoding whole texts and is faster.
 
 from __future__ import annotations
 
+import copy
 import json
 import re
 from collections.abc import Mapping
@@ -188,14 +189,21 @@ def _build(tokenizer: Any, image_token: str, use_im_start_end: bool, template: T
 
 def _without_first_space(bare: Tokenizer) -> Tokenizer:
     """Return the backend for text that does not start the input: some add a space before its first word only."""
-    form = json.loads(bare.to_str())
-    steps = (form.get("pre_tokenizer") or {}).get("pretokenizers", [form.get("pre_tokenizer") or {}])
-    first_only = [step for step in steps if step.get("prepend_scheme") == "first"]
+    if bare.pre_tokenizer is None:
+        return bare
+    form = json.loads(bare.pre_tokenizer.__getstate__())
+    first_only = [step for step in form.get("pretokenizers", [form]) if step.get("prepend_scheme") == "first"]
     if not first_only:
         return bare
     for step in first_only:
         step["prepend_scheme"] = "never"
-    return type(bare).from_str(json.dumps(form))
+    changed = copy.deepcopy(bare.pre_tokenizer)
+    changed.__setstate__(json.dumps(form).encode())
+    later = type(bare)(bare.model)
+    if bare.normalizer is not None:
+        later.normalizer = bare.normalizer
+    later.pre_tokenizer = changed
+    return later
 
 
 def _respects_word_boundaries(bare: Tokenizer) -> bool:

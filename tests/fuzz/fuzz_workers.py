@@ -25,6 +25,7 @@ import psutil
 import typer
 
 from llavar_peft import cli
+from llavar_peft.cli import app
 from llavar_peft.errors import LlavarError
 from tests.fuzz.mutations import damage_file
 from tests.fuzz.targets import TARGETS, Target, choose_uses, serving_app, split_use
@@ -232,8 +233,8 @@ def _damage(target: Target, draw: random.Random) -> str:
 
 def keep_command_line() -> None:
     """Build the table of commands once, which takes longer than most commands."""
-    table = typer.main.get_command(cli.build_app())
-    cli.build_app = lambda: table  # type: ignore[assignment,return-value]
+    table = typer.main.get_command(app.build_app())
+    app.build_app = lambda: table  # type: ignore[assignment,return-value]
 
 
 def _run_command(arguments: list[str]) -> tuple[str, str]:

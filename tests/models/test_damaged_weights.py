@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +69,9 @@ def test_damaged_weights_are_named(damage: str, copy: Path) -> None:
 @pytest.mark.parametrize(
     "command",
     [
-        "ask --model {m} What?", "chat --model {m}", "serve --model {m} --port 0",
+        "ask --model {m} What?", "chat --model {m}",
+        pytest.param("serve --model {m} --port 0", marks=pytest.mark.skipif(
+            find_spec("fastapi") is None, reason="the extra serve is not installed, which is said first")),
         "generate --model {m} --questions q.jsonl --answers a.jsonl --images .", "convert {m} out --to hf-llava",
         "train r.yaml model.checkpoint={m}",
     ],

@@ -7,6 +7,7 @@ import io
 import json
 import shutil
 from importlib.resources import files
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,9 @@ FILES = (
     "config.json", "generation_config.json", "tokenizer_config.json", "processor_config.json",
     "preprocessor_config.json", "video_preprocessor_config.json",
 )  # fmt: skip
+_NEEDS_FASTAPI = pytest.mark.skipif(
+    find_spec("fastapi") is None, reason="the extra serve is not installed, which is said before anything is opened"
+)
 _PLACES = {
     "ask": "ask --model {m} What?",
     "chat": "chat --model {m}",
@@ -101,7 +105,9 @@ def inputs(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("place", _PLACES)
+@pytest.mark.parametrize(
+    "place", [pytest.param(place, marks=_NEEDS_FASTAPI) if place == "serve" else place for place in _PLACES]
+)
 def test_code_of_a_checkpoint_never_runs(
     place: str, checkpoint: Path, inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],

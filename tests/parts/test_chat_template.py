@@ -7,6 +7,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from tokenizers import pre_tokenizers
 
 from llavar_peft.constants import IGNORE_INDEX
 from llavar_peft.data.chat_template import ChatTemplate, with_image_parts
@@ -116,6 +117,20 @@ def test_an_image_is_placed_where_its_placeholder_stands(name: str) -> None:
         chat_template=processor.conversation_template.source, return_dict=False,
     )  # fmt: skip
     assert rendered == [*encoding.ids[: start + 1], *encoding.ids[stop:]]
+
+
+def test_a_space_before_the_first_word_only_is_added_to_no_later_text() -> None:
+    """As in Mistral's and Phi-3's tokenizers (``Metaspace`` with the scheme ``first``)."""
+    processor = _processor("brackets")
+    backend = processor.tokenizer.backend_tokenizer
+    backend.pre_tokenizer = pre_tokenizers.Metaspace(replacement="_", prepend_scheme="first", split=False)
+    turns = [("human", "What is it?"), ("gpt", "A sign.")]
+    expected = processor.tokenizer.apply_chat_template(
+        _messages(turns), chat_template=processor.conversation_template.source, return_dict=False
+    )
+    assert _encode(processor, turns).ids == expected
+    encoder = text_encoder(processor)
+    assert encoder.pieces.encode("a").ids != encoder.later_pieces.encode("a").ids
 
 
 def test_the_date_in_a_template_is_always_the_same() -> None:
