@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import pairwise
 from typing import Any, Final
 
@@ -103,7 +104,7 @@ class ChatTemplate:
         turns = list(messages)
         contents = [content for _, content in turns] + ([[system]] if system is not None else [])
         rendered = self._render(tuple(role for role, _ in turns), system is not None, answer_next)
-        specials = self._special_tokens()
+        specials = self._special_tokens
         pieces: list[Piece] = []
         for text, mark, supervised in _segments(rendered):
             if mark is None:
@@ -123,6 +124,7 @@ class ChatTemplate:
         ends = [piece.text for piece in last if piece.kind == "special" and piece.supervised]
         return ends[-1] if ends else None
 
+    @cached_property
     def _special_tokens(self) -> re.Pattern[str]:
         names = sorted(self.tokenizer.get_added_vocab(), key=len, reverse=True)
         return re.compile("|".join(map(re.escape, names)) or r"(?!)")
@@ -145,7 +147,7 @@ class ChatTemplate:
                 f"does not render each message as it is (missing: message {missing[0]})",
                 "use a tokenizer with another chat template",
             )
-        specials = self._special_tokens()
+        specials = self._special_tokens
         spans = []
         for index, role in enumerate(roles):
             if role == "gpt":

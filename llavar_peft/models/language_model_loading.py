@@ -71,7 +71,7 @@ def read_language_model(folder: Path, settings: ModelConfig) -> LanguageParts:
     template = _choose_template(folder, described, settings)
     legacy = template == "llava_v1"
     config = read_llama_config(described, folder) if legacy and described["model_type"] == "llama" else _config(folder)
-    tokenizer = load_tokenizer(folder) if legacy else load_pretrained(AutoTokenizer, folder)
+    tokenizer = _load_tokenizer(folder, described, template)
     old_size = len(tokenizer)
     use_im_start_end = legacy and settings.use_im_start_end is not False
     if legacy:
@@ -102,6 +102,14 @@ def read_language_model(folder: Path, settings: ModelConfig) -> LanguageParts:
         use_im_start_end=use_im_start_end,
         rows=rows,
     )
+
+
+def _load_tokenizer(folder: Path, described: Mapping[str, Any], template: TemplateName) -> PreTrainedTokenizerFast:
+    # transformers 5 converts LLaMA's tokenizer.model into a tokenizer with other ids, which were not trained.
+    has_model = described.get("model_type") == "llama" and (folder / "tokenizer.model").is_file()
+    if template == "llava_v1" or (template == "vicuna_v1" and has_model):
+        return load_tokenizer(folder)
+    return load_pretrained(AutoTokenizer, folder)
 
 
 def add_placeholder(tokenizer: PreTrainedTokenizerFast) -> None:

@@ -15,6 +15,7 @@ from transformers import (
     CLIPImageProcessorPil,
     CLIPVisionConfig,
     LlamaConfig,
+    LlamaForCausalLM,
     LlavaConfig,
     LlavaForConditionalGeneration,
     LlavaProcessor,
@@ -148,6 +149,21 @@ def test_the_original_layout_gives_the_logits_of_the_stock_one(stock: Path, tmp_
     with torch.no_grad():
         expected = theirs(input_ids=ids, pixel_values=pixels).logits[..., :rows]
         assert torch.allclose(ours(input_ids=ids, pixel_values=pixels).logits[..., :rows], expected, atol=1e-5)
+
+
+def test_a_vicuna_keeps_its_ids_in_the_template_of_llava_1_5(tmp_path: Path) -> None:
+    """LLaMA's ``tokenizer.model`` is read as the original's code reads it, whatever the template is."""
+    folder = tmp_path / "vicuna"
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
+    vocabulary = load_tokenizer(GOLDEN / "small")
+    LlamaForCausalLM(LlamaConfig(**sizes, vocab_size=len(vocabulary))).save_pretrained(folder)
+    (folder / "tokenizer.model").write_bytes((GOLDEN / "small" / "tokenizer.model").read_bytes())
+    tower = str(save_tower("clip_vision_model", tmp_path / "tower"))
+    _, processor = build_model(ModelConfig(language_model=str(folder), vision_tower=tower, template="vicuna_v1"))
+    assert (processor.template, processor.image_token) == ("vicuna_v1", "<image>")
+    text = "  two  spaces,\n日本 and a sign. "
+    known = vocabulary(text, add_special_tokens=False)["input_ids"]
+    assert processor.tokenizer(text, add_special_tokens=False)["input_ids"] == known
 
 
 def test_a_tower_that_keeps_its_class_token_is_named(stock: Path, tmp_path: Path) -> None:
