@@ -207,7 +207,7 @@ def _is_open_file(path: Path, handle: int) -> bool:
 
 
 def is_disk_full(error: BaseException) -> bool:
-    """Whether an error means that the disk is full, in any library's words."""
+    """Return whether an error means that the disk is full, in any library's words."""
     if isinstance(error, EnvironmentFaultError) and error.__cause__ is not None:
         return is_disk_full(error.__cause__)
     if isinstance(error, OSError) and error.errno in _FULL:
