@@ -130,7 +130,7 @@ def test_the_base_of_a_moved_adapter_is_found_by_its_name(
     monkeypatch.chdir(tmp_path)
     for source, status, shown in (
         ("/gone/model", 2, "--model BASE --adapter elsewhere/tuned"),
-        ("someone/model", 3, "no such folder, and not in the hub's cache"),
+        ("someone/model", 3, "no such folder, and "),  # the reason depends on HF_HUB_OFFLINE
     ):
         base.write_text(json.dumps({**fields, "checkpoint": source}))
         assert run("ask", "--model", "elsewhere/tuned", *OPTIONS, "Read.") == status
