@@ -336,7 +336,11 @@ def _turn(turn: object, where: str, number: int, faults: list[Fault]) -> Turn | 
         faults.append(Fault(at, what, 'write the turn as {"from": "human" or "gpt", "value": its text}'))
         return None
     if known is None:
-        what = f"unknown role (got {role!r}, expected 'human' or 'gpt')" if "from" in turn else "has no 'from'"
+        what = (
+            f"unknown role (got {str(role)[:_SHOWN]!r}, expected 'human' or 'gpt')"
+            if "from" in turn
+            else "has no 'from'"
+        )
         fix = "set 'from' to 'human' or 'gpt'"
         if role == "system":
             fix = "remove the turn: the chat template adds the system prompt"

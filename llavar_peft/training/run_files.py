@@ -45,7 +45,11 @@ def read_metric_lines(path: Path) -> Iterator[dict[str, Any]]:
 def drop_lines_after(path: Path, step: int) -> None:
     """Remove the lines of steps that a resumed run repeats."""
     if path.is_file():
-        kept = [line for line in read_metric_lines(path) if int(line["step"]) <= step]
+        # A line that another program damaged has no step; the resumed run writes those that it repeats.
+        lines = (
+            line for line in read_metric_lines(path) if isinstance(line, dict) and isinstance(line.get("step"), int)
+        )
+        kept = [line for line in lines if line["step"] <= step]
         write_text(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in kept))
 
 

@@ -225,6 +225,8 @@ def _read_safetensors(path: Path) -> dict[str, TensorEntry]:
         raise WeightsError.at(str(path), what, "give the weights of a LLaVAR, or an adapter for one")
     entries = {}
     for name, fields in header.items():
+        if not isinstance(fields, dict):  # of two entries of one name, the library looks at another one
+            raise _unreadable(path, TypeError(f"the entry of {name[:80]!r} is no object"))
         dtype = _SAFE_DTYPES.get(fields["dtype"])
         if dtype is None:
             what = f"unsupported dtype (got {fields['dtype']}, expected one of {', '.join(_SAFE_DTYPES)})"
