@@ -337,7 +337,7 @@ def _turn(turn: object, where: str, number: int, faults: list[Fault]) -> Turn | 
         return None
     if known is None:
         what = (
-            f"unknown role (got {str(role)[:_SHOWN]!r}, expected 'human' or 'gpt')"
+            f"unknown role (got {repr(role)[:_SHOWN]}, expected 'human' or 'gpt')"
             if "from" in turn
             else "has no 'from'"
         )
