@@ -86,6 +86,8 @@ class ImageRoots:
 
     def leads_outside(self, path: str) -> bool:
         """Return whether the path in a record leaves the folders."""
+        if "\0" in path:
+            return False  # no path at all, and thus missing
         return not all(self.is_inside(os.path.join(root, path)) for root in self.roots)
 
     def _check_inside(self, candidate: str, path: str) -> None:
