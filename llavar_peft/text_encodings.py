@@ -1,4 +1,4 @@
-"""The encodings of text files: UTF-8, UTF-16 and UTF-32 are recognized, all others are refused with advice.
+"""The encodings of text files: UTF-8, UTF-16 and UTF-32 are recognized, all others are rejected with advice.
 
 Other encodings cannot be told apart reliably, and a wrong guess changes what a model is trained on. The message names
 the byte, the likely encoding, and the command that converts the file.

@@ -113,7 +113,7 @@ def read_json(path: Path, *, fix: str = "correct the file", unique: bool = False
     Args:
         path: The file.
         fix: What the reader of a message about the path should do.
-        unique: Whether to refuse an object that has a key twice; otherwise the last one counts.
+        unique: Whether to reject an object that has a key twice; otherwise the last one counts.
         lenient: Whether to accept NaN, and halves of characters: they are in what models answer, and in the files that
             this package writes.
 

@@ -46,7 +46,7 @@ _PLAIN_MARKERS: Final = frozenset((0x00, 0x01, 0xFF, *range(0xD0, 0xDA)))
 """Markers without a length."""
 _PNG: Final = b"\x89PNG\r\n\x1a\n"
 _PNG_REMARKS: Final = (b"tEXt", b"zTXt", b"iTXt", b"iCCP")
-"""Chunks of a PNG that pixels do not depend on, and that Pillow refuses if they are large."""
+"""Chunks of a PNG that pixels do not depend on, and that Pillow rejects if they are large."""
 
 
 def open_image(source: str | Path | Image.Image) -> Image.Image:
@@ -209,7 +209,7 @@ def describe_start(start: bytes) -> tuple[str, str]:
 
 
 def _is_remark_limit(error: Exception) -> bool:
-    """Return whether Pillow refuses a PNG because of the size of its remarks (``PngImagePlugin.MAX_TEXT_CHUNK``)."""
+    """Return whether Pillow rejects a PNG because of the size of its remarks (``PngImagePlugin.MAX_TEXT_CHUNK``)."""
     return "MAX_TEXT" in str(error)
 
 

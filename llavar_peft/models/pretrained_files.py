@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
+import torch
 from transformers import AutoConfig, CLIPVisionConfig, PretrainedConfig
 
 from llavar_peft.errors import ConfigError, LlavarError, describe_reason
@@ -110,6 +111,12 @@ def check_sizes(config: PretrainedConfig, folder: Path) -> None:
     """
     parts = [config, *(part for name in config.sub_configs if (part := getattr(config, name, None)) is not None)]
     for part in parts:
+        if not isinstance(part.dtype, torch.dtype | None):
+            raise ConfigError.at(
+                f"{folder / 'config.json'}:dtype",
+                f"not a number format of torch (got {ascii(part.dtype)[:80]}, expected for example 'bfloat16')",
+                DOWNLOAD_AGAIN,
+            )
         for name, largest in _LARGEST.items():
             value = getattr(part, name, None)
             if value is None or (isinstance(value, int) and not isinstance(value, bool) and 0 < value <= largest):

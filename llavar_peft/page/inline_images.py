@@ -44,7 +44,7 @@ def embed_image(stage_folder: Path, image: str) -> InlineImage | None:
     if path is None:
         return None
     try:
-        small = open_image(path)  # nothing that the readers of records refuse is decoded for a page
+        small = open_image(path)  # nothing that the readers of records reject is decoded for a page
     except ImageError:
         return None
     small.thumbnail((LONGEST_SIDE, LONGEST_SIDE), Image.Resampling.LANCZOS)

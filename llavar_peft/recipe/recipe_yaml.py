@@ -50,7 +50,7 @@ class _StrictLoader(yaml.SafeLoader):
             raise yaml.MarkedYAMLError(problem=f"a value is no valid {kind}", problem_mark=node.start_mark) from error
 
     def get_single_node(self) -> yaml.Node | None:
-        """Return the document's node. Aliases to aliases, which could stand for any number of values, are refused."""
+        """Return the document's node. Aliases to aliases, which could stand for any number of values, are rejected."""
         node = super().get_single_node()
         if node is not None:
             _count_values(node, {})
