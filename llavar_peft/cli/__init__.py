@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import sysconfig
 import threading
 import traceback
 from collections.abc import Iterator, Sequence
@@ -85,6 +86,14 @@ def _report_error(error: Exception, *, debug: bool) -> int:
         where = error.filename or "the output"
         complain(
             f"{where}: cannot be written ({error.strerror}). Fix: free some space, and run the same command again."
+        )
+        return EnvironmentFaultError.exit_code
+    end = error.__cause__ if isinstance(error.__cause__, EOFError) else error
+    if isinstance(end, EOFError) and ("marshal" in str(end) or "pyc" in str(end)):
+        libraries = sysconfig.get_path("purelib")
+        complain(
+            f"{libraries}: a compiled module (.pyc) is damaged, as a full disk leaves it. "
+            f"Fix: free some space if needed, and run 'python -m compileall -qf {libraries}'."
         )
         return EnvironmentFaultError.exit_code
     hint = "" if debug else " (run again with llavar-peft --debug ... for the traceback)"

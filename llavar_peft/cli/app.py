@@ -102,6 +102,8 @@ class _CommandGroup(_SafeGroup):
         """Run the command."""
         try:
             return super().invoke(ctx)
+        except EOFError as error:  # which click would report as "Aborted."
+            raise RuntimeError(f"the end of a file came too early: {error}") from error
         except LlavarError as error:
             setting, _, rest = str(error).partition(": ")
             if ctx.invoked_subcommand in _WITH_RECIPE or setting not in _OPTIONS:

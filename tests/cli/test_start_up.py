@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import py_compile
 import signal
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -64,3 +66,19 @@ def test_main_leaves_the_handlers_as_they_were(capsys: pytest.CaptureFixture[str
     assert cli.main(["--version"]) == 0
     assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
     capsys.readouterr()
+
+
+def test_a_truncated_compiled_module_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Python truncates compiled modules silently when the disk is full; click reports their EOFError as "Aborted."."""
+    source = tmp_path / "module_of_a_library.py"
+    source.write_text("VALUE = 'text'\n")
+    compiled = Path(py_compile.compile(str(source)))
+    compiled.write_bytes(compiled.read_bytes()[:40])
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setattr("llavar_peft.cli.recipe_command.list_presets", lambda: import_module(source.stem))
+    assert cli.main(["recipe", "list"]) == 3
+    message = capsys.readouterr().err
+    assert "a compiled module (.pyc) is damaged" in message
+    assert "compileall" in message

@@ -33,8 +33,11 @@ def no_fault() -> None:
 def limit_files(size: int) -> None:
     """Let every write beyond a size fail, in Python, torch and safetensors alike, as on a full disk.
 
-    The kernel refuses it (``RLIMIT_FSIZE``), for every user and without a mount; Python ignores the signal.
+    The kernel refuses it (``RLIMIT_FSIZE``), for every user and without a mount; Python ignores the signal. Compiled
+    modules are not written, because Python would leave a truncated one that every later process fails to read.
     """
+    sys.dont_write_bytecode = True
+    os.environ["PYTHONDONTWRITEBYTECODE"] = "1"
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
 
 
