@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import signal
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -133,6 +134,7 @@ class DiskFullAt(TrainerCallback):  # type: ignore[misc]
 def _limit_files(size: int | None) -> None:
     import resource
 
+    sys.dont_write_bytecode = size is not None  # Python would leave truncated compiled modules
     most = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
     resource.setrlimit(resource.RLIMIT_FSIZE, (most if size is None else size, most))
 
