@@ -87,11 +87,12 @@ def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerFast:
         raise ConfigError.at(str(folder), "not a folder (expected one with a tokenizer)", "give a local folder")
     if (folder / _MODEL_FILE).is_file():
         tokenizer = _wrap(_from_sentencepiece(folder / _MODEL_FILE))
-        _add_saved_tokens(tokenizer, folder)
-        return tokenizer
-    if (folder / _JSON_FILE).is_file():
-        return _wrap(_from_json(folder / _JSON_FILE))
-    raise ConfigError.at(str(folder), f"contains neither {_MODEL_FILE} nor {_JSON_FILE}", _GIVE_MODEL)
+    elif (folder / _JSON_FILE).is_file():
+        tokenizer = _wrap(_from_json(folder / _JSON_FILE))
+    else:
+        raise ConfigError.at(str(folder), f"contains neither {_MODEL_FILE} nor {_JSON_FILE}", _GIVE_MODEL)
+    _add_saved_tokens(tokenizer, folder)
+    return tokenizer
 
 
 def add_image_tokens(tokenizer: PreTrainedTokenizerFast, *, use_im_start_end: bool = True) -> int:
@@ -256,7 +257,7 @@ def _from_json(path: Path) -> Tokenizer:
 
 
 def _read_added_tokens(folder: Path) -> tuple[Path, dict[str, int]]:
-    """Return the ids of a slow tokenizer's added tokens, and the file that states them."""
+    """Return the ids of the added tokens beside the tokenizer's own file, and the file that states them."""
     path = folder / _ADDED_FILE
     try:
         if path.is_file():
@@ -274,7 +275,7 @@ def _read_added_tokens(folder: Path) -> tuple[Path, dict[str, int]]:
 
 
 def _add_saved_tokens(tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
-    """Add the tokens that a slow tokenizer's files state, with the ids that they state."""
+    """Add the tokens that the other files of a tokenizer state, with the ids that they state."""
     path, saved = _read_added_tokens(folder)
     known = tokenizer.get_vocab()
     in_order = sorted((item for item in saved.items() if known.get(item[0]) != item[1]), key=lambda item: item[1])

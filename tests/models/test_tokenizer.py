@@ -10,11 +10,13 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
+from llavar_peft import ModelConfig, build_model
 from llavar_peft.constants import ADDED_TOKENS, IMAGE_PATCH_TOKEN
 from llavar_peft.errors import ConfigError, MissingDependencyError, WeightsError
 from llavar_peft.models.llama_tokenizer import add_image_tokens, load_tokenizer
+from tests.weights.adapters import LANGUAGE_MODEL, VISION_TOWER
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "tokenization"
 SMALL = GOLDEN / "small"
@@ -119,6 +121,29 @@ def test_ids_of_a_tokenizer_config_are_kept(tmp_path: Path) -> None:
     tokenizer = load_tokenizer(tmp_path)
     assert add_image_tokens(tokenizer) == 0
     assert [tokenizer.convert_tokens_to_ids(name) for name in ("[PAD]", "<im_patch>", "<im_end>")] == [640, 641, 643]
+
+
+@pytest.mark.parametrize("stated", [None, "added_tokens.json", "tokenizer_config.json"])
+def test_a_language_model_with_a_row_for_padding_gets_its_image_tokens_after_it(
+    stated: str | None, tmp_path: Path
+) -> None:
+    """As many Vicuna and Alpaca folders have: 32001 rows, of which the last is ``[PAD]``'s."""
+    plain = AutoModelForCausalLM.from_pretrained(LANGUAGE_MODEL)
+    rows = plain.config.vocab_size
+    plain.resize_token_embeddings(rows + 1, mean_resizing=False)
+    plain.save_pretrained(tmp_path)
+    shutil.copy(LANGUAGE_MODEL / "tokenizer.json", tmp_path)
+    if stated == "added_tokens.json":
+        (tmp_path / stated).write_text(json.dumps({"[PAD]": rows}))
+    elif stated:
+        pad = {"content": "[PAD]", "special": True}
+        (tmp_path / stated).write_text(json.dumps({"added_tokens_decoder": {str(rows): pad}}))
+    model, processor = build_model(ModelConfig(language_model=str(tmp_path), vision_tower=str(VISION_TOWER)))
+    first = rows + bool(stated)  # a row without a token is taken
+    assert [processor.tokenizer.convert_tokens_to_ids(name) for name in ADDED_TOKENS] == [first, first + 1, first + 2]
+    assert model.get_input_embeddings().weight.shape[0] == first + 3
+    if stated:
+        assert processor.tokenizer.convert_tokens_to_ids("[PAD]") == rows
 
 
 def test_added_tokens_with_other_ids_are_rejected(tmp_path: Path) -> None:
