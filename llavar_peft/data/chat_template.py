@@ -8,10 +8,10 @@ to produce are the assistant's messages with the token that ends each of them.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from itertools import pairwise
+from itertools import pairwise, product
 from typing import Any, Final
 
 from llavar_peft.constants import IMAGE_PLACEHOLDER
@@ -20,6 +20,7 @@ from llavar_peft.errors import ConfigError
 from llavar_peft.types import Role, TemplateName
 
 _MARK: Final = re.compile("\ue000(\\d+)\ue001")  # private characters, which no template treats in a special way
+_SPACES: Final = " \n\t"  # a template that removes all of them removes all white space
 _NAMES: Final[dict[Role, str]] = {"human": "user", "gpt": "assistant"}
 _CALL_OF_TODAY: Final = re.compile(r"strftime_now\(\s*(['\"])(.*?)\1\s*\)")
 # Options that templates look for. A date that changes would give other tokens on each day.
@@ -63,12 +64,12 @@ class _Rendered:
     Attributes:
         text: The rendering.
         supervised: The ranges of characters that the model is trained to produce.
-        stripped: Indices of the messages that the template strips of white space around them.
+        stripped: For each message, the white space that the template removes before and after it.
     """
 
     text: str
     supervised: tuple[tuple[int, int], ...]
-    stripped: frozenset[int]
+    stripped: Mapping[int, tuple[str, str]]
 
 
 @dataclass(eq=False)
@@ -96,12 +97,16 @@ class ChatTemplate:
         Args:
             messages: Turns in order, starting with the human.
             answer_next: Append what comes before the assistant's answer.
-            system: The system message; None is the template's default.
+            system: The system message; None is the template's default. Where the template rejects or drops system
+                messages (Gemma 2, Mistral), it is placed before the first message.
 
         Raises:
             ConfigError: The template rejects the conversation.
         """
         turns = list(messages)
+        if system is not None and turns and not self._renders_system:
+            turns[0] = (turns[0][0], [f"{system}\n\n", *turns[0][1]])
+            system = None
         contents = [content for _, content in turns] + ([[system]] if system is not None else [])
         rendered = self._render(tuple(role for role, _ in turns), system is not None, answer_next)
         specials = self._special_tokens
@@ -110,7 +115,7 @@ class ChatTemplate:
             if mark is None:
                 pieces += _split_specials(text, specials, supervised)
             else:
-                content = _strip(contents[mark]) if mark in rendered.stripped else contents[mark]
+                content = _strip(contents[mark], *rendered.stripped[mark])
                 pieces += [Piece("image") if part is None else Piece("text", part, supervised) for part in content]
         return [piece for piece in pieces if piece.kind != "text" or piece.text]
 
@@ -123,6 +128,15 @@ class ChatTemplate:
         last = self.pieces([("human", ["a"]), ("gpt", ["b"])])
         ends = [piece.text for piece in last if piece.kind == "special" and piece.supervised]
         return ends[-1] if ends else None
+
+    @cached_property
+    def _renders_system(self) -> bool:
+        """Whether the template renders a system message in a conversation that ends with an answer."""
+        try:
+            self._render(("human", "gpt"), True, False)
+        except ConfigError:
+            return False
+        return True
 
     @cached_property
     def _special_tokens(self) -> re.Pattern[str]:
@@ -153,8 +167,26 @@ class ChatTemplate:
             if role == "gpt":
                 prompt = self._apply(first + messages[:index], True)
                 spans.append(_answer_span(text, prompt, places, index, specials))
-        padded = [{**one, "content": f" {one['content']} "} for one in first + messages]
-        return _Rendered(text, tuple(spans), _stripped(text, self._apply(padded, answer_next)))
+        return _Rendered(text, tuple(spans), self._stripped(text, first + messages, answer_next))
+
+    def _stripped(self, text: str, messages: Sequence[dict[str, str]], answer_next: bool) -> dict[int, tuple[str, str]]:
+        """Return, for each message, the characters that the template removes before and after it.
+
+        Args:
+            text: The rendering of the messages, which are marks.
+            messages: Their roles and contents.
+            answer_next: Whether the rendering ends with what comes before an answer.
+        """
+        removed = {int(found.group(1)): ["", ""] for found in _MARK.finditer(text)}
+        for side, space in product((0, 1), _SPACES):
+            # One side at a time, because the end of one message can be followed by the beginning of the next.
+            before, after = ("", space) if side else (space, "")
+            padded = [{**one, "content": f"{before}{one['content']}{after}"} for one in messages]
+            plain, spaced = (_count_around_marks(one, space) for one in (text, self._apply(padded, answer_next)))
+            for index, sides in removed.items():
+                if spaced[index][side] == plain[index][side]:
+                    sides[side] += space
+        return {index: (before, after) for index, (before, after) in removed.items()}
 
     def _apply(self, messages: Sequence[dict[str, str]], answer_next: bool) -> str:
         try:
@@ -191,25 +223,13 @@ def _answer_span(
     return first, closing.end() if closing is not None else end
 
 
-def _stripped(text: str, padded: str) -> frozenset[int]:
-    """Return the messages around which spaces of the padded rendering are missing."""
-    found = set()
-    plain, spaced = (_around_marks(one) for one in (text, padded))
-    for index, (before, after) in plain.items():
-        if spaced.get(index) == (before, after):
-            found.add(index)
-    return frozenset(found)
-
-
-def _around_marks(text: str) -> dict[int, tuple[int, int]]:
-    """Return the numbers of spaces before and after each mark."""
-    return {
-        int(found.group(1)): (
-            len(text[: found.start()]) - len(text[: found.start()].rstrip(" ")),
-            len(text[found.end() :]) - len(text[found.end() :].lstrip(" ")),
-        )
-        for found in _MARK.finditer(text)
-    }
+def _count_around_marks(text: str, space: str) -> dict[int, tuple[int, int]]:
+    """Return how often a character stands directly before and after each mark."""
+    counts = {}
+    for found in _MARK.finditer(text):
+        before, after = text[: found.start()], text[found.end() :]
+        counts[int(found.group(1))] = (len(before) - len(before.rstrip(space)), len(after) - len(after.lstrip(space)))
+    return counts
 
 
 def _segments(rendered: _Rendered) -> Iterator[tuple[str, int | None, bool]]:
@@ -233,10 +253,10 @@ def _split_specials(text: str, specials: re.Pattern[str], supervised: bool) -> I
     yield Piece("text", text[position:], supervised)
 
 
-def _strip(content: Content) -> list[str | None]:
+def _strip(content: Content, before: str, after: str) -> list[str | None]:
     parts = list(content)
     if parts and isinstance(parts[0], str):
-        parts[0] = parts[0].lstrip()
+        parts[0] = parts[0].lstrip(None if before == _SPACES else before)
     if parts and isinstance(parts[-1], str):
-        parts[-1] = parts[-1].rstrip()
+        parts[-1] = parts[-1].rstrip(None if after == _SPACES else after)
     return parts

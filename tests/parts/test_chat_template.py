@@ -18,6 +18,7 @@ from llavar_peft.models.language_model_loading import add_placeholder
 from tests.parts.tiny_parts import make_tokenizer
 
 TEMPLATES = ("chatml", "thinking", "headers", "turns", "brackets")
+EDGES = ("", "", "\n", " ", "\n\n", "\t ")
 WORDS = ("What", "is", "the total?", "12.50", "naïve café", "日本", "\n", "  ", "line\n\nnext", "🙂", "a-b_c", "You")
 
 
@@ -35,7 +36,10 @@ def _conversations(count: int) -> list[list[tuple[str, str]]]:
     made = []
     for number in range(count):
         turns = [
-            ("human" if turn % 2 == 0 else "gpt", " ".join(draw.choices(WORDS, k=draw.randint(1, 6))))
+            (
+                "human" if turn % 2 == 0 else "gpt",
+                draw.choice(EDGES) + " ".join(draw.choices(WORDS, k=draw.randint(1, 6))),
+            )
             for turn in range(2 * draw.randint(1, 3))
         ]
         made.append(turns if number % 4 else [*turns[:1], ("gpt", "x")])
@@ -139,6 +143,52 @@ def test_the_date_in_a_template_is_always_the_same() -> None:
 
 
 def test_a_conversation_that_the_template_rejects_is_named() -> None:
-    processor = _processor("turns")
-    with pytest.raises(ConfigError, match="System role not supported"):
-        processor.conversation_template.pieces([("human", ["a"])], system="Be brief.")
+    processor = _processor("chatml")
+    template = ChatTemplate(processor.tokenizer, "{{ raise_exception('One turn only') }}")
+    with pytest.raises(ConfigError, match="One turn only"):
+        template.pieces([("human", ["a"])])
+
+
+# As Gemma 3 and SmolLM 3 do: the system message is part of the first turn, or loses the white space after it.
+_IN_FIRST_TURN = (
+    "{% for message in messages %}{% if message['role'] != 'system' %}{{ '<|im_start|>' + message['role'] + '\n' }}"
+    "{% if loop.index0 == 1 and messages[0]['role'] == 'system' %}{{ messages[0]['content'] + '\n\n' }}{% endif %}"
+    "{{ message['content'] | trim + '<|im_end|>\n' }}{% endif %}{% endfor %}"
+)
+_CUT_AT_END = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' }}"
+    "{{ message['content'].rstrip() if message['role'] == 'system' else message['content'].lstrip('\n') }}"
+    "{{ '<|im_end|>\n' }}{% endfor %}"
+)
+
+
+@pytest.mark.parametrize("source", [_IN_FIRST_TURN, _CUT_AT_END])
+@pytest.mark.parametrize("system", ["Be brief.", "\n Be\tbrief. \n\t"])
+def test_white_space_is_removed_where_the_template_removes_it(source: str, system: str) -> None:
+    processor = _processor("chatml")
+    processor.conversation_template = ChatTemplate(processor.tokenizer, source)
+    for turns in _conversations(20):
+        expected = processor.tokenizer.apply_chat_template(
+            [{"role": "system", "content": system}, *_messages(turns)], chat_template=source, return_dict=False
+        )
+        assert _encode(processor, turns, system=system).ids == expected
+
+
+# As Mistral does: only a conversation that ends with a question has the system message.
+_DROPS_SYSTEM = (
+    "{% for message in messages %}{% if message['role'] != 'system' %}{{ '<|im_start|>' }}"
+    "{% if loop.last and message['role'] == 'user' and messages[0]['role'] == 'system' %}"
+    "{{ messages[0]['content'] + '\n\n' }}{% endif %}{{ message['content'] + '<|im_end|>' }}{% endif %}{% endfor %}"
+)
+
+
+@pytest.mark.parametrize("name", ["turns", "drops"])
+def test_a_system_message_that_the_template_does_not_render_precedes_the_first_question(name: str) -> None:
+    processor = _processor("turns" if name == "turns" else "chatml")
+    if name == "drops":
+        processor.conversation_template = ChatTemplate(processor.tokenizer, _DROPS_SYSTEM)
+    turns = [("human", "One?"), ("gpt", "First.")]
+    expected = _encode(processor, [("human", "Be brief.\n\nOne?"), ("gpt", "First.")])
+    assert _encode(processor, turns, system="Be brief.") == expected
+    prompt, whole = _encode(processor, turns[:1], answer_next=True, system="Be brief.").ids, expected.ids
+    assert whole[: len(prompt)] == prompt
