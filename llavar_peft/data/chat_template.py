@@ -43,18 +43,22 @@ _PARTS_TO_TEXT: Final = (
     "{%- set messages = joined.messages -%}"
 ).replace("IMAGE", IMAGE_PLACEHOLDER)
 
+_THINKING: Final = "enable_thinking"
+_WITHOUT_THINKING: Final = f"{{%- if {_THINKING} is not defined -%}}{{%- set {_THINKING} = false -%}}{{%- endif -%}}"
+
 
 def with_image_parts(template: str) -> str:
     """Return a text model's Jinja template for messages whose content may be a list of image and text parts.
 
-    ``strftime_now`` is replaced by a fixed date, so that a conversation has the same tokens on each day.
+    ``strftime_now`` is replaced by a fixed date, so that a conversation has the same tokens on each day. Thinking is
+    off unless a caller switches it on, because a model is trained without it.
     """
     if template.startswith(_PARTS_TO_TEXT):
         return template
     from datetime import date
 
     fixed = _CALL_OF_TODAY.sub(lambda call: repr(date(*_FIXED_DATE).strftime(call.group(2))), template)
-    return _PARTS_TO_TEXT + fixed
+    return _PARTS_TO_TEXT + (_WITHOUT_THINKING if _THINKING in template else "") + fixed
 
 
 @dataclass(frozen=True, slots=True)

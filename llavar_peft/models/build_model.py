@@ -32,6 +32,7 @@ from llavar_peft.models.layer_kernels import apply_kernels
 from llavar_peft.models.llavar_config import LlavarConfig
 from llavar_peft.models.model_parts import ModelParts, check_stored_values, check_vocabulary
 from llavar_peft.models.modeling_llavar import LlavarForConditionalGeneration, LlavarModel
+from llavar_peft.models.packed_attention import torch_attention
 from llavar_peft.models.pending_weights import PendingWeights
 from llavar_peft.models.pretrained_files import load_pretrained, unreadable_settings
 from llavar_peft.models.processing_llavar import LlavarProcessor
@@ -198,10 +199,8 @@ def resolve_attention(attention: Attention, dtype: torch.dtype, config: LlavarCo
     available = bool(is_flash_attn_2_available())
     if attention == "auto" and available and half and torch.cuda.is_available():
         return "flash_attention_2"
-    if attention in ("auto", "sdpa") and getattr(config.text_config, "attn_logit_softcapping", None):
-        return "eager"
-    if attention == "auto":
-        return "sdpa"
+    if attention in ("auto", "sdpa"):
+        return torch_attention(config.text_config)
     if attention == "flash_attention_2" and not available:
         raise MissingDependencyError.at(
             "model.attention", "flash_attention_2 is not installed", "pip install 'llavar-peft[cuda]', or use 'auto'"

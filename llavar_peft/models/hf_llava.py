@@ -57,11 +57,19 @@ def write_stock_companions(parts: ModelParts, activation: str, dtype: str | None
             "images will be padded with the mean color: stock LLaVA does not support the mode %s",
             parts.inference_image_mode,
         )
+    softcap = getattr(parts.config.text_config, "final_logit_softcapping", None)
+    if softcap:
+        logger.warning(
+            "stock LLaVA does not cap logits at %g as this language model does: its greedy answers are the same, the "
+            "probabilities are not",
+            softcap,
+        )
     config = _stock_config(parts, activation)
     write_json(staged / "config.json", {**config.to_diff_dict(), **({"dtype": dtype} if dtype is not None else {})})
     tokenizer = parts.tokenizer
     ids = {f"{role}_token_id": getattr(tokenizer, f"{role}_token_id") for role in ("bos", "eos", "pad")}
-    write_json(staged / "generation_config.json", ids)
+    stop = sorted(parts.processor().stop_token_ids)  # some templates end a turn with another token than a text
+    write_json(staged / "generation_config.json", {**ids, **({"eos_token_id": stop} if len(stop) > 1 else {})})
     shared = {name: getattr(parts.image_processor, name) for name in _SHARED_IMAGE_SETTINGS}
     images = LlavaImageProcessorPil(do_pad=parts.inference_image_mode != "square", **shared)
     LlavaProcessor(

@@ -9,6 +9,7 @@ attention              used on                             kernels
 ``sdpa``               CUDA from compute capability 8.0,   one call of ``torch.nn.attention.varlen.varlen_attn``:
                        half precision, torch >= 2.11       PyTorch's own build of flash-attention
 ``sdpa``               everything else                     one call of SDPA per conversation
+``eager``              models with soft-capped scores      plain matrix products per conversation
 =====================  ==================================  ========================================================
 
 A dense block-diagonal mask would cost time and memory quadratic in the row's length. ``flex_attention`` is not used:
@@ -20,9 +21,9 @@ Source: arXiv 2407.09105 (packing with position ids); transformers, integrations
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from inspect import signature
 from itertools import accumulate, chain
 from typing import Any
@@ -37,7 +38,7 @@ from llavar_peft.compat.dependency_internals import attention_implementation
 
 logger = logging.getLogger(__name__)
 
-_PACKED_SDPA = "sdpa_within_segments"
+_PACKED = "within_segments"  # without "sdpa", or transformers takes it for its own
 _KERNEL_DTYPES = (torch.float16, torch.bfloat16)
 _LARGEST_HEAD = 256
 """The largest width of a head that flash-attention supports; it must also be a multiple of 8."""
@@ -61,23 +62,35 @@ def enable_packing(model: Any) -> bool:
         model: A LLaVAR, or a ``PeftModel`` around one; changed in place until ``disable_packing``.
 
     Returns:
-        Whether packed rows are supported. With eager attention they are not.
+        Whether packed rows are supported. With eager attention they are not, unless it caps the scores.
     """
-    if attention_implementation(model.config.text_config) == "sdpa":
-        AttentionInterface.register(_PACKED_SDPA, _sdpa_within_segments)
-        AttentionMaskInterface.register(_PACKED_SDPA, sdpa_mask)
-        model.get_decoder().set_attn_implementation(_PACKED_SDPA)
-    return attention_implementation(model.config.text_config).startswith(("flash", _PACKED_SDPA))
+    text = model.config.text_config
+    used = attention_implementation(text)
+    if used == "sdpa" or (used == "eager" and caps_scores(text)):
+        AttentionInterface.register(_PACKED, _sdpa_within_segments)
+        AttentionMaskInterface.register(_PACKED, sdpa_mask)
+        model.get_decoder().set_attn_implementation(_PACKED)
+    return attention_implementation(model.config.text_config).startswith(("flash", _PACKED))
 
 
 def disable_packing(model: Any) -> None:
     """Undo ``enable_packing``."""
-    if attention_implementation(model.config.text_config) == _PACKED_SDPA:
-        model.get_decoder().set_attn_implementation("sdpa")
+    if attention_implementation(model.config.text_config) == _PACKED:
+        model.get_decoder().set_attn_implementation(torch_attention(model.config.text_config))
+
+
+def caps_scores(text_config: Any) -> bool:
+    """Return whether a language model caps its attention scores (Gemma 2), which SDPA cannot do."""
+    return bool(getattr(text_config, "attn_logit_softcapping", None))
+
+
+def torch_attention(text_config: Any) -> str:
+    """Return the attention of a language model that needs no package: ``"sdpa"``, or ``"eager"`` for capped scores."""
+    return "eager" if caps_scores(text_config) else "sdpa"
 
 
 def replace_flash_attention(model: Any) -> bool:
-    """Switch a LLaVAR from flash-attention to SDPA, for a computation in float32, which flash-attention rejects.
+    """Switch a LLaVAR from flash-attention to PyTorch's, for a computation in float32, which flash-attention rejects.
 
     Returns:
         Whether the model used flash-attention.
@@ -85,7 +98,8 @@ def replace_flash_attention(model: Any) -> bool:
     configs = (model.config.text_config, model.config.vision_config)
     used = any(attention_implementation(config).startswith("flash") for config in configs)
     if used:
-        model.set_attn_implementation("sdpa")
+        text = torch_attention(model.config.text_config)
+        model.set_attn_implementation({"": "sdpa", "text_config": text, "vision_config": "sdpa"})
     return used
 
 
@@ -103,13 +117,14 @@ def packed_arguments(lengths: tuple[int, ...], model: Any, device: torch.device)
     text = model.config.text_config
     # Made on the CPU and copied once: the device is neither waited for nor given an operation per conversation.
     positions = torch.tensor([list(chain.from_iterable(map(range, lengths)))]).to(device, non_blocking=True)
-    if attention_implementation(text) != _PACKED_SDPA:
+    if attention_implementation(text) != _PACKED:
         return {"position_ids": positions, **_kernel_arguments(lengths, device)}
     # A mask with four dimensions is used as given; otherwise one of the row's length squared would be built.
     unused_mask = torch.zeros(1, 1, 1, 1, dtype=torch.bool, device=device)
     arguments = {"position_ids": positions, "segments": Segments(lengths), "attention_mask": unused_mask}
     head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    has_kernel = _fits_kernel(head, getattr(text, "attention_dropout", 0.0)) and _has_kernel(device)
+    fits = _fits_kernel(head, getattr(text, "attention_dropout", 0.0)) and not caps_scores(text)
+    has_kernel = fits and _has_kernel(device)
     _log_choice(device.type, has_kernel)
     return {**arguments, **_kernel_arguments(lengths, device)} if has_kernel else arguments
 
@@ -135,7 +150,7 @@ def padded_arguments(attention_mask_BT: Tensor, model: Any) -> dict[str, Any]:
     """
     text, width = model.config.text_config, attention_mask_BT.shape[1]
     has_window = (getattr(text, "sliding_window", None) or width) < width
-    if attention_mask_BT.device.type == "cpu" or "sdpa" not in attention_implementation(text) or has_window:
+    if attention_mask_BT.device.type == "cpu" or attention_implementation(text) not in ("sdpa", _PACKED) or has_window:
         return {"attention_mask": attention_mask_BT}
     causal_TT = torch.ones(width, width, dtype=torch.bool, device=attention_mask_BT.device).tril()
     return {"attention_mask": causal_TT & attention_mask_BT.bool()[:, None, None, :]}
@@ -175,14 +190,18 @@ def _sdpa_within_segments(  # noqa: PLR0913 - the arguments of an attention func
     cu_seq_lens_q: Tensor | None = None,
     max_length_q: int = 0,
     sliding_window: int | None = None,
+    softcap: float | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Compute SDPA, within each segment if there are any.
 
     Shapes: ``query`` [B, H, T, D], ``key`` and ``value`` [B, K, T, D]; the result is [B, T, H, D].
     """
+    attend: Callable[..., tuple[Tensor, Any]] = (
+        sdpa_attention_forward if softcap is None else partial(_capped_attention, softcap=softcap)
+    )
     if segments is None:
-        output: Tensor = sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)[0]
+        output: Tensor = attend(module, query, key, value, attention_mask, **kwargs)[0]
         return output, None
     if cu_seq_lens_q is not None and (dtype := _compute_dtype(query)) in _KERNEL_DTYPES:
         rows = [tensor.squeeze(0).transpose(0, 1).to(dtype) for tensor in (query, key, value)]
@@ -192,8 +211,35 @@ def _sdpa_within_segments(  # noqa: PLR0913 - the arguments of an attention func
     outputs: list[Tensor] = []
     for one_query, *key_value in split:
         mask = _window_mask(one_query, sliding_window)
-        outputs.append(sdpa_attention_forward(module, one_query, *key_value, mask, **kwargs)[0])
+        outputs.append(attend(module, one_query, *key_value, mask, **kwargs)[0])
     return torch.cat(outputs, dim=1), None
+
+
+def _capped_attention(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    *,
+    softcap: float,
+    scaling: float,
+    dropout: float = 0.0,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """Compute attention with capped scores, as transformers' eager attention does; None is a causal mask.
+
+    Shapes: as in ``_sdpa_within_segments``; ``mask`` is true where a position is attended to.
+    """
+    groups, (rows, columns) = query.shape[1] // key.shape[1], (query.shape[2], key.shape[2])
+    key, value = (tensor.repeat_interleave(groups, dim=1) for tensor in (key, value))
+    scores = softcap * torch.tanh(query @ key.transpose(2, 3) * scaling / softcap)
+    if mask is None:
+        mask = torch.ones(rows, columns, dtype=torch.bool, device=query.device).tril(columns - rows)
+    scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
+    weights = scores.softmax(dim=-1, dtype=torch.float32).to(query.dtype)
+    weights = torch.nn.functional.dropout(weights, p=dropout, training=module.training)
+    return (weights @ value).transpose(1, 2).contiguous(), None
 
 
 def _window_mask(query: Tensor, window: int | None) -> Tensor | None:

@@ -47,9 +47,7 @@ def test_a_packed_row_has_the_loss_and_gradients_of_its_conversations(
 ) -> None:
     parts = ModelConfig(language_model=language_model(kind), vision_tower=tower("siglip_vision_model"))
     model, processor = build_model(parts)
-    if not enable_packing(model):
-        assert kind == "gemma2"  # its attention scores are soft-capped, which SDPA cannot do
-        return
+    assert enable_packing(model)  # also of Gemma 2, whose soft-capped scores SDPA cannot compute
     rows = [processor.encode_question(text)[0] for text in ("What is written on the sign? " * 2, "The total?")]
     pixels = torch.randn(2, 3, 56, 56)
     lengths = tuple(len(row) for row in rows)
@@ -69,10 +67,10 @@ def test_a_packed_row_has_the_loss_and_gradients_of_its_conversations(
     )
     alone.backward()  # type: ignore[union-attr]
     assert float(loss.detach()) == pytest.approx(float(alone.detach()), rel=1e-5)  # type: ignore[union-attr]
+    largest = max(float(one.abs().max()) for one in gradients.values())
     for name, parameter in model.named_parameters():
         if parameter.grad is not None:
-            scale = parameter.grad.abs().max().clamp(min=1e-3)
-            assert torch.allclose(gradients[name], parameter.grad, atol=1e-5 * float(scale)), name
+            assert torch.allclose(gradients[name], parameter.grad, atol=1e-6 * largest, rtol=1e-4), name
 
 
 def test_the_loss_of_capped_logits_is_that_of_cross_entropy() -> None:

@@ -63,6 +63,7 @@ _TEMPLATES: dict[str, tuple[str, tuple[str, ...], str]] = {
     "brackets": (_BRACKETS, ("<s>", "</s>", "[INST]", "[/INST]"), "</s>"),
 }
 _GROUPED = {"num_key_value_heads": 2}
+_HALF_WINDOWED = {"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 1}
 _LLAMA3_ROPE = {
     "rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "high_freq_factor": 4.0, "low_freq_factor": 1.0,
     "original_max_position_embeddings": 64,
@@ -71,12 +72,12 @@ _LLAMA3_ROPE = {
 _LANGUAGE_MODELS: dict[str, tuple[str, int, dict[str, Any]]] = {
     "llama": ("headers", 0, {**_GROUPED, "rope_parameters": _LLAMA3_ROPE, "tie_word_embeddings": True}),
     "mistral": ("brackets", 0, {**_GROUPED, "sliding_window": 16, "head_dim": 8}),
-    "qwen2": ("chatml", 13, {**_GROUPED, "tie_word_embeddings": True}),
+    "qwen2": ("chatml", 13, {**_GROUPED, "tie_word_embeddings": True, **_HALF_WINDOWED}),
     "qwen3": ("thinking", 13, {**_GROUPED, "head_dim": 16}),
     "gemma2": ("turns", 0, {**_GROUPED, "head_dim": 8, "sliding_window": 16, "query_pre_attn_scalar": 8}),
-    "gemma3_text": ("turns", 0, {**_GROUPED, "head_dim": 8, "sliding_window": 16, "num_hidden_layers": 6}),
+    "gemma3_text": ("turns", 0, {**_GROUPED, "head_dim": 8, "sliding_window": 16, "sliding_window_pattern": 2}),
     "phi3": ("chatml", 13, _GROUPED),
-    "smollm3": ("chatml", 0, _GROUPED),
+    "smollm3": ("chatml", 0, {**_GROUPED, "no_rope_layer_interval": 2}),
     "olmo2": ("chatml", 0, _GROUPED),
 }
 LANGUAGE_MODELS = tuple(_LANGUAGE_MODELS)
@@ -92,7 +93,7 @@ def save_language_model(kind: str, folder: Path, *, seed: int = 1) -> Path:
     tokenizer = make_tokenizer(template)
     config = AutoConfig.for_model(
         kind,
-        **{**_SIZES, "num_hidden_layers": 4, "max_position_embeddings": 512, **changed},
+        **{**_SIZES, "num_hidden_layers": 2, "max_position_embeddings": 512, **changed},
         vocab_size=len(tokenizer) + spare,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,

@@ -38,6 +38,8 @@ _STOCK = (
     ("multi_modal_projector.", "model.multi_modal_projector."),
     ("model.multi_modal_projector.", "model.multi_modal_projector."),
 )
+# Kinds of towers whose tensors have the prefix ``vision_model.`` in files, though not in the modules of transformers 5.
+_PREFIXED_TOWERS = ("clip_vision_model", "siglip_vision_model", "siglip2_vision_model")
 # Buffers in old checkpoints; the frequencies of RoPE are computed.
 _IGNORED = re.compile(r"(^|\.)rotary_emb\.inv_freq$|(^|\.)position_ids$")
 # The original sometimes saved a copy of the tower in the model.
@@ -100,8 +102,14 @@ def from_stock(name: str) -> str | None:
     return name
 
 
-def to_stock(name: str) -> str:
-    """Return stock LLaVA's name, as on the hub, of one of our tensors or one below ``STOCK_PROJECTOR``."""
+def to_stock(name: str, *, tower: str = "clip_vision_model") -> str:
+    """Return stock LLaVA's name, as on the hub, of one of our tensors or one below ``STOCK_PROJECTOR``.
+
+    Args:
+        tower: The ``model_type`` of the vision tower.
+    """
+    if name.startswith(TOWER) and tower not in _PREFIXED_TOWERS:
+        return "vision_tower." + name.removeprefix(TOWER)
     for stock, ours in _STOCK:
         if name.startswith(ours):
             return stock + name.removeprefix(ours)
