@@ -25,11 +25,11 @@ from llavar_peft.models.model_parts import ModelParts
 from llavar_peft.recipe.schema import ModelConfig
 from llavar_peft.types import expand_home
 from llavar_peft.weights.adapter.adapter_files import ADAPTER_CONFIG
+from llavar_peft.weights.delta.flat_settings import flatten_config
 from llavar_peft.weights.delta.released_layout import (
     ReleasedView,
     copy_companions,
     find_tokenizer,
-    flatten_config,
     read_model_config,
 )
 from llavar_peft.weights.io import tensor_names
