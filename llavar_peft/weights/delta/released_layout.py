@@ -210,12 +210,12 @@ def copy_companions(view: ReleasedView, staged: Path, tokenizers: Sequence[Path]
     if config.get(FLAT_TEMPLATE) == "chat":
         for path in find_companions(tokenizers[0], (CHAT_TEMPLATE_FILE,), licences=False):
             copy_companion(path, staged)
-    complete = (staged / TOKENIZER_MODEL).is_file() and (staged / ADDED_TOKENS_FILE).is_file()
-    if model is None or not is_released_format(config) or complete:
+    if model is None:
         return
-    if config.get("mm_use_im_patch_token", True):
-        _write_released_tokenizer(model, staged, config)
-    elif not (staged / TOKENIZER_MODEL).is_file():
+    if is_released_format(config) and config.get("mm_use_im_patch_token", True):
+        if not ((staged / TOKENIZER_MODEL).is_file() and (staged / ADDED_TOKENS_FILE).is_file()):
+            _write_released_tokenizer(model, staged, config)
+    elif config.get(FLAT_TEMPLATE) != "chat" and not (staged / TOKENIZER_MODEL).is_file():
         copy_companion(model, staged)
 
 
