@@ -13,7 +13,7 @@ from llavar_peft.cli.shared_options import OntoOption, OutFolderOption, ShardGig
 if TYPE_CHECKING:
     from llavar_peft.weights.io.shard_layout import WeightsFormat
 
-Base = Annotated[Path, typer.Option("--base", help="The folder of the LLaMA or Vicuna that the delta refers to.")]
+Base = Annotated[Path, typer.Option("--base", help="The folder of the language model that the delta refers to.")]
 Delta = Annotated[Path, typer.Option("--delta", help="The folder of the delta.")]
 Safetensors = Annotated[
     bool, typer.Option("--safetensors", help="Write safetensors instead of pytorch_model-*.bin, the released format.")

@@ -9,18 +9,18 @@ from __future__ import annotations
 import difflib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast, get_args
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING
 
-from llavar_peft.constants import IMAGE_PATCH_TOKEN, IMAGE_PLACEHOLDER, MODEL_TYPE, RELEASED_MODEL_TYPE
-from llavar_peft.errors import ConfigError, WeightsError
+from llavar_peft.constants import MODEL_TYPE, RELEASED_MODEL_TYPE
+from llavar_peft.errors import ConfigError
+from llavar_peft.models.flat_layout import check_flat, is_flat, read_flat
 from llavar_peft.models.hf_llava import read_stock
 from llavar_peft.models.hub_models import download, is_hub_name
-from llavar_peft.models.language_model_loading import add_placeholder, read_language_model, with_mean_rows
-from llavar_peft.models.llama_tokenizer import add_image_tokens, load_tokenizer
-from llavar_peft.models.llavar_config import LlavarConfig, make_config, read_llama_config
+from llavar_peft.models.language_model_loading import read_language_model
+from llavar_peft.models.llavar_config import LlavarConfig, make_config
 from llavar_peft.models.model_parts import ModelParts
 from llavar_peft.models.pretrained_files import load_pretrained
 from llavar_peft.models.processing_llavar import LlavarProcessor
@@ -36,7 +36,6 @@ from llavar_peft.weights.io.tensor_table import WEIGHTS_FILES
 
 if TYPE_CHECKING:
     from torch import Tensor
-    from transformers import PreTrainedTokenizerFast
 
 _CLIP = ("clip", "clip_vision_model")
 
@@ -103,7 +102,7 @@ def read_checkpoint(config: ModelConfig) -> ModelParts:
     kind = described.get("model_type")
     if kind == MODEL_TYPE:
         return _read_own_layout(folder, config)
-    if kind in (RELEASED_MODEL_TYPE, "llava_llama") and "text_config" not in described:
+    if is_flat(described):
         return _read_released_layout(folder, described, config)
     if kind == RELEASED_MODEL_TYPE:
         return read_stock(folder)
@@ -141,56 +140,8 @@ def _read_own_layout(folder: Path, config: ModelConfig) -> ModelParts:
 
 
 def _read_released_layout(folder: Path, described: Mapping[str, Any], config: ModelConfig) -> ModelParts:
-    stored = _rename_released(open_weights(folder))
-    check_not_delta(stored.get(tensor_names.FINAL_NORM), folder)
-    if config.vision_tower is None:
-        raise ConfigError.at(
-            "model.vision_tower",
-            f"not set, and a checkpoint in the released layout contains no vision tower (it was trained with "
-            f"{described.get('mm_vision_tower')!r})",
-            "set it to the folder of the CLIP model that the checkpoint was trained with",
-        )
-    text = read_llama_config(described, folder)
-    use_im_start_end = bool(described.get("mm_use_im_start_end", False))
-    tokenizer = load_tokenizer(folder)
-    # LLaVA-1.5's code has no image token: it splits the text at each image.
-    has_image_token = use_im_start_end or bool(described.get("mm_use_im_patch_token", True))
-    if has_image_token:
-        add_image_tokens(tokenizer, use_im_start_end=use_im_start_end)
-    else:
-        add_placeholder(tokenizer)
-    image_token = IMAGE_PATCH_TOKEN if has_image_token else IMAGE_PLACEHOLDER
-    tower = _read_tower(config.vision_tower)
-    model_config = make_config(
-        text,
-        tower.config,
-        vocab_size=text.vocab_size if has_image_token else len(tokenizer),
-        image_token_id=int(tokenizer.convert_tokens_to_ids(image_token)),
-        vision_feature_layer=int(described.get("mm_vision_select_layer", config.vision_feature_layer)),
-        use_im_start_end=use_im_start_end,
-        sep_image_conv_front=bool(described.get("sep_image_conv_front", False)),
-        image_side=tower.side,
-        extra_positions=tower.extra_positions,
-        projector_type=_released_projector_type(described, folder),
-    )
-    tensors: dict[str, Tensor | JoinedRows] = {**stored, **tower.tensors}
-    if has_image_token:
-        _check_rows(stored, tokenizer, folder)
-    else:
-        for name in {tensor_names.EMBEDDINGS, tensor_names.HEAD} & set(stored):
-            tensors[name] = with_mean_rows(stored[name], len(tokenizer))
-    return ModelParts(
-        source=str(folder),
-        config=model_config,
-        tensors=tensors,
-        tokenizer=tokenizer,
-        image_processor=tower.image_processor,
-        image_mode=config.image_mode,
-        # LLaVAR evaluates with another mode than it trains with: llava/eval/run_llava.py, resize_image.
-        inference_image_mode="pad_black" if has_image_token else config.image_mode,
-        template="llava_v1" if has_image_token else "vicuna_v1",
-        image_token=image_token,
-    )
+    check_flat(folder, described, config.vision_tower)
+    return read_flat(folder, described, config, _read_tower(_required(config.vision_tower)))
 
 
 def resolve_folder(name: str, setting: str) -> Path:
@@ -240,34 +191,6 @@ def _fix_for_file(path: Path) -> str:
 
 def _read_tower(name: str) -> TowerParts:
     return read_tower(resolve_folder(name, "model.vision_tower"))
-
-
-def _released_projector_type(described: Mapping[str, Any], folder: Path) -> ProjectorType:
-    """Return the projector of a released checkpoint, which LLaVAR's own configuration does not state."""
-    stated = described.get("mm_projector_type", "linear")
-    if stated not in get_args(ProjectorType):
-        raise ConfigError.at(
-            f"{folder / 'config.json'}:mm_projector_type",
-            f"unknown projector (got {stated!r}, expected one of {', '.join(get_args(ProjectorType))})",
-            "use a checkpoint with one of these projectors",
-        )
-    return cast("ProjectorType", stated)
-
-
-def _rename_released(store: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {ours: tensor for name, tensor in store.items() if (ours := tensor_names.from_released(name))}
-
-
-def _check_rows(tensors: Mapping[str, Tensor], tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
-    """Reject embeddings that have another number of rows than the tokenizer has tokens: the ids would be shifted."""
-    rows = tensors[tensor_names.EMBEDDINGS].shape[0] if tensor_names.EMBEDDINGS in tensors else len(tokenizer)
-    if rows != len(tokenizer):
-        raise WeightsError.at(
-            str(folder),
-            f"the embeddings and the tokenizer do not belong together (got {rows} rows and {len(tokenizer)} tokens)",
-            "put the tokenizer that the checkpoint was saved with into its folder (added_tokens.json or "
-            "tokenizer_config.json states the ids of the added tokens)",
-        )
 
 
 def _draw_projector(width_in: int, width_out: int, kind: ProjectorType, seed: int) -> dict[str, Tensor]:

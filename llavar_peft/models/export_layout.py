@@ -20,24 +20,26 @@ from llavar_peft.constants import MODEL_TYPE, RELEASED_MODEL_TYPE
 from llavar_peft.errors import ConfigError
 from llavar_peft.models.build_model import expected_shapes, register
 from llavar_peft.models.checkpoint_loading import read_checkpoint, resolve_folder
+from llavar_peft.models.flat_layout import is_flat
 from llavar_peft.models.hf_llava import write_stock_companions
 from llavar_peft.models.model_parts import ModelParts
 from llavar_peft.recipe.schema import ModelConfig
 from llavar_peft.types import expand_home
 from llavar_peft.weights.adapter.adapter_files import ADAPTER_CONFIG
+from llavar_peft.weights.delta.flat_settings import flatten_config
 from llavar_peft.weights.delta.released_layout import (
     ReleasedView,
     copy_companions,
     find_tokenizer,
-    flatten_config,
     read_model_config,
 )
 from llavar_peft.weights.io import tensor_names
 from llavar_peft.weights.io.convert_layout import ACTIVATIONS, ProjectorForm, to_two_layers, write_converted
 from llavar_peft.weights.io.folder_writer import WeightsReport
+from llavar_peft.weights.io.joined_rows import whole
 from llavar_peft.weights.io.shard_layout import RELEASED_SHARD_SIZE, WeightsFormat
 from llavar_peft.weights.io.tensor_blocks import check_tensors
-from llavar_peft.weights.io.tensor_table import TensorEntry, read_tensor_table
+from llavar_peft.weights.io.tensor_table import TensorEntry, read_tensor_table, torch_dtype
 from llavar_peft.weights.io.weights_card import portable_name, write_weights_card
 from llavar_peft.weights.io.write_weights import Progress
 
@@ -48,6 +50,8 @@ logger = logging.getLogger(__name__)
 
 Layout = Literal["llavar", "original", "hf-llava"]
 _FLOAT16 = "float16"
+_STOCK_PAD = "<pad>"
+"""The token that ``llava-hf/llava-1.5-*`` adds next to the image token."""
 
 
 def export(  # noqa: PLR0913 - the options of the conversion
@@ -104,13 +108,15 @@ def export(  # noqa: PLR0913 - the options of the conversion
     parts = read_checkpoint(ModelConfig(checkpoint=str(folder), vision_tower=tower))
     check_tensors(parts.tensors, expected_shapes(parts.config), where=parts.source)
     read = parts.whole_tensors()
-    tensors = _locate_tensors(folder, tower, parts)
+    rows = _rows_in_original(parts) if to == "original" else int(parts.config.text_config.vocab_size)
     if to == "original":
         _check_original(parts)
+    tensors = _locate_tensors(folder, tower, parts, rows)
+    if to == "original":
         tensors = {new: one for name, one in tensors.items() if (new := tensor_names.to_released(name)) is not None}
         folders = (expand_home(tokenizer), folder) if tokenizer is not None else (folder,)
         find_tokenizer(tuple(reversed(folders)))  # a link out of a folder is found before anything is written
-        finish = partial(_finish_original, parts, folder, folders)
+        finish = partial(_finish_original, parts, rows, folder, folders)
     elif to == "hf-llava":
         activation = parts.config.projector_hidden_act
         if activation == "linear":
@@ -140,27 +146,51 @@ def export(  # noqa: PLR0913 - the options of the conversion
 
 
 def _check_original(parts: ModelParts) -> None:
-    kind = parts.config.text_config.model_type
-    if kind != "llama":
-        raise ConfigError.at(
-            "to",
-            f"the original layout exists for LLaMA and Vicuna only (the language model is of the kind {kind!r})",
-            "use hf-llava, which stock transformers opens",
-        )
+    """Reject a model that LLaVA's code cannot read: with another language model, or another tower than CLIP."""
+    kinds = (parts.config.text_config.model_type, parts.config.vision_config.model_type)
+    for what, kind, expected in (
+        ("language models LLaMA and Mistral", kinds[0], ("llama", "mistral")),
+        ("vision tower CLIP", kinds[1], ("clip_vision_model",)),
+    ):
+        if kind not in expected:
+            raise ConfigError.at(
+                "to",
+                f"the original layout exists for the {what} only (got {kind!r})",
+                "use hf-llava, which stock transformers opens",
+            )
 
 
-def _locate_tensors(folder: Path, tower: str | None, parts: ModelParts) -> dict[str, TensorEntry | Tensor]:
-    """Return where each tensor of the model is stored, under this package's names in the modules' order."""
+def _rows_in_original(parts: ModelParts) -> int:
+    """Return the number of rows of the embeddings in the original layout, which has none for LLaVA-1.5's image token.
+
+    Rows from the image token on are left out, unless one of them belongs to a token of the language model.
+    """
+    rows, first = int(parts.config.text_config.vocab_size), int(parts.config.image_token_index)
+    later = {token for token, index in parts.tokenizer.get_vocab().items() if index >= first}
+    return first if parts.template != "llava_v1" and later <= {parts.image_token, _STOCK_PAD} else rows
+
+
+def _locate_tensors(folder: Path, tower: str | None, parts: ModelParts, rows: int) -> dict[str, TensorEntry | Tensor]:
+    """Return where each tensor of the model is stored, under this package's names in the modules' order.
+
+    Embeddings and head that have another number of rows on disk are in memory.
+    """
     rename = _choose_rename(read_model_config(folder))
     found: dict[str, TensorEntry | Tensor] = {
         new: entry for name, entry in read_tensor_table(folder).items() if (new := rename(name)) is not None
     }
+    for name in (tensor_names.EMBEDDINGS, tensor_names.HEAD):
+        entry = found.get(name)
+        if isinstance(entry, TensorEntry) and name in parts.tensors and entry.shape[0] != rows:
+            found[name] = whole(parts.tensors[name])[:rows].to(torch_dtype(entry.dtype)).contiguous()
     if tower is not None:
         entries = read_tensor_table(resolve_folder(tower, "vision_tower"))
         found.update({new: entry for name, entry in entries.items() if (new := tensor_names.from_clip(name))})
-    for name in tensor_names.projector_names(parts.config.projector_hidden_act):
-        found.setdefault(name, parts.whole_tensors()[name].contiguous())
-    return {name: found[name] for name in expected_shapes(parts.config)}
+    # A projector that was converted, and towers other than CLIP, whose names transformers changes.
+    return {
+        name: found[name] if name in found else whole(parts.tensors[name]).contiguous()
+        for name in expected_shapes(parts.config)
+    }
 
 
 def _choose_rename(config: Mapping[str, Any]) -> Callable[[str], str | None]:
@@ -178,10 +208,11 @@ def _finish_own_layout(parts: ModelParts, dtype: str | None, staged: Path) -> No
         write_json(staged / "config.json", {**config, "dtype": dtype})
 
 
-def _finish_original(parts: ModelParts, folder: Path, tokenizers: tuple[Path, ...], staged: Path) -> None:
+def _finish_original(parts: ModelParts, rows: int, folder: Path, tokenizers: tuple[Path, ...], staged: Path) -> None:
     config = read_model_config(folder)
-    if config.get("model_type") == MODEL_TYPE or "text_config" in config:
-        config = flatten_config({**parts.config.to_dict(), "model_type": MODEL_TYPE})
+    if not is_flat(config):
+        whole_config = {**parts.config.to_dict(), "model_type": MODEL_TYPE}
+        config = {**flatten_config(whole_config, template=parts.template), "vocab_size": rows}
     # The model's own tokenizer comes first; only files that it lacks are copied from the other folder.
     copy_companions(ReleasedView(folder, dict(config), {}), staged, tuple(reversed(tokenizers)))
     if not (staged / "tokenizer.model").is_file():

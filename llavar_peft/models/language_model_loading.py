@@ -77,7 +77,7 @@ def read_language_model(folder: Path, settings: ModelConfig) -> LanguageParts:
     if legacy:
         add_image_tokens(tokenizer, use_im_start_end=use_im_start_end)
     else:
-        _check_fast(tokenizer, folder)
+        check_fast(tokenizer, folder)
         add_placeholder(tokenizer)
     tied = bool(config.tie_word_embeddings) and not legacy
     stored = {ours: one for name, one in open_weights(folder).items() if (ours := tensor_names.from_released(name))}
@@ -175,7 +175,12 @@ def _choose_template(folder: Path, described: Mapping[str, Any], settings: Model
     )
 
 
-def _check_fast(tokenizer: Any, folder: Path) -> None:
+def check_fast(tokenizer: Any, folder: Path) -> None:
+    """Reject a slow tokenizer, which does not tell where its tokens stand in a text.
+
+    Raises:
+        ConfigError: Names the tokenizer's class.
+    """
     if not tokenizer.is_fast:
         raise ConfigError.at(
             str(folder),

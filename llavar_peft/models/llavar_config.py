@@ -7,13 +7,21 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, PretrainedConfig
+from transformers import (
+    CONFIG_MAPPING,
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlavaConfig,
+    PretrainedConfig,
+)
 
-from llavar_peft.constants import MODEL_TYPE
+from llavar_peft.constants import MODEL_TYPE, RELEASED_MODEL_TYPE
 from llavar_peft.errors import ConfigError
 from llavar_peft.models.pretrained_files import load_pretrained, make_part_settings, make_settings
 from llavar_peft.recipe.schema import ModelConfig, ProjectorType
 from llavar_peft.types import expand_home
+from llavar_peft.weights.delta.flat_settings import FLAT_TEMPLATE
 from llavar_peft.weights.delta.released_layout import read_model_config
 
 # The fields of a flat, released config.json that describe the language model; no other field is read for it.
@@ -24,6 +32,9 @@ _LLAMA_FIELDS = (
 )  # fmt: skip
 # The name of max_position_embeddings in configurations of early 2023.
 _OLD_POSITIONS = "max_sequence_length"
+_KINDS_IN_LLAVA = {"qwen": "qwen2"}
+"""Names of language models in LLaVA's code that are not those of transformers. Source: LLaVA-NeXT, llava_qwen.py."""
+_NOT_OF_LANGUAGE_MODEL = {"architectures", "dtype", "model_type", "transformers_version"}
 _LLAMA_SIZES = {"7b": (4096, 11008, 32), "13b": (5120, 13824, 40)}
 """Width, the MLP's width, number of layers and of heads. Source: LLaMA (arXiv 2302.13971), table 2, and its released
 params.json."""
@@ -121,6 +132,46 @@ def read_llama_config(described: Mapping[str, Any], folder: Path) -> LlamaConfig
     return make_settings(LlamaConfig, {"tie_word_embeddings": False, **fields}, folder)
 
 
+def flat_language_kind(described: Mapping[str, Any]) -> str:
+    """Return the kind of the language model of a flat ``config.json``, by transformers' name: ``llama``, ``mistral``.
+
+    LLaVA's code names it in ``model_type`` (``llava_mistral``) or only in ``architectures``
+    (``LlavaMistralForCausalLM``).
+    """
+    named = str(described.get("model_type")).removeprefix(RELEASED_MODEL_TYPE).removeprefix("_")
+    if not named:
+        listed = described.get("architectures")
+        first = str(listed[0]) if isinstance(listed, list) and listed else ""
+        found = re.fullmatch(r"Llava(\w+)ForCausalLM", first)
+        named = found[1].lower() if found else "llama"
+    return _KINDS_IN_LLAVA.get(named, named)
+
+
+def read_flat_text_config(described: Mapping[str, Any], folder: Path) -> PretrainedConfig:
+    """Return the language model's configuration from a flat ``config.json`` of LLaVA's code.
+
+    Args:
+        described: The file.
+        folder: Its folder, for messages.
+
+    Raises:
+        ConfigError: transformers has no such language model, or a value is none that a model can have.
+    """
+    kind = flat_language_kind(described)
+    if kind == "llama" and FLAT_TEMPLATE not in described:
+        return read_llama_config(described, folder)
+    if kind not in CONFIG_MAPPING or CONFIG_MAPPING[kind] not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise ConfigError.at(
+            f"{folder / 'config.json'}:model_type",
+            f"a LLaVA with a language model that transformers does not have (got {ascii(kind)[:80]})",
+            "use a LLaVA whose language model AutoModelForCausalLM opens, such as LLaMA, Mistral or Qwen 2",
+        )
+    # LLaVA's own settings stand between those of the language model.
+    own = {*CONFIG_MAPPING[kind]().to_dict(), "rope_theta", "rope_scaling"} - _NOT_OF_LANGUAGE_MODEL
+    fields = {name: value for name, value in described.items() if name in own}
+    return make_part_settings({**fields, "model_type": kind}, folder, default=kind)
+
+
 def config_without_weights(model: ModelConfig) -> LlavarConfig:
     """Return the configuration that ``build_model`` would use, without reading weights.
 
@@ -170,7 +221,10 @@ def _read_described(name: str) -> dict[str, Any] | None:
 
 
 def _llama_by_name(name: str, described: dict[str, Any] | None, setting: str) -> PretrainedConfig:
-    if described is not None and described.get("model_type") not in ("llama", "llava", None):
+    kind = None if described is None else described.get("model_type")
+    if described is not None and str(kind).startswith(f"{RELEASED_MODEL_TYPE}_"):
+        return read_flat_text_config(described, expand_home(name))
+    if described is not None and kind not in ("llama", RELEASED_MODEL_TYPE, None):
         return make_part_settings(described, expand_home(name), default="llama")
     if described is not None:
         return read_llama_config(described, expand_home(name))

@@ -17,6 +17,7 @@ from llavar_peft.errors import WeightsError
 from llavar_peft.models.build_model import PROCESSOR_FILE
 from llavar_peft.models.merge_logits_gap import LogitsGap, measure_merge
 from llavar_peft.types import ReadableRepr, expand_home
+from llavar_peft.weights.io.companion_files import CHAT_TEMPLATE_FILE
 from llavar_peft.weights.io.shard_layout import RELEASED_SHARD_SIZE, WeightsFormat
 from llavar_peft.weights.io.weights_card import adapter_name, portable_name, write_weights_card
 from llavar_peft.weights.io.write_weights import Progress
@@ -27,7 +28,6 @@ logger = logging.getLogger(__name__)
 
 MERGE_FILE = "merge.json"
 """File in the result's folder: what was merged, and how far its logits are from those before the merge."""
-CHAT_TEMPLATE_FILE = "chat_template.jinja"
 BOUND, BOUND_ORIGINAL = 0.05, 0.5
 """The largest accepted difference of the logits, relative to their standard deviation: if the base is stored as it was
 in training, and if adapters of a quantized base are merged onto the original one."""

@@ -20,7 +20,7 @@ from llavar_peft.constants import SYSTEM_PROMPT
 from llavar_peft.errors import ConfigError, MissingDependencyError, WeightsError
 from llavar_peft.models.chunked_loss import cap_logits
 from llavar_peft.models.llama_tokenizer import load_tokenizer
-from llavar_peft.models.llavar_config import read_llama_config
+from llavar_peft.models.llavar_config import read_flat_text_config
 from llavar_peft.models.pretrained_files import make_part_settings
 from llavar_peft.weights.adapter.lora_updates import LowRank
 from llavar_peft.weights.io import tensor_names
@@ -269,7 +269,7 @@ def read_config(config: Mapping[str, Any]) -> tuple[PretrainedConfig, int]:
     if "text_config" in config:
         text = make_part_settings(config["text_config"], Path("config.json"), default="llama")
         return text, int(config["image_token_index"])
-    text = read_llama_config(config, Path("config.json"))
+    text = read_flat_text_config(config, Path("config.json"))
     return text, text.vocab_size - (3 if config.get("mm_use_im_start_end") else 1)
 
 

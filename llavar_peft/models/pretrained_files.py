@@ -28,20 +28,22 @@ _LARGEST = {
 """Bounds far above every model there is. A larger number is damage, and building its modules would not end."""
 
 
-def load_pretrained(kind: type[_LoadedT], folder: Path) -> _LoadedT:
+def load_pretrained(kind: type[_LoadedT], folder: Path, *, model_config: PretrainedConfig | None = None) -> _LoadedT:
     """Call a class's ``from_pretrained`` on a local folder.
 
     Args:
         kind: A configuration, tokenizer or processor class of transformers.
         folder: The folder.
+        model_config: For a tokenizer, the configuration of its model; None is the one in the folder.
 
     Raises:
         ConfigError: A file is missing or damaged, states absurd sizes, or names code of its own.
     """
     check_no_code(folder)
     loader: Any = kind
+    options = {} if model_config is None else {"config": model_config}
     try:
-        loaded: _LoadedT = loader.from_pretrained(str(folder), trust_remote_code=False)
+        loaded: _LoadedT = loader.from_pretrained(str(folder), trust_remote_code=False, **options)
     except LlavarError:
         raise
     except Exception as error:  # the loaders pass on whatever a damaged file causes

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
 from llavar_peft.errors import Fault, WeightsError
@@ -57,6 +57,12 @@ def check_delta_base(base: ReleasedView, delta: ReleasedView) -> BaseCheckMethod
         if found:
             raise _wrong_base(base, delta, f"its fingerprint differs in {join_first(found)}")
         return "fingerprint"
+    if any(entry.dtype == "bfloat16" for entry in delta.table.values()):
+        raise WeightsError.at(
+            str(delta.folder),
+            f"no {FINGERPRINT_FILE} in it, without which the base of a delta in bfloat16 cannot be checked",
+            "download the file too, or skip the check with --force",
+        )
     evidence = sample_delta_values(base.table, delta.table)
     if not evidence.fits:
         share = evidence.off_grid / evidence.tested
@@ -76,8 +82,19 @@ def _wrong_base(base: ReleasedView, delta: ReleasedView, reason: str) -> Weights
     return WeightsError(str(fault), (fault,))
 
 
+def with_head_of(base: ReleasedView, other: ReleasedView) -> ReleasedView:
+    """Return a base whose tied head, which is the embeddings, is stored as in a target or delta: once or twice."""
+    table = dict(base.table)
+    if base.config.get("tie_word_embeddings"):
+        if tensor_names.HEAD not in other.table:
+            table.pop(tensor_names.HEAD, None)
+        elif tensor_names.HEAD not in table and tensor_names.RELEASED_EMBEDDINGS in table:
+            table[tensor_names.HEAD] = table[tensor_names.RELEASED_EMBEDDINGS]
+    return replace(base, table=table)
+
+
 def check_matching_tensors(base: ReleasedView, other: ReleasedView) -> None:
-    """Reject a base and a target (or delta) with different tensors, except for what LLaVA adds to LLaMA.
+    """Reject a base and a target (or delta) with different tensors, except for what LLaVA adds to it.
 
     Args:
         base: The base.

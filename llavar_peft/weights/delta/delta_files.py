@@ -17,11 +17,11 @@ from llavar_peft.atomic_files import write_text
 from llavar_peft.errors import ConfigError
 from llavar_peft.types import expand_home
 from llavar_peft.weights.adapter.lora_updates import read_adapter
-from llavar_peft.weights.delta.delta_base_check import check_delta_base, check_matching_tensors
+from llavar_peft.weights.delta.delta_base_check import check_delta_base, check_matching_tensors, with_head_of
+from llavar_peft.weights.delta.flat_settings import is_released_format
 from llavar_peft.weights.delta.released_layout import (
     ReleasedView,
     check_not_delta,
-    check_released_kind,
     copy_companions,
     find_tokenizer,
     is_delta,
@@ -31,10 +31,11 @@ from llavar_peft.weights.io import tensor_names
 from llavar_peft.weights.io.folder_writer import FolderWriter, WeightsReport
 from llavar_peft.weights.io.shard_layout import RELEASED_SHARD_SIZE, TensorSpec, WeightsFormat
 from llavar_peft.weights.io.tensor_blocks import read_blocks
+from llavar_peft.weights.io.tensor_table import torch_dtype
 from llavar_peft.weights.io.weights_card import portable_name, write_weights_card
 from llavar_peft.weights.io.weights_fingerprint import FINGERPRINT_FILE, check_adapter_base, take_fingerprint
 from llavar_peft.weights.io.write_weights import Progress, identify_files, write_weights
-from llavar_peft.weights.merge.merge_base import released_merge_base
+from llavar_peft.weights.merge.merge_base import MergeBase, released_merge_base
 from llavar_peft.weights.merge.merge_stream import MergedTensors, Onto, choose_rounding
 
 if TYPE_CHECKING:
@@ -55,16 +56,16 @@ def make_delta(
     shard_size: int = RELEASED_SHARD_SIZE,
     progress: Progress | None = None,
 ) -> WeightsReport:
-    """Write target - base in the released format, bit-equal to the original's ``make_delta``.
+    """Write target - base in the released format; for LLaMA, bit-equal to the original's ``make_delta``.
 
     Never holds more than a few blocks of a tensor. If it was killed or the disk was full, the same call resumes.
 
     Args:
-        base: Folder of a LLaMA or a Vicuna.
-        target: Folder of a LLaVAR: a checkpoint of ours, or one in the released layout.
+        base: Folder of the language model, for example LLaMA-13B.
+        target: Folder of a model with images made from it: a checkpoint of ours, or one in the released layout.
         out: Folder to create.
         adapter: Folder of one adapter, or of several, that are merged into the target one after another: the delta is
-            that of the merged model in fp16, which is not written itself. With one adapter, the target may be the
+            that of the merged model, which is not written itself. With one adapter, the target may be the
             plain language model that it was trained on.
         onto: For adapters of a quantized base, as for ``merge_adapter``.
         form: ``"bin"``, as released, or ``"safetensors"``.
@@ -80,6 +81,7 @@ def make_delta(
     old, new = view_as_released(base), view_as_released(target)
     folders = [expand_home(one) for one in ([adapter] if isinstance(adapter, (str, Path)) else adapter)]
     _check_roles(old, new, adapters=bool(folders))
+    old = with_head_of(old, new)
     check_matching_tensors(old, new)
     for folder in folders[:1]:
         check_adapter_base(folder, lambda: take_fingerprint(new.table, new.config), str(target))
@@ -89,15 +91,17 @@ def make_delta(
     prints = {"base": take_fingerprint(old.table, old.config)}
     if not folders:  # the fingerprint of a merged model is not known before the merge
         prints["target"] = take_fingerprint(new.table, new.config)
-    specs = [TensorSpec(name, shape, "float16") for name, shape in merged.base.shapes.items()]
+    flat = dict(merged.base.config)
+    specs = [TensorSpec(name, shape, _dtype(merged.base, flat, name)) for name, shape in merged.base.shapes.items()]
+    dtypes = {spec.name: spec.dtype for spec in specs}
     plan = repr((merged.identity(), rounding, _identity(old, new)))
     # The tokenizer of an adapter has the image tokens, that of its plain language model has not.
     tokenizers = (*reversed(merged.base.companions), old.folder)
     find_tokenizer(tokenizers)  # a link out of a folder is found before anything is written
     return _write(
         FolderWriter(expand_home(out), specs, form=form, shard_size=shard_size, plan=plan),
-        lambda name: merged.blocks(name, "float16"),
-        (old, replace(new, config=dict(merged.base.config))),
+        lambda name: merged.blocks(name, dtypes[name]),
+        (old, replace(new, config=flat)),
         sign=-1,
         tokenizers=tokenizers,
         prints=prints,
@@ -122,12 +126,12 @@ def apply_delta(
     force: bool = False,
     progress: Progress | None = None,
 ) -> WeightsReport:
-    """Write base + delta in the released layout, bit-equal to the original's ``apply_delta``.
+    """Write base + delta in the released layout; for LLaMA, bit-equal to the original's ``apply_delta``.
 
     Never holds more than a few blocks of a tensor. If it was killed or the disk was full, the same call resumes.
 
     Args:
-        base: Folder of the LLaMA or Vicuna that the delta was made from.
+        base: Folder of the language model that the delta was made from.
         delta: Folder of a delta, as released or of ours.
         out: Folder to create.
         form: ``"bin"``, as released, or ``"safetensors"``.
@@ -143,13 +147,14 @@ def apply_delta(
     """
     old, step = view_as_released(base), view_as_released(delta)
     if not force:
-        check_not_delta(old.table.get(_NORM), old.folder)
+        check_not_delta(old.table.get(_NORM), old.folder, old.config)
         _check_is_delta(step)
+    old = with_head_of(old, step)
     check_matching_tensors(old, step)
     if not force:
         check_delta_base(old, step)
     prints = {"base": take_fingerprint(old.table, old.config), "delta": take_fingerprint(step.table, step.config)}
-    specs = [TensorSpec(name, entry.shape, "float16") for name, entry in step.table.items()]
+    specs = [TensorSpec(name, one.shape, delta_dtype(one.dtype, step.config)) for name, one in step.table.items()]
     tokenizers = (step.folder, old.folder)
     find_tokenizer(tokenizers)  # a link out of a folder is found before anything is written
     return _write(
@@ -167,19 +172,19 @@ def apply_delta(
 
 
 def _check_is_delta(view: ReleasedView) -> None:
-    if _NORM in view.table and not is_delta(view.table[_NORM]):
+    norm = view.table.get(_NORM)
+    if norm is not None and not is_delta(norm, view.folder, view.config):
         raise ConfigError.at(
             str(view.folder),
             "complete weights, expected a delta (the mean of a delta's last norm is near 0)",
-            "give the folder of the released delta; complete weights need no `delta apply`",
+            "give the folder of a delta; complete weights need no `delta apply`",
         )
 
 
 def _check_roles(base: ReleasedView, target: ReleasedView, *, adapters: bool) -> None:
     """Reject folders that cannot be the base and the target of a delta."""
     for view in (base, target):
-        check_released_kind(view)
-        check_not_delta(view.table.get(_NORM), view.folder)
+        check_not_delta(view.table.get(_NORM), view.folder, view.config)
     if not adapters and base.folder.resolve() == target.folder.resolve():
         raise ConfigError.at(
             str(target.folder), "the target is the base", "give the folder of the trained model as the target"
@@ -190,6 +195,22 @@ def _check_roles(base: ReleasedView, target: ReleasedView, *, adapters: bool) ->
             "a plain language model, expected a LLaVAR (it has no projector)",
             "give the folder of the trained model as the target, or the adapter that was trained on it with --adapter",
         )
+
+
+def _dtype(base: MergeBase, flat: Mapping[str, Any], name: str) -> str:
+    """Return the dtype of a tensor of a delta to be made; that of the embeddings for one that is not on disk."""
+    return delta_dtype(base.dtype(name), flat)
+
+
+def delta_dtype(stored: str, config: Mapping[str, Any]) -> str:
+    """Return the dtype of a delta's tensor, and of what is computed from it.
+
+    Args:
+        stored: Dtype of the target's tensor.
+        config: The target's flat configuration. Deltas of LLaMA are in fp16, as released; the values of other models
+            that were trained in bf16 may be outside of its range.
+    """
+    return stored if stored == "bfloat16" and not is_released_format(config) else "float16"
 
 
 def _write(
@@ -208,10 +229,11 @@ def _write(
 
     def combined(spec: TensorSpec) -> Iterator[Tensor]:
         rows = read_blocks(base[spec.name]) if spec.name in base else iter(())
-        return combine(blocks(spec.name), rows, sign=sign)
+        return combine(blocks(spec.name), rows, sign=sign, dtype=spec.dtype)
 
     def finish(staged: Path) -> None:
-        copy_companions(views[1], staged, tokenizers)
+        found = {spec.dtype for spec in writer.specs.values()}
+        copy_companions(views[1], staged, tokenizers, "bfloat16" if "bfloat16" in found else "float16")
         write_text(staged / FINGERPRINT_FILE, json.dumps(prints) + "\n")
         describe(staged)
 
@@ -224,23 +246,25 @@ def _write(
     )
 
 
-def combine(blocks: Iterator[Tensor], base: Iterator[Tensor], *, sign: int) -> Iterator[Tensor]:
-    """Add or subtract the base's rows, in fp16; rows that the base does not have are not changed.
+def combine(blocks: Iterator[Tensor], base: Iterator[Tensor], *, sign: int, dtype: str) -> Iterator[Tensor]:
+    """Add or subtract the base's rows, in the delta's dtype; rows that the base does not have are not changed.
 
     Args:
         blocks: Blocks of a target or delta.
         base: Blocks of the base's tensor of the same name; empty if there is none.
         sign: 1 adds, -1 subtracts.
+        dtype: ``"float16"`` or ``"bfloat16"``.
 
     Yields:
-        Blocks in fp16.
+        Blocks in this dtype.
     """
+    half = torch_dtype(dtype)
     for block in blocks:
-        result = block.half()
+        result = block.to(half)
         rows = next(base, None)
         if rows is not None:
             known = result[: len(rows)]
-            known.add_(rows.half()) if sign > 0 else known.sub_(rows.half())
+            known.add_(rows.to(half)) if sign > 0 else known.sub_(rows.to(half))
         yield result
     for _ in base:  # the checksum is compared after the last block
         raise AssertionError("the base has more rows")

@@ -20,10 +20,12 @@ from llavar_peft.constants import (
 )
 from llavar_peft.errors import DAMAGED, ConfigError, WeightsError, describe_reason
 from llavar_peft.types import expand_home
+from llavar_peft.weights.delta.flat_settings import FLAT_TEMPLATE, flatten_config, is_released_format, stated_template
 from llavar_peft.weights.io import tensor_names
 from llavar_peft.weights.io.checkpoint_code import check_no_code
 from llavar_peft.weights.io.companion_files import (
     ADDED_TOKENS_FILE,
+    CHAT_TEMPLATE_FILE,
     GENERATION_FILE,
     TOKENIZER_FILES,
     TOKENIZER_MODEL,
@@ -32,17 +34,15 @@ from llavar_peft.weights.io.companion_files import (
 )
 from llavar_peft.weights.io.tensor_blocks import read_tensor
 from llavar_peft.weights.io.tensor_table import DOWNLOAD_AGAIN, TensorEntry, read_tensor_table
+from llavar_peft.weights.io.weights_fingerprint import FINGERPRINT_FILE, read_fingerprint
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-_TEXT_FIELDS = (
-    "bos_token_id", "eos_token_id", "hidden_act", "hidden_size", "initializer_range", "intermediate_size",
-    "max_position_embeddings", "num_attention_heads", "num_hidden_layers", "rms_norm_eps", "vocab_size",
-)  # fmt: skip
-_ORIGINAL_TOWER = "openai/clip-vit-large-patch14-336"
 _DELTA_MEAN = 0.1
 """Largest mean of a delta's last norm. Norms are initialized with 1 and change little in finetuning."""
+_NORMS_OF_ONES = ("llama", RELEASED_MODEL_TYPE, "mistral", "qwen2", "qwen3", "phi3", "smollm3", "olmo2")
+"""Kinds of language models whose norms are initialized with 1; others are recognized by the files of a delta."""
 _FLOATS = ("float16", "bfloat16", "float32", "float64")
 
 
@@ -97,7 +97,7 @@ def view_as_released(folder: str | Path) -> ReleasedView:
 
 def _flatten(config: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     try:
-        return flatten_config(config)
+        return flatten_config(config, template=stated_template(folder, config))
     except DAMAGED as error:
         what = f"its settings of a language model and a tower cannot be read ({describe_reason(error)})"
         raise ConfigError.at(str(folder / "config.json"), what, DOWNLOAD_AGAIN) from error
@@ -105,22 +105,8 @@ def _flatten(config: Mapping[str, Any], folder: Path) -> dict[str, Any]:
 
 def is_language_model(config: Mapping[str, Any]) -> bool:
     """Return whether a ``config.json`` is that of a plain language model rather than of one with images."""
-    return config.get("model_type") not in (MODEL_TYPE, RELEASED_MODEL_TYPE)
-
-
-def check_released_kind(view: ReleasedView) -> None:
-    """Reject a model that the released layout cannot express.
-
-    Raises:
-        ConfigError: Its language model is no LLaMA.
-    """
-    kind = view.config.get("model_type")
-    if kind not in ("llama", RELEASED_MODEL_TYPE):
-        raise ConfigError.at(
-            str(view.folder),
-            f"the released layout exists for LLaMA and Vicuna only (got a model of the kind {kind!r})",
-            "merge the adapter with `llavar-peft merge`, which writes a complete model",
-        )
+    kind = str(config.get("model_type"))
+    return kind not in (MODEL_TYPE, RELEASED_MODEL_TYPE) and not kind.startswith(f"{RELEASED_MODEL_TYPE}_")
 
 
 def _released_name_of_stock(name: str) -> str | None:
@@ -162,66 +148,48 @@ def check_not_delta(
 
     Args:
         norm: The last RMS norm, ``tensor_names.FINAL_NORM``; None if the folder holds none.
-        folder: The folder, for the message.
-        config: The model's ``config.json``; deltas are of LLaMA's kind. Gemma's norms, for example, are stored as
-            differences from 1. None is a LLaMA.
+        folder: The folder.
+        config: The model's ``config.json``. None is a LLaMA.
 
     Raises:
-        ConfigError: The norm is that of a delta.
+        ConfigError: It is a delta.
     """
-    kind = (config or {}).get("text_config", config or {}).get("model_type", "llama")
-    if norm is not None and kind in ("llama", RELEASED_MODEL_TYPE) and is_delta(norm):
+    if is_delta(norm, Path(folder), config or {}):
         raise ConfigError.at(
             str(folder),
-            "a delta, expected complete weights (the mean of its last norm is near 0, where models have about 1)",
-            "add it to LLaMA's weights first: `llavar-peft delta apply`",
+            "a delta, expected complete weights (the mean of its last norm is near 0, where models have about 1)"
+            if _has_norm_of_ones(config or {})
+            else "a delta, expected complete weights (its fingerprints are those of a delta)",
+            "add it to the weights of its base first: `llavar-peft delta apply`",
         )
 
 
-def is_delta(norm: TensorEntry | Tensor) -> bool:
-    """Return whether the last RMS norm is that of a delta, whose mean is near 0."""
+def is_delta(norm: TensorEntry | Tensor | None, folder: Path, config: Mapping[str, Any]) -> bool:
+    """Return whether weights are a delta: by their last RMS norm or, where that says nothing, their fingerprints.
+
+    The mean of a delta's norm is near 0. Gemma's norms are stored as differences from 1.
+
+    Args:
+        norm: The last RMS norm; None if there is none.
+        folder: The folder of the weights.
+        config: Their ``config.json``.
+    """
+    if not _has_norm_of_ones(config):
+        # An applied delta has the fingerprint of the delta too.
+        known = read_fingerprint(folder / FINGERPRINT_FILE) or {}
+        return "base" in known and "delta" not in known
+    if norm is None:
+        return False
     values = read_tensor(norm) if isinstance(norm, TensorEntry) else norm
     return values.numel() > 0 and abs(float(values.float().mean())) < _DELTA_MEAN
 
 
-def flatten_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Convert our ``config.json`` to the flat one of the released layout, which the original's ``LlavaConfig`` reads.
-
-    Source: the ``config.json`` of the released LLaVAR delta.
-    """
-    text, vision = config["text_config"], config["vision_config"]
-    kind = text.get("model_type", "llama")
-    flat = {key: text[key] for key in _TEXT_FIELDS if key in text}
-    is_original = (vision.get("hidden_size"), vision.get("image_size"), vision.get("patch_size")) == (1024, 336, 14)
-    tower = _ORIGINAL_TOWER if is_original else vision.get("_name_or_path") or "clip"
-    if text.get("num_key_value_heads") not in (None, text.get("num_attention_heads")):
-        flat["num_key_value_heads"] = text["num_key_value_heads"]  # unknown to the original's LLaMA
-    return dict(
-        sorted(
-            {
-                **flat,
-                "architectures": ["LlavaLlamaForCausalLM"],
-                "freeze_mm_mlp_adapter": False,
-                "mm_hidden_size": vision["hidden_size"],
-                **({"mm_projector_type": "mlp2x_gelu"} if config.get("projector_hidden_act") == "gelu" else {}),
-                "mm_use_im_start_end": config.get("use_im_start_end", True),
-                "mm_vision_select_layer": config.get("vision_feature_layer", -2),
-                "mm_vision_tower": tower,
-                "model_type": RELEASED_MODEL_TYPE if kind == "llama" else f"{RELEASED_MODEL_TYPE}_{kind}",
-                "pad_token_id": 0,
-                "sep_image_conv_front": config.get("sep_image_conv_front", False),
-                "tie_word_embeddings": False,
-                "torch_dtype": "float16",
-                "transformers_version": "4.28.1",
-                "tune_mm_mlp_adapter": False,
-                "use_cache": True,
-                "use_mm_proj": True,
-            }.items()
-        )
-    )
+def _has_norm_of_ones(config: Mapping[str, Any]) -> bool:
+    kind = str(config.get("text_config", config).get("model_type", "llama"))
+    return kind.removeprefix(f"{RELEASED_MODEL_TYPE}_") in _NORMS_OF_ONES
 
 
-def copy_companions(view: ReleasedView, staged: Path, tokenizers: Sequence[Path]) -> None:
+def copy_companions(view: ReleasedView, staged: Path, tokenizers: Sequence[Path], dtype: str = "float16") -> None:
     """Write the files of a model other than its weights: configuration, tokenizer, generation settings.
 
     The original's code reads ``tokenizer.model`` only. If the model has none and another of the folders does, that one
@@ -231,16 +199,24 @@ def copy_companions(view: ReleasedView, staged: Path, tokenizers: Sequence[Path]
         view: The model.
         staged: The folder to write to.
         tokenizers: Folders with tokenizers, the model's own first.
+        dtype: Of the weights, by torch's name.
     """
-    config = {**view.config, "torch_dtype": "float16"}
+    config = {**view.config, "torch_dtype": dtype}
     config.pop("dtype", None)
     write_text(staged / "config.json", json.dumps(config, indent=2, sort_keys=True) + "\n")
     companions, model = find_tokenizer(tokenizers)
     for path in companions:
         copy_companion(path, staged)
-    complete = (staged / TOKENIZER_MODEL).is_file() and (staged / ADDED_TOKENS_FILE).is_file()
-    if model is not None and config.get("model_type") == RELEASED_MODEL_TYPE and not complete:
-        _write_released_tokenizer(model, staged, config)
+    if config.get(FLAT_TEMPLATE) == "chat":
+        for path in find_companions(tokenizers[0], (CHAT_TEMPLATE_FILE,), licences=False):
+            copy_companion(path, staged)
+    if model is None:
+        return
+    if is_released_format(config) and config.get("mm_use_im_patch_token", True):
+        if not ((staged / TOKENIZER_MODEL).is_file() and (staged / ADDED_TOKENS_FILE).is_file()):
+            _write_released_tokenizer(model, staged, config)
+    elif config.get(FLAT_TEMPLATE) != "chat" and not (staged / TOKENIZER_MODEL).is_file():
+        copy_companion(model, staged)
 
 
 def find_tokenizer(folders: Sequence[Path]) -> tuple[list[Path], Path | None]:

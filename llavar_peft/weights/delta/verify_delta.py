@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llavar_peft.errors import WeightsError
-from llavar_peft.weights.delta.delta_base_check import check_delta_base, check_matching_tensors
-from llavar_peft.weights.delta.delta_files import combine
+from llavar_peft.weights.delta.delta_base_check import check_delta_base, check_matching_tensors, with_head_of
+from llavar_peft.weights.delta.delta_files import combine, delta_dtype
 from llavar_peft.weights.delta.released_layout import view_as_released
 from llavar_peft.weights.io.tensor_blocks import count_not_finite, not_finite_error, read_blocks
-from llavar_peft.weights.io.tensor_table import TensorEntry
+from llavar_peft.weights.io.tensor_table import TensorEntry, torch_dtype
 from llavar_peft.weights.io.write_weights import Progress
 
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ def verify_delta(
     """Read a whole delta and compare it with its base and, if given, the weights it was made of. Write nothing.
 
     Args:
-        base: Folder of the LLaMA or Vicuna that the delta was made from.
+        base: Folder of the language model that the delta was made from.
         delta: Folder of a delta, as released or of ours.
         target: Folder that base + delta should reproduce.
         progress: Called after each tensor with the number of bytes of the delta read and the total.
@@ -56,6 +56,7 @@ def verify_delta(
         WeightsError: The delta has another base or target; tensors do not fit each other, are damaged or not finite.
     """
     old, step = view_as_released(base), view_as_released(delta)
+    old = with_head_of(old, step)
     check_matching_tensors(old, step)
     method = check_delta_base(old, step)
     new = view_as_released(target) if target is not None else None
@@ -64,7 +65,8 @@ def verify_delta(
     differing, largest, done = 0, 0.0, 0
     total = sum(entry.nbytes for entry in step.table.values())
     for name, entry in step.table.items():
-        count, most = _check_tensor(old.table.get(name), entry, None if new is None else new.table[name])
+        dtype = delta_dtype(entry.dtype, step.config)
+        count, most = _check_tensor(old.table.get(name), entry, None if new is None else new.table[name], dtype)
         differing, largest, done = differing + count, max(largest, most), done + entry.nbytes
         if progress is not None:
             progress(done, total)
@@ -72,16 +74,16 @@ def verify_delta(
     return DeltaCheck(len(step.table), elements, method, new is not None, differing, largest)
 
 
-def _check_tensor(old: TensorEntry | None, step: TensorEntry, new: TensorEntry | None) -> tuple[int, float]:
+def _check_tensor(old: TensorEntry | None, step: TensorEntry, new: TensorEntry | None, dtype: str) -> tuple[int, float]:
     base = read_blocks(old) if old is not None else iter(())
     target = read_blocks(new) if new is not None else iter(())
     differing, largest, wrong = 0, 0.0, 0
-    for difference, applied in _apply(read_blocks(step), base):
+    for difference, applied in _apply(read_blocks(step), base, dtype):
         if count_not_finite(applied):
             raise not_finite_error(step.name, old, step)
         expected = next(target, None)
         if expected is not None:
-            error = (applied.float() - expected.half().float()).abs()
+            error = (applied.float() - expected.to(applied.dtype).float()).abs()
             differing, largest = differing + int((error > 0).sum()), max(largest, float(error.max()))
             wrong += int((error > _rounding(difference) + _rounding(applied)).sum())
     next(target, None)  # the checksum is compared after the last block
@@ -91,23 +93,26 @@ def _check_tensor(old: TensorEntry | None, step: TensorEntry, new: TensorEntry |
     return differing, largest
 
 
-def _apply(step: Iterator[Tensor], base: Iterator[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
+def _apply(step: Iterator[Tensor], base: Iterator[Tensor], dtype: str) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield blocks of a delta, and of the sum."""
     kept: list[Tensor] = []
 
     def keep() -> Iterator[Tensor]:
         for block in step:
-            kept.append(block.half().clone())
+            kept.append(block.to(torch_dtype(dtype), copy=True))
             yield block
 
-    for applied in combine(keep(), base, sign=1):
+    for applied in combine(keep(), base, sign=1, dtype=dtype):
         yield kept.pop(), applied
 
 
 def _rounding(numbers: Tensor) -> Tensor:
-    """Return half a step of fp16 at each number: the largest error of rounding to it."""
+    """Return half a step of the numbers' dtype at each of them: the largest error of rounding to it."""
     import torch
 
-    wide = numbers.float()
+    kind = torch.finfo(numbers.dtype)
+    wide = numbers.double()
     _, exponent = torch.frexp(wide)
-    return torch.ldexp(torch.ones_like(wide), (exponent - 12).clamp(min=-25))
+    # A number of exponent e has steps of 2 ** (e - 1) * eps; subnormal numbers have the smallest one.
+    steps = torch.ldexp(torch.full_like(wide, kind.eps / 2), exponent)
+    return (steps.clamp(min=kind.tiny * kind.eps) / 2).float()

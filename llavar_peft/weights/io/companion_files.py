@@ -21,6 +21,7 @@ TOKENIZER_FILES = (
     TOKENIZER_MODEL, "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", ADDED_TOKENS_FILE,
 )  # fmt: skip
 GENERATION_FILE = "generation_config.json"
+CHAT_TEMPLATE_FILE = "chat_template.jinja"
 MODEL_FILES = (
     *TOKENIZER_FILES, GENERATION_FILE, "preprocessor_config.json", "processor_config.json", "vocab.json", "merges.txt",
 )  # fmt: skip

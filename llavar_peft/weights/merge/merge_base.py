@@ -12,10 +12,10 @@ from llavar_peft.errors import ConfigError, WeightsError
 from llavar_peft.types import expand_home
 from llavar_peft.weights.adapter.adapter_files import BASE_FILE, read_base_settings
 from llavar_peft.weights.adapter.lora_updates import Adapter, Replacement, Rows
+from llavar_peft.weights.delta.flat_settings import flatten_config, stated_template
 from llavar_peft.weights.delta.released_layout import (
     ReleasedView,
     check_not_delta,
-    flatten_config,
     is_language_model,
     read_model_config,
 )
@@ -136,7 +136,7 @@ def released_merge_base(view: ReleasedView, adapters: Sequence[Adapter]) -> Merg
         {released: entry for name, entry in extended.table.items() if (released := tensor_names.to_released(name))},
         {released: shape for name, shape in extended.shapes.items() if (released := tensor_names.to_released(name))},
         tensor_names.from_released,
-        flatten_config(extended.config),
+        flatten_config(extended.config, template=stated_template(adapters[0].folder, extended.config)),
         (view.folder, adapters[0].folder),
         extended.overlay,
     )
