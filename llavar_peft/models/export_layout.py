@@ -27,6 +27,7 @@ from llavar_peft.types import expand_home
 from llavar_peft.weights.adapter.adapter_files import ADAPTER_CONFIG
 from llavar_peft.weights.delta.released_layout import (
     ReleasedView,
+    check_original_tower,
     copy_companions,
     find_tokenizer,
     flatten_config,
@@ -107,6 +108,7 @@ def export(  # noqa: PLR0913 - the options of the conversion
     tensors = _locate_tensors(folder, tower, parts)
     if to == "original":
         _check_original(parts)
+        check_original_tower(parts.config.to_dict(), folder)
         tensors = {new: one for name, one in tensors.items() if (new := tensor_names.to_released(name)) is not None}
         folders = (expand_home(tokenizer), folder) if tokenizer is not None else (folder,)
         find_tokenizer(tuple(reversed(folders)))  # a link out of a folder is found before anything is written

@@ -21,10 +21,12 @@ from llavar_peft.weights.delta.delta_base_check import check_delta_base, check_m
 from llavar_peft.weights.delta.released_layout import (
     ReleasedView,
     check_not_delta,
+    check_original_tower,
     check_released_kind,
     copy_companions,
     find_tokenizer,
     is_delta,
+    read_model_config,
     view_as_released,
 )
 from llavar_peft.weights.io import tensor_names
@@ -80,6 +82,7 @@ def make_delta(
     old, new = view_as_released(base), view_as_released(target)
     folders = [expand_home(one) for one in ([adapter] if isinstance(adapter, (str, Path)) else adapter)]
     _check_roles(old, new, adapters=bool(folders))
+    check_original_tower(read_model_config(new.folder), new.folder)
     check_matching_tensors(old, new)
     for folder in folders[:1]:
         check_adapter_base(folder, lambda: take_fingerprint(new.table, new.config), str(target))
