@@ -5,6 +5,9 @@ Source: LLaVAR, llava/conversation.py (``conv_llava_v1``) and llava/train/train.
 
 from typing import Final
 
+TUNED_TOWER: Final = "tuned_vision_tower"
+"""Field of a model's ``config.json``: whether its vision tower was trained and must not be replaced."""
+
 IGNORE_INDEX: Final = -100
 """Label of a position that is not supervised."""
 

@@ -64,9 +64,13 @@ def _lines(report: AdapterReport) -> list[tuple[str, str]]:
         str(report.base[key]) for key in ("checkpoint", "language_model", "vision_tower") if report.base.get(key)
     ]
     rows = [f"{module} {', '.join(map(str, indices))}" for module, indices in report.rows.items()]
+    tower = f", of the vision tower {report.tower_rank}" if report.tower_rank is not None else ""
     stored = f", stored as {report.base['quantize']}" if report.base.get("quantize") else ""
-    return [
-        ("variant", f"{report.variant}, rank {report.rank}, alpha {report.alpha:g}{', with biases' * report.bias}"),
+    lines = [
+        (
+            "variant",
+            f"{report.variant}, rank {report.rank}{tower}, alpha {report.alpha:g}{', with biases' * report.bias}",
+        ),
         ("target", report.target),
         ("in full", ", ".join(report.in_full) or "nothing"),
         ("rows", "; ".join(rows) or "none"),
@@ -75,3 +79,4 @@ def _lines(report: AdapterReport) -> list[tuple[str, str]]:
         ("base", f"{' + '.join(sources) or 'unknown'}{stored}"),
         ("fingerprint", report.fingerprint or "none; a wrong base cannot be detected"),
     ]
+    return [*lines, *([("tower", report.tower_fingerprint)] if report.tower_fingerprint is not None else [])]

@@ -13,12 +13,13 @@ from llavar_peft.errors import ConfigError, Fault
 from llavar_peft.models.build_model import build_model, expected_shapes
 from llavar_peft.models.checkpoint_loading import resolve_folder
 from llavar_peft.models.modeling_llavar import LlavarForConditionalGeneration
+from llavar_peft.models.tower_loading import read_tower
 from llavar_peft.recipe.schema import ModelConfig
 from llavar_peft.weights.adapter.adapter_files import ADAPTER_WEIGHTS, load_adapter_weights
 from llavar_peft.weights.adapter.adapter_layouts import open_adapter
 from llavar_peft.weights.adapter.adapter_parts import find_base_faults, find_shape_faults, split_adapter
 from llavar_peft.weights.adapter.adapter_settings import peft_settings
-from llavar_peft.weights.delta.released_layout import view_as_released
+from llavar_peft.weights.delta.released_layout import read_tower_table, view_as_released
 from llavar_peft.weights.io import tensor_names
 from llavar_peft.weights.io.tensor_blocks import find_not_finite, raise_faults, read_tensor
 from llavar_peft.weights.io.weights_fingerprint import check_adapter_base, take_fingerprint
@@ -121,7 +122,9 @@ def check_base_of_adapter(adapter: Path, config: ModelConfig) -> None:
     Raises:
         WeightsError: The base is another one; the message states the differences.
     """
-    check_adapter_base(adapter, lambda: fingerprint_base(config), config.checkpoint or config.language_model or "")
+    base = config.checkpoint or config.language_model or ""
+    check_adapter_base(adapter, lambda: fingerprint_base(config), base)
+    check_adapter_base(adapter, lambda: fingerprint_tower(config), config.vision_tower or base, role="tower")
 
 
 @lru_cache(maxsize=8)
@@ -143,6 +146,23 @@ def fingerprint_base(config: ModelConfig) -> dict[str, Any]:
     replaced = _REPLACED_BY_PROJECTOR if config.projector is not None else ()
     table = {name: entry for name, entry in view.table.items() if not name.startswith(replaced)}
     return take_fingerprint(table, view.config)
+
+
+@lru_cache(maxsize=8)
+def fingerprint_tower(config: ModelConfig) -> dict[str, Any] | None:
+    """Take the fingerprint of the vision tower that a model is built from; None if its source has none.
+
+    Args:
+        config: With ``vision_tower``, or with a ``checkpoint`` that contains its tower.
+
+    Raises:
+        ConfigError: A folder does not hold a tower.
+        WeightsError: A file cannot be read.
+    """
+    if config.vision_tower is not None:
+        return take_fingerprint(read_tower(resolve_folder(config.vision_tower, "model.vision_tower")).tensors, {})
+    table = read_tower_table(resolve_folder(config.checkpoint or "", "model.checkpoint"))
+    return take_fingerprint(table, {}) if table else None
 
 
 def _read_checked(model: LlavarForConditionalGeneration, folder: Path) -> tuple[dict[str, torch.Tensor], LoraConfig]:

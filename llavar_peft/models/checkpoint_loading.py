@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING
 
-from llavar_peft.constants import MODEL_TYPE, RELEASED_MODEL_TYPE
+from llavar_peft.constants import MODEL_TYPE, RELEASED_MODEL_TYPE, TUNED_TOWER
 from llavar_peft.errors import ConfigError
 from llavar_peft.models.flat_layout import check_flat, is_flat, read_flat
 from llavar_peft.models.hf_llava import read_stock
@@ -88,7 +88,7 @@ def read_checkpoint(config: ModelConfig) -> ModelParts:
         config: With ``checkpoint``, and ``vision_tower`` for the released layout.
 
     Raises:
-        ConfigError: The folder has none of these layouts, or the tower is not given.
+        ConfigError: The folder has none of these layouts; or the tower is not given, or would replace a trained one.
         WeightsError: A file cannot be read.
     """
     folder = resolve_folder(_required(config.checkpoint), "model.checkpoint")
@@ -100,6 +100,12 @@ def read_checkpoint(config: ModelConfig) -> ModelParts:
         )
     described = read_model_config(folder)
     kind = described.get("model_type")
+    if described.get(TUNED_TOWER) and config.vision_tower is not None:
+        raise ConfigError.at(
+            "model.vision_tower",
+            f"set (to {config.vision_tower!r}) for a checkpoint whose own vision tower was trained",
+            "leave it out: the checkpoint contains its tower",
+        )
     if kind == MODEL_TYPE:
         return _read_own_layout(folder, config)
     if is_flat(described):

@@ -29,6 +29,7 @@ from llavar_peft.weights.adapter.adapter_files import ADAPTER_CONFIG
 from llavar_peft.weights.delta.flat_settings import flatten_config
 from llavar_peft.weights.delta.released_layout import (
     ReleasedView,
+    check_original_tower,
     copy_companions,
     find_tokenizer,
     read_model_config,
@@ -111,6 +112,7 @@ def export(  # noqa: PLR0913 - the options of the conversion
     rows = _rows_in_original(parts) if to == "original" else int(parts.config.text_config.vocab_size)
     if to == "original":
         _check_original(parts)
+        check_original_tower(parts.config.to_dict(), folder)
     tensors = _locate_tensors(folder, tower, parts, rows)
     if to == "original":
         tensors = {new: one for name, one in tensors.items() if (new := tensor_names.to_released(name)) is not None}

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from transformers import AutoTokenizer, LlavaConfig, LlavaImageProcessorPil, LlavaProcessor
 
 from llavar_peft.atomic_files import write_json
-from llavar_peft.constants import IMAGE_PATCH_TOKEN, IMAGE_PLACEHOLDER, IMAGE_START_TOKEN
+from llavar_peft.constants import IMAGE_PATCH_TOKEN, IMAGE_PLACEHOLDER, IMAGE_START_TOKEN, TUNED_TOWER
 from llavar_peft.data.conversation_template import image_block
 from llavar_peft.errors import ConfigError
 from llavar_peft.models.llama_tokenizer import load_tokenizer
@@ -19,6 +19,7 @@ from llavar_peft.models.pretrained_files import load_pretrained
 from llavar_peft.models.tower_loading import as_clip_processor, count_extra_positions, prepared_side
 from llavar_peft.recipe.schema import ProjectorType
 from llavar_peft.types import ImageMode, TemplateName
+from llavar_peft.weights.delta.released_layout import read_model_config
 from llavar_peft.weights.io import tensor_names
 from llavar_peft.weights.io.convert_layout import to_one_layer
 from llavar_peft.weights.io.tensor_blocks import open_weights
@@ -65,7 +66,9 @@ def write_stock_companions(parts: ModelParts, activation: str, dtype: str | None
             softcap,
         )
     config = _stock_config(parts, activation)
-    write_json(staged / "config.json", {**config.to_diff_dict(), **({"dtype": dtype} if dtype is not None else {})})
+    ours = {TUNED_TOWER: True} if parts.config.tuned_vision_tower else {}  # stock transformers keeps unknown fields
+    described = {**config.to_diff_dict(), **ours, **({"dtype": dtype} if dtype is not None else {})}
+    write_json(staged / "config.json", described)
     tokenizer = parts.tokenizer
     ids = {f"{role}_token_id": getattr(tokenizer, f"{role}_token_id") for role in ("bos", "eos", "pad")}
     stop = sorted(parts.processor().stop_token_ids)  # some templates end a turn with another token than a text
@@ -116,6 +119,7 @@ def read_stock(folder: Path) -> ModelParts:
         extra_positions=int(described.vision_feature_select_strategy == "default"),
         projector_type=projector_type,
     )
+    config.tuned_vision_tower = bool(read_model_config(folder).get(TUNED_TOWER))
     if config.tie_word_embeddings:
         tensors.pop(tensor_names.HEAD, None)
     mode: ImageMode = "pad" if images.do_pad else "square"

@@ -54,6 +54,7 @@ class LlavarConfig(LlavaConfig):
     Attributes:
         use_im_start_end: Whether images are enclosed in ``<im_start>`` and ``<im_end>``.
         sep_image_conv_front: The original's flag of that name: images precede the first ``USER:``.
+        tuned_vision_tower: Whether the tower was trained, so that it must not be replaced by the original one.
 
     Source: LLaVAR, llava/model/llava.py, ``LlavaConfig`` (there a flat LLaMA configuration).
     """
@@ -62,6 +63,7 @@ class LlavarConfig(LlavaConfig):
 
     use_im_start_end: bool = True
     sep_image_conv_front: bool = False
+    tuned_vision_tower: bool = False
 
 
 def make_config(  # noqa: PLR0913 - the settings of a model

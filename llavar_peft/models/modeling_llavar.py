@@ -151,7 +151,7 @@ class LlavarModel(LlavaModel):
         if not isinstance(pixel_values, Tensor):
             arguments = (vision_feature_layer, vision_feature_select_strategy)
             return self._features_by_size(pixel_values, lambda one: self.get_image_features(one, *arguments, **kwargs))
-        layers = self._num_tower_layers(vision_feature_layer)
+        layers = self.num_tower_layers(vision_feature_layer)
         if kwargs:
             size = self.config.vision_config.image_size
             # CLIP's positions are learned for one size and interpolated for other sizes (image mode "keep").
@@ -195,10 +195,25 @@ class LlavarModel(LlavaModel):
         With gradient checkpointing, ``transformers`` marks the output of the tower's embeddings as requiring one, also
         where the tower is frozen; it would then be computed twice more, in the backward pass.
         """
-        return pixel_values.requires_grad or any(one.requires_grad for one in self.vision_tower.parameters())
+        return pixel_values.requires_grad or self._tower_is_trained()
 
-    def _num_tower_layers(self, feature_layer: int | None) -> int:
-        """Return the number of tower layers to compute for a hidden state; hidden state 0 is the embeddings."""
+    def train(self, mode: bool = True) -> LlavarModel:
+        """Set the mode, but keep the tower's features free of chance: DINOv3 moves its positions in training mode."""
+        super().train(mode)
+        self.vision_tower.eval()
+        if self._tower_is_trained():
+            tower_layers(self.vision_tower).train(mode)  # for the dropout of adapters, and to recompute activations
+        return self
+
+    def _tower_is_trained(self) -> bool:
+        return any(one.requires_grad for one in self.vision_tower.parameters())
+
+    def num_tower_layers(self, feature_layer: int | None = None) -> int:
+        """Return the number of tower layers to compute for a hidden state; hidden state 0 is the embeddings.
+
+        Args:
+            feature_layer: The hidden state; None is the configured one.
+        """
         chosen = self.config.vision_feature_layer if feature_layer is None else feature_layer
         layers = len(tower_layers(self.vision_tower))
         if not isinstance(chosen, int) or not -layers <= chosen + 1 <= layers + 1:
@@ -212,9 +227,9 @@ class LlavarModel(LlavaModel):
     def _missing_projector_calls(self, pixel_values: Tensor | Sequence[Tensor] | None) -> int:
         """Return how often a training batch calls the projector without an image.
 
-        As in the original, the projector's gradient must exist on every rank, whichever rank has images. ZeRO-3 gathers
-        a module's weights when the module is called, so that every rank has to call tower and projector equally often,
-        whatever number of images and sizes (image mode ``keep``) it has.
+        As in the original, the projector's gradient must exist on every rank, whichever rank has images; so must the
+        tower's, if it is trained. ZeRO-3 gathers a module's weights when the module is called, so that every rank has
+        to call tower and projector equally often, whatever number of images and sizes (image mode ``keep``) it has.
         """
         if pixel_values is None or isinstance(pixel_values, Tensor):
             calls = int(pixel_values is not None)
@@ -227,8 +242,8 @@ class LlavarModel(LlavaModel):
         return 0 if calls else 1
 
     def _zero_through_projector(self) -> Tensor:
-        """Return a zero that depends on the projector; with ZeRO-3 it depends on the tower as well."""
-        if is_deepspeed_zero3_enabled():
+        """Return a zero that depends on the projector; with ZeRO-3, or if it is trained, on the tower as well."""
+        if is_deepspeed_zero3_enabled() or self._tower_is_trained():
             size, tower = self.config.vision_config.image_size, next(self.vision_tower.parameters())
             black_13HW = torch.zeros(1, 3, size, size, dtype=tower.dtype, device=tower.device)
             features_PD: Tensor = self.get_image_features(black_13HW).pooler_output[0]

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from llavar_peft.atomic_files import write_json
 from llavar_peft.errors import ConfigError
+from llavar_peft.models.tower_tuning import TOWER
 from llavar_peft.weights.adapter.adapter_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from llavar_peft.weights.io.tensor_blocks import open_weights
 
@@ -45,7 +46,7 @@ def make_residual(model: Any, checkpoint: Path | None) -> None:
         largest = min(base.weight.shape)
         if rank > largest:
             raise ConfigError.at(
-                "tune.rank",
+                "tune.tower_rank" if TOWER in name else "tune.rank",
                 f"pissa cannot take {rank} components out of {name} (got shape {tuple(base.weight.shape)})",
                 f"use a rank of {largest} at most",
             )
@@ -105,9 +106,10 @@ def save_for_original_base(model: Any, folder: Path) -> None:
     save_file(tensors, partial, metadata={"format": "pt"})
     partial.replace(folder / ADAPTER_WEIGHTS)
     _, layer = next(_adapted_layers(model))
-    rank = 2 * layer.r[_ADAPTER]
     settings = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
-    settings.update(r=rank, lora_alpha=layer.scaling[_ADAPTER] * rank, use_rslora=False)
+    settings.update(r=2 * settings["r"], lora_alpha=2 * settings["lora_alpha"])
+    for key in ("rank_pattern", "alpha_pattern"):  # of the vision tower
+        settings[key] = {pattern: 2 * value for pattern, value in (settings.get(key) or {}).items()}
     write_json(folder / ADAPTER_CONFIG, settings)
 
 

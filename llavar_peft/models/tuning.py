@@ -5,7 +5,7 @@ Source: LLaVAR, llava/train/train.py, ``train`` (``tune_mm_mlp_adapter`` in stag
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,6 +25,7 @@ from llavar_peft.models.linear_layers import (
 )
 from llavar_peft.models.modeling_llavar import LlavarForConditionalGeneration
 from llavar_peft.models.pending_weights import PendingWeights, set_adapter_values, without_memory_on_cpu
+from llavar_peft.models.tower_tuning import TOWER, computed_parameters, linear_tower_layers, tower_pattern
 from llavar_peft.recipe.schema import Full, Lora, LoraVariant, Projector, Tune
 
 if TYPE_CHECKING:
@@ -108,7 +109,7 @@ def apply_tuning(
         The model to train, which for ``Lora`` is a ``PeftModel`` around the given one.
 
     Raises:
-        ConfigError: ``Full`` on a quantized base, or a ``Lora`` that needs rows which the model does not have.
+        ConfigError: ``Full`` on a quantized base, or a ``Lora`` that needs rows or layers which the model has not.
     """
     model.requires_grad_(False)
     projector = model.model.multi_modal_projector
@@ -128,6 +129,8 @@ def apply_tuning(
         _unfreeze(model.model.language_model)
         _unfreeze(model.lm_head)
         _unfreeze(projector)
+        if tune.train_tower:
+            _unfreeze_tower(model)
         return model
     untrained = new_rows and bool(model.config.use_im_start_end)
     wrapped = _add_lora(model, tune, untrained if tune.train_image_rows is None else tune.train_image_rows)
@@ -223,8 +226,11 @@ def part_of(name: str) -> str:
         name: As ``trained_names`` returns it.
 
     Returns:
-        ``"projector"``, ``"rows"`` (of ``<im_start>``/``<im_end>``), ``"adapters"`` or ``"language_model"``.
+        ``"projector"``, ``"tower"`` (itself or its adapters), ``"rows"`` (of ``<im_start>``/``<im_end>``),
+        ``"adapters"`` or ``"language_model"``.
     """
+    if TOWER in name:
+        return "tower"
     if "multi_modal_projector" in name:
         return "projector"
     if name.endswith(_ROWS_SUFFIX) or "trainable_tokens_delta" in name:
@@ -232,23 +238,33 @@ def part_of(name: str) -> str:
     return "adapters" if "lora_" in name else "language_model"
 
 
-def lora_config(tune: Lora, blocks: Blocks = LLAMA_BLOCKS) -> LoraConfig:
+def lora_config(tune: Lora, blocks: Blocks = LLAMA_BLOCKS, tower: Iterable[str] = ()) -> LoraConfig:
     """Return the ``peft`` configuration of a stage's value.
 
     Args:
         tune: The stage's value.
         blocks: The language model's linear layers.
+        tower: Names of the vision tower's linear layers that get adapters of ``tune.tower_rank``.
     """
     from peft import LoraConfig
 
+    targets, patterns = target_pattern(choose_targets(tune, blocks)), {}
+    if tune.tower_rank is not None and tower:
+        share = tune.tower_rank / tune.rank
+        # With this alpha the updates are scaled as those of the language model.
+        alpha = tune.alpha * (share**0.5 if tune.variant == "rslora" else share)
+        every = rf"model\.{TOWER}\..*"
+        targets = f"{targets}|{tower_pattern(tower)}"
+        patterns = {"rank_pattern": {every: tune.tower_rank}, "alpha_pattern": {every: alpha}}
     return LoraConfig(
         r=tune.rank,
         lora_alpha=tune.alpha,
         lora_dropout=tune.dropout,
-        target_modules=target_pattern(choose_targets(tune, blocks)),
+        target_modules=targets,
         modules_to_save=["multi_modal_projector"] if tune.train_projector else None,
         lora_bias=tune.bias == "lora",
         bias="none",  # peft's "all" would train the tower's biases; its "lora_only" those of LLaMA, which has none
+        **patterns,
         **_VARIANT_ARGUMENTS[tune.variant],
     )
 
@@ -256,7 +272,11 @@ def lora_config(tune: Lora, blocks: Blocks = LLAMA_BLOCKS) -> LoraConfig:
 def _add_lora(model: LlavarForConditionalGeneration, tune: Lora, train_rows: bool) -> PeftModel:
     from peft import get_peft_model
 
-    config = lora_config(tune, find_linear_layers(model.model.language_model))
+    tower: Iterable[str] = ()
+    if tune.tower_rank is not None:
+        tower = linear_tower_layers(model.model.vision_tower, model.model.num_tower_layers())
+        model.config.tuned_vision_tower = True
+    config = lora_config(tune, find_linear_layers(model.model.language_model), tower)
     if train_rows:
         if not model.config.use_im_start_end:
             raise ConfigError.at(
@@ -280,6 +300,16 @@ def _add_lora(model: LlavarForConditionalGeneration, tune: Lora, train_rows: boo
         if "original_module" in name:
             parameter.requires_grad_(False)
     return wrapped
+
+
+def _unfreeze_tower(model: LlavarForConditionalGeneration) -> None:
+    """Train what is computed of the tower; the rest, which some towers call nevertheless, gets the same dtype."""
+    tower = model.model.vision_tower
+    computed = computed_parameters(tower, model.model.num_tower_layers())
+    _unfreeze(tower)
+    for name, parameter in tower.named_parameters():
+        parameter.requires_grad_(name in computed)
+    model.config.tuned_vision_tower = True
 
 
 def _unfreeze(module: nn.Module) -> None:

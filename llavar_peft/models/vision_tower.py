@@ -134,6 +134,7 @@ def tower_features(tower: nn.Module, pixel_values: Tensor, num_layers: int) -> T
         output = tower(pixel_values, interpolate_pos_encoding=other_size, num_layers=num_layers)
         hidden_NQC: Tensor = output.last_hidden_state
         return hidden_NQC
+    pixel_values = pixel_values.to(next(tower.parameters()).dtype)  # AIMv2 does not convert them itself
     takes_sizes = "interpolate_pos_encoding" in inspect.signature(tower.forward).parameters
     options = {"interpolate_pos_encoding": True} if takes_sizes and other_size else {}
     layers = tower_layers(tower)

@@ -160,15 +160,24 @@ class Projector(_Strict):
 
 @dataclass(frozen=True, kw_only=True, repr=False)
 class Full(_Strict):
-    """Train the projector and the whole language model; the vision tower stays frozen (stage 2)."""
+    """Train the projector and the whole language model (stage 2), and the vision tower if it is asked for."""
 
     type: Literal["full"] = "full"
     """Selects this method."""
+    train_tower: bool = False
+    """Whether the vision tower is trained too, up to the layer whose output is projected. Source of the default:
+    LLaVAR, which keeps the tower frozen."""
+    tower_learning_rate: PositiveNumber | None = None
+    """Peak learning rate of the vision tower; None is a fifth of ``optim.learning_rate``. Source: LLaVA-NeXT, which
+    trains the tower with 2e-6 and everything else with 1e-5."""
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
 class Lora(_Strict):
-    """Train low-rank adapters on the language model's linear layers, and the projector in full."""
+    """Train low-rank adapters on the language model's linear layers, and the projector in full.
+
+    With ``tower_rank``, the vision tower gets adapters too.
+    """
 
     type: Literal["lora"] = "lora"
     """Selects this method."""
@@ -191,6 +200,11 @@ class Lora(_Strict):
     """Whether the projector is trained in full, in addition to the adapters."""
     train_image_rows: bool | None = None
     """Whether the ``<im_start>`` and ``<im_end>`` embeddings are trained; None trains them if they are untrained."""
+    tower_rank: PositiveInteger | None = None
+    """Rank of adapters on the linear layers of the vision tower, up to the layer whose output is projected; their
+    updates are scaled as those of the language model. None adds none."""
+    tower_learning_rate: PositiveNumber | None = None
+    """Peak learning rate of the vision tower's adapters, if it differs from ``optim.learning_rate``."""
 
 
 Tune = Annotated[Projector | Full | Lora, Field(discriminator="type")]

@@ -178,10 +178,11 @@ def suggest_field(path: Path, names: Iterable[str]) -> str:
         names: The fields that exist at its place.
     """
     name, known = str(path[-1]), list(names)
-    near = nearest(name, known)
+    elsewhere = [field for cls in TUNES.values() for field in fields_of(cls)]
+    near = None if path[-2:-1] == ("tune",) and name in elsewhere else nearest(name, known)
     if near is not None:
         return f"did you mean '{near}'?"
-    other = nearest(name, [field for cls in TUNES.values() for field in fields_of(cls)])
+    other = nearest(name, elsewhere)
     if other is not None and len(path) > 1 and path[-2] == "tune":
         owners = [kind for kind, cls in TUNES.items() if other in fields_of(cls)]
         return f"only tune: {' or '.join(owners)} has {'it' if other == name else other}"

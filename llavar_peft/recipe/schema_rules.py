@@ -58,6 +58,13 @@ def trains_image_rows(recipe: Recipe, stage: Stage) -> bool:
     return not any(isinstance(other.tune, Full) or trains_image_rows(recipe, other) for other in earlier)
 
 
+def tunes_tower(stage: Stage) -> bool:
+    """Return whether a stage changes the vision tower, as a whole or by adapters."""
+    if isinstance(stage.tune, Full):
+        return stage.tune.train_tower
+    return isinstance(stage.tune, Lora) and stage.tune.tower_rank is not None
+
+
 def _has_untrained_projector(recipe: Recipe, stage: Stage) -> bool:
     earlier = recipe.stages[: recipe.stages.index(stage)]
     trained = any(not isinstance(other.tune, Lora) or other.tune.train_projector for other in earlier)
@@ -109,6 +116,10 @@ def _check_stage(path: str, stage: Stage) -> Iterator[Violation]:
         yield f"{path}.max_tokens", what, "use max_length or more"
     if stage.probe.every_steps > 0 and stage.data.holdout == 0:
         yield f"{path}.probe.every_steps", "requires held-out records", "set data.holdout, for example to 64"
+    if not isinstance(stage.tune, Projector) and stage.tune.tower_learning_rate is not None and not tunes_tower(stage):
+        setting = "train_tower: true" if isinstance(stage.tune, Full) else "tower_rank"
+        what = "set, but the vision tower is not trained"
+        yield f"{path}.tune.tower_learning_rate", what, f"remove the rate, or set {setting}"
     if not isinstance(stage.tune, Lora):
         return
     if stage.tune.bias == "lora" and stage.tune.variant not in ("lora", "rslora"):

@@ -70,6 +70,13 @@ class StageOptions(TypedDict, total=False):
     optimizer: Optimizer
 
 
+class FullOptions(StageOptions, total=False):
+    """Options of a full stage: in addition the fields of ``Full``."""
+
+    train_tower: bool
+    tower_learning_rate: float | None
+
+
 class LoraOptions(StageOptions, total=False):
     """Options of a LoRA stage: in addition the fields of ``Lora``."""
 
@@ -81,6 +88,8 @@ class LoraOptions(StageOptions, total=False):
     bias: LoraBias
     train_projector: bool
     train_image_rows: bool | None
+    tower_rank: int | None
+    tower_learning_rate: float | None
 
 
 _PRETRAINING: StageOptions = {
@@ -110,7 +119,14 @@ def _signature(options: type, defaults: Mapping[str, Any]) -> Callable[[Function
 
     def decorate(function: Function) -> Function:
         keyword = inspect.Parameter.KEYWORD_ONLY
-        values = {**_defaults(Stage), **_defaults(OptimConfig), **_defaults(Lora), "probe": None, **defaults}
+        values = {
+            **_defaults(Stage),
+            **_defaults(OptimConfig),
+            **_defaults(Full),
+            **_defaults(Lora),
+            "probe": None,
+            **defaults,
+        }
         data = inspect.Parameter("data", inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=DataConfig)
         function.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
             [data]
@@ -143,18 +159,18 @@ def projector_pretraining(data: DataConfig, **options: Unpack[StageOptions]) -> 
     return _build_stage("projector_pretraining", _keep_all(data), Projector, StageOptions, {**_PRETRAINING, **options})
 
 
-@_signature(StageOptions, _FINETUNING)
-def full_finetuning(data: DataConfig, **options: Unpack[StageOptions]) -> Stage:
-    """Build stage 2: the projector and the whole language model are trained, the vision tower stays frozen.
+@_signature(FullOptions, _FINETUNING)
+def full_finetuning(data: DataConfig, **options: Unpack[FullOptions]) -> Stage:
+    """Build stage 2: the projector and the whole language model are trained, the vision tower only if asked for.
 
     Args:
         data: Records and images; the paper's are 158K LLaVA-Instruct and 16K LLaVAR conversations.
-        options: Fields of ``Stage`` and ``OptimConfig``.
+        options: Fields of ``Full``, ``Stage`` and ``OptimConfig``.
 
     Raises:
         TypeError: An option is unknown.
     """
-    return _build_stage("full_finetuning", _keep_all(data), Full, StageOptions, {**_FINETUNING, **options})
+    return _build_stage("full_finetuning", _keep_all(data), Full, FullOptions, {**_FINETUNING, **options})
 
 
 @_signature(LoraOptions, _LORA)

@@ -20,6 +20,7 @@ from llavar_peft.training.run_files import read_metric_lines
 from llavar_peft.weights.adapter.adapter_files import BASE_FILE, read_base_settings
 from llavar_peft.weights.adapter.adapter_layouts import open_adapter
 from llavar_peft.weights.adapter.adapter_parts import AdapterPart, row_indices, split_adapter
+from llavar_peft.weights.io import tensor_names
 from llavar_peft.weights.io.weights_card import CARD_FILE, portable_name
 from llavar_peft.weights.io.weights_fingerprint import FINGERPRINT_FILE, digest, read_fingerprint
 
@@ -85,13 +86,14 @@ def _about_training(parts: tuple[AdapterPart, ...], settings: dict[str, Any], st
     tune, optim = stage.tune, stage.optim
     if not isinstance(tune, Lora):
         return ""
-    adapted = list(dict.fromkeys(part.kind for part in parts if "A" in part.tensors))
+    own = (part for part in parts if "A" in part.tensors and not part.module.startswith(tensor_names.TOWER))
+    adapted = list(dict.fromkeys(part.kind for part in own))
     count = sum(part.parameters for part in parts)
     target = tune.target if isinstance(tune.target, str) else ", ".join(tune.target)
     lines = [
         "## Training\n",
         f"- {tune.variant}, rank {tune.rank}, alpha {tune.alpha:g}, dropout {tune.dropout:g}",
-        f"- applied to {target}: {', '.join(adapted)} of the language model; the vision tower is frozen",
+        f"- applied to {target}: {', '.join(adapted)} of the language model; {_about_tower(tune)}",
     ]
     if tune.variant == "pissa":
         lines.append(
@@ -104,13 +106,24 @@ def _about_training(parts: tuple[AdapterPart, ...], settings: dict[str, Any], st
         elif "rows" in part.tensors:
             lines.append(f"- rows {', '.join(map(str, row_indices(part, settings)))} of `{part.module}`")
     rates = [f"{optim.learning_rate:g}"]
-    for name, rate in (("projector", optim.projector_learning_rate), ("rows", optim.rows_learning_rate)):
+    own_rates = {
+        "projector": optim.projector_learning_rate,
+        "rows": optim.rows_learning_rate,
+        "vision tower": tune.tower_learning_rate,
+    }
+    for name, rate in own_rates.items():
         rates += [f"{name} {rate:g}"] if rate is not None else []
     lines.append(
         f"- {step} steps of {stage.global_batch_size} records, learning rate {', '.join(rates)}, {stage.optim.schedule}"
     )
     lines.append(f"- {count:,} parameters; the complete recipe is in `{RESOLVED_RECIPE_FILE}`, stage `{stage.name}`")
     return "\n".join(lines) + "\n"
+
+
+def _about_tower(tune: Lora) -> str:
+    if tune.tower_rank is None:
+        return "the vision tower is frozen"
+    return f"in the vision tower rank {tune.tower_rank}, up to the layer whose output is projected"
 
 
 def _base_call(base: ModelConfig) -> str:

@@ -16,9 +16,12 @@ from torch.distributed.tensor import DTensor
 
 from llavar_peft.errors import EnvironmentFaultError
 from llavar_peft.models.tuning import part_of
-from llavar_peft.recipe.schema import OptimConfig
+from llavar_peft.recipe.schema import Full, Projector, Stage
+from llavar_peft.recipe.schema_rules import tunes_tower
 
 _SHOWN = 16
+_TOWER_SHARE = 0.2
+"""Learning rate of a tower that is trained in full, as a share of the stage's. Source: LLaVA-NeXT, 2e-6 and 1e-5."""
 
 
 @dataclass
@@ -135,9 +138,14 @@ def check_finite(accelerator: Accelerator, counts: StepCounts, figures: StepFigu
     )
 
 
-def split_groups(optimizer: torch.optim.Optimizer, model: nn.Module, optim: OptimConfig) -> None:
+def split_groups(optimizer: torch.optim.Optimizer, model: nn.Module, stage: Stage) -> None:
     """Divide an optimizer's groups by part of the model where parts have their own learning rate, in place."""
-    rates = {"projector": optim.projector_learning_rate, "rows": optim.rows_learning_rate}
+    optim = stage.optim
+    rates = {
+        "projector": optim.projector_learning_rate,
+        "rows": optim.rows_learning_rate,
+        "tower": tower_learning_rate(stage),
+    }
     if all(rate is None for rate in rates.values()):
         return
     parts = {p: part_of(n) for n, p in model.named_parameters() if p.requires_grad}
@@ -147,6 +155,15 @@ def split_groups(optimizer: torch.optim.Optimizer, model: nn.Module, optim: Opti
         for group in optimizer.param_groups
         if (params := [parameter for parameter in group["params"] if parts[parameter] == part])
     ]
+
+
+def tower_learning_rate(stage: Stage) -> float | None:
+    """Return the peak learning rate of the vision tower, if it is trained with another one than the stage's."""
+    if isinstance(stage.tune, Projector) or not tunes_tower(stage):
+        return None
+    if stage.tune.tower_learning_rate is None and isinstance(stage.tune, Full):
+        return _TOWER_SHARE * stage.optim.learning_rate
+    return stage.tune.tower_learning_rate
 
 
 def learning_rates(groups: Sequence[Mapping[str, Any]], rate: float) -> dict[str, float]:

@@ -13,7 +13,7 @@ from torch import Tensor
 from llavar_peft.atomic_files import write_json
 from llavar_peft.constants import PROJECTOR_SAFETENSORS
 from llavar_peft.models import pissa
-from llavar_peft.models.adapter_loading import fingerprint_base
+from llavar_peft.models.adapter_loading import fingerprint_base, fingerprint_tower
 from llavar_peft.models.checkpoint_loading import read_checkpoint, read_parts
 from llavar_peft.models.modeling_llavar import LlavarForConditionalGeneration
 from llavar_peft.models.tuning import EmbeddingWithTrainedRows, is_quantized, merge_rows_in_state_dict
@@ -88,7 +88,10 @@ def _save_adapter(model: Any, folder: Path, base: ModelConfig, state: Mapping[st
     # Trained rows wrap the base's embedding; the wrapper's weight cannot be computed from shards.
     dtype = str(getattr(embedding, "original_module", embedding).weight.dtype).removeprefix("torch.")
     write_json(folder / BASE_FILE, {**dataclasses.asdict(base), "dtype": dtype})
-    write_json(folder / FINGERPRINT_FILE, {"base": fingerprint_base(base)})
+    tower = fingerprint_tower(base) if model.get_base_model().config.tuned_vision_tower else None
+    write_json(
+        folder / FINGERPRINT_FILE, {"base": fingerprint_base(base), **({} if tower is None else {"tower": tower})}
+    )
 
 
 def save_plain(model: Any, processor: LlavarProcessor, folder: Path) -> None:

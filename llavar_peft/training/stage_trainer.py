@@ -238,7 +238,7 @@ class StageTrainer(TrainerInternals):
         new = self.optimizer is None
         optimizer: torch.optim.Optimizer = super().create_optimizer(model)
         if new:
-            split_groups(optimizer, model or self.model, self.stage.optim)
+            split_groups(optimizer, model or self.model, self.stage)
             self.optimized = [list(group["params"]) for group in optimizer.param_groups]
         return optimizer
 

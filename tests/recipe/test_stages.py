@@ -9,8 +9,15 @@ from collections.abc import Callable
 
 import pytest
 
-from llavar_peft.recipe.schema import DataConfig, Lora, OptimConfig, ProbeConfig, Stage
-from llavar_peft.recipe.stages import LoraOptions, StageOptions, full_finetuning, lora, projector_pretraining
+from llavar_peft.recipe.schema import DataConfig, Full, Lora, OptimConfig, ProbeConfig, Stage
+from llavar_peft.recipe.stages import (
+    FullOptions,
+    LoraOptions,
+    StageOptions,
+    full_finetuning,
+    lora,
+    projector_pretraining,
+)
 
 DATA = DataConfig(records="r.json")
 
@@ -24,7 +31,12 @@ def fields(*classes: type) -> dict[str, object]:
 
 
 @pytest.mark.parametrize(
-    ("options", "classes"), [(StageOptions, (Stage, OptimConfig)), (LoraOptions, (Lora, Stage, OptimConfig))]
+    ("options", "classes"),
+    [
+        (StageOptions, (Stage, OptimConfig)),
+        (FullOptions, (Full, Stage, OptimConfig)),
+        (LoraOptions, (Lora, Stage, OptimConfig)),
+    ],
 )
 def test_options_are_the_fields_of_the_dataclasses(options: type, classes: tuple[type, ...]) -> None:
     assert typing.get_type_hints(options) == {**fields(*classes), "probe": ProbeConfig | None}
@@ -40,7 +52,8 @@ def test_the_signature_lists_the_options_with_their_defaults(make: Callable[...,
         expected = None if parameter.name == "probe" else getattr(owner, parameter.name)
         assert (parameter.name, parameter.default) == (parameter.name, expected)
     names = {parameter.name for parameter in options}
-    assert names == set(typing.get_type_hints(LoraOptions if make is lora else StageOptions))
+    own = {projector_pretraining: StageOptions, full_finetuning: FullOptions, lora: LoraOptions}[make]
+    assert names == set(typing.get_type_hints(own))
 
 
 def test_every_option_reaches_its_field() -> None:

@@ -21,10 +21,10 @@ from llavar_peft.weights.adapter.adapter_parts import (
     row_indices,
     split_adapter,
 )
-from llavar_peft.weights.delta.released_layout import ReleasedView, view_as_released
+from llavar_peft.weights.delta.released_layout import ReleasedView, read_tower_table, view_as_released
 from llavar_peft.weights.io import tensor_names
 from llavar_peft.weights.io.tensor_blocks import find_damage, raise_faults, read_tensor
-from llavar_peft.weights.io.tensor_table import read_tensor_table
+from llavar_peft.weights.io.tensor_table import TensorEntry
 from llavar_peft.weights.io.weights_fingerprint import (
     FINGERPRINT_FILE,
     check_adapter_base,
@@ -41,7 +41,7 @@ class AdapterKind:
     """The part of an adapter for modules of one name, in all layers.
 
     Attributes:
-        name: E.g. ``q_proj``.
+        name: E.g. ``q_proj``; for a layer of the vision tower ``vision_tower q_proj``.
         how: ``"low rank"``, ``"rows"`` or ``"in full"``.
         modules: Number of modules.
         parameters: Number of parameters.
@@ -65,6 +65,7 @@ class AdapterReport(ReadableRepr):
         folder: Its folder.
         variant: ``"lora"``, ``"rslora"`` or ``"dora"``.
         rank: Rank of the updates.
+        tower_rank: Rank of the updates of the vision tower; None without any.
         alpha: Scale of the updates times the rank (times its square root for rslora).
         target: The adapted layers: the name of a group, or their own names.
         bias: Whether the updates have biases.
@@ -74,6 +75,7 @@ class AdapterReport(ReadableRepr):
         dtypes: Dtypes of the tensors.
         base: The fields of its base's ``ModelConfig`` that are set.
         fingerprint: Digest of the base's fingerprint; None if it is not known.
+        tower_fingerprint: That of the base's vision tower; None if the tower was not trained, by the adapter or before.
         in_full: Modules that were trained in full.
         rows: Rows that were trained, by module.
         kinds: Its parts by kind of module.
@@ -82,6 +84,7 @@ class AdapterReport(ReadableRepr):
     folder: str
     variant: str
     rank: int
+    tower_rank: int | None
     alpha: float
     target: str
     bias: bool
@@ -91,6 +94,7 @@ class AdapterReport(ReadableRepr):
     dtypes: tuple[str, ...]
     base: Mapping[str, Any]
     fingerprint: str | None
+    tower_fingerprint: str | None
     in_full: tuple[str, ...]
     rows: Mapping[str, list[int]]
     kinds: tuple[AdapterKind, ...]
@@ -138,6 +142,7 @@ def describe_adapter(folder: str | Path) -> AdapterReport:
         folder=str(path),
         variant=variant,
         rank=int(settings["r"]),
+        tower_rank=next((scaling_of(part.module, settings)[0] for part in parts if _is_tower_update(part)), None),
         alpha=float(settings["lora_alpha"]),
         target=_describe_target(parts),
         bias=bool(settings.get("lora_bias")),
@@ -148,6 +153,7 @@ def describe_adapter(folder: str | Path) -> AdapterReport:
         base={key: value for key, value in read_base_settings(path).fields.items() if value is not None}
         or {"checkpoint": settings.get("base_model_name_or_path")},
         fingerprint=digest(prints["base"]) if "base" in prints else None,
+        tower_fingerprint=digest(prints["tower"]) if "tower" in prints else None,
         in_full=tuple(part.module for part in parts if part.in_full),
         rows={part.module: row_indices(part, settings) for part in parts if "rows" in part.tensors},
         kinds=_describe_kinds(parts, settings),
@@ -155,15 +161,20 @@ def describe_adapter(folder: str | Path) -> AdapterReport:
 
 
 def _describe_target(parts: tuple[AdapterPart, ...]) -> str:
-    found = {part.kind for part in parts if "A" in part.tensors}
+    found = {part.kind for part in parts if "A" in part.tensors and not _is_tower_update(part)}
     return next((group for group, layers in _GROUPS.items() if found == set(layers)), ", ".join(sorted(found)))
+
+
+def _is_tower_update(part: AdapterPart) -> bool:
+    return part.module.startswith(tensor_names.TOWER) and "A" in part.tensors
 
 
 def _describe_kinds(parts: tuple[AdapterPart, ...], settings: Mapping[str, Any]) -> tuple[AdapterKind, ...]:
     grouped: dict[tuple[str, str], list[AdapterPart]] = {}
     for part in parts:
         how = "in full" if part.in_full else "rows" if "rows" in part.tensors else "low rank"
-        grouped.setdefault((how, part.kind), []).append(part)
+        kind = f"vision_tower {part.kind}" if part.module.startswith(tensor_names.TOWER) else part.kind
+        grouped.setdefault((how, kind), []).append(part)
     order = {name: number for number, name in enumerate(LINEAR_LAYERS)}
     found = []
     for how, name in sorted(grouped, key=lambda key: (order.get(key[1], len(order)), key)):
@@ -204,26 +215,31 @@ def verify_adapter(folder: str | Path, *, base: str | Path | None = None) -> Ada
     method = None
     if base is not None:
         view = view_as_released(base)
+        tower = read_tower_table(view.folder)
         if not faults:
-            faults += find_base_faults(parts, settings, _base_shapes(view, parts), str(path))
+            # A language model, or a LLaVAR in the released layout, has no tower to compare the adapter with.
+            checked = parts if tower else tuple(part for part in parts if not _is_tower_update(part))
+            faults += find_base_faults(checked, settings, _base_shapes(view, checked, tower), str(path))
         method = "shapes" if read_fingerprint(path / FINGERPRINT_FILE) is None else "fingerprint"
         try:
             check_adapter_base(path, lambda: take_fingerprint(view.table, view.config), str(base))
+            check_adapter_base(path, lambda: take_fingerprint(tower, {}) if tower else None, str(base), role="tower")
         except WeightsError as error:
             faults += error.faults
     raise_faults(faults)
-    checked = all(entry.crc32 is not None for entry in table.values())
-    return AdapterCheck(len(table), sum(entry.numel for entry in table.values()), checked, method)
+    checksums = all(entry.crc32 is not None for entry in table.values())
+    return AdapterCheck(len(table), sum(entry.numel for entry in table.values()), checksums, method)
 
 
-def _base_shapes(view: ReleasedView, parts: tuple[AdapterPart, ...]) -> dict[str, Shape]:
+def _base_shapes(
+    view: ReleasedView, parts: tuple[AdapterPart, ...], tower: Mapping[str, TensorEntry]
+) -> dict[str, Shape]:
     """Return the base's shapes by our names; for a plain language model, those of a LLaVAR made from it."""
     shapes = {
         new: entry.shape for name, entry in view.table.items() if (new := tensor_names.from_released(name)) is not None
     }
     if any(part.module.startswith(tensor_names.TOWER) for part in parts):
-        stored = read_tensor_table(view.folder, checksums=False)
-        shapes.update({name: one.shape for name, one in stored.items() if name.startswith(tensor_names.TOWER)})
+        shapes.update({name: one.shape for name, one in tower.items()})
     if not any(name.startswith(tensor_names.PROJECTOR) for name in shapes):
         rows, width = shapes[tensor_names.EMBEDDINGS]
         shapes[tensor_names.EMBEDDINGS] = (rows + len(ADDED_TOKENS), width)

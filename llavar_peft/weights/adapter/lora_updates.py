@@ -14,6 +14,7 @@ from llavar_peft.errors import ConfigError, Fault
 from llavar_peft.weights.adapter.adapter_files import ADAPTER_CONFIG, PREFIX, scaling_of
 from llavar_peft.weights.adapter.adapter_layouts import open_adapter
 from llavar_peft.weights.adapter.adapter_parts import find_shape_faults, split_adapter
+from llavar_peft.weights.io import tensor_names
 from llavar_peft.weights.io.tensor_blocks import find_not_finite, raise_faults, read_tensor
 
 if TYPE_CHECKING:
@@ -129,6 +130,11 @@ class Adapter:
     folder: Path
     settings: Mapping[str, Any]
     updates: Mapping[str, Update] = field(repr=False)
+
+    @property
+    def tunes_tower(self) -> bool:
+        """Whether it changes the vision tower."""
+        return any(name.startswith(tensor_names.TOWER) for name in self.updates)
 
 
 def read_adapter(folder: str | Path) -> Adapter:

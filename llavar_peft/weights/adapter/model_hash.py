@@ -5,17 +5,18 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from llavar_peft.constants import TUNED_TOWER
 from llavar_peft.errors import ConfigError
 from llavar_peft.types import expand_home
 from llavar_peft.weights.adapter.adapter_files import ADAPTER_CONFIG
 from llavar_peft.weights.adapter.adapter_layouts import open_adapter
-from llavar_peft.weights.delta.released_layout import view_as_released
+from llavar_peft.weights.delta.released_layout import read_model_config, read_tower_table, view_as_released
 from llavar_peft.weights.io.tensor_table import read_tensor_table
 from llavar_peft.weights.io.weights_fingerprint import FINGERPRINT_FILE, digest, read_fingerprint, take_fingerprint
 
 
 def identify_model(model: str | Path, adapter: str | Path | None = None) -> str:
-    """Compute the hash of a model's weights, without the vision tower, which is never trained.
+    """Compute the hash of a model's weights, without a vision tower that was never trained.
 
     Args:
         model: Folder of a checkpoint, an adapter or a run.
@@ -31,13 +32,14 @@ def identify_model(model: str | Path, adapter: str | Path | None = None) -> str:
     """
     folder = _find_result(expand_home(model))
     if adapter is None and not (folder / ADAPTER_CONFIG).is_file():
-        return digest(_fingerprint(folder))
+        return digest(_fingerprint(folder) | _tuned_tower(folder))
     applied = expand_home(adapter) if adapter is not None else folder
     # An adapter with a fingerprint knows its base, so that the hash is the same whether or not the base is given.
-    base = (read_fingerprint(applied / FINGERPRINT_FILE) or {}).get("base")
+    known = read_fingerprint(applied / FINGERPRINT_FILE) or {}
+    base, tower = known.get("base"), {name: known[name] for name in ("tower",) if name in known}
     if base is None and adapter is not None:
-        base = _fingerprint(folder)
-    return digest({"base": base, "adapter": take_fingerprint(open_adapter(applied).table, {})})
+        base, tower = _fingerprint(folder), _tuned_tower(folder)
+    return digest({"base": base, **tower, "adapter": take_fingerprint(open_adapter(applied).table, {})})
 
 
 def _find_result(folder: Path) -> Path:
@@ -47,6 +49,13 @@ def _find_result(folder: Path) -> Path:
             if (folder / name / "config.json").is_file():
                 return folder / name
     return folder
+
+
+def _tuned_tower(folder: Path) -> dict[str, Any]:
+    """Return the fingerprint of a vision tower that was trained, under ``tower``."""
+    if not read_model_config(folder).get(TUNED_TOWER):
+        return {}
+    return {"tower": take_fingerprint(read_tower_table(folder), {})}
 
 
 def _fingerprint(folder: Path) -> dict[str, Any]:

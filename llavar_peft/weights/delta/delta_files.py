@@ -22,9 +22,11 @@ from llavar_peft.weights.delta.flat_settings import is_released_format
 from llavar_peft.weights.delta.released_layout import (
     ReleasedView,
     check_not_delta,
+    check_original_tower,
     copy_companions,
     find_tokenizer,
     is_delta,
+    read_model_config,
     view_as_released,
 )
 from llavar_peft.weights.io import tensor_names
@@ -81,6 +83,7 @@ def make_delta(
     old, new = view_as_released(base), view_as_released(target)
     folders = [expand_home(one) for one in ([adapter] if isinstance(adapter, (str, Path)) else adapter)]
     _check_roles(old, new, adapters=bool(folders))
+    check_original_tower(read_model_config(new.folder), new.folder)
     old = with_head_of(old, new)
     check_matching_tensors(old, new)
     for folder in folders[:1]:

@@ -16,6 +16,7 @@ from llavar_peft.constants import (
     MODEL_TYPE,
     PAD_TOKEN,
     RELEASED_MODEL_TYPE,
+    TUNED_TOWER,
     UNK_TOKEN,
 )
 from llavar_peft.errors import DAMAGED, ConfigError, WeightsError, describe_reason
@@ -95,12 +96,37 @@ def view_as_released(folder: str | Path) -> ReleasedView:
     return ReleasedView(path, flat, table)
 
 
+def read_tower_table(folder: Path) -> dict[str, TensorEntry]:
+    """Return the tensors of the vision tower in a model's folder by our names; none if the folder contains no tower."""
+    stored = read_tensor_table(folder, checksums=False).items()
+    ours = {new: entry for name, entry in stored if (new := tensor_names.from_stock(name)) is not None}
+    return {name: entry for name, entry in ours.items() if name.startswith(tensor_names.TOWER)}
+
+
 def _flatten(config: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     try:
         return flatten_config(config, template=stated_template(folder, config))
     except DAMAGED as error:
         what = f"its settings of a language model and a tower cannot be read ({describe_reason(error)})"
         raise ConfigError.at(str(folder / "config.json"), what, DOWNLOAD_AGAIN) from error
+
+
+def check_original_tower(config: Mapping[str, Any], folder: str | Path) -> None:
+    """Reject a model whose vision tower was trained, for a layout that contains no tower.
+
+    Args:
+        config: Its ``config.json``.
+        folder: Its folder, for the message.
+
+    Raises:
+        ConfigError: The tower was trained.
+    """
+    if config.get(TUNED_TOWER):
+        raise ConfigError.at(
+            str(folder),
+            "its vision tower was trained, and the released layout has none: the model would get the original tower",
+            "publish it as it is, or as `llavar-peft convert --to hf-llava` writes it",
+        )
 
 
 def is_language_model(config: Mapping[str, Any]) -> bool:

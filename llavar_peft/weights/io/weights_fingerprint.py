@@ -1,7 +1,8 @@
 """Fingerprints: a few kilobytes that tell two models apart, in whatever files their weights are stored.
 
 Values are compared in fp16, the dtype of all released weights, so that fp16 weights stored in fp32 have the fingerprint
-of the original. Buffers, the vision tower and file names do not count.
+of the original. Buffers and file names do not count. A vision tower has a fingerprint of its own, which exists only
+where it was trained: any other tower is the original one.
 """
 
 from __future__ import annotations
@@ -11,15 +12,18 @@ import json
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from llavar_peft.errors import DAMAGED, WeightsError, describe_reason
 from llavar_peft.weights.io.tensor_blocks import join_first, read_elements, tensor_bytes
 from llavar_peft.weights.io.tensor_table import DOWNLOAD_AGAIN, TensorEntry
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
 FINGERPRINT_FILE = "fingerprints.json"
 """Fingerprints by role: of ``base`` and ``target`` in a delta's folder, of ``base`` and ``delta`` in the folder of an
-applied delta, of ``base`` in an adapter's."""
+applied delta, of ``base`` in an adapter's, and of the base's ``tower`` if that or the adapter on it was trained."""
 PLACES, RUN = 4, 2048
 """Number of sampled runs of a tensor, the first and last included, and the number of elements of a run."""
 _FORMAT = 1
@@ -37,11 +41,11 @@ def sampled_runs(numel: int, places: int = PLACES, run: int = RUN) -> list[tuple
     return [((numel - run) * place // (places - 1), run) for place in range(places)]
 
 
-def take_fingerprint(table: Mapping[str, TensorEntry], config: Mapping[str, Any]) -> dict[str, Any]:
+def take_fingerprint(table: Mapping[str, TensorEntry | Tensor], config: Mapping[str, Any]) -> dict[str, Any]:
     """Compute the fingerprint of a model.
 
     Args:
-        table: Its tensors by released names.
+        table: Its tensors by released names; those of a vision tower by ours.
         config: Its flat configuration.
 
     Returns:
@@ -59,11 +63,15 @@ def take_fingerprint(table: Mapping[str, TensorEntry], config: Mapping[str, Any]
     }
 
 
-def _hash(entry: TensorEntry) -> str:
+def _hash(entry: TensorEntry | Tensor) -> str:
     digest = hashlib.sha256()
-    for start, count in sampled_runs(entry.numel):
+    for start, count in sampled_runs(entry.numel if isinstance(entry, TensorEntry) else entry.numel()):
+        if isinstance(entry, TensorEntry):
+            run = read_elements(entry, start, count)
+        else:
+            run = entry.flatten()[start : start + count]
         # + 0.0 turns -0.0 into 0.0: the sign of a zero difference has no meaning.
-        digest.update(tensor_bytes(read_elements(entry, start, count).half() + 0.0))
+        digest.update(tensor_bytes(run.half() + 0.0))
     return digest.hexdigest()[:16]
 
 
@@ -114,21 +122,25 @@ def read_fingerprint(path: Path) -> dict[str, Any] | None:
     return dict(content)
 
 
-def check_adapter_base(adapter: Path, base_print: Callable[[], Mapping[str, Any]], base: str) -> None:
+def check_adapter_base(
+    adapter: Path, base_print: Callable[[], Mapping[str, Any] | None], base: str, *, role: str = "base"
+) -> None:
     """Reject a base that an adapter was not trained on; accept any if the adapter has no fingerprint.
 
     Args:
         adapter: The adapter's folder.
-        base_print: Computes the base's fingerprint.
+        base_print: Computes the base's fingerprint; None if there is nothing to compare.
         base: What to call the base in the message.
+        role: ``"base"``, or ``"tower"`` for the base's vision tower.
 
     Raises:
         WeightsError: The fingerprints differ; names the first tensors that do.
     """
-    known = read_fingerprint(adapter / FINGERPRINT_FILE)
-    if known is None or "base" not in known:
+    known = (read_fingerprint(adapter / FINGERPRINT_FILE) or {}).get(role)
+    got = base_print() if known is not None else None
+    if known is None or got is None:
         return
-    found = [line for line in compare_fingerprints(known["base"], base_print()) if not line.endswith(_UNEXPECTED)]
+    found = [line for line in compare_fingerprints(known, got) if not line.endswith(_UNEXPECTED)]
     if found:
         raise WeightsError.at(
             base,

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from llavar_peft.constants import MODEL_TYPE
+from llavar_peft.constants import MODEL_TYPE, TUNED_TOWER
 from llavar_peft.errors import ConfigError, WeightsError
 from llavar_peft.types import expand_home
 from llavar_peft.weights.adapter.adapter_files import BASE_FILE, read_base_settings
@@ -78,7 +78,11 @@ def open_merge_base(
     settings = read_base_settings(adapters[0].folder)
     config = read_model_config(folder)
     if not is_language_model(config):
-        ours = _same if config.get("model_type") == MODEL_TYPE else tensor_names.from_released
+        own = config.get("model_type") == MODEL_TYPE
+        if not own:
+            fix = "merge into a base that `llavar-peft convert BASE OUT --to llavar --vision-tower TOWER` writes"
+            _check_frozen_tower(adapters, fix)
+        ours = _same if own else tensor_names.from_released
         table = {name: entry for name, entry in read_tensor_table(folder).items() if ours(name) is not None}
         check_not_delta(
             next((one for name, one in table.items() if ours(name) == tensor_names.FINAL_NORM), None), folder, config
@@ -86,6 +90,8 @@ def open_merge_base(
         shapes = {name: entry.shape for name, entry in table.items()}
         rows = next((shape[0] for name, shape in shapes.items() if ours(name) == tensor_names.EMBEDDINGS), 0)
         overlay = _read_overlay(projector or settings.projector, adapters[0].folder, rows)
+        if any(one.tunes_tower for one in adapters):
+            config = {**config, TUNED_TOWER: True}
         return MergeBase(table, shapes, ours, config, (folder,), overlay)
     extended = _extend_language_model(folder, adapters, projector or settings.projector)
     tower = expand_home(vision_tower or settings.vision_tower or "")
@@ -111,6 +117,14 @@ def open_merge_base(
     )
 
 
+def _check_frozen_tower(adapters: Sequence[Adapter], fix: str) -> None:
+    """Reject adapters on the vision tower for a model in the released layout, which contains no tower."""
+    for one in adapters:
+        if one.tunes_tower:
+            what = "the adapter changes the vision tower, and the result's layout, the released one, contains none"
+            raise ConfigError.at(str(one.folder), what, fix)
+
+
 def released_merge_base(view: ReleasedView, adapters: Sequence[Adapter]) -> MergeBase:
     """Return a model in the released layout as the base of a merge into a delta.
 
@@ -122,9 +136,10 @@ def released_merge_base(view: ReleasedView, adapters: Sequence[Adapter]) -> Merg
         The base by released names, without a tower.
 
     Raises:
-        ConfigError: The projector file of an adapter is missing.
+        ConfigError: The projector file of an adapter is missing, or an adapter changes the vision tower.
         WeightsError: A plain language model without a projector.
     """
+    _check_frozen_tower(adapters, "write the whole model with `llavar-peft merge`, and publish that")
     projector = read_base_settings(adapters[0].folder).projector if adapters else None
     if not adapters or not is_language_model(view.config):
         shapes = {name: entry.shape for name, entry in view.table.items()}

@@ -12,6 +12,7 @@ from llavar_peft.errors import ConfigError
 from llavar_peft.types import expand_home
 from llavar_peft.weights.adapter.lora_updates import read_adapter
 from llavar_peft.weights.delta.released_layout import view_as_released
+from llavar_peft.weights.io import tensor_names
 from llavar_peft.weights.io.companion_files import copy_companion, find_companions
 from llavar_peft.weights.io.folder_writer import FolderWriter, WeightsReport
 from llavar_peft.weights.io.shard_layout import RELEASED_SHARD_SIZE, TensorSpec, WeightsFormat
@@ -54,6 +55,9 @@ def plan_merge(
         check_adapter_base(one, lambda: _fingerprint(folder), str(folder))
     adapters = tuple(read_adapter(one) for one in folders)
     opened = open_merge_base(folder, adapters, vision_tower=vision_tower, projector=projector)
+    tower = {name: entry for name, entry in opened.table.items() if name.startswith(tensor_names.TOWER)}
+    for one in () if force or not tower else folders if weights is not None else folders[:1]:
+        check_adapter_base(one, lambda: take_fingerprint(tower, {}), f"the vision tower of {folder}", role="tower")
     trained, rounding = choose_rounding(folders, onto)
     return MergePlan(MergedTensors(opened, adapters, weights, rounding), trained)
 
