@@ -24,6 +24,7 @@ INSTALL_REQUIRES = [
     "pillow>=11.0",
     "protobuf>=5.26.1",
     "psutil>=5.9",
+    "pyarrow>=21.0",
     "pydantic>=2.10",
     "pyyaml>=6.0",
     "rapidfuzz>=3.10",

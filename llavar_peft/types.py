@@ -65,6 +65,32 @@ class _Shown(str):
     __repr__ = str.__str__
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class EmbeddedImage:
+    """An image that a record contains as the bytes of its file. Equal only to itself.
+
+    Attributes:
+        data: The bytes; in a table a view of the mapped file, so that they are read only when they are used.
+        name: Its name in messages: the key in the record, and the path written next to the bytes.
+    """
+
+    data: bytes | memoryview
+    name: str
+
+    def __str__(self) -> str:
+        return self.name
+
+    def __repr__(self) -> str:
+        return f"EmbeddedImage({len(self.data):,} bytes, {self.name!r})"
+
+    def __reduce__(self) -> tuple[type[EmbeddedImage], tuple[bytes, str]]:
+        return EmbeddedImage, (bytes(self.data), self.name)
+
+
+ImageSource = str | EmbeddedImage
+"""An image of a record: its path as written in the record, or its bytes."""
+
+
 @dataclass(frozen=True, slots=True)
 class Turn:
     """One message of a conversation.
@@ -72,10 +98,13 @@ class Turn:
     Attributes:
         role: The speaker, named as in the released data.
         text: The message; ``<image>`` marks the position of an image.
+        parts: Literal text, and None for each image, where the record gives them apart: then ``<image>`` in the text
+            is text. None splits ``text`` at ``<image>``.
     """
 
     role: Role
     text: str
+    parts: tuple[str | None, ...] | None = None
 
 
 @dataclass(frozen=True, slots=True, repr=False)
@@ -85,12 +114,14 @@ class Conversation(ReadableRepr):
     Attributes:
         id: The record's id, as a string.
         turns: Alternating turns, a human one first. A leading ``gpt`` turn of the record is dropped, as in LLaVAR.
-        images: Relative image paths as written in the record, in order; empty for a record without images.
+        images: The record's images in order: paths as written in the record, or their bytes.
+        system: The text before the first turn; None is the template's own.
     """
 
     id: str
     turns: tuple[Turn, ...]
-    images: tuple[str, ...] = ()
+    images: tuple[ImageSource, ...] = ()
+    system: str | None = None
 
 
 @dataclass(frozen=True, slots=True, repr=False)
@@ -109,7 +140,7 @@ class Example(ReadableRepr):
     id: str
     input_ids: Tensor
     labels: Tensor
-    images: tuple[str, ...] = ()
+    images: tuple[ImageSource, ...] = ()
     image_token_counts: tuple[int, ...] = ()
     dropped: str | None = None
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
 
 import typer
 from rich.console import Console
@@ -16,21 +16,36 @@ from llavar_peft.errors import count_of
 if TYPE_CHECKING:
     from llavar_peft.types import Example
 
+SplitOption: TypeAlias = Annotated[
+    str | None, typer.Option("--split", help="The split of a folder or hub data set. Default: train.")
+]
+ConfigOption: TypeAlias = Annotated[
+    str | None, typer.Option("--config", help="The configuration (subset) of a folder or hub data set.")
+]
+StreamingOption: TypeAlias = Annotated[
+    bool, typer.Option("--streaming", help="Read a hub data set row by row, without downloading its files first.")
+]
 _DEFAULT_LIMIT = 5
 _INVALID_INPUT = 2  # exit status, as of all commands
 
 
 def data_check(
-    records: Annotated[list[Path], typer.Argument(help="Files in LLaVA's record format.", metavar="RECORDS...")],
+    records: Annotated[
+        list[Path], typer.Argument(help="Files or folders of records, or hub:org/name.", metavar="RECORDS...")
+    ],
     images: ImagesOption = None,
+    split: SplitOption = None,
+    config: ConfigOption = None,
+    streaming: StreamingOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Report all malformed records and all missing or broken images."""
     from llavar_peft.data.check_records import check_records, summarize_faults
     from llavar_peft.data.image_roots import ImageRoots
     from llavar_peft.data.record_store import open_filled_records
+    from llavar_peft.data.record_tables import TableSelection
 
-    opened = open_filled_records([str(path) for path in records])
+    opened = open_filled_records([str(path) for path in records], TableSelection(split, config, streaming))
     report = check_records(opened, ImageRoots([str(path) for path in images or ()]))
     if as_json:
         found = report.as_dict()
@@ -47,9 +62,12 @@ def data_check(
 
 
 def data_inspect(
-    records: Annotated[Path, typer.Argument(help="A file in LLaVA's record format.", metavar="RECORDS")],
+    records: Annotated[Path, typer.Argument(help="A file or folder of records, or hub:org/name.", metavar="RECORDS")],
     model: Annotated[Path, typer.Option("--model", help="The checkpoint whose processor encodes the records.")],
     images: ImagesOption = None,
+    split: SplitOption = None,
+    config: ConfigOption = None,
+    streaming: StreamingOption = False,
     vision_tower: VisionTowerOption = None,
     limit: Annotated[
         int | None,
@@ -64,12 +82,13 @@ def data_inspect(
     from llavar_peft.data.encode_record import encode_conversation
     from llavar_peft.data.image_roots import ImageRoots
     from llavar_peft.data.record_store import open_filled_records, parse_record
+    from llavar_peft.data.record_tables import TableSelection
     from llavar_peft.data.supervised_text import decode_supervision
     from llavar_peft.models.build_model import load_processor
 
     processor = load_processor(str(model), vision_tower=vision_tower)
     roots = ImageRoots([str(path) for path in images]) if images else None
-    opened = open_filled_records([str(records)])
+    opened = open_filled_records([str(records)], TableSelection(split, config, streaming))
     console = Console(highlight=False, soft_wrap=True)
     if not as_json:
         console.print(Text(f"Conversation template: {processor.template}\n", style="dim"))
@@ -87,7 +106,7 @@ def data_inspect(
 def _example_as_dict(example: Example, spans: list[tuple[str, bool]]) -> dict[str, Any]:
     return {
         "id": example.id,
-        "images": list(example.images),
+        "images": list(map(str, example.images)),
         "dropped": example.dropped,
         "supervised": example.supervised,
         "input_ids": example.input_ids.tolist(),

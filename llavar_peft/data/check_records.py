@@ -16,9 +16,10 @@ from typing import Any, Final, Literal
 from llavar_peft.compat.usable_cores import usable_cores
 from llavar_peft.constants import IMAGE_PLACEHOLDER
 from llavar_peft.data.image_roots import FolderListing, ImageRoots
-from llavar_peft.data.record_store import RecordSource, count_placeholders, is_image_path, parse_record
+from llavar_peft.data.record_images import is_image_path
+from llavar_peft.data.record_store import RecordSource, count_placeholders, parse_record
 from llavar_peft.errors import DataError, Fault, ImageError
-from llavar_peft.types import Conversation, ReadableRepr
+from llavar_peft.types import Conversation, EmbeddedImage, ImageSource, ReadableRepr
 
 Kind = Literal[
     "record",
@@ -35,6 +36,7 @@ Kind = Literal[
 ]
 """``duplicate_id`` (LLaVA-Instruct repeats many ids) and ``placeholder_in_answer`` are warnings, the others faults."""
 
+_OTHER_KEYS: Final = frozenset(("video", "images", "image_url", "messages"))
 _CHUNK: Final = 1024  # records between two progress reports
 _MAX_GUESSES: Final = 20  # missing images for which a similar name is searched, which reads a folder
 _DUPLICATES_SHOWN: Final = 3
@@ -119,8 +121,7 @@ def check_records(
         for start in range(0, total, _CHUNK):
             indices = range(start, min(total, start + _CHUNK))
             parsed = [_parse(store, index) for index in indices]
-            paths = {path for conversation, _ in parsed if conversation for path in conversation.images}
-            bad_images = images.check(paths, pool)
+            bad_images = images.check({one for found, _ in parsed if found for one in found.images}, pool)
             for index, (conversation, findings) in zip(indices, parsed, strict=True):
                 faults += findings
                 if conversation is None:
@@ -173,6 +174,8 @@ def preflight(store: RecordSource, roots: ImageRoots) -> list[RecordFinding]:
             found += faults
             images = conversation.images if conversation else ()
         for path in images:
+            if isinstance(path, EmbeddedImage):
+                continue
             missing = None if listing.contains(path) else _missing(roots, path, guesses)
             if missing is not None:
                 kind: Kind = "image_outside" if roots.leads_outside(path) else "image_missing"
@@ -204,7 +207,7 @@ def _missing(roots: ImageRoots, path: str, guesses: Iterator[int]) -> Fault | No
     return None
 
 
-def _image_of_valid_record(raw: Any) -> tuple[str, ...] | None:
+def _image_of_valid_record(raw: Any) -> tuple[ImageSource, ...] | None:
     """Return the image of a faultless record of the usual form; None if only the slower ``_parse`` can tell."""
     if type(raw) is not dict or type(raw.get("id")) is not str or type(raw.get("conversations")) is not list:
         return None
@@ -218,7 +221,7 @@ def _image_of_valid_record(raw: Any) -> tuple[str, ...] | None:
             return None
         role, other = other, role
     image = raw.get("image")
-    if type(image) is not str or not is_image_path(image) or "video" in raw:
+    if type(image) is not str or not is_image_path(image) or not _OTHER_KEYS.isdisjoint(raw):
         return None
     return (image,) if placed and role == "human" else None
 
@@ -266,7 +269,7 @@ def _placeholders_in_answers(conversation: Conversation, where: str, index: int)
 
 
 def _image_findings(
-    conversation: Conversation, bad_images: dict[str, tuple[Kind, Fault]], where: str, index: int
+    conversation: Conversation, bad_images: dict[ImageSource, tuple[Kind, Fault]], where: str, index: int
 ) -> Iterator[RecordFinding]:
     for path in dict.fromkeys(conversation.images):
         if path in bad_images:
@@ -292,33 +295,42 @@ class _ImageChecker:
         self._listing = FolderListing(roots)
         self._guesses = count()
         self._checked: set[int] = set()  # hashes: a million paths would take 100 MB
-        self._bad: dict[str, tuple[Kind, Fault]] = {}
+        self._bad: dict[ImageSource, tuple[Kind, Fault]] = {}
         self.without_folder: set[str] = set()
         self.opened = 0
 
-    def check(self, paths: set[str], pool: ThreadPoolExecutor) -> dict[str, tuple[Kind, Fault]]:
-        """Check images, and return the faults of all images checked so far by path."""
+    def check(self, images: set[ImageSource], pool: ThreadPoolExecutor) -> dict[ImageSource, tuple[Kind, Fault]]:
+        """Check images, and return the faults of these images and of all paths checked so far."""
+        new: list[ImageSource] = []
+        new += sorted(path for path in images if isinstance(path, str) and hash(path) not in self._checked)
         if not self._roots.roots:
-            self.without_folder |= paths
-            return {}
-        new = sorted(path for path in paths if hash(path) not in self._checked)
+            self.without_folder.update(path for path in images if isinstance(path, str))
+            new = []
         self._checked.update(hash(path) for path in new)
-        for path, fault in zip(new, pool.map(self._fault, new), strict=True):
+        new += [image for image in images if isinstance(image, EmbeddedImage)]
+        found = {path: self._bad[path] for path in images if path in self._bad}
+        for image, fault in zip(new, pool.map(self._fault, new), strict=True):
             if fault is not None:
-                self._bad[path] = fault
+                found[image] = fault
+                if isinstance(image, str):
+                    self._bad[image] = fault
             elif self._open:
                 self.opened += 1
-        return self._bad
+        return found
 
-    def _fault(self, path: str) -> tuple[Kind, Fault] | None:
+    def _fault(self, path: ImageSource) -> tuple[Kind, Fault] | None:
+        if isinstance(path, EmbeddedImage):
+            return self._why_broken(path) if self._open else None
         if not self._open and self._listing.contains(path):
             return None
         missing = _missing(self._roots, path, self._guesses)
         if missing is not None:
             return "image_outside" if self._roots.leads_outside(path) else "image_missing", missing
-        if self._open:
-            try:
-                self._roots.open(path)
-            except ImageError as error:
-                return "image_broken", error.faults[0]
+        return self._why_broken(path) if self._open else None
+
+    def _why_broken(self, image: ImageSource) -> tuple[Kind, Fault] | None:
+        try:
+            self._roots.open(image)
+        except ImageError as error:
+            return "image_broken", error.faults[0]
         return None

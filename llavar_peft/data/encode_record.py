@@ -28,7 +28,7 @@ from llavar_peft.data.image_roots import ImageRoots
 from llavar_peft.data.record_store import parse_record
 from llavar_peft.data.text_encoder import TextEncoder, text_encoder, valid_unicode
 from llavar_peft.errors import ConfigError, DataError
-from llavar_peft.types import Conversation, Example, Processor, Turn
+from llavar_peft.types import Conversation, EmbeddedImage, Example, ImageSource, Processor, Turn
 
 
 @dataclass(slots=True)
@@ -57,7 +57,7 @@ def encode_record(
     """Encode a raw record for training.
 
     Args:
-        record: The record as it is stored: ``id``, ``conversations`` and, optionally, ``image``.
+        record: The record as it is stored: ``id``, ``conversations`` or ``messages`` and, optionally, ``image``.
         processor: Tokenizer and image settings.
         max_length: Maximum number of tokens, image tokens included. A longer record is cut at its end; an image that
             does not fit completely is left out with everything after it.
@@ -87,11 +87,11 @@ def encode_conversation(
             "max_length", f"out of range (got {max_length}, expected at least 1)", "give the number of tokens"
         )
     contents = _without_images_beyond(_contents(conversation, front=processor.sep_image_conv_front), max_length + 1)
-    paths = _placed_images(conversation, sum(part is None for content in contents for part in content))
-    by_path = {path: _image_tokens(path, processor, roots, conversation.id) for path in dict.fromkeys(paths)}
-    counts = tuple(by_path[path] for path in paths)
+    images = _placed_images(conversation, sum(part is None for content in contents for part in content))
+    by_image = {image: _image_tokens(image, processor, roots, conversation.id) for image in dict.fromkeys(images)}
+    counts = tuple(by_image[image] for image in images)
     turns = zip((turn.role for turn in conversation.turns), contents, strict=True)
-    pieces = processor.conversation_template.pieces(turns)
+    pieces = processor.conversation_template.pieces(turns, system=conversation.system)
     encoding = encode_pieces(pieces, text_encoder(processor), counts)
 
     cut = _cut(encoding, max_length)
@@ -104,7 +104,7 @@ def encode_conversation(
         id=conversation.id,
         input_ids=_tensor(encoding.ids[:cut]),
         labels=_tensor(labels),
-        images=paths[:kept],
+        images=images[:kept],
         image_token_counts=counts[:kept],
         dropped=dropped,
     )
@@ -177,12 +177,16 @@ def _contents(conversation: Conversation, *, front: bool) -> list[Content]:
     if not conversation.images:
         return [[turn.text] for turn in conversation.turns]
     # An answer may contain ``<image>`` as text, such as Markdown read off a page.
-    contents: list[Content] = [
-        split_placeholders(turn.text) if turn.role == "human" else [turn.text] for turn in conversation.turns
-    ]
+    contents = [_content(turn) for turn in conversation.turns]
     if front and contents:
         contents[0] = images_to_front(contents[0])
     return contents
+
+
+def _content(turn: Turn) -> Content:
+    if turn.parts is not None:
+        return turn.parts
+    return split_placeholders(turn.text) if turn.role == "human" else [turn.text]
 
 
 def _without_images_beyond(contents: list[Content], most: int) -> list[Content]:
@@ -193,7 +197,7 @@ def _without_images_beyond(contents: list[Content], most: int) -> list[Content]:
     return [[part for part in content if part is not None or next(number) < most] for content in contents]
 
 
-def _placed_images(conversation: Conversation, placeholders: int) -> tuple[str, ...]:
+def _placed_images(conversation: Conversation, placeholders: int) -> tuple[ImageSource, ...]:
     images = conversation.images
     if len(images) == 1:
         return images * placeholders
@@ -206,16 +210,18 @@ def _placed_images(conversation: Conversation, placeholders: int) -> tuple[str, 
     return images[:placeholders]
 
 
-def _image_tokens(path: str, processor: Processor, roots: ImageRoots | None, record: str) -> int:
+def _image_tokens(image: ImageSource, processor: Processor, roots: ImageRoots | None, record: str) -> int:
     if processor.image_mode != "keep":
         return processor.num_image_tokens
+    if roots is None and isinstance(image, EmbeddedImage):
+        roots = ImageRoots()
     if roots is None:
         raise DataError.at(
             f"record {record}",
             'no image folder was given, but image mode "keep" has to measure the images',
             "pass roots=ImageRoots(...), or give the folder with --images",
         )
-    height, width = prepare_image(roots.open(path), "keep", processor).shape[-2:]
+    height, width = prepare_image(roots.open(image), "keep", processor).shape[-2:]
     return (height // processor.patch_size) * (width // processor.patch_size)
 
 

@@ -11,6 +11,8 @@ from collections.abc import Callable, Iterator, Sequence
 import numpy as np
 from torch.utils.data import Sampler
 
+from llavar_peft.data.record_mixture import EpochDraw
+
 
 class Balance:
     """Rearranges each optimizer step so that its micro batches have about the same number of tokens.
@@ -49,13 +51,23 @@ class EpochSampler(Sampler[int]):
         seed: Seed of the run.
         shuffle: False keeps the order of the data in every epoch.
         balanced: Rearranges the items of each optimizer step; None keeps the drawn order.
+        draw: Which items an epoch takes; None takes each once.
     """
 
-    def __init__(self, count: int, *, seed: int, shuffle: bool, balanced: Balance | None = None) -> None:
+    def __init__(
+        self,
+        count: int,
+        *,
+        seed: int,
+        shuffle: bool,
+        balanced: Balance | None = None,
+        draw: EpochDraw | None = None,
+    ) -> None:
         self.count = count
         self.seed = seed
         self.shuffle = shuffle
         self.balanced = balanced
+        self.draw = draw
         self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
@@ -63,12 +75,13 @@ class EpochSampler(Sampler[int]):
         self.epoch = int(epoch)
 
     def __len__(self) -> int:
-        return self.count
+        return self.count if self.draw is None else len(self.draw)
 
     def __iter__(self) -> Iterator[int]:
+        taken = np.arange(self.count) if self.draw is None else self.draw(self.epoch)
         if not self.shuffle:
-            return iter(range(self.count))
-        order = np.random.default_rng((self.seed, self.epoch)).permutation(self.count).tolist()
+            return iter(taken.tolist())
+        order = np.random.default_rng((self.seed, self.epoch)).permutation(taken).tolist()
         return iter(order) if self.balanced is None else self.balanced(order)
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from llavar_peft.errors import ImageError, LlavarError
-from llavar_peft.types import expand_home
+from llavar_peft.types import EmbeddedImage, ImageSource, expand_home
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -73,11 +73,13 @@ class ImageRoots:
             self._check_inside(os.path.join(root, path), path)
         raise self._missing(path, guess=guess)
 
-    def open(self, path: str) -> Image.Image:
-        """Open an image by the path in its record, upright and in RGB. Raises ``ImageError``."""
-        from llavar_peft.data.image_files import open_image
+    def open(self, image: ImageSource) -> Image.Image:
+        """Open an image by the path in its record, or from its bytes, upright and in RGB. Raises ``ImageError``."""
+        from llavar_peft.data.image_files import decode_image, open_image
 
-        return open_image(self.resolve(path))
+        if isinstance(image, EmbeddedImage):
+            return decode_image(bytes(image.data), image.name)
+        return open_image(self.resolve(image))
 
     def is_inside(self, path: str | Path) -> bool:
         """Return whether a path is in one of the folders after all symbolic links are followed."""

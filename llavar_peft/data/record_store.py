@@ -1,7 +1,7 @@
-r"""Validate records in the released format, and open files of a million records without loading them.
+r"""Validate records, and open files of a million records without loading them.
 
-A record is ``{"id": ..., "image": "a.jpg", "conversations": [{"from": "human", "value": "<image>\n..."}, ...]}``.
-``image`` may be absent (a text-only record) or a list.
+A record is ``{"id": ..., "image": "a.jpg", "conversations": [{"from": "human", "value": "<image>\n..."}, ...]}``, or
+has OpenAI's ``messages`` (``message_records``). ``image`` may be absent (a text-only record) or a list.
 """
 
 from __future__ import annotations
@@ -15,14 +15,17 @@ from pathlib import Path
 from typing import Any, Final, Protocol
 
 from llavar_peft.constants import IMAGE_PLACEHOLDER
+from llavar_peft.data.message_records import is_message, read_messages
+from llavar_peft.data.record_images import read_images, type_name
 from llavar_peft.data.record_index import IndexedFile
-from llavar_peft.errors import DataError, Fault, LlavarError, describe_reason
-from llavar_peft.types import Conversation, Role, Turn, expand_home
+from llavar_peft.data.record_tables import HUB, Table, TableSelection, open_folder, open_hub, open_parquet
+from llavar_peft.errors import DataError, Fault
+from llavar_peft.types import Conversation, ImageSource, Role, Turn, expand_home
 
-_MAX_PATH: Final = 1024  # characters of the path of an image; a longer text is the image itself
-_SCHEME: Final = 32  # characters in which a URL says what it is
 _SHOWN: Final = 80
 _TABLES: Final = (".csv", ".tsv", ".xls", ".xlsx", ".ods")
+_WHOLE: Final = TableSelection()
+_HUB_NAME: Final = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 _ROLES: Final[dict[str, Role]] = {"human": "human", "user": "human", "gpt": "gpt", "assistant": "gpt"}
 
 
@@ -40,30 +43,6 @@ class RecordSource(Protocol):
     def where(self, index: int) -> str:
         """Return the name of a record for error messages, ending in ``:index``."""
         ...
-
-
-class Table:
-    """Records in memory or in an Arrow table: a ``datasets.Dataset`` or a list of dicts.
-
-    Args:
-        rows: The records.
-        name: Name of the source in error messages.
-    """
-
-    def __init__(self, rows: Any, name: str) -> None:
-        self.rows = rows
-        self.name = name
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, index: int) -> Any:
-        """Return a row. Raises ``IndexError``."""
-        return self.rows[index]
-
-    def where(self, index: int) -> str:
-        """Return the name of a row, e.g. ``"records.parquet:17"``, counted from 0."""
-        return f"{self.name}:{index}"
 
 
 class RecordStore(Sequence[Any]):
@@ -97,44 +76,65 @@ class RecordStore(Sequence[Any]):
         return self.parts[number], index - (self._ends[number - 1] if number else 0)
 
 
-def open_records(source: Any, cache_dir: str | Path | None = None) -> RecordStore:
+def open_records(source: Any, cache_dir: str | Path | None = None, selection: TableSelection = _WHOLE) -> RecordStore:
     """Open records without loading them.
 
     Args:
-        source: One path or several (``.json`` with one array, ``.jsonl``, ``.parquet``, a folder written by
-            ``datasets.save_to_disk``), a ``datasets.Dataset``, or a list of dicts.
+        source: One path or several (``.json`` with one array, ``.jsonl``, ``.parquet``, a folder that ``datasets``
+            reads), ``hub:org/name``, a ``datasets.Dataset``, or a list of dicts.
         cache_dir: Folder for indexes and converted tables. The default is the folder of the file, or the user's cache
             folder if that is read-only.
+        selection: Split and configuration of a folder or a data set of the hub.
 
     Raises:
         DataError: A file is missing, empty, of an unknown format, or malformed.
+        EnvironmentFaultError: A data set of the hub cannot be downloaded.
     """
     if isinstance(source, str | Path):
-        return RecordStore([_open_path(expand_home(source), cache_dir)])
+        return RecordStore([_open_path(source, cache_dir, selection)])
     if isinstance(source, Sequence) and all(isinstance(entry, str | Path) for entry in source):
-        return RecordStore([_open_path(expand_home(path), cache_dir) for path in source])
+        return RecordStore([_open_path(path, cache_dir, selection) for path in source])
     return RecordStore([Table(source, "records")])
 
 
-def open_filled_records(source: Any) -> RecordStore:
+def open_filled_records(source: Any, selection: TableSelection = _WHOLE) -> RecordStore:
     """Open records as ``open_records`` does. Raises ``DataError`` if there are none."""
-    records = open_records(source)
+    records = open_records(source, selection=selection)
     if not len(records):
         where = str(source) if isinstance(source, str | Path) else ", ".join(map(str, source))
         raise DataError.at(where, "no records", "give a file with at least one record")
     return records
 
 
-def _open_path(path: Path, cache_dir: str | Path | None) -> RecordSource:
+def is_hub_source(source: str | Path) -> bool:
+    """Return whether records are a data set of the hub, and not a path."""
+    return str(source).startswith(HUB)
+
+
+def check_source_exists(source: str | Path) -> None:
+    """Raise ``DataError`` if records are neither a data set of the hub nor a path that exists."""
+    path = expand_home(source)
+    if not is_hub_source(source) and not path.exists():
+        fix = "correct the path to the records"
+        if _HUB_NAME.fullmatch(str(source)) and not path.parent.is_dir():
+            fix += f", or write {HUB}{source} for the data set of the hub"
+        raise DataError.at(str(path), "no such file", fix)
+
+
+def _open_path(source: str | Path, cache_dir: str | Path | None, selection: TableSelection) -> RecordSource:
+    if is_hub_source(source):
+        return open_hub(str(source), selection, cache_dir)
+    path = expand_home(source)
     suffix = path.suffix.lower()
     if path.is_dir():
-        return _open_folder(path)
+        return open_folder(path, selection, cache_dir)
     if suffix in (".json", ".jsonl"):
+        _check_no_selection(path, selection, ("split", "config", "streaming"))
         return IndexedFile(path, cache_dir)
-    if not path.exists():
-        raise DataError.at(str(path), "no such file", "correct the path to the records")
+    check_source_exists(path)
     if suffix == ".parquet":
-        return Table(_read_parquet(path, cache_dir), str(path))
+        _check_no_selection(path, selection, ("config",))
+        return open_parquet(path, selection, cache_dir)
     if suffix in _TABLES:
         what = f"is a table ({suffix}), expected records with conversations"
         fix = "write each row as a record into a .jsonl file, one per line"
@@ -146,51 +146,13 @@ def _open_path(path: Path, cache_dir: str | Path | None) -> RecordSource:
     )
 
 
-def _open_folder(path: Path) -> RecordSource:
-    if (path / "dataset_dict.json").is_file():
-        splits = sorted(entry.name for entry in path.iterdir() if entry.is_dir())
-        raise DataError.at(
-            str(path), f"the folder holds several splits ({', '.join(splits)})", "give one split's folder"
-        )
-    if not (path / "state.json").is_file():
-        raise DataError.at(
-            str(path), "the folder was not written by datasets.save_to_disk", "give the file that holds the records"
-        )
-    from datasets import load_from_disk
-
-    try:
-        return Table(_undecoded(load_from_disk(str(path))), str(path))
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise _unreadable(path, error) from error
-
-
-def _read_parquet(path: Path, cache_dir: str | Path | None) -> Any:
-    """Convert a Parquet file, which has no random access to rows, to a memory-mapped Arrow file, once."""
-    from datasets import Dataset
-    from datasets.exceptions import DatasetGenerationError
-
-    try:
-        return _undecoded(Dataset.from_parquet(str(path), cache_dir=None if cache_dir is None else str(cache_dir)))
-    except (OSError, ValueError, KeyError, TypeError, DatasetGenerationError) as error:
-        raise _unreadable(path, error.__cause__ or error) from error
-
-
-def _undecoded(table: Any) -> Any:
-    """Return a table whose images stay files: a broken one is then reported with its record."""
-    from datasets import Image
-
-    for name, feature in table.features.items():
-        if isinstance(feature, Image):
-            table = table.cast_column(name, Image(decode=False))
-    return table
-
-
-def _unreadable(path: Path, error: BaseException) -> LlavarError:
-    return DataError.at(
-        str(path),
-        f"cannot be read ({type(error).__name__}: {describe_reason(error)})",
-        "write or download the file again",
-    )
+def _check_no_selection(path: Path, selection: TableSelection, names: Sequence[str]) -> None:
+    for name in names:
+        if getattr(selection, name):
+            what = f"{name!r} is set, but a {path.suffix} file has none"
+            if name == "streaming":
+                what = f"'streaming' is set, but a {path.suffix} file is never loaded as a whole anyway"
+            raise DataError.at(str(path), what, f"remove {name!r}")
 
 
 def parse_record(raw: object, where: str) -> Conversation:
@@ -211,25 +173,36 @@ def parse_record(raw: object, where: str) -> Conversation:
     if not isinstance(raw, Mapping):
         raise DataError.at(
             where,
-            f"the record has the wrong type (got {_type_name(raw)}, expected an object)",
+            f"the record has the wrong type (got {type_name(raw)}, expected an object)",
             'write the record as {"id": ..., "conversations": [...]}',
         )
     faults: list[Fault] = []
     identity = _identity(raw, where, faults)
-    images = _images(raw, where, faults)
-    turns = _turns(raw, where, faults)
+    images = read_images(raw, where, faults)
+    turns, images, system = _read_turns(raw, images, where, faults)
     placeholders = count_placeholders(turns)
     if len(images) > 1 and turns and placeholders != len(images):
         what = f"the number of {IMAGE_PLACEHOLDER} is wrong (got {placeholders}, expected {len(images)}: one per image)"
         faults.append(Fault(where, what, f"write {IMAGE_PLACEHOLDER} once for each image"))
     if faults:
         raise DataError("\n".join(str(fault) for fault in faults), faults)
-    return Conversation(identity, turns, images)
+    return Conversation(identity, turns, images, system)
 
 
 def count_placeholders(turns: Iterable[Turn]) -> int:
-    """Return the number of ``<image>`` that place an image: those in human turns."""
-    return sum(turn.text.count(IMAGE_PLACEHOLDER) for turn in turns if turn.role == "human")
+    """Return the number of places of images: ``<image>`` in human turns, or their parts that are images."""
+    return sum(
+        turn.text.count(IMAGE_PLACEHOLDER) if turn.parts is None else turn.parts.count(None)
+        for turn in turns
+        if turn.role == "human"
+    )
+
+
+def text_without_images(turn: Turn) -> str:
+    """Return the text of a human turn without the places of its images."""
+    if turn.parts is None:
+        return turn.text.replace(IMAGE_PLACEHOLDER, "").strip()
+    return "".join(part for part in turn.parts if part is not None).strip()
 
 
 def _identity(raw: Mapping[str, Any], where: str, faults: list[Fault]) -> str:
@@ -237,70 +210,50 @@ def _identity(raw: Mapping[str, Any], where: str, faults: list[Fault]) -> str:
     if identity is None:
         return where.rpartition(":")[2]
     if isinstance(identity, bool) or not isinstance(identity, str | int):
-        what = f"wrong type (got {_type_name(identity)}, expected a string or an integer)"
+        what = f"wrong type (got {type_name(identity)}, expected a string or an integer)"
         faults.append(Fault(f"{where}: id", what, "write the id as a string"))
     return str(identity)
 
 
-def _images(raw: Mapping[str, Any], where: str, faults: list[Fault]) -> tuple[str, ...]:
-    images = raw.get("image")
-    if raw.get("video") is not None:
-        what, fix = "names a video, expected images", "save frames as images, and list their paths under 'image'"
-        faults.append(Fault(f"{where}: video", what, fix))
-    if images is None:
-        if "images" in raw:
-            faults.append(Fault(where, "unknown key (got 'images', expected 'image')", "rename 'images' to 'image'"))
-        return ()
-    is_list = isinstance(images, list | tuple)
-    listed = images if is_list else [images]
-    for number, image in enumerate(listed):
-        problem = _image_problem(image)
-        if problem is None:
-            continue
-        what, fix = problem
-        faults.append(Fault(f"{where}: image[{number}]" if is_list else f"{where}: image", what, fix))
-    return tuple(image for image in listed if isinstance(image, str))
+def _read_turns(
+    raw: Mapping[str, Any], images: tuple[ImageSource, ...], where: str, faults: list[Fault]
+) -> tuple[tuple[Turn, ...], tuple[ImageSource, ...], str | None]:
+    """Return a record's turns, its images in their order in the turns, and its system prompt."""
+    key, listed = _listed(raw, where, faults)
+    if key is None:
+        return (), images, None
+    if key == "conversations" and not is_message(next(iter(listed), None)):
+        return _turns(listed, where, faults), images, None
+    before = len(faults)
+    read = read_messages(listed, images, f"{where}: {key}", faults)
+    turns = read.turns[1:] if read.turns and read.turns[0].role == "gpt" else read.turns
+    if not turns and len(faults) == before:
+        fix = "add the question as a message of the user, or remove the record"
+        faults.append(Fault(where, "has no message of the user", fix))
+    return turns, read.images, read.system
 
 
-def is_image_path(text: str) -> bool:
-    """Return whether a text can be the path of an image: it is no URL, no image itself, and not empty."""
-    return (0 < len(text) <= _MAX_PATH and ":" not in text[:_SCHEME]) or _image_problem(text) is None
-
-
-def _image_problem(image: object) -> tuple[str, str] | None:
-    """Return why a value of 'image' is no path, and the fix; None for a path."""
-    to_file = "save the image as a file in the image folder, and write its path"
-    if isinstance(image, str):
-        kind = image[:_SCHEME].lower()
-        if not image:
-            return "the path is empty", "write the path of the image, or leave out 'image' in a text-only record"
-        if kind.startswith("data:"):
-            return f"is an image in a data URL (got {len(image):,} characters, expected a relative path)", to_file
-        if re.match(r"[a-z][a-z0-9+.-]*://", kind):
-            return f"is a URL (got {image[:_SHOWN]!r}, expected a relative path)", f"download it: {to_file}"
-        if len(image) > _MAX_PATH:
-            return f"is too long for a path (got {len(image):,} characters); it may be the image itself", to_file
-        return None
-    embedded = isinstance(image, Mapping) and ("bytes" in image or "path" in image)
-    if embedded or isinstance(image, bytes | bytearray) or hasattr(image, "getpixel"):
-        return "is an embedded image, expected a relative path", to_file
-    return f"wrong type (got {_type_name(image)}, expected a relative path)", "write the path of the image as a string"
-
-
-def _turns(raw: Mapping[str, Any], where: str, faults: list[Fault]) -> tuple[Turn, ...]:
-    listed = raw.get("conversations")
-    if not isinstance(listed, list | tuple):
-        what, fix = "has no 'conversations'", 'add "conversations": [{"from": "human", "value": "..."}, ...]'
-        if listed is not None:
-            what = f"'conversations' has the wrong type (got {_type_name(listed)}, expected a list)"
-            fix = 'write it as [{"from": "human", "value": "..."}, ...]'
-        elif isinstance(raw.get("messages"), list | tuple):
-            what = "has 'messages' as in OpenAI's format, expected 'conversations'"
-            fix = 'write each message as {"from": "human" or "gpt", "value": its text} under \'conversations\''
-        elif similar := get_close_matches("conversations", [str(key) for key in raw], n=1):
+def _listed(raw: Mapping[str, Any], where: str, faults: list[Fault]) -> tuple[str | None, Sequence[Any]]:
+    """Return the key and the list of a record's turns or messages."""
+    given = [key for key in ("conversations", "messages") if raw.get(key) is not None]
+    if len(given) == 1 and isinstance(raw[given[0]], list | tuple):
+        return given[0], raw[given[0]]
+    example = '[{"from": "human", "value": "..."}, ...]'
+    if not given:
+        what, fix = "has no 'conversations'", f'add "conversations": {example}'
+        if similar := get_close_matches("conversations", [str(key) for key in raw], n=1):
             fix = f"rename {similar[0]!r} to 'conversations'"
-        faults.append(Fault(where, what, fix))
-        return ()
+    elif len(given) == 1:
+        what = f"{given[0]!r} has the wrong type (got {type_name(raw[given[0]])}, expected a list)"
+        of_messages = '[{"role": "user", "content": "..."}, ...]'
+        fix = f"write it as {of_messages if given[0] == 'messages' else example}"
+    else:
+        what, fix = "has 'conversations' and 'messages', expected one of them", "remove one of the two keys"
+    faults.append(Fault(where, what, fix))
+    return None, ()
+
+
+def _turns(listed: Sequence[Any], where: str, faults: list[Fault]) -> tuple[Turn, ...]:
     before = len(faults)
     turns = [_turn(turn, where, number, faults) for number, turn in enumerate(listed)]
     kept = [turn for turn in turns if turn is not None]
@@ -328,7 +281,7 @@ def _turn(turn: object, where: str, number: int, faults: list[Fault]) -> Turn | 
         return Turn(known, text)
     at = f"{where}: conversations[{number}]"
     if not isinstance(turn, Mapping):
-        what = f"the turn has the wrong type (got {_type_name(turn)}, expected an object)"
+        what = f"the turn has the wrong type (got {type_name(turn)}, expected an object)"
         faults.append(Fault(at, what, 'write the turn as {"from": "human", "value": "..."}'))
         return None
     if "role" in turn and "content" in turn and "from" not in turn:
@@ -343,20 +296,11 @@ def _turn(turn: object, where: str, number: int, faults: list[Fault]) -> Turn | 
         )
         fix = "set 'from' to 'human' or 'gpt'"
         if role == "system":
-            fix = "remove the turn: the chat template adds the system prompt"
+            fix = "remove the turn: the chat template adds the system prompt; 'messages' may have their own"
         faults.append(Fault(at, what, fix))
     if not isinstance(text, str):
-        what = f"'value' has the wrong type (got {_type_name(text)}, expected a string)"
+        what = f"'value' has the wrong type (got {type_name(text)}, expected a string)"
         faults.append(
             Fault(at, what if "value" in turn else "has no 'value'", "write the text of the turn as a string")
         )
     return None
-
-
-def _type_name(value: object) -> str:
-    if isinstance(value, list | tuple):
-        return "a list"
-    if isinstance(value, Mapping):
-        return "an object"
-    names = {type(None): "null", bool: "a boolean", int: "an integer", float: "a number", str: "a string"}
-    return names.get(type(value), type(value).__name__)

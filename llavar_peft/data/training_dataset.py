@@ -6,7 +6,7 @@ same batches. Shapes: B rows, T tokens, N images, H and W pixels.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any, Final
@@ -20,6 +20,8 @@ from llavar_peft.constants import IGNORE_INDEX
 from llavar_peft.data.encode_record import encode_record
 from llavar_peft.data.image_preparation import prepare_image
 from llavar_peft.data.image_roots import ImageRoots
+from llavar_peft.data.record_images import IMAGE_KEYS, has_images
+from llavar_peft.data.record_mixture import EpochDraw, RecordMixture
 from llavar_peft.data.record_store import RecordSource
 from llavar_peft.errors import DataError, ImageError
 from llavar_peft.types import Example, Processor
@@ -59,6 +61,7 @@ class TrainingDataset(Dataset[Item]):
         roots: The image folders.
         processor: Tokenizer, image processor and their settings.
         max_length: Maximum number of tokens of a record.
+        mixture: The sources of the records, where each has image folders of its own; None uses ``roots`` for all.
     """
 
     def __init__(
@@ -69,7 +72,9 @@ class TrainingDataset(Dataset[Item]):
         processor: Processor,
         *,
         max_length: int,
+        mixture: RecordMixture | None = None,
     ) -> None:
+        self.mixture = mixture
         self.records = records
         self.indices = np.asarray(indices, dtype=np.int64)
         self.roots = roots
@@ -84,7 +89,7 @@ class TrainingDataset(Dataset[Item]):
         raw = self.records[index]
         try:
             # In image mode "keep" this measures the images, since their size gives the number of their tokens.
-            example = encode_record(raw, self.processor, self.max_length, roots=self.roots)
+            example = encode_record(raw, self.processor, self.max_length, roots=self.roots_of(index))
         except ImageError as error:
             return _faulty(raw, index, f"image: {error}")
         except DataError as error:
@@ -93,12 +98,20 @@ class TrainingDataset(Dataset[Item]):
             return Item(example, (), f"labels: {example.dropped}")
         try:
             pixels = tuple(
-                prepare_image(self.roots.open(path), self.processor.image_mode, self.processor)
-                for path in example.images
+                prepare_image(self.roots_of(index).open(image), self.processor.image_mode, self.processor)
+                for image in example.images
             )
         except ImageError as error:
             return _faulty(raw, index, f"image: {error}")
         return Item(example, pixels, None)
+
+    def roots_of(self, index: int) -> ImageRoots:
+        """Return the image folders of a record, by its index in ``records``."""
+        return self.roots if self.mixture is None else self.mixture.roots_of(index)
+
+    def draw(self, *, seed: int, shuffle: bool) -> EpochDraw | None:
+        """Return which items an epoch takes, by the weights of their sources; None if it takes each once."""
+        return None if self.mixture is None else self.mixture.draw(self.indices, seed=seed, shuffle=shuffle)
 
     def estimated_tokens(self, position: int) -> int:
         """Estimate the number of tokens of an item, quickly and with the same result on every rank.
@@ -111,15 +124,26 @@ class TrainingDataset(Dataset[Item]):
 
 def text_tokens(raw: Mapping[str, Any]) -> int:
     """Estimate the number of text tokens of a raw record, valid or not, as one per four bytes."""
-    turns = raw.get("conversations")
-    texts = [turn.get("value") for turn in turns if isinstance(turn, Mapping)] if isinstance(turns, list) else []
-    return sum(len(text.encode()) for text in texts if isinstance(text, str)) // 4
+    texts = (part for part in _contents(raw) if isinstance(part, str))
+    return sum(len(text.encode("utf-8", "surrogatepass")) for text in texts) // 4
 
 
 def image_count(raw: Mapping[str, Any]) -> int:
-    """Return the number of images that a raw record names, whether it is valid or not."""
-    named = raw.get("image")
-    return len(named) if isinstance(named, list) else int(named is not None)
+    """Return the number of images that a raw record names or contains, whether it is valid or not."""
+    shown = sum(isinstance(part, Mapping) for part in _contents(raw))
+    named = (raw[key] for key in IMAGE_KEYS if has_images(raw.get(key)))
+    return shown or sum(len(images) if isinstance(images, list | tuple) else 1 for images in named)
+
+
+def _contents(raw: Mapping[str, Any]) -> Iterator[object]:
+    """Yield the texts of a raw record, and the parts of its messages that are images."""
+    turns: list[Any] = next((raw[key] for key in ("conversations", "messages") if isinstance(raw.get(key), list)), [])
+    for turn in turns:
+        if not isinstance(turn, Mapping):
+            continue
+        content = turn.get("content") if turn.get("value") is None else turn["value"]
+        for part in content if isinstance(content, list) else [content]:
+            yield part.get("text") if isinstance(part, Mapping) and part.get("type") == "text" else part
 
 
 def _faulty(raw: Mapping[str, Any], index: int, fault: str) -> Item:

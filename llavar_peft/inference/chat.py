@@ -169,14 +169,15 @@ class Chat:
         adapter: str | EllipsisType | None = ...,
         image_mode: ImageMode | None = None,
         sampling: Sampling | None = None,
+        system: str | None = None,
     ) -> Request:
-        """Prepare a question for ``answer``. The arguments are those of ``ask``."""
+        """Prepare a question for ``answer``. The arguments are those of ``ask``, and ``system``, the system prompt."""
         if not isinstance(question, str):
             raise ConfigError.at("question", f"got {type(question).__name__}, expected a string", "write the question")
         images = prepare_images(image, self.engine.processor, image_mode)
         content = self.engine.processor.conversation_template.question(question, len(images))
         return Request(
-            ids=encode_messages(self.engine.processor, [("human", content)], images),
+            ids=encode_messages(self.engine.processor, [("human", content)], images, system=system),
             images=images,
             sampling=sampling or Sampling(),
             adapter=self.resolve_adapter(adapter),

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from llavar_peft.data.record_store import open_records
+from llavar_peft.data.record_store import is_hub_source, open_records
+from llavar_peft.data.record_tables import TableSelection
 from llavar_peft.data.training_dataset import count_held_out, image_count, text_tokens
 from llavar_peft.models.llavar_config import LlavarConfig
 from llavar_peft.preflight.estimate_counts import Counts
+from llavar_peft.recipe.data_sources import paths_of, size_of_epoch, sources_of
 from llavar_peft.recipe.schema import Full, Lora, Stage, Tune
 from llavar_peft.types import expand_home
 
@@ -26,6 +28,7 @@ class RecordLengths:
         longest: Number of tokens of the longest record.
         squares: Mean of the squared number of tokens.
         images: Mean number of images per record.
+        counts: Number of records of each source.
     """
 
     records: int | None
@@ -33,6 +36,7 @@ class RecordLengths:
     longest: int
     squares: float
     images: float
+    counts: tuple[int, ...] = ()
 
 
 def measure_records(stage: Stage, config: LlavarConfig) -> RecordLengths:
@@ -41,21 +45,29 @@ def measure_records(stage: Stage, config: LlavarConfig) -> RecordLengths:
     Raises:
         DataError: The files exist and are not records.
     """
-    given = stage.data.records
-    paths = (given,) if isinstance(given, str) else given
-    if not all(expand_home(path).exists() for path in paths):
+    sources = sources_of(stage.data)
+    paths = [path for source in sources for path in paths_of(source.records)]
+    if not all(not is_hub_source(path) and expand_home(path).exists() for path in paths):
         most = stage.max_length
         return RecordLengths(None, most, most, most**2, 1.0)
-    records = open_records(paths)
-    sample = [records[place] for place in range(0, len(records), max(1, len(records) // _SAMPLE))]
+    opened = [
+        open_records(paths_of(source.records), selection=TableSelection(source.split, source.config, source.streaming))
+        for source in sources
+    ]
+    counts = tuple(map(len, opened))
+    every = max(1, sum(counts) // _SAMPLE)
+    sample, shares = [], []
+    for source, records in zip(sources, opened, strict=True):
+        places = range(0, len(records), every)
+        sample += [records[place] for place in places]
+        shares += [source.weight] * len(places)
     image = config.image_seq_length + 2 * bool(config.use_im_start_end)
     images = [image_count(record) for record in sample]
     lengths = [
         min(text_tokens(record) + image * count, stage.max_length) for record, count in zip(sample, images, strict=True)
     ]
-    return RecordLengths(
-        len(records), _mean(lengths), max(lengths), _mean(length**2 for length in lengths), _mean(images)
-    )  # fmt: skip
+    mean, squares, each = (_mean(values, shares) for values in (lengths, [length**2 for length in lengths], images))
+    return RecordLengths(sum(counts), mean, max(lengths), squares, each, counts)
 
 
 def largest_pass(stage: Stage, lengths: RecordLengths) -> int:
@@ -71,7 +83,8 @@ def count_steps(stage: Stage, lengths: RecordLengths) -> int | None:
     if lengths.records is None:
         return None
     held = count_held_out(lengths.records, stage.data.holdout)
-    return math.ceil(math.ceil((lengths.records - held) / stage.global_batch_size) * stage.epochs)
+    size = size_of_epoch(lengths.counts or (lengths.records,), held, stage.data)
+    return math.ceil(math.ceil(size / stage.global_batch_size) * stage.epochs)
 
 
 def flops_per_step(config: LlavarConfig, stage: Stage, counts: Counts, lengths: RecordLengths) -> float:
@@ -151,6 +164,5 @@ def _image_flops(config: LlavarConfig, tune: Tune, counts: Counts, lengths: Reco
     return lengths.images * float(tower + projector)
 
 
-def _mean(values: Iterable[float]) -> float:
-    found = list(values)
-    return sum(found) / len(found)
+def _mean(values: Sequence[float], shares: Sequence[float]) -> float:
+    return sum(value * share for value, share in zip(values, shares, strict=True)) / sum(shares)

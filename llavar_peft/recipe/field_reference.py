@@ -12,6 +12,7 @@ from typing import Any
 from llavar_peft.recipe import schema
 from llavar_peft.recipe.schema import (
     DataConfig,
+    DataSource,
     Full,
     Lora,
     ModelConfig,
@@ -23,7 +24,7 @@ from llavar_peft.recipe.schema import (
 )
 from llavar_peft.recipe.schema_fields import bounds_of, fields_of, is_optional, json_schema_of, members
 
-CONFIG_CLASSES = (Recipe, ModelConfig, Stage, DataConfig, Projector, Full, Lora, OptimConfig, ProbeConfig)
+CONFIG_CLASSES = (Recipe, ModelConfig, Stage, DataConfig, DataSource, Projector, Full, Lora, OptimConfig, ProbeConfig)
 _TYPE_NAMES = {str: "string", int: "integer", float: "number", bool: "true or false"}
 
 

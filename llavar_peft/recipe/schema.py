@@ -127,13 +127,41 @@ class ModelConfig(_Strict):
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
-class DataConfig(_Strict):
-    """The training records and their images."""
+class DataSource(_Strict):
+    """One of several sources of training records."""
 
     records: PathOrFilledList
-    """One or more files in the released format (JSON, JSONL, Parquet) or folders written by ``datasets``."""
+    """As in ``data.records``."""
+    images: PathOrList = ()
+    """Folders in which this source's image paths are searched; if empty, those of ``data.images``."""
+    weight: PositiveNumber = 1.0
+    """How often an epoch takes each record on average: 2 takes each twice, 0.5 another half of them in each epoch."""
+    split: Text | None = None
+    """As in ``data.split``."""
+    config: Text | None = None
+    """As in ``data.config``."""
+    streaming: bool = False
+    """As in ``data.streaming``."""
+
+
+@dataclass(frozen=True, kw_only=True, repr=False)
+class DataConfig(_Strict):
+    """The training records and their images. Set either ``records`` or ``sources``."""
+
+    records: PathOrFilledList | None = None
+    """One or more files (JSON, JSONL, Parquet), folders that ``datasets`` reads, or data sets of the Hugging Face hub,
+    written ``hub:org/name``."""
     images: PathOrList = ()
     """Folders in which the records' image paths are searched, in this order."""
+    split: Text | None = None
+    """Split of a folder or of a data set of the hub, such as ``train`` (if not set) or ``train[:1000]``."""
+    config: Text | None = None
+    """Configuration (subset) of a folder or of a data set of the hub, if it has several."""
+    streaming: bool = False
+    """Whether the rows of a data set of the hub are read one after the other into one Arrow file in the cache, instead
+    of downloading its files first."""
+    sources: tuple[DataSource, ...] = ()
+    """Several sources that are mixed by their weights, instead of ``records``."""
     image_mode: ImageMode | None = None
     """Image preparation in training, if it differs from the processor's."""
     on_bad_image: BadImagePolicy = "stop"

@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 
 from llavar_peft.constants import METRICS_FILE, RESOLVED_RECIPE_FILE, VERSIONS_FILE
-from llavar_peft.recipe.schema import Full, Lora, ModelConfig, Projector, Recipe, Stage
+from llavar_peft.recipe.schema import DataConfig, Full, Lora, ModelConfig, Projector, Recipe, Stage
 
 Violation = tuple[str, str, str]
 """Dotted path, what is wrong, fix."""
@@ -18,6 +18,7 @@ Violation = tuple[str, str, str]
 _RESERVED = frozenset(
     {METRICS_FILE, RESOLVED_RECIPE_FILE, VERSIONS_FILE, "adapter", "index.html", "model", "stages.json"}
 )
+_MOST_REPEATS = 1000  # of a record in an epoch
 _COMPUTE_DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 
 
@@ -104,7 +105,22 @@ def _check_stage_names(stages: Iterable[Stage]) -> Iterator[Violation]:
             yield path, f"{name!r} is the name of more than one stage", "give each stage a unique name"
 
 
+def _check_sources(path: str, data: DataConfig) -> Iterator[Violation]:
+    if data.records is None and not data.sources:
+        yield f"{path}.records", "missing", "add a line 'records: ...'"
+    elif data.records is not None and data.sources:
+        yield f"{path}.sources", "set together with records", "keep one of the two"
+    for name in ("split", "config", "streaming"):
+        if data.sources and getattr(data, name):
+            yield f"{path}.{name}", "set together with sources", "set it in each source"
+    for number, source in enumerate(data.sources):
+        if source.weight > _MOST_REPEATS:
+            what = f"{source.weight:g} would take each record {source.weight:g} times in an epoch"
+            yield f"{path}.sources.{number}.weight", what, f"use at most {_MOST_REPEATS}, and smaller weights elsewhere"
+
+
 def _check_stage(path: str, stage: Stage) -> Iterator[Violation]:
+    yield from _check_sources(f"{path}.data", stage.data)
     if stage.global_batch_size % stage.micro_batch_size:
         what = f"{stage.global_batch_size} is not a multiple of micro_batch_size {stage.micro_batch_size}"
         yield f"{path}.global_batch_size", what, "use global_batch_size = micro_batch_size x ranks x accumulation steps"

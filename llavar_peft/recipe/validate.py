@@ -215,7 +215,7 @@ class _Check:
         """Replace a faulty value, or remove it if the field is unknown or has a default."""
         parent, key = look_up(self.plain, path[:-1]), path[-1] if path else None
         if isinstance(parent, list) and isinstance(key, int):
-            entries = {"stages": _STAGE, "target": "q_proj"}
+            entries = {"stages": _STAGE, "target": "q_proj", "sources": {"records": "x"}}
             parent[key] = copy.deepcopy(entries.get(str(path[-2]), "x"))
         elif isinstance(parent, dict) and isinstance(key, str):
             parent.pop(key, None)

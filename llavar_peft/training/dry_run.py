@@ -9,11 +9,12 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import os
 import resource
 import shutil
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,10 +23,14 @@ import torch
 import transformers
 from accelerate import PartialState
 
-from llavar_peft.atomic_files import check_output_folder, disk_errors, write_json
+from llavar_peft.atomic_files import check_output_folder, disk_errors, write_bytes, write_json
 from llavar_peft.constants import METRICS_FILE
+from llavar_peft.data.message_records import as_record
+from llavar_peft.data.record_store import parse_record
+from llavar_peft.data.training_dataset import TrainingDataset
 from llavar_peft.errors import InterruptedRunError
-from llavar_peft.recipe.schema import Recipe, Stage
+from llavar_peft.recipe.data_sources import paths_of, sources_of
+from llavar_peft.recipe.schema import DataConfig, Recipe, Stage
 from llavar_peft.recipe.validate import validate_recipe
 from llavar_peft.training.checkpoint_folders import list_checkpoints
 from llavar_peft.training.launch import start_processes
@@ -33,6 +38,7 @@ from llavar_peft.training.read_shards import build_for_training
 from llavar_peft.training.stage_records import check_data_paths, stage_records
 from llavar_peft.training.trainer import Trainer
 from llavar_peft.training.trainer_callbacks import SAVE_SECONDS
+from llavar_peft.types import EmbeddedImage
 
 _SAMPLE = 1000
 """Number of records from whose lengths the duration of the whole stage is estimated."""
@@ -122,8 +128,7 @@ def _try_stage(recipe: Recipe, stage: Stage, folder: Path, processes: PartialSta
     batch = min(stage.global_batch_size, 2 * stage.micro_batch_size * processes.num_processes)
     if processes.is_main_process:
         folder.mkdir(parents=True)
-        longest = [dataset.records[int(dataset.indices[i])] for _, i in lengths[: 2 * batch]]
-        write_json(folder / "records.json", longest)
+        _write_records(dataset, [i for _, i in lengths[: 2 * batch]], folder)
     processes.wait_for_everyone()
     short = _shorten(recipe, stage, folder, batch)
     if torch.cuda.is_available():
@@ -142,7 +147,9 @@ def _try_stage(recipe: Recipe, stage: Stage, folder: Path, processes: PartialSta
     figures = [json.loads(line) for line in lines]
     every = max(1, len(dataset) // _SAMPLE)
     sample = [length for length, _ in lengths[::every]]
-    steps = stage.max_steps or math.ceil(math.ceil(len(dataset) / stage.global_batch_size) * stage.epochs)
+    draw = dataset.draw(seed=recipe.seed, shuffle=stage.data.shuffle)
+    size = len(dataset) if draw is None else len(draw)
+    steps = stage.max_steps or math.ceil(math.ceil(size / stage.global_batch_size) * stage.epochs)
     tokens = steps * stage.global_batch_size * sum(sample) / len(sample)
     projected = tokens * stop.seconds / figures[-1]["tokens"]
     return Trial(
@@ -159,8 +166,37 @@ def _try_stage(recipe: Recipe, stage: Stage, folder: Path, processes: PartialSta
     )
 
 
+def _write_records(dataset: TrainingDataset, positions: Sequence[int], folder: Path) -> None:
+    """Write some records as a file that names its images by absolute paths; embedded images become files."""
+    rows = []
+    for number, index in enumerate(dataset.indices[list(positions)].tolist()):
+        conversation = parse_record(dataset.records[index], dataset.records.where(index))
+        paths = []
+        for place, image in enumerate(conversation.images):
+            if isinstance(image, EmbeddedImage):
+                path = folder / "images" / f"{number}-{place}"
+                write_bytes(path, bytes(image.data))
+            else:
+                path = dataset.roots_of(index).resolve(image)
+            paths.append(os.path.abspath(path))
+        rows.append(as_record(conversation, paths))
+    write_json(folder / "records.json", rows)
+
+
 def _shorten(recipe: Recipe, stage: Stage, folder: Path, batch: int) -> Recipe:
-    data = dataclasses.replace(stage.data, records=str(folder / "records.json"), shuffle=False, holdout=0)
+    own = folder / "images"
+    images = [path for source in sources_of(stage.data) for path in paths_of(source.images)]
+    images += [str(own)] if own.is_dir() else []
+    data = DataConfig(
+        records=str(folder / "records.json"),
+        images=tuple(dict.fromkeys(images)),
+        image_mode=stage.data.image_mode,
+        on_bad_image=stage.data.on_bad_image,
+        max_bad_share=stage.data.max_bad_share,
+        holdout=0,
+        shuffle=False,
+        workers=stage.data.workers,
+    )
     short = dataclasses.replace(
         stage,
         data=data,

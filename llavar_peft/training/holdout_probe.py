@@ -7,14 +7,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from llavar_peft.atomic_files import disk_errors, write_bytes
-from llavar_peft.constants import IMAGE_PLACEHOLDER, PROBE_FILE
-from llavar_peft.data.record_store import parse_record
+from llavar_peft.constants import PROBE_FILE
+from llavar_peft.data.record_store import parse_record, text_without_images
 from llavar_peft.data.text_metrics import character_accuracy, exact_match, is_blank
 from llavar_peft.data.training_dataset import Collator, TrainingDataset
 from llavar_peft.errors import ImageError
@@ -25,6 +25,10 @@ from llavar_peft.models.processing_llavar import LlavarProcessor
 from llavar_peft.recipe.schema import ProbeConfig
 from llavar_peft.training.run_files import append_line
 from llavar_peft.training.supervised_loss import supervised_loss
+from llavar_peft.types import ImageSource
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 _THUMBNAIL = (480, 480)
 
@@ -34,9 +38,11 @@ class ProbeQuestion:
     """A held-out image with its first question and answer."""
 
     id: str
-    path: str
+    index: int
+    image: ImageSource
     question: str
     truth: str
+    system: str | None = None
 
 
 class Probe:
@@ -103,13 +109,17 @@ class Probe:
             if len(conversation.images) != 1 or len(conversation.turns) < 2 or is_blank(conversation.turns[1].text):
                 continue
             try:
-                self.held_out.roots.open(conversation.images[0])
+                self.held_out.roots_of(index).open(conversation.images[0])
             except ImageError:
                 continue
-            question = conversation.turns[0].text.replace(IMAGE_PLACEHOLDER, "").strip()
-            truth = conversation.turns[1].text.strip()
-            chosen.append(ProbeQuestion(conversation.id, conversation.images[0], question, truth))
+            asked, answer = conversation.turns[:2]
+            question, truth = text_without_images(asked), answer.text.strip()
+            image, system = conversation.images[0], conversation.system
+            chosen.append(ProbeQuestion(conversation.id, index, image, question, truth, system))
         return chosen
+
+    def _open(self, question: ProbeQuestion) -> Image:
+        return self.held_out.roots_of(question.index).open(question.image)
 
     def _loss(self, model: nn.Module) -> float | None:
         """Return the mean cross entropy per supervised token."""
@@ -145,10 +155,11 @@ class Probe:
         # Images are prepared as in training, not as in inference: the probe shows what training achieves.
         requests = [
             chat.request(
-                self.held_out.roots.open(question.path),
+                self._open(question),
                 question.question,
                 image_mode=self.processor.image_mode,
                 sampling=sampling,
+                system=question.system,
             )
             for question in questions
         ]
@@ -172,7 +183,7 @@ class Probe:
         name = f"probe/{self.questions.index(question):03d}_{safe_id}.png"
         path = self.directory / name
         if self.writes and not path.exists():
-            image = self.held_out.roots.open(question.path)
+            image = self._open(question)
             image.thumbnail(_THUMBNAIL)
             data = BytesIO()
             image.save(data, "PNG")

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import logging
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Final
 
 from llavar_peft.data.check_records import preflight, summarize_faults
 from llavar_peft.data.image_roots import ImageRoots
-from llavar_peft.data.record_store import RecordStore, open_filled_records
+from llavar_peft.data.record_mixture import OpenSource, RecordMixture
+from llavar_peft.data.record_store import check_source_exists, is_hub_source, open_filled_records
+from llavar_peft.data.record_tables import Table, TableSelection
 from llavar_peft.data.training_dataset import TrainingDataset, split_holdout
 from llavar_peft.errors import DataError
 from llavar_peft.models.processing_llavar import LlavarProcessor
-from llavar_peft.recipe.schema import Stage
+from llavar_peft.recipe.data_sources import paths_of, sources_of
+from llavar_peft.recipe.schema import DataSource, Stage
 
 logger = logging.getLogger(__name__)
 
@@ -38,10 +41,9 @@ def stage_records(stage: Stage, processor: LlavarProcessor, *, seed: int) -> tup
         DataError: More records are malformed or lack their images than the stage allows.
     """
     data = stage.data
-    records = open_filled_records(_paths(data.records))
-    roots = ImageRoots(_paths(data.images))
-    skipped = _faulty_records(stage, records, roots)
-    usable = [index for index in range(len(records)) if index not in skipped]
+    mixture = RecordMixture([_open(source) for source in sources_of(data)])
+    skipped = _faulty_records(stage, mixture)
+    usable = [index for index in range(len(mixture.records)) if index not in skipped]
     kept, held = split_holdout(len(usable), data.holdout, seed=seed)
     own = processor
     if data.image_mode is not None:
@@ -49,41 +51,77 @@ def stage_records(stage: Stage, processor: LlavarProcessor, *, seed: int) -> tup
         own.image_mode = data.image_mode
 
     def dataset(positions: list[int]) -> TrainingDataset:
-        return TrainingDataset(records, [usable[i] for i in positions], roots, own, max_length=stage.max_length)
+        indices, roots = [usable[i] for i in positions], mixture.sources[0].roots
+        return TrainingDataset(mixture.records, indices, roots, own, max_length=stage.max_length, mixture=mixture)
 
     return dataset(kept), dataset(held)
 
 
+def _open(source: DataSource) -> OpenSource:
+    selection = TableSelection(source.split, source.config, source.streaming)
+    records = open_filled_records(paths_of(source.records), selection)
+    return OpenSource(records, ImageRoots(paths_of(source.images)), source.weight)
+
+
+def record_files(stage: Stage, dataset: TrainingDataset) -> list[str]:
+    """Return the files and folders that hold a stage's records; of a data set of the hub, the files in the cache.
+
+    Args:
+        stage: The stage.
+        dataset: From ``stage_records``.
+    """
+    names = [name for source in sources_of(stage.data) for name in paths_of(source.records)]
+    parts = dataset.mixture.records.parts if dataset.mixture is not None else ()
+    found: list[str] = []
+    for name, part in zip(names, parts, strict=True):
+        if isinstance(part, Table) and is_hub_source(name):
+            found += [str(path) for path in part.files()]
+        else:
+            found.append(name)
+    return found
+
+
 def check_data_paths(stages: Sequence[Stage]) -> None:
-    """Check that the stages' files of records and folders of images exist, before the model is loaded.
+    """Check that the stages' records and folders of images exist, before the model is loaded.
+
+    Data sets of the hub are downloaded.
 
     Raises:
         DataError: A file does not exist.
         ImageError: A folder does not exist.
+        EnvironmentFaultError: A data set cannot be downloaded.
     """
-    for stage in stages:
-        for path in map(Path, _paths(stage.data.records)):
-            if not path.exists():
-                raise DataError.at(str(path), "no such file", "correct the path to the records")
-        ImageRoots(_paths(stage.data.images))
+    for source in (source for stage in stages for source in sources_of(stage.data)):
+        for path in paths_of(source.records):
+            check_source_exists(path)
+        ImageRoots(paths_of(source.images))
+        if any(map(is_hub_source, paths_of(source.records))):
+            _open(source)
 
 
-def _faulty_records(stage: Stage, records: RecordStore, roots: ImageRoots) -> set[int]:
+def _faulty_records(stage: Stage, mixture: RecordMixture) -> set[int]:
     """Return the indices of the records to skip. Raise ``DataError`` if there are more than the stage allows."""
-    data = stage.data
-    faults = preflight(records, roots)
+    data, records = stage.data, mixture.records
+    each = [preflight(source.records, source.roots) for source in mixture.sources]
+    faults = [
+        dataclasses.replace(fault, index=fault.index + start)
+        for start, found in zip(mixture.starts, each, strict=False)
+        for fault in found
+    ]
     if not faults:
         return set()
     skipped = {fault.index for fault in faults}
     stops = data.on_bad_image == "stop" and any(fault.kind not in _WITHOUT_EFFECT for fault in faults)
     stops = stops or len(skipped) > int(data.max_bad_share * len(records))
-    without = sum(fault.kind == "image_missing" for fault in faults)
-    if stops and without and not data.images:
-        raise DataError.at(
-            f"stages.{stage.name}.data.images",
-            f"not set, and {without} of {len(records)} records name an image",
-            "set it to the folder that the image paths start from",
-        )
+    for number, (source, found) in enumerate(zip(mixture.sources, each, strict=True)):
+        without = sum(fault.kind == "image_missing" for fault in found)
+        if stops and without and not source.roots.roots:
+            place = f"sources.{number}.images" if data.sources else "images"
+            raise DataError.at(
+                f"stages.{stage.name}.data.{place}",
+                f"not set, and {without} of {len(source.records)} records name an image",
+                "set it to the folder that the image paths start from",
+            )
     shown = summarize_faults(faults, len(records))
     listed = "\n".join(str(fault) for fault in shown[:_SHOWN])
     more = f"\nand {len(shown) - _SHOWN} more" if len(shown) > _SHOWN else ""
@@ -97,7 +135,3 @@ def _faulty_records(stage: Stage, records: RecordStore, roots: ImageRoots) -> se
         )
     logger.warning("stage %s: %d records are skipped\n%s%s", stage.name, len(skipped), listed, more)
     return skipped
-
-
-def _paths(given: str | tuple[str, ...]) -> tuple[str, ...]:
-    return (given,) if isinstance(given, str) else tuple(given)

@@ -165,7 +165,9 @@ class StageTrainer(TrainerInternals):
         stage = self.stage
         even = Balance(stage.global_batch_size, stage.micro_batch_size, dataset.estimated_tokens)
         balance = even if stage.balance else None
-        sampler = EpochSampler(len(dataset), seed=self.recipe.seed, shuffle=stage.data.shuffle, balanced=balance)
+        seed, shuffle = self.recipe.seed, stage.data.shuffle
+        draw = dataset.draw(seed=seed, shuffle=shuffle)
+        sampler = EpochSampler(len(dataset), seed=seed, shuffle=shuffle, balanced=balance, draw=draw)
         loader: DataLoader[Any] = DataLoader(
             dataset,
             batch_size=self.args.train_batch_size,

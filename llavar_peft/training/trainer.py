@@ -44,7 +44,7 @@ from llavar_peft.training.run_folder import RunFolder, keep_holdout, lock_folder
 from llavar_peft.training.save_weights import save_plain, save_result
 from llavar_peft.training.sharding import reset_zero
 from llavar_peft.training.stage_arguments import check_trackers, micro_batches, resolve_precision, training_arguments
-from llavar_peft.training.stage_records import check_data_paths, stage_records
+from llavar_peft.training.stage_records import check_data_paths, record_files, stage_records
 from llavar_peft.training.stage_trainer import StageTrainer
 from llavar_peft.training.trainer_callbacks import EvalCallback, ProgressBar, SaveByTime, StopOnSignal
 from llavar_peft.weights.io.tensor_blocks import write_checksums
@@ -160,8 +160,7 @@ class Trainer:
         directory = self.run.directory(stage)
         processor: Any = train_set.processor
         transformers.set_seed(self.recipe.seed)
-        records = stage.data.records
-        inputs = hash_inputs((records,) if isinstance(records, str) else records, ranks=self.ranks)
+        inputs = hash_inputs(record_files(stage, train_set), ranks=self.ranks)
         checkpoint = find_resume_point(directory, inputs, self.processes, allow_changes=allow_changes)
         if self.main:
             # Without a checkpoint, the probe of step 0 is repeated as well.

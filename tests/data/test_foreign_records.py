@@ -7,7 +7,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-import datasets
 import pytest
 from PIL import Image
 
@@ -30,16 +29,9 @@ FOREIGN: dict[str, tuple[dict[str, Any], str, str]] = {
     "long text": (record(image=base64.b64encode(bytes(9000)).decode()), "too long for a path", "save the image"),
     "URL": (record(image="https://example.org/a.png?size=big"), "is a URL (got 'https://example.org", "download it"),
     "bucket": (record(image="s3://bucket/a.png"), "is a URL (got 's3://bucket/a.png'", "download it"),
-    "embedded": (record(image={"bytes": "iVBORw0", "path": None}), "is an embedded image", "save the image as a file"),
+    "embedded": (record(image={"bytes": "iVBORw0", "path": None}), "whose bytes are a string", "save the image"),
     "list of URLs": (record(image=["http://x/a.png"]), "is a URL", "download it"),
     "video": (record(image=None, video="a.mp4"), "names a video", "save frames as images"),
-    "messages": (
-        {"id": "a", "messages": [{"role": "user", "content": "Hi"}]}, "has 'messages' as in OpenAI's format", '"from"',
-    ),
-    "role and content": (
-        record(conversations=[{"role": "user", "content": "<image>"}, {"role": "assistant", "content": "x"}]),
-        "has 'role' and 'content' as in OpenAI's format", '"value"',
-    ),
 }  # fmt: skip
 
 
@@ -56,20 +48,6 @@ def test_a_foreign_record_is_named_alike_before_training_and_by_the_check(name: 
             assert fix in finding.fix
             assert len(str(finding)) < 400 + len(str(path))
             assert "\n" not in str(finding)
-
-
-@pytest.mark.parametrize("encoded", [True, False], ids=["image", "damaged"])
-def test_images_in_a_parquet_file_are_named(encoded: bool, tmp_path: Path) -> None:
-    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
-    data = (tmp_path / "a.png").read_bytes() if encoded else b"no image"
-    features = datasets.Features({
-        "id": datasets.Value("string"), "image": datasets.Image(),
-        "conversations": datasets.List({"from": datasets.Value("string"), "value": datasets.Value("string")}),
-    })  # fmt: skip
-    rows = datasets.Dataset.from_list([record(image={"bytes": data, "path": None})], features=features)
-    rows.to_parquet(tmp_path / "d.parquet")
-    found = preflight(open_records(tmp_path / "d.parquet", cache_dir=tmp_path / "cache"), ImageRoots([tmp_path]))
-    assert [finding.what for finding in found] == ["is an embedded image, expected a relative path"]
 
 
 @pytest.mark.parametrize("name", ["r.csv", "r.tsv", "r.xlsx"])

@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 
 from llavar_peft.data import record_index
 from llavar_peft.data.record_store import RecordStore, open_records, parse_record
+from llavar_peft.data.record_tables import TableSelection
 from llavar_peft.errors import DataError
 from llavar_peft.types import Conversation, Turn
 
@@ -90,7 +91,7 @@ def test_several_images_need_one_placeholder_each() -> None:
         (record(image=3), "image: wrong type (got an integer, expected a relative path)"),
         (record(image=""), "leave out 'image'"),
         (record(image=["a.png", None]), "image[1]: wrong type (got null"),
-        ({"images": "a.png", "conversations": turns(("human", "a"))}, "got 'images', expected 'image'"),
+        (record(images=["b.png"]), "names images under 'image' and under 'images', expected one key"),
         ({"id": "a"}, "has no 'conversations'"),
         ({"conversation": []}, "rename 'conversation'"),
         (record(conversations="[]"), "'conversations' has the wrong type (got a string, expected a list)"),
@@ -356,7 +357,7 @@ def test_missing_files_and_folders_are_reported(tmp_path: Path) -> None:
     for name in ("a.json", "a.jsonl", "a.parquet", "nothing"):
         with pytest.raises(DataError, match=r"correct the path"):
             open_records(tmp_path / name)
-    with pytest.raises(DataError, match="not written by datasets"):
+    with pytest.raises(DataError, match="the folder holds no records"):
         open_records(tmp_path)
 
 
@@ -387,9 +388,11 @@ def test_a_list_is_a_store() -> None:
 def test_a_saved_dataset_is_a_store(table: datasets.Dataset, tmp_path: Path) -> None:
     table.save_to_disk(tmp_path / "saved")
     assert_table(open_records(str(tmp_path / "saved")), str(tmp_path / "saved"))
-    datasets.DatasetDict({"train": table}).save_to_disk(tmp_path / "splits")
-    with pytest.raises(DataError, match=r"the folder holds several splits \(train\)"):
-        open_records(tmp_path / "splits")
+    datasets.DatasetDict({"train": table, "dev": table}).save_to_disk(tmp_path / "splits")
+    assert_table(open_records(tmp_path / "splits"), str(tmp_path / "splits"))
+    assert_table(open_records(tmp_path / "splits", selection=TableSelection("dev")), str(tmp_path / "splits"))
+    with pytest.raises(DataError, match=r"has no split 'test' \(got dev, train\)"):
+        open_records(tmp_path / "splits", selection=TableSelection("test"))
 
 
 def test_parquet_is_a_store(table: datasets.Dataset, tmp_path: Path) -> None:

@@ -40,7 +40,7 @@ def test_types_defaults_and_constraints_are_shown() -> None:
     assert found["Recipe"]["stages"][:3] == ["list of [Stage](#stage)", "required", "not empty"]
     assert found["Recipe"]["seed"][2] == "from 0 to 4294967295"
     assert found["Lora"]["dropout"][2] == "from 0 to below 1"
-    assert found["DataConfig"]["records"][:3] == ["string, list of strings", "required", "not empty"]
+    assert found["DataConfig"]["records"][:3] == ["string, list of strings, or null", "`null`", "not empty"]
     assert found["DataConfig"]["images"][1:3] == ["`[]`", ""]
     assert found["Lora"]["target"][2] == "not empty"
 

@@ -110,7 +110,8 @@ def report_lengths(
         ocr = any(words in turn.text for words in OCR_INSTRUCTIONS for turn in conversation.turns[:1])
         rows.append((ocr, len(example.input_ids), lost))
         image = next(iter(conversation.images), None)
-        text = VqaQuestion(conversation.id, "", (), image, **read_text_size(record, where))
+        path = image if isinstance(image, str) else None
+        text = VqaQuestion(conversation.id, "", (), path, **read_text_size(record, where))
         heights += [
             height for height, _ in measure_letter_height([text], roots, processor.image_mode, side).values() if height
         ]

@@ -12,8 +12,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import Any, Final
 
-from llavar_peft.constants import IMAGE_PLACEHOLDER
-from llavar_peft.data.record_store import parse_record
+from llavar_peft.data.record_store import parse_record, text_without_images
 from llavar_peft.data.text_metrics import is_blank
 from llavar_peft.errors import DataError, Fault, LlavarError
 from llavar_peft.evaluation.vqa.benchmark_files import RECORD_FIX, SIZE_KEYS, read_rows, read_text_size
@@ -24,7 +23,7 @@ _IDS: Final = ("question_id", "questionId", "id")
 _TRUTHS: Final = ("gt_answers", "answers", "truths", "truth")
 _ANSWERS: Final = ("prediction", "predict", "answer")
 _IMAGES: Final = ("image_path", "image", "file_path", "file_name", "image_id")
-_USED: Final = {*_IDS, *_TRUTHS, *_ANSWERS, *_IMAGES, *SIZE_KEYS, "question", "conversations"}
+_USED: Final = {*_IDS, *_TRUTHS, *_ANSWERS, *_IMAGES, *SIZE_KEYS, "question", "conversations", "messages"}
 _LONGEST_FIELD: Final = 40
 _SHOWN: Final = 5
 _NO_TRUTHS_FIX: Final = "remove the record, or use a split whose answers are public"
@@ -161,7 +160,7 @@ def _check_unique_ids(questions: list[tuple[str, VqaQuestion]]) -> list[tuple[st
 
 
 def _parse(row: Mapping[str, Any], where: str, index: str) -> VqaQuestion:
-    if "conversations" in row:
+    if "conversations" in row or "messages" in row:
         return _parse_record(row, where)
     question = row.get("question")
     if not isinstance(question, str) or not question.strip():
@@ -195,9 +194,9 @@ def _parse_record(row: Mapping[str, Any], where: str) -> VqaQuestion:
         raise DataError.at(where, "has no correct answers (the answer is empty)", _NO_TRUTHS_FIX)
     return VqaQuestion(
         id=conversation.id,
-        question=asked.text.replace(IMAGE_PLACEHOLDER, "").strip(),
+        question=text_without_images(asked),
         truths=(answered.text.strip(),),
-        image=conversation.images[0] if conversation.images else None,
+        image=next((image for image in conversation.images if isinstance(image, str)), None),
         fields=_fields(row),
         **read_text_size(row, where),
     )

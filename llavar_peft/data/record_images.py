@@ -1,0 +1,121 @@
+"""The images that a record names or contains, under the keys and in the forms in which data sets are published."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any, Final
+
+from llavar_peft.errors import Fault
+from llavar_peft.types import EmbeddedImage, ImageSource
+
+IMAGE_KEYS: Final = ("image", "images", "image_url")
+"""Keys of a record for its images; each holds one image or a list."""
+
+_MAX_PATH: Final = 1024  # characters of the path of an image; a longer text is the image itself
+_SCHEME: Final = 32  # characters in which a URL says what it is
+_SHOWN: Final = 80
+_BYTES = bytes | bytearray | memoryview
+_TO_FILE: Final = "save the image as a file in the image folder, and write its path"
+
+
+def read_images(raw: Mapping[str, Any], where: str, faults: list[Fault]) -> tuple[ImageSource, ...]:
+    """Return the images under a record's keys, and add what is wrong with them to ``faults``.
+
+    Args:
+        raw: The record as it is stored.
+        where: Name of the record in error messages.
+        faults: Gets a fault for each value that is no image.
+    """
+    if raw.get("video") is not None:
+        what, fix = "names a video, expected images", "save frames as images, and list their paths under 'image'"
+        faults.append(Fault(f"{where}: video", what, fix))
+    given = [key for key in IMAGE_KEYS if has_images(raw.get(key))]
+    if len(given) > 1:
+        what = f"names images under {given[0]!r} and under {given[1]!r}, expected one key"
+        faults.append(Fault(where, what, "keep one of the keys"))
+        return ()
+    if not given:
+        return ()
+    value, key = raw[given[0]], given[0]
+    if not isinstance(value, list | tuple):
+        value = [value]
+        names = [key]
+    else:
+        names = [f"{key}[{number}]" for number in range(len(value))]
+    found = [read_image(one, f"{where}: {name}", name, faults) for one, name in zip(value, names, strict=True)]
+    return tuple(image for image in found if image is not None)
+
+
+def has_images(value: object) -> bool:
+    """Return whether the value of a key says that there are images; tables fill what a record lacks with nulls."""
+    if isinstance(value, Mapping):
+        return any(part is not None for part in value.values()) or not value
+    return value is not None and not (isinstance(value, list | tuple) and not value)
+
+
+def read_image(value: object, where: str, name: str, faults: list[Fault]) -> ImageSource | None:
+    """Return an image that is given as a path, as bytes, or as a mapping of these.
+
+    Args:
+        value: A path, the bytes of a file, ``{"bytes": ..., "path": ...}`` or ``{"url": ...}``.
+        where: Its place in error messages.
+        name: Name of an embedded image: its place in the record.
+        faults: Gets a fault if it is none of these; then the result is None.
+    """
+    path = value
+    if isinstance(value, Mapping):
+        content, path = value.get("bytes"), value.get("path")
+        if isinstance(content, _BYTES):
+            named = isinstance(path, str) and path and path.isprintable() and len(path) <= _SHOWN
+            return EmbeddedImage(_as_view(content), f"{name} ({path})" if named else name)
+        if content is not None:
+            what = f"is an embedded image whose bytes are {type_name(content)}, expected bytes in a table or a path"
+            faults.append(Fault(where, what, _TO_FILE))
+            return None
+        path = value.get("url") if path is None else path
+    elif isinstance(value, _BYTES):
+        return EmbeddedImage(_as_view(value), name)
+    problem = _image_problem(path)
+    if problem is None and isinstance(path, str):
+        return path
+    what, fix = problem or ("is no image", _TO_FILE)
+    faults.append(Fault(where, what, fix))
+    return None
+
+
+def is_image_path(text: str) -> bool:
+    """Return whether a text can be the path of an image: it is no URL, no image itself, and not empty."""
+    return (0 < len(text) <= _MAX_PATH and ":" not in text[:_SCHEME]) or _image_problem(text) is None
+
+
+def _image_problem(image: object) -> tuple[str, str] | None:
+    """Return why a value is no path of an image, and the fix; None for a path."""
+    if isinstance(image, str):
+        kind = image[:_SCHEME].lower()
+        if not image:
+            return "the path is empty", "write the path of the image, or leave out 'image' in a text-only record"
+        if kind.startswith("data:"):
+            return f"is an image in a data URL (got {len(image):,} characters, expected a relative path)", _TO_FILE
+        if re.match(r"[a-z][a-z0-9+.-]*://", kind):
+            return f"is a URL (got {image[:_SHOWN]!r}, expected a relative path)", f"download it: {_TO_FILE}"
+        if len(image) > _MAX_PATH:
+            return f"is too long for a path (got {len(image):,} characters); it may be the image itself", _TO_FILE
+        return None
+    if hasattr(image, "getpixel"):
+        return "is an image in memory, expected a relative path", _TO_FILE
+    return f"wrong type (got {type_name(image)}, expected a relative path)", "write the path of the image as a string"
+
+
+def _as_view(content: bytes | bytearray | memoryview) -> bytes | memoryview:
+    return bytes(content) if isinstance(content, bytearray) else content
+
+
+def type_name(value: object) -> str:
+    """Return the type of a JSON value in words, for messages."""
+    if isinstance(value, list | tuple):
+        return "a list"
+    if isinstance(value, Mapping):
+        return "an object"
+    names = {type(None): "null", bool: "a boolean", int: "an integer", float: "a number", str: "a string"}
+    return names.get(type(value), type(value).__name__)
