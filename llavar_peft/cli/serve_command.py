@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated
 
@@ -76,7 +77,8 @@ def serve(
     try:
         from llavar_peft.serving.api.api_app import create_app
         from llavar_peft.serving.api.request_limits import RequestLimits
-        from llavar_peft.serving.run_server import bind_socket, check_listen_address, check_origins, run_server
+        from llavar_peft.serving.run_server import bind_socket, check_listen_address, check_origins, listen, run_server
+        from llavar_peft.serving.ui.mount_page import PREFIX, PageFiles, mount_page
     except ImportError as error:
         raise _missing(str(error.name)) from None
     from llavar_peft.inference.chat import load_chat
@@ -88,21 +90,25 @@ def serve(
     if model_name in adapters:
         raise ConfigError.at("--name", f"{model_name!r} is also the name of an adapter", "choose another --name")
     bound = bind_socket(host, port)
-    chat = load_chat(model, adapters or None, vision_tower=vision_tower, quantize=quantize)
-    domains = frozenset(domain.lower().rstrip(".") for domain in allow_media_domain or ())
-    app = create_app(
-        chat.engine, name=model_name, limits=RequestLimits(new_tokens=max_tokens), api_key=api_key, hosts=hosts,
-        media_domains=domains, origins=origins,
-    )  # fmt: skip
-    address = f"http://{f'[{host}]' if ':' in host else host}:{bound.getsockname()[1]}"
-    names = [model_name, *chat.adapters]
-    if ui:
-        from llavar_peft.serving.ui.mount_page import PREFIX, mount_page
-
-        mount_page(app, models=names, max_tokens=app.state.limits.new_tokens, api_key=api_key)
-        say(f"page  {address}{PREFIX}/")
-    say(f"API   {address}/v1   models: {', '.join(names)}")
-    run_server(app, bound)
+    with ExitStack() as kept:
+        files = PageFiles() if ui else None
+        if files is not None:
+            kept.callback(files.remove)
+        chat = load_chat(model, adapters or None, vision_tower=vision_tower, quantize=quantize)
+        domains = frozenset(domain.lower().rstrip(".") for domain in allow_media_domain or ())
+        app = create_app(
+            chat.engine, name=model_name, limits=RequestLimits(new_tokens=max_tokens), api_key=api_key, hosts=hosts,
+            media_domains=domains, origins=origins,
+        )  # fmt: skip
+        address = f"http://{f'[{host}]' if ':' in host else host}:{bound.getsockname()[1]}"
+        names = [model_name, *chat.adapters]
+        if files is not None:
+            mount_page(app, models=names, max_tokens=app.state.limits.new_tokens, api_key=api_key, files=files)
+        listen(bound)  # before the address is told, so that nobody who reads it finds nothing there
+        if files is not None:
+            say(f"page  {address}{PREFIX}/")
+        say(f"API   {address}/v1   models: {', '.join(names)}")
+        run_server(app, bound)
 
 
 def _missing(package: str) -> LlavarError:

@@ -114,7 +114,16 @@ def bind_socket(host: str, port: int) -> socket.socket:
         raise EnvironmentFaultError.at(
             f"{host}:{port}", f"the server cannot listen at this port ({error.strerror})", fix
         ) from error
+    # Otherwise a second server could bind the port as well while this one loads its model, and fail only afterwards.
+    bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 0)
     return bound
+
+
+def listen(bound: socket.socket) -> None:
+    """Let clients connect to a socket from ``bind_socket``; the server accepts them as soon as it runs."""
+    # Connections inherit it, so that a server that is started again need not wait until those of the last one time out.
+    bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    bound.listen(_MAX_CONNECTIONS)
 
 
 def _host_error(host: str, why: str) -> LlavarError:
@@ -146,6 +155,8 @@ class _Server(uvicorn.Server):
             await super().shutdown(sockets)
         finally:
             timer.cancel()
+        if self.force_exit:  # by a second Ctrl-C; uvicorn would cancel the lifespan, and print a traceback of it
+            await self.lifespan.shutdown()
 
 
 def make_server(app: FastAPI, *, shutdown_seconds: int = _SHUTDOWN_SECONDS) -> uvicorn.Server:
@@ -172,8 +183,13 @@ def run_server(app: FastAPI, bound: socket.socket) -> None:
         bound: The socket from ``bind_socket``.
     """
     server = make_server(app)
-    # uvicorn handles the signals, and raises them again after it has stopped. By then they have had their effect.
-    previous = {number: signal.signal(number, lambda *_: None) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    # uvicorn handles the signals as soon as it runs, and raises them again after it has stopped. By then they have had
+    # their effect.
+    def stop(*_: object) -> None:
+        server.should_exit = True
+
+    previous = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         server.run(sockets=[bound])
     finally:

@@ -25,6 +25,7 @@ from fastapi import FastAPI
 from llavar_peft import Chat, cli
 from llavar_peft.serving.api.api_app import create_app
 from llavar_peft.serving.api.request_limits import RequestLimits
+from llavar_peft.serving.run_server import bind_socket, listen
 from tests.serving.server import JSON, MODEL, Reply, ask_body, call, data_url, png, serving
 
 GREEDY = {"temperature": 0.0, "max_tokens": 12}
@@ -296,10 +297,12 @@ def test_a_public_address_requires_a_key(host: str, checkpoint: Path, capsys: py
     assert "there is no API key" in capsys.readouterr().err
 
 
-def test_a_port_in_use_is_reported(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        taken.listen()
+@pytest.mark.parametrize("loading", [False, True])
+def test_a_port_in_use_is_reported(loading: bool, checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Also the port of a server that does not listen yet, because it loads its model."""
+    with bind_socket("127.0.0.1", 0) as taken:
+        if not loading:
+            listen(taken)
         port = taken.getsockname()[1]
         assert cli.main(["serve", "--model", str(checkpoint), "--port", str(port)]) == 3
     assert (

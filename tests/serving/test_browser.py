@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import os
+import random
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from fastapi import FastAPI
+from PIL import Image
 
 from llavar_peft import Chat
 from tests.serving.browser import Browser, find_chromium, open_browser
@@ -207,3 +210,46 @@ def test_mistakes_are_told_on_the_page(browser: Browser, tmp_path: Path, capfd: 
         browser.wait_for(f"{told} || (document.querySelector({ASK!r}).click(), false)", pause=0.5)
         _save_screenshot(browser, f"mistake-{len(question)}")
     assert "Traceback" not in "".join(capfd.readouterr())
+
+
+_TOLD = "[...document.querySelectorAll('.toast-body')].map(it => it.innerText).join()"
+_DROP = """(files => {{
+  const transfer = new DataTransfer();
+  for (const [name, data] of files)
+    transfer.items.add(new File([Uint8Array.from(atob(data), it => it.charCodeAt())], name, {{type: "image/png"}}));
+  document.querySelector("#image .upload-container, #image button").dispatchEvent(
+    new DragEvent("drop", {{dataTransfer: transfer, bubbles: true, cancelable: true}}));
+}})({files})"""
+
+
+def _drop(browser: Browser, *paths: Path) -> None:
+    files = [(path.name, base64.b64encode(path.read_bytes()).decode()) for path in paths]
+    browser.run(_DROP.format(files=json.dumps(files)))
+
+
+@pytest.mark.slow
+def test_several_images_at_once_are_told(browser: Browser, images: list[Path]) -> None:
+    _drop(browser, images[1])
+    browser.wait_for("document.querySelector('#image img')?.naturalWidth > 0")
+    assert browser.run(_TOLD) == ""
+    browser.open(browser.run("location.href"))
+    browser.wait_for(f"document.querySelector({ASK!r}) && !document.querySelector('#image img')")
+    _drop(browser, *images[:2])
+    browser.wait_for(f"{_TOLD}.includes('only the first of these is used')")
+    browser.wait_for(f"document.querySelector('#image img')?.src.endsWith({images[0].name!r})")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.name != "posix", reason="limits the size of files")
+def test_an_image_that_cannot_be_stored_is_told(browser: Browser, tmp_path: Path) -> None:
+    import resource
+
+    image = tmp_path / "noise.png"
+    Image.frombytes("RGB", (200, 200), random.Random(1).randbytes(120_000)).save(image)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, before[1]))
+    try:
+        browser.set_file("#image input[type=file]", image)
+        browser.wait_for(f"{_TOLD}.includes('its disk is full')")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 from collections.abc import Iterator
 from html import unescape
 from http.client import HTTPConnection
 from pathlib import Path
 from typing import Any
 
+import gradio
 import httpx
 import pytest
 from gradio_client import Client, handle_file
@@ -172,6 +175,33 @@ def test_only_uploaded_files_are_served(address: str, images: list[Path]) -> Non
 def test_the_size_of_an_upload_is_limited(address: str) -> None:
     answer = httpx.post(f"{address}gradio_api/upload", files={"files": ("a.png", b"0" * (15 * 2**20))}, timeout=30)
     assert answer.status_code == 413
+
+
+@pytest.mark.skipif(os.name != "posix", reason="limits the size of files")
+def test_a_full_disk_is_told_where_an_upload_is_stored(address: str, caplog: pytest.LogCaptureFixture) -> None:
+    import resource
+
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, before[1]))
+    try:
+        answer = httpx.post(f"{address}gradio_api/upload", files={"files": ("a.png", b"0" * 60_000)}, timeout=30)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert (answer.status_code, answer.text) == (507, "The server cannot store the image: its disk is full.")
+    assert "Traceback" not in caplog.text
+    assert "an upload cannot be stored in" in caplog.text
+
+
+def test_uploads_outlive_a_cleaning_of_temporary_files(chat: Chat) -> None:
+    with serving(chat, ui=True) as (url, app):
+        shutil.rmtree(app.state.page_files.path)
+        answer = httpx.post(f"{url}/ui/gradio_api/upload", files={"files": ("a.png", b"0")}, timeout=30)
+    assert answer.status_code == 200
+
+
+def test_the_page_tells_only_the_first_number_of_gradios_version(address: str) -> None:
+    assert httpx.get(f"{address}config").json()["version"].isdigit()
+    assert gradio.__version__ not in httpx.get(address).text
 
 
 def test_the_page_loads_nothing_from_other_hosts(address: str) -> None:

@@ -8,6 +8,7 @@ import os
 import resource
 import signal
 import sys
+import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -51,6 +52,12 @@ def obey_permissions() -> None:
         for index in range(2):
             sets[index] &= ~_OVERRIDES
         assert libc.capset(header, sets) == 0
+
+
+def use_temporary(folder: str, fault: Fault) -> None:
+    """Let temporary files be in a folder, where a fault hits them."""
+    tempfile.tempdir = folder
+    fault()
 
 
 def send_at(number: int, name: str, events: Sequence[int]) -> None:
@@ -100,18 +107,24 @@ class Running:
     def __init__(self, arguments: Sequence[str], folder: Path, fault: Fault = no_fault) -> None:
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(_PRELOADED)
+        self._output = b""
         self._pipe, theirs = context.Pipe(duplex=False)
         self.process: BaseProcess = context.Process(target=_run, args=(list(arguments), str(folder), fault, theirs))
         self.process.start()
         theirs.close()
 
+    def read_until(self, text: str) -> str:
+        """Return the output so far as soon as a text is in it, or at the end."""
+        while text.encode() not in self._output and (piece := os.read(self._pipe.fileno(), 1 << 16)):
+            self._output += piece
+        return self._output.decode(errors="replace")
+
     def wait(self) -> Ended:
         """Wait for the end."""
-        pieces = []
         while piece := os.read(self._pipe.fileno(), 1 << 16):
-            pieces.append(piece)
+            self._output += piece
         self.process.join()
-        return Ended(self.process.exitcode, b"".join(pieces).decode(errors="replace"))
+        return Ended(self.process.exitcode, self._output.decode(errors="replace"))
 
 
 def run(arguments: Sequence[str], folder: Path, fault: Fault = no_fault) -> Ended:

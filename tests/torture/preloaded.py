@@ -17,6 +17,8 @@ import llavar_peft.evaluation.vqa.answer_questions
 import llavar_peft.inference.answer_file
 import llavar_peft.models.export_layout
 import llavar_peft.models.merge_adapter
+import llavar_peft.serving.api.api_app
+import llavar_peft.serving.run_server
 import llavar_peft.training.trainer
 from llavar_peft import ModelConfig, build_model
 

@@ -15,7 +15,7 @@ from gradio.data_classes import ImageData
 
 from llavar_peft.serving.ui.page_client import PageClient, PageClientError
 from llavar_peft.serving.ui.page_conversation import Exchange, PageConversation
-from llavar_peft.serving.ui.page_theme import COPY, SAVE
+from llavar_peft.serving.ui.page_theme import COPY, SAVE, WATCH_DROPS
 
 OFF: Final = "(off)"
 _KEEP_FILES: Final = 3600  # seconds that an uploaded image stays on disk
@@ -49,6 +49,7 @@ def build_page(client: PageClient, examples: Sequence[tuple[str, str]]) -> gr.Bl
                 # Only the API opens images, with its limits. Gradio would open any kind of file, such as PostScript.
                 # A subclass is no way: Gradio writes a file beside each module that has one.
                 image.preprocess = _path_of_upload
+                several = gr.Button(visible="hidden", elem_id="several")
                 question = gr.Textbox(
                     label="Question", placeholder="What does the sign say?", lines=1, max_lines=6, elem_id="question",
                 )  # fmt: skip
@@ -97,6 +98,12 @@ def build_page(client: PageClient, examples: Sequence[tuple[str, str]]) -> gr.Bl
             api_visibility="private",
             **direct,
         ).then(_show, **update, api_visibility="private")
+        page.load(None, js=WATCH_DROPS, api_visibility="private")
+        several.click(  # queued: without a queue, Gradio prints the message
+            lambda: gr.Info("A conversation is about one image, so only the first of these is used.", duration=8),
+            show_progress="hidden",
+            api_visibility="private",
+        )
         for button, write, suffix in (
             (as_text, PageConversation.as_text, "txt"),
             (as_json, PageConversation.as_json, "json"),

@@ -20,6 +20,7 @@ from urllib.parse import urlsplit
 
 from starlette.requests import Request
 
+from llavar_peft.atomic_files import is_disk_full
 from llavar_peft.serving.api.middleware import App, Message, Receive, Scope, Send
 from llavar_peft.serving.api.request_limits import BodyBudget, RequestLimits, RequestRejectedError, receive_body
 
@@ -86,10 +87,31 @@ class PageGuard:
             most = None if is_upload else _LONGEST_JSON
             async with receive_body(Request(scope, receive), self._limits, self._budget, most_bytes=most) as body:
                 replayed = _replay(body if is_upload else self._check_files(body), receive)
-                await self._app(self._with_bearer(scope), replayed, _add_headers(send))
+                run = self._store if is_upload else self._app
+                await run(self._with_bearer(scope), replayed, _add_headers(send))
         except RequestRejectedError as error:
             logger.info("request %s rejected: %s", scope["state"]["request_id"], error.message)
             await _send_error(send, error)
+
+    async def _store(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass an upload on, and say what the disk says where Gradio answers "Internal Server Error"."""
+        answer: list[Message] = []
+
+        async def keep(message: Message) -> None:
+            answer.append(message)
+
+        try:
+            # Some systems remove old temporary files, also those of a server that has run for days.
+            self._files.mkdir(mode=0o700, parents=True, exist_ok=True)
+            await self._app(scope, receive, keep)
+        except OSError as error:
+            logger.error("an upload cannot be stored in %s (%s)", self._files, error.strerror or error)
+            what = "The server cannot store the image: " + (
+                "its disk is full." if is_disk_full(error) else "see its log."
+            )
+            raise RequestRejectedError(507, what, "not_stored") from error
+        for message in answer:
+            await send(message)
 
     def _check(self, scope: Scope) -> None:
         headers = {name.lower(): value for name, value in scope["headers"]}

@@ -97,3 +97,11 @@ SAVE: Final = """(text, name) => {
   setTimeout(() => URL.revokeObjectURL(link.href), 10000);
 }"""
 """JavaScript that saves a text as a file in the browser."""
+
+WATCH_DROPS: Final = """() => {
+  document.addEventListener("drop", (event) => {
+    const images = [...event.dataTransfer.files].filter((file) => file.type.startsWith("image/"));
+    if (images.length > 1 && event.target.closest("#image")) document.querySelector("#several").click();
+  }, true);
+}"""
+"""JavaScript that tells the page that several images were dropped at once; Gradio keeps the first silently."""
