@@ -18,6 +18,16 @@ def is_hub_name(name: str) -> bool:
     return not looks_local and bool(re.fullmatch(r"[\w.-]+/[\w.-]+", name))
 
 
+def cached_folder(name: str) -> Path | None:
+    """Return the folder of the hub's cache that holds a model's ``config.json``, or None, without the network."""
+    if not is_hub_name(name):
+        return None
+    from huggingface_hub import try_to_load_from_cache
+
+    found = try_to_load_from_cache(name, "config.json")
+    return Path(found).parent if isinstance(found, str) else None
+
+
 def download(name: str, setting: str) -> Path:
     """Return the folder of the hub's cache that holds a model, which is downloaded if it is not there.
 

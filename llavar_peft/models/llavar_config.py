@@ -1,4 +1,4 @@
-"""The configuration of a LLaVAR, and how it is composed: from parts, a released file, or a recipe's settings."""
+"""The configuration of a LLaVAR, and how it is composed: from parts, or a released file."""
 
 from __future__ import annotations
 
@@ -7,22 +7,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from transformers import (
-    CONFIG_MAPPING,
-    MODEL_FOR_CAUSAL_LM_MAPPING,
-    CLIPVisionConfig,
-    LlamaConfig,
-    LlavaConfig,
-    PretrainedConfig,
-)
+from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, LlamaConfig, LlavaConfig, PretrainedConfig
 
 from llavar_peft.constants import MODEL_TYPE, RELEASED_MODEL_TYPE
 from llavar_peft.errors import ConfigError
-from llavar_peft.models.pretrained_files import load_pretrained, make_part_settings, make_settings
-from llavar_peft.recipe.schema import ModelConfig, ProjectorType
-from llavar_peft.types import expand_home
+from llavar_peft.models.pretrained_files import make_part_settings, make_settings
+from llavar_peft.recipe.schema import ProjectorType
 from llavar_peft.weights.delta.flat_settings import FLAT_TEMPLATE
-from llavar_peft.weights.delta.released_layout import read_model_config
 
 # The fields of a flat, released config.json that describe the language model; no other field is read for it.
 _LLAMA_FIELDS = (
@@ -35,11 +26,6 @@ _OLD_POSITIONS = "max_sequence_length"
 _KINDS_IN_LLAVA = {"qwen": "qwen2"}
 """Names of language models in LLaVA's code that are not those of transformers. Source: LLaVA-NeXT, llava_qwen.py."""
 _NOT_OF_LANGUAGE_MODEL = {"architectures", "dtype", "model_type", "transformers_version"}
-_LLAMA_SIZES = {"7b": (4096, 11008, 32), "13b": (5120, 13824, 40)}
-"""Width, the MLP's width, number of layers and of heads. Source: LLaMA (arXiv 2302.13971), table 2, and its released
-params.json."""
-_CLIP_VIT_L = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16}
-
 
 ACTIVATION_OF_PROJECTOR: dict[ProjectorType, str] = {"linear": "linear", "mlp2x_gelu": "gelu"}
 """The configuration's ``projector_hidden_act`` of each kind of projector."""
@@ -172,85 +158,3 @@ def read_flat_text_config(described: Mapping[str, Any], folder: Path) -> Pretrai
     own = {*CONFIG_MAPPING[kind]().to_dict(), "rope_theta", "rope_scaling"} - _NOT_OF_LANGUAGE_MODEL
     fields = {name: value for name, value in described.items() if name in own}
     return make_part_settings({**fields, "model_type": kind}, folder, default=kind)
-
-
-def config_without_weights(model: ModelConfig) -> LlavarConfig:
-    """Return the configuration that ``build_model`` would use, without reading weights.
-
-    Args:
-        model: The model's source. The size of a model that is not on this disk is taken from its name: 7B or 13B of
-            LLaMA's shape, and a CLIP ViT-L/14.
-
-    Raises:
-        ConfigError: The model is neither a folder nor does its name contain a size.
-    """
-    if model.checkpoint is not None:
-        described, folder = _read_described(model.checkpoint), expand_home(model.checkpoint)
-        if described is not None and described.get("model_type") == MODEL_TYPE:
-            return load_pretrained(LlavarConfig, folder)
-        if described is not None and "text_config" in described:
-            text = make_part_settings(described["text_config"], folder, default="llama")
-            tower = make_part_settings(described.get("vision_config"), folder, default="clip_vision_model")
-            return _compose(model, text, tower, text.vocab_size)
-        # A checkpoint in the released layout already has the image tokens' rows.
-        text = _llama_by_name(model.checkpoint, described, "model.checkpoint")
-        rows = text.vocab_size if described is not None else text.vocab_size + _num_new_rows(model)
-        return _compose(model, text, _tower_by_name(model.vision_tower), rows)
-    name = model.language_model or ""
-    text = _llama_by_name(name, _read_described(name), "model.language_model")
-    return _compose(model, text, _tower_by_name(model.vision_tower), text.vocab_size + _num_new_rows(model))
-
-
-def _compose(model: ModelConfig, text: PretrainedConfig, tower: PretrainedConfig, rows: int) -> LlavarConfig:
-    return make_config(
-        text,
-        tower,
-        vocab_size=rows,
-        image_token_id=rows - _num_new_rows(model),
-        vision_feature_layer=model.vision_feature_layer,
-        use_im_start_end=model.use_im_start_end,
-        projector_type=model.projector_type,
-    )
-
-
-def _num_new_rows(model: ModelConfig) -> int:
-    return 1 + 2 * model.use_im_start_end
-
-
-def _read_described(name: str) -> dict[str, Any] | None:
-    folder = expand_home(name)
-    return read_model_config(folder) if (folder / "config.json").is_file() else None
-
-
-def _llama_by_name(name: str, described: dict[str, Any] | None, setting: str) -> PretrainedConfig:
-    kind = None if described is None else described.get("model_type")
-    if described is not None and str(kind).startswith(f"{RELEASED_MODEL_TYPE}_"):
-        return read_flat_text_config(described, expand_home(name))
-    if described is not None and kind not in ("llama", RELEASED_MODEL_TYPE, None):
-        return make_part_settings(described, expand_home(name), default="llama")
-    if described is not None:
-        return read_llama_config(described, expand_home(name))
-    size = re.search(r"(?<![0-9.])(7|13)b(?![a-z0-9])", name.lower())
-    if size is None:
-        raise ConfigError.at(
-            setting,
-            f"not a folder, and the name contains no size (got {name!r}, expected 7b or 13b in it)",
-            "give the model's folder",
-        )
-    width, inner, layers = _LLAMA_SIZES[size.group()]
-    return LlamaConfig(
-        hidden_size=width,
-        intermediate_size=inner,
-        num_hidden_layers=layers,
-        num_attention_heads=layers,
-        vocab_size=32000,
-    )
-
-
-def _tower_by_name(name: str | None) -> PretrainedConfig:
-    described = _read_described(name) if name else None
-    if described is not None:
-        part = described.get("vision_config", described)
-        return make_part_settings(part, Path(name or ""), default="clip_vision_model")
-    side = 336 if name is None or "336" in name else 224
-    return CLIPVisionConfig(**_CLIP_VIT_L, image_size=side, patch_size=14)

@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from llavar_peft.data.record_store import is_hub_source, open_records
 from llavar_peft.data.record_tables import TableSelection
 from llavar_peft.data.training_dataset import count_held_out, image_count, text_tokens
 from llavar_peft.models.llavar_config import LlavarConfig
-from llavar_peft.preflight.estimate_counts import Counts
+from llavar_peft.models.tower_loading import count_extra_positions
+from llavar_peft.preflight.estimate_counts import Counts, tower_depth
 from llavar_peft.recipe.data_sources import paths_of, size_of_epoch, sources_of
 from llavar_peft.recipe.schema import Full, Lora, Stage, Tune
 from llavar_peft.types import expand_home
@@ -144,6 +146,8 @@ def _without_input_gradients(stage: Stage, tune: Lora, counts: Counts, lengths: 
 
 def _not_recomputed(config: LlavarConfig, tune: Tune, counts: Counts, lengths: RecordLengths) -> float:
     """Return the operations of a record at the end of its layers, which need not be repeated for a gradient."""
+    if counts.has_final_norm:
+        return 0.0
     text = config.text_config
     adapted = "mlp.down_proj.weight" in counts.adapted
     inputs = tune.rank if isinstance(tune, Lora) and adapted else text.intermediate_size
@@ -153,14 +157,15 @@ def _not_recomputed(config: LlavarConfig, tune: Tune, counts: Counts, lengths: R
 
 def _image_flops(config: LlavarConfig, tune: Tune, counts: Counts, lengths: RecordLengths) -> float:
     """Return the operations of a record's images in tower and projector."""
-    vision = config.vision_config
-    patches = config.image_seq_length + 1
-    used = (vision.num_hidden_layers + 1 + config.vision_feature_layer) / vision.num_hidden_layers
-    tower = used * (
-        2.0 * counts.tower * patches + 4.0 * vision.num_hidden_layers * vision.hidden_size * patches**2
-    )  # fmt: skip
+    vision, patches = config.vision_config, config.image_seq_length
+    side = math.isqrt(patches) * vision.patch_size
+    positions = patches + count_extra_positions(vision, side, Path("config.json"))
+    attention = 4.0 * tower_depth(config) * vision.hidden_size * positions**2
+    tower = 2.0 * counts.tower_linear * positions + 2.0 * counts.tower_patch * patches + attention
     trained = not isinstance(tune, Lora) or tune.train_projector
-    projector = (4.0 if trained else 2.0) * counts.projector * config.image_seq_length
+    projector = (4.0 if trained else 2.0) * counts.projector * patches
+    if trained and config.projector_hidden_act != "linear":  # the gradient of the second layer's input
+        projector += 2.0 * config.text_config.hidden_size**2 * patches
     return lengths.images * float(tower + projector)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -13,7 +14,8 @@ from llavar_peft.models.tuning import TRAINED_ROWS
 from llavar_peft.recipe.schema import Full, Lora, Projector, Tune
 
 LAYERS = "model.language_model.layers."
-_MATRIX = 2  # dimensions
+_MATRIX, _KERNEL = 2, 4  # dimensions
+_TOWER_LAYER = re.compile(r"\.layers?\.(\d+)\.")
 Shapes = Mapping[str, tuple[int, ...]]
 
 
@@ -28,8 +30,11 @@ class Counts:
         tower: The vision tower.
         projector: The projector.
         adapters: The adapters that the stage adds.
+        tower_linear: Those of the tower that are multiplied with each of its positions, in the layers that are needed.
+        tower_patch: Those that are multiplied with each patch.
         matrices: The matrices of a layer, see ``layer_matrices``.
         adapted: The names of those that get adapters.
+        has_final_norm: Whether a layer normalizes the output of its last matrix, as Gemma's and OLMo's do.
     """
 
     linear: int
@@ -38,8 +43,11 @@ class Counts:
     tower: int
     projector: int
     adapters: int
+    tower_linear: int
+    tower_patch: int
     matrices: Mapping[str, tuple[int, int]]
     adapted: frozenset[str]
+    has_final_norm: bool
 
     @property
     def whole(self) -> int:
@@ -49,7 +57,8 @@ class Counts:
 
 def count_parameters(config: LlavarConfig, tune: Tune) -> Counts:
     """Count a model's parameters."""
-    sums = dict.fromkeys(("linear", "norms", "head", "tower", "projector", "adapters"), 0)
+    parts = ("linear", "norms", "head", "tower", "projector", "adapters", "tower_linear", "tower_patch")
+    sums = dict.fromkeys(parts, 0)
     shapes = expected_shapes(config)
     targets = adapted_matrices(shapes, tune)
     for name, shape in shapes.items():
@@ -60,11 +69,23 @@ def count_parameters(config: LlavarConfig, tune: Tune) -> Counts:
                 sums["adapters"] += tune.rank * sum(shape) + extra
         elif "vision_tower" in name:
             sums["tower"] += math.prod(shape)
+            layer = _TOWER_LAYER.search(name)
+            if layer is None:
+                sums["tower_patch"] += math.prod(shape) * (len(shape) == _KERNEL)
+            elif int(layer[1]) < tower_depth(config):
+                sums["tower_linear"] += math.prod(shape) * (len(shape) == _MATRIX)
         elif "multi_modal_projector" in name:
             sums["projector"] += math.prod(shape)
         else:
             sums["head"] += math.prod(shape)
-    return Counts(**sums, matrices=layer_matrices(shapes), adapted=targets)
+    has_final_norm = any(".post_feedforward" in name for name in shapes)
+    return Counts(**sums, matrices=layer_matrices(shapes), adapted=targets, has_final_norm=has_final_norm)
+
+
+def tower_depth(config: LlavarConfig) -> int:
+    """Return the number of layers of the vision tower that are computed for the projected hidden state."""
+    layer: int = config.vision_feature_layer
+    return layer if layer >= 0 else int(config.vision_config.num_hidden_layers) + 1 + layer
 
 
 def layer_matrices(shapes: Shapes) -> dict[str, tuple[int, int]]:

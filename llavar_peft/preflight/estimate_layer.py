@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import nn
-from transformers import LlamaConfig
-from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRotaryEmbedding
+from torch import Tensor, nn
+from transformers import AutoModel, PretrainedConfig
 
 from llavar_peft.compat.dependency_internals import fake_tensors
 from llavar_peft.compat.memory_tracker import MemoryTracker
-from llavar_peft.models.llavar_config import LlavarConfig
+from llavar_peft.models.linear_layers import find_linear_layers
 from llavar_peft.models.tuning import lora_config
-from llavar_peft.recipe.schema import Full, Lora, Tune
+from llavar_peft.recipe.schema import Attention, Full, Lora, Tune
 
 _PREFIX = "model.language_model.layers.0"
 
@@ -27,11 +28,13 @@ class LayerMemory:
         input: Its input, which a layer that recomputes keeps.
         kept: All that is kept from the forward to the backward pass by a layer that does not recompute.
         backward: Peak of the backward pass, with what is kept, and the gradients that it makes.
+        shared: What all layers share: the mask, and the rotary embedding.
     """
 
     input: int
     kept: int
     backward: int
+    shared: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,68 +54,95 @@ class LayerDtypes:
     autocast: torch.dtype | None
 
 
+def computes_scores(text: PretrainedConfig, attention: Attention) -> bool:
+    """Return whether a GPU computes all attention scores of a row at once, and pads rows: the eager attention."""
+    is_capped = getattr(text, "attn_logit_softcapping", None) is not None
+    return attention == "eager" or (is_capped and attention in ("auto", "sdpa"))
+
+
 def measure_layer(
-    config: LlavarConfig, tune: Tune, dtypes: LayerDtypes, *, tokens: int, accumulated: bool
+    text: PretrainedConfig, tune: Tune, dtypes: LayerDtypes, *, rows: tuple[int, int], eager: bool, accumulated: bool
 ) -> LayerMemory:
     """Measure a layer of the language model in the forward and backward pass of a stage.
 
+    The decoder is that of transformers, with its first layer only.
+
     Args:
-        config: The model's configuration.
+        text: The language model's configuration.
         tune: What the stage trains.
         dtypes: Number formats. A quantized layer keeps as much as a frozen one in half precision.
-        tokens: Tokens of the pass.
+        rows: Number of rows of the pass, and tokens of a row.
+        eager: Whether the attention is eager, see ``computes_scores``; otherwise it keeps what flash-attention keeps.
         accumulated: Whether gradients of an earlier pass exist, to which those of this pass are added.
     """
-    text = _as_llama(config)
     with torch.device("meta"):
-        layer = _as_trained(LlamaDecoderLayer(text, 0), tune)
+        decoder: Any = AutoModel.from_config(
+            copy.deepcopy(text), attn_implementation="eager" if eager else "sdpa", trust_remote_code=False
+        )
+        del decoder.layers[1:]
+        layer = _as_trained(decoder, tune)
     with fake_tensors(), MemoryTracker() as tracker:
-        _replace_parameters(layer, dtypes)
-        rotary = LlamaRotaryEmbedding(text)(torch.zeros(1, dtype=dtypes.stream), torch.arange(tokens)[None])
+        replace_meta(decoder, dtypes.frozen, dtypes.trained)
         if accumulated:
             for parameter in layer.parameters():
                 parameter.grad = torch.empty_like(parameter) if parameter.requires_grad else None
-        shape = (1, tokens, text.hidden_size)
-        stream = torch.zeros(shape, dtype=dtypes.stream, requires_grad=True)
+        stream = torch.zeros((*rows, text.hidden_size), dtype=dtypes.stream, requires_grad=True)
+        empty = tracker.now
+        arguments = _layer_arguments(decoder, layer, stream, eager=eager)
         before = tracker.now
         with torch.autocast(
             "cpu", dtype=dtypes.autocast or torch.bfloat16, enabled=dtypes.autocast is not None, cache_enabled=False
         ):
             # The sum is released unless the layer keeps it, as the output of another layer is.
-            output = layer(stream + 0.0, position_embeddings=rotary, position_ids=torch.arange(tokens)[None])
+            output = layer(stream + 0.0, **arguments)
+        output = output[0] if isinstance(output, tuple) else output
         # The output is the next layer's input, and is released before this layer's backward pass.
         outside = before + output.untyped_storage().nbytes()
         kept = tracker.now - outside
         tracker.reset_peak()
         output.backward(torch.empty_like(output))
-        return LayerMemory(stream.untyped_storage().nbytes(), kept, tracker.peak - outside)
+        return LayerMemory(stream.untyped_storage().nbytes(), kept, tracker.peak - outside, before - empty)
 
 
-def _as_llama(config: LlavarConfig) -> LlamaConfig:
-    """Return a LLaMA with the sizes of the language model, whose layers keep about as much as those of its kind."""
-    text = config.text_config
-    if isinstance(text, LlamaConfig):
-        return LlamaConfig.from_dict(text.to_dict(), attn_implementation="sdpa")
-    return LlamaConfig(
-        hidden_size=text.hidden_size,
-        intermediate_size=text.intermediate_size,
-        num_hidden_layers=text.num_hidden_layers,
-        num_attention_heads=text.num_attention_heads,
-        num_key_value_heads=text.num_key_value_heads,
-        head_dim=getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads,
-        vocab_size=text.vocab_size,
-        attn_implementation="sdpa",
-    )
+class _Reached(Exception):
+    """Stops a decoder before its first layer."""
 
 
-def _as_trained(layer: nn.Module, tune: Tune) -> nn.Module:
+def _layer_arguments(decoder: Any, layer: nn.Module, stream: Tensor, *, eager: bool) -> dict[str, Any]:
+    """Return the arguments, besides the hidden state, with which a decoder calls its first layer."""
+    found: dict[str, Any] = {}
+
+    def keep(*given: Any) -> None:
+        found.update(given[-1])
+        raise _Reached
+
+    rows, tokens = stream.shape[:2]
+    # A mask with four dimensions is used as given.
+    shape = (rows, 1, tokens, tokens) if eager else (1, 1, 1, 1)
+    mask = torch.zeros(shape, dtype=stream.dtype if eager else torch.bool)
+    handle = layer.register_forward_pre_hook(keep, with_kwargs=True)
+    try:
+        decoder(inputs_embeds=stream.detach(), attention_mask=mask, use_cache=False)
+    except _Reached:
+        pass
+    finally:
+        handle.remove()
+    found.pop("hidden_states", None)
+    # Without a mask, the attention is causal, as that of packed rows is.
+    return found if eager else {**found, "attention_mask": None}
+
+
+def _as_trained(decoder: Any, tune: Tune) -> nn.Module:
+    """Return the layer of a decoder with only what a stage trains trainable, and with adapters."""
+    layer: nn.Module = decoder.layers[0]
     layer.requires_grad_(isinstance(tune, Full))
     layer.train()
     if isinstance(tune, Lora):
         from peft import inject_adapter_in_model
 
         # PiSSA's initialization needs the weights' values; its saved tensors are those of plain LoRA.
-        settings = lora_config(dataclasses.replace(tune, variant="lora") if tune.variant == "pissa" else tune)
+        plain = dataclasses.replace(tune, variant="lora") if tune.variant == "pissa" else tune
+        settings = lora_config(plain, find_linear_layers(decoder))
         settings.modules_to_save = None
         settings.trainable_token_indices = None
         # The layer is nested under the names by which the adapter's configuration selects layers.
@@ -131,12 +161,21 @@ def _as_trained(layer: nn.Module, tune: Tune) -> nn.Module:
     return layer
 
 
-def _replace_parameters(layer: nn.Module, dtypes: LayerDtypes) -> None:
-    """Replace the meta parameters by fake ones on the CPU."""
-    for module in layer.modules():
+def replace_meta(root: nn.Module, frozen: torch.dtype, trained: torch.dtype) -> None:
+    """Replace a module's meta tensors by fake ones on the CPU.
+
+    Args:
+        root: The module.
+        frozen: The number format of parameters that are not trained.
+        trained: That of parameters that are trained.
+    """
+    for module in root.modules():
         holders = [module, *(child for child in module.children() if isinstance(child, nn.ParameterDict))]
         for holder in holders:
             for name, parameter in list(holder.named_parameters(recurse=False)):
-                trained = parameter.requires_grad
-                data = torch.empty(parameter.shape, dtype=dtypes.trained if trained else dtypes.frozen)
-                holder.register_parameter(name, nn.Parameter(data, requires_grad=trained))
+                if parameter.is_meta:
+                    data = torch.empty(parameter.shape, dtype=trained if parameter.requires_grad else frozen)
+                    holder.register_parameter(name, nn.Parameter(data, requires_grad=parameter.requires_grad))
+        for name, buffer in list(module.named_buffers(recurse=False)):
+            if buffer.is_meta:
+                setattr(module, name, torch.empty(buffer.shape, dtype=buffer.dtype))

@@ -5,6 +5,7 @@ tests/gpu_sim/test_estimate_peaks.py compares the result with the tensors of who
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -13,8 +14,9 @@ import torch
 from llavar_peft.models.chunked_loss import CHUNK
 from llavar_peft.models.llavar_config import LlavarConfig
 from llavar_peft.preflight.estimate_counts import Counts
-from llavar_peft.preflight.estimate_layer import LayerDtypes, LayerMemory, measure_layer
-from llavar_peft.recipe.schema import Dtype, Full, ModelConfig, Precision, Projector, Stage
+from llavar_peft.preflight.estimate_image import ImageMemory, measure_images
+from llavar_peft.preflight.estimate_layer import LayerDtypes, LayerMemory, computes_scores, measure_layer
+from llavar_peft.recipe.schema import Dtype, Full, Lora, ModelConfig, Precision, Projector, Stage
 
 _SCALES = 1 / 64 + 4 / (64 * 256)
 """Bytes of nf4's scales per weight: one byte per 64 weights, and one float32 scale per 256 of those."""
@@ -88,33 +90,51 @@ class StepMoments:
         whole = 4.0 * self.trained / self.shards
         existing = whole if self._accumulates else 0.0
         during = self._gathered_root + self._gathered_layers + self._decompressed
+        shared = layer.shared + self._images.kept
+        tower = {
+            "gradients": existing,
+            "activations": float(layer.input + self._images.tower),
+            "logits": 0.0,
+            "other": self._gathered_root,
+        }
         loss = {
             "gradients": existing,
-            "activations": layers * kept + self._norm,
+            "activations": shared + layers * kept + self._norm,
             "logits": self._logits,
             "other": self._gathered_root + 2 * self._gathered_half_head,
         }
         last_layer = {
             "gradients": max(existing, self._trained_half_head),
-            "activations": (layers - 1 + recomputes) * kept + layer.backward,
+            "activations": shared + (layers - 1 + recomputes) * kept + layer.backward,
             "logits": 0.0,
             "other": during,
         }
         first_layer = {
             # The layer's own gradients are among what was measured.
             "gradients": max(existing, whole - self._trained_layer - self._trained_half_head),
-            "activations": float(recomputes * kept + layer.backward),
+            "activations": float(shared + recomputes * kept + layer.backward),
             "logits": 0.0,
             "other": during + self._gathered_half_head,
         }
         optimizer = {"gradients": whole, "activations": 0.0, "logits": 0.0, "other": self._optimizer_scratch}
-        return loss, last_layer, first_layer, self._embedding(whole), optimizer
+        return tower, loss, last_layer, first_layer, self._embedding(whole), optimizer
 
     @cached_property
     def _layer(self) -> LayerMemory:
+        text = self.config.text_config
+        eager = computes_scores(text, self.model.attention)
+        rows = self.stage.micro_batch_size if eager else 1
         return measure_layer(
-            self.config, self.stage.tune, self._dtypes, tokens=self.tokens, accumulated=self._accumulates
-        )
+            text, self.stage.tune, self._dtypes, rows=(rows, math.ceil(self.tokens / rows)), eager=eager,
+            accumulated=self._accumulates,
+        )  # fmt: skip
+
+    @cached_property
+    def _images(self) -> ImageMemory:
+        tune = self.stage.tune
+        images = round((self.tokens - self.supervised) / self.config.image_seq_length)
+        trained = not isinstance(tune, Lora) or tune.train_projector
+        return measure_images(self.config, self._dtypes, images=images, trained=trained)
 
     @property
     def _dtypes(self) -> LayerDtypes:
@@ -139,8 +159,9 @@ class StepMoments:
 
     @property
     def _half_head(self) -> int:
-        """Number of weights of ``lm_head``, which has as many as the input embeddings."""
-        return self.counts.head // 2
+        """Number of weights of ``lm_head``, which has as many as the input embeddings and may share them."""
+        text = self.config.text_config
+        return int(text.vocab_size * text.hidden_size)
 
     @property
     def _trained_half_head(self) -> float:
@@ -161,9 +182,14 @@ class StepMoments:
 
     @property
     def _logits(self) -> float:
-        """A chunk of logits in float32, twice, because the softmax subtracts their maximum, and the gradients."""
-        hidden = 2 * self.supervised * self.config.text_config.hidden_size * self._compute
-        logits = float(8 * min(CHUNK, self.supervised) * self.config.text_config.vocab_size + hidden)
+        """A chunk of logits in float32, twice, because the softmax subtracts their maximum, and the gradients.
+
+        Where logits are capped, a third copy exists.
+        """
+        text = self.config.text_config
+        hidden = 2 * self.supervised * text.hidden_size * self._compute
+        each = 8 if getattr(text, "final_logit_softcapping", None) is None else 12
+        logits = float(each * min(CHUNK, self.supervised) * text.vocab_size + hidden)
         if isinstance(self.stage.tune, Full):
             # lm_head's gradient, summed in float32; that of a chunk; and under autocast the weight in half precision.
             cast = self._compute if self._dtypes.autocast is not None else 0
@@ -173,7 +199,8 @@ class StepMoments:
     def _embedding(self, whole: float) -> dict[str, float]:
         """Return the moment at which the gradient of trained input embeddings is made, after all others."""
         full, hidden = isinstance(self.stage.tune, Full), 2 * self._layer.input
-        temporary = 4.0 * self._half_head * self._accumulates
+        # Where lm_head is the same weight, autograd adds its gradient to a third tensor.
+        temporary = 4.0 * self._half_head * (self._accumulates + 2 * bool(self.config.tie_word_embeddings))
         if self.sharded:
             temporary = 3.0 * self._gathered_half_head  # the weight, its gradient and a copy to exchange
         other = self._gathered_root + temporary * full
@@ -202,8 +229,8 @@ class StepMoments:
     @property
     def _decompressed(self) -> float:
         """The largest quantized weight in half precision, with its scales in float32."""
-        text = self.config.text_config
-        return text.hidden_size * text.intermediate_size * (2 + 4 / 64) if self.model.quantize else 0.0
+        largest = max(height * width for height, width in self.counts.matrices.values())
+        return largest * (2 + 4 / 64) if self.model.quantize else 0.0
 
     @property
     def _optimizer_scratch(self) -> float:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from llavar_peft.models.llavar_config import config_without_weights
+from llavar_peft.models.config_without_weights import config_without_weights
 from llavar_peft.preflight.estimate_compute import (
     RecordLengths,
     count_steps,

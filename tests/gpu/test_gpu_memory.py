@@ -12,7 +12,8 @@ from transformers import LlamaConfig
 
 from llavar_peft import DataConfig, Full, Lora, ModelConfig, OptimConfig, Projector, Stage
 from llavar_peft.constants import IGNORE_INDEX
-from llavar_peft.models.llavar_config import LlavarConfig, config_without_weights, make_config
+from llavar_peft.models.config_without_weights import config_without_weights
+from llavar_peft.models.llavar_config import LlavarConfig, make_config
 from llavar_peft.models.modeling_llavar import LlavarForConditionalGeneration
 from llavar_peft.models.packed_attention import enable_packing
 from llavar_peft.models.tuning import apply_tuning

@@ -15,7 +15,6 @@ import bitsandbytes as bnb
 import torch
 from torch import Tensor, nn
 
-from llavar_peft.constants import LINEAR_LAYERS
 from llavar_peft.recipe.schema import Quantization
 
 _BLOCK, _NESTED_BLOCK = 64, 256
@@ -42,7 +41,7 @@ class FakeLinear4bit(bnb.nn.Linear4bit):
 
     def __init__(self, layer: nn.Linear, storage: torch.dtype) -> None:
         nn.Module.__init__(self)
-        self.in_features, self.out_features, self.bias = layer.in_features, layer.out_features, None
+        self.in_features, self.out_features, self.bias = layer.in_features, layer.out_features, layer.bias
         numbers = layer.weight.numel()
         packed = torch.empty(numbers // (2 * storage.itemsize), 1, dtype=storage, device="meta")
         self.weight = nn.Parameter(packed, requires_grad=False)
@@ -60,7 +59,8 @@ class FakeLinear4bit(bnb.nn.Linear4bit):
 
     def forward(self, x: Tensor) -> Tensor:
         """Multiply as bitsandbytes does."""
-        return _Matmul4Bit.apply(x.to(self.compute_dtype), self, self.weight).to(x.dtype)
+        output = _Matmul4Bit.apply(x.to(self.compute_dtype), self, self.weight)
+        return (output if self.bias is None else output + self.bias).to(x.dtype)
 
 
 class _Matmul8Bit(torch.autograd.Function):
@@ -82,7 +82,7 @@ class FakeLinear8bitLt(bnb.nn.Linear8bitLt):
 
     def __init__(self, layer: nn.Linear) -> None:
         nn.Module.__init__(self)
-        self.in_features, self.out_features, self.bias = layer.in_features, layer.out_features, None
+        self.in_features, self.out_features, self.bias = layer.in_features, layer.out_features, layer.bias
         self.weight = nn.Parameter(torch.empty_like(layer.weight, dtype=torch.int8), requires_grad=False)
         self.register_buffer("SCB", torch.empty(layer.out_features, dtype=torch.float32, device="meta"))
         self.state = bnb.MatmulLtState()  # peft reads its settings
@@ -90,7 +90,8 @@ class FakeLinear8bitLt(bnb.nn.Linear8bitLt):
 
     def forward(self, x: Tensor) -> Tensor:
         """Multiply as bitsandbytes does on a GPU."""
-        return _Matmul8Bit.apply(x, self)
+        output = _Matmul8Bit.apply(x, self)
+        return output if self.bias is None else output + self.bias
 
 
 def quantize_layers(model: nn.Module, quantize: Quantization, *, sharded: bool) -> None:
@@ -103,7 +104,7 @@ def quantize_layers(model: nn.Module, quantize: Quantization, *, sharded: bool) 
     """
     for name, module in list(model.named_modules()):
         parent, _, last = name.rpartition(".")
-        if "language_model.layers." in name and last in LINEAR_LAYERS:
+        if "language_model.layers." in name and isinstance(module, nn.Linear):
             storage = torch.bfloat16 if sharded else torch.uint8
             fake = FakeLinear4bit(module, storage) if quantize == "nf4" else FakeLinear8bitLt(module)
             model.get_submodule(parent).set_submodule(last, fake)

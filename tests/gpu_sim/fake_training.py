@@ -23,12 +23,13 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.device_mesh import init_device_mesh
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from llavar_peft import ModelConfig
 from llavar_peft.compat.dependency_internals import release_int8_inputs
 from llavar_peft.compat.memory_tracker import MemoryTracker
-from llavar_peft.models.llavar_config import LlavarConfig, config_without_weights
+from llavar_peft.models.build_model import resolve_attention
+from llavar_peft.models.config_without_weights import config_without_weights
+from llavar_peft.models.llavar_config import LlavarConfig
 from llavar_peft.models.modeling_llavar import LlavarForConditionalGeneration
 from llavar_peft.models.packed_attention import enable_packing, packed_arguments
 from llavar_peft.models.tuning import apply_tuning
@@ -45,7 +46,7 @@ class Case:
     """A run on a GPU.
 
     Attributes:
-        size: ``"7b"`` or ``"13b"``.
+        language_model: ``"7b"`` or ``"13b"`` of Vicuna, or the name of another model of known size.
         tune: What is trained.
         quantize: Storage of the base.
         gpus: Number of ranks; more than one are sharded by FSDP2.
@@ -53,9 +54,10 @@ class Case:
         records: Records of 2,048 tokens in a forward pass, each with an image.
         accumulation: Forward passes per optimizer step.
         fused: Whether AdamW's kernel is fused.
+        vision_tower: The tower's name. One other than CLIP has the projector ``mlp2x_gelu``.
     """
 
-    size: str
+    language_model: str
     tune: Tune
     quantize: Quantization | None = None
     gpus: int = 1
@@ -63,12 +65,15 @@ class Case:
     records: int = 1
     accumulation: int = 1
     fused: bool = True
+    vision_tower: str = "openai/clip-vit-large-patch14-336"
 
     @property
     def model(self) -> ModelConfig:
         """The model's configuration as a recipe has it."""
+        name = self.language_model
         return ModelConfig(
-            language_model=f"lmsys/vicuna-{self.size}-v1.1", vision_tower="openai/clip-vit-large-patch14-336",
+            language_model=name if "/" in name else f"lmsys/vicuna-{name}-v1.1", vision_tower=self.vision_tower,
+            projector_type="linear" if "clip" in self.vision_tower else "mlp2x_gelu",
             quantize=self.quantize, dtype="bfloat16",
         )  # fmt: skip
 
@@ -80,7 +85,7 @@ class Case:
     @property
     def supervised(self) -> int:
         """Supervised tokens of a forward pass: all text, as ``estimate`` assumes."""
-        return self.records * (2048 - 576)
+        return self.records * (2048 - config_without_weights(self.model).image_seq_length)
 
 
 PARTS = ("before", "forward", "first half of backward", "second half of backward", "optimizer")
@@ -125,7 +130,10 @@ def track_layers(case: Case, layers: int | None = None) -> dict[str, float]:
 
 
 def _build(case: Case, config: LlavarConfig) -> tuple[LlavarForConditionalGeneration, Any]:
-    model: Any = LlavarForConditionalGeneration._from_config(config, attn_implementation="sdpa", dtype=torch.bfloat16)
+    attention = resolve_attention("sdpa", torch.bfloat16, config)
+    model: Any = LlavarForConditionalGeneration._from_config(
+        config, attn_implementation=attention, dtype=torch.bfloat16
+    )
     if case.quantize is not None:
         quantize_layers(model, case.quantize, sharded=case.gpus > 1)
         release_int8_inputs(model)
@@ -136,7 +144,6 @@ def _build(case: Case, config: LlavarConfig) -> tuple[LlavarForConditionalGenera
             module.cast_input_dtype_enabled = False  # as in training under autocast
     if case.recompute:
         trained.gradient_checkpointing_enable({"use_reentrant": False})
-    enable_packing(model)
     return model, trained
 
 
@@ -179,7 +186,7 @@ def _shard(model: Any, mesh: Any) -> Any:
     plugin = FullyShardedDataParallelPlugin(
         fsdp_version=2,
         auto_wrap_policy="transformer_based_wrap",
-        transformer_cls_names_to_wrap=[LlamaDecoderLayer.__name__],
+        transformer_cls_names_to_wrap=[type(model.get_decoder().layers[0]).__name__],
         reshard_after_forward=True,
         mixed_precision_policy=MixedPrecisionPolicy(param_dtype=half, reduce_dtype=half, output_dtype=None),
     )
@@ -210,6 +217,7 @@ class Step:
         self.case, self.model, self.trained, self.tracker = case, model, trained, tracker
         self.parameters = [one for one in trained.parameters() if one.requires_grad]
         self.optimizer = torch.optim.AdamW(self.parameters, lr=1e-4, fused=case.fused, foreach=not case.fused)
+        self.packs = enable_packing(model)
         self.found = dict.fromkeys(PARTS, 0.0)
         layers = model.model.language_model.layers
         layers[len(layers) // 2 - 1].register_forward_hook(self._divide_backward)
@@ -242,13 +250,18 @@ class Step:
         tokens = sum(self.case.lengths)
         side = self.model.config.vision_config.image_size
         patches = self.case.records * self.model.config.image_seq_length
+        if self.packs:
+            shape, arguments = (1, tokens), packed_arguments(self.case.lengths, self.model, torch.device("cpu"))
+        else:
+            shape = (self.case.records, tokens // self.case.records)
+            arguments = {"attention_mask": torch.ones(shape, dtype=torch.long)}
         return {
-            "input_ids": torch.zeros(1, tokens, dtype=torch.long),
-            "targets": torch.zeros(1, tokens, dtype=torch.long),
+            "input_ids": torch.zeros(shape, dtype=torch.long),
+            "targets": torch.zeros(shape, dtype=torch.long),
             "pixel_values": torch.zeros(self.case.records, 3, side, side),
             "image_places": torch.zeros(patches, dtype=torch.long),
-            "supervised_places": torch.zeros(self.case.supervised, dtype=torch.long),
-            **packed_arguments(self.case.lengths, self.model, torch.device("cpu")),
+            "supervised_places": torch.zeros(tokens - patches, dtype=torch.long),
+            **arguments,
         }
 
     def _record(self, part: str) -> None:

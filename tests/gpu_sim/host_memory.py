@@ -24,7 +24,8 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from llavar_peft.compat.dependency_internals import enable_fsdp_on_cpu
 from llavar_peft.models import build_model as building
-from llavar_peft.models.llavar_config import LlavarConfig, config_without_weights
+from llavar_peft.models.config_without_weights import config_without_weights
+from llavar_peft.models.llavar_config import LlavarConfig
 from llavar_peft.models.pending_weights import PendingWeights
 from llavar_peft.models.tuning import apply_tuning
 from llavar_peft.recipe.schema import Full, Lora, ModelConfig, Projector

@@ -8,7 +8,7 @@ from functools import cache
 import pytest
 
 from llavar_peft import DataConfig, Full, Lora, OptimConfig, Projector, Stage
-from llavar_peft.models.llavar_config import config_without_weights
+from llavar_peft.models.config_without_weights import config_without_weights
 from llavar_peft.preflight.estimate_counts import count_parameters, count_trained
 from llavar_peft.preflight.estimate_memory import Memory, estimate_memory
 from tests.gpu_sim.fake_training import Case, track_layers, track_peak, track_peaks

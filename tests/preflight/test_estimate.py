@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from llavar_peft import Full, Lora, ModelConfig, Projector, Recipe, cli
-from llavar_peft.models.llavar_config import config_without_weights
+from llavar_peft.models.config_without_weights import config_without_weights
 from llavar_peft.preflight.estimate_counts import count_parameters
 from llavar_peft.preflight.estimate_memory import estimate_memory
 from llavar_peft.preflight.estimate_stage import estimate_stage, what_would_help

@@ -11,12 +11,13 @@ import pytest
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import CLIPVisionConfig, LlamaConfig
+from transformers import AutoConfig, CLIPVisionConfig, LlamaConfig
 
 from llavar_peft import DataConfig, Full, Lora, ModelConfig, OptimConfig, Projector, Stage
 from llavar_peft.compat.dependency_internals import fake_tensors
 from llavar_peft.constants import IGNORE_INDEX
-from llavar_peft.models.llavar_config import LlavarConfig, config_without_weights, make_config
+from llavar_peft.models.config_without_weights import config_without_weights
+from llavar_peft.models.llavar_config import LlavarConfig, make_config
 from llavar_peft.models.modeling_llavar import LlavarForConditionalGeneration
 from llavar_peft.models.packed_attention import enable_packing, packed_arguments
 from llavar_peft.models.tuning import apply_tuning
@@ -35,6 +36,14 @@ TUNES: dict[str, Tune] = {
     "dora": Lora(rank=8, dropout=0.0, variant="dora"),
     "dora-dropout": Lora(rank=8, dropout=0.05, variant="dora"),
 }
+_SMALL: dict[str, Any] = {
+    "hidden_size": 64, "intermediate_size": 176, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 200,
+    "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+}  # fmt: skip
+_SMALL_TOWER: dict[str, Any] = {
+    "hidden_size": 32, "intermediate_size": 128, "num_hidden_layers": 3, "num_attention_heads": 2, "image_size": 56,
+    "patch_size": 14,
+}  # fmt: skip
 
 
 def _sdpa(query: Any, key: Any, *_: Any, **__: Any) -> int:
@@ -62,10 +71,10 @@ def _count(step: Callable[[], Tensor], tower_attention: int) -> float:
     return sum(counts.values()) - (attention - tower_attention) / 2
 
 
-def _tower_attention(config: LlavarConfig, images: int) -> int:
+def _tower_attention(config: LlavarConfig, images: int, extra_positions: int = 1) -> int:
     vision = config.vision_config
     used = vision.num_hidden_layers + 1 + config.vision_feature_layer
-    return images * used * 4 * vision.hidden_size * (config.image_seq_length + 1) ** 2
+    return images * used * 4 * vision.hidden_size * (config.image_seq_length + extra_positions) ** 2
 
 
 def _estimate(config: LlavarConfig, tune: Tune, recompute: bool, lengths: tuple[int, ...]) -> float:
@@ -87,17 +96,30 @@ def _recompute(model: Any) -> None:
 @pytest.mark.parametrize("recompute", [False, True], ids=["", "recomputed"])
 @pytest.mark.parametrize("tune", TUNES.values(), ids=TUNES)
 def test_a_small_model(tune: Tune, recompute: bool) -> None:
+    text = LlamaConfig(**_SMALL, num_hidden_layers=3)
+    config = make_config(text, CLIPVisionConfig(**_SMALL_TOWER), vocab_size=203, image_token_id=200)
+    _check_small(config, tune, recompute, extra_positions=1)
+
+
+@pytest.mark.parametrize(
+    ("kind", "tower", "extra_positions", "tune"),
+    [
+        ("qwen3", "siglip_vision_model", 0, Lora(rank=8, dropout=0.05)),
+        ("phi3", "dinov2_with_registers", 5, Lora(rank=8)),
+        ("gemma3_text", "siglip_vision_model", 0, Full()),
+        ("olmo2", "dinov2", 1, Projector()),
+    ],
+)
+def test_a_small_model_of_another_kind(kind: str, tower: str, extra_positions: int, tune: Tune) -> None:
+    text = AutoConfig.for_model(kind, **_SMALL, num_hidden_layers=6, head_dim=32, sliding_window=512)
     config = make_config(
-        LlamaConfig(
-            hidden_size=64, intermediate_size=176, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
-            vocab_size=200, pad_token_id=0,
-        ),
-        CLIPVisionConfig(
-            hidden_size=32, intermediate_size=128, num_hidden_layers=3, num_attention_heads=2, image_size=56,
-            patch_size=14,
-        ),
-        vocab_size=203, image_token_id=200,
+        text, AutoConfig.for_model(tower, **_SMALL_TOWER, mlp_ratio=4), vocab_size=203, image_token_id=200,
+        extra_positions=extra_positions, projector_type="mlp2x_gelu",
     )  # fmt: skip
+    _check_small(config, tune, recompute=True, extra_positions=extra_positions)
+
+
+def _check_small(config: LlavarConfig, tune: Tune, recompute: bool, *, extra_positions: int) -> None:
     model = LlavarForConditionalGeneration._from_config(config, attn_implementation="sdpa")
     trained = apply_tuning(model, tune).train()
     if recompute:
@@ -109,7 +131,8 @@ def test_a_small_model(tune: Tune, recompute: bool) -> None:
         ids[0, start + 8 : start + 8 + config.image_seq_length] = 200
     labels = torch.where(ids == 200, IGNORE_INDEX, ids)
     batch = {"input_ids": ids, "labels": labels, "lengths": lengths, "pixel_values": torch.zeros(2, 3, 56, 56)}
-    counted = _count(lambda: supervised_loss(trained, batch)[0], _tower_attention(config, 2))
+    attention = _tower_attention(config, 2, extra_positions)
+    counted = _count(lambda: supervised_loss(trained, batch)[0], attention)
     assert _estimate(config, tune, recompute, lengths) == pytest.approx(counted, rel=0.005)
 
 

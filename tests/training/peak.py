@@ -14,7 +14,8 @@ from pathlib import Path
 import torch
 
 from llavar_peft.constants import IGNORE_INDEX
-from llavar_peft.models.llavar_config import LlavarConfig, config_without_weights
+from llavar_peft.models.config_without_weights import config_without_weights
+from llavar_peft.models.llavar_config import LlavarConfig
 from llavar_peft.models.modeling_llavar import LlavarForConditionalGeneration
 from llavar_peft.models.packed_attention import enable_packing
 from llavar_peft.models.tuning import apply_tuning

@@ -1,0 +1,226 @@
+"""The configuration of a model whose weights are not read, and may not be on this disk."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast, get_args
+
+from transformers import AutoImageProcessor, AutoTokenizer, CLIPImageProcessorPil, CLIPVisionConfig, PretrainedConfig
+
+from llavar_peft.constants import IMAGE_PLACEHOLDER, IMAGE_START_TOKEN, MODEL_TYPE
+from llavar_peft.errors import ConfigError
+from llavar_peft.models.hub_models import cached_folder
+from llavar_peft.models.known_models import KNOWN_MODELS, LLAMA_SIZES, TOKENS
+from llavar_peft.models.llavar_config import LlavarConfig, make_config, read_flat_text_config, read_llama_config
+from llavar_peft.models.pretrained_files import load_pretrained, make_part_settings
+from llavar_peft.models.tower_loading import as_clip_processor, count_extra_positions, prepared_side
+from llavar_peft.recipe.schema import ModelConfig, ProjectorType
+from llavar_peft.types import expand_home
+from llavar_peft.weights.delta.released_layout import read_model_config
+
+_OF_LLAMA_S_SHAPE = re.compile(r"llama|vicuna|llava|alpaca")
+_OF_ANOTHER_SHAPE = re.compile(r"mistral|mixtral|qwen|gemma|phi-?\d|olmo|yi-|llama-?[34]")
+_SIZE = re.compile(r"(?<![0-9.])(7|13)b(?![a-z0-9])")
+
+
+@dataclass(frozen=True, slots=True)
+class _Source:
+    """What is known about a named model.
+
+    Attributes:
+        described: Its ``config.json``.
+        folder: Its folder; for a model that is not on this disk, only for messages.
+        tokens: Number of its tokenizer's tokens, if it is known without a tokenizer.
+    """
+
+    described: dict[str, Any]
+    folder: Path
+    tokens: int | None = None
+
+    @property
+    def has_tokenizer(self) -> bool:
+        """Whether its folder has a tokenizer that ``AutoTokenizer`` reads as the model's own."""
+        return (self.folder / "tokenizer.json").is_file()
+
+
+@dataclass(frozen=True, slots=True)
+class _TowerSettings:
+    """A tower's configuration, the side of a prepared image in pixels, and the number of positions without a patch."""
+
+    config: PretrainedConfig
+    side: int
+    extra_positions: int
+
+
+def config_without_weights(model: ModelConfig) -> LlavarConfig:
+    """Return the configuration that ``build_model`` would use, without reading weights and without the network.
+
+    Args:
+        model: The model's source. The size of a part that is neither a folder nor in the hub's cache is taken from
+            ``KNOWN_MODELS``, or from its name: 7B or 13B of LLaMA's shape, with a CLIP ViT-L/14.
+
+    Raises:
+        ConfigError: The size of a part is unknown.
+    """
+    if model.checkpoint is not None:
+        return _of_checkpoint(model, model.checkpoint)
+    name = model.language_model or ""
+    source = _find(name)
+    if source is None:
+        text = _llama_by_name(name, "model.language_model")
+        legacy = model.template in (None, "llava_v1")
+        return _compose(model, text, text.vocab_size + (not legacy), legacy=legacy)
+    vocabulary, tokens = _tokenizer_of(source)
+    if model.template is None:
+        has_chat_tokens = source.has_tokenizer or source.tokens is not None or name in KNOWN_MODELS
+        is_vicuna = (source.folder / "tokenizer.model").is_file() or not has_chat_tokens
+        legacy = source.described.get("model_type") == "llama" and is_vicuna
+    else:
+        legacy = model.template == "llava_v1"
+    if source.described.get("model_type") in ("llama", None) and legacy:
+        text = read_llama_config(source.described, source.folder)
+    else:
+        text = make_part_settings(source.described, source.folder, default="llama")
+    known = text.vocab_size if tokens is None else tokens
+    if legacy:
+        text.tie_word_embeddings = False
+        return _compose(model, text, known, legacy=True)
+    return _compose(model, text, known + (IMAGE_PLACEHOLDER not in vocabulary), legacy=False)
+
+
+def _compose(model: ModelConfig, text: PretrainedConfig, tokens: int, *, legacy: bool) -> LlavarConfig:
+    """Return the configuration of a language model with a tower.
+
+    Args:
+        tokens: Number of tokens, for a template other than ``llava_v1`` with the image token.
+        legacy: Whether the template is ``llava_v1``, with tokens of its own and without spare rows.
+    """
+    tower = _tower(model.vision_tower)
+    rows = tokens + 1 + 2 * model.use_im_start_end if legacy else max(text.vocab_size, tokens)
+    return make_config(
+        text,
+        tower.config,
+        vocab_size=rows,
+        image_token_id=tokens if legacy else tokens - 1,
+        vision_feature_layer=model.vision_feature_layer,
+        use_im_start_end=legacy and model.use_im_start_end,
+        image_side=tower.side,
+        extra_positions=tower.extra_positions,
+        projector_type=model.projector_type,
+    )
+
+
+def _of_checkpoint(model: ModelConfig, name: str) -> LlavarConfig:
+    source = _find(name)
+    if source is None:
+        text = _llama_by_name(name, "model.checkpoint")
+        return _compose(model, text, text.vocab_size, legacy=True)
+    described, folder = source.described, source.folder
+    if described.get("model_type") == MODEL_TYPE:
+        config = load_pretrained(LlavarConfig, folder)
+        if model.vision_tower is not None:
+            config.vision_config = _tower(model.vision_tower).config
+        return config
+    if "text_config" in described:
+        return _of_stock(source)
+    text = read_flat_text_config(described, folder)
+    use_im_start_end = bool(described.get("mm_use_im_start_end", False))
+    has_image_rows = use_im_start_end or bool(described.get("mm_use_im_patch_token", True))
+    stated = described.get("mm_projector_type", "linear")
+    tower = _tower(model.vision_tower)
+    return make_config(
+        text,
+        tower.config,
+        vocab_size=text.vocab_size + (not has_image_rows),
+        image_token_id=text.vocab_size - has_image_rows * (1 + 2 * use_im_start_end),
+        vision_feature_layer=int(described.get("mm_vision_select_layer", model.vision_feature_layer)),
+        use_im_start_end=use_im_start_end,
+        image_side=tower.side,
+        extra_positions=tower.extra_positions,
+        projector_type=cast("ProjectorType", stated) if stated in get_args(ProjectorType) else "linear",
+    )
+
+
+def _of_stock(source: _Source) -> LlavarConfig:
+    described, folder = source.described, source.folder
+    text = make_part_settings(described["text_config"], folder, default="llama")
+    tower = make_part_settings(described.get("vision_config"), folder, default="clip_vision_model")
+    vocabulary, _ = _tokenizer_of(source)
+    return make_config(
+        text,
+        tower,
+        vocab_size=text.vocab_size,
+        image_token_id=described.get("image_token_index", text.vocab_size - 1),
+        vision_feature_layer=described.get("vision_feature_layer", -2),
+        use_im_start_end=IMAGE_START_TOKEN in vocabulary,
+        image_side=_side(folder, tower),
+        extra_positions=int(described.get("vision_feature_select_strategy", "default") == "default"),
+        projector_type="mlp2x_gelu" if described.get("projector_hidden_act", "gelu") == "gelu" else "linear",
+    )
+
+
+def _find(name: str) -> _Source | None:
+    """Return what is known about a model: from its folder, the hub's cache, or ``KNOWN_MODELS``."""
+    for folder in (expand_home(name), cached_folder(name)):
+        if folder is not None and (folder / "config.json").is_file():
+            return _Source(read_model_config(folder), folder)
+    return _Source(dict(KNOWN_MODELS[name]), Path(name), TOKENS.get(name)) if name in KNOWN_MODELS else None
+
+
+def _tokenizer_of(source: _Source) -> tuple[dict[str, int], int | None]:
+    """Return the ids of a tokenizer's tokens, empty if there is none, and their number if it is known."""
+    if not source.has_tokenizer:
+        return {}, source.tokens
+    tokenizer: Any = load_pretrained(AutoTokenizer, source.folder)
+    return tokenizer.get_vocab(), len(tokenizer)
+
+
+def _llama_by_name(name: str, setting: str) -> PretrainedConfig:
+    lower = name.lower()
+    size = _SIZE.search(lower)
+    if size is None or not _OF_LLAMA_S_SHAPE.search(lower) or _OF_ANOTHER_SHAPE.search(lower):
+        lacks = "the name contains no size" if size is None else "the name is none of a LLaMA"
+        raise ConfigError.at(
+            setting,
+            f"not a folder, not in the hub's cache, and {lacks} (got {name!r}, expected a name such as vicuna-7b)",
+            _fix(name),
+        )
+    return make_part_settings(dict(LLAMA_SIZES[size.group()]), Path(name), default="llama")
+
+
+def _fix(name: str) -> str:
+    hub = re.fullmatch(r"[\w.-]+/[\w.-]+", name) is not None
+    return "give the model's folder" + (f", or run `hf download {name} config.json`" if hub else "")
+
+
+def _tower(name: str | None) -> _TowerSettings:
+    source = _find(name) if name else None
+    if source is not None:
+        described = source.described
+        whole = described.get("vision_config", described) if described.get("model_type") == "clip" else described
+        config: Any = make_part_settings(whole, source.folder, default="clip_vision_model")
+        config = getattr(config, "vision_config", config)
+        side = _side(source.folder, config)
+        return _TowerSettings(config, side, count_extra_positions(config, side, source.folder))
+    lower = (name or "clip-vit-large-patch14-336").lower()
+    if "clip" not in lower or not re.search(r"vit-?l(arge)?\b", lower):
+        raise ConfigError.at(
+            "model.vision_tower",
+            f"not a folder, not in the hub's cache, and of unknown size (got {name!r}, expected a name such as "
+            f"openai/clip-vit-large-patch14-336)",
+            _fix(name or ""),
+        )
+    known = KNOWN_MODELS["openai/clip-vit-large-patch14" + ("-336" if "336" in lower else "")]
+    clip = CLIPVisionConfig(**known)
+    return _TowerSettings(clip, int(clip.image_size), 1)
+
+
+def _side(folder: Path, tower: PretrainedConfig) -> int:
+    """Return the side of a prepared image in pixels, which the image processor decides."""
+    if not any((folder / name).is_file() for name in ("preprocessor_config.json", "processor_config.json")):
+        return int(tower.image_size)
+    if isinstance(tower, CLIPVisionConfig):
+        return prepared_side(load_pretrained(CLIPImageProcessorPil, folder), str(folder))
+    return prepared_side(as_clip_processor(load_pretrained(AutoImageProcessor, folder)), str(folder))
