@@ -140,7 +140,7 @@ class PageEmbedder:
         border: Whether a token before and one after the page enclose it.
     """
 
-    def __init__(  # noqa: PLR0913 - what differs between the two models
+    def __init__(
         self,
         model: Decoder,
         tokenizer: PreTrainedTokenizerFast,

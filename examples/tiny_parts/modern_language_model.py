@@ -15,7 +15,6 @@ from language_model import (
     EMBEDDING_STD,
     HEADS,
     HIDDEN,
-    LAYERS,
     MLP,
     PageEmbedder,
     Sample,
@@ -36,6 +35,7 @@ from llavar_peft.datagen.synth.synth_settings import KINDS
 from llavar_peft.models.language_model_loading import add_placeholder
 from llavar_peft.models.processing_llavar import LlavarProcessor
 
+LAYERS = 3
 BLANK_PIECE, SPACE = "Ā", "Ġ"
 """The tokens of the bytes 0x00, which no text contains, and 0x20."""
 ROWS = 64
@@ -56,7 +56,9 @@ def draw_sample(
     """
     if rng.random() < random_words:
         cells, transcript = random_layout(rng, repeats, alphabet=string.ascii_uppercase + string.digits)
-        pairs = [(rng.choice((*OCR_INSTRUCTIONS, "What does the sign say?", "Which words are on the sign?")), transcript)]
+        pairs = [
+            (rng.choice((*OCR_INSTRUCTIONS, "What does the sign say?", "Which words are on the sign?")), transcript)
+        ]
     else:
         layout = draw_layout(rng.choice(KINDS["plain"]), rng, longest=320, largest=LARGEST)
         cells = page_cells(layout.lines, layout.width, layout.height, rng)
@@ -102,7 +104,8 @@ def make_modern_language_model(directory: Path, *, steps: int, batch: int, rate:
 
     Args:
         directory: The folder.
-        steps: Optimizer steps. The first quarter has mostly random words, which teach to copy.
+        steps: Optimizer steps. The first quarter has mostly random words, which teach to copy; the pages of all but the
+            last 15 % are cropped.
         batch: Conversations per step.
         rate: Peak learning rate.
         seed: Of every random draw.
@@ -122,7 +125,7 @@ def make_modern_language_model(directory: Path, *, steps: int, batch: int, rate:
 
     def lesson(step: int) -> list[Sample]:
         rngs = [Random(f"modern/{seed}/{step * batch + n}") for n in range(batch)]
-        words, cropped = 0.8 if step < 0.25 * steps else 0.25, step < 0.6 * steps
+        words, cropped = 0.8 if step < 0.25 * steps else 0.25, step < 0.85 * steps
         return [draw_sample(processor, rng, random_words=words, repeats=0.25, cropped=cropped) for rng in rngs]
 
     learn(model, embed, lesson, steps=steps, rate=rate)

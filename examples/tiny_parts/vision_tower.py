@@ -156,7 +156,10 @@ SIGLIP = Kind(
         "image_processor_type": "SiglipImageProcessor",
         "size": {"height": SIGLIP_EYE.pixels, "width": SIGLIP_EYE.pixels},
     },
-    lessons=(Lesson(pages=3000, steps=1500, rate=4e-3, easy=0, layouts=0.4, heads_first=0, seed=0, batch=8),),
+    lessons=(
+        Lesson(pages=3000, steps=1500, rate=4e-3, easy=0, layouts=0.4, heads_first=0, seed=0, batch=8),
+        Lesson(pages=3000, steps=1600, rate=3e-3, easy=0, layouts=0.6, heads_first=100, seed=1, batch=8),
+    ),
 )
 
 
@@ -241,7 +244,8 @@ def teach(tower: Tower, kind: Kind, lesson: Lesson, directory: Path) -> None:
     drawn = Pages(round(lesson.easy * lesson.steps) * lesson.batch, lesson, kind)
     some = min(HELD_OUT, lesson.pages // 2)
     tests = [
-        _held_out(draw, kind.eye, some) for draw in (lambda rng: kind.page(rng, kind.eye, FIRST.layouts), lambda rng: kind.layout(rng, kind.eye))
+        _held_out(draw, kind.eye, some)
+        for draw in (lambda rng: kind.page(rng, kind.eye, FIRST.layouts), lambda rng: kind.layout(rng, kind.eye))
     ]
     print(f"{len(drawn.pages)} pages drawn in {time.perf_counter() - started:.0f} s", flush=True)
     parameters = [*tower.parameters(), *head.parameters(), *code.parameters()]
@@ -311,9 +315,7 @@ def _held_out(draw: Callable[[Random], Page], eye: Eye, count: int) -> tuple[Ten
 
 
 @torch.no_grad()
-def _score(
-    tower: Tower, head: nn.Linear, code: nn.Linear, pixels: Tensor, classes: Tensor, shares: Tensor
-) -> str:
+def _score(tower: Tower, head: nn.Linear, code: nn.Linear, pixels: Tensor, classes: Tensor, shares: Tensor) -> str:
     """Format the accuracy on cells that clearly contain a character and on empty cells, and the codes' error."""
     seen = features(tower, pixels)
     right, filled, clear = head(seen).argmax(-1) == classes, classes != BLANK, (classes != BLANK) & (shares > CLEAR)

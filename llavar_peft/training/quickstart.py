@@ -155,13 +155,13 @@ def run_quickstart(
         page=page, model=model, exact_match=exact, blank_exact_match=blank, before=before, seconds=seconds
     )
     asked = {"tune": tune, "parts": parts, "seed": seed}
-    write_json(root / "quickstart.json", {**dataclasses.asdict(result), "page": str(page), "model": str(model), **asked})
+    write_json(
+        root / "quickstart.json", {**dataclasses.asdict(result), "page": str(page), "model": str(model), **asked}
+    )
     return result
 
 
-def quickstart_recipe(
-    root: Path, tune: QuickstartTune, *, seed: int = 0, parts: QuickstartParts = "llavar"
-) -> Recipe:
+def quickstart_recipe(root: Path, tune: QuickstartTune, *, seed: int = 0, parts: QuickstartParts = "llavar") -> Recipe:
     """Return the shipped recipe ``tiny`` with the quickstart's paths and parts and the selected ``tune`` in stage 2.
 
     Raises:
