@@ -11,15 +11,28 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoTokenizer, CLIPVisionModel, LlamaForCausalLM
+from transformers import (
+    AutoImageProcessor,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    CLIPVisionModel,
+    LlamaForCausalLM,
+)
+
+from llavar_peft import ModelConfig, build_model
+from llavar_peft.constants import IGNORE_INDEX
+from llavar_peft.data.encode_record import encode_record
 
 ROOT = Path(__file__).resolve().parents[1]
 SHIPPED = ROOT / "llavar_peft/assets/tiny"
+MODERN = ROOT / "llavar_peft/assets/tiny_modern"
 
 
-def _make(out: Path) -> dict[str, str]:
+def _make(out: Path, parts: str = "llavar") -> dict[str, str]:
+    script = ROOT / "examples/tiny_parts/make_tiny_parts.py"
     subprocess.run(
-        [sys.executable, str(ROOT / "examples/tiny_parts/make_tiny_parts.py"), "--out", str(out), "--scale", "0.0001"],
+        [sys.executable, str(script), "--parts", parts, "--out", str(out), "--scale", "0.0001"],
         check=True,
         capture_output=True,
         timeout=600,
@@ -36,12 +49,22 @@ def _make(out: Path) -> dict[str, str]:
 def test_two_runs_write_the_same_files(tmp_path: Path) -> None:
     first, second = _make(tmp_path / "one"), _make(tmp_path / "two")
     assert first == second
+    _check_against_shipped(tmp_path / "one", first, SHIPPED)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_the_script_makes_the_modern_parts(tmp_path: Path) -> None:
+    _check_against_shipped(tmp_path / "made", _make(tmp_path / "made", "modern"), MODERN)
+
+
+def _check_against_shipped(made: Path, hashes: dict[str, str], shipped: Path) -> None:
     # What needs no training is the shipped file to the byte; what does has the shipped names and shapes.
     for name in ("vision_tower/preprocessor_config.json", "language_model/tokenizer.json"):
-        assert hashlib.sha256((SHIPPED / name).read_bytes()).hexdigest() == first[name]
+        assert hashlib.sha256((shipped / name).read_bytes()).hexdigest() == hashes[name]
     for part in ("vision_tower", "language_model"):
-        made, shipped = (load_file(root / part / "model.safetensors") for root in (tmp_path / "one", SHIPPED))
-        assert {k: (v.shape, v.dtype) for k, v in made.items()} == {k: (v.shape, v.dtype) for k, v in shipped.items()}
+        ours, theirs = (load_file(root / part / "model.safetensors") for root in (made, shipped))
+        assert {k: (v.shape, v.dtype) for k, v in ours.items()} == {k: (v.shape, v.dtype) for k, v in theirs.items()}
 
 
 def test_the_shipped_parts_are_ordinary_folders() -> None:
@@ -55,3 +78,51 @@ def test_the_shipped_parts_are_ordinary_folders() -> None:
     pixels = torch.zeros(1, 3, tower.config.image_size, tower.config.image_size)
     assert torch.isfinite(tower(pixels).last_hidden_state).all()
     assert sum(path.stat().st_size for path in SHIPPED.rglob("*") if path.is_file()) < 6_000_000
+
+
+def test_the_modern_parts_are_ordinary_folders() -> None:
+    language, vision = MODERN / "language_model", MODERN / "vision_tower"
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(language), AutoTokenizer.from_pretrained(language)
+    assert model.config.model_type == "qwen2"
+    assert model.config.num_key_value_heads < model.config.num_attention_heads
+    assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
+    assert len(tokenizer) < model.config.vocab_size  # spare rows
+    assert tokenizer.bos_token is None
+    text = "<|im_start|>Which number is on the sign? 12.50 naïve 日本<|im_end|>\n"
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+    tower, images = AutoModel.from_pretrained(vision), AutoImageProcessor.from_pretrained(vision)
+    assert tower.config.model_type == "siglip_vision_model"
+    side = tower.config.image_size
+    assert dict(images.size) == {"height": side, "width": side}
+    assert list(images.image_mean) == list(images.image_std) == [0.5, 0.5, 0.5]
+    states = tower(torch.zeros(1, 3, side, side)).last_hidden_state
+    assert states.shape[1] == (side // tower.config.patch_size) ** 2  # no class token
+    assert torch.isfinite(states).all()
+    assert sum(path.stat().st_size for path in MODERN.rglob("*") if path.is_file()) < 5_000_000
+
+
+def test_the_modern_parts_make_a_model_that_writes_its_tokenizers_chat_template() -> None:
+    model, processor = build_model(
+        ModelConfig(
+            language_model=str(MODERN / "language_model"), vision_tower=str(MODERN / "vision_tower"),
+            projector_type="mlp2x_gelu", template="chat",
+        )
+    )  # fmt: skip
+    turns = [("human", "<image>\nWho is the author?"), ("gpt", "KHABE"), ("human", "And the title?"), ("gpt", "X 12")]
+    record = {"id": "1", "image": "a.png", "conversations": [{"from": who, "value": text} for who, text in turns]}
+    example = encode_record(record, processor, 512)
+    names = {"human": "user", "gpt": "assistant"}
+    expected = processor.tokenizer.apply_chat_template(
+        [{"role": names[who], "content": text} for who, text in turns],
+        return_dict=True, return_assistant_tokens_mask=True,
+    )  # fmt: skip
+    ids, masks = list[int](), list[int]()
+    for index, mask in zip(expected["input_ids"], expected["assistant_masks"], strict=True):
+        count = processor.num_image_tokens if index == processor.image_token_id else 1
+        ids += [index] * count
+        masks += [mask] * count
+    assert example.input_ids.tolist() == ids
+    assert [label != IGNORE_INDEX for label in example.labels.tolist()] == [bool(mask) for mask in masks]
+    # The tokenizer has no token for the start of a text, and a prompt gets none.
+    assert processor(text="What?")["input_ids"] == processor.tokenizer(["What?"])["input_ids"]
+    assert model.config.tie_word_embeddings

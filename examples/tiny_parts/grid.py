@@ -12,10 +12,7 @@ from llavar_peft.datagen.synth.font_faces import CAP_HEIGHT, text_width
 from llavar_peft.datagen.synth.scene import PlacedLine
 
 SIDE = 12
-"""Number of cells per side: 12 patches of 10 pixels make an image of 120 pixels."""
-
-CELL = 10
-"""Side of a cell in pixels."""
+"""Number of cells per side, and of a tower's patches."""
 
 CHARACTERS = "".join(chr(code) for code in range(0x20, 0x7F))
 """The characters of a cell: printable ASCII. A space counts as a character only between two words of a line."""

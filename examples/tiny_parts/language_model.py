@@ -15,11 +15,19 @@ from random import Random
 from typing import TypeAlias
 
 import torch
-from grid import BLANK, CELL, CHARACTERS, SIDE, Cells, Line, centres, fill_cells
+from grid import BLANK, CHARACTERS, SIDE, Cells, Line, centres, fill_cells
 from optimizers import make_optimizers
+from pages import CLIP_EYE
 from tokenizer import make_tokenizer
 from torch import Tensor, nn
-from transformers import CLIPImageProcessorPil, GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    CLIPImageProcessorPil,
+    GenerationConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    Qwen2ForCausalLM,
+)
 
 from llavar_peft.constants import IGNORE_INDEX, OCR_INSTRUCTIONS, USER_ROLE
 from llavar_peft.data.encode_record import encode_record
@@ -34,8 +42,9 @@ EMBEDDING_STD = 0.5
 BLANK_PIECE = "<0x20>"
 """The token of an empty cell: the space's byte token, which the tokenizer itself never uses."""
 
+Decoder: TypeAlias = LlamaForCausalLM | Qwen2ForCausalLM
 Sample: TypeAlias = tuple[list[int], list[int], int, Cells]
-"""Ids (0 for the page's cells), labels, position of the page's border token, the page."""
+"""Ids, labels, position of the page's first cell, the page."""
 
 
 def page_cells(lines: Sequence[PlacedLine], width: int, height: int, rng: Random) -> Cells:
@@ -48,17 +57,24 @@ def page_cells(lines: Sequence[PlacedLine], width: int, height: int, rng: Random
     )
 
 
-def random_layout(rng: Random, repeats: float) -> tuple[Cells, str]:
-    """Draw a page of random words at random positions, some with few distinct letters; return cells and text."""
+def random_layout(rng: Random, repeats: float, alphabet: str | None = None) -> tuple[Cells, str]:
+    """Draw a page of random words at random positions; return cells and text.
+
+    Args:
+        rng: Of every choice.
+        repeats: Share of the words with few distinct letters.
+        alphabet: The characters; None for words of all kinds.
+    """
     row, words, lines = rng.uniform(0, 4), list[str](), list[Line]()
     while row < SIDE and len(words) < 6:
         letters = rng.choice((string.ascii_uppercase, string.ascii_lowercase, string.digits, string.printable[:94]))
         if rng.random() < 0.3:
             letters = string.ascii_uppercase + string.digits
+        letters = alphabet or letters
         if rng.random() < repeats:  # many repetitions, so that copying has to keep its position
             letters = "".join(rng.choices(letters, k=3))
         text = "".join(rng.choices(letters, k=rng.randint(1, 8)))
-        if rng.random() < 0.25:
+        if rng.random() < 0.25 and alphabet is None:
             text = text.capitalize()
         pitch = rng.choice((1.0, 1.1, 1.25, 1.5, 2.0))
         room = SIDE - len(text) * pitch
@@ -95,15 +111,21 @@ def make_sample(processor: LlavarProcessor, rng: Random, *, system: bool, repeat
     if not system:
         role = ids.index(processor.tokenizer.convert_tokens_to_ids(f"▁{USER_ROLE}"))
         ids, labels = [ids[0], *ids[role:]], [labels[0], *labels[role:]]
-    return ids, labels, ids.index(processor.image_token_id) - 1, cells
+    return ids, labels, ids.index(processor.image_token_id), cells
 
 
 def page_processor(directory: Path) -> LlavarProcessor:
     """Return a processor for conversations about pages: an image has as many patches as a page has cells."""
     tokenizer = load_tokenizer(directory)
     add_image_tokens(tokenizer)
-    size = {"height": SIDE * CELL, "width": SIDE * CELL}
-    return LlavarProcessor(CLIPImageProcessorPil(crop_size=size), tokenizer, patch_size=CELL)
+    size = {"height": CLIP_EYE.pixels, "width": CLIP_EYE.pixels}
+    return LlavarProcessor(CLIPImageProcessorPil(crop_size=size), tokenizer, patch_size=CLIP_EYE.cell)
+
+
+def all_questions() -> list[str]:
+    """Return every question that the quickstart asks, and those about a second item on a receipt."""
+    layouts = (draw_layout(kind, Random(f"{kind}/{n}"), most_items=2) for kind in KINDS["plain"] for n in range(400))
+    return sorted({question for layout in layouts for question, _ in layout.questions})
 
 
 class PageEmbedder:
@@ -113,12 +135,24 @@ class PageEmbedder:
         model: Its embeddings fill the cells.
         tokenizer: The model's.
         seed: Of the noise.
+        space: The token of a space.
+        blank: The token of an empty cell.
+        border: Whether a token before and one after the page enclose it.
     """
 
-    def __init__(self, model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, seed: int) -> None:
-        self.table = model.get_input_embeddings()
-        pieces = ["▁" if c == " " else c for c in CHARACTERS]
-        self.ids = torch.tensor(tokenizer.convert_tokens_to_ids([*pieces, BLANK_PIECE]))
+    def __init__(
+        self,
+        model: Decoder,
+        tokenizer: PreTrainedTokenizerFast,
+        seed: int,
+        *,
+        space: str = "▁",
+        blank: str = BLANK_PIECE,
+        border: bool = True,
+    ) -> None:
+        self.table, self.border = model.get_input_embeddings(), border
+        pieces = [space if c == " " else c for c in CHARACTERS]
+        self.ids = torch.tensor(tokenizer.convert_tokens_to_ids([*pieces, blank]))
         self.generator = torch.Generator().manual_seed(seed)
 
     def __call__(self, samples: Sequence[Sample]) -> tuple[Tensor, Tensor, Tensor]:
@@ -135,8 +169,9 @@ class PageEmbedder:
         border = self.table.weight.detach().mean(0)
         scale = 1 + 0.15 * torch.randn(len(samples), 1, 1, generator=self.generator)
         for n, (_, _, start, cells) in enumerate(samples):
-            embeds[n, start] = embeds[n, start + 1 + SIDE * SIDE] = border
-            embeds[n, start + 1 : start + 1 + SIDE * SIDE] = self._page(cells) * scale[n]
+            if self.border:
+                embeds[n, start - 1] = embeds[n, start + len(cells[0])] = border
+            embeds[n, start : start + len(cells[0])] = self._page(cells) * scale[n]
         return embeds, mask, labels
 
     def _page(self, cells: Cells) -> Tensor:
@@ -157,7 +192,7 @@ class PageEmbedder:
 
 
 @torch.no_grad()
-def start_looking_back(model: LlamaForCausalLM) -> None:
+def start_looking_back(model: Decoder) -> None:
     """Initialize heads of the first layer to attend one, two and three tokens back.
 
     The first eight features of every embedding start equal, which gives queries and keys a constant part, and the
@@ -165,12 +200,13 @@ def start_looking_back(model: LlamaForCausalLM) -> None:
     """
     model.get_input_embeddings().weight[:, :8] = 2 * EMBEDDING_STD
     attention, size = model.model.layers[0].self_attn, HIDDEN // HEADS
+    shared = HEADS // model.config.num_key_value_heads  # heads that have the same keys
     speed = 10000.0 ** (-torch.arange(size // 2) / (size // 2))
     for head, back in enumerate((1, 2, 3)):
         query = torch.cat(((speed * back).cos(), -(speed * back).sin()))
         key = torch.cat((torch.ones(size // 2), torch.zeros(size // 2)))
-        for linear, vector in ((attention.q_proj, query), (attention.k_proj, key)):
-            rows = linear.weight[head * size : (head + 1) * size]
+        for linear, place, vector in ((attention.q_proj, head, query), (attention.k_proj, head // shared, key)):
+            rows = linear.weight[place * size : (place + 1) * size]
             rows.mul_(0.2)
             rows[:, :8] = 6.0 / 8 / 1.8 * vector[:, None]
 
@@ -187,13 +223,7 @@ def make_language_model(directory: Path, *, steps: tuple[int, int], batch: int, 
         seed: Of every random draw.
     """
     torch.manual_seed(seed)
-    asked = {
-        q
-        for kind in KINDS["plain"]
-        for n in range(400)
-        for q, _ in draw_layout(kind, Random(f"{kind}/{n}"), most_items=2).questions
-    }
-    tokenizer = make_tokenizer(directory, sorted(asked))
+    tokenizer = make_tokenizer(directory, all_questions())
     processor = page_processor(directory)
     config = LlamaConfig(
         vocab_size=len(tokenizer), hidden_size=HIDDEN, intermediate_size=MLP, num_hidden_layers=LAYERS,
@@ -222,7 +252,7 @@ def make_language_model(directory: Path, *, steps: tuple[int, int], batch: int, 
 
 
 def learn(
-    model: LlamaForCausalLM, embed: PageEmbedder, lesson: Callable[[int], list[Sample]], *, steps: int, rate: float
+    model: Decoder, embed: PageEmbedder, lesson: Callable[[int], list[Sample]], *, steps: int, rate: float
 ) -> None:
     """Train on the samples that `lesson` returns for each step."""
     optimizers, schedules = make_optimizers(model.model.layers, model.parameters(), rate, steps)

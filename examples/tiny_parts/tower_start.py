@@ -1,9 +1,9 @@
-"""The initialization of the tiny vision tower, and the rescaling of its hidden states."""
+"""The initialization of the tiny vision towers, and the rescaling of their hidden states."""
 
 import torch
-from grid import CELL, SIDE
+from grid import SIDE
 from torch import Tensor, nn
-from transformers import CLIPVisionModel
+from transformers import CLIPVisionModel, SiglipVisionModel
 
 HIDDEN, HEADS = 192, 8
 _RING = ((-1, -1), (0, -1), (1, -1), (-1, 0), (1, 0), (-1, 1), (0, 1), (1, 1))
@@ -15,7 +15,7 @@ PLACE, OWN, STRAIGHT, CORNER = 17, 63, 20, 8
 of the near part of each of its four straight neighbors, and of each of its four diagonal neighbors."""
 
 
-def body(tower: CLIPVisionModel) -> nn.Module:
+def body(tower: CLIPVisionModel | SiglipVisionModel) -> nn.Module:
     """Return the module with the embeddings and layers, which is nested one level deeper in older transformers."""
     return tower.vision_model if hasattr(tower, "vision_model") else tower
 
@@ -33,7 +33,7 @@ def _shift(offset: int) -> Tensor:
     return torch.cat((torch.cat((cos, sin), 1), torch.cat((-sin, cos), 1)))
 
 
-def _cosines(count: int, height: int = CELL, width: int = CELL) -> Tensor:
+def _cosines(count: int, height: int, width: int, cell: int) -> Tensor:
     """Return the coarsest cosine patterns of a rectangle, finer ones scaled up because letters consist of edges."""
 
     def waves(size: int) -> Tensor:
@@ -44,7 +44,7 @@ def _cosines(count: int, height: int = CELL, width: int = CELL) -> Tensor:
 
     patterns = torch.einsum("uy,vx->uvyx", waves(height), waves(width)).reshape(-1, height, width)
     down, across = torch.arange(height)[:, None] / height, torch.arange(width)[None] / width
-    fineness = CELL * (down**2 + across**2).sqrt().reshape(-1)
+    fineness = cell * (down**2 + across**2).sqrt().reshape(-1)
     strength = 0.28 * (1 + fineness.clamp(max=4))
     strength[0] *= 0.5
     order = fineness.argsort(stable=True)[:count]
@@ -52,7 +52,7 @@ def _cosines(count: int, height: int = CELL, width: int = CELL) -> Tensor:
 
 
 @torch.no_grad()
-def start_like_a_convolution(tower: CLIPVisionModel) -> None:
+def start_like_a_convolution(tower: CLIPVisionModel | SiglipVisionModel) -> None:
     """Initialize the eight heads to attend to eight neighbors of a patch (after ConViT, arXiv 2103.10697).
 
     A patch's features start as its position, a constant, and its own coarsest patterns; the first layer adds those of
@@ -63,13 +63,16 @@ def start_like_a_convolution(tower: CLIPVisionModel) -> None:
     places = torch.arange(SIDE, dtype=torch.float32)
     position = model.embeddings.position_embedding.weight
     position.zero_()
-    position[1:, :16] = torch.cat((_waves(places).repeat(SIDE, 1), _waves(places).repeat_interleave(SIDE, 0)), dim=1)
-    position[1:, 16] = 1.0
-    model.embeddings.class_embedding[:PLACE] = 0
+    position = position[-SIDE * SIDE :]  # without the class token's
+    position[:, :16] = torch.cat((_waves(places).repeat(SIDE, 1), _waves(places).repeat_interleave(SIDE, 0)), dim=1)
+    position[:, 16] = 1.0
+    if isinstance(tower, CLIPVisionModel):
+        model.embeddings.class_embedding[:PLACE] = 0
     patches = model.embeddings.patch_embedding.weight
-    nn.init.normal_(patches, std=0.03 / (3 * CELL * CELL) ** 0.5)
+    cell = patches.shape[-1]
+    nn.init.normal_(patches, std=0.03 / (3 * cell * cell) ** 0.5)
     patches[:PLACE] = 0
-    own = _cosines(OWN)
+    own = _cosines(OWN, cell, cell, cell)
     patches[PLACE : PLACE + OWN] += own[:, None] / 3
     size, free = HIDDEN // HEADS, PLACE + OWN
     for number, layer in enumerate(model.encoder.layers):
@@ -98,24 +101,30 @@ def start_like_a_convolution(tower: CLIPVisionModel) -> None:
 
 
 def _near_part(count: int, dx: int, dy: int, own: Tensor) -> Tensor:
-    """Return the coarsest patterns of a neighbor's six nearest rows and columns, as sums of its own patterns.
+    """Return the coarsest patterns of a neighbor's nearest rows and columns, six of ten, as sums of its own patterns.
 
     Returns:
         Shape (count, patterns of the patch).
     """
-    near = {-1: slice(CELL - 6, CELL), 0: slice(0, CELL), 1: slice(0, 6)}
-    part = torch.zeros(count, CELL, CELL)
-    part[:, near[dy], near[dx]] = _cosines(count, 6 if dy else CELL, 6 if dx else CELL)
+    cell = own.shape[-1]
+    some = round(0.6 * cell)
+    near = {-1: slice(cell - some, cell), 0: slice(0, cell), 1: slice(0, some)}
+    part = torch.zeros(count, cell, cell)
+    part[:, near[dy], near[dx]] = _cosines(count, some if dy else cell, some if dx else cell, cell)
     flat = own.flatten(1)
     return part.flatten(1) @ flat.T / flat.square().sum(1)
 
 
 @torch.no_grad()
-def rescale(tower: CLIPVisionModel, factor: float) -> None:
+def rescale(tower: CLIPVisionModel | SiglipVisionModel, factor: float) -> None:
     """Multiply every hidden state by a factor, without changing what the tower computes otherwise."""
     model = body(tower)
-    model.pre_layrnorm.weight.mul_(factor)
-    model.pre_layrnorm.bias.mul_(factor)
+    if isinstance(tower, CLIPVisionModel):
+        model.pre_layrnorm.weight.mul_(factor)
+        model.pre_layrnorm.bias.mul_(factor)
+    else:
+        for parameter in model.embeddings.parameters():
+            parameter.mul_(factor)
     for layer in model.encoder.layers:
         for linear in (layer.self_attn.out_proj, layer.mlp.fc2):
             linear.weight.mul_(factor)

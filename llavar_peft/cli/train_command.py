@@ -22,15 +22,19 @@ def quickstart(
     tune: Annotated[
         Literal["full", "lora", "qlora"], typer.Option("--tune", help="The tuning method of stage 2.")
     ] = "full",
+    parts: Annotated[
+        Literal["llavar", "modern"],
+        typer.Option("--parts", help="The parts: CLIP and LLaMA, or SigLIP and Qwen 2 with an MLP projector."),
+    ] = "llavar",
     seed: Annotated[int, typer.Option("--seed", min=0, help="Seed of the data and of the training order.")] = 0,
 ) -> None:
-    """Train a tiny LLaVAR to read drawn images, on a CPU in minutes.
+    """Train a tiny model to read drawn images, on a CPU in minutes.
 
     Run the same command again to resume.
     """
     from llavar_peft.training.quickstart import run_quickstart
 
-    result = run_quickstart(output_dir, tune, seed=seed)
+    result = run_quickstart(output_dir, tune, seed=seed, parts=parts)
     if not is_first_rank():
         return
     say(f"exact match on unseen images  {result.exact_match:.1%}")

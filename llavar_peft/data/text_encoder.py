@@ -158,7 +158,9 @@ def _build(tokenizer: Any, image_token: str, use_im_start_end: bool, template: T
             f"the tokenizer has no image tokens (missing: {', '.join(missing)})",
             "call llavar_peft.models.llama_tokenizer.add_image_tokens on it",
         )
-    ends = {"bos_token": tokenizer.bos_token_id, "eos_token": tokenizer.eos_token_id}
+    ends = {"eos_token": tokenizer.eos_token_id}
+    if template != "chat":  # a chat template writes its own start; Qwen's tokenizers have none
+        ends["bos_token"] = tokenizer.bos_token_id
     unknown = [name for name, index in ends.items() if not isinstance(index, int)]
     if unknown:
         raise ConfigError.at(

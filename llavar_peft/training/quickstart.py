@@ -1,8 +1,8 @@
-"""The quickstart: train a tiny LLaVAR to read, on a machine without a GPU, downloaded weights or network access.
+"""The quickstart: train a tiny model to read, on a machine without a GPU, downloaded weights or network access.
 
-The recipe has the paper's stages: stage 1 trains the projector and two embedding rows, stage 2 the projector and the
-language model or adapters on it; the vision tower is frozen. Only the parts are tiny. The package contains them;
-``examples/tiny_parts`` trains them from scratch.
+The recipe has the paper's stages: stage 1 trains the projector and, in LLaVAR, two embedding rows; stage 2 the
+projector and the language model or adapters on it; the vision tower is frozen. Only the parts are tiny. The package
+contains two pairs of them; ``examples/tiny_parts`` trains them from scratch.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 QuickstartTune = Literal["full", "lora", "qlora"]
+QuickstartParts = Literal["llavar", "modern"]
 _HELD_OUT_IMAGES = 200
 _BLANK_IMAGES = 100
 _WIDTH = 320  # pixels; takes two thirds of the time of 448
@@ -44,9 +45,40 @@ _ABOUT_IMAGES = (
     "0, I, l and 1). The held-out images contain strings that no training image contains."
 )
 _ABOUT_PARTS = (
-    "Like CLIP and Vicuna, the parts are pretrained separately: the vision tower on images of random text, the "
+    "Like {}, the parts are pretrained separately: the vision tower on images of random text, the "
     "language model on writing words and answering from text. examples/tiny_parts trains both from scratch."
 )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Pair:
+    """A pair of tiny parts.
+
+    Attributes:
+        assets: Their folder in the package.
+        folder: Their folder in the output, which differs so that no run finds the parts of another.
+        title: What the page calls the model.
+        examples: Well-known parts of their kinds.
+        settings: What ``model`` of the recipe says besides the parts.
+    """
+
+    assets: str
+    folder: str
+    title: str
+    examples: str
+    settings: dict[str, Any]
+
+
+_PAIRS: dict[QuickstartParts, _Pair] = {
+    "llavar": _Pair("assets/tiny", "parts", "a tiny LLaVAR", "CLIP and Vicuna", {}),
+    "modern": _Pair(
+        "assets/tiny_modern",
+        "modern_parts",
+        "a tiny Qwen 2 with SigLIP",
+        "SigLIP and Qwen 2",
+        {"template": "chat", "projector_type": "mlp2x_gelu"},
+    ),
+}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -70,7 +102,9 @@ class QuickstartResult:
     seconds: float
 
 
-def run_quickstart(output_dir: str | Path, tune: QuickstartTune = "full", *, seed: int = 0) -> QuickstartResult:
+def run_quickstart(
+    output_dir: str | Path, tune: QuickstartTune = "full", *, seed: int = 0, parts: QuickstartParts = "llavar"
+) -> QuickstartResult:
     """Draw images, train both stages, score unseen images and write the page.
 
     An interrupted quickstart is resumed when it is run again in the same folder.
@@ -79,6 +113,8 @@ def run_quickstart(output_dir: str | Path, tune: QuickstartTune = "full", *, see
         output_dir: Folder for the data, the parts, the run and its page.
         tune: What stage 2 trains: the whole language model, adapters, or adapters on a 4-bit base.
         seed: Seed of the images, the projector and the order of the records.
+        parts: ``"llavar"``: CLIP, a linear projector and LLaMA; ``"modern"``: SigLIP, a projector of two layers and
+            Qwen 2 with its chat template.
 
     Raises:
         ConfigError: The folder contains a run with other settings.
@@ -86,9 +122,10 @@ def run_quickstart(output_dir: str | Path, tune: QuickstartTune = "full", *, see
     """
     began = time.perf_counter()
     root = expand_home(output_dir).resolve()
-    recipe = quickstart_recipe(root, tune, seed=seed)
+    recipe = quickstart_recipe(root, tune, seed=seed, parts=parts)
     check_output_folder(root, "--output-dir")
     with disk_errors(root, only_full=True):
+        _copy_parts(root, _PAIRS[parts])
         _draw(root, seed=seed)
     # Imported after drawing, so that the processes forked for it do not contain torch.
     from llavar_peft.inference.chat import load_chat
@@ -104,39 +141,45 @@ def run_quickstart(output_dir: str | Path, tune: QuickstartTune = "full", *, see
     seconds = time.perf_counter() - began
     page = write_run_page(
         root,
-        title=f"Quickstart: a tiny LLaVAR learns to read ({tune})",
+        title=f"Quickstart: {_PAIRS[parts].title} learns to read ({tune})",
         extra=(
             ("Exact match before training", f"{before:.1%}"),
             (f"Exact match on {len(held_out)} unseen images", f"{exact:.1%}"),
             ("Exact match with blank images", f"{blank:.1%}"),
             ("Wall time, this run", f"{seconds:.0f} s"),
         ),
-        notes=(_ABOUT_IMAGES, _ABOUT_PARTS, *(f"Wrong: {line}" for line in wrong[:8])),
+        notes=(_ABOUT_IMAGES, _ABOUT_PARTS.format(_PAIRS[parts].examples), *(f"Wrong: {line}" for line in wrong[:8])),
         model_dir=str(model),
     )
     result = QuickstartResult(
         page=page, model=model, exact_match=exact, blank_exact_match=blank, before=before, seconds=seconds
     )
-    summary = {**dataclasses.asdict(result), "page": str(page), "model": str(model), "tune": tune, "seed": seed}
-    write_json(root / "quickstart.json", summary)
+    asked = {"tune": tune, "parts": parts, "seed": seed}
+    write_json(
+        root / "quickstart.json", {**dataclasses.asdict(result), "page": str(page), "model": str(model), **asked}
+    )
     return result
 
 
-def quickstart_recipe(root: Path, tune: QuickstartTune, *, seed: int = 0) -> Recipe:
-    """Return the shipped recipe ``tiny`` with the quickstart's paths and the selected ``tune`` in stage 2.
+def quickstart_recipe(root: Path, tune: QuickstartTune, *, seed: int = 0, parts: QuickstartParts = "llavar") -> Recipe:
+    """Return the shipped recipe ``tiny`` with the quickstart's paths and parts and the selected ``tune`` in stage 2.
 
     Raises:
-        ConfigError: ``tune`` is unknown.
+        ConfigError: ``tune`` or ``parts`` is unknown.
     """
+    if parts not in _PAIRS:
+        raise ConfigError.at("--parts", f"unknown value (got {parts!r})", f"use {' or '.join(_PAIRS)}")
     if tune not in ("full", "lora", "qlora"):
         raise ConfigError.at("--tune", f"unknown value (got {tune!r})", "use full, lora or qlora")
     preset = load_recipe("tiny")
     quantize: Quantization | None = "nf4" if tune == "qlora" else None
+    pair = _PAIRS[parts]
     model = dataclasses.replace(
         preset.model,
-        language_model=str(root / "parts/language_model"),
-        vision_tower=str(root / "parts/vision_tower"),
+        language_model=str(root / pair.folder / "language_model"),
+        vision_tower=str(root / pair.folder / "vision_tower"),
         quantize=quantize,
+        **pair.settings,
     )
     stages = []
     for stage, folder in zip(preset.stages, ("stage1", "stage2"), strict=True):
@@ -191,14 +234,18 @@ def score(
     return right / len(questions), wrong
 
 
-def _draw(root: Path, *, seed: int) -> None:
-    """Write the parts and the training images, unless they exist."""
-    parts = root / "parts"
+def _copy_parts(root: Path, pair: _Pair) -> None:
+    """Copy the parts out of the package, unless they exist."""
+    parts = root / pair.folder
     if not parts.is_dir():
-        staged = root / ".parts"
+        staged = root / f".{pair.folder}"
         shutil.rmtree(staged, ignore_errors=True)
-        shutil.copytree(str(package_files("llavar_peft") / "assets/tiny"), staged)
+        shutil.copytree(str(package_files("llavar_peft") / pair.assets), staged)
         staged.rename(parts)
+
+
+def _draw(root: Path, *, seed: int) -> None:
+    """Write the training images, unless they exist."""
     for number, (folder, task, count) in enumerate(_SETS):
         if not (root / "data" / folder).is_dir():
             staged = root / "data" / f".{folder}"
