@@ -36,7 +36,7 @@ Kind = Literal[
 ]
 """``duplicate_id`` (LLaVA-Instruct repeats many ids) and ``placeholder_in_answer`` are warnings, the others faults."""
 
-_OTHER_KEYS: Final = frozenset(("video", "images", "image_url", "messages"))
+_OTHER_KEYS: Final = frozenset(("video", "images", "messages"))
 _CHUNK: Final = 1024  # records between two progress reports
 _MAX_GUESSES: Final = 20  # missing images for which a similar name is searched, which reads a folder
 _DUPLICATES_SHOWN: Final = 3

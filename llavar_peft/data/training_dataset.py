@@ -21,7 +21,7 @@ from llavar_peft.data.encode_record import encode_record
 from llavar_peft.data.image_preparation import prepare_image
 from llavar_peft.data.image_roots import ImageRoots
 from llavar_peft.data.message_records import is_message, written_turns
-from llavar_peft.data.record_images import IMAGE_KEYS, has_images
+from llavar_peft.data.record_images import image_keys
 from llavar_peft.data.record_mixture import EpochDraw, RecordMixture
 from llavar_peft.data.record_store import RecordSource
 from llavar_peft.errors import DataError, ImageError
@@ -135,9 +135,7 @@ def text_tokens(raw: Mapping[str, Any]) -> int:
 
 def image_count(raw: Mapping[str, Any]) -> int:
     """Return the number of images that a raw record names or contains, whether it is valid or not."""
-    named = sum(
-        len(raw[key]) if isinstance(raw[key], list | tuple) else 1 for key in IMAGE_KEYS if has_images(raw.get(key))
-    )
+    named = sum(len(raw[key]) if isinstance(raw[key], list | tuple) else 1 for key in image_keys(raw))
     contents = [turn.get("content") for turn in _listed(raw) if isinstance(turn, Mapping)]
     parts = [part for content in contents if isinstance(content, list) for part in content]
     return named or sum(isinstance(part, Mapping) and part.get("type") != "text" for part in parts)

@@ -130,6 +130,10 @@ EQUAL: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         {"id": "a", "image": "a.png", "conversations": [user("<image>"), assistant()]},
         conversation("<image>", "EXIT", image="a.png"),
     ),
+    "an address next to the image": (
+        messages(user(IMAGE), assistant(), images=["a.png"], image_url="https://example.org/a.png"),
+        conversation("<image>", "EXIT", image="a.png", image_url="https://example.org/a.png"),
+    ),
     "images under 'images'": (
         conversation("<image>", "EXIT", images=["a.png"]),
         conversation("<image>", "EXIT", image="a.png"),
