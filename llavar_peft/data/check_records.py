@@ -36,7 +36,7 @@ Kind = Literal[
 ]
 """``duplicate_id`` (LLaVA-Instruct repeats many ids) and ``placeholder_in_answer`` are warnings, the others faults."""
 
-_OTHER_KEYS: Final = frozenset(("video", "images", "image_url", "messages"))
+_OTHER_KEYS: Final = frozenset(("video", "images", "messages"))
 _CHUNK: Final = 1024  # records between two progress reports
 _MAX_GUESSES: Final = 20  # missing images for which a similar name is searched, which reads a folder
 _DUPLICATES_SHOWN: Final = 3
@@ -168,9 +168,10 @@ def preflight(store: RecordSource, roots: ImageRoots) -> list[RecordFinding]:
     listing, guesses = FolderListing(roots), count()
     found: list[RecordFinding] = []
     for index in range(len(store)):
-        images = _image_of_valid_record(_read(store, index))
+        raw = _read(store, index)
+        images = _image_of_valid_record(raw)
         if images is None:
-            conversation, faults = _parse(store, index)
+            conversation, faults = _parse(store, index, raw)
             found += faults
             images = conversation.images if conversation else ()
         for path in images:
@@ -226,10 +227,10 @@ def _image_of_valid_record(raw: Any) -> tuple[ImageSource, ...] | None:
     return (image,) if placed and role == "human" else None
 
 
-def _parse(store: RecordSource, index: int) -> tuple[Conversation | None, list[RecordFinding]]:
+def _parse(store: RecordSource, index: int, raw: Any = None) -> tuple[Conversation | None, list[RecordFinding]]:
     where = store.where(index)
     try:
-        conversation = parse_record(store[index], where)
+        conversation = parse_record(store[index] if raw is None else raw, where)
     except DataError as error:
         return None, [RecordFinding(fault.where, fault.what, fault.fix, "record", index) for fault in error.faults]
     faults = _content_faults(conversation)

@@ -92,6 +92,21 @@ def read_messages(listed: Sequence[Any], images: tuple[ImageSource, ...], where:
     return Messages(tuple(turns), images, prompt or None)
 
 
+def written_turns(listed: Sequence[Any]) -> list[str]:
+    """Return the texts of messages, valid or not, as the equal conversation has them: with ``<image>`` for images."""
+    texts = []
+    for _, group in groupby(listed, key=lambda one: one.get("role") if isinstance(one, Mapping) else None):
+        parts: list[_Part] = []
+        for message in group:
+            content = message.get("content") if isinstance(message, Mapping) else None
+            for part in content if isinstance(content, list | tuple) else [content]:
+                is_image = isinstance(part, Mapping) and part.get("type") != "text"
+                words = part.get("text") if isinstance(part, Mapping) else part
+                parts += [_Shown(None)] if is_image else [words] if isinstance(words, str) else []
+        texts.append("".join(IMAGE_PLACEHOLDER if part is None else part for part in _join(parts)))
+    return texts
+
+
 def as_record(conversation: Conversation, images: Sequence[str]) -> dict[str, Any]:
     """Return a record in JSON's types that ``parse_record`` reads as the same conversation.
 

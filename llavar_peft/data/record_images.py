@@ -9,9 +9,6 @@ from typing import Any, Final
 from llavar_peft.errors import Fault
 from llavar_peft.types import EmbeddedImage, ImageSource
 
-IMAGE_KEYS: Final = ("image", "images", "image_url")
-"""Keys of a record for its images; each holds one image or a list."""
-
 _MAX_PATH: Final = 1024  # characters of the path of an image; a longer text is the image itself
 _SCHEME: Final = 32  # characters in which a URL says what it is
 _SHOWN: Final = 80
@@ -30,7 +27,7 @@ def read_images(raw: Mapping[str, Any], where: str, faults: list[Fault]) -> tupl
     if raw.get("video") is not None:
         what, fix = "names a video, expected images", "save frames as images, and list their paths under 'image'"
         faults.append(Fault(f"{where}: video", what, fix))
-    given = [key for key in IMAGE_KEYS if has_images(raw.get(key))]
+    given = image_keys(raw)
     if len(given) > 1:
         what = f"names images under {given[0]!r} and under {given[1]!r}, expected one key"
         faults.append(Fault(where, what, "keep one of the keys"))
@@ -47,7 +44,16 @@ def read_images(raw: Mapping[str, Any], where: str, faults: list[Fault]) -> tupl
     return tuple(image for image in found if image is not None)
 
 
-def has_images(value: object) -> bool:
+def image_keys(raw: Mapping[str, Any]) -> list[str]:
+    """Return the keys of a record that hold its images; each holds one image or a list.
+
+    Next to an image, ``image_url`` says where it came from.
+    """
+    given = [key for key in ("image", "images") if _has_images(raw.get(key))]
+    return given or [key for key in ("image_url",) if _has_images(raw.get(key))]
+
+
+def _has_images(value: object) -> bool:
     """Return whether the value of a key says that there are images; tables fill what a record lacks with nulls."""
     if isinstance(value, Mapping):
         return any(part is not None for part in value.values()) or not value

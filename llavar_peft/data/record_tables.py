@@ -15,14 +15,15 @@ from pathlib import Path
 from typing import Any, Final
 
 from llavar_peft.data.record_stream import store_stream
-from llavar_peft.errors import DataError, EnvironmentFaultError, LlavarError, describe_reason
+from llavar_peft.errors import DAMAGED, DataError, EnvironmentFaultError, LlavarError, describe_reason
 
 HUB: Final = "hub:"
 """Before the name of a data set on the hub, as in ``hub:org/name``."""
 _DEFAULT_SPLIT: Final = "train"
-_READ_ERRORS: Final = (OSError, ValueError, KeyError, TypeError, NotImplementedError)
-"""What pyarrow raises for damaged files; IndexError means that there is no such row."""
+_READ_ERRORS: Final = (*(kind for kind in DAMAGED if kind is not IndexError), NotImplementedError)
+"""What datasets and pyarrow raise for damaged files; IndexError means that there is no such row."""
 _JSON: Final = "arrow.json"
+_AHEAD: Final = 64  # rows that are converted together
 _LISTED: Final = re.compile(r"\[('[^\[\]]*')\]")  # names in a message of datasets
 
 
@@ -79,23 +80,46 @@ class Table:
 
 
 class ArrowRows(Sequence[Any]):
-    """The rows of a ``datasets.Dataset`` as plain values. No image is decoded; bytes are views of the mapped file."""
+    """The rows of a ``datasets.Dataset`` as plain values. No image is decoded; bytes are views of the mapped file.
+
+    Rows that are read in their order are converted together, which takes a tenth of the time.
+    """
 
     def __init__(self, table: Any) -> None:
         self._table = table.with_format("arrow")
         schema = table.features.arrow_schema
-        self._converted = frozenset(field.name for field in schema if _has_special(field.type))
+        self._special = frozenset(field.name for field in schema if _has_special(field.type))
+        self._block: tuple[int, list[dict[str, Any]]] = (0, [])
 
     def __len__(self) -> int:
         return len(self._table)
 
     def __getitem__(self, index: Any) -> Any:
         """Return a row as a dict."""
-        row = self._table[index]
-        return {
-            name: _to_python(row.column(name)[0]) if name in self._converted else row.column(name)[0].as_py()
-            for name in row.column_names
-        }
+        start, rows = self._block
+        if not start <= index < start + len(rows):
+            rows = self._read_block(index) if index == start + len(rows) else []
+            self._block = start, rows = index, rows or self._convert(self._table[index : index + 1])
+        return rows[index - start]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_block": (0, [])}
+
+    def _read_block(self, index: int) -> list[dict[str, Any]]:
+        try:
+            return self._convert(self._table[index : index + _AHEAD])
+        except _READ_ERRORS:
+            return []  # to find the row that cannot be read
+
+    def _convert(self, block: Any) -> list[dict[str, Any]]:
+        names = block.column_names
+        columns = [
+            [_to_python(value) for value in block.column(name)]
+            if name in self._special
+            else block.column(name).to_pylist()
+            for name in names
+        ]
+        return [dict(zip(names, values, strict=True)) for values in zip(*columns, strict=True)]
 
     def files(self) -> list[Path]:
         """Return the Arrow files of the table."""
@@ -147,7 +171,7 @@ def open_folder(path: Path, selection: TableSelection, cache_dir: str | Path | N
 
         try:
             return Table(load_from_disk(str(saved)), str(path))
-        except _READ_ERRORS as error:
+        except (*DAMAGED, NotImplementedError) as error:
             raise _unreadable(str(path), error) from error
     files = sorted(entry for entry in path.rglob("*") if entry.is_file() and not entry.name.startswith("."))
     if not any(entry.suffix.lower() in (".parquet", ".json", ".jsonl", ".arrow") for entry in files):

@@ -6,7 +6,7 @@ same batches. Shapes: B rows, T tokens, N images, H and W pixels.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any, Final
@@ -20,7 +20,8 @@ from llavar_peft.constants import IGNORE_INDEX
 from llavar_peft.data.encode_record import encode_record
 from llavar_peft.data.image_preparation import prepare_image
 from llavar_peft.data.image_roots import ImageRoots
-from llavar_peft.data.record_images import IMAGE_KEYS, has_images
+from llavar_peft.data.message_records import is_message, written_turns
+from llavar_peft.data.record_images import image_keys
 from llavar_peft.data.record_mixture import EpochDraw, RecordMixture
 from llavar_peft.data.record_store import RecordSource
 from llavar_peft.errors import DataError, ImageError
@@ -124,26 +125,24 @@ class TrainingDataset(Dataset[Item]):
 
 def text_tokens(raw: Mapping[str, Any]) -> int:
     """Estimate the number of text tokens of a raw record, valid or not, as one per four bytes."""
-    texts = (part for part in _contents(raw) if isinstance(part, str))
-    return sum(len(text.encode("utf-8", "surrogatepass")) for text in texts) // 4
+    turns = _listed(raw)
+    if turns and is_message(turns[0]):
+        texts: list[Any] = list(written_turns(turns))
+    else:
+        texts = [turn.get("value") for turn in turns if isinstance(turn, Mapping)]
+    return sum(len(text.encode("utf-8", "surrogatepass")) for text in texts if isinstance(text, str)) // 4
 
 
 def image_count(raw: Mapping[str, Any]) -> int:
     """Return the number of images that a raw record names or contains, whether it is valid or not."""
-    shown = sum(isinstance(part, Mapping) for part in _contents(raw))
-    named = (raw[key] for key in IMAGE_KEYS if has_images(raw.get(key)))
-    return shown or sum(len(images) if isinstance(images, list | tuple) else 1 for images in named)
+    named = sum(len(raw[key]) if isinstance(raw[key], list | tuple) else 1 for key in image_keys(raw))
+    contents = [turn.get("content") for turn in _listed(raw) if isinstance(turn, Mapping)]
+    parts = [part for content in contents if isinstance(content, list) for part in content]
+    return named or sum(isinstance(part, Mapping) and part.get("type") != "text" for part in parts)
 
 
-def _contents(raw: Mapping[str, Any]) -> Iterator[object]:
-    """Yield the texts of a raw record, and the parts of its messages that are images."""
-    turns: list[Any] = next((raw[key] for key in ("conversations", "messages") if isinstance(raw.get(key), list)), [])
-    for turn in turns:
-        if not isinstance(turn, Mapping):
-            continue
-        content = turn.get("content") if turn.get("value") is None else turn["value"]
-        for part in content if isinstance(content, list) else [content]:
-            yield part.get("text") if isinstance(part, Mapping) and part.get("type") == "text" else part
+def _listed(raw: Mapping[str, Any]) -> list[Any]:
+    return next((raw[key] for key in ("conversations", "messages") if isinstance(raw.get(key), list)), [])
 
 
 def _faulty(raw: Mapping[str, Any], index: int, fault: str) -> Item:

@@ -51,6 +51,7 @@ _REPLACEMENTS: dict[str, Any] = _STAGE | {
     "stages": [_STAGE],
     "output_dir": "x",
     "records": "x",
+    "sources": [{"records": "x"}],
     "learning_rate": 1.0,
     "holdout": 1.0,
     "max_length": 1,

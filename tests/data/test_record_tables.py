@@ -240,6 +240,17 @@ def test_damaged_tables_are_errors_of_the_data(tmp_path: Path) -> None:
         store[0]
 
 
+@pytest.mark.parametrize("name", ["state.json", "dataset_info.json"])
+@pytest.mark.parametrize(
+    "text", ["[]", "1", '{"features": {"id": "x"}, "_data_files": [{}]}', "{", '{"features": {"a": []}}']
+)
+def test_a_damaged_folder_of_datasets_is_named(name: str, text: str, tmp_path: Path) -> None:
+    table([row()]).save_to_disk(tmp_path / "saved")
+    (tmp_path / "saved" / name).write_text(text)
+    with pytest.raises(DataError, match="saved: cannot be read"):
+        open_records(tmp_path / "saved")
+
+
 def test_a_folder_that_needs_a_program_is_named(tmp_path: Path) -> None:
     folder = tmp_path / "own"
     folder.mkdir()

@@ -21,6 +21,7 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
+import datasets
 import psutil
 import typer
 
@@ -167,6 +168,7 @@ class _Worker:
 def _work(connection: Connection, cases: list[Case], files: Path, keep: bool) -> None:
     gc.freeze()
     serving_app.cache_clear()  # its threads are not forked
+    datasets.config.HF_DATASETS_CACHE = "cache"  # in the folder of the case
     warnings.simplefilter("ignore")
     used = psutil.Process().memory_info().vms
     resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY, used + MEMORY))

@@ -39,6 +39,7 @@ KEYS = (
     "task_type", "revision", "peft_type", "runtime_config", "alora_invocation_tokens", "ensure_weight_tying",
     "lora_alpha",
     "r", "__metadata__", "metadata", "weight_map", "format", "id", "image", "conversations", "from", "value", "images",
+    "messages", "role", "content", "type", "text", "image_url", "url", "bytes", "path", "tool_calls",
 )  # fmt: skip
 _STARTS = (
     b"", b"null", b"[]", b"{}", b"0", b'""', b"\xef\xbb\xbf", b"\xff\xfe", b"\xfe\xff\x00{",

@@ -13,7 +13,12 @@ from pathlib import Path
 import torch
 
 from llavar_peft import ModelConfig, build_model, load_chat
+from llavar_peft.data.check_records import preflight
 from llavar_peft.data.image_files import open_image
+from llavar_peft.data.image_roots import ImageRoots
+from llavar_peft.data.message_records import as_record
+from llavar_peft.data.record_store import open_records, parse_record
+from llavar_peft.data.training_dataset import image_count, text_tokens
 from llavar_peft.errors import LlavarError
 from llavar_peft.evaluation.judge.judge_cases import read_cases
 from llavar_peft.models.build_model import load_processor
@@ -121,6 +126,27 @@ def _load_words() -> None:
     add_image_tokens(load_tokenizer("words"))
 
 
+def _estimate_messages() -> None:
+    _read_each("data/messages.json")
+
+
+def _estimate_tables() -> None:
+    for path in ("tables/messages.parquet", "tables/conversations.parquet", "tables/saved"):
+        _read_each(path)
+
+
+def _read_each(path: str) -> None:
+    """Read the records as training does before its first step."""
+    store = open_records(path, cache_dir="cache")
+    faulty = {fault.index for fault in preflight(store, ImageRoots(["."]))}
+    for index in range(len(store)):
+        if index not in faulty:
+            raw = store[index]
+            text_tokens(raw), image_count(raw)
+            conversation = parse_record(raw, store.where(index))
+            parse_record(as_record(conversation, [str(image) for image in conversation.images]), "x:0")
+
+
 def _build_cases() -> None:
     folder = Path("judge")
     names = ("questions.jsonl", "contexts.jsonl", "rules.json", "reference.jsonl", "answers.jsonl")
@@ -218,6 +244,17 @@ TARGETS: dict[str, Target] = {
          "data inspect data/records.json --images data/images --model merged",
          "eval diagnose --records data/records.json --model merged --images data/images --json",
          "eval vqa --predictions results.answers.jsonl --dataset labelled.json --heights ocr/read.json"), 8,
+    ),
+    "messages": Target(
+        "data merged", "data/messages.json data/messages.jsonl",
+        ("data check data/messages.json --images data/images", "data check data/messages.jsonl --images data/images",
+         "data inspect data/messages.json --images data/images --model merged", _estimate_messages), 8,
+    ),
+    "parquet": Target(
+        "tables merged", "tables/*.parquet tables/saved/* tables/folder/*",
+        ("data check tables/messages.parquet", "data inspect tables/conversations.parquet --model merged",
+         "data check tables/conversations.parquet", "data check tables/saved", "data check tables/folder",
+         _estimate_tables), 8,
     ),
     "questions": Target(
         "merged data questions.jsonl answers.jsonl", "questions.jsonl answers.jsonl",

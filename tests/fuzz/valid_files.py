@@ -84,6 +84,34 @@ def _write_weights() -> None:
         shutil.copy(f"run/stage1/model/{name}", "projector")
 
 
+def _write_tables() -> None:
+    """Write records as messages, and as tables with their images."""
+    import datasets
+
+    datasets.disable_progress_bars()
+    part = [{"type": "image", "text": None}, {"type": "text", "text": "Which book?"}]
+    answer = [{"type": "text", "text": "EXIT"}]
+    image = Path("photos/page.png").read_bytes()
+    messages = [{"role": "user", "content": part}, {"role": "assistant", "content": answer}]
+    turns = [{"from": "human", "value": "<image>\nWhich book?"}, {"from": "gpt", "value": "EXIT"}]
+    shown = {"type": "image_url", "image_url": {"url": QUESTION["image"]}}
+    written = [
+        {"id": "0", "messages": [{"role": "system", "content": "Be brief."}, *messages], "images": [QUESTION["image"]]},
+        {"id": "1", "messages": [{"role": "user", "content": [shown, part[1]]}, messages[1]]},
+        {"id": "2", "messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]},
+    ]
+    Path("data/messages.json").write_text(json.dumps(written))
+    _write_lines(Path("data/messages.jsonl"), *written)
+    Path("tables/folder").mkdir(parents=True)
+    in_table = {"bytes": image, "path": "page.png"}
+    one = datasets.Dataset.from_list([{"id": str(row), "messages": messages, "images": [in_table]} for row in range(3)])
+    two = datasets.Dataset.from_list([{"id": str(row), "conversations": turns, "image": in_table} for row in range(3)])
+    one.to_parquet("tables/messages.parquet")
+    two.to_parquet("tables/conversations.parquet")
+    two.to_parquet("tables/folder/train.parquet")
+    one.save_to_disk("tables/saved")
+
+
 def build_valid_files(folder: Path) -> None:
     """Write all files to a folder, which becomes the working directory."""
     with tarfile.open(TESTS / "fixtures/written_by_0_1/files.tar.xz") as archive:
@@ -97,3 +125,4 @@ def build_valid_files(folder: Path) -> None:
     photo = Image.radial_gradient("L").resize((60, 40)).convert("RGB")
     photo.save("photos/photo.jpg", quality=60)
     photo.save("photos/page.png")
+    _write_tables()
