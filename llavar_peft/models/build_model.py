@@ -120,6 +120,7 @@ def build_pending_model(
         model = AutoModelForImageTextToText.from_config(
             parts.config, dtype=dtype, attn_implementation=attention, trust_remote_code=False
         )
+    model.tie_weights()  # moved to meta, tied embeddings are two parameters
     pending = PendingWeights(dtype)
     for name, parameter in list(model.named_parameters()):
         pending.add(parameter, parts.tensors[name])

@@ -148,12 +148,12 @@ def _assert_greedy(model: Any, prompt: Tensor, answer: tuple[int, ...]) -> None:
     assert bool((logits.max(dim=1).values - chosen < 1e-4).all())
 
 
+@pytest.mark.usefixtures("liger")
 @pytest.mark.parametrize("kind", ["mistral", "qwen2", "qwen3", "smollm3"])
 def test_ligers_kernels_compute_the_same_in_models_like_llama(
     kind: str,
     built: Callable[..., tuple[Any, Any]],
-    liger: Any,
-    monkeypatch: pytest.MonkeyPatch,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     model, processor = built(kind)
     ids = processor.encode_question(TEXTS[0], image=False)

@@ -46,7 +46,7 @@ from llavar_peft.inference.engine import Engine
 from llavar_peft.inference.generation_request import PromptImage, Request
 from llavar_peft.inference.token_sampling import Sampling
 from llavar_peft.models.packed_attention import disable_packing, enable_packing
-from llavar_peft.models.tuning import apply_tuning
+from llavar_peft.models.tuning import apply_tuning, is_quantized
 from llavar_peft.training.stage_records import stage_records
 from llavar_peft.training.supervised_loss import supervised_loss
 from tests.parts.tiny_parts import LANGUAGE_MODELS
@@ -222,7 +222,7 @@ def _check_adapter(config: ModelConfig, adapter: Path, logits: Tensor, inputs: d
 
 def _check_merge(base: Any, folder: Path) -> None:
     """Check a merge against peft's, for a base in 4 bits onto the numbers that it stands for."""
-    plain = base.dequantize() if base.is_quantized else base
+    plain = base.dequantize() if is_quantized(base) else base
     theirs = PeftModel.from_pretrained(plain, folder / "run/adapter").merge_and_unload().state_dict()
     report = merge_adapter(base=folder / "base", adapter=folder / "run/adapter", out=folder / "merged")
     assert report.gaps["result"].relative < 1e-4
