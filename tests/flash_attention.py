@@ -24,45 +24,55 @@ HALF = (torch.float16, torch.bfloat16)
 
 @dataclass
 class KernelCalls:
-    """Calls of the kernels: the shape of the queries, the segments' ends (None: whole rows), the causal flag."""
+    """Calls of the kernels: the shape of the queries, the segments' ends (None: whole rows), the causal flag.
+
+    ``limits`` are the number of positions before its own that each one attends to (-1: all), and the cap of the scores.
+    """
 
     shapes: list[tuple[int, ...]] = field(default_factory=list)
     ends: list[list[int] | None] = field(default_factory=list)
     causal: list[bool] = field(default_factory=list)
+    limits: list[tuple[int, float]] = field(default_factory=list)
 
-    def add(self, query: Tensor, ends: list[int] | None, causal: bool) -> None:
+    def add(self, query: Tensor, ends: list[int] | None, causal: bool, *, left: int = -1, softcap: float = 0.0) -> None:
         self.shapes.append(tuple(query.shape))
         self.ends.append(ends)
         self.causal.append(causal)
+        self.limits.append((left, softcap))
 
     def of(self, *, causal: bool) -> list[list[int] | None]:
         """Return the ends of the calls by the language model (causal) or by the tower."""
         return [ends for ends, flag in zip(self.ends, self.causal, strict=True) if flag == causal]
 
 
-def probabilities(query: Tensor, key: Tensor, *, causal: bool, scale: float) -> Tensor:
+def probabilities(
+    query: Tensor, key: Tensor, *, causal: bool, scale: float, left: int = -1, softcap: float = 0.0
+) -> Tensor:
     """Attention's probabilities ``[H, Q, K]`` in float32; a causal mask is aligned at the lower right corner."""
     scores = torch.einsum("qhd,khd->hqk", query.float(), key.float()) * scale
+    if softcap:
+        scores = softcap * torch.tanh(scores / softcap)
     if causal:
-        hidden = torch.ones(scores.shape[1:], dtype=torch.bool).triu(1 + scores.shape[2] - scores.shape[1])
+        seen, offset = torch.ones(scores.shape[1:], dtype=torch.bool), scores.shape[2] - scores.shape[1]
+        hidden = seen.triu(1 + offset) | (seen.tril(offset - left - 1) if left >= 0 else ~seen)
         scores = scores.masked_fill(hidden, float("-inf"))
     return scores.softmax(dim=-1)
 
 
-def attend(query: Tensor, key: Tensor, value: Tensor, *, causal: bool, scale: float | None) -> Tensor:
+def attend(query: Tensor, key: Tensor, value: Tensor, *, causal: bool, scale: float | None, **limits: Any) -> Tensor:
     """Attention of one segment, ``[T, H, D]``; keys and values may have fewer heads."""
     groups = query.shape[1] // key.shape[1]
     key, value = (tensor.repeat_interleave(groups, dim=1) for tensor in (key, value))
-    weights = probabilities(query, key, causal=causal, scale=scale or 1 / math.sqrt(query.shape[-1]))
+    weights = probabilities(query, key, causal=causal, scale=scale or 1 / math.sqrt(query.shape[-1]), **limits)
     return torch.einsum("hqk,khd->qhd", weights, value.float()).to(query.dtype)
 
 
 def attend_backward(
-    gradient: Tensor, query: Tensor, key: Tensor, value: Tensor, *, causal: bool, scale: float | None
+    gradient: Tensor, query: Tensor, key: Tensor, value: Tensor, *, causal: bool, scale: float | None, left: int = -1
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of ``attend`` of one segment, with as many heads of keys as of queries."""
     scale = scale or 1 / math.sqrt(query.shape[-1])
-    weights = probabilities(query, key, causal=causal, scale=scale)
+    weights = probabilities(query, key, causal=causal, scale=scale, left=left)
     by_weights = torch.einsum("qhd,khd->hqk", gradient.float(), value.float())
     by_scores = weights * (by_weights - (weights * by_weights).sum(dim=-1, keepdim=True)) * scale
     by_query = torch.einsum("hqk,khd->qhd", by_scores, key.float())
@@ -101,24 +111,27 @@ def put_flash_attention(patch: pytest.MonkeyPatch, *, dtypes: tuple[torch.dtype,
         if any(tensor.dtype not in dtypes or tensor.dtype != tensors[0].dtype for tensor in tensors):
             raise RuntimeError(f"FlashAttention only supports {dtypes} (got {[tensor.dtype for tensor in tensors]})")
 
-    def flash_attn_func(
+    def flash_attn_func(  # noqa: PLR0917 - flash-attention's own signature
         q: Tensor, k: Tensor, v: Tensor, dropout_p: float = 0.0, softmax_scale: float | None = None,
-        causal: bool = False, window_size: tuple[int, int] = (-1, -1), deterministic: bool = False,
+        causal: bool = False, window_size: tuple[int, int] = (-1, -1), softcap: float = 0.0,
+        deterministic: bool = False,
     ) -> Tensor:  # fmt: skip
         check(q, k, v)
-        calls.add(q, None, causal)
-        rows = [attend(*row, causal=causal, scale=softmax_scale) for row in zip(q, k, v, strict=True)]
+        limits: dict[str, Any] = {"left": window_size[0], "softcap": softcap}
+        calls.add(q, None, causal, **limits)
+        rows = [attend(*row, causal=causal, scale=softmax_scale, **limits) for row in zip(q, k, v, strict=True)]
         return torch.stack(rows)
 
     def flash_attn_varlen_func(  # noqa: PLR0917 - flash-attention's own signature
         q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, max_seqlen_q: int,
         max_seqlen_k: int, dropout_p: float = 0.0, softmax_scale: float | None = None, causal: bool = False,
-        window_size: tuple[int, int] = (-1, -1), deterministic: bool = False,
+        window_size: tuple[int, int] = (-1, -1), softcap: float = 0.0, deterministic: bool = False,
     ) -> Tensor:  # fmt: skip
         check(q, k, v)
-        calls.add(q, cu_seqlens_q.tolist(), causal)
-        longest = (max_seqlen_q, max_seqlen_k)
-        return attend_segments(q, k, v, cu_seqlens_q, cu_seqlens_k, longest, causal=causal, scale=softmax_scale)
+        limits: dict[str, Any] = {"left": window_size[0], "softcap": softcap}
+        calls.add(q, cu_seqlens_q.tolist(), causal, **limits)
+        options: dict[str, Any] = {"causal": causal, "scale": softmax_scale, **limits}
+        return attend_segments(q, k, v, cu_seqlens_q, cu_seqlens_k, (max_seqlen_q, max_seqlen_k), **options)
 
     loaded = (flash_attn_func, flash_attn_varlen_func, None, flash_utils._pad_input, flash_utils._unpad_input)
     patch.setattr(flash_utils, "_lazy_imports", lambda *_, **__: loaded)
@@ -146,10 +159,11 @@ def varlen_kernels() -> Iterator[KernelCalls]:
         window_size_left: int | None = None, window_size_right: int | None = None, **unused: Any,
     ) -> tuple[Tensor, ...]:  # fmt: skip
         assert dropout == 0
-        assert (window_size_left, window_size_right) == ((-1, 0) if causal else (-1, -1))
-        calls.add(query, ends.tolist(), causal)
+        causal = causal or window_size_right == 0  # torch passes a causal window as a window
+        left = -1 if window_size_left is None else window_size_left
+        calls.add(query, ends.tolist(), causal, left=left)
         both = (longest, key_longest)
-        output = attend_segments(query, key, value, ends, key_ends, both, causal=causal, scale=scale)
+        output = attend_segments(query, key, value, ends, key_ends, both, causal=causal, scale=scale, left=left)
         lse, unused_state = query.new_zeros(query.shape[1], query.shape[0]), torch.zeros(2, dtype=torch.uint64)
         return output, lse, unused_state, torch.zeros(2, dtype=torch.uint64), query.new_zeros(0)
 
@@ -160,9 +174,12 @@ def varlen_kernels() -> Iterator[KernelCalls]:
     ) -> tuple[Tensor, ...]:  # fmt: skip
         places = ends.tolist()
         segments = [slice(*pair) for pair in pairwise(places)]
+        options: dict[str, Any] = {
+            "causal": causal or window_size_right == 0, "scale": scale,
+            "left": -1 if window_size_left is None else window_size_left,
+        }  # fmt: skip
         parts = [
-            attend_backward(*(tensor[part] for tensor in (gradient, query, key, value)), causal=causal, scale=scale)
-            for part in segments
+            attend_backward(*(tensor[part] for tensor in (gradient, query, key, value)), **options) for part in segments
         ]
         return tuple(torch.cat(tensors) for tensors in zip(*parts, strict=True))
 

@@ -5,6 +5,7 @@ The libraries are imported where they are used, so that no part of this package 
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from types import MethodType
@@ -137,19 +138,19 @@ def _embed_used_rows(
     return torch.where(((index >= 0) & (index < len(weight)))[..., None], trained, embeds)
 
 
-def use_rotary_kernel(kernel: Callable[..., tuple[Tensor, Tensor]]) -> None:
-    """Rotate queries and keys of LLaMA models on a GPU by another function; on a CPU the plain one stays in use.
+def use_rotary_kernel(decoder: nn.Module, kernel: Callable[..., tuple[Tensor, Tensor]]) -> None:
+    """Rotate queries and keys of a kind of decoder on a GPU by another function; on a CPU the plain one stays in use.
 
     Replaces: nothing public. ``LlamaAttention.forward`` calls a function of its module, which libraries of kernels
     (liger-kernel, ``apply_liger_kernel_to_llama``) replace; transformers' own mechanism needs the package ``kernels``
-    and the hub. It holds for all LLaMA models of the process. Since: transformers 4.31, last seen in 5.24.
+    and the hub. It holds for all decoders of this kind in the process. Since: transformers 4.31, last seen in 5.24.
 
     Args:
+        decoder: A decoder of the kind, such as a ``LlamaModel``.
         kernel: Takes queries ``[B, H, T, D]``, keys, cosines and sines ``[B, T, D]``.
     """
-    from transformers.models.llama import modeling_llama
-
-    current: Any = modeling_llama.apply_rotary_pos_emb
+    modeling: Any = sys.modules[type(decoder).__module__]
+    current: Any = modeling.apply_rotary_pos_emb
     plain = getattr(current, "plain", current)  # set below, by an earlier call
 
     def rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
@@ -158,7 +159,7 @@ def use_rotary_kernel(kernel: Callable[..., tuple[Tensor, Tensor]]) -> None:
         return rotated
 
     rotate.plain = plain  # type: ignore[attr-defined]
-    modeling_llama.apply_rotary_pos_emb = rotate
+    modeling.apply_rotary_pos_emb = rotate
 
 
 def release_int8_inputs(model: nn.Module) -> None:

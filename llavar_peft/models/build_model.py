@@ -28,7 +28,7 @@ from llavar_peft.constants import MODEL_TYPE
 from llavar_peft.errors import ConfigError, MissingDependencyError
 from llavar_peft.models.checkpoint_loading import read_checkpoint, read_parts, resolve_folder
 from llavar_peft.models.launch_environment import claim_device, half_precision, requested_sharding
-from llavar_peft.models.layer_kernels import apply_kernels
+from llavar_peft.models.layer_kernels import apply_kernels, check_kernels
 from llavar_peft.models.llavar_config import LlavarConfig
 from llavar_peft.models.model_parts import ModelParts, check_stored_values, check_vocabulary
 from llavar_peft.models.modeling_llavar import LlavarForConditionalGeneration, LlavarModel
@@ -90,7 +90,7 @@ def build_model(
     if config.quantize is not None:
         keep_quantization_scales(model)
         release_int8_inputs(model)
-    return _finish(model, parts, config), parts.processor()
+    return _finish(model, parts, config)
 
 
 def build_pending_model(
@@ -120,6 +120,7 @@ def build_pending_model(
         model = AutoModelForImageTextToText.from_config(
             parts.config, dtype=dtype, attn_implementation=attention, trust_remote_code=False
         )
+    model.tie_weights()  # moved to meta, tied embeddings are two parameters
     pending = PendingWeights(dtype)
     for name, parameter in list(model.named_parameters()):
         pending.add(parameter, parts.tensors[name])
@@ -128,7 +129,7 @@ def build_pending_model(
         module, _, own = name.rpartition(".")
         setattr(model.get_submodule(module), own, nn.Parameter(whole(parts.tensors[name]).to(dtype, copy=True)))
     model.pending_weights = pending
-    return _finish(model.eval(), parts, config), parts.processor()
+    return _finish(model.eval(), parts, config)
 
 
 def load_processor(model: str, *, vision_tower: str | None = None) -> LlavarProcessor:
@@ -251,6 +252,7 @@ def _read_checked_parts(config: ModelConfig, seed: int) -> ModelParts:
     _check_values(config)
     _check_sources(config)
     parts = read_checkpoint(config) if config.checkpoint is not None else read_parts(config, seed=seed)
+    check_kernels(config.kernels, parts.config.text_config.model_type)
     if config.projector is not None:
         apply_projector(parts.tensors, config.projector)
     check_tensors(parts.tensors, expected_shapes(parts.config), where=parts.source)
@@ -262,16 +264,14 @@ def _read_checked_parts(config: ModelConfig, seed: int) -> ModelParts:
 
 def _finish(
     model: LlavarForConditionalGeneration, parts: ModelParts, config: ModelConfig
-) -> LlavarForConditionalGeneration:
+) -> tuple[LlavarForConditionalGeneration, LlavarProcessor]:
     apply_kernels(model, config.kernels)
-    generation, tokenizer = model.generation_config, parts.tokenizer
-    generation.bos_token_id = tokenizer.bos_token_id
-    generation.eos_token_id = tokenizer.eos_token_id
-    generation.pad_token_id = tokenizer.pad_token_id
+    processor = parts.processor()
+    model.generation_config.update(**processor.generation_ids)
     model.name_or_path = model.config.name_or_path = parts.source
     dtype, attention = str(model.dtype).removeprefix("torch."), attention_implementation(model.config)
     logger.info("%s: %s weights, %s attention", parts.source, dtype, attention)
-    return model
+    return model, processor
 
 
 def _check_values(config: object) -> None:

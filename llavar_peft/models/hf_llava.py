@@ -69,15 +69,12 @@ def write_stock_companions(parts: ModelParts, activation: str, dtype: str | None
     ours = {TUNED_TOWER: True} if parts.config.tuned_vision_tower else {}  # stock transformers keeps unknown fields
     described = {**config.to_diff_dict(), **ours, **({"dtype": dtype} if dtype is not None else {})}
     write_json(staged / "config.json", described)
-    tokenizer = parts.tokenizer
-    ids = {f"{role}_token_id": getattr(tokenizer, f"{role}_token_id") for role in ("bos", "eos", "pad")}
-    stop = sorted(parts.processor().stop_token_ids)  # some templates end a turn with another token than a text
-    write_json(staged / "generation_config.json", {**ids, **({"eos_token_id": stop} if len(stop) > 1 else {})})
+    write_json(staged / "generation_config.json", parts.processor().generation_ids)
     shared = {name: getattr(parts.image_processor, name) for name in _SHARED_IMAGE_SETTINGS}
     images = LlavaImageProcessorPil(do_pad=parts.inference_image_mode != "square", **shared)
     LlavaProcessor(
         image_processor=images,
-        tokenizer=tokenizer,
+        tokenizer=parts.tokenizer,
         patch_size=parts.config.vision_config.patch_size,
         vision_feature_select_strategy=parts.config.vision_feature_select_strategy,
         chat_template=_stock_chat_template(parts),

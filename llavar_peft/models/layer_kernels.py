@@ -1,8 +1,8 @@
 """Faster kernels of the language model's layers: Liger's, or those that ``torch.compile`` makes.
 
-Liger replaces RMSNorm, the MLP's product with its activation, and the rotation of queries and keys by one kernel each.
-Its modules hold the model's own parameters and linear layers, so that names, adapters, quantization and checkpoints
-stay as they are.
+Liger replaces RMSNorm, the MLP's product with its activation, and the rotation of queries and keys by one kernel each,
+in models whose layers compute these as LLaMA's do. Its modules hold the model's own parameters and linear layers, so
+that names, adapters, quantization and checkpoints stay as they are.
 
 Compilation is regional, with dynamic shapes: all layers share the compiled function of their MLPs and that of their
 norms. A layer as a whole is not compiled, because its attention works on the key-value cache: a decoded token would
@@ -15,42 +15,45 @@ Source: liger-kernel (arXiv 2410.10989); PyTorch's tutorial on regional compilat
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
 from importlib.util import find_spec
 from typing import Any
 
 import torch
+from torch import nn
 
 from llavar_peft.compat.dependency_internals import use_rotary_kernel
-from llavar_peft.errors import EnvironmentFaultError, MissingDependencyError
+from llavar_peft.errors import ConfigError, EnvironmentFaultError, MissingDependencyError
 from llavar_peft.recipe.schema import Kernels
 
 logger = logging.getLogger(__name__)
 
 
-def apply_kernels(model: Any, kernels: Kernels) -> None:
-    """Switch a LLaVAR's language model to other kernels, in place.
+# Kinds of language models with LLaMA's norms, gated MLP with SiLU and rotation, whatever else is in their layers.
+_LIKE_LLAMA = ("llama", "mistral", "qwen2", "qwen3", "smollm3")
+
+
+def check_kernels(kernels: Kernels, kind: str) -> None:
+    """Check that a language model can have other kernels, before its weights are read.
 
     Args:
-        model: A LLaVAR without adapters.
         kernels: The field of ``ModelConfig``.
+        kind: The language model's ``model_type``.
 
     Raises:
+        ConfigError: Liger's kernels compute something else than the model's layers.
         MissingDependencyError: liger-kernel is requested and not installed.
         EnvironmentFaultError: liger-kernel is requested and there is no GPU.
     """
-    if kernels == "liger":
-        _use_liger(model)
-    elif kernels == "compile":
-        decoder = model.get_decoder()
-        for layer in decoder.layers:
-            for part in (layer.mlp, layer.input_layernorm, layer.post_attention_layernorm):
-                part.compile(dynamic=True)
-        decoder.norm.compile(dynamic=True)
-    if kernels != "none":
-        logger.info("kernels of the language model: %s", kernels)
-
-
-def _use_liger(model: Any) -> None:
+    if kernels != "liger":
+        return
+    if kind not in _LIKE_LLAMA:
+        raise ConfigError.at(
+            "model.kernels",
+            f"liger is not supported for this kind of language model (got {kind!r}, expected one of "
+            f"{', '.join(_LIKE_LLAMA)})",
+            "use 'compile', or 'none'",
+        )
     if find_spec("liger_kernel") is None:
         raise MissingDependencyError.at(
             "model.kernels",
@@ -61,9 +64,42 @@ def _use_liger(model: Any) -> None:
         raise EnvironmentFaultError.at(
             "model.kernels", "liger needs a GPU, and there is none", "use 'none', or 'compile'"
         )
+
+
+def apply_kernels(model: Any, kernels: Kernels) -> None:
+    """Switch a LLaVAR's language model to other kernels, in place.
+
+    Args:
+        model: A LLaVAR without adapters.
+        kernels: The field of ``ModelConfig``.
+
+    Raises:
+        ConfigError: As ``check_kernels``.
+        MissingDependencyError: liger-kernel is requested and not installed.
+        EnvironmentFaultError: liger-kernel is requested and there is no GPU.
+    """
+    check_kernels(kernels, model.config.text_config.model_type)
+    if kernels == "liger":
+        _use_liger(model.get_decoder())
+    elif kernels == "compile":
+        for part in _parts_to_compile(model.get_decoder()):
+            part.compile(dynamic=True)
+    if kernels != "none":
+        logger.info("kernels of the language model: %s", kernels)
+
+
+def _parts_to_compile(decoder: Any) -> Iterator[nn.Module]:
+    """Yield the norms and MLPs of a decoder: of its layers everything but the attention."""
+    for layer in decoder.layers:
+        for part in layer.children():
+            if "Attention" not in type(part).__name__ and any(True for _ in part.parameters()):
+                yield part
+    yield from (part for part in decoder.children() if "Norm" in type(part).__name__)
+
+
+def _use_liger(decoder: Any) -> None:
     from liger_kernel.transformers import LigerRMSNorm, LigerSwiGLUMLP, liger_rotary_pos_emb
 
-    decoder = model.get_decoder()
     with torch.device("meta"):  # the parameters made here are replaced
         for layer in decoder.layers:
             mlp = LigerSwiGLUMLP(decoder.config)
@@ -72,10 +108,10 @@ def _use_liger(model: Any) -> None:
             layer.input_layernorm = _liger_norm(LigerRMSNorm, layer.input_layernorm)
             layer.post_attention_layernorm = _liger_norm(LigerRMSNorm, layer.post_attention_layernorm)
         decoder.norm = _liger_norm(LigerRMSNorm, decoder.norm)
-    use_rotary_kernel(liger_rotary_pos_emb)
+    use_rotary_kernel(decoder, liger_rotary_pos_emb)
 
 
-def _liger_norm(kind: type[torch.nn.Module], norm: Any) -> torch.nn.Module:
+def _liger_norm(kind: type[nn.Module], norm: Any) -> nn.Module:
     """Return a module of Liger's with the weight of a plain one."""
     made = kind(len(norm.weight), eps=norm.variance_epsilon)
     made.weight = norm.weight

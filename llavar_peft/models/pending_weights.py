@@ -74,8 +74,11 @@ class PendingWeights:
 
     def fill(self, model: nn.Module, device: torch.device) -> None:
         """Read all pending parameters of a model onto a device, and move the rest of the model there, in place."""
+        loaded: dict[Tensor, nn.Parameter] = {}
         for module, name, parameter in pending_places(model):
-            setattr(module, name, self.load(parameter, device))
+            if parameter not in loaded:  # tied embeddings are one parameter in two places
+                loaded[parameter] = self.load(parameter, device)
+            setattr(module, name, loaded[parameter])
         model.to(device)
 
     def load(self, parameter: nn.Parameter, device: torch.device) -> nn.Parameter:

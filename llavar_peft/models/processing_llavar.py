@@ -108,6 +108,13 @@ class LlavarProcessor(ProcessorMixin):
         return frozenset(index for index in ids if index is not None)
 
     @property
+    def generation_ids(self) -> dict[str, int | list[int] | None]:
+        """The special tokens by their names in a generation configuration; several end an answer in some templates."""
+        stop: list[int] = sorted(self.stop_token_ids)
+        ids = {f"{role}_token_id": getattr(self.tokenizer, f"{role}_token_id") for role in ("bos", "eos", "pad")}
+        return {**ids, "eos_token_id": stop} if len(stop) > 1 else ids
+
+    @property
     def num_image_tokens(self) -> int:
         """Number of ``<im_patch>`` tokens for an image of the tower's square size (576 at 336 pixels)."""
         side = self.image_side // self.patch_size

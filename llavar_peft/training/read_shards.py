@@ -84,12 +84,17 @@ def _partition(model: nn.Module, pending: PendingWeights, accelerator: Accelerat
 
     settings = accelerator.state.deepspeed_plugin.hf_ds_config
     dtype = settings.dtype()
+    partitioned: dict[Tensor, nn.Parameter] = {}
     for module in model.modules():
         for name, parameter in list(module.named_parameters(recurse=False)):
+            if parameter in partitioned:  # tied embeddings are one parameter in two places
+                setattr(module, name, partitioned[parameter])
+                continue
             whole = pending.load(parameter, accelerator.device) if parameter in pending else parameter
             # DeepSpeed computes in one dtype, and keeps float32 copies of what is trained.
             converted = nn.Parameter(whole.detach().to(accelerator.device, dtype), requires_grad=whole.requires_grad)
             setattr(module, name, converted)
+            partitioned[parameter] = converted
             deepspeed.zero.Init(module=nn.ParameterList([converted]), config_dict_or_path=settings.config, dtype=dtype)
     for buffer in model.buffers():
         buffer.data = buffer.to(accelerator.device)
@@ -102,11 +107,14 @@ def _shard(model: nn.Module, pending: PendingWeights, accelerator: Accelerator) 
     sources = pending.names(model)
     sharded = fsdp2_prepare_model(accelerator, model)
     device = torch.device("cpu") if isinstance(plugin.cpu_offload, CPUOffloadPolicy) else accelerator.device
-    shards = {
-        name: _read_shard(parameter, sources[name], pending, device)
+    read = {
+        parameter: nn.Parameter(_read_shard(parameter, sources[name], pending, device), parameter.requires_grad)
         for name, parameter in sharded.named_parameters()
         if name in sources
     }
+    # Tied embeddings are one parameter under two names.
+    places = sharded.named_parameters(remove_duplicate=False)
+    shards = {name: read[parameter] for name, parameter in places if parameter in read}
     sharded.load_state_dict(shards, strict=False, assign=True)
 
 

@@ -64,7 +64,10 @@ def save_trained(
     elif is_quantized(model):
         model.config.save_pretrained(str(folder))
     else:
-        model.save_pretrained(str(folder), state_dict=merge_rows_in_state_dict(state), max_shard_size=_SHARD_SIZE)
+        plain = merge_rows_in_state_dict(state)
+        if model.config.tie_word_embeddings:
+            plain.pop(tensor_names.HEAD, None)  # gathered from shards, it is a copy of the embeddings
+        model.save_pretrained(str(folder), state_dict=plain, max_shard_size=_SHARD_SIZE)
     if isinstance(tune, Projector):
         # In float32, whatever the dtype of the base, so that a resumed run starts from exactly these values.
         parts = (tensor_names.EMBEDDINGS.removesuffix("weight"), tensor_names.PROJECTOR)

@@ -69,6 +69,17 @@ def _set_policy(accelerator: Accelerator, *, fp32_reduction: bool) -> None:
     )
 
 
+def choose_layers(model: Any, accelerator: Accelerator) -> None:
+    """Let FSDP shard a model by its own decoder layers, whatever layers the launch configuration names.
+
+    A configuration is written for one kind of language model: the shipped ones name LLaMA's layers.
+    """
+    plugin = accelerator.state.fsdp_plugin
+    present = {type(module).__name__ for module in model.modules()}
+    named = [name for name in plugin.transformer_cls_names_to_wrap or () if name in present]
+    plugin.transformer_cls_names_to_wrap = named or [type(model.get_decoder().layers[0]).__name__]
+
+
 def _configure_zero(accelerator: Accelerator, *, fp32_reduction: bool) -> None:
     plugin = accelerator.state.deepspeed_plugin
     settings: dict[str, Any] = plugin.deepspeed_config

@@ -45,6 +45,7 @@ from llavar_peft.training.read_shards import shard_pending
 from llavar_peft.training.save_weights import load_trained, save_trained
 from llavar_peft.training.sharding import (
     check_sharding,
+    choose_layers,
     configure_sharding,
     gather_weights,
 )
@@ -140,6 +141,8 @@ class StageTrainer(TrainerInternals):
 
     def shard_pending(self) -> None:
         """Shard a model whose weights are still to be read."""
+        if self.sharding == "fsdp2":
+            choose_layers(self.model, self.accelerator)
         if self.model.pending_weights is not None and self.sharding is not None:
             shard_pending(self.model, self.accelerator, self.sharding)
 

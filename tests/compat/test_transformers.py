@@ -36,8 +36,9 @@ def test_only_a_gpu_rotates_by_the_kernel(monkeypatch: pytest.MonkeyPatch) -> No
     angles = torch.randn(1, 5, 4).repeat(1, 1, 2)
     tables = (angles.cos(), angles.sin())
     expected = modeling_llama.apply_rotary_pos_emb(query, key, *tables)
-    use_rotary_kernel(kernel)
-    use_rotary_kernel(kernel)  # a second model of the process
+    decoder = type("LlamaDecoder", (torch.nn.Module,), {"__module__": modeling_llama.__name__})()
+    use_rotary_kernel(decoder, kernel)
+    use_rotary_kernel(decoder, kernel)  # a second model of the process
     for one, other in zip(modeling_llama.apply_rotary_pos_emb(query, key, *tables), expected, strict=True):
         assert torch.equal(one, other)
     assert not calls

@@ -17,6 +17,7 @@ from llavar_peft.models.tuning import apply_tuning
 from llavar_peft.recipe.schema import Tune
 from llavar_peft.training.save_weights import load_full
 from llavar_peft.weights.io.joined_rows import JoinedRows, first_rows, mean_row, whole
+from tests.parts.tiny_parts import save_language_model, save_tower
 
 TUNES: dict[str, Tune] = {
     "projector": Projector(),
@@ -43,6 +44,19 @@ def float16(tiny_parts: ModelConfig, tmp_path_factory: pytest.TempPathFactory) -
     model.half().save_pretrained(folder)
     processor.save_pretrained(folder)
     return ModelConfig(checkpoint=str(folder), dtype="bfloat16")
+
+
+def test_tied_embeddings_stay_one_parameter(tmp_path: Path) -> None:
+    """As on one GPU, where weights are read late as well."""
+    parts = ModelConfig(
+        language_model=str(save_language_model("qwen2", tmp_path / "qwen2")),
+        vision_tower=str(save_tower("siglip", tmp_path / "siglip")),
+    )
+    pending, _ = build_pending_model(parts)
+    assert pending.pending_weights is not None
+    pending.pending_weights.fill(pending, CPU)
+    assert pending.lm_head.weight is pending.get_input_embeddings().weight
+    _assert_same(pending, build_model(parts)[0])
 
 
 def _state(model: Any) -> dict[str, tuple[torch.Tensor, bool]]:

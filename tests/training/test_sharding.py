@@ -27,10 +27,13 @@ from llavar_peft import Lora, ModelConfig, Projector, Recipe, Stage
 from llavar_peft.recipe.recipe_yaml import dump_recipe
 from llavar_peft.recipe.schema import Dtype, Quantization
 from tests.accelerate_examples import launch_environment
+from tests.parts.tiny_parts import save_language_model, save_tower
 from tests.training.sharded import TIME_LIMIT, ShardCounter, run
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 ENGINES = {"FSDP2": "fsdp2_8gpu.yaml", "ZeRO-3": "zero3_8gpu.yaml"}
+OTHER_PARTS = {"qwen2": "siglip", "gemma2": "dinov2", "qwen3": "aimv2_vision_model"}
+"""Language models with their towers. The embeddings of the first two are tied."""
 LORA = Lora(rank=4, alpha=8, dropout=0.0)
 # The losses of the first step and of later ones in bf16. ZeRO computes everything in bf16; FSDP2 also the norms, which
 # autocast in one process computes in float32. Measured: 0.08 % with FSDP2, 0.3 % with ZeRO.
@@ -70,6 +73,7 @@ def _recipes(recipe: Recipe, engine: str, folder: Path) -> dict[str, Recipe]:
     half = dataclasses.replace(two, precision="bf16", gradient_checkpointing=True, max_steps=2)
     adamw_8bit = dataclasses.replace(lora, optim=dataclasses.replace(lora.optim, optimizer="adamw_8bit"))
     runs: dict[str, tuple[tuple[Stage, ...], Quantization | None]]
+    tied = dataclasses.replace(two, max_length=512)
     if engine == "FSDP2":
         without_holdout = dataclasses.replace(data, holdout=0)
         passes = dataclasses.replace(
@@ -83,6 +87,9 @@ def _recipes(recipe: Recipe, engine: str, folder: Path) -> dict[str, Recipe]:
             "resumed-nf4": ((lora,), "nf4"),
             "run-half": ((passes,), None),
             "run-quantized": ((dataclasses.replace(half, tune=LORA),), "nf4"),
+            "both-qwen2": ((tied,), None),
+            "both-gemma2": ((dataclasses.replace(tied, tune=LORA),), None),
+            "resumed-qwen3": ((dataclasses.replace(tied, tune=LORA),), "nf4"),
             "refused-optimizer": ((adamw_8bit,), None),
             "refused-int8": ((lora,), "int8"),
             "memory-half": ((dataclasses.replace(half, tune=Projector(), data=without_holdout, max_steps=1),), None),
@@ -96,16 +103,26 @@ def _recipes(recipe: Recipe, engine: str, folder: Path) -> dict[str, Recipe]:
             "zero2-nf4": ((lora,), "nf4"),
             "run-int8": ((dataclasses.replace(lora, max_steps=2),), "int8"),
             "run-half": ((dataclasses.replace(keep, tune=LORA),), None),
+            "both-qwen2": ((tied,), None),
+            "zero2-gemma2": ((tied,), None),
             "refused-optimizer": ((adamw_8bit,), None),
         }
     found = {}
     for name, (stages, quantize) in runs.items():
         dtype: Dtype = "bfloat16" if stages[0].precision == "bf16" else "float32"
         model = dataclasses.replace(recipe.model, dtype=dtype, quantize=quantize)
+        if (kind := name.partition("-")[2]) in OTHER_PARTS:
+            model = _save_other_parts(model, kind, folder)
         if name.startswith("memory"):
             model = dataclasses.replace(model, language_model=_write_larger_model(recipe.model, folder / "larger"))
         found[name] = dataclasses.replace(recipe, model=model, stages=stages, process_timeout=600)
     return found
+
+
+def _save_other_parts(model: ModelConfig, kind: str, folder: Path) -> ModelConfig:
+    parts = {"language_model": save_language_model(kind, folder / kind),
+             "vision_tower": save_tower(OTHER_PARTS[kind], folder / OTHER_PARTS[kind])}  # fmt: skip
+    return dataclasses.replace(model, **{part: str(saved) for part, saved in parts.items()})
 
 
 def _write_larger_model(small: ModelConfig, folder: Path) -> str:
