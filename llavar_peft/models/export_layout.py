@@ -123,7 +123,8 @@ def export(  # noqa: PLR0913 - the options of the conversion
             layers = to_two_layers(read[tensor_names.PROJECTOR_WEIGHT], read[tensor_names.PROJECTOR_BIAS], projector)
             kept = {name: one for name, one in tensors.items() if not name.startswith(tensor_names.PROJECTOR)}
             tensors, activation = {**kept, **layers}, ACTIVATIONS[projector]
-        tensors = {tensor_names.to_stock(name): one for name, one in tensors.items()}
+        tower_kind = parts.config.vision_config.model_type
+        tensors = {tensor_names.to_stock(name, tower_kind): one for name, one in tensors.items()}
         finish = partial(write_stock_companions, parts, activation, dtype)
     else:
         finish = partial(_finish_own_layout, parts, dtype)
