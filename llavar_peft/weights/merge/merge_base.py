@@ -11,6 +11,7 @@ from llavar_peft.constants import MODEL_TYPE
 from llavar_peft.errors import ConfigError, WeightsError
 from llavar_peft.types import expand_home
 from llavar_peft.weights.adapter.adapter_files import BASE_FILE, read_base_settings
+from llavar_peft.weights.adapter.adapter_layouts import conversion_of, is_llava_lora
 from llavar_peft.weights.adapter.lora_updates import Adapter, Replacement, Rows
 from llavar_peft.weights.delta.flat_settings import flatten_config, stated_template
 from llavar_peft.weights.delta.released_layout import (
@@ -150,7 +151,9 @@ def _extend_language_model(folder: Path, adapters: Sequence[Adapter], projector:
         raise ConfigError.at(
             f"{first / 'config.json'}:model_type",
             f"not the configuration of a LLaVAR (got {config.get('model_type')!r}, expected {MODEL_TYPE!r})",
-            "give the whole LLaVAR that the adapter was trained on as base",
+            conversion_of(first, base=folder)
+            if is_llava_lora(first)
+            else "give the whole LLaVAR that the adapter was trained on as base",
         )
     table = {
         ours: entry for name, entry in read_tensor_table(folder).items() if (ours := tensor_names.from_released(name))
