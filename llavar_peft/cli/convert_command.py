@@ -12,18 +12,28 @@ from llavar_peft.cli.shared_options import DtypeOption, ShardGigabytes
 
 
 def convert(
-    source: Annotated[str, typer.Argument(help="A LLaVAR in any layout: a folder or a hub name.", metavar="SRC")],
+    source: Annotated[
+        str,
+        typer.Argument(
+            help="A LLaVA or LLaVAR in any layout, or a LoRA of LLaVA: a folder or a hub name.", metavar="SRC"
+        ),
+    ],
     out: Annotated[Path, typer.Argument(help="The folder to create. It must not exist.", metavar="OUT")],
     to: Annotated[
-        Literal["llavar", "original", "hf-llava"],
+        Literal["llavar", "original", "hf-llava", "adapter"],
         typer.Option(
             "--to",
             help="The layout to write: llavar for this package, original as LLaVAR was released, hf-llava for "
-            "transformers without this package.",
+            "transformers without this package, adapter for this package from a LoRA of LLaVA's own code.",
         ),
     ],
+    base: Annotated[
+        str | None,
+        typer.Option("--base", help="For --to adapter: the model it was trained on. Default: the one its files name."),
+    ] = None,
     vision_tower: Annotated[
-        Path | None, typer.Option("--vision-tower", help="The CLIP folder, for a source in the released layout.")
+        Path | None,
+        typer.Option("--vision-tower", help="The CLIP folder, for a source in the released layout or an adapter."),
     ] = None,
     tokenizer: Annotated[
         Path | None, typer.Option("--tokenizer", help="A folder with LLaMA's tokenizer.model, for --to original.")
@@ -38,7 +48,7 @@ def convert(
     dtype: DtypeOption = None,
     shard_gb: ShardGigabytes = 5.0,
 ) -> None:
-    """Convert a LLaVAR to another layout, from disk to disk."""
+    """Convert a LLaVA or LLaVAR to another layout, from disk to disk."""
     from llavar_peft.models.export_layout import export
 
     with show_progress("converting") as progress:
@@ -46,6 +56,7 @@ def convert(
             source,
             out,
             to=to,
+            base=base,
             vision_tower=vision_tower,
             tokenizer=tokenizer,
             projector=projector,

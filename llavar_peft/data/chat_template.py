@@ -42,23 +42,25 @@ _PARTS_TO_TEXT: Final = (
     "{%- endfor -%}"
     "{%- set messages = joined.messages -%}"
 ).replace("IMAGE", IMAGE_PLACEHOLDER)
-
-_THINKING: Final = "enable_thinking"
-_WITHOUT_THINKING: Final = f"{{%- if {_THINKING} is not defined -%}}{{%- set {_THINKING} = false -%}}{{%- endif -%}}"
+# For programs that render the template without options: the prompts are then those of the training.
+_DEFAULTS: Final = (
+    "{%- if enable_thinking is not defined -%}{%- set enable_thinking = false -%}{%- endif -%}"
+    "{%- if date_string is not defined -%}{%- set date_string = '26 Jul 2024' -%}{%- endif -%}"
+)
 
 
 def with_image_parts(template: str) -> str:
     """Return a text model's Jinja template for messages whose content may be a list of image and text parts.
 
     ``strftime_now`` is replaced by a fixed date, so that a conversation has the same tokens on each day. Thinking is
-    off unless a caller switches it on, because a model is trained without it.
+    off unless it is asked for.
     """
     if template.startswith(_PARTS_TO_TEXT):
         return template
     from datetime import date
 
     fixed = _CALL_OF_TODAY.sub(lambda call: repr(date(*_FIXED_DATE).strftime(call.group(2))), template)
-    return _PARTS_TO_TEXT + (_WITHOUT_THINKING if _THINKING in template else "") + fixed
+    return _PARTS_TO_TEXT + _DEFAULTS + fixed
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,6 +24,7 @@ from llavar_peft.models.hub_models import is_hub_name
 from llavar_peft.recipe.schema import Attention, Dtype, Kernels, ModelConfig, Quantization
 from llavar_peft.recipe.validate import model_from_mapping
 from llavar_peft.weights.adapter.adapter_files import ADAPTER_CONFIG, BASE_FILE, read_base_settings, read_settings
+from llavar_peft.weights.adapter.adapter_layouts import conversion_of, is_llava_lora
 from llavar_peft.weights.io.tensor_table import WEIGHTS_FILES
 
 if TYPE_CHECKING:
@@ -236,6 +237,7 @@ def _read_base(adapter: Path) -> ModelConfig:
     settings = read_base_settings(adapter)
     fix = f"give the base as the model, and this folder as its adapter: --model BASE --adapter {adapter}"
     if not settings.fields:
+        fix = conversion_of(adapter) if is_llava_lora(adapter) else fix
         raise ConfigError.at(str(adapter / BASE_FILE), "no such file", fix)
     base = model_from_mapping(settings.fields, str(adapter / BASE_FILE))
     if base.checkpoint is None or Path(base.checkpoint).is_dir():

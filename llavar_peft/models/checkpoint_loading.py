@@ -28,6 +28,7 @@ from llavar_peft.models.tower_loading import TowerParts, read_tower
 from llavar_peft.recipe.schema import ModelConfig, ProjectorType
 from llavar_peft.types import expand_home
 from llavar_peft.weights.adapter.adapter_files import ADAPTER_CONFIG
+from llavar_peft.weights.adapter.adapter_layouts import conversion_of, is_llava_lora
 from llavar_peft.weights.delta.released_layout import check_not_delta, read_model_config
 from llavar_peft.weights.io import tensor_names
 from llavar_peft.weights.io.joined_rows import JoinedRows
@@ -96,7 +97,9 @@ def read_checkpoint(config: ModelConfig) -> ModelParts:
         raise ConfigError.at(
             str(folder),
             "an adapter, expected a complete model",
-            "give it as the adapter of its base, or merge it first with `llavar-peft merge`",
+            conversion_of(folder)
+            if is_llava_lora(folder)
+            else "give it as the adapter of its base, or merge it first with `llavar-peft merge`",
         )
     described = read_model_config(folder)
     kind = described.get("model_type")

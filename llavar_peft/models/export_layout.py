@@ -1,9 +1,10 @@
-"""``export``: convert a LLaVAR between three layouts, from disk to disk.
+"""``export``: convert a LLaVAR between layouts, from disk to disk.
 
 ``llavar``    this package's layout, for ``build_model``, ``Trainer`` and ``ask``
 ``original``  the layout of the released weights, for the original's code; contains no vision tower
 ``hf-llava``  stock ``transformers.LlavaForConditionalGeneration`` with processor and chat template, which ``pipeline``,
               vLLM and SGLang run without this package
+``adapter``   an adapter of this package, from a LoRA of LLaVA's own code
 """
 
 from __future__ import annotations
@@ -22,10 +23,12 @@ from llavar_peft.models.build_model import expected_shapes, register
 from llavar_peft.models.checkpoint_loading import read_checkpoint, resolve_folder
 from llavar_peft.models.flat_layout import is_flat
 from llavar_peft.models.hf_llava import write_stock_companions
+from llavar_peft.models.llava_lora import convert_llava_lora
 from llavar_peft.models.model_parts import ModelParts
 from llavar_peft.recipe.schema import ModelConfig
 from llavar_peft.types import expand_home
 from llavar_peft.weights.adapter.adapter_files import ADAPTER_CONFIG
+from llavar_peft.weights.adapter.adapter_layouts import conversion_of, is_llava_lora
 from llavar_peft.weights.delta.flat_settings import flatten_config
 from llavar_peft.weights.delta.released_layout import (
     ReleasedView,
@@ -49,7 +52,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-Layout = Literal["llavar", "original", "hf-llava"]
+Layout = Literal["llavar", "original", "hf-llava", "adapter"]
 _FLOAT16 = "float16"
 _STOCK_PAD = "<pad>"
 """The token that ``llava-hf/llava-1.5-*`` adds next to the image token."""
@@ -60,6 +63,7 @@ def export(  # noqa: PLR0913 - the options of the conversion
     out: str | Path,
     *,
     to: Layout,
+    base: str | Path | None = None,
     vision_tower: str | Path | None = None,
     tokenizer: str | Path | None = None,
     projector: ProjectorForm = "linear",
@@ -76,7 +80,8 @@ def export(  # noqa: PLR0913 - the options of the conversion
     Args:
         source: Folder (or hub name) of a LLaVAR in any of the three layouts.
         out: Folder to create; must not exist.
-        to: Layout of the result.
+        to: Layout of the result; ``adapter`` is for a LoRA of LLaVA's own code.
+        base: For ``adapter``: the model that it was trained on; None is the one that its files name.
         vision_tower: CLIP's folder, for a source in the released layout, which contains no tower.
         tokenizer: Folder with LLaMA's ``tokenizer.model``, which the original's code needs; for ``original`` from a
             source that has none.
@@ -100,11 +105,14 @@ def export(  # noqa: PLR0913 - the options of the conversion
     if to not in get_args(Layout):
         known = ", ".join(map(repr, get_args(Layout)))
         raise ConfigError.at("to", f"unknown layout (got {to!r}, expected one of {known})", "correct it")
+    if to == "adapter":
+        return convert_llava_lora(source, out, base=base, vision_tower=vision_tower, progress=progress)
     folder = resolve_folder(str(source), "source")
     if (folder / ADAPTER_CONFIG).is_file():
-        raise ConfigError.at(
-            str(folder), "an adapter, expected a complete model", "merge it first with `llavar-peft merge`"
-        )
+        fix = conversion_of(folder) if is_llava_lora(folder) else "merge it first with `llavar-peft merge`"
+        raise ConfigError.at(str(folder), "an adapter, expected a complete model", fix)
+    if base is not None:
+        raise ConfigError.at("base", "applies only to the conversion into an adapter", "leave it out")
     tower = None if vision_tower is None else str(vision_tower)
     parts = read_checkpoint(ModelConfig(checkpoint=str(folder), vision_tower=tower))
     check_tensors(parts.tensors, expected_shapes(parts.config), where=parts.source)
@@ -125,8 +133,8 @@ def export(  # noqa: PLR0913 - the options of the conversion
             layers = to_two_layers(read[tensor_names.PROJECTOR_WEIGHT], read[tensor_names.PROJECTOR_BIAS], projector)
             kept = {name: one for name, one in tensors.items() if not name.startswith(tensor_names.PROJECTOR)}
             tensors, activation = {**kept, **layers}, ACTIVATIONS[projector]
-        kind = parts.config.vision_config.model_type
-        tensors = {tensor_names.to_stock(name, tower=kind): one for name, one in tensors.items()}
+        tower_kind = parts.config.vision_config.model_type
+        tensors = {tensor_names.to_stock(name, tower_kind): one for name, one in tensors.items()}
         finish = partial(write_stock_companions, parts, activation, dtype)
     else:
         finish = partial(_finish_own_layout, parts, dtype)

@@ -45,7 +45,7 @@ _SUPPORTED: dict[str, tuple[object, ...]] = {
 _FIX_FEATURES = (
     "use a LLaVA with the features of LLaVA-1.5: one tower, one size of image, a linear or mlp2x_gelu projector"
 )
-_LLAMA_TOKENS = ("llama", "mistral")
+LLAMA_TOKENS = ("llama", "mistral")
 """Language models whose ``tokenizer.model`` is read as the original's code reads LLaMA's."""
 
 
@@ -65,6 +65,22 @@ def check_flat(folder: Path, described: Mapping[str, Any], vision_tower: str | N
     stored = open_weights(folder)
     norm = next((stored[name] for name in stored if tensor_names.from_released(name) == tensor_names.FINAL_NORM), None)
     check_not_delta(norm, folder, {"model_type": flat_language_kind(described)})
+    check_features(folder, described)
+    if vision_tower is None:
+        raise ConfigError.at(
+            "model.vision_tower",
+            f"not set, and a checkpoint in the released layout contains no vision tower (it was trained with "
+            f"{described.get('mm_vision_tower')!r})",
+            "set it to the folder of the vision tower that the checkpoint was trained with",
+        )
+
+
+def check_features(folder: Path, described: Mapping[str, Any]) -> None:
+    """Reject settings of LLaVA's code that this package does not compute.
+
+    Raises:
+        ConfigError: Names the first of them.
+    """
     for name, supported in _SUPPORTED.items():
         if described.get(name) not in (None, *supported):
             expected = ", ".join(map(str, supported))
@@ -80,13 +96,6 @@ def check_flat(folder: Path, described: Mapping[str, Any], vision_tower: str | N
                 f"several of them are not supported (got {ascii(described[name])[:80]})",
                 _FIX_FEATURES,
             )
-    if vision_tower is None:
-        raise ConfigError.at(
-            "model.vision_tower",
-            f"not set, and a checkpoint in the released layout contains no vision tower (it was trained with "
-            f"{described.get('mm_vision_tower')!r})",
-            "set it to the folder of the vision tower that the checkpoint was trained with",
-        )
 
 
 def read_flat(folder: Path, described: Mapping[str, Any], config: ModelConfig, tower: TowerParts) -> ModelParts:
@@ -161,7 +170,7 @@ def _read_tokenizer(
             f"unknown (got {ascii(stated)[:80]}, expected {known})",
             "correct it",
         )
-    as_llama = kind in _LLAMA_TOKENS and (folder / "tokenizer.model").is_file()
+    as_llama = kind in LLAMA_TOKENS and (folder / "tokenizer.model").is_file()
     if as_llama or has_image_token or (kind == "llama" and stated is None):
         tokenizer = load_tokenizer(folder)
     else:
@@ -171,7 +180,7 @@ def _read_tokenizer(
         return tokenizer, cast("TemplateName", stated)
     if has_image_token:
         return tokenizer, "llava_v1"
-    if kind in _LLAMA_TOKENS:
+    if kind in LLAMA_TOKENS:
         return tokenizer, "vicuna_v1"
     if tokenizer.chat_template is None:
         raise ConfigError.at(

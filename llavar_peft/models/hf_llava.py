@@ -34,6 +34,9 @@ _SHARED_IMAGE_SETTINGS = (
     "do_resize", "size", "resample", "do_center_crop", "crop_size", "rescale_factor", "image_mean", "image_std",
 )  # fmt: skip
 
+_RENAMED_TOWERS = ("dinov3_vit",)
+"""Towers whose tensors transformers renames when it loads them alone, by a rule that fails within another model."""
+
 
 def write_stock_companions(parts: ModelParts, activation: str, dtype: str | None, staged: Path) -> None:
     """Write the configuration, generation settings and processor of the stock layout into a folder.
@@ -52,6 +55,18 @@ def write_stock_companions(parts: ModelParts, activation: str, dtype: str | None
             "to",
             f"stock LLaVA leaves out one position of the tower at most (this one has {extra} that are no patches)",
             "use the layout llavar, or a tower without register tokens",
+        )
+    kind = parts.config.vision_config.model_type
+    if kind in _RENAMED_TOWERS:
+        raise ConfigError.at(
+            "to", f"transformers does not find the tensors of a {kind} in a stock LLaVA", "use the layout llavar"
+        )
+    cap = getattr(parts.config.text_config, "final_logit_softcapping", None)
+    if cap is not None:
+        logger.warning(
+            "stock LLaVA of transformers does not cap the logits of this language model at %g: the most probable "
+            "tokens are the same, but probabilities and sampled answers differ",
+            cap,
         )
     if parts.inference_image_mode not in ("pad", "square"):
         logger.warning(

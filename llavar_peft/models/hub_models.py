@@ -7,7 +7,7 @@ from pathlib import Path
 
 from llavar_peft.errors import EnvironmentFaultError
 
-_FILES = ["*.json", "*.safetensors", "*.bin", "*.jinja", "tokenizer.model"]
+_FILES = ["*.json", "*.safetensors", "*.bin", "*.jinja", "tokenizer.model", "merges.txt"]
 _LONGEST_REASON = 200  # characters of another library's message
 
 

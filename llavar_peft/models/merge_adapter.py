@@ -16,6 +16,7 @@ from llavar_peft.data.conversation_template import CHAT_TEMPLATE, VICUNA_CHAT_TE
 from llavar_peft.errors import WeightsError
 from llavar_peft.models.build_model import PROCESSOR_FILE
 from llavar_peft.models.merge_logits_gap import LogitsGap, measure_merge
+from llavar_peft.models.tower_loading import read_tower_tensors
 from llavar_peft.types import ReadableRepr, expand_home
 from llavar_peft.weights.io.companion_files import CHAT_TEMPLATE_FILE
 from llavar_peft.weights.io.shard_layout import RELEASED_SHARD_SIZE, WeightsFormat
@@ -111,7 +112,14 @@ def merge_adapter(  # noqa: PLR0913 - the options of the merge
         EnvironmentFaultError: The disk is full, or another process writes the same folder.
     """
     plan = plan_merge(
-        base, adapter, weights=weights, onto=onto, vision_tower=vision_tower, projector=projector, force=force
+        base,
+        adapter,
+        weights=weights,
+        onto=onto,
+        vision_tower=vision_tower,
+        projector=projector,
+        force=force,
+        read_tower=read_tower_tensors,
     )
     gaps: dict[str, LogitsGap] = {}
     used: Onto = "dequantized" if plan.merged.rounding is not None else "original"

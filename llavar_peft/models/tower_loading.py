@@ -87,6 +87,16 @@ def read_tower(folder: Path) -> TowerParts:
     )
 
 
+def read_tower_tensors(folder: Path) -> dict[str, Tensor]:
+    """Return the tensors of a tower other than CLIP by our names, in memory.
+
+    Raises:
+        ConfigError: The folder holds no tower.
+        WeightsError: A tensor is missing, or a file cannot be read.
+    """
+    return _load_tensors(folder, _read_config(folder))
+
+
 def count_extra_positions(config: PretrainedConfig, side: int, folder: Path) -> int:
     """Return how many positions of a tower are no patches, by a forward pass without memory.
 

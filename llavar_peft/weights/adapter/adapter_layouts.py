@@ -13,6 +13,7 @@ peft < 0.7             ``adapter_model.bin`` instead of safetensors, and ``.lora
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,7 @@ from llavar_peft.types import expand_home
 from llavar_peft.weights.adapter.adapter_files import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
+    BASE_FILE,
     PREFIX,
     read_base_settings,
     read_settings,
@@ -37,6 +39,8 @@ _LLAVA_FILE = "non_lora_trainables.bin"
 """LLaVA's file of what it trained besides the low-rank updates: the projector."""
 _ADAPTER_NAME = re.compile(r"\.(lora_[AB]|lora_magnitude_vector)\.default(?=\.|$)")
 _LLAVA_NAME = re.compile(r"^model\.(layers|embed_tokens|norm|mm_projector)\.")
+_LLAVA_KIND = re.compile(r'"model_type":\s*"llava(_\w+)?"')
+_LONGEST_CONFIG = 1 << 20  # characters
 _PROJECTOR = "model.multi_modal_projector."
 _PROJECTOR_MODULE = "multi_modal_projector"
 
@@ -92,6 +96,34 @@ def open_adapter(folder: str | Path) -> AdapterOnDisk:
     if settings["peft_type"] == "LORA":
         settings.update(resolve_patterns(settings, adapted, str(path / ADAPTER_CONFIG)))
     return AdapterOnDisk(path, settings, table, adapted)
+
+
+def is_llava_lora(folder: Path) -> bool:
+    """Return whether a folder is a LoRA of LLaVA's code, which names its base but does not describe it."""
+    if not (folder / ADAPTER_CONFIG).is_file() or (folder / BASE_FILE).is_file():
+        return False
+    return (folder / _LLAVA_FILE).is_file() or _LLAVA_KIND.search(_read_start(folder / "config.json")) is not None
+
+
+def conversion_of(folder: Path, *, base: str | Path | None = None, vision_tower: str | Path | None = None) -> str:
+    """Return the command that converts a LoRA of LLaVA's code into an adapter of this package, for a message.
+
+    Args:
+        folder: The LoRA.
+        base: Its base, if the user gave one; None is the one that its files name.
+        vision_tower: The tower, likewise.
+    """
+    parts = ["llavar-peft", "convert", str(folder), f"{folder.name}-adapter", "--to", "adapter"]
+    parts += ["--base", str(base)] if base is not None else []
+    parts += ["--vision-tower", str(vision_tower)] if vision_tower is not None else []
+    return f"convert it into an adapter of this package first: `{shlex.join(parts)}`"
+
+
+def _read_start(path: Path) -> str:
+    if not path.is_file():
+        return ""
+    with path.open(encoding="utf-8", errors="replace") as file:
+        return file.read(_LONGEST_CONFIG)
 
 
 def adapter_files(folder: Path) -> list[Path]:

@@ -38,8 +38,7 @@ _STOCK = (
     ("multi_modal_projector.", "model.multi_modal_projector."),
     ("model.multi_modal_projector.", "model.multi_modal_projector."),
 )
-# Kinds of towers whose tensors have the prefix ``vision_model.`` in files, though not in the modules of transformers 5.
-_PREFIXED_TOWERS = ("clip_vision_model", "siglip_vision_model", "siglip2_vision_model")
+_WITH_VISION_MODEL = ("clip_vision_model", "siglip_vision_model")
 # Buffers in old checkpoints; the frequencies of RoPE are computed.
 _IGNORED = re.compile(r"(^|\.)rotary_emb\.inv_freq$|(^|\.)position_ids$")
 # The original sometimes saved a copy of the tower in the model.
@@ -102,13 +101,14 @@ def from_stock(name: str) -> str | None:
     return name
 
 
-def to_stock(name: str, *, tower: str = "clip_vision_model") -> str:
+def to_stock(name: str, tower: str = "clip_vision_model") -> str:
     """Return stock LLaVA's name, as on the hub, of one of our tensors or one below ``STOCK_PROJECTOR``.
 
     Args:
-        tower: The ``model_type`` of the vision tower.
+        name: Our name.
+        tower: The kind of vision tower. transformers removes ``vision_model.`` from the names of CLIP and SigLIP only.
     """
-    if name.startswith(TOWER) and tower not in _PREFIXED_TOWERS:
+    if name.startswith(TOWER) and tower not in _WITH_VISION_MODEL:
         return "vision_tower." + name.removeprefix(TOWER)
     for stock, ours in _STOCK:
         if name.startswith(ours):

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from llavar_peft.constants import MODEL_TYPE, TUNED_TOWER
 from llavar_peft.errors import ConfigError, WeightsError
 from llavar_peft.types import expand_home
 from llavar_peft.weights.adapter.adapter_files import BASE_FILE, read_base_settings
+from llavar_peft.weights.adapter.adapter_layouts import conversion_of, is_llava_lora
 from llavar_peft.weights.adapter.lora_updates import Adapter, Replacement, Rows
 from llavar_peft.weights.delta.flat_settings import flatten_config, stated_template
 from llavar_peft.weights.delta.released_layout import (
@@ -21,11 +22,16 @@ from llavar_peft.weights.delta.released_layout import (
 )
 from llavar_peft.weights.io import tensor_names
 from llavar_peft.weights.io.projector_file import TRAINED_ROWS, read_projector
-from llavar_peft.weights.io.tensor_table import TensorEntry, read_tensor_table
+from llavar_peft.weights.io.tensor_table import TensorEntry, dtype_name, read_tensor_table
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _GROWING = (tensor_names.EMBEDDINGS, tensor_names.HEAD)
 _STREAMED_TOWERS = ("clip", "clip_vision_model", "siglip", "siglip_vision_model")
 """Towers whose tensors have the same names in their files and in our model, apart from a prefix."""
+ReadTower: TypeAlias = "Callable[[Path], Mapping[str, Tensor]]"
+"""Returns the tensors of a tower by our names, in memory."""
 _FIX_PROJECTOR = "give the mm_projector.bin that stage 1 wrote"
 
 
@@ -57,7 +63,12 @@ class MergeBase:
 
 
 def open_merge_base(
-    folder: Path, adapters: Sequence[Adapter], *, vision_tower: str | Path | None, projector: str | Path | None
+    folder: Path,
+    adapters: Sequence[Adapter],
+    *,
+    vision_tower: str | Path | None,
+    projector: str | Path | None,
+    read_tower: ReadTower | None = None,
 ) -> MergeBase:
     """Open a base for a merge into a whole model.
 
@@ -67,6 +78,7 @@ def open_merge_base(
         adapters: The adapters to merge, at least one.
         vision_tower: CLIP's folder, for a plain language model; None is that of the first adapter's run.
         projector: A stage-1 file that is applied to the base; None is that of the first adapter's run.
+        read_tower: Reads towers whose tensors have other names in their files than in our model.
 
     Returns:
         The base; a plain language model by our names, with the tower.
@@ -99,14 +111,7 @@ def open_merge_base(
         where = str(adapters[0].folder / BASE_FILE) if vision_tower is None else "--vision-tower"
         what = f"no vision tower found (got {str(tower)!r}, expected a folder with config.json)"
         raise ConfigError.at(where, what, "give the tower's folder with --vision-tower")
-    kind = read_model_config(tower).get("model_type")
-    if kind not in _STREAMED_TOWERS:
-        raise ConfigError.at(
-            str(tower),
-            f"a tower of this kind cannot be merged from its own files (got {kind!r}, expected CLIP or SigLIP)",
-            "save the model that build_model makes of the parts, and give its folder as the base",
-        )
-    entries = {new: entry for name, entry in read_tensor_table(tower).items() if (new := tensor_names.from_clip(name))}
+    entries = _tower_entries(tower, read_tower)
     return MergeBase(
         {**extended.table, **entries},
         {**extended.shapes, **{name: entry.shape for name, entry in entries.items()}},
@@ -123,6 +128,18 @@ def _check_frozen_tower(adapters: Sequence[Adapter], fix: str) -> None:
         if one.tunes_tower:
             what = "the adapter changes the vision tower, and the result's layout, the released one, contains none"
             raise ConfigError.at(str(one.folder), what, fix)
+
+
+def _tower_entries(tower: Path, read_tower: ReadTower | None) -> dict[str, TensorEntry]:
+    """Return a tower's tensors by our names: on disk for CLIP and SigLIP, in memory for others."""
+    stored = read_tensor_table(tower)
+    if read_tower is None or read_model_config(tower).get("model_type") in _STREAMED_TOWERS:
+        return {new: entry for name, entry in stored.items() if (new := tensor_names.from_clip(name)) is not None}
+    file = next(iter(stored.values())).path
+    return {
+        name: TensorEntry(name, tuple(one.shape), dtype_name(one), file, 0, data=one)
+        for name, one in read_tower(tower).items()
+    }
 
 
 def released_merge_base(view: ReleasedView, adapters: Sequence[Adapter]) -> MergeBase:
@@ -165,7 +182,9 @@ def _extend_language_model(folder: Path, adapters: Sequence[Adapter], projector:
         raise ConfigError.at(
             f"{first / 'config.json'}:model_type",
             f"not the configuration of a LLaVAR (got {config.get('model_type')!r}, expected {MODEL_TYPE!r})",
-            "give the whole LLaVAR that the adapter was trained on as base",
+            conversion_of(first, base=folder)
+            if is_llava_lora(first)
+            else "give the whole LLaVAR that the adapter was trained on as base",
         )
     table = {
         ours: entry for name, entry in read_tensor_table(folder).items() if (ours := tensor_names.from_released(name))
