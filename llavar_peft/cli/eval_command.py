@@ -120,9 +120,9 @@ def eval_vqa(
         chat, setting = evaluated.load_evaluated_model(model, adapter, vision_tower, quantize, chosen)
         log = out.with_suffix(".answers.jsonl")
         answered = evaluated.answer_with_progress(chat, questions, roots or ImageRoots(), setting, log)
-    side = chat.engine.processor.image_side if chat else _RELEASED_SIDE
+    processor = chat.engine.processor if chat else _RELEASED_SIDE
     measured = borrow_heights(answered, heights) if heights else answered
-    measures = measure_letter_height(measured, roots, setting.image_mode or "pad", side)
+    measures = measure_letter_height(measured, roots, setting.image_mode or "pad", processor)
     _report_results(score_answers(answered, name or str(source), setting, protocols, measures), out, as_json=as_json)
 
 

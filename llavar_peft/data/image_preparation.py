@@ -100,6 +100,24 @@ def image_token_count(size: Tensor | tuple[int, int], patch_size: int) -> int:
     return (height // patch_size) * (width // patch_size)
 
 
+def prepared_scale(size: tuple[int, int], mode: ImageMode, processor: Any) -> float:
+    """Return the factor from the height of something in an image to its height in the prepared image.
+
+    Args:
+        size: (width, height) of the image.
+        mode: How the image is prepared.
+        processor: As for ``prepare_image``, or the side in pixels to which CLIP's image processor resizes.
+    """
+    width, height = size
+    if mode == "keep":
+        return min(_KEEP_LONG / max(size), _KEEP_SHORT / min(size))
+    if mode != "square":
+        width = height = max(size)
+    if isinstance(processor, int):
+        return processor / min(width, height)
+    return _resized_size((width, height), image_settings(processor))[1] / height
+
+
 def _square(image: Image.Image, settings: _Settings) -> Image.Image:
     """Resize as the processor does, then crop the centre."""
     width, height = _resized_size(image.size, settings)

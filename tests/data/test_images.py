@@ -21,7 +21,7 @@ from PIL import Image, ImageFile, ImageOps
 from transformers import CLIPImageProcessorPil
 
 from llavar_peft.data.image_files import MAX_PIXELS, decode_image, open_image, read_header
-from llavar_peft.data.image_preparation import image_token_count, prepare_image
+from llavar_peft.data.image_preparation import image_token_count, prepare_image, prepared_scale
 from llavar_peft.data.image_roots import ImageRoots
 from llavar_peft.errors import ConfigError, ImageError
 from llavar_peft.page.inline_images import embed_image
@@ -179,6 +179,30 @@ def test_the_crop_of_a_strip_is_its_centre() -> None:
     image = noise(28 * 40, 28)  # as high as the crop: nothing is resized
     middle = image.crop((28 * 20 - 14, 0, 28 * 20 + 14, 28))
     assert torch.equal(prepare_image(image, "square", SMALL), library(middle, SMALL))
+
+
+FIXED = CLIPImageProcessorPil(size={"height": 96, "width": 96}, do_center_crop=False)  # as SigLIP's
+CROPPED = CLIPImageProcessorPil(size={"shortest_edge": 128}, crop_size=112)  # as DINOv2's
+
+
+@pytest.mark.parametrize("processor", [CLIP, SMALL, FIXED, CROPPED], ids=["336", "28", "fixed", "cropped"])
+@pytest.mark.parametrize("size", [(600, 600), (900, 300), (300, 900), (1200, 1600), (60, 40)])
+@pytest.mark.parametrize("mode", get_args(ImageMode))
+def test_the_height_of_text_is_that_in_the_prepared_image(
+    mode: ImageMode, size: tuple[int, int], processor: Any
+) -> None:
+    image, bar = Image.new("RGB", size, "white"), min(size) // 4
+    top = (size[1] - bar) // 2
+    image.paste((255, 0, 0), (0, top, size[0], top + bar))
+    red, green = (
+        channel * std + mean
+        for channel, std, mean in zip(
+            prepare_image(image, mode, processor), processor.image_std[:2], processor.image_mean[:2], strict=False
+        )
+    )
+    column = (red - green)[:, 1 if mode == "pad_black" else red.shape[1] // 2]  # of the paddings' colours about 0
+    height = float(column[column > 0.1].sum())
+    assert height == pytest.approx(bar * prepared_scale(size, mode, processor), rel=0.06, abs=0.7)
 
 
 def test_keep_returns_at_least_one_patch() -> None:

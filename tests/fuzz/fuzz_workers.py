@@ -32,8 +32,11 @@ from tests.fuzz.mutations import damage_file
 from tests.fuzz.targets import TARGETS, Target, choose_uses, serving_app, split_use
 
 SECONDS = 10
-"""CPU time of a case; more is a hang."""
-WALL_SECONDS = 90
+"""CPU time of a case; more is a hang, if it happens twice."""
+_PATIENCE = 3  # times as much for the second time, in which a slow start of a worker does not count
+IDLE_SECONDS = 120
+"""Time in which a case that is not a hang gets some CPU time, however busy the machine is."""
+_SOME = 0.1  # seconds of CPU time
 MEMORY = 2 << 30
 """Bytes of address space that a worker may take beyond those of its parent."""
 _WRITTEN = ("request.json", "answers.jsonl", "read.report.json")
@@ -60,8 +63,8 @@ class Failure:
     def __str__(self) -> str:
         where = [line[:_WIDTH] for line in self.details.strip().splitlines()]
         return (
-            f"{self.kind}: --target {self.target} --seed {self.seed}  ({self.damaged}; {self.use})\n    "
-            + "\n    ".join(where[-6:])
+            f"{self.kind}: {self.damaged}; {self.use}\n    " + "\n    ".join(where[-6:]) + "\n    again: "
+            f'make fuzz FUZZ_ARGS="--target {self.target} --seed {self.seed}"'
         )
 
 
@@ -82,6 +85,7 @@ def run_cases(
     """
     waiting = list(reversed(cases))
     running: dict[Connection, _Worker] = {}
+    slow: set[Case] = set()
     while waiting or running:
         if time.monotonic() > stop:
             waiting.clear()
@@ -93,8 +97,12 @@ def run_cases(
             worker = running[connection]
             if connection in ready:
                 yield from worker.receive()
-            elif (failure := worker.overdue()) is not None:
-                yield failure
+            elif worker.left and worker.is_overdue(_PATIENCE if worker.left[0] in slow else 1):
+                worker.kill()
+                if worker.left[0] in slow:
+                    yield worker.fail("hang", worker.times())
+                else:
+                    slow.add(worker.left[0])
             if worker.ended:
                 waiting += reversed(worker.left)
                 del running[connection]
@@ -124,6 +132,7 @@ class _Worker:
         self._process.start()
         theirs.close()
         self._started, self._cpu, self._what = time.monotonic(), 0.0, ("", "")
+        self._advanced = (self._started, 0.0)
 
     def receive(self) -> Iterator[Failure | Case]:
         """Yield what the worker has sent."""
@@ -133,25 +142,34 @@ class _Worker:
             self._process.join()
             self.ended = True
             if self.left:
-                yield self._fail("killed", f"the worker ended with status {self._process.exitcode}")
+                yield self.fail("killed", f"the worker ended with status {self._process.exitcode}")
             return
         if kind == "start":
             self._what = value
             self._started, self._cpu = time.monotonic(), self._cpu_time()
+            self._advanced = (self._started, self._cpu)
             return
         yield value if value is not None else self.left[0]
         self.left = self.left[1:]
 
-    def overdue(self) -> Failure | None:
-        """End the worker if its case takes too long, and return the failure."""
-        wall, cpu = time.monotonic() - self._started, self._cpu_time() - self._cpu
-        if self.ended or not self.left or not self._what[0] or (cpu < SECONDS and wall < WALL_SECONDS):
-            return None
-        failure = self._fail("hang", f"{cpu:.1f} s of CPU time, {wall:.1f} s in all")
+    def is_overdue(self, patience: int) -> bool:
+        """Return whether the case takes too much CPU time, or waits for something that does not happen."""
+        if self.ended or not self._what[0]:
+            return False
+        now, cpu = time.monotonic(), self._cpu_time()
+        if cpu - self._advanced[1] > _SOME:
+            self._advanced = (now, cpu)
+        return cpu - self._cpu > SECONDS * patience or now - self._advanced[0] > IDLE_SECONDS * patience
+
+    def times(self) -> str:
+        """Return how long the case has run."""
+        return f"{self._advanced[1] - self._cpu:.1f} s of CPU time, {time.monotonic() - self._started:.1f} s in all"
+
+    def kill(self) -> None:
+        """End the worker."""
         self._process.kill()
         self._process.join()
         self.ended = True
-        return failure
 
     def _cpu_time(self) -> float:
         try:
@@ -160,7 +178,8 @@ class _Worker:
             return self._cpu
         return float(used.user + used.system)
 
-    def _fail(self, kind: str, details: str) -> Failure:
+    def fail(self, kind: str, details: str) -> Failure:
+        """Return the failure of the case, which is not run again."""
         (target, seed), self.left = self.left[0], self.left[1:]
         return Failure(target, seed, kind, self._what[1], self._what[0], details)
 

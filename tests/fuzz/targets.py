@@ -162,7 +162,7 @@ def _open_images() -> None:
 @lru_cache(maxsize=1)
 def serving_app() -> object:
     """Return a server's application over the model in the working directory."""
-    return create_app(load_chat("merged").engine, name="m", limits=RequestLimits(new_tokens=2, seconds=30))
+    return create_app(load_chat("merged").engine, name="m", limits=RequestLimits(new_tokens=2, seconds=3600))
 
 
 def _send_request() -> None:

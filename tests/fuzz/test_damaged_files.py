@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import pytest
@@ -36,7 +37,30 @@ def test_damaged_files_end_in_messages(valid_files: Path) -> None:
     cases = [*_seeds(), *choose_cases(sorted(set(TARGETS) - {"converse", "resume"}), 0, CASES)]
     ended = list(run_cases(cases, valid_files, workers=1))
     assert len(ended) == len(cases)
-    assert [str(one) for one in ended if isinstance(one, Failure)] == []
+    failures = [str(one) for one in ended if isinstance(one, Failure)]
+    if failures:
+        pytest.fail("\n".join(failures), pytrace=False)  # an assertion would shorten the texts
+
+
+def test_only_a_second_hang_fails(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A case may be slow because a busy machine, or the imports of a new worker, took the time."""
+    monkeypatch.setattr("tests.fuzz.fuzz_workers.SECONDS", 0.5)
+    monkeypatch.setattr("tests.fuzz.fuzz_workers._run_case", _run_slowly)
+    monkeypatch.setenv("ONCE", str(tmp_path / "once"))
+    ended = list(run_cases([("once", 1), ("always", 2), ("never", 3)], tmp_path, workers=1))
+    assert ended[0] == ("once", 1)
+    assert isinstance(ended[1], Failure)
+    assert "hang: x; y" in str(ended[1])
+    assert str(ended[1]).endswith('make fuzz FUZZ_ARGS="--target always --seed 2"')
+    assert ended[2] == ("never", 3)
+
+
+def _run_slowly(name: str, seed: int, files: Path, connection: Connection) -> None:
+    connection.send(("start", ("x", "y")))
+    first = not Path(os.environ["ONCE"]).exists()
+    Path(os.environ["ONCE"]).touch()
+    while name == "always" or (name == "once" and first):
+        pass
 
 
 def test_the_same_seed_damages_a_file_in_the_same_way() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import struct
 import tracemalloc
 import zipfile
@@ -99,6 +100,19 @@ def test_blocks_can_be_modified(tensors: dict[str, Tensor], tmp_path: Path) -> N
         open_weights(path)["matrix"].zero_()
         assert torch.equal(read_tensor(entry), tensors["matrix"]) or entry.data is not None
         assert torch.equal(open_weights(path)["matrix"], tensors["matrix"])
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin"])
+def test_a_file_that_is_truncated_while_it_is_mapped(name: str, tensors: dict[str, Tensor], tmp_path: Path) -> None:
+    """Reading behind its end would end the process with SIGBUS."""
+    path = _write(tmp_path / name, tensors)
+    last = max(read_tensor_table(path).values(), key=lambda entry: entry.offset)
+    mapped = open_weights(path)
+    for stored in mapped.values():
+        assert stored is not None
+    os.truncate(path, last.offset + 1)
+    with pytest.raises(WeightsError, match="truncated while it was in use"):
+        mapped[last.name]
 
 
 @pytest.mark.parametrize("name", ["new.bin", "new.safetensors"])

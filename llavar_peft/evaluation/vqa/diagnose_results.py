@@ -10,8 +10,9 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
+from llavar_peft.data.image_preparation import prepared_scale
 from llavar_peft.data.image_roots import ImageRoots
 from llavar_peft.data.record_store import open_records
 from llavar_peft.errors import DataError
@@ -27,7 +28,6 @@ LETTER_HEIGHT: Final = "letter height"
 ANSWER_LENGTH: Final = "answer length"
 _HEIGHTS: Final = (4, 6, 8, 12, 16, 24, 48)
 _LENGTHS: Final = (4, 8, 16, 32)
-_KEEP: Final = (448, 224)  # maximum of the longer and of the shorter side in the mode "keep"
 _MAX_VALUES: Final = 20
 _COLUMNS, _ROWS = ("left", "centre", "right"), ("top", "middle", "bottom")
 
@@ -71,22 +71,8 @@ class TooSmall:
     smallest: float
 
 
-def tower_scale(size: tuple[int, int], mode: ImageMode, side: int) -> float:
-    """Return the factor from image pixels to pixels of the tower's input.
-
-    Args:
-        size: (width, height) of the image.
-        mode: How the image is prepared; see ``llavar_peft.data.image_preparation``.
-        side: Side of the tower's input in pixels.
-    """
-    short, long = sorted(size)
-    if mode == "keep":
-        return min(_KEEP[0] / long, _KEEP[1] / short)
-    return side / (short if mode == "square" else long)
-
-
 def measure_letter_height(
-    questions: Iterable[VqaQuestion], roots: ImageRoots | None, mode: ImageMode, side: int
+    questions: Iterable[VqaQuestion], roots: ImageRoots | None, mode: ImageMode, processor: Any
 ) -> dict[str, Measure]:
     """Measure the text that holds each answer, where the data set gives its box or height.
 
@@ -94,7 +80,7 @@ def measure_letter_height(
         questions: Questions, some with ``text_height`` or ``box``. The height of a box is used as that of one line.
         roots: Folders of images whose size the data set does not give; None leaves these images out.
         mode: How images are prepared.
-        side: Side of the tower's input in pixels.
+        processor: The model's, or the side of the tower's input in pixels.
 
     Returns:
         The measures by question id, where known.
@@ -113,7 +99,7 @@ def measure_letter_height(
             size = sizes[question.image] = sizes.get(question.image) or roots.open(question.image).size
         if size is None:
             continue
-        found[question.id] = (height * tower_scale(size, mode, side), _centre(question.box, size))
+        found[question.id] = (height * prepared_scale(size, mode, processor), _centre(question.box, size))
     return found
 
 

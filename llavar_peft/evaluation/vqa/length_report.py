@@ -100,7 +100,6 @@ def report_lengths(
     count = min(_MAX_RECORDS, len(records))
     rows: list[tuple[bool, int, bool]] = []
     heights: list[float] = []
-    side = processor.image_side
     for number in range(count):
         record = records[number * len(records) // count]
         where = f"record {number * len(records) // count}"
@@ -113,7 +112,9 @@ def report_lengths(
         path = image if isinstance(image, str) else None
         text = VqaQuestion(conversation.id, "", (), path, **read_text_size(record, where))
         heights += [
-            height for height, _ in measure_letter_height([text], roots, processor.image_mode, side).values() if height
+            height
+            for height, _ in measure_letter_height([text], roots, processor.image_mode, processor).values()
+            if height
         ]
         if progress is not None:
             progress(number + 1, count)

@@ -139,6 +139,9 @@ class WeightsStore(Mapping[str, "Tensor"]):
             with entry.path.open("rb") as file:  # a private copy: writing to a tensor leaves the file as it is
                 self._mapped[entry.path] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
         whole: Any = self._mapped[entry.path]
+        # Reading behind the end of a file that was truncated after it was mapped ends the process (SIGBUS).
+        if self._mapped[entry.path].size() < entry.offset + entry.nbytes:
+            raise WeightsError.at(entry.location, "the file was truncated while it was in use", DOWNLOAD_AGAIN)
         dtype = torch_dtype(entry.dtype)
         return torch.frombuffer(whole, dtype=dtype, count=entry.numel, offset=entry.offset).reshape(entry.shape)
 
