@@ -11,7 +11,7 @@ from transformers import AutoImageProcessor, AutoTokenizer, CLIPImageProcessorPi
 
 from llavar_peft.constants import IMAGE_PLACEHOLDER, IMAGE_START_TOKEN, MODEL_TYPE
 from llavar_peft.errors import ConfigError
-from llavar_peft.models.hub_models import cached_folder
+from llavar_peft.models.hub_models import cached_folder, is_hub_name
 from llavar_peft.models.known_models import KNOWN_MODELS, LLAMA_SIZES, TOKENS
 from llavar_peft.models.llavar_config import LlavarConfig, make_config, read_llama_config
 from llavar_peft.models.pretrained_files import load_pretrained, make_part_settings
@@ -23,6 +23,8 @@ from llavar_peft.weights.delta.released_layout import read_model_config
 _OF_LLAMA_S_SHAPE = re.compile(r"llama|vicuna|llava|alpaca")
 _OF_ANOTHER_SHAPE = re.compile(r"mistral|mixtral|qwen|gemma|phi-?\d|olmo|yi-|llama-?[34]")
 _SIZE = re.compile(r"(?<![0-9.])(7|13)b(?![a-z0-9])")
+
+_LLAMA_VOCABULARY = 32000  # of LLaMA 1 and 2, and of Vicuna
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,12 +75,7 @@ def config_without_weights(model: ModelConfig) -> LlavarConfig:
         legacy = model.template in (None, "llava_v1")
         return _compose(model, text, text.vocab_size + (not legacy), legacy=legacy)
     vocabulary, tokens = _tokenizer_of(source)
-    if model.template is None:
-        has_chat_tokens = source.has_tokenizer or source.tokens is not None or name in KNOWN_MODELS
-        is_vicuna = (source.folder / "tokenizer.model").is_file() or not has_chat_tokens
-        legacy = source.described.get("model_type") == "llama" and is_vicuna
-    else:
-        legacy = model.template == "llava_v1"
+    legacy = _is_vicuna(source) if model.template is None else model.template == "llava_v1"
     if source.described.get("model_type") in ("llama", None) and legacy:
         text = read_llama_config(source.described, source.folder)
     else:
@@ -169,6 +166,15 @@ def _find(name: str) -> _Source | None:
     return _Source(dict(KNOWN_MODELS[name]), Path(name), TOKENS.get(name)) if name in KNOWN_MODELS else None
 
 
+def _is_vicuna(source: _Source) -> bool:
+    """Return whether a language model gets the template ``llava_v1`` where none is set."""
+    if source.described.get("model_type") != "llama" or source.described.get("tie_word_embeddings"):
+        return False
+    if source.has_tokenizer or (source.folder / "tokenizer.model").is_file():
+        return (source.folder / "tokenizer.model").is_file()
+    return bool(source.described.get("vocab_size", _LLAMA_VOCABULARY) < _LLAMA_VOCABULARY + 1000)
+
+
 def _tokenizer_of(source: _Source) -> tuple[dict[str, int], int | None]:
     """Return the ids of a tokenizer's tokens, empty if there is none, and their number if it is known."""
     if not source.has_tokenizer:
@@ -185,14 +191,13 @@ def _llama_by_name(name: str, setting: str) -> PretrainedConfig:
         raise ConfigError.at(
             setting,
             f"not a folder, not in the hub's cache, and {lacks} (got {name!r}, expected a name such as vicuna-7b)",
-            _fix(name),
+            _fix(name, "config.json"),
         )
     return make_part_settings(dict(LLAMA_SIZES[size.group()]), Path(name), default="llama")
 
 
-def _fix(name: str) -> str:
-    hub = re.fullmatch(r"[\w.-]+/[\w.-]+", name) is not None
-    return "give the model's folder" + (f", or run `hf download {name} config.json`" if hub else "")
+def _fix(name: str, files: str) -> str:
+    return "give the model's folder" + (f", or run `hf download {name} {files}`" if is_hub_name(name) else "")
 
 
 def _tower(name: str | None) -> _TowerSettings:
@@ -210,7 +215,7 @@ def _tower(name: str | None) -> _TowerSettings:
             "model.vision_tower",
             f"not a folder, not in the hub's cache, and of unknown size (got {name!r}, expected a name such as "
             f"openai/clip-vit-large-patch14-336)",
-            _fix(name or ""),
+            _fix(name or "", "config.json preprocessor_config.json"),
         )
     known = KNOWN_MODELS["openai/clip-vit-large-patch14" + ("-336" if "336" in lower else "")]
     clip = CLIPVisionConfig(**known)
