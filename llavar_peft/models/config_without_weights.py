@@ -41,10 +41,9 @@ class _Source:
     folder: Path
     tokens: int | None = None
 
-    @property
-    def has_tokenizer(self) -> bool:
-        """Whether its folder has a tokenizer that ``AutoTokenizer`` reads as the model's own."""
-        return (self.folder / "tokenizer.json").is_file()
+    def load_tokenizer(self) -> Any:
+        """Return the model's tokenizer, or None if its folder has none that ``AutoTokenizer`` reads unchanged."""
+        return load_pretrained(AutoTokenizer, self.folder) if (self.folder / "tokenizer.json").is_file() else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,17 +73,18 @@ def config_without_weights(model: ModelConfig) -> LlavarConfig:
         text = _llama_by_name(name, "model.language_model")
         legacy = model.template in (None, "llava_v1")
         return _compose(model, text, text.vocab_size + (not legacy), legacy=legacy)
-    vocabulary, tokens = _tokenizer_of(source)
-    legacy = _is_vicuna(source) if model.template is None else model.template == "llava_v1"
+    tokenizer = source.load_tokenizer()
+    legacy = _is_vicuna(source, tokenizer) if model.template is None else model.template == "llava_v1"
     if source.described.get("model_type") in ("llama", None) and legacy:
         text = read_llama_config(source.described, source.folder)
     else:
         text = make_part_settings(source.described, source.folder, default="llama")
-    known = text.vocab_size if tokens is None else tokens
+    tokens = (source.tokens or text.vocab_size) if tokenizer is None else len(tokenizer)
     if legacy:
         text.tie_word_embeddings = False
-        return _compose(model, text, known, legacy=True)
-    return _compose(model, text, known + (IMAGE_PLACEHOLDER not in vocabulary), legacy=False)
+        return _compose(model, text, tokens, legacy=True)
+    has_image_token = tokenizer is not None and IMAGE_PLACEHOLDER in tokenizer.get_vocab()
+    return _compose(model, text, tokens + (not has_image_token), legacy=False)
 
 
 def _compose(model: ModelConfig, text: PretrainedConfig, tokens: int, *, legacy: bool) -> LlavarConfig:
@@ -144,14 +144,14 @@ def _of_stock(source: _Source) -> LlavarConfig:
     described, folder = source.described, source.folder
     text = make_part_settings(described["text_config"], folder, default="llama")
     tower = make_part_settings(described.get("vision_config"), folder, default="clip_vision_model")
-    vocabulary, _ = _tokenizer_of(source)
+    tokenizer = source.load_tokenizer()
     return make_config(
         text,
         tower,
         vocab_size=text.vocab_size,
         image_token_id=described.get("image_token_index", text.vocab_size - 1),
         vision_feature_layer=described.get("vision_feature_layer", -2),
-        use_im_start_end=IMAGE_START_TOKEN in vocabulary,
+        use_im_start_end=tokenizer is not None and IMAGE_START_TOKEN in tokenizer.get_vocab(),
         image_side=_side(folder, tower),
         extra_positions=int(described.get("vision_feature_select_strategy", "default") == "default"),
         projector_type="mlp2x_gelu" if described.get("projector_hidden_act", "gelu") == "gelu" else "linear",
@@ -166,21 +166,16 @@ def _find(name: str) -> _Source | None:
     return _Source(dict(KNOWN_MODELS[name]), Path(name), TOKENS.get(name)) if name in KNOWN_MODELS else None
 
 
-def _is_vicuna(source: _Source) -> bool:
+def _is_vicuna(source: _Source, tokenizer: Any) -> bool:
     """Return whether a language model gets the template ``llava_v1`` where none is set."""
-    if source.described.get("model_type") != "llama" or source.described.get("tie_word_embeddings"):
+    if source.described.get("model_type") not in ("llama", None):
         return False
-    if source.has_tokenizer or (source.folder / "tokenizer.model").is_file():
-        return (source.folder / "tokenizer.model").is_file()
-    return bool(source.described.get("vocab_size", _LLAMA_VOCABULARY) < _LLAMA_VOCABULARY + 1000)
-
-
-def _tokenizer_of(source: _Source) -> tuple[dict[str, int], int | None]:
-    """Return the ids of a tokenizer's tokens, empty if there is none, and their number if it is known."""
-    if not source.has_tokenizer:
-        return {}, source.tokens
-    tokenizer: Any = load_pretrained(AutoTokenizer, source.folder)
-    return tokenizer.get_vocab(), len(tokenizer)
+    if (source.folder / "tokenizer.model").is_file():
+        return True
+    if tokenizer is not None:
+        return tokenizer.chat_template is None
+    tied, rows = (source.described.get(name) for name in ("tie_word_embeddings", "vocab_size"))
+    return not tied and (rows or 0) < _LLAMA_VOCABULARY + 1000
 
 
 def _llama_by_name(name: str, setting: str) -> PretrainedConfig:
