@@ -15,7 +15,6 @@ if TYPE_CHECKING:
     from llavar_peft.preflight.estimate_stage import StageEstimate
 
 _GIB = 2**30
-_CUDA_BYTES = _GIB  # memory of CUDA's context and libraries, which PyTorch does not count
 _SIGNS = {"ok": "ok   ", "note": "note ", "fault": "FAULT"}
 _UNSUITABLE = 3  # exit status, as of other faults of the environment
 
@@ -48,6 +47,7 @@ def estimate(
     """
     chosen = shared.load_chosen_recipe(context, recipe, overrides, preset)
     from llavar_peft.preflight.estimate_stage import estimate_stage, what_would_help
+    from llavar_peft.preflight.gpu_fit import CUDA_BYTES, smallest_gpu
 
     found = [estimate_stage(chosen.model, stage, gpus=gpus, sharded=shard) for stage in chosen.stages]
     if as_json:
@@ -55,6 +55,8 @@ def estimate(
         return
     _print_memory(found)
     _print_work(found, gpus, tflops)
+    fitting = smallest_gpu((one.memory.peak for one in found), gpus) or "none, the largest has 80 GB"
+    say(f"Smallest common GPU: {fitting}. An image takes {found[0].image_tokens} tokens.")
     if any(one.lengths.records is None for one in found):
         say("The records were not found. Each is assumed to have an image and max_length tokens.")
     for stage in chosen.stages:
@@ -63,7 +65,7 @@ def estimate(
     for stage, one in zip(chosen.stages, found, strict=True):
         if memory is None:
             continue
-        limit = int(memory * _GIB) - _CUDA_BYTES
+        limit = int(memory * _GIB) - CUDA_BYTES
         fits = "fits" if one.memory.peak <= limit else "does not fit"
         say(f"{stage.name}: {fits} in {memory:g} GiB, of which CUDA itself takes about 1.")
         if one.memory.peak > limit:

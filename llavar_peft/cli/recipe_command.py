@@ -8,17 +8,21 @@ import typer
 
 from llavar_peft.cli.output import say
 from llavar_peft.cli.shared_options import complete_preset, complete_recipe_or_preset
-from llavar_peft.recipe.presets import list_presets, list_recipes, load_recipe, read_recipe
+from llavar_peft.recipe.presets import list_presets, list_recipes, load_recipe, read_recipe, shipped_gpu
 from llavar_peft.recipe.recipe_yaml import dump_recipe
 
 
 def recipe_list() -> None:
-    """List the shipped recipes, and the presets that can be applied to one."""
+    """List the shipped recipes, and the presets that can be applied to one.
+
+    Each has the smallest GPU that it fits on, by the estimate for its longest records.
+    """
     recipes, presets = list_recipes(), list_presets()
-    width = max(map(len, [*recipes, *presets]), default=0)
+    gpus = {name: shipped_gpu(name) for name in (*recipes, *presets)}
+    widths = [max(map(len, column), default=0) for column in (gpus, gpus.values())]
     for kind, found in (("recipe", recipes), ("preset", presets)):
         for name, summary in found.items():
-            say(f"{name:<{width}}  {kind}  {summary}")
+            say(f"{name:<{widths[0]}}  {kind}  {gpus[name]:<{widths[1]}}  {summary}")
 
 
 def recipe_show(

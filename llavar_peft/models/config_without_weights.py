@@ -11,7 +11,7 @@ from transformers import AutoImageProcessor, AutoTokenizer, CLIPImageProcessorPi
 
 from llavar_peft.constants import IMAGE_PLACEHOLDER, IMAGE_START_TOKEN, MODEL_TYPE
 from llavar_peft.errors import ConfigError
-from llavar_peft.models.hub_models import cached_folder
+from llavar_peft.models.hub_models import cached_folder, is_hub_name
 from llavar_peft.models.known_models import KNOWN_MODELS, LLAMA_SIZES, TOKENS
 from llavar_peft.models.llavar_config import LlavarConfig, make_config, read_flat_text_config, read_llama_config
 from llavar_peft.models.pretrained_files import load_pretrained, make_part_settings
@@ -23,6 +23,8 @@ from llavar_peft.weights.delta.released_layout import read_model_config
 _OF_LLAMA_S_SHAPE = re.compile(r"llama|vicuna|llava|alpaca")
 _OF_ANOTHER_SHAPE = re.compile(r"mistral|mixtral|qwen|gemma|phi-?\d|olmo|yi-|llama-?[34]")
 _SIZE = re.compile(r"(?<![0-9.])(7|13)b(?![a-z0-9])")
+
+_LLAMA_VOCABULARY = 32000  # of LLaMA 1 and 2, and of Vicuna
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,10 +41,9 @@ class _Source:
     folder: Path
     tokens: int | None = None
 
-    @property
-    def has_tokenizer(self) -> bool:
-        """Whether its folder has a tokenizer that ``AutoTokenizer`` reads as the model's own."""
-        return (self.folder / "tokenizer.json").is_file()
+    def load_tokenizer(self) -> Any:
+        """Return the model's tokenizer, or None if its folder has none that ``AutoTokenizer`` reads unchanged."""
+        return load_pretrained(AutoTokenizer, self.folder) if (self.folder / "tokenizer.json").is_file() else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,22 +73,18 @@ def config_without_weights(model: ModelConfig) -> LlavarConfig:
         text = _llama_by_name(name, "model.language_model")
         legacy = model.template in (None, "llava_v1")
         return _compose(model, text, text.vocab_size + (not legacy), legacy=legacy)
-    vocabulary, tokens = _tokenizer_of(source)
-    if model.template is None:
-        has_chat_tokens = source.has_tokenizer or source.tokens is not None or name in KNOWN_MODELS
-        is_vicuna = (source.folder / "tokenizer.model").is_file() or not has_chat_tokens
-        legacy = source.described.get("model_type") == "llama" and is_vicuna
-    else:
-        legacy = model.template == "llava_v1"
+    tokenizer = source.load_tokenizer()
+    legacy = _is_vicuna(source, tokenizer) if model.template is None else model.template == "llava_v1"
     if source.described.get("model_type") in ("llama", None) and legacy:
         text = read_llama_config(source.described, source.folder)
     else:
         text = make_part_settings(source.described, source.folder, default="llama")
-    known = text.vocab_size if tokens is None else tokens
+    tokens = (source.tokens or text.vocab_size) if tokenizer is None else len(tokenizer)
     if legacy:
         text.tie_word_embeddings = False
-        return _compose(model, text, known, legacy=True)
-    return _compose(model, text, known + (IMAGE_PLACEHOLDER not in vocabulary), legacy=False)
+        return _compose(model, text, tokens, legacy=True)
+    has_image_token = tokenizer is not None and IMAGE_PLACEHOLDER in tokenizer.get_vocab()
+    return _compose(model, text, tokens + (not has_image_token), legacy=False)
 
 
 def _compose(model: ModelConfig, text: PretrainedConfig, tokens: int, *, legacy: bool) -> LlavarConfig:
@@ -147,14 +144,14 @@ def _of_stock(source: _Source) -> LlavarConfig:
     described, folder = source.described, source.folder
     text = make_part_settings(described["text_config"], folder, default="llama")
     tower = make_part_settings(described.get("vision_config"), folder, default="clip_vision_model")
-    vocabulary, _ = _tokenizer_of(source)
+    tokenizer = source.load_tokenizer()
     return make_config(
         text,
         tower,
         vocab_size=text.vocab_size,
         image_token_id=described.get("image_token_index", text.vocab_size - 1),
         vision_feature_layer=described.get("vision_feature_layer", -2),
-        use_im_start_end=IMAGE_START_TOKEN in vocabulary,
+        use_im_start_end=tokenizer is not None and IMAGE_START_TOKEN in tokenizer.get_vocab(),
         image_side=_side(folder, tower),
         extra_positions=int(described.get("vision_feature_select_strategy", "default") == "default"),
         projector_type="mlp2x_gelu" if described.get("projector_hidden_act", "gelu") == "gelu" else "linear",
@@ -169,12 +166,16 @@ def _find(name: str) -> _Source | None:
     return _Source(dict(KNOWN_MODELS[name]), Path(name), TOKENS.get(name)) if name in KNOWN_MODELS else None
 
 
-def _tokenizer_of(source: _Source) -> tuple[dict[str, int], int | None]:
-    """Return the ids of a tokenizer's tokens, empty if there is none, and their number if it is known."""
-    if not source.has_tokenizer:
-        return {}, source.tokens
-    tokenizer: Any = load_pretrained(AutoTokenizer, source.folder)
-    return tokenizer.get_vocab(), len(tokenizer)
+def _is_vicuna(source: _Source, tokenizer: Any) -> bool:
+    """Return whether a language model gets the template ``llava_v1`` where none is set."""
+    if source.described.get("model_type") not in ("llama", None):
+        return False
+    if (source.folder / "tokenizer.model").is_file():
+        return True
+    if tokenizer is not None:
+        return tokenizer.chat_template is None
+    tied, rows = (source.described.get(name) for name in ("tie_word_embeddings", "vocab_size"))
+    return not tied and (rows or 0) < _LLAMA_VOCABULARY + 1000
 
 
 def _llama_by_name(name: str, setting: str) -> PretrainedConfig:
@@ -185,14 +186,13 @@ def _llama_by_name(name: str, setting: str) -> PretrainedConfig:
         raise ConfigError.at(
             setting,
             f"not a folder, not in the hub's cache, and {lacks} (got {name!r}, expected a name such as vicuna-7b)",
-            _fix(name),
+            _fix(name, "config.json"),
         )
     return make_part_settings(dict(LLAMA_SIZES[size.group()]), Path(name), default="llama")
 
 
-def _fix(name: str) -> str:
-    hub = re.fullmatch(r"[\w.-]+/[\w.-]+", name) is not None
-    return "give the model's folder" + (f", or run `hf download {name} config.json`" if hub else "")
+def _fix(name: str, files: str) -> str:
+    return "give the model's folder" + (f", or run `hf download {name} {files}`" if is_hub_name(name) else "")
 
 
 def _tower(name: str | None) -> _TowerSettings:
@@ -210,7 +210,7 @@ def _tower(name: str | None) -> _TowerSettings:
             "model.vision_tower",
             f"not a folder, not in the hub's cache, and of unknown size (got {name!r}, expected a name such as "
             f"openai/clip-vit-large-patch14-336)",
-            _fix(name or ""),
+            _fix(name or "", "config.json preprocessor_config.json"),
         )
     known = KNOWN_MODELS["openai/clip-vit-large-patch14" + ("-336" if "336" in lower else "")]
     clip = CLIPVisionConfig(**known)

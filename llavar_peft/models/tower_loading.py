@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -105,9 +106,11 @@ def count_extra_positions(config: PretrainedConfig, side: int, folder: Path) -> 
     """
     if isinstance(config, CLIPVisionConfig):
         return 1
+    short = copy.deepcopy(config)
+    short.num_hidden_layers = 1
     try:
         with torch.device("meta"):
-            tower: Any = AutoModel.from_config(config, trust_remote_code=False)
+            tower: Any = AutoModel.from_config(short, trust_remote_code=False)
             positions = tower(torch.zeros(1, 3, side, side)).last_hidden_state.shape[1]
     except Exception as error:  # transformers passes on whatever the settings cause
         raise unreadable_settings(folder, "vision tower", error) from error

@@ -44,6 +44,7 @@ def measure_images(config: LlavarConfig, dtypes: LayerDtypes, *, images: int, tr
     if images == 0:
         return ImageMemory(0, 0)
     vision, text = copy.deepcopy(config.vision_config), config.text_config
+    vision.num_hidden_layers = min(_LAYERS, vision.num_hidden_layers)
     side = math.isqrt(config.image_seq_length) * vision.patch_size
     with torch.device("meta"):
         tower = AutoModel.from_config(vision, attn_implementation="sdpa", trust_remote_code=False)
@@ -60,7 +61,7 @@ def measure_images(config: LlavarConfig, dtypes: LayerDtypes, *, images: int, tr
         tracker.reset_peak()
         pixels = torch.zeros(images, 3, side, side)
         with torch.no_grad():
-            features = tower_features(tower, pixels.to(dtypes.frozen), min(_LAYERS, vision.num_hidden_layers))
+            features = tower_features(tower, pixels.to(dtypes.frozen), vision.num_hidden_layers)
         peak = tracker.reset_peak() - before
         before = tracker.now
         output = projector(features[:, features.shape[1] - config.image_seq_length :])

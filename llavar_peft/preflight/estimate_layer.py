@@ -75,11 +75,12 @@ def measure_layer(
         eager: Whether the attention is eager, see ``computes_scores``; otherwise it keeps what flash-attention keeps.
         accumulated: Whether gradients of an earlier pass exist, to which those of this pass are added.
     """
+    short = copy.deepcopy(text)
+    short.num_hidden_layers = 1
     with torch.device("meta"):
         decoder: Any = AutoModel.from_config(
-            copy.deepcopy(text), attn_implementation="eager" if eager else "sdpa", trust_remote_code=False
+            short, attn_implementation="eager" if eager else "sdpa", trust_remote_code=False
         )
-        del decoder.layers[1:]
         layer = _as_trained(decoder, tune)
     with fake_tensors(), MemoryTracker() as tracker:
         replace_meta(decoder, dtypes.frozen, dtypes.trained)

@@ -6,7 +6,7 @@ import dataclasses
 from dataclasses import dataclass
 
 from llavar_peft.models.llavar_config import LlavarConfig
-from llavar_peft.preflight.estimate_counts import count_parameters, count_trained
+from llavar_peft.preflight.estimate_counts import Counts, count_parameters, count_trained
 from llavar_peft.preflight.estimate_moments import StepMoments
 from llavar_peft.recipe.schema import ModelConfig, Stage
 
@@ -42,7 +42,15 @@ class Memory:
 
 
 def estimate_memory(
-    config: LlavarConfig, model: ModelConfig, stage: Stage, *, tokens: int, supervised: int, gpus: int, sharded: bool
+    config: LlavarConfig,
+    model: ModelConfig,
+    stage: Stage,
+    *,
+    tokens: int,
+    supervised: int,
+    gpus: int,
+    sharded: bool,
+    counts: Counts | None = None,
 ) -> Memory:
     """Estimate the memory of one GPU at its peak.
 
@@ -54,8 +62,9 @@ def estimate_memory(
         supervised: Number of these tokens that have a label.
         gpus: Number of GPUs.
         sharded: Whether weights, gradients and optimizer states are sharded over them, layer by layer.
+        counts: The model's parameters, if they have been counted.
     """
-    counts = count_parameters(config, stage.tune)
+    counts = counts or count_parameters(config, stage.tune)
     trained = count_trained(config, stage.tune, counts)
     step = StepMoments(
         config, model, stage, counts, trained=trained, tokens=tokens, supervised=supervised, gpus=gpus, sharded=sharded

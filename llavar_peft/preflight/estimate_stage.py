@@ -28,6 +28,7 @@ class StageEstimate:
         trained: Number of parameters that the stage trains.
         memory: Memory of one GPU.
         lengths: Lengths of the stage's records.
+        image_tokens: Tokens of an image.
         pass_tokens: Tokens of the largest forward pass on a GPU.
         step_tokens: Tokens of an optimizer step, over all GPUs.
         step_flops: Floating point operations of an optimizer step, over all GPUs.
@@ -39,6 +40,7 @@ class StageEstimate:
     trained: int
     memory: Memory
     lengths: RecordLengths
+    image_tokens: int
     pass_tokens: int
     step_tokens: float
     step_flops: float
@@ -70,9 +72,10 @@ def estimate_stage(model: ModelConfig, stage: Stage, *, gpus: int = 1, sharded: 
         trained=count_trained(config, stage.tune, counts),
         memory=estimate_memory(
             config, model, stage, tokens=tokens, supervised=supervised, gpus=gpus,
-            sharded=gpus > 1 if sharded is None else sharded,
+            sharded=gpus > 1 if sharded is None else sharded, counts=counts,
         ),
         lengths=lengths,
+        image_tokens=config.image_seq_length,
         pass_tokens=tokens,
         step_tokens=stage.global_batch_size * lengths.mean,
         step_flops=flops_per_step(config, stage, counts, lengths),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -37,6 +38,16 @@ def list_presets() -> dict[str, str]:
     A preset describes what one stage trains and how, but neither the model nor the data.
     """
     return {name: line for name, line in _shipped().items() if _is_preset(name)}
+
+
+def shipped_gpu(name: str) -> str:
+    """Return the GPU that a shipped recipe or preset fits on, or an empty text.
+
+    It is written in the file, because the estimate takes seconds; tests/preflight/test_gpu_fit.py recomputes it.
+    """
+    text = (_SHIPPED / f"{name}{_SUFFIX}").read_text(encoding="utf-8")
+    found = re.search(r"^# GPU: ([^;.]*)", text, re.MULTILINE)
+    return found[1] if found is not None else ""
 
 
 def _shipped() -> dict[str, str]:

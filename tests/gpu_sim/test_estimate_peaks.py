@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from functools import cache
 
 import pytest
@@ -35,6 +36,31 @@ OTHERS = {
     "LoRA on 8, activations kept": Case("7b", _LORA, gpus=8, recompute=False),
     "QLoRA on 2 x 8": Case("13b", _LORA, "nf4", gpus=16),
     "int8": Case("7b", _LORA, "int8", recompute=False),
+}
+
+
+_SO400M = "google/siglip2-so400m-patch14-384"
+_BASE = "google/siglip2-base-patch16-384"
+OTHER_MODELS = {
+    "Qwen 2.5, QLoRA": Case("Qwen/Qwen2.5-7B-Instruct", _LORA, "nf4", records=4, accumulation=2, vision_tower=_SO400M),
+    "SmolLM 2, full": Case("HuggingFaceTB/SmolLM2-1.7B-Instruct", Full(), accumulation=2, vision_tower=_BASE),
+    "Gemma 2, LoRA, scores kept": Case("google/gemma-2-2b-it", _LORA, recompute=False, vision_tower=_SO400M),
+    "Phi 3, int8": Case("microsoft/Phi-3-mini-4k-instruct", _LORA, "int8", recompute=False, vision_tower=_BASE),
+}
+"""Other shapes: grouped queries, fused layers, tied embeddings, large vocabularies, capped logits and scores."""
+MANY_LAYERS = {
+    **OTHER_MODELS,
+    "Qwen 2.5, projector": Case("Qwen/Qwen2.5-7B-Instruct", Projector(), records=4, vision_tower=_SO400M),
+    "Qwen 3, LoRA": Case("Qwen/Qwen3-4B-Instruct-2507", _LORA, vision_tower=_SO400M),
+    "Qwen 3, LoRA, activations kept": Case("Qwen/Qwen3-4B", _LORA, recompute=False, vision_tower=_SO400M),
+    "Qwen 3, full": Case("Qwen/Qwen3-4B", Full(), accumulation=2, vision_tower=_SO400M),
+    "Qwen 3, full on 8": Case("Qwen/Qwen3-4B", Full(), gpus=8, vision_tower=_SO400M),
+    "Llama 3.2, full": Case("meta-llama/Llama-3.2-3B-Instruct", Full(), vision_tower=_SO400M),
+    "Llama 3.2, LoRA": Case("meta-llama/Llama-3.2-3B-Instruct", _LORA, records=4, vision_tower=_SO400M),
+    "SmolLM 2, projector": Case("HuggingFaceTB/SmolLM2-1.7B-Instruct", Projector(), records=8, vision_tower=_BASE),
+    "Gemma 2, LoRA": Case("google/gemma-2-2b-it", _LORA, records=2, vision_tower=_SO400M),
+    "Gemma 2, full": Case("google/gemma-2-2b-it", Full(), vision_tower=_SO400M),
+    "Phi 3, full": Case("microsoft/Phi-3-mini-4k-instruct", Full(), vision_tower=_SO400M),
 }
 
 
@@ -82,6 +108,24 @@ def test_a_short_qlora_fits_and_the_estimate_agrees() -> None:
     case = Case("7b", _LORA, "nf4")
     peaks = track_layers(case, 2)
     assert _estimated(case, layers=2).peak == pytest.approx(max(peaks.values()), rel=0.1)
+
+
+@pytest.mark.parametrize("name", OTHER_MODELS)
+def test_the_estimate_agrees_for_other_models(name: str) -> None:
+    """With two layers, whose weight in the peak is small: the embeddings, the logits and the tower are whole."""
+    case = OTHER_MODELS[name]
+    peaks = track_layers(case, 2)
+    assert _estimated(case, layers=2).peak == pytest.approx(max(peaks.values()), rel=0.05), peaks
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.environ.get("LLAVAR_ESTIMATE") != "all", reason="takes minutes; LLAVAR_ESTIMATE=all runs it")
+@pytest.mark.parametrize("name", MANY_LAYERS if os.environ.get("LLAVAR_ESTIMATE") == "all" else ["all"])
+def test_the_estimate_agrees_for_other_models_with_all_layers(name: str) -> None:
+    case = MANY_LAYERS[name]
+    estimated, tracked = _estimated(case).peak, _tracked(case)
+    print(f"{name}: estimated {estimated / _GIB:.2f} GiB, tracked {tracked / _GIB:.2f} GiB")  # noqa: T201 - with -s
+    assert estimated == pytest.approx(tracked, rel=0.05)
 
 
 @pytest.mark.slow

@@ -21,11 +21,13 @@ from transformers import (
     LlavaProcessor,
 )
 
-from llavar_peft import ModelConfig, build_model, export
+from llavar_peft import Full, ModelConfig, build_model, export
 from llavar_peft.constants import IGNORE_INDEX, VICUNA_SYSTEM_PROMPT
 from llavar_peft.data.encode_record import encode_record
 from llavar_peft.errors import ConfigError
+from llavar_peft.models.config_without_weights import config_without_weights
 from llavar_peft.models.llama_tokenizer import load_tokenizer
+from llavar_peft.preflight.estimate_counts import count_parameters
 from llavar_peft.weights.io import tensor_names
 from tests.parts.tiny_parts import save_tower
 
@@ -75,6 +77,10 @@ def test_the_stock_layout_gives_the_logits_of_stock_transformers(stock: Path, tm
     with torch.no_grad():
         logits = theirs(input_ids=ids, pixel_values=expected["pixel_values"]).logits
         assert torch.allclose(ours(input_ids=ids, pixel_values=got["pixel_values"]).logits, logits, atol=1e-5)
+
+    estimated = config_without_weights(ModelConfig(checkpoint=str(stock)))
+    assert count_parameters(estimated, Full()).whole == ours.num_parameters()
+    assert estimated.image_token_index == ours.config.image_token_index
 
     export(stock, tmp_path / "again", to="hf-llava")
     again = LlavaForConditionalGeneration.from_pretrained(tmp_path / "again", dtype="float32").eval()
