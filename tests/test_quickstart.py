@@ -1,7 +1,8 @@
-"""The README's first command trains a tiny LLaVAR to read unseen images."""
+"""The README's first command trains a tiny LLaVAR to read unseen images; with other parts, a tiny Qwen 2."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -10,8 +11,14 @@ from pathlib import Path
 import pytest
 from PIL import Image, ImageDraw, ImageFont
 
+from llavar_peft import cli
+from llavar_peft.errors import ConfigError
+from llavar_peft.training import quickstart
+
 # It reaches about 0.91, within a margin for the machine's rounding.
 LEAST = 0.87
+# With a quarter of the images. An untrained projector gives 0.
+LEAST_OF_A_QUARTER = 0.5
 
 
 def _run(*arguments: str) -> str:
@@ -46,3 +53,36 @@ def test_quickstart_learns_to_read_and_can_be_asked(tmp_path: Path) -> None:
     ).strip()  # fmt: skip
     assert 2 <= len(answer) <= 12
     assert answer.upper() == answer
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_quickstart_with_modern_parts_learns_with_a_quarter_of_the_images(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pair = quickstart._PAIRS["modern"]
+    monkeypatch.setitem(quickstart._PAIRS, "modern", dataclasses.replace(pair, images=pair.images // 4))
+    monkeypatch.setattr(quickstart, "_STAGE_1_IMAGES", 400)
+    monkeypatch.setattr(quickstart, "_HELD_OUT_IMAGES", 60)
+    monkeypatch.setattr(quickstart, "_BLANK_IMAGES", 20)
+    monkeypatch.setattr(quickstart, "usable_cores", lambda: 1)  # starting processes would take longer
+    arguments = ["quickstart", "--parts", "modern", "--tune", "lora", "--output-dir", str(tmp_path / "run")]
+    assert cli.main(arguments) == 0
+    result = json.loads((tmp_path / "run/quickstart.json").read_text())
+    assert result["parts"] == "modern"
+    assert result["before"] <= 0.05
+    assert result["blank_exact_match"] <= 0.05
+    assert result["exact_match"] >= LEAST_OF_A_QUARTER
+    assert f"exact match on unseen images  {result['exact_match']:.1%}" in capsys.readouterr().out
+    assert "SigLIP and Qwen 2" in Path(result["page"]).read_text()
+
+
+def test_the_parts_decide_on_the_template_and_the_projector(tmp_path: Path) -> None:
+    recipe = quickstart.quickstart_recipe(tmp_path, "qlora", parts="modern")
+    model = recipe.model
+    assert (model.template, model.projector_type, model.quantize) == ("chat", "mlp2x_gelu", "nf4")
+    llavar = quickstart.quickstart_recipe(tmp_path, "full").model
+    assert (llavar.template, llavar.projector_type, llavar.quantize) == (None, "linear", None)
+    assert llavar.language_model != model.language_model  # a run never finds the parts of another
+    with pytest.raises(ConfigError, match="--parts: unknown value"):
+        quickstart.quickstart_recipe(tmp_path, "full", parts="other")  # type: ignore[arg-type]

@@ -43,7 +43,7 @@ def main() -> None:
             return max(2, round(steps * options.scale))
 
         if options.parts == "modern":
-            make_modern_language_model(folder, steps=scaled(1200), batch=16, rate=3e-3, seed=0)
+            make_modern_language_model(folder, steps=(scaled(1200), scaled(350)), batch=16, rate=3e-3, seed=0)
         else:
             make_language_model(folder, steps=(scaled(2400), scaled(1400)), batch=16, rate=3e-3, seed=0)
     print(f"done in {time.perf_counter() - started:.0f} s")

@@ -99,13 +99,14 @@ def new_model(tokens: int) -> Qwen2ForCausalLM:
     return model
 
 
-def make_modern_language_model(directory: Path, *, steps: int, batch: int, rate: float, seed: int) -> None:
+def make_modern_language_model(directory: Path, *, steps: tuple[int, int], batch: int, rate: float, seed: int) -> None:
     """Train tokenizer and model and write them as one Hugging Face folder.
 
     Args:
         directory: The folder.
-        steps: Optimizer steps. The first quarter has mostly random words, which teach to copy; the pages of all but the
-            last 15 % are cropped.
+        steps: Optimizer steps of the first lesson, which starts from random initialization, and of the second. The
+            first quarter of the first has mostly random words, which teach to copy, and the pages of all but its last
+            15 % are cropped. The second has whole pages, mostly in the quickstart's layouts.
         batch: Conversations per step.
         rate: Peak learning rate.
         seed: Of every random draw.
@@ -114,7 +115,6 @@ def make_modern_language_model(directory: Path, *, steps: int, batch: int, rate:
     tokenizer = make_byte_level_tokenizer(directory, all_questions())
     model = new_model(len(tokenizer))
     model.config.eos_token_id, model.config.pad_token_id = tokenizer.eos_token_id, tokenizer.pad_token_id
-    embed = PageEmbedder(model, tokenizer, seed, space=SPACE, blank=BLANK_PIECE, border=False)
     add_placeholder(tokenizer)
     size = {"height": SIGLIP_EYE.pixels, "width": SIGLIP_EYE.pixels}
     processor = LlavarProcessor(
@@ -123,11 +123,19 @@ def make_modern_language_model(directory: Path, *, steps: int, batch: int, rate:
     )  # fmt: skip
     assert processor.num_image_tokens == SIDE * SIDE
 
-    def lesson(step: int) -> list[Sample]:
+    def first(step: int) -> list[Sample]:
         rngs = [Random(f"modern/{seed}/{step * batch + n}") for n in range(batch)]
-        words, cropped = 0.8 if step < 0.25 * steps else 0.25, step < 0.85 * steps
+        words, cropped = 0.8 if step < 0.25 * steps[0] else 0.25, step < 0.85 * steps[0]
         return [draw_sample(processor, rng, random_words=words, repeats=0.25, cropped=cropped) for rng in rngs]
 
-    learn(model, embed, lesson, steps=steps, rate=rate)
+    def second(step: int) -> list[Sample]:
+        rngs = [Random(f"modern second/{seed}/{step * batch + n}") for n in range(batch)]
+        return [draw_sample(processor, rng, random_words=0.15, repeats=0.4, cropped=False) for rng in rngs]
+
+    embed = PageEmbedder(model, tokenizer, seed, space=SPACE, blank=BLANK_PIECE, border=False)
+    learn(model, embed, first, steps=steps[0], rate=rate)
+    model.half().float()
+    embed = PageEmbedder(model, tokenizer, seed + 1, space=SPACE, blank=BLANK_PIECE, border=False)
+    learn(model, embed, second, steps=steps[1], rate=rate / 2)
     model.generation_config = GenerationConfig(eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
     model.half().save_pretrained(directory)

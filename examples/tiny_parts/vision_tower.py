@@ -159,6 +159,7 @@ SIGLIP = Kind(
     lessons=(
         Lesson(pages=3000, steps=1500, rate=4e-3, easy=0, layouts=0.4, heads_first=0, seed=0, batch=8),
         Lesson(pages=3000, steps=1600, rate=3e-3, easy=0, layouts=0.6, heads_first=100, seed=1, batch=8),
+        Lesson(pages=4000, steps=1500, rate=2e-3, easy=0, layouts=0.8, heads_first=100, seed=2, batch=8),
     ),
 )
 

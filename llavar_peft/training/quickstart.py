@@ -38,7 +38,7 @@ _BLANK_IMAGES = 100
 _WIDTH = 320  # pixels; takes two thirds of the time of 448
 _HELD_OUT_SEED = 1_000_003  # far from the seeds of the training images, so that no string occurs in both
 _LORA_LEARNING_RATE = 2.5e-3
-_SETS: tuple[tuple[str, Task, int], ...] = (("stage1", "transcribe", 800), ("stage2", "conversation", 4200))
+_STAGE_1_IMAGES = 800
 _ABOUT_IMAGES = (
     "The images are synthetic: signs, covers, posters and receipts in several fonts, sizes and colors, with text at "
     "random positions. The text consists of random letters and digits, except those that some fonts draw alike (O and "
@@ -60,6 +60,8 @@ class _Pair:
         title: What the page calls the model.
         examples: Well-known parts of their kinds.
         settings: What ``model`` of the recipe says besides the parts.
+        images: Number of images of stage 2.
+        learning_rate: Of full tuning in stage 2.
     """
 
     assets: str
@@ -67,16 +69,20 @@ class _Pair:
     title: str
     examples: str
     settings: dict[str, Any]
+    images: int
+    learning_rate: float
 
 
 _PAIRS: dict[QuickstartParts, _Pair] = {
-    "llavar": _Pair("assets/tiny", "parts", "a tiny LLaVAR", "CLIP and Vicuna", {}),
+    "llavar": _Pair("assets/tiny", "parts", "a tiny LLaVAR", "CLIP and Vicuna", {}, 4200, 1.4e-3),
     "modern": _Pair(
         "assets/tiny_modern",
         "modern_parts",
         "a tiny Qwen 2 with SigLIP",
         "SigLIP and Qwen 2",
         {"template": "chat", "projector_type": "mlp2x_gelu"},
+        6600,  # its steps are shorter
+        7e-4,
     ),
 }
 
@@ -126,7 +132,7 @@ def run_quickstart(
     check_output_folder(root, "--output-dir")
     with disk_errors(root, only_full=True):
         _copy_parts(root, _PAIRS[parts])
-        _draw(root, seed=seed)
+        _draw(root, _PAIRS[parts].images, seed=seed)
     # Imported after drawing, so that the processes forked for it do not contain torch.
     from llavar_peft.inference.chat import load_chat
     from llavar_peft.page.run_page import write_run_page
@@ -189,12 +195,10 @@ def quickstart_recipe(root: Path, tune: QuickstartTune, *, seed: int = 0, parts:
             images=str(root / "data" / folder / "images"),
         )
         stages.append(dataclasses.replace(stage, data=data))
+    rate = pair.learning_rate if tune == "full" else _LORA_LEARNING_RATE
+    stages[1] = dataclasses.replace(stages[1], optim=dataclasses.replace(stages[1].optim, learning_rate=rate))
     if tune != "full":
-        stages[1] = dataclasses.replace(
-            stages[1],
-            tune=Lora(rank=16, alpha=32.0, dropout=0.0),
-            optim=dataclasses.replace(stages[1].optim, learning_rate=_LORA_LEARNING_RATE),
-        )
+        stages[1] = dataclasses.replace(stages[1], tune=Lora(rank=16, alpha=32.0, dropout=0.0))
     return dataclasses.replace(preset, model=model, stages=tuple(stages), output_dir=str(root), seed=seed)
 
 
@@ -244,9 +248,13 @@ def _copy_parts(root: Path, pair: _Pair) -> None:
         staged.rename(parts)
 
 
-def _draw(root: Path, *, seed: int) -> None:
-    """Write the training images, unless they exist."""
-    for number, (folder, task, count) in enumerate(_SETS):
+def _draw(root: Path, images: int, *, seed: int) -> None:
+    """Write the training images, of which stage 2 has a number, unless they exist."""
+    sets: tuple[tuple[str, Task, int], ...] = (
+        ("stage1", "transcribe", _STAGE_1_IMAGES),
+        ("stage2", "conversation", images),
+    )
+    for number, (folder, task, count) in enumerate(sets):
         if not (root / "data" / folder).is_dir():
             staged = root / "data" / f".{folder}"
             shutil.rmtree(staged, ignore_errors=True)
