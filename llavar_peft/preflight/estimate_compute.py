@@ -11,6 +11,7 @@ from llavar_peft.data.training_dataset import count_held_out, image_count, text_
 from llavar_peft.models.llavar_config import LlavarConfig
 from llavar_peft.preflight.estimate_counts import Counts
 from llavar_peft.recipe.schema import Full, Lora, Stage, Tune
+from llavar_peft.recipe.schema_rules import tunes_tower
 from llavar_peft.types import expand_home
 
 _SAMPLE = 2000
@@ -93,7 +94,7 @@ def flops_per_step(config: LlavarConfig, stage: Stage, counts: Counts, lengths: 
         layers += attention + linear - _not_recomputed(config, stage.tune, counts, lengths)
     text_length = max(0.0, lengths.mean - lengths.images * config.image_seq_length)
     head = (6.0 if isinstance(stage.tune, Full) else 4.0) * text.vocab_size * text.hidden_size * text_length
-    total: float = layers + head + _image_flops(config, stage.tune, counts, lengths)
+    total: float = layers + head + _image_flops(config, stage, counts, lengths)
     return stage.global_batch_size * total
 
 
@@ -138,14 +139,19 @@ def _not_recomputed(config: LlavarConfig, tune: Tune, counts: Counts, lengths: R
     return skipped
 
 
-def _image_flops(config: LlavarConfig, tune: Tune, counts: Counts, lengths: RecordLengths) -> float:
+def _image_flops(config: LlavarConfig, stage: Stage, counts: Counts, lengths: RecordLengths) -> float:
     """Return the operations of a record's images in tower and projector."""
-    vision = config.vision_config
+    vision, tune = config.vision_config, stage.tune
     patches = config.image_seq_length + 1
     used = (vision.num_hidden_layers + 1 + config.vision_feature_layer) / vision.num_hidden_layers
-    tower = used * (
-        2.0 * counts.tower * patches + 4.0 * vision.num_hidden_layers * vision.hidden_size * patches**2
-    )  # fmt: skip
+    linear = used * 2.0 * counts.tower * patches
+    attention = used * 4.0 * vision.num_hidden_layers * vision.hidden_size * patches**2
+    tower = linear + attention
+    if tunes_tower(tune):
+        # Gradients of inputs, and of the tower's own weights or of its adapters.
+        tower += 2.5 * attention + linear * (2.0 if isinstance(tune, Full) else 1.0)
+        added = 2.0 * counts.tower_trained * patches * isinstance(tune, Lora)
+        tower += 3.0 * added + (linear + attention + added) * (stage.gradient_checkpointing is True)
     trained = not isinstance(tune, Lora) or tune.train_projector
     projector = (4.0 if trained else 2.0) * counts.projector * config.image_seq_length
     return lengths.images * float(tower + projector)

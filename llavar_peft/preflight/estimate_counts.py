@@ -10,6 +10,7 @@ from llavar_peft.models.build_model import expected_shapes
 from llavar_peft.models.linear_layers import Blocks, choose_targets
 from llavar_peft.models.llavar_config import LlavarConfig
 from llavar_peft.models.tuning import TRAINED_ROWS
+from llavar_peft.preflight.estimate_tower import count_trained_tower
 from llavar_peft.recipe.schema import Full, Lora, Projector, Tune
 
 LAYERS = "model.language_model.layers."
@@ -27,9 +28,10 @@ class Counts:
         head: Input embeddings and ``lm_head``.
         tower: The vision tower.
         projector: The projector.
-        adapters: The adapters that the stage adds.
+        adapters: The adapters that the stage adds to the language model.
         matrices: The matrices of a layer, see ``layer_matrices``.
         adapted: The names of those that get adapters.
+        tower_trained: Parameters that the stage trains in the vision tower: its own, or those of adapters.
     """
 
     linear: int
@@ -40,6 +42,7 @@ class Counts:
     adapters: int
     matrices: Mapping[str, tuple[int, int]]
     adapted: frozenset[str]
+    tower_trained: int = 0
 
     @property
     def whole(self) -> int:
@@ -64,7 +67,8 @@ def count_parameters(config: LlavarConfig, tune: Tune) -> Counts:
             sums["projector"] += math.prod(shape)
         else:
             sums["head"] += math.prod(shape)
-    return Counts(**sums, matrices=layer_matrices(shapes), adapted=targets)
+    tower_trained = count_trained_tower(config, tune)
+    return Counts(**sums, matrices=layer_matrices(shapes), adapted=targets, tower_trained=tower_trained)
 
 
 def layer_matrices(shapes: Shapes) -> dict[str, tuple[int, int]]:
@@ -105,8 +109,8 @@ def count_trained(config: LlavarConfig, tune: Tune, counts: Counts) -> int:
     """Return the number of parameters that a stage trains."""
     rows: int = TRAINED_ROWS * config.text_config.hidden_size * bool(config.use_im_start_end)
     if isinstance(tune, Full):
-        return counts.whole - counts.tower
+        return counts.whole - counts.tower + counts.tower_trained
     if isinstance(tune, Projector):
         return counts.projector + rows
     with_rows = rows if tune.train_image_rows else 0
-    return counts.adapters + counts.projector * tune.train_projector + with_rows
+    return counts.adapters + counts.tower_trained + counts.projector * tune.train_projector + with_rows

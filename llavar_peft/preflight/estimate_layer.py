@@ -67,7 +67,7 @@ def measure_layer(
     with torch.device("meta"):
         layer = _as_trained(LlamaDecoderLayer(text, 0), tune)
     with fake_tensors(), MemoryTracker() as tracker:
-        _replace_parameters(layer, dtypes)
+        replace_parameters(layer, dtypes)
         rotary = LlamaRotaryEmbedding(text)(torch.zeros(1, dtype=dtypes.stream), torch.arange(tokens)[None])
         if accumulated:
             for parameter in layer.parameters():
@@ -131,9 +131,11 @@ def _as_trained(layer: nn.Module, tune: Tune) -> nn.Module:
     return layer
 
 
-def _replace_parameters(layer: nn.Module, dtypes: LayerDtypes) -> None:
-    """Replace the meta parameters by fake ones on the CPU."""
+def replace_parameters(layer: nn.Module, dtypes: LayerDtypes) -> None:
+    """Replace the meta parameters and buffers of a layer, or of a tower, by fake ones on the CPU."""
     for module in layer.modules():
+        for name, buffer in list(module.named_buffers(recurse=False)):
+            module.register_buffer(name, torch.empty(buffer.shape, dtype=buffer.dtype), persistent=False)
         holders = [module, *(child for child in module.children() if isinstance(child, nn.ParameterDict))]
         for holder in holders:
             for name, parameter in list(holder.named_parameters(recurse=False)):
