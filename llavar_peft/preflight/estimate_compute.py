@@ -15,6 +15,7 @@ from llavar_peft.models.tower_loading import count_extra_positions
 from llavar_peft.preflight.estimate_counts import Counts, tower_depth
 from llavar_peft.recipe.data_sources import paths_of, size_of_epoch, sources_of
 from llavar_peft.recipe.schema import Full, Lora, Stage, Tune
+from llavar_peft.recipe.schema_rules import tunes_tower
 from llavar_peft.types import expand_home
 
 _SAMPLE = 2000
@@ -108,7 +109,7 @@ def flops_per_step(config: LlavarConfig, stage: Stage, counts: Counts, lengths: 
         layers += attention + linear - _not_recomputed(config, stage.tune, counts, lengths)
     text_length = max(0.0, lengths.mean - lengths.images * config.image_seq_length)
     head = (6.0 if isinstance(stage.tune, Full) else 4.0) * text.vocab_size * text.hidden_size * text_length
-    total: float = layers + head + _image_flops(config, stage.tune, counts, lengths)
+    total: float = layers + head + _image_flops(config, stage, counts, lengths)
     return stage.global_batch_size * total
 
 
@@ -155,13 +156,20 @@ def _not_recomputed(config: LlavarConfig, tune: Tune, counts: Counts, lengths: R
     return skipped
 
 
-def _image_flops(config: LlavarConfig, tune: Tune, counts: Counts, lengths: RecordLengths) -> float:
+def _image_flops(config: LlavarConfig, stage: Stage, counts: Counts, lengths: RecordLengths) -> float:
     """Return the operations of a record's images in tower and projector."""
-    vision, patches = config.vision_config, config.image_seq_length
+    vision, tune, patches = config.vision_config, stage.tune, config.image_seq_length
     side = math.isqrt(patches) * vision.patch_size
     positions = patches + count_extra_positions(vision, side, Path("config.json"))
     attention = 4.0 * tower_depth(config) * vision.hidden_size * positions**2
-    tower = 2.0 * counts.tower_linear * positions + 2.0 * counts.tower_patch * patches + attention
+    linear, patch = 2.0 * counts.tower_linear * positions, 2.0 * counts.tower_patch * patches
+    tower = linear + patch + attention
+    if tunes_tower(tune):
+        # Gradients of inputs, and of the tower's own weights or of its adapters.
+        full = isinstance(tune, Full)
+        tower += 2.5 * attention + linear * (1.0 + full) + patch * full
+        added = 2.0 * counts.tower_trained * positions * (not full)
+        tower += 3.0 * added + (linear + attention + added) * (stage.gradient_checkpointing is True)
     trained = not isinstance(tune, Lora) or tune.train_projector
     projector = (4.0 if trained else 2.0) * counts.projector * patches
     if trained and config.projector_hidden_act != "linear":  # the gradient of the second layer's input

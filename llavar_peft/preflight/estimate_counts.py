@@ -11,6 +11,7 @@ from llavar_peft.models.build_model import expected_shapes
 from llavar_peft.models.linear_layers import Blocks, choose_targets
 from llavar_peft.models.llavar_config import LlavarConfig
 from llavar_peft.models.tuning import TRAINED_ROWS
+from llavar_peft.preflight.estimate_tower import count_trained_tower
 from llavar_peft.recipe.schema import Full, Lora, Projector, Tune
 
 LAYERS = "model.language_model.layers."
@@ -29,12 +30,13 @@ class Counts:
         head: Input embeddings and ``lm_head``.
         tower: The vision tower.
         projector: The projector.
-        adapters: The adapters that the stage adds.
+        adapters: The adapters that the stage adds to the language model.
         tower_linear: Those of the tower that are multiplied with each of its positions, in the layers that are needed.
         tower_patch: Those that are multiplied with each patch.
         matrices: The matrices of a layer, see ``layer_matrices``.
         adapted: The names of those that get adapters.
         has_final_norm: Whether a layer normalizes the output of its last matrix, as Gemma's and OLMo's do.
+        tower_trained: Parameters that the stage trains in the vision tower: its own, or those of adapters.
     """
 
     linear: int
@@ -48,6 +50,7 @@ class Counts:
     matrices: Mapping[str, tuple[int, int]]
     adapted: frozenset[str]
     has_final_norm: bool
+    tower_trained: int = 0
 
     @property
     def whole(self) -> int:
@@ -79,7 +82,13 @@ def count_parameters(config: LlavarConfig, tune: Tune) -> Counts:
         else:
             sums["head"] += math.prod(shape)
     has_final_norm = any(".post_feedforward" in name for name in shapes)
-    return Counts(**sums, matrices=layer_matrices(shapes), adapted=targets, has_final_norm=has_final_norm)
+    return Counts(
+        **sums,
+        matrices=layer_matrices(shapes),
+        adapted=targets,
+        has_final_norm=has_final_norm,
+        tower_trained=count_trained_tower(config, tune),
+    )
 
 
 def tower_depth(config: LlavarConfig) -> int:
@@ -126,8 +135,8 @@ def count_trained(config: LlavarConfig, tune: Tune, counts: Counts) -> int:
     """Return the number of parameters that a stage trains."""
     rows: int = TRAINED_ROWS * config.text_config.hidden_size * bool(config.use_im_start_end)
     if isinstance(tune, Full):
-        return counts.whole - counts.tower
+        return counts.whole - counts.tower + counts.tower_trained
     if isinstance(tune, Projector):
         return counts.projector + rows
     with_rows = rows if tune.train_image_rows else 0
-    return counts.adapters + counts.projector * tune.train_projector + with_rows
+    return counts.adapters + counts.tower_trained + counts.projector * tune.train_projector + with_rows

@@ -16,6 +16,7 @@ from llavar_peft.models.llavar_config import LlavarConfig
 from llavar_peft.preflight.estimate_counts import Counts
 from llavar_peft.preflight.estimate_image import ImageMemory, measure_images
 from llavar_peft.preflight.estimate_layer import LayerDtypes, LayerMemory, computes_scores, measure_layer
+from llavar_peft.preflight.estimate_tower import TowerMemory, measure_tower
 from llavar_peft.recipe.schema import Dtype, Full, Lora, ModelConfig, Precision, Projector, Stage
 
 _SCALES = 1 / 64 + 4 / (64 * 256)
@@ -68,10 +69,11 @@ class StepMoments:
         """Bytes of the stored weights."""
         counts, each = self.counts, storage_dtype(self.model.dtype).itemsize
         if isinstance(self.stage.tune, Full):
-            return (4.0 * (counts.whole - counts.tower) + each * counts.tower) / self.shards
+            tower = 4.0 if self.stage.tune.train_tower else each
+            return (4.0 * (counts.whole - counts.tower) + tower * counts.tower) / self.shards
         quantize = self.model.quantize
         linear = {"nf4": 0.5, "int8": 1.0 + 4 / 4096}.get(quantize or "", float(each)) * counts.linear
-        others = each * (counts.norms + counts.head + counts.tower) + 4.0 * counts.adapters
+        others = each * (counts.norms + counts.head + counts.tower) + 4.0 * (counts.adapters + counts.tower_trained)
         if isinstance(self.stage.tune, Projector):
             projector = 4.0 * counts.projector
         else:
@@ -90,7 +92,7 @@ class StepMoments:
         whole = 4.0 * self.trained / self.shards
         existing = whole if self._accumulates else 0.0
         during = self._gathered_root + self._gathered_layers + self._decompressed
-        shared = layer.shared + self._images.kept
+        shared = layer.shared + self._images.kept + self._tower.kept
         tower = {
             "gradients": existing,
             "activations": float(layer.input + self._images.tower),
@@ -111,13 +113,20 @@ class StepMoments:
         }
         first_layer = {
             # The layer's own gradients are among what was measured.
-            "gradients": max(existing, whole - self._trained_layer - self._trained_half_head),
+            "gradients": max(existing, whole - self._trained_layer - self._trained_half_head - self._trained_tower),
             "activations": float(shared + recomputes * kept + layer.backward),
             "logits": 0.0,
             "other": during + self._gathered_half_head,
         }
         optimizer = {"gradients": whole, "activations": 0.0, "logits": 0.0, "other": self._optimizer_scratch}
-        return tower, loss, last_layer, first_layer, self._embedding(whole), optimizer
+        in_trained_tower = {
+            # As above, and those of other parts are complete.
+            "gradients": max(existing, whole - self._trained_tower),
+            "activations": float(self._tower.backward),
+            "logits": 0.0,
+            "other": self._gathered_root + 2.0 * self._compute * self.counts.tower_trained * self.sharded,
+        }
+        return tower, loss, last_layer, first_layer, self._embedding(whole), in_trained_tower, optimizer
 
     @cached_property
     def _layer(self) -> LayerMemory:
@@ -135,6 +144,22 @@ class StepMoments:
         images = round((self.tokens - self.supervised) / self.config.image_seq_length)
         trained = not isinstance(tune, Lora) or tune.train_projector
         return measure_images(self.config, self._dtypes, images=images, trained=trained)
+
+    @cached_property
+    def _tower(self) -> TowerMemory:
+        images = round((self.tokens - self.supervised) / self.config.image_seq_length)
+        return measure_tower(
+            self.config,
+            self.stage.tune,
+            self._dtypes,
+            images=max(1, images),
+            recomputes=self.stage.gradient_checkpointing is not False,
+            accumulated=self._accumulates,
+        )
+
+    @property
+    def _trained_tower(self) -> float:
+        return 4.0 * self.counts.tower_trained / self.shards
 
     @property
     def _dtypes(self) -> LayerDtypes:
@@ -204,7 +229,9 @@ class StepMoments:
         if self.sharded:
             temporary = 3.0 * self._gathered_half_head  # the weight, its gradient and a copy to exchange
         other = self._gathered_root + temporary * full
-        return {"gradients": whole, "activations": float(hidden), "logits": 0.0, "other": other}
+        # The tower's gradients are made later.
+        gradients = max(whole * self._accumulates, whole - self._trained_tower)
+        return {"gradients": gradients, "activations": float(hidden + self._tower.kept), "logits": 0.0, "other": other}
 
     @property
     def _gathered_root(self) -> float:

@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 
 from llavar_peft.constants import METRICS_FILE, RESOLVED_RECIPE_FILE, VERSIONS_FILE
-from llavar_peft.recipe.schema import DataConfig, Full, Lora, ModelConfig, Projector, Recipe, Stage
+from llavar_peft.recipe.schema import DataConfig, Full, Lora, ModelConfig, Projector, Recipe, Stage, Tune
 
 Violation = tuple[str, str, str]
 """Dotted path, what is wrong, fix."""
@@ -59,11 +59,11 @@ def trains_image_rows(recipe: Recipe, stage: Stage) -> bool:
     return not any(isinstance(other.tune, Full) or trains_image_rows(recipe, other) for other in earlier)
 
 
-def tunes_tower(stage: Stage) -> bool:
+def tunes_tower(tune: Tune) -> bool:
     """Return whether a stage changes the vision tower, as a whole or by adapters."""
-    if isinstance(stage.tune, Full):
-        return stage.tune.train_tower
-    return isinstance(stage.tune, Lora) and stage.tune.tower_rank is not None
+    if isinstance(tune, Full):
+        return tune.train_tower
+    return isinstance(tune, Lora) and tune.tower_rank is not None
 
 
 def _has_untrained_projector(recipe: Recipe, stage: Stage) -> bool:
@@ -132,7 +132,8 @@ def _check_stage(path: str, stage: Stage) -> Iterator[Violation]:
         yield f"{path}.max_tokens", what, "use max_length or more"
     if stage.probe.every_steps > 0 and stage.data.holdout == 0:
         yield f"{path}.probe.every_steps", "requires held-out records", "set data.holdout, for example to 64"
-    if not isinstance(stage.tune, Projector) and stage.tune.tower_learning_rate is not None and not tunes_tower(stage):
+    rate = None if isinstance(stage.tune, Projector) else stage.tune.tower_learning_rate
+    if rate is not None and not tunes_tower(stage.tune):
         setting = "train_tower: true" if isinstance(stage.tune, Full) else "tower_rank"
         what = "set, but the vision tower is not trained"
         yield f"{path}.tune.tower_learning_rate", what, f"remove the rate, or set {setting}"

@@ -57,6 +57,7 @@ class Recomputation:
         self.gathered = 0
         self.recomputed = len(self.layers)
         self._model = model
+        self._tower_inputs = _tower_inputs(model) if auto else 0
         self._logits = 8 * CHUNK * model.get_output_embeddings().weight.shape[0] if auto else 0
 
     def plan(self, tokens: int, *, has_states: bool) -> None:
@@ -87,7 +88,7 @@ class Recomputation:
         # Read each time, because sharding replaces the parameters.
         missing = (one for one in self._model.parameters() if one.requires_grad and one.grad is None)
         gradients = sum(_local(one).numel() * one.element_size() for one in missing)
-        inputs = layers * cost.input_per_token * tokens
+        inputs = layers * cost.input_per_token * tokens + self._tower_inputs * tokens
         others = gradients + self._logits + inputs + _BACKWARD * cost.kept(tokens) + self._gathered_buffers()
         room = self.free(self.device) * (1 - _RESERVE) - others
         return max(0, min(layers, int(room / (cost.kept(tokens) - cost.input_per_token * tokens))))
@@ -185,6 +186,19 @@ def _language_layers(model: nn.Module) -> list[GradientCheckpointingLayer]:
         for name, module in model.named_modules()
         if isinstance(module, GradientCheckpointingLayer) and "language_model.layers." in name
     ]
+
+
+def _tower_inputs(model: Any) -> int:
+    """Return the bytes per token of a trained tower: the inputs of its layers, if all tokens are patches.
+
+    Its layers always recompute. A frozen tower keeps nothing.
+    """
+    plain = model.get_base_model() if hasattr(model, "peft_config") else model
+    tower = plain.model.vision_tower
+    if not any(one.requires_grad for one in tower.parameters()):
+        return 0
+    each: int = tower.config.hidden_size * next(tower.parameters()).element_size()
+    return each * int(plain.model.num_tower_layers())
 
 
 def _is_partitioned(parameter: Tensor) -> bool:

@@ -159,7 +159,7 @@ def split_groups(optimizer: torch.optim.Optimizer, model: nn.Module, stage: Stag
 
 def tower_learning_rate(stage: Stage) -> float | None:
     """Return the peak learning rate of the vision tower, if it is trained with another one than the stage's."""
-    if isinstance(stage.tune, Projector) or not tunes_tower(stage):
+    if isinstance(stage.tune, Projector) or not tunes_tower(stage.tune):
         return None
     if stage.tune.tower_learning_rate is None and isinstance(stage.tune, Full):
         return _TOWER_SHARE * stage.optim.learning_rate

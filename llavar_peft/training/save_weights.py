@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from llavar_peft.atomic_files import write_json
-from llavar_peft.constants import PROJECTOR_SAFETENSORS
+from llavar_peft.constants import PROJECTOR_SAFETENSORS, TUNED_TOWER
 from llavar_peft.models import pissa
 from llavar_peft.models.adapter_loading import fingerprint_base, fingerprint_tower
 from llavar_peft.models.checkpoint_loading import read_checkpoint, read_parts
@@ -24,6 +24,7 @@ from llavar_peft.weights.adapter.adapter_files import (
     load_adapter_weights,
     quiet_about_biases,
 )
+from llavar_peft.weights.delta.released_layout import read_model_config
 from llavar_peft.weights.io import tensor_names
 from llavar_peft.weights.io.projector_file import apply_projector, save_projector
 from llavar_peft.weights.io.tensor_blocks import check_tensors, check_values, open_weights, write_checksums
@@ -153,6 +154,8 @@ def load_full(model: LlavarForConditionalGeneration, folder: Path) -> None:
     if model.config.tie_word_embeddings:
         target.pop(tensor_names.HEAD)
     check_tensors(stored, {name: tuple(tensor.shape) for name, tensor in target.items()}, where=str(folder))
+    if read_model_config(folder).get(TUNED_TOWER):
+        model.config.tuned_vision_tower = True
     pending = model.pending_weights
     with torch.no_grad():
         for name, tensor in stored.items():

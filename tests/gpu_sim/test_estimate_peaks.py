@@ -16,7 +16,6 @@ from tests.gpu_sim.fake_training import Case, track_layers, track_peak, track_pe
 
 _GIB = 2**30
 _LORA = Lora(rank=64, alpha=128.0, dropout=0.05, train_image_rows=False)
-
 TARGETS = {
     "7B QLoRA": (Case("7b", _LORA, "nf4", accumulation=2), 9),
     "13B QLoRA": (Case("13b", _LORA, "nf4", accumulation=2), 16),
@@ -126,6 +125,22 @@ def test_the_estimate_agrees_for_other_models_with_all_layers(name: str) -> None
     estimated, tracked = _estimated(case).peak, _tracked(case)
     print(f"{name}: estimated {estimated / _GIB:.2f} GiB, tracked {tracked / _GIB:.2f} GiB")  # noqa: T201 - with -s
     assert estimated == pytest.approx(tracked, rel=0.05)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case("7b", Full(train_tower=True)),
+        Case("7b", dataclasses.replace(_LORA, tower_rank=32), recompute=False, records=2),
+    ],
+    ids=["full", "lora"],
+)
+def test_a_trained_tower_is_part_of_the_estimate(case: Case) -> None:
+    peak = max(track_layers(case, 2).values())
+    frozen = dataclasses.replace(case, tune=Full() if isinstance(case.tune, Full) else _LORA)
+    assert _estimated(frozen, layers=2).peak < 0.85 * peak
+    assert _estimated(case, layers=2).peak == pytest.approx(peak, rel=0.1), _estimated(case, layers=2)
 
 
 @pytest.mark.slow

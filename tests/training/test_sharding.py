@@ -23,7 +23,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from llavar_peft import Lora, ModelConfig, Projector, Recipe, Stage
+from llavar_peft import Full, Lora, ModelConfig, Projector, Recipe, Stage
 from llavar_peft.recipe.recipe_yaml import dump_recipe
 from llavar_peft.recipe.schema import Dtype, Quantization
 from tests.accelerate_examples import launch_environment
@@ -35,6 +35,7 @@ ENGINES = {"FSDP2": "fsdp2_8gpu.yaml", "ZeRO-3": "zero3_8gpu.yaml"}
 OTHER_PARTS = {"qwen2": "siglip", "gemma2": "dinov2", "qwen3": "aimv2_vision_model"}
 """Language models with their towers. The embeddings of the first two are tied."""
 LORA = Lora(rank=4, alpha=8, dropout=0.0)
+TOWER_LORA = dataclasses.replace(LORA, tower_rank=2)
 # The losses of the first step and of later ones in bf16. ZeRO computes everything in bf16; FSDP2 also the norms, which
 # autocast in one process computes in float32. Measured: 0.08 % with FSDP2, 0.3 % with ZeRO.
 TOLERANCES = {"FSDP2": (2e-3, 5e-3), "ZeRO-3": (1e-2, 1e-2)}
@@ -92,9 +93,12 @@ def _recipes(recipe: Recipe, engine: str, folder: Path) -> dict[str, Recipe]:
             "resumed-qwen3": ((dataclasses.replace(tied, tune=LORA),), "nf4"),
             "refused-optimizer": ((adamw_8bit,), None),
             "refused-int8": ((lora,), "int8"),
+            "run-tower": ((dataclasses.replace(two, tune=Full(train_tower=True), max_steps=2),), None),
             "memory-half": ((dataclasses.replace(half, tune=Projector(), data=without_holdout, max_steps=1),), None),
         }
     else:
+        # The ranks have different numbers of images and of sizes, so that they call the tower differently often.
+        sizes = dataclasses.replace(lora, data=dataclasses.replace(data, image_mode="keep"), micro_batch_size=2)
         keep = dataclasses.replace(half, data=dataclasses.replace(data, image_mode="keep"), micro_batch_size=2)
         runs = {
             "both-plain": ((one, two), None),
@@ -105,6 +109,7 @@ def _recipes(recipe: Recipe, engine: str, folder: Path) -> dict[str, Recipe]:
             "run-half": ((dataclasses.replace(keep, tune=LORA),), None),
             "both-qwen2": ((tied,), None),
             "zero2-gemma2": ((tied,), None),
+            "run-tower": ((dataclasses.replace(sizes, tune=TOWER_LORA, max_steps=2),), None),
             "refused-optimizer": ((adamw_8bit,), None),
         }
     found = {}

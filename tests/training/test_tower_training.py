@@ -277,7 +277,9 @@ def test_a_resumed_run_is_bit_exact(
 def test_a_second_stage_starts_from_the_tower_of_the_first(
     short_model: ModelConfig, tiny_data: Path, tmp_path: Path
 ) -> None:
-    trainer, _ = _train(_recipe(short_model, tiny_data, tmp_path / "run", LORA, Full()))
+    recipe = _recipe(short_model, tiny_data, tmp_path / "run", LORA, Full())
+    Trainer(*build_model(recipe.model, seed=recipe.seed), recipe).train(["stage0"])
+    trainer, _ = _train(recipe)  # loads the result of the first stage
     own = trainer.model.model.vision_tower.state_dict()
     merged = _tower(tmp_path / "run/stage0/model")
     original = build_model(short_model)[0].model.vision_tower.state_dict()
