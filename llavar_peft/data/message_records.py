@@ -27,13 +27,13 @@ _EXAMPLE: Final = '{"role": "user", "content": "..."}'
 
 
 @dataclass(frozen=True, slots=True)
-class _Shown:
+class _ImagePart:
     """An image in a message; ``source`` is None for the next one of the record's keys."""
 
     source: ImageSource | None
 
 
-_Part = str | _Shown
+_Part = str | _ImagePart
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +75,7 @@ def read_messages(listed: Sequence[Any], images: tuple[ImageSource, ...], where:
         if role == "system" and number > first:
             what = "the system message follows other messages, expected it first"
             faults.append(Fault(f"{where}[{number}]", what, "move it to the beginning, or make it a user's message"))
-        if role != "user" and any(isinstance(part, _Shown) for part in parts):
+        if role != "user" and any(isinstance(part, _ImagePart) for part in parts):
             what = f"an image in a message of the {role}, expected images in messages of the user only"
             faults.append(Fault(f"{where}[{number}]", what, "move the image to the user's message before it"))
     if len(faults) > before:
@@ -84,7 +84,7 @@ def read_messages(listed: Sequence[Any], images: tuple[ImageSource, ...], where:
         (role, [part for _, parts in group for part in parts])
         for role, group in groupby(known[first:], key=lambda one: one[0])
     ]
-    shown = [part for _, parts in spoken for part in parts if isinstance(part, _Shown)]
+    shown = [part for _, parts in spoken for part in parts if isinstance(part, _ImagePart)]
     if shown:
         images = _place(shown, images, where, faults)
     prompt = _join([part for _, parts in known[:first] for part in parts])[0]
@@ -102,7 +102,7 @@ def written_turns(listed: Sequence[Any]) -> list[str]:
             for part in content if isinstance(content, list | tuple) else [content]:
                 is_image = isinstance(part, Mapping) and part.get("type") != "text"
                 words = part.get("text") if isinstance(part, Mapping) else part
-                parts += [_Shown(None)] if is_image else [words] if isinstance(words, str) else []
+                parts += [_ImagePart(None)] if is_image else [words] if isinstance(words, str) else []
         texts.append("".join(IMAGE_PLACEHOLDER if part is None else part for part in _join(parts)))
     return texts
 
@@ -135,7 +135,7 @@ def _as_content(turn: Turn) -> str | list[dict[str, str]]:
 
 
 def _place(
-    shown: Sequence[_Shown], images: tuple[ImageSource, ...], where: str, faults: list[Fault]
+    shown: Sequence[_ImagePart], images: tuple[ImageSource, ...], where: str, faults: list[Fault]
 ) -> tuple[ImageSource, ...]:
     """Return the images in the order of the parts that show them. A single one may be shown by any number of parts."""
     empty = sum(part.source is None for part in shown)
@@ -232,7 +232,7 @@ def _read_part(part: object, where: str, faults: list[Fault]) -> _Part | None:
     return None
 
 
-def _read_shown(part: Mapping[str, Any], kind: str, where: str, faults: list[Fault]) -> _Shown | None:
+def _read_shown(part: Mapping[str, Any], kind: str, where: str, faults: list[Fault]) -> _ImagePart | None:
     """Read an image part. An ``image`` without a source is the next of the record's images."""
     keys = ("image_url",) if kind == "image_url" else ("image", "path", "url")
     key = next((key for key in keys if part.get(key) is not None), None)
@@ -240,7 +240,7 @@ def _read_shown(part: Mapping[str, Any], kind: str, where: str, faults: list[Fau
         faults.append(Fault(where, "has no 'image_url'", "write the path of the image under 'image_url'"))
         return None
     if key is None:
-        return _Shown(None)
+        return _ImagePart(None)
     name = where.rpartition(": ")[2]
     image = read_image(part[key], f"{where}.{key}", f"{name}.{key}", faults)
-    return None if image is None else _Shown(image)
+    return None if image is None else _ImagePart(image)

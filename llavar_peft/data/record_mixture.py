@@ -1,8 +1,8 @@
 """Several sources of records as one, and how often an epoch takes the records of each.
 
 A source with weight w and n training records gives round(w n) items to an epoch, at least one. Its records are taken
-in rounds: each once, in an order that is drawn anew for every round, before any is taken again. The next epoch goes on
-where the last one stopped, so that a weight below 1 reaches all records too. With weight 1, an epoch has each once.
+in rounds: each once, in an order of this round, before any is taken again. The next epoch continues where the last one
+stopped, so that a weight below 1 reaches all records too. With weight 1, an epoch has each once.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ class EpochDraw:
         groups: First item and end of each source.
         weights: The weights of the sources.
         seed: Seed of the run.
-        shuffle: Whether the order of a source is drawn anew for each of its rounds.
+        shuffle: Whether each round of a source has an order of its own.
     """
 
     def __init__(self, groups: Sequence[tuple[int, int]], weights: Sequence[float], seed: int, shuffle: bool) -> None:

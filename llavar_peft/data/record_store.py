@@ -94,6 +94,9 @@ def open_records(source: Any, cache_dir: str | Path | None = None, selection: Ta
         return RecordStore([_open_path(source, cache_dir, selection)])
     if isinstance(source, Sequence) and all(isinstance(entry, str | Path) for entry in source):
         return RecordStore([_open_path(path, cache_dir, selection) for path in source])
+    if isinstance(source, Mapping) or not hasattr(source, "__len__"):
+        what = f"are of the wrong type (got {type(source).__name__}, expected a Dataset or a list of records)"
+        raise DataError.at("records", what, "give one split; for a stream, the data set's name with streaming")
     return RecordStore([Table(source, "records")])
 
 

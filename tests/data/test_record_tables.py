@@ -251,6 +251,13 @@ def test_a_damaged_folder_of_datasets_is_named(name: str, text: str, tmp_path: P
         open_records(tmp_path / "saved")
 
 
+def test_several_splits_and_streams_are_no_records() -> None:
+    rows = table([row()])
+    for given in (datasets.DatasetDict({"train": rows}), rows.to_iterable_dataset()):
+        with pytest.raises(DataError, match=rf"got {type(given).__name__}, expected a Dataset"):
+            open_records(given)
+
+
 def test_a_folder_that_needs_a_program_is_named(tmp_path: Path) -> None:
     folder = tmp_path / "own"
     folder.mkdir()
