@@ -138,6 +138,29 @@ def _embed_used_rows(
     return torch.where(((index >= 0) & (index < len(weight)))[..., None], trained, embeds)
 
 
+def keeps_state(config: PretrainedConfig) -> bool:
+    """Return whether a language model has layers with a state instead of attention, such as Mamba's.
+
+    Replaces: nothing public. transformers marks such classes, which cannot go back in a text. Since: transformers 4.40,
+    last seen in 5.24.
+    """
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    return bool(getattr(MODEL_FOR_CAUSAL_LM_MAPPING[type(config)], "_is_stateful", False))
+
+
+def supports_sdpa(config: PretrainedConfig) -> bool:
+    """Return whether transformers computes a language model's attention by PyTorch's SDPA.
+
+    Replaces: nothing public. ``from_pretrained`` raises a ValueError where it is asked for SDPA and this is false.
+    Since: transformers 4.36, last seen in 5.24.
+    """
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    kind = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+    return bool(getattr(kind, "_supports_sdpa", True))
+
+
 def use_rotary_kernel(decoder: nn.Module, kernel: Callable[..., tuple[Tensor, Tensor]]) -> None:
     """Rotate queries and keys of a kind of decoder on a GPU by another function; on a CPU the plain one stays in use.
 

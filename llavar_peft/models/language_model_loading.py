@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoTokenizer, PretrainedConfig
 
+from llavar_peft.compat.dependency_internals import keeps_state
 from llavar_peft.constants import IMAGE_PATCH_TOKEN, IMAGE_PLACEHOLDER, RELEASED_MODEL_TYPE
 from llavar_peft.errors import ConfigError, WeightsError
 from llavar_peft.models.llama_tokenizer import add_image_tokens, load_tokenizer
@@ -145,6 +146,13 @@ def _config(folder: Path) -> PretrainedConfig:
         raise ConfigError.at(
             f"{folder / 'config.json'}:model_type",
             f"not a language model that transformers can continue a text with (got {config.model_type!r})",
+            "give the folder of a language model such as Vicuna, Llama, Qwen or Mistral",
+        )
+    if keeps_state(config):
+        raise ConfigError.at(
+            f"{folder / 'config.json'}:model_type",
+            f"a language model with a state instead of attention in its layers is not supported (got "
+            f"{config.model_type!r})",
             "give the folder of a language model such as Vicuna, Llama, Qwen or Mistral",
         )
     scaled = [name for name in _SCALED_LOGITS if getattr(config, name, None) not in (None, 1, 1.0)]

@@ -34,7 +34,7 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
-from llavar_peft.compat.dependency_internals import attention_implementation
+from llavar_peft.compat.dependency_internals import attention_implementation, supports_sdpa
 
 logger = logging.getLogger(__name__)
 
@@ -85,8 +85,8 @@ def caps_scores(text_config: Any) -> bool:
 
 
 def torch_attention(text_config: Any) -> str:
-    """Return the attention of a language model that needs no package: ``"sdpa"``, or ``"eager"`` for capped scores."""
-    return "eager" if caps_scores(text_config) else "sdpa"
+    """Return the attention of a language model that needs no package: ``"sdpa"``, or ``"eager"`` where SDPA cannot."""
+    return "eager" if caps_scores(text_config) or not supports_sdpa(text_config) else "sdpa"
 
 
 def replace_flash_attention(model: Any) -> bool:

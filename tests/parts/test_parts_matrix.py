@@ -209,7 +209,7 @@ def _check_changes(start: dict[str, Tensor], ended: dict[str, Tensor], tuning: s
     for name, before in start.items():
         if tuning == "qlora" and "layers" in name:
             continue  # merged onto the numbers that the 4 bits stand for
-        language = "vision_tower" not in name if tuning == "full" else tuning == "lora" and "_proj" in name
+        language = tuning == "full" or (tuning == "lora" and name.endswith("_proj.weight"))
         trained = "projector" in name or (language and "vision_tower" not in name)
         assert torch.equal(before, ended[name]) != trained, name
 
