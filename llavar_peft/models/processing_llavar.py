@@ -163,7 +163,7 @@ class LlavarProcessor(ProcessorMixin):
         if text is not None:
             prompts = [self._collapse(prompt) for prompt in ([text] if isinstance(text, str) else text)]
             blocks = [self._block(image_3HW) for image_3HW in pixels]
-            expanded, offsets = _expand(prompts, blocks, self.tokenizer.bos_token if add_special_tokens else "")
+            expanded, offsets = _expand(prompts, blocks, (add_special_tokens and self.tokenizer.bos_token) or "")
             data.update(self.tokenizer(expanded, add_special_tokens=False, **options))
             if return_text_replacement_offsets:
                 data["text_replacement_offsets"] = offsets
