@@ -17,7 +17,7 @@ from transformers import (
     PretrainedConfig,
 )
 
-from llavar_peft.constants import IMAGE_PATCH_TOKEN, IMAGE_PLACEHOLDER
+from llavar_peft.constants import IMAGE_PATCH_TOKEN, IMAGE_PLACEHOLDER, MODEL_TYPE, RELEASED_MODEL_TYPE
 from llavar_peft.errors import ConfigError, WeightsError
 from llavar_peft.models.llama_tokenizer import add_image_tokens, load_tokenizer
 from llavar_peft.models.llavar_config import read_llama_config
@@ -143,7 +143,8 @@ def _check_kind(described: Mapping[str, Any], folder: Path) -> None:
             "set vision_tower to it, and language_model to the folder of a language model",
         )
     if not is_language_model(described) or "vision_config" in described:
-        ours = "set checkpoint instead of language_model, or " if not is_language_model(described) else ""
+        readable = kind in (MODEL_TYPE, RELEASED_MODEL_TYPE) or "vision_config" not in described
+        ours = "set checkpoint instead of language_model, or " if readable else ""
         raise ConfigError.at(
             "model.language_model",
             f"{folder} is a complete vision-language model (got {kind!r}), expected a language model",
