@@ -203,5 +203,5 @@ The content of a message is a string (``<image>`` marks an image) or a list of `
 "text", "text": ...}`` parts, which are joined in their order, with a line break next to each image.
 """
 
-VICUNA_CHAT_TEMPLATE: Final = CHAT_TEMPLATE.replace(SYSTEM_PROMPT, VICUNA_SYSTEM_PROMPT)
+VICUNA_CHAT_TEMPLATE: Final = CHAT_TEMPLATE.replace(SYSTEM_PROMPT, VICUNA_SYSTEM_PROMPT.replace("'", r"\'"))
 """The Jinja template of ``vicuna_v1``; images are written where they stand in the message."""

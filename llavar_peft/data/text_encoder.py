@@ -69,7 +69,8 @@ class TextEncoder:
         pieces: The backend with the same vocabulary and merges, and without added tokens.
         later_pieces: The same for text after a special token, where some backends add no space before the first word.
         words: Encodes word by word; None for a vocabulary in which a token may cross a word boundary.
-        bos: Id of the token that starts every text, ``<s>``; None if the conversation template writes it.
+        bos: Id of the token that starts every text, ``<s>``; None if the conversation template writes it, or the
+            language model has none.
         special: Ids of the special tokens, by their text.
         strips_before: Ids of the special tokens before which white space is not encoded.
         strips_after: Ids of the special tokens after which white space is not encoded.
@@ -159,8 +160,8 @@ def _build(tokenizer: Any, image_token: str, use_im_start_end: bool, template: T
             "call llavar_peft.models.llama_tokenizer.add_image_tokens on it",
         )
     ends = {"eos_token": tokenizer.eos_token_id}
-    if template != "chat":  # a chat template writes its own start; Qwen's tokenizers have none
-        ends["bos_token"] = tokenizer.bos_token_id
+    if template == "llava_v1":  # other language models may have none, as Qwen
+        ends = {"bos_token": tokenizer.bos_token_id, **ends}
     unknown = [name for name, index in ends.items() if not isinstance(index, int)]
     if unknown:
         raise ConfigError.at(

@@ -223,4 +223,5 @@ def _stock_chat_template(parts: ModelParts) -> str:
     if parts.template == "chat":
         return template
     block = image_block(1, use_im_start_end=parts.config.use_im_start_end, patch=parts.image_token)
-    return "{{- bos_token -}}\n" + template.replace(IMAGE_PLACEHOLDER, block)
+    start = "{{- bos_token -}}\n" if parts.tokenizer.bos_token is not None else ""
+    return start + template.replace(IMAGE_PLACEHOLDER, block)

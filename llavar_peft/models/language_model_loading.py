@@ -7,17 +7,25 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoTokenizer, PretrainedConfig
+import torch
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_MASKED_LM_MAPPING,
+    AutoConfig,
+    AutoModel,
+    AutoTokenizer,
+    PretrainedConfig,
+)
 
 from llavar_peft.compat.dependency_internals import keeps_state
-from llavar_peft.constants import IMAGE_PATCH_TOKEN, IMAGE_PLACEHOLDER, RELEASED_MODEL_TYPE
+from llavar_peft.constants import IMAGE_PATCH_TOKEN, IMAGE_PLACEHOLDER, MODEL_TYPE, RELEASED_MODEL_TYPE
 from llavar_peft.errors import ConfigError, WeightsError
 from llavar_peft.models.llama_tokenizer import add_image_tokens, load_tokenizer
 from llavar_peft.models.llavar_config import read_llama_config
-from llavar_peft.models.pretrained_files import load_pretrained
+from llavar_peft.models.pretrained_files import load_pretrained, unreadable_settings, with_defaults
 from llavar_peft.recipe.schema import ModelConfig
 from llavar_peft.types import TemplateName
-from llavar_peft.weights.delta.released_layout import check_not_delta, read_model_config
+from llavar_peft.weights.delta.released_layout import check_not_delta, is_language_model, read_model_config
 from llavar_peft.weights.io import tensor_names
 from llavar_peft.weights.io.joined_rows import JoinedRows, mean_row
 from llavar_peft.weights.io.tensor_blocks import open_weights
@@ -26,6 +34,9 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedTokenizerFast
 
+_TWO_TOWERS = ("clip", "siglip", "siglip2", "chinese_clip", "altclip", "metaclip_2")
+"""Models of an image tower and a text tower, which are compared and answer nothing."""
+_EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")
 # Settings that change the logits after the head, which LLaVA's head does not compute.
 _SCALED_LOGITS = ("logits_scaling", "logit_scale", "logits_scale")
 
@@ -126,13 +137,21 @@ def add_placeholder(tokenizer: PreTrainedTokenizerFast) -> None:
 
 def _check_kind(described: Mapping[str, Any], folder: Path) -> None:
     kind = described.get("model_type")
-    if kind == RELEASED_MODEL_TYPE or "vision_config" in described:
+    if kind in _TWO_TOWERS:
+        raise ConfigError.at(
+            "model.language_model",
+            f"{folder} is a vision tower (got {kind!r}), expected a language model",
+            "set vision_tower to it, and language_model to the folder of a language model",
+        )
+    if not is_language_model(described) or "vision_config" in described:
+        readable = kind in (MODEL_TYPE, RELEASED_MODEL_TYPE) or "vision_config" not in described
+        ours = "set checkpoint instead of language_model, or " if readable else ""
         raise ConfigError.at(
             "model.language_model",
             f"{folder} is a complete vision-language model (got {kind!r}), expected a language model",
-            "set checkpoint instead of language_model, or give the folder of the language model it was made from",
+            f"{ours}give the folder of the language model it was made from",
         )
-    if described.get("is_encoder_decoder"):
+    if with_defaults(described, folder).get("is_encoder_decoder"):
         raise ConfigError.at(
             f"{folder / 'config.json'}:model_type",
             f"a model with an encoder and a decoder (got {kind!r}, expected a decoder)",
@@ -142,7 +161,8 @@ def _check_kind(described: Mapping[str, Any], folder: Path) -> None:
 
 def _config(folder: Path) -> PretrainedConfig:
     config = load_pretrained(AutoConfig, folder)
-    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING or getattr(config, "is_encoder_decoder", False):
+    # Some encoders, such as BERT, can be used as decoders; they were not trained as such.
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING or type(config) in MODEL_FOR_MASKED_LM_MAPPING:
         raise ConfigError.at(
             f"{folder / 'config.json'}:model_type",
             f"not a language model that transformers can continue a text with (got {config.model_type!r})",
@@ -155,6 +175,7 @@ def _config(folder: Path) -> PretrainedConfig:
             f"{config.model_type!r})",
             "give the folder of a language model such as Vicuna, Llama, Qwen or Mistral",
         )
+    _check_modules(config, folder)
     scaled = [name for name in _SCALED_LOGITS if getattr(config, name, None) not in (None, 1, 1.0)]
     if scaled:
         raise ConfigError.at(
@@ -163,6 +184,34 @@ def _config(folder: Path) -> PretrainedConfig:
             "give a language model without this setting",
         )
     return config
+
+
+def _check_modules(config: PretrainedConfig, folder: Path) -> None:
+    """Reject a decoder that does not have the embeddings, layers and norm of LLaMA, by building it without memory.
+
+    Raises:
+        ConfigError: Names what it lacks.
+    """
+    experts = [name for name in _EXPERTS if getattr(config, name, None)]
+    if experts:
+        raise ConfigError.at(
+            f"{folder / 'config.json'}:{experts[0]}",
+            f"mixtures of experts are not supported (got {config.model_type!r} with {getattr(config, experts[0])})",
+            "give a language model without experts",
+        )
+    try:
+        with torch.device("meta"):
+            built: Any = AutoModel.from_config(config, trust_remote_code=False)
+    except Exception as error:  # transformers passes on whatever the settings cause
+        raise unreadable_settings(folder, "language model", error) from error
+    missing = [name for name in ("embed_tokens", "layers", "norm") if not hasattr(built, name)]
+    if missing:
+        raise ConfigError.at(
+            f"{folder / 'config.json'}:model_type",
+            f"a decoder of another construction than LLaMA's (got {config.model_type!r}, which has no "
+            f"{', '.join(missing)})",
+            "give the folder of a language model such as Vicuna, Llama, Qwen or Mistral",
+        )
 
 
 def _choose_template(folder: Path, described: Mapping[str, Any], settings: ModelConfig) -> TemplateName:

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from transformers import AutoConfig, CLIPVisionConfig, PretrainedConfig
+import transformers
+from transformers import CONFIG_MAPPING, AutoConfig, CLIPVisionConfig, PretrainedConfig
 
 from llavar_peft.errors import ConfigError, LlavarError, describe_reason
 from llavar_peft.weights.io.checkpoint_code import check_no_code
@@ -103,6 +104,22 @@ def unreadable_settings(folder: Path, what: str, error: Exception) -> LlavarErro
         f"its files of settings cannot be read as a {what} ({type(error).__name__}: {reason})",
         DOWNLOAD_AGAIN,
     )
+
+
+def with_defaults(described: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    """Return the settings of a ``config.json`` with the defaults of its kind, unchecked.
+
+    Raises:
+        ConfigError: It names no kind of model, or one that the installed transformers does not have.
+    """
+    kind = described.get("model_type")
+    if not isinstance(kind, str) or kind not in CONFIG_MAPPING:
+        raise ConfigError.at(
+            f"{folder / 'config.json'}:model_type",
+            f"not an architecture of transformers {transformers.__version__} (got {ascii(kind)[:80]})",
+            "give a model of a kind that transformers has, or update transformers if a newer one has it",
+        )
+    return {**CONFIG_MAPPING[kind]().to_dict(), **described}
 
 
 def check_sizes(config: PretrainedConfig, folder: Path) -> None:

@@ -3,16 +3,25 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import AutoConfig, AutoImageProcessor, AutoModel, CLIPImageProcessorPil, CLIPVisionConfig
+from transformers import (
+    CONFIG_MAPPING,
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModel,
+    CLIPImageProcessorPil,
+    CLIPVisionConfig,
+)
 from transformers.utils import logging as hf_logging
 
 from llavar_peft.errors import ConfigError, WeightsError
-from llavar_peft.models.pretrained_files import check_sizes, load_pretrained, unreadable_settings
+from llavar_peft.models.pretrained_files import check_sizes, load_pretrained, unreadable_settings, with_defaults
 from llavar_peft.weights.delta.released_layout import read_model_config
 from llavar_peft.weights.io import tensor_names
 from llavar_peft.weights.io.tensor_blocks import open_weights
@@ -22,6 +31,9 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
 _CLIP = ("clip", "clip_vision_model")
+_VARIABLE_RESOLUTION = {"siglip2", "siglip2_vision_model"}
+_OF_EACH_STAGE = ("depths", "num_attention_heads", "hidden_sizes", "num_heads", "embed_dims")
+"""Settings that are lists for towers with several resolutions, such as Swin."""
 _REQUIRED = ("hidden_size", "num_hidden_layers", "image_size", "patch_size")
 _SETTINGS = (
     "do_resize", "size", "resample", "do_center_crop", "crop_size", "do_rescale", "rescale_factor", "do_normalize",
@@ -62,6 +74,7 @@ def read_tower(folder: Path) -> TowerParts:
         WeightsError: A tensor is missing, or a file cannot be read.
     """
     described = read_model_config(folder)
+    _check_kind(described, folder)
     # Transformers 4 writes the image processor to a file of its own, transformers 5 into that of the processor.
     if not any((folder / name).is_file() for name in ("preprocessor_config.json", "processor_config.json")):
         raise ConfigError.at(
@@ -86,6 +99,30 @@ def read_tower(folder: Path) -> TowerParts:
         side=side,
         extra_positions=count_extra_positions(config, side, folder),
     )
+
+
+def _check_kind(described: Mapping[str, Any], folder: Path) -> None:
+    """Reject a model that is no tower of one resolution, before its sizes are checked.
+
+    Raises:
+        ConfigError: Names what it is.
+    """
+    kind, where = described.get("model_type"), f"{folder / 'config.json'}:model_type"
+    whole = with_defaults(described, folder)
+    vision = whole.get("vision_config") or whole
+    kinds = {kind, vision.get("model_type", kind)}
+    fix = "give the folder of a vision tower with a fixed resolution, such as a CLIP, SigLIP or DINOv2"
+    if kinds & _VARIABLE_RESOLUTION:
+        what = f"a tower whose resolution varies with the image (got {kind!r}, the NaFlex variant of SigLIP 2)"
+        fix = "use a SigLIP 2 with a fixed resolution, such as google/siglip2-so400m-patch14-384"
+        raise ConfigError.at(where, what, fix)
+    if "vision_config" not in whole and CONFIG_MAPPING[str(kind)] in MODEL_FOR_CAUSAL_LM_MAPPING:
+        what = f"a language model, expected a vision tower (got {kind!r})"
+        raise ConfigError.at(where, what, f"set language_model to it, and vision_tower: {fix}")
+    layered = [name for name in _OF_EACH_STAGE if isinstance(vision.get(name), list | tuple)]
+    if layered:
+        what = f"a tower without one grid of patches: the resolution changes between its layers (got {kind!r}, with "
+        raise ConfigError.at(where, f"{what}{layered[0]} {vision[layered[0]]})", fix)
 
 
 def read_tower_tensors(folder: Path) -> dict[str, Tensor]:

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModel, CLIPImageProcessorPil
+from transformers import AutoModel
 
 from llavar_peft import ModelConfig, build_model
-from llavar_peft.errors import ConfigError
 from llavar_peft.models.vision_tower import tower_features, tower_layers
 from tests.parts.tiny_parts import TOWERS
 
@@ -62,22 +60,3 @@ def test_layers_after_the_features_are_not_computed(kind: str, tower: Folder) ->
         assert computed == [0, 1]
         tower_features(model, torch.randn(1, 3, 56, 56), 3)
     assert computed == [0, 1, 0, 1, 2]
-
-
-@pytest.mark.parametrize(
-    ("config", "words"),
-    [
-        ({"model_type": "siglip2_vision_model", "num_patches": 16, "patch_size": 14}, "image_size"),
-        ({"model_type": "llama", "num_hidden_layers": 2, "hidden_size": 32}, "not a vision transformer"),
-        ({"model_type": "resnet"}, "not a vision transformer"),
-    ],
-)
-def test_a_tower_without_a_grid_is_named(
-    config: dict[str, object], words: str, language_model: Folder, tmp_path: Path
-) -> None:
-    described = dict(config)
-    AutoConfig.for_model(str(described.pop("model_type")), **described).save_pretrained(tmp_path)
-    CLIPImageProcessorPil().save_pretrained(tmp_path)
-    with pytest.raises(ConfigError, match=words) as error:
-        build_model(ModelConfig(language_model=language_model("qwen2"), vision_tower=str(tmp_path)))
-    assert "Fix:" in str(error.value)
