@@ -73,10 +73,17 @@ def measure_records(stage: Stage, config: LlavarConfig) -> RecordLengths:
     return RecordLengths(sum(counts), mean, max(lengths), squares, each, counts)
 
 
-def largest_pass(stage: Stage, lengths: RecordLengths) -> int:
-    """Return the number of tokens of the largest forward pass on a GPU, which has the longest records."""
+def largest_pass(stage: Stage, lengths: RecordLengths, *, packs: bool) -> int:
+    """Return the number of tokens of the largest forward pass on a GPU, which has the longest records.
+
+    Args:
+        stage: The stage.
+        lengths: Lengths of its records.
+        packs: Whether the language model's attention supports packed rows, which ``max_tokens`` needs.
+    """
     most = stage.micro_batch_size * lengths.longest
-    return most if stage.max_tokens is None or not stage.packing else min(most, max(stage.max_tokens, lengths.longest))
+    limited = packs and stage.packing and stage.max_tokens is not None
+    return min(most, max(stage.max_tokens or 0, lengths.longest)) if limited else most
 
 
 def count_steps(stage: Stage, lengths: RecordLengths) -> int | None:

@@ -14,6 +14,7 @@ from llavar_peft.preflight.estimate_compute import (
     measure_records,
 )
 from llavar_peft.preflight.estimate_counts import count_parameters, count_trained
+from llavar_peft.preflight.estimate_layer import computes_scores
 from llavar_peft.preflight.estimate_memory import Memory, estimate_memory
 from llavar_peft.recipe.schema import Full, Lora, ModelConfig, Stage
 
@@ -63,7 +64,7 @@ def estimate_stage(model: ModelConfig, stage: Stage, *, gpus: int = 1, sharded: 
     config = config_without_weights(model)
     lengths = measure_records(stage, config)
     counts = count_parameters(config, stage.tune)
-    tokens = largest_pass(stage, lengths)
+    tokens = largest_pass(stage, lengths, packs=not computes_scores(config.text_config, model.attention))
     # An upper bound: all text, of which only the answers are supervised.
     supervised = max(1, round(tokens * (1 - lengths.images * config.image_seq_length / max(lengths.mean, 1.0))))
     return StageEstimate(

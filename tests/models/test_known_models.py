@@ -101,3 +101,21 @@ def test_a_configuration_in_the_hub_s_cache_is_read(tmp_path: Path, monkeypatch:
 def test_estimate_prints_the_tokens_of_an_image_and_a_gpu(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["estimate", "qwen3-4b-siglip2"]) == 0
     assert "Smallest common GPU: 16 GB. An image takes 729 tokens." in capsys.readouterr().out
+
+
+def test_without_the_hub_a_dry_run_names_the_missing_model(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+    turns = [{"from": "human", "value": "Read."}, {"from": "gpt", "value": "STOP"}]
+    (tmp_path / "r.json").write_text(json.dumps([{"id": "a", "conversations": turns}]))
+    data = [f"stages.{stage}.data.records={tmp_path / 'r.json'}" for stage in (0, 1)]
+    images = [f"stages.{stage}.data.images={tmp_path}" for stage in (0, 1)]
+    arguments = ["train", "qwen3-4b-siglip2", "--dry-run", *data, *images, f"output_dir={tmp_path / 'out'}"]
+    assert cli.main(arguments) == 3
+    error = capsys.readouterr().err
+    assert error.startswith("error: model.language_model: no such folder")
+    assert "Qwen/Qwen3-4B-Instruct-2507" in error
+    assert "Fix: give a folder" in error
+    assert not (tmp_path / "out").exists()

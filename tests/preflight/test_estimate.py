@@ -115,6 +115,18 @@ def test_steps_and_lengths_are_those_of_the_records(tiny_recipe: Recipe) -> None
     assert count_parameters(config_without_weights(tiny_recipe.model), Full()).whole == one.parameters
 
 
+def test_a_model_that_cannot_pack_has_passes_of_whole_micro_batches() -> None:
+    """SDPA does not cap Gemma 2's attention scores, and eager attention does not support packed rows."""
+    capped, plain = (
+        estimate_stage(recipe.model, recipe.stages[0])
+        for name in ("google/gemma-2-2b-it", "HuggingFaceTB/SmolLM2-1.7B-Instruct")
+        for recipe in [load_recipe("smollm2-1.7b", [f"model.language_model={name}"])]
+    )
+    assert (capped.pass_tokens, plain.pass_tokens) == (8 * 2048, 4096)
+    scores = 8 * 8 * 2048**2 * 2  # heads, rows, positions, bytes; several of them exist at once
+    assert capped.memory.activations > 3 * scores
+
+
 def test_a_model_of_unknown_size_is_rejected(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["estimate", "llavar-13b", "model.language_model=owner/some-llama"]) == 2
     assert "the name contains no size" in capsys.readouterr().err
