@@ -189,9 +189,9 @@ def _language_layers(model: nn.Module) -> list[GradientCheckpointingLayer]:
 
 
 def _tower_inputs(model: Any) -> int:
-    """Return the bytes per token of a trained tower: the inputs of its layers, if all tokens are patches.
+    """Return the bytes per token that a trained vision tower keeps, if all tokens are patches; a frozen one keeps 0.
 
-    Its layers always recompute. A frozen tower keeps nothing.
+    Its layers always recompute, so that only their inputs are kept.
     """
     plain = model.get_base_model() if hasattr(model, "peft_config") else model
     tower = plain.model.vision_tower
