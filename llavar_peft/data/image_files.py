@@ -8,7 +8,9 @@ For all other files the pixels are the original's.
 from __future__ import annotations
 
 import importlib.util
+import os
 import re
+import stat
 from functools import lru_cache
 from io import BytesIO
 from pathlib import Path
@@ -26,7 +28,7 @@ MAX_PIXELS: Final = 2**26
 # Formats for photographs and scans. Others run programs (EPS) or cannot be identified by their first bytes (TGA).
 _FORMATS: Final = ("PNG", "JPEG", "MPO", "WEBP", "GIF", "BMP", "DIB", "TIFF", "PPM", "JPEG2000", "AVIF", "HEIF", "ICO")
 _START: Final = 256  # bytes of a file by which its kind is recognized
-_REASON: Final = 200  # characters of another library's message
+_REASON: Final = 200  # characters of a path, or of another library's message
 _GIVE_IMAGE: Final = "give an image in one of these formats"
 _CONVERT: Final = "convert it to PNG or JPEG"
 # First bytes of files that are no images, or not of a supported format: what they are, and what to do.
@@ -39,6 +41,14 @@ _NOT_IMAGES: Final = (
     (re.compile(rb"%!PS|\xc5\xd0\xd3\xc6"), "a PostScript drawing", _CONVERT),
     (re.compile(rb"<(\?xml|svg)", re.IGNORECASE), "an SVG drawing or other XML", _CONVERT),
     (re.compile(rb"<"), "a web page or other markup", "download the image itself"),
+    (re.compile(rb"[{\[]"), "JSON or other text", "download the image itself"),
+    (re.compile(rb"data:"), "the text of a data URL", "decode it, and save the image as a file"),
+    (re.compile(rb"PK\x03\x04"), "a ZIP archive or an Office document", "save its images or pages as PNG or JPEG"),
+    (re.compile(rb"8BPS"), "a Photoshop document", _CONVERT),
+    (re.compile(rb"\xff\x0a|\0\0\0\x0cJXL "), "a JPEG XL image", _CONVERT),
+    (re.compile(rb"\x89PNG|\xff\xd8\xff|GIF8|RIFF....WEBP|BM|....ftypavi[fs]|\0\0\0\x0cjP", re.DOTALL),
+     "damaged", "get the file again"),
+    (re.compile(rb"II\*\0|MM\0\*"), "damaged, or a camera's raw file", f"get the file again, or {_CONVERT}"),
 )  # fmt: skip
 _MOST_MARKERS: Final = 10_000
 """Photographs have up to a few hundred. A million in 4 MB would take Pillow 10 seconds."""
@@ -71,7 +81,8 @@ def open_image(source: str | Path | Image.Image) -> Image.Image:
             raise
         except Exception as error:  # mostly OSError, but also IndexError, TypeError, SyntaxError, ...
             raise _unreadable(b"", where, error) from error
-    return _decode(str(expand_home(source)), str(source))
+    where = str(source)
+    return _decode(str(expand_home(source)), where if len(where) <= _REASON else f"{where[:_REASON]}...")
 
 
 def decode_image(data: bytes, where: str) -> Image.Image:
@@ -102,13 +113,15 @@ def read_header(data: bytes, formats: tuple[str, ...]) -> Image.Image:
     try:
         return Image.open(BytesIO(data), formats=formats)
     except Exception as error:
-        if not _is_remark_limit(error):
+        if not _may_be_remarks(error, data):
             raise
         return Image.open(BytesIO(_without_remarks(data)), formats=formats)
 
 
 def _decode(source: str | bytes, where: str, *, has_remarks: bool = True) -> Image.Image:
     try:
+        if isinstance(source, str) and not stat.S_ISREG(mode := os.stat(source).st_mode) and not stat.S_ISDIR(mode):
+            raise ImageError.at(where, "is a pipe or a device, expected a file", "save the image as a file")
         with open(source, "rb") if isinstance(source, str) else BytesIO(source) as file:
             _check_markers(file, where)
         with Image.open(source if isinstance(source, str) else BytesIO(source), formats=_formats()) as opened:
@@ -127,7 +140,7 @@ def _decode(source: str | bytes, where: str, *, has_remarks: bool = True) -> Ima
             where, f"the image is too large (expected at most {MAX_PIXELS / 1e6:.0f} megapixels)", "scale it down"
         ) from error
     except Exception as error:  # broken files make Pillow raise many types of exceptions
-        if has_remarks and _is_remark_limit(error):
+        if has_remarks and _may_be_remarks(error, _start_of(source)):
             data = Path(source).read_bytes() if isinstance(source, str) else source
             return _decode(_without_remarks(data), where, has_remarks=False)
         raise _unreadable(source, where, error) from error
@@ -195,7 +208,7 @@ def _start_of(source: str | bytes) -> bytes:
     try:
         with open(source, "rb") as file:
             return file.read(_START)
-    except OSError:
+    except (OSError, ValueError):  # ValueError: a NUL in the path
         return b"unreadable"
 
 
@@ -208,9 +221,9 @@ def describe_start(start: bytes) -> tuple[str, str]:
     return next(found, ("not an image", _GIVE_IMAGE))
 
 
-def _is_remark_limit(error: Exception) -> bool:
-    """Return whether Pillow rejects a PNG because of the size of its remarks (``PngImagePlugin.MAX_TEXT_CHUNK``)."""
-    return "MAX_TEXT" in str(error)
+def _may_be_remarks(error: Exception, start: bytes) -> bool:
+    """Return whether Pillow may reject a PNG because of its remarks: one is damaged, or they are large."""
+    return "MAX_TEXT" in str(error) or (isinstance(error, UnidentifiedImageError) and start.startswith(_PNG))
 
 
 def _without_remarks(data: bytes) -> bytes:

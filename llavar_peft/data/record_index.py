@@ -210,7 +210,9 @@ def _scan(path: Path, file: mmap.mmap) -> npt.NDArray[np.uint64]:
         raise _fault(
             path,
             f"the file starts with {repr(first.decode('latin-1')) if first else 'no text'}, expected '[': one array",
-            "rename it to .jsonl if it has one record per line, or put a single record into [ ]",
+            "rename it to .jsonl if it has one record per line, or put a single record into [ ]"
+            if first == b"{"
+            else "give a JSON file of records; a web page instead of one means that the download failed",
         )
     return _scan_lines(file, start) if lines else _scan_array(path, file, start)
 

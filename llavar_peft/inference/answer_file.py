@@ -135,7 +135,7 @@ def generate_answers(  # noqa: PLR0913 - a run's settings, by name
         "image_mode": image_mode,
         "sampling": {**dataclasses.asdict(sampling), "stop": list(sampling.stop)},
     }
-    check_output_file(path, str(path))
+    check_output_file(path, "--answers")
     with _processes() as here, _lock_answers(path, here):
         journal = AnswerJournal(path, here.rank)
         earlier: list[dict[str, Any]] = []

@@ -169,6 +169,9 @@ def resolve_folder(name: str, setting: str) -> Path:
         return path
     if path.is_file():
         raise ConfigError.at(setting, f"a file, expected a folder (got {name!r})", _fix_for_file(path))
+    if ":/" in name:
+        fix = "download the model, and give its folder; or give its hub name, owner/model"
+        raise ConfigError.at(setting, f"a URL, expected a folder (got {name!r})", fix)
     if not is_hub_name(name):
         siblings = [entry.name for entry in path.parent.iterdir() if entry.is_dir()] if path.parent.is_dir() else []
         near = difflib.get_close_matches(path.name, siblings, n=1, cutoff=0.75)

@@ -75,6 +75,8 @@ def read_tower(folder: Path) -> TowerParts:
     """
     described = read_model_config(folder)
     _check_kind(described, folder)
+    is_clip = described.get("model_type") in _CLIP
+    config: PretrainedConfig = load_pretrained(CLIPVisionConfig, folder) if is_clip else _read_config(folder)
     # Transformers 4 writes the image processor to a file of its own, transformers 5 into that of the processor.
     if not any((folder / name).is_file() for name in ("preprocessor_config.json", "processor_config.json")):
         raise ConfigError.at(
@@ -82,13 +84,11 @@ def read_tower(folder: Path) -> TowerParts:
             "no preprocessor_config.json and no processor_config.json in it",
             "copy the file from the vision tower's original folder",
         )
-    if described.get("model_type") in _CLIP:
-        config: PretrainedConfig = load_pretrained(CLIPVisionConfig, folder)
+    if is_clip:
         stored = open_weights(folder).items()
         tensors = {ours: tensor for name, tensor in stored if (ours := tensor_names.from_clip(name))}
         images = load_pretrained(CLIPImageProcessorPil, folder)
     else:
-        config = _read_config(folder)
         tensors = _load_tensors(folder, config)
         images = as_clip_processor(load_pretrained(AutoImageProcessor, folder))
     side = prepared_side(images, str(folder))

@@ -414,6 +414,14 @@ def test_large_texts_in_a_png_are_skipped(place: str, tmp_path: Path) -> None:
         (b"<!DOCTYPE html>", "a web page", "download the image"),
         (b"version https://git-lfs.github.com/spec/v1", "a Git LFS pointer", "git lfs pull"),
         (b"%!PS-Adobe", "a PostScript drawing", "convert it"),
+        (b'{"error": "not found"}', "JSON or other text", "download the image"),
+        (b"data:image/png;base64,AAAA", "the text of a data URL", "decode it"),
+        (b"PK\x03\x04", "a ZIP archive or an Office document", "save its images"),
+        (b"8BPS\0\1", "a Photoshop document", "convert it"),
+        (b"\xff\x0a", "a JPEG XL image", "convert it"),
+        (b"\x89PNG\r\n\x1a\n", "damaged", "get the file again"),
+        (b"\0\0\0\x18ftypavif", "damaged", "get the file again"),
+        (b"II*\0\x10\0\0\0CR", "damaged, or a camera's raw file", "convert it"),
         (b"", "an empty file", "get the file again"),
         (b"hello", "not an image", "one of these formats"),
     ],
@@ -424,6 +432,28 @@ def test_files_that_are_no_images_are_named(start: bytes, what: str, fix: str, t
     for opened in (lambda: open_image(path), lambda: decode_image(path.read_bytes(), "image")):
         with pytest.raises(ImageError, match=f"is {what}.*Fix: .*{fix}"):
             opened()
+
+
+def test_a_pipe_or_a_device_is_rejected_without_reading_it(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.png")
+    for path in (tmp_path / "pipe.png", Path("/dev/zero")):
+        with pytest.raises(ImageError, match="is a pipe or a device, expected a file"):
+            open_image(path)
+
+
+def test_paths_that_no_file_has_are_named_in_one_short_line() -> None:
+    for path in ("a\0b.png", "x" * 5000):
+        with pytest.raises(ImageError) as raised:
+            open_image(path)
+        assert len(str(raised.value)) < 600
+
+
+def test_damaged_remarks_of_a_png_are_skipped(tmp_path: Path) -> None:
+    path = tmp_path / "a.png"
+    Image.new("RGB", (3, 2), "red").save(path)
+    data = path.read_bytes()
+    for remark in (chunk(b"tEXt", b"a\0b")[:-4] + b"\0\0\0\0", chunk(b"zTXt", b"no end")):
+        assert decode_image(data[:33] + remark + data[33:], "image").getpixel((2, 1)) == (255, 0, 0)
 
 
 def test_golden_images_that_are_opened_better_than_in_the_original() -> None:

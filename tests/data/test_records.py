@@ -317,6 +317,7 @@ def test_the_index_is_saved_in_the_first_writable_folder(tmp_path: Path, monkeyp
         ("a.json", "", "a.json: the file is empty"),
         ("a.json", " \n", "the file starts with no text"),
         ("a.json", '{"id": 1}', "starts with '{', expected '.': one array.*rename it to .jsonl"),
+        ("a.json", "<!DOCTYPE html>", "starts with '<', expected '.': one array.*the download failed"),
         ("a.jsonl", "[{}]", "rename it to .json"),
         ("a.json", b"\x1f\x8b\x08\0", "the file is compressed"),
         ("a.json", '[{"id": 1}, {"id": 2', "not valid JSON .*may have been cut off"),

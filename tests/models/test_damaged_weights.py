@@ -93,6 +93,17 @@ def test_every_command_refuses_damaged_weights(
     assert "NaN or infinite" in " ".join(capsys.readouterr().err.split())
 
 
+def test_a_part_in_the_place_of_another_is_named(tmp_path: Path) -> None:
+    language_model = PARTS["language_model"]
+    with pytest.raises(ConfigError, match="not a vision transformer with a grid"):
+        build_model(ModelConfig(**{**PARTS, "vision_tower": language_model}))
+    whole = Path(str(language_model)) / "model.safetensors"
+    with pytest.raises(WeightsError, match=r"a complete model, expected those of a projector.*model.checkpoint"):
+        build_model(ModelConfig(**PARTS, projector=str(whole)))
+    with pytest.raises(ConfigError, match=r"a URL, expected a folder.*download"):
+        build_model(ModelConfig(**{**PARTS, "vision_tower": "https://huggingface.co/openai/clip"}))
+
+
 def test_a_damaged_tower_and_a_damaged_projector_are_named(tmp_path: Path) -> None:
     tower = shutil.copytree(VISION_TOWER, tmp_path / "tower")
     tensors = load_file(tower / "model.safetensors")

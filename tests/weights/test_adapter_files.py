@@ -128,7 +128,7 @@ def test_all_errors_are_reported_at_once(copy: Path, checkpoint: Path) -> None:
         verify_adapter(copy)
     text = str(raised.value)
     for message in (
-        "layers.0.self_attn.q_proj: incomplete update (missing ['B'], unexpected [])",
+        "layers.0.self_attn.q_proj: incomplete update (missing B)",
         "layers.0.mlp.down_proj: wrong shape (got A [3, 256]",
         "1 of 512 elements are NaN",
         "strange: not a tensor of this kind of adapter",
@@ -136,6 +136,14 @@ def test_all_errors_are_reported_at_once(copy: Path, checkpoint: Path) -> None:
     ):
         assert message in text
     assert len(raised.value.faults) == 5
+
+
+def test_updates_of_whole_numbers_are_rejected(copy: Path, checkpoint: Path) -> None:
+    """Numbers that were cut to integers would be merged without a word."""
+    tensors = load_file(copy / "adapter_model.safetensors")
+    _changed(copy, {name: (100 * tensor).to(torch.int8) for name, tensor in tensors.items()})
+    with pytest.raises(WeightsError, match="not floating-point numbers"):
+        verify_adapter(copy)
 
 
 def test_a_base_with_other_layers_or_other_values_is_rejected(copy: Path, checkpoint: Path) -> None:

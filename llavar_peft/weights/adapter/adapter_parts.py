@@ -132,6 +132,8 @@ def _find_kind_fault(parts: Sequence[AdapterPart], settings: Mapping[str, Any], 
 
 
 def _check_part(part: AdapterPart, settings: Mapping[str, Any], saved: Sequence[str]) -> str | None:
+    if not all("float" in entry.dtype for entry in part.tensors.values()):
+        return "not floating-point numbers"
     if part.in_full:
         known = set(saved) & set(part.module.split("."))
         return None if known else "not a tensor of this kind of adapter"
@@ -142,7 +144,10 @@ def _check_part(part: AdapterPart, settings: Mapping[str, Any], saved: Sequence[
     roles = {"A", "B"} | {role for role, setting in _OPTIONAL.items() if settings.get(setting)}
     missing, unexpected = sorted(roles - set(part.tensors)), sorted(set(part.tensors) - roles)
     if missing or unexpected:
-        return f"incomplete update (missing {missing}, unexpected {unexpected})"
+        faults = [
+            f"{what} {', '.join(names)}" for what, names in (("missing", missing), ("unknown", unexpected)) if names
+        ]
+        return f"incomplete update ({'; '.join(faults)})"
     a, b, rank = part.tensors["A"].shape, part.tensors["B"].shape, scaling_of(part.module, settings)[0]
     if len(a) != 2 or len(b) != 2 or a[0] != rank or b[1] != rank:
         return f"wrong shape (got A {list(a)} and B {list(b)}, expected rank {rank})"

@@ -40,6 +40,11 @@ def apply_projector(tensors: dict[str, Tensor | JoinedRows], source: str | Path)
         WeightsError: A tensor is missing, unexpected or misshapen.
     """
     stored = read_projector(source)
+    if any(".layers." in name for name in stored):
+        what = "the weights of a complete model, expected those of a projector"
+        raise WeightsError.at(
+            str(source), what, "set model.checkpoint to the model's folder instead of model.projector"
+        )
     embeddings = stored.pop(tensor_names.EMBEDDINGS, None)
     expected = {
         name: tuple(tensor.shape) for name, tensor in tensors.items() if name.startswith(tensor_names.PROJECTOR)
