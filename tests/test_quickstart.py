@@ -17,8 +17,8 @@ from llavar_peft.training import quickstart
 
 # It reaches about 0.91, within a margin for the machine's rounding.
 LEAST = 0.87
-# With a quarter of the images. An untrained projector gives 0.
-LEAST_OF_A_QUARTER = 0.5
+# With a quarter of the images it reaches about 0.88. An untrained projector gives 0.
+LEAST_OF_A_QUARTER = 0.75
 
 
 def _run(*arguments: str) -> str:
