@@ -104,7 +104,7 @@ def serve(
         names = [model_name, *chat.adapters]
         if files is not None:
             mount_page(app, models=names, max_tokens=app.state.limits.new_tokens, api_key=api_key, files=files)
-        listen(bound)  # before the address is told, so that nobody who reads it finds nothing there
+        listen(bound)  # before the address is printed, so that clients can connect at once
         if files is not None:
             say(f"page  {address}{PREFIX}/")
         say(f"API   {address}/v1   models: {', '.join(names)}")

@@ -18,7 +18,7 @@ from PIL import Image, PngImagePlugin
 
 from llavar_peft import Chat
 from llavar_peft.serving.api.api_app import create_app
-from tests.serving.server import JSON, MODEL, Reply, call, data_url, png, serving
+from tests.serving.server import JSON, MODEL, Reply, ask_body, call, data_url, png, serving
 
 HELLO = {"role": "user", "content": "Hello"}
 HI = {"role": "assistant", "content": "Hi"}
@@ -341,3 +341,9 @@ def test_openais_client(chat: Chat) -> None:
         with pytest.raises(openai.NotFoundError):
             client.models.retrieve("none")
         assert next(iter(client.models.list())).id == MODEL
+
+
+def test_of_two_types_the_one_that_was_sent_is_explained(app: FastAPI) -> None:
+    for stop, what in ((["x"] * 5, "at most 4 items"), ("x" * 300, "at most 256 characters"), ([""], "at least 1")):
+        reply = asyncio.run(call(app, ask_body("Hm?", stop=stop)))
+        assert (reply.status, what in reply.message) == (400, True), reply.message

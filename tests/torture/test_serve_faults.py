@@ -95,7 +95,7 @@ class Served:
             return answer.status
 
     def wait_until_closed(self) -> None:
-        """Wait until nobody can connect."""
+        """Wait until it accepts no connections."""
         with suppress(ConnectionRefusedError):
             while True:
                 socket.create_connection(("127.0.0.1", self.port), timeout=60).close()

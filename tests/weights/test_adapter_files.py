@@ -139,7 +139,7 @@ def test_all_errors_are_reported_at_once(copy: Path, checkpoint: Path) -> None:
 
 
 def test_updates_of_whole_numbers_are_rejected(copy: Path, checkpoint: Path) -> None:
-    """Numbers that were cut to integers would be merged without a word."""
+    """Numbers that were cut to integers would be merged silently."""
     tensors = load_file(copy / "adapter_model.safetensors")
     _changed(copy, {name: (100 * tensor).to(torch.int8) for name, tensor in tensors.items()})
     with pytest.raises(WeightsError, match="not floating-point numbers"):

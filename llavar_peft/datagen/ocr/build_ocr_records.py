@@ -91,7 +91,7 @@ def build_records(
     """
     settings = settings or BuildSettings()
     started = time.monotonic()
-    check_output_file(out, str(out))
+    check_output_file(out, "--out")
     folder = list_folder(images)
     heading = OcrReader(images, settings.reading).heading()
     with ResumeJournal(journal_path(out), heading) as journal:

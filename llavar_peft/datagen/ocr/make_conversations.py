@@ -142,7 +142,7 @@ def make_conversations(
         EnvironmentFaultError: The key, the address or the model's name is wrong.
         MissingDependencyError: ``openai`` is not installed.
     """
-    check_output_file(out, str(out))
+    check_output_file(out, "--out")
     tasks = _read_tasks(records, captions or {})
     report = ConverseReport(len(tasks))
     with ResumeJournal(out.with_suffix(".replies.jsonl"), {"format": 1}) as journal:

@@ -65,7 +65,7 @@ def write_synthetic(
     """
     settings = settings or SynthSettings()
     records, truths = [], []
-    check_output_folder(out, str(out))
+    check_output_folder(out, "--out")
     with hold_lock(out / ".lock", where=out), disk_errors(out):
         (out / IMAGES).mkdir(parents=True, exist_ok=True)
         # The records of an earlier run do not describe the images that are drawn now.

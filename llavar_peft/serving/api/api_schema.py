@@ -101,6 +101,7 @@ class ChatRequest(_Fields):
 _REQUEST = TypeAdapter(ChatRequest)
 _PLAIN_FORMAT = "text"
 _UNIONS = frozenset({"stop"})
+_OTHER_TYPE = frozenset({"string_type", "list_type"})
 
 
 def parse_request(body: bytes) -> ChatRequest:
@@ -113,7 +114,10 @@ def parse_request(body: bytes) -> ChatRequest:
         request = _REQUEST.validate_json(body)
     except ValidationError as error:
         # The location consists of this schema's field names and of indices, never of the client's text.
-        first = error.errors(include_url=False, include_context=False, include_input=False)[0]
+        found = error.errors(include_url=False, include_context=False, include_input=False)
+        same = [one for one in found if one["loc"][:1] == found[0]["loc"][:1]]
+        # Of a union's branches, that of the type which the client sent.
+        first = next((one for one in same if one["type"] not in _OTHER_TYPE), found[0])
         field = ".".join(_named_places(first["loc"]))
         what = f"The body is not valid JSON ({first['msg'].partition(': ')[2]})."
         what = what if first["type"] == "json_invalid" else first["msg"][:200]
