@@ -247,6 +247,13 @@ class StageTrainer(TrainerInternals):
             self.optimized = [list(group["params"]) for group in optimizer.param_groups]
         return optimizer
 
+    def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
+        """Return the names of the parameters with weight decay, which has no use for vectors: norms, biases, scales."""
+        # ZeRO-3 replaces the parameters by parts of them without a shape.
+        vectors = {name for name, one in model.named_parameters() if len(getattr(one, "ds_shape", one.shape)) < 2}
+        names: list[str] = super().get_decay_parameter_names(model)
+        return [name for name in names if name not in vectors]
+
     # -- log ----------------------------------------------------------------------------------------------------------
 
     def log_step(self) -> None:

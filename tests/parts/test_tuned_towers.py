@@ -14,6 +14,7 @@ from llavar_peft.errors import ConfigError
 from llavar_peft.models.packed_attention import enable_packing, packed_arguments
 from llavar_peft.models.tuning import apply_tuning, part_of, trained_names
 from llavar_peft.models.vision_tower import tower_layers
+from llavar_peft.training.stage_trainer import StageTrainer
 from tests.parts.tiny_parts import TOWERS
 
 Folder = Callable[[str], str]
@@ -157,3 +158,14 @@ def test_a_tower_of_which_no_layer_is_computed_gets_no_adapters(language_model: 
     parts = ModelConfig(language_model=language_model("qwen2"), vision_tower=tower("siglip"), vision_feature_layer=0)
     with pytest.raises(ConfigError, match=r"tune\.tower_rank: no layers of the vision tower.*Fix"):
         apply_tuning(build_model(parts)[0], LORA)
+
+
+@pytest.mark.parametrize("kind", [kind for kind in TOWERS if kind != "siglip"])
+def test_norms_and_other_vectors_of_a_tower_have_no_weight_decay(
+    kind: str, language_model: Folder, tower: Folder
+) -> None:
+    trained, *_ = _tuned(FULL, language_model=language_model("qwen2"), vision_tower=tower(kind))
+    decayed = StageTrainer.__new__(StageTrainer).get_decay_parameter_names(trained)
+    sizes = {name: one.ndim for name, one in trained.named_parameters(remove_duplicate=False)}
+    assert {name for name in decayed if sizes.get(name) == 1} == set()
+    assert all(name in decayed for name, size in sizes.items() if size == 2)
