@@ -120,6 +120,9 @@ class Records(Dataset[Item]):
     def __len__(self) -> int:
         return len(self.items)
 
+    def draw(self, *, seed: int, shuffle: bool) -> None:
+        """Return None: an epoch has each item once."""
+
     def __getitem__(self, index: int) -> Item:
         """Return an item."""
         return self.items[index]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -199,9 +200,11 @@ def _check_modules(config: PretrainedConfig, folder: Path) -> None:
             f"mixtures of experts are not supported (got {config.model_type!r} with {getattr(config, experts[0])})",
             "give a language model without experts",
         )
+    unpadded = copy.deepcopy(config)
+    unpadded.pad_token_id = None  # it may have no row yet, which is checked with those of all other tokens
     try:
         with torch.device("meta"):
-            built: Any = AutoModel.from_config(config, trust_remote_code=False)
+            built: Any = AutoModel.from_config(unpadded, trust_remote_code=False)
     except Exception as error:  # transformers passes on whatever the settings cause
         raise unreadable_settings(folder, "language model", error) from error
     missing = [name for name in ("embed_tokens", "layers", "norm") if not hasattr(built, name)]

@@ -73,7 +73,13 @@ def stored_parts(config: LlavarConfig) -> tuple[SimpleNamespace, int]:
         rows, width = shapes[name]
         tensors[name] = JoinedRows(tensors[name][: rows - 3], torch.zeros(1, width).expand(3, width))
     tokenizer = SimpleNamespace(bos_token_id=1, eos_token_id=2, pad_token_id=0)
-    parts = SimpleNamespace(config=config, tensors=tensors, source="files", tokenizer=tokenizer, processor=lambda: None)
+    parts = SimpleNamespace(
+        config=config,
+        tensors=tensors,
+        source="files",
+        tokenizer=tokenizer,
+        processor=lambda: SimpleNamespace(generation_ids={}),
+    )
     return parts, sum(2 * tensor.numel() for tensor in tensors.values())
 
 

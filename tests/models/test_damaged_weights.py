@@ -95,7 +95,7 @@ def test_every_command_refuses_damaged_weights(
 
 def test_a_part_in_the_place_of_another_is_named(tmp_path: Path) -> None:
     language_model = PARTS["language_model"]
-    with pytest.raises(ConfigError, match="not a vision transformer with a grid"):
+    with pytest.raises(ConfigError, match="a language model, expected a vision tower"):
         build_model(ModelConfig(**{**PARTS, "vision_tower": language_model}))
     whole = Path(str(language_model)) / "model.safetensors"
     with pytest.raises(WeightsError, match=r"a complete model, expected those of a projector.*model.checkpoint"):

@@ -32,7 +32,7 @@ LANGUAGE_MODELS: tuple[tuple[str, str], ...] = (
     ("clip", "is a vision tower .got 'clip'.*Fix: set vision_tower to it"),
     ("siglip", "is a vision tower"),
     ("gpt2", f"{_DECODER} .got 'gpt2', which has no embed_tokens, layers, norm"),
-    ("mamba", f"{_DECODER} .got 'mamba'"),
+    ("mamba", "a state instead of attention in its layers is not supported .got 'mamba'"),
     ("mixtral", "num_local_experts: mixtures of experts are not supported"),
 )
 TOWERS: tuple[tuple[str, dict[str, Any], str], ...] = (

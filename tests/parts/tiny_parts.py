@@ -64,6 +64,7 @@ _TEMPLATES: dict[str, tuple[str, tuple[str, ...], str]] = {
 }
 _GROUPED = {"num_key_value_heads": 2}
 _HALF_WINDOWED = {"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 1}
+_TWO_KINDS = ["sliding_attention", "full_attention"]
 _LLAMA3_ROPE = {
     "rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "high_freq_factor": 4.0, "low_freq_factor": 1.0,
     "original_max_position_embeddings": 64,
@@ -75,7 +76,7 @@ _LANGUAGE_MODELS: dict[str, tuple[str, int, dict[str, Any]]] = {
     "qwen2": ("chatml", 13, {**_GROUPED, "tie_word_embeddings": True, **_HALF_WINDOWED}),
     "qwen3": ("thinking", 13, {**_GROUPED, "head_dim": 16}),
     "gemma2": ("turns", 0, {**_GROUPED, "head_dim": 8, "sliding_window": 16, "query_pre_attn_scalar": 8}),
-    "gemma3_text": ("turns", 0, {**_GROUPED, "head_dim": 8, "sliding_window": 16, "sliding_window_pattern": 2}),
+    "gemma3_text": ("turns", 0, {**_GROUPED, "head_dim": 8, "sliding_window": 16, "layer_types": _TWO_KINDS}),
     "phi3": ("chatml", 13, _GROUPED),
     "smollm3": ("chatml", 0, {**_GROUPED, "no_rope_layer_interval": 2}),
     "olmo2": ("chatml", 0, _GROUPED),

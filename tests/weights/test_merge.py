@@ -119,7 +119,7 @@ def test_an_adapter_of_another_shape_is_rejected(checkpoint: Path, tmp_path: Pat
     changes = {
         "layers.9": {name.replace("layers.0", "layers.9"): tensor for name, tensor in tensors.items()},
         "layers.0.mlp.down_proj": {**tensors, first: torch.zeros(4, 7)},
-        "missing ['A']": {name: tensor for name, tensor in tensors.items() if name != first},
+        "missing A": {name: tensor for name, tensor in tensors.items() if name != first},
         "q_proj.lora_A": {**tensors, other: torch.full((4, 128), torch.nan)},
         "strange": {**tensors, "strange.weight": torch.zeros(3)},
     }
