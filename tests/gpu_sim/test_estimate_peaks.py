@@ -63,6 +63,11 @@ MANY_LAYERS = {
 }
 
 
+_ALL = os.environ.get("LLAVAR_ESTIMATE") == "all"
+_ONLY_ALL = pytest.mark.skipif(not _ALL, reason="takes minutes; LLAVAR_ESTIMATE=all runs it")
+_ALWAYS = ("full, activations kept, on 8", "LoRA, activations kept", "QLoRA on 2 x 8", "int8")
+
+
 @cache
 def _tracked(case: Case) -> float:
     return track_peak(case)
@@ -96,7 +101,7 @@ def test_the_recipes_fit(name: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", OTHERS)
+@pytest.mark.parametrize("name", OTHERS if _ALL else _ALWAYS)
 def test_the_estimate_agrees_with_the_tracker(name: str) -> None:
     case = OTHERS[name]
     assert _estimated(case).peak == pytest.approx(_tracked(case), rel=0.1), _estimated(case)
@@ -118,8 +123,8 @@ def test_the_estimate_agrees_for_other_models(name: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(os.environ.get("LLAVAR_ESTIMATE") != "all", reason="takes minutes; LLAVAR_ESTIMATE=all runs it")
-@pytest.mark.parametrize("name", MANY_LAYERS if os.environ.get("LLAVAR_ESTIMATE") == "all" else ["all"])
+@_ONLY_ALL
+@pytest.mark.parametrize("name", MANY_LAYERS if _ALL else ["all"])
 def test_the_estimate_agrees_for_other_models_with_all_layers(name: str) -> None:
     case = MANY_LAYERS[name]
     estimated, tracked = _estimated(case).peak, _tracked(case)
@@ -136,6 +141,7 @@ def test_a_trained_tower_is_part_of_the_estimate() -> None:
 
 
 @pytest.mark.slow
+@_ONLY_ALL
 def test_two_short_models_give_the_peaks_of_a_longer_one() -> None:
     case = Case("7b", Projector(), gpus=8, recompute=False)
     assert track_layers(case, 12) == pytest.approx(track_peaks(case, 12), rel=0.001)

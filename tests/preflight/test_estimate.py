@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from llavar_peft import Full, Lora, ModelConfig, Projector, Recipe, cli
+from llavar_peft import Full, Lora, ModelConfig, Recipe, cli
 from llavar_peft.models.config_without_weights import config_without_weights
 from llavar_peft.preflight.estimate_counts import count_parameters
 from llavar_peft.preflight.estimate_memory import estimate_memory
@@ -46,8 +46,6 @@ def middle(tmp_path: Path) -> ModelConfig:
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="resets its peak by /proc")
 def test_estimated_peaks_agree_with_a_run(middle: ModelConfig, tiny_recipe: Recipe, tmp_path: Path) -> None:
     kinds: dict[str, tuple[Tune, bool]] = {
-        "projector": (Projector(), False),
-        "full": (Full(), False),
         "recomputing": (Full(), True),
         "lora": (Lora(rank=16, dropout=0.05), False),
     }

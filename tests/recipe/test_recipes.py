@@ -131,7 +131,7 @@ def _is_no_home(text: str) -> bool:
 
 
 @pytest.mark.slow
-@settings(deadline=None)
+@settings(deadline=None, max_examples=30)
 @given(st.text(st.characters(exclude_categories=("Cs",), exclude_characters="\0"), min_size=1).filter(_is_no_home))
 def test_any_text_survives_the_dump(tmp_path_factory: pytest.TempPathFactory, text: str) -> None:
     recipe = dataclasses.replace(load_recipe("tiny"), output_dir=text, report_to=(text, "b"))

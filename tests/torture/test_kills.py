@@ -21,7 +21,7 @@ from tests.training.conftest import short_model, tiny_data, tiny_model, tiny_rec
 
 __all__ = ["short_model", "tiny_data", "tiny_model", "tiny_recipe"]
 
-KILLS = int(os.environ.get("LLAVAR_TORTURE_KILLS", "20"))
+KILLS = int(os.environ.get("LLAVAR_TORTURE_KILLS", "12"))
 KINDS: dict[str, tuple[Tune, str | None, int]] = {
     "projector": (Projector(), None, 0),
     "full": (Full(), None, 1),
