@@ -159,10 +159,17 @@ def load_full(model: LlavarForConditionalGeneration, folder: Path) -> None:
     pending = model.pending_weights
     with torch.no_grad():
         for name, tensor in stored.items():
+            _keep_float32(target[name], tensor)
             if pending is not None and target[name] in pending:
                 pending.replace(target[name], tensor)
             else:
                 target[name].copy_(tensor)
+
+
+def _keep_float32(target: Tensor, stored: Tensor) -> None:
+    """Make a tensor float32 if the stored one is: a run that was not interrupted keeps what it trained in float32."""
+    if target.is_floating_point() and stored.dtype == torch.float32:
+        target.data = target.data.float()
 
 
 def load_projector(model: Any, path: Path) -> None:
@@ -180,6 +187,7 @@ def load_projector(model: Any, path: Path) -> None:
     rows = stored[tensor_names.RELEASED_EMBEDDINGS][-2:]
     with torch.no_grad():
         for name, parameter in own.items():
+            _keep_float32(parameter, stored[name])
             parameter.copy_(stored[name])
         if isinstance(embedding, EmbeddingWithTrainedRows):
             embedding.rows.copy_(rows)
