@@ -15,6 +15,10 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+_DIVIDED = {"granite": "logits_scaling", "granite_swa": "logits_scaling"}
+_MULTIPLIED = {"cohere": "logit_scale", "cohere2": "logit_scale"}
+"""Kinds of language models whose logits are scaled after the head, and the setting that tells by how much."""
+
 CHUNK = 1024
 """Number of positions whose logits exist at the same time: 125 MiB of float32 at 32,003 tokens."""
 
@@ -65,6 +69,14 @@ class _SummedCrossEntropy(torch.autograd.Function):
         )
 
 
+def logits_factor(text_config: Any) -> float | None:
+    """Return the factor by which a language model multiplies its logits, as Granite and Cohere do; or None."""
+    kind = text_config.model_type
+    if kind in _DIVIDED:
+        return 1 / float(getattr(text_config, _DIVIDED[kind]))
+    return float(getattr(text_config, _MULTIPLIED[kind])) if kind in _MULTIPLIED else None
+
+
 def cap_logits(logits: Tensor, softcap: float | None) -> Tensor:
     """Return logits limited to a range by a hyperbolic tangent, as in Gemma 2; None leaves them unchanged."""
     return logits if softcap is None else softcap * torch.tanh(logits / softcap)
@@ -102,17 +114,19 @@ class LossHead(nn.Linear):
     """
 
     softcap: float | None = None
+    factor: float | None = None
 
     @classmethod
-    def of(cls, head: nn.Linear, softcap: float | None = None) -> LossHead:
+    def of(cls, head: nn.Linear, softcap: float | None = None, factor: float | None = None) -> LossHead:
         """Return a head that shares the parameter of another head without bias.
 
         Args:
             head: The other head.
             softcap: Limit of the logits, see ``cap_logits``.
+            factor: See ``logits_factor``.
         """
         made = cls(head.in_features, head.out_features, bias=False, device="meta")
-        made.weight, made.softcap = head.weight, softcap
+        made.weight, made.softcap, made.factor = head.weight, softcap, factor
         return made
 
     def forward(self, input: Tensor, targets: Tensor | None = None) -> Tensor:
@@ -122,6 +136,8 @@ class LossHead(nn.Linear):
             input: Hidden states ``[..., D]``; with ``targets`` ``[N, D]``.
             targets: The tokens to predict ``[N]``.
         """
+        if self.factor is not None:
+            input = input * self.factor  # of the hidden states, which are smaller than the logits
         if targets is None:
             return cap_logits(super().forward(input), self.softcap)
         return summed_cross_entropy(input, self.weight, targets, softcap=self.softcap)

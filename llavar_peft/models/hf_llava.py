@@ -12,6 +12,7 @@ from llavar_peft.atomic_files import write_json
 from llavar_peft.constants import IMAGE_PATCH_TOKEN, IMAGE_PLACEHOLDER, IMAGE_START_TOKEN, TUNED_TOWER
 from llavar_peft.data.conversation_template import image_block
 from llavar_peft.errors import ConfigError
+from llavar_peft.models.chunked_loss import logits_factor
 from llavar_peft.models.llama_tokenizer import load_tokenizer
 from llavar_peft.models.llavar_config import make_config
 from llavar_peft.models.model_parts import ModelParts
@@ -61,24 +62,16 @@ def write_stock_companions(parts: ModelParts, activation: str, dtype: str | None
         raise ConfigError.at(
             "to", f"transformers does not find the tensors of a {kind} in a stock LLaVA", "use the layout llavar"
         )
-    cap = getattr(parts.config.text_config, "final_logit_softcapping", None)
-    if cap is not None:
+    text = parts.config.text_config
+    if getattr(text, "final_logit_softcapping", None) is not None or logits_factor(text) is not None:
         logger.warning(
-            "stock LLaVA of transformers does not cap the logits of this language model at %g: the most probable "
-            "tokens are the same, but probabilities and sampled answers differ",
-            cap,
+            "stock LLaVA of transformers neither caps nor scales logits, as this language model does: the most "
+            "probable tokens are the same, but probabilities and sampled answers differ"
         )
     if parts.inference_image_mode not in ("pad", "square"):
         logger.warning(
             "images will be padded with the mean color: stock LLaVA does not support the mode %s",
             parts.inference_image_mode,
-        )
-    softcap = getattr(parts.config.text_config, "final_logit_softcapping", None)
-    if softcap:
-        logger.warning(
-            "stock LLaVA does not cap logits at %g as this language model does: its greedy answers are the same, the "
-            "probabilities are not",
-            softcap,
         )
     config = _stock_config(parts, activation)
     ours = {TUNED_TOWER: True} if parts.config.tuned_vision_tower else {}  # stock transformers keeps unknown fields

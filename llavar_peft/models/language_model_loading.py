@@ -21,6 +21,7 @@ from transformers import (
 from llavar_peft.compat.dependency_internals import keeps_state
 from llavar_peft.constants import IMAGE_PATCH_TOKEN, IMAGE_PLACEHOLDER, MODEL_TYPE, RELEASED_MODEL_TYPE
 from llavar_peft.errors import ConfigError, WeightsError
+from llavar_peft.models.chunked_loss import logits_factor
 from llavar_peft.models.llama_tokenizer import add_image_tokens, load_tokenizer
 from llavar_peft.models.llavar_config import read_llama_config
 from llavar_peft.models.pretrained_files import load_pretrained, unreadable_settings, with_defaults
@@ -38,7 +39,7 @@ if TYPE_CHECKING:
 _TWO_TOWERS = ("clip", "siglip", "siglip2", "chinese_clip", "altclip", "metaclip_2")
 """Models of an image tower and a text tower, which are compared and answer nothing."""
 _EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")
-# Settings that change the logits after the head, which LLaVA's head does not compute.
+# Settings that change the logits after the head.
 _SCALED_LOGITS = ("logits_scaling", "logit_scale", "logits_scale")
 
 
@@ -178,10 +179,10 @@ def _config(folder: Path) -> PretrainedConfig:
         )
     _check_modules(config, folder)
     scaled = [name for name in _SCALED_LOGITS if getattr(config, name, None) not in (None, 1, 1.0)]
-    if scaled:
+    if scaled and logits_factor(config) is None:
         raise ConfigError.at(
             f"{folder / 'config.json'}:{scaled[0]}",
-            f"models with scaled logits are not supported (got {getattr(config, scaled[0])})",
+            f"how {config.model_type!r} scales its logits is not known (got {getattr(config, scaled[0])})",
             "give a language model without this setting",
         )
     return config

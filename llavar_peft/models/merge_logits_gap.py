@@ -18,7 +18,7 @@ from transformers import AutoModel, PretrainedConfig
 
 from llavar_peft.constants import SYSTEM_PROMPT
 from llavar_peft.errors import ConfigError, MissingDependencyError, WeightsError
-from llavar_peft.models.chunked_loss import cap_logits
+from llavar_peft.models.chunked_loss import cap_logits, logits_factor
 from llavar_peft.models.llama_tokenizer import load_tokenizer
 from llavar_peft.models.llavar_config import read_flat_text_config
 from llavar_peft.models.pretrained_files import make_part_settings
@@ -223,6 +223,7 @@ def probe_logits(weights: Weights, config: PretrainedConfig, ids: Tensor, image_
     _stream_layers(model, weights)
     hidden = model.eval()(inputs_embeds=x[None], use_cache=False).last_hidden_state[0]
     head = tensor_names.EMBEDDINGS if config.tie_word_embeddings else tensor_names.HEAD
+    hidden = hidden * (logits_factor(config) or 1.0)
     return cap_logits(weights.linear(head, hidden), getattr(config, "final_logit_softcapping", None))
 
 

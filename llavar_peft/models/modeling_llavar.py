@@ -30,7 +30,7 @@ from transformers.models.llava.modeling_llava import LlavaCausalLMOutputWithPast
 
 from llavar_peft.constants import IGNORE_INDEX
 from llavar_peft.errors import ConfigError
-from llavar_peft.models.chunked_loss import LossHead
+from llavar_peft.models.chunked_loss import LossHead, logits_factor
 from llavar_peft.models.llavar_config import LlavarConfig
 from llavar_peft.models.pending_weights import PendingWeights
 from llavar_peft.models.rank_agreement import largest_of_ranks
@@ -269,7 +269,8 @@ class LlavarForConditionalGeneration(LlavaForConditionalGeneration):
     def __init__(self, config: LlavarConfig) -> None:
         super().__init__(config)
         self.model = LlavarModel(config)
-        self.lm_head = LossHead.of(self.lm_head, getattr(config.text_config, "final_logit_softcapping", None))
+        text = config.text_config
+        self.lm_head = LossHead.of(self.lm_head, getattr(text, "final_logit_softcapping", None), logits_factor(text))
         self.post_init()
 
     def forward(  # noqa: PLR0913 - the inputs of a transformers model

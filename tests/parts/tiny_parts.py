@@ -80,8 +80,23 @@ _LANGUAGE_MODELS: dict[str, tuple[str, int, dict[str, Any]]] = {
     "phi3": ("chatml", 13, _GROUPED),
     "smollm3": ("chatml", 0, {**_GROUPED, "no_rope_layer_interval": 2}),
     "olmo2": ("chatml", 0, _GROUPED),
+    # Scaled logits; Granite also scales embeddings, attention scores and residuals.
+    "granite": (
+        "chatml",
+        0,
+        {
+            **_GROUPED,
+            "logits_scaling": 6.0,
+            "embedding_multiplier": 3.0,
+            "attention_multiplier": 0.4,
+            "residual_multiplier": 0.7,
+            "tie_word_embeddings": True,
+        },
+    ),
+    "cohere2": ("chatml", 0, {**_GROUPED, "logit_scale": 0.25, "sliding_window": 16, "layer_types": _TWO_KINDS}),
 }
-LANGUAGE_MODELS = tuple(_LANGUAGE_MODELS)
+SCALED_LOGITS = ("granite", "cohere2")
+LANGUAGE_MODELS = tuple(kind for kind in _LANGUAGE_MODELS if kind not in SCALED_LOGITS)
 _SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4}
 _IMAGE = {"image_size": 56, "patch_size": 14}
 TOWERS = ("clip_vision_model", "siglip_vision_model", "siglip", "dinov2", "dinov2_with_registers", "dinov3_vit",
