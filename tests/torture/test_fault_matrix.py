@@ -120,14 +120,14 @@ JOBS = {
     "report": Job(("report", "run", "--out", "out.html"), "out.html", ("out.html",), False, 5_000),
 }  # fmt: skip
 _EVERY = os.environ.get("LLAVAR_TORTURE_MATRIX") == "all"
-_THINNED = 4
+_THINNED = 6
 
 
 def each(position: int, *faults: tuple[Any, ...]) -> list[Any]:
     """Return the pairs of commands and faults to test.
 
-    All of them take many minutes (`make torture`). Otherwise each command meets every fourth fault, and each fault at
-    least three commands.
+    All of them take many minutes (`make torture`). Otherwise each command meets every sixth fault, and each fault
+    two commands.
 
     Args:
         position: Number of faults in the tests before this one.

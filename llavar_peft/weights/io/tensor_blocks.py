@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 BLOCK_ELEMENTS = 1 << 20
 """Approximate number of elements of a block, which consists of whole rows."""
 _SHOWN = 8
+_LONGEST_NAME = 200  # characters
 _FAULTS_SHOWN = 20
 _READERS = 8
 """Threads that read; more than a disk serves well."""
@@ -302,5 +303,6 @@ def raise_faults(faults: list[Fault]) -> None:
 
 
 def join_first(found: list[str], shown: int = 6) -> str:
-    """Join the first few of a list, and say how many more there are."""
-    return ", ".join(found[:shown]) + (f", and {len(found) - shown} more" if len(found) > shown else "")
+    """Join the first few of a list, without the ends of very long ones, and say how many more there are."""
+    short = [one if len(one) <= _LONGEST_NAME else f"{one[:_LONGEST_NAME]}..." for one in found[:shown]]
+    return ", ".join(short) + (f", and {len(found) - shown} more" if len(found) > shown else "")
