@@ -91,7 +91,7 @@ def _safe_messages() -> Iterator[None]:
         yield
     except Exception as error:
         if isinstance(message := getattr(error, "message", None), str):  # click's errors about arguments
-            error.message = make_safe(message)  # type: ignore[attr-defined]
+            error.message = make_safe(message.removeprefix("Value error, "))  # type: ignore[attr-defined]
         raise
 
 

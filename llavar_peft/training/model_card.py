@@ -172,24 +172,32 @@ def _figures(run: Path, step: int) -> str:
 
 
 def _measured(run: Path, step: int) -> Iterator[tuple[str, str]]:
-    steps = [line for line in read_metric_lines(run / METRICS_FILE) if line["step"] <= step]
+    steps = _lines(run / METRICS_FILE, step, "loss", "tokens", "supervised_tokens")
     if steps:
         yield "loss of the first and the last step", f"{steps[0]['loss']:.4f}, {steps[-1]['loss']:.4f}"
         yield (
             "tokens, and supervised tokens among them",
             f"{_total(steps, 'tokens'):,}, {_total(steps, 'supervised_tokens'):,}",
         )
-    probes = [line for line in read_metric_lines(run / PROBE_FILE) if line["step"] <= step]
     for name, what, form in (
         ("held_out_loss", "held-out loss", ".4f"),
         ("exact_match", "exact match on held-out images", ".1%"),
         ("character_accuracy", "character accuracy on held-out images", ".1%"),
     ):
-        known = [line for line in probes if line.get(name) is not None]
+        known = _lines(run / PROBE_FILE, step, name)
         if known:
             first, last = known[0], known[-1]
             before = f"; {first[name]:{form}} at step {first['step']}" if first is not last else ""
             yield what, f"{last[name]:{form}} at step {last['step']}{before}"
+
+
+def _lines(path: Path, step: int, *names: str) -> list[dict[str, Any]]:
+    """Return the lines up to a step that have numbers of these names."""
+    return [
+        line
+        for line in read_metric_lines(path)
+        if all(isinstance(line.get(name), float | int) for name in ("step", *names)) and line["step"] <= step
+    ]
 
 
 def _total(lines: list[dict[str, Any]], name: str) -> int:

@@ -198,18 +198,13 @@ class RunFolder:
         Raises:
             ConfigError: It does. They, the page and the recipe would be mixed with those of this run.
         """
-        listed = self.root / STAGES_FILE
+        listed, own = self.root / STAGES_FILE, {stage.name for stage in self.recipe.stages}
         try:
             names = [str(name) for name in read_json(listed)] if listed.is_file() else []
+            others = [name for name in names if name not in own and self._has_results(name)]
         except DAMAGED as error:
             what = f"not a list of stages ({describe_reason(error)})"
             raise ConfigError.at(str(listed), what, "choose another output_dir, or delete the folder") from error
-        own = {stage.name for stage in self.recipe.stages}
-        others = [
-            name
-            for name in names
-            if name not in own and ((self.root / name / FINISHED_FILE).is_file() or list_checkpoints(self.root / name))
-        ]
         if others:
             raise ConfigError.at(
                 "output_dir",
@@ -217,6 +212,10 @@ class RunFolder:
                 f"{', '.join(sorted(own))})",
                 "choose another output_dir, or delete the folder",
             )
+
+    def _has_results(self, name: str) -> bool:
+        folder = self.root / name
+        return (folder / FINISHED_FILE).is_file() or bool(list_checkpoints(folder))
 
     def _check_not_prolonged(self, faults: Sequence[Fault]) -> None:
         """Reject more steps for a finished stage, whose checkpoints are removed: the run would end without a step."""

@@ -33,6 +33,9 @@ class _StoredReading:
     reason: Literal["broken_image", "engine_failed"] | None = None
 
 
+_OF_IMAGES = ("width", "height", "hash", "blank")
+
+
 def stored_readings(path: Path, engines: Sequence[str] = ()) -> Iterator[tuple[int, dict[str, Any]]]:
     """Yield ``(offset, entry)`` for the complete lines of a file of readings.
 
@@ -46,6 +49,9 @@ def stored_readings(path: Path, engines: Sequence[str] = ()) -> Iterator[tuple[i
     for offset, entry in read_entries(path):
         try:
             _check_reading(msgspec.convert(entry, _StoredReading), engines)
+            missing = [key for key in _OF_IMAGES if key not in entry] if engines and "error" not in entry else []
+            if missing:
+                raise ValueError(f"it has no {', '.join(missing)}")
         except DAMAGED as error:
             what = f"holds an entry that is no reading of an image ({describe_reason(error)})"
             raise DataError.at(str(path), what, _FIX) from error
