@@ -104,17 +104,17 @@ def is_released_format(config: Mapping[str, Any]) -> bool:
 
 def _is_first_llama(text: Mapping[str, Any]) -> bool:
     """Return whether the original's LLaMA can express a language model: without what later LLaMAs changed."""
-    rope = {
-        "rope_theta": text.get("rope_theta"),
-        **(text.get("rope_scaling") or {}),
-        **(text.get("rope_parameters") or {}),
-    }
+    stated = [text.get(name) for name in ("rope_scaling", "rope_parameters")]
+    rope = {"rope_theta": text.get("rope_theta")}
+    for one in stated:
+        rope |= one if isinstance(one, Mapping) else {}
+    width, heads, size = (text.get(name) for name in ("head_dim", "num_attention_heads", "hidden_size"))
     return (
         text.get("model_type", "llama") == "llama"
         and rope.get("rope_type", rope.get("type", "default")) == "default"
         and rope.get("rope_theta", text.get("rope_theta")) in (None, 10000)
         and not any(text.get(name) for name in ("tie_word_embeddings", "attention_bias", "mlp_bias"))
-        and text.get("head_dim") in (None, text["hidden_size"] // text["num_attention_heads"])
+        and (width is None or (isinstance(width, int) and isinstance(heads, int) and width * heads == size))
     )
 
 

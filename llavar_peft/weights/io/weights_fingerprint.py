@@ -113,8 +113,10 @@ def read_fingerprint(path: Path) -> dict[str, Any] | None:
             if not isinstance(value, Mapping) or value.get("format") != _FORMAT:
                 raise ValueError("not fingerprints of this version")
             _ = value["config"].items()
-            for shape, digest_ in value["tensors"].values():
-                _ = (*shape,), str(digest_)
+            for pair in value["tensors"].values():
+                shape, digest_ = pair
+                if not (isinstance(pair, list) and isinstance(shape, list) and isinstance(digest_, str)):
+                    raise ValueError("expected a shape and a digest for each tensor")
     except DAMAGED as error:
         raise WeightsError.at(
             str(path), f"not a readable file of fingerprints ({describe_reason(error)})", DOWNLOAD_AGAIN
