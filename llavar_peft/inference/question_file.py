@@ -35,6 +35,7 @@ _COCO_PREFIX: Final = "COCO_val2014_"
 _NAMESPACE: Final = uuid.UUID("6f1c0c3e-6a52-5d0e-9d8e-2f6b1f0d7a11")  # arbitrary but fixed
 _EXAMPLE = 'write {"question_id": 1, "image": "a.png", "text": "Who?"}'
 _MAX_FAULTS: Final = 20  # listed in a message
+_LONGEST_VALUE: Final = 80  # characters
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,14 +112,19 @@ def _find_problem(fields: Any) -> str | None:
     if "question_id" not in fields:
         return "has no question_id"
     if not isinstance(fields.get("text"), str):
-        return f"text is {fields.get('text')!r}, expected a string"
+        return f"text is {_short(fields.get('text'))}, expected a string"
     if problem := question_problem(fields["text"]):
         return f"text {problem}"
     if not isinstance(fields["question_id"], str | int) or text_problem(str(fields["question_id"])):
-        return f"question_id is {fields['question_id']!a}, expected a string or an integer"
+        return f"question_id is {_short(fields['question_id'])}, expected a string or an integer"
     if not isinstance(fields.get("image"), str | None):
-        return f"image is {fields['image']!r}, expected a path"
+        return f"image is {_short(fields['image'])}, expected a path"
     return None
+
+
+def _short(value: object) -> str:
+    shown = ascii(value)
+    return shown if len(shown) <= _LONGEST_VALUE else f"{shown[:_LONGEST_VALUE]}..."
 
 
 class AnswerJournal:

@@ -233,6 +233,7 @@ def _from_json(path: Path) -> Tokenizer:
     try:
         form = json.loads(path.read_text(encoding="utf-8"))
         backend = Tokenizer.from_str(json.dumps(form))
+        Tokenizer.from_str(backend.to_str())  # as transformers copies it
     except Exception as error:  # tokenizers raises a bare Exception for an invalid file
         raise WeightsError.at(
             str(path), f"not readable as a tokenizer ({describe_reason(error)})", _GIVE_MODEL

@@ -115,7 +115,7 @@ def read_fingerprint(path: Path) -> dict[str, Any] | None:
             _ = value["config"].items()
             for pair in value["tensors"].values():
                 shape, digest_ = pair
-                if not (isinstance(pair, list) and isinstance(shape, list) and isinstance(digest_, str)):
+                if not (isinstance(pair, list) and isinstance(digest_, str) and all(isinstance(n, int) for n in shape)):
                     raise ValueError("expected a shape and a digest for each tensor")
     except DAMAGED as error:
         raise WeightsError.at(
