@@ -203,6 +203,13 @@ def _tower(name: str | None) -> _TowerSettings:
         config: Any = make_part_settings(whole, source.folder, default="clip_vision_model")
         config = getattr(config, "vision_config", config)
         side = _side(source.folder, config)
+        if side < config.patch_size:
+            raise ConfigError.at(
+                str(source.folder),
+                f"images are prepared smaller than a patch of the tower (got {side} pixels, expected at least "
+                f"{config.patch_size})",
+                "copy the image processor's file from the vision tower's original folder",
+            )
         return _TowerSettings(config, side, count_extra_positions(config, side, source.folder))
     lower = (name or "clip-vit-large-patch14-336").lower()
     if "clip" not in lower or not re.search(r"vit-?l(arge)?\b", lower):
