@@ -67,6 +67,22 @@ def _write_staged(staged: Path, path: Path, data: bytes) -> bool:
     return True
 
 
+@contextmanager
+def replace_file(path: Path) -> Iterator[Path]:
+    """Yield the temporary name of a file, which is renamed at the end, or removed after an error.
+
+    ``write_bytes`` is for contents that are in memory, and for files that several processes write.
+    """
+    staged = staging_path(path)
+    try:
+        yield staged
+        staged.replace(path)
+    except BaseException:
+        with suppress(OSError):
+            staged.unlink()
+        raise
+
+
 def write_text(path: Path, text: str) -> None:
     """Write a file in UTF-8 atomically; halves of characters, as in file names that are not UTF-8, become escapes."""
     write_bytes(path, text.encode("utf-8", "backslashreplace"))

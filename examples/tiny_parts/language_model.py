@@ -102,16 +102,21 @@ def make_sample(processor: LlavarProcessor, rng: Random, *, system: bool, repeat
         pairs = [(question, write(answer)) for question, answer in layout.questions]
         pairs.append((rng.choice(OCR_INSTRUCTIONS), " ".join(line.text for line in lines)))
         rng.shuffle(pairs)
+    ids, labels = encode_pairs(pairs, processor, rng)
+    if not system:
+        role = ids.index(processor.tokenizer.convert_tokens_to_ids(f"▁{USER_ROLE}"))
+        ids, labels = [ids[0], *ids[role:]], [labels[0], *labels[role:]]
+    return ids, labels, ids.index(processor.image_token_id), cells
+
+
+def encode_pairs(pairs: list[tuple[str, str]], processor: LlavarProcessor, rng: Random) -> tuple[list[int], list[int]]:
+    """Return the ids and labels of a conversation of questions and answers about one page."""
     turns: list[dict[str, str]] = []
     for question, answer in pairs:
         turns += [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
     turns[0]["value"] = rng.choice(("<image>\n{}", "{}\n<image>")).format(turns[0]["value"])
     example = encode_record({"id": "", "image": "page.png", "conversations": turns}, processor, 2048)
-    ids, labels = example.input_ids.tolist(), example.labels.tolist()
-    if not system:
-        role = ids.index(processor.tokenizer.convert_tokens_to_ids(f"▁{USER_ROLE}"))
-        ids, labels = [ids[0], *ids[role:]], [labels[0], *labels[role:]]
-    return ids, labels, ids.index(processor.image_token_id), cells
+    return example.input_ids.tolist(), example.labels.tolist()
 
 
 def page_processor(directory: Path) -> LlavarProcessor:

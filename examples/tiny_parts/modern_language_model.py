@@ -19,6 +19,7 @@ from language_model import (
     PageEmbedder,
     Sample,
     all_questions,
+    encode_pairs,
     learn,
     page_cells,
     random_layout,
@@ -29,7 +30,6 @@ from torch import nn
 from transformers import GenerationConfig, Qwen2Config, Qwen2ForCausalLM, SiglipImageProcessorPil
 
 from llavar_peft.constants import IMAGE_PLACEHOLDER, OCR_INSTRUCTIONS
-from llavar_peft.data.encode_record import encode_record
 from llavar_peft.datagen.synth.plain_style import LARGEST, draw_layout
 from llavar_peft.datagen.synth.synth_settings import KINDS
 from llavar_peft.models.language_model_loading import add_placeholder
@@ -64,12 +64,7 @@ def draw_sample(
         cells = page_cells(layout.lines, layout.width, layout.height, rng)
         pairs = [*layout.questions, (rng.choice(OCR_INSTRUCTIONS), " ".join(line.text for line in layout.lines))]
         rng.shuffle(pairs)
-    turns: list[dict[str, str]] = []
-    for question, answer in pairs:
-        turns += [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
-    turns[0]["value"] = rng.choice(("<image>\n{}", "{}\n<image>")).format(turns[0]["value"])
-    example = encode_record({"id": "", "image": "page.png", "conversations": turns}, processor, 2048)
-    ids, labels = example.input_ids.tolist(), example.labels.tolist()
+    ids, labels = encode_pairs(pairs, processor, rng)
     start = ids.index(processor.image_token_id)
     return crop((ids, labels, start, cells)) if cropped else (ids, labels, start, cells)
 

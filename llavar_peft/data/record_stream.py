@@ -12,11 +12,10 @@ import hashlib
 import json
 import os
 from collections.abc import Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any, Final
 
-from llavar_peft.atomic_files import disk_errors, lock_file
+from llavar_peft.atomic_files import disk_errors, lock_file, replace_file
 from llavar_peft.errors import DataError
 
 _ROWS: Final = 64  # of a batch, which is all that is in memory
@@ -43,10 +42,11 @@ def store_stream(stream: Any, key: Sequence[Any], where: str, cache_dir: str | P
     if not path.is_file():
         with disk_errors(path):
             folder.mkdir(parents=True, exist_ok=True)
-            with path.with_suffix(".lock").open("ab") as lock:
-                lock_file(lock.fileno(), wait=True)  # of several processes one reads the stream
-                if not path.is_file():
-                    _write(stream, path, where)
+            lock = path.with_suffix(".lock").open("ab")
+        with lock, disk_errors(path, only_full=True):  # other errors are those of the stream
+            lock_file(lock.fileno(), wait=True)  # of several processes one reads the stream
+            if not path.is_file():
+                _write(stream, path, where)
     return Dataset.from_file(str(path))
 
 
@@ -54,24 +54,17 @@ def _write(stream: Any, path: Path, where: str) -> None:
     import pyarrow as pa
     from tqdm import tqdm
 
-    staged = path.with_suffix(".part")
     writer: Any = None
     schema: Any = None
-    try:
-        with staged.open("wb") as file, tqdm(desc=where, unit=" records") as bar:
-            for batch in stream.with_format("arrow").iter(batch_size=_ROWS):
-                if writer is None:
-                    schema = batch.schema
-                    writer = pa.ipc.new_stream(file, schema)
-                writer.write_table(batch.cast(schema))
-                bar.update(len(batch))
+    with replace_file(path) as staged, staged.open("wb") as file, tqdm(desc=where, unit=" records") as bar:
+        for batch in stream.with_format("arrow").iter(batch_size=_ROWS):
             if writer is None:
-                raise DataError.at(where, "no records", "give a data set with at least one record")
-            writer.close()
-            file.flush()
-            os.fsync(file.fileno())
-        staged.replace(path)
-    except BaseException:
-        with suppress(OSError):
-            staged.unlink()
-        raise
+                schema = batch.schema
+                writer = pa.ipc.new_stream(file, schema)
+            writer.write_table(batch.cast(schema))
+            bar.update(len(batch))
+        if writer is None:
+            raise DataError.at(where, "no records", "give a data set with at least one record")
+        writer.close()
+        file.flush()
+        os.fsync(file.fileno())

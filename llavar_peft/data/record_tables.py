@@ -215,7 +215,7 @@ def _load(
         cache_dir: Folder for the Arrow files.
         files: The files of a local data set, whose sizes and times are part of a stream's name in the cache.
     """
-    from datasets import load_dataset
+    from datasets import load_dataset, load_dataset_builder
 
     given = {**settings, "name": selection.config, "split": selection.chosen_split}
     if given["path"] == "parquet":
@@ -223,7 +223,10 @@ def _load(
     try:
         if selection.streaming:
             stamps = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-            return store_stream(load_dataset(**given, streaming=True), [given, stamps], where, cache_dir)
+            split = given.pop("split")
+            builder = load_dataset_builder(**given)  # whose hash is the revision of a data set of the hub
+            rows = builder.as_streaming_dataset(split=split)
+            return store_stream(rows, [given, split, builder.hash, stamps], where, cache_dir)
         return load_dataset(**given, cache_dir=None if cache_dir is None else str(cache_dir))
     except LlavarError:
         raise

@@ -179,7 +179,8 @@ def _config(folder: Path) -> PretrainedConfig:
         )
     _check_modules(config, folder)
     scaled = [name for name in _SCALED_LOGITS if getattr(config, name, None) not in (None, 1, 1.0)]
-    if scaled and logits_factor(config) is None:
+    valid = all(isinstance(value := getattr(config, name), float | int) and value > 0 for name in scaled)
+    if scaled and (not valid or logits_factor(config) is None):
         raise ConfigError.at(
             f"{folder / 'config.json'}:{scaled[0]}",
             f"how {config.model_type!r} scales its logits is not known (got {getattr(config, scaled[0])})",

@@ -110,7 +110,10 @@ def _check_kind(described: Mapping[str, Any], folder: Path) -> None:
     kind, where = described.get("model_type"), f"{folder / 'config.json'}:model_type"
     whole = with_defaults(described, folder)
     vision = whole.get("vision_config") or whole
-    kinds = {kind, vision.get("model_type", kind)}
+    if not isinstance(vision, Mapping):
+        what = f"not an object (got {ascii(vision)[:80]})"
+        raise ConfigError.at(f"{folder / 'config.json'}:vision_config", what, "download the file again")
+    kinds = {str(kind), str(vision.get("model_type", kind))}
     fix = "give the folder of a vision tower with a fixed resolution, such as a CLIP, SigLIP or DINOv2"
     if kinds & _VARIABLE_RESOLUTION:
         what = f"a tower whose resolution varies with the image (got {kind!r}, the NaFlex variant of SigLIP 2)"

@@ -6,9 +6,12 @@ import json
 import os
 import pickle
 import struct
+import subprocess
+import sys
 import zlib
 from io import BytesIO
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import datasets
@@ -337,17 +340,52 @@ def test_the_hub_is_asked_for_what_the_recipe_names(monkeypatch: pytest.MonkeyPa
     assert asked == [{"path": "org/name", "name": "small", "split": "dev", "cache_dir": None}]
 
 
-def test_the_real_hub_client_says_what_to_do_without_a_network(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_a_stream_of_the_hub_is_read_again_when_its_revision_changes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import huggingface_hub.constants
+    rows, revision = [row(0), row(1)], "a"
 
-    if not huggingface_hub.constants.HF_HUB_OFFLINE:
-        pytest.skip("asks the hub")
-    assert main(["data", "check", "hub:llavar-peft-tests/no-such-data"]) == 3
-    error = capsys.readouterr().err
-    assert "HF_HUB_OFFLINE is set" in error
-    assert "Fix: unset HF_HUB_OFFLINE" in error
+    def build(**given: Any) -> Any:
+        assert given == {"path": "org/name", "name": None}
+        stream = datasets.Dataset.from_list(rows).to_iterable_dataset()
+        return SimpleNamespace(hash=revision, as_streaming_dataset=lambda split: stream)
+
+    monkeypatch.setattr(datasets, "load_dataset_builder", build)
+    streamed = TableSelection(streaming=True)
+    assert len(open_records("hub:org/name", tmp_path, streamed)) == 2
+    rows = rows[:1]
+    assert len(open_records("hub:org/name", tmp_path, streamed)) == 2
+    revision = "b"
+    assert len(open_records("hub:org/name", tmp_path, streamed)) == 1
+
+
+def test_a_connection_that_breaks_in_a_stream_is_no_error_of_the_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken() -> Any:
+        yield row(0)
+        raise ConnectionResetError("peer")
+
+    stream = datasets.IterableDataset.from_generator(broken)
+    built = SimpleNamespace(hash="a", as_streaming_dataset=lambda split: stream)
+    monkeypatch.setattr(datasets, "load_dataset_builder", lambda **_: built)
+    with pytest.raises(EnvironmentFaultError, match="cannot be downloaded from the Hugging Face hub") as raised:
+        open_records("hub:org/name", tmp_path, TableSelection(streaming=True))
+    assert "written" not in str(raised.value)
+    assert list(tmp_path.glob("*.arrow")) == []
+
+
+def test_the_real_hub_client_says_what_to_do_without_a_network(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "llavar_peft", "data", "check", "hub:llavar-peft-tests/no-such-data"],
+        env={**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 3
+    assert "HF_HUB_OFFLINE is set" in done.stderr
+    assert "Fix: unset HF_HUB_OFFLINE" in done.stderr
 
 
 def test_the_check_takes_a_split(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -152,11 +152,8 @@ def test_the_setting_reaches_the_model_and_the_default_changes_nothing(monkeypat
     assert modeling_llama.apply_rotary_pos_emb.__module__ == modeling_llama.__name__
 
 
-@pytest.mark.slow
-@pytest.mark.filterwarnings("ignore::FutureWarning")
-@pytest.mark.parametrize("recompute", [False, True], ids=["", "recomputed"])
-def test_compiled_layers_give_the_same(recompute: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Layers share graphs, also for decoded tokens. Without the backend that makes machine code, which takes long."""
+def compile_without_code(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """Let ``torch.compile`` trace without making machine code, which takes long, and return the graphs to come."""
     compiled: list[Any] = []
 
     def backend(graph: Any, example: Any) -> Any:
@@ -166,6 +163,15 @@ def test_compiled_layers_give_the_same(recompute: bool, monkeypatch: pytest.Monk
     real = torch.compile
     monkeypatch.setattr(torch, "compile", lambda function, **options: real(function, backend=backend, **options))
     torch.compiler.reset()
+    return compiled
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.parametrize("recompute", [False, True], ids=["", "recomputed"])
+def test_compiled_layers_give_the_same(recompute: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Layers share graphs, also for decoded tokens. Without the backend that makes machine code, which takes long."""
+    compiled = compile_without_code(monkeypatch)
     plain, other = _pair(layers=10)
     if recompute:
         for model in (plain, other):

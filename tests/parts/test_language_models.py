@@ -122,10 +122,11 @@ def test_a_model_with_a_state_instead_of_attention_is_named(kind: str, tower: Fo
         build_model(ModelConfig(language_model=str(tmp_path), vision_tower=tower("dinov2")))
 
 
-def test_a_kind_whose_scaled_logits_are_not_known_is_named(tower: Folder, tmp_path: Path) -> None:
-    AutoConfig.for_model("hyperclovax", logits_scaling=0.5).save_pretrained(tmp_path)
+@pytest.mark.parametrize(("kind", "scale"), [("hyperclovax", 0.5), ("granite", 0.0)])
+def test_scaled_logits_that_are_not_known_are_named(kind: str, scale: float, tower: Folder, tmp_path: Path) -> None:
+    AutoConfig.for_model(kind, logits_scaling=scale).save_pretrained(tmp_path)
     make_tokenizer("chatml").save_pretrained(tmp_path)
-    with pytest.raises(ConfigError, match="logits_scaling: how 'hyperclovax' scales its logits is not known"):
+    with pytest.raises(ConfigError, match=f"logits_scaling: how '{kind}' scales its logits is not known"):
         build_model(ModelConfig(language_model=str(tmp_path), vision_tower=tower("dinov2")))
 
 

@@ -21,7 +21,12 @@ from llavar_peft.models import packed_attention
 from llavar_peft.models.layer_kernels import apply_kernels
 from llavar_peft.models.packed_attention import enable_packing, packed_arguments, replace_flash_attention
 from tests.flash_attention import put_flash_attention, use_attention, varlen_kernels
-from tests.models.test_layer_kernels import LigerRMSNorm, LigerSwiGLUMLP, liger  # noqa: F401 - a fixture
+from tests.models.test_layer_kernels import (  # noqa: F401 - liger is a fixture
+    LigerRMSNorm,
+    LigerSwiGLUMLP,
+    compile_without_code,
+    liger,
+)
 
 Folder = Callable[[str], str]
 CPU = torch.device("cpu")
@@ -187,15 +192,7 @@ def test_compiled_norms_and_mlps_compute_the_same(
     kind: str, built: Callable[..., tuple[Any, Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With four norms in a layer, with a fused MLP, and without a norm before the attention."""
-    compiled: list[Any] = []
-
-    def backend(graph: Any, example: Any) -> Any:
-        compiled.append(graph)
-        return graph.forward
-
-    real = torch.compile
-    monkeypatch.setattr(torch, "compile", lambda function, **options: real(function, backend=backend, **options))
-    torch.compiler.reset()
+    compiled = compile_without_code(monkeypatch)
     model, processor = built(kind)
     rows = _rows(processor)[:1]
     batch = [(row, torch.cat([row[1:], torch.tensor([-100])]), {}) for row in rows]

@@ -10,7 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from llavar_peft.errors import DAMAGED, ConfigError, describe_reason
+from llavar_peft.errors import DAMAGED, ConfigError, Fault, describe_reason
+from llavar_peft.types import expand_home
 from llavar_peft.weights.adapter.adapter_settings import check_settings_types
 from llavar_peft.weights.io.checkpoint_code import check_no_code
 from llavar_peft.weights.io.tensor_blocks import check_tensors
@@ -69,6 +70,14 @@ def read_base_settings(adapter: Path) -> BaseSettings:
         ) from error
     chosen = {key: known.get(key) for key in ("vision_tower", "projector", "quantize")}
     return BaseSettings(known, **chosen, dtype=known.get("dtype") or "auto")
+
+
+def missing_projector(projector: str | Path, adapter: Path) -> Fault | None:
+    """Return what is wrong if the projector file that an adapter was trained with is not at its path."""
+    if expand_home(projector).exists():
+        return None
+    what = f"the projector file of the adapter's run does not exist (got {ascii(str(projector))[:200]})"
+    return Fault(str(adapter / BASE_FILE), what, "give its new path with the option --projector of `llavar-peft merge`")
 
 
 def read_settings(folder: Path) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from typing import Any
 from llavar_peft.constants import ADDED_TOKENS, ATTENTION_LAYERS, LINEAR_LAYERS, MLP_LAYERS
 from llavar_peft.errors import WeightsError
 from llavar_peft.types import ReadableRepr
-from llavar_peft.weights.adapter.adapter_files import read_base_settings, scaling_of
+from llavar_peft.weights.adapter.adapter_files import missing_projector, read_base_settings, scaling_of
 from llavar_peft.weights.adapter.adapter_layouts import open_adapter
 from llavar_peft.weights.adapter.adapter_parts import (
     AdapterPart,
@@ -220,6 +220,9 @@ def verify_adapter(folder: str | Path, *, base: str | Path | None = None) -> Ada
             # A language model, or a LLaVAR in the released layout, has no tower to compare the adapter with.
             checked = parts if tower else tuple(part for part in parts if not _is_tower_update(part))
             faults += find_base_faults(checked, settings, _base_shapes(view, checked, tower), str(path))
+        projector = read_base_settings(path).projector
+        fault = None if projector is None else missing_projector(projector, path)
+        faults += [] if fault is None else [fault]
         method = "shapes" if read_fingerprint(path / FINGERPRINT_FILE) is None else "fingerprint"
         try:
             check_adapter_base(path, lambda: take_fingerprint(view.table, view.config), str(base))

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 from llavar_peft.constants import MODEL_TYPE, TUNED_TOWER
 from llavar_peft.errors import ConfigError, WeightsError
 from llavar_peft.types import expand_home
-from llavar_peft.weights.adapter.adapter_files import BASE_FILE, read_base_settings
+from llavar_peft.weights.adapter.adapter_files import BASE_FILE, missing_projector, read_base_settings
 from llavar_peft.weights.adapter.adapter_layouts import conversion_of, is_llava_lora
 from llavar_peft.weights.adapter.lora_updates import Adapter, Replacement, Rows
 from llavar_peft.weights.delta.flat_settings import flatten_config, stated_template
@@ -212,9 +212,8 @@ def _read_overlay(projector: str | Path | None, adapter: Path, rows: int) -> dic
         return {}
     import torch
 
-    if not expand_home(projector).exists():
-        what = f"the projector file of the adapter's run does not exist (got {str(projector)!r})"
-        raise ConfigError.at(str(adapter / BASE_FILE), what, "give its new path with --projector")
+    if fault := missing_projector(projector, adapter):
+        raise ConfigError(str(fault), (fault,))
     stored = read_projector(projector)
     names = [name for name in stored if name.startswith(tensor_names.PROJECTOR)]
     if not names:
