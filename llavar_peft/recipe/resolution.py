@@ -1,0 +1,77 @@
+"""How a model reads small letters: ``ModelConfig.resolution``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+from pydantic import BeforeValidator, Field
+from pydantic_core import PydanticCustomError
+
+from llavar_peft.recipe.schema_types import PathText, PositiveInteger, StrictFields
+
+
+_LARGEST_GRID = 64  # tiles
+
+
+def _as_grids(value: object) -> tuple[tuple[int, int], ...]:
+    """Read ``[[1, 2], [2, 2]]``, or ``[2, 2]``, the short form of a single grid."""
+    listed = list(value) if isinstance(value, list | tuple) else [value]
+    if listed and all(type(side) is int for side in listed):
+        listed = [listed]
+    grids = [tuple(grid) if isinstance(grid, list | tuple) else () for grid in listed]
+    for grid in grids:
+        positive = len(grid) == 2 and all(type(side) is int and side > 0 for side in grid)
+        if not positive or grid[0] * grid[1] > _LARGEST_GRID:
+            message = f"expected (rows, columns) with at most {_LARGEST_GRID} tiles, or a list of them"
+            raise PydanticCustomError("grid", message)
+    return tuple((grid[0], grid[1]) for grid in grids)
+
+
+@dataclass(frozen=True, kw_only=True, repr=False)
+class Tiles(StrictFields):
+    """Cut each image into tiles of the tower's size, which follow the whole image in the sequence, as in LLaVA-NeXT.
+
+    The image is resized into the grid of tiles that keeps most of its pixels, and padded to it; the features of the
+    padding are left out, and a trained embedding ends each row of patches. Source: LLaVA-NeXT (January 2024).
+    """
+
+    type: Literal["tiles"] = "tiles"
+    """Selects this method."""
+    max_tiles: Annotated[int, Field(ge=1, le=_LARGEST_GRID)] = 4
+    """Maximum number of tiles of an image: all grids with at most this many tiles can be chosen."""
+    grid: Annotated[tuple[tuple[int, int], ...], BeforeValidator(_as_grids)] = ()
+    """The grids that can be chosen, as (rows, columns), instead of ``max_tiles``; one grid or a list."""
+    pool: Literal[1, 2] = 1
+    """2 averages 2 x 2 patches before the projector, for a quarter of the image tokens."""
+    max_image_tokens: PositiveInteger | None = None
+    """Maximum number of image tokens of a record, shared by its images: each gets the largest grid that fits. None
+    limits them in training only, to what ``max_length`` leaves after the text."""
+
+    @property
+    def grids(self) -> tuple[tuple[int, int], ...]:
+        """The grids that can be chosen, as (rows, columns), in the order that decides between equally good ones."""
+        if self.grid:
+            flat = isinstance(self.grid[0], int)  # Python does not convert the short form
+            return (self.grid,) if flat else self.grid  # type: ignore[return-value]
+        sides = range(1, self.max_tiles + 1)
+        return tuple((rows, columns) for rows in sides for columns in sides if rows * columns <= self.max_tiles)
+
+
+@dataclass(frozen=True, kw_only=True, repr=False)
+class CrossAttention(StrictFields):
+    """Let every layer of the language model attend to the features of a second, frozen encoder of higher resolution.
+
+    The sequence does not grow. Source: LLaVAR, appendix H.
+    """
+
+    type: Literal["cross_attention"] = "cross_attention"
+    """Selects this method."""
+    encoder: PathText = "concat_clip"
+    """``concat_clip`` runs the crops of an enlarged image through the model's own vision tower; otherwise the folder or
+    hub name of an encoder: Pix2Struct, or another vision tower."""
+    grid: Annotated[int, Field(ge=1, le=8)] = 4
+    """The enlarged image is cut into ``grid`` x ``grid`` crops of the tower's size."""
+
+
+Resolution = Annotated[Tiles | CrossAttention, Field(discriminator="type")]
