@@ -77,8 +77,8 @@ def measure_records(stage: Stage, config: LlavarConfig) -> RecordLengths:
     ]
     lengths, image_tokens, views = ([one[place] for one in measured] for place in range(3))
     means = (_mean(values, shares) for values in (lengths, [one**2 for one in lengths], images, image_tokens, views))
-    mean, squares, *others = means
-    return RecordLengths(sum(counts), mean, max(lengths), squares, *others, counts=counts)
+    mean, squares, each, tokens_each, views_each = means
+    return RecordLengths(sum(counts), mean, max(lengths), squares, each, tokens_each, views_each, counts)
 
 
 def _measure_record(config: LlavarConfig, most: int, text: int, images: int) -> tuple[int, int, int]:

@@ -17,7 +17,8 @@ SIZES = st.tuples(st.integers(1, 5000), st.integers(1, 5000))
 GRIDS = st.lists(st.tuples(st.integers(1, 5), st.integers(1, 5)), min_size=1, max_size=5, unique=True).map(tuple)
 GEOMETRIES = st.builds(
     lambda grids, patch, patches, rest, pool: TileGeometry(grids, patch * patches + rest, patch, pool),
-    grids=GRIDS, patch=st.integers(2, 5), patches=st.integers(1, 5), rest=st.integers(0, 1), pool=st.sampled_from([1, 2]),
+    grids=GRIDS, patch=st.integers(2, 5), patches=st.integers(1, 5), rest=st.integers(0, 1),
+    pool=st.sampled_from([1, 2]),
 )  # fmt: skip
 
 
