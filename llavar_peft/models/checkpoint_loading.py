@@ -32,7 +32,9 @@ from llavar_peft.weights.adapter.adapter_files import ADAPTER_CONFIG
 from llavar_peft.weights.adapter.adapter_layouts import conversion_of, is_llava_lora
 from llavar_peft.weights.delta.released_layout import check_not_delta, read_model_config
 from llavar_peft.weights.io import tensor_names
+from llavar_peft.weights.io.companion_files import PROCESSOR_FILE
 from llavar_peft.weights.io.joined_rows import JoinedRows
+from llavar_peft.weights.io.stated_resolution import RESOLUTION
 from llavar_peft.weights.io.tensor_blocks import open_weights
 from llavar_peft.weights.io.tensor_table import WEIGHTS_FILES
 
@@ -128,6 +130,13 @@ def read_checkpoint(config: ModelConfig, *, seed: int = 0) -> ModelParts:
 def _read_own_layout(folder: Path, config: ModelConfig) -> ModelParts:
     model_config = load_pretrained(LlavarConfig, folder)
     processor = load_pretrained(LlavarProcessor, folder)
+    if processor.resolution != model_config.resolution:
+        raise ConfigError.at(
+            f"{folder / PROCESSOR_FILE}:{RESOLUTION}",
+            f"not that of config.json (got {ascii(processor.resolution)[:120]}, expected "
+            f"{ascii(model_config.resolution)[:120]})",
+            "copy both files from the model's original folder",
+        )
     stored = open_weights(folder)
     check_not_delta(stored.get(tensor_names.FINAL_NORM), folder, model_config.to_dict())
     tensors: dict[str, Tensor | JoinedRows] = {**stored}
