@@ -94,7 +94,7 @@ def _recipes(recipe: Recipe, engine: str, folder: Path) -> dict[str, Recipe]:
             "refused-optimizer": ((adamw_8bit,), None),
             "refused-int8": ((lora,), "int8"),
             "run-tower": ((dataclasses.replace(two, tune=Full(train_tower=True), max_steps=2),), None),
-            "both-tiles": ((dataclasses.replace(two, max_steps=2),), None),
+            "both-tiles": ((two,), None),
             "memory-half": ((dataclasses.replace(half, tune=Projector(), data=without_holdout, max_steps=1),), None),
         }
     else:
