@@ -386,6 +386,9 @@ def test_transformers_generates_with_auto_classes(full: Path) -> None:
         one = processor(images=draw_image(*size), text=text, return_tensors="pt")
         alone = model.generate(**one, max_new_tokens=5, do_sample=False)[0, one["input_ids"].shape[1] :]
         assert alone.tolist() == together[row, : len(alone)].tolist()
+        for several in ({"num_beams": 2}, {"num_return_sequences": 2, "do_sample": True}):
+            with pytest.raises(ValueError, match="=2, expected 1 with tiles"):
+                model.generate(**one, max_new_tokens=2, **several)
 
 
 def test_requests_of_the_server_share_the_limit_and_answer_as_a_chat(models: Models) -> None:
