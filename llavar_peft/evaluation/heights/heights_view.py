@@ -1,0 +1,94 @@
+"""The view of figures by letter height for a page of their own or a report."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Final
+
+from llavar_peft.errors import count_of
+from llavar_peft.evaluation.heights.height_plan import REASONS
+from llavar_peft.evaluation.heights.height_results import HeightCurve, HeightResults, describe_crossing
+from llavar_peft.page.charts import height_chart
+from llavar_peft.page.heights_page import HeightsView, ReadModel
+
+_SETTINGS: Final = ("model", "model_hash", "prompt", "image_mode", "temperature", "top_k", "max_new_tokens", "seed")
+_QUESTIONS: Final = {
+    "omit": "Each height has the same questions.",
+    "fewer": "Each height has the questions that reach it, so that their number differs.",
+    "crop": "Where letters are lower in the whole image, the part of the image around the answer is shown.",
+}
+
+
+def view_heights(results: HeightResults) -> HeightsView:
+    """Build the view of figures by height."""
+    curves = results.curves
+    points = [[(one.height, one.value, one.low, one.high) for one in curve.points] for curve in curves]
+    chart = height_chart(
+        list(zip([curve.name for curve in curves], points, strict=True)), "bands: 95 % confidence intervals"
+    )
+    return HeightsView(
+        name=Path(results.dataset).stem,
+        protocol=results.protocol,
+        chart=chart,
+        models=tuple(map(_read_model, curves)),
+        rows=tuple(_rows(curves)),
+        notes=tuple(describe_heights(results)),
+        settings=tuple((curve.name, tuple(_facts(curve))) for curve in curves),
+    )
+
+
+def describe_heights(results: HeightResults) -> list[str]:
+    """Return in whole sentences what heights mean, what was asked, and what was left out."""
+    sides = sorted({curve.side for curve in results.curves})
+    prepared = f"the prepared image of {_list(sides)} pixels that a plain model sees"
+    sentences = [
+        f"Height: that of the letters of the answer, in pixels of {prepared}. Measured by {results.measured}.",
+        f"{count_of(results.total, 'question')}. {_QUESTIONS.get(results.too_small, '')}",
+    ]
+    for curve in results.curves:
+        name = f"{curve.name}: " if len(results.curves) > 1 else ""
+        if curve.left_out:
+            reasons = "; ".join(f"{count:,} {REASONS.get(why, why)}" for why, count in curve.left_out.items())
+            sentences.append(f"{name}{sum(curve.left_out.values()):,} left out: {reasons}.")
+        enlarged = max(curve.points, key=lambda point: point.enlarged)
+        if enlarged.enlarged:
+            sentences.append(
+                f"{name}at {enlarged.height:g} px, the letters of {count_of(enlarged.enlarged, 'question')} are larger "
+                "than in the image file, and less sharp than the height suggests."
+            )
+    return list(dict.fromkeys(sentences))
+
+
+def _list(sides: Sequence[float]) -> str:
+    return " or ".join(f"{side:g} x {side:g}" for side in sides)
+
+
+def question_count(curve: HeightCurve) -> str:
+    """Return the number of questions at each height, or its range."""
+    counts = [point.questions for point in curve.points]
+    return f"{counts[0]:,}" if len(set(counts)) == 1 else f"{min(counts):,} to {max(counts):,}"
+
+
+def _read_model(curve: HeightCurve) -> ReadModel:
+    readable, half = (describe_crossing(crossing, curve.points) for crossing in curve.crossings)
+    return ReadModel(curve.name, question_count(curve), f"{curve.best:.1f}\N{NO-BREAK SPACE}%", readable, half)
+
+
+def _rows(curves: Sequence[HeightCurve]) -> list[tuple[str, tuple[tuple[str, str, str], ...]]]:
+    by_height = [{point.height: point for point in curve.points} for curve in curves]
+    rows = []
+    for height in sorted({height for points in by_height for height in points}):
+        cells = []
+        for curve, points in zip(curves, by_height, strict=True):
+            point = points.get(height)
+            value = "" if point is None else f"{point.value:.1f}"
+            note = "" if point is None else f"{point.low:.1f} to {point.high:.1f}, of {point.questions:,}"
+            cells.append((curve.name, value, note))
+        rows.append((f"{height:g} px", tuple(cells)))
+    return rows
+
+
+def _facts(curve: HeightCurve) -> list[tuple[str, str]]:
+    values = {name: getattr(curve.setting, name) for name in _SETTINGS}
+    return [(name.replace("_", " "), str(value)) for name, value in values.items() if value is not None]
