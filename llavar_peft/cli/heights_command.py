@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from llavar_peft.evaluation.heights.height_results import HeightCurve, HeightResults
     from llavar_peft.evaluation.vqa.scored_results import Setting
     from llavar_peft.evaluation.vqa.vqa_questions import VqaQuestion
+    from llavar_peft.models.processing_llavar import LlavarProcessor
 
 _SYNTH_SEED = 2_000_003  # far from the seeds of training images, so that no string occurs in both
 
@@ -153,13 +154,14 @@ def eval_heights(
         seed=seed,
         batch_size=batch_size,
     )
+    processors = [_load_processor(folder, added, vision_tower) for _, folder, added in models]
     with resumable(out):
         if dataset is None:
             asked = _draw(out, limit or count, workers)
         else:
             questions = read_vqa_questions(dataset, limit=limit, split=split)
             asked = _find(questions, str(dataset), images, readings or engine, workers, out)
-        plans = [_plan(asked, settings, one, vision_tower, image_mode) for _, one, _ in models]
+        plans = [_plan(asked, settings, processor, image_mode) for processor in processors]
         curves = [
             _measure(name, folder, added, (vision_tower, quantize), asked, plan, chosen, settings, out)
             for (name, folder, added), plan in zip(models, plans, strict=True)
@@ -200,7 +202,7 @@ def _draw(out: Path, count: int, workers: int | None) -> _Asked:
         drawn = write_synthetic(folder, count, settings, workers, progress)
     questions = read_vqa_questions(drawn.records)
     name = f"{len(questions)} synthetic images"
-    return _Asked(name, len(questions), questions, {}, ImageRoots(drawn.images), "drawing the images")
+    return _Asked(name, len(questions), questions, {}, ImageRoots(drawn.images), "the drawing of the images")
 
 
 def _find(
@@ -232,16 +234,24 @@ def _find(
     return _Asked(name, len(questions), found, left_out, roots, " and ".join(sources))
 
 
-def _plan(
-    asked: _Asked, settings: HeightSettings, model: Path, vision_tower: str | None, image_mode: ImageMode | None
-) -> HeightPlan:
-    """Decide what a model is asked, before any weights are loaded."""
-    from llavar_peft.evaluation.heights.height_plan import plan_heights
+def _load_processor(model: Path, adapter: Path | None, vision_tower: str | None) -> LlavarProcessor:
+    """Load a model's processor, and check that there is an adapter, before anything is drawn, read or asked."""
     from llavar_peft.models.build_model import load_processor
+    from llavar_peft.weights.adapter.adapter_settings import read_settings
 
+    if adapter is not None:
+        read_settings(adapter / "adapter" if (adapter / "adapter").is_dir() else adapter)
     inside = (model, model / "model", model / "adapter")
     folder = next((one for one in inside if (one / "config.json").is_file()), model)
-    processor = load_processor(str(folder), vision_tower=vision_tower)
+    return load_processor(str(folder), vision_tower=vision_tower)
+
+
+def _plan(
+    asked: _Asked, settings: HeightSettings, processor: LlavarProcessor, image_mode: ImageMode | None
+) -> HeightPlan:
+    """Decide what a model is asked, before its weights are loaded."""
+    from llavar_peft.evaluation.heights.height_plan import plan_heights
+
     mode = image_mode or processor.inference_image_mode
     return plan_heights(asked.questions, asked.roots, settings, mode, processor, asked.left_out)
 

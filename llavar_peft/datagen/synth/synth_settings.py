@@ -71,7 +71,7 @@ class SynthSettings:
             check_heights(self.heights, "heights")
         if not _SIDES[0] <= self.side <= _SIDES[1]:
             raise ConfigError.at(
-                "side", f"got {self.side}, expected {_SIDES[0]} to {_SIDES[1]} pixels", "use the vision tower's side"
+                "--side", f"got {self.side}, expected {_SIDES[0]} to {_SIDES[1]} pixels", "use the vision tower's side"
             )
         if self.style == "detailed":
             return

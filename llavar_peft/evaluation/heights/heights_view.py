@@ -43,7 +43,7 @@ def describe_heights(results: HeightResults) -> list[str]:
     sides = sorted({curve.side for curve in results.curves})
     prepared = f"the prepared image of {_list(sides)} pixels that a plain model sees"
     sentences = [
-        f"Height: that of the letters of the answer, in pixels of {prepared}. Measured by {results.measured}.",
+        f"Height: that of the letters of the answer, in pixels of {prepared}. It comes from {results.measured}.",
         f"{count_of(results.total, 'question')}. {_QUESTIONS.get(results.too_small, '')}",
     ]
     for curve in results.curves:
