@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -126,7 +126,7 @@ def eval_heights(
     from llavar_peft.data.letter_canvas import parse_heights
     from llavar_peft.evaluation.heights.height_plan import HeightSettings
     from llavar_peft.evaluation.heights.height_results import HeightResults, write_height_results
-    from llavar_peft.evaluation.heights.heights_view import view_heights
+    from llavar_peft.evaluation.heights.heights_view import show_seen, view_heights
     from llavar_peft.evaluation.vqa.scored_results import Setting
     from llavar_peft.evaluation.vqa.vqa_questions import read_vqa_questions
     from llavar_peft.page.heights_page import write_heights_page
@@ -168,7 +168,8 @@ def eval_heights(
         ]
     results = HeightResults(asked.name, settings.protocol, asked.total, too_small, asked.measured, tuple(curves))
     write_height_results(results, out)
-    page = write_heights_page(out.with_suffix(".html"), [view_heights(results)])
+    view = replace(view_heights(results), seen=show_seen(plans[0], asked.roots))
+    page = write_heights_page(out.with_suffix(".html"), [view])
     if as_json:
         say_json(results.as_dict())
     else:
@@ -237,10 +238,10 @@ def _find(
 def _load_processor(model: Path, adapter: Path | None, vision_tower: str | None) -> LlavarProcessor:
     """Load a model's processor, and check that there is an adapter, before anything is drawn, read or asked."""
     from llavar_peft.models.build_model import load_processor
-    from llavar_peft.weights.adapter.adapter_settings import read_settings
+    from llavar_peft.weights.adapter.adapter_files import read_settings
 
     if adapter is not None:
-        read_settings(adapter / "adapter" if (adapter / "adapter").is_dir() else adapter)
+        read_settings(adapter)
     inside = (model, model / "model", model / "adapter")
     folder = next((one for one in inside if (one / "config.json").is_file()), model)
     return load_processor(str(folder), vision_tower=vision_tower)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from llavar_peft.page.charts import Chart
+from llavar_peft.page.inline_images import InlineImage
 from llavar_peft.page.page_templates import render, write_page
 
 
@@ -33,6 +34,7 @@ class HeightsView:
         rows: Height, and for each model its name, the accuracy with its interval, and the number of questions.
         notes: What was asked and how, in whole sentences.
         settings: How the answers were generated, by model.
+        seen: What a plain model sees of one image, with its height and the question, if images are at hand.
     """
 
     name: str
@@ -42,6 +44,7 @@ class HeightsView:
     rows: tuple[tuple[str, tuple[tuple[str, str, str], ...]], ...]
     notes: tuple[str, ...]
     settings: tuple[tuple[str, tuple[tuple[str, str], ...]], ...]
+    seen: tuple[tuple[str, InlineImage], ...] = ()
 
 
 def write_heights_page(path: Path, views: Sequence[HeightsView]) -> Path:

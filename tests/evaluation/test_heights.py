@@ -341,6 +341,7 @@ def test_two_models_on_drawn_images(
     written = json.loads((tmp_path / "mine.heights.json").read_text())
     assert [one["threshold"] for one in written["curves"][0]["crossings"]] == [90, 0]
     page = (tmp_path / "mine.heights.html").read_text()
+    assert page.count('src="data:image') == 2  # what a model sees at the lowest and the greatest height
     assert page.count('class="line curve') == page.count('class="band curve') == 2
     assert "a &lt;b&gt;" in page
     assert "a <b>" not in page

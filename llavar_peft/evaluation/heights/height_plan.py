@@ -137,8 +137,9 @@ def plan_heights(
         found = {height: _show(question, size, height, side, settings, padding) for height in settings.heights}
         canvases = {height: canvas for height, canvas in found.items() if isinstance(canvas, LetterCanvas)}
         if not canvases or (len(canvases) < len(found) and settings.too_small != "fewer"):
-            # The greatest height is the first that a question does not reach.
-            reasons[next(why for _, why in sorted(found.items(), reverse=True) if isinstance(why, str))] += 1
+            # The height that decides: the greatest, or the lowest if any height that is reached is enough.
+            ordered = sorted(found.items(), reverse=settings.too_small != "fewer")
+            reasons[next(why for _, why in ordered if isinstance(why, str))] += 1
             continue
         for height, canvas in canvases.items():
             shown[height][question.id] = canvas

@@ -6,13 +6,19 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
 
+from PIL.Image import Resampling
+
+from llavar_peft.data.image_roots import ImageRoots
 from llavar_peft.errors import count_of
-from llavar_peft.evaluation.heights.height_plan import REASONS
+from llavar_peft.evaluation.heights.height_plan import REASONS, HeightPlan
 from llavar_peft.evaluation.heights.height_results import HeightCurve, HeightResults, describe_crossing
 from llavar_peft.page.charts import height_chart
 from llavar_peft.page.heights_page import HeightsView, ReadModel
+from llavar_peft.page.image_gallery import displayed_answers
+from llavar_peft.page.inline_images import InlineImage, embed_pixels
 
 _SETTINGS: Final = ("model", "model_hash", "prompt", "image_mode", "temperature", "top_k", "max_new_tokens", "seed")
+_MOST_CHARACTERS: Final = 80
 _QUESTIONS: Final = {
     "omit": "Each height has the same questions.",
     "fewer": "Each height has the questions that reach it, so that their number differs.",
@@ -36,6 +42,21 @@ def view_heights(results: HeightResults) -> HeightsView:
         notes=tuple(describe_heights(results)),
         settings=tuple((curve.name, tuple(_facts(curve))) for curve in curves),
     )
+
+
+def show_seen(plan: HeightPlan, roots: ImageRoots) -> tuple[tuple[str, InlineImage], ...]:
+    """Return what a plain model sees of one image at the lowest, the middle and the greatest height of a plan."""
+    heights = sorted(plan.asked)
+    question = plan.asked[heights[-1]][0]  # what is asked at the greatest height is asked at all
+    image = roots.open(str(question.image))
+    side = round(plan.side)
+    seen = []
+    for height in dict.fromkeys((heights[0], heights[len(heights) // 2], heights[-1])):
+        shown = plan.canvases[height][question.id].show(image).resize((side, side), Resampling.BICUBIC)
+        truth = displayed_answers(question.truths[0], _MOST_CHARACTERS)
+        asked = displayed_answers(question.question, _MOST_CHARACTERS)
+        seen.append((f"{height:g} px of {side}: {asked} {truth}", embed_pixels(shown)))
+    return tuple(seen)
 
 
 def describe_heights(results: HeightResults) -> list[str]:
