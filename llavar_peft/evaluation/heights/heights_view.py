@@ -67,18 +67,25 @@ def describe_heights(results: HeightResults) -> list[str]:
         f"Height: that of the letters of the answer, in pixels of {prepared}. It comes from {results.measured}.",
         f"{count_of(results.total, 'question')}. {_QUESTIONS.get(results.too_small, '')}",
     ]
-    for curve in results.curves:
-        name = f"{curve.name}: " if len(results.curves) > 1 else ""
-        if curve.left_out:
-            reasons = "; ".join(f"{count:,} {REASONS.get(why, why)}" for why, count in curve.left_out.items())
-            sentences.append(f"{name}{sum(curve.left_out.values()):,} left out: {reasons}.")
-        enlarged = max(curve.points, key=lambda point: point.enlarged)
-        if enlarged.enlarged:
-            sentences.append(
-                f"{name}at {enlarged.height:g} px, the letters of {count_of(enlarged.enlarged, 'question')} are larger "
-                "than in the image file, and less sharp than the height suggests."
-            )
-    return list(dict.fromkeys(sentences))
+    of_models = {curve.name: _describe_questions(curve) for curve in results.curves}
+    if len(set(of_models.values())) == 1:
+        return [*sentences, *of_models[results.curves[0].name]]
+    return [*sentences, *(f"{name}: {sentence}" for name, described in of_models.items() for sentence in described)]
+
+
+def _describe_questions(curve: HeightCurve) -> tuple[str, ...]:
+    """Return in whole sentences which questions a model was not asked, and whose letters are not sharp."""
+    sentences = []
+    if curve.left_out:
+        reasons = "; ".join(f"{count:,} {REASONS.get(why, why)}" for why, count in curve.left_out.items())
+        sentences.append(f"{sum(curve.left_out.values()):,} left out: {reasons}.")
+    greatest = max(curve.points, key=lambda point: point.enlarged)
+    if greatest.enlarged:
+        sentences.append(
+            f"At {greatest.height:g} px, the letters of {count_of(greatest.enlarged, 'question')} are larger than in "
+            "the image file, and less sharp than the height suggests."
+        )
+    return tuple(sentences)
 
 
 def _list(sides: Sequence[float]) -> str:
@@ -92,7 +99,9 @@ def question_count(curve: HeightCurve) -> str:
 
 
 def _read_model(curve: HeightCurve) -> ReadModel:
-    readable, half = (describe_crossing(crossing, curve.points) for crossing in curve.crossings)
+    readable, half = (
+        describe_crossing(crossing, curve.points).replace(" ", "\N{NO-BREAK SPACE}") for crossing in curve.crossings
+    )
     return ReadModel(curve.name, question_count(curve), f"{curve.best:.1f}\N{NO-BREAK SPACE}%", readable, half)
 
 
