@@ -20,7 +20,7 @@ from transformers import DynamicCache
 
 from llavar_peft.errors import DataError
 from llavar_peft.inference.engine import Engine
-from llavar_peft.inference.generation_request import Answer, FinishReason, Prefix, Request
+from llavar_peft.inference.generation_request import Answer, FinishReason, Prefix, Request, inputs_of_images
 from llavar_peft.inference.text_stream import TextStream
 from llavar_peft.inference.token_sampling import choose_tokens, new_generator
 from llavar_peft.models.modeling_llavar import CACHE_ARGUMENT
@@ -190,10 +190,8 @@ class DecodingBatch:
         """Return the model's inputs as a training step has them: the whole model is called, never a part of it."""
         device, padding = self._engine.device, self._engine.processor.tokenizer.pad_token_id
         ids = [pad(request.ids, (width - len(request.ids), 0), value=padding) for request in requests]
-        pixels = [image.pixels.to(device) for request in requests for image in request.images]
-        same_size = len({image.shape for image in pixels}) == 1
-        inputs: dict[str, Any] = {"input_ids": torch.stack(ids).to(device)}
-        return {**inputs, "pixel_values": torch.stack(pixels) if same_size else pixels} if pixels else inputs
+        images = [image for request in requests for image in request.images]
+        return {"input_ids": torch.stack(ids).to(device), **inputs_of_images(images, device)}
 
     def _embed_prompts(self, requests: Sequence[Request], past: int, width: int) -> dict[str, Any]:
         """Return the embeddings from a position on, with features that were computed before or are kept from now on."""

@@ -17,11 +17,11 @@ from torch import Tensor
 from llavar_peft.data.conversation_template import Content
 from llavar_peft.data.encode_record import encode_pieces
 from llavar_peft.data.image_files import decode_image
-from llavar_peft.data.image_preparation import image_token_count, prepare_image
+from llavar_peft.data.prepared_images import PreparedImage, image_inputs
 from llavar_peft.data.text_encoder import text_encoder
 from llavar_peft.errors import ConfigError, DataError
 from llavar_peft.inference.token_sampling import Sampling
-from llavar_peft.types import ImageMode, ReadableRepr, Role
+from llavar_peft.types import ImageMode, ReadableRepr, Role, TileLayout
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -38,14 +38,18 @@ class PromptImage(ReadableRepr):
     """A prepared image, and the features that were computed from it so far.
 
     Attributes:
-        pixels: float32 ``[3, H, W]``.
+        pixels: float32 ``[3, H, W]``, with tiles ``[V, 3, S, S]``.
         tokens: Number of ``<im_patch>`` tokens of the image.
         features: Projected features ``[tokens, D]``, by the name of the adapter whose projector computed them.
+        layout: How the image is cut into tiles; None without tiles.
+        detail: The second encoder's input; None without one.
     """
 
     pixels: Tensor
     tokens: int
     features: dict[str | None, Tensor] = field(default_factory=dict, repr=False)
+    layout: TileLayout | None = None
+    detail: Tensor | None = field(default=None, repr=False)
 
     @classmethod
     def prepare(cls, image: ImageInput, processor: LlavarProcessor, mode: ImageMode | None = None) -> PromptImage:
@@ -61,8 +65,8 @@ class PromptImage(ReadableRepr):
             ImageError: The image is missing or broken.
             ConfigError: It is none of these.
         """
-        pixels = prepare_image(_as_image(image), mode or processor.inference_image_mode, processor)
-        return cls(pixels, image_token_count(pixels, processor.patch_size))
+        made = PreparedImage.prepare(_as_image(image), mode or processor.inference_image_mode, processor)
+        return cls(made.pixels, made.tokens, layout=made.layout, detail=made.detail)
 
 
 def prepare_images(
@@ -71,6 +75,15 @@ def prepare_images(
     """Open and prepare the images of one question: none, one, or several in order."""
     given: Sequence[Any] = [] if images is None else images if isinstance(images, list | tuple) else [images]
     return [PromptImage.prepare(image, processor, mode) for image in given]
+
+
+def inputs_of_images(images: Sequence[PromptImage], device: torch.device) -> dict[str, Any]:
+    """Return the model's arguments for images, on a device."""
+    return image_inputs(
+        [image.pixels.to(device) for image in images],
+        [image.layout for image in images if image.layout is not None],
+        [image.detail.to(device) for image in images if image.detail is not None],
+    )
 
 
 def _as_image(image: ImageInput) -> Image | str | Path:

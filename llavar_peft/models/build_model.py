@@ -251,7 +251,7 @@ def _read_checked_parts(config: ModelConfig, seed: int) -> ModelParts:
     register()
     _check_values(config)
     _check_sources(config)
-    parts = read_checkpoint(config) if config.checkpoint is not None else read_parts(config, seed=seed)
+    parts = read_checkpoint(config, seed=seed) if config.checkpoint is not None else read_parts(config, seed=seed)
     check_kernels(config.kernels, parts.config.text_config.model_type)
     if config.projector is not None:
         apply_projector(parts.tensors, config.projector)

@@ -17,12 +17,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from llavar_peft.atomic_files import write_json
-from llavar_peft.constants import MODEL_TYPE, RELEASED_MODEL_TYPE
+from llavar_peft.constants import MODEL_TYPE
 from llavar_peft.errors import ConfigError
 from llavar_peft.models.build_model import expected_shapes, register
 from llavar_peft.models.checkpoint_loading import read_checkpoint, resolve_folder
 from llavar_peft.models.flat_layout import is_flat
-from llavar_peft.models.hf_llava import write_stock_companions
+from llavar_peft.models.hf_llava import STOCK_KINDS, write_stock_companions
 from llavar_peft.models.llava_lora import convert_llava_lora
 from llavar_peft.models.model_parts import ModelParts
 from llavar_peft.recipe.schema import ModelConfig
@@ -131,7 +131,8 @@ def export(  # noqa: PLR0913 - the options of the conversion
         activation = parts.config.projector_hidden_act
         if activation == "linear":
             layers = to_two_layers(read[tensor_names.PROJECTOR_WEIGHT], read[tensor_names.PROJECTOR_BIAS], projector)
-            kept = {name: one for name, one in tensors.items() if not name.startswith(tensor_names.PROJECTOR)}
+            replaced = (tensor_names.PROJECTOR_WEIGHT, tensor_names.PROJECTOR_BIAS)
+            kept = {name: one for name, one in tensors.items() if name not in replaced}
             tensors, activation = {**kept, **layers}, ACTIVATIONS[projector]
         tower_kind = parts.config.vision_config.model_type
         tensors = {tensor_names.to_stock(name, tower_kind): one for name, one in tensors.items()}
@@ -206,7 +207,7 @@ def _locate_tensors(folder: Path, tower: str | None, parts: ModelParts, rows: in
 def _choose_rename(config: Mapping[str, Any]) -> Callable[[str], str | None]:
     if config.get("model_type") == MODEL_TYPE:
         return str
-    stock = config.get("model_type") == RELEASED_MODEL_TYPE and "text_config" in config
+    stock = config.get("model_type") in STOCK_KINDS and "text_config" in config
     return tensor_names.from_stock if stock else tensor_names.from_released
 
 

@@ -35,6 +35,7 @@ from llavar_peft.models.llavar_config import LlavarConfig
 from llavar_peft.models.pending_weights import PendingWeights
 from llavar_peft.models.rank_agreement import largest_of_ranks
 from llavar_peft.models.vision_tower import LlavarVisionTower, make_projector, tower_features, tower_layers
+from llavar_peft.types import TileLayout
 
 CACHE_ARGUMENT: Final = (
     "cache" if "cache" in signature(LlavaForConditionalGeneration.forward).parameters else "past_key_values"
@@ -53,11 +54,11 @@ class LlavarModel(LlavaModel):
         if config.vision_config.model_type == "clip_vision_model":
             self.vision_tower = LlavarVisionTower(config.vision_config)
         self.multi_modal_projector = make_projector(
-            config.projector_hidden_act, config.vision_config.hidden_size, config.text_config.hidden_size
+            config.projector_hidden_act, config.vision_config.hidden_size, config.text_config.hidden_size, config.tiles
         )
         self.post_init()
 
-    def forward(
+    def forward(  # noqa: PLR0913, PLR0917 - the inputs of a transformers model
         self,
         input_ids: Tensor | None = None,
         pixel_values: Tensor | Sequence[Tensor] | None = None,
@@ -67,13 +68,15 @@ class LlavarModel(LlavaModel):
         vision_feature_layer: int | None = None,
         vision_feature_select_strategy: str | None = None,
         image_places: Tensor | None = None,
+        image_layouts: Sequence[TileLayout] | Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
         """Put the image features in the places of ``<im_patch>`` and run the language model.
 
         Args:
             input_ids: ``[B, T]``.
-            pixel_values: ``[N, 3, H, W]`` or a sequence of ``[3, H, W]``, in reading order over the batch.
+            pixel_values: ``[N, 3, H, W]`` or a sequence of ``[3, H, W]``, in reading order over the batch. With tiles,
+                the views of all images one after the other.
             attention_mask: ``[B, T]``.
             position_ids: ``[B, T]``.
             inputs_embeds: ``[B, T, D]`` instead of ``input_ids``.
@@ -81,6 +84,7 @@ class LlavarModel(LlavaModel):
             vision_feature_select_strategy: As in ``get_image_features``.
             image_places: The positions of ``<im_patch>`` ``[F]``, counted over the batch in reading order. None
                 searches them, for which the host waits for the device.
+            image_layouts: With tiles, how each image is cut, ``[N, 4]``.
             **kwargs: Passed to the language model, including the key-value cache (``CACHE_ARGUMENT``).
 
         Returns:
@@ -100,6 +104,7 @@ class LlavarModel(LlavaModel):
                 pixel_values,
                 vision_feature_layer=vision_feature_layer,
                 vision_feature_select_strategy=vision_feature_select_strategy,
+                image_layouts=image_layouts,
             ).pooler_output
             features_FD = torch.cat(features_NPD).to(embeds_BTD.device, embeds_BTD.dtype)
             embeds_BTD = self._splice(input_ids, embeds_BTD, features_FD, image_places)
@@ -127,6 +132,7 @@ class LlavarModel(LlavaModel):
         pixel_values: Tensor | Sequence[Tensor],
         vision_feature_layer: int | None = None,
         vision_feature_select_strategy: str | None = None,
+        image_layouts: Sequence[TileLayout] | Tensor | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPooling:
         """Run the vision tower, up to the layer that is needed, and the projector.
@@ -137,22 +143,25 @@ class LlavarModel(LlavaModel):
                 None is the configured one.
             vision_feature_select_strategy: ``"default"`` drops the class token and register tokens, ``"full"`` keeps
                 everything. None is the configured one.
+            image_layouts: With tiles, how each image is cut, ``[N, 4]``; ``pixel_values`` has the views of all images.
             **kwargs: Options of ``LlavaModel.get_image_features``, such as ``output_attentions``; with any of them the
                 complete tower is run.
 
         Returns:
-            ``pooler_output`` is a list of N projected features ``[P, D]``, ``last_hidden_state`` the tower's hidden
-            state (for a sequence of images, of those that are as large as the last one). The tower runs once for each
-            size of image.
+            ``pooler_output`` is a list of N projected features ``[P, D]`` (with tiles, of each image's own number of
+            features), ``last_hidden_state`` the tower's hidden state (for a sequence of images, of those that are as
+            large as the last one). The tower runs once for each size of image.
 
         Raises:
             ConfigError: The tower has no such hidden state.
+            ValueError: The model has tiles and ``image_layouts`` is missing or does not fit, or it has no tiles.
         """
+        layouts = self._checked_layouts(image_layouts)
         if not isinstance(pixel_values, Tensor):
             arguments = (vision_feature_layer, vision_feature_select_strategy)
             return self._features_by_size(pixel_values, lambda one: self.get_image_features(one, *arguments, **kwargs))
         layers = self.num_tower_layers(vision_feature_layer)
-        if kwargs:
+        if kwargs and layouts is None:
             size = self.config.vision_config.image_size
             # CLIP's positions are learned for one size and interpolated for other sizes (image mode "keep").
             interpolate = tuple(pixel_values.shape[-2:]) != (size, size)
@@ -169,9 +178,15 @@ class LlavarModel(LlavaModel):
         # The class token and register tokens come before the patches.
         rows, columns = (side // self.config.vision_config.patch_size for side in pixel_values.shape[-2:])
         hidden_NPC = hidden_NQC[:, hidden_NQC.shape[1] - rows * columns :] if strategy == "default" else hidden_NQC
-        return BaseModelOutputWithPooling(
-            last_hidden_state=hidden_NQC, pooler_output=list(self.multi_modal_projector(hidden_NPC))
-        )
+        projected = self.multi_modal_projector(hidden_NPC, *([] if layouts is None else [layouts]))
+        return BaseModelOutputWithPooling(last_hidden_state=hidden_NQC, pooler_output=list(projected))
+
+    def _checked_layouts(self, layouts: Sequence[TileLayout] | Tensor | None) -> Sequence[TileLayout] | None:
+        if layouts is None:
+            if self.config.resolution is not None and self.config.tiles is not None:
+                raise ValueError("forward: got no image_layouts, expected them for a model with tiles")
+            return None
+        return layouts.tolist() if isinstance(layouts, Tensor) else layouts
 
     @staticmethod
     def _features_by_size(
@@ -243,15 +258,20 @@ class LlavarModel(LlavaModel):
 
     def _zero_through_projector(self) -> Tensor:
         """Return a zero that depends on the projector; with ZeRO-3, or if it is trained, on the tower as well."""
+        # With tiles, an image of a single tile, of which a single patch is no padding.
+        tiled = self.config.tiles is not None
+        layouts: list[TileLayout] = [(1, 1, 1, 1)] if tiled else []
         if is_deepspeed_zero3_enabled() or self._tower_is_trained():
             size, tower = self.config.vision_config.image_size, next(self.vision_tower.parameters())
-            black_13HW = torch.zeros(1, 3, size, size, dtype=tower.dtype, device=tower.device)
-            features_PD: Tensor = self.get_image_features(black_13HW).pooler_output[0]
+            black_V3HW = torch.zeros(1 + tiled, 3, size, size, dtype=tower.dtype, device=tower.device)
+            features_PD: Tensor = self.get_image_features(black_V3HW, image_layouts=layouts or None).pooler_output[0]
             return features_PD.sum() * 0.0
         weight = next(self.multi_modal_projector.parameters())
-        zeros_1C = torch.zeros(1, self.config.vision_config.hidden_size, dtype=weight.dtype, device=weight.device)
-        projected_1D: Tensor = self.multi_modal_projector(zeros_1C)
-        return projected_1D.sum() * 0.0
+        zeros_V1C = torch.zeros(
+            1 + tiled, 1, self.config.vision_config.hidden_size, dtype=weight.dtype, device=weight.device
+        )
+        projected_PD: Tensor = self.multi_modal_projector(zeros_V1C, *([layouts] if tiled else []))[0]
+        return projected_PD.sum() * 0.0
 
 
 class LlavarForConditionalGeneration(LlavaForConditionalGeneration):
@@ -285,6 +305,7 @@ class LlavarForConditionalGeneration(LlavaForConditionalGeneration):
         targets: Tensor | None = None,
         *,
         supervised_places: Tensor | None = None,
+        image_layouts: Sequence[TileLayout] | Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
         """Return logits, or with ``targets`` the loss without computing all logits.
@@ -297,6 +318,7 @@ class LlavarForConditionalGeneration(LlavaForConditionalGeneration):
             targets: ``[B, T]``, the token to predict at each position; ``IGNORE_INDEX`` where there is none.
             supervised_places: The positions that have a token to predict ``[S]``, counted over the batch in reading
                 order. None searches them, for which the host waits for the device.
+            image_layouts: As in ``LlavarModel.forward``.
             **kwargs: Passed to ``LlavarModel.forward``, including the key-value cache (``CACHE_ARGUMENT``).
 
         Returns:
@@ -310,6 +332,7 @@ class LlavarForConditionalGeneration(LlavaForConditionalGeneration):
             "attention_mask": attention_mask,
             "position_ids": position_ids,
             "inputs_embeds": inputs_embeds,
+            **({} if image_layouts is None else {"image_layouts": image_layouts}),
             **kwargs,
         }
         if targets is None:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Annotated, Literal
+import json
+from dataclasses import dataclass, replace
+from functools import cache
+from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field
+from pydantic import BeforeValidator, Field, TypeAdapter, ValidationError
 from pydantic_core import PydanticCustomError
 
+from llavar_peft.errors import ConfigError, describe_reason
 from llavar_peft.recipe.schema_types import PathText, PositiveInteger, StrictFields
-
 
 _LARGEST_GRID = 64  # tiles
 
@@ -75,3 +77,35 @@ class CrossAttention(StrictFields):
 
 
 Resolution = Annotated[Tiles | CrossAttention, Field(discriminator="type")]
+
+
+def resolution_from(described: object, where: str) -> Tiles | CrossAttention | None:
+    """Read the resolution of a saved model or processor, which comes from a file.
+
+    Args:
+        described: The settings as a mapping; None stands for the whole image only.
+        where: The file and the key, for the message.
+
+    Raises:
+        ConfigError: They are not the settings of a resolution.
+    """
+    try:
+        return _adapter().validate_json(json.dumps(described))
+    except (ValidationError, ValueError, TypeError) as error:
+        first = error.errors(include_url=False)[0] if isinstance(error, ValidationError) else None
+        reason = describe_reason(error) if first is None else f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
+        what = f"not readable as tiles or cross-attention ({reason[:200]})"
+        raise ConfigError.at(where, what, "download or copy the file again") from error
+
+
+def describe_resolution(resolution: Tiles | CrossAttention | None) -> dict[str, Any] | None:
+    """Return a resolution as it is saved; the grids of tiles are written out."""
+    if isinstance(resolution, Tiles):
+        resolution = replace(resolution, grid=resolution.grids)
+    plain: dict[str, Any] | None = None if resolution is None else _adapter().dump_python(resolution, mode="json")
+    return plain
+
+
+@cache
+def _adapter() -> TypeAdapter[Tiles | CrossAttention | None]:
+    return TypeAdapter(Annotated[Resolution | None, Field()])

@@ -26,6 +26,11 @@ from llavar_peft.recipe.schema_fields import (
 )
 
 _LONGEST_SHOWN = 60
+# The kinds of error that the schema itself raises, and the fix.
+_OWN_KINDS = {
+    "holdout": "use for example 0.01 or 64",
+    "grid": "write for example [2, 2] or [[1, 2], [2, 1], [2, 2]]",
+}
 _OUT_OF_RANGE = ("greater_than", "less_than", "finite_number")
 
 
@@ -65,10 +70,8 @@ def explain_error(error: ErrorDetails, path: Path, mapping: Mapping[str, Any]) -
         known = default is not dataclasses.MISSING and default is not None
         fix = f"use the default, {default}, or another value in this range" if known else "use a value in this range"
         return f"expected {_expected(hint)} {bounds_of(owner, name)}, {got}", fix
-    if kind == "holdout":
-        return f"{error['msg']}, {got}", "use for example 0.01 or 64"
-    if kind == "grid":
-        return f"{error['msg']}, {got}", "write for example [2, 2] or [[1, 2], [2, 1], [2, 2]]"
+    if kind in _OWN_KINDS:
+        return f"{error['msg']}, {got}", _OWN_KINDS[kind]
     if hint is None:
         return f"{error['msg'][:1].lower()}{error['msg'][1:]}, {got}", "see the field's explanation in the schema"
     if isinstance(value, dict) and kind == "union_tag_invalid" and kinds_of(hint):

@@ -18,7 +18,9 @@ from llavar_peft.models.rank_agreement import largest_of_ranks
 
 SUPERVISED = "supervised"
 """Key of a batch under which the number of supervised positions of its whole micro batch is stored."""
-_MODEL_INPUTS = ("input_ids", "attention_mask", "pixel_values", SUPERVISED_PLACES, IMAGE_PLACES)
+_MODEL_INPUTS = (
+    "input_ids", "attention_mask", "pixel_values", "image_layouts", "detail_values", SUPERVISED_PLACES, IMAGE_PLACES,
+)  # fmt: skip
 
 
 def supervised_loss(model: nn.Module, inputs: Mapping[str, Any]) -> tuple[Tensor, int, Any]:
