@@ -48,7 +48,7 @@ PROCESSOR_FILE = "processor_config.json"
 _SMALL_MODEL = 500_000_000  # parameters
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # Modules that are never quantized. "vision_tower" alone would not match the tower's modules.
-_UNQUANTIZED = ["model.vision_tower", "model.multi_modal_projector", "lm_head"]
+_UNQUANTIZED = ["model.vision_tower", "model.multi_modal_projector", "model.cross_attention", "lm_head"]
 
 
 def build_model(

@@ -21,25 +21,16 @@ its own, a crop's features would not tell where in the image it is.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from math import gcd
-from typing import Any, Final
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
-from torch.overrides import TorchFunctionMode
-from transformers import AutoModel
 from transformers import initialization as init
 from transformers.integrations import is_deepspeed_zero3_enabled
-
-from llavar_peft.errors import ConfigError
-from llavar_peft.models.vision_tower import LinearProjector
-
-_ARGUMENT: Final = "detail"
-"""The argument of the decoder layers, and of their attention, that carries a ``Detail``."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,10 +107,10 @@ class CrossAttentionLayer(nn.Module):
         super().__init__()
         self.num_heads = num_heads
         self.norm = nn.LayerNorm(width)
-        self.q_proj = LinearProjector(width, width, bias=False)
-        self.k_proj = LinearProjector(feature_width, width, bias=False)
-        self.v_proj = LinearProjector(feature_width, width, bias=False)
-        self.o_proj = LinearProjector(width, width, bias=False)
+        self.q_proj = nn.Linear(width, width, bias=False)
+        self.k_proj = nn.Linear(feature_width, width, bias=False)
+        self.v_proj = nn.Linear(feature_width, width, bias=False)
+        self.o_proj = nn.Linear(width, width, bias=False)
 
     def forward(self, hidden_BTD: Tensor, features_FC: Tensor, detail: Detail) -> Tensor:
         """Return what is added to hidden states, ``[B, T, D]``.
@@ -147,9 +138,12 @@ class CrossAttentionLayer(nn.Module):
     def _attend(
         self, tokens_SD: Tensor, features_FC: Tensor, segments: Sequence[DetailSegment], detail: Detail
     ) -> Tensor:
-        query_SHd = self.q_proj(self.norm(tokens_SD.to(self.norm.weight.dtype))).unflatten(1, (self.num_heads, -1))
-        absorbed = self._absorbs(max(one.stop - one.start for one in segments))
-        if absorbed:
+        # The base may be in half precision while this is in float32; in a training step autocast decides.
+        device = tokens_SD.device.type
+        if not (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)):
+            tokens_SD, features_FC = (one.to(self.norm.weight.dtype) for one in (tokens_SD, features_FC))
+        query_SHd = self.q_proj(self.norm(tokens_SD)).unflatten(1, (self.num_heads, -1))
+        if self._absorbs(max(one.stop - one.start for one in segments)):
             keys, values, features_FC = None, None, features_FC.to(query_SHd.dtype)
         else:
             keys, values = (
@@ -166,8 +160,10 @@ class CrossAttentionLayer(nn.Module):
             if keys is None or values is None:
                 output_NSD = self._attend_absorbed(query_NSHd, torch.stack([features_FC[sources[n]] for n in numbers]))
             else:
-                inputs = (query_NSHd, *(torch.stack([all_[sources[n]] for n in numbers]) for all_ in (keys, values)))
-                output_NHSd = scaled_dot_product_attention(*(one.transpose(1, 2) for one in inputs))
+                key_NFHd, value_NFHd = (torch.stack([all_[sources[n]] for n in numbers]) for all_ in (keys, values))
+                output_NHSd = scaled_dot_product_attention(
+                    query_NSHd.transpose(1, 2), key_NFHd.transpose(1, 2), value_NFHd.transpose(1, 2)
+                )
                 output_NSD = output_NHSd.transpose(1, 2).flatten(2)
             found.update(zip(numbers, output_NSD, strict=True))
         attended: Tensor = self.o_proj(torch.cat([found[number] for number in range(len(segments))]))
@@ -186,12 +182,12 @@ class CrossAttentionLayer(nn.Module):
         """
         dtype = query_NSHd.dtype
         keys_HdC, values_HdC = (
-            layer.weight.to(dtype).unflatten(0, (self.num_heads, -1)) for layer in (self.k_proj, self.v_proj)
+            layer.weight.to(dtype).view(self.num_heads, -1, layer.in_features) for layer in (self.k_proj, self.v_proj)
         )
         query_NSHC = torch.einsum("nshd,hdc->nshc", query_NSHd, keys_HdC)
         scale = query_NSHd.shape[-1] ** -0.5
         mean_NQC = scaled_dot_product_attention(query_NSHC.flatten(1, 2), features_NFC, features_NFC, scale=scale)
-        mean_NSHC = mean_NQC.unflatten(1, query_NSHC.shape[1:3])
+        mean_NSHC = mean_NQC.view_as(query_NSHC)
         return torch.einsum("nshc,hdc->nshd", mean_NSHC, values_HdC).flatten(2)
 
 
@@ -217,31 +213,35 @@ class CrossAttentionStack(nn.Module):
         if self.crop_positions is not None:
             init.zeros_(self.crop_positions.weight)
 
-    def place(self, features_IFC: Sequence[Tensor]) -> tuple[Tensor, tuple[int, ...]]:
+    def place(self, features_NFC: Sequence[Tensor], like: Tensor) -> tuple[Tensor, tuple[int, ...]]:
         """Join the features of images, with the positions of their crops added.
 
         Args:
-            features_IFC: The features of each image ``[F, C]``, crop by crop in reading order.
+            features_NFC: The features of each image ``[F, C]``, crop by crop in reading order.
+            like: A tensor of the hidden states' dtype and device.
 
         Returns:
-            The features of all images, and where those of each image end, after a 0.
+            The features of all images, and where those of each image end, after a 0. Without an image, a single zero.
         """
-        ends = tuple(accumulate((len(one) for one in features_IFC), initial=0))
-        features_FC = torch.cat(list(features_IFC))
+        first: Any = self.layers[0]
+        found = list(features_NFC) or [like.new_zeros(1, first.k_proj.in_features)]
+        features_FC, ends = torch.cat(found), tuple(accumulate(map(len, found), initial=0))
         if self.crop_positions is None:
             return features_FC, ends
         count = self.crop_positions.num_embeddings
         positions_GC = self.crop_positions(torch.arange(count, device=features_FC.device))
-        if not ends[-1]:
-            return positions_GC[:1], ends
-        placed = features_FC.view(len(features_IFC), count, -1, features_FC.shape[1]) + positions_GC[:, None]
-        return placed.flatten(0, 2), ends
+        if not features_NFC:
+            return features_FC + positions_GC[:1], ends
+        placed_NGPC = features_FC.view(len(found), count, -1, features_FC.shape[1]) + positions_GC[:, None]
+        return placed_NGPC.flatten(0, 2), ends
 
 
 def _spread(attended_SD: Tensor, segments: Sequence[DetailSegment], length: int) -> Tensor:
     """Return the rows of segments at their places, ``[length, D]``, with zeros between them."""
     parts, end = [], 0
-    for segment, part in zip(segments, attended_SD.split([one.stop - one.start for one in segments]), strict=True):
+    for segment, part in zip(
+        segments, torch.split(attended_SD, [one.stop - one.start for one in segments]), strict=True
+    ):
         if segment.start > end:
             parts.append(part.new_zeros(segment.start - end, part.shape[1]))
         parts.append(part)
@@ -249,89 +249,3 @@ def _spread(attended_SD: Tensor, segments: Sequence[DetailSegment], length: int)
     if length > end:
         parts.append(attended_SD.new_zeros(length - end, attended_SD.shape[1]))
     return torch.cat(parts) if len(parts) > 1 else parts[0]
-
-
-def attach_cross_attention(language_model: Any) -> None:
-    """Let the layers of a language model call the cross-attention of the ``Detail`` that they are given."""
-    for layer in language_model.layers:
-        attention = getattr(layer, "self_attn", None)
-        if isinstance(attention, nn.Module):
-            layer.register_forward_pre_hook(_keep_residual, with_kwargs=True)
-            attention.register_forward_hook(_add_cross_attention, with_kwargs=True)
-
-
-def _keep_residual(
-    _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-    detail = kwargs.get(_ARGUMENT)
-    if detail is None:
-        return None
-    hidden_BTD = args[0] if args else kwargs["hidden_states"]
-    return args, {**kwargs, _ARGUMENT: replace(detail, residual_BTD=hidden_BTD)}
-
-
-def _add_cross_attention(module: Any, _: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-    detail = kwargs.get(_ARGUMENT)
-    if detail is None:
-        return None
-    attended_BTD, *rest = output if isinstance(output, tuple) else (output,)
-    layer = detail.modules.layers[module.layer_idx]
-    attended_BTD = attended_BTD + layer(detail.residual_BTD + attended_BTD, detail.features_FC, detail)
-    return (attended_BTD, *rest) if isinstance(output, tuple) else attended_BTD
-
-
-class _Sums(TorchFunctionMode):
-    """Keeps the pairs of tensors that are added."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.pairs: list[tuple[Any, Any]] = []
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if getattr(func, "__name__", "") in ("add", "add_") and len(args) == 2:
-            self.pairs.append(args)
-        return func(*args, **(kwargs or {}))
-
-
-def check_decoder(text_config: Any) -> None:
-    """Reject a language model whose layers do not add the output of their self-attention to their input as it is.
-
-    The model is called without memory to find out.
-
-    Raises:
-        ConfigError: Cross-attention cannot be added to this language model.
-    """
-    if not _adds_attention(text_config):
-        raise ConfigError.at(
-            "model.resolution",
-            f"cross-attention cannot be added to this language model (got {text_config.model_type}, expected layers "
-            "that add the output of their self-attention to their input as it is)",
-            "use resolution: {type: tiles}, which every language model supports; or LLaMA, Mistral, Qwen or Phi-3",
-        )
-
-
-def _adds_attention(text_config: Any) -> bool:
-    found: dict[int, tuple[Any, Any]] = {}
-
-    def watch(module: Any, _: Any, kwargs: dict[str, Any], output: Any) -> None:
-        if _ARGUMENT in kwargs:
-            found[module.layer_idx] = (kwargs[_ARGUMENT].residual_BTD, output[0] if isinstance(output, tuple) else output)
-
-    with torch.device("meta"), torch.no_grad():
-        skeleton: Any = AutoModel.from_config(text_config).eval()
-        skeleton.set_attn_implementation("eager")  # flash-attention computes on GPUs only
-        layers = list(getattr(skeleton, "layers", ()))
-        if not layers or not all(hasattr(layer, "self_attn") for layer in layers):
-            return False
-        attach_cross_attention(skeleton)
-        for layer in layers:
-            layer.self_attn.register_forward_hook(watch, with_kwargs=True)
-        stack = CrossAttentionStack(len(layers), text_config.hidden_size, 1, 1, 0)
-        detail = Detail(stack, torch.zeros(1, 1), (0, 1), (DetailSegment(0, 2, 0, 1),))
-        embeds = torch.zeros(1, 2, text_config.hidden_size, dtype=skeleton.dtype)
-        # A mask with four dimensions is used as given, while other ones are looked into.
-        mask = torch.zeros(1, 1, 2, 2, dtype=skeleton.dtype)
-        # What follows the attention cannot always be called without memory (experts), nor attentions of other kinds.
-        with suppress(Exception), _Sums() as sums:
-            skeleton(inputs_embeds=embeds, attention_mask=mask, use_cache=False, **{_ARGUMENT: detail})
-    return bool(found) and all(any(one is a and two is b for a, b in sums.pairs) for one, two in found.values())

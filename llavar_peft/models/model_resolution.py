@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+from typing import Any
 
 import torch
 
 from llavar_peft.errors import ConfigError
+from llavar_peft.models.cross_attention_hooks import check_decoder
+from llavar_peft.models.detail_features import make_cross_attention
 from llavar_peft.models.llavar_config import LlavarConfig
 from llavar_peft.models.model_parts import ModelParts
 from llavar_peft.recipe.resolution import CrossAttention, Tiles, describe_resolution
@@ -38,7 +41,40 @@ def set_resolution(parts: ModelParts, resolution: Tiles | CrossAttention | None,
         width = config.text_config.hidden_size
         # As in LLaVA-NeXT.
         tensors[tensor_names.NEWLINE] = torch.randn(width, generator=generator) * width**-0.5
+    if config.cross_attention is not None:
+        check_decoder(config.text_config)
+        if resolution is not None and not any(name.startswith(tensor_names.CROSS_ATTENTION) for name in tensors):
+            tensors.update(_draw_cross_attention(config, seed))
     return dataclasses.replace(parts, config=config, tensors=tensors)
+
+
+def _draw_cross_attention(config: LlavarConfig, seed: int) -> dict[str, torch.Tensor]:
+    """Draw a cross-attention: Q and K as ``torch.nn.Linear`` is initialized, V zero and O the identity.
+
+    Tensors that are the same in all layers share their memory.
+
+    Source: LLaVAR, appendix H.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    shared: dict[str, torch.Tensor] = {}
+    tensors = {}
+    for name, shape in _cross_attention_shapes(config).items():
+        kind = ".".join(name.split(".")[-2:])
+        if kind in ("q_proj.weight", "k_proj.weight"):
+            tensors[name] = (torch.rand(shape, generator=generator) * 2 - 1).mul_(shape[1] ** -0.5)
+            continue
+        if kind not in shared:
+            made = torch.ones(shape) if kind == "norm.weight" else torch.zeros(shape)
+            shared[kind] = torch.eye(shape[0]) if kind == "o_proj.weight" else made
+        tensors[name] = shared[kind]
+    return tensors
+
+
+def _cross_attention_shapes(config: LlavarConfig) -> dict[str, torch.Size]:
+    """Return the shape of each tensor by its name in the model."""
+    with torch.device("meta"):
+        stack: Any = make_cross_attention(config)
+    return {f"{tensor_names.CROSS_ATTENTION}{name}": one.shape for name, one in stack.state_dict().items()}
 
 
 def _check_change(parts: ModelParts, config: LlavarConfig) -> None:

@@ -20,6 +20,8 @@ FINAL_NORM = "model.language_model.norm.weight"
 NEWLINE = "model.multi_modal_projector.image_newline"
 """The embedding at the end of each row of a tiled image's patches. It is trained and saved with the projector."""
 
+CROSS_ATTENTION = "model.cross_attention."
+
 RELEASED_PROJECTOR = "model.mm_projector."
 RELEASED_PROJECTOR_WEIGHT = "model.mm_projector.weight"
 RELEASED_PROJECTOR_BIAS = "model.mm_projector.bias"
