@@ -29,7 +29,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
-from transformers import initialization as init
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 
@@ -130,11 +129,6 @@ class CrossAttentionLayer(nn.Module):
         attended_SD = self._attend(tokens_SD, features_FC, detail.segments, detail).to(hidden_BTD.dtype)
         return _spread(attended_SD, detail.segments, len(rows_D)).view_as(hidden_BTD)
 
-    def reset_parameters(self) -> None:
-        """Set V to 0 and O to the identity; Q, K and the norm keep their values."""
-        init.zeros_(self.v_proj.weight)
-        init.eye_(self.o_proj.weight)
-
     def _attend(
         self, tokens_SD: Tensor, features_FC: Tensor, segments: Sequence[DetailSegment], detail: Detail
     ) -> Tensor:
@@ -205,13 +199,16 @@ class CrossAttentionStack(nn.Module):
     def __init__(self, num_layers: int, width: int, feature_width: int, num_heads: int, num_crops: int) -> None:
         super().__init__()
         heads = gcd(num_heads, width)
-        self.layers = nn.ModuleList(CrossAttentionLayer(width, feature_width, heads) for _ in range(num_layers))
+        self.layers: Any = nn.ModuleList(CrossAttentionLayer(width, feature_width, heads) for _ in range(num_layers))
         self.crop_positions = nn.Embedding(num_crops, feature_width) if num_crops else None
 
     def reset_parameters(self) -> None:
-        """Set the positions to 0."""
+        """Set V and the positions to 0 and O to the identity; Q, K and the norms keep their values."""
+        for layer in self.layers:
+            nn.init.zeros_(layer.v_proj.weight)
+            nn.init.eye_(layer.o_proj.weight)
         if self.crop_positions is not None:
-            init.zeros_(self.crop_positions.weight)
+            nn.init.zeros_(self.crop_positions.weight)
 
     def place(self, features_NFC: Sequence[Tensor], like: Tensor) -> tuple[Tensor, tuple[int, ...]]:
         """Join the features of images, with the positions of their crops added.
@@ -223,8 +220,7 @@ class CrossAttentionStack(nn.Module):
         Returns:
             The features of all images, and where those of each image end, after a 0. Without an image, a single zero.
         """
-        first: Any = self.layers[0]
-        found = list(features_NFC) or [like.new_zeros(1, first.k_proj.in_features)]
+        found = list(features_NFC) or [like.new_zeros(1, self.layers[0].k_proj.in_features)]
         features_FC, ends = torch.cat(found), tuple(accumulate(map(len, found), initial=0))
         if self.crop_positions is None:
             return features_FC, ends

@@ -51,22 +51,18 @@ def set_resolution(parts: ModelParts, resolution: Tiles | CrossAttention | None,
 def _draw_cross_attention(config: LlavarConfig, seed: int) -> dict[str, torch.Tensor]:
     """Draw a cross-attention: Q and K as ``torch.nn.Linear`` is initialized, V zero and O the identity.
 
-    Tensors that are the same in all layers share their memory.
-
     Source: LLaVAR, appendix H.
     """
     generator = torch.Generator().manual_seed(seed)
-    shared: dict[str, torch.Tensor] = {}
     tensors = {}
     for name, shape in _cross_attention_shapes(config).items():
         kind = ".".join(name.split(".")[-2:])
         if kind in ("q_proj.weight", "k_proj.weight"):
             tensors[name] = (torch.rand(shape, generator=generator) * 2 - 1).mul_(shape[1] ** -0.5)
-            continue
-        if kind not in shared:
-            made = torch.ones(shape) if kind == "norm.weight" else torch.zeros(shape)
-            shared[kind] = torch.eye(shape[0]) if kind == "o_proj.weight" else made
-        tensors[name] = shared[kind]
+        elif kind == "o_proj.weight":
+            tensors[name] = torch.eye(shape[0])
+        else:
+            tensors[name] = torch.ones(shape) if kind == "norm.weight" else torch.zeros(shape)
     return tensors
 
 

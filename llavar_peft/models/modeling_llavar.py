@@ -31,7 +31,6 @@ from transformers.models.llava.modeling_llava import LlavaCausalLMOutputWithPast
 from llavar_peft.constants import IGNORE_INDEX
 from llavar_peft.errors import ConfigError
 from llavar_peft.models.chunked_loss import LossHead, logits_factor
-from llavar_peft.models.cross_attention import CrossAttentionLayer, CrossAttentionStack
 from llavar_peft.models.cross_attention_hooks import DETAIL, attach_cross_attention
 from llavar_peft.models.detail_features import CROPS_AT_ONCE, ImageDetails, make_cross_attention, make_detail
 from llavar_peft.models.llavar_config import LlavarConfig
@@ -63,11 +62,8 @@ class LlavarModel(LlavaModel):
         if self.cross_attention is not None:
             attach_cross_attention(self.language_model)
         self.post_init()
-
-    def _init_weights(self, module: nn.Module) -> None:
-        super()._init_weights(module)
-        if isinstance(module, CrossAttentionLayer | CrossAttentionStack):
-            module.reset_parameters()
+        if self.cross_attention is not None:
+            self.cross_attention.reset_parameters()
 
     def forward(  # noqa: PLR0913, PLR0917 - the inputs of a transformers model
         self,
