@@ -16,6 +16,7 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from llavar_peft.models.cross_attention import CrossAttentionStack, Detail, DetailSegment, detail_segments
 from llavar_peft.models.llavar_config import LlavarConfig
 from llavar_peft.models.rank_agreement import is_distributed, largest_of_ranks
+from llavar_peft.weights.io import tensor_names
 
 CROPS_AT_ONCE = 64
 """Number of crops that the tower computes at once."""
@@ -125,3 +126,30 @@ def _find_segments(input_ids_BT: Tensor | None, config: Any) -> tuple[DetailSegm
             raise ValueError(f"forward: got {len(places)} image tokens in a row, expected a multiple of {each}")
         conversations.append((row * width, width, places[::each]))
     return detail_segments(conversations)
+
+
+def draw_cross_attention(config: LlavarConfig, seed: int) -> dict[str, Tensor]:
+    """Draw a cross-attention: Q and K as ``torch.nn.Linear`` is initialized, V zero and O the identity.
+
+    Args:
+        config: The model's, with cross-attention.
+        seed: Of the random weights.
+
+    Returns:
+        Its tensors by their names in the model.
+
+    Source: LLaVAR, appendix H.
+    """
+    with torch.device("meta"):
+        stack: Any = make_cross_attention(config)
+    generator = torch.Generator().manual_seed(seed)
+    tensors = {}
+    for own, meta in stack.state_dict().items():
+        name, shape, kind = f"{tensor_names.CROSS_ATTENTION}{own}", meta.shape, ".".join(own.split(".")[-2:])
+        if kind in ("q_proj.weight", "k_proj.weight"):
+            tensors[name] = (torch.rand(shape, generator=generator) * 2 - 1).mul_(shape[1] ** -0.5)
+        elif kind == "o_proj.weight":
+            tensors[name] = torch.eye(shape[0])
+        else:
+            tensors[name] = torch.ones(shape) if kind == "norm.weight" else torch.zeros(shape)
+    return tensors
