@@ -124,8 +124,8 @@ def build_pending_model(
     pending = PendingWeights(dtype)
     for name, parameter in list(model.named_parameters()):
         pending.add(parameter, parts.tensors[name])
-    for name in [name for name in parts.tensors if name.startswith(tensor_names.PROJECTOR)]:
-        # Small, and copied by peft: read at once.
+    for name in [name for name in parts.tensors if name.startswith(tensor_names.TRAINED_WITH_PROJECTOR)]:
+        # Copied by peft: read at once.
         module, _, own = name.rpartition(".")
         setattr(model.get_submodule(module), own, nn.Parameter(whole(parts.tensors[name]).to(dtype, copy=True)))
     model.pending_weights = pending

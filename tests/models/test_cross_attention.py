@@ -114,9 +114,9 @@ def test_each_token_sees_the_images_that_start_at_or_before_it(gradients: bool) 
         features_FC, ends = stack.place(features, hidden_BTD)
         detail = Detail(stack, features_FC, ends, detail_segments([(0, 7, [2, 3])]))
         got = layer(hidden_BTD, features_FC, detail)[0]
+        assert layer._absorbs(7) is not gradients  # otherwise both cases would compare the same way
         expected = _reference(layer, hidden_BTD[0], placed, [0, 0, 1, 2, 2, 2, 2])
     torch.testing.assert_close(got, expected, atol=1e-6, rtol=1e-5)
-    assert layer._absorbs(7) is not gradients  # otherwise only one of the ways would be compared
 
 
 def _gradients(model: Any, **inputs: Any) -> tuple[Tensor, dict[str, Tensor]]:
@@ -157,8 +157,7 @@ def test_a_batch_without_an_image_gives_every_parameter_a_gradient(model: Llavar
     model.train()
     _, with_image = _gradients(model, input_ids=IDS, targets=IDS, **_images(3))
     _, without = _gradients(model, input_ids=torch.tensor([[1, 3, 5]]), targets=torch.tensor([[1, 3, 5]]))
-    frozen = {name for name in with_image if "vision_tower" in name}
-    assert set(without) == set(with_image) - frozen
+    assert set(without) == set(with_image)
     assert not any(one.any() for name, one in without.items() if "cross_attention" in name)
 
 
@@ -167,7 +166,7 @@ def test_rows_of_other_lengths_do_not_matter(model: LlavarForConditionalGenerati
     images = _images(3)
     together = model(input_ids=IDS, **images).logits
     first = model(input_ids=IDS[:1], **{name: one[:2] for name, one in images.items()}).logits
-    torch.testing.assert_close(together[:1], first, atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(together[:1], first, atol=1e-5, rtol=1e-5)
     # A later image changes nothing before it.
     images["detail_values"][1] += 1
     changed = (model(input_ids=IDS, **images).logits - together).abs().amax(dim=-1)

@@ -47,9 +47,8 @@ def apply_projector(tensors: dict[str, Tensor | JoinedRows], source: str | Path)
             str(source), what, "set model.checkpoint to the model's folder instead of model.projector"
         )
     embeddings = stored.pop(tensor_names.EMBEDDINGS, None)
-    parts = (tensor_names.PROJECTOR,)
-    if any(name.startswith(tensor_names.CROSS_ATTENTION) for name in stored):  # otherwise it was trained without
-        parts = (*parts, tensor_names.CROSS_ATTENTION)
+    has_cross_attention = any(name.startswith(tensor_names.CROSS_ATTENTION) for name in stored)
+    parts = tensor_names.TRAINED_WITH_PROJECTOR if has_cross_attention else tensor_names.PROJECTOR
     expected = {name: tuple(tensor.shape) for name, tensor in tensors.items() if name.startswith(parts)}
     _check_newline(expected, stored, str(source))
     check_tensors(stored, expected, where=str(source))
