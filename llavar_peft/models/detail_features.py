@@ -83,7 +83,7 @@ def make_detail(
         raise ValueError("forward: got no detail_values, expected them for a model with cross-attention")
     missing = _missing_tower_calls(detail_values)
     if detail_values is not None:
-        details = details or ImageDetails(_find_segments(input_ids_BT, model.config))
+        details = details or ImageDetails(find_segments(input_ids_BT, model.config, images=len(detail_values)))
         details.features_NFC = model.get_detail_features(detail_values)
     for _ in range(missing):
         side = model.config.vision_config.image_size
@@ -106,25 +106,33 @@ def _missing_tower_calls(detail_values: Tensor | None) -> int:
     return largest_of_ranks(calls) - calls if is_deepspeed_zero3_enabled() else 0
 
 
-def _find_segments(input_ids_BT: Tensor | None, config: Any) -> tuple[DetailSegment, ...]:
+def find_segments(
+    input_ids_BT: Tensor | None, config: Any, *, images: int, last: int | None = None
+) -> tuple[DetailSegment, ...]:
     """Find the images in padded rows, for which the host waits for the device.
 
     Args:
         input_ids_BT: The rows.
         config: The model's.
+        images: Number of images.
+        last: Number of tokens of each row that are computed, its last ones; None is all.
 
     Raises:
-        ValueError: There are no ids, or images of another number of tokens.
+        ValueError: There are no ids, or another number of images.
     """
     if input_ids_BT is None:
         raise ValueError("forward: got no input_ids, expected them, or details, for a model with cross-attention")
-    each, width = int(config.image_seq_length), input_ids_BT.shape[1]
-    conversations = []
+    each, total = int(config.image_seq_length), input_ids_BT.shape[1]
+    width = total if last is None else last
+    conversations, found = [], 0
     for row, is_patch_T in enumerate(input_ids_BT.cpu() == config.image_token_id):
         places = is_patch_T.nonzero()[:, 0].tolist()
         if len(places) % each:
             raise ValueError(f"forward: got {len(places)} image tokens in a row, expected a multiple of {each}")
-        conversations.append((row * width, width, places[::each]))
+        conversations.append((row * width, width, [place - (total - width) for place in places[::each]]))
+        found += len(places) // each
+    if found != images:
+        raise ValueError(f"forward: got detail_values of {images} images and {found} images in input_ids")
     return detail_segments(conversations)
 
 

@@ -32,7 +32,13 @@ from llavar_peft.constants import IGNORE_INDEX
 from llavar_peft.errors import ConfigError
 from llavar_peft.models.chunked_loss import LossHead, logits_factor
 from llavar_peft.models.cross_attention_hooks import DETAIL, attach_cross_attention
-from llavar_peft.models.detail_features import CROPS_AT_ONCE, ImageDetails, make_cross_attention, make_detail
+from llavar_peft.models.detail_features import (
+    CROPS_AT_ONCE,
+    ImageDetails,
+    find_segments,
+    make_cross_attention,
+    make_detail,
+)
 from llavar_peft.models.llavar_config import LlavarConfig
 from llavar_peft.models.pending_weights import PendingWeights
 from llavar_peft.models.rank_agreement import largest_of_ranks
@@ -319,6 +325,8 @@ class LlavarForConditionalGeneration(LlavaForConditionalGeneration):
     lm_head: nn.Linear
     pending_weights: PendingWeights | None = None
     """Set while parameters are on the device ``meta``, until their values are read (``build_pending_model``)."""
+    _generated: tuple[Tensor, list[Tensor]] | None = None
+    """The crops of the last call of ``generate``, and their features."""
 
     def __init__(self, config: LlavarConfig) -> None:
         super().__init__(config)
@@ -380,6 +388,24 @@ class LlavarForConditionalGeneration(LlavaForConditionalGeneration):
         hidden_SD = hidden_BTD.flatten(0, 1).index_select(0, supervised_places)
         loss = self.lm_head(hidden_SD, targets.flatten().index_select(0, supervised_places))
         return LlavaCausalLMOutputWithPast(loss=loss)
+
+    def prepare_inputs_for_generation(self, input_ids: Tensor, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Return the inputs of a step of ``generate``; the features of the crops are computed in the first one.
+
+        Args:
+            input_ids: All tokens so far ``[B, T]``.
+            *args: As in ``LlavaForConditionalGeneration.prepare_inputs_for_generation``.
+            **kwargs: The same.
+        """
+        inputs: dict[str, Any] = super().prepare_inputs_for_generation(input_ids, *args, **kwargs)
+        crops = inputs.pop("detail_values", None)
+        if crops is None:
+            return inputs
+        if self._generated is None or self._generated[0] is not crops:
+            self._generated = crops, self.model.get_detail_features(crops)
+        computed = next(inputs[name] for name in ("input_ids", "inputs_embeds") if inputs.get(name) is not None)
+        segments = find_segments(input_ids, self.config, images=len(crops), last=computed.shape[1])
+        return {**inputs, "details": ImageDetails(segments, self._generated[1])}
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
         """Save under the modules' own names, also where the weights were loaded from the released layout.
