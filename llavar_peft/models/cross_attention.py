@@ -133,8 +133,7 @@ class CrossAttentionLayer(nn.Module):
         self, tokens_SD: Tensor, features_FC: Tensor, segments: Sequence[DetailSegment], detail: Detail
     ) -> Tensor:
         # The base may be in half precision while this is in float32; in a training step autocast decides.
-        device = tokens_SD.device.type
-        if not (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)):
+        if _autocast_dtype(tokens_SD) is None:
             tokens_SD, features_FC = (one.to(self.norm.weight.dtype) for one in (tokens_SD, features_FC))
         query_SHd = self.q_proj(self.norm(tokens_SD)).unflatten(1, (self.num_heads, -1))
         if self._absorbs(max(one.stop - one.start for one in segments)):
@@ -229,7 +228,16 @@ class CrossAttentionStack(nn.Module):
         if not features_NFC:
             return features_FC + positions_GC[:1], ends
         placed_NGPC = features_FC.view(len(found), count, -1, features_FC.shape[1]) + positions_GC[:, None]
-        return placed_NGPC.flatten(0, 2), ends
+        # Once for all layers, each of which would otherwise keep a copy for its backward pass.
+        return placed_NGPC.flatten(0, 2).to(_autocast_dtype(like) or placed_NGPC.dtype), ends
+
+
+def _autocast_dtype(tensor: Tensor) -> torch.dtype | None:
+    """Return the dtype that autocast computes in on a tensor's device; None where it is not active."""
+    device = tensor.device.type
+    if not (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)):
+        return None
+    return torch.get_autocast_dtype(device)
 
 
 def _spread(attended_SD: Tensor, segments: Sequence[DetailSegment], length: int) -> Tensor:
