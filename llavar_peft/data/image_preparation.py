@@ -162,7 +162,9 @@ def image_token_count(size: Tensor | tuple[int, int], patch_size: int) -> int:
 
 
 def prepared_scale(size: tuple[int, int], mode: ImageMode, processor: Any) -> float:
-    """Return the factor from the height of something in an image to its height in the prepared image.
+    """Return the factor from a length in an image to the same in the prepared image.
+
+    If that depends on the direction, it is the smaller factor: letters that are only stretched are not easier to read.
 
     Args:
         size: (width, height) of the image.
@@ -176,7 +178,22 @@ def prepared_scale(size: tuple[int, int], mode: ImageMode, processor: Any) -> fl
         width = height = max(size)
     if isinstance(processor, int):
         return processor / min(width, height)
-    return _resized_size((width, height), image_settings(processor))[1] / height
+    resized = _resized_size((width, height), image_settings(processor))
+    return min(resized[0] / width, resized[1] / height)
+
+
+def kept_size(size: tuple[int, int], min_side: int) -> tuple[int, int]:
+    """Return the (width, height) of an image after preparation in mode ``keep``.
+
+    Args:
+        size: (width, height) of the image.
+        min_side: Minimum length of each side in pixels: that of a patch.
+    """
+    short, long = sorted(size)
+    new_short = int(min(_KEEP_LONG / (long / short), _KEEP_SHORT))
+    new_long = int(new_short * long / short) if new_short else _KEEP_LONG
+    new_short, new_long = max(new_short, min_side), max(new_long, min_side)
+    return (new_short, new_long) if size[0] <= size[1] else (new_long, new_short)
 
 
 def _square(image: Image.Image, settings: _Settings) -> Image.Image:
@@ -234,12 +251,7 @@ def _keep(image: Image.Image, settings: _Settings) -> Image.Image:
     Each side has at least one patch if the size of a patch is known (the original's tower fails below that), else one
     pixel.
     """
-    short, long = sorted(image.size)
-    new_short = int(min(_KEEP_LONG / (long / short), _KEEP_SHORT))
-    new_long = int(new_short * long / short) if new_short else _KEEP_LONG
-    new_short, new_long = max(new_short, settings.min_side), max(new_long, settings.min_side)
-    size = (new_short, new_long) if image.width <= image.height else (new_long, new_short)
-    return image.resize(size, settings.resample)
+    return image.resize(kept_size(image.size, settings.min_side), settings.resample)
 
 
 def _pad_black(image: Image.Image, settings: _Settings) -> Image.Image:
