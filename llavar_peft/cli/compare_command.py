@@ -135,6 +135,8 @@ def _diagnose_results(results: Path, metric: str | None, smallest: float, *, as_
     ]
     print_table(("by", "kind", "records", f"{protocol} %", "95 % interval"), rows, text_columns=2)
     _print_too_small(small, "data set")
+    if small.records:
+        say("which model.resolution would help: eval diagnose --records RECORDS --model MODEL, for records like these")
     for key, value in asdict(read.setting).items():
         if value is not None:
             say(f"{key.replace('_', ' ')}: {value}")

@@ -162,9 +162,7 @@ def image_token_count(size: Tensor | tuple[int, int], patch_size: int) -> int:
 
 
 def prepared_scale(size: tuple[int, int], mode: ImageMode, processor: Any) -> float:
-    """Return the factor from a length in an image to the same in the prepared image.
-
-    If that depends on the direction, it is the smaller factor: letters that are only stretched are not easier to read.
+    """Return the factor from the height of something in an image to its height in the prepared image.
 
     Args:
         size: (width, height) of the image.
@@ -178,8 +176,7 @@ def prepared_scale(size: tuple[int, int], mode: ImageMode, processor: Any) -> fl
         width = height = max(size)
     if isinstance(processor, int):
         return processor / min(width, height)
-    resized = _resized_size((width, height), image_settings(processor))
-    return min(resized[0] / width, resized[1] / height)
+    return _resized_size((width, height), image_settings(processor))[1] / height
 
 
 def kept_size(size: tuple[int, int], min_side: int) -> tuple[int, int]:

@@ -19,7 +19,8 @@ class SeenImage:
     """An image as a model sees it.
 
     Attributes:
-        scale: Factor from a length in the image to the same in the view that shows it largest.
+        scale: Factor from a length in the image to the same in the view that shows it largest. If a view stretches the
+            image, it is the smaller of the factors of height and width, because it is letters that have to be read.
         tokens: Number of image tokens.
         views: Number of images that the vision tower gets for it.
     """
@@ -86,4 +87,5 @@ class ImageViews:
         width, height = kept_size(size, self.patch) if self.mode == "keep" else (self.side, self.side)
         tokens = image_token_count((height, width), self.patch)
         grid = self.grid or 0
-        return SeenImage(prepared_scale(size, self.mode, self.processor) * (grid or 1), tokens, 1 + grid * grid)
+        scale = min(prepared_scale(one, self.mode, self.processor) for one in (size, size[::-1]))
+        return SeenImage(scale * (grid or 1), tokens, 1 + grid * grid)
