@@ -15,6 +15,7 @@ from torch import Tensor
 
 from llavar_peft.data.image_files import open_image
 from llavar_peft.data.image_preparation import image_token_count, prepare_crops, prepare_image, prepare_tiles
+from llavar_peft.errors import ConfigError
 from llavar_peft.types import ImageMode, Processor, TileLayout
 
 if TYPE_CHECKING:
@@ -55,9 +56,14 @@ class PreparedImage:
 
         Raises:
             ImageError: The image cannot be opened.
-            ConfigError: The mode is unknown, or the image processor does something that CLIP's does not.
+            ConfigError: The mode is unknown or, for a model with a resolution, ``keep``; or the image processor does
+                something that CLIP's does not.
         """
         opened, geometry = open_image(image), processor.tile_geometry
+        if geometry is not None and mode == "keep":
+            raise ConfigError.at(
+                "image_mode", "keep is for models without a resolution (this one reads tiles)", "leave it out"
+            )
         if geometry is not None:
             layout = layout or geometry.layouts([opened.size])[0]
             return cls(prepare_tiles(opened, layout, processor), geometry.tokens(layout), layout)
@@ -65,6 +71,31 @@ class PreparedImage:
         grid = processor.detail_grid
         detail = None if grid is None else prepare_crops(opened, mode, processor, grid)
         return cls(pixels, image_token_count(pixels, processor.patch_size), None, detail)
+
+
+def prepare_record_images(
+    images: Sequence[Image.Image | str | Path], mode: ImageMode, processor: Processor, *, used: int = 0
+) -> list[PreparedImage]:
+    """Prepare the images of one record or prompt, which share the model's limit of image tokens.
+
+    Args:
+        images: Images or local paths, in order.
+        mode: As for ``PreparedImage.prepare``.
+        processor: The model's processor.
+        used: Number of image tokens of the images before them.
+
+    Raises:
+        ImageError: An image cannot be opened.
+        ConfigError: As for ``PreparedImage.prepare``.
+    """
+    geometry, opened = processor.tile_geometry, [open_image(image) for image in images]
+    layouts: Sequence[TileLayout | None] = [None] * len(opened)
+    if geometry is not None:
+        left = None if geometry.budget is None else max(0, geometry.budget - used)
+        layouts = geometry.layouts([image.size for image in opened], left)
+    return [
+        PreparedImage.prepare(image, mode, processor, layout) for image, layout in zip(opened, layouts, strict=True)
+    ]
 
 
 def image_inputs(

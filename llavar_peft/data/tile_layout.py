@@ -44,6 +44,12 @@ class TileGeometry:
         whole = ((rows * self.patches, columns * self.patches) for rows, columns in self.grids)
         return self.patches**2 + max(rows * (columns + 1) for rows, columns in whole)
 
+    @property
+    def least_tokens(self) -> int:
+        """The number of tokens of an image that fills the smallest grid."""
+        whole = ((rows * self.patches, columns * self.patches) for rows, columns in self.grids)
+        return self.patches**2 + min(rows * (columns + 1) for rows, columns in whole)
+
     def layout(self, size: tuple[int, int], budget: int | None = None) -> TileLayout:
         """Choose the grid of an image: the one that keeps most of its pixels and, of several, wastes the least.
 

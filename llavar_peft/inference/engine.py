@@ -21,6 +21,7 @@ from llavar_peft.models.adapter_loading import add_adapter, apply_adapter, check
 from llavar_peft.models.build_model import build_model
 from llavar_peft.models.checkpoint_loading import resolve_folder
 from llavar_peft.models.hub_models import is_hub_name
+from llavar_peft.models.model_resolution import with_resolution_of
 from llavar_peft.recipe.schema import Attention, Dtype, Kernels, ModelConfig, Quantization
 from llavar_peft.recipe.validate import model_from_mapping
 from llavar_peft.weights.adapter.adapter_files import ADAPTER_CONFIG, BASE_FILE, read_base_settings, read_settings
@@ -174,6 +175,7 @@ def load_engine(
         WeightsError: The weights do not fit the model.
     """
     base, folders = _find_parts(model, adapters, vision_tower)
+    base = with_resolution_of(base, folders.values())
     if quantize is None:
         quantize = _trained_quantization(folders)
     device = _choose_device(device, quantize)

@@ -17,7 +17,7 @@ from torch import Tensor
 from llavar_peft.data.conversation_template import Content
 from llavar_peft.data.encode_record import encode_pieces
 from llavar_peft.data.image_files import decode_image
-from llavar_peft.data.prepared_images import PreparedImage, image_inputs
+from llavar_peft.data.prepared_images import PreparedImage, image_inputs, prepare_record_images
 from llavar_peft.data.text_encoder import text_encoder
 from llavar_peft.errors import ConfigError, DataError
 from llavar_peft.inference.token_sampling import Sampling
@@ -52,7 +52,14 @@ class PromptImage(ReadableRepr):
     detail: Tensor | None = field(default=None, repr=False)
 
     @classmethod
-    def prepare(cls, image: ImageInput, processor: LlavarProcessor, mode: ImageMode | None = None) -> PromptImage:
+    def prepare(
+        cls,
+        image: ImageInput,
+        processor: LlavarProcessor,
+        mode: ImageMode | None = None,
+        *,
+        layout: TileLayout | None = None,
+    ) -> PromptImage:
         """Open and prepare an image.
 
         Args:
@@ -60,21 +67,40 @@ class PromptImage(ReadableRepr):
                 NumPy array, uint8 ``[H, W]`` or ``[H, W, 3]``.
             processor: The model's processor.
             mode: Overrides the processor's ``inference_image_mode``.
+            layout: How it is cut into tiles; None chooses the best grid.
 
         Raises:
             ImageError: The image is missing or broken.
             ConfigError: It is none of these.
         """
-        made = PreparedImage.prepare(_as_image(image), mode or processor.inference_image_mode, processor)
-        return cls(made.pixels, made.tokens, layout=made.layout, detail=made.detail)
+        mode = mode or processor.inference_image_mode
+        return cls.of(PreparedImage.prepare(_as_image(image), mode, processor, layout))
+
+    @classmethod
+    def of(cls, prepared: PreparedImage) -> PromptImage:
+        """Return a prepared image, of which no features have been computed."""
+        return cls(prepared.pixels, prepared.tokens, layout=prepared.layout, detail=prepared.detail)
 
 
 def prepare_images(
-    images: ImageInput | Sequence[ImageInput] | None, processor: LlavarProcessor, mode: ImageMode | None = None
+    images: ImageInput | Sequence[ImageInput] | None,
+    processor: LlavarProcessor,
+    mode: ImageMode | None = None,
+    *,
+    earlier: Iterable[PromptImage] = (),
 ) -> list[PromptImage]:
-    """Open and prepare the images of one question: none, one, or several in order."""
+    """Open and prepare the images of one question: none, one, or several in order.
+
+    Args:
+        images: The images, as in ``PromptImage.prepare``.
+        processor: The model's processor.
+        mode: Overrides the processor's ``inference_image_mode``.
+        earlier: Images of earlier questions, with which they share the model's limit of image tokens.
+    """
     given: Sequence[Any] = [] if images is None else images if isinstance(images, list | tuple) else [images]
-    return [PromptImage.prepare(image, processor, mode) for image in given]
+    opened, used = list(map(_as_image, given)), sum(image.tokens for image in earlier)
+    made = prepare_record_images(opened, mode or processor.inference_image_mode, processor, used=used)
+    return list(map(PromptImage.of, made))
 
 
 def inputs_of_images(images: Sequence[PromptImage], device: torch.device) -> dict[str, Any]:

@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING
 
-from llavar_peft.constants import MODEL_TYPE, RELEASED_MODEL_TYPE, TUNED_TOWER
+from llavar_peft.constants import MODEL_TYPE, RELEASED_MODEL_TYPE, STOCK_MODEL_TYPES, TUNED_TOWER
 from llavar_peft.errors import ConfigError
 from llavar_peft.models.flat_layout import check_flat, is_flat, read_flat
-from llavar_peft.models.hf_llava import STOCK_KINDS, read_stock
+from llavar_peft.models.hf_llava import read_stock
 from llavar_peft.models.hub_models import download, is_hub_name
 from llavar_peft.models.language_model_loading import read_language_model
 from llavar_peft.models.llavar_config import LlavarConfig, make_config
@@ -32,7 +32,9 @@ from llavar_peft.weights.adapter.adapter_files import ADAPTER_CONFIG
 from llavar_peft.weights.adapter.adapter_layouts import conversion_of, is_llava_lora
 from llavar_peft.weights.delta.released_layout import check_not_delta, read_model_config
 from llavar_peft.weights.io import tensor_names
+from llavar_peft.weights.io.companion_files import PROCESSOR_FILE
 from llavar_peft.weights.io.joined_rows import JoinedRows
+from llavar_peft.weights.io.stated_resolution import RESOLUTION
 from llavar_peft.weights.io.tensor_blocks import open_weights
 from llavar_peft.weights.io.tensor_table import WEIGHTS_FILES
 
@@ -68,7 +70,6 @@ def read_parts(config: ModelConfig, *, seed: int) -> ModelParts:
         image_side=tower.side,
         extra_positions=tower.extra_positions,
         projector_type=config.projector_type,
-        resolution=config.resolution,
     )
     widths = (tower.config.hidden_size, language.config.hidden_size)
     parts = ModelParts(
@@ -117,7 +118,7 @@ def read_checkpoint(config: ModelConfig, *, seed: int = 0) -> ModelParts:
         return set_resolution(_read_own_layout(folder, config), config.resolution, seed=seed)
     if is_flat(described):
         return set_resolution(_read_released_layout(folder, described, config), config.resolution, seed=seed)
-    if kind in STOCK_KINDS:
+    if kind in STOCK_MODEL_TYPES:
         return set_resolution(read_stock(folder), config.resolution, seed=seed)
     raise ConfigError.at(
         f"{folder / 'config.json'}:model_type",
@@ -129,6 +130,13 @@ def read_checkpoint(config: ModelConfig, *, seed: int = 0) -> ModelParts:
 def _read_own_layout(folder: Path, config: ModelConfig) -> ModelParts:
     model_config = load_pretrained(LlavarConfig, folder)
     processor = load_pretrained(LlavarProcessor, folder)
+    if processor.resolution != model_config.resolution:
+        raise ConfigError.at(
+            f"{folder / PROCESSOR_FILE}:{RESOLUTION}",
+            f"not that of config.json (got {ascii(processor.resolution)[:120]}, expected "
+            f"{ascii(model_config.resolution)[:120]})",
+            "copy both files from the model's original folder",
+        )
     stored = open_weights(folder)
     check_not_delta(stored.get(tensor_names.FINAL_NORM), folder, model_config.to_dict())
     tensors: dict[str, Tensor | JoinedRows] = {**stored}

@@ -13,7 +13,7 @@ from llavar_peft.data.record_texts import RecordText, Size
 from llavar_peft.data.text_size import SMALLEST_LETTERS
 from llavar_peft.data.tile_layout import TileGeometry
 from llavar_peft.recipe.resolution import CrossAttention, Tiles
-from llavar_peft.types import ReadableRepr
+from llavar_peft.types import ImageMode, ReadableRepr
 
 ENOUGH: Final = 0.95
 """Share of the text that has to be high enough."""
@@ -153,7 +153,7 @@ def compare_resolutions(
     """
     if not texts:
         return None
-    found = [_figures(texts, _views_with(views, one), one, smallest) for one in _choices(own, views)]
+    found = [_figures(texts, _views_with(views, one), one, smallest) for one in _choices(own)]
     heights, shares = _weighted([height for text in texts for _, height, _ in text.lines], texts)
     return ResolutionReport(
         records=len(texts),
@@ -166,10 +166,10 @@ def compare_resolutions(
     )
 
 
-def _choices(own: Tiles | CrossAttention | None, views: ImageViews) -> list[Tiles | CrossAttention | None]:
+def _choices(own: Tiles | CrossAttention | None) -> list[Tiles | CrossAttention | None]:
     """Return the resolutions that a model can be given; its kind cannot be changed."""
     tiles = [Tiles(max_tiles=most, pool=pool) for most in _TILES for pool in (1, 2)]
-    crops = [] if views.mode == "keep" else [CrossAttention(grid=grid) for grid in _GRIDS]
+    crops = [CrossAttention(grid=grid) for grid in _GRIDS]
     if own is None:
         return [None, *tiles, *crops]
     if isinstance(own, Tiles):
@@ -178,10 +178,13 @@ def _choices(own: Tiles | CrossAttention | None, views: ImageViews) -> list[Tile
 
 
 def _views_with(views: ImageViews, resolution: Tiles | CrossAttention | None) -> ImageViews:
+    mode: ImageMode = "pad" if views.mode == "keep" else views.mode  # which is for models without a resolution
     if isinstance(resolution, Tiles):
         geometry = TileGeometry(resolution.grids, views.side, views.patch, resolution.pool, resolution.max_image_tokens)
-        return replace(views, tiles=geometry, grid=None)
-    return replace(views, tiles=None, grid=None if resolution is None else resolution.grid)
+        return replace(views, mode=mode, tiles=geometry, grid=None)
+    if resolution is None:
+        return replace(views, tiles=None, grid=None)
+    return replace(views, mode=mode, tiles=None, grid=resolution.grid)
 
 
 def _figures(

@@ -17,12 +17,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from llavar_peft.atomic_files import write_json
-from llavar_peft.constants import MODEL_TYPE
+from llavar_peft.constants import MODEL_TYPE, STOCK_MODEL_TYPES
 from llavar_peft.errors import ConfigError
 from llavar_peft.models.build_model import expected_shapes, register
 from llavar_peft.models.checkpoint_loading import read_checkpoint, resolve_folder
 from llavar_peft.models.flat_layout import is_flat
-from llavar_peft.models.hf_llava import STOCK_KINDS, write_stock_companions
+from llavar_peft.models.hf_llava import write_stock_companions
 from llavar_peft.models.llava_lora import convert_llava_lora
 from llavar_peft.models.model_parts import ModelParts
 from llavar_peft.recipe.schema import ModelConfig
@@ -157,7 +157,14 @@ def export(  # noqa: PLR0913 - the options of the conversion
 
 
 def _check_original(parts: ModelParts) -> None:
-    """Reject a model that LLaVA's code cannot read: with another language model, or another tower than CLIP."""
+    """Reject a model that LLaVA's code cannot read: with another language model, tower or resolution."""
+    tiles = parts.config.tiles
+    if parts.config.resolution is not None and (tiles is None or tiles.pool != 1):
+        raise ConfigError.at(
+            "to",
+            "LLaVA's code reads tiles, but has neither averaged patches (pool: 2) nor a cross-attention",
+            "use the layout llavar",
+        )
     kinds = (parts.config.text_config.model_type, parts.config.vision_config.model_type)
     for what, kind, expected in (
         ("language models LLaMA and Mistral", kinds[0], ("llama", "mistral")),
@@ -194,7 +201,7 @@ def _locate_tensors(folder: Path, tower: str | None, parts: ModelParts, rows: in
         entry = found.get(name)
         if isinstance(entry, TensorEntry) and name in parts.tensors and entry.shape[0] != rows:
             found[name] = whole(parts.tensors[name])[:rows].to(torch_dtype(entry.dtype)).contiguous()
-    if tower is not None:
+    if tower is not None and not parts.config.tuned_vision_tower:
         entries = read_tensor_table(resolve_folder(tower, "vision_tower"))
         found.update({new: entry for name, entry in entries.items() if (new := tensor_names.from_clip(name))})
     # A projector that was converted, and towers other than CLIP, whose names transformers changes.
@@ -207,7 +214,7 @@ def _locate_tensors(folder: Path, tower: str | None, parts: ModelParts, rows: in
 def _choose_rename(config: Mapping[str, Any]) -> Callable[[str], str | None]:
     if config.get("model_type") == MODEL_TYPE:
         return str
-    stock = config.get("model_type") in STOCK_KINDS and "text_config" in config
+    stock = config.get("model_type") in STOCK_MODEL_TYPES and "text_config" in config
     return tensor_names.from_stock if stock else tensor_names.from_released
 
 

@@ -21,9 +21,10 @@ from llavar_peft.constants import (
     IMAGE_PATCH_TOKEN,
     IMAGE_PLACEHOLDER,
     IMAGE_START_TOKEN,
-    RELEASED_MODEL_TYPE,
+    STOCK_TILES_MODEL_TYPE,
     TUNED_TOWER,
 )
+from llavar_peft.data.chat_template import with_image_parts
 from llavar_peft.data.conversation_template import image_block
 from llavar_peft.errors import ConfigError
 from llavar_peft.models.chunked_loss import logits_factor
@@ -32,7 +33,7 @@ from llavar_peft.models.llavar_config import make_config
 from llavar_peft.models.model_parts import ModelParts
 from llavar_peft.models.pretrained_files import load_pretrained
 from llavar_peft.models.tower_loading import as_clip_processor, count_extra_positions, prepared_side
-from llavar_peft.recipe.resolution import Tiles
+from llavar_peft.recipe.resolution import Tiles, read_grids
 from llavar_peft.recipe.schema import ProjectorType
 from llavar_peft.types import ImageMode, TemplateName
 from llavar_peft.weights.delta.released_layout import read_model_config
@@ -50,12 +51,10 @@ _SHARED_IMAGE_SETTINGS = (
     "do_resize", "size", "resample", "do_center_crop", "crop_size", "rescale_factor", "image_mean", "image_std",
 )  # fmt: skip
 
+_BOS = "{{- bos_token -}}"
+"""Put before a template where the tokenizer of a stock model adds the first token to what the template writes."""
 _RENAMED_TOWERS = ("dinov3_vit",)
 """Towers whose tensors transformers renames when it loads them alone, by a rule that fails within another model."""
-
-
-STOCK_KINDS = (RELEASED_MODEL_TYPE, LlavaNextConfig.model_type)
-"""The ``model_type`` of stock LLaVA, and of LLaVA-NeXT, which reads tiles."""
 
 
 def write_stock_companions(parts: ModelParts, activation: str, dtype: str | None, staged: Path) -> None:
@@ -112,7 +111,7 @@ def write_stock_companions(parts: ModelParts, activation: str, dtype: str | None
         tokenizer=parts.tokenizer,
         patch_size=parts.config.vision_config.patch_size,
         vision_feature_select_strategy=parts.config.vision_feature_select_strategy,
-        chat_template=_stock_chat_template(parts),
+        chat_template=stock_chat_template(parts),
         image_token=parts.image_token,
         # The class token, which the strategy "default" removes again.
         num_additional_image_tokens=int(parts.config.vision_feature_select_strategy == "default"),
@@ -129,7 +128,7 @@ def read_stock(folder: Path) -> ModelParts:
         ConfigError: A setting that this package does not support.
         WeightsError: A file cannot be read, or the projector has no form that this package supports.
     """
-    has_tiles = read_model_config(folder).get("model_type") == LlavaNextConfig.model_type
+    has_tiles = read_model_config(folder).get("model_type") == STOCK_TILES_MODEL_TYPE
     described: Any = load_pretrained(LlavaNextConfig if has_tiles else LlavaConfig, folder)
     _check_stock(described, folder)
     tokenizer, image_token = _stock_tokenizer(described, folder)
@@ -141,9 +140,9 @@ def read_stock(folder: Path) -> ModelParts:
         tensors = {name: one for name, one in tensors.items() if not name.startswith(tensor_names.STOCK_PROJECTOR)}
         tensors.update({tensor_names.PROJECTOR_WEIGHT: weight, tensor_names.PROJECTOR_BIAS: bias})
     images = load_pretrained(LlavaNextImageProcessorPil if has_tiles else LlavaImageProcessorPil, folder)
-    side = prepared_side(images, str(folder))
     if has_tiles:
-        _check_tile_size(images, side, folder)
+        _check_tile_size(images, folder)
+    side = prepared_side(images, str(folder))
     config = make_config(
         described.text_config,
         described.vision_config,
@@ -154,7 +153,11 @@ def read_stock(folder: Path) -> ModelParts:
         image_side=side,
         extra_positions=int(described.vision_feature_select_strategy == "default"),
         projector_type=projector_type,
-        resolution=Tiles(grid=_read_grids(described.image_grid_pinpoints, side, folder)) if has_tiles else None,
+        resolution=Tiles(
+            grid=read_grids(described.image_grid_pinpoints, side, f"{folder / 'config.json'}:image_grid_pinpoints")
+        )
+        if has_tiles
+        else None,
     )
     config.tuned_vision_tower = bool(read_model_config(folder).get(TUNED_TOWER))
     if config.tie_word_embeddings:
@@ -175,38 +178,25 @@ def read_stock(folder: Path) -> ModelParts:
     )
 
 
-def _check_tile_size(images: LlavaNextImageProcessorPil, side: int, folder: Path) -> None:
+def _check_tile_size(images: LlavaNextImageProcessorPil, folder: Path) -> None:
     """Reject settings with which stock LLaVA-NeXT resizes each tile again.
 
     Raises:
         ConfigError: States the two sizes.
     """
-    size = {length for length in dict(images.size or {}).values() if length is not None}
-    if size != {side}:
+    size, tile = (
+        {length for length in dict(stated or {}).values() if length is not None}
+        for stated in (images.size, images.crop_size or images.size)
+    )
+    if len(size) != 1 or size != tile:
         raise ConfigError.at(
             f"{folder / 'preprocessor_config.json'}:size",
-            f"not the size of a tile (got {ascii(dict(images.size or {}))[:80]}, expected {side} pixels)",
+            f"not the size of a tile (got {ascii(dict(images.size or {}))[:80]}, expected {min(tile, default=0)} "
+            f"pixels, that of crop_size)",
             "copy preprocessor_config.json from the model's original folder",
         )
-
-
-def _read_grids(pinpoints: object, side: int, folder: Path) -> tuple[tuple[int, int], ...]:
-    """Return the grids of LLaVA-NeXT's sizes of images, which are (height, width) in pixels.
-
-    Raises:
-        ConfigError: A size is no multiple of a tile.
-    """
-    grids = []
-    for size in pinpoints if isinstance(pinpoints, list | tuple) else [pinpoints]:
-        sides = size if isinstance(size, list | tuple) else ()
-        if len(sides) != 2 or not all(type(length) is int and length > 0 and length % side == 0 for length in sides):
-            raise ConfigError.at(
-                f"{folder / 'config.json'}:image_grid_pinpoints",
-                f"not a size of whole tiles (got {ascii(size)[:60]}, expected [height, width] in multiples of {side})",
-                "copy config.json and preprocessor_config.json from the model's original folder",
-            )
-        grids.append((sides[0] // side, sides[1] // side))
-    return tuple(grids)
+    # Stock LLaVA-NeXT cuts tiles of crop_size, cropped or not.
+    images.crop_size, images.do_center_crop = {"height": min(tile), "width": min(tile)}, True
 
 
 def _check_tiles(parts: ModelParts, side: int) -> None:
@@ -282,7 +272,9 @@ def _stock_template(tokenizer: Any, image_token: str, folder: Path) -> tuple[Tem
     # LLaVA-1.5 was trained with this role; its template in transformers leaves out system prompt and </s>.
     if not isinstance(found, str) or "ASSISTANT:" in found:
         return "vicuna_v1", None
-    return "chat", found
+    adds_bos = tokenizer.bos_token is not None and tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
+    missing_bos = adds_bos and "bos_token" not in found and tokenizer.bos_token not in found
+    return "chat", (_BOS if missing_bos else "") + with_image_parts(found)
 
 
 def _stock_config(parts: ModelParts, activation: str) -> LlavaConfig | LlavaNextConfig:
@@ -305,7 +297,7 @@ def _stock_config(parts: ModelParts, activation: str) -> LlavaConfig | LlavaNext
     return LlavaNextConfig(**shared, image_grid_pinpoints=sizes, architectures=["LlavaNextForConditionalGeneration"])
 
 
-def _stock_chat_template(parts: ModelParts) -> str:
+def stock_chat_template(parts: ModelParts) -> str:
     """Return the conversation template for a stock processor.
 
     It writes the ``<s>`` that a stock processor does not add, and one image token per image, which a stock processor
@@ -313,7 +305,7 @@ def _stock_chat_template(parts: ModelParts) -> str:
     """
     template: str = parts.processor().chat_template
     if parts.template == "chat":
-        return template
+        return template.removeprefix(_BOS)
     block = image_block(1, use_im_start_end=parts.config.use_im_start_end, patch=parts.image_token)
     start = "{{- bos_token -}}\n" if parts.tokenizer.bos_token is not None else ""
     return start + template.replace(IMAGE_PLACEHOLDER, block)

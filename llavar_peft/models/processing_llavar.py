@@ -25,7 +25,7 @@ from llavar_peft.data.conversation_template import (
 )
 from llavar_peft.data.encode_record import encode_pieces
 from llavar_peft.data.image_preparation import image_settings
-from llavar_peft.data.prepared_images import PreparedImage, image_inputs
+from llavar_peft.data.prepared_images import PreparedImage, image_inputs, prepare_record_images
 from llavar_peft.data.text_encoder import text_encoder
 from llavar_peft.data.tile_layout import TileGeometry
 from llavar_peft.errors import ConfigError, DataError
@@ -194,10 +194,10 @@ class LlavarProcessor(ProcessorMixin):
             raise DataError.at("processor", "got neither images nor text", "pass images, text or both")
         _check_options(options)
         mode = image_mode or self.inference_image_mode
-        prepared = [PreparedImage.prepare(image, mode, self) for image in _flat(images)]
+        prompts = [self._collapse(prompt) for prompt in ([text] if isinstance(text, str) else text or ())]
+        prepared = self._prepare(_flat(images), prompts, mode)
         data: dict[str, Any] = {}
         if text is not None:
-            prompts = [self._collapse(prompt) for prompt in ([text] if isinstance(text, str) else text)]
             blocks = [self._tokens(image.tokens) for image in prepared]
             expanded, offsets = _expand(prompts, blocks, (add_special_tokens and self.tokenizer.bos_token) or "")
             data.update(self.tokenizer(expanded, add_special_tokens=False, **options))
@@ -211,6 +211,14 @@ class LlavarProcessor(ProcessorMixin):
             )
         )
         return BatchFeature(data, tensor_type=return_tensors, skip_tensor_conversion=["text_replacement_offsets"])
+
+    def _prepare(self, images: Sequence[Image | str], prompts: Sequence[str], mode: ImageMode) -> list[PreparedImage]:
+        """Prepare images in reading order, those of each prompt together, and those without a prompt alone."""
+        prepared: list[PreparedImage] = []
+        for count in (*(prompt.count(IMAGE_PLACEHOLDER) for prompt in prompts), *[1] * len(images)):
+            start = len(prepared)
+            prepared += prepare_record_images(images[start : start + count], mode, self)
+        return prepared
 
     def encode_question(
         self,

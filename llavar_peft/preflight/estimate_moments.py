@@ -17,6 +17,7 @@ from llavar_peft.preflight.estimate_counts import Counts
 from llavar_peft.preflight.estimate_image import ImageMemory, measure_images
 from llavar_peft.preflight.estimate_layer import LayerDtypes, LayerMemory, computes_scores, measure_layer
 from llavar_peft.preflight.estimate_tower import TowerMemory, measure_tower
+from llavar_peft.preflight.estimate_views import image_cost
 from llavar_peft.recipe.schema import Dtype, Full, Lora, ModelConfig, Precision, Projector, Stage
 
 _SCALES = 1 / 64 + 4 / (64 * 256)
@@ -138,21 +139,25 @@ class StepMoments:
             accumulated=self._accumulates,
         )  # fmt: skip
 
+    @property
+    def _views(self) -> int:
+        """Number of images that the tower gets in a pass."""
+        cost = image_cost(self.config, self.stage.max_length)
+        return round((self.tokens - self.supervised) * cost.views / cost.tokens)
+
     @cached_property
     def _images(self) -> ImageMemory:
         tune = self.stage.tune
-        images = round((self.tokens - self.supervised) / self.config.image_seq_length)
         trained = not isinstance(tune, Lora) or tune.train_projector
-        return measure_images(self.config, self._dtypes, images=images, trained=trained)
+        return measure_images(self.config, self._dtypes, images=self._views, trained=trained)
 
     @cached_property
     def _tower(self) -> TowerMemory:
-        images = round((self.tokens - self.supervised) / self.config.image_seq_length)
         return measure_tower(
             self.config,
             self.stage.tune,
             self._dtypes,
-            images=max(1, images),
+            images=max(1, self._views),
             recomputes=self.stage.gradient_checkpointing is not False,
             accumulated=self._accumulates,
         )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cache
 from typing import Annotated, Any, Literal
 
@@ -79,12 +79,15 @@ class CrossAttention(StrictFields):
 Resolution = Annotated[Tiles | CrossAttention, Field(discriminator="type")]
 
 
-def resolution_from(described: object, where: str) -> Tiles | CrossAttention | None:
+def resolution_from(
+    described: object, where: str, fix: str = "download or copy the file again"
+) -> Tiles | CrossAttention | None:
     """Read the resolution of a saved model or processor, which comes from a file.
 
     Args:
         described: The settings as a mapping; None stands for the whole image only.
         where: The file and the key, for the message.
+        fix: What to do about faulty settings.
 
     Raises:
         ConfigError: They are not the settings of a resolution.
@@ -95,7 +98,44 @@ def resolution_from(described: object, where: str) -> Tiles | CrossAttention | N
         first = error.errors(include_url=False)[0] if isinstance(error, ValidationError) else None
         reason = describe_reason(error) if first is None else f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
         what = f"not readable as tiles or cross-attention ({reason[:200]})"
-        raise ConfigError.at(where, what, "download or copy the file again") from error
+        raise ConfigError.at(where, what, fix) from error
+
+
+def checked_resolution(resolution: object, where: str) -> Tiles | CrossAttention | None:
+    """Check a resolution that was built in Python, which does not check types.
+
+    Raises:
+        ConfigError: A value is out of its range or of another type.
+    """
+    fix = "write for example Tiles(max_tiles=4), Tiles(grid=(2, 2)) or CrossAttention()"
+    plain = asdict(resolution) if isinstance(resolution, Tiles | CrossAttention) else ascii(resolution)[:80]
+    return resolution_from(plain, where, fix)
+
+
+def read_grids(pinpoints: object, side: int, where: str) -> tuple[tuple[int, int], ...]:
+    """Return the grids of LLaVA-NeXT's sizes of images.
+
+    Args:
+        pinpoints: In pixels; in stock transformers (height, width), and the grids are then (rows, columns).
+        side: Side of a tile in pixels.
+        where: The file and the key, for the message.
+
+    Raises:
+        ConfigError: A size is no multiple of a tile, or the grid is too large.
+    """
+    grids = []
+    for size in pinpoints if isinstance(pinpoints, list | tuple) else [pinpoints]:
+        sides = size if isinstance(size, list | tuple) else ()
+        whole = len(sides) == 2 and all(type(length) is int and length > 0 and length % side == 0 for length in sides)
+        if not whole or sides[0] * sides[1] > _LARGEST_GRID * side**2:
+            raise ConfigError.at(
+                where,
+                f"not a size of whole tiles (got {ascii(size)[:60]}, expected two multiples of {side}, for at most "
+                f"{_LARGEST_GRID} tiles)",
+                "copy config.json and preprocessor_config.json from the model's original folder",
+            )
+        grids.append((sides[0] // side, sides[1] // side))
+    return tuple(grids)
 
 
 def describe_resolution(resolution: Tiles | CrossAttention | None) -> dict[str, Any] | None:

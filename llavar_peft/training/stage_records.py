@@ -16,7 +16,7 @@ from llavar_peft.data.record_store import check_source_exists, is_hub_source, op
 from llavar_peft.data.record_tables import Table, TableSelection
 from llavar_peft.data.record_texts import sample_texts
 from llavar_peft.data.training_dataset import TrainingDataset, split_holdout
-from llavar_peft.errors import DataError
+from llavar_peft.errors import ConfigError, DataError
 from llavar_peft.models.compare_resolutions import compare_resolutions
 from llavar_peft.models.processing_llavar import LlavarProcessor
 from llavar_peft.recipe.data_sources import paths_of, sources_of
@@ -52,6 +52,9 @@ def stage_records(stage: Stage, processor: LlavarProcessor, *, seed: int) -> tup
     usable = [index for index in range(len(mixture.records)) if index not in skipped]
     kept, held = split_holdout(len(usable), data.holdout, seed=seed)
     own = processor
+    if data.image_mode == "keep" and processor.resolution is not None:
+        what = "keep has no images of one size, which the model's resolution needs"
+        raise ConfigError.at(f"stages.{stage.name}.data.image_mode", what, "remove it")
     if data.image_mode is not None:
         own = copy.copy(processor)
         own.image_mode = data.image_mode

@@ -95,8 +95,13 @@ def test_only_what_the_model_can_be_given_is_compared() -> None:
     assert tiled.current.as_dict()["resolution"] == {"type": "tiles", "grid": [[1, 2], [2, 1]]}
     crossed = compared(small, own=CrossAttention(grid=2), max_length=2048)
     assert all(isinstance(one.resolution, CrossAttention) for one in crossed.settings)
-    kept = compared(small, views=ImageViews.of_model(336, "keep"))
-    assert not any(isinstance(one.resolution, CrossAttention) for one in kept.settings)
+
+
+def test_a_resolution_replaces_the_mode_that_keeps_shapes() -> None:
+    wide = a_text((1344, 672), 20)
+    kept, padded = (compared(wide, views=ImageViews.of_model(336, mode)).settings for mode in ("keep", "pad"))
+    assert (kept[0].median_height, kept[0].image_tokens) == (6.67, 512)
+    assert kept[1:] == padded[1:]
 
 
 def test_max_length_limits_the_tiles_of_the_model() -> None:

@@ -123,7 +123,7 @@ def check_matching_tensors(base: ReleasedView, other: ReleasedView) -> None:
 
 
 def _is_projector(name: str) -> bool:
-    return name.startswith(tensor_names.RELEASED_PROJECTOR)
+    return name == tensor_names.RELEASED_NEWLINE or name.startswith(tensor_names.RELEASED_PROJECTOR)
 
 
 def _fits(name: str, base: tuple[int, ...], other: tuple[int, ...]) -> bool:

@@ -49,10 +49,23 @@ def apply_projector(tensors: dict[str, Tensor | JoinedRows], source: str | Path)
     expected = {
         name: tuple(tensor.shape) for name, tensor in tensors.items() if name.startswith(tensor_names.PROJECTOR)
     }
+    _check_newline(expected, stored, str(source))
     check_tensors(stored, expected, where=str(source))
     tensors.update(stored)
     if embeddings is not None:
         tensors[tensor_names.EMBEDDINGS] = _replace_rows(tensors[tensor_names.EMBEDDINGS], embeddings, Path(source))
+
+
+def _check_newline(expected: Mapping[str, object], stored: Mapping[str, object], source: str) -> None:
+    """Reject a projector that was trained without tiles for a model that reads them, and the other way round."""
+    name = tensor_names.NEWLINE
+    if name in expected and name not in stored:
+        what = f"no {tensor_names.RELEASED_NEWLINE} in this file: it was trained without tiles, which the model reads"
+        fix = "train it with the same model.resolution; or build and save a model with it and without resolution, and "
+        raise WeightsError.at(source, what, f"{fix}set model.checkpoint to that and model.resolution to tiles")
+    if name in stored and name not in expected:
+        what = f"has {tensor_names.RELEASED_NEWLINE}: it was trained with tiles, which the model does not read"
+        raise WeightsError.at(source, what, "set model.resolution to that of the run that trained it")
 
 
 def read_projector(source: str | Path) -> dict[str, Tensor]:

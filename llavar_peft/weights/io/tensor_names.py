@@ -48,7 +48,7 @@ _WITH_VISION_MODEL = ("clip_vision_model", "siglip_vision_model")
 # Buffers in old checkpoints; the frequencies of RoPE are computed.
 _IGNORED = re.compile(r"(^|\.)rotary_emb\.inv_freq$|(^|\.)position_ids$")
 # The original sometimes saved a copy of the tower in the model.
-_RELEASED_TOWER = re.compile(r"^model\.vision_tower\.")
+_RELEASED_TOWER = re.compile(r"^model\.vision_tower\.(vision_tower\.)?(vision_model\.)?")
 _RELEASED_BODY = re.compile(r"^model\.(?=embed_tokens\.|layers\.|norm\.)")
 # The layers of an MLP, which the original layout numbers within ``nn.Sequential``.
 _MLP_LAYERS = (("0.", "linear_1."), ("2.", "linear_2."))
@@ -81,6 +81,12 @@ def from_released(name: str) -> str | None:
         own = name.removeprefix(RELEASED_PROJECTOR)
         return PROJECTOR + next((new + own[len(old) :] for old, new in _MLP_LAYERS if own.startswith(old)), own)
     return _RELEASED_BODY.sub("model.language_model.", name)
+
+
+def from_released_tower(name: str) -> str | None:
+    """Return our name of a tensor of a tower that LLaVA's code trained and saved in the model; None for all others."""
+    found = _RELEASED_TOWER.match(name)
+    return None if found is None or _IGNORED.search(name) else TOWER + name[found.end() :]
 
 
 def to_released(name: str) -> str | None:
