@@ -268,5 +268,5 @@ def test_what_a_layout_cannot_express_of_a_resolution_is_named(to: Any, root: Pa
 
 
 def test_another_kind_of_resolution_is_named(root: Path) -> None:
-    with pytest.raises(ConfigError, match=r"another kind than the checkpoint's .got cross_attention, expected tiles"):
+    with pytest.raises(ConfigError, match=r"not that of the checkpoint .got 'cross_attention', expected 'tiles'"):
         build_model(ModelConfig(checkpoint=str(root / "tiled"), resolution=CrossAttention()))
