@@ -97,6 +97,12 @@ class LlavarProcessor(ProcessorMixin):
         jinja = chat_template or _jinja(template, tokenizer)
         super().__init__(image_processor, tokenizer, chat_template=jinja)
         self._conversation_template = _conversation_template(template, tokenizer, jinja)
+        self._tile_geometry: TileGeometry | None = None
+        tiles = self._resolution
+        if isinstance(tiles, Tiles):
+            self._tile_geometry = TileGeometry(
+                tiles.grids, self.image_side, patch_size, tiles.pool, tiles.max_image_tokens
+            )
         # These raise here rather than in the first batch if the files do not fit.
         text_encoder(self)
         image_settings(self)
@@ -136,10 +142,7 @@ class LlavarProcessor(ProcessorMixin):
     @property
     def tile_geometry(self) -> TileGeometry | None:
         """How images are cut into tiles; None without tiles."""
-        tiles = self._resolution
-        if not isinstance(tiles, Tiles):
-            return None
-        return TileGeometry(tiles.grids, self.image_side, self.patch_size, tiles.pool, tiles.max_image_tokens)
+        return self._tile_geometry
 
     @property
     def detail_grid(self) -> int | None:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from llavar_peft import Full, Lora, ModelConfig, Projector, build_model, export, load_chat
+from llavar_peft import Full, Lora, ModelConfig, Projector, build_model, cli, export, load_chat
 from llavar_peft.constants import IGNORE_INDEX
 from llavar_peft.data.encode_record import encode_record
 from llavar_peft.data.image_roots import ImageRoots
@@ -414,3 +414,22 @@ def test_requests_of_the_server_share_the_limit_and_answer_as_a_chat(models: Mod
     image = draw_image(400, 400)
     expected = chat.ask([image, image], "What?", max_new_tokens=4, temperature=0.0)
     assert answer["choices"][0]["message"]["content"] == expected
+
+
+def test_the_commands_measure_the_images(full: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    draw_image(300, 80).save(tmp_path / "wide.png")
+    turns = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "A sign."}]
+    records = tmp_path / "records.json"
+    records.write_text(json.dumps([{"id": "1", "image": "wide.png", "conversations": turns}]))
+    inspect = ["data", "inspect", str(records), "--model", str(full)]
+    assert cli.main([*inspect, "--images", str(tmp_path), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    inputs = AutoProcessor.from_pretrained(full)(images=draw_image(300, 80), text="<image>", return_tensors="pt")
+    views, (layout,) = inputs["pixel_values"], inputs["image_layouts"].tolist()
+    assert (len(views), layout[:2]) == (3, [1, 2])
+    token = AutoProcessor.from_pretrained(full).image_token_id
+    assert found["input_ids"].count(token) == 16 + layout[2] * (layout[3] + 1)
+    assert cli.main(inspect) == 2
+    assert "--images" in capsys.readouterr().err
+    ask = ["ask", "--model", str(full), "--image", str(tmp_path / "wide.png"), "What?", "--temperature", "0"]
+    assert cli.main(ask) == 0
