@@ -38,17 +38,17 @@ from llavar_peft.models.pretrained_files import load_pretrained, unreadable_sett
 from llavar_peft.models.processing_llavar import LlavarProcessor
 from llavar_peft.recipe.schema import Attention, Dtype, Kernels, ModelConfig, Quantization
 from llavar_peft.weights.io import tensor_names
+from llavar_peft.weights.io.companion_files import PROCESSOR_FILE
 from llavar_peft.weights.io.joined_rows import JoinedRows, whole
 from llavar_peft.weights.io.projector_file import apply_projector
 from llavar_peft.weights.io.tensor_blocks import check_tensors
 
 logger = logging.getLogger(__name__)
 
-PROCESSOR_FILE = "processor_config.json"
 _SMALL_MODEL = 500_000_000  # parameters
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # Modules that are never quantized. "vision_tower" alone would not match the tower's modules.
-_UNQUANTIZED = ["model.vision_tower", "model.multi_modal_projector", "lm_head"]
+_UNQUANTIZED = ["model.vision_tower", "model.multi_modal_projector", "model.cross_attention", "lm_head"]
 
 
 def build_model(
@@ -124,8 +124,8 @@ def build_pending_model(
     pending = PendingWeights(dtype)
     for name, parameter in list(model.named_parameters()):
         pending.add(parameter, parts.tensors[name])
-    for name in [name for name in parts.tensors if name.startswith(tensor_names.PROJECTOR)]:
-        # Small, and copied by peft: read at once.
+    for name in [name for name in parts.tensors if name.startswith(tensor_names.TRAINED_WITH_PROJECTOR)]:
+        # Copied by peft: read at once.
         module, _, own = name.rpartition(".")
         setattr(model.get_submodule(module), own, nn.Parameter(whole(parts.tensors[name]).to(dtype, copy=True)))
     model.pending_weights = pending
@@ -251,7 +251,7 @@ def _read_checked_parts(config: ModelConfig, seed: int) -> ModelParts:
     register()
     _check_values(config)
     _check_sources(config)
-    parts = read_checkpoint(config) if config.checkpoint is not None else read_parts(config, seed=seed)
+    parts = read_checkpoint(config, seed=seed) if config.checkpoint is not None else read_parts(config, seed=seed)
     check_kernels(config.kernels, parts.config.text_config.model_type)
     if config.projector is not None:
         apply_projector(parts.tensors, config.projector)

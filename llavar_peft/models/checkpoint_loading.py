@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING
 
-from llavar_peft.constants import MODEL_TYPE, RELEASED_MODEL_TYPE, TUNED_TOWER
+from llavar_peft.constants import MODEL_TYPE, RELEASED_MODEL_TYPE, STOCK_MODEL_TYPES, TUNED_TOWER
 from llavar_peft.errors import ConfigError
 from llavar_peft.models.flat_layout import check_flat, is_flat, read_flat
 from llavar_peft.models.hf_llava import read_stock
@@ -22,6 +22,7 @@ from llavar_peft.models.hub_models import download, is_hub_name
 from llavar_peft.models.language_model_loading import read_language_model
 from llavar_peft.models.llavar_config import LlavarConfig, make_config
 from llavar_peft.models.model_parts import ModelParts
+from llavar_peft.models.model_resolution import set_resolution
 from llavar_peft.models.pretrained_files import load_pretrained
 from llavar_peft.models.processing_llavar import LlavarProcessor
 from llavar_peft.models.tower_loading import TowerParts, read_tower
@@ -31,7 +32,9 @@ from llavar_peft.weights.adapter.adapter_files import ADAPTER_CONFIG
 from llavar_peft.weights.adapter.adapter_layouts import conversion_of, is_llava_lora
 from llavar_peft.weights.delta.released_layout import check_not_delta, read_model_config
 from llavar_peft.weights.io import tensor_names
+from llavar_peft.weights.io.companion_files import PROCESSOR_FILE
 from llavar_peft.weights.io.joined_rows import JoinedRows
+from llavar_peft.weights.io.stated_resolution import RESOLUTION
 from llavar_peft.weights.io.tensor_blocks import open_weights
 from llavar_peft.weights.io.tensor_table import WEIGHTS_FILES
 
@@ -69,7 +72,7 @@ def read_parts(config: ModelConfig, *, seed: int) -> ModelParts:
         projector_type=config.projector_type,
     )
     widths = (tower.config.hidden_size, language.config.hidden_size)
-    return ModelParts(
+    parts = ModelParts(
         source=str(folder),
         config=model_config,
         tensors={**language.tensors, **tower.tensors, **_draw_projector(*widths, config.projector_type, seed)},
@@ -80,13 +83,15 @@ def read_parts(config: ModelConfig, *, seed: int) -> ModelParts:
         template=language.template,
         image_token=language.image_token,
     )
+    return set_resolution(parts, config.resolution, seed=seed)
 
 
-def read_checkpoint(config: ModelConfig) -> ModelParts:
+def read_checkpoint(config: ModelConfig, *, seed: int = 0) -> ModelParts:
     """Read a checkpoint in this package's layout, in the released layout with a separate tower, or a stock LLaVA.
 
     Args:
         config: With ``checkpoint``, and ``vision_tower`` for the released layout.
+        seed: Of the random weights of a resolution that the checkpoint does not have.
 
     Raises:
         ConfigError: The folder has none of these layouts; or the tower is not given, or would replace a trained one.
@@ -110,11 +115,11 @@ def read_checkpoint(config: ModelConfig) -> ModelParts:
             "leave it out: the checkpoint contains its tower",
         )
     if kind == MODEL_TYPE:
-        return _read_own_layout(folder, config)
+        return set_resolution(_read_own_layout(folder, config), config.resolution, seed=seed)
     if is_flat(described):
-        return _read_released_layout(folder, described, config)
-    if kind == RELEASED_MODEL_TYPE:
-        return read_stock(folder)
+        return set_resolution(_read_released_layout(folder, described, config), config.resolution, seed=seed)
+    if kind in STOCK_MODEL_TYPES:
+        return set_resolution(read_stock(folder), config.resolution, seed=seed)
     raise ConfigError.at(
         f"{folder / 'config.json'}:model_type",
         f"not a LLaVAR (got {kind!r}, expected {MODEL_TYPE!r}, or {RELEASED_MODEL_TYPE!r} with LLaMA's fields)",
@@ -125,6 +130,13 @@ def read_checkpoint(config: ModelConfig) -> ModelParts:
 def _read_own_layout(folder: Path, config: ModelConfig) -> ModelParts:
     model_config = load_pretrained(LlavarConfig, folder)
     processor = load_pretrained(LlavarProcessor, folder)
+    if processor.resolution != model_config.resolution:
+        raise ConfigError.at(
+            f"{folder / PROCESSOR_FILE}:{RESOLUTION}",
+            f"not that of config.json (got {ascii(processor.resolution)[:120]}, expected "
+            f"{ascii(model_config.resolution)[:120]})",
+            "copy both files from the model's original folder",
+        )
     stored = open_weights(folder)
     check_not_delta(stored.get(tensor_names.FINAL_NORM), folder, model_config.to_dict())
     tensors: dict[str, Tensor | JoinedRows] = {**stored}

@@ -33,6 +33,7 @@ from llavar_peft.weights.io import tensor_names
 from llavar_peft.weights.io.convert_layout import write_converted
 from llavar_peft.weights.io.folder_writer import WeightsReport
 from llavar_peft.weights.io.shard_layout import RELEASED_SHARD_SIZE
+from llavar_peft.weights.io.stated_resolution import resolution_kind
 from llavar_peft.weights.io.tensor_blocks import join_first, raise_faults
 from llavar_peft.weights.io.tensor_table import SAFE_SINGLE
 from llavar_peft.weights.io.weights_card import portable_name, write_weights_card
@@ -84,6 +85,8 @@ def convert_llava_lora(
             "copy the config.json that LLaVA saved next to the adapter into the folder",
         )
     check_features(folder, described)
+    if resolution_kind(described) is not None:
+        raise ConfigError.at(f"{folder / 'config.json'}:image_aspect_ratio", "the model reads tiles", _FIX_MERGE)
     stored = open_adapter(folder)
     parts = split_adapter(stored.table)
     _check_trained(parts, folder)

@@ -67,6 +67,7 @@ class ModelParts:
             template=self.template,
             image_token=self.image_token,
             chat_template=self.chat_template,
+            resolution=self.config.resolution,
         )
 
 
