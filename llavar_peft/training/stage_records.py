@@ -17,7 +17,7 @@ from llavar_peft.data.record_tables import Table, TableSelection
 from llavar_peft.data.record_texts import sample_texts
 from llavar_peft.data.training_dataset import TrainingDataset, split_holdout
 from llavar_peft.errors import ConfigError, DataError
-from llavar_peft.models.compare_resolutions import compare_resolutions
+from llavar_peft.models.compare_resolutions import ResolutionFigures, compare_resolutions
 from llavar_peft.models.processing_llavar import LlavarProcessor
 from llavar_peft.recipe.data_sources import paths_of, sources_of
 from llavar_peft.recipe.resolution import resolution_from
@@ -81,15 +81,19 @@ def _warn_of_small_text(stage: Stage, dataset: TrainingDataset, processor: Llava
     )
     if report is None or report.current is None or report.current.share_below <= _MOSTLY:
         return
-    best = report.recommended[0]
-    length = f", with max_length of about {best.longest}" if best.longest > stage.max_length else ""
+    better = [one for one in report.recommended if one.share_below < report.current.share_below]
+    fix = " or ".join(_describe_gain(one, stage.max_length) for one in better) or "crop the images to their text"
     logger.warning(
         "stage %s: %.0f %% of the supervised text is below %g px in the vision tower's input, where letters cannot be "
-        "read (%d records with known letter heights). Fix: set model.%s, which brings %.0f %% of it above that, for "
-        "%.0f image tokens a record%s; 'llavar-peft eval diagnose --records' compares the others",
-        stage.name, 100 * report.current.share_below, report.smallest, report.records, best.recipe,
-        100 * (1 - best.share_below), best.image_tokens, length,
+        "read (%d records with known letter heights). Fix: %s; 'llavar-peft eval diagnose --records' shows the others.",
+        stage.name, 100 * report.current.share_below, report.smallest, report.records, fix,
     )  # fmt: skip
+
+
+def _describe_gain(one: ResolutionFigures, max_length: int) -> str:
+    length = f", with max_length of about {one.longest}" if one.longest > max_length else ""
+    gain = f"{100 * (1 - one.share_below):.0f} % of it above, {one.image_tokens:.0f} image tokens a record{length}"
+    return f"model.{one.recipe} ({gain})"
 
 
 def _open(source: DataSource) -> OpenSource:
