@@ -82,18 +82,21 @@ def _warn_of_small_text(stage: Stage, dataset: TrainingDataset, processor: Llava
     if report is None or report.current is None or report.current.share_below <= _MOSTLY:
         return
     better = [one for one in report.recommended if one.share_below < report.current.share_below]
-    fix = " or ".join(_describe_gain(one, stage.max_length) for one in better) or "crop the images to their text"
+    fix = "crop the images to their text"
+    if better:
+        readable = 100 * (1 - max(one.share_below for one in better))
+        listed = " or ".join(_describe_cost(one, stage.max_length) for one in better)
+        fix = f"for {readable:.0f} % of it above that, set under model: {listed}"
     logger.warning(
         "stage %s: %.0f %% of the supervised text is below %g px in the vision tower's input, where letters cannot be "
-        "read (%d records with known letter heights). Fix: %s; 'llavar-peft eval diagnose --records' shows the others.",
+        "read (%d records with known letter heights). Fix: %s; 'llavar-peft eval diagnose --records' compares more.",
         stage.name, 100 * report.current.share_below, report.smallest, report.records, fix,
     )  # fmt: skip
 
 
-def _describe_gain(one: ResolutionFigures, max_length: int) -> str:
-    length = f", with max_length of about {one.longest}" if one.longest > max_length else ""
-    gain = f"{100 * (1 - one.share_below):.0f} % of it above, {one.image_tokens:.0f} image tokens a record{length}"
-    return f"model.{one.recipe} ({gain})"
+def _describe_cost(one: ResolutionFigures, max_length: int) -> str:
+    length = f", max_length {one.longest}" if one.longest > max_length else ""
+    return f"{one.recipe} ({one.image_tokens:.0f} image tokens a record{length})"
 
 
 def _open(source: DataSource) -> OpenSource:
