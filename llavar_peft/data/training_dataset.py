@@ -34,6 +34,9 @@ IMAGE_PLACES: Final = "image_places"
 PLACES: Final = {SUPERVISED_PLACES: "supervised_counts", IMAGE_PLACES: "image_token_counts"}
 """Keys of a batch for the positions that predict a supervised token and for those of ``<im_patch>``: int64, counted
 over all rows of the batch in reading order, item by item. Each has the key of a tuple with the number in each item."""
+IMAGE_STARTS: Final = "image_starts"
+"""Key of a batch, with a second encoder, for the token of each item at which each of its images starts: a tuple of a
+tuple for each item."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,6 +182,7 @@ class Collator:
             Padded: ``input_ids``, ``labels``, ``attention_mask`` ``[B, T]``.
             Packed: ``input_ids``, ``labels`` ``[1, T]``, and two tuples with a number for each item: ``lengths`` in
             tokens, and ``image_counts``.
+            With a second encoder: ``image_starts``.
             Both: ``ids`` and ``faults`` for the trainer; the positions in ``PLACES``; the number of ``tokens`` without
             padding; and, if there are images, ``pixel_values`` ``[N, 3, H, W]``, or a list of N tensors ``[3, H, W]``
             of different sizes.
@@ -194,6 +198,8 @@ class Collator:
         pixels = [image for item in good for image in item.pixels]
         layouts = [layout for item in good for layout in item.example.image_layouts]
         details = [detail for item in good for detail in item.details]
+        if details and self.image_token_id is not None:
+            batch[IMAGE_STARTS] = tuple(_image_starts(item.example, self.image_token_id) for item in good)
         return {**batch, **image_inputs(pixels, layouts, details)}
 
     def _find_places(self, good: Sequence[Item], *, width: int | None) -> dict[str, Any]:
@@ -246,6 +252,12 @@ class Collator:
         }
 
 
+def _image_starts(example: Example, image_token_id: int) -> tuple[int, ...]:
+    """Return the position of each image's first token."""
+    places = example.input_ids.eq(image_token_id).nonzero()[:, 0].tolist()
+    return tuple(places[number] for number in accumulate(example.image_token_counts[:-1], initial=0) if places)
+
+
 def split_batch(batch: Mapping[str, Any], bins: Sequence[Sequence[int]]) -> list[dict[str, Any]]:
     """Split a packed row into several packed rows.
 
@@ -273,6 +285,8 @@ def split_batch(batch: Mapping[str, Any], bins: Sequence[Sequence[int]]) -> list
                 row[places] = _move_places(batch[places], batch[counts], items, lengths)
                 row[counts] = tuple(batch[counts][item] for item in items)
         if any(row["image_counts"]):
+            if IMAGE_STARTS in batch:
+                row[IMAGE_STARTS] = tuple(batch[IMAGE_STARTS][item] for item in items)
             row.update(_pick_images(batch, [number for item in items for number in images[item]]))
         rows.append(row)
     return rows

@@ -118,17 +118,20 @@ class Engine:
         self._active = adapter
 
     def compute_features(self, images: Sequence[PromptImage], adapter: str | None) -> None:
-        """Run tower and projector on the images that lack features of this adapter, and store the features in them."""
+        """Run the encoders on the images that lack features of this adapter, and store the features in them."""
         self.use(adapter)
         missing = list({id(image): image for image in images if adapter not in image.features}.values())
         if not missing:
             return
         inputs = inputs_of_images(missing, self.device)
-        inputs.pop("detail_values", None)
+        detail_values = inputs.pop("detail_values", None)
         with self.no_grad():
             features: list[Tensor] = self.base_model.model.get_image_features(**inputs).pooler_output
+            details = [] if detail_values is None else self.base_model.model.get_detail_features(detail_values)
         for image, features_PD in zip(missing, features, strict=True):
             image.features[adapter] = features_PD
+        for image, features_FC in zip(missing, details, strict=False):
+            image.detail_features[adapter] = features_FC
 
     def any_rank(self, flag: bool) -> bool:
         """Return whether the flag is set on any rank of the training run; without one, return the flag itself."""

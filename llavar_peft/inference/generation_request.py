@@ -43,6 +43,7 @@ class PromptImage(ReadableRepr):
         features: Projected features ``[tokens, D]``, by the name of the adapter whose projector computed them.
         layout: How the image is cut into tiles; None without tiles.
         detail: The second encoder's input; None without one.
+        detail_features: The second encoder's features ``[F, C]``, by the name of the adapter as ``features``.
     """
 
     pixels: Tensor
@@ -50,6 +51,7 @@ class PromptImage(ReadableRepr):
     features: dict[str | None, Tensor] = field(default_factory=dict, repr=False)
     layout: TileLayout | None = None
     detail: Tensor | None = field(default=None, repr=False)
+    detail_features: dict[str | None, Tensor] = field(default_factory=dict, repr=False)
 
     @classmethod
     def prepare(

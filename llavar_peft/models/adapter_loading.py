@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 # How the names of the tensors begin that a stage-1 projector file replaces.
 _REPLACED_BY_PROJECTOR = (
     tensor_names.RELEASED_PROJECTOR, tensor_names.RELEASED_EMBEDDINGS, tensor_names.RELEASED_NEWLINE,
+    tensor_names.CROSS_ATTENTION,
 )  # fmt: skip
 
 

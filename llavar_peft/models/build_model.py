@@ -48,7 +48,7 @@ logger = logging.getLogger(__name__)
 _SMALL_MODEL = 500_000_000  # parameters
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # Modules that are never quantized. "vision_tower" alone would not match the tower's modules.
-_UNQUANTIZED = ["model.vision_tower", "model.multi_modal_projector", "lm_head"]
+_UNQUANTIZED = ["model.vision_tower", "model.multi_modal_projector", "model.cross_attention", "lm_head"]
 
 
 def build_model(
@@ -124,8 +124,8 @@ def build_pending_model(
     pending = PendingWeights(dtype)
     for name, parameter in list(model.named_parameters()):
         pending.add(parameter, parts.tensors[name])
-    for name in [name for name in parts.tensors if name.startswith(tensor_names.PROJECTOR)]:
-        # Small, and copied by peft: read at once.
+    for name in [name for name in parts.tensors if name.startswith(tensor_names.TRAINED_WITH_PROJECTOR)]:
+        # Copied by peft: read at once.
         module, _, own = name.rpartition(".")
         setattr(model.get_submodule(module), own, nn.Parameter(whole(parts.tensors[name]).to(dtype, copy=True)))
     model.pending_weights = pending

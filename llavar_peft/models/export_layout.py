@@ -115,11 +115,11 @@ def export(  # noqa: PLR0913 - the options of the conversion
         raise ConfigError.at("base", "applies only to the conversion into an adapter", "leave it out")
     tower = None if vision_tower is None else str(vision_tower)
     parts = read_checkpoint(ModelConfig(checkpoint=str(folder), vision_tower=tower))
+    _check_has_layout(parts, to)
     check_tensors(parts.tensors, expected_shapes(parts.config), where=parts.source)
     read = parts.whole_tensors()
     rows = _rows_in_original(parts) if to == "original" else int(parts.config.text_config.vocab_size)
     if to == "original":
-        _check_original(parts)
         check_original_tower(parts.config.to_dict(), folder)
     tensors = _locate_tensors(folder, tower, parts, rows)
     if to == "original":
@@ -156,13 +156,25 @@ def export(  # noqa: PLR0913 - the options of the conversion
     )
 
 
+def _check_has_layout(parts: ModelParts, to: Layout) -> None:
+    """Reject a model that the code which reads a layout cannot compute."""
+    if to in ("original", "hf-llava") and parts.config.cross_attention is not None:
+        raise ConfigError.at(
+            "to",
+            f"no engine that reads {to} has the cross-attention of this model (its resolution is cross_attention)",
+            "serve it with `llavar-peft serve`; for other engines, train a model with resolution: {type: tiles}",
+        )
+    if to == "original":
+        _check_original(parts)
+
+
 def _check_original(parts: ModelParts) -> None:
     """Reject a model that LLaVA's code cannot read: with another language model, tower or resolution."""
     tiles = parts.config.tiles
-    if parts.config.resolution is not None and (tiles is None or tiles.pool != 1):
+    if tiles is not None and tiles.pool != 1:
         raise ConfigError.at(
             "to",
-            "LLaVA's code reads tiles, but has neither averaged patches (pool: 2) nor a cross-attention",
+            "LLaVA's code reads tiles, but does not average their patches (pool: 2)",
             "use the layout llavar",
         )
     kinds = (parts.config.text_config.model_type, parts.config.vision_config.model_type)

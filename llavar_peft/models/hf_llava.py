@@ -205,12 +205,6 @@ def _check_tiles(parts: ModelParts, side: int) -> None:
     Raises:
         ConfigError: Names the setting.
     """
-    if parts.config.cross_attention is not None:
-        raise ConfigError.at(
-            "to",
-            "no stock model has the cross-attention to a second encoder",
-            "use the layout llavar; for other engines, train a model with resolution: tiles",
-        )
     tiles = parts.config.tiles
     if tiles is None:
         return

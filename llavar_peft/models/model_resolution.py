@@ -11,6 +11,8 @@ import torch
 
 from llavar_peft.data.tile_layout import TileGeometry
 from llavar_peft.errors import ConfigError, WeightsError
+from llavar_peft.models.cross_attention_hooks import check_decoder
+from llavar_peft.models.detail_features import draw_cross_attention
 from llavar_peft.models.llavar_config import LlavarConfig
 from llavar_peft.models.model_parts import ModelParts
 from llavar_peft.models.tower_loading import prepared_side
@@ -62,6 +64,10 @@ def set_resolution(parts: ModelParts, resolution: Tiles | CrossAttention | None,
             "download or copy the weights again; or, to train a new one, remove the resolution from config.json and "
             "processor_config.json, and set model.resolution to it",
         )
+    if config.cross_attention is not None:
+        check_decoder(config.text_config)
+        if parts.config.cross_attention is None:
+            tensors.update(draw_cross_attention(config, seed))
     return dataclasses.replace(parts, config=config, tensors=tensors)
 
 
@@ -91,13 +97,16 @@ def with_resolution_of(config: ModelConfig, adapters: Iterable[Path]) -> ModelCo
 
 def _check_change(parts: ModelParts, config: LlavarConfig) -> None:
     before, after = parts.config.resolution, config.resolution
-    if before is None or after is None or before["type"] == after["type"]:
+    if before is None or after is None:
         return
-    raise ConfigError.at(
-        _SETTING,
-        f"another kind than the checkpoint's (got {after['type']}, expected {before['type']})",
-        "leave it out, or start from a checkpoint without a resolution",
-    )
+    fixed = ("type",) if after["type"] == "tiles" else ("type", "encoder", "grid")
+    for name in fixed:
+        if before.get(name) != after[name]:
+            raise ConfigError.at(
+                _SETTING if name == "type" else f"{_SETTING}.{name}",
+                f"not that of the checkpoint (got {after[name]!r}, expected {before.get(name)!r})",
+                "leave it out, or start from a checkpoint without a resolution",
+            )
 
 
 def _check_images(parts: ModelParts, config: LlavarConfig, where: str) -> None:

@@ -31,6 +31,14 @@ from transformers.models.llava.modeling_llava import LlavaCausalLMOutputWithPast
 from llavar_peft.constants import IGNORE_INDEX
 from llavar_peft.errors import ConfigError
 from llavar_peft.models.chunked_loss import LossHead, logits_factor
+from llavar_peft.models.cross_attention_hooks import DETAIL, attach_cross_attention
+from llavar_peft.models.detail_features import (
+    CROPS_AT_ONCE,
+    ImageDetails,
+    find_segments,
+    make_cross_attention,
+    make_detail,
+)
 from llavar_peft.models.llavar_config import LlavarConfig
 from llavar_peft.models.pending_weights import PendingWeights
 from llavar_peft.models.rank_agreement import largest_of_ranks
@@ -56,7 +64,12 @@ class LlavarModel(LlavaModel):
         self.multi_modal_projector = make_projector(
             config.projector_hidden_act, config.vision_config.hidden_size, config.text_config.hidden_size, config.tiles
         )
+        self.cross_attention = make_cross_attention(config)
+        if self.cross_attention is not None:
+            attach_cross_attention(self.language_model)
         self.post_init()
+        if self.cross_attention is not None:
+            self.cross_attention.reset_parameters()
 
     def forward(  # noqa: PLR0913, PLR0917 - the inputs of a transformers model
         self,
@@ -69,6 +82,8 @@ class LlavarModel(LlavaModel):
         vision_feature_select_strategy: str | None = None,
         image_places: Tensor | None = None,
         image_layouts: Sequence[TileLayout] | Tensor | None = None,
+        detail_values: Tensor | None = None,
+        details: ImageDetails | None = None,
         **kwargs: Any,
     ) -> Any:
         """Put the image features in the places of ``<im_patch>`` and run the language model.
@@ -85,14 +100,18 @@ class LlavarModel(LlavaModel):
             image_places: The positions of ``<im_patch>`` ``[F]``, counted over the batch in reading order. None
                 searches them, for which the host waits for the device.
             image_layouts: With tiles, how each image is cut, ``[N, 4]``.
+            detail_values: With cross-attention, the crops of each image ``[N, G, 3, S, S]``.
+            details: With cross-attention, which tokens attend to which images. It gets the features of
+                ``detail_values``, or has those that were computed before. None searches the images in padded rows, for
+                which the host waits for the device.
             **kwargs: Passed to the language model, including the key-value cache (``CACHE_ARGUMENT``).
 
         Returns:
             The language model's output, with ``last_hidden_state`` ``[B, T, D]``.
 
         Raises:
-            ValueError: Both or neither of ``input_ids`` and ``inputs_embeds`` are given, or the number of
-                ``<im_patch>`` tokens differs from the number of image features.
+            ValueError: Both or neither of ``input_ids`` and ``inputs_embeds`` are given, the number of ``<im_patch>``
+                tokens differs from the number of image features, or the crops for the cross-attention are missing.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("forward: expected exactly one of input_ids and inputs_embeds")
@@ -110,9 +129,30 @@ class LlavarModel(LlavaModel):
             embeds_BTD = self._splice(input_ids, embeds_BTD, features_FD, image_places)
         for _ in range(missing):
             embeds_BTD = embeds_BTD + self._zero_through_projector()
+        detail = make_detail(self, input_ids, embeds_BTD, detail_values, details, has_images=pixel_values is not None)
+        if detail is not None:
+            kwargs[DETAIL] = detail
         return super().forward(
             inputs_embeds=embeds_BTD, attention_mask=attention_mask, position_ids=position_ids, **kwargs
         )
+
+    @torch.no_grad()
+    def get_detail_features(self, detail_values: Tensor) -> list[Tensor]:
+        """Run the frozen tower on the crops of images.
+
+        Args:
+            detail_values: ``[N, G, 3, S, S]``.
+
+        Returns:
+            The features of each image ``[G * P, C]``, crop by crop, at the layer that is also projected.
+        """
+        layers, patch = self.num_tower_layers(), self.config.vision_config.patch_size
+        patches = (detail_values.shape[-2] // patch) * (detail_values.shape[-1] // patch)
+        parts = torch.split(detail_values.flatten(0, 1), CROPS_AT_ONCE)
+        # The class token and register tokens come before the patches.
+        features = [tower_features(self.vision_tower, part, layers)[:, -patches:] for part in parts]
+        crops_XPC = torch.cat(features)
+        return list(crops_XPC.reshape(len(detail_values), -1, crops_XPC.shape[-1]))
 
     def _splice(
         self, input_ids: Tensor | None, embeds_BTD: Tensor, features_FD: Tensor, places_F: Tensor | None
@@ -285,6 +325,8 @@ class LlavarForConditionalGeneration(LlavaForConditionalGeneration):
     lm_head: nn.Linear
     pending_weights: PendingWeights | None = None
     """Set while parameters are on the device ``meta``, until their values are read (``build_pending_model``)."""
+    _generated: tuple[Tensor, list[Tensor]] | None = None
+    """The crops of the last call of ``generate``, and their features."""
 
     def __init__(self, config: LlavarConfig) -> None:
         super().__init__(config)
@@ -366,6 +408,24 @@ class LlavarForConditionalGeneration(LlavaForConditionalGeneration):
             if count > 1 and kwargs.get("image_layouts") is not None:
                 raise ValueError(f"generate: got {name}={count}, expected 1 with tiles (repeat the prompt instead)")
         return super().generate(inputs, generation_config, *args, **kwargs)
+
+    def prepare_inputs_for_generation(self, input_ids: Tensor, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Return the inputs of a step of ``generate``; the features of the crops are computed in the first one.
+
+        Args:
+            input_ids: All tokens so far ``[B, T]``.
+            *args: As in ``LlavaForConditionalGeneration.prepare_inputs_for_generation``.
+            **kwargs: The same.
+        """
+        inputs: dict[str, Any] = super().prepare_inputs_for_generation(input_ids, *args, **kwargs)
+        crops = inputs.pop("detail_values", None)
+        if crops is None:
+            return inputs
+        if self._generated is None or self._generated[0] is not crops:
+            self._generated = crops, self.model.get_detail_features(crops)
+        computed = next(inputs[name] for name in ("input_ids", "inputs_embeds") if inputs.get(name) is not None)
+        segments = find_segments(input_ids, self.config, images=len(crops), last=computed.shape[1])
+        return {**inputs, "details": ImageDetails(segments, self._generated[1])}
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
         """Save under the modules' own names, also where the weights were loaded from the released layout.

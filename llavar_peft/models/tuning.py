@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -46,6 +47,9 @@ _VARIANT_ARGUMENTS: dict[LoraVariant, dict[str, Any]] = {
 
 TRAINED_ROWS = 2
 """Number of trained rows of the input embeddings: the last ones, ``<im_start>`` and ``<im_end>``."""
+
+CROSS_ATTENTION = "cross_attention"
+"""Name of the cross-attention in our model."""
 
 _ROWS_SUFFIX = "embed_tokens.rows"
 _EMBEDDING_SUFFIX = "embed_tokens.embedding.weight"
@@ -112,12 +116,14 @@ def apply_tuning(
         ConfigError: ``Full`` on a quantized base, or a ``Lora`` that needs rows or layers which the model has not.
     """
     model.requires_grad_(False)
-    projector = model.model.multi_modal_projector
+    aligning: list[nn.Module] = [model.model.multi_modal_projector]
+    if model.model.cross_attention is not None:
+        aligning.append(model.model.cross_attention)
     if isinstance(tune, Projector):
         embedding = model.get_input_embeddings()
         if model.config.use_im_start_end and isinstance(embedding, nn.Embedding):
             model.set_input_embeddings(EmbeddingWithTrainedRows(embedding, model.pending_weights))
-        _unfreeze(projector)
+        _unfreeze(*aligning)
         return model
     if isinstance(tune, Full):
         if is_quantized(model):
@@ -126,9 +132,7 @@ def apply_tuning(
                 "a quantized base cannot be trained in full (got tune: full with model.quantize)",
                 "use tune: lora, or remove quantize",
             )
-        _unfreeze(model.model.language_model)
-        _unfreeze(model.lm_head)
-        _unfreeze(projector)
+        _unfreeze(model.model.language_model, model.lm_head, *aligning)
         if tune.train_tower:
             _unfreeze_tower(model)
         return model
@@ -226,28 +230,32 @@ def part_of(name: str) -> str:
         name: As ``trained_names`` returns it.
 
     Returns:
-        ``"projector"``, ``"tower"`` (itself or its adapters), ``"rows"`` (of ``<im_start>``/``<im_end>``),
-        ``"adapters"`` or ``"language_model"``.
+        ``"projector"`` (with the cross-attention), ``"tower"`` (itself or its adapters), ``"rows"`` (of
+        ``<im_start>``/``<im_end>``), ``"adapters"`` or ``"language_model"``.
     """
     if TOWER in name:
         return "tower"
-    if "multi_modal_projector" in name:
+    if "multi_modal_projector" in name or CROSS_ATTENTION in name:
         return "projector"
     if name.endswith(_ROWS_SUFFIX) or "trainable_tokens_delta" in name:
         return "rows"
     return "adapters" if "lora_" in name else "language_model"
 
 
-def lora_config(tune: Lora, blocks: Blocks = LLAMA_BLOCKS, tower: Iterable[str] = ()) -> LoraConfig:
+def lora_config(
+    tune: Lora, blocks: Blocks = LLAMA_BLOCKS, tower: Iterable[str] = (), *, cross_attention: bool = False
+) -> LoraConfig:
     """Return the ``peft`` configuration of a stage's value.
 
     Args:
         tune: The stage's value.
         blocks: The language model's linear layers.
         tower: Names of the vision tower's linear layers that get adapters of ``tune.tower_rank``.
+        cross_attention: Whether the model has cross-attention, which is trained in full.
     """
     from peft import LoraConfig
 
+    in_full = [*(["multi_modal_projector"] if tune.train_projector else []), *([CROSS_ATTENTION] * cross_attention)]
     targets, patterns = target_pattern(choose_targets(tune, blocks)), {}
     if tune.tower_rank is not None and tower:
         share = tune.tower_rank / tune.rank
@@ -261,7 +269,7 @@ def lora_config(tune: Lora, blocks: Blocks = LLAMA_BLOCKS, tower: Iterable[str] 
         lora_alpha=tune.alpha,
         lora_dropout=tune.dropout,
         target_modules=targets,
-        modules_to_save=["multi_modal_projector"] if tune.train_projector else None,
+        modules_to_save=in_full or None,
         lora_bias=tune.bias == "lora",
         bias="none",  # peft's "all" would train the tower's biases; its "lora_only" those of LLaMA, which has none
         **patterns,
@@ -276,7 +284,9 @@ def _add_lora(model: LlavarForConditionalGeneration, tune: Lora, train_rows: boo
     if tune.tower_rank is not None:
         tower = linear_tower_layers(model.model.vision_tower, model.model.num_tower_layers())
         model.config.tuned_vision_tower = True
-    config = lora_config(tune, find_linear_layers(model.model.language_model), tower)
+    has_cross_attention = model.model.cross_attention is not None
+    blocks = find_linear_layers(model.model.language_model)
+    config = lora_config(tune, blocks, tower, cross_attention=has_cross_attention)
     if train_rows:
         if not model.config.use_im_start_end:
             raise ConfigError.at(
@@ -296,7 +306,7 @@ def _add_lora(model: LlavarForConditionalGeneration, tune: Lora, train_rows: boo
     for name, parameter in wrapped.named_parameters():
         if parameter.requires_grad and parameter.dtype in _HALF:
             parameter.data = parameter.data.float()
-        # peft trains a copy of the projector; the original must not count as trained.
+        # peft trains a copy of the projector and of the cross-attention; the original must not count as trained.
         if "original_module" in name:
             parameter.requires_grad_(False)
     return wrapped
@@ -312,8 +322,8 @@ def _unfreeze_tower(model: LlavarForConditionalGeneration) -> None:
     model.config.tuned_vision_tower = True
 
 
-def _unfreeze(module: nn.Module) -> None:
-    for parameter in module.parameters():
+def _unfreeze(*modules: nn.Module) -> None:
+    for parameter in chain.from_iterable(module.parameters() for module in modules):
         if parameter.dtype in _HALF:
             parameter.data = parameter.data.float()
         parameter.requires_grad_(True)

@@ -140,7 +140,8 @@ def flops_per_step(config: LlavarConfig, stage: Stage, counts: Counts, lengths: 
         layers += attention + linear - _not_recomputed(config, stage.tune, counts, lengths)
     text_length = max(0.0, lengths.mean - lengths.image_tokens)
     head = (6.0 if isinstance(stage.tune, Full) else 4.0) * text.vocab_size * text.hidden_size * text_length
-    total: float = layers + head + _image_flops(config, stage, counts, lengths)
+    images = _image_flops(config, stage, counts, lengths) + _cross_attention_flops(config, stage, lengths)
+    total: float = layers + head + images
     return stage.global_batch_size * total
 
 
@@ -206,7 +207,26 @@ def _image_flops(config: LlavarConfig, stage: Stage, counts: Counts, lengths: Re
     projector = (4.0 if trained else 2.0) * counts.projector * projected
     if trained and config.projector_hidden_act != "linear":  # the gradient of the second layer's input
         projector += 2.0 * config.text_config.hidden_size**2 * projected
-    return lengths.views * float(tower + projector)
+    # The features of the crops reach the language model by the cross-attention.
+    projections = lengths.views if config.cross_attention is None else lengths.images
+    return float(lengths.views * tower + projections * projector)
+
+
+def _cross_attention_flops(config: LlavarConfig, stage: Stage, lengths: RecordLengths) -> float:
+    """Return the operations of a record in the cross-attention of all layers.
+
+    Every token is taken to follow the record's images; those before them are few.
+    """
+    if config.cross_attention is None:
+        return 0.0
+    text, wide = config.text_config, config.text_config.hidden_size
+    features = config.cross_attention.grid**2 * config.image_seq_length * lengths.images
+    # Q and O of the tokens, K and V of the features; the gradients of inputs and of weights take as much again, each.
+    linear = 4.0 * wide * (wide * lengths.mean * min(1.0, lengths.images) + config.vision_config.hidden_size * features)
+    scores = 4.0 * lengths.mean * features * wide
+    recomputed = linear + scores if stage.gradient_checkpointing is True else 0.0
+    total: float = text.num_hidden_layers * (3.0 * linear + 3.5 * scores + recomputed)
+    return total
 
 
 def _mean(values: Sequence[float], shares: Sequence[float]) -> float:

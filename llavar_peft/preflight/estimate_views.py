@@ -25,6 +25,35 @@ class ImageCost:
     projected: int
 
 
+@dataclass(frozen=True, slots=True)
+class DetailShape:
+    """The features that a layer's cross-attention gets in a pass.
+
+    Attributes:
+        images: Number of images; 0 computes the modules once on a zero.
+        features: Number of features of an image.
+        width: Width of the features.
+    """
+
+    images: int
+    features: int
+    width: int
+
+
+def detail_shape(config: LlavarConfig, views: int) -> DetailShape | None:
+    """Return the features of the cross-attention; None for a model without it.
+
+    Args:
+        config: The model's configuration.
+        views: Number of images that the tower gets: the whole ones, and their crops.
+    """
+    if config.cross_attention is None:
+        return None
+    crops = config.cross_attention.grid**2
+    width = int(config.vision_config.hidden_size)
+    return DetailShape(round(views / (1 + crops)), crops * int(config.image_seq_length), width)
+
+
 def tile_geometry(config: LlavarConfig) -> TileGeometry | None:
     """Return how a model cuts images into tiles; None without tiles.
 

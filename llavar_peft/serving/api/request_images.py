@@ -129,7 +129,7 @@ class RequestImageReader:
         try:
             with self._decoding:
                 decoded, geometry = decode_image(data, "image"), self._processor.tile_geometry
-                layout = None if most is None else geometry.layout(decoded.size, most)
+                layout = geometry.layout(decoded.size, most) if geometry is not None and most is not None else None
                 return PromptImage.prepare(decoded, self._processor, layout=layout)
         except ImageError as error:
             raise _unreadable("An image cannot be read, because its file is damaged or incomplete.") from error

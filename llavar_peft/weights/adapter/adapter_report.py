@@ -247,6 +247,7 @@ def _base_shapes(
     if any(part.module.startswith(tensor_names.TOWER) for part in parts):
         shapes.update({name: one.shape for name, one in tower.items()})
     own = {f"{part.module}.{name}": one.shape for part in parts if part.in_full for name, one in part.tensors.items()}
+    shapes.update({name: shape for name, shape in own.items() if name.startswith(tensor_names.CROSS_ATTENTION)})
     if tensor_names.NEWLINE in own:  # the base gets it from the adapter
         shapes.setdefault(tensor_names.NEWLINE, shapes[tensor_names.EMBEDDINGS][1:])
     if not any(name.startswith(tensor_names.PROJECTOR) and name.endswith("weight") for name in shapes):

@@ -20,6 +20,10 @@ FINAL_NORM = "model.language_model.norm.weight"
 NEWLINE = "model.multi_modal_projector.image_newline"
 """The embedding at the end of each row of a tiled image's patches. It is trained and saved with the projector."""
 
+CROSS_ATTENTION = "model.cross_attention."
+TRAINED_WITH_PROJECTOR = (PROJECTOR, CROSS_ATTENTION)
+"""How the names begin of what aligns images with the language model, which stage 1 trains and adapters contain."""
+
 RELEASED_PROJECTOR = "model.mm_projector."
 RELEASED_PROJECTOR_WEIGHT = "model.mm_projector.weight"
 RELEASED_PROJECTOR_BIAS = "model.mm_projector.bias"

@@ -168,6 +168,7 @@ def _with_resolution(base: MergeBase, adapters: Sequence[Adapter]) -> MergeBase:
     shapes = dict(base.shapes)
     if resolution["type"] == "tiles" and tensor_names.NEWLINE not in map(base.ours, shapes):
         shapes[name] = _shape_in_full(tensor_names.NEWLINE, adapters, base.overlay)
+    shapes.update(_cross_attention_shapes(adapters, base.overlay))
     return replace(base, config=config, shapes=shapes)
 
 
@@ -265,7 +266,22 @@ def _extend_language_model(folder: Path, adapters: Sequence[Adapter], projector:
     tiles = resolution_kind(config) == "tiles"
     for name in tensor_names.projector_names(config.get("projector_hidden_act"), tiles=tiles):
         shapes[name] = _shape_in_full(name, adapters, overlay)
+    shapes.update(_cross_attention_shapes(adapters, overlay))
     return MergeBase(table, shapes, _same, config, (first,), overlay)
+
+
+def _cross_attention_shapes(
+    adapters: Sequence[Adapter], overlay: Mapping[str, Replacement | Rows]
+) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of the cross-attention that adapters contain; its names are the same in all layouts."""
+    found: dict[str, Any] = {**overlay}
+    for one in adapters:
+        found.update(one.updates)
+    return {
+        name: tuple(update.value.shape)
+        for name, update in found.items()
+        if name.startswith(tensor_names.CROSS_ATTENTION)
+    }
 
 
 def _read_overlay(projector: str | Path | None, adapter: Path, rows: int) -> dict[str, Replacement | Rows]:
@@ -277,7 +293,7 @@ def _read_overlay(projector: str | Path | None, adapter: Path, rows: int) -> dic
     if fault := missing_projector(projector, adapter):
         raise ConfigError(str(fault), (fault,))
     stored = read_projector(projector)
-    names = [name for name in stored if name.startswith(tensor_names.PROJECTOR)]
+    names = [name for name in stored if name.startswith(tensor_names.TRAINED_WITH_PROJECTOR)]
     if not names:
         raise WeightsError.at(str(projector), "no projector in this file", _FIX_PROJECTOR)
     updates: dict[str, Replacement | Rows] = {name: Replacement(stored[name].float()) for name in names}
