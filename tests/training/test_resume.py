@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import TrainerCallback
 
-from llavar_peft import Full, Lora, Projector, Recipe, Trainer, build_model
+from llavar_peft import CrossAttention, Full, Lora, ModelConfig, Projector, Recipe, Trainer, build_model
 from llavar_peft.errors import ConfigError, InterruptedRunError
 from llavar_peft.recipe.schema import Tune
 
@@ -52,15 +52,21 @@ TUNES: dict[str, Tune] = {
     "full": Full(),
     "lora": Lora(rank=4, alpha=8, dropout=0.1),
     "pissa": Lora(rank=4, alpha=8, dropout=0.1, variant="pissa"),
+    "crossed": Projector(),
 }
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("kind", "workers"), [("projector", 0), ("full", 2), ("lora", 0), ("pissa", 0)])
+@pytest.mark.parametrize(
+    ("kind", "workers"), [("projector", 0), ("full", 2), ("lora", 0), ("pissa", 0), ("crossed", 0)]
+)
 def test_an_interrupted_and_resumed_run_equals_an_uninterrupted_one(
-    kind: str, workers: int, tiny_recipe: Recipe, tmp_path: Path
+    kind: str, workers: int, tiny_recipe: Recipe, short_model: ModelConfig, tmp_path: Path
 ) -> None:
     stage = tiny_recipe.stages[0]
+    if kind == "crossed":
+        crossed = dataclasses.replace(short_model, resolution=CrossAttention(grid=2))
+        tiny_recipe = dataclasses.replace(tiny_recipe, model=crossed)
     stage = dataclasses.replace(
         stage, tune=TUNES[kind], epochs=2, max_steps=None, data=dataclasses.replace(stage.data, workers=workers)
     )
