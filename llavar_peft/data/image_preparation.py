@@ -179,6 +179,20 @@ def prepared_scale(size: tuple[int, int], mode: ImageMode, processor: Any) -> fl
     return _resized_size((width, height), image_settings(processor))[1] / height
 
 
+def kept_size(size: tuple[int, int], min_side: int) -> tuple[int, int]:
+    """Return the (width, height) of an image after preparation in mode ``keep``.
+
+    Args:
+        size: (width, height) of the image.
+        min_side: Minimum length of each side in pixels: that of a patch.
+    """
+    short, long = sorted(size)
+    new_short = int(min(_KEEP_LONG / (long / short), _KEEP_SHORT))
+    new_long = int(new_short * long / short) if new_short else _KEEP_LONG
+    new_short, new_long = max(new_short, min_side), max(new_long, min_side)
+    return (new_short, new_long) if size[0] <= size[1] else (new_long, new_short)
+
+
 def _square(image: Image.Image, settings: _Settings) -> Image.Image:
     """Resize as the processor does, then crop the centre."""
     width, height = _resized_size(image.size, settings)
@@ -234,12 +248,7 @@ def _keep(image: Image.Image, settings: _Settings) -> Image.Image:
     Each side has at least one patch if the size of a patch is known (the original's tower fails below that), else one
     pixel.
     """
-    short, long = sorted(image.size)
-    new_short = int(min(_KEEP_LONG / (long / short), _KEEP_SHORT))
-    new_long = int(new_short * long / short) if new_short else _KEEP_LONG
-    new_short, new_long = max(new_short, settings.min_side), max(new_long, settings.min_side)
-    size = (new_short, new_long) if image.width <= image.height else (new_long, new_short)
-    return image.resize(size, settings.resample)
+    return image.resize(kept_size(image.size, settings.min_side), settings.resample)
 
 
 def _pad_black(image: Image.Image, settings: _Settings) -> Image.Image:

@@ -54,7 +54,14 @@ class PromptImage(ReadableRepr):
     detail_features: dict[str | None, Tensor] = field(default_factory=dict, repr=False)
 
     @classmethod
-    def prepare(cls, image: ImageInput, processor: LlavarProcessor, mode: ImageMode | None = None) -> PromptImage:
+    def prepare(
+        cls,
+        image: ImageInput,
+        processor: LlavarProcessor,
+        mode: ImageMode | None = None,
+        *,
+        layout: TileLayout | None = None,
+    ) -> PromptImage:
         """Open and prepare an image.
 
         Args:
@@ -62,12 +69,14 @@ class PromptImage(ReadableRepr):
                 NumPy array, uint8 ``[H, W]`` or ``[H, W, 3]``.
             processor: The model's processor.
             mode: Overrides the processor's ``inference_image_mode``.
+            layout: How it is cut into tiles; None chooses the best grid.
 
         Raises:
             ImageError: The image is missing or broken.
             ConfigError: It is none of these.
         """
-        return cls.of(PreparedImage.prepare(_as_image(image), mode or processor.inference_image_mode, processor))
+        mode = mode or processor.inference_image_mode
+        return cls.of(PreparedImage.prepare(_as_image(image), mode, processor, layout))
 
     @classmethod
     def of(cls, prepared: PreparedImage) -> PromptImage:

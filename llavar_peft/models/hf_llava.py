@@ -24,6 +24,7 @@ from llavar_peft.constants import (
     STOCK_TILES_MODEL_TYPE,
     TUNED_TOWER,
 )
+from llavar_peft.data.chat_template import with_image_parts
 from llavar_peft.data.conversation_template import image_block
 from llavar_peft.errors import ConfigError
 from llavar_peft.models.chunked_loss import logits_factor
@@ -50,6 +51,8 @@ _SHARED_IMAGE_SETTINGS = (
     "do_resize", "size", "resample", "do_center_crop", "crop_size", "rescale_factor", "image_mean", "image_std",
 )  # fmt: skip
 
+_BOS = "{{- bos_token -}}"
+"""Put before a template where the tokenizer of a stock model adds the first token to what the template writes."""
 _RENAMED_TOWERS = ("dinov3_vit",)
 """Towers whose tensors transformers renames when it loads them alone, by a rule that fails within another model."""
 
@@ -263,7 +266,9 @@ def _stock_template(tokenizer: Any, image_token: str, folder: Path) -> tuple[Tem
     # LLaVA-1.5 was trained with this role; its template in transformers leaves out system prompt and </s>.
     if not isinstance(found, str) or "ASSISTANT:" in found:
         return "vicuna_v1", None
-    return "chat", found
+    adds_bos = tokenizer.bos_token is not None and tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
+    missing_bos = adds_bos and "bos_token" not in found and tokenizer.bos_token not in found
+    return "chat", (_BOS if missing_bos else "") + with_image_parts(found)
 
 
 def _stock_config(parts: ModelParts, activation: str) -> LlavaConfig | LlavaNextConfig:
@@ -294,7 +299,7 @@ def stock_chat_template(parts: ModelParts) -> str:
     """
     template: str = parts.processor().chat_template
     if parts.template == "chat":
-        return template
+        return template.removeprefix(_BOS)
     block = image_block(1, use_im_start_end=parts.config.use_im_start_end, patch=parts.image_token)
     start = "{{- bos_token -}}\n" if parts.tokenizer.bos_token is not None else ""
     return start + template.replace(IMAGE_PLACEHOLDER, block)

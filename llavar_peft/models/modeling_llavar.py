@@ -395,6 +395,26 @@ class LlavarForConditionalGeneration(LlavaForConditionalGeneration):
         loss = self.lm_head(hidden_SD, targets.flatten().index_select(0, supervised_places))
         return LlavaCausalLMOutputWithPast(loss=loss)
 
+    def generate(self, inputs: Tensor | None = None, generation_config: Any = None, *args: Any, **kwargs: Any) -> Any:
+        """Generate as ``transformers`` does, with tiles one sequence for each prompt.
+
+        Args:
+            inputs: The prompts' ids.
+            generation_config: As the other arguments, those of ``GenerationMixin.generate``.
+            *args: The following ones.
+            **kwargs: By their names.
+
+        Raises:
+            ValueError: Several sequences are asked for: ``transformers`` repeats tensors row by row, and an image with
+                tiles has several rows.
+        """
+        settings = generation_config or self.generation_config
+        for name in ("num_beams", "num_return_sequences"):
+            count = kwargs.get(name, getattr(settings, name)) or 1
+            if count > 1 and kwargs.get("image_layouts") is not None:
+                raise ValueError(f"generate: got {name}={count}, expected 1 with tiles (repeat the prompt instead)")
+        return super().generate(inputs, generation_config, *args, **kwargs)
+
     def prepare_inputs_for_generation(self, input_ids: Tensor, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """Return the inputs of a step of ``generate``; the features of the crops are computed in the first one.
 

@@ -10,18 +10,24 @@ from typing import Final
 
 from llavar_peft.data.check_records import preflight, summarize_faults
 from llavar_peft.data.image_roots import ImageRoots
+from llavar_peft.data.image_views import ImageViews
 from llavar_peft.data.record_mixture import OpenSource, RecordMixture
 from llavar_peft.data.record_store import check_source_exists, is_hub_source, open_filled_records
 from llavar_peft.data.record_tables import Table, TableSelection
+from llavar_peft.data.record_texts import sample_texts
 from llavar_peft.data.training_dataset import TrainingDataset, split_holdout
 from llavar_peft.errors import ConfigError, DataError
+from llavar_peft.models.compare_resolutions import compare_resolutions
 from llavar_peft.models.processing_llavar import LlavarProcessor
 from llavar_peft.recipe.data_sources import paths_of, sources_of
+from llavar_peft.recipe.resolution import resolution_from
 from llavar_peft.recipe.schema import DataSource, Stage
 
 logger = logging.getLogger(__name__)
 
 _SHOWN = 10
+_TEXTS_MEASURED: Final = 200
+_MOSTLY: Final = 0.5  # share of the text
 _WITHOUT_EFFECT: Final = frozenset({"placeholder", "no_answer", "empty_answer", "last_turn"})
 """Kinds of faults of records that can be read, for which ``data.max_bad_share`` alone decides."""
 
@@ -57,7 +63,33 @@ def stage_records(stage: Stage, processor: LlavarProcessor, *, seed: int) -> tup
         indices, roots = [usable[i] for i in positions], mixture.sources[0].roots
         return TrainingDataset(mixture.records, indices, roots, own, max_length=stage.max_length, mixture=mixture)
 
-    return dataset(kept), dataset(held)
+    train_set = dataset(kept)
+    _warn_of_small_text(stage, train_set, own, seed=seed)
+    return train_set, dataset(held)
+
+
+def _warn_of_small_text(stage: Stage, dataset: TrainingDataset, processor: LlavarProcessor, *, seed: int) -> None:
+    """Warn if the model cannot read most of the text that it is trained on, where records state its height."""
+    sample = sample_texts(
+        dataset.records, dataset.roots_of, indices=dataset.indices.tolist(), count=_TEXTS_MEASURED, seed=seed
+    )
+    report = compare_resolutions(
+        sample.texts,
+        ImageViews.of_model(processor, processor.image_mode),
+        own=resolution_from(processor.resolution, "processor_config.json:resolution"),
+        max_length=stage.max_length,
+    )
+    if report is None or report.current is None or report.current.share_below <= _MOSTLY:
+        return
+    best = report.recommended[0]
+    length = f", with max_length of about {best.longest}" if best.longest > stage.max_length else ""
+    logger.warning(
+        "stage %s: %.0f %% of the supervised text is below %g px in the vision tower's input, where letters cannot be "
+        "read (%d records with known letter heights). Fix: set model.%s, which brings %.0f %% of it above that, for "
+        "%.0f image tokens a record%s; 'llavar-peft eval diagnose --records' compares the others",
+        stage.name, 100 * report.current.share_below, report.smallest, report.records, best.recipe,
+        100 * (1 - best.share_below), best.image_tokens, length,
+    )  # fmt: skip
 
 
 def _open(source: DataSource) -> OpenSource:

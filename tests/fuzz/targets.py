@@ -267,6 +267,9 @@ TARGETS: dict[str, Target] = {
          "eval vqa --predictions results.answers.jsonl --dataset labelled.json", "eval mme --answers judge/mme.txt",
          "report --results results.json --images data/images --reviews judge/reviews.jsonl --out page.html"), 12,
     ),
+    "heights": Target(
+        "letters.heights.json", "letters.heights.json", ("report --heights letters.heights.json --out page.html",), 3,
+    ),
     "judge": Target("judge", "judge/*", (_build_cases, "eval summarize judge/reviews.jsonl"), 6),
     "run": Target(
         "run results.json data photos",

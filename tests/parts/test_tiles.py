@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from transformers import LlavaNextProcessor
 
 from llavar_peft import ModelConfig, build_model, export
 from llavar_peft.constants import VICUNA_SYSTEM_PROMPT
@@ -43,6 +44,26 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
 @pytest.fixture(scope="module")
 def stock(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_llava_next(tmp_path_factory.mktemp("llava-1.6"))
+
+
+# The templates of ``llava-hf/llava-v1.6-mistral-7b-hf`` and ``-34b-hf``, which read lists of parts only.
+_RENDER_PARTS = (
+    "{% for content in message['content'] | selectattr('type', 'equalto', 'image') %}{{ '<image>\n' }}{% endfor %}"
+    "{% for content in message['content'] | selectattr('type', 'equalto', 'text') %}{{ content['text'] }}{% endfor %}"
+)
+TEMPLATES = {
+    "mistral": (
+        "{% for message in messages %}{% if message['role'] == 'system' %}"
+        "{{ '<<SYS>>\n' + message['content'][0]['text'] + '\n<</SYS>>\n\n' }}"
+        "{% elif message['role'] == 'user' %}{{ '[INST] ' }}" + _RENDER_PARTS + "{{' [/INST]' }}"
+        "{% elif message['role'] == 'assistant' %}{{ ' ' + message['content'][0]['text'] + '</s> ' }}"
+        "{% else %}{{ raise_exception('Only user and assistant roles are supported!') }}{% endif %}{% endfor %}"
+    ),
+    "34b": (
+        "{% for message in messages %}{{'<|im_start|>' + message['role'] + '\n'}}" + _RENDER_PARTS
+        + "{{'<|im_end|>' + '\n'}}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+    ),
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -194,3 +215,28 @@ def test_a_model_from_parts_with_tiles_is_exported_with_its_single_layer(
         torch.testing.assert_close(model(**expected).logits, own(**got).logits, atol=1e-5, rtol=1e-5)
         assert torch.equal(again(**got).logits, own(**got).logits)
     assert again.config.tiles.grids == own.config.tiles.grids
+
+
+@pytest.mark.parametrize("adds_bos", [False, True])
+@pytest.mark.parametrize("kind", TEMPLATES)
+def test_the_templates_of_the_hub_give_the_prompts_of_stock(kind: str, adds_bos: bool, tmp_path: Path) -> None:
+    """Also after the model went through our layout."""
+    save_llava_next(tmp_path / "stock", template=TEMPLATES[kind], adds_bos=adds_bos)
+    export(tmp_path / "stock", tmp_path / "ours", to="llavar")
+    export(tmp_path / "ours", tmp_path / "again", to="hf-llava")
+    image = draw_image(90, 200)
+    talk: Any = [
+        {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What?"}]},
+        {"role": "assistant", "content": [{"type": "text", "text": "A sign."}]},
+        {"role": "user", "content": [{"type": "text", "text": "And now?"}]},
+    ]
+    stock, again = (LlavaNextProcessor.from_pretrained(tmp_path / name) for name in ("stock", "again"))
+    text = stock.apply_chat_template(talk, add_generation_prompt=True)
+    assert again.apply_chat_template(talk, add_generation_prompt=True) == text
+    expected = stock_inputs(stock, [image], [text])["input_ids"][0]
+    assert stock_inputs(again, [image], [text])["input_ids"][0].tolist() == expected.tolist()
+    for folder in ("stock", "ours"):
+        _, processor = build_model(ModelConfig(checkpoint=str(tmp_path / folder)))
+        tokens = int((expected == processor.image_token_id).sum())
+        found = processor.encode_question("And now?", history=[("What?", "A sign.")], num_image_tokens=tokens)
+        assert found[0].tolist() == expected.tolist()

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 import torch
 from torch import Tensor
@@ -23,6 +25,8 @@ from llavar_peft.models.adapter_loading import load_adapter
 from llavar_peft.models.merge_adapter import merge_adapter
 from llavar_peft.models.tuning import apply_tuning
 from llavar_peft.recipe.resolution import Tiles
+from llavar_peft.serving.api.request_images import RequestImageReader
+from llavar_peft.serving.api.request_limits import RequestLimits
 from llavar_peft.training.supervised_loss import supervised_loss
 from llavar_peft.weights.adapter.adapter_report import verify_adapter
 from llavar_peft.weights.delta.delta_files import apply_delta, make_delta
@@ -31,6 +35,7 @@ from llavar_peft.weights.io.projector_file import read_projector
 from llavar_peft.weights.io.tensor_blocks import open_weights
 from tests.parts.tiled_parts import draw_image, open_stock, save_llama, save_llava_next, save_tuned, stock_inputs
 from tests.parts.tiny_parts import save_tower
+from tests.serving.server import data_url, serving
 
 TILES = Tiles(grid=((1, 2), (2, 1)))
 LORA = Lora(rank=2, alpha=4.0, dropout=0.0)
@@ -381,3 +386,31 @@ def test_transformers_generates_with_auto_classes(full: Path) -> None:
         one = processor(images=draw_image(*size), text=text, return_tensors="pt")
         alone = model.generate(**one, max_new_tokens=5, do_sample=False)[0, one["input_ids"].shape[1] :]
         assert alone.tolist() == together[row, : len(alone)].tolist()
+        for several in ({"num_beams": 2}, {"num_return_sequences": 2, "do_sample": True}):
+            with pytest.raises(ValueError, match="=2, expected 1 with tiles"):
+                model.generate(**one, max_new_tokens=2, **several)
+
+
+def test_requests_of_the_server_share_the_limit_and_answer_as_a_chat(models: Models) -> None:
+    limited = dataclasses.replace(
+        models.tiled, resolution=Tiles(grid=((1, 1), (2, 2), (4, 4)), max_image_tokens=2 * 88)
+    )
+    chat = Chat(Engine(*build_model(limited)))
+    reader = RequestImageReader(chat.engine.processor, RequestLimits())
+    data = io.BytesIO()
+    draw_image(400, 400).save(data, "PNG")
+    url = data_url(data.getvalue())
+    assert [reader.open(url, of=count).layout[:2] for count in (1, 2, 3)] == [(2, 2), (2, 2), (1, 1)]  # type: ignore[index]
+    assert reader.open(url, of=2) is reader.open(url, of=2)
+    with serving(chat) as (address, _):
+        body = {
+            "model": "tiny", "max_tokens": 4, "temperature": 0,
+            "messages": [{"role": "user", "content": [
+                {"type": "image_url", "image_url": {"url": url}}, {"type": "image_url", "image_url": {"url": url}},
+                {"type": "text", "text": "What?"},
+            ]}],
+        }  # fmt: skip
+        answer = httpx.post(f"{address}/v1/chat/completions", json=body, timeout=60).json()
+    image = draw_image(400, 400)
+    expected = chat.ask([image, image], "What?", max_new_tokens=4, temperature=0.0)
+    assert answer["choices"][0]["message"]["content"] == expected

@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from tokenizers import AddedToken
+from tokenizers.processors import TemplateProcessing
 from transformers import (
     CLIPVisionConfig,
     LlamaConfig,
@@ -35,13 +36,25 @@ PINPOINTS = [[SIDE, 2 * SIDE], [2 * SIDE, SIDE], [2 * SIDE, 2 * SIDE], [3 * SIDE
 _SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
 
 
-def save_llava_next(folder: Path, *, tower: str = "clip_vision_model") -> Path:
-    """Save a model with the files and names of ``llava-hf/llava-v1.6-vicuna-7b-hf``, and return the folder."""
+def save_llava_next(
+    folder: Path, *, tower: str = "clip_vision_model", template: str | None = None, adds_bos: bool = False
+) -> Path:
+    """Save a model with the files and names of ``llava-hf/llava-v1.6-vicuna-7b-hf``, and return the folder.
+
+    Args:
+        folder: Folder to create.
+        tower: Kind of the vision tower.
+        template: The processor's chat template.
+        adds_bos: Whether the tokenizer adds ``<s>`` to every text, as those of LLaMA and Mistral do.
+    """
     tokenizer = load_tokenizer(GOLDEN / "small")
     tokenizer.add_tokens(
         [AddedToken(name, normalized=False, special=True) for name in ("<image>", "<pad>")], special_tokens=True
     )
     tokenizer.pad_token = "<pad>"
+    if adds_bos:
+        bos = (tokenizer.bos_token, tokenizer.bos_token_id)
+        tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single=f"{bos[0]} $A", special_tokens=[bos])
     clip = tower == "clip_vision_model"
     sizes = {**_SIZES, "image_size": SIDE, "patch_size": PATCH}
     strategy = "default" if clip else "full"
@@ -73,6 +86,7 @@ def save_llava_next(folder: Path, *, tower: str = "clip_vision_model") -> Path:
         patch_size=PATCH,
         vision_feature_select_strategy=strategy,
         num_additional_image_tokens=int(clip),
+        chat_template=template,
     ).save_pretrained(folder)
     return folder
 

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import TrainerCallback
 
-from llavar_peft import CrossAttention, Full, Lora, ModelConfig, Projector, Recipe, Trainer, build_model
+from llavar_peft import CrossAttention, Full, Lora, ModelConfig, Projector, Recipe, Tiles, Trainer, build_model
 from llavar_peft.errors import ConfigError, InterruptedRunError
 from llavar_peft.recipe.schema import Tune
 
@@ -53,12 +53,13 @@ TUNES: dict[str, Tune] = {
     "lora": Lora(rank=4, alpha=8, dropout=0.1),
     "pissa": Lora(rank=4, alpha=8, dropout=0.1, variant="pissa"),
     "crossed": Projector(),
+    "tiles": Lora(rank=4, alpha=8, dropout=0.1),
 }
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("kind", "workers"), [("projector", 0), ("full", 2), ("lora", 0), ("pissa", 0), ("crossed", 0)]
+    ("kind", "workers"), [("projector", 0), ("full", 2), ("lora", 0), ("pissa", 0), ("tiles", 2), ("crossed", 0)]
 )
 def test_an_interrupted_and_resumed_run_equals_an_uninterrupted_one(
     kind: str, workers: int, tiny_recipe: Recipe, short_model: ModelConfig, tmp_path: Path
@@ -70,7 +71,8 @@ def test_an_interrupted_and_resumed_run_equals_an_uninterrupted_one(
     stage = dataclasses.replace(
         stage, tune=TUNES[kind], epochs=2, max_steps=None, data=dataclasses.replace(stage.data, workers=workers)
     )
-    whole = dataclasses.replace(tiny_recipe, stages=(stage,), output_dir=str(tmp_path / "whole"))
+    model = dataclasses.replace(tiny_recipe.model, resolution=Tiles(max_tiles=2) if kind == "tiles" else None)
+    whole = dataclasses.replace(tiny_recipe, model=model, stages=(stage,), output_dir=str(tmp_path / "whole"))
     halved = dataclasses.replace(whole, output_dir=str(tmp_path / "halved"))
     expected = _weights(_train(whole))
 
