@@ -65,13 +65,11 @@ def test_an_interrupted_and_resumed_run_equals_an_uninterrupted_one(
     kind: str, workers: int, tiny_recipe: Recipe, short_model: ModelConfig, tmp_path: Path
 ) -> None:
     stage = tiny_recipe.stages[0]
-    if kind == "crossed":
-        crossed = dataclasses.replace(short_model, resolution=CrossAttention(grid=2))
-        tiny_recipe = dataclasses.replace(tiny_recipe, model=crossed)
     stage = dataclasses.replace(
         stage, tune=TUNES[kind], epochs=2, max_steps=None, data=dataclasses.replace(stage.data, workers=workers)
     )
-    model = dataclasses.replace(tiny_recipe.model, resolution=Tiles(max_tiles=2) if kind == "tiles" else None)
+    resolution = {"tiles": Tiles(max_tiles=2), "crossed": CrossAttention(grid=2)}.get(kind)
+    model = dataclasses.replace(short_model if kind == "crossed" else tiny_recipe.model, resolution=resolution)
     whole = dataclasses.replace(tiny_recipe, model=model, stages=(stage,), output_dir=str(tmp_path / "whole"))
     halved = dataclasses.replace(whole, output_dir=str(tmp_path / "halved"))
     expected = _weights(_train(whole))
