@@ -10,9 +10,15 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
+from llavar_peft.compat.deferred_compilation import defer_compilation
+
 # A slow machine must not fail a test.
 settings.register_profile("patient", deadline=None, print_blob=True)
 settings.load_profile("patient")
+
+# As the command line does, for the same reason.
+gc.set_threshold(10_000)
+defer_compilation()
 
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     # If a shell starts pytest in the background, it and the commands that tests start ignore Ctrl-C.
