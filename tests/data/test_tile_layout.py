@@ -22,7 +22,7 @@ GEOMETRIES = st.builds(
 )  # fmt: skip
 
 
-@settings(max_examples=150)
+@settings(max_examples=80)
 @given(geometry=GEOMETRIES, sizes=st.lists(SIZES, min_size=1, max_size=3))
 def test_an_image_has_as_many_tokens_as_features(geometry: TileGeometry, sizes: list[tuple[int, int]]) -> None:
     layouts = geometry.layouts(sizes)
@@ -34,7 +34,7 @@ def test_an_image_has_as_many_tokens_as_features(geometry: TileGeometry, sizes: 
     assert max(map(len, features)) <= geometry.most_tokens
 
 
-@settings(max_examples=150)
+@settings(max_examples=80)
 @given(geometry=GEOMETRIES, size=SIZES)
 def test_an_image_fills_one_side_of_its_grid_and_exceeds_none(geometry: TileGeometry, size: tuple[int, int]) -> None:
     rows, columns, kept_rows, kept_columns = geometry.layout(size)
@@ -55,7 +55,7 @@ def _detail(geometry: TileGeometry, size: tuple[int, int], grid: tuple[int, int]
     return min(int(width * scale) * int(height * scale), width * height)
 
 
-@settings(max_examples=200)
+@settings(max_examples=100)
 @given(geometry=GEOMETRIES, size=SIZES, budget=st.integers(0, 800), more=st.integers(0, 400))
 def test_a_budget_is_kept_where_a_grid_fits_and_a_larger_one_never_loses_detail(
     geometry: TileGeometry, size: tuple[int, int], budget: int, more: int
