@@ -19,8 +19,7 @@ from llavar_peft.errors import ConfigError
 from llavar_peft.inference.generation_request import PromptImage, inputs_of_images
 from llavar_peft.models.adapter_loading import add_adapter, apply_adapter, check_base_of_adapter
 from llavar_peft.models.build_model import build_model
-from llavar_peft.models.checkpoint_loading import resolve_folder
-from llavar_peft.models.hub_models import is_hub_name
+from llavar_peft.models.hub_models import is_hub_name, resolve_folder
 from llavar_peft.models.model_resolution import with_resolution_of
 from llavar_peft.recipe.schema import Attention, Dtype, Kernels, ModelConfig, Quantization
 from llavar_peft.recipe.validate import model_from_mapping

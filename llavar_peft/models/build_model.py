@@ -26,7 +26,8 @@ from llavar_peft.compat.dependency_internals import (
 )
 from llavar_peft.constants import MODEL_TYPE
 from llavar_peft.errors import ConfigError, MissingDependencyError
-from llavar_peft.models.checkpoint_loading import read_checkpoint, read_parts, resolve_folder
+from llavar_peft.models.checkpoint_loading import read_checkpoint, read_parts
+from llavar_peft.models.hub_models import resolve_folder
 from llavar_peft.models.launch_environment import claim_device, half_precision, requested_sharding
 from llavar_peft.models.layer_kernels import apply_kernels, check_kernels
 from llavar_peft.models.llavar_config import LlavarConfig
@@ -48,7 +49,9 @@ logger = logging.getLogger(__name__)
 _SMALL_MODEL = 500_000_000  # parameters
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # Modules that are never quantized. "vision_tower" alone would not match the tower's modules.
-_UNQUANTIZED = ["model.vision_tower", "model.multi_modal_projector", "model.cross_attention", "lm_head"]
+_UNQUANTIZED = [
+    "model.vision_tower", "model.multi_modal_projector", "model.cross_attention", "model.detail_encoder", "lm_head",
+]  # fmt: skip
 
 
 def build_model(

@@ -20,9 +20,10 @@ from llavar_peft.atomic_files import write_json
 from llavar_peft.constants import MODEL_TYPE, STOCK_MODEL_TYPES
 from llavar_peft.errors import ConfigError
 from llavar_peft.models.build_model import expected_shapes, register
-from llavar_peft.models.checkpoint_loading import read_checkpoint, resolve_folder
+from llavar_peft.models.checkpoint_loading import read_checkpoint
 from llavar_peft.models.flat_layout import is_flat
 from llavar_peft.models.hf_llava import write_stock_companions
+from llavar_peft.models.hub_models import resolve_folder
 from llavar_peft.models.llava_lora import convert_llava_lora
 from llavar_peft.models.model_parts import ModelParts
 from llavar_peft.recipe.schema import ModelConfig

@@ -43,6 +43,7 @@ class LlavarConfig(LlavaConfig):
         sep_image_conv_front: The original's flag of that name: images precede the first ``USER:``.
         tuned_vision_tower: Whether the tower was trained, so that it must not be replaced by the original one.
         resolution: The settings of ``Tiles`` or ``CrossAttention``; None is the whole image only.
+        detail_config: The configuration of the second encoder; None for a model without one apart from the tower.
 
     Source: LLaVAR, llava/model/llava.py, ``LlavaConfig`` (there a flat LLaMA configuration).
     """
@@ -53,6 +54,7 @@ class LlavarConfig(LlavaConfig):
     sep_image_conv_front: bool = False
     tuned_vision_tower: bool = False
     resolution: dict[str, Any] | None = None
+    detail_config: dict[str, Any] | None = None
 
     @property
     def tiles(self) -> Tiles | None:

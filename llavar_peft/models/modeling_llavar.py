@@ -32,6 +32,7 @@ from llavar_peft.constants import IGNORE_INDEX
 from llavar_peft.errors import ConfigError
 from llavar_peft.models.chunked_loss import LossHead, logits_factor
 from llavar_peft.models.cross_attention_hooks import DETAIL, attach_cross_attention
+from llavar_peft.models.detail_encoder import encoder_features, make_encoder
 from llavar_peft.models.detail_features import (
     CROPS_AT_ONCE,
     ImageDetails,
@@ -64,6 +65,7 @@ class LlavarModel(LlavaModel):
         self.multi_modal_projector = make_projector(
             config.projector_hidden_act, config.vision_config.hidden_size, config.text_config.hidden_size, config.tiles
         )
+        self.detail_encoder = make_encoder(config)
         self.cross_attention = make_cross_attention(config)
         if self.cross_attention is not None:
             attach_cross_attention(self.language_model)
@@ -138,14 +140,16 @@ class LlavarModel(LlavaModel):
 
     @torch.no_grad()
     def get_detail_features(self, detail_values: Tensor) -> list[Tensor]:
-        """Run the frozen tower on the crops of images.
+        """Run the second encoder, which is frozen: the tower on the crops of images, or another one.
 
         Args:
-            detail_values: ``[N, G, 3, S, S]``.
+            detail_values: Crops ``[N, G, 3, S, S]``, or what another encoder takes.
 
         Returns:
-            The features of each image ``[G * P, C]``, crop by crop, at the layer that is also projected.
+            The features of each image ``[F, C]``; those of crops crop by crop, at the layer that is also projected.
         """
+        if self.detail_encoder is not None:
+            return encoder_features(self.detail_encoder, detail_values)
         layers, patch = self.num_tower_layers(), self.config.vision_config.patch_size
         patches = (detail_values.shape[-2] // patch) * (detail_values.shape[-1] // patch)
         parts = torch.split(detail_values.flatten(0, 1), CROPS_AT_ONCE)
@@ -256,6 +260,8 @@ class LlavarModel(LlavaModel):
         """Set the mode, but keep the tower's features free of chance: DINOv3 moves its positions in training mode."""
         super().train(mode)
         self.vision_tower.eval()
+        if self.detail_encoder is not None:
+            self.detail_encoder.eval()
         if self._tower_is_trained():
             tower_layers(self.vision_tower).train(mode)  # for the dropout of adapters, and to recompute activations
         return self

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass, replace
 from functools import cache
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Final, Literal
 
 from pydantic import BeforeValidator, Field, TypeAdapter, ValidationError
 from pydantic_core import PydanticCustomError
@@ -64,6 +64,10 @@ class Tiles(StrictFields):
         return tuple((rows, columns) for rows in sides for columns in sides if rows * columns <= self.max_tiles)
 
 
+CONCAT_CLIP: Final = "concat_clip"
+"""The encoder that is the model's own tower, on crops of the image."""
+
+
 @dataclass(frozen=True, kw_only=True, repr=False)
 class CrossAttention(StrictFields):
     """Let every layer of the language model attend to the features of a second, frozen encoder of higher resolution.
@@ -73,7 +77,7 @@ class CrossAttention(StrictFields):
 
     type: Literal["cross_attention"] = "cross_attention"
     """Selects this method."""
-    encoder: PathText = "concat_clip"
+    encoder: PathText = CONCAT_CLIP
     """``concat_clip`` runs the crops of an enlarged image through the model's own vision tower; otherwise the folder or
     hub name of an encoder: Pix2Struct, or another vision tower."""
     grid: Annotated[int, Field(ge=1, le=8)] = 4

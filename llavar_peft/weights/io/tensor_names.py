@@ -21,6 +21,8 @@ NEWLINE = "model.multi_modal_projector.image_newline"
 """The embedding at the end of each row of a tiled image's patches. It is trained and saved with the projector."""
 
 CROSS_ATTENTION = "model.cross_attention."
+DETAIL_ENCODER = "model.detail_encoder."
+"""The second encoder of the cross-attention, where that is not the tower."""
 TRAINED_WITH_PROJECTOR = (PROJECTOR, CROSS_ATTENTION)
 """How the names begin of what aligns images with the language model, which stage 1 trains and adapters contain."""
 
@@ -94,8 +96,8 @@ def from_released_tower(name: str) -> str | None:
 
 
 def to_released(name: str) -> str | None:
-    """Return the released name of one of our tensors; None for those of the tower, which that layout does not have."""
-    if name.startswith(TOWER):
+    """Return the released name of one of our tensors; None for the encoders', which that layout does not have."""
+    if name.startswith((TOWER, DETAIL_ENCODER)):
         return None
     if name == NEWLINE:
         return RELEASED_NEWLINE
