@@ -38,6 +38,7 @@ from llavar_peft.recipe.schema import ProjectorType
 from llavar_peft.types import ImageMode, TemplateName
 from llavar_peft.weights.delta.released_layout import read_model_config
 from llavar_peft.weights.io import tensor_names
+from llavar_peft.weights.io.companion_files import PROCESSOR_FILE
 from llavar_peft.weights.io.convert_layout import to_one_layer
 from llavar_peft.weights.io.tensor_blocks import open_weights
 
@@ -189,11 +190,13 @@ def _check_tile_size(images: LlavaNextImageProcessorPil, folder: Path) -> None:
         for stated in (images.size, images.crop_size or images.size)
     )
     if len(size) != 1 or size != tile:
+        files = [folder / name for name in ("preprocessor_config.json", PROCESSOR_FILE)]
+        file = next((path for path in files if path.is_file()), files[0])
         raise ConfigError.at(
-            f"{folder / 'preprocessor_config.json'}:size",
+            f"{file}:size",
             f"not the size of a tile (got {ascii(dict(images.size or {}))[:80]}, expected {min(tile, default=0)} "
             f"pixels, that of crop_size)",
-            "copy preprocessor_config.json from the model's original folder",
+            f"copy {file.name} from the model's original folder",
         )
     # Stock LLaVA-NeXT cuts tiles of crop_size, cropped or not.
     images.crop_size, images.do_center_crop = {"height": min(tile), "width": min(tile)}, True

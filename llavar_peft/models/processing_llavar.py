@@ -249,10 +249,14 @@ class LlavarProcessor(ProcessorMixin):
             question: The user's text.
             image: Whether the conversation has an image, which is placed in the first question.
             history: (question, answer) pairs of the previous turns.
-            num_image_tokens: Number of tokens of an image in mode ``keep``; None is that of the tower's square size.
+            num_image_tokens: Number of tokens of an image in mode ``keep`` or with tiles; None is that of the tower's
+                square size.
 
         Returns:
             Ids, int64 ``[1, T]``.
+
+        Raises:
+            DataError: The model reads tiles, and the number is not given.
 
         Source: LLaVAR, llava/eval/run_llava.py, ``eval_model``.
         """
@@ -263,6 +267,9 @@ class LlavarProcessor(ProcessorMixin):
         template = self.conversation_template
         messages[0] = ("human", template.question(str(messages[0][1][0]), int(image)))
         pieces = template.pieces(messages, answer_next=True)
+        if image and num_image_tokens is None and self.tile_geometry is not None:
+            what = "num_image_tokens is missing, and with tiles it depends on the image"
+            raise DataError.at("encode_question", what, "pass it, or call the processor with text and image")
         tokens = self.num_image_tokens if num_image_tokens is None else num_image_tokens
         encoding = encode_pieces(pieces, text_encoder(self), [tokens] if image else [])
         return torch.tensor([encoding.ids], dtype=torch.int64)

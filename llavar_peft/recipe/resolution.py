@@ -104,8 +104,10 @@ def resolution_from(
         return _adapter().validate_json(json.dumps(described))
     except (ValidationError, ValueError, TypeError) as error:
         first = error.errors(include_url=False)[0] if isinstance(error, ValidationError) else None
-        reason = describe_reason(error) if first is None else f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
-        what = f"not readable as tiles or cross-attention ({reason[:200]})"
+        reason = describe_reason(error)
+        if first is not None:
+            reason = ".".join(map(str, first["loc"])) + ": " * bool(first["loc"]) + first["msg"]
+        what = f"not readable as tiles or cross-attention ({reason[:200]}, got {ascii(described)[:120]})"
         raise ConfigError.at(where, what, fix) from error
 
 

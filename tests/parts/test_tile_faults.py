@@ -217,6 +217,14 @@ def test_keep_in_a_question_is_named(root: Path) -> None:
         processor(images=draw_image(56, 56), text="<image>", image_mode="keep")
 
 
+def test_a_question_needs_the_number_of_its_image_tokens(root: Path) -> None:
+    _, processor = build_model(ModelConfig(checkpoint=str(root / "tiled")))
+    with pytest.raises(LlavarError, match="num_image_tokens is missing, and with tiles it depends on the image"):
+        processor.encode_question("What?")
+    assert len(processor.encode_question("What?", image=False))
+    assert int((processor.encode_question("What?", num_image_tokens=7) == processor.image_token_id).sum()) == 7
+
+
 def test_a_new_newline_has_to_be_trained(root: Path) -> None:
     model = ModelConfig(checkpoint="x", resolution=TILES)
     frozen = _stage(tune=dataclasses.replace(LORA, train_projector=False))
