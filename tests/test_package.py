@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 import llavar_peft
+from llavar_peft.errors import ConfigError
 
 ROOT = Path(llavar_peft.__file__).parents[1]
 in_checkout = pytest.mark.skipif(not (ROOT / "pyproject.toml").is_file(), reason="needs the repository")

@@ -39,6 +39,7 @@ class Counts:
         has_final_norm: Whether a layer normalizes the output of its last matrix, as Gemma's and OLMo's do.
         tower_trained: Parameters that the stage trains in the vision tower: its own, or those of adapters.
         cross_attention: The cross-attention.
+        encoder: Its own encoder, where that is not the tower.
     """
 
     linear: int
@@ -54,17 +55,20 @@ class Counts:
     has_final_norm: bool
     tower_trained: int = 0
     cross_attention: int = 0
+    encoder: int = 0
 
     @property
     def whole(self) -> int:
         """All parameters except adapters."""
-        return self.linear + self.norms + self.head + self.tower + self.projector + self.cross_attention
+        language_model = self.linear + self.norms + self.head
+        return language_model + self.tower + self.encoder + self.projector + self.cross_attention
 
 
 def count_parameters(config: LlavarConfig, tune: Tune) -> Counts:
     """Count a model's parameters."""
     parts = (
         "linear", "norms", "head", "tower", "projector", "adapters", "tower_linear", "tower_patch", "cross_attention",
+        "encoder",
     )  # fmt: skip
     sums = dict.fromkeys(parts, 0)
     shapes = expected_shapes(config)
@@ -84,6 +88,8 @@ def count_parameters(config: LlavarConfig, tune: Tune) -> Counts:
                 sums["tower_linear"] += math.prod(shape) * (len(shape) == _MATRIX)
         elif name.startswith(tensor_names.CROSS_ATTENTION):
             sums["cross_attention"] += math.prod(shape)
+        elif name.startswith(tensor_names.DETAIL_ENCODER):
+            sums["encoder"] += math.prod(shape)
         elif "multi_modal_projector" in name:
             sums["projector"] += math.prod(shape)
         else:
@@ -142,7 +148,7 @@ def count_trained(config: LlavarConfig, tune: Tune, counts: Counts) -> int:
     """Return the number of parameters that a stage trains."""
     rows: int = TRAINED_ROWS * config.text_config.hidden_size * bool(config.use_im_start_end)
     if isinstance(tune, Full):
-        return counts.whole - counts.tower + counts.tower_trained
+        return counts.whole - counts.tower - counts.encoder + counts.tower_trained
     if isinstance(tune, Projector):
         return counts.projector + counts.cross_attention + rows
     with_rows = rows if tune.train_image_rows else 0

@@ -73,6 +73,7 @@ def measure_layer(
     eager: bool,
     accumulated: bool,
     details: DetailShape | None = None,
+    images: int = 0,
 ) -> LayerMemory:
     """Measure a layer of the language model in the forward and backward pass of a stage.
 
@@ -86,6 +87,7 @@ def measure_layer(
         eager: Whether the attention is eager, see ``computes_scores``; otherwise it keeps what flash-attention keeps.
         accumulated: Whether gradients of an earlier pass exist, to which those of this pass are added.
         details: What the layer's cross-attention gets, whose memory and gradients are then included.
+        images: For the cross-attention, number of images of the pass.
     """
     short = copy.deepcopy(text)
     short.num_hidden_layers = 1
@@ -111,7 +113,7 @@ def measure_layer(
         empty = tracker.now
         arguments = _layer_arguments(decoder, layer, stream, eager=eager)
         if stack is not None and details is not None:
-            arguments[DETAIL] = _detail(stack, details, stream)
+            arguments[DETAIL] = _detail(stack, details, images, stream)
         before = tracker.now
         with torch.autocast(
             "cpu", dtype=dtypes.autocast or torch.bfloat16, enabled=dtypes.autocast is not None, cache_enabled=False
@@ -127,9 +129,9 @@ def measure_layer(
         return LayerMemory(stream.untyped_storage().nbytes(), kept, tracker.peak - outside, before - empty)
 
 
-def _detail(stack: CrossAttentionStack, details: DetailShape, stream: Tensor) -> Detail:
+def _detail(stack: CrossAttentionStack, details: DetailShape, images: int, stream: Tensor) -> Detail:
     """Return what the layer's cross-attention gets: the tokens are divided among the images."""
-    tokens, images = stream.shape[0] * stream.shape[1], details.images
+    tokens = stream.shape[0] * stream.shape[1]
     # The positions of the crops are trained, so that the features have a gradient.
     shape = (max(1, images * details.features), details.width)
     features = torch.zeros(shape, dtype=stream.dtype, requires_grad=True)
