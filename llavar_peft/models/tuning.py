@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from llavar_peft.compat.dependency_internals import embed_used_rows_only
 from llavar_peft.errors import ConfigError
 from llavar_peft.models import pissa
+from llavar_peft.models.decoder_structure import find_layers
 from llavar_peft.models.linear_layers import (
     LLAMA_BLOCKS,
     Blocks,
@@ -238,17 +239,20 @@ def part_of(name: str) -> str:
     return "adapters" if "lora_" in name else "language_model"
 
 
-def lora_config(tune: Lora, blocks: Blocks = LLAMA_BLOCKS, tower: Iterable[str] = ()) -> LoraConfig:
+def lora_config(
+    tune: Lora, blocks: Blocks = LLAMA_BLOCKS, tower: Iterable[str] = (), layers: str = "layers"
+) -> LoraConfig:
     """Return the ``peft`` configuration of a stage's value.
 
     Args:
         tune: The stage's value.
         blocks: The language model's linear layers.
         tower: Names of the vision tower's linear layers that get adapters of ``tune.tower_rank``.
+        layers: Name of the list of layers in the decoder.
     """
     from peft import LoraConfig
 
-    targets, patterns = target_pattern(choose_targets(tune, blocks)), {}
+    targets, patterns = target_pattern(choose_targets(tune, blocks), layers), {}
     if tune.tower_rank is not None and tower:
         share = tune.tower_rank / tune.rank
         # With this alpha the updates are scaled as those of the language model.
@@ -276,7 +280,8 @@ def _add_lora(model: LlavarForConditionalGeneration, tune: Lora, train_rows: boo
     if tune.tower_rank is not None:
         tower = linear_tower_layers(model.model.vision_tower, model.model.num_tower_layers())
         model.config.tuned_vision_tower = True
-    config = lora_config(tune, find_linear_layers(model.model.language_model), tower)
+    decoder = model.model.language_model
+    config = lora_config(tune, find_linear_layers(decoder), tower, find_layers(decoder)[0])
     if train_rows:
         if not model.config.use_im_start_end:
             raise ConfigError.at(
