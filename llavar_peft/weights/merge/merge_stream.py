@@ -212,7 +212,8 @@ def append_mean_rows(entry: TensorEntry, rows: int) -> Iterator[Tensor]:
     for block in read_blocks(entry):
         total += block.sum(0, dtype=torch.float64)
         yield block
-    yield (total / entry.shape[0]).float().expand(rows - entry.shape[0], *entry.shape[1:]).contiguous()
+    mean = (total / entry.shape[0]).float()[None]
+    yield mean.repeat(rows - entry.shape[0], *(1 for _ in entry.shape[1:]))
 
 
 def check_updates(adapters: Sequence[Adapter], shapes: Mapping[str | None, tuple[int, ...]]) -> None:
