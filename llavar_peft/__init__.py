@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from llavar_peft.models.modeling_llavar import LlavarForConditionalGeneration
     from llavar_peft.models.processing_llavar import LlavarProcessor
     from llavar_peft.recipe.presets import load_recipe
+    from llavar_peft.recipe.resolution import CrossAttention, Tiles
     from llavar_peft.recipe.schema import (
         DataConfig,
         Full,
@@ -40,6 +41,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Chat",
+    "CrossAttention",
     "DataConfig",
     "Full",
     "LlavarConfig",
@@ -52,6 +54,7 @@ __all__ = [
     "Projector",
     "Recipe",
     "Stage",
+    "Tiles",
     "Trainer",
     "__version__",
     "apply_delta",
@@ -80,6 +83,8 @@ _MODULES = {
     "Projector": "recipe.schema",
     "Recipe": "recipe.schema",
     "Stage": "recipe.schema",
+    "CrossAttention": "recipe.resolution",
+    "Tiles": "recipe.resolution",
     "prepare_image": "data.image_preparation",
     "encode_record": "data.encode_record",
     "Chat": "inference.chat",

@@ -74,6 +74,12 @@ MODEL_TYPE: Final = "llavar"
 RELEASED_MODEL_TYPE: Final = "llava"
 """``model_type`` in the flat ``config.json`` of the released layout."""
 
+STOCK_TILES_MODEL_TYPE: Final = "llava_next"
+"""``model_type`` of stock transformers' LLaVA-NeXT, a LLaVA that reads tiles."""
+
+STOCK_MODEL_TYPES: Final = (RELEASED_MODEL_TYPE, STOCK_TILES_MODEL_TYPE)
+"""The ``model_type`` of stock transformers' LLaVAs, whose ``config.json`` has a ``text_config``."""
+
 PROJECTOR_BIN: Final = "mm_projector.bin"
 """The file of stage 1 in LLaVAR's layout."""
 PROJECTOR_SAFETENSORS: Final = "mm_projector.safetensors"

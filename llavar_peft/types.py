@@ -20,6 +20,8 @@ TemplateName = Literal["llava_v1", "vicuna_v1", "chat"]
 """How a conversation is written: as LLaVAR does, as LLaVA-1.5 does, or by the tokenizer's own chat template."""
 ImageMode = Literal["pad", "square", "keep", "pad_black"]
 """Conversion of an image to a tensor; see ``llavar_peft.data.image_preparation``."""
+TileLayout = tuple[int, int, int, int]
+"""How an image is cut: rows and columns of tiles, then rows and columns of their patches without padding, pooled."""
 
 
 def expand_home(path: str | os.PathLike[str]) -> Path:
@@ -134,6 +136,7 @@ class Example(ReadableRepr):
         labels: The ids at supervised positions and -100 elsewhere, int64 ``[T]``.
         images: The images that have a position in ``input_ids``, in order, as written in the record.
         image_token_counts: Number of ``<im_patch>`` tokens of each of ``images``.
+        image_layouts: How each of ``images`` is cut into tiles; empty for a model without tiles.
         dropped: A short machine-readable reason if the record cannot be used for training, else None.
     """
 
@@ -142,6 +145,7 @@ class Example(ReadableRepr):
     labels: Tensor
     images: tuple[ImageSource, ...] = ()
     image_token_counts: tuple[int, ...] = ()
+    image_layouts: tuple[TileLayout, ...] = ()
     dropped: str | None = None
 
     @property
@@ -154,13 +158,16 @@ class Batch(TypedDict, total=False):
     """The arguments of the model's ``forward``.
 
     ``input_ids``, ``labels``, ``attention_mask``: int64 ``[B, T]``; ``pixel_values``: float32 ``[N, 3, H, W]`` for all
-    images of the batch in reading order, absent if there are none.
+    images of the batch in reading order, absent if there are none. With tiles, ``pixel_values`` has the views of all
+    images, and ``image_layouts`` says how each image is cut; ``detail_values`` is the input of the second encoder.
     """
 
     input_ids: Tensor
     labels: Tensor
     attention_mask: Tensor
     pixel_values: Tensor
+    image_layouts: tuple[TileLayout, ...]
+    detail_values: Tensor
 
 
 class Processor(Protocol):
@@ -187,7 +194,22 @@ class Processor(Protocol):
 
     @property
     def num_image_tokens(self) -> int:
-        """Number of ``<im_patch>`` tokens of an image in the tower's square size."""
+        """Number of ``<im_patch>`` tokens of an image in the tower's square size; with tiles, the largest number."""
+        ...
+
+    @property
+    def tile_geometry(self) -> Any:
+        """How images are cut into tiles, a ``TileGeometry``; None for a model without tiles."""
+        ...
+
+    @property
+    def detail_grid(self) -> int | None:
+        """Rows, and columns, of the crops for the cross-attention; None for a model without them."""
+        ...
+
+    @property
+    def detail_processor(self) -> Any:
+        """The image processor of the cross-attention's own encoder; None for a model without one."""
         ...
 
 

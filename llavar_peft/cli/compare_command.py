@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, TypeAlias
 import typer
 
 from llavar_peft.cli.output import format_interval, print_table, say, say_json, show_count
+from llavar_peft.cli.resolution_table import HeightsOption, OcrSampleOption, find_texts, print_resolutions
 from llavar_peft.cli.shared_options import ImagesOption, JsonOption, VisionTowerOption
 from llavar_peft.errors import ConfigError, count_of
 
@@ -66,12 +67,14 @@ def eval_diagnose(
     max_length: Annotated[
         int, typer.Option("--max-length", min=1, help="With --records: largest number of tokens of a record.")
     ] = 2048,
+    heights: HeightsOption = None,
+    ocr_sample: OcrSampleOption = 0,
     as_json: JsonOption = False,
 ) -> None:
     """Show which texts a model reads well, by letter height, length, script, position and kind of text.
 
-    With --records, show before training how many records are cut at --max-length, and how many contain text that is too
-    small to read.
+    With --records, show before training how many records are cut at --max-length, how many contain text that is too
+    small to read, and the cheapest model.resolution at which it can be read.
     """
     if (results is None) == (not records):
         raise ConfigError.at("eval diagnose", "it needs either RESULTS or --records", "give one of them")
@@ -81,18 +84,31 @@ def eval_diagnose(
     if model is None:
         raise ConfigError.at("--records", "counting their tokens needs a model's processor", "give --model")
     from llavar_peft.data.image_roots import ImageRoots
+    from llavar_peft.data.image_views import ImageViews
     from llavar_peft.data.record_store import open_records
     from llavar_peft.evaluation.vqa.length_report import report_lengths
     from llavar_peft.models.build_model import load_processor
+    from llavar_peft.models.compare_resolutions import compare_resolutions
+    from llavar_peft.recipe.resolution import resolution_from
 
     processor = load_processor(str(model), vision_tower=vision_tower)
     opened, roots = open_records([str(path) for path in records or ()]), ImageRoots(images) if images else None
     with show_count("reading") as progress:
         report = report_lengths(opened, processor, max_length, roots, smallest, progress)
+    texts = find_texts(opened, roots or ImageRoots(), heights, ocr_sample)
+    resolutions = compare_resolutions(
+        texts.texts,
+        ImageViews.of_model(processor, processor.image_mode),
+        own=resolution_from(processor.resolution, str(model)),
+        max_length=max_length,
+        smallest=smallest,
+        drawn=texts.drawn,
+    )
     if as_json:
-        say_json(report.as_dict())
+        say_json(report.as_dict() | {"resolutions": None if resolutions is None else resolutions.as_dict()})
     else:
         _print_lengths(report)
+        print_resolutions(resolutions, texts, max_length)
 
 
 def _diagnose_results(results: Path, metric: str | None, smallest: float, *, as_json: bool) -> None:
@@ -119,6 +135,8 @@ def _diagnose_results(results: Path, metric: str | None, smallest: float, *, as_
     ]
     print_table(("by", "kind", "records", f"{protocol} %", "95 % interval"), rows, text_columns=2)
     _print_too_small(small, "data set")
+    if small.records:
+        say("which model.resolution would help: eval diagnose --records RECORDS --model MODEL, for records like these")
     for key, value in asdict(read.setting).items():
         if value is not None:
             say(f"{key.replace('_', ' ')}: {value}")

@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.text import Text
 
 from llavar_peft.cli.output import make_safe, say, say_json, with_released_key
+from llavar_peft.cli.resolution_table import HeightsOption, OcrSampleOption, find_texts, print_resolutions
 from llavar_peft.cli.shared_options import ImagesOption, JsonOption, VisionTowerOption
 from llavar_peft.errors import count_of
 
@@ -37,25 +38,36 @@ def data_check(
     split: SplitOption = None,
     config: ConfigOption = None,
     streaming: StreamingOption = False,
+    heights: HeightsOption = None,
+    ocr_sample: OcrSampleOption = 0,
     as_json: JsonOption = False,
 ) -> None:
-    """Report all malformed records and all missing or broken images."""
+    """Report all malformed records and all missing or broken images, and the resolution that their text needs.
+
+    The resolution is for the released vision tower of 336 pixels. 'eval diagnose --records' examines another model.
+    """
     from llavar_peft.data.check_records import check_records, summarize_faults
     from llavar_peft.data.image_roots import ImageRoots
+    from llavar_peft.data.image_views import RELEASED_SIDE, ImageViews
     from llavar_peft.data.record_store import open_filled_records
     from llavar_peft.data.record_tables import TableSelection
+    from llavar_peft.models.compare_resolutions import compare_resolutions
 
     opened = open_filled_records([str(path) for path in records], TableSelection(split, config, streaming))
-    report = check_records(opened, ImageRoots([str(path) for path in images or ()]))
+    roots = ImageRoots([str(path) for path in images or ()])
+    report = check_records(opened, roots)
+    texts = find_texts(opened, roots, heights, ocr_sample)
+    resolutions = compare_resolutions(texts.texts, ImageViews.of_model(RELEASED_SIDE, "pad"), drawn=texts.drawn)
     if as_json:
         found = report.as_dict()
         listed = {name: [with_released_key(one) for one in found[name]] for name in ("faults", "warnings")}
-        say_json(found | listed)
+        say_json(found | listed | {"resolutions": None if resolutions is None else resolutions.as_dict()})
     else:
         for fault in summarize_faults(report.faults, len(opened)):
             say(str(fault))
         for warning in report.warnings:
             say(f"warning: {warning}")
+        print_resolutions(resolutions, texts)
         say(f"{count_of(len(opened), 'record')}, {count_of(len(report), 'fault')}")
     if not report.clean:
         raise typer.Exit(_INVALID_INPUT)

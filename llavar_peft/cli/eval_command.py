@@ -21,7 +21,6 @@ if TYPE_CHECKING:
 # Source: LLaVAR, Eval_LLaVAR.py (text VQA) and MME/mme_eval.py.
 _VQA_TEMPERATURE, _VQA_TOKENS = 0.9, 256
 _MME_TEMPERATURE, _MME_TOKENS = 0.2, 1024
-_RELEASED_SIDE = 336  # pixels of the released tower, for answers whose model is not loaded
 
 VqaTemperature: TypeAlias = Annotated[
     float | None,
@@ -90,6 +89,7 @@ def eval_vqa(
     not say so.
     """
     from llavar_peft.data.image_roots import ImageRoots
+    from llavar_peft.data.image_views import RELEASED_SIDE
     from llavar_peft.evaluation.vqa.diagnose_results import borrow_heights, measure_letter_height
     from llavar_peft.evaluation.vqa.scored_results import Setting, score_answers
     from llavar_peft.evaluation.vqa.vqa_questions import read_predictions, read_vqa_questions
@@ -120,7 +120,7 @@ def eval_vqa(
         chat, setting = evaluated.load_evaluated_model(model, adapter, vision_tower, quantize, chosen)
         log = out.with_suffix(".answers.jsonl")
         answered = evaluated.answer_with_progress(chat, questions, roots or ImageRoots(), setting, log)
-    processor = chat.engine.processor if chat else _RELEASED_SIDE
+    processor = chat.engine.processor if chat else RELEASED_SIDE
     measured = borrow_heights(answered, heights) if heights else answered
     measures = measure_letter_height(measured, roots, setting.image_mode or "pad", processor)
     _report_results(score_answers(answered, name or str(source), setting, protocols, measures), out, as_json=as_json)

@@ -14,7 +14,8 @@ def report(
     run: Annotated[
         Path | None,
         typer.Argument(
-            help="The folder of a run. Its *.results.json and *.reviews.jsonl are included.", metavar="[RUN]"
+            help="The folder of a run. Its *.results.json, *.reviews.jsonl and *.heights.json are included.",
+            metavar="[RUN]",
         ),
     ] = None,
     results: Annotated[
@@ -24,6 +25,10 @@ def report(
     reviews: Annotated[
         list[Path] | None,
         typer.Option("--reviews", help="A reviews file of 'eval judge'. Repeat the option for several."),
+    ] = None,
+    heights: Annotated[
+        list[Path] | None,
+        typer.Option("--heights", help="A file of 'eval heights'. Repeat the option for several."),
     ] = None,
     before: Annotated[
         list[Path] | None,
@@ -54,6 +59,7 @@ def report(
     settings = ReportSettings(
         results=results or (),
         reviews=reviews or (),
+        heights=heights or (),
         before=before or (),
         images=images or (),
         metric=metric,

@@ -154,11 +154,11 @@ def open_image_or_url(source: str) -> Image:
     return decode_image(fetch(source), source)
 
 
-def parse_adapters(given: Sequence[str]) -> dict[str, Path]:
-    """Parse adapters written as ``FOLDER`` or ``NAME=FOLDER``; the default name is the folder's.
+def parse_adapters(given: Sequence[str], option: str = "--adapter") -> dict[str, Path]:
+    """Parse adapters or models written as ``FOLDER`` or ``NAME=FOLDER``; the default name is the folder's.
 
     Raises:
-        ConfigError: Two adapters have the same name.
+        ConfigError: Two have the same name.
     """
     named: dict[str, Path] = {}
     for text in given:
@@ -167,7 +167,7 @@ def parse_adapters(given: Sequence[str]) -> dict[str, Path]:
         name = name if separator else path.resolve().name
         if name in named or not name:
             raise ConfigError.at(
-                "--adapter", f"{name!r} is the name of both {named.get(name)} and {path}", "write NAME=FOLDER"
+                option, f"{name!r} is the name of both {named.get(name)} and {path}", "write NAME=FOLDER"
             )
         named[name] = path
     return named

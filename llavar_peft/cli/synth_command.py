@@ -67,10 +67,22 @@ def synth(
         Literal["transcribe", "question", "conversation"],
         typer.Option("--task", help="What a record asks for: all text, one answer, or all answers in a conversation."),
     ] = "transcribe",
+    heights: Annotated[
+        str | None,
+        typer.Option(
+            "--heights",
+            help="Heights in pixels, e.g. 3-19 or 3,5,7, that the letters of a record's first answer have in the image "
+            "that the model sees. Each image is placed on a larger square to this end.",
+        ),
+    ] = None,
+    side: Annotated[
+        int, typer.Option("--side", help="With --heights: side in pixels of the image that the model sees.")
+    ] = 336,
     seed: Annotated[int, typer.Option("--seed", min=0, help="Seed of the images.")] = 0,
     workers: WorkersOption = None,
 ) -> None:
     """Draw receipts, covers, signs, posters and documents, with the text and position of every line."""
+    from llavar_peft.data.letter_canvas import parse_heights
     from llavar_peft.datagen.synth.synth_settings import SynthSettings
     from llavar_peft.datagen.synth.write_synthetic import write_synthetic
 
@@ -83,6 +95,8 @@ def synth(
         languages=tuple(language or ["en"]),
         fonts=fonts,
         task=task,
+        heights=parse_heights(heights) if heights else (),
+        side=side,
     )
     with show_count("drawing") as progress:
         result = write_synthetic(out, count, settings, workers, progress)

@@ -42,6 +42,20 @@ _PARTS_TO_TEXT: Final = (
     "{%- endfor -%}"
     "{%- set messages = joined.messages -%}"
 ).replace("IMAGE", IMAGE_PLACEHOLDER)
+_TEXT_TO_PARTS: Final = (
+    "{%- set parted = namespace(messages=[]) -%}"
+    "{%- for message in messages -%}"
+    "{%- set parts = [{'type': 'text', 'text': message['content'] or ''}] -%}"
+    "{%- set parted.messages = parted.messages + [dict(message, content=parts)] -%}"
+    "{%- endfor -%}"
+    "{%- set messages = parted.messages -%}"
+)
+# A template of a model with images, such as LLaVA-NeXT's, that does not accept a text in the place of a list of parts.
+_CONTENT: Final = r"""(\[['"]content['"]\]|\.content)"""
+_READS_PARTS: Final = re.compile(
+    rf"""{_CONTENT}\s*\|\s*selectattr|{_CONTENT}\[0\](\[['"]|\.)text|\bin\s+\w+{_CONTENT}\s*(-?%}}|\|)"""
+)
+_READS_TEXT: Final = re.compile(r"\bis\s+string\b")
 # For programs that render the template without options: the prompts are then those of the training.
 _DEFAULTS: Final = (
     "{%- if enable_thinking is not defined -%}{%- set enable_thinking = false -%}{%- endif -%}"
@@ -50,8 +64,9 @@ _DEFAULTS: Final = (
 
 
 def with_image_parts(template: str) -> str:
-    """Return a text model's Jinja template for messages whose content may be a list of image and text parts.
+    """Return a Jinja template for messages whose content may be a text, or a list of image and text parts.
 
+    The template is that of a text model, or one that reads lists of parts only: it gets the text as the only part.
     ``strftime_now`` is replaced by a fixed date, so that a conversation has the same tokens on each day. Thinking is
     off unless it is asked for.
     """
@@ -60,7 +75,8 @@ def with_image_parts(template: str) -> str:
     from datetime import date
 
     fixed = _CALL_OF_TODAY.sub(lambda call: repr(date(*_FIXED_DATE).strftime(call.group(2))), template)
-    return _PARTS_TO_TEXT + _DEFAULTS + fixed
+    only_parts = _READS_PARTS.search(template) is not None and _READS_TEXT.search(template) is None
+    return _PARTS_TO_TEXT + (_TEXT_TO_PARTS if only_parts else "") + _DEFAULTS + fixed
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,11 +24,13 @@ from llavar_peft.data.conversation_template import (
     split_placeholders,
 )
 from llavar_peft.data.image_preparation import prepare_image
-from llavar_peft.data.image_roots import ImageRoots
+from llavar_peft.data.image_roots import ImageRoots, OpenedImages
 from llavar_peft.data.record_store import parse_record
 from llavar_peft.data.text_encoder import TextEncoder, text_encoder, valid_unicode
 from llavar_peft.errors import ConfigError, DataError
-from llavar_peft.types import Conversation, EmbeddedImage, Example, ImageSource, Processor, Turn
+from llavar_peft.types import Conversation, EmbeddedImage, Example, ImageSource, Processor, TileLayout, Turn
+
+OpensImages = ImageRoots | OpenedImages
 
 
 @dataclass(slots=True)
@@ -52,7 +54,7 @@ class Encoding:
 
 
 def encode_record(
-    record: Mapping[str, Any], processor: Processor, max_length: int, *, roots: ImageRoots | None = None
+    record: Mapping[str, Any], processor: Processor, max_length: int, *, roots: OpensImages | None = None
 ) -> Example:
     """Encode a raw record for training.
 
@@ -61,7 +63,7 @@ def encode_record(
         processor: Tokenizer and image settings.
         max_length: Maximum number of tokens, image tokens included. A longer record is cut at its end; an image that
             does not fit completely is left out with everything after it.
-        roots: The image folders; required only in image mode ``"keep"``, which measures the images.
+        roots: The image folders; required only with tiles and in image mode ``"keep"``, which measure the images.
 
     Returns:
         Ids and labels. If the record cannot be trained on, no label remains and ``dropped`` is one of
@@ -79,7 +81,7 @@ def encode_record(
 
 
 def encode_conversation(
-    conversation: Conversation, processor: Processor, max_length: int, *, roots: ImageRoots | None = None
+    conversation: Conversation, processor: Processor, max_length: int, *, roots: OpensImages | None = None
 ) -> Example:
     """Encode a validated record, as ``encode_record`` does."""
     if max_length < 1:
@@ -88,10 +90,17 @@ def encode_conversation(
         )
     contents = _without_images_beyond(_contents(conversation, front=processor.sep_image_conv_front), max_length + 1)
     images = _placed_images(conversation, sum(part is None for content in contents for part in content))
-    by_image = {image: _image_tokens(image, processor, roots, conversation.id) for image in dict.fromkeys(images)}
-    counts = tuple(by_image[image] for image in images)
     turns = zip((turn.role for turn in conversation.turns), contents, strict=True)
-    pieces = processor.conversation_template.pieces(turns, system=conversation.system)
+    pieces = list(processor.conversation_template.pieces(turns, system=conversation.system))
+    layouts: tuple[TileLayout, ...] = ()
+    if processor.tile_geometry is not None and images:
+        text = len(encode_pieces(pieces, text_encoder(processor), [0] * len(images)).ids)
+        sizes = _sizes(images, _required(roots, images, conversation.id))
+        layouts = tuple(processor.tile_geometry.layouts(sizes, max(0, max_length - text)))
+        counts = tuple(processor.tile_geometry.tokens(layout) for layout in layouts)
+    else:
+        by_image = {image: _image_tokens(image, processor, roots, conversation.id) for image in dict.fromkeys(images)}
+        counts = tuple(by_image[image] for image in images)
     encoding = encode_pieces(pieces, text_encoder(processor), counts)
 
     cut = _cut(encoding, max_length)
@@ -106,6 +115,7 @@ def encode_conversation(
         labels=_tensor(labels),
         images=images[:kept],
         image_token_counts=counts[:kept],
+        image_layouts=layouts[:kept],
         dropped=dropped,
     )
 
@@ -210,19 +220,35 @@ def _placed_images(conversation: Conversation, placeholders: int) -> tuple[Image
     return images[:placeholders]
 
 
-def _image_tokens(image: ImageSource, processor: Processor, roots: ImageRoots | None, record: str) -> int:
+def _image_tokens(image: ImageSource, processor: Processor, roots: OpensImages | None, record: str) -> int:
     if processor.image_mode != "keep":
         return processor.num_image_tokens
-    if roots is None and isinstance(image, EmbeddedImage):
-        roots = ImageRoots()
-    if roots is None:
-        raise DataError.at(
-            f"record {record}",
-            'no image folder was given, but image mode "keep" has to measure the images',
-            "pass roots=ImageRoots(...), or give the folder with --images",
-        )
-    height, width = prepare_image(roots.open(image), "keep", processor).shape[-2:]
+    opened = _required(roots, [image], record).open(image)
+    height, width = prepare_image(opened, "keep", processor).shape[-2:]
     return (height // processor.patch_size) * (width // processor.patch_size)
+
+
+def _sizes(images: Sequence[ImageSource], roots: OpensImages) -> list[tuple[int, int]]:
+    """Return the (width, height) of each image; the same one is opened once."""
+    by_image = {image: roots.open(image).size for image in dict.fromkeys(images)}
+    return [by_image[image] for image in images]
+
+
+def _required(roots: OpensImages | None, images: Sequence[ImageSource], record: str) -> OpensImages:
+    """Return the image folders; embedded images need none.
+
+    Raises:
+        DataError: They were not given.
+    """
+    if roots is not None:
+        return roots
+    if all(isinstance(image, EmbeddedImage) for image in images):
+        return ImageRoots()
+    raise DataError.at(
+        f"record {record}",
+        'no image folder was given, but tiles and image mode "keep" have to measure the images',
+        "pass roots=ImageRoots(...), or give the folder with --images",
+    )
 
 
 def _cut(encoding: Encoding, max_length: int) -> int:

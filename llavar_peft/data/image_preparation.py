@@ -5,6 +5,9 @@
 ``keep``       training: aspect ratio kept, long side at most 448, no crop; the number of patches depends on the image
 ``pad_black``  inference: long side resized, padded with black on the right and below
 
+With tiles (``prepare_tiles``), the mode does not matter: the whole image is resized to the tower's square, and the
+tiles are cut from an image that is resized and padded with black, as LLaVA-NeXT does.
+
 Pillow does the geometry. Rescaling and normalizing are transformers' own functions, applied once to the 256 possible
 values instead of to each pixel; the result is bit-equal to that of ``CLIPImageProcessor``. Shapes: H and W pixels, C
 channels, V 8-bit values.
@@ -15,7 +18,7 @@ Source: LLaVAR, llava/train/train.py, ``LazySupervisedDataset``; llava/eval/run_
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -25,7 +28,7 @@ from PIL import Image
 
 from llavar_peft.data.image_files import open_image
 from llavar_peft.errors import DAMAGED, ConfigError, LlavarError, describe_reason
-from llavar_peft.types import ImageMode
+from llavar_peft.types import ImageMode, Processor, TileLayout
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -89,6 +92,64 @@ def prepare_image(image: Image.Image | str | Path, mode: ImageMode, processor: A
     return _tensor(_MODES[mode](open_image(image), settings), settings.table_3V)
 
 
+def prepare_tiles(image: Image.Image | str | Path, layout: TileLayout | None, processor: Processor) -> Tensor:
+    """Prepare an image as the whole and its tiles, with the pixels of LLaVA-NeXT.
+
+    Args:
+        image: An image or a local path, as in ``open_image``.
+        layout: How it is cut, from ``processor.tile_geometry``; None chooses the best grid.
+        processor: The processor of a model with tiles.
+
+    Returns:
+        float32 ``[1 + rows * columns, 3, S, S]``, the tiles in reading order.
+
+    Raises:
+        ImageError: The image cannot be opened.
+    """
+    import torch
+
+    opened, settings, geometry = open_image(image), image_settings(processor), processor.tile_geometry
+    side, (rows, columns) = geometry.side, (layout or geometry.layouts([opened.size])[0])[:2]
+    width, height = geometry.resized(opened.size, (rows, columns))
+    canvas = Image.new("RGB", (columns * side, rows * side))
+    place = (canvas.width - width) // 2, (canvas.height - height) // 2
+    canvas.paste(opened.resize((width, height), settings.resample), place)
+    boxes = [(x * side, y * side, (x + 1) * side, (y + 1) * side) for y in range(rows) for x in range(columns)]
+    views = [opened.resize((side, side), settings.resample), *(canvas.crop(box) for box in boxes)]
+    return torch.stack([_tensor(view, settings.table_3V) for view in views])
+
+
+def prepare_crops(image: Image.Image | str | Path, mode: ImageMode, processor: Processor, grid: int) -> Tensor:
+    """Prepare an image at a multiple of the tower's size, cut into crops of that size.
+
+    Args:
+        image: An image or a local path, as in ``open_image``.
+        mode: ``pad``, ``square`` or ``pad_black``.
+        processor: A ``LlavarProcessor``.
+        grid: Rows, and columns, of the crops.
+
+    Returns:
+        float32 ``[grid * grid, 3, S, S]``, in reading order.
+
+    Raises:
+        ImageError: The image cannot be opened.
+        ConfigError: The mode keeps the shape of the image.
+    """
+    if mode == "keep":
+        raise ConfigError.at("image_mode", "keep has no crops of one size", "choose pad, square or pad_black")
+    settings = image_settings(processor)
+    larger = replace(
+        settings,
+        short=None if settings.short is None else settings.short * grid,
+        fixed=None if settings.fixed is None else (settings.fixed[0] * grid, settings.fixed[1] * grid),
+        crop=None if settings.crop is None else (settings.crop[0] * grid, settings.crop[1] * grid),
+    )
+    whole_3HW = _tensor(_MODES[mode](open_image(image), larger), settings.table_3V)
+    side = whole_3HW.shape[-1] // grid
+    crops_3GGSS = whole_3HW.unfold(1, side, side).unfold(2, side, side)
+    return crops_3GGSS.permute(1, 2, 0, 3, 4).flatten(0, 1).contiguous()
+
+
 def image_token_count(size: Tensor | tuple[int, int], patch_size: int) -> int:
     """Return the number of image tokens of an image, which is the number of its complete patches.
 
@@ -116,6 +177,20 @@ def prepared_scale(size: tuple[int, int], mode: ImageMode, processor: Any) -> fl
     if isinstance(processor, int):
         return processor / min(width, height)
     return _resized_size((width, height), image_settings(processor))[1] / height
+
+
+def kept_size(size: tuple[int, int], min_side: int) -> tuple[int, int]:
+    """Return the (width, height) of an image after preparation in mode ``keep``.
+
+    Args:
+        size: (width, height) of the image.
+        min_side: Minimum length of each side in pixels: that of a patch.
+    """
+    short, long = sorted(size)
+    new_short = int(min(_KEEP_LONG / (long / short), _KEEP_SHORT))
+    new_long = int(new_short * long / short) if new_short else _KEEP_LONG
+    new_short, new_long = max(new_short, min_side), max(new_long, min_side)
+    return (new_short, new_long) if size[0] <= size[1] else (new_long, new_short)
 
 
 def _square(image: Image.Image, settings: _Settings) -> Image.Image:
@@ -173,12 +248,7 @@ def _keep(image: Image.Image, settings: _Settings) -> Image.Image:
     Each side has at least one patch if the size of a patch is known (the original's tower fails below that), else one
     pixel.
     """
-    short, long = sorted(image.size)
-    new_short = int(min(_KEEP_LONG / (long / short), _KEEP_SHORT))
-    new_long = int(new_short * long / short) if new_short else _KEEP_LONG
-    new_short, new_long = max(new_short, settings.min_side), max(new_long, settings.min_side)
-    size = (new_short, new_long) if image.width <= image.height else (new_long, new_short)
-    return image.resize(size, settings.resample)
+    return image.resize(kept_size(image.size, settings.min_side), settings.resample)
 
 
 def _pad_black(image: Image.Image, settings: _Settings) -> Image.Image:

@@ -81,6 +81,10 @@ class ImageRoots:
             return decode_image(bytes(image.data), image.name)
         return open_image(self.resolve(image))
 
+    def opened(self) -> OpenedImages:
+        """Return a view of these folders that opens each image once, for the images of one record."""
+        return OpenedImages(self)
+
     def is_inside(self, path: str | Path) -> bool:
         """Return whether a path is in one of the folders after all symbolic links are followed."""
         real = os.path.realpath(path)
@@ -125,6 +129,24 @@ def _similar(root: Path, path: str) -> Sequence[str]:
     same = [other for other in names if os.path.splitext(other)[0].casefold() == stem]
     found = same or get_close_matches(name, names[:2000], n=1, cutoff=0.8)
     return [os.path.join(folder, other) for other in sorted(found)]
+
+
+class OpenedImages:
+    """The images of one record, each opened once: to measure it, and to prepare it.
+
+    Args:
+        roots: The image folders.
+    """
+
+    def __init__(self, roots: ImageRoots) -> None:
+        self._roots = roots
+        self._images: dict[ImageSource, Image.Image] = {}
+
+    def open(self, image: ImageSource) -> Image.Image:
+        """Open an image as ``ImageRoots.open`` does, or return the one that is open."""
+        if image not in self._images:
+            self._images[image] = self._roots.open(image)
+        return self._images[image]
 
 
 class FolderListing:

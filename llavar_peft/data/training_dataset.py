@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, zip_longest
 from typing import Any, Final
 
 import numpy as np
@@ -18,12 +18,13 @@ from torch.utils.data import Dataset
 
 from llavar_peft.constants import IGNORE_INDEX
 from llavar_peft.data.encode_record import encode_record
-from llavar_peft.data.image_preparation import prepare_image
 from llavar_peft.data.image_roots import ImageRoots
 from llavar_peft.data.message_records import is_message, written_turns
+from llavar_peft.data.prepared_images import PreparedImage, image_inputs
 from llavar_peft.data.record_images import image_keys
 from llavar_peft.data.record_mixture import EpochDraw, RecordMixture
 from llavar_peft.data.record_store import RecordSource
+from llavar_peft.data.tile_layout import view_count
 from llavar_peft.errors import DataError, ImageError
 from llavar_peft.types import Example, Processor
 
@@ -33,6 +34,9 @@ IMAGE_PLACES: Final = "image_places"
 PLACES: Final = {SUPERVISED_PLACES: "supervised_counts", IMAGE_PLACES: "image_token_counts"}
 """Keys of a batch for the positions that predict a supervised token and for those of ``<im_patch>``: int64, counted
 over all rows of the batch in reading order, item by item. Each has the key of a tuple with the number in each item."""
+IMAGE_STARTS: Final = "image_starts"
+"""Key of a batch, with a second encoder, for the token of each item at which each of its images starts: a tuple of a
+tuple for each item."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,13 +45,15 @@ class Item:
 
     Attributes:
         example: Ids and labels.
-        pixels: float32 ``[3, H, W]`` for each image of the example.
+        pixels: float32 ``[3, H, W]`` for each image of the example, with tiles ``[V, 3, S, S]``.
         fault: Why the record carries no loss, starting with its kind (``"image: ..."``, ``"labels: ..."``), else None.
+        details: The second encoder's input for each image; empty without one.
     """
 
     example: Example
     pixels: tuple[Tensor, ...]
     fault: str | None
+    details: tuple[Tensor, ...] = ()
 
 
 class TrainingDataset(Dataset[Item]):
@@ -88,9 +94,10 @@ class TrainingDataset(Dataset[Item]):
     def __getitem__(self, position: int) -> Item:
         index = int(self.indices[position])
         raw = self.records[index]
+        images = self.roots_of(index).opened()
         try:
-            # In image mode "keep" this measures the images, since their size gives the number of their tokens.
-            example = encode_record(raw, self.processor, self.max_length, roots=self.roots_of(index))
+            # With tiles and in image mode "keep" this measures the images, whose size gives the number of their tokens.
+            example = encode_record(raw, self.processor, self.max_length, roots=images)
         except ImageError as error:
             return _faulty(raw, index, f"image: {error}")
         except DataError as error:
@@ -98,13 +105,14 @@ class TrainingDataset(Dataset[Item]):
         if example.dropped is not None:
             return Item(example, (), f"labels: {example.dropped}")
         try:
-            pixels = tuple(
-                prepare_image(self.roots_of(index).open(image), self.processor.image_mode, self.processor)
-                for image in example.images
-            )
+            prepared = [
+                PreparedImage.prepare(images.open(image), self.processor.image_mode, self.processor, layout)
+                for image, layout in zip_longest(example.images, example.image_layouts)
+            ]
         except ImageError as error:
             return _faulty(raw, index, f"image: {error}")
-        return Item(example, pixels, None)
+        details = tuple(image.detail for image in prepared if image.detail is not None)
+        return Item(example, tuple(image.pixels for image in prepared), None, details)
 
     def roots_of(self, index: int) -> ImageRoots:
         """Return the image folders of a record, by its index in ``records``."""
@@ -174,6 +182,7 @@ class Collator:
             Padded: ``input_ids``, ``labels``, ``attention_mask`` ``[B, T]``.
             Packed: ``input_ids``, ``labels`` ``[1, T]``, and two tuples with a number for each item: ``lengths`` in
             tokens, and ``image_counts``.
+            With a second encoder: ``image_starts``.
             Both: ``ids`` and ``faults`` for the trainer; the positions in ``PLACES``; the number of ``tokens`` without
             padding; and, if there are images, ``pixel_values`` ``[N, 3, H, W]``, or a list of N tensors ``[3, H, W]``
             of different sizes.
@@ -187,10 +196,11 @@ class Collator:
             "faults": [(item.example.id, item.fault) for item in items if item.fault is not None],
         }
         pixels = [image for item in good for image in item.pixels]
-        if pixels:
-            same = len({tuple(image.shape) for image in pixels}) == 1
-            batch["pixel_values"] = torch.stack(pixels) if same else pixels
-        return batch
+        layouts = [layout for item in good for layout in item.example.image_layouts]
+        details = [detail for item in good for detail in item.details]
+        if details and self.image_token_id is not None:
+            batch[IMAGE_STARTS] = tuple(_image_starts(item.example, self.image_token_id) for item in good)
+        return {**batch, **image_inputs(pixels, layouts, details)}
 
     def _find_places(self, good: Sequence[Item], *, width: int | None) -> dict[str, Any]:
         """Return where the tokens are that the model looks for, so that no device has to be asked for it.
@@ -242,6 +252,12 @@ class Collator:
         }
 
 
+def _image_starts(example: Example, image_token_id: int) -> tuple[int, ...]:
+    """Return the position of each image's first token."""
+    places = example.input_ids.eq(image_token_id).nonzero()[:, 0].tolist()
+    return tuple(places[number] for number in accumulate(example.image_token_counts[:-1], initial=0) if places)
+
+
 def split_batch(batch: Mapping[str, Any], bins: Sequence[Sequence[int]]) -> list[dict[str, Any]]:
     """Split a packed row into several packed rows.
 
@@ -251,7 +267,7 @@ def split_batch(batch: Mapping[str, Any], bins: Sequence[Sequence[int]]) -> list
     """
     lengths, image_counts = batch["lengths"], batch["image_counts"]
     columns = [slice(end - length, end) for length, end in zip(lengths, accumulate(lengths), strict=True)]
-    images = [slice(end - number, end) for number, end in zip(image_counts, accumulate(image_counts), strict=True)]
+    images = [range(end - number, end) for number, end in zip(image_counts, accumulate(image_counts), strict=True)]
     rows = []
     for items in bins:
         if not items:
@@ -269,11 +285,19 @@ def split_batch(batch: Mapping[str, Any], bins: Sequence[Sequence[int]]) -> list
                 row[places] = _move_places(batch[places], batch[counts], items, lengths)
                 row[counts] = tuple(batch[counts][item] for item in items)
         if any(row["image_counts"]):
-            parts = [batch["pixel_values"][images[item]] for item in items]
-            stacked = isinstance(batch["pixel_values"], Tensor)
-            row["pixel_values"] = torch.cat(parts) if stacked else [image for part in parts for image in part]
+            if IMAGE_STARTS in batch:
+                row[IMAGE_STARTS] = tuple(batch[IMAGE_STARTS][item] for item in items)
+            row.update(_pick_images(batch, [number for item in items for number in images[item]]))
         rows.append(row)
     return rows
+
+
+def _pick_images(batch: Mapping[str, Any], chosen: Sequence[int]) -> dict[str, Any]:
+    """Return the model's arguments for some of a batch's images, in this order."""
+    pixels, layouts = batch["pixel_values"], batch.get("image_layouts", ())
+    each = torch.split(pixels, list(map(view_count, layouts))) if layouts else pixels
+    details = [batch["detail_values"][number] for number in chosen] if "detail_values" in batch else []
+    return image_inputs([each[number] for number in chosen], [layouts[number] for number in chosen if layouts], details)
 
 
 def _move_places(places: Tensor, counts: Sequence[int], items: Sequence[int], lengths: Sequence[int]) -> Tensor:

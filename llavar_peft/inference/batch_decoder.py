@@ -10,7 +10,7 @@ Shape suffixes: B rows, T tokens, W width of the cache, D language model width, 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from itertools import groupby
+from itertools import accumulate, groupby
 from typing import Any
 
 import torch
@@ -20,9 +20,11 @@ from transformers import DynamicCache
 
 from llavar_peft.errors import DataError
 from llavar_peft.inference.engine import Engine
-from llavar_peft.inference.generation_request import Answer, FinishReason, Prefix, Request
+from llavar_peft.inference.generation_request import Answer, FinishReason, Prefix, Request, inputs_of_images
 from llavar_peft.inference.text_stream import TextStream
 from llavar_peft.inference.token_sampling import choose_tokens, new_generator
+from llavar_peft.models.cross_attention import detail_segments
+from llavar_peft.models.detail_features import ImageDetails
 from llavar_peft.models.modeling_llavar import CACHE_ARGUMENT
 
 
@@ -149,6 +151,7 @@ class DecodingBatch:
             attention_mask=self._mask_BW,
             position_ids=positions_B1,
             use_cache=True,
+            **self._details([row.request for row in self.rows], None, width=1),
             **{CACHE_ARGUMENT: self._cache},
         )
         self._append_tokens(output.logits[:, -1], first=0)
@@ -176,24 +179,49 @@ class DecodingBatch:
             inputs = self._encode_prompts(requests, width)
         else:
             inputs = self._embed_prompts(requests, past, width - past)
+        details = self._details(requests, past, width - past)
         output = self._engine.base_model(
             **inputs,
+            **details,
             attention_mask=mask_BW,
             position_ids=(mask_BW.cumsum(dim=1) - 1).clamp(min=0)[:, past:],
             use_cache=True,
             logits_to_keep=1,
             **{CACHE_ARGUMENT: cache},
         )
+        if details and "detail_values" in inputs:
+            images = [image for request in requests for image in request.images]
+            for image, features_FC in zip(images, details["details"].features_NFC, strict=True):
+                image.detail_features[self._adapter] = features_FC
         return cache, mask_BW, output.logits[:, -1]
+
+    def _details(self, requests: Sequence[Request], past: int | None, width: int) -> dict[str, Any]:
+        """Return which tokens of the rows attend to which images, for a second encoder; nothing without one.
+
+        Args:
+            requests: The rows, aligned on the right.
+            past: The number of tokens of each prompt that are in the cache; None for a token after all of them.
+            width: The number of tokens of a row that are computed.
+        """
+        images = [image for request in requests for image in request.images]
+        if not any(image.detail is not None for image in images):
+            return {}
+        conversations = []
+        for row, request in enumerate(requests, start=1):
+            known = len(request.ids) if past is None else past
+            length = 1 if past is None else len(request.ids) - past
+            places = (request.ids == self._engine.processor.image_token_id).nonzero()[:, 0].tolist()
+            firsts = accumulate((image.tokens for image in request.images[:-1]), initial=0) if places else ()
+            conversations.append((row * width - length, length, [places[first] - known for first in firsts]))
+        features = [image.detail_features.get(self._adapter) for image in images]
+        return {"details": ImageDetails(detail_segments(conversations), [one for one in features if one is not None])}
 
     def _encode_prompts(self, requests: Sequence[Request], width: int) -> dict[str, Any]:
         """Return the model's inputs as a training step has them: the whole model is called, never a part of it."""
         device, padding = self._engine.device, self._engine.processor.tokenizer.pad_token_id
         ids = [pad(request.ids, (width - len(request.ids), 0), value=padding) for request in requests]
-        pixels = [image.pixels.to(device) for request in requests for image in request.images]
-        same_size = len({image.shape for image in pixels}) == 1
-        inputs: dict[str, Any] = {"input_ids": torch.stack(ids).to(device)}
-        return {**inputs, "pixel_values": torch.stack(pixels) if same_size else pixels} if pixels else inputs
+        images = [image for request in requests for image in request.images]
+        return {"input_ids": torch.stack(ids).to(device), **inputs_of_images(images, device)}
 
     def _embed_prompts(self, requests: Sequence[Request], past: int, width: int) -> dict[str, Any]:
         """Return the embeddings from a position on, with features that were computed before or are kept from now on."""

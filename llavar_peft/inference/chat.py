@@ -260,7 +260,8 @@ class Dialogue:
         Raises:
             ImageError: The image is missing or broken.
         """
-        self._next_images = tuple(prepare_images(image, self._engine.processor, image_mode))
+        earlier = [one for turn in self.turns for one in turn.images]
+        self._next_images = tuple(prepare_images(image, self._engine.processor, image_mode, earlier=earlier))
 
     def clear(self) -> None:
         """Remove all turns and images."""

@@ -17,11 +17,11 @@ import torch
 from torch import Tensor, distributed
 
 from llavar_peft.errors import ConfigError
-from llavar_peft.inference.generation_request import PromptImage
+from llavar_peft.inference.generation_request import PromptImage, inputs_of_images
 from llavar_peft.models.adapter_loading import add_adapter, apply_adapter, check_base_of_adapter
 from llavar_peft.models.build_model import build_model
-from llavar_peft.models.checkpoint_loading import resolve_folder
-from llavar_peft.models.hub_models import is_hub_name
+from llavar_peft.models.hub_models import is_hub_name, resolve_folder
+from llavar_peft.models.model_resolution import with_resolution_of
 from llavar_peft.recipe.schema import Attention, Dtype, Kernels, ModelConfig, Quantization
 from llavar_peft.recipe.validate import model_from_mapping
 from llavar_peft.weights.adapter.adapter_files import ADAPTER_CONFIG, BASE_FILE, read_base_settings, read_settings
@@ -118,18 +118,20 @@ class Engine:
         self._active = adapter
 
     def compute_features(self, images: Sequence[PromptImage], adapter: str | None) -> None:
-        """Run tower and projector on the images that lack features of this adapter, and store the features in them."""
+        """Run the encoders on the images that lack features of this adapter, and store the features in them."""
         self.use(adapter)
-        missing = {id(image): image for image in images if adapter not in image.features}
-        by_size: dict[tuple[int, ...], list[PromptImage]] = {}
-        for image in missing.values():
-            by_size.setdefault(tuple(image.pixels.shape), []).append(image)
+        missing = list({id(image): image for image in images if adapter not in image.features}.values())
+        if not missing:
+            return
+        inputs = inputs_of_images(missing, self.device)
+        detail_values = inputs.pop("detail_values", None)
         with self.no_grad():
-            for same_size in by_size.values():
-                pixels = torch.stack([image.pixels for image in same_size]).to(self.device)
-                features: list[Tensor] = self.base_model.model.get_image_features(pixels).pooler_output
-                for image, features_PD in zip(same_size, features, strict=True):
-                    image.features[adapter] = features_PD
+            features: list[Tensor] = self.base_model.model.get_image_features(**inputs).pooler_output
+            details = [] if detail_values is None else self.base_model.model.get_detail_features(detail_values)
+        for image, features_PD in zip(missing, features, strict=True):
+            image.features[adapter] = features_PD
+        for image, features_FC in zip(missing, details, strict=False):
+            image.detail_features[adapter] = features_FC
 
     def any_rank(self, flag: bool) -> bool:
         """Return whether the flag is set on any rank of the training run; without one, return the flag itself."""
@@ -176,6 +178,7 @@ def load_engine(
         WeightsError: The weights do not fit the model.
     """
     base, folders = _find_parts(model, adapters, vision_tower)
+    base = with_resolution_of(base, folders.values())
     if quantize is None:
         quantize = _trained_quantization(folders)
     device = _choose_device(device, quantize)

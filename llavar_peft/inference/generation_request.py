@@ -17,11 +17,11 @@ from torch import Tensor
 from llavar_peft.data.conversation_template import Content
 from llavar_peft.data.encode_record import encode_pieces
 from llavar_peft.data.image_files import decode_image
-from llavar_peft.data.image_preparation import image_token_count, prepare_image
+from llavar_peft.data.prepared_images import PreparedImage, image_inputs, prepare_record_images
 from llavar_peft.data.text_encoder import text_encoder
 from llavar_peft.errors import ConfigError, DataError
 from llavar_peft.inference.token_sampling import Sampling
-from llavar_peft.types import ImageMode, ReadableRepr, Role
+from llavar_peft.types import ImageMode, ReadableRepr, Role, TileLayout
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -38,17 +38,30 @@ class PromptImage(ReadableRepr):
     """A prepared image, and the features that were computed from it so far.
 
     Attributes:
-        pixels: float32 ``[3, H, W]``.
+        pixels: float32 ``[3, H, W]``, with tiles ``[V, 3, S, S]``.
         tokens: Number of ``<im_patch>`` tokens of the image.
         features: Projected features ``[tokens, D]``, by the name of the adapter whose projector computed them.
+        layout: How the image is cut into tiles; None without tiles.
+        detail: The second encoder's input; None without one.
+        detail_features: The second encoder's features ``[F, C]``, by the name of the adapter as ``features``.
     """
 
     pixels: Tensor
     tokens: int
     features: dict[str | None, Tensor] = field(default_factory=dict, repr=False)
+    layout: TileLayout | None = None
+    detail: Tensor | None = field(default=None, repr=False)
+    detail_features: dict[str | None, Tensor] = field(default_factory=dict, repr=False)
 
     @classmethod
-    def prepare(cls, image: ImageInput, processor: LlavarProcessor, mode: ImageMode | None = None) -> PromptImage:
+    def prepare(
+        cls,
+        image: ImageInput,
+        processor: LlavarProcessor,
+        mode: ImageMode | None = None,
+        *,
+        layout: TileLayout | None = None,
+    ) -> PromptImage:
         """Open and prepare an image.
 
         Args:
@@ -56,21 +69,49 @@ class PromptImage(ReadableRepr):
                 NumPy array, uint8 ``[H, W]`` or ``[H, W, 3]``.
             processor: The model's processor.
             mode: Overrides the processor's ``inference_image_mode``.
+            layout: How it is cut into tiles; None chooses the best grid.
 
         Raises:
             ImageError: The image is missing or broken.
             ConfigError: It is none of these.
         """
-        pixels = prepare_image(_as_image(image), mode or processor.inference_image_mode, processor)
-        return cls(pixels, image_token_count(pixels, processor.patch_size))
+        mode = mode or processor.inference_image_mode
+        return cls.of(PreparedImage.prepare(_as_image(image), mode, processor, layout))
+
+    @classmethod
+    def of(cls, prepared: PreparedImage) -> PromptImage:
+        """Return a prepared image, of which no features have been computed."""
+        return cls(prepared.pixels, prepared.tokens, layout=prepared.layout, detail=prepared.detail)
 
 
 def prepare_images(
-    images: ImageInput | Sequence[ImageInput] | None, processor: LlavarProcessor, mode: ImageMode | None = None
+    images: ImageInput | Sequence[ImageInput] | None,
+    processor: LlavarProcessor,
+    mode: ImageMode | None = None,
+    *,
+    earlier: Iterable[PromptImage] = (),
 ) -> list[PromptImage]:
-    """Open and prepare the images of one question: none, one, or several in order."""
+    """Open and prepare the images of one question: none, one, or several in order.
+
+    Args:
+        images: The images, as in ``PromptImage.prepare``.
+        processor: The model's processor.
+        mode: Overrides the processor's ``inference_image_mode``.
+        earlier: Images of earlier questions, with which they share the model's limit of image tokens.
+    """
     given: Sequence[Any] = [] if images is None else images if isinstance(images, list | tuple) else [images]
-    return [PromptImage.prepare(image, processor, mode) for image in given]
+    opened, used = list(map(_as_image, given)), sum(image.tokens for image in earlier)
+    made = prepare_record_images(opened, mode or processor.inference_image_mode, processor, used=used)
+    return list(map(PromptImage.of, made))
+
+
+def inputs_of_images(images: Sequence[PromptImage], device: torch.device) -> dict[str, Any]:
+    """Return the model's arguments for images, on a device."""
+    return image_inputs(
+        [image.pixels.to(device) for image in images],
+        [image.layout for image in images if image.layout is not None],
+        [image.detail.to(device) for image in images if image.detail is not None],
+    )
 
 
 def _as_image(image: ImageInput) -> Image | str | Path:

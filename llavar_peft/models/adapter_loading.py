@@ -11,16 +11,19 @@ import torch
 from llavar_peft.compat.dependency_internals import embed_used_rows_only
 from llavar_peft.errors import ConfigError, Fault
 from llavar_peft.models.build_model import build_model, expected_shapes
-from llavar_peft.models.checkpoint_loading import resolve_folder
+from llavar_peft.models.hub_models import resolve_folder
+from llavar_peft.models.model_resolution import with_resolution_of
 from llavar_peft.models.modeling_llavar import LlavarForConditionalGeneration
 from llavar_peft.models.tower_loading import read_tower
 from llavar_peft.recipe.schema import ModelConfig
+from llavar_peft.types import expand_home
 from llavar_peft.weights.adapter.adapter_files import ADAPTER_WEIGHTS, load_adapter_weights
 from llavar_peft.weights.adapter.adapter_layouts import open_adapter
 from llavar_peft.weights.adapter.adapter_parts import find_base_faults, find_shape_faults, split_adapter
 from llavar_peft.weights.adapter.adapter_settings import peft_settings
-from llavar_peft.weights.delta.released_layout import read_tower_table, view_as_released
+from llavar_peft.weights.delta.released_layout import read_model_config, read_tower_table, view_as_released
 from llavar_peft.weights.io import tensor_names
+from llavar_peft.weights.io.stated_resolution import RESOLUTION, find_resolution_fault, resolution_kind
 from llavar_peft.weights.io.tensor_blocks import find_not_finite, raise_faults, read_tensor
 from llavar_peft.weights.io.weights_fingerprint import check_adapter_base, take_fingerprint
 
@@ -28,7 +31,10 @@ if TYPE_CHECKING:
     from peft import LoraConfig, PeftModel
 
 # How the names of the tensors begin that a stage-1 projector file replaces.
-_REPLACED_BY_PROJECTOR = (tensor_names.RELEASED_PROJECTOR, tensor_names.RELEASED_EMBEDDINGS)
+_REPLACED_BY_PROJECTOR = (
+    tensor_names.RELEASED_PROJECTOR, tensor_names.RELEASED_EMBEDDINGS, tensor_names.RELEASED_NEWLINE,
+    tensor_names.CROSS_ATTENTION,
+)  # fmt: skip
 
 
 def load_adapter(
@@ -53,7 +59,8 @@ def load_adapter(
         The model with the adapter, in ``eval`` mode.
 
     Raises:
-        ConfigError: There is no adapter or no checkpoint, or the model already has an adapter.
+        ConfigError: There is no adapter or no checkpoint, the model already has an adapter, or it has another
+            resolution than the adapter was trained with.
         WeightsError: The base is another one or has another number of layers, or a tensor of the adapter is missing,
             unexpected, damaged or not finite. A given model is then unchanged.
     """
@@ -61,6 +68,7 @@ def load_adapter(
     if isinstance(base, (str, Path)):
         base = ModelConfig(checkpoint=str(base))
     if isinstance(base, ModelConfig):
+        base = with_resolution_of(base, [adapter])
         if not force:
             check_base_of_adapter(adapter, base)
         base, _ = build_model(base, device=device)
@@ -120,9 +128,14 @@ def check_base_of_adapter(adapter: Path, config: ModelConfig) -> None:
     """Reject a base that an adapter was not trained on. An adapter without a fingerprint cannot be checked.
 
     Raises:
+        ConfigError: The base has another resolution.
         WeightsError: The base is another one; the message states the differences.
     """
     base = config.checkpoint or config.language_model or ""
+    kind: str | None = None if config.resolution is None else config.resolution.type
+    if kind is None and (expand_home(base) / "config.json").is_file():
+        kind = resolution_kind(read_model_config(expand_home(base)))
+    _raise_fault(find_resolution_fault(adapter, kind))
     check_adapter_base(adapter, lambda: fingerprint_base(config), base)
     check_adapter_base(adapter, lambda: fingerprint_tower(config), config.vision_tower or base, role="tower")
 
@@ -165,9 +178,16 @@ def fingerprint_tower(config: ModelConfig) -> dict[str, Any] | None:
     return take_fingerprint(table, {}) if table else None
 
 
+def _raise_fault(fault: Fault | None) -> None:
+    if fault is not None:
+        raise ConfigError(str(fault), (fault,))
+
+
 def _read_checked(model: LlavarForConditionalGeneration, folder: Path) -> tuple[dict[str, torch.Tensor], LoraConfig]:
     """Read an adapter's tensors, all of which fit the model and are finite, and its settings."""
     stored = open_adapter(folder)
+    kind = resolution_kind({RESOLUTION: model.config.resolution})
+    _raise_fault(find_resolution_fault(folder, kind, can_change=False))
     table = stored.table
     parts = split_adapter(table)
     faults: list[Fault] = list(find_shape_faults(parts, stored.settings, str(folder)))

@@ -27,8 +27,9 @@ from llavar_peft.compat.dependency_internals import (
 )
 from llavar_peft.constants import MODEL_TYPE
 from llavar_peft.errors import ConfigError, EnvironmentFaultError, MissingDependencyError
-from llavar_peft.models.checkpoint_loading import read_checkpoint, read_parts, resolve_folder
+from llavar_peft.models.checkpoint_loading import read_checkpoint, read_parts
 from llavar_peft.models.decoder_structure import check_linear
+from llavar_peft.models.hub_models import resolve_folder
 from llavar_peft.models.launch_environment import claim_device, half_precision, requested_sharding
 from llavar_peft.models.layer_kernels import apply_kernels, check_kernels
 from llavar_peft.models.llavar_config import LlavarConfig
@@ -40,17 +41,19 @@ from llavar_peft.models.pretrained_files import load_pretrained, unreadable_sett
 from llavar_peft.models.processing_llavar import LlavarProcessor
 from llavar_peft.recipe.schema import Attention, Dtype, Kernels, ModelConfig, Quantization
 from llavar_peft.weights.io import tensor_names
+from llavar_peft.weights.io.companion_files import PROCESSOR_FILE
 from llavar_peft.weights.io.joined_rows import JoinedRows, whole
 from llavar_peft.weights.io.projector_file import apply_projector
 from llavar_peft.weights.io.tensor_blocks import check_tensors
 
 logger = logging.getLogger(__name__)
 
-PROCESSOR_FILE = "processor_config.json"
 _SMALL_MODEL = 500_000_000  # parameters
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # Modules that are never quantized. "vision_tower" alone would not match the tower's modules.
-_UNQUANTIZED = ["model.vision_tower", "model.multi_modal_projector", "lm_head"]
+_UNQUANTIZED = [
+    "model.vision_tower", "model.multi_modal_projector", "model.cross_attention", "model.detail_encoder", "lm_head",
+]  # fmt: skip
 
 
 def build_model(
@@ -133,8 +136,8 @@ def build_pending_model(
     for name, buffer in model.named_buffers():
         if name in parts.tensors:  # such as the correction of the routing to experts, which no gradient changes
             buffer.copy_(whole(parts.tensors[name]))
-    for name in [name for name in parts.tensors if name.startswith(tensor_names.PROJECTOR)]:
-        # Small, and copied by peft: read at once.
+    for name in [name for name in parts.tensors if name.startswith(tensor_names.TRAINED_WITH_PROJECTOR)]:
+        # Copied by peft: read at once.
         module, _, own = name.rpartition(".")
         setattr(model.get_submodule(module), own, nn.Parameter(whole(parts.tensors[name]).to(dtype, copy=True)))
     model.pending_weights = pending
@@ -260,7 +263,7 @@ def _read_checked_parts(config: ModelConfig, seed: int) -> ModelParts:
     register()
     _check_values(config)
     _check_sources(config)
-    parts = read_checkpoint(config) if config.checkpoint is not None else read_parts(config, seed=seed)
+    parts = read_checkpoint(config, seed=seed) if config.checkpoint is not None else read_parts(config, seed=seed)
     check_kernels(config.kernels, parts.config.text_config.model_type)
     if config.quantize is not None:
         check_linear(parts.config.text_config, config.quantize)

@@ -7,15 +7,24 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast, get_args
 
-from transformers import AutoImageProcessor, AutoTokenizer, CLIPImageProcessorPil, CLIPVisionConfig, PretrainedConfig
+from transformers import (
+    AutoImageProcessor,
+    AutoTokenizer,
+    CLIPImageProcessorPil,
+    CLIPVisionConfig,
+    LlavaNextConfig,
+    PretrainedConfig,
+)
 
-from llavar_peft.constants import IMAGE_PLACEHOLDER, IMAGE_START_TOKEN, MODEL_TYPE
+from llavar_peft.constants import IMAGE_PLACEHOLDER, IMAGE_START_TOKEN, MODEL_TYPE, STOCK_TILES_MODEL_TYPE
 from llavar_peft.errors import ConfigError
+from llavar_peft.models.flat_layout import read_flat_resolution
 from llavar_peft.models.hub_models import cached_folder, is_hub_name
 from llavar_peft.models.known_models import KNOWN_MODELS, LLAMA_SIZES, TOKENS
 from llavar_peft.models.llavar_config import LlavarConfig, make_config, read_flat_text_config, read_llama_config
 from llavar_peft.models.pretrained_files import load_pretrained, make_part_settings
 from llavar_peft.models.tower_loading import as_clip_processor, count_extra_positions, prepared_side
+from llavar_peft.recipe.resolution import Tiles, checked_resolution, describe_resolution, read_grids
 from llavar_peft.recipe.schema import ModelConfig, ProjectorType
 from llavar_peft.types import expand_home
 from llavar_peft.weights.delta.released_layout import read_model_config
@@ -65,6 +74,14 @@ def config_without_weights(model: ModelConfig) -> LlavarConfig:
     Raises:
         ConfigError: The size of a part is unknown.
     """
+    config = _read_config(model)
+    if model.resolution is not None:
+        config.resolution = describe_resolution(checked_resolution(model.resolution, "model.resolution"))
+    return config
+
+
+def _read_config(model: ModelConfig) -> LlavarConfig:
+    """Return the configuration without the resolution that the settings add."""
     if model.checkpoint is not None:
         return _of_checkpoint(model, model.checkpoint)
     name = model.language_model or ""
@@ -137,6 +154,7 @@ def _of_checkpoint(model: ModelConfig, name: str) -> LlavarConfig:
         image_side=tower.side,
         extra_positions=tower.extra_positions,
         projector_type=cast("ProjectorType", stated) if stated in get_args(ProjectorType) else "linear",
+        resolution=read_flat_resolution(described, tower.side, folder),
     )
 
 
@@ -145,6 +163,9 @@ def _of_stock(source: _Source) -> LlavarConfig:
     text = make_part_settings(described["text_config"], folder, default="llama")
     tower = make_part_settings(described.get("vision_config"), folder, default="clip_vision_model")
     tokenizer = source.load_tokenizer()
+    tiled = described.get("model_type") == STOCK_TILES_MODEL_TYPE
+    where, pinpoints = f"{folder / 'config.json'}:image_grid_pinpoints", LlavaNextConfig().image_grid_pinpoints
+    pinpoints = described.get("image_grid_pinpoints") or pinpoints
     return make_config(
         text,
         tower,
@@ -152,9 +173,10 @@ def _of_stock(source: _Source) -> LlavarConfig:
         image_token_id=described.get("image_token_index", text.vocab_size - 1),
         vision_feature_layer=described.get("vision_feature_layer", -2),
         use_im_start_end=tokenizer is not None and IMAGE_START_TOKEN in tokenizer.get_vocab(),
-        image_side=_side(folder, tower),
+        image_side=int(tower.image_size) if tiled else _side(folder, tower),
         extra_positions=int(described.get("vision_feature_select_strategy", "default") == "default"),
         projector_type="mlp2x_gelu" if described.get("projector_hidden_act", "gelu") == "gelu" else "linear",
+        resolution=Tiles(grid=read_grids(pinpoints, int(tower.image_size), where)) if tiled else None,
     )
 
 

@@ -17,12 +17,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from llavar_peft.atomic_files import write_json
-from llavar_peft.constants import MODEL_TYPE, RELEASED_MODEL_TYPE
+from llavar_peft.constants import MODEL_TYPE, STOCK_MODEL_TYPES
 from llavar_peft.errors import ConfigError
 from llavar_peft.models.build_model import expected_shapes, register
-from llavar_peft.models.checkpoint_loading import read_checkpoint, resolve_folder
+from llavar_peft.models.checkpoint_loading import read_checkpoint
 from llavar_peft.models.flat_layout import is_flat
 from llavar_peft.models.hf_llava import write_stock_companions
+from llavar_peft.models.hub_models import resolve_folder
 from llavar_peft.models.llava_lora import convert_llava_lora
 from llavar_peft.models.model_parts import ModelParts
 from llavar_peft.recipe.schema import ModelConfig
@@ -115,11 +116,11 @@ def export(  # noqa: PLR0913 - the options of the conversion
         raise ConfigError.at("base", "applies only to the conversion into an adapter", "leave it out")
     tower = None if vision_tower is None else str(vision_tower)
     parts = read_checkpoint(ModelConfig(checkpoint=str(folder), vision_tower=tower))
+    _check_has_layout(parts, to)
     check_tensors(parts.tensors, expected_shapes(parts.config), where=parts.source)
     read = parts.whole_tensors()
     rows = _rows_in_original(parts) if to == "original" else int(parts.config.text_config.vocab_size)
     if to == "original":
-        _check_original(parts)
         check_original_tower(parts.config.to_dict(), folder)
     tensors = _locate_tensors(folder, tower, parts, rows)
     if to == "original":
@@ -131,7 +132,8 @@ def export(  # noqa: PLR0913 - the options of the conversion
         activation = parts.config.projector_hidden_act
         if activation == "linear":
             layers = to_two_layers(read[tensor_names.PROJECTOR_WEIGHT], read[tensor_names.PROJECTOR_BIAS], projector)
-            kept = {name: one for name, one in tensors.items() if not name.startswith(tensor_names.PROJECTOR)}
+            replaced = (tensor_names.PROJECTOR_WEIGHT, tensor_names.PROJECTOR_BIAS)
+            kept = {name: one for name, one in tensors.items() if name not in replaced}
             tensors, activation = {**kept, **layers}, ACTIVATIONS[projector]
         tower_kind = parts.config.vision_config.model_type
         tensors = {tensor_names.to_stock(name, tower_kind): one for name, one in tensors.items()}
@@ -155,8 +157,27 @@ def export(  # noqa: PLR0913 - the options of the conversion
     )
 
 
+def _check_has_layout(parts: ModelParts, to: Layout) -> None:
+    """Reject a model that the code which reads a layout cannot compute."""
+    if to in ("original", "hf-llava") and parts.config.cross_attention is not None:
+        raise ConfigError.at(
+            "to",
+            f"no engine that reads {to} has the cross-attention of this model (its resolution is cross_attention)",
+            "serve it with `llavar-peft serve`; for other engines, train a model with resolution: {type: tiles}",
+        )
+    if to == "original":
+        _check_original(parts)
+
+
 def _check_original(parts: ModelParts) -> None:
-    """Reject a model that LLaVA's code cannot read: with another language model, or another tower than CLIP."""
+    """Reject a model that LLaVA's code cannot read: with another language model, tower or resolution."""
+    tiles = parts.config.tiles
+    if tiles is not None and tiles.pool != 1:
+        raise ConfigError.at(
+            "to",
+            "LLaVA's code reads tiles, but does not average their patches (pool: 2)",
+            "use the layout llavar",
+        )
     kinds = (parts.config.text_config.model_type, parts.config.vision_config.model_type)
     for what, kind, expected in (
         ("language models LLaMA and Mistral", kinds[0], ("llama", "mistral")),
@@ -193,7 +214,7 @@ def _locate_tensors(folder: Path, tower: str | None, parts: ModelParts, rows: in
         entry = found.get(name)
         if isinstance(entry, TensorEntry) and name in parts.tensors and entry.shape[0] != rows:
             found[name] = whole(parts.tensors[name])[:rows].to(torch_dtype(entry.dtype)).contiguous()
-    if tower is not None:
+    if tower is not None and not parts.config.tuned_vision_tower:
         entries = read_tensor_table(resolve_folder(tower, "vision_tower"))
         found.update({new: entry for name, entry in entries.items() if (new := tensor_names.from_clip(name))})
     # A projector that was converted, and towers other than CLIP, whose names transformers changes.
@@ -206,7 +227,7 @@ def _locate_tensors(folder: Path, tower: str | None, parts: ModelParts, rows: in
 def _choose_rename(config: Mapping[str, Any]) -> Callable[[str], str | None]:
     if config.get("model_type") == MODEL_TYPE:
         return str
-    stock = config.get("model_type") == RELEASED_MODEL_TYPE and "text_config" in config
+    stock = config.get("model_type") in STOCK_MODEL_TYPES and "text_config" in config
     return tensor_names.from_stock if stock else tensor_names.from_released
 
 

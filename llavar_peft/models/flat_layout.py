@@ -1,8 +1,8 @@
 """Read checkpoints in the layout of LLaVA's own code: flat settings, ``mm_projector``, and the vision tower apart.
 
-LLaVAR's released weights have it, LLaVA-1.5's (``llava``, ``llava_llama``), BakLLaVA's (``llava_mistral``), and the
-models with other decoders that ``delta apply`` writes (``llava_qwen2``). Later LLaVAs add features that this package
-does not have, such as tiles of several resolutions; these are rejected by name.
+LLaVAR's released weights have it, those of LLaVA-1.5 and LLaVA 1.6 (``llava``, ``llava_llama``), BakLLaVA's
+(``llava_mistral``), and the models with other decoders that ``delta apply`` writes (``llava_qwen2``). LLaVA 1.6 reads
+tiles, and has its trained tower among its weights. Features that this package does not have are rejected by name.
 """
 
 from __future__ import annotations
@@ -21,12 +21,14 @@ from llavar_peft.models.llavar_config import flat_language_kind, make_config, re
 from llavar_peft.models.model_parts import ModelParts
 from llavar_peft.models.pretrained_files import load_pretrained
 from llavar_peft.models.tower_loading import TowerParts
+from llavar_peft.recipe.resolution import CrossAttention, Tiles, read_grids, resolution_from
 from llavar_peft.recipe.schema import ModelConfig, ProjectorType
 from llavar_peft.types import ImageMode, TemplateName
 from llavar_peft.weights.delta.flat_settings import FLAT_TEMPLATE
 from llavar_peft.weights.delta.released_layout import check_not_delta
 from llavar_peft.weights.io import tensor_names
 from llavar_peft.weights.io.joined_rows import JoinedRows
+from llavar_peft.weights.io.stated_resolution import FLAT_GRIDS, FLAT_RESOLUTION, FLAT_TILES
 from llavar_peft.weights.io.tensor_blocks import open_weights
 
 if TYPE_CHECKING:
@@ -35,16 +37,19 @@ if TYPE_CHECKING:
 
 # The values that this package computes; a setting that is missing or null is one of them.
 _SUPPORTED: dict[str, tuple[object, ...]] = {
-    "image_aspect_ratio": ("pad", "square"),
-    "mm_patch_merge_type": ("flat",),
+    "image_aspect_ratio": ("pad", "square", "anyres"),
+    "mm_patch_merge_type": ("flat", "spatial_unpad"),
     "mm_vision_select_feature": ("patch",),
     "mm_projector_type": get_args(ProjectorType),
     "mm_resampler_type": ("identity",),
     "s2": (False,),
 }
 _FIX_FEATURES = (
-    "use a LLaVA with the features of LLaVA-1.5: one tower, one size of image, a linear or mlp2x_gelu projector"
+    "use a LLaVA with the features of LLaVA-1.5 or 1.6: one tower, one size of image or tiles, a linear or mlp2x_gelu "
+    "projector"
 )
+_TRAINED_TOWER = "unfreeze_mm_vision_tower"
+"""In LLaVA 1.6's configuration: the tower was trained, and is among the weights."""
 LLAMA_TOKENS = ("llama", "mistral")
 """Language models whose ``tokenizer.model`` is read as the original's code reads LLaMA's."""
 
@@ -89,6 +94,13 @@ def check_features(folder: Path, described: Mapping[str, Any]) -> None:
                 f"not supported (got {ascii(described[name])[:80]}, expected {expected})",
                 _FIX_FEATURES,
             )
+    if (described.get("image_aspect_ratio") == "anyres") != (described.get("mm_patch_merge_type") == "spatial_unpad"):
+        settings = {name: described.get(name) for name in FLAT_TILES}
+        raise ConfigError.at(
+            f"{folder / 'config.json'}:mm_patch_merge_type",
+            f"not supported (got {ascii(settings)[:160]}, expected both anyres and spatial_unpad, or none of them)",
+            _FIX_FEATURES,
+        )
     for name, kind in (("mm_vision_tower", str), ("mm_vision_select_layer", int)):
         if not isinstance(described.get(name), kind | None):
             raise ConfigError.at(
@@ -131,22 +143,27 @@ def read_flat(folder: Path, described: Mapping[str, Any], config: ModelConfig, t
         rows = max(stored[tensor_names.EMBEDDINGS].shape[0], len(tokenizer))
         for name in {tensor_names.EMBEDDINGS, tensor_names.HEAD} & set(tensors):
             tensors[name] = with_mean_rows(stored[name], rows)
+    if described.get(_TRAINED_TOWER):
+        tensors.update(_trained_tower(folder))
     mode: ImageMode = "square" if described.get("image_aspect_ratio") == "square" else config.image_mode
+    made = make_config(
+        text,
+        tower.config,
+        vocab_size=rows,
+        image_token_id=int(tokenizer.convert_tokens_to_ids(image_token)),
+        vision_feature_layer=int(described.get("mm_vision_select_layer") or config.vision_feature_layer),
+        use_im_start_end=use_im_start_end,
+        sep_image_conv_front=bool(described.get("sep_image_conv_front", False)),
+        image_side=tower.side,
+        extra_positions=tower.extra_positions,
+        # LLaVAR's own configuration does not state it.
+        projector_type=cast("ProjectorType", described.get("mm_projector_type") or "linear"),
+        resolution=read_flat_resolution(described, tower.side, folder),
+    )
+    made.tuned_vision_tower = bool(described.get(_TRAINED_TOWER))
     return ModelParts(
         source=str(folder),
-        config=make_config(
-            text,
-            tower.config,
-            vocab_size=rows,
-            image_token_id=int(tokenizer.convert_tokens_to_ids(image_token)),
-            vision_feature_layer=int(described.get("mm_vision_select_layer") or config.vision_feature_layer),
-            use_im_start_end=use_im_start_end,
-            sep_image_conv_front=bool(described.get("sep_image_conv_front", False)),
-            image_side=tower.side,
-            extra_positions=tower.extra_positions,
-            # LLaVAR's own configuration does not state it.
-            projector_type=cast("ProjectorType", described.get("mm_projector_type") or "linear"),
-        ),
+        config=made,
         tensors=tensors,
         tokenizer=tokenizer,
         image_processor=tower.image_processor,
@@ -156,6 +173,44 @@ def read_flat(folder: Path, described: Mapping[str, Any], config: ModelConfig, t
         template=template,
         image_token=image_token,
     )
+
+
+def read_flat_resolution(described: Mapping[str, Any], side: int, folder: Path) -> Tiles | CrossAttention | None:
+    """Return the resolution of a flat ``config.json``: ours, or the tiles of LLaVA 1.6.
+
+    Args:
+        described: The file.
+        side: Side of a prepared image in pixels.
+        folder: Its folder, for messages.
+
+    Raises:
+        ConfigError: The settings are damaged, or a size of images is no multiple of a tile.
+    """
+    where = folder / "config.json"
+    if described.get(FLAT_RESOLUTION) is not None:
+        return resolution_from(described[FLAT_RESOLUTION], f"{where}:{FLAT_RESOLUTION}")
+    if described.get("image_aspect_ratio") != "anyres":
+        return None
+    # LLaVA's code has (width, height) where stock transformers has (height, width).
+    grids = read_grids(described.get(FLAT_GRIDS), side, f"{where}:{FLAT_GRIDS}")
+    return Tiles(grid=tuple((rows, columns) for columns, rows in grids))
+
+
+def _trained_tower(folder: Path) -> dict[str, Tensor]:
+    """Return the tower that LLaVA's code trained, by our names.
+
+    Raises:
+        WeightsError: It is not among the weights.
+    """
+    stored = open_weights(folder).items()
+    found = {ours: one for name, one in stored if (ours := tensor_names.from_released_tower(name))}
+    if not found:
+        raise WeightsError.at(
+            f"{folder / 'config.json'}:{_TRAINED_TOWER}",
+            "its vision tower was trained, and is not among its weights (no tensor model.vision_tower.*)",
+            "download the complete weights",
+        )
+    return found
 
 
 def _read_tokenizer(

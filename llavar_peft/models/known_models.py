@@ -27,6 +27,7 @@ _LLAMA_13B: Final = {**_LLAMA, "hidden_size": 5120, "intermediate_size": 13824, 
                      "num_attention_heads": 40}  # fmt: skip
 _LLAVA: Final = {"model_type": "llava", "vision_config": {**_CLIP, "image_size": 336}, "image_token_index": 32000,
                  "projector_hidden_act": "gelu"}  # fmt: skip
+_LLAVA_NEXT: Final = {**_LLAVA, "model_type": "llava_next"}
 
 LLAMA_SIZES: Final[Mapping[str, Mapping[str, Any]]] = {"7b": _LLAMA_7B, "13b": _LLAMA_13B}
 """Source: LLaMA (arXiv 2302.13971), table 2, and its released params.json."""
@@ -59,6 +60,8 @@ KNOWN_MODELS: Final[Mapping[str, Mapping[str, Any]]] = {
     },
     "llava-hf/llava-1.5-7b-hf": {**_LLAVA, "text_config": {**_LLAMA_7B, "vocab_size": 32064}},
     "llava-hf/llava-1.5-13b-hf": {**_LLAVA, "text_config": {**_LLAMA_13B, "vocab_size": 32064}},
+    "llava-hf/llava-v1.6-vicuna-7b-hf": {**_LLAVA_NEXT, "text_config": {**_LLAMA_7B, "vocab_size": 32064}},
+    "llava-hf/llava-v1.6-vicuna-13b-hf": {**_LLAVA_NEXT, "text_config": {**_LLAMA_13B, "vocab_size": 32064}},
     "openai/clip-vit-large-patch14": {**_CLIP, "image_size": 224},
     "openai/clip-vit-large-patch14-336": {**_CLIP, "image_size": 336},
     "google/siglip2-base-patch16-384": {**_SIGLIP, "image_size": 384},

@@ -19,8 +19,9 @@ from llavar_peft.constants import MODEL_TYPE
 from llavar_peft.errors import ConfigError, Fault, LlavarError
 from llavar_peft.models.adapter_loading import fingerprint_base
 from llavar_peft.models.build_model import expected_shapes, register
-from llavar_peft.models.checkpoint_loading import read_checkpoint, read_parts, resolve_folder
+from llavar_peft.models.checkpoint_loading import read_checkpoint, read_parts
 from llavar_peft.models.flat_layout import LLAMA_TOKENS, check_features, is_flat
+from llavar_peft.models.hub_models import resolve_folder
 from llavar_peft.models.llavar_config import flat_language_kind
 from llavar_peft.recipe.schema import ModelConfig, ProjectorType
 from llavar_peft.types import expand_home
@@ -33,6 +34,7 @@ from llavar_peft.weights.io import tensor_names
 from llavar_peft.weights.io.convert_layout import write_converted
 from llavar_peft.weights.io.folder_writer import WeightsReport
 from llavar_peft.weights.io.shard_layout import RELEASED_SHARD_SIZE
+from llavar_peft.weights.io.stated_resolution import resolution_kind
 from llavar_peft.weights.io.tensor_blocks import join_first, raise_faults
 from llavar_peft.weights.io.tensor_table import SAFE_SINGLE
 from llavar_peft.weights.io.weights_card import portable_name, write_weights_card
@@ -84,6 +86,8 @@ def convert_llava_lora(
             "copy the config.json that LLaVA saved next to the adapter into the folder",
         )
     check_features(folder, described)
+    if resolution_kind(described) is not None:
+        raise ConfigError.at(f"{folder / 'config.json'}:image_aspect_ratio", "the model reads tiles", _FIX_MERGE)
     stored = open_adapter(folder)
     parts = split_adapter(stored.table)
     _check_trained(parts, folder)

@@ -12,6 +12,7 @@ from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, LlamaConfi
 from llavar_peft.constants import MODEL_TYPE, RELEASED_MODEL_TYPE
 from llavar_peft.errors import ConfigError
 from llavar_peft.models.pretrained_files import make_part_settings, make_settings
+from llavar_peft.recipe.resolution import CrossAttention, Tiles, describe_resolution, resolution_from
 from llavar_peft.recipe.schema import ProjectorType
 from llavar_peft.weights.delta.flat_settings import FLAT_TEMPLATE
 
@@ -42,6 +43,8 @@ class LlavarConfig(LlavaConfig):
         sep_image_conv_front: The original's flag of that name: images precede the first ``USER:``.
         tuned_vision_tower: Whether the tower was trained, so that it must not be replaced by the original one.
         lm_head_bias: Whether the language model's head has a bias, as that of Phi 2.
+        resolution: The settings of ``Tiles`` or ``CrossAttention``; None is the whole image only.
+        detail_config: The configuration of the second encoder; None for a model without one apart from the tower.
 
     Source: LLaVAR, llava/model/llava.py, ``LlavaConfig`` (there a flat LLaMA configuration).
     """
@@ -52,6 +55,20 @@ class LlavarConfig(LlavaConfig):
     sep_image_conv_front: bool = False
     tuned_vision_tower: bool = False
     lm_head_bias: bool = False
+    resolution: dict[str, Any] | None = None
+    detail_config: dict[str, Any] | None = None
+
+    @property
+    def tiles(self) -> Tiles | None:
+        """How images are cut into tiles; None for a model without tiles."""
+        found = resolution_from(self.resolution, "config.json:resolution")
+        return found if isinstance(found, Tiles) else None
+
+    @property
+    def cross_attention(self) -> CrossAttention | None:
+        """The second encoder, and its crops; None for a model without cross-attention."""
+        found = resolution_from(self.resolution, "config.json:resolution")
+        return found if isinstance(found, CrossAttention) else None
 
 
 def make_config(  # noqa: PLR0913 - the settings of a model
@@ -66,6 +83,7 @@ def make_config(  # noqa: PLR0913 - the settings of a model
     image_side: int | None = None,
     extra_positions: int = 1,
     projector_type: ProjectorType = "linear",
+    resolution: Tiles | CrossAttention | None = None,
 ) -> LlavarConfig:
     """Compose the configuration from those of the language model and the vision tower.
 
@@ -77,6 +95,7 @@ def make_config(  # noqa: PLR0913 - the settings of a model
         image_side: Side of a prepared image in pixels; None is the tower's ``image_size``.
         extra_positions: Number of positions of the tower that are no patches.
         projector_type: Kind of projector.
+        resolution: How small letters are read.
     """
     described = {**text_config.to_dict(), "vocab_size": vocab_size}
     if text_config.model_type == "llama" and not text_config.tie_word_embeddings:
@@ -92,6 +111,7 @@ def make_config(  # noqa: PLR0913 - the settings of a model
         vision_feature_select_strategy="default" if extra_positions else "full",
         use_im_start_end=use_im_start_end,
         sep_image_conv_front=sep_image_conv_front,
+        resolution=describe_resolution(resolution),
         bos_token_id=text.bos_token_id,
         eos_token_id=text.eos_token_id,
         pad_token_id=text.pad_token_id,

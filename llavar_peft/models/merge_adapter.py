@@ -14,12 +14,12 @@ from llavar_peft.atomic_files import write_json, write_text
 from llavar_peft.constants import MODEL_TYPE
 from llavar_peft.data.conversation_template import CHAT_TEMPLATE, VICUNA_CHAT_TEMPLATE
 from llavar_peft.errors import WeightsError
-from llavar_peft.models.build_model import PROCESSOR_FILE
+from llavar_peft.models.hf_llava import read_stock, stock_chat_template
 from llavar_peft.models.language_model_loading import read_converted
 from llavar_peft.models.merge_logits_gap import LogitsGap, measure_merge
 from llavar_peft.models.tower_loading import read_tower_tensors
 from llavar_peft.types import ReadableRepr, expand_home
-from llavar_peft.weights.io.companion_files import CHAT_TEMPLATE_FILE
+from llavar_peft.weights.io.companion_files import CHAT_TEMPLATE_FILE, PROCESSOR_FILE
 from llavar_peft.weights.io.shard_layout import RELEASED_SHARD_SIZE, WeightsFormat
 from llavar_peft.weights.io.weights_card import adapter_name, portable_name, write_weights_card
 from llavar_peft.weights.io.write_weights import Progress
@@ -80,9 +80,9 @@ def merge_adapter(  # noqa: PLR0913 - the options of the merge
     or a full disk, the same call resumes.
 
     Args:
-        base: Folder of the base that the adapters were trained on: a checkpoint in this package's layout or in the
-            released one; or a plain LLaMA or Vicuna, from which a complete LLaVAR in this package's layout is written,
-            with tower, projector and new rows.
+        base: Folder of the base that the adapters were trained on: a checkpoint in this package's layout, in that of
+            stock transformers, or in the released one; or a plain LLaMA or Vicuna, from which a complete LLaVAR in this
+            package's layout is written, with tower, projector and new rows.
         adapter: One adapter's folder or several.
         out: Folder to create; must not exist.
         weights: None merges several adapters one after another, each into the result of those before it (tensors that
@@ -132,8 +132,11 @@ def merge_adapter(  # noqa: PLR0913 - the options of the merge
             folders = [one.folder for one in plan.merged.adapters]
             gaps.update(measure_merge(plan, staged, (*folders, Path(base), staged)))
             _check_gap(plan, gaps["result"], bound, expand_home(out))
-        if plan.merged.base.config.get("model_type") == MODEL_TYPE:
+        config = plan.merged.base.config
+        if config.get("model_type") == MODEL_TYPE:
             write_text(staged / CHAT_TEMPLATE_FILE, _chat_template(plan, staged))
+        elif "text_config" in config:
+            write_text(staged / CHAT_TEMPLATE_FILE, stock_chat_template(read_stock(expand_home(base))))
         write_json(staged / MERGE_FILE, _describe(plan, Path(base), used, gaps))
         _write_card(plan, staged, {"base": base, "vision tower": vision_tower, "projector": projector}, gaps)
 

@@ -6,7 +6,7 @@ The language model is computed from disk, a block of rows at a time, so that nei
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -88,12 +88,15 @@ class Weights(ABC):
 
 
 class StoredWeights(Weights):
-    """The tensors of a folder, stored under this package's names or the released ones."""
+    """The tensors of a folder.
 
-    def __init__(self, folder: Path) -> None:
-        self._table = {
-            tensor_names.from_released(name) or name: entry for name, entry in read_tensor_table(folder).items()
-        }
+    Args:
+        folder: The folder.
+        rename: From its names to this package's.
+    """
+
+    def __init__(self, folder: Path, rename: Callable[[str], str | None] = tensor_names.from_released) -> None:
+        self._table = {rename(name) or name: entry for name, entry in read_tensor_table(folder).items()}
 
     def blocks(self, name: str) -> Iterator[Tensor]:
         """Yield a tensor's rows in consecutive blocks."""
@@ -170,7 +173,7 @@ def measure_merge(plan: MergePlan, folder: Path, tokenizers: tuple[Path, ...]) -
     ids = _probe_ids(tokenizers, text.vocab_size, image_id)
     as_trained = MergedTensors(merged.base, merged.adapters, merged.weights, plan.trained)
     expected = probe_logits(UnmergedWeights(as_trained), text, ids, image_id)
-    gaps = {"result": logits_gap(expected, probe_logits(StoredWeights(folder), text, ids, image_id))}
+    gaps = {"result": logits_gap(expected, probe_logits(StoredWeights(folder, merged.base.ours), text, ids, image_id))}
     if merged.rounding is not None:
         original = UnmergedWeights(MergedTensors(merged.base, merged.adapters, merged.weights))
         gaps["original"] = logits_gap(expected, probe_logits(original, text, ids, image_id))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from transformers import CLIPImageProcessorPil, PreTrainedTokenizerFast
 
@@ -37,6 +37,7 @@ class ModelParts:
         template: How conversations are written.
         image_token: The token at the positions of images.
         chat_template: The Jinja template; None is that of ``template``.
+        detail_settings: The settings of the second encoder's image processor, where that is not the tower.
     """
 
     source: str
@@ -49,6 +50,7 @@ class ModelParts:
     template: TemplateName = "llava_v1"
     image_token: str = IMAGE_PATCH_TOKEN
     chat_template: str | None = None
+    detail_settings: dict[str, Any] | None = None
 
     def whole_tensors(self) -> dict[str, Tensor]:
         """Return all tensors; those that were joined from parts are then in memory."""
@@ -67,6 +69,8 @@ class ModelParts:
             template=self.template,
             image_token=self.image_token,
             chat_template=self.chat_template,
+            resolution=self.config.resolution,
+            detail_settings=self.detail_settings,
         )
 
 

@@ -32,10 +32,20 @@ from llavar_peft.compat.weight_conversion import tied_head
 from llavar_peft.constants import IGNORE_INDEX
 from llavar_peft.errors import ConfigError
 from llavar_peft.models.chunked_loss import LossHead, logits_factor
+from llavar_peft.models.cross_attention_hooks import DETAIL, attach_cross_attention
+from llavar_peft.models.detail_encoder import encoder_features, make_encoder
+from llavar_peft.models.detail_features import (
+    CROPS_AT_ONCE,
+    ImageDetails,
+    find_segments,
+    make_cross_attention,
+    make_detail,
+)
 from llavar_peft.models.llavar_config import LlavarConfig
 from llavar_peft.models.pending_weights import PendingWeights
 from llavar_peft.models.rank_agreement import largest_of_ranks
 from llavar_peft.models.vision_tower import LlavarVisionTower, make_projector, tower_features, tower_layers
+from llavar_peft.types import TileLayout
 
 CACHE_ARGUMENT: Final = (
     "cache" if "cache" in signature(LlavaForConditionalGeneration.forward).parameters else "past_key_values"
@@ -54,11 +64,17 @@ class LlavarModel(LlavaModel):
         if config.vision_config.model_type == "clip_vision_model":
             self.vision_tower = LlavarVisionTower(config.vision_config)
         self.multi_modal_projector = make_projector(
-            config.projector_hidden_act, config.vision_config.hidden_size, config.text_config.hidden_size
+            config.projector_hidden_act, config.vision_config.hidden_size, config.text_config.hidden_size, config.tiles
         )
+        self.detail_encoder = make_encoder(config)
+        self.cross_attention = make_cross_attention(config)
+        if self.cross_attention is not None:
+            attach_cross_attention(self.language_model)
         self.post_init()
+        if self.cross_attention is not None:
+            self.cross_attention.reset_parameters()
 
-    def forward(
+    def forward(  # noqa: PLR0913, PLR0917 - the inputs of a transformers model
         self,
         input_ids: Tensor | None = None,
         pixel_values: Tensor | Sequence[Tensor] | None = None,
@@ -68,13 +84,17 @@ class LlavarModel(LlavaModel):
         vision_feature_layer: int | None = None,
         vision_feature_select_strategy: str | None = None,
         image_places: Tensor | None = None,
+        image_layouts: Sequence[TileLayout] | Tensor | None = None,
+        detail_values: Tensor | None = None,
+        details: ImageDetails | None = None,
         **kwargs: Any,
     ) -> Any:
         """Put the image features in the places of ``<im_patch>`` and run the language model.
 
         Args:
             input_ids: ``[B, T]``.
-            pixel_values: ``[N, 3, H, W]`` or a sequence of ``[3, H, W]``, in reading order over the batch.
+            pixel_values: ``[N, 3, H, W]`` or a sequence of ``[3, H, W]``, in reading order over the batch. With tiles,
+                the views of all images one after the other.
             attention_mask: ``[B, T]``.
             position_ids: ``[B, T]``.
             inputs_embeds: ``[B, T, D]`` instead of ``input_ids``.
@@ -82,14 +102,19 @@ class LlavarModel(LlavaModel):
             vision_feature_select_strategy: As in ``get_image_features``.
             image_places: The positions of ``<im_patch>`` ``[F]``, counted over the batch in reading order. None
                 searches them, for which the host waits for the device.
+            image_layouts: With tiles, how each image is cut, ``[N, 4]``.
+            detail_values: With cross-attention, the crops of each image ``[N, G, 3, S, S]``.
+            details: With cross-attention, which tokens attend to which images. It gets the features of
+                ``detail_values``, or has those that were computed before. None searches the images in padded rows, for
+                which the host waits for the device.
             **kwargs: Passed to the language model, including the key-value cache (``CACHE_ARGUMENT``).
 
         Returns:
             The language model's output, with ``last_hidden_state`` ``[B, T, D]``.
 
         Raises:
-            ValueError: Both or neither of ``input_ids`` and ``inputs_embeds`` are given, or the number of
-                ``<im_patch>`` tokens differs from the number of image features.
+            ValueError: Both or neither of ``input_ids`` and ``inputs_embeds`` are given, the number of ``<im_patch>``
+                tokens differs from the number of image features, or the crops for the cross-attention are missing.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("forward: expected exactly one of input_ids and inputs_embeds")
@@ -101,11 +126,15 @@ class LlavarModel(LlavaModel):
                 pixel_values,
                 vision_feature_layer=vision_feature_layer,
                 vision_feature_select_strategy=vision_feature_select_strategy,
+                image_layouts=image_layouts,
             ).pooler_output
             features_FD = torch.cat(features_NPD).to(embeds_BTD.device, embeds_BTD.dtype)
             embeds_BTD = self._splice(input_ids, embeds_BTD, features_FD, image_places)
         for _ in range(missing):
             embeds_BTD = embeds_BTD + self._zero_through_projector()
+        detail = make_detail(self, input_ids, embeds_BTD, detail_values, details, has_images=pixel_values is not None)
+        if detail is not None:
+            kwargs[DETAIL] = detail
         return super().forward(
             inputs_embeds=embeds_BTD, attention_mask=attention_mask, position_ids=position_ids, **kwargs
         )
@@ -118,6 +147,26 @@ class LlavarModel(LlavaModel):
     def set_input_embeddings(self, value: nn.Module) -> None:
         """Replace the language model's embeddings."""
         self.language_model.set_input_embeddings(value)
+
+    @torch.no_grad()
+    def get_detail_features(self, detail_values: Tensor) -> list[Tensor]:
+        """Run the second encoder, which is frozen: the tower on the crops of images, or another one.
+
+        Args:
+            detail_values: Crops ``[N, G, 3, S, S]``, or what another encoder takes.
+
+        Returns:
+            The features of each image ``[F, C]``; those of crops crop by crop, at the layer that is also projected.
+        """
+        if self.detail_encoder is not None:
+            return encoder_features(self.detail_encoder, detail_values)
+        layers, patch = self.num_tower_layers(), self.config.vision_config.patch_size
+        patches = (detail_values.shape[-2] // patch) * (detail_values.shape[-1] // patch)
+        parts = torch.split(detail_values.flatten(0, 1), CROPS_AT_ONCE)
+        # The class token and register tokens come before the patches.
+        features = [tower_features(self.vision_tower, part, layers)[:, -patches:] for part in parts]
+        crops_XPC = torch.cat(features)
+        return list(crops_XPC.reshape(len(detail_values), -1, crops_XPC.shape[-1]))
 
     def _splice(
         self, input_ids: Tensor | None, embeds_BTD: Tensor, features_FD: Tensor, places_F: Tensor | None
@@ -137,6 +186,7 @@ class LlavarModel(LlavaModel):
         pixel_values: Tensor | Sequence[Tensor],
         vision_feature_layer: int | None = None,
         vision_feature_select_strategy: str | None = None,
+        image_layouts: Sequence[TileLayout] | Tensor | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPooling:
         """Run the vision tower, up to the layer that is needed, and the projector.
@@ -147,22 +197,25 @@ class LlavarModel(LlavaModel):
                 None is the configured one.
             vision_feature_select_strategy: ``"default"`` drops the class token and register tokens, ``"full"`` keeps
                 everything. None is the configured one.
+            image_layouts: With tiles, how each image is cut, ``[N, 4]``; ``pixel_values`` has the views of all images.
             **kwargs: Options of ``LlavaModel.get_image_features``, such as ``output_attentions``; with any of them the
                 complete tower is run.
 
         Returns:
-            ``pooler_output`` is a list of N projected features ``[P, D]``, ``last_hidden_state`` the tower's hidden
-            state (for a sequence of images, of those that are as large as the last one). The tower runs once for each
-            size of image.
+            ``pooler_output`` is a list of N projected features ``[P, D]`` (with tiles, of each image's own number of
+            features), ``last_hidden_state`` the tower's hidden state (for a sequence of images, of those that are as
+            large as the last one). The tower runs once for each size of image.
 
         Raises:
             ConfigError: The tower has no such hidden state.
+            ValueError: The model has tiles and ``image_layouts`` is missing or does not fit, or it has no tiles.
         """
+        layouts = self._checked_layouts(image_layouts)
         if not isinstance(pixel_values, Tensor):
             arguments = (vision_feature_layer, vision_feature_select_strategy)
             return self._features_by_size(pixel_values, lambda one: self.get_image_features(one, *arguments, **kwargs))
         layers = self.num_tower_layers(vision_feature_layer)
-        if kwargs:
+        if kwargs and layouts is None:
             size = self.config.vision_config.image_size
             # CLIP's positions are learned for one size and interpolated for other sizes (image mode "keep").
             interpolate = tuple(pixel_values.shape[-2:]) != (size, size)
@@ -179,9 +232,15 @@ class LlavarModel(LlavaModel):
         # The class token and register tokens come before the patches.
         rows, columns = (side // self.config.vision_config.patch_size for side in pixel_values.shape[-2:])
         hidden_NPC = hidden_NQC[:, hidden_NQC.shape[1] - rows * columns :] if strategy == "default" else hidden_NQC
-        return BaseModelOutputWithPooling(
-            last_hidden_state=hidden_NQC, pooler_output=list(self.multi_modal_projector(hidden_NPC))
-        )
+        projected = self.multi_modal_projector(hidden_NPC, *([] if layouts is None else [layouts]))
+        return BaseModelOutputWithPooling(last_hidden_state=hidden_NQC, pooler_output=list(projected))
+
+    def _checked_layouts(self, layouts: Sequence[TileLayout] | Tensor | None) -> Sequence[TileLayout] | None:
+        if layouts is None:
+            if self.config.resolution is not None and self.config.tiles is not None:
+                raise ValueError("forward: got no image_layouts, expected them for a model with tiles")
+            return None
+        return layouts.tolist() if isinstance(layouts, Tensor) else layouts
 
     @staticmethod
     def _features_by_size(
@@ -211,6 +270,8 @@ class LlavarModel(LlavaModel):
         """Set the mode, but keep the tower's features free of chance: DINOv3 moves its positions in training mode."""
         super().train(mode)
         self.vision_tower.eval()
+        if self.detail_encoder is not None:
+            self.detail_encoder.eval()
         if self._tower_is_trained():
             tower_layers(self.vision_tower).train(mode)  # for the dropout of adapters, and to recompute activations
         return self
@@ -253,15 +314,20 @@ class LlavarModel(LlavaModel):
 
     def _zero_through_projector(self) -> Tensor:
         """Return a zero that depends on the projector; with ZeRO-3, or if it is trained, on the tower as well."""
+        # With tiles, an image of a single tile, of which a single patch is no padding.
+        tiled = self.config.tiles is not None
+        layouts: list[TileLayout] = [(1, 1, 1, 1)] if tiled else []
         if is_deepspeed_zero3_enabled() or self._tower_is_trained():
             size, tower = self.config.vision_config.image_size, next(self.vision_tower.parameters())
-            black_13HW = torch.zeros(1, 3, size, size, dtype=tower.dtype, device=tower.device)
-            features_PD: Tensor = self.get_image_features(black_13HW).pooler_output[0]
+            black_V3HW = torch.zeros(1 + tiled, 3, size, size, dtype=tower.dtype, device=tower.device)
+            features_PD: Tensor = self.get_image_features(black_V3HW, image_layouts=layouts or None).pooler_output[0]
             return features_PD.sum() * 0.0
         weight = next(self.multi_modal_projector.parameters())
-        zeros_1C = torch.zeros(1, self.config.vision_config.hidden_size, dtype=weight.dtype, device=weight.device)
-        projected_1D: Tensor = self.multi_modal_projector(zeros_1C)
-        return projected_1D.sum() * 0.0
+        zeros_V1C = torch.zeros(
+            1 + tiled, 1, self.config.vision_config.hidden_size, dtype=weight.dtype, device=weight.device
+        )
+        projected_PD: Tensor = self.multi_modal_projector(zeros_V1C, *([layouts] if tiled else []))[0]
+        return projected_PD.sum() * 0.0
 
 
 class LlavarForConditionalGeneration(LlavaForConditionalGeneration):
@@ -276,6 +342,8 @@ class LlavarForConditionalGeneration(LlavaForConditionalGeneration):
     lm_head: nn.Linear
     pending_weights: PendingWeights | None = None
     """Set while parameters are on the device ``meta``, until their values are read (``build_pending_model``)."""
+    _generated: tuple[Tensor, list[Tensor]] | None = None
+    """The crops of the last call of ``generate``, and their features."""
 
     def __init__(self, config: LlavarConfig) -> None:
         super().__init__(config)
@@ -297,6 +365,7 @@ class LlavarForConditionalGeneration(LlavaForConditionalGeneration):
         targets: Tensor | None = None,
         *,
         supervised_places: Tensor | None = None,
+        image_layouts: Sequence[TileLayout] | Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
         """Return logits, or with ``targets`` the loss without computing all logits.
@@ -309,6 +378,7 @@ class LlavarForConditionalGeneration(LlavaForConditionalGeneration):
             targets: ``[B, T]``, the token to predict at each position; ``IGNORE_INDEX`` where there is none.
             supervised_places: The positions that have a token to predict ``[S]``, counted over the batch in reading
                 order. None searches them, for which the host waits for the device.
+            image_layouts: As in ``LlavarModel.forward``.
             **kwargs: Passed to ``LlavarModel.forward``, including the key-value cache (``CACHE_ARGUMENT``).
 
         Returns:
@@ -322,6 +392,7 @@ class LlavarForConditionalGeneration(LlavaForConditionalGeneration):
             "attention_mask": attention_mask,
             "position_ids": position_ids,
             "inputs_embeds": inputs_embeds,
+            **({} if image_layouts is None else {"image_layouts": image_layouts}),
             **kwargs,
         }
         if targets is None:
@@ -335,6 +406,44 @@ class LlavarForConditionalGeneration(LlavaForConditionalGeneration):
         hidden_SD = hidden_BTD.flatten(0, 1).index_select(0, supervised_places)
         loss = self.lm_head(hidden_SD, targets.flatten().index_select(0, supervised_places))
         return LlavaCausalLMOutputWithPast(loss=loss)
+
+    def generate(self, inputs: Tensor | None = None, generation_config: Any = None, *args: Any, **kwargs: Any) -> Any:
+        """Generate as ``transformers`` does, with tiles one sequence for each prompt.
+
+        Args:
+            inputs: The prompts' ids.
+            generation_config: As the other arguments, those of ``GenerationMixin.generate``.
+            *args: The following ones.
+            **kwargs: By their names.
+
+        Raises:
+            ValueError: Several sequences are asked for: ``transformers`` repeats tensors row by row, and an image with
+                tiles has several rows.
+        """
+        settings = generation_config or self.generation_config
+        for name in ("num_beams", "num_return_sequences"):
+            count = kwargs.get(name, getattr(settings, name)) or 1
+            if count > 1 and kwargs.get("image_layouts") is not None:
+                raise ValueError(f"generate: got {name}={count}, expected 1 with tiles (repeat the prompt instead)")
+        return super().generate(inputs, generation_config, *args, **kwargs)
+
+    def prepare_inputs_for_generation(self, input_ids: Tensor, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Return the inputs of a step of ``generate``; the features of the crops are computed in the first one.
+
+        Args:
+            input_ids: All tokens so far ``[B, T]``.
+            *args: As in ``LlavaForConditionalGeneration.prepare_inputs_for_generation``.
+            **kwargs: The same.
+        """
+        inputs: dict[str, Any] = super().prepare_inputs_for_generation(input_ids, *args, **kwargs)
+        crops = inputs.pop("detail_values", None)
+        if crops is None:
+            return inputs
+        if self._generated is None or self._generated[0] is not crops:
+            self._generated = crops, self.model.get_detail_features(crops)
+        computed = next(inputs[name] for name in ("input_ids", "inputs_embeds") if inputs.get(name) is not None)
+        segments = find_segments(input_ids, self.config, images=len(crops), last=computed.shape[1])
+        return {**inputs, "details": ImageDetails(segments, self._generated[1])}
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
         """Save under the modules' own names, also where the weights were loaded from the released layout.

@@ -24,10 +24,14 @@ from llavar_peft.data.conversation_template import (
     image_block,
 )
 from llavar_peft.data.encode_record import encode_pieces
-from llavar_peft.data.image_preparation import image_settings, prepare_image
+from llavar_peft.data.image_preparation import image_settings
+from llavar_peft.data.prepared_images import PreparedImage, image_inputs, prepare_record_images
 from llavar_peft.data.text_encoder import text_encoder
+from llavar_peft.data.tile_layout import TileGeometry
 from llavar_peft.errors import ConfigError, DataError
+from llavar_peft.models.detail_encoder import image_processor_of
 from llavar_peft.models.tower_loading import as_clip_processor, prepared_side
+from llavar_peft.recipe.resolution import CONCAT_CLIP, CrossAttention, Tiles, resolution_from
 from llavar_peft.types import ImageMode, Role, TemplateName
 
 if TYPE_CHECKING:
@@ -58,6 +62,8 @@ class LlavarProcessor(ProcessorMixin):
         template: How conversations are written.
         image_token: The token at the positions of images.
         chat_template: Jinja; None is that of ``template``.
+        resolution: The settings of ``Tiles`` or ``CrossAttention`` as a mapping; None is the whole image only.
+        detail_settings: The settings of the second encoder's image processor, where that is not the tower.
 
     Raises:
         ConfigError: A mode is unknown, or the tokenizer has no image tokens.
@@ -75,6 +81,8 @@ class LlavarProcessor(ProcessorMixin):
         template: TemplateName = "llava_v1",
         image_token: str = IMAGE_PATCH_TOKEN,
         chat_template: str | None = None,
+        resolution: dict[str, Any] | None = None,
+        detail_settings: dict[str, Any] | None = None,
     ) -> None:
         _check_mode("image_mode", image_mode)
         _check_mode("inference_image_mode", inference_image_mode)
@@ -87,9 +95,18 @@ class LlavarProcessor(ProcessorMixin):
         self.sep_image_conv_front = sep_image_conv_front
         self.template: TemplateName = template
         self.image_token = image_token
+        self.resolution = resolution
+        self.detail_settings = detail_settings
+        self._resolution = resolution_from(resolution, "processor_config.json:resolution")
         jinja = chat_template or _jinja(template, tokenizer)
         super().__init__(image_processor, tokenizer, chat_template=jinja)
         self._conversation_template = _conversation_template(template, tokenizer, jinja)
+        self._tile_geometry: TileGeometry | None = None
+        tiles = self._resolution
+        if isinstance(tiles, Tiles):
+            self._tile_geometry = TileGeometry(
+                tiles.grids, self.image_side, patch_size, tiles.pool, tiles.max_image_tokens
+            )
         # These raise here rather than in the first batch if the files do not fit.
         text_encoder(self)
         image_settings(self)
@@ -116,9 +133,31 @@ class LlavarProcessor(ProcessorMixin):
 
     @property
     def num_image_tokens(self) -> int:
-        """Number of ``<im_patch>`` tokens for an image of the tower's square size (576 at 336 pixels)."""
+        """Number of ``<im_patch>`` tokens for an image of the tower's square size (576 at 336 pixels).
+
+        With tiles, the largest number that an image can have.
+        """
+        geometry = self.tile_geometry
+        if geometry is not None:
+            return geometry.most_tokens
         side = self.image_side // self.patch_size
         return side * side
+
+    @property
+    def tile_geometry(self) -> TileGeometry | None:
+        """How images are cut into tiles; None without tiles."""
+        return self._tile_geometry
+
+    @property
+    def detail_grid(self) -> int | None:
+        """Rows, and columns, of an image's crops for the cross-attention; None without them."""
+        crossed = self._resolution
+        return crossed.grid if isinstance(crossed, CrossAttention) and crossed.encoder == CONCAT_CLIP else None
+
+    @property
+    def detail_processor(self) -> Any:
+        """The image processor of the cross-attention's own encoder; None without one."""
+        return None if self.detail_settings is None else image_processor_of(self.detail_settings)
 
     @property
     def image_side(self) -> int:
@@ -157,7 +196,8 @@ class LlavarProcessor(ProcessorMixin):
 
         Returns:
             ``input_ids`` and ``attention_mask`` (``[B, T]``) if there is text, ``pixel_values`` (float32
-            ``[N, 3, H, W]``, a list if sizes differ) if there are images.
+            ``[N, 3, H, W]``, a list if sizes differ) if there are images. With tiles, ``pixel_values`` has the views of
+            all images one after the other, and ``image_layouts`` (``[N, 4]``) says how each is cut.
 
         Raises:
             DataError: The number of ``<image>`` differs from the number of images, or an option is unknown.
@@ -166,19 +206,32 @@ class LlavarProcessor(ProcessorMixin):
         if images is None and text is None:
             raise DataError.at("processor", "got neither images nor text", "pass images, text or both")
         _check_options(options)
-        pixels = [prepare_image(image, image_mode or self.inference_image_mode, self) for image in _flat(images)]
+        mode = image_mode or self.inference_image_mode
+        prompts = [self._collapse(prompt) for prompt in ([text] if isinstance(text, str) else text or ())]
+        prepared = self._prepare(_flat(images), prompts, mode)
         data: dict[str, Any] = {}
         if text is not None:
-            prompts = [self._collapse(prompt) for prompt in ([text] if isinstance(text, str) else text)]
-            blocks = [self._block(image_3HW) for image_3HW in pixels]
+            blocks = [self._tokens(image.tokens) for image in prepared]
             expanded, offsets = _expand(prompts, blocks, (add_special_tokens and self.tokenizer.bos_token) or "")
             data.update(self.tokenizer(expanded, add_special_tokens=False, **options))
             if return_text_replacement_offsets:
                 data["text_replacement_offsets"] = offsets
-        if pixels:
-            same = len({image_3HW.shape for image_3HW in pixels}) == 1
-            data["pixel_values"] = torch.stack(pixels) if same else pixels
+        data.update(
+            image_inputs(
+                [image.pixels for image in prepared],
+                [image.layout for image in prepared if image.layout is not None],
+                [image.detail for image in prepared if image.detail is not None],
+            )
+        )
         return BatchFeature(data, tensor_type=return_tensors, skip_tensor_conversion=["text_replacement_offsets"])
+
+    def _prepare(self, images: Sequence[Image | str], prompts: Sequence[str], mode: ImageMode) -> list[PreparedImage]:
+        """Prepare images in reading order, those of each prompt together, and those without a prompt alone."""
+        prepared: list[PreparedImage] = []
+        for count in (*(prompt.count(IMAGE_PLACEHOLDER) for prompt in prompts), *[1] * len(images)):
+            start = len(prepared)
+            prepared += prepare_record_images(images[start : start + count], mode, self)
+        return prepared
 
     def encode_question(
         self,
@@ -216,8 +269,8 @@ class LlavarProcessor(ProcessorMixin):
 
     def _collapse(self, prompt: str) -> str:
         """Replace image tokens that a prompt already contains by ``<image>``."""
-        block = self._tokens(self.num_image_tokens)
-        prompt = prompt.replace(block, IMAGE_PLACEHOLDER)
+        if self.tile_geometry is None:
+            prompt = prompt.replace(self._tokens(self.num_image_tokens), IMAGE_PLACEHOLDER)
         stray = [name for name in (*ADDED_TOKENS, self.image_token) if name != IMAGE_PLACEHOLDER and name in prompt]
         if stray:
             raise DataError.at(
@@ -227,18 +280,15 @@ class LlavarProcessor(ProcessorMixin):
             )
         return prompt
 
-    def _block(self, image_3HW: Tensor) -> str:
-        height, width = image_3HW.shape[-2:]
-        tokens = (height // self.patch_size) * (width // self.patch_size)
-        return self._tokens(tokens)
-
     def _tokens(self, count: int) -> str:
         return image_block(count, use_im_start_end=self.use_im_start_end, patch=self.image_token)
 
     @property
     def model_input_names(self) -> list[str]:
         """Names of the tensors that ``__call__`` returns."""
-        return ["input_ids", "attention_mask", "pixel_values"]
+        layouts = ["image_layouts"] if self.tile_geometry is not None else []
+        details = ["detail_values"] if isinstance(self._resolution, CrossAttention) else []
+        return ["input_ids", "attention_mask", "pixel_values", *layouts, *details]
 
 
 def _jinja(template: TemplateName, tokenizer: Any) -> str:

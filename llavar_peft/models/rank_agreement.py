@@ -8,6 +8,11 @@ from functools import lru_cache
 import torch
 
 
+def is_distributed() -> bool:
+    """Return whether this process belongs to a group of processes."""
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
 def on_any_rank(flag: bool) -> bool:
     """Return whether the flag is set on at least one rank. Every rank must call this."""
     return bool(largest_of_ranks(int(flag)))
@@ -15,7 +20,7 @@ def on_any_rank(flag: bool) -> bool:
 
 def largest_of_ranks(value: int) -> int:
     """Return the largest of the ranks' values. Every rank must call this; no rank waits for its device."""
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+    if not is_distributed():
         return value
     largest = torch.tensor(value)
     torch.distributed.all_reduce(
@@ -36,5 +41,5 @@ def _host_group(world: torch.distributed.ProcessGroup) -> torch.distributed.Proc
 
 def exit_together() -> None:
     """Destroy the process group at the end of every rank; otherwise a rank whose threads still run aborts."""
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
+    if is_distributed():
         torch.distributed.destroy_process_group()

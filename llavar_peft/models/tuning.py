@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -47,6 +48,9 @@ _VARIANT_ARGUMENTS: dict[LoraVariant, dict[str, Any]] = {
 
 TRAINED_ROWS = 2
 """Number of trained rows of the input embeddings: the last ones, ``<im_start>`` and ``<im_end>``."""
+
+CROSS_ATTENTION = "cross_attention"
+"""Name of the cross-attention in our model."""
 
 _ROWS_SUFFIX = "embed_tokens.rows"
 _EMBEDDING_SUFFIX = "embed_tokens.embedding.weight"
@@ -113,12 +117,14 @@ def apply_tuning(
         ConfigError: ``Full`` on a quantized base, or a ``Lora`` that needs rows or layers which the model has not.
     """
     model.requires_grad_(False)
-    projector = model.model.multi_modal_projector
+    aligning: list[nn.Module] = [model.model.multi_modal_projector]
+    if model.model.cross_attention is not None:
+        aligning.append(model.model.cross_attention)
     if isinstance(tune, Projector):
         embedding = model.get_input_embeddings()
         if model.config.use_im_start_end and isinstance(embedding, nn.Embedding):
             model.set_input_embeddings(EmbeddingWithTrainedRows(embedding, model.pending_weights))
-        _unfreeze(projector)
+        _unfreeze(*aligning)
         return model
     if isinstance(tune, Full):
         if is_quantized(model):
@@ -127,9 +133,7 @@ def apply_tuning(
                 "a quantized base cannot be trained in full (got tune: full with model.quantize)",
                 "use tune: lora, or remove quantize",
             )
-        _unfreeze(model.model.language_model)
-        _unfreeze(model.lm_head)
-        _unfreeze(projector)
+        _unfreeze(model.model.language_model, model.lm_head, *aligning)
         if tune.train_tower:
             _unfreeze_tower(model)
         return model
@@ -227,12 +231,12 @@ def part_of(name: str) -> str:
         name: As ``trained_names`` returns it.
 
     Returns:
-        ``"projector"``, ``"tower"`` (itself or its adapters), ``"rows"`` (of ``<im_start>``/``<im_end>``),
-        ``"adapters"`` or ``"language_model"``.
+        ``"projector"`` (with the cross-attention), ``"tower"`` (itself or its adapters), ``"rows"`` (of
+        ``<im_start>``/``<im_end>``), ``"adapters"`` or ``"language_model"``.
     """
     if TOWER in name:
         return "tower"
-    if "multi_modal_projector" in name:
+    if "multi_modal_projector" in name or CROSS_ATTENTION in name:
         return "projector"
     if name.endswith(_ROWS_SUFFIX) or "trainable_tokens_delta" in name:
         return "rows"
@@ -240,7 +244,12 @@ def part_of(name: str) -> str:
 
 
 def lora_config(
-    tune: Lora, blocks: Blocks = LLAMA_BLOCKS, tower: Iterable[str] = (), layers: str = "layers"
+    tune: Lora,
+    blocks: Blocks = LLAMA_BLOCKS,
+    tower: Iterable[str] = (),
+    layers: str = "layers",
+    *,
+    cross_attention: bool = False,
 ) -> LoraConfig:
     """Return the ``peft`` configuration of a stage's value.
 
@@ -249,9 +258,11 @@ def lora_config(
         blocks: The language model's linear layers.
         tower: Names of the vision tower's linear layers that get adapters of ``tune.tower_rank``.
         layers: Name of the list of layers in the decoder.
+        cross_attention: Whether the model has cross-attention, which is trained in full.
     """
     from peft import LoraConfig
 
+    in_full = [*(["multi_modal_projector"] if tune.train_projector else []), *([CROSS_ATTENTION] * cross_attention)]
     targets, patterns = target_pattern(choose_targets(tune, blocks), layers), {}
     if tune.tower_rank is not None and tower:
         share = tune.tower_rank / tune.rank
@@ -265,7 +276,7 @@ def lora_config(
         lora_alpha=tune.alpha,
         lora_dropout=tune.dropout,
         target_modules=targets,
-        modules_to_save=["multi_modal_projector"] if tune.train_projector else None,
+        modules_to_save=in_full or None,
         lora_bias=tune.bias == "lora",
         bias="none",  # peft's "all" would train the tower's biases; its "lora_only" those of LLaMA, which has none
         **patterns,
@@ -280,8 +291,10 @@ def _add_lora(model: LlavarForConditionalGeneration, tune: Lora, train_rows: boo
     if tune.tower_rank is not None:
         tower = linear_tower_layers(model.model.vision_tower, model.model.num_tower_layers())
         model.config.tuned_vision_tower = True
+    has_cross_attention = model.model.cross_attention is not None
     decoder = model.model.language_model
-    config = lora_config(tune, find_linear_layers(decoder), tower, find_layers(decoder)[0])
+    blocks, layers = find_linear_layers(decoder), find_layers(decoder)[0]
+    config = lora_config(tune, blocks, tower, layers, cross_attention=has_cross_attention)
     if train_rows:
         if not model.config.use_im_start_end:
             raise ConfigError.at(
@@ -301,7 +314,7 @@ def _add_lora(model: LlavarForConditionalGeneration, tune: Lora, train_rows: boo
     for name, parameter in wrapped.named_parameters():
         if parameter.requires_grad and parameter.dtype in _HALF:
             parameter.data = parameter.data.float()
-        # peft trains a copy of the projector; the original must not count as trained.
+        # peft trains a copy of the projector and of the cross-attention; the original must not count as trained.
         if "original_module" in name:
             parameter.requires_grad_(False)
     return wrapped
@@ -317,8 +330,8 @@ def _unfreeze_tower(model: LlavarForConditionalGeneration) -> None:
     model.config.tuned_vision_tower = True
 
 
-def _unfreeze(module: nn.Module) -> None:
-    for parameter in module.parameters():
+def _unfreeze(*modules: nn.Module) -> None:
+    for parameter in chain.from_iterable(module.parameters() for module in modules):
         if parameter.dtype in _HALF:
             parameter.data = parameter.data.float()
         parameter.requires_grad_(True)

@@ -10,6 +10,7 @@ tokens where the tower has them), C tower width, D language model width.
 from __future__ import annotations
 
 import inspect
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -20,6 +21,9 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.models.clip.modeling_clip import CLIPVisionEmbeddings
 
 from llavar_peft.errors import ConfigError
+from llavar_peft.models.tile_features import arrange_tiles, pool_patches
+from llavar_peft.recipe.resolution import Tiles
+from llavar_peft.types import TileLayout
 
 
 class LlavarVisionEmbeddings(CLIPVisionEmbeddings):
@@ -172,34 +176,80 @@ def _last_output(tower: nn.Module, layer: nn.Module, pixel_values: Tensor, optio
     return found[0]
 
 
-def make_projector(activation: str, width_in: int, width_out: int) -> nn.Module:
+def make_projector(activation: str, width_in: int, width_out: int, tiles: Tiles | None = None) -> ImageProjector:
     """Return an untrained projector.
 
     Args:
         activation: ``"linear"`` for a single linear layer; otherwise the activation between two layers.
         width_in: Width of the tower.
         width_out: Width of the language model.
+        tiles: How images are cut into tiles; the projector then has the embedding that ends their rows.
     """
+    projector: ImageProjector
     if activation == "linear":
-        return LinearProjector(width_in, width_out)
-    return MlpProjector(activation, width_in, width_out)
+        projector = LinearProjector(width_in, width_out)
+    else:
+        projector = MlpProjector(activation, width_in, width_out)
+    if tiles is not None:
+        projector.pool = tiles.pool
+        projector.image_newline = nn.Parameter(torch.randn(width_out) * width_out**-0.5)
+    return projector
 
 
-class LinearProjector(nn.Linear):
+class ImageProjector(nn.Module):
+    """What every projector does: project patches, and with tiles pool them first and join the views of each image.
+
+    Attributes:
+        pool: Number of patches, in each direction, that are averaged.
+        image_newline: Ends each row of a tiled image's patches ``[D]``; None for a model without tiles.
+    """
+
+    pool: int = 1
+    image_newline: nn.Parameter | None
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.register_parameter("image_newline", None)
+
+    def project(self, features: Tensor) -> Tensor:
+        """Return the projected features ``[..., D]`` of features ``[..., C]``."""
+        raise NotImplementedError
+
+    def forward(self, features: Tensor, layouts: Sequence[TileLayout] | None = None) -> Any:
+        """Project features.
+
+        Args:
+            features: ``[..., C]``, with layouts those of all views ``[V, P, C]``.
+            layouts: How each image is cut into tiles; None for a model without tiles.
+
+        Returns:
+            The projected features ``[..., D]``; with layouts a list with those of each image ``[F, D]``.
+
+        Raises:
+            ValueError: The model has no tiles, or the views are not those of the layouts.
+        """
+        if layouts is None:
+            return self.project(features)
+        if self.image_newline is None:
+            raise ValueError("forward: got image_layouts, expected none for a model without tiles")
+        return arrange_tiles(self.project(pool_patches(features, self.pool)), layouts, self.image_newline)
+
+
+class LinearProjector(ImageProjector, nn.Linear):
     """The projector, which computes in the dtype of its weights, except under autocast.
 
     A tower that is not trained may be in half precision while the trained projector is in float32. In a training step
     autocast decides on the dtype; decoding and evaluation also call the model without it.
     """
 
-    def forward(self, input: Tensor) -> Tensor:
+    def project(self, features: Tensor) -> Tensor:
         """Return the projected features ``[..., D]`` of features ``[..., C]``."""
-        if input.dtype != self.weight.dtype and not torch.is_autocast_enabled(input.device.type):
-            input = input.to(self.weight.dtype)
-        return super().forward(input)
+        if features.dtype != self.weight.dtype and not torch.is_autocast_enabled(features.device.type):
+            features = features.to(self.weight.dtype)
+        return nn.functional.linear(features, self.weight, self.bias)
 
 
-class MlpProjector(nn.Module):
+class MlpProjector(ImageProjector):
     """A projector of two linear layers, with the names and the values of stock LLaVA's.
 
     Args:
@@ -216,7 +266,7 @@ class MlpProjector(nn.Module):
         self.act = ACT2FN[activation]
         self.linear_2 = LinearProjector(width_out, width_out)
 
-    def forward(self, features_NPC: Tensor) -> Tensor:
+    def project(self, features: Tensor) -> Tensor:
         """Return the projected features ``[..., D]`` of features ``[..., C]``."""
-        projected_NPD: Tensor = self.linear_2(self.act(self.linear_1(features_NPC)))
-        return projected_NPD
+        projected: Tensor = self.linear_2(self.act(self.linear_1(features)))
+        return projected

@@ -11,7 +11,10 @@ from dataclasses import dataclass
 from typing import Literal
 
 Point = tuple[float, float]
-Style = Literal["faint", "main", "held", "exact", "chars", "blank"]
+Style = Literal[
+    "faint", "main", "held", "exact", "chars", "blank", "curve0", "curve1", "curve2", "curve3", "curve4", "curve5"
+]
+_CURVES: tuple[Style, ...] = ("curve0", "curve1", "curve2", "curve3", "curve4", "curve5")
 _FIELD = 1000.0
 _MOST_POINTS = 500
 _LOG_FROM_RATIO = 12.0
@@ -39,12 +42,13 @@ class Tick:
 
 @dataclass(frozen=True, slots=True)
 class Mark:
-    """The SVG paths of a series, either of which may be empty."""
+    """The SVG paths of a series, each of which may be empty; ``band`` is the area of its intervals."""
 
     style: Style
     label: str
     line: str
     dots: str
+    band: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -213,3 +217,32 @@ def accuracy_chart(series: Sequence[Series], last_step: int) -> Chart | None:
     axis = _Axis(-0.05, 1.05)
     ticks = [Tick(100 * (1 - axis.share(share)), f"{100 * share:.0f} %") for share in (0.0, 0.5, 1.0)]
     return _assemble("Accuracy", shown, last_step, axis, ticks)
+
+
+def height_chart(curves: Sequence[tuple[str, Sequence[tuple[float, float, float, float]]]], note: str) -> Chart:
+    """Return the accuracy of models over letter heights in pixels, with intervals as bands.
+
+    Args:
+        curves: Name, and points (height, accuracy, lower end, upper end) in percent, in ascending order of height.
+        note: What the legend adds to the names.
+    """
+    heights = sorted({point[0] for _, points in curves for point in points})
+    room = 0.02 * (heights[-1] - heights[0]) or 0.5
+    x_axis, y_axis = _Axis(heights[0] - room, heights[-1] + room), _Axis(-4.0, 104.0)
+
+    def path(points: Sequence[Point]) -> str:
+        return "L".join(f"{x_axis.share(x) * _FIELD:.1f} {(1 - y_axis.share(y)) * _FIELD:.1f}" for x, y in points)
+
+    marks = []
+    for number, (name, points) in enumerate(curves):
+        style = _CURVES[number % len(_CURVES)]
+        mark = _draw(Series(style, name, [(x, y) for x, y, _, _ in points], dots=True), x_axis, y_axis)
+        edge = [(x, high) for x, _, _, high in points] + [(x, low) for x, _, low, _ in reversed(points)]
+        marks.append(Mark(style, name, mark.line, mark.dots, f"M{path(edge)}Z" if len(points) > 1 else ""))
+    whole = _linear_ticks(heights[0], heights[-1], 9, integers=True) if len(heights) > 1 else heights
+    ticks = whole or heights[:1]
+    x_ticks = [Tick(100 * x_axis.share(x), f"{x:g} px" if x == ticks[-1] else f"{x:g}") for x in ticks]
+    y_ticks = [Tick(100 * (1 - y_axis.share(y)), f"{y} %") for y in (0, 25, 50, 75, 100)]
+    ranges = "; ".join(f"{name}: {points[0][1]:.0f} to {points[-1][1]:.0f} %" for name, points in curves)
+    summary = f"Accuracy from {heights[0]:g} to {heights[-1]:g} pixels. {ranges}"
+    return Chart("Share of right answers", summary, tuple(marks), tuple(x_ticks), tuple(y_ticks), note)

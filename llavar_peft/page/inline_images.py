@@ -34,7 +34,7 @@ def image_key(stage_folder: Path, image: str) -> str:
 
 
 def embed_image(stage_folder: Path, image: str) -> InlineImage | None:
-    """Return an image as PNG or JPEG, whichever is smaller; None if it is missing or cannot be opened.
+    """Return an image file for a page; None if it is missing or cannot be opened.
 
     Args:
         stage_folder: The folder that ``image`` is relative to and must not leave.
@@ -47,6 +47,12 @@ def embed_image(stage_folder: Path, image: str) -> InlineImage | None:
         small = open_image(path)  # nothing that the readers of records reject is decoded for a page
     except ImageError:
         return None
+    return embed_pixels(small)
+
+
+def embed_pixels(image: Image.Image) -> InlineImage:
+    """Return an image as PNG or JPEG, whichever is smaller, at most ``LONGEST_SIDE`` pixels long."""
+    small = image.copy()
     small.thumbnail((LONGEST_SIDE, LONGEST_SIDE), Image.Resampling.LANCZOS)
     png, jpeg = io.BytesIO(), io.BytesIO()
     small.save(png, "PNG", optimize=True)

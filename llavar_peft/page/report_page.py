@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from llavar_peft.page.heights_page import HeightsView
 from llavar_peft.page.image_gallery import Gallery, GalleryCard, make_gallery
 from llavar_peft.page.named_probes import named_probes
 from llavar_peft.page.page_templates import MOST_BYTES, render, write_page
@@ -97,6 +98,7 @@ def write_report_page(
     datasets: Callable[[int], Sequence[DatasetView]],
     run: RunLog | None,
     images: int,
+    heights: Sequence[HeightsView] = (),
 ) -> Path:
     """Write a report of at most ``MOST_BYTES``, with fewer images if necessary, and return its path.
 
@@ -107,6 +109,7 @@ def write_report_page(
         datasets: Returns the results with a given maximum number of images in each row.
         run: The files of the run, if the report is about one.
         images: Maximum number of images in each row.
+        heights: Figures by letter height.
 
     Raises:
         EnvironmentFaultError: The page cannot be written.
@@ -120,6 +123,7 @@ def write_report_page(
             title=title,
             heads=heads,
             datasets=datasets(images),
+            heights=heights,
             run=None if run is None else run.folder.name,
             **(run_values(run, probes, gallery) if run else {}),
         )

@@ -13,6 +13,7 @@ from llavar_peft.data.training_dataset import count_held_out, image_count, text_
 from llavar_peft.models.llavar_config import LlavarConfig
 from llavar_peft.models.tower_loading import count_extra_positions
 from llavar_peft.preflight.estimate_counts import Counts, tower_depth
+from llavar_peft.preflight.estimate_views import image_cost
 from llavar_peft.recipe.data_sources import paths_of, size_of_epoch, sources_of
 from llavar_peft.recipe.schema import Full, Lora, Stage, Tune
 from llavar_peft.recipe.schema_rules import tunes_tower
@@ -31,6 +32,8 @@ class RecordLengths:
         longest: Number of tokens of the longest record.
         squares: Mean of the squared number of tokens.
         images: Mean number of images per record.
+        image_tokens: Mean number of their tokens per record.
+        views: Mean number of views of them per record, which the vision tower gets.
         counts: Number of records of each source.
     """
 
@@ -39,6 +42,8 @@ class RecordLengths:
     longest: int
     squares: float
     images: float
+    image_tokens: float
+    views: float
     counts: tuple[int, ...] = ()
 
 
@@ -52,7 +57,8 @@ def measure_records(stage: Stage, config: LlavarConfig) -> RecordLengths:
     paths = [path for source in sources for path in paths_of(source.records)]
     if not all(not is_hub_source(path) and expand_home(path).exists() for path in paths):
         most = stage.max_length
-        return RecordLengths(None, most, most, most**2, 1.0)
+        cost = image_cost(config, most)
+        return RecordLengths(None, most, most, most**2, 1.0, cost.tokens, cost.views)
     opened = [
         open_records(paths_of(source.records), selection=TableSelection(source.split, source.config, source.streaming))
         for source in sources
@@ -64,13 +70,31 @@ def measure_records(stage: Stage, config: LlavarConfig) -> RecordLengths:
         places = range(0, len(records), every)
         sample += [records[place] for place in places]
         shares += [source.weight] * len(places)
-    image = config.image_seq_length + 2 * bool(config.use_im_start_end)
     images = [image_count(record) for record in sample]
-    lengths = [
-        min(text_tokens(record) + image * count, stage.max_length) for record, count in zip(sample, images, strict=True)
+    measured = [
+        _measure_record(config, stage.max_length, text_tokens(record), count)
+        for record, count in zip(sample, images, strict=True)
     ]
-    mean, squares, each = (_mean(values, shares) for values in (lengths, [length**2 for length in lengths], images))
-    return RecordLengths(sum(counts), mean, max(lengths), squares, each, counts)
+    lengths, image_tokens, views = ([one[place] for one in measured] for place in range(3))
+    means = (_mean(values, shares) for values in (lengths, [one**2 for one in lengths], images, image_tokens, views))
+    mean, squares, each, tokens_each, views_each = means
+    return RecordLengths(sum(counts), mean, max(lengths), squares, each, tokens_each, views_each, counts)
+
+
+def _measure_record(config: LlavarConfig, most: int, text: int, images: int) -> tuple[int, int, int]:
+    """Return the numbers of tokens, of image tokens, and of views of a record.
+
+    Args:
+        config: The model's configuration.
+        most: Maximum number of tokens.
+        text: Number of tokens of the text.
+        images: Number of images.
+    """
+    if not images:
+        return min(text, most), 0, 0
+    ends = 2 * bool(config.use_im_start_end)
+    cost = image_cost(config, (most - text) // images - ends)
+    return min(text + images * (cost.tokens + ends), most), images * cost.tokens, images * cost.views
 
 
 def largest_pass(stage: Stage, lengths: RecordLengths, *, packs: bool) -> int:
@@ -114,9 +138,10 @@ def flops_per_step(config: LlavarConfig, stage: Stage, counts: Counts, lengths: 
         layers -= _without_input_gradients(stage, stage.tune, counts, lengths)
     if stage.gradient_checkpointing is True:
         layers += attention + linear - _not_recomputed(config, stage.tune, counts, lengths)
-    text_length = max(0.0, lengths.mean - lengths.images * config.image_seq_length)
+    text_length = max(0.0, lengths.mean - lengths.image_tokens)
     head = (6.0 if isinstance(stage.tune, Full) else 4.0) * text.vocab_size * text.hidden_size * text_length
-    total: float = layers + head + _image_flops(config, stage, counts, lengths)
+    images = _image_flops(config, stage, counts, lengths) + _cross_attention_flops(config, stage, lengths)
+    total: float = layers + head + images
     return stage.global_batch_size * total
 
 
@@ -178,10 +203,30 @@ def _image_flops(config: LlavarConfig, stage: Stage, counts: Counts, lengths: Re
         added = 2.0 * counts.tower_trained * positions * (not full)
         tower += 3.0 * added + (linear + attention + added) * (stage.gradient_checkpointing is True)
     trained = not isinstance(tune, Lora) or tune.train_projector
-    projector = (4.0 if trained else 2.0) * counts.projector * patches
+    projected = image_cost(config, stage.max_length).projected
+    projector = (4.0 if trained else 2.0) * counts.projector * projected
     if trained and config.projector_hidden_act != "linear":  # the gradient of the second layer's input
-        projector += 2.0 * config.text_config.hidden_size**2 * patches
-    return lengths.images * float(tower + projector)
+        projector += 2.0 * config.text_config.hidden_size**2 * projected
+    # The features of the crops reach the language model by the cross-attention.
+    projections = lengths.views if config.cross_attention is None else lengths.images
+    return float(lengths.views * tower + projections * projector)
+
+
+def _cross_attention_flops(config: LlavarConfig, stage: Stage, lengths: RecordLengths) -> float:
+    """Return the operations of a record in the cross-attention of all layers.
+
+    Every token is taken to follow the record's images; those before them are few.
+    """
+    if config.cross_attention is None:
+        return 0.0
+    text, wide = config.text_config, config.text_config.hidden_size
+    features = config.cross_attention.grid**2 * config.image_seq_length * lengths.images
+    # Q and O of the tokens, K and V of the features; the gradients of inputs and of weights take as much again, each.
+    linear = 4.0 * wide * (wide * lengths.mean * min(1.0, lengths.images) + config.vision_config.hidden_size * features)
+    scores = 4.0 * lengths.mean * features * wide
+    recomputed = linear + scores if stage.gradient_checkpointing is True else 0.0
+    total: float = text.num_hidden_layers * (3.0 * linear + 3.5 * scores + recomputed)
+    return total
 
 
 def _mean(values: Sequence[float], shares: Sequence[float]) -> float:

@@ -38,6 +38,7 @@ class Counts:
         adapted: The names of those that get adapters.
         has_final_norm: Whether a layer normalizes the output of its last matrix, as Gemma's and OLMo's do.
         tower_trained: Parameters that the stage trains in the vision tower: its own, or those of adapters.
+        cross_attention: The cross-attention.
     """
 
     linear: int
@@ -52,11 +53,12 @@ class Counts:
     adapted: frozenset[str]
     has_final_norm: bool
     tower_trained: int = 0
+    cross_attention: int = 0
 
     @property
     def whole(self) -> int:
         """All parameters except adapters."""
-        return self.linear + self.norms + self.head + self.tower + self.projector
+        return self.linear + self.norms + self.head + self.tower + self.projector + self.cross_attention
 
 
 def count_parameters(config: LlavarConfig, tune: Tune) -> Counts:
@@ -65,7 +67,9 @@ def count_parameters(config: LlavarConfig, tune: Tune) -> Counts:
     Raises:
         ConfigError: The language model has experts, or other parts that are neither matrices nor norms.
     """
-    parts = ("linear", "norms", "head", "tower", "projector", "adapters", "tower_linear", "tower_patch")
+    parts = (
+        "linear", "norms", "head", "tower", "projector", "adapters", "tower_linear", "tower_patch", "cross_attention",
+    )  # fmt: skip
     sums = dict.fromkeys(parts, 0)
     shapes = expected_shapes(config)
     if others := [name for name, shape in shapes.items() if tensor_names.LAYER.search(name) and len(shape) > _MATRIX]:
@@ -88,6 +92,8 @@ def count_parameters(config: LlavarConfig, tune: Tune) -> Counts:
                 sums["tower_patch"] += math.prod(shape) * (len(shape) == _KERNEL)
             elif int(layer[1]) < tower_depth(config):
                 sums["tower_linear"] += math.prod(shape) * (len(shape) == _MATRIX)
+        elif name.startswith(tensor_names.CROSS_ATTENTION):
+            sums["cross_attention"] += math.prod(shape)
         elif "multi_modal_projector" in name:
             sums["projector"] += math.prod(shape)
         else:
@@ -147,6 +153,7 @@ def count_trained(config: LlavarConfig, tune: Tune, counts: Counts) -> int:
     if isinstance(tune, Full):
         return counts.whole - counts.tower + counts.tower_trained
     if isinstance(tune, Projector):
-        return counts.projector + rows
+        return counts.projector + counts.cross_attention + rows
     with_rows = rows if tune.train_image_rows else 0
-    return counts.adapters + counts.tower_trained + counts.projector * tune.train_projector + with_rows
+    aligning = counts.cross_attention + counts.projector * tune.train_projector
+    return counts.adapters + counts.tower_trained + aligning + with_rows

@@ -12,6 +12,7 @@ from transformers import AutoModel
 from llavar_peft.compat.dependency_internals import fake_tensors
 from llavar_peft.compat.memory_tracker import MemoryTracker
 from llavar_peft.models.llavar_config import LlavarConfig
+from llavar_peft.models.tile_features import pool_patches
 from llavar_peft.models.vision_tower import make_projector, tower_features
 from llavar_peft.preflight.estimate_layer import LayerDtypes, replace_meta
 
@@ -38,7 +39,7 @@ def measure_images(config: LlavarConfig, dtypes: LayerDtypes, *, images: int, tr
     Args:
         config: The model's configuration.
         dtypes: Number formats, as for the language model's layers.
-        images: Number of images in the pass.
+        images: Number of images of the tower's size in the pass.
         trained: Whether the projector is trained.
     """
     if images == 0:
@@ -49,7 +50,7 @@ def measure_images(config: LlavarConfig, dtypes: LayerDtypes, *, images: int, tr
     with torch.device("meta"):
         tower = AutoModel.from_config(vision, attn_implementation="sdpa", trust_remote_code=False)
         tower.requires_grad_(False)
-        projector = make_projector(config.projector_hidden_act, vision.hidden_size, text.hidden_size)
+        projector = make_projector(config.projector_hidden_act, vision.hidden_size, text.hidden_size, config.tiles)
         projector.requires_grad_(trained)
     autocast = torch.autocast(
         "cpu", dtype=dtypes.autocast or torch.bfloat16, enabled=dtypes.autocast is not None, cache_enabled=False
@@ -64,5 +65,6 @@ def measure_images(config: LlavarConfig, dtypes: LayerDtypes, *, images: int, tr
             features = tower_features(tower, pixels.to(dtypes.frozen), vision.num_hidden_layers)
         peak = tracker.reset_peak() - before
         before = tracker.now
-        output = projector(features[:, features.shape[1] - config.image_seq_length :])
+        patches = pool_patches(features[:, features.shape[1] - config.image_seq_length :], projector.pool)
+        output = projector.project(patches)
         return ImageMemory(peak, tracker.now - before - output.untyped_storage().nbytes())

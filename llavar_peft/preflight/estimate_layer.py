@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 from dataclasses import dataclass
+from itertools import chain, pairwise
 from typing import Any
 
 import torch
@@ -13,9 +14,12 @@ from transformers import AutoModel, PretrainedConfig
 
 from llavar_peft.compat.dependency_internals import fake_tensors
 from llavar_peft.compat.memory_tracker import MemoryTracker
+from llavar_peft.models.cross_attention import CrossAttentionStack, Detail, DetailSegment
+from llavar_peft.models.cross_attention_hooks import DETAIL, attach_cross_attention
 from llavar_peft.models.decoder_structure import find_layers
 from llavar_peft.models.linear_layers import find_linear_layers
 from llavar_peft.models.tuning import lora_config
+from llavar_peft.preflight.estimate_views import DetailShape
 from llavar_peft.recipe.schema import Attention, Full, Lora, Tune
 
 _PREFIX = "model.language_model.layers.0"
@@ -62,7 +66,14 @@ def computes_scores(text: PretrainedConfig, attention: Attention) -> bool:
 
 
 def measure_layer(
-    text: PretrainedConfig, tune: Tune, dtypes: LayerDtypes, *, rows: tuple[int, int], eager: bool, accumulated: bool
+    text: PretrainedConfig,
+    tune: Tune,
+    dtypes: LayerDtypes,
+    *,
+    rows: tuple[int, int],
+    eager: bool,
+    accumulated: bool,
+    details: DetailShape | None = None,
 ) -> LayerMemory:
     """Measure a layer of the language model in the forward and backward pass of a stage.
 
@@ -75,6 +86,7 @@ def measure_layer(
         rows: Number of rows of the pass, and tokens of a row.
         eager: Whether the attention is eager, see ``computes_scores``; otherwise it keeps what flash-attention keeps.
         accumulated: Whether gradients of an earlier pass exist, to which those of this pass are added.
+        details: What the layer's cross-attention gets, whose memory and gradients are then included.
     """
     short = copy.deepcopy(text)
     short.num_hidden_layers = 1
@@ -83,14 +95,24 @@ def measure_layer(
             short, attn_implementation="eager" if eager else "sdpa", trust_remote_code=False
         )
         layer = _as_trained(decoder, tune)
+        stack = None
+        if details is not None:
+            attach_cross_attention(decoder)
+            stack = CrossAttentionStack(1, text.hidden_size, details.width, text.num_attention_heads, 0)
     with fake_tensors(), MemoryTracker() as tracker:
         replace_meta(decoder, dtypes.frozen, dtypes.trained)
+        modules = [layer]
+        if stack is not None:
+            replace_meta(stack, dtypes.frozen, dtypes.trained)
+            modules.append(stack)
         if accumulated:
-            for parameter in layer.parameters():
+            for parameter in chain.from_iterable(module.parameters() for module in modules):
                 parameter.grad = torch.empty_like(parameter) if parameter.requires_grad else None
         stream = torch.zeros((*rows, text.hidden_size), dtype=dtypes.stream, requires_grad=True)
         empty = tracker.now
         arguments = _layer_arguments(decoder, layer, stream, eager=eager)
+        if stack is not None and details is not None:
+            arguments[DETAIL] = _detail(stack, details, stream)
         before = tracker.now
         with torch.autocast(
             "cpu", dtype=dtypes.autocast or torch.bfloat16, enabled=dtypes.autocast is not None, cache_enabled=False
@@ -104,6 +126,20 @@ def measure_layer(
         tracker.reset_peak()
         output.backward(torch.empty_like(output))
         return LayerMemory(stream.untyped_storage().nbytes(), kept, tracker.peak - outside, before - empty)
+
+
+def _detail(stack: CrossAttentionStack, details: DetailShape, stream: Tensor) -> Detail:
+    """Return what the layer's cross-attention gets: the tokens are divided among the images."""
+    tokens, images = stream.shape[0] * stream.shape[1], details.images
+    # The positions of the crops are trained, so that the features have a gradient.
+    shape = (max(1, images * details.features), details.width)
+    features = torch.zeros(shape, dtype=stream.dtype, requires_grad=True)
+    edges = [tokens * number // images for number in range(images + 1)] if images else [0]
+    segments = tuple(
+        DetailSegment(start, stop, number, number + 1) for number, (start, stop) in enumerate(pairwise(edges))
+    )
+    ends = tuple(details.features * number for number in range(images + 1)) if images else (0, 1)
+    return Detail(stack, features, ends, segments)
 
 
 class _Reached(Exception):

@@ -12,11 +12,13 @@ from functools import cached_property
 import torch
 
 from llavar_peft.models.chunked_loss import CHUNK
+from llavar_peft.models.detail_features import CROPS_AT_ONCE
 from llavar_peft.models.llavar_config import LlavarConfig
 from llavar_peft.preflight.estimate_counts import Counts
 from llavar_peft.preflight.estimate_image import ImageMemory, measure_images
 from llavar_peft.preflight.estimate_layer import LayerDtypes, LayerMemory, computes_scores, measure_layer
 from llavar_peft.preflight.estimate_tower import TowerMemory, measure_tower
+from llavar_peft.preflight.estimate_views import detail_shape, image_cost
 from llavar_peft.recipe.schema import Dtype, Full, Lora, ModelConfig, Precision, Projector, Stage
 
 _SCALES = 1 / 64 + 4 / (64 * 256)
@@ -75,10 +77,11 @@ class StepMoments:
         linear = {"nf4": 0.5, "int8": 1.0 + 4 / 4096}.get(quantize or "", float(each)) * counts.linear
         others = each * (counts.norms + counts.head + counts.tower) + 4.0 * (counts.adapters + counts.tower_trained)
         if isinstance(self.stage.tune, Projector):
-            projector = 4.0 * counts.projector
+            projector = 4.0 * (counts.projector + counts.cross_attention)
         else:
-            # peft trains a copy of the projector and keeps the original.
+            # peft trains copies of the projector and of the cross-attention, and keeps the originals.
             projector = counts.projector * (each + 4.0 * self.stage.tune.train_projector)
+            projector += counts.cross_attention * (each + 4.0)
         # Scales are no parameters, and are not sharded.
         scales = _SCALES * counts.linear if quantize == "nf4" else 0.0
         return (linear + others + projector) / self.shards + scales
@@ -135,24 +138,35 @@ class StepMoments:
         rows = self.stage.micro_batch_size if eager else 1
         return measure_layer(
             text, self.stage.tune, self._dtypes, rows=(rows, math.ceil(self.tokens / rows)), eager=eager,
-            accumulated=self._accumulates,
+            accumulated=self._accumulates, details=detail_shape(self.config, self._views),
         )  # fmt: skip
+
+    @property
+    def _views(self) -> int:
+        """Number of images that the tower gets in a pass."""
+        cost = image_cost(self.config, self.stage.max_length)
+        return round((self.tokens - self.supervised) * cost.views / cost.tokens)
+
+    @property
+    def _projected_views(self) -> int:
+        """Number of images that the tower gets in the call whose output is projected; crops have calls of their own."""
+        crossed = self.config.cross_attention
+        return self._views if crossed is None else round(self._views / (1 + crossed.grid**2))
 
     @cached_property
     def _images(self) -> ImageMemory:
         tune = self.stage.tune
-        images = round((self.tokens - self.supervised) / self.config.image_seq_length)
         trained = not isinstance(tune, Lora) or tune.train_projector
-        return measure_images(self.config, self._dtypes, images=images, trained=trained)
+        most = max(self._projected_views, min(self._views - self._projected_views, CROPS_AT_ONCE))
+        return measure_images(self.config, self._dtypes, images=most, trained=trained)
 
     @cached_property
     def _tower(self) -> TowerMemory:
-        images = round((self.tokens - self.supervised) / self.config.image_seq_length)
         return measure_tower(
             self.config,
             self.stage.tune,
             self._dtypes,
-            images=max(1, images),
+            images=max(1, self._projected_views),
             recomputes=self.stage.gradient_checkpointing is not False,
             accumulated=self._accumulates,
         )
@@ -196,6 +210,7 @@ class StepMoments:
     def _trained_layer(self) -> float:
         counts = self.counts
         trained = counts.adapters + (counts.linear + counts.norms) * isinstance(self.stage.tune, Full)
+        trained += counts.cross_attention
         layers: int = self.config.text_config.num_hidden_layers
         return 4.0 * trained / layers / self.shards
 
@@ -249,7 +264,7 @@ class StepMoments:
             return 0.0
         counts, layers = self.counts, self.config.text_config.num_hidden_layers
         stored = 0.5 if self.model.quantize == "nf4" else float(self._compute)
-        gathered = counts.linear * stored + (counts.norms + counts.adapters) * self._compute
+        gathered = counts.linear * stored + (counts.norms + counts.adapters + counts.cross_attention) * self._compute
         exchanged = self._trained_layer * self.shards / 4 * self._compute
         return float(2 * gathered / layers + exchanged)
 

@@ -17,6 +17,7 @@ from llavar_peft.preflight.estimate_compute import (
 from llavar_peft.preflight.estimate_counts import count_parameters, count_trained
 from llavar_peft.preflight.estimate_layer import computes_scores
 from llavar_peft.preflight.estimate_memory import Memory, estimate_memory
+from llavar_peft.preflight.estimate_views import image_cost
 from llavar_peft.recipe.schema import Full, Lora, ModelConfig, Stage
 
 
@@ -30,7 +31,7 @@ class StageEstimate:
         trained: Number of parameters that the stage trains.
         memory: Memory of one GPU.
         lengths: Lengths of the stage's records.
-        image_tokens: Tokens of an image.
+        image_tokens: Tokens of an image; with tiles, the largest number.
         pass_tokens: Tokens of the largest forward pass on a GPU.
         step_tokens: Tokens of an optimizer step, over all GPUs.
         step_flops: Floating point operations of an optimizer step, over all GPUs.
@@ -68,7 +69,7 @@ def estimate_stage(model: ModelConfig, stage: Stage, *, gpus: int = 1, sharded: 
     packs = not computes_scores(config.text_config, model.attention) and keeps_segments_apart(config.text_config)
     tokens = largest_pass(stage, lengths, packs=packs)
     # An upper bound: all text, of which only the answers are supervised.
-    supervised = max(1, round(tokens * (1 - lengths.images * config.image_seq_length / max(lengths.mean, 1.0))))
+    supervised = max(1, round(tokens * (1 - lengths.image_tokens / max(lengths.mean, 1.0))))
     return StageEstimate(
         stage=stage.name,
         parameters=counts.whole,
@@ -78,7 +79,7 @@ def estimate_stage(model: ModelConfig, stage: Stage, *, gpus: int = 1, sharded: 
             sharded=gpus > 1 if sharded is None else sharded, counts=counts,
         ),
         lengths=lengths,
-        image_tokens=config.image_seq_length,
+        image_tokens=image_cost(config, stage.max_length).tokens,
         pass_tokens=tokens,
         step_tokens=stage.global_batch_size * lengths.mean,
         step_flops=flops_per_step(config, stage, counts, lengths),

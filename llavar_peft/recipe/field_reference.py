@@ -9,7 +9,8 @@ import typing
 from functools import cache
 from typing import Any
 
-from llavar_peft.recipe import schema
+from llavar_peft.recipe import resolution, schema
+from llavar_peft.recipe.resolution import CrossAttention, Tiles
 from llavar_peft.recipe.schema import (
     DataConfig,
     DataSource,
@@ -24,7 +25,10 @@ from llavar_peft.recipe.schema import (
 )
 from llavar_peft.recipe.schema_fields import bounds_of, fields_of, is_optional, json_schema_of, members
 
-CONFIG_CLASSES = (Recipe, ModelConfig, Stage, DataConfig, DataSource, Projector, Full, Lora, OptimConfig, ProbeConfig)
+CONFIG_CLASSES = (
+    Recipe, ModelConfig, Tiles, CrossAttention, Stage, DataConfig, DataSource, Projector, Full, Lora, OptimConfig,
+    ProbeConfig,
+)  # fmt: skip
 _TYPE_NAMES = {str: "string", int: "integer", float: "number", bool: "true or false"}
 
 
@@ -37,7 +41,7 @@ def describe_fields() -> str:
 def field_explanations() -> dict[str, dict[str, str]]:
     """Return the docstring under each configuration field, in one line, by class name and field name."""
     found: dict[str, dict[str, str]] = {}
-    for cls in ast.parse(inspect.getsource(schema)).body:
+    for cls in ast.parse(inspect.getsource(schema) + inspect.getsource(resolution)).body:
         if not isinstance(cls, ast.ClassDef):
             continue
         found[cls.name] = {}

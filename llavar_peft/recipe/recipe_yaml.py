@@ -19,6 +19,7 @@ from llavar_peft.recipe.schema_fields import (
     dotted,
     fields_of,
     is_optional,
+    kinds_of,
     members,
     step,
     suggest_field,
@@ -158,10 +159,10 @@ def _check_step(node: Any, hint: Any, path: Path) -> None:
 
 
 def _expand(node: Any, hint: Any) -> Any:
-    """Return a mapping for the short form of ``tune`` and for a missing mapping, so that their fields can be set."""
-    if len(members(hint)) > 1 and class_for(hint, {"type": "full"}) is not None:
-        kind = node if isinstance(node, str) else "full"
-        return node if isinstance(node, dict) or kind not in TUNES else {"type": kind}
+    """Return a mapping for the short form of a union and for a missing mapping, so that their fields can be set."""
+    if kinds := kinds_of(hint):
+        kind = node if isinstance(node, str) else "full" if kinds is TUNES else next(iter(kinds))
+        return node if isinstance(node, dict) or kind not in kinds else {"type": kind}
     return {} if node is None and class_for(hint, {}) is not None else node
 
 
@@ -204,7 +205,7 @@ def _dump_mapping(mapping: Mapping[str, Any], cls: type, explained: set[tuple[ty
 
 def _dump_scalar(value: Any) -> str:
     # Line breaks and other characters that an editor might change are written as escapes.
-    readable = "".join(value if isinstance(value, list) else [str(value)]).isprintable()
+    readable = "".join(map(str, value if isinstance(value, list) else [value])).isprintable()
     style = None if readable else '"'
     text = yaml.safe_dump(
         value, default_flow_style=True, allow_unicode=readable, default_style=style, width=float("inf")

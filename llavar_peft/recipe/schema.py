@@ -7,15 +7,29 @@ Constraints that involve several fields are in ``schema_rules``.
 
 from __future__ import annotations
 
-import os
-import re
 from dataclasses import dataclass, field
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Literal
 
-from pydantic import AfterValidator, BeforeValidator, Discriminator, Field, Tag
+from pydantic import AfterValidator, Field, Tag
 from pydantic_core import PydanticCustomError
 
-from llavar_peft.types import ImageMode, ReadableRepr, TemplateName
+from llavar_peft.recipe.resolution import Resolution
+from llavar_peft.recipe.schema_types import (
+    BY_KIND,
+    IntegerFromZero,
+    NumberFromZero,
+    PathOrFilledList,
+    PathOrList,
+    PathText,
+    PositiveInteger,
+    PositiveNumber,
+    Recompute,
+    Share,
+    ShareBelowOne,
+    StrictFields,
+    Text,
+)
+from llavar_peft.types import ImageMode, TemplateName
 
 Quantization = Literal["nf4", "int8"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
@@ -32,20 +46,6 @@ LoraBias = Literal["none", "lora"]
 ProjectorType = Literal["linear", "mlp2x_gelu"]
 LinearLayer = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
-_NUMBER = re.compile(r"\s*[-+]?(\d[\d_]*\.?\d*|\.\d+)([eE][-+]?\d+)?\s*")
-
-
-def _number_from_text(value: object) -> object:
-    """Convert ``2e-5``, which YAML 1.1 reads as text because it has no decimal point, to a number."""
-    return float(value) if isinstance(value, str) and _NUMBER.fullmatch(value) else value
-
-
-def _kind(value: object) -> str:
-    """Select the alternative of a union that a value is validated against, so that only its errors are reported."""
-    if isinstance(value, str):
-        return "text"
-    return "list" if isinstance(value, list | tuple) else "switch"
-
 
 def _whole_from_one(value: float) -> float:
     if value > 1 and value != int(value):
@@ -53,36 +53,8 @@ def _whole_from_one(value: float) -> float:
     return value
 
 
-_FROM_TEXT = BeforeValidator(_number_from_text)
-_BY_KIND = Discriminator(_kind)
-
-Text = Annotated[str, Field(pattern=r"^[^\x00]*[^\s\x00\x1c-\x1f][^\x00]*$")]
-"""A string that is not blank and has no NUL character."""
-PathText = Annotated[Text, AfterValidator(os.path.expanduser)]
-"""A path, or the name of a model on the hub; ``~`` is the user's home."""
-PathOrList = Annotated[Annotated[PathText, Tag("text")] | Annotated[tuple[PathText, ...], Tag("list")], _BY_KIND]
-PathOrFilledList = Annotated[
-    Annotated[PathText, Tag("text")] | Annotated[tuple[PathText, ...], Field(min_length=1), Tag("list")], _BY_KIND
-]
-PositiveInteger = Annotated[int, Field(ge=1)]
-IntegerFromZero = Annotated[int, Field(ge=0)]
-PositiveNumber = Annotated[float, Field(gt=0, allow_inf_nan=False), _FROM_TEXT]
-NumberFromZero = Annotated[float, Field(ge=0, allow_inf_nan=False), _FROM_TEXT]
-Share = Annotated[float, Field(ge=0, le=1), _FROM_TEXT]
-ShareBelowOne = Annotated[float, Field(ge=0, lt=1), _FROM_TEXT]
-Recompute = Annotated[Annotated[bool, Tag("switch")] | Annotated[Literal["auto"], Tag("text")], _BY_KIND]
-
-
-class _Strict(ReadableRepr):
-    """Reject unknown fields, and values that would have to be converted to the field's type."""
-
-    _most_entries: ClassVar[int] = 100
-    _most_characters: ClassVar[int] = 1000
-    __pydantic_config__: ClassVar[dict[str, object]] = {"extra": "forbid", "strict": True}
-
-
 @dataclass(frozen=True, kw_only=True, repr=False)
-class ModelConfig(_Strict):
+class ModelConfig(StrictFields):
     """Where the model comes from and how its weights are stored.
 
     Set either ``language_model`` and ``vision_tower`` for a new LLaVAR, or ``checkpoint`` for an existing one. A
@@ -124,10 +96,14 @@ class ModelConfig(_Strict):
     have them. Source: LLaVAR, ``--mm_use_im_start_end``."""
     vision_feature_layer: int = -2
     """The tower's hidden state that is projected. Source: LLaVAR, ``--mm_vision_select_layer``."""
+    resolution: Resolution | None = None
+    """How the model reads letters that are too small at the tower's size: ``tiles`` or ``cross_attention``, or a
+    mapping with this ``type`` and its options. None leaves a checkpoint as it is, and gives a new model the whole image
+    only."""
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
-class DataSource(_Strict):
+class DataSource(StrictFields):
     """One of several sources of training records."""
 
     records: PathOrFilledList
@@ -145,7 +121,7 @@ class DataSource(_Strict):
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
-class DataConfig(_Strict):
+class DataConfig(StrictFields):
     """The training records and their images. Set either ``records`` or ``sources``."""
 
     records: PathOrFilledList | None = None
@@ -179,7 +155,7 @@ class DataConfig(_Strict):
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
-class Projector(_Strict):
+class Projector(StrictFields):
     """Train only the projector and the ``<im_start>`` and ``<im_end>`` input embeddings (stage 1)."""
 
     type: Literal["projector"] = "projector"
@@ -187,7 +163,7 @@ class Projector(_Strict):
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
-class Full(_Strict):
+class Full(StrictFields):
     """Train the projector and the whole language model (stage 2), and the vision tower if it is asked for."""
 
     type: Literal["full"] = "full"
@@ -201,7 +177,7 @@ class Full(_Strict):
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
-class Lora(_Strict):
+class Lora(StrictFields):
     """Train low-rank adapters on the language model's linear layers, and the projector in full.
 
     With ``tower_rank``, the vision tower gets adapters too.
@@ -219,7 +195,7 @@ class Lora(_Strict):
     """LoRA variant, as implemented by peft."""
     target: Annotated[
         Annotated[LoraTarget, Tag("text")] | Annotated[tuple[LinearLayer, ...], Field(min_length=1), Tag("list")],
-        _BY_KIND,
+        BY_KIND,
     ] = "all-linear"
     """Layers of the language model that get adapters: a group, or a list of names such as [q_proj, v_proj]."""
     bias: LoraBias = "none"
@@ -239,7 +215,7 @@ Tune = Annotated[Projector | Full | Lora, Field(discriminator="type")]
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
-class OptimConfig(_Strict):
+class OptimConfig(StrictFields):
     """The optimizer and its schedule. Source of the defaults: both training scripts of LLaVAR."""
 
     learning_rate: PositiveNumber
@@ -269,7 +245,7 @@ class OptimConfig(_Strict):
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
-class ProbeConfig(_Strict):
+class ProbeConfig(StrictFields):
     """Checks during training: the held-out loss, and the answers to some held-out images."""
 
     every_steps: IntegerFromZero = 0
@@ -283,7 +259,7 @@ class ProbeConfig(_Strict):
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
-class Stage(_Strict):
+class Stage(StrictFields):
     """One part of a run: what is trained, on which data, and how."""
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_](?:[A-Za-z0-9._-]{0,98}[A-Za-z0-9_-])?$")]
@@ -336,7 +312,7 @@ class Stage(_Strict):
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
-class Recipe(_Strict):
+class Recipe(StrictFields):
     """A whole run."""
 
     model: ModelConfig

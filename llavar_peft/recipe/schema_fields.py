@@ -12,6 +12,7 @@ from typing import Any
 
 from pydantic import TypeAdapter
 
+from llavar_peft.recipe.resolution import CrossAttention, Tiles
 from llavar_peft.recipe.schema import Full, Lora, Projector, Recipe
 
 Path = tuple[str | int, ...]
@@ -19,6 +20,8 @@ Path = tuple[str | int, ...]
 
 TUNES: dict[str, type] = {"projector": Projector, "full": Full, "lora": Lora}
 """The classes of ``tune`` by their ``type``."""
+RESOLUTIONS: dict[str, type] = {"tiles": Tiles, "cross_attention": CrossAttention}
+"""The classes of ``model.resolution`` by their ``type``."""
 
 
 @cache
@@ -61,17 +64,22 @@ def _list_type(hint: Any) -> Any:
     return next((member for member in members(hint) if typing.get_origin(member) is tuple), None)
 
 
+def kinds_of(hint: Any) -> dict[str, type]:
+    """Return the classes of a union by their ``type``; empty for any other type."""
+    unions = (kinds for kinds in (TUNES, RESOLUTIONS) if members(hint) == tuple(kinds.values()))
+    return next(unions, {})
+
+
 def class_for(hint: Any, node: object) -> type | None:
     """Return the configuration class of a value, or None if the value has no fields.
 
     Args:
         hint: The value's declared type.
-        node: The value as plain data; its ``type`` selects between the classes of ``tune``.
+        node: The value as plain data; its ``type`` selects between the classes of a union.
     """
     classes = [member for member in members(hint) if dataclasses.is_dataclass(member)]
     if len(classes) > 1:
-        chosen = TUNES.get(str(node.get("type"))) if isinstance(node, Mapping) else None
-        return chosen if chosen in classes else None
+        return kinds_of(hint).get(str(node.get("type"))) if isinstance(node, Mapping) else None
     return typing.cast("type | None", classes[0] if classes else None)
 
 
@@ -119,7 +127,7 @@ def path_of(loc: tuple[str | int, ...]) -> Path:
     for part in loc:
         if len(members(hint)) > 1:
             # The tag selects one alternative of the union, in which the rest of the location continues.
-            hint = TUNES.get(str(part)) or _list_type(hint)
+            hint = kinds_of(hint).get(str(part)) or _list_type(hint)
             continue
         path = (*path, part)
         hint = step(hint, part, None)

@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 
 from llavar_peft.constants import METRICS_FILE, RESOLVED_RECIPE_FILE, VERSIONS_FILE
+from llavar_peft.recipe.resolution import Tiles
 from llavar_peft.recipe.schema import DataConfig, Full, Lora, ModelConfig, Projector, Recipe, Stage, Tune
 
 Violation = tuple[str, str, str]
@@ -66,10 +67,9 @@ def tunes_tower(tune: Tune) -> bool:
     return isinstance(tune, Lora) and tune.tower_rank is not None
 
 
-def _has_untrained_projector(recipe: Recipe, stage: Stage) -> bool:
+def _trains_projector_before(recipe: Recipe, stage: Stage) -> bool:
     earlier = recipe.stages[: recipe.stages.index(stage)]
-    trained = any(not isinstance(other.tune, Lora) or other.tune.train_projector for other in earlier)
-    return _is_untrained(recipe.model) and not trained
+    return any(not isinstance(other.tune, Lora) or other.tune.train_projector for other in earlier)
 
 
 def _is_untrained(model: ModelConfig) -> bool:
@@ -89,6 +89,8 @@ def _check_model(model: ModelConfig) -> Iterator[Violation]:
         yield "model", "the source of the model is missing", "set checkpoint, or language_model and vision_tower"
     elif model.vision_tower is None:
         yield "model.vision_tower", "missing; language_model needs it", "name a CLIP tower, or use checkpoint instead"
+    if model.resolution is not None and model.image_mode == "keep":
+        yield "model.image_mode", "keep has no images of one size, which model.resolution needs", "set it to pad"
     if model.attention == "flash_attention_2" and model.dtype == "float32":
         yield "model.attention", "flash_attention_2 does not support float32", "set attention to sdpa, or change dtype"
 
@@ -148,6 +150,9 @@ def _check_stage(path: str, stage: Stage) -> Iterator[Violation]:
 
 
 def _check_stage_against_model(path: str, stage: Stage, model: ModelConfig) -> Iterator[Violation]:
+    if model.resolution is not None and stage.data.image_mode == "keep":
+        what = "keep has no images of one size, which model.resolution needs"
+        yield f"{path}.data.image_mode", what, "remove it, or remove model.resolution"
     if model.quantize is not None:
         if isinstance(stage.tune, Full):
             what = f"full fine-tuning cannot train a base stored as {model.quantize}"
@@ -173,9 +178,14 @@ def _check_stage_in_order(path: str, index: int, recipe: Recipe) -> Iterator[Vio
         yield f"{path}.optim.rows_learning_rate", what, "remove the rate, or set tune.train_image_rows with tune: lora"
     if not isinstance(stage.tune, Lora):
         return
-    if not stage.tune.train_projector and _has_untrained_projector(recipe, stage):
-        what = "the projector is untrained and would not be trained"
-        yield f"{path}.tune.train_projector", what, "train it, or set model.projector to a stage-1 file"
+    if not stage.tune.train_projector and not _trains_projector_before(recipe, stage):
+        if _is_untrained(recipe.model):
+            what = "the projector is untrained and would not be trained"
+            yield f"{path}.tune.train_projector", what, "train it, or set model.projector to a stage-1 file"
+        elif isinstance(recipe.model.resolution, Tiles) and recipe.model.projector is None:
+            what = "false, and the embedding that tiles add to the projector would not be trained"
+            fix = "set it to true; for a checkpoint that reads tiles already, remove model.resolution"
+            yield f"{path}.tune.train_projector", what, fix
     if index + 1 < len(recipe.stages):
         following = f"{recipe.stages[index + 1].name!r} starts from the merged adapter"
         if recipe.model.quantize is not None:

@@ -25,12 +25,12 @@ from llavar_peft.recipe.schema import (
     Precision,
     ProbeConfig,
     Projector,
-    Recompute,
     Schedule,
     Stage,
     Tune,
 )
 from llavar_peft.recipe.schema_fields import nearest
+from llavar_peft.recipe.schema_types import Recompute
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack

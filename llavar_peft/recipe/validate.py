@@ -162,6 +162,9 @@ class _Check:
             self._add((), f"expected a mapping of fields, got {format_value(self.plain)}", "write model:, stages: ...")
             return None
         self._replace_foreign(self.plain, ())
+        model = self.plain.get("model")
+        if isinstance(model, dict) and isinstance(model.get("resolution"), str):
+            model["resolution"] = {"type": model["resolution"]}
         stages = self.plain.get("stages")
         for stage in stages if isinstance(stages, list) else ():
             if isinstance(stage, dict) and isinstance(stage.get("tune"), str):

@@ -16,6 +16,7 @@ from llavar_peft.recipe.schema_fields import (
     class_for,
     fields_of,
     is_optional,
+    kinds_of,
     list_element,
     look_up,
     members,
@@ -25,6 +26,11 @@ from llavar_peft.recipe.schema_fields import (
 )
 
 _LONGEST_SHOWN = 60
+# The kinds of error that the schema itself raises, and the fix.
+_OWN_KINDS = {
+    "holdout": "use for example 0.01 or 64",
+    "grid": "write for example [2, 2] or [[1, 2], [2, 1], [2, 2]]",
+}
 _OUT_OF_RANGE = ("greater_than", "less_than", "finite_number")
 
 
@@ -64,11 +70,11 @@ def explain_error(error: ErrorDetails, path: Path, mapping: Mapping[str, Any]) -
         known = default is not dataclasses.MISSING and default is not None
         fix = f"use the default, {default}, or another value in this range" if known else "use a value in this range"
         return f"expected {_expected(hint)} {bounds_of(owner, name)}, {got}", fix
-    if kind == "holdout":
-        return f"{error['msg']}, {got}", "use for example 0.01 or 64"
+    if kind in _OWN_KINDS:
+        return f"{error['msg']}, {got}", _OWN_KINDS[kind]
     if hint is None:
         return f"{error['msg'][:1].lower()}{error['msg'][1:]}, {got}", "see the field's explanation in the schema"
-    if isinstance(value, dict) and kind == "union_tag_invalid" and _choices(hint) == list(TUNES):
+    if isinstance(value, dict) and kind == "union_tag_invalid" and kinds_of(hint):
         value = value["type"]
         got = f"got {format_value(value)}"
     return f"expected {_expected(hint)}, {got}", _fix(value, hint)
@@ -84,7 +90,7 @@ def _expected(hint: Any) -> str:
     """Describe the values of a type, as in ``expected ...``."""
     choices, listed = _choices(hint), " or a list" * (list_element(hint) is not None)
     if choices:
-        shown = map(str, choices) if choices == list(TUNES) else map(format_value, choices)
+        shown = map(str, choices) if kinds_of(hint) else map(format_value, choices)
         return f"one of {', '.join(shown)}{listed}"
     if class_for(hint, None) is not None:
         return "a mapping of fields"
@@ -96,8 +102,8 @@ def _expected(hint: Any) -> str:
 
 def _choices(hint: Any) -> list[object]:
     """Return the values that a type allows, if it lists them."""
-    if members(hint) == tuple(TUNES.values()):
-        return list(TUNES)
+    if kinds_of(hint):
+        return list(kinds_of(hint))
     literals = [member for member in members(hint) if typing.get_origin(member) is typing.Literal]
     switch = [True, False] if bool in members(hint) else []
     return [*switch, *(choice for member in literals for choice in typing.get_args(member))] if literals else []
@@ -108,8 +114,9 @@ def _fix(value: object, hint: Any) -> str:
     near = nearest(value, [choice for choice in choices if isinstance(choice, str)]) if isinstance(value, str) else None
     if near is not None:
         return f"did you mean '{near}'?"
-    if choices == list(TUNES):
-        return "write for example tune: lora or tune: {type: lora, rank: 16}"
+    if unions := kinds_of(hint):
+        tune = "tune: lora or tune: {type: lora, rank: 16}"
+        return f"write for example {tune if unions is TUNES else 'resolution: {type: tiles, max_tiles: 9}'}"
     if choices:
         listed = f", or write [{value}]" if element is not None and isinstance(value, str) else ""
         return f"choose one of them{listed or ', or leave the field out' * is_optional(hint)}"

@@ -72,7 +72,7 @@ def save_trained(
     if isinstance(tune, Projector):
         # In float32, whatever the dtype of the base, so that a resumed run starts from exactly these values.
         embeddings = tensor_names.find_embeddings(state)
-        parts = (embeddings.removesuffix("weight"), tensor_names.PROJECTOR)
+        parts = (embeddings.removesuffix("weight"), *tensor_names.TRAINED_WITH_PROJECTOR)
         found = {name: tensor.float() for part in parts for name, tensor in state.items() if name.startswith(part)}
         merged = merge_rows_in_state_dict(found)
         save_projector(folder, {tensor_names.EMBEDDINGS: merged.pop(embeddings), **merged})
@@ -178,10 +178,9 @@ def load_projector(model: Any, path: Path) -> None:
     """Load a projector stage's result into a model with or without separately trained rows, in place."""
     check_values(read_tensor_table(path))
     stored = open_weights(path)
-    projector, embedding = model.model.multi_modal_projector, model.get_input_embeddings()
+    embedding, parts = model.get_input_embeddings(), tensor_names.TRAINED_WITH_PROJECTOR
     own = {
-        tensor_names.to_released(tensor_names.PROJECTOR + name) or name: one
-        for name, one in projector.named_parameters()
+        tensor_names.to_released(name) or name: one for name, one in model.named_parameters() if name.startswith(parts)
     }
     expected = {name: tuple(parameter.shape) for name, parameter in own.items()}
     expected[tensor_names.RELEASED_EMBEDDINGS] = tuple(embedding.weight.shape)

@@ -21,6 +21,7 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from llavar_peft.compat.dependency_internals import enable_fsdp_on_cpu
 from llavar_peft.errors import ConfigError, EnvironmentFaultError
+from llavar_peft.models.cross_attention import CrossAttentionLayer
 from llavar_peft.models.decoder_structure import find_layers
 from llavar_peft.models.launch_environment import Sharding, requested_sharding
 
@@ -71,14 +72,17 @@ def _set_policy(accelerator: Accelerator, *, fp32_reduction: bool) -> None:
 
 
 def choose_layers(model: Any, accelerator: Accelerator) -> None:
-    """Let FSDP shard a model by its own decoder layers, whatever layers the launch configuration names.
+    """Let FSDP shard a model by its own decoder layers and their cross-attention, whatever its configuration names.
 
     A configuration is written for one kind of language model: the shipped ones name LLaMA's layers.
     """
     plugin = accelerator.state.fsdp_plugin
     present = {type(module).__name__ for module in model.modules()}
     named = [name for name in plugin.transformer_cls_names_to_wrap or () if name in present]
-    plugin.transformer_cls_names_to_wrap = named or [type(find_layers(model.get_decoder())[1][0]).__name__]
+    layers = named or [type(find_layers(model.get_decoder())[1][0]).__name__]
+    # Within a decoder layer's call, but not among its modules.
+    own = [CrossAttentionLayer.__name__]
+    plugin.transformer_cls_names_to_wrap = [*layers, *(name for name in own if name in present and name not in layers)]
 
 
 def _configure_zero(accelerator: Accelerator, *, fp32_reduction: bool) -> None:

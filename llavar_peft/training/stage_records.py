@@ -10,18 +10,24 @@ from typing import Final
 
 from llavar_peft.data.check_records import preflight, summarize_faults
 from llavar_peft.data.image_roots import ImageRoots
+from llavar_peft.data.image_views import ImageViews
 from llavar_peft.data.record_mixture import OpenSource, RecordMixture
 from llavar_peft.data.record_store import check_source_exists, is_hub_source, open_filled_records
 from llavar_peft.data.record_tables import Table, TableSelection
+from llavar_peft.data.record_texts import sample_texts
 from llavar_peft.data.training_dataset import TrainingDataset, split_holdout
-from llavar_peft.errors import DataError
+from llavar_peft.errors import ConfigError, DataError
+from llavar_peft.models.compare_resolutions import ResolutionFigures, compare_resolutions
 from llavar_peft.models.processing_llavar import LlavarProcessor
 from llavar_peft.recipe.data_sources import paths_of, sources_of
+from llavar_peft.recipe.resolution import resolution_from
 from llavar_peft.recipe.schema import DataSource, Stage
 
 logger = logging.getLogger(__name__)
 
 _SHOWN = 10
+_TEXTS_MEASURED: Final = 200
+_MOSTLY: Final = 0.5  # share of the text
 _WITHOUT_EFFECT: Final = frozenset({"placeholder", "no_answer", "empty_answer", "last_turn"})
 """Kinds of faults of records that can be read, for which ``data.max_bad_share`` alone decides."""
 
@@ -46,6 +52,9 @@ def stage_records(stage: Stage, processor: LlavarProcessor, *, seed: int) -> tup
     usable = [index for index in range(len(mixture.records)) if index not in skipped]
     kept, held = split_holdout(len(usable), data.holdout, seed=seed)
     own = processor
+    if data.image_mode == "keep" and processor.resolution is not None:
+        what = "keep has no images of one size, which the model's resolution needs"
+        raise ConfigError.at(f"stages.{stage.name}.data.image_mode", what, "remove it")
     if data.image_mode is not None:
         own = copy.copy(processor)
         own.image_mode = data.image_mode
@@ -54,7 +63,40 @@ def stage_records(stage: Stage, processor: LlavarProcessor, *, seed: int) -> tup
         indices, roots = [usable[i] for i in positions], mixture.sources[0].roots
         return TrainingDataset(mixture.records, indices, roots, own, max_length=stage.max_length, mixture=mixture)
 
-    return dataset(kept), dataset(held)
+    train_set = dataset(kept)
+    _warn_of_small_text(stage, train_set, own, seed=seed)
+    return train_set, dataset(held)
+
+
+def _warn_of_small_text(stage: Stage, dataset: TrainingDataset, processor: LlavarProcessor, *, seed: int) -> None:
+    """Warn if the model cannot read most of the text that it is trained on, where records state its height."""
+    sample = sample_texts(
+        dataset.records, dataset.roots_of, indices=dataset.indices.tolist(), count=_TEXTS_MEASURED, seed=seed
+    )
+    report = compare_resolutions(
+        sample.texts,
+        ImageViews.of_model(processor, processor.image_mode),
+        own=resolution_from(processor.resolution, "processor_config.json:resolution"),
+        max_length=stage.max_length,
+    )
+    if report is None or report.current is None or report.current.share_below <= _MOSTLY:
+        return
+    better = [one for one in report.recommended if one.share_below < report.current.share_below]
+    fix = "crop the images to their text"
+    if better:
+        readable = 100 * (1 - max(one.share_below for one in better))
+        listed = " or ".join(_describe_cost(one, stage.max_length) for one in better)
+        fix = f"for {readable:.0f} % of it above that, set under model: {listed}"
+    logger.warning(
+        "stage %s: %.0f %% of the supervised text is below %g px in the vision tower's input, where letters cannot be "
+        "read (%d records with known letter heights). Fix: %s; 'llavar-peft eval diagnose --records' compares more.",
+        stage.name, 100 * report.current.share_below, report.smallest, report.records, fix,
+    )  # fmt: skip
+
+
+def _describe_cost(one: ResolutionFigures, max_length: int) -> str:
+    length = f", max_length {one.longest}" if one.longest > max_length else ""
+    return f"{one.recipe} ({one.image_tokens:.0f} image tokens a record{length})"
 
 
 def _open(source: DataSource) -> OpenSource:

@@ -118,7 +118,9 @@ class StageTrainer(TrainerInternals):
         self.checkpoints = CheckpointWriter(
             Path(str(self.args.output_dir)), inputs, keep=stage.keep_checkpoints, accelerator=self.accelerator
         )
-        self.recomputation = Recomputation(model, auto=stage.gradient_checkpointing == "auto", device=self.args.device)
+        # What cross-attention keeps depends on the images of a pass rather than on its tokens: all layers recompute.
+        auto = stage.gradient_checkpointing == "auto" and settings.cross_attention is None
+        self.recomputation = Recomputation(model, auto=auto, device=self.args.device)
         # The run has metrics.jsonl and a progress bar instead of a table of every step.
         self.remove_callback(transformers.PrinterCallback)
         self.add_callback(_StageEvents(self))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
+from itertools import accumulate
 from typing import Any
 
 from accelerate import Accelerator
@@ -12,13 +13,17 @@ from torch import Tensor, nn
 
 from llavar_peft.constants import IGNORE_INDEX
 from llavar_peft.data.epoch_sampler import bins_under_limit
-from llavar_peft.data.training_dataset import IMAGE_PLACES, SUPERVISED_PLACES, split_batch
+from llavar_peft.data.training_dataset import IMAGE_PLACES, IMAGE_STARTS, SUPERVISED_PLACES, split_batch
+from llavar_peft.models.cross_attention import DetailSegment, detail_segments
+from llavar_peft.models.detail_features import ImageDetails
 from llavar_peft.models.packed_attention import packed_arguments, padded_arguments
 from llavar_peft.models.rank_agreement import largest_of_ranks
 
 SUPERVISED = "supervised"
 """Key of a batch under which the number of supervised positions of its whole micro batch is stored."""
-_MODEL_INPUTS = ("input_ids", "attention_mask", "pixel_values", SUPERVISED_PLACES, IMAGE_PLACES)
+_MODEL_INPUTS = (
+    "input_ids", "attention_mask", "pixel_values", "image_layouts", "detail_values", SUPERVISED_PLACES, IMAGE_PLACES,
+)  # fmt: skip
 
 
 def supervised_loss(model: nn.Module, inputs: Mapping[str, Any]) -> tuple[Tensor, int, Any]:
@@ -40,10 +45,20 @@ def supervised_loss(model: nn.Module, inputs: Mapping[str, Any]) -> tuple[Tensor
         arguments.update(packed_arguments(inputs["lengths"], _unwrap(model), labels.device))
     elif "attention_mask" in inputs:
         arguments.update(padded_arguments(inputs["attention_mask"], _unwrap(model)))
+    if IMAGE_STARTS in inputs:
+        arguments["details"] = ImageDetails(_segments(inputs))
     outputs = model(**arguments, targets=targets, use_cache=False)
     if SUPERVISED_PLACES in inputs:
         return outputs.loss, len(inputs[SUPERVISED_PLACES]), outputs
     return outputs.loss, int((targets != IGNORE_INDEX).sum()), outputs
+
+
+def _segments(inputs: Mapping[str, Any]) -> tuple[DetailSegment, ...]:
+    """Return which tokens of a batch attend to the features of which images."""
+    rows, width = inputs["input_ids"].shape
+    lengths = inputs.get("lengths", (width,) * rows)
+    starts = accumulate(lengths[:-1], initial=0)
+    return detail_segments(zip(starts, lengths, inputs[IMAGE_STARTS], strict=True))
 
 
 def _unwrap(model: Any) -> Any:

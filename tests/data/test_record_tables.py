@@ -15,6 +15,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import datasets
+import huggingface_hub
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -369,6 +370,7 @@ def test_a_connection_that_breaks_in_a_stream_is_no_error_of_the_disk(
     stream = datasets.IterableDataset.from_generator(broken)
     built = SimpleNamespace(hash="a", as_streaming_dataset=lambda split: stream)
     monkeypatch.setattr(datasets, "load_dataset_builder", lambda **_: built)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
     with pytest.raises(EnvironmentFaultError, match="cannot be downloaded from the Hugging Face hub") as raised:
         open_records("hub:org/name", tmp_path, TableSelection(streaming=True))
     assert "written" not in str(raised.value)

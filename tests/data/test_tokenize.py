@@ -46,6 +46,8 @@ class Settings:
     use_im_start_end: bool = True
     sep_image_conv_front: bool = False
     num_image_tokens: int = 4
+    tile_geometry: None = None
+    detail_grid: None = None
     image_token: str = IMAGE_PATCH_TOKEN
     conversation_template: Any = LLAVA_V1
 

@@ -178,3 +178,52 @@ def test_an_answer_is_located_by_its_question() -> None:
     assert found("How much is milk?", "7") == (50, [0, 400, 50, 450])
     assert found("What is the title?", "a title of two lines") == (65, [0, 500, 50, 670])
     assert found("What is there to read?", "all of it") == (45, None)
+
+
+@pytest.mark.parametrize("task", ["transcribe", "question", "conversation"])
+def test_letters_are_drawn_at_the_heights_that_a_model_sees(task: str, tmp_path: Path) -> None:
+    options = [
+        "--n",
+        "12",
+        "--style",
+        "plain",
+        "--task",
+        task,
+        "--heights",
+        "4,9,16",
+        "--side",
+        "120",
+        "--workers",
+        "1",
+    ]
+    largest = ["--heights", "3-9", "--side", "120"] if task == "transcribe" else ["--kind", "signs"]
+    assert main(["synth", "--out", str(tmp_path), *options, *largest]) == 0
+    records = json.loads((tmp_path / "records.json").read_text("utf-8"))
+    truths = [json.loads(line) for line in (tmp_path / "truth.jsonl").read_text("utf-8").splitlines()]
+    heights = [record["drawn_height"] for record in records]
+    if task != "transcribe":
+        assert sorted(heights) == [4] * 4 + [9] * 4 + [16] * 4
+        assert heights != sorted(heights)
+    for record, truth in zip(records, truths, strict=True):
+        side = record["image_width"]
+        assert (side, record["prepared_side"]) == (record["image_height"], 120)
+        assert record["text_height"] * 120 / side == pytest.approx(record["drawn_height"], rel=0.02, abs=0.1)
+        with Image.open(tmp_path / "images" / record["image"]) as image:
+            assert image.size == (side, side)
+            for line in truth["lines"]:
+                left, top, right, bottom = (round(edge) for edge in line["box"])
+                assert 0 <= left < right <= side
+                assert 0 <= top < bottom <= side
+                inside = np.asarray(image.crop((left, top, right, bottom)).convert("L"), dtype=int)
+                assert inside.max() - inside.min() > 60  # ink on its background, and not the margin
+
+
+def test_heights_that_no_page_has_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["synth", "--out", str(tmp_path), "--n", "1", "--width", "256", "--kind", "documents"]
+    assert main([*command, "--heights", "19"]) == 2
+    said = capsys.readouterr().err
+    assert "--heights: documents of the style detailed have no letters of 19 px" in said
+    assert "Fix: use lower heights or --style plain" in said
+    assert main([*command, "--heights", "3", "--side", "5"]) == 2
+    assert "--side: got 5, expected 32 to 1344 pixels" in capsys.readouterr().err
+    assert main([*command, "--heights", "3"]) == 0

@@ -11,6 +11,12 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from llavar_peft.evaluation.heights.height_results import (
+    HeightCurve,
+    HeightPoint,
+    HeightResults,
+    write_height_results,
+)
 from llavar_peft.evaluation.report.write_report import ReportSettings, write_report
 from llavar_peft.evaluation.vqa.scored_results import Setting, score_answers, write_results
 from llavar_peft.evaluation.vqa.vqa_questions import read_predictions
@@ -67,6 +73,12 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
     first = Setting(model=str(folder / "one/model"), **how)
     _results(folder / "z.results.json", source, {0: "wrong", 1: LONG, 3: "no"}, first)
     _results(folder / "a.results.json", source, {1: LONG, 2: "TRUTH"}, Setting(model=str(folder / "model"), **how))
+    points = tuple(
+        HeightPoint(height, 4 * height, 3 * height, 5 * height, 90, 90, 2) for height in map(float, range(3, 20))
+    )
+    curves = tuple(HeightCurve(name, first, 336.0, points, {"not_found": 1}) for name in ("plain", LONG, "c", "d", "e"))
+    heights = HeightResults(str(source), "exact", 91, "omit", LONG, curves)
+    write_height_results(heights, folder / "mine.heights.json")
     return write_report(folder, settings=ReportSettings(metric="multimodalocr"))
 
 

@@ -267,6 +267,9 @@ TARGETS: dict[str, Target] = {
          "eval vqa --predictions results.answers.jsonl --dataset labelled.json", "eval mme --answers judge/mme.txt",
          "report --results results.json --images data/images --reviews judge/reviews.jsonl --out page.html"), 12,
     ),
+    "heights": Target(
+        "letters.heights.json", "letters.heights.json", ("report --heights letters.heights.json --out page.html",), 3,
+    ),
     "judge": Target("judge", "judge/*", (_build_cases, "eval summarize judge/reviews.jsonl"), 6),
     "run": Target(
         "run results.json data photos",
@@ -285,7 +288,8 @@ TARGETS: dict[str, Target] = {
         + ("estimate mine.yaml", "estimate run/recipe.yaml"), 6,
     ),
     "ocr": Target(
-        "ocr data", "ocr/read.ocr.jsonl ocr/read.report.json", (read_images,), 6,
+        "ocr data", "ocr/read.ocr.jsonl ocr/read.report.json",
+        (read_images, read_images, "data check data/records.json --images data/images --heights ocr/read.json"), 6,
     ),
     "converse": Target(
         "ocr judge", "ocr/read.json ocr/read.ocr.jsonl judge/captions.jsonl",

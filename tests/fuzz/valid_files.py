@@ -16,6 +16,13 @@ from safetensors.torch import load_file
 from llavar_peft.datagen.ocr import read_image_folder
 from llavar_peft.datagen.ocr.build_ocr_records import BuildSettings, build_records
 from llavar_peft.datagen.ocr.ocr_engines import EngineName, OcrLine
+from llavar_peft.evaluation.heights.height_results import (
+    HeightCurve,
+    HeightPoint,
+    HeightResults,
+    write_height_results,
+)
+from llavar_peft.evaluation.vqa.scored_results import Setting
 from llavar_peft.models.export_layout import export
 from llavar_peft.weights.delta.delta_files import apply_delta
 
@@ -69,6 +76,13 @@ def _write_judge_files() -> None:
     _write_lines(folder / "captions.jsonl", {"image": "covers_000001.png", "caption": "A cover."})
 
 
+def _write_heights() -> None:
+    points = tuple(HeightPoint(height, 9 * height, 8 * height, 10 * height, 20, 20, 1) for height in (3.0, 5.0, 7.5))
+    curves = tuple(HeightCurve(name, Setting(model=name), 336.0, points, {"not_found": 2}) for name in ("a", "b"))
+    results = HeightResults("OCRVQA.json", "exact", 22, "omit", "the data set", curves)
+    write_height_results(results, Path("letters.heights.json"))
+
+
 def _write_weights() -> None:
     """Write other layouts of the model, its adapter and its projector."""
     export("merged", "stock", to="hf-llava", shard_size=60_000)
@@ -119,6 +133,7 @@ def build_valid_files(folder: Path) -> None:
     os.chdir(folder)
     _write_weights()
     _write_judge_files()
+    _write_heights()
     Path("ocr").mkdir()
     read_images()
     Path("photos").mkdir()

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from llavar_peft import Full, Lora, ModelConfig, Recipe, cli
+from llavar_peft import Full, Lora, ModelConfig, Recipe, Tiles, cli
 from llavar_peft.models.config_without_weights import config_without_weights
 from llavar_peft.preflight.estimate_counts import count_parameters
 from llavar_peft.preflight.estimate_memory import estimate_memory
@@ -128,3 +128,34 @@ def test_a_model_that_cannot_pack_has_passes_of_whole_micro_batches() -> None:
 def test_a_model_of_unknown_size_is_rejected(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["estimate", "llavar-13b", "model.language_model=owner/some-llama"]) == 2
     assert "the name contains no size" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("resolution", "most", "tokens", "views"),
+    [
+        (None, 4096, 576, 1),
+        (Tiles(max_tiles=4), 4096, 576 + 96 * 25, 5),
+        (Tiles(max_tiles=4), 2048, 1776, 3),  # the largest grid that fits
+        (Tiles(max_tiles=4, max_image_tokens=1200), 4096, 1176, 2),
+        (Tiles(grid=((3, 3),), pool=2), 4096, 144 + 36 * 37, 10),
+    ],
+)
+def test_tiles_are_counted_as_the_processor_counts_them(
+    resolution: Tiles | None, most: int, tokens: int, views: int
+) -> None:
+    model = ModelConfig(language_model="vicuna-13b", vision_tower="clip-vit-large-patch14-336", resolution=resolution)
+    stage = dataclasses.replace(load_recipe("llavar-13b").stages[0], max_length=most)
+    found = estimate_stage(model, stage)
+    assert (found.image_tokens, found.lengths.image_tokens, found.lengths.views) == (tokens, tokens, views)
+    config = config_without_weights(model)
+    counts = count_parameters(config, stage.tune)
+    assert counts.projector == 1024 * 5120 + 5120 * (2 if resolution else 1)
+
+
+def test_the_size_of_llava_next_is_known() -> None:
+    config = config_without_weights(ModelConfig(checkpoint="llava-hf/llava-v1.6-vicuna-7b-hf"))
+    assert config.tiles is not None
+    assert config.tiles.grids == ((1, 2), (2, 1), (2, 2), (3, 1), (1, 3))
+    plain = config_without_weights(ModelConfig(checkpoint="llava-hf/llava-1.5-7b-hf"))
+    ours, theirs = (count_parameters(one, Full()).whole for one in (config, plain))
+    assert ours == theirs + 4096

@@ -23,6 +23,8 @@ from llavar_peft.models.packed_attention import enable_packing, packed_arguments
 from llavar_peft.models.tuning import apply_tuning
 from llavar_peft.preflight.estimate_compute import RecordLengths, flops_per_step
 from llavar_peft.preflight.estimate_memory import count_parameters
+from llavar_peft.preflight.estimate_views import image_cost
+from llavar_peft.recipe.resolution import CrossAttention, Tiles
 from llavar_peft.recipe.schema import Tune
 from llavar_peft.recipe.schema_rules import tunes_tower
 from llavar_peft.training.supervised_loss import supervised_loss
@@ -87,7 +89,8 @@ def _estimate(config: LlavarConfig, tune: Tune, recompute: bool, lengths: tuple[
     )  # fmt: skip
     count = len(lengths)
     squares = sum(length**2 for length in lengths) / count
-    measured = RecordLengths(count, sum(lengths) / count, max(lengths), squares, images=1.0)
+    cost = image_cost(config, stage.max_length)
+    measured = RecordLengths(count, sum(lengths) / count, max(lengths), squares, 1.0, cost.tokens, cost.views)
     return flops_per_step(config, stage, count_parameters(config, tune), measured)
 
 
@@ -122,6 +125,37 @@ def test_a_small_model_of_another_kind(kind: str, tower: str, extra_positions: i
     _check_small(config, tune, recompute=True, extra_positions=extra_positions)
 
 
+@pytest.mark.parametrize("pool", [1, 2])
+def test_a_small_model_with_tiles(pool: Any) -> None:
+    config = make_config(
+        LlamaConfig(**_SMALL, num_hidden_layers=3), CLIPVisionConfig(**_SMALL_TOWER), vocab_size=203,
+        image_token_id=200, projector_type="mlp2x_gelu", resolution=Tiles(grid=((1, 1), (2, 2)), pool=pool),
+    )  # fmt: skip
+    _check_small(config, Lora(rank=8), recompute=False, extra_positions=1)
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.parametrize(("tune", "recompute"), [(Projector(), False), (Full(), True), (Lora(rank=8), True)])
+def test_a_small_model_with_cross_attention(tune: Tune, recompute: bool) -> None:
+    config = make_config(
+        LlamaConfig(**_SMALL, num_hidden_layers=3), CLIPVisionConfig(**_SMALL_TOWER), vocab_size=203,
+        image_token_id=200, resolution=CrossAttention(grid=3),
+    )  # fmt: skip
+    _check_small(config, tune, recompute, extra_positions=1)
+
+
+def _crossed(
+    config: LlavarConfig, recompute: bool, lengths: tuple[int, ...], before: int
+) -> tuple[dict[str, Any], int]:
+    """Return the batch's crops and where its images start, and the operations of attending to the crops."""
+    if config.cross_attention is None:
+        return {}, 0
+    crops = config.cross_attention.grid**2
+    inputs = {"detail_values": torch.zeros(2, crops, 3, 56, 56), "image_starts": ((before,),) * len(lengths)}
+    each = 4 * config.text_config.hidden_size * crops * config.image_seq_length * config.text_config.num_hidden_layers
+    return inputs, round((3.5 + recompute) * sum(length - before for length in lengths) * each)
+
+
 def _check_small(config: LlavarConfig, tune: Tune, recompute: bool, *, extra_positions: int) -> None:
     model = LlavarForConditionalGeneration._from_config(config, attn_implementation="sdpa")
     trained = apply_tuning(model, tune).train()
@@ -130,15 +164,23 @@ def _check_small(config: LlavarConfig, tune: Tune, recompute: bool, *, extra_pos
     enable_packing(model)
     lengths, starts = (150, 250), (0, 150)
     ids = torch.randint(3, 190, (1, sum(lengths)))
+    cost = image_cost(config, 2048)
     for start in starts:
-        ids[0, start + 8 : start + 8 + config.image_seq_length] = 200
+        ids[0, start + 8 : start + 8 + cost.tokens] = 200
     labels = torch.where(ids == 200, IGNORE_INDEX, ids)
-    batch = {"input_ids": ids, "labels": labels, "lengths": lengths, "pixel_values": torch.zeros(2, 3, 56, 56)}
+    crossed, detail_attention = _crossed(config, recompute, lengths, 8)
+    images = torch.zeros(2 if crossed else 2 * cost.views, 3, 56, 56)
+    batch = {"input_ids": ids, "labels": labels, "lengths": lengths, "pixel_values": images, **crossed}
+    if config.tiles is not None:
+        side = 2 * math.isqrt(cost.projected)
+        batch["image_layouts"] = [(2, 2, side, side)] * 2
     # In a tower that is trained, the gradients of the attention take 2.5 times its operations.
     passes = 3.5 + recompute if tunes_tower(tune) else 1.0
-    attention = round(passes * _tower_attention(config, 2, extra_positions))
-    counted = _count(lambda: supervised_loss(trained, batch)[0], attention)
-    assert _estimate(config, tune, recompute, lengths) == pytest.approx(counted, rel=0.005)
+    attention = round(passes * _tower_attention(config, 2 * cost.views, extra_positions))
+    counted = _count(lambda: supervised_loss(trained, batch)[0], attention + detail_attention)
+    # The estimate counts tokens before the image among those that attend to its crops.
+    within = 0.03 if crossed else 0.005
+    assert _estimate(config, tune, recompute, lengths) == pytest.approx(counted, rel=within)
 
 
 def _to_fake(root: torch.nn.Module) -> None:
@@ -199,6 +241,6 @@ def test_a_step_s_operations_grow_with_its_records() -> None:
         global_batch_size=4, micro_batch_size=2,
     )  # fmt: skip
     counts = count_parameters(config, stage.tune)
-    lengths = RecordLengths(4, 900.0, 1000, 900.0**2, 1.0)
+    lengths = RecordLengths(4, 900.0, 1000, 900.0**2, 1.0, 576.0, 1.0)
     one = flops_per_step(config, stage, counts, lengths)
     assert flops_per_step(config, replace(stage, global_batch_size=8), counts, lengths) == pytest.approx(2 * one)

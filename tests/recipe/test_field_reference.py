@@ -6,7 +6,7 @@ import dataclasses
 import typing
 
 from llavar_peft.constants import LINEAR_LAYERS
-from llavar_peft.recipe import schema
+from llavar_peft.recipe import resolution, schema
 from llavar_peft.recipe.field_reference import CONFIG_CLASSES, describe_fields, field_explanations
 
 
@@ -20,7 +20,8 @@ def rows(text: str) -> dict[str, dict[str, list[str]]]:
 
 
 def test_every_field_of_every_class_has_a_row_with_an_explanation() -> None:
-    own = [value for value in vars(schema).values() if getattr(value, "__module__", "") == schema.__name__]
+    modules = (schema, resolution)
+    own = [v for m in modules for v in vars(m).values() if getattr(v, "__module__", "") == m.__name__]
     classes = {value for value in own if dataclasses.is_dataclass(value)}
     assert classes == set(CONFIG_CLASSES)
     found = rows(describe_fields())

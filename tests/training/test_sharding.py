@@ -23,7 +23,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from llavar_peft import Full, Lora, ModelConfig, Projector, Recipe, Stage
+from llavar_peft import CrossAttention, Full, Lora, ModelConfig, Projector, Recipe, Stage, Tiles
 from llavar_peft.recipe.recipe_yaml import dump_recipe
 from llavar_peft.recipe.schema import Dtype, Quantization
 from tests.accelerate_examples import launch_environment
@@ -94,6 +94,8 @@ def _recipes(recipe: Recipe, engine: str, folder: Path) -> dict[str, Recipe]:
             "refused-optimizer": ((adamw_8bit,), None),
             "refused-int8": ((lora,), "int8"),
             "run-tower": ((dataclasses.replace(two, tune=Full(train_tower=True), max_steps=2),), None),
+            "both-tiles": ((two,), None),
+            "both-crossed": ((one, dataclasses.replace(lora, gradient_checkpointing=True)), None),
             "memory-half": ((dataclasses.replace(half, tune=Projector(), data=without_holdout, max_steps=1),), None),
         }
     else:
@@ -110,6 +112,8 @@ def _recipes(recipe: Recipe, engine: str, folder: Path) -> dict[str, Recipe]:
             "both-qwen2": ((tied,), None),
             "zero2-gemma2": ((tied,), None),
             "run-tower": ((dataclasses.replace(sizes, tune=TOWER_LORA, max_steps=2),), None),
+            "run-tiles": ((dataclasses.replace(lora, max_steps=2),), None),
+            "run-crossed": ((dataclasses.replace(lora, micro_batch_size=2, max_steps=2),), None),
             "refused-optimizer": ((adamw_8bit,), None),
         }
     found = {}
@@ -118,6 +122,10 @@ def _recipes(recipe: Recipe, engine: str, folder: Path) -> dict[str, Recipe]:
         model = dataclasses.replace(recipe.model, dtype=dtype, quantize=quantize)
         if (kind := name.partition("-")[2]) in OTHER_PARTS:
             model = _save_other_parts(model, kind, folder)
+        if kind == "tiles":
+            model = dataclasses.replace(model, resolution=Tiles(max_tiles=2))
+        if name.endswith("crossed"):
+            model = dataclasses.replace(model, resolution=CrossAttention(grid=2))
         if name.startswith("memory"):
             model = dataclasses.replace(model, language_model=_write_larger_model(recipe.model, folder / "larger"))
         found[name] = dataclasses.replace(recipe, model=model, stages=stages, process_timeout=600)

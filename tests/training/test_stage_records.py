@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import random
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
+import yaml
 
 from llavar_peft import DataConfig, Lora, Recipe, Trainer, build_model
 from llavar_peft.errors import ConfigError, LlavarError
+from llavar_peft.models.processing_llavar import LlavarProcessor
+from llavar_peft.recipe.resolution import describe_resolution, resolution_from
 from llavar_peft.training import dry_run, trainer
 from llavar_peft.training.stage_records import stage_records
 
@@ -71,3 +77,42 @@ def test_a_model_that_the_recipe_does_not_describe_is_rejected(tiny_recipe: Reci
     Trainer(model, processor, recipe).train("stage1")
     with pytest.raises(ConfigError, match="got one with adapters"):
         Trainer(model, processor, dataclasses.replace(recipe, output_dir=str(tmp_path / "again")))
+
+
+def _with_letters(recipe: Recipe, folder: Path, heights: list[float | None]) -> Recipe:
+    """Return a recipe whose records state the heights of their letters, one after the other."""
+    data = recipe.stages[0].data
+    rows = json.loads(Path(str(data.records)).read_text())
+    for number, row in enumerate(rows):
+        row["text_height"] = heights[number % len(heights)]
+    (folder / "letters.json").write_text(json.dumps(rows))
+    return _with_data(recipe, records=str(folder / "letters.json"))
+
+
+@pytest.mark.parametrize(
+    ("heights", "shares"),
+    [([8.0], "100 %"), ([8.0, 8.0, None, 90.0], "6"), ([90.0, 90.0, 8.0], None), ([None], None)],
+)
+def test_text_that_cannot_be_read_is_reported_once(
+    heights: list[float | None], shares: str | None, tiny_recipe: Recipe, tmp_path: Path, caplog: Any
+) -> None:
+    """A letter of 8 pixels in an image of 192 to 448 has 2 to 5 in the tower's input of 120."""
+    recipe = _with_letters(tiny_recipe, tmp_path, heights)
+    _, processor = build_model(recipe.model)
+    state = random.getstate(), np.random.get_state()[1].tobytes(), torch.get_rng_state().numpy().tobytes()
+    stage_records(recipe.stages[0], processor, seed=recipe.seed)
+    assert state == (random.getstate(), np.random.get_state()[1].tobytes(), torch.get_rng_state().numpy().tobytes())
+    said = [record.getMessage() for record in caplog.records if "cannot be read" in record.getMessage()]
+    if shares is None:
+        assert said == []
+        return
+    (message,) = said
+    assert message.startswith(f"stage stage1: {shares}")
+    line = message.partition("set under model: ")[2].partition(" (")[0]
+    higher = describe_resolution(resolution_from(yaml.safe_load(line)["resolution"], "recipe"))
+    caplog.clear()
+    parts = processor.image_processor, processor.tokenizer
+    stage_records(
+        recipe.stages[0], LlavarProcessor(*parts, patch_size=processor.patch_size, resolution=higher), seed=recipe.seed
+    )
+    assert "cannot be read" not in caplog.text

@@ -24,13 +24,17 @@ class DrawnPage:
     """An image and its ground truth.
 
     Attributes:
+        number: Its number, from which it was drawn.
         image: RGB; a photographed one before compression.
         lines: The text, in reading order.
         quads: Corners of each line's ink in the image, clockwise from the top left, in pixels.
         questions: Questions about the image with their answers.
         quality: JPEG quality of the file; None for PNG.
+        letters: Height in pixels that the letters of the first answer have in the prepared image, and the side of
+            that image, if they were asked for.
     """
 
+    number: int
     image: Image.Image
     kind: SynthKind
     language: str
@@ -38,6 +42,7 @@ class DrawnPage:
     quads: tuple[Quad, ...]
     questions: tuple[tuple[str, str], ...]
     quality: int | None
+    letters: tuple[float, int] | None = None
 
     @property
     def transcript(self) -> str:
@@ -67,6 +72,7 @@ def draw_page(settings: SynthSettings, index: int) -> DrawnPage:
     rng, scene = _invent(settings, kind, language, index)
     image, quads, quality = _distort(*scene.draw(), settings.distort, rng)
     return DrawnPage(
+        number=index,
         image=image,
         kind=kind,
         language=language,

@@ -12,7 +12,7 @@ from typing import Any, Final
 from llavar_peft.constants import IMAGE_PLACEHOLDER, OCR_INSTRUCTIONS
 from llavar_peft.datagen.synth.drawn_page import DrawnPage
 from llavar_peft.datagen.synth.scene import PlacedLine, Quad
-from llavar_peft.datagen.synth.synth_settings import SynthSettings, Task
+from llavar_peft.datagen.synth.synth_settings import SynthSettings
 
 _MAX_RUN: Final = 6  # lines over which an answer may be wrapped
 
@@ -23,7 +23,7 @@ def describe_page(
     """Return the name and bytes of an image's file, its record, and its ground truth.
 
     In addition to the format's fields, the record has the kind, the language and the position of its first answer,
-    by which ``eval diagnose`` groups results.
+    by which ``eval diagnose`` groups results, and the height that its letters were to have.
 
     Args:
         page: The image.
@@ -32,15 +32,16 @@ def describe_page(
     """
     suffix, data = page.encoded()
     name = f"{page.kind}_{index:06d}{suffix}"
-    record = _make_record(page, name, settings.task, Random(f"record/{settings.seed}/{index}"))
-    question, answer = (turn["value"] for turn in record["conversations"][:2])
+    record = _make_record(page, name, settings)
     record |= {
         "kind": page.kind,
         "language": page.language,
         "image_width": page.image.width,
         "image_height": page.image.height,
-        **measure_answer(question.replace(IMAGE_PLACEHOLDER, ""), answer, page.lines, page.quads),
+        **_measure_first(record, page),
     }
+    if page.letters is not None:
+        record |= {"drawn_height": page.letters[0], "prepared_side": page.letters[1]}
     lines = [
         {
             "text": line.text,
@@ -66,16 +67,28 @@ def describe_page(
     return name, data, record, truth
 
 
-def _make_record(page: DrawnPage, name: str, task: Task, rng: Random) -> dict[str, Any]:
+def measure_page(page: DrawnPage, settings: SynthSettings) -> dict[str, Any]:
+    """Measure the first answer of an image's record as ``measure_answer`` does."""
+    return _measure_first(_make_record(page, "", settings), page)
+
+
+def _measure_first(record: dict[str, Any], page: DrawnPage) -> dict[str, Any]:
+    question, answer = (turn["value"] for turn in record["conversations"][:2])
+    return measure_answer(question.replace(IMAGE_PLACEHOLDER, ""), answer, page.lines, page.quads)
+
+
+def _make_record(page: DrawnPage, name: str, settings: SynthSettings) -> dict[str, Any]:
     """Return the id, the image and the conversation.
 
+    ``transcribe`` asks for all text, by one of ``OCR_INSTRUCTIONS`` (stage 1); ``question`` asks one of the image's
+    questions; ``conversation`` asks all of them in random order, as turns of one conversation (stage 2).
+
     Args:
-        page: The image.
+        page: The image, whose number selects among the questions and whether the image precedes the first one.
         name: Its file name.
-        task: ``transcribe``: all text, for one of ``OCR_INSTRUCTIONS`` (stage 1). ``question``: one of the image's
-            questions. ``conversation``: all of them in random order, as turns of one conversation (stage 2).
-        rng: Source of the random choices, among them whether the image precedes the first question.
+        settings: The settings with which it was drawn.
     """
+    task, rng = settings.task, Random(f"record/{settings.seed}/{page.number}")
     if task == "transcribe":
         pairs = [(rng.choice(OCR_INSTRUCTIONS), page.transcript)]
     else:

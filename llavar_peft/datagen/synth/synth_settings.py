@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Literal, TypeAlias, get_args
 
+from llavar_peft.data.letter_canvas import check_heights
 from llavar_peft.errors import ConfigError
 
 Style: TypeAlias = Literal["detailed", "plain"]
@@ -22,6 +23,7 @@ KINDS: Final[dict[Style, tuple[SynthKind, ...]]] = {
 LEAST_PLAIN: Final = 192
 """Minimum length of a plain image's longer side in pixels."""
 
+_SIDES: Final = (32, 1344)  # pixels
 _WIDTHS: Final[dict[Style, int]] = {"detailed": 768, "plain": 448}
 
 
@@ -39,6 +41,9 @@ class SynthSettings:
         languages: Languages that alternate, each for one round of kinds.
         fonts: A folder of additional fonts.
         task: What a record asks for: all text, one question, or all questions as a conversation.
+        heights: Heights in pixels that the letters of the first answer have in the prepared image, each for the same
+            number of images, in random order; empty leaves the letters as they are drawn.
+        side: Side of the prepared image in pixels, for ``heights``.
 
     Raises:
         ConfigError: A value is invalid, or not available for the style.
@@ -52,6 +57,8 @@ class SynthSettings:
     languages: tuple[str, ...] = ("en",)
     fonts: Path | None = None
     task: Task = "transcribe"
+    heights: tuple[float, ...] = ()
+    side: int = 336
 
     def __post_init__(self) -> None:
         """Check the values, and that the style supports them."""
@@ -60,6 +67,12 @@ class SynthSettings:
         _check_choice("task", self.task, get_args(Task))
         for kind in self.kinds:
             _check_choice(f"kind of the style {self.style}", kind, KINDS[self.style])
+        if self.heights:
+            check_heights(self.heights, "heights")
+        if not _SIDES[0] <= self.side <= _SIDES[1]:
+            raise ConfigError.at(
+                "--side", f"got {self.side}, expected {_SIDES[0]} to {_SIDES[1]} pixels", "use the vision tower's side"
+            )
         if self.style == "detailed":
             return
         if self.languages != ("en",):

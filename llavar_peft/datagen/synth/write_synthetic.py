@@ -18,6 +18,7 @@ from typing import Any, Final
 from llavar_peft.atomic_files import check_output_folder, disk_errors, hold_lock, write_json, write_text
 from llavar_peft.compat.usable_cores import usable_cores
 from llavar_peft.datagen.synth.drawn_page import draw_page
+from llavar_peft.datagen.synth.height_page import draw_at_height
 from llavar_peft.datagen.synth.synth_record import describe_page
 from llavar_peft.datagen.synth.synth_settings import SynthSettings
 
@@ -59,7 +60,7 @@ def write_synthetic(
         progress: Called with the number of images drawn and in total.
 
     Raises:
-        ConfigError: A language has no vocabulary.
+        ConfigError: A language has no vocabulary, or letters cannot have one of the heights.
         DataError: No font has all letters of a language, or a font cannot be read.
         EnvironmentFaultError: A file cannot be written, or another process is writing the folder.
     """
@@ -112,6 +113,7 @@ def _leave_signals_to_parent() -> None:
 
 
 def _draw_and_save(images: Path, settings: SynthSettings, index: int) -> tuple[dict[str, Any], dict[str, Any]]:
-    name, data, record, truth = describe_page(draw_page(settings, index), index, settings)
+    page = draw_at_height(settings, index) if settings.heights else draw_page(settings, index)
+    name, data, record, truth = describe_page(page, index, settings)
     (images / name).write_bytes(data)
     return record, truth

@@ -10,6 +10,8 @@ from typing import Final
 from llavar_peft.atomic_files import check_output_file
 from llavar_peft.constants import RESOLVED_RECIPE_FILE
 from llavar_peft.errors import ConfigError, DataError, count_of
+from llavar_peft.evaluation.heights.height_results import read_height_results
+from llavar_peft.evaluation.heights.heights_view import view_heights
 from llavar_peft.evaluation.judge.judge_reviews import read_reviews, summarize_reviews
 from llavar_peft.evaluation.report.report_view import Images, Labelled, bar_share, view_dataset
 from llavar_peft.evaluation.vqa.answer_metrics import LOWER_IS_BETTER
@@ -20,6 +22,8 @@ from llavar_peft.recipe.recipe_yaml import parse_yaml
 
 RESULTS: Final = "*.results.json"
 """Results files in the folder of a run."""
+HEIGHTS: Final = "*.heights.json"
+"""Figures by letter height in the folder of a run."""
 REVIEWS: Final = "*.reviews.jsonl"
 """A judge's reviews in the folder of a run."""
 _MIN_SHARED: Final = 0.5  # share of the smaller result's questions that makes two results one data set
@@ -32,6 +36,7 @@ class ReportSettings:
     Attributes:
         results: Results files in order, in addition to those in the run's folder.
         reviews: Files of a judge's reviews in order, in addition to those in the run's folder.
+        heights: Files of figures by letter height in order, in addition to those in the run's folder.
         before: Results of the previous run: files or a run's folder.
         images: Folders of images; by default those of the run's recipe.
         metric: The protocol that orders the examples and decides what changed; by default each result's first.
@@ -41,6 +46,7 @@ class ReportSettings:
 
     results: Sequence[Path] = ()
     reviews: Sequence[Path] = ()
+    heights: Sequence[Path] = ()
     before: Sequence[Path] = ()
     images: Sequence[Path] = ()
     metric: str | None = None
@@ -74,7 +80,14 @@ def write_report(run_dir: Path | None, out: Path | None = None, settings: Report
     now = [_labelled(path, run) for path in [*found, *settings.results]]
     before = [_labelled(path, None, before=True) for path in _previous(settings.before)]
     reviews = [*(sorted(run_dir.glob(REVIEWS)) if run_dir is not None else ()), *settings.reviews]
-    if not now and not reviews and (run is None or not any(stage.steps or stage.probes for stage in run.stages)):
+    given = [*(sorted(run_dir.glob(HEIGHTS)) if run_dir is not None else ()), *settings.heights]
+    heights = [view_heights(read_height_results(path)) for path in dict.fromkeys(path.resolve() for path in given)]
+    if (
+        not now
+        and not reviews
+        and not heights
+        and (run is None or not any(stage.steps or stage.probes for stage in run.stages))
+    ):
         raise ConfigError.at(
             "report" if run_dir is None else str(run_dir), f"holds neither steps of a run nor results ({RESULTS})",
             "give the folder of a run (its output_dir), or --results",
@@ -89,7 +102,7 @@ def write_report(run_dir: Path | None, out: Path | None = None, settings: Report
     heads = [_head(chain, protocol) for chain, protocol in zip(chains, chosen, strict=True)]
     heads += [_judge_head(path) for path in dict.fromkeys(path.resolve() for path in reviews)]
     title = settings.title or (run_dir.resolve().name if run_dir is not None else "Evaluation")
-    return write_report_page(page, title, heads, views, run, settings.images_per_row)
+    return write_report_page(page, title, heads, views, run, settings.images_per_row, heights)
 
 
 def _results_of(run: RunLog | None) -> list[Path]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -15,7 +15,10 @@ from llavar_peft.evaluation.vqa.scored_results import Setting
 from llavar_peft.evaluation.vqa.vqa_questions import VqaQuestion
 
 if TYPE_CHECKING:
+    from PIL.Image import Image
+
     from llavar_peft.data.image_roots import ImageRoots
+    from llavar_peft.data.letter_canvas import LetterCanvas
     from llavar_peft.inference.chat import Chat
 
 QUESTION_PLACE: Final = "{question}"
@@ -30,6 +33,7 @@ def answer_questions(
     setting: Setting,
     log: Path,
     progress: Callable[[int, int], None] | None = None,
+    canvases: Mapping[str, LetterCanvas] | None = None,
 ) -> tuple[VqaQuestion, ...]:
     """Ask a model every question and append each batch of answers to a journal.
 
@@ -41,6 +45,7 @@ def answer_questions(
         log: The journal: the setting, then one answer per line. Its answers are not asked for again; sampled answers
             are those of an uninterrupted run.
         progress: Called with the number of questions done and in total.
+        canvases: How the image of a question is shown, by the question's id; None shows it as it is.
 
     Returns:
         The questions with their answers.
@@ -55,14 +60,14 @@ def answer_questions(
         raise ConfigError.at("prompt", f"has no {QUESTION_PLACE} (got {prompt!r})", f"put {QUESTION_PLACE} into it")
     if size is None or size < 1 or tokens is None:
         raise ConfigError.at("batch_size", "it or max_new_tokens is not set", "set both")
-    _check_images(questions, roots)
-    with ResumeJournal(log, _heading(questions, setting)) as journal:
+    check_images(questions, roots)
+    with ResumeJournal(log, _heading(questions, setting, canvases)) as journal:
         answers = _read_answers(journal, size, len(questions))
         for start in range(len(answers), len(questions), size):
             if progress is not None:
                 progress(start, len(questions))
             batch = questions[start : start + size]
-            answered = _ask(chat, batch, roots, setting, start)
+            answered = _ask(chat, batch, roots, setting, start, canvases or {})
             lines = [
                 {
                     "id": one.id,
@@ -80,12 +85,24 @@ def answer_questions(
     return tuple(replace(question, answer=answer) for question, answer in zip(questions, answers, strict=True))
 
 
-def _ask(chat: Chat, batch: Sequence[VqaQuestion], roots: ImageRoots, setting: Setting, start: int) -> list[str]:
+def _ask(
+    chat: Chat,
+    batch: Sequence[VqaQuestion],
+    roots: ImageRoots,
+    setting: Setting,
+    start: int,
+    canvases: Mapping[str, LetterCanvas],
+) -> list[str]:
     from llavar_peft.inference.token_sampling import Sampling
+
+    def show(question: VqaQuestion) -> Image | None:
+        image = None if question.image is None else roots.open(question.image)
+        canvas = canvases.get(question.id)
+        return image if image is None or canvas is None else canvas.show(image)
 
     requests = [
         chat.request(
-            None if question.image is None else roots.open(question.image),
+            show(question),
             str(setting.prompt).replace(QUESTION_PLACE, question.question),
             image_mode=setting.image_mode,
             sampling=Sampling(
@@ -101,8 +118,8 @@ def _ask(chat: Chat, batch: Sequence[VqaQuestion], roots: ImageRoots, setting: S
     return [answer.text for answer in chat.answer(requests, batch_size=len(batch))]
 
 
-def _check_images(questions: Sequence[VqaQuestion], roots: ImageRoots) -> None:
-    """Check that all images exist before any question is asked."""
+def check_images(questions: Sequence[VqaQuestion], roots: ImageRoots) -> None:
+    """Check that all images exist before any question is asked. Raises ``ImageError``."""
     faults: list[Fault] = []
     for path in dict.fromkeys(question.image for question in questions):
         if path is None:
@@ -119,10 +136,14 @@ def _check_images(questions: Sequence[VqaQuestion], roots: ImageRoots) -> None:
         raise ImageError("\n".join(str(fault) for fault in faults[:_SHOWN]) + more, faults)
 
 
-def _heading(questions: Sequence[VqaQuestion], setting: Setting) -> dict[str, Any]:
+def _heading(
+    questions: Sequence[VqaQuestion], setting: Setting, canvases: Mapping[str, LetterCanvas] | None
+) -> dict[str, Any]:
     digest = hashlib.sha256()
     for question in questions:
         digest.update(json.dumps([question.id, question.question, question.image]).encode())
+        if canvases is not None and question.id in canvases:
+            digest.update(json.dumps(asdict(canvases[question.id])).encode())
     # The model is identified by its hash, not its path; greedy answers do not depend on seed and batch size.
     left_out = {"model"} if setting.temperature else {"model", "seed", "batch_size", "top_k"}
     settings = {key: value for key, value in asdict(setting).items() if key not in left_out}

@@ -1,10 +1,10 @@
-"""Read the records of benchmark files as published, and the size of the text that a record gives."""
+"""Read the records of benchmark files as published."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path, PurePosixPath
-from typing import Any, Final, TypedDict
+from typing import Any, Final
 
 from llavar_peft.errors import DataError
 from llavar_peft.text_files import read_json, read_json_lines
@@ -12,10 +12,6 @@ from llavar_peft.text_files import read_json, read_json_lines
 LOG_HEADER: Final = frozenset({"setting", "questions"})
 """Keys of the first line of the log that ``answer_questions`` writes."""
 RECORD_FIX: Final = "write question, answers (a list) and image in each record"
-SIZE_KEYS: Final = ("text_height", "box", "image_width", "image_height")
-"""Keys that give the size of a record's text."""
-
-_MOST: Final = 1e9  # pixels
 _SPLITS: Final = ("split", "set_name", "data_split")
 _OCR_VQA_SPLITS: Final[Mapping[int, str]] = {1: "train", 2: "val", 3: "test"}
 """Source: OCR-VQA's loadDataset.py, which is distributed with its dataset.json."""
@@ -79,59 +75,3 @@ def _read_book(path: Path, name: str, book: Mapping[str, Any]) -> list[dict[str,
         {"id": f"{name}/{number}", "question": question, "answers": [answer], "image": f"{name}{extension}", **shared}
         for number, (question, answer) in enumerate(zip(questions, answers, strict=True))
     ]
-
-
-class TextSize(TypedDict):
-    """The size of a record's text; the keys are fields of ``VqaQuestion``."""
-
-    text_height: float | None
-    box: tuple[float, float, float, float] | None
-    size: tuple[int, int] | None
-
-
-def read_text_size(row: Mapping[str, Any], where: str) -> TextSize:
-    """Read the size of a record's text; values that the record lacks are None.
-
-    Args:
-        row: The record.
-        where: Its location in messages.
-
-    Raises:
-        DataError: A height is not a positive number, or a box has no area.
-    """
-    return {"text_height": _read_height(row, where), "box": _read_box(row, where), "size": _read_image_size(row)}
-
-
-def _read_height(row: Mapping[str, Any], where: str) -> float | None:
-    value = row.get("text_height")
-    if value is None:
-        return None
-    if not _is_size(value):
-        raise DataError.at(
-            f"{where}: text_height", f"got {value!r}, expected a positive number", "give the height in image pixels"
-        )
-    return float(value)
-
-
-def _read_box(row: Mapping[str, Any], where: str) -> tuple[float, float, float, float] | None:
-    value = row.get("box")
-    if value is None:
-        return None
-    numbers = value if isinstance(value, list) else []
-    if len(numbers) != 4 or not all(isinstance(number, int | float) and abs(number) < _MOST for number in numbers):
-        raise DataError.at(f"{where}: box", "is not four numbers", "give left, top, right, bottom in image pixels")
-    left, top, right, bottom = (float(number) for number in numbers)
-    if right <= left or bottom <= top:
-        raise DataError.at(f"{where}: box", f"has no area (got {value})", "give left, top, right, bottom")
-    return left, top, right, bottom
-
-
-def _read_image_size(row: Mapping[str, Any]) -> tuple[int, int] | None:
-    width, height = row.get("image_width"), row.get("image_height")
-    if not (isinstance(width, int) and isinstance(height, int) and _is_size(width) and _is_size(height)):
-        return None
-    return width, height
-
-
-def _is_size(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < _MOST

@@ -12,17 +12,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
-from llavar_peft.data.image_preparation import prepared_scale
 from llavar_peft.data.image_roots import ImageRoots
+from llavar_peft.data.image_views import ImageViews
 from llavar_peft.data.record_store import open_records
+from llavar_peft.data.text_size import SMALLEST_LETTERS, read_text_size
 from llavar_peft.errors import DataError
-from llavar_peft.evaluation.vqa.benchmark_files import read_text_size
 from llavar_peft.evaluation.vqa.scored_results import Answered, Results, rate
 from llavar_peft.evaluation.vqa.vqa_questions import VqaQuestion
 from llavar_peft.types import ImageMode
-
-SMALLEST: Final = 7.0
-"""Pixels of the tower's input below which letters are too small: two lines then share a patch of 14 pixels."""
 
 LETTER_HEIGHT: Final = "letter height"
 ANSWER_LENGTH: Final = "answer length"
@@ -76,6 +73,8 @@ def measure_letter_height(
 ) -> dict[str, Measure]:
     """Measure the text that holds each answer, where the data set gives its box or height.
 
+    The height is that in the largest view of the image that the model sees: with tiles, in the tiles.
+
     Args:
         questions: Questions, some with ``text_height`` or ``box``. The height of a box is used as that of one line.
         roots: Folders of images whose size the data set does not give; None leaves these images out.
@@ -90,6 +89,7 @@ def measure_letter_height(
     """
     sizes: dict[str, tuple[int, int]] = {}
     found: dict[str, Measure] = {}
+    views = ImageViews.of_model(processor, mode)
     for question in questions:
         height = question.text_height or (question.box[3] - question.box[1] if question.box else None)
         if height is None:
@@ -99,7 +99,7 @@ def measure_letter_height(
             size = sizes[question.image] = sizes.get(question.image) or roots.open(question.image).size
         if size is None:
             continue
-        found[question.id] = (height * prepared_scale(size, mode, processor), _centre(question.box, size))
+        found[question.id] = (height * views.seen([size])[0].scale, _centre(question.box, size))
     return found
 
 
@@ -151,7 +151,7 @@ def break_down(results: Results, protocol: str) -> list[Group]:
     ]
 
 
-def count_too_small(records: Sequence[Answered], smallest: float = SMALLEST) -> TooSmall:
+def count_too_small(records: Sequence[Answered], smallest: float = SMALLEST_LETTERS) -> TooSmall:
     """Count the records whose text is too small to be read at this resolution.
 
     Args:

@@ -15,9 +15,9 @@ import numpy as np
 from llavar_peft.constants import OCR_INSTRUCTIONS
 from llavar_peft.data.encode_record import encode_conversation
 from llavar_peft.data.record_store import parse_record
+from llavar_peft.data.text_size import SMALLEST_LETTERS, read_text_size
 from llavar_peft.errors import DataError
-from llavar_peft.evaluation.vqa.benchmark_files import read_text_size
-from llavar_peft.evaluation.vqa.diagnose_results import SMALLEST, TooSmall, measure_letter_height
+from llavar_peft.evaluation.vqa.diagnose_results import TooSmall, measure_letter_height
 from llavar_peft.evaluation.vqa.vqa_questions import VqaQuestion
 from llavar_peft.types import ReadableRepr
 
@@ -78,7 +78,7 @@ def report_lengths(
     processor: LlavarProcessor,
     max_length: int,
     roots: ImageRoots | None = None,
-    smallest: float = SMALLEST,
+    smallest: float = SMALLEST_LETTERS,
     progress: Callable[[int, int], None] | None = None,
 ) -> LengthReport:
     """Measure records as training will see them.

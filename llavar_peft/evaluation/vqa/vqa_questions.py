@@ -14,8 +14,9 @@ from typing import Any, Final
 
 from llavar_peft.data.record_store import parse_record, text_without_images
 from llavar_peft.data.text_metrics import is_blank
+from llavar_peft.data.text_size import SIZE_KEYS, read_text_size
 from llavar_peft.errors import DataError, Fault, LlavarError
-from llavar_peft.evaluation.vqa.benchmark_files import RECORD_FIX, SIZE_KEYS, read_rows, read_text_size
+from llavar_peft.evaluation.vqa.benchmark_files import RECORD_FIX, read_rows
 from llavar_peft.text_files import text_problem
 from llavar_peft.types import expand_home
 

@@ -56,7 +56,7 @@ def read_conversation(
         raise RequestRejectedError(
             400, f"A request may have at most {limits.images} images.", "too_many_images", param="messages"
         )
-    shown = [images.open(address) for address in addresses]
+    shown = [images.open(address, of=len(addresses)) for address in addresses]
     write = processor.conversation_template.question
     messages = [(role, write(_text(parts), _count_images(parts))) for role, parts in turns]
     try:

@@ -50,29 +50,32 @@ class RequestImageReader:
         self._processor = processor
         self._limits = limits
         self._rules = FetchRules(max_bytes=limits.image_bytes, public_only=True, domains=domains)
-        self._cache: OrderedDict[bytes, PromptImage] = OrderedDict()
+        self._cache: OrderedDict[tuple[bytes, int | None], PromptImage] = OrderedDict()
         self._lock = threading.Lock()
         self._decoding = threading.Semaphore(limits.decoding)
 
-    def open(self, url: str) -> PromptImage:
+    def open(self, url: str, *, of: int = 1) -> PromptImage:
         """Open an image. Run it in a thread: decoding and downloading take long.
 
         Args:
             url: The client's URL. It is never used as a path.
+            of: Number of images of the request, which share the model's limit of image tokens.
 
         Returns:
-            The image; the same object for the same bytes, as long as it is cached.
+            The image; the same object for the same bytes and the same share of the limit, as long as it is cached.
 
         Raises:
             RequestRejectedError: The image is too large or unreadable, or its URL is not allowed.
         """
         data = self._data(url)
-        key = hashlib.blake2b(data, digest_size=32).digest()
+        geometry = self._processor.tile_geometry
+        most = None if geometry is None or geometry.budget is None else geometry.budget // of
+        key = hashlib.blake2b(data, digest_size=32).digest(), most
         with self._lock:
             if key in self._cache:
                 self._cache.move_to_end(key)
                 return self._cache[key]
-        image = self._prepare(data)
+        image = self._prepare(data, most)
         with self._lock:
             image = self._cache.setdefault(key, image)
             while len(self._cache) > _CACHE_SIZE:
@@ -102,7 +105,8 @@ class RequestImageReader:
             # The reason goes to the log only: a client could explore the server's network with it.
             raise _unreadable("An image cannot be downloaded from its URL.") from error
 
-    def _prepare(self, data: bytes) -> PromptImage:
+    def _prepare(self, data: bytes, most: int | None) -> PromptImage:
+        """Prepare an image, with tiles in the best grid of at most this many image tokens."""
         if data.startswith(b"%PDF"):
             raise _unreadable(_PDF)
         try:
@@ -124,7 +128,9 @@ class RequestImageReader:
             raise self._too_many_pixels()
         try:
             with self._decoding:
-                return PromptImage.prepare(decode_image(data, "image"), self._processor)
+                decoded, geometry = decode_image(data, "image"), self._processor.tile_geometry
+                layout = geometry.layout(decoded.size, most) if geometry is not None and most is not None else None
+                return PromptImage.prepare(decoded, self._processor, layout=layout)
         except ImageError as error:
             raise _unreadable("An image cannot be read, because its file is damaged or incomplete.") from error
 

@@ -31,6 +31,7 @@ from llavar_peft.weights.adapter.adapter_files import (
 )
 from llavar_peft.weights.adapter.adapter_settings import resolve_patterns
 from llavar_peft.weights.io import tensor_names
+from llavar_peft.weights.io.stated_resolution import resolution_of_adapter
 from llavar_peft.weights.io.tensor_table import TensorEntry, read_file_table
 from llavar_peft.weights.io.weights_fingerprint import FINGERPRINT_FILE, read_fingerprint
 
@@ -76,6 +77,7 @@ def open_adapter(folder: str | Path) -> AdapterOnDisk:
     settings = read_settings(path)
     # All readers of adapters reject damage in the files that only some of them use.
     read_base_settings(path)
+    resolution_of_adapter(path)
     read_fingerprint(path / FINGERPRINT_FILE)
     stored = _read_table(path)
     extra = read_file_table(path / _LLAVA_FILE) if (path / _LLAVA_FILE).is_file() else {}

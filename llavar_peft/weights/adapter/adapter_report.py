@@ -23,6 +23,7 @@ from llavar_peft.weights.adapter.adapter_parts import (
 )
 from llavar_peft.weights.delta.released_layout import ReleasedView, read_tower_table, view_as_released
 from llavar_peft.weights.io import tensor_names
+from llavar_peft.weights.io.stated_resolution import find_resolution_fault, resolution_kind
 from llavar_peft.weights.io.tensor_blocks import find_damage, raise_faults, read_tensor
 from llavar_peft.weights.io.tensor_table import TensorEntry
 from llavar_peft.weights.io.weights_fingerprint import (
@@ -220,6 +221,8 @@ def verify_adapter(folder: str | Path, *, base: str | Path | None = None) -> Ada
             # A language model, or a LLaVAR in the released layout, has no tower to compare the adapter with.
             checked = parts if tower else tuple(part for part in parts if not _is_tower_update(part))
             faults += find_base_faults(checked, settings, _base_shapes(view, checked, tower), str(path))
+        resolution = find_resolution_fault(path, resolution_kind(view.config))
+        faults += [] if resolution is None else [resolution]
         projector = read_base_settings(path).projector
         fault = None if projector is None else missing_projector(projector, path)
         faults += [] if fault is None else [fault]
@@ -243,12 +246,16 @@ def _base_shapes(
     }
     if any(part.module.startswith(tensor_names.TOWER) for part in parts):
         shapes.update({name: one.shape for name, one in tower.items()})
-    if not any(name.startswith(tensor_names.PROJECTOR) for name in shapes):
+    own = {f"{part.module}.{name}": one.shape for part in parts if part.in_full for name, one in part.tensors.items()}
+    shapes.update({name: shape for name, shape in own.items() if name.startswith(tensor_names.CROSS_ATTENTION)})
+    if tensor_names.NEWLINE in own:  # the base gets it from the adapter
+        shapes.setdefault(tensor_names.NEWLINE, shapes[tensor_names.EMBEDDINGS][1:])
+    if not any(name.startswith(tensor_names.PROJECTOR) and name.endswith("weight") for name in shapes):
         rows, width = shapes[tensor_names.EMBEDDINGS]
         shapes[tensor_names.EMBEDDINGS] = (rows + len(ADDED_TOKENS), width)
         # The width of its input is that of the tower, which is not part of a language model.
-        own = {f"{part.module}.weight": part.tensors["weight"].shape for part in parts if "weight" in part.tensors}
-        layers = [name for name in own if name.startswith(tensor_names.PROJECTOR)] or [tensor_names.PROJECTOR_WEIGHT]
+        layers = [name for name in own if name.startswith(tensor_names.PROJECTOR) and name.endswith("weight")]
+        layers = layers or [tensor_names.PROJECTOR_WEIGHT]
         for name in layers:
             shapes[name] = (width, *own.get(name, (width, 0))[1:])
             shapes[name.removesuffix("weight") + "bias"] = (width,)

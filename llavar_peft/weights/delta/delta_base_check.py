@@ -98,7 +98,8 @@ def check_matching_tensors(base: ReleasedView, other: ReleasedView) -> None:
 
     Args:
         base: The base.
-        other: The target or delta. It may have a projector, and more rows of the embeddings and the head.
+        other: The target or delta. It may have a projector, a cross-attention, and more rows of the embeddings and the
+            head.
 
     Raises:
         WeightsError: Names what is missing, unexpected or misshapen, on either side.
@@ -107,7 +108,7 @@ def check_matching_tensors(base: ReleasedView, other: ReleasedView) -> None:
     """
     fix = "give a base and a target or delta of the same model"
     absent = [name for name in base.table if name not in other.table]
-    unexpected = [name for name in other.table if name not in base.table and not _is_projector(name)]
+    unexpected = [name for name in other.table if name not in base.table and not _is_added(name)]
     faults = [
         Fault(str(view.folder), f"{len(found)} tensors of {owner.folder} are missing: {join_first(found)}", fix)
         for view, owner, found in ((other, base, absent), (base, other, unexpected))
@@ -122,8 +123,9 @@ def check_matching_tensors(base: ReleasedView, other: ReleasedView) -> None:
         raise WeightsError("\n".join([*map(str, faults[:_SHOWN]), *more]), faults)
 
 
-def _is_projector(name: str) -> bool:
-    return name.startswith(tensor_names.RELEASED_PROJECTOR)
+def _is_added(name: str) -> bool:
+    parts = (tensor_names.RELEASED_PROJECTOR, tensor_names.CROSS_ATTENTION)
+    return name == tensor_names.RELEASED_NEWLINE or name.startswith(parts)
 
 
 def _fits(name: str, base: tuple[int, ...], other: tuple[int, ...]) -> bool:

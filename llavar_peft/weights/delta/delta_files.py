@@ -2,7 +2,7 @@
 
 Source: LLaVAR, llava/model/make_delta.py and llava/model/apply_delta.py. In fp16, tensor by tensor:
 delta = target - base and target = base + delta. Rows of ``embed_tokens`` and ``lm_head`` that the base does not have,
-and the projector, hold the target's values.
+the projector, and our cross-attention hold the target's values.
 """
 
 from __future__ import annotations

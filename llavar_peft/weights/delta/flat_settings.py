@@ -10,6 +10,7 @@ from typing import Any
 from llavar_peft.constants import IMAGE_PATCH_TOKEN, MODEL_TYPE, RELEASED_MODEL_TYPE
 from llavar_peft.errors import DAMAGED
 from llavar_peft.weights.io.companion_files import ADDED_TOKENS_FILE, CHAT_TEMPLATE_FILE
+from llavar_peft.weights.io.stated_resolution import flat_resolution, stated_resolution
 
 _TEXT_FIELDS = (
     "bos_token_id", "eos_token_id", "hidden_act", "hidden_size", "initializer_range", "intermediate_size",
@@ -92,6 +93,7 @@ def flatten_config(config: Mapping[str, Any], *, template: str = "llava_v1") -> 
                 "use_cache": True,
                 "use_mm_proj": True,
                 **own,
+                **flat_resolution(stated_resolution(config), int(vision.get("image_size") or 0)),
             }.items()
         )
     )

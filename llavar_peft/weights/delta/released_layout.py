@@ -16,6 +16,7 @@ from llavar_peft.constants import (
     MODEL_TYPE,
     PAD_TOKEN,
     RELEASED_MODEL_TYPE,
+    STOCK_MODEL_TYPES,
     TUNED_TOWER,
     UNK_TOKEN,
 )
@@ -77,7 +78,7 @@ def view_as_released(folder: str | Path) -> ReleasedView:
     kind = config.get("model_type")
     if kind == MODEL_TYPE:
         rename, flat = tensor_names.to_released, _flatten(config, path)
-    elif kind == RELEASED_MODEL_TYPE and "text_config" in config:
+    elif kind in STOCK_MODEL_TYPES and "text_config" in config:
         rename, flat = _released_name_of_stock, _flatten(config, path)
     elif isinstance(kind, str) and not {"text_config", "vision_config"} & set(config):
         rename, flat = _without_buffers, config

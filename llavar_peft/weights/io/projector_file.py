@@ -34,26 +34,40 @@ def apply_projector(tensors: dict[str, Tensor | JoinedRows], source: str | Path)
         tensors: All tensors of the model by our names.
         source: ``mm_projector.bin`` or ``.safetensors`` with the keys ``model.mm_projector.weight`` ``[D, C]`` and
             ``model.mm_projector.bias`` ``[D]`` (for two layers, ``model.mm_projector.0.weight`` and so on) and,
-            optionally, ``model.embed_tokens.weight``: the whole ``[V, D]`` or its last two rows ``[2, D]``.
+            optionally, ``model.embed_tokens.weight``: the whole ``[V, D]`` or its last two rows ``[2, D]``; and the
+            tensors of the cross-attention, if it was trained.
 
     Raises:
         WeightsError: A tensor is missing, unexpected or misshapen.
     """
     stored = read_projector(source)
-    if any(".layers." in name for name in stored):
+    if any(".layers." in name for name in stored if not name.startswith(tensor_names.CROSS_ATTENTION)):
         what = "the weights of a complete model, expected those of a projector"
         raise WeightsError.at(
             str(source), what, "set model.checkpoint to the model's folder instead of model.projector"
         )
     embeddings = stored.pop(tensor_names.EMBEDDINGS, None)
-    expected = {
-        name: tuple(tensor.shape) for name, tensor in tensors.items() if name.startswith(tensor_names.PROJECTOR)
-    }
+    has_cross_attention = any(name.startswith(tensor_names.CROSS_ATTENTION) for name in stored)
+    parts = tensor_names.TRAINED_WITH_PROJECTOR if has_cross_attention else tensor_names.PROJECTOR
+    expected = {name: tuple(tensor.shape) for name, tensor in tensors.items() if name.startswith(parts)}
+    _check_newline(expected, stored, str(source))
     check_tensors(stored, expected, where=str(source))
     tensors.update(stored)
     if embeddings is not None:
         name = tensor_names.find_embeddings(tensors)
         tensors[name] = _replace_rows(tensors[name], embeddings, Path(source))
+
+
+def _check_newline(expected: Mapping[str, object], stored: Mapping[str, object], source: str) -> None:
+    """Reject a projector that was trained without tiles for a model that reads them, and the other way round."""
+    name = tensor_names.NEWLINE
+    if name in expected and name not in stored:
+        what = f"no {tensor_names.RELEASED_NEWLINE} in this file: it was trained without tiles, which the model reads"
+        fix = "train it with the same model.resolution; or build and save a model with it and without resolution, and "
+        raise WeightsError.at(source, what, f"{fix}set model.checkpoint to that and model.resolution to tiles")
+    if name in stored and name not in expected:
+        what = f"has {tensor_names.RELEASED_NEWLINE}: it was trained with tiles, which the model does not read"
+        raise WeightsError.at(source, what, "set model.resolution to that of the run that trained it")
 
 
 def read_projector(source: str | Path) -> dict[str, Tensor]:
@@ -99,7 +113,8 @@ def save_projector(directory: str | Path, tensors: Mapping[str, Tensor]) -> None
 
     Args:
         directory: An existing folder.
-        tensors: By our names: the projector's, and the whole input embeddings ``[V, D]``, as the original writes them.
+        tensors: By our names: the projector's, the whole input embeddings ``[V, D]``, as the original writes them, and
+            those of the cross-attention.
     """
     import torch
     from safetensors.torch import save_file

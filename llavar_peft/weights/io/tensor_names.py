@@ -25,14 +25,26 @@ _LAYERS = ("layers", "h", "blocks", "decoder.layers")
 LAYER = re.compile(rf"(?:^|\.)language_model\.(?:{'|'.join(map(re.escape, _LAYERS))})\.(\d{{1,6}})\.")
 """Part of the name of a module or tensor in a decoder's layer; the group is the layer's number."""
 
+NEWLINE = "model.multi_modal_projector.image_newline"
+"""The embedding at the end of each row of a tiled image's patches. It is trained and saved with the projector."""
+
+CROSS_ATTENTION = "model.cross_attention."
+DETAIL_ENCODER = "model.detail_encoder."
+"""The second encoder of the cross-attention, where that is not the tower."""
+TRAINED_WITH_PROJECTOR = (PROJECTOR, CROSS_ATTENTION)
+"""How the names begin of what aligns images with the language model, which stage 1 trains and adapters contain."""
+
 RELEASED_PROJECTOR = "model.mm_projector."
 RELEASED_PROJECTOR_WEIGHT = "model.mm_projector.weight"
 RELEASED_PROJECTOR_BIAS = "model.mm_projector.bias"
 RELEASED_EMBEDDINGS = "model.embed_tokens.weight"
+RELEASED_NEWLINE = "model.image_newline"
+"""In LLaVA-NeXT, of all layouts; older files on the hub have it without the prefix."""
 
 STOCK_PROJECTOR = "model.multi_modal_projector.linear_"
 """Prefix of our names of the tensors of a two-layer projector, as in stock LLaVA."""
 
+STOCK_NEWLINE = "image_newline"
 # Prefixes on the hub, of the modules of transformers 5, and of versions in between.
 _STOCK = (
     ("language_model.model.", "model.language_model."),
@@ -50,7 +62,7 @@ _WITH_VISION_MODEL = ("clip_vision_model", "siglip_vision_model")
 # Buffers in old checkpoints; the frequencies of RoPE are computed.
 _IGNORED = re.compile(r"(^|\.)rotary_emb\.inv_freq$|(^|\.)position_ids$")
 # The original sometimes saved a copy of the tower in the model.
-_RELEASED_TOWER = re.compile(r"^model\.vision_tower\.")
+_RELEASED_TOWER = re.compile(r"^model\.vision_tower\.(vision_tower\.)?(vision_model\.)?")
 _RELEASED_BODY = re.compile(r"^model\.(?=embed_tokens\.|layers\.|norm\.)")
 # The layers of an MLP, which the original layout numbers within ``nn.Sequential``.
 _MLP_LAYERS = (("0.", "linear_1."), ("2.", "linear_2."))
@@ -73,15 +85,17 @@ def find_embeddings(names: Iterable[str]) -> str:
     return next((name for name in names if name in known), EMBEDDINGS)
 
 
-def projector_names(activation: object) -> tuple[str, ...]:
+def projector_names(activation: object, *, tiles: bool = False) -> tuple[str, ...]:
     """Return our names of a projector's tensors.
 
     Args:
         activation: The configuration's ``projector_hidden_act``; ``"linear"``, or None in configurations without it,
             stands for a single layer.
+        tiles: Whether the model reads tiles, whose rows end with an embedding.
     """
     layers = ("",) if activation in (None, "linear") else ("linear_1.", "linear_2.")
-    return tuple(f"{PROJECTOR}{layer}{part}" for layer in layers for part in ("weight", "bias"))
+    names = tuple(f"{PROJECTOR}{layer}{part}" for layer in layers for part in ("weight", "bias"))
+    return (*names, NEWLINE) if tiles else names
 
 
 def from_released(name: str) -> str | None:
@@ -91,16 +105,26 @@ def from_released(name: str) -> str | None:
     """
     if _IGNORED.search(name) or _RELEASED_TOWER.match(name):
         return None
+    if name == RELEASED_NEWLINE:
+        return NEWLINE
     if name.startswith(RELEASED_PROJECTOR):
         own = name.removeprefix(RELEASED_PROJECTOR)
         return PROJECTOR + next((new + own[len(old) :] for old, new in _MLP_LAYERS if own.startswith(old)), own)
     return _RELEASED_BODY.sub("model.language_model.", name)
 
 
+def from_released_tower(name: str) -> str | None:
+    """Return our name of a tensor of a tower that LLaVA's code trained and saved in the model; None for all others."""
+    found = _RELEASED_TOWER.match(name)
+    return None if found is None or _IGNORED.search(name) else TOWER + name[found.end() :]
+
+
 def to_released(name: str) -> str | None:
-    """Return the released name of one of our tensors; None for those of the tower, which that layout does not have."""
-    if name.startswith(TOWER):
+    """Return the released name of one of our tensors; None for the encoders', which that layout does not have."""
+    if name.startswith((TOWER, DETAIL_ENCODER)):
         return None
+    if name == NEWLINE:
+        return RELEASED_NEWLINE
     if name.startswith(PROJECTOR):
         own = name.removeprefix(PROJECTOR)
         return RELEASED_PROJECTOR + next(
@@ -119,6 +143,8 @@ def from_stock(name: str) -> str | None:
     """
     if _IGNORED.search(name):
         return None
+    if name in (RELEASED_NEWLINE, STOCK_NEWLINE):
+        return NEWLINE
     for stock, ours in _STOCK:
         if name.startswith(stock):
             return ours + name.removeprefix(stock)
@@ -132,6 +158,8 @@ def to_stock(name: str, tower: str = "clip_vision_model") -> str:
         name: Our name.
         tower: The kind of vision tower. transformers removes ``vision_model.`` from the names of CLIP and SigLIP only.
     """
+    if name == NEWLINE:
+        return STOCK_NEWLINE
     if name.startswith(TOWER) and tower not in _WITH_VISION_MODEL:
         return "vision_tower." + name.removeprefix(TOWER)
     for stock, ours in _STOCK:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -22,6 +22,14 @@ from llavar_peft.weights.delta.released_layout import (
 )
 from llavar_peft.weights.io import tensor_names
 from llavar_peft.weights.io.projector_file import TRAINED_ROWS, read_projector
+from llavar_peft.weights.io.stated_resolution import (
+    RESOLUTION,
+    find_resolution_fault,
+    flat_resolution,
+    resolution_kind,
+    resolution_of_adapter,
+    stated_resolution,
+)
 from llavar_peft.weights.io.tensor_table import TensorEntry, dtype_name, read_tensor_table
 
 if TYPE_CHECKING:
@@ -76,8 +84,8 @@ def open_merge_base(
     """Open a base for a merge into a whole model.
 
     Args:
-        folder: A checkpoint of ours; one in the released layout; or a plain LLaMA or Vicuna, to which tower, projector
-            and new rows are then added as in the training of the first adapter.
+        folder: A checkpoint of ours, of stock transformers, or in the released layout; or a plain LLaMA or Vicuna, to
+            which tower, projector and new rows are then added as in the training of the first adapter.
         adapters: The adapters to merge, at least one.
         vision_tower: CLIP's folder, for a plain language model; None is that of the first adapter's run.
         projector: A stage-1 file that is applied to the base; None is that of the first adapter's run.
@@ -94,11 +102,10 @@ def open_merge_base(
     settings = read_base_settings(adapters[0].folder)
     config = read_model_config(folder)
     if not is_language_model(config):
-        own = config.get("model_type") == MODEL_TYPE
-        if not own:
+        ours = _choose_names(config)
+        if ours is tensor_names.from_released:
             fix = "merge into a base that `llavar-peft convert BASE OUT --to llavar --vision-tower TOWER` writes"
             _check_frozen_tower(adapters, fix)
-        ours = _same if own else tensor_names.from_released
         table = {name: entry for name, entry in read_tensor_table(folder).items() if ours(name) is not None}
         check_not_delta(
             next((one for name, one in table.items() if ours(name) == tensor_names.FINAL_NORM), None), folder, config
@@ -109,7 +116,7 @@ def open_merge_base(
         overlay = _read_overlay(projector or settings.projector, adapters[0].folder, rows)
         if any(one.tunes_tower for one in adapters):
             config = {**config, TUNED_TOWER: True}
-        return MergeBase(table, shapes, ours, config, (folder,), overlay)
+        return _with_resolution(MergeBase(table, shapes, ours, config, (folder,), overlay), adapters)
     converted = None if read_language is None else read_language(folder)
     extended = _extend_language_model(folder, adapters, projector or settings.projector, converted)
     tower = expand_home(vision_tower or settings.vision_tower or "")
@@ -126,6 +133,64 @@ def open_merge_base(
         (adapters[0].folder,),
         extended.overlay,
     )
+
+
+def _choose_names(config: Mapping[str, Any]) -> Callable[[str], str | None]:
+    """Return the function from the names in a model's layout to ours."""
+    if config.get("model_type") == MODEL_TYPE:
+        return _same
+    return tensor_names.from_stock if "text_config" in config else tensor_names.from_released
+
+
+def _with_resolution(base: MergeBase, adapters: Sequence[Adapter]) -> MergeBase:
+    """Return a base with the resolution that its adapters were trained with, and a place for the weights of that.
+
+    Raises:
+        ConfigError: The base, or its layout, has another resolution.
+        WeightsError: The base has no such weights, and neither have the adapters.
+    """
+    config, kind = dict(base.config), resolution_kind(base.config)
+    faults = [fault for one in adapters if (fault := find_resolution_fault(one.folder, kind)) is not None]
+    if faults:
+        raise ConfigError(str(faults[0]), faults)
+    stated = [(one.folder, found) for one in adapters if (found := resolution_of_adapter(one.folder)) is not None]
+    if not stated:
+        return base
+    folder, resolution = stated[-1]
+    name = tensor_names.NEWLINE
+    if base.ours is tensor_names.from_stock:
+        same = stated_resolution(config) or {}
+        if any(resolution.get(key) != same.get(key) for key in ("type", "grid", "pool")):
+            what = (
+                f"the base's layout, that of stock transformers, has not the resolution that {folder} was trained with"
+            )
+            fix = "merge into a base that `llavar-peft convert BASE OUT --to llavar` writes"
+            raise ConfigError.at(str(base.companions[0]), what, fix)
+    elif base.ours is tensor_names.from_released:
+        side = int((read_model_config(folder).get("vision_config") or {}).get("image_size") or 0)
+        config, name = {**config, **flat_resolution(resolution, side)}, tensor_names.RELEASED_NEWLINE
+    else:
+        config[RESOLUTION] = dict(resolution)
+    shapes = dict(base.shapes)
+    if resolution["type"] == "tiles" and tensor_names.NEWLINE not in map(base.ours, shapes):
+        shapes[name] = _shape_in_full(tensor_names.NEWLINE, adapters, base.overlay)
+    shapes.update(_cross_attention_shapes(adapters, base.overlay))
+    return replace(base, config=config, shapes=shapes)
+
+
+def _shape_in_full(
+    name: str, adapters: Sequence[Adapter], overlay: Mapping[str, Replacement | Rows]
+) -> tuple[int, ...]:
+    """Return the shape of a tensor that an adapter or a projector file contains as a whole, by our name.
+
+    Raises:
+        WeightsError: None of them does.
+    """
+    found = next((one.updates[name] for one in adapters if name in one.updates), overlay.get(name))
+    if not isinstance(found, Replacement):
+        what = f"no {name}, neither in the adapter nor in its base"
+        raise WeightsError.at(str(adapters[0].folder), what, _FIX_PROJECTOR)
+    return tuple(found.value.shape)
 
 
 def _check_frozen_tower(adapters: Sequence[Adapter], fix: str) -> None:
@@ -170,7 +235,8 @@ def released_merge_base(view: ReleasedView, adapters: Sequence[Adapter]) -> Merg
         shapes = {name: entry.shape for name, entry in view.table.items()}
         rows = shapes.get(tensor_names.RELEASED_EMBEDDINGS, (0,))[0]
         overlay = _read_overlay(projector, adapters[0].folder, rows) if adapters else {}
-        return MergeBase(view.table, shapes, tensor_names.from_released, view.config, (view.folder,), overlay)
+        base = MergeBase(view.table, shapes, tensor_names.from_released, view.config, (view.folder,), overlay)
+        return _with_resolution(base, adapters) if adapters else base
     extended = _extend_language_model(view.folder, adapters, projector)
     return MergeBase(
         {released: entry for name, entry in extended.table.items() if (released := tensor_names.to_released(name))},
@@ -213,13 +279,25 @@ def _extend_language_model(
     overlay = _read_overlay(projector, first, rows)
     growing = (embeddings, tensor_names.HEAD, tensor_names.HEAD_BIAS)
     shapes = {name: (rows, *entry.shape[1:]) if name in growing else entry.shape for name, entry in table.items()}
-    for name in tensor_names.projector_names(config.get("projector_hidden_act")):
-        found = next((one.updates[name] for one in adapters if name in one.updates), overlay.get(name))
-        if not isinstance(found, Replacement):
-            what = f"no {name}, neither in the adapter nor in the plain language model"
-            raise WeightsError.at(str(first), what, _FIX_PROJECTOR)
-        shapes[name] = tuple(found.value.shape)
+    tiles = resolution_kind(config) == "tiles"
+    for name in tensor_names.projector_names(config.get("projector_hidden_act"), tiles=tiles):
+        shapes[name] = _shape_in_full(name, adapters, overlay)
+    shapes.update(_cross_attention_shapes(adapters, overlay))
     return MergeBase(table, shapes, _same, config, (first,), overlay)
+
+
+def _cross_attention_shapes(
+    adapters: Sequence[Adapter], overlay: Mapping[str, Replacement | Rows]
+) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of the cross-attention that adapters contain; its names are the same in all layouts."""
+    found: dict[str, Any] = {**overlay}
+    for one in adapters:
+        found.update(one.updates)
+    return {
+        name: tuple(update.value.shape)
+        for name, update in found.items()
+        if name.startswith(tensor_names.CROSS_ATTENTION)
+    }
 
 
 def _read_overlay(projector: str | Path | None, adapter: Path, rows: int) -> dict[str, Replacement | Rows]:
@@ -231,7 +309,7 @@ def _read_overlay(projector: str | Path | None, adapter: Path, rows: int) -> dic
     if fault := missing_projector(projector, adapter):
         raise ConfigError(str(fault), (fault,))
     stored = read_projector(projector)
-    names = [name for name in stored if name.startswith(tensor_names.PROJECTOR)]
+    names = [name for name in stored if name.startswith(tensor_names.TRAINED_WITH_PROJECTOR)]
     if not names:
         raise WeightsError.at(str(projector), "no projector in this file", _FIX_PROJECTOR)
     updates: dict[str, Replacement | Rows] = {name: Replacement(stored[name].float()) for name in names}

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from llavar_peft.atomic_files import write_json
+from llavar_peft.constants import MODEL_TYPE
 from llavar_peft.errors import ConfigError
 from llavar_peft.types import expand_home
 from llavar_peft.weights.adapter.lora_updates import read_adapter
 from llavar_peft.weights.delta.released_layout import view_as_released
 from llavar_peft.weights.io import tensor_names
-from llavar_peft.weights.io.companion_files import copy_companion, find_companions
+from llavar_peft.weights.io.companion_files import PROCESSOR_FILE, copy_companion, find_companions
 from llavar_peft.weights.io.folder_writer import FolderWriter, WeightsReport
 from llavar_peft.weights.io.shard_layout import RELEASED_SHARD_SIZE, TensorSpec, WeightsFormat
+from llavar_peft.weights.io.stated_resolution import RESOLUTION
 from llavar_peft.weights.io.weights_fingerprint import check_adapter_base, take_fingerprint
 from llavar_peft.weights.io.write_weights import Progress, write_weights
 from llavar_peft.weights.merge.merge_base import MergeBase, ReadLanguage, ReadTower, open_merge_base
@@ -132,3 +135,8 @@ def _write_companions(base: MergeBase, staged: Path, dtype: str | None) -> None:
     config.pop("quantization_config", None)
     config["torch_dtype" if "torch_dtype" in config else "dtype"] = dtype or base.dtype(next(iter(base.table)))
     write_json(staged / "config.json", config)
+    processor = staged / PROCESSOR_FILE
+    if config.get("model_type") == MODEL_TYPE and processor.is_file():
+        settings = json.loads(processor.read_text(encoding="utf-8"))
+        if settings.get(RESOLUTION) != config.get(RESOLUTION):
+            write_json(processor, {**settings, RESOLUTION: config.get(RESOLUTION)})
