@@ -147,7 +147,7 @@ def test_stored_readings_count_line_by_line(unmeasured: Path, capsys: pytest.Cap
 
 
 def test_a_sample_is_read_on_request(
-    unmeasured: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    unmeasured: Path, checkpoint: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     engine = Engine()
     monkeypatch.setattr(read_line_heights, "open_ocr_engine", lambda _name: engine)
@@ -158,6 +158,11 @@ def test_a_sample_is_read_on_request(
     assert (found["records"], found["settings"][0]["share_below"]) == (3, 0.9)
     check(unmeasured, capsys, "--ocr-sample", "100")
     assert len(engine.sizes) == 7
+    known = ["eval", "diagnose", "--records", str(unmeasured / "records.json"), "--images", str(unmeasured / "images")]
+    assert cli.main([*known, "--model", str(checkpoint), "--ocr-sample", "1"]) == 0
+    said = capsys.readouterr().out
+    assert "of 1 of 4 records with images" in said
+    assert "unknown" not in said
 
 
 def test_a_missing_engine_is_reported(
