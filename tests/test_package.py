@@ -102,7 +102,9 @@ def test_every_file_is_in_the_built_package(tmp_path: Path) -> None:
 
 
 def test_a_message_leaves_out_the_middle_of_very_long_values() -> None:
-    error = ConfigError.at("answers.jsonl:2", f"is an answer by {'x' * 50_000!r}, expected 'merged'", "choose another file")
+    error = ConfigError.at(
+        "answers.jsonl:2", f"is an answer by {'x' * 50_000!r}, expected 'merged'", "choose another file"
+    )
     assert len(str(error)) < 1200
     assert str(error).startswith("answers.jsonl:2: is an answer by 'xxx")
     assert "expected 'merged'. Fix: choose another file." in str(error)
