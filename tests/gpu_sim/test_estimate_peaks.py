@@ -65,7 +65,7 @@ MANY_LAYERS = {
 
 _ALL = os.environ.get("LLAVAR_ESTIMATE") == "all"
 _ONLY_ALL = pytest.mark.skipif(not _ALL, reason="takes minutes; LLAVAR_ESTIMATE=all runs it")
-_ALWAYS = ("full, activations kept, on 8", "LoRA, activations kept", "QLoRA on 2 x 8", "int8")
+_ALWAYS = ("full, activations kept, on 8", "LoRA, activations kept", "int8")
 
 
 @cache
