@@ -207,6 +207,11 @@ class Processor(Protocol):
         """Rows, and columns, of the crops for the cross-attention; None for a model without them."""
         ...
 
+    @property
+    def detail_processor(self) -> Any:
+        """The image processor of the cross-attention's own encoder; None for a model without one."""
+        ...
+
 
 class ImageLoader(Protocol):
     """Open an image by the path written in the record."""

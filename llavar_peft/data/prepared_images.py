@@ -68,9 +68,19 @@ class PreparedImage:
             layout = layout or geometry.layouts([opened.size])[0]
             return cls(prepare_tiles(opened, layout, processor), geometry.tokens(layout), layout)
         pixels = prepare_image(opened, mode, processor)
-        grid = processor.detail_grid
-        detail = None if grid is None else prepare_crops(opened, mode, processor, grid)
-        return cls(pixels, image_token_count(pixels, processor.patch_size), None, detail)
+        return cls(pixels, image_token_count(pixels, processor.patch_size), None, _detail(opened, mode, processor))
+
+
+def _detail(image: Image.Image, mode: ImageMode, processor: Processor) -> Tensor | None:
+    """Prepare an image for the cross-attention; None for a model without it."""
+    if processor.detail_grid is not None:
+        return prepare_crops(image, mode, processor, processor.detail_grid)
+    own = processor.detail_processor
+    if own is None:
+        return None
+    if "flattened_patches" in own.model_input_names:  # Pix2Struct's, of any shape of image
+        return torch.as_tensor(own(images=image, return_tensors="pt")["flattened_patches"][0])
+    return prepare_image(image, mode, own)
 
 
 def prepare_record_images(

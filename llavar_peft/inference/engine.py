@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import sys
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -19,8 +20,7 @@ from llavar_peft.errors import ConfigError
 from llavar_peft.inference.generation_request import PromptImage, inputs_of_images
 from llavar_peft.models.adapter_loading import add_adapter, apply_adapter, check_base_of_adapter
 from llavar_peft.models.build_model import build_model
-from llavar_peft.models.checkpoint_loading import resolve_folder
-from llavar_peft.models.hub_models import is_hub_name
+from llavar_peft.models.hub_models import is_hub_name, resolve_folder
 from llavar_peft.models.model_resolution import with_resolution_of
 from llavar_peft.recipe.schema import Attention, Dtype, Kernels, ModelConfig, Quantization
 from llavar_peft.recipe.validate import model_from_mapping
@@ -82,8 +82,8 @@ class Engine:
 
     @property
     def context(self) -> int:
-        """The number of positions of the language model."""
-        return int(self.base_model.config.text_config.max_position_embeddings)
+        """The number of positions of the language model; where attention is biased by the distance, there is no end."""
+        return int(getattr(self.base_model.config.text_config, "max_position_embeddings", None) or sys.maxsize)
 
     def no_grad(self) -> AbstractContextManager[Any]:
         """Return a context without gradients, in which the model is called."""

@@ -11,7 +11,7 @@ import torch
 from llavar_peft.compat.dependency_internals import embed_used_rows_only
 from llavar_peft.errors import ConfigError, Fault
 from llavar_peft.models.build_model import build_model, expected_shapes
-from llavar_peft.models.checkpoint_loading import resolve_folder
+from llavar_peft.models.hub_models import resolve_folder
 from llavar_peft.models.model_resolution import with_resolution_of
 from llavar_peft.models.modeling_llavar import LlavarForConditionalGeneration
 from llavar_peft.models.tower_loading import read_tower

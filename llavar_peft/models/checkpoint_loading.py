@@ -6,7 +6,6 @@ tokenizer and image processor.
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,7 +17,7 @@ from llavar_peft.constants import MODEL_TYPE, RELEASED_MODEL_TYPE, STOCK_MODEL_T
 from llavar_peft.errors import ConfigError
 from llavar_peft.models.flat_layout import check_flat, is_flat, read_flat
 from llavar_peft.models.hf_llava import read_stock
-from llavar_peft.models.hub_models import download, is_hub_name
+from llavar_peft.models.hub_models import resolve_folder
 from llavar_peft.models.language_model_loading import read_language_model
 from llavar_peft.models.llavar_config import LlavarConfig, make_config
 from llavar_peft.models.model_parts import ModelParts
@@ -26,8 +25,8 @@ from llavar_peft.models.model_resolution import set_resolution
 from llavar_peft.models.pretrained_files import load_pretrained
 from llavar_peft.models.processing_llavar import LlavarProcessor
 from llavar_peft.models.tower_loading import TowerParts, read_tower
+from llavar_peft.recipe.resolution import resolution_from
 from llavar_peft.recipe.schema import ModelConfig, ProjectorType
-from llavar_peft.types import expand_home
 from llavar_peft.weights.adapter.adapter_files import ADAPTER_CONFIG
 from llavar_peft.weights.adapter.adapter_layouts import conversion_of, is_llava_lora
 from llavar_peft.weights.delta.released_layout import check_not_delta, read_model_config
@@ -71,6 +70,7 @@ def read_parts(config: ModelConfig, *, seed: int) -> ModelParts:
         extra_positions=tower.extra_positions,
         projector_type=config.projector_type,
     )
+    model_config.lm_head_bias = tensor_names.HEAD_BIAS in language.tensors
     widths = (tower.config.hidden_size, language.config.hidden_size)
     parts = ModelParts(
         source=str(folder),
@@ -129,6 +129,7 @@ def read_checkpoint(config: ModelConfig, *, seed: int = 0) -> ModelParts:
 
 def _read_own_layout(folder: Path, config: ModelConfig) -> ModelParts:
     model_config = load_pretrained(LlavarConfig, folder)
+    resolution_from(model_config.resolution, f"{folder / 'config.json'}:{RESOLUTION}")
     processor = load_pretrained(LlavarProcessor, folder)
     if processor.resolution != model_config.resolution:
         raise ConfigError.at(
@@ -157,39 +158,13 @@ def _read_own_layout(folder: Path, config: ModelConfig) -> ModelParts:
         template=processor.template,
         image_token=processor.image_token,
         chat_template=processor.chat_template,
+        detail_settings=processor.detail_settings,
     )
 
 
 def _read_released_layout(folder: Path, described: Mapping[str, Any], config: ModelConfig) -> ModelParts:
     check_flat(folder, described, config.vision_tower)
     return read_flat(folder, described, config, _read_tower(_required(config.vision_tower)))
-
-
-def resolve_folder(name: str, setting: str) -> Path:
-    """Return the folder that a setting names, downloaded from the Hugging Face hub if it is not on this disk.
-
-    Args:
-        name: A path, or a hub name ``owner/model`` where no such path exists.
-        setting: The setting's path, for the message.
-
-    Raises:
-        ConfigError: There is no such folder.
-        EnvironmentFaultError: The hub cannot be reached, or does not have the model.
-    """
-    path = expand_home(name)
-    if path.is_dir():
-        return path
-    if path.is_file():
-        raise ConfigError.at(setting, f"a file, expected a folder (got {name!r})", _fix_for_file(path))
-    if ":/" in name:
-        fix = "download the model, and give its folder; or give its hub name, owner/model"
-        raise ConfigError.at(setting, f"a URL, expected a folder (got {name!r})", fix)
-    if not is_hub_name(name):
-        siblings = [entry.name for entry in path.parent.iterdir() if entry.is_dir()] if path.parent.is_dir() else []
-        near = difflib.get_close_matches(path.name, siblings, n=1, cutoff=0.75)
-        hint = f"did you mean {str(path.parent / near[0])!r}?" if near else "give a folder, or a hub name owner/model"
-        raise ConfigError.at(setting, f"no such folder (got {name!r})", hint)
-    return download(name, setting)
 
 
 def _fix_for_kind(kind: object) -> str:
@@ -201,16 +176,6 @@ def _fix_for_kind(kind: object) -> str:
     if kind in _CLIP:
         return "give a LLaVAR as the model, and this folder as its vision tower"
     return "give the folder of a LLaVAR"
-
-
-def _fix_for_file(path: Path) -> str:
-    if path.name.startswith("mm_projector"):
-        return "this is a stage-1 projector: set model.projector to it, and language_model and vision_tower"
-    if path.suffix == ".gguf":
-        return "GGUF files are not supported: give the folder of the model that the file was converted from"
-    if (path.parent / "config.json").is_file():
-        return f"give the folder of the model, {str(path.parent)!r}"
-    return "give the folder that contains config.json and the weights"
 
 
 def _read_tower(name: str) -> TowerParts:

@@ -14,10 +14,12 @@ from torch import Tensor
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from llavar_peft.models.cross_attention import CrossAttentionStack, Detail, DetailSegment, detail_segments
+from llavar_peft.models.detail_encoder import IMAGES_AT_ONCE, empty_values
 from llavar_peft.models.llavar_config import LlavarConfig
 from llavar_peft.models.rank_agreement import is_distributed, largest_of_ranks
 from llavar_peft.weights.io import tensor_names
 
+_CROPS = 5  # dimensions
 CROPS_AT_ONCE = 64
 """Number of crops that the tower computes at once."""
 
@@ -43,13 +45,10 @@ def make_cross_attention(config: LlavarConfig) -> CrossAttentionStack | None:
     settings, text = config.cross_attention, config.text_config
     if settings is None:
         return None
-    return CrossAttentionStack(
-        text.num_hidden_layers,
-        text.hidden_size,
-        config.vision_config.hidden_size,
-        text.num_attention_heads,
-        settings.grid**2,
-    )
+    width, crops = int(config.vision_config.hidden_size), settings.grid**2
+    if config.detail_config is not None:
+        width, crops = int(config.detail_config["hidden_size"]), 0
+    return CrossAttentionStack(text.num_hidden_layers, text.hidden_size, width, text.num_attention_heads, crops)
 
 
 def make_detail(
@@ -67,7 +66,7 @@ def make_detail(
         model: A ``LlavarModel``.
         input_ids_BT: The rows, if they are known.
         embeds_BTD: Their embeddings.
-        detail_values: The crops ``[N, G, 3, S, S]`` of images whose features are not known.
+        detail_values: The encoder's input for images whose features are not known, crops are ``[N, G, 3, S, S]``.
         details: As in ``LlavarModel.forward``; gets the features.
         has_images: Whether the rows' image features are computed, so that the crops are needed as well.
 
@@ -81,13 +80,15 @@ def make_detail(
         return None
     if has_images and detail_values is None and details is None:
         raise ValueError("forward: got no detail_values, expected them for a model with cross-attention")
-    missing = _missing_tower_calls(detail_values)
+    missing = _missing_encoder_calls(detail_values)
     if detail_values is not None:
         details = details or ImageDetails(find_segments(input_ids_BT, model.config, images=len(detail_values)))
         details.features_NFC = model.get_detail_features(detail_values)
     for _ in range(missing):
         side = model.config.vision_config.image_size
-        model.get_detail_features(embeds_BTD.new_zeros(1, 1, 3, side, side))
+        crop = embeds_BTD.new_zeros(1, 1, 3, side, side)
+        encoder = model.detail_encoder
+        model.get_detail_features(crop if encoder is None else empty_values(encoder, embeds_BTD))
     details = details or ImageDetails(())
     # Every rank of a run calls the modules, because it has to gather their weights or exchange their gradients.
     if not (details.segments or torch.is_grad_enabled() or is_distributed()):
@@ -96,14 +97,19 @@ def make_detail(
     return Detail(stack, features_FC, ends, details.segments)
 
 
-def _missing_tower_calls(detail_values: Tensor | None) -> int:
-    """Return how often this rank calls the tower less often than another one; ZeRO-3 gathers its weights in each call.
+def _missing_encoder_calls(detail_values: Tensor | None) -> int:
+    """Return how often this rank calls the encoder less often than another: ZeRO-3 gathers its weights in each call.
 
     Args:
-        detail_values: ``[N, G, 3, S, S]``.
+        detail_values: As for ``make_detail``.
     """
-    calls = 0 if detail_values is None else -(-detail_values.shape[:2].numel() // CROPS_AT_ONCE)
-    return largest_of_ranks(calls) - calls if is_deepspeed_zero3_enabled() else 0
+    if not is_deepspeed_zero3_enabled():
+        return 0
+    calls = 0
+    if detail_values is not None:
+        crops = detail_values.ndim == _CROPS
+        calls = -(-detail_values.shape[: 1 + crops].numel() // (CROPS_AT_ONCE if crops else IMAGES_AT_ONCE))
+    return largest_of_ranks(calls) - calls
 
 
 def find_segments(

@@ -20,9 +20,10 @@ from llavar_peft.atomic_files import write_json
 from llavar_peft.constants import MODEL_TYPE, STOCK_MODEL_TYPES
 from llavar_peft.errors import ConfigError
 from llavar_peft.models.build_model import expected_shapes, register
-from llavar_peft.models.checkpoint_loading import read_checkpoint, resolve_folder
+from llavar_peft.models.checkpoint_loading import read_checkpoint
 from llavar_peft.models.flat_layout import is_flat
 from llavar_peft.models.hf_llava import write_stock_companions
+from llavar_peft.models.hub_models import resolve_folder
 from llavar_peft.models.llava_lora import convert_llava_lora
 from llavar_peft.models.model_parts import ModelParts
 from llavar_peft.recipe.schema import ModelConfig
@@ -209,7 +210,7 @@ def _locate_tensors(folder: Path, tower: str | None, parts: ModelParts, rows: in
     found: dict[str, TensorEntry | Tensor] = {
         new: entry for name, entry in read_tensor_table(folder).items() if (new := rename(name)) is not None
     }
-    for name in (tensor_names.EMBEDDINGS, tensor_names.HEAD):
+    for name in (tensor_names.find_embeddings(parts.tensors), tensor_names.HEAD):
         entry = found.get(name)
         if isinstance(entry, TensorEntry) and name in parts.tensors and entry.shape[0] != rows:
             found[name] = whole(parts.tensors[name])[:rows].to(torch_dtype(entry.dtype)).contiguous()

@@ -1,11 +1,13 @@
-"""Models of the Hugging Face hub: which names can be theirs, and their download."""
+"""The folders that settings name: on this disk, or of the Hugging Face hub, from which they are downloaded."""
 
 from __future__ import annotations
 
+import difflib
 import re
 from pathlib import Path
 
-from llavar_peft.errors import EnvironmentFaultError
+from llavar_peft.errors import ConfigError, EnvironmentFaultError
+from llavar_peft.types import expand_home
 
 _FILES = ["*.json", "*.safetensors", "*.bin", "*.jinja", "tokenizer.model", "merges.txt"]
 _LONGEST_REASON = 200  # characters of another library's message
@@ -65,3 +67,40 @@ def _why_not_downloaded(error: Exception) -> tuple[str, str]:
         return "the Hugging Face hub cannot be reached", "give a folder, or check the connection"
     reason = (str(error).strip() or type(error).__name__).splitlines()[0][:_LONGEST_REASON]
     return f"the download from the Hugging Face hub failed ({reason})", "give a folder, or try again"
+
+
+def resolve_folder(name: str, setting: str) -> Path:
+    """Return the folder that a setting names, downloaded from the Hugging Face hub if it is not on this disk.
+
+    Args:
+        name: A path, or a hub name ``owner/model`` where no such path exists.
+        setting: The setting's path, for the message.
+
+    Raises:
+        ConfigError: There is no such folder.
+        EnvironmentFaultError: The hub cannot be reached, or does not have the model.
+    """
+    path = expand_home(name)
+    if path.is_dir():
+        return path
+    if path.is_file():
+        raise ConfigError.at(setting, f"a file, expected a folder (got {name!r})", _fix_for_file(path))
+    if ":/" in name:
+        fix = "download the model, and give its folder; or give its hub name, owner/model"
+        raise ConfigError.at(setting, f"a URL, expected a folder (got {name!r})", fix)
+    if not is_hub_name(name):
+        siblings = [entry.name for entry in path.parent.iterdir() if entry.is_dir()] if path.parent.is_dir() else []
+        near = difflib.get_close_matches(path.name, siblings, n=1, cutoff=0.75)
+        hint = f"did you mean {str(path.parent / near[0])!r}?" if near else "give a folder, or a hub name owner/model"
+        raise ConfigError.at(setting, f"no such folder (got {name!r})", hint)
+    return download(name, setting)
+
+
+def _fix_for_file(path: Path) -> str:
+    if path.name.startswith("mm_projector"):
+        return "this is a stage-1 projector: set model.projector to it, and language_model and vision_tower"
+    if path.suffix == ".gguf":
+        return "GGUF files are not supported: give the folder of the model that the file was converted from"
+    if (path.parent / "config.json").is_file():
+        return f"give the folder of the model, {str(path.parent)!r}"
+    return "give the folder that contains config.json and the weights"

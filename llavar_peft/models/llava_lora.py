@@ -19,8 +19,9 @@ from llavar_peft.constants import MODEL_TYPE
 from llavar_peft.errors import ConfigError, Fault, LlavarError
 from llavar_peft.models.adapter_loading import fingerprint_base
 from llavar_peft.models.build_model import expected_shapes, register
-from llavar_peft.models.checkpoint_loading import read_checkpoint, read_parts, resolve_folder
+from llavar_peft.models.checkpoint_loading import read_checkpoint, read_parts
 from llavar_peft.models.flat_layout import LLAMA_TOKENS, check_features, is_flat
+from llavar_peft.models.hub_models import resolve_folder
 from llavar_peft.models.llavar_config import flat_language_kind
 from llavar_peft.recipe.schema import ModelConfig, ProjectorType
 from llavar_peft.types import expand_home

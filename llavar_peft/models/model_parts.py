@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from transformers import CLIPImageProcessorPil, PreTrainedTokenizerFast
 
@@ -37,6 +37,7 @@ class ModelParts:
         template: How conversations are written.
         image_token: The token at the positions of images.
         chat_template: The Jinja template; None is that of ``template``.
+        detail_settings: The settings of the second encoder's image processor, where that is not the tower.
     """
 
     source: str
@@ -49,6 +50,7 @@ class ModelParts:
     template: TemplateName = "llava_v1"
     image_token: str = IMAGE_PATCH_TOKEN
     chat_template: str | None = None
+    detail_settings: dict[str, Any] | None = None
 
     def whole_tensors(self) -> dict[str, Tensor]:
         """Return all tensors; those that were joined from parts are then in memory."""
@@ -68,6 +70,7 @@ class ModelParts:
             image_token=self.image_token,
             chat_template=self.chat_template,
             resolution=self.config.resolution,
+            detail_settings=self.detail_settings,
         )
 
 
@@ -77,7 +80,8 @@ def check_vocabulary(parts: ModelParts) -> None:
     Raises:
         WeightsError: States the highest id and the number of rows.
     """
-    highest, rows = max(parts.tokenizer.get_vocab().values()), parts.tensors[tensor_names.EMBEDDINGS].shape[0]
+    embeddings = parts.tensors[tensor_names.find_embeddings(parts.tensors)]
+    highest, rows = max(parts.tokenizer.get_vocab().values()), embeddings.shape[0]
     if highest >= rows:
         raise WeightsError.at(
             parts.source,

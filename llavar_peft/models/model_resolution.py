@@ -12,11 +12,14 @@ import torch
 from llavar_peft.data.tile_layout import TileGeometry
 from llavar_peft.errors import ConfigError, WeightsError
 from llavar_peft.models.cross_attention_hooks import check_decoder
+from llavar_peft.models.detail_encoder import read_encoder
 from llavar_peft.models.detail_features import draw_cross_attention
+from llavar_peft.models.hub_models import resolve_folder
 from llavar_peft.models.llavar_config import LlavarConfig
 from llavar_peft.models.model_parts import ModelParts
 from llavar_peft.models.tower_loading import prepared_side
 from llavar_peft.recipe.resolution import (
+    CONCAT_CLIP,
     CrossAttention,
     Tiles,
     checked_resolution,
@@ -65,10 +68,24 @@ def set_resolution(parts: ModelParts, resolution: Tiles | CrossAttention | None,
             "processor_config.json, and set model.resolution to it",
         )
     if config.cross_attention is not None:
-        check_decoder(config.text_config)
-        if parts.config.cross_attention is None:
-            tensors.update(draw_cross_attention(config, seed))
+        return _with_cross_attention(dataclasses.replace(parts, tensors=tensors), config, seed)
     return dataclasses.replace(parts, config=config, tensors=tensors)
+
+
+def _with_cross_attention(parts: ModelParts, config: LlavarConfig, seed: int) -> ModelParts:
+    """Return a model with its second encoder, and with a new cross-attention where it had none."""
+    check_decoder(config.text_config)
+    encoder: str = config.cross_attention.encoder  # type: ignore[union-attr]
+    tensors, settings = dict(parts.tensors), parts.detail_settings
+    if encoder != CONCAT_CLIP and not any(name.startswith(tensor_names.DETAIL_ENCODER) for name in tensors):
+        # Adapters and deltas do not contain it.
+        read = read_encoder(resolve_folder(encoder, f"{_SETTING}.encoder"))
+        config, settings = copy.deepcopy(config), read.image_settings
+        config.detail_config = read.config
+        tensors.update(read.tensors)
+    if parts.config.cross_attention is None:
+        tensors.update(draw_cross_attention(config, seed))
+    return dataclasses.replace(parts, config=config, tensors=tensors, detail_settings=settings)
 
 
 def with_resolution_of(config: ModelConfig, adapters: Iterable[Path]) -> ModelConfig:

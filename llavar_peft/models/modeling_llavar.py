@@ -28,10 +28,12 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.models.llava.modeling_llava import LlavaCausalLMOutputWithPast
 
+from llavar_peft.compat.weight_conversion import tied_head
 from llavar_peft.constants import IGNORE_INDEX
 from llavar_peft.errors import ConfigError
 from llavar_peft.models.chunked_loss import LossHead, logits_factor
 from llavar_peft.models.cross_attention_hooks import DETAIL, attach_cross_attention
+from llavar_peft.models.detail_encoder import encoder_features, make_encoder
 from llavar_peft.models.detail_features import (
     CROPS_AT_ONCE,
     ImageDetails,
@@ -64,6 +66,7 @@ class LlavarModel(LlavaModel):
         self.multi_modal_projector = make_projector(
             config.projector_hidden_act, config.vision_config.hidden_size, config.text_config.hidden_size, config.tiles
         )
+        self.detail_encoder = make_encoder(config)
         self.cross_attention = make_cross_attention(config)
         if self.cross_attention is not None:
             attach_cross_attention(self.language_model)
@@ -136,16 +139,27 @@ class LlavarModel(LlavaModel):
             inputs_embeds=embeds_BTD, attention_mask=attention_mask, position_ids=position_ids, **kwargs
         )
 
+    def get_input_embeddings(self) -> nn.Module:
+        """Return the language model's embeddings, whatever it calls them."""
+        embeddings: nn.Module = self.language_model.get_input_embeddings()
+        return embeddings
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        """Replace the language model's embeddings."""
+        self.language_model.set_input_embeddings(value)
+
     @torch.no_grad()
     def get_detail_features(self, detail_values: Tensor) -> list[Tensor]:
-        """Run the frozen tower on the crops of images.
+        """Run the second encoder, which is frozen: the tower on the crops of images, or another one.
 
         Args:
-            detail_values: ``[N, G, 3, S, S]``.
+            detail_values: Crops ``[N, G, 3, S, S]``, or what another encoder takes.
 
         Returns:
-            The features of each image ``[G * P, C]``, crop by crop, at the layer that is also projected.
+            The features of each image ``[F, C]``; those of crops crop by crop, at the layer that is also projected.
         """
+        if self.detail_encoder is not None:
+            return encoder_features(self.detail_encoder, detail_values)
         layers, patch = self.num_tower_layers(), self.config.vision_config.patch_size
         patches = (detail_values.shape[-2] // patch) * (detail_values.shape[-1] // patch)
         parts = torch.split(detail_values.flatten(0, 1), CROPS_AT_ONCE)
@@ -256,6 +270,8 @@ class LlavarModel(LlavaModel):
         """Set the mode, but keep the tower's features free of chance: DINOv3 moves its positions in training mode."""
         super().train(mode)
         self.vision_tower.eval()
+        if self.detail_encoder is not None:
+            self.detail_encoder.eval()
         if self._tower_is_trained():
             tower_layers(self.vision_tower).train(mode)  # for the dropout of adapters, and to recompute activations
         return self
@@ -322,6 +338,7 @@ class LlavarForConditionalGeneration(LlavaForConditionalGeneration):
 
     config: LlavarConfig
     config_class = LlavarConfig
+    _tied_weights_keys = tied_head
     lm_head: nn.Linear
     pending_weights: PendingWeights | None = None
     """Set while parameters are on the device ``meta``, until their values are read (``build_pending_model``)."""
@@ -332,7 +349,8 @@ class LlavarForConditionalGeneration(LlavaForConditionalGeneration):
         super().__init__(config)
         self.model = LlavarModel(config)
         text = config.text_config
-        self.lm_head = LossHead.of(self.lm_head, getattr(text, "final_logit_softcapping", None), logits_factor(text))
+        softcap = getattr(text, "final_logit_softcapping", None)
+        self.lm_head = LossHead.of(self.lm_head, softcap, logits_factor(text), bias=config.lm_head_bias)
         self.post_init()
 
     def forward(  # noqa: PLR0913 - the inputs of a transformers model

@@ -29,8 +29,9 @@ from llavar_peft.data.prepared_images import PreparedImage, image_inputs, prepar
 from llavar_peft.data.text_encoder import text_encoder
 from llavar_peft.data.tile_layout import TileGeometry
 from llavar_peft.errors import ConfigError, DataError
+from llavar_peft.models.detail_encoder import image_processor_of
 from llavar_peft.models.tower_loading import as_clip_processor, prepared_side
-from llavar_peft.recipe.resolution import CrossAttention, Tiles, resolution_from
+from llavar_peft.recipe.resolution import CONCAT_CLIP, CrossAttention, Tiles, resolution_from
 from llavar_peft.types import ImageMode, Role, TemplateName
 
 if TYPE_CHECKING:
@@ -62,6 +63,7 @@ class LlavarProcessor(ProcessorMixin):
         image_token: The token at the positions of images.
         chat_template: Jinja; None is that of ``template``.
         resolution: The settings of ``Tiles`` or ``CrossAttention`` as a mapping; None is the whole image only.
+        detail_settings: The settings of the second encoder's image processor, where that is not the tower.
 
     Raises:
         ConfigError: A mode is unknown, or the tokenizer has no image tokens.
@@ -80,6 +82,7 @@ class LlavarProcessor(ProcessorMixin):
         image_token: str = IMAGE_PATCH_TOKEN,
         chat_template: str | None = None,
         resolution: dict[str, Any] | None = None,
+        detail_settings: dict[str, Any] | None = None,
     ) -> None:
         _check_mode("image_mode", image_mode)
         _check_mode("inference_image_mode", inference_image_mode)
@@ -93,10 +96,17 @@ class LlavarProcessor(ProcessorMixin):
         self.template: TemplateName = template
         self.image_token = image_token
         self.resolution = resolution
+        self.detail_settings = detail_settings
         self._resolution = resolution_from(resolution, "processor_config.json:resolution")
         jinja = chat_template or _jinja(template, tokenizer)
         super().__init__(image_processor, tokenizer, chat_template=jinja)
         self._conversation_template = _conversation_template(template, tokenizer, jinja)
+        self._tile_geometry: TileGeometry | None = None
+        tiles = self._resolution
+        if isinstance(tiles, Tiles):
+            self._tile_geometry = TileGeometry(
+                tiles.grids, self.image_side, patch_size, tiles.pool, tiles.max_image_tokens
+            )
         # These raise here rather than in the first batch if the files do not fit.
         text_encoder(self)
         image_settings(self)
@@ -136,15 +146,18 @@ class LlavarProcessor(ProcessorMixin):
     @property
     def tile_geometry(self) -> TileGeometry | None:
         """How images are cut into tiles; None without tiles."""
-        tiles = self._resolution
-        if not isinstance(tiles, Tiles):
-            return None
-        return TileGeometry(tiles.grids, self.image_side, self.patch_size, tiles.pool, tiles.max_image_tokens)
+        return self._tile_geometry
 
     @property
     def detail_grid(self) -> int | None:
-        """Rows, and columns, of an image's crops for the cross-attention; None without it."""
-        return self._resolution.grid if isinstance(self._resolution, CrossAttention) else None
+        """Rows, and columns, of an image's crops for the cross-attention; None without them."""
+        crossed = self._resolution
+        return crossed.grid if isinstance(crossed, CrossAttention) and crossed.encoder == CONCAT_CLIP else None
+
+    @property
+    def detail_processor(self) -> Any:
+        """The image processor of the cross-attention's own encoder; None without one."""
+        return None if self.detail_settings is None else image_processor_of(self.detail_settings)
 
     @property
     def image_side(self) -> int:
@@ -236,10 +249,14 @@ class LlavarProcessor(ProcessorMixin):
             question: The user's text.
             image: Whether the conversation has an image, which is placed in the first question.
             history: (question, answer) pairs of the previous turns.
-            num_image_tokens: Number of tokens of an image in mode ``keep``; None is that of the tower's square size.
+            num_image_tokens: Number of tokens of an image in mode ``keep`` or with tiles; None is that of the tower's
+                square size.
 
         Returns:
             Ids, int64 ``[1, T]``.
+
+        Raises:
+            DataError: The model reads tiles, and the number is not given.
 
         Source: LLaVAR, llava/eval/run_llava.py, ``eval_model``.
         """
@@ -250,6 +267,9 @@ class LlavarProcessor(ProcessorMixin):
         template = self.conversation_template
         messages[0] = ("human", template.question(str(messages[0][1][0]), int(image)))
         pieces = template.pieces(messages, answer_next=True)
+        if image and num_image_tokens is None and self.tile_geometry is not None:
+            what = "num_image_tokens is missing, and with tiles it depends on the image"
+            raise DataError.at("encode_question", what, "pass it, or call the processor with text and image")
         tokens = self.num_image_tokens if num_image_tokens is None else num_image_tokens
         encoding = encode_pieces(pieces, text_encoder(self), [tokens] if image else [])
         return torch.tensor([encoding.ids], dtype=torch.int64)
@@ -274,7 +294,7 @@ class LlavarProcessor(ProcessorMixin):
     def model_input_names(self) -> list[str]:
         """Names of the tensors that ``__call__`` returns."""
         layouts = ["image_layouts"] if self.tile_geometry is not None else []
-        details = ["detail_values"] if self.detail_grid is not None else []
+        details = ["detail_values"] if isinstance(self._resolution, CrossAttention) else []
         return ["input_ids", "attention_mask", "pixel_values", *layouts, *details]
 
 

@@ -10,7 +10,13 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers import (
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    Pix2StructImageProcessorPil,
+    Pix2StructVisionConfig,
+    Pix2StructVisionModel,
+)
 
 from llavar_peft import CrossAttention, Full, Lora, ModelConfig, Projector, build_model, export, load_chat
 from llavar_peft.data.image_roots import ImageRoots
@@ -309,6 +315,64 @@ def test_the_cross_attention_is_not_quantized(full: Path) -> None:
     stored = _cross_attention(full)
     assert all(torch.equal(one, model.state_dict()[name]) for name, one in stored.items())
     assert torch.isfinite(_logits(model, processor)).all()
+
+
+def _save_pix2struct(folder: Path) -> Path:
+    config = Pix2StructVisionConfig(
+        hidden_size=24,
+        patch_embed_hidden_size=768,
+        d_ff=48,
+        d_kv=6,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        seq_len=64,
+    )
+    torch.manual_seed(2)
+    Pix2StructVisionModel(config).save_pretrained(folder)
+    Pix2StructImageProcessorPil(max_patches=12).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("kind", ["pix2struct", "siglip_vision_model"])
+def test_another_encoder(kind: str, models: CrossModels, tmp_path: Path) -> None:
+    folder = _save_pix2struct(tmp_path / kind) if kind == "pix2struct" else save_tower(kind, tmp_path / kind)
+    config = dataclasses.replace(models.crossed, resolution=CrossAttention(encoder=str(folder)))
+    model, processor = build_model(config)
+    plain, _ = build_model(ModelConfig(checkpoint=str(models.plain), dtype="float32"))
+    inputs = processor(
+        images=[draw_image(300, 80), draw_image(30, 60)], text="<image> or <image>?", return_tensors="pt"
+    )
+    with torch.no_grad():
+        found = model(**inputs).logits
+        del inputs["detail_values"]
+        assert torch.equal(found, plain(**inputs).logits)
+    stored = dict(open_weights(folder))
+    frozen = model.model.detail_encoder.state_dict()
+    assert frozen.keys() == stored.keys()
+    assert all(torch.equal(one, frozen[name]) for name, one in stored.items())
+
+    trained = apply_tuning(model, Projector()).train()
+    data = _dataset(processor, tmp_path)
+    batch = Collator(0, image_token_id=processor.image_token_id)([data[index] for index in range(3)])
+    supervised_loss(trained, batch)[0].backward()
+    values = model.model.cross_attention.layers[0].v_proj.weight
+    assert values.grad.abs().max() > 0  # type: ignore[union-attr]
+    assert all(one.grad is None for one in model.model.detail_encoder.parameters())
+
+    adapter = save_tuned(config, LORA, tmp_path / "adapter")
+    assert not [name for name in open_weights(adapter / "adapter_model.safetensors") if "detail_encoder" in name]
+    expected = _logits(load_adapter(config, adapter), processor)
+    assert (expected - _logits(*build_model(config))).abs().max() > 1e-4
+    merge_adapter(models.plain, adapter, tmp_path / "merged")
+    torch.testing.assert_close(_open(tmp_path / "merged"), expected, atol=1e-4, rtol=1e-4)
+    # A saved model contains the encoder.
+    whole, processor = build_model(ModelConfig(checkpoint=str(tmp_path / "merged"), dtype="float32"))
+    whole.save_pretrained(tmp_path / "whole")
+    processor.save_pretrained(tmp_path / "whole")
+    folder.rename(tmp_path / "elsewhere")
+    assert torch.equal(_open(tmp_path / "whole"), _logits(whole, processor))
+    with pytest.raises(ConfigError, match=r"model\.resolution\.encoder: no such folder"):
+        build_model(config)
 
 
 def test_what_does_not_fit_is_rejected(models: CrossModels, adapter: Path, full: Path) -> None:

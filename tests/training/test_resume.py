@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import TrainerCallback
 
-from llavar_peft import Full, Lora, Projector, Recipe, Tiles, Trainer, build_model
+from llavar_peft import CrossAttention, Full, Lora, ModelConfig, Projector, Recipe, Tiles, Trainer, build_model
 from llavar_peft.errors import ConfigError, InterruptedRunError
 from llavar_peft.recipe.schema import Tune
 
@@ -52,20 +52,24 @@ TUNES: dict[str, Tune] = {
     "full": Full(),
     "lora": Lora(rank=4, alpha=8, dropout=0.1),
     "pissa": Lora(rank=4, alpha=8, dropout=0.1, variant="pissa"),
+    "crossed": Projector(),
     "tiles": Lora(rank=4, alpha=8, dropout=0.1),
 }
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("kind", "workers"), [("projector", 0), ("full", 2), ("lora", 0), ("pissa", 0), ("tiles", 2)])
+@pytest.mark.parametrize(
+    ("kind", "workers"), [("projector", 0), ("full", 2), ("lora", 0), ("pissa", 0), ("tiles", 2), ("crossed", 0)]
+)
 def test_an_interrupted_and_resumed_run_equals_an_uninterrupted_one(
-    kind: str, workers: int, tiny_recipe: Recipe, tmp_path: Path
+    kind: str, workers: int, tiny_recipe: Recipe, short_model: ModelConfig, tmp_path: Path
 ) -> None:
     stage = tiny_recipe.stages[0]
     stage = dataclasses.replace(
         stage, tune=TUNES[kind], epochs=2, max_steps=None, data=dataclasses.replace(stage.data, workers=workers)
     )
-    model = dataclasses.replace(tiny_recipe.model, resolution=Tiles(max_tiles=2) if kind == "tiles" else None)
+    resolution = {"tiles": Tiles(max_tiles=2), "crossed": CrossAttention(grid=2)}.get(kind)
+    model = dataclasses.replace(short_model if kind == "crossed" else tiny_recipe.model, resolution=resolution)
     whole = dataclasses.replace(tiny_recipe, model=model, stages=(stage,), output_dir=str(tmp_path / "whole"))
     halved = dataclasses.replace(whole, output_dir=str(tmp_path / "halved"))
     expected = _weights(_train(whole))
