@@ -70,6 +70,7 @@ def read_parts(config: ModelConfig, *, seed: int) -> ModelParts:
         extra_positions=tower.extra_positions,
         projector_type=config.projector_type,
     )
+    model_config.lm_head_bias = tensor_names.HEAD_BIAS in language.tensors
     widths = (tower.config.hidden_size, language.config.hidden_size)
     parts = ModelParts(
         source=str(folder),

@@ -18,13 +18,21 @@ from transformers import (
 
 from llavar_peft.constants import IMAGE_PLACEHOLDER, IMAGE_START_TOKEN, MODEL_TYPE, STOCK_TILES_MODEL_TYPE
 from llavar_peft.errors import ConfigError
+from llavar_peft.models.detail_encoder import read_encoder_config
 from llavar_peft.models.flat_layout import read_flat_resolution
 from llavar_peft.models.hub_models import cached_folder, is_hub_name
 from llavar_peft.models.known_models import KNOWN_MODELS, LLAMA_SIZES, TOKENS
 from llavar_peft.models.llavar_config import LlavarConfig, make_config, read_flat_text_config, read_llama_config
 from llavar_peft.models.pretrained_files import load_pretrained, make_part_settings
 from llavar_peft.models.tower_loading import as_clip_processor, count_extra_positions, prepared_side
-from llavar_peft.recipe.resolution import Tiles, checked_resolution, describe_resolution, read_grids, resolution_from
+from llavar_peft.recipe.resolution import (
+    CONCAT_CLIP,
+    Tiles,
+    checked_resolution,
+    describe_resolution,
+    read_grids,
+    resolution_from,
+)
 from llavar_peft.recipe.schema import ModelConfig, ProjectorType
 from llavar_peft.types import expand_home
 from llavar_peft.weights.delta.released_layout import read_model_config
@@ -78,6 +86,9 @@ def config_without_weights(model: ModelConfig) -> LlavarConfig:
     config = _read_config(model)
     if model.resolution is not None:
         config.resolution = describe_resolution(checked_resolution(model.resolution, "model.resolution"))
+    crossed = config.cross_attention
+    if crossed is not None and crossed.encoder != CONCAT_CLIP and config.detail_config is None:
+        config.detail_config = read_encoder_config(crossed.encoder, "model.resolution.encoder")
     return config
 
 

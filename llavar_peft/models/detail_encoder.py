@@ -22,9 +22,12 @@ from transformers import (
     Pix2StructVisionModel,
 )
 
-from llavar_peft.models.pretrained_files import load_pretrained, unreadable_settings
+from llavar_peft.errors import ConfigError
+from llavar_peft.models.hub_models import cached_folder
+from llavar_peft.models.pretrained_files import load_pretrained, make_part_settings, unreadable_settings
 from llavar_peft.models.tower_loading import read_tower
 from llavar_peft.models.vision_tower import LlavarVisionTower, tower_features
+from llavar_peft.types import expand_home
 from llavar_peft.weights.delta.released_layout import read_model_config
 from llavar_peft.weights.io import tensor_names
 from llavar_peft.weights.io.tensor_blocks import open_weights
@@ -32,7 +35,9 @@ from llavar_peft.weights.io.tensor_blocks import open_weights
 if TYPE_CHECKING:
     from llavar_peft.models.llavar_config import LlavarConfig
 
-_PIX2STRUCT = ("pix2struct", "pix2struct_vision_model")
+PIX2STRUCT = ("pix2struct", "pix2struct_vision_model")
+PIX2STRUCT_PATCHES = 2048
+"""Maximum number of patches of Pix2Struct's image processor, which the paper uses."""
 IMAGES_AT_ONCE = 8
 """Number of images that the encoder computes at once."""
 
@@ -59,7 +64,7 @@ def read_encoder(folder: Path) -> EncoderParts:
         ConfigError: The folder holds neither of them.
         WeightsError: A file cannot be read.
     """
-    if read_model_config(folder).get("model_type") not in _PIX2STRUCT:
+    if read_model_config(folder).get("model_type") not in PIX2STRUCT:
         tower = read_tower(folder)
         ours = tensor_names.DETAIL_ENCODER
         tensors = {ours + name.removeprefix(tensor_names.TOWER): one for name, one in tower.tensors.items()}
@@ -77,13 +82,34 @@ def read_encoder(folder: Path) -> EncoderParts:
     return EncoderParts(config.to_dict(), tensors, images.to_dict())
 
 
+def read_encoder_config(name: str, setting: str) -> dict[str, Any]:
+    """Return the configuration of an encoder, as our ``config.json`` has it, without weights and the network.
+
+    Args:
+        name: Its folder, or its hub name if that is in the hub's cache.
+        setting: The setting that names it, for the message.
+
+    Raises:
+        ConfigError: It is not on this disk, or no encoder.
+    """
+    folder = cached_folder(name) or expand_home(name)
+    if not (folder / "config.json").is_file():
+        what = f"no config.json of this encoder on this disk (got {name!r})"
+        raise ConfigError.at(setting, what, f"give its folder, or `hf download {name} config.json`")
+    described = read_model_config(folder)
+    fields = described.get("vision_config") or described
+    made: dict[str, Any] = make_part_settings(fields, folder, default="pix2struct_vision_model").to_dict()
+    return made
+
+
 def make_encoder(config: LlavarConfig) -> nn.Module | None:
     """Return the untrained encoder of a model; None for a model without one of its own."""
     described = config.detail_config
     if described is None:
         return None
-    if described.get("model_type") in _PIX2STRUCT:
-        return Pix2StructVisionModel(Pix2StructVisionConfig(**described))
+    if described.get("model_type") in PIX2STRUCT:
+        pix2struct: nn.Module = Pix2StructVisionModel(Pix2StructVisionConfig(**described))
+        return pix2struct
     made = AutoConfig.for_model(**described)
     tower: nn.Module = (
         LlavarVisionTower(made) if made.model_type == "clip_vision_model" else AutoModel.from_config(made)

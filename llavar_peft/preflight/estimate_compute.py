@@ -13,7 +13,7 @@ from llavar_peft.data.training_dataset import count_held_out, image_count, text_
 from llavar_peft.models.llavar_config import LlavarConfig
 from llavar_peft.models.tower_loading import count_extra_positions
 from llavar_peft.preflight.estimate_counts import Counts, tower_depth
-from llavar_peft.preflight.estimate_views import image_cost
+from llavar_peft.preflight.estimate_views import detail_shape, image_cost
 from llavar_peft.recipe.data_sources import paths_of, size_of_epoch, sources_of
 from llavar_peft.recipe.schema import Full, Lora, Stage, Tune
 from llavar_peft.recipe.schema_rules import tunes_tower
@@ -140,7 +140,7 @@ def flops_per_step(config: LlavarConfig, stage: Stage, counts: Counts, lengths: 
         layers += attention + linear - _not_recomputed(config, stage.tune, counts, lengths)
     text_length = max(0.0, lengths.mean - lengths.image_tokens)
     head = (6.0 if isinstance(stage.tune, Full) else 4.0) * text.vocab_size * text.hidden_size * text_length
-    images = _image_flops(config, stage, counts, lengths) + _cross_attention_flops(config, stage, lengths)
+    images = _image_flops(config, stage, counts, lengths) + _cross_attention_flops(config, stage, counts, lengths)
     total: float = layers + head + images
     return stage.global_batch_size * total
 
@@ -212,20 +212,22 @@ def _image_flops(config: LlavarConfig, stage: Stage, counts: Counts, lengths: Re
     return float(lengths.views * tower + projections * projector)
 
 
-def _cross_attention_flops(config: LlavarConfig, stage: Stage, lengths: RecordLengths) -> float:
+def _cross_attention_flops(config: LlavarConfig, stage: Stage, counts: Counts, lengths: RecordLengths) -> float:
     """Return the operations of a record in the cross-attention of all layers.
 
     Every token is taken to follow the record's images; those before them are few.
     """
-    if config.cross_attention is None:
+    details = detail_shape(config)
+    if details is None:
         return 0.0
     text, wide = config.text_config, config.text_config.hidden_size
-    features = config.cross_attention.grid**2 * config.image_seq_length * lengths.images
+    features = details.features * lengths.images
     # Q and O of the tokens, K and V of the features; the gradients of inputs and of weights take as much again, each.
-    linear = 4.0 * wide * (wide * lengths.mean * min(1.0, lengths.images) + config.vision_config.hidden_size * features)
+    linear = 4.0 * wide * (wide * lengths.mean * min(1.0, lengths.images) + details.width * features)
     scores = 4.0 * lengths.mean * features * wide
     recomputed = linear + scores if stage.gradient_checkpointing is True else 0.0
-    total: float = text.num_hidden_layers * (3.0 * linear + 3.5 * scores + recomputed)
+    encoder = 2.0 * counts.encoder * features  # without its attention
+    total: float = text.num_hidden_layers * (3.0 * linear + 3.5 * scores + recomputed) + encoder
     return total
 
 

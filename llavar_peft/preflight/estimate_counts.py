@@ -7,6 +7,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from llavar_peft.errors import ConfigError
 from llavar_peft.models.build_model import expected_shapes
 from llavar_peft.models.linear_layers import Blocks, choose_targets
 from llavar_peft.models.llavar_config import LlavarConfig
@@ -15,10 +16,16 @@ from llavar_peft.preflight.estimate_tower import count_trained_tower
 from llavar_peft.recipe.schema import Full, Lora, Projector, Tune
 from llavar_peft.weights.io import tensor_names
 
-LAYERS = "model.language_model.layers."
 _MATRIX, _KERNEL = 2, 4  # dimensions
 _TOWER_LAYER = re.compile(r"\.layers?\.(\d+)\.")
 Shapes = Mapping[str, tuple[int, ...]]
+
+_WHOLE_PARTS = {
+    tensor_names.CROSS_ATTENTION: "cross_attention",
+    tensor_names.DETAIL_ENCODER: "encoder",
+    tensor_names.PROJECTOR: "projector",
+}
+"""The parts that are counted as a whole, by the prefix of their tensors."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +46,7 @@ class Counts:
         has_final_norm: Whether a layer normalizes the output of its last matrix, as Gemma's and OLMo's do.
         tower_trained: Parameters that the stage trains in the vision tower: its own, or those of adapters.
         cross_attention: The cross-attention.
+        encoder: Its own encoder, where that is not the tower.
     """
 
     linear: int
@@ -54,25 +62,38 @@ class Counts:
     has_final_norm: bool
     tower_trained: int = 0
     cross_attention: int = 0
+    encoder: int = 0
 
     @property
     def whole(self) -> int:
         """All parameters except adapters."""
-        return self.linear + self.norms + self.head + self.tower + self.projector + self.cross_attention
+        language_model = self.linear + self.norms + self.head
+        return language_model + self.tower + self.encoder + self.projector + self.cross_attention
 
 
 def count_parameters(config: LlavarConfig, tune: Tune) -> Counts:
-    """Count a model's parameters."""
+    """Count a model's parameters.
+
+    Raises:
+        ConfigError: The language model has experts, or other parts that are neither matrices nor norms.
+    """
     parts = (
         "linear", "norms", "head", "tower", "projector", "adapters", "tower_linear", "tower_patch", "cross_attention",
+        "encoder",
     )  # fmt: skip
     sums = dict.fromkeys(parts, 0)
     shapes = expected_shapes(config)
+    if others := [name for name, shape in shapes.items() if tensor_names.LAYER.search(name) and len(shape) > _MATRIX]:
+        raise ConfigError.at(
+            "model.language_model",
+            f"what experts need is not estimated (got {config.text_config.model_type!r}, with {others[0]})",
+            "measure it: `llavar-peft train RECIPE --dry-run`",
+        )
     targets = adapted_matrices(shapes, tune)
     for name, shape in shapes.items():
-        if name.startswith(LAYERS):
+        if layer := tensor_names.LAYER.search(name):
             sums["linear" if len(shape) == _MATRIX else "norms"] += math.prod(shape)
-            if isinstance(tune, Lora) and name.removeprefix(LAYERS).partition(".")[2] in targets:
+            if isinstance(tune, Lora) and name[layer.end() :] in targets:
                 extra = shape[0] * ((tune.variant == "dora") + (tune.bias == "lora"))
                 sums["adapters"] += tune.rank * sum(shape) + extra
         elif "vision_tower" in name:
@@ -82,12 +103,9 @@ def count_parameters(config: LlavarConfig, tune: Tune) -> Counts:
                 sums["tower_patch"] += math.prod(shape) * (len(shape) == _KERNEL)
             elif int(layer[1]) < tower_depth(config):
                 sums["tower_linear"] += math.prod(shape) * (len(shape) == _MATRIX)
-        elif name.startswith(tensor_names.CROSS_ATTENTION):
-            sums["cross_attention"] += math.prod(shape)
-        elif "multi_modal_projector" in name:
-            sums["projector"] += math.prod(shape)
         else:
-            sums["head"] += math.prod(shape)
+            part = next((part for prefix, part in _WHOLE_PARTS.items() if name.startswith(prefix)), "head")
+            sums[part] += math.prod(shape)
     has_final_norm = any(".post_feedforward" in name for name in shapes)
     return Counts(
         **sums,
@@ -113,11 +131,10 @@ def layer_matrices(shapes: Shapes) -> dict[str, tuple[int, int]]:
     Returns:
         (width of the output, width of the input) by names such as ``mlp.up_proj.weight``.
     """
-    first = LAYERS + "0."
     return {
-        name.removeprefix(first): (shape[0], shape[1])
+        name[layer.end() :]: (shape[0], shape[1])
         for name, shape in shapes.items()
-        if name.startswith(first) and len(shape) == _MATRIX
+        if (layer := tensor_names.LAYER.search(name)) and layer[1] == "0" and len(shape) == _MATRIX
     }
 
 
@@ -142,7 +159,7 @@ def count_trained(config: LlavarConfig, tune: Tune, counts: Counts) -> int:
     """Return the number of parameters that a stage trains."""
     rows: int = TRAINED_ROWS * config.text_config.hidden_size * bool(config.use_im_start_end)
     if isinstance(tune, Full):
-        return counts.whole - counts.tower + counts.tower_trained
+        return counts.whole - counts.tower - counts.encoder + counts.tower_trained
     if isinstance(tune, Projector):
         return counts.projector + counts.cross_attention + rows
     with_rows = rows if tune.train_image_rows else 0

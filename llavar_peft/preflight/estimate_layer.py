@@ -16,6 +16,7 @@ from llavar_peft.compat.dependency_internals import fake_tensors
 from llavar_peft.compat.memory_tracker import MemoryTracker
 from llavar_peft.models.cross_attention import CrossAttentionStack, Detail, DetailSegment
 from llavar_peft.models.cross_attention_hooks import DETAIL, attach_cross_attention
+from llavar_peft.models.decoder_structure import find_layers
 from llavar_peft.models.linear_layers import find_linear_layers
 from llavar_peft.models.tuning import lora_config
 from llavar_peft.preflight.estimate_views import DetailShape
@@ -73,6 +74,7 @@ def measure_layer(
     eager: bool,
     accumulated: bool,
     details: DetailShape | None = None,
+    images: int = 0,
 ) -> LayerMemory:
     """Measure a layer of the language model in the forward and backward pass of a stage.
 
@@ -86,6 +88,7 @@ def measure_layer(
         eager: Whether the attention is eager, see ``computes_scores``; otherwise it keeps what flash-attention keeps.
         accumulated: Whether gradients of an earlier pass exist, to which those of this pass are added.
         details: What the layer's cross-attention gets, whose memory and gradients are then included.
+        images: For the cross-attention, number of images of the pass.
     """
     short = copy.deepcopy(text)
     short.num_hidden_layers = 1
@@ -111,7 +114,7 @@ def measure_layer(
         empty = tracker.now
         arguments = _layer_arguments(decoder, layer, stream, eager=eager)
         if stack is not None and details is not None:
-            arguments[DETAIL] = _detail(stack, details, stream)
+            arguments[DETAIL] = _detail(stack, details, images, stream)
         before = tracker.now
         with torch.autocast(
             "cpu", dtype=dtypes.autocast or torch.bfloat16, enabled=dtypes.autocast is not None, cache_enabled=False
@@ -127,9 +130,9 @@ def measure_layer(
         return LayerMemory(stream.untyped_storage().nbytes(), kept, tracker.peak - outside, before - empty)
 
 
-def _detail(stack: CrossAttentionStack, details: DetailShape, stream: Tensor) -> Detail:
+def _detail(stack: CrossAttentionStack, details: DetailShape, images: int, stream: Tensor) -> Detail:
     """Return what the layer's cross-attention gets: the tokens are divided among the images."""
-    tokens, images = stream.shape[0] * stream.shape[1], details.images
+    tokens = stream.shape[0] * stream.shape[1]
     # The positions of the crops are trained, so that the features have a gradient.
     shape = (max(1, images * details.features), details.width)
     features = torch.zeros(shape, dtype=stream.dtype, requires_grad=True)
@@ -171,7 +174,7 @@ def _layer_arguments(decoder: Any, layer: nn.Module, stream: Tensor, *, eager: b
 
 def _as_trained(decoder: Any, tune: Tune) -> nn.Module:
     """Return the layer of a decoder with only what a stage trains trainable, and with adapters."""
-    layer: nn.Module = decoder.layers[0]
+    layer: nn.Module = find_layers(decoder)[1][0]
     layer.requires_grad_(isinstance(tune, Full))
     layer.train()
     if isinstance(tune, Lora):
@@ -179,7 +182,7 @@ def _as_trained(decoder: Any, tune: Tune) -> nn.Module:
 
         # PiSSA's initialization needs the weights' values; its saved tensors are those of plain LoRA.
         plain = dataclasses.replace(tune, variant="lora") if tune.variant == "pissa" else tune
-        settings = lora_config(plain, find_linear_layers(decoder))
+        settings = lora_config(plain, find_linear_layers(decoder), layers="layers")
         settings.modules_to_save = None
         settings.trainable_token_indices = None
         # The layer is nested under the names by which the adapter's configuration selects layers.

@@ -72,10 +72,13 @@ class StepMoments:
         counts, each = self.counts, storage_dtype(self.model.dtype).itemsize
         if isinstance(self.stage.tune, Full):
             tower = 4.0 if self.stage.tune.train_tower else each
-            return (4.0 * (counts.whole - counts.tower) + tower * counts.tower) / self.shards
+            frozen = each * counts.encoder
+            return (4.0 * (counts.whole - counts.tower - counts.encoder) + tower * counts.tower + frozen) / self.shards
         quantize = self.model.quantize
         linear = {"nf4": 0.5, "int8": 1.0 + 4 / 4096}.get(quantize or "", float(each)) * counts.linear
-        others = each * (counts.norms + counts.head + counts.tower) + 4.0 * (counts.adapters + counts.tower_trained)
+        others = each * (counts.norms + counts.head + counts.tower + counts.encoder) + 4.0 * (
+            counts.adapters + counts.tower_trained
+        )
         if isinstance(self.stage.tune, Projector):
             projector = 4.0 * (counts.projector + counts.cross_attention)
         else:
@@ -138,7 +141,7 @@ class StepMoments:
         rows = self.stage.micro_batch_size if eager else 1
         return measure_layer(
             text, self.stage.tune, self._dtypes, rows=(rows, math.ceil(self.tokens / rows)), eager=eager,
-            accumulated=self._accumulates, details=detail_shape(self.config, self._views),
+            accumulated=self._accumulates, details=detail_shape(self.config), images=self._projected_views,
         )  # fmt: skip
 
     @property
@@ -150,8 +153,8 @@ class StepMoments:
     @property
     def _projected_views(self) -> int:
         """Number of images that the tower gets in the call whose output is projected; crops have calls of their own."""
-        crossed = self.config.cross_attention
-        return self._views if crossed is None else round(self._views / (1 + crossed.grid**2))
+        details = detail_shape(self.config)
+        return self._views if details is None else round(self._views / (1 + details.crops))
 
     @cached_property
     def _images(self) -> ImageMemory:
@@ -251,7 +254,7 @@ class StepMoments:
     @property
     def _gathered_root(self) -> float:
         """Parts outside the layers, which FSDP keeps gathered from the forward to the backward pass."""
-        return float(self._compute * (self.counts.tower + self.counts.projector) * self.sharded)
+        return float(self._compute * (self.counts.tower + self.counts.encoder + self.counts.projector) * self.sharded)
 
     @property
     def _gathered_half_head(self) -> float:

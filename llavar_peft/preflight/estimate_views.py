@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 
 from llavar_peft.data.tile_layout import TileGeometry
+from llavar_peft.models.detail_encoder import PIX2STRUCT, PIX2STRUCT_PATCHES
 from llavar_peft.models.llavar_config import LlavarConfig
 from llavar_peft.models.model_resolution import check_budget
 
@@ -27,31 +28,31 @@ class ImageCost:
 
 @dataclass(frozen=True, slots=True)
 class DetailShape:
-    """The features that a layer's cross-attention gets in a pass.
+    """The features that a layer's cross-attention gets.
 
     Attributes:
-        images: Number of images; 0 computes the modules once on a zero.
         features: Number of features of an image.
         width: Width of the features.
+        crops: Number of crops of an image that the tower gets; 0 where another encoder sees the whole.
     """
 
-    images: int
     features: int
     width: int
+    crops: int
 
 
-def detail_shape(config: LlavarConfig, views: int) -> DetailShape | None:
-    """Return the features of the cross-attention; None for a model without it.
-
-    Args:
-        config: The model's configuration.
-        views: Number of images that the tower gets: the whole ones, and their crops.
-    """
+def detail_shape(config: LlavarConfig) -> DetailShape | None:
+    """Return the features of the cross-attention; None for a model without it."""
     if config.cross_attention is None:
         return None
-    crops = config.cross_attention.grid**2
-    width = int(config.vision_config.hidden_size)
-    return DetailShape(round(views / (1 + crops)), crops * int(config.image_seq_length), width)
+    encoder = config.detail_config
+    if encoder is None:
+        crops = config.cross_attention.grid**2
+        return DetailShape(crops * int(config.image_seq_length), int(config.vision_config.hidden_size), crops)
+    features = PIX2STRUCT_PATCHES
+    if encoder["model_type"] not in PIX2STRUCT:
+        features = (int(encoder["image_size"]) // int(encoder["patch_size"])) ** 2
+    return DetailShape(features, int(encoder["hidden_size"]), 0)
 
 
 def tile_geometry(config: LlavarConfig) -> TileGeometry | None:
@@ -79,8 +80,9 @@ def image_cost(config: LlavarConfig, most: int) -> ImageCost:
     """
     geometry = tile_geometry(config)
     if geometry is None:
-        grid = config.cross_attention.grid if config.cross_attention is not None else 0
-        return ImageCost(config.image_seq_length, 1 + grid**2, config.image_seq_length)
+        details = detail_shape(config)
+        crops = 0 if details is None else details.crops
+        return ImageCost(config.image_seq_length, 1 + crops, config.image_seq_length)
     side = geometry.patches
     costs = [
         ImageCost(geometry.tokens((rows, columns, rows * side, columns * side)), 1 + rows * columns, side**2)

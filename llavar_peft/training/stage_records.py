@@ -86,11 +86,11 @@ def _warn_of_small_text(stage: Stage, dataset: TrainingDataset, processor: Llava
     if better:
         readable = 100 * (1 - max(one.share_below for one in better))
         listed = " or ".join(_describe_cost(one, stage.max_length) for one in better)
-        fix = f"for {readable:.0f} % of it above that, set under model: {listed}"
+        fix = f"to read {readable:.0f} % of it, set under model: {listed}"
     logger.warning(
         "stage %s: %.0f %% of the supervised text is below %g px in the vision tower's input, where letters cannot be "
         "read (%d records with known letter heights). Fix: %s; 'llavar-peft eval diagnose --records' compares more.",
-        stage.name, 100 * report.current.share_below, report.smallest, report.records, fix,
+        stage.name, 100 * report.current.share_below, report.current.smallest, report.records, fix,
     )  # fmt: skip
 
 
