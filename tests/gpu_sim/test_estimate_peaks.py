@@ -8,10 +8,11 @@ from functools import cache
 
 import pytest
 
-from llavar_peft import DataConfig, Full, Lora, OptimConfig, Projector, Stage
+from llavar_peft import DataConfig, Full, Lora, OptimConfig, Projector, Stage, Tiles
 from llavar_peft.models.config_without_weights import config_without_weights
 from llavar_peft.preflight.estimate_counts import count_parameters, count_trained
 from llavar_peft.preflight.estimate_memory import Memory, estimate_memory
+from llavar_peft.recipe.schema import Tune
 from tests.gpu_sim.fake_training import Case, track_layers, track_peak, track_peaks
 
 _GIB = 2**30
@@ -130,6 +131,15 @@ def test_the_estimate_agrees_for_other_models_with_all_layers(name: str) -> None
     estimated, tracked = _estimated(case).peak, _tracked(case)
     print(f"{name}: estimated {estimated / _GIB:.2f} GiB, tracked {tracked / _GIB:.2f} GiB")  # noqa: T201 - with -s
     assert estimated == pytest.approx(tracked, rel=0.05)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("tune", [Projector(), _LORA, Full(train_tower=True)], ids=["projector", "lora", "tower"])
+def test_tiles_are_part_of_the_estimate(tune: Tune) -> None:
+    """Three tiles and the whole image are four images of the tower."""
+    case = Case("7b", tune, records=2, tiles=Tiles(grid=((1, 3),), pool=2))
+    peak = max(track_layers(case, 2).values())
+    assert _estimated(case, layers=2).peak == pytest.approx(peak, rel=0.1), _estimated(case, layers=2)
 
 
 @pytest.mark.slow

@@ -61,8 +61,8 @@ TEMPLATES = {
         "{% else %}{{ raise_exception('Only user and assistant roles are supported!') }}{% endif %}{% endfor %}"
     ),
     "34b": (
-        "{% for message in messages %}{{'<s>' + message['role'] + '\n'}}" + _RENDER_PARTS
-        + "{{'</s>' + '\n'}}{% endfor %}{% if add_generation_prompt %}{{ '<s>assistant\n' }}{% endif %}"
+        "{% for message in messages %}{{'<pad>' + message['role'] + '\n'}}" + _RENDER_PARTS
+        + "{{'</s>' + '\n'}}{% endfor %}{% if add_generation_prompt %}{{ '<pad>assistant\n' }}{% endif %}"
     ),
 }  # fmt: skip
 
