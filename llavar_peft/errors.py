@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 _REASON = 200  # characters of another library's message
+_LONGEST_PART = 1000  # characters of each part of a message
 
 
 def count_of(number: int, noun: str) -> str:
@@ -59,6 +60,14 @@ def describe_reason(error: BaseException) -> str:
     return line if len(line) <= _REASON else f"{line[:_REASON]}..."
 
 
+def _without_middle(text: str) -> str:
+    """Return a text without its middle if it is too long to be read: a file may contain a name of any length."""
+    if len(text) <= _LONGEST_PART:
+        return text
+    kept = _LONGEST_PART // 2
+    return f"{text[:kept]} ... {text[-kept:]}"
+
+
 class LlavarError(Exception):
     """Base class of the package's errors.
 
@@ -80,7 +89,7 @@ class LlavarError(Exception):
     @classmethod
     def at(cls, where: str, what: str, fix: str) -> LlavarError:
         """Return an error with one fault."""
-        fault = Fault(where, what, fix)
+        fault = Fault(*(_without_middle(part) for part in (where, what, fix)))
         return cls(str(fault), (fault,))
 
     @classmethod

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 import llavar_peft
+from llavar_peft.errors import ConfigError
 
 ROOT = Path(llavar_peft.__file__).parents[1]
 in_checkout = pytest.mark.skipif(not (ROOT / "pyproject.toml").is_file(), reason="needs the repository")
@@ -98,3 +99,13 @@ def test_every_file_is_in_the_built_package(tmp_path: Path) -> None:
     }
     built = tmp_path / "build" / "lib" / "llavar_peft"
     assert expected - {path.relative_to(built) for path in built.rglob("*")} == set()
+
+
+def test_a_message_leaves_out_the_middle_of_very_long_values() -> None:
+    error = ConfigError.at(
+        "answers.jsonl:2", f"is an answer by {'x' * 50_000!r}, expected 'merged'", "choose another file"
+    )
+    assert len(str(error)) < 1200
+    assert str(error).startswith("answers.jsonl:2: is an answer by 'xxx")
+    assert "expected 'merged'. Fix: choose another file." in str(error)
+    assert [fault.fix for fault in error.faults] == ["choose another file"]

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import subprocess
-import sys
+import os
 from pathlib import Path
 
 import pytest
@@ -15,29 +14,40 @@ from llavar_peft import cli
 from llavar_peft.errors import ConfigError
 from llavar_peft.training import quickstart
 
-# It reaches about 0.91, within a margin for the machine's rounding.
-LEAST = 0.87
-# With a quarter of the images it reaches about 0.88. An untrained projector gives 0.
-LEAST_OF_A_QUARTER = 0.75
+WHOLE = os.environ.get("LLAVAR_QUICKSTART") == "all"
+"""Whether all images of the README's command are used, instead of a third, and a quarter of the modern parts' ones."""
+
+LEAST = {"llavar": 0.87, "modern": 0.88} if WHOLE else {"llavar": 0.75, "modern": 0.75}
+"""Exact match that is reached, within a margin for the machine's rounding; an untrained projector gives 0.
+
+Measured: 0.91 and 0.93 with all images; 0.87 and 0.88 without.
+"""
 
 
-def _run(*arguments: str) -> str:
-    done = subprocess.run(
-        [sys.executable, "-m", "llavar_peft", *arguments], capture_output=True, text=True, check=False, timeout=1500
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    return done.stdout
+@pytest.fixture
+def fewer_images(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the quickstart take a part of its images."""
+    if WHOLE:
+        return
+    for parts, share in (("llavar", 3), ("modern", 4)):
+        pair = quickstart._PAIRS[parts]  # type: ignore[index]
+        monkeypatch.setitem(quickstart._PAIRS, parts, dataclasses.replace(pair, images=pair.images // share))
+    monkeypatch.setattr(quickstart, "_STAGE_1_IMAGES", 400)
+    monkeypatch.setattr(quickstart, "_HELD_OUT_IMAGES", 60)
+    monkeypatch.setattr(quickstart, "_BLANK_IMAGES", 20)
+    monkeypatch.setattr(quickstart, "usable_cores", lambda: 1)  # starting processes would take longer
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-def test_quickstart_learns_to_read_and_can_be_asked(tmp_path: Path) -> None:
-    out = _run("quickstart", "--output-dir", str(tmp_path / "run"))
+@pytest.mark.usefixtures("fewer_images")
+def test_quickstart_learns_to_read_and_can_be_asked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["quickstart", "--output-dir", str(tmp_path / "run")]) == 0
     result = json.loads((tmp_path / "run/quickstart.json").read_text())
     assert result["before"] <= 0.02
     assert result["blank_exact_match"] <= 0.03
-    assert result["exact_match"] >= LEAST
-    assert result["model"] in out
+    assert result["exact_match"] >= LEAST["llavar"]
+    assert result["model"] in capsys.readouterr().out
     page = Path(result["page"]).read_text()
     assert len(page) < 3_000_000
     assert "http://" not in page
@@ -47,32 +57,24 @@ def test_quickstart_learns_to_read_and_can_be_asked(tmp_path: Path) -> None:
     image = Image.new("RGB", (400, 200), "white")
     ImageDraw.Draw(image).text((60, 60), "KHABE", "black", ImageFont.load_default(70))
     image.save(tmp_path / "mine.png")
-    answer = _run(
-        "ask", "--model", result["model"], "--image", str(tmp_path / "mine.png"), "--temperature", "0",
-        "What does the sign say?",
-    ).strip()  # fmt: skip
+    asked = ["--model", result["model"], "--image", str(tmp_path / "mine.png"), "--temperature", "0"]
+    assert cli.main(["ask", *asked, "What does the sign say?"]) == 0
+    answer = capsys.readouterr().out.strip()
     assert 2 <= len(answer) <= 12
     assert answer.upper() == answer
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_quickstart_with_modern_parts_learns_with_a_quarter_of_the_images(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    pair = quickstart._PAIRS["modern"]
-    monkeypatch.setitem(quickstart._PAIRS, "modern", dataclasses.replace(pair, images=pair.images // 4))
-    monkeypatch.setattr(quickstart, "_STAGE_1_IMAGES", 400)
-    monkeypatch.setattr(quickstart, "_HELD_OUT_IMAGES", 60)
-    monkeypatch.setattr(quickstart, "_BLANK_IMAGES", 20)
-    monkeypatch.setattr(quickstart, "usable_cores", lambda: 1)  # starting processes would take longer
+@pytest.mark.usefixtures("fewer_images")
+def test_quickstart_with_modern_parts_learns(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["quickstart", "--parts", "modern", "--tune", "lora", "--output-dir", str(tmp_path / "run")]
     assert cli.main(arguments) == 0
     result = json.loads((tmp_path / "run/quickstart.json").read_text())
     assert result["parts"] == "modern"
     assert result["before"] <= 0.05
     assert result["blank_exact_match"] <= 0.05
-    assert result["exact_match"] >= LEAST_OF_A_QUARTER
+    assert result["exact_match"] >= LEAST["modern"]
     assert f"exact match on unseen images  {result['exact_match']:.1%}" in capsys.readouterr().out
     assert "SigLIP and Qwen 2" in Path(result["page"]).read_text()
 

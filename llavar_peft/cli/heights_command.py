@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -273,10 +275,17 @@ def _measure(
 
     vision_tower, quantize = how
     chat, setting = evaluated.load_evaluated_model(model, adapter, vision_tower, quantize, chosen)
-    stem = f"{setting.model_hash}-{quantize}" if quantize else str(setting.model_hash)
-    journals = out.with_suffix(".answers") / stem
+    journals = out.with_suffix(".answers") / _journal_stem(setting, quantize, chat.engine.processor.resolution)
     with show_count(f"asking {name}") as progress:
         return measure_curve(name, chat, plan, asked.roots, setting, settings, journals, progress)
+
+
+def _journal_stem(setting: Setting, quantize: str | None, resolution: dict[str, Any] | None) -> str:
+    """Return how the journals of a model are named: by its weights, how they are stored, and how it sees an image."""
+    parts = [str(setting.model_hash), *([quantize] if quantize else [])]
+    if resolution is not None:
+        parts.append(hashlib.sha256(json.dumps(resolution, sort_keys=True).encode()).hexdigest()[:8])
+    return "-".join(parts)
 
 
 def _print_results(results: HeightResults, out: Path, page: Path) -> None:

@@ -129,5 +129,6 @@ def _as_json(one: StageEstimate, gpus: int, tflops: float | None) -> dict[str, A
     fields = dataclasses.asdict(one)
     fields["memory"]["peak"] = one.memory.peak
     fields["lengths"]["pictures"] = fields["lengths"].pop("images")  # the key of version 0.1
-    del fields["lengths"]["counts"]
+    for name in ("image_tokens", "views", "counts"):
+        del fields["lengths"][name]
     return {**fields, "step_seconds": _seconds(one, gpus, tflops)}

@@ -85,8 +85,8 @@ def print_resolutions(report: ResolutionReport | None, sample: TextSample, max_l
     )
     current = [] if report.current is None else [("the model as it is", *_cells(report.current))]
     rows = [*current, *((one.name, *_cells(one)) for one in report.settings)]
-    below = f"below {report.smallest:g} px"
-    print_table(("model.resolution", below, "median px", "image tokens a record", "images for the tower"), rows)
+    print_table(("model.resolution", "too small", "median px", "image tokens a record", "images for the tower"), rows)
+    say(f"too small: below {report.smallest:g} px, or {2 * report.smallest:g} px where 2 x 2 patches are pooled")
     _print_advice(report, max_length)
 
 
@@ -99,14 +99,15 @@ def _cells(one: ResolutionFigures) -> tuple[str, ...]:
 
 def _print_advice(report: ResolutionReport, max_length: int) -> None:
     if not report.reached:
-        say(f"no resolution brings 95 % of the text to {report.smallest:g} px; the best is:")
+        say("at no resolution, 95 % of the text can be read; the best is:")
     elif report.recommended[0].resolution is None:
         say(f"no higher resolution is needed: 95 % of the text or more has at least {report.smallest:g} px")
         return
     else:
-        say(f"to bring 95 % of the text to {report.smallest:g} px, the cheapest first; one line goes under model:")
+        say("to read 95 % of the text, put one line under model: in the recipe (the cheapest comes first)")
     for one in report.recommended:
         length = f", max_length of about {one.longest}" if one.longest > max_length else ""
+        length += ", new layers to train" if one.name.startswith("cross") else ""
         readable = f"{100 * (1 - one.share_below):.1f} % of the text, {one.image_tokens:,.0f} image tokens a record"
         say(f"  {one.recipe}    # {readable}{length}")
     if not report.reached and report.own_below > 0:

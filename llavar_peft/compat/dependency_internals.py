@@ -139,14 +139,21 @@ def _embed_used_rows(
 
 
 def keeps_state(config: PretrainedConfig) -> bool:
-    """Return whether a language model has layers with a state instead of attention, such as Mamba's.
+    """Return whether a language model keeps more of a text than keys and values, such as Mamba's state.
 
-    Replaces: nothing public. transformers marks such classes, which cannot go back in a text. Since: transformers 4.40,
-    last seen in 5.24.
+    Replaces: nothing public. transformers marks classes that cannot go back in a text; others, whose layers are of
+    several kinds, are recognized by the cache that is made for them. Since: transformers 4.40, last seen in 5.24.
     """
-    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, DynamicCache
+    from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-    return bool(getattr(MODEL_FOR_CAUSAL_LM_MAPPING[type(config)], "_is_stateful", False))
+    if getattr(MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None), "_is_stateful", False):
+        return True
+    try:
+        kinds = {type(layer) for layer in DynamicCache(config=config).layers}
+    except KeyError:  # layers of a kind that the cache does not know
+        return True
+    return not kinds <= {DynamicLayer, DynamicSlidingWindowLayer}
 
 
 def supports_sdpa(config: PretrainedConfig) -> bool:

@@ -15,7 +15,7 @@ from llavar_peft.data.image_roots import ImageRoots
 from llavar_peft.data.record_store import RecordSource, parse_record
 from llavar_peft.data.text_size import read_text_size
 from llavar_peft.errors import DataError, ImageError
-from llavar_peft.types import Conversation, ImageSource
+from llavar_peft.types import ImageSource
 
 Size: TypeAlias = tuple[int, int]
 """(width, height) of an image in pixels."""
@@ -23,6 +23,7 @@ Size: TypeAlias = tuple[int, int]
 LARGEST_SAMPLE: Final = 2000
 """Number of records whose text is measured; more would take minutes and give the same shares."""
 _SAMPLE_STREAM: Final = 0x7E5
+_MOST_IMAGES: Final = 64  # of a record that are measured: one may name a million
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,14 +111,14 @@ def sample_texts(
             progress(done)
         try:
             raw = records[index]
-            conversation = parse_record(raw, records.where(index))
+            images = parse_record(raw, records.where(index)).images[:_MOST_IMAGES]
         except DataError:
             continue
-        if not conversation.images:
+        if not images:
             continue
-        text = None if read is None else _read_text(conversation, roots_of(index), read)
+        text = None if read is None else _read_text(images, roots_of(index), read)
         if text is None and stated:
-            text = _stated_text(raw, conversation, roots_of(index), sizes)
+            text = _stated_text(raw, images, roots_of(index), sizes)
         if text is None:
             unknown.append(index)
         else:
@@ -125,34 +126,33 @@ def sample_texts(
     return TextSample(tuple(texts), tuple(unknown))
 
 
-def _read_text(conversation: Conversation, roots: ImageRoots, read: ReadsLines) -> RecordText | None:
+def _read_text(images: Sequence[ImageSource], roots: ImageRoots, read: ReadsLines) -> RecordText | None:
     """Return the text of images that were all read, and in which there is some."""
-    found = [read(image, roots) for image in conversation.images]
-    images = [image for image in found if image is not None]
-    letters = sum(number for image in images for _, number in image.lines)
-    if len(images) < len(found) or not letters:
+    found = [one for one in (read(image, roots) for image in images) if one is not None]
+    letters = sum(number for one in found for _, number in one.lines)
+    if len(found) < len(images) or not letters:
         return None
-    lines = [(place, height, number / letters) for place, image in enumerate(images) for height, number in image.lines]
-    return RecordText(tuple(image.size for image in images), tuple(lines), 0)
+    lines = [(place, height, number / letters) for place, one in enumerate(found) for height, number in one.lines]
+    return RecordText(tuple(one.size for one in found), tuple(lines), 0)
 
 
 def _stated_text(
-    raw: Any, conversation: Conversation, roots: ImageRoots, known: dict[ImageSource, Size]
+    raw: Any, images: Sequence[ImageSource], roots: ImageRoots, known: dict[ImageSource, Size]
 ) -> RecordText | None:
     """Return what a record states of its text, which is that of its first image."""
     if not isinstance(raw, Mapping):
         return None
     try:
-        size = read_text_size(raw, conversation.id)
+        size = read_text_size(raw, "record")
         box, height = size["box"], size["text_height"]
         if height is None and box is not None:
             height = box[3] - box[1]
         if height is None:
             return None
-        if size["size"] is not None and len(conversation.images) == 1:
+        if size["size"] is not None and len(images) == 1:
             return RecordText((size["size"],), ((0, height, 1.0),), 0)
         sizes = []
-        for image in conversation.images:
+        for image in images:
             if image not in known:
                 known[image] = roots.open(image).size
             sizes.append(known[image])

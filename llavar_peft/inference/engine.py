@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import sys
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -81,8 +82,8 @@ class Engine:
 
     @property
     def context(self) -> int:
-        """The number of positions of the language model."""
-        return int(self.base_model.config.text_config.max_position_embeddings)
+        """The number of positions of the language model; where attention is biased by the distance, there is no end."""
+        return int(getattr(self.base_model.config.text_config, "max_position_embeddings", None) or sys.maxsize)
 
     def no_grad(self) -> AbstractContextManager[Any]:
         """Return a context without gradients, in which the model is called."""

@@ -272,7 +272,7 @@ def earlier_answers(path: Path, questions: Sequence[ImageQuestion], model: str) 
         if found is None or answered_by != model:
             problem = (
                 "is not an answer to these questions" if found is None
-                else f"is an answer by {answered_by!r}, expected {model!r}"
+                else f"is an answer by {_short(answered_by)}, expected {model!r}"
             )  # fmt: skip
             raise ConfigError.at(f"{path}:{number}", problem, "choose another output file, or delete this one")
         entries.append({"place": found.place, "text": text})

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 import torch
+import transformers
 from accelerate import init_empty_weights
 from torch import nn
 from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, AutoProcessor
@@ -25,8 +26,9 @@ from llavar_peft.compat.dependency_internals import (
     release_int8_inputs,
 )
 from llavar_peft.constants import MODEL_TYPE
-from llavar_peft.errors import ConfigError, MissingDependencyError
+from llavar_peft.errors import ConfigError, EnvironmentFaultError, MissingDependencyError
 from llavar_peft.models.checkpoint_loading import read_checkpoint, read_parts
+from llavar_peft.models.decoder_structure import check_linear
 from llavar_peft.models.hub_models import resolve_folder
 from llavar_peft.models.launch_environment import claim_device, half_precision, requested_sharding
 from llavar_peft.models.layer_kernels import apply_kernels, check_kernels
@@ -80,7 +82,7 @@ def build_model(
     if device is None:
         device = claim_device() if config.quantize else "cpu"
     with _no_progress_bar_for_small_models(parts.tensors):
-        model = LlavarForConditionalGeneration.from_pretrained(
+        model, loading = LlavarForConditionalGeneration.from_pretrained(
             None,
             trust_remote_code=False,
             config=parts.config,
@@ -88,8 +90,12 @@ def build_model(
             dtype=dtype,
             attn_implementation=attention,
             device_map={"": device},
+            output_loading_info=True,
             **quantization_arguments(config.quantize, dtype),
         )
+    if lost := sorted({*loading["missing_keys"], *loading["unexpected_keys"]}):  # it renamed what has its final name
+        what = f"transformers {transformers.__version__} does not load the tensors of this language model ({lost[0]})"
+        raise EnvironmentFaultError.at(parts.source, what, "use another version of transformers, or language model")
     if config.quantize is not None:
         keep_quantization_scales(model)
         release_int8_inputs(model)
@@ -127,6 +133,9 @@ def build_pending_model(
     pending = PendingWeights(dtype)
     for name, parameter in list(model.named_parameters()):
         pending.add(parameter, parts.tensors[name])
+    for name, buffer in model.named_buffers():
+        if name in parts.tensors:  # such as the correction of the routing to experts, which no gradient changes
+            buffer.copy_(whole(parts.tensors[name]))
     for name in [name for name in parts.tensors if name.startswith(tensor_names.TRAINED_WITH_PROJECTOR)]:
         # Copied by peft: read at once.
         module, _, own = name.rpartition(".")
@@ -256,6 +265,8 @@ def _read_checked_parts(config: ModelConfig, seed: int) -> ModelParts:
     _check_sources(config)
     parts = read_checkpoint(config, seed=seed) if config.checkpoint is not None else read_parts(config, seed=seed)
     check_kernels(config.kernels, parts.config.text_config.model_type)
+    if config.quantize is not None:
+        check_linear(parts.config.text_config, config.quantize)
     if config.projector is not None:
         apply_projector(parts.tensors, config.projector)
     check_tensors(parts.tensors, expected_shapes(parts.config), where=parts.source)

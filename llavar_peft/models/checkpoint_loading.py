@@ -25,6 +25,7 @@ from llavar_peft.models.model_resolution import set_resolution
 from llavar_peft.models.pretrained_files import load_pretrained
 from llavar_peft.models.processing_llavar import LlavarProcessor
 from llavar_peft.models.tower_loading import TowerParts, read_tower
+from llavar_peft.recipe.resolution import resolution_from
 from llavar_peft.recipe.schema import ModelConfig, ProjectorType
 from llavar_peft.weights.adapter.adapter_files import ADAPTER_CONFIG
 from llavar_peft.weights.adapter.adapter_layouts import conversion_of, is_llava_lora
@@ -69,6 +70,7 @@ def read_parts(config: ModelConfig, *, seed: int) -> ModelParts:
         extra_positions=tower.extra_positions,
         projector_type=config.projector_type,
     )
+    model_config.lm_head_bias = tensor_names.HEAD_BIAS in language.tensors
     widths = (tower.config.hidden_size, language.config.hidden_size)
     parts = ModelParts(
         source=str(folder),
@@ -127,6 +129,7 @@ def read_checkpoint(config: ModelConfig, *, seed: int = 0) -> ModelParts:
 
 def _read_own_layout(folder: Path, config: ModelConfig) -> ModelParts:
     model_config = load_pretrained(LlavarConfig, folder)
+    resolution_from(model_config.resolution, f"{folder / 'config.json'}:{RESOLUTION}")
     processor = load_pretrained(LlavarProcessor, folder)
     if processor.resolution != model_config.resolution:
         raise ConfigError.at(

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-_DIVIDED = {"granite": "logits_scaling", "granite_swa": "logits_scaling"}
-_MULTIPLIED = {"cohere": "logit_scale", "cohere2": "logit_scale"}
-"""Kinds of language models whose logits are scaled after the head, and the setting that tells by how much."""
+_DIVISOR = "logits_scaling"
+SCALED_LOGITS = (_DIVISOR, "logit_scale", "logits_scale", "lm_head_multiplier")
+"""Settings that scale a language model's logits. Whether they do it as here is found out when the model is read."""
 
 CHUNK = 1024
 """Number of positions whose logits exist at the same time: 125 MiB of float32 at 32,003 tokens."""
@@ -26,21 +26,28 @@ CHUNK = 1024
 class _SummedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, chunk: int, softcap: float | None
+        ctx: Any,
+        hidden_ND: Tensor,
+        weight_VD: Tensor,
+        bias_V: Tensor | None,
+        targets_N: Tensor,
+        chunk: int,
+        softcap: float | None,
     ) -> Tensor:
-        needs_hidden, needs_weight = ctx.needs_input_grad[:2]
+        needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
         grad_hidden_ND = torch.empty_like(hidden_ND) if needs_hidden else None
         # Summed in float32: over many chunks, half precision would lose small contributions.
         grad_weight_VD = torch.zeros_like(weight_VD, dtype=torch.float32) if needs_weight else None
-        cast_VD = weight_VD.to(hidden_ND.dtype)
+        grad_bias_V = torch.zeros_like(bias_V, dtype=torch.float32) if needs_bias and bias_V is not None else None
+        cast_VD, cast_V = weight_VD.to(hidden_ND.dtype), None if bias_V is None else bias_V.to(hidden_ND.dtype)
         total = hidden_ND.new_zeros((), dtype=torch.float32)
         for start in range(0, len(hidden_ND), chunk):
             part = slice(start, start + chunk)
-            logits_nV = cap_logits(nn.functional.linear(hidden_ND[part], cast_VD).float(), softcap)
+            logits_nV = cap_logits(nn.functional.linear(hidden_ND[part], cast_VD, cast_V).float(), softcap)
             slope_nV = None if softcap is None else 1 - (logits_nV / softcap) ** 2
             norm_n1 = logits_nV.logsumexp(dim=1, keepdim=True)
             total += (norm_n1 - logits_nV.gather(1, targets_N[part, None])).sum()
-            if not (needs_hidden or needs_weight):
+            if not (needs_hidden or needs_weight or needs_bias):
                 continue
             # The gradient overwrites the logits: probabilities, less one at the target.
             grad_nV = logits_nV.sub_(norm_n1).exp_()
@@ -50,19 +57,22 @@ class _SummedCrossEntropy(torch.autograd.Function):
                 grad_hidden_ND[part] = grad_nV @ cast_VD
             if grad_weight_VD is not None:
                 grad_weight_VD += grad_nV.T @ hidden_ND[part]
+            if grad_bias_V is not None:
+                grad_bias_V += grad_nV.sum(dim=0, dtype=torch.float32)
             # Otherwise the next chunk's logits would be computed beside this one's.
             del logits_nV, grad_nV, slope_nV
-        ctx.save_for_backward(grad_hidden_ND, grad_weight_VD)
+        ctx.save_for_backward(grad_hidden_ND, grad_weight_VD, grad_bias_V)
         ctx.weight_dtype = weight_VD.dtype
         return total
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, factor: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
-        grad_hidden_ND, grad_weight_VD = ctx.saved_tensors
+    def backward(ctx: Any, factor: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None, None]:
+        grad_hidden_ND, grad_weight_VD, grad_bias_V = ctx.saved_tensors
         return (
             None if grad_hidden_ND is None else grad_hidden_ND * factor.to(grad_hidden_ND.dtype),
             None if grad_weight_VD is None else grad_weight_VD.mul_(factor).to(ctx.weight_dtype),
+            None if grad_bias_V is None else grad_bias_V.mul_(factor).to(ctx.weight_dtype),
             None,
             None,
             None,
@@ -71,10 +81,11 @@ class _SummedCrossEntropy(torch.autograd.Function):
 
 def logits_factor(text_config: Any) -> float | None:
     """Return the factor by which a language model multiplies its logits, as Granite and Cohere do; or None."""
-    kind = text_config.model_type
-    if kind in _DIVIDED:
-        return 1 / float(getattr(text_config, _DIVIDED[kind]))
-    return float(getattr(text_config, _MULTIPLIED[kind])) if kind in _MULTIPLIED else None
+    for name in SCALED_LOGITS:
+        value = getattr(text_config, name, None)
+        if value not in (None, 1, 1.0):
+            return 1 / float(value) if name == _DIVISOR else float(value)
+    return None
 
 
 def cap_logits(logits: Tensor, softcap: float | None) -> Tensor:
@@ -83,7 +94,13 @@ def cap_logits(logits: Tensor, softcap: float | None) -> Tensor:
 
 
 def summed_cross_entropy(
-    hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, *, chunk: int = CHUNK, softcap: float | None = None
+    hidden_ND: Tensor,
+    weight_VD: Tensor,
+    targets_N: Tensor,
+    *,
+    bias_V: Tensor | None = None,
+    chunk: int = CHUNK,
+    softcap: float | None = None,
 ) -> Tensor:
     """Return the summed cross entropy of a linear head's logits.
 
@@ -91,6 +108,7 @@ def summed_cross_entropy(
         hidden_ND: The last hidden states ``[N, D]``.
         weight_VD: The head's weight ``[V, D]``.
         targets_N: The tokens to predict ``[N]``, none of them ignored.
+        bias_V: The head's bias ``[V]``, which few language models have.
         chunk: Number of positions whose logits are computed at once.
         softcap: Limit of the logits, see ``cap_logits``.
 
@@ -102,7 +120,7 @@ def summed_cross_entropy(
     if torch.is_autocast_enabled(device):
         hidden_ND = hidden_ND.to(torch.get_autocast_dtype(device))
     with torch.autocast(device, enabled=False):
-        total: Tensor = _SummedCrossEntropy.apply(hidden_ND, weight_VD, targets_N, chunk, softcap)  # type: ignore[no-untyped-call]
+        total: Tensor = _SummedCrossEntropy.apply(hidden_ND, weight_VD, bias_V, targets_N, chunk, softcap)  # type: ignore[no-untyped-call]
     return total
 
 
@@ -117,16 +135,21 @@ class LossHead(nn.Linear):
     factor: float | None = None
 
     @classmethod
-    def of(cls, head: nn.Linear, softcap: float | None = None, factor: float | None = None) -> LossHead:
+    def of(
+        cls, head: nn.Linear, softcap: float | None = None, factor: float | None = None, *, bias: bool = False
+    ) -> LossHead:
         """Return a head that shares the parameter of another head without bias.
 
         Args:
             head: The other head.
             softcap: Limit of the logits, see ``cap_logits``.
             factor: See ``logits_factor``.
+            bias: Whether it gets a bias, of zeros.
         """
         made = cls(head.in_features, head.out_features, bias=False, device="meta")
         made.weight, made.softcap, made.factor = head.weight, softcap, factor
+        if bias:
+            made.bias = nn.Parameter(torch.zeros_like(head.weight[:, 0]))
         return made
 
     def forward(self, input: Tensor, targets: Tensor | None = None) -> Tensor:
@@ -140,4 +163,4 @@ class LossHead(nn.Linear):
             input = input * self.factor  # of the hidden states, which are smaller than the logits
         if targets is None:
             return cap_logits(super().forward(input), self.softcap)
-        return summed_cross_entropy(input, self.weight, targets, softcap=self.softcap)
+        return summed_cross_entropy(input, self.weight, targets, bias_V=self.bias, softcap=self.softcap)

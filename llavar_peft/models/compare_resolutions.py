@@ -30,7 +30,9 @@ class ResolutionFigures(ReadableRepr):
 
     Attributes:
         resolution: ``ModelConfig.resolution``; None is the whole image only.
-        share_below: Share of the text that is below the smallest height, from 0 to 1; each record counts as one.
+        smallest: Height in pixels of the vision tower's input from which letters can be read. With pooled patches it is
+            that of as many patches, because lines have to stay apart in what the language model gets.
+        share_below: Share of the text that is below this height, from 0 to 1; each record counts as one.
         median_height: Median height of the letters, in pixels of the vision tower's input.
         image_tokens: Mean number of image tokens of a record.
         tower_images: Mean number of images that the vision tower gets for a record.
@@ -38,6 +40,7 @@ class ResolutionFigures(ReadableRepr):
     """
 
     resolution: Tiles | CrossAttention | None
+    smallest: float
     share_below: float
     median_height: float
     image_tokens: float
@@ -80,7 +83,7 @@ class ResolutionReport(ReadableRepr):
         records: Number of records whose text is known.
         drawn: Number of records with images that were examined.
         side: Side of the tower's input in pixels.
-        smallest: Height in pixels of the tower's input from which letters can be read.
+        smallest: Height in pixels of the tower's input from which letters can be read, without pooling.
         own_below: Share of the text that is below this height in the images themselves.
         current: The model as it is; None without a model.
         settings: The resolutions, those that change less and cost less first.
@@ -103,7 +106,8 @@ class ResolutionReport(ReadableRepr):
     def recommended(self) -> tuple[ResolutionFigures, ...]:
         """The cheapest resolution of each method that suffices, the cheapest of all first; the best one if none does.
 
-        If the whole image suffices, no other resolution is named.
+        The methods are tiles, pooled tiles and cross-attention, whose costs differ in kind. If the whole image
+        suffices, no other resolution is named.
         """
         if not self.settings:
             return ()
@@ -114,7 +118,7 @@ class ResolutionReport(ReadableRepr):
             if _suffices(one):
                 if one.resolution is None:
                     return (one,)
-                found.setdefault((type(one.resolution), getattr(one.resolution, "pool", 1)), one)
+                found.setdefault((type(one.resolution), _pool(one.resolution)), one)
         return tuple(found.values())
 
     def as_dict(self) -> dict[str, Any]:
@@ -206,11 +210,13 @@ def _figures(
         tokens.append(sum(image.tokens for image in images))
         towers.append(sum(image.views for image in images))
         longest = max(longest, tokens[-1] + text.other_tokens + _TEMPLATE_TOKENS)
+    smallest *= _pool(resolution)
     heights, shares = _weighted(scaled, texts)
     order = np.argsort(heights)
     middle = int(np.searchsorted(np.cumsum(shares[order]), 0.5))
     return ResolutionFigures(
         resolution=resolution,
+        smallest=smallest,
         share_below=round(float(shares[heights < smallest].sum()), 6),
         median_height=round(float(heights[order][min(middle, len(order) - 1)]), 2),
         image_tokens=round(sum(tokens) / len(texts), 1),
@@ -235,6 +241,10 @@ def _settings(resolution: Tiles | CrossAttention) -> dict[str, Any]:
     if sorted(resolution.grids) != sorted(Tiles(max_tiles=most).grids):
         grids = {"grid": [list(grid) for grid in resolution.grids]}
     return {"type": "tiles", **grids} | ({"pool": resolution.pool} if resolution.pool > 1 else {})
+
+
+def _pool(resolution: Tiles | CrossAttention | None) -> int:
+    return resolution.pool if isinstance(resolution, Tiles) else 1
 
 
 def _suffices(one: ResolutionFigures) -> bool:

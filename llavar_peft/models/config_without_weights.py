@@ -25,10 +25,18 @@ from llavar_peft.models.known_models import KNOWN_MODELS, LLAMA_SIZES, TOKENS
 from llavar_peft.models.llavar_config import LlavarConfig, make_config, read_flat_text_config, read_llama_config
 from llavar_peft.models.pretrained_files import load_pretrained, make_part_settings
 from llavar_peft.models.tower_loading import as_clip_processor, count_extra_positions, prepared_side
-from llavar_peft.recipe.resolution import CONCAT_CLIP, Tiles, checked_resolution, describe_resolution, read_grids
+from llavar_peft.recipe.resolution import (
+    CONCAT_CLIP,
+    Tiles,
+    checked_resolution,
+    describe_resolution,
+    read_grids,
+    resolution_from,
+)
 from llavar_peft.recipe.schema import ModelConfig, ProjectorType
 from llavar_peft.types import expand_home
 from llavar_peft.weights.delta.released_layout import read_model_config
+from llavar_peft.weights.io.stated_resolution import RESOLUTION
 
 _OF_LLAMA_S_SHAPE = re.compile(r"llama|vicuna|llava|alpaca")
 _OF_ANOTHER_SHAPE = re.compile(r"mistral|mixtral|qwen|gemma|phi-?\d|olmo|yi-|llama-?[34]")
@@ -138,6 +146,7 @@ def _of_checkpoint(model: ModelConfig, name: str) -> LlavarConfig:
     described, folder = source.described, source.folder
     if described.get("model_type") == MODEL_TYPE:
         config = load_pretrained(LlavarConfig, folder)
+        resolution_from(config.resolution, f"{folder / 'config.json'}:{RESOLUTION}")
         if model.vision_tower is not None:
             config.vision_config = _tower(model.vision_tower).config
         return config

@@ -210,7 +210,7 @@ def _locate_tensors(folder: Path, tower: str | None, parts: ModelParts, rows: in
     found: dict[str, TensorEntry | Tensor] = {
         new: entry for name, entry in read_tensor_table(folder).items() if (new := rename(name)) is not None
     }
-    for name in (tensor_names.EMBEDDINGS, tensor_names.HEAD):
+    for name in (tensor_names.find_embeddings(parts.tensors), tensor_names.HEAD):
         entry = found.get(name)
         if isinstance(entry, TensorEntry) and name in parts.tensors and entry.shape[0] != rows:
             found[name] = whole(parts.tensors[name])[:rows].to(torch_dtype(entry.dtype)).contiguous()

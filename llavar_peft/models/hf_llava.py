@@ -6,7 +6,9 @@ import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from transformers import (
+    AutoModelForImageTextToText,
     AutoTokenizer,
     LlavaConfig,
     LlavaImageProcessorPil,
@@ -14,9 +16,11 @@ from transformers import (
     LlavaNextImageProcessorPil,
     LlavaNextProcessor,
     LlavaProcessor,
+    PretrainedConfig,
 )
 
 from llavar_peft.atomic_files import write_json
+from llavar_peft.compat.weight_conversion import convert_stored
 from llavar_peft.constants import (
     IMAGE_PATCH_TOKEN,
     IMAGE_PLACEHOLDER,
@@ -38,6 +42,7 @@ from llavar_peft.recipe.schema import ProjectorType
 from llavar_peft.types import ImageMode, TemplateName
 from llavar_peft.weights.delta.released_layout import read_model_config
 from llavar_peft.weights.io import tensor_names
+from llavar_peft.weights.io.companion_files import PROCESSOR_FILE
 from llavar_peft.weights.io.convert_layout import to_one_layer
 from llavar_peft.weights.io.tensor_blocks import open_weights
 
@@ -80,6 +85,7 @@ def write_stock_companions(parts: ModelParts, activation: str, dtype: str | None
         raise ConfigError.at(
             "to", f"transformers does not find the tensors of a {kind} in a stock LLaVA", "use the layout llavar"
         )
+    _check_language_model(parts)
     text = parts.config.text_config
     if getattr(text, "final_logit_softcapping", None) is not None or logits_factor(text) is not None:
         logger.warning(
@@ -93,6 +99,7 @@ def write_stock_companions(parts: ModelParts, activation: str, dtype: str | None
         )
     _check_tiles(parts, side)
     config = _stock_config(parts, activation)
+    _check_names(parts, config)
     ours = {TUNED_TOWER: True} if parts.config.tuned_vision_tower else {}  # stock transformers keeps unknown fields
     described = {**config.to_diff_dict(), **ours, **({"dtype": dtype} if dtype is not None else {})}
     write_json(staged / "config.json", described)
@@ -116,6 +123,38 @@ def write_stock_companions(parts: ModelParts, activation: str, dtype: str | None
         # The class token, which the strategy "default" removes again.
         num_additional_image_tokens=int(parts.config.vision_feature_select_strategy == "default"),
     ).save_pretrained(str(staged))
+
+
+def _check_language_model(parts: ModelParts) -> None:
+    """Reject a language model whose head stock LLaVA cannot have."""
+    tied = parts.config.tie_word_embeddings and tensor_names.find_embeddings(parts.tensors) != tensor_names.EMBEDDINGS
+    if tied or tensor_names.HEAD_BIAS in parts.tensors:
+        what = "is tied to embeddings of another name than LLaMA's" if tied else "has a bias"
+        raise ConfigError.at(
+            "to",
+            f"stock LLaVA cannot have this language model's head, which {what} (got "
+            f"{parts.config.text_config.model_type!r})",
+            "use the layout llavar",
+        )
+
+
+def _check_names(parts: ModelParts, config: PretrainedConfig) -> None:
+    """Reject a language model whose tensors transformers does not find in a stock LLaVA, by its rules of conversion."""
+    with torch.device("meta"):
+        stock = AutoModelForImageTextToText.from_config(config, trust_remote_code=False)
+        kinds = ("language_model.", "lm_head.")
+        ours = {tensor_names.to_stock(name): torch.empty(tuple(one.shape)) for name, one in parts.tensors.items()}
+        found = convert_stored(stock, {name: one for name, one in ours.items() if name.startswith(kinds)})
+    expected = {
+        name: one for name, one in stock.state_dict().items() if name.startswith((f"model.{kinds[0]}", kinds[1]))
+    }
+    if config.tie_word_embeddings:
+        expected.pop(tensor_names.HEAD)
+    shapes = [{name: tuple(one.shape) for name, one in table.items()} for table in (found, expected)]
+    if shapes[0] != shapes[1]:
+        kind = parts.config.text_config.model_type
+        what = f"transformers does not find the tensors of a language model {kind!r} in a stock LLaVA"
+        raise ConfigError.at("to", what, "use the layout llavar")
 
 
 def read_stock(folder: Path) -> ModelParts:
@@ -189,11 +228,13 @@ def _check_tile_size(images: LlavaNextImageProcessorPil, folder: Path) -> None:
         for stated in (images.size, images.crop_size or images.size)
     )
     if len(size) != 1 or size != tile:
+        files = [folder / name for name in ("preprocessor_config.json", PROCESSOR_FILE)]
+        file = next((path for path in files if path.is_file()), files[0])
         raise ConfigError.at(
-            f"{folder / 'preprocessor_config.json'}:size",
+            f"{file}:size",
             f"not the size of a tile (got {ascii(dict(images.size or {}))[:80]}, expected {min(tile, default=0)} "
             f"pixels, that of crop_size)",
-            "copy preprocessor_config.json from the model's original folder",
+            f"copy {file.name} from the model's original folder",
         )
     # Stock LLaVA-NeXT cuts tiles of crop_size, cropped or not.
     images.crop_size, images.do_center_crop = {"height": min(tile), "width": min(tile)}, True

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,24 +12,26 @@ from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     MODEL_FOR_MASKED_LM_MAPPING,
     AutoConfig,
-    AutoModel,
     AutoTokenizer,
     PretrainedConfig,
 )
 
 from llavar_peft.compat.dependency_internals import keeps_state
+from llavar_peft.compat.weight_conversion import convert_stored
 from llavar_peft.constants import IMAGE_PATCH_TOKEN, IMAGE_PLACEHOLDER, MODEL_TYPE, RELEASED_MODEL_TYPE
-from llavar_peft.errors import ConfigError, WeightsError
-from llavar_peft.models.chunked_loss import logits_factor
+from llavar_peft.errors import ConfigError, WeightsError, describe_reason
+from llavar_peft.models.chunked_loss import SCALED_LOGITS
+from llavar_peft.models.decoder_structure import check_structure, outline
 from llavar_peft.models.llama_tokenizer import add_image_tokens, load_tokenizer
 from llavar_peft.models.llavar_config import read_llama_config
-from llavar_peft.models.pretrained_files import load_pretrained, unreadable_settings, with_defaults
+from llavar_peft.models.pretrained_files import load_pretrained, with_defaults
 from llavar_peft.recipe.schema import ModelConfig
 from llavar_peft.types import TemplateName
 from llavar_peft.weights.delta.released_layout import check_not_delta, is_language_model, read_model_config
 from llavar_peft.weights.io import tensor_names
 from llavar_peft.weights.io.joined_rows import JoinedRows, mean_row
 from llavar_peft.weights.io.tensor_blocks import open_weights
+from llavar_peft.weights.io.tensor_table import DOWNLOAD_AGAIN
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -38,9 +39,6 @@ if TYPE_CHECKING:
 
 _TWO_TOWERS = ("clip", "siglip", "siglip2", "chinese_clip", "altclip", "metaclip_2")
 """Models of an image tower and a text tower, which are compared and answer nothing."""
-_EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")
-# Settings that change the logits after the head.
-_SCALED_LOGITS = ("logits_scaling", "logit_scale", "logits_scale")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,19 +92,23 @@ def read_language_model(folder: Path, settings: ModelConfig) -> LanguageParts:
         check_fast(tokenizer, folder)
         add_placeholder(tokenizer)
     tied = bool(config.tie_word_embeddings) and not legacy
-    stored = {ours: one for name, one in open_weights(folder).items() if (ours := tensor_names.from_released(name))}
+    stored = _open_renamed(folder, config)
+    embeddings = tensor_names.find_embeddings(stored)
     check_not_delta(stored.get(tensor_names.FINAL_NORM), folder, described)
     if tied:
         stored.pop(tensor_names.HEAD, None)
-    elif tensor_names.HEAD not in stored and config.tie_word_embeddings and tensor_names.EMBEDDINGS in stored:
-        stored[tensor_names.HEAD] = stored[tensor_names.EMBEDDINGS]
+    elif tensor_names.HEAD not in stored and config.tie_word_embeddings and embeddings in stored:
+        stored[tensor_names.HEAD] = stored[embeddings]
     config.tie_word_embeddings = tied
     rows = _number_of_rows(stored, old_size, len(tokenizer), folder, keep_spare=not legacy)
     tensors: dict[str, Tensor | JoinedRows] = {**stored}
-    for name in (tensor_names.EMBEDDINGS, tensor_names.HEAD):
+    for name in (embeddings, tensor_names.HEAD):
         if name in stored:
             # LLaVAR's rows follow those of the tokenizer, also where the embeddings have more.
             tensors[name] = with_mean_rows(stored[name][:old_size] if legacy else stored[name], rows)
+    if tensor_names.HEAD_BIAS in stored:
+        bias = stored[tensor_names.HEAD_BIAS]
+        tensors[tensor_names.HEAD_BIAS] = torch.cat([bias, bias.mean().expand(rows - len(bias))])
     return LanguageParts(
         config=config,
         tensors=tensors,
@@ -177,46 +179,61 @@ def _config(folder: Path) -> PretrainedConfig:
             f"{config.model_type!r})",
             "give the folder of a language model such as Vicuna, Llama, Qwen or Mistral",
         )
-    _check_modules(config, folder)
-    scaled = [name for name in _SCALED_LOGITS if getattr(config, name, None) not in (None, 1, 1.0)]
-    valid = all(isinstance(value := getattr(config, name), float | int) and value > 0 for name in scaled)
-    if scaled and (not valid or logits_factor(config) is None):
+    scaled = [name for name in SCALED_LOGITS if getattr(config, name, None) not in (None, 1, 1.0)]
+    if not all(isinstance(value := getattr(config, name), float | int) and value > 0 for name in scaled):
         raise ConfigError.at(
             f"{folder / 'config.json'}:{scaled[0]}",
             f"how {config.model_type!r} scales its logits is not known (got {getattr(config, scaled[0])})",
             "give a language model without this setting",
         )
+    check_structure(outline(config, folder), folder)
     return config
 
 
-def _check_modules(config: PretrainedConfig, folder: Path) -> None:
-    """Reject a decoder that does not have the embeddings, layers and norm of LLaMA, by building it without memory.
+def read_converted(folder: Path) -> dict[str, Tensor] | None:
+    """Read a language model whose file has other names or forms of tensors than transformers' modules.
+
+    Args:
+        folder: Holds ``config.json`` and weights.
+
+    Returns:
+        Its tensors by our names; None where LLaMA's names suffice, so that the file can be streamed.
 
     Raises:
-        ConfigError: Names what it lacks.
+        ConfigError: The folder holds no language model.
+        WeightsError: A file cannot be read.
     """
-    experts = [name for name in _EXPERTS if getattr(config, name, None)]
-    if experts:
-        raise ConfigError.at(
-            f"{folder / 'config.json'}:{experts[0]}",
-            f"mixtures of experts are not supported (got {config.model_type!r} with {getattr(config, experts[0])})",
-            "give a language model without experts",
-        )
-    unpadded = copy.deepcopy(config)
-    unpadded.pad_token_id = None  # it may have no row yet, which is checked with those of all other tokens
+    stored = open_weights(folder)
+    converted = _open_renamed(folder, load_pretrained(AutoConfig, folder))
+    same = {tensor_names.from_released(name) for name in stored} - {None}
+    return None if same == converted.keys() else converted
+
+
+def _open_renamed(folder: Path, config: PretrainedConfig) -> dict[str, Tensor]:
+    """Return a language model's tensors by our names, in the form that transformers' modules have."""
+    stored = open_weights(folder)
+    if config.model_type == "llama":
+        return {ours: one for name, one in stored.items() if (ours := tensor_names.from_released(name))}
+    model = outline(config, folder)
     try:
-        with torch.device("meta"):
-            built: Any = AutoModel.from_config(unpadded, trust_remote_code=False)
-    except Exception as error:  # transformers passes on whatever the settings cause
-        raise unreadable_settings(folder, "language model", error) from error
-    missing = [name for name in ("embed_tokens", "layers", "norm") if not hasattr(built, name)]
-    if missing:
-        raise ConfigError.at(
-            f"{folder / 'config.json'}:model_type",
-            f"a decoder of another construction than LLaMA's (got {config.model_type!r}, which has no "
-            f"{', '.join(missing)})",
-            "give the folder of a language model such as Vicuna, Llama, Qwen or Mistral",
-        )
+        converted = convert_stored(model, stored)
+    except Exception as error:  # tensors of other shapes or numbers than the model's, in whatever operation fails
+        raise WeightsError.at(
+            str(folder),
+            f"its tensors are not those of a {config.model_type!r} ({type(error).__name__}: {describe_reason(error)})",
+            DOWNLOAD_AGAIN,
+        ) from error
+    base = f"{model.base_model_prefix}."
+    head = next((name for name, module in model.named_modules() if module is model.get_output_embeddings()), "lm_head")
+    found: dict[str, Tensor] = {}
+    for name, tensor in converted.items():
+        if name.startswith(base):
+            found[f"model.language_model.{name.removeprefix(base)}"] = tensor
+        elif name.startswith(f"{head}."):
+            found[f"lm_head.{name.removeprefix(f'{head}.')}"] = tensor
+        elif (ours := tensor_names.from_released(name)) is not None:
+            found[ours] = tensor
+    return {name: one for name, one in found.items() if tensor_names.from_released(name) is not None}
 
 
 def _choose_template(folder: Path, described: Mapping[str, Any], settings: ModelConfig) -> TemplateName:
@@ -252,10 +269,11 @@ def check_fast(tokenizer: Any, folder: Path) -> None:
 
 
 def _number_of_rows(stored: Mapping[str, Tensor], old: int, new: int, folder: Path, *, keep_spare: bool) -> int:
-    rows = stored[tensor_names.EMBEDDINGS].shape[0] if tensor_names.EMBEDDINGS in stored else new
+    embeddings = tensor_names.find_embeddings(stored)
+    rows = stored[embeddings].shape[0] if embeddings in stored else new
     if rows < old:
         raise WeightsError.at(
-            f"{folder}:{tensor_names.EMBEDDINGS}",
+            f"{folder}:{embeddings}",
             f"too few rows for the tokenizer (got {rows}, expected at least {old})",
             "put this model's own tokenizer into its folder",
         )

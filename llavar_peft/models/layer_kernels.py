@@ -24,6 +24,7 @@ from torch import nn
 
 from llavar_peft.compat.dependency_internals import use_rotary_kernel
 from llavar_peft.errors import ConfigError, EnvironmentFaultError, MissingDependencyError
+from llavar_peft.models.decoder_structure import find_layers
 from llavar_peft.recipe.schema import Kernels
 
 logger = logging.getLogger(__name__)
@@ -90,7 +91,7 @@ def apply_kernels(model: Any, kernels: Kernels) -> None:
 
 def _parts_to_compile(decoder: Any) -> Iterator[nn.Module]:
     """Yield the norms and MLPs of a decoder: of its layers everything but the attention."""
-    for layer in decoder.layers:
+    for layer in find_layers(decoder)[1]:
         for part in layer.children():
             if "Attention" not in type(part).__name__ and any(True for _ in part.parameters()):
                 yield part

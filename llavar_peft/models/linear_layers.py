@@ -5,10 +5,12 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 
+import torch
 from torch import nn
 
 from llavar_peft.constants import ATTENTION_LAYERS, MLP_LAYERS
 from llavar_peft.errors import ConfigError
+from llavar_peft.models.decoder_structure import find_layers
 from llavar_peft.recipe.schema import Lora
 
 Blocks = Mapping[str, tuple[str, ...]]
@@ -24,9 +26,9 @@ def find_linear_layers(language_model: nn.Module) -> Blocks:
         ConfigError: The model has no decoder layers, or no linear layers in them.
     """
     found: dict[str, list[str]] = {}
-    for layer in getattr(language_model, "layers", ()):
+    for layer in find_layers(language_model)[1]:
         for path, module in layer.named_modules():
-            if isinstance(module, nn.Linear):
+            if isinstance(module, nn.Linear) and _is_a_layer(module):
                 block, _, name = path.rpartition(".")
                 names = found.setdefault(block, [])
                 if name not in names:
@@ -38,6 +40,17 @@ def find_linear_layers(language_model: nn.Module) -> Blocks:
             "use tune: full, or another language model",
         )
     return {block: tuple(names) for block, names in found.items()}
+
+
+def _is_a_layer(module: nn.Linear) -> bool:
+    """Return whether a linear layer returns a product; the router of Phi's experts returns a choice of them."""
+    if not type(module).__module__.startswith("transformers.models."):
+        return True
+    training, weight = module.training, module.weight
+    with torch.no_grad():
+        output: object = module.eval()(torch.zeros(1, module.in_features, dtype=weight.dtype, device=weight.device))
+    module.train(training)
+    return isinstance(output, torch.Tensor)
 
 
 def choose_targets(tune: Lora, blocks: Blocks = LLAMA_BLOCKS) -> Blocks:
@@ -52,6 +65,13 @@ def choose_targets(tune: Lora, blocks: Blocks = LLAMA_BLOCKS) -> Blocks:
     """
     if isinstance(tune.target, str):
         groups = {"all-linear": blocks, "attention": _attention(blocks), "mlp": _others(blocks)}
+        if not groups[tune.target]:
+            raise ConfigError.at(
+                "tune.target",
+                f"no linear layers of the language model belong to this group (got {tune.target!r}); the experts of a "
+                "mixture are no linear layers",
+                "use all-linear",
+            )
         return groups[tune.target]
     known = {name for names in blocks.values() for name in names}
     unknown = [name for name in tune.target if name not in known]
@@ -66,16 +86,20 @@ def choose_targets(tune: Lora, blocks: Blocks = LLAMA_BLOCKS) -> Blocks:
     return {block: names for block, names in chosen.items() if names}
 
 
-def target_pattern(blocks: Blocks) -> str:
+def target_pattern(blocks: Blocks, layers: str = "layers") -> str:
     """Return the regular expression that selects these layers, anchored at the language model.
 
     A plain ``q_proj`` would match the vision tower too.
+
+    Args:
+        blocks: The layers.
+        layers: The name of the list of layers in the decoder.
     """
     parts = [
         rf"{re.escape(block)}\.({'|'.join(names)})" if block else f"({'|'.join(names)})"
         for block, names in blocks.items()
     ]
-    return rf"model\.language_model\.layers\.\d+\.({'|'.join(parts)})"
+    return rf"model\.language_model\.{re.escape(layers)}\.\d+\.({'|'.join(parts)})"
 
 
 def _attention(blocks: Blocks) -> Blocks:

@@ -42,6 +42,7 @@ class LlavarConfig(LlavaConfig):
         use_im_start_end: Whether images are enclosed in ``<im_start>`` and ``<im_end>``.
         sep_image_conv_front: The original's flag of that name: images precede the first ``USER:``.
         tuned_vision_tower: Whether the tower was trained, so that it must not be replaced by the original one.
+        lm_head_bias: Whether the language model's head has a bias, as that of Phi 2.
         resolution: The settings of ``Tiles`` or ``CrossAttention``; None is the whole image only.
         detail_config: The configuration of the second encoder; None for a model without one apart from the tower.
 
@@ -53,6 +54,7 @@ class LlavarConfig(LlavaConfig):
     use_im_start_end: bool = True
     sep_image_conv_front: bool = False
     tuned_vision_tower: bool = False
+    lm_head_bias: bool = False
     resolution: dict[str, Any] | None = None
     detail_config: dict[str, Any] | None = None
 

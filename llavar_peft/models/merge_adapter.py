@@ -15,6 +15,7 @@ from llavar_peft.constants import MODEL_TYPE
 from llavar_peft.data.conversation_template import CHAT_TEMPLATE, VICUNA_CHAT_TEMPLATE
 from llavar_peft.errors import WeightsError
 from llavar_peft.models.hf_llava import read_stock, stock_chat_template
+from llavar_peft.models.language_model_loading import read_converted
 from llavar_peft.models.merge_logits_gap import LogitsGap, measure_merge
 from llavar_peft.models.tower_loading import read_tower_tensors
 from llavar_peft.types import ReadableRepr, expand_home
@@ -120,6 +121,7 @@ def merge_adapter(  # noqa: PLR0913 - the options of the merge
         projector=projector,
         force=force,
         read_tower=read_tower_tensors,
+        read_language=read_converted,
     )
     gaps: dict[str, LogitsGap] = {}
     used: Onto = "dequantized" if plan.merged.rounding is not None else "original"

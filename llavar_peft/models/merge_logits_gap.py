@@ -36,6 +36,7 @@ _TEXT = (
     " ASSISTANT: The sign says OPEN DAILY 9:00 - 17:30, closed on 24.12. and 31.12.; call (020) 7946-0018.",
 )
 _EPSILON = 1e-12
+_MATRIX = 2  # dimensions
 
 
 @dataclass(frozen=True, slots=True)
@@ -192,6 +193,11 @@ class _StreamedLinear(nn.Module):
         self._weights = weights
         self._name = name
 
+    @property
+    def weight(self) -> Tensor:
+        """The whole weight, for modules that use it without calling the layer, as routers to experts do."""
+        return self._weights.tensor(f"{self._name}.weight")
+
     def forward(self, x: Tensor) -> Tensor:
         """Return the layer's output."""
         output = self._weights.linear(f"{self._name}.weight", x)
@@ -219,15 +225,20 @@ def probe_logits(weights: Weights, config: PretrainedConfig, ids: Tensor, image_
     embedding = model.get_input_embeddings()
     # The module of the embeddings may scale them; it gets the rows that are used, in their order.
     embedding.padding_idx = None
-    embedding.weight = nn.Parameter(weights.rows(tensor_names.EMBEDDINGS, ids), requires_grad=False)
+    own = next(name for name, module in model.named_modules() if module is embedding)
+    embeddings = f"model.language_model.{own}.weight"
+    embedding.weight = nn.Parameter(weights.rows(embeddings, ids), requires_grad=False)
     x = embedding(torch.arange(len(ids))).clone()
     patch = ids == image_id
     x[patch] = _image_features(weights, int(patch.sum()))
     _stream_layers(model, weights)
     hidden = model.eval()(inputs_embeds=x[None], use_cache=False).last_hidden_state[0]
-    head = tensor_names.EMBEDDINGS if config.tie_word_embeddings else tensor_names.HEAD
+    head = embeddings if config.tie_word_embeddings else tensor_names.HEAD
     hidden = hidden * (logits_factor(config) or 1.0)
-    return cap_logits(weights.linear(head, hidden), getattr(config, "final_logit_softcapping", None))
+    logits = weights.linear(head, hidden)
+    if weights.has(tensor_names.HEAD_BIAS):
+        logits = logits + weights.tensor(tensor_names.HEAD_BIAS)
+    return cap_logits(logits, getattr(config, "final_logit_softcapping", None))
 
 
 def _stream_layers(model: nn.Module, weights: Weights) -> None:
@@ -239,8 +250,24 @@ def _stream_layers(model: nn.Module, weights: Weights) -> None:
             setattr(model.get_submodule(parent), own, _StreamedLinear(weights, name))
             continue
         for own, parameter in list(module.named_parameters(recurse=False)):
-            if parameter.is_meta:
+            if parameter.ndim > _MATRIX:
+                _read_when_called(module, own, weights, f"{name}.{own}")
+            elif parameter.is_meta:
                 setattr(module, own, nn.Parameter(weights.tensor(f"{name}.{own}"), requires_grad=False))
+
+
+def _read_when_called(module: nn.Module, own: str, weights: Weights, name: str) -> None:
+    """Read a large tensor that is no linear layer's, such as a layer's experts, only while its module is called."""
+    absent = module.get_parameter(own)
+
+    def read(*_: Any) -> None:
+        setattr(module, own, nn.Parameter(weights.tensor(name), requires_grad=False))
+
+    def release(*_: Any) -> None:
+        setattr(module, own, absent)
+
+    module.register_forward_pre_hook(read)
+    module.register_forward_hook(release)
 
 
 def _image_features(weights: Weights, count: int) -> Tensor:

@@ -80,7 +80,8 @@ def check_vocabulary(parts: ModelParts) -> None:
     Raises:
         WeightsError: States the highest id and the number of rows.
     """
-    highest, rows = max(parts.tokenizer.get_vocab().values()), parts.tensors[tensor_names.EMBEDDINGS].shape[0]
+    embeddings = parts.tensors[tensor_names.find_embeddings(parts.tensors)]
+    highest, rows = max(parts.tokenizer.get_vocab().values()), embeddings.shape[0]
     if highest >= rows:
         raise WeightsError.at(
             parts.source,

@@ -28,6 +28,7 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.models.llava.modeling_llava import LlavaCausalLMOutputWithPast
 
+from llavar_peft.compat.weight_conversion import tied_head
 from llavar_peft.constants import IGNORE_INDEX
 from llavar_peft.errors import ConfigError
 from llavar_peft.models.chunked_loss import LossHead, logits_factor
@@ -137,6 +138,15 @@ class LlavarModel(LlavaModel):
         return super().forward(
             inputs_embeds=embeds_BTD, attention_mask=attention_mask, position_ids=position_ids, **kwargs
         )
+
+    def get_input_embeddings(self) -> nn.Module:
+        """Return the language model's embeddings, whatever it calls them."""
+        embeddings: nn.Module = self.language_model.get_input_embeddings()
+        return embeddings
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        """Replace the language model's embeddings."""
+        self.language_model.set_input_embeddings(value)
 
     @torch.no_grad()
     def get_detail_features(self, detail_values: Tensor) -> list[Tensor]:
@@ -328,6 +338,7 @@ class LlavarForConditionalGeneration(LlavaForConditionalGeneration):
 
     config: LlavarConfig
     config_class = LlavarConfig
+    _tied_weights_keys = tied_head
     lm_head: nn.Linear
     pending_weights: PendingWeights | None = None
     """Set while parameters are on the device ``meta``, until their values are read (``build_pending_model``)."""
@@ -338,7 +349,8 @@ class LlavarForConditionalGeneration(LlavaForConditionalGeneration):
         super().__init__(config)
         self.model = LlavarModel(config)
         text = config.text_config
-        self.lm_head = LossHead.of(self.lm_head, getattr(text, "final_logit_softcapping", None), logits_factor(text))
+        softcap = getattr(text, "final_logit_softcapping", None)
+        self.lm_head = LossHead.of(self.lm_head, softcap, logits_factor(text), bias=config.lm_head_bias)
         self.post_init()
 
     def forward(  # noqa: PLR0913 - the inputs of a transformers model

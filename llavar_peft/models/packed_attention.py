@@ -35,6 +35,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from llavar_peft.compat.dependency_internals import attention_implementation, supports_sdpa
+from llavar_peft.models.packing_probe import keeps_segments_apart
 
 logger = logging.getLogger(__name__)
 
@@ -62,10 +63,15 @@ def enable_packing(model: Any) -> bool:
         model: A LLaVAR, or a ``PeftModel`` around one; changed in place until ``disable_packing``.
 
     Returns:
-        Whether packed rows are supported. With eager attention they are not, unless it caps the scores.
+        Whether packed rows are supported. With eager attention they are not, unless it caps the scores; nor by language
+        models that compute their attention by functions of their own, or that mix positions in other ways.
     """
     text = model.config.text_config
     used = attention_implementation(text)
+    if used == _PACKED:
+        return True
+    if not keeps_segments_apart(text):
+        return False
     if used == "sdpa" or (used == "eager" and caps_scores(text)):
         AttentionInterface.register(_PACKED, _sdpa_within_segments)
         AttentionMaskInterface.register(_PACKED, sdpa_mask)
@@ -122,8 +128,7 @@ def packed_arguments(lengths: tuple[int, ...], model: Any, device: torch.device)
     # A mask with four dimensions is used as given; otherwise one of the row's length squared would be built.
     unused_mask = torch.zeros(1, 1, 1, 1, dtype=torch.bool, device=device)
     arguments = {"position_ids": positions, "segments": Segments(lengths), "attention_mask": unused_mask}
-    head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    fits = _fits_kernel(head, getattr(text, "attention_dropout", 0.0)) and not caps_scores(text)
+    fits = _fits_kernel(_head_width(text), getattr(text, "attention_dropout", 0.0)) and not caps_scores(text)
     has_kernel = fits and _has_kernel(device)
     _log_choice(device.type, has_kernel)
     return {**arguments, **_kernel_arguments(lengths, device)} if has_kernel else arguments
@@ -156,8 +161,16 @@ def padded_arguments(attention_mask_BT: Tensor, model: Any) -> dict[str, Any]:
     return {"attention_mask": causal_TT & attention_mask_BT.bool()[:, None, None, :]}
 
 
+def _head_width(text: Any) -> int:
+    """Return the width of a head; 0 where it differs between the layers (Gemma 4)."""
+    try:
+        return int(getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads)
+    except RuntimeError:
+        return 0
+
+
 def _fits_kernel(head: int, dropout: float) -> bool:
-    return head % 8 == 0 and head <= _LARGEST_HEAD and dropout == 0
+    return head % 8 == 0 and 0 < head <= _LARGEST_HEAD and dropout == 0
 
 
 @cache

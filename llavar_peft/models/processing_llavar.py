@@ -101,6 +101,12 @@ class LlavarProcessor(ProcessorMixin):
         jinja = chat_template or _jinja(template, tokenizer)
         super().__init__(image_processor, tokenizer, chat_template=jinja)
         self._conversation_template = _conversation_template(template, tokenizer, jinja)
+        self._tile_geometry: TileGeometry | None = None
+        tiles = self._resolution
+        if isinstance(tiles, Tiles):
+            self._tile_geometry = TileGeometry(
+                tiles.grids, self.image_side, patch_size, tiles.pool, tiles.max_image_tokens
+            )
         # These raise here rather than in the first batch if the files do not fit.
         text_encoder(self)
         image_settings(self)
@@ -141,10 +147,7 @@ class LlavarProcessor(ProcessorMixin):
     @property
     def tile_geometry(self) -> TileGeometry | None:
         """How images are cut into tiles; None without tiles."""
-        tiles = self._resolution
-        if not isinstance(tiles, Tiles):
-            return None
-        return TileGeometry(tiles.grids, self.image_side, self.patch_size, tiles.pool, tiles.max_image_tokens)
+        return self._tile_geometry
 
     @property
     def detail_grid(self) -> int | None:
@@ -247,10 +250,14 @@ class LlavarProcessor(ProcessorMixin):
             question: The user's text.
             image: Whether the conversation has an image, which is placed in the first question.
             history: (question, answer) pairs of the previous turns.
-            num_image_tokens: Number of tokens of an image in mode ``keep``; None is that of the tower's square size.
+            num_image_tokens: Number of tokens of an image in mode ``keep`` or with tiles; None is that of the tower's
+                square size.
 
         Returns:
             Ids, int64 ``[1, T]``.
+
+        Raises:
+            DataError: The model reads tiles, and the number is not given.
 
         Source: LLaVAR, llava/eval/run_llava.py, ``eval_model``.
         """
@@ -261,6 +268,9 @@ class LlavarProcessor(ProcessorMixin):
         template = self.conversation_template
         messages[0] = ("human", template.question(str(messages[0][1][0]), int(image)))
         pieces = template.pieces(messages, answer_next=True)
+        if image and num_image_tokens is None and self.tile_geometry is not None:
+            what = "num_image_tokens is missing, and with tiles it depends on the image"
+            raise DataError.at("encode_question", what, "pass it, or call the processor with text and image")
         tokens = self.num_image_tokens if num_image_tokens is None else num_image_tokens
         encoding = encode_pieces(pieces, text_encoder(self), [tokens] if image else [])
         return torch.tensor([encoding.ids], dtype=torch.int64)

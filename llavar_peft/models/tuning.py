@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from llavar_peft.compat.dependency_internals import embed_used_rows_only
 from llavar_peft.errors import ConfigError
 from llavar_peft.models import pissa
+from llavar_peft.models.decoder_structure import find_layers
 from llavar_peft.models.linear_layers import (
     LLAMA_BLOCKS,
     Blocks,
@@ -243,7 +244,12 @@ def part_of(name: str) -> str:
 
 
 def lora_config(
-    tune: Lora, blocks: Blocks = LLAMA_BLOCKS, tower: Iterable[str] = (), *, cross_attention: bool = False
+    tune: Lora,
+    blocks: Blocks = LLAMA_BLOCKS,
+    tower: Iterable[str] = (),
+    layers: str = "layers",
+    *,
+    cross_attention: bool = False,
 ) -> LoraConfig:
     """Return the ``peft`` configuration of a stage's value.
 
@@ -251,12 +257,13 @@ def lora_config(
         tune: The stage's value.
         blocks: The language model's linear layers.
         tower: Names of the vision tower's linear layers that get adapters of ``tune.tower_rank``.
+        layers: Name of the list of layers in the decoder.
         cross_attention: Whether the model has cross-attention, which is trained in full.
     """
     from peft import LoraConfig
 
     in_full = [*(["multi_modal_projector"] if tune.train_projector else []), *([CROSS_ATTENTION] * cross_attention)]
-    targets, patterns = target_pattern(choose_targets(tune, blocks)), {}
+    targets, patterns = target_pattern(choose_targets(tune, blocks), layers), {}
     if tune.tower_rank is not None and tower:
         share = tune.tower_rank / tune.rank
         # With this alpha the updates are scaled as those of the language model.
@@ -285,8 +292,9 @@ def _add_lora(model: LlavarForConditionalGeneration, tune: Lora, train_rows: boo
         tower = linear_tower_layers(model.model.vision_tower, model.model.num_tower_layers())
         model.config.tuned_vision_tower = True
     has_cross_attention = model.model.cross_attention is not None
-    blocks = find_linear_layers(model.model.language_model)
-    config = lora_config(tune, blocks, tower, cross_attention=has_cross_attention)
+    decoder = model.model.language_model
+    blocks, layers = find_linear_layers(decoder), find_layers(decoder)[0]
+    config = lora_config(tune, blocks, tower, layers, cross_attention=has_cross_attention)
     if train_rows:
         if not model.config.use_im_start_end:
             raise ConfigError.at(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from pathlib import Path
 from typing import Final
 
@@ -16,6 +17,12 @@ MOST_BYTES: Final = 3_000_000
 
 def render(template: str, **values: object) -> bytes:
     """Render a template of this folder to UTF-8. Values may contain any text; it is escaped."""
+    return _environment().get_template(template).render(**values).encode("utf-8", errors="replace")
+
+
+@cache
+def _environment() -> Environment:
+    """Return the templates' environment, which compiles each of them once: a run writes its page many times."""
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent, encoding="utf-8"),
         autoescape=True,
@@ -24,7 +31,7 @@ def render(template: str, **values: object) -> bytes:
         lstrip_blocks=True,
     )
     environment.filters["percent"] = percent
-    return environment.get_template(template).render(**values).encode("utf-8", errors="replace")
+    return environment
 
 
 def write_page(path: Path, page: bytes) -> Path:

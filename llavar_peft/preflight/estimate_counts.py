@@ -7,6 +7,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from llavar_peft.errors import ConfigError
 from llavar_peft.models.build_model import expected_shapes
 from llavar_peft.models.linear_layers import Blocks, choose_targets
 from llavar_peft.models.llavar_config import LlavarConfig
@@ -15,10 +16,16 @@ from llavar_peft.preflight.estimate_tower import count_trained_tower
 from llavar_peft.recipe.schema import Full, Lora, Projector, Tune
 from llavar_peft.weights.io import tensor_names
 
-LAYERS = "model.language_model.layers."
 _MATRIX, _KERNEL = 2, 4  # dimensions
 _TOWER_LAYER = re.compile(r"\.layers?\.(\d+)\.")
 Shapes = Mapping[str, tuple[int, ...]]
+
+_WHOLE_PARTS = {
+    tensor_names.CROSS_ATTENTION: "cross_attention",
+    tensor_names.DETAIL_ENCODER: "encoder",
+    tensor_names.PROJECTOR: "projector",
+}
+"""The parts that are counted as a whole, by the prefix of their tensors."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,18 +72,28 @@ class Counts:
 
 
 def count_parameters(config: LlavarConfig, tune: Tune) -> Counts:
-    """Count a model's parameters."""
+    """Count a model's parameters.
+
+    Raises:
+        ConfigError: The language model has experts, or other parts that are neither matrices nor norms.
+    """
     parts = (
         "linear", "norms", "head", "tower", "projector", "adapters", "tower_linear", "tower_patch", "cross_attention",
         "encoder",
     )  # fmt: skip
     sums = dict.fromkeys(parts, 0)
     shapes = expected_shapes(config)
+    if others := [name for name, shape in shapes.items() if tensor_names.LAYER.search(name) and len(shape) > _MATRIX]:
+        raise ConfigError.at(
+            "model.language_model",
+            f"what experts need is not estimated (got {config.text_config.model_type!r}, with {others[0]})",
+            "measure it: `llavar-peft train RECIPE --dry-run`",
+        )
     targets = adapted_matrices(shapes, tune)
     for name, shape in shapes.items():
-        if name.startswith(LAYERS):
+        if layer := tensor_names.LAYER.search(name):
             sums["linear" if len(shape) == _MATRIX else "norms"] += math.prod(shape)
-            if isinstance(tune, Lora) and name.removeprefix(LAYERS).partition(".")[2] in targets:
+            if isinstance(tune, Lora) and name[layer.end() :] in targets:
                 extra = shape[0] * ((tune.variant == "dora") + (tune.bias == "lora"))
                 sums["adapters"] += tune.rank * sum(shape) + extra
         elif "vision_tower" in name:
@@ -86,14 +103,9 @@ def count_parameters(config: LlavarConfig, tune: Tune) -> Counts:
                 sums["tower_patch"] += math.prod(shape) * (len(shape) == _KERNEL)
             elif int(layer[1]) < tower_depth(config):
                 sums["tower_linear"] += math.prod(shape) * (len(shape) == _MATRIX)
-        elif name.startswith(tensor_names.CROSS_ATTENTION):
-            sums["cross_attention"] += math.prod(shape)
-        elif name.startswith(tensor_names.DETAIL_ENCODER):
-            sums["encoder"] += math.prod(shape)
-        elif "multi_modal_projector" in name:
-            sums["projector"] += math.prod(shape)
         else:
-            sums["head"] += math.prod(shape)
+            part = next((part for prefix, part in _WHOLE_PARTS.items() if name.startswith(prefix)), "head")
+            sums[part] += math.prod(shape)
     has_final_norm = any(".post_feedforward" in name for name in shapes)
     return Counts(
         **sums,
@@ -119,11 +131,10 @@ def layer_matrices(shapes: Shapes) -> dict[str, tuple[int, int]]:
     Returns:
         (width of the output, width of the input) by names such as ``mlp.up_proj.weight``.
     """
-    first = LAYERS + "0."
     return {
-        name.removeprefix(first): (shape[0], shape[1])
+        name[layer.end() :]: (shape[0], shape[1])
         for name, shape in shapes.items()
-        if name.startswith(first) and len(shape) == _MATRIX
+        if (layer := tensor_names.LAYER.search(name)) and layer[1] == "0" and len(shape) == _MATRIX
     }
 
 

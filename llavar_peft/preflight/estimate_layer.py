@@ -16,6 +16,7 @@ from llavar_peft.compat.dependency_internals import fake_tensors
 from llavar_peft.compat.memory_tracker import MemoryTracker
 from llavar_peft.models.cross_attention import CrossAttentionStack, Detail, DetailSegment
 from llavar_peft.models.cross_attention_hooks import DETAIL, attach_cross_attention
+from llavar_peft.models.decoder_structure import find_layers
 from llavar_peft.models.linear_layers import find_linear_layers
 from llavar_peft.models.tuning import lora_config
 from llavar_peft.preflight.estimate_views import DetailShape
@@ -173,7 +174,7 @@ def _layer_arguments(decoder: Any, layer: nn.Module, stream: Tensor, *, eager: b
 
 def _as_trained(decoder: Any, tune: Tune) -> nn.Module:
     """Return the layer of a decoder with only what a stage trains trainable, and with adapters."""
-    layer: nn.Module = decoder.layers[0]
+    layer: nn.Module = find_layers(decoder)[1][0]
     layer.requires_grad_(isinstance(tune, Full))
     layer.train()
     if isinstance(tune, Lora):
@@ -181,7 +182,7 @@ def _as_trained(decoder: Any, tune: Tune) -> nn.Module:
 
         # PiSSA's initialization needs the weights' values; its saved tensors are those of plain LoRA.
         plain = dataclasses.replace(tune, variant="lora") if tune.variant == "pissa" else tune
-        settings = lora_config(plain, find_linear_layers(decoder))
+        settings = lora_config(plain, find_linear_layers(decoder), layers="layers")
         settings.modules_to_save = None
         settings.trainable_token_indices = None
         # The layer is nested under the names by which the adapter's configuration selects layers.

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from llavar_peft.models.config_without_weights import config_without_weights
+from llavar_peft.models.packing_probe import keeps_segments_apart
 from llavar_peft.preflight.estimate_compute import (
     RecordLengths,
     count_steps,
@@ -65,7 +66,8 @@ def estimate_stage(model: ModelConfig, stage: Stage, *, gpus: int = 1, sharded: 
     config = config_without_weights(model)
     lengths = measure_records(stage, config)
     counts = count_parameters(config, stage.tune)
-    tokens = largest_pass(stage, lengths, packs=not computes_scores(config.text_config, model.attention))
+    packs = not computes_scores(config.text_config, model.attention) and keeps_segments_apart(config.text_config)
+    tokens = largest_pass(stage, lengths, packs=packs)
     # An upper bound: all text, of which only the answers are supervised.
     supervised = max(1, round(tokens * (1 - lengths.image_tokens / max(lengths.mean, 1.0))))
     return StageEstimate(

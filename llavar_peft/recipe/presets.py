@@ -7,6 +7,7 @@ import os
 import re
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +56,7 @@ def _shipped() -> dict[str, str]:
     return {file.stem: file.read_text(encoding="utf-8").partition("\n")[0].lstrip("# ") for file in files}
 
 
+@cache
 def _is_preset(name: str) -> bool:
     return "output_dir" not in parse_yaml((_SHIPPED / f"{name}{_SUFFIX}").read_text(encoding="utf-8"), name)
 
@@ -97,7 +99,7 @@ def load_recipe(
     Raises:
         ConfigError: The recipe or preset does not exist, or is invalid; the message lists everything that is wrong.
     """
-    if preset is None and str(name_or_path) in list_presets():
+    if preset is None and str(name_or_path) in _shipped() and _is_preset(str(name_or_path)):
         name_or_path, preset = None, str(name_or_path)
     chosen = _read_preset(preset) if preset is not None else None
     if name_or_path is None:

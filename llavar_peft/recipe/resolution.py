@@ -14,6 +14,8 @@ from llavar_peft.errors import ConfigError, describe_reason
 from llavar_peft.recipe.schema_types import PathText, PositiveInteger, StrictFields
 
 _LARGEST_GRID = 64  # tiles
+_MOST_GRIDS = 300
+"""All grids of at most 64 tiles are 280."""
 
 
 def _as_grids(value: object) -> tuple[tuple[int, int], ...]:
@@ -22,6 +24,8 @@ def _as_grids(value: object) -> tuple[tuple[int, int], ...]:
     if listed and all(type(side) is int for side in listed):
         listed = [listed]
     grids = [tuple(grid) if isinstance(grid, list | tuple) else () for grid in listed]
+    if len(grids) > _MOST_GRIDS:
+        raise PydanticCustomError("grid", f"expected at most {_MOST_GRIDS} grids")
     for grid in grids:
         positive = len(grid) == 2 and all(type(side) is int and side > 0 for side in grid)
         if not positive or grid[0] * grid[1] > _LARGEST_GRID:
@@ -100,8 +104,10 @@ def resolution_from(
         return _adapter().validate_json(json.dumps(described))
     except (ValidationError, ValueError, TypeError) as error:
         first = error.errors(include_url=False)[0] if isinstance(error, ValidationError) else None
-        reason = describe_reason(error) if first is None else f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
-        what = f"not readable as tiles or cross-attention ({reason[:200]})"
+        reason = describe_reason(error)
+        if first is not None:
+            reason = ".".join(map(str, first["loc"])) + ": " * bool(first["loc"]) + first["msg"]
+        what = f"not readable as tiles or cross-attention ({reason[:200]}, got {ascii(described)[:120]})"
         raise ConfigError.at(where, what, fix) from error
 
 
@@ -127,8 +133,11 @@ def read_grids(pinpoints: object, side: int, where: str) -> tuple[tuple[int, int
     Raises:
         ConfigError: A size is no multiple of a tile, or the grid is too large.
     """
-    grids = []
-    for size in pinpoints if isinstance(pinpoints, list | tuple) else [pinpoints]:
+    grids, sizes = [], pinpoints if isinstance(pinpoints, list | tuple) else [pinpoints]
+    if len(sizes) > _MOST_GRIDS:
+        what = f"too many sizes of images (got {len(sizes)}, expected at most {_MOST_GRIDS})"
+        raise ConfigError.at(where, what, "copy config.json from the model's original folder")
+    for size in sizes:
         sides = size if isinstance(size, list | tuple) else ()
         whole = len(sides) == 2 and all(type(length) is int and length > 0 and length % side == 0 for length in sides)
         if not whole or sides[0] * sides[1] > _LARGEST_GRID * side**2:

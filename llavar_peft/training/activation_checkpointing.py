@@ -22,6 +22,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from llavar_peft.models.chunked_loss import CHUNK
 from llavar_peft.models.rank_agreement import largest_of_ranks
 from llavar_peft.types import LayerCost
+from llavar_peft.weights.io import tensor_names
 
 logger = logging.getLogger(__name__)
 
@@ -184,7 +185,7 @@ def _language_layers(model: nn.Module) -> list[GradientCheckpointingLayer]:
     return [
         module
         for name, module in model.named_modules()
-        if isinstance(module, GradientCheckpointingLayer) and "language_model.layers." in name
+        if isinstance(module, GradientCheckpointingLayer) and tensor_names.LAYER.search(f"{name}.")
     ]
 
 

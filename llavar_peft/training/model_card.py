@@ -44,7 +44,11 @@ def write_card(folder: Path, recipe: Recipe, stage: Stage, *, run: Path, step: i
         f"# {stage.name}: an adapter for LLaVAR\n",
         _about_base(folder, base),
         _about_training(parts, settings, stage, step),
-        _USE.format(base=portable_name(base.checkpoint or base.language_model or ""), kind=_base_call(base)),
+        _USE.format(
+            base=portable_name(base.checkpoint or base.language_model or ""),
+            kind=_base_call(base),
+            others="" if base.resolution is None else f", {type(base.resolution).__name__}",
+        ),
         _figures(run, step),
     ]
     write_text(folder / CARD_FILE, "\n".join(section for section in sections if section))
@@ -127,11 +131,12 @@ def _about_tower(tune: Lora) -> str:
 
 
 def _base_call(base: ModelConfig) -> str:
+    resolution = "" if base.resolution is None else f", resolution={base.resolution!r}"
     if base.checkpoint is not None:
         tower = f', vision_tower="{portable_name(base.vision_tower)}"' if base.vision_tower else ""
-        return f'checkpoint="{portable_name(base.checkpoint)}"{tower}'
+        return f'checkpoint="{portable_name(base.checkpoint)}"{tower}{resolution}'
     language, tower = portable_name(base.language_model or ""), portable_name(base.vision_tower or "")
-    return f'language_model="{language}", vision_tower="{tower}"'
+    return f'language_model="{language}", vision_tower="{tower}"{resolution}'
 
 
 _USE = """\
@@ -140,7 +145,7 @@ _USE = """\
 With `llavar_peft`, which checks that the base model is the right one:
 
 ```python
-from llavar_peft import ModelConfig, build_model, load_adapter
+from llavar_peft import ModelConfig, build_model, load_adapter{others}
 
 model, processor = build_model(ModelConfig({kind}))
 model = load_adapter(model, "this/folder")

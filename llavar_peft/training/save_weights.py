@@ -71,9 +71,11 @@ def save_trained(
         model.save_pretrained(str(folder), state_dict=plain, max_shard_size=_SHARD_SIZE)
     if isinstance(tune, Projector):
         # In float32, whatever the dtype of the base, so that a resumed run starts from exactly these values.
-        parts = (tensor_names.EMBEDDINGS.removesuffix("weight"), *tensor_names.TRAINED_WITH_PROJECTOR)
+        embeddings = tensor_names.find_embeddings(state)
+        parts = (embeddings.removesuffix("weight"), *tensor_names.TRAINED_WITH_PROJECTOR)
         found = {name: tensor.float() for part in parts for name, tensor in state.items() if name.startswith(part)}
-        save_projector(folder, merge_rows_in_state_dict(found))
+        merged = merge_rows_in_state_dict(found)
+        save_projector(folder, {tensor_names.EMBEDDINGS: merged.pop(embeddings), **merged})
     processor.save_pretrained(str(folder))
 
 

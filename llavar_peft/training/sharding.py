@@ -22,6 +22,7 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from llavar_peft.compat.dependency_internals import enable_fsdp_on_cpu
 from llavar_peft.errors import ConfigError, EnvironmentFaultError
 from llavar_peft.models.cross_attention import CrossAttentionLayer
+from llavar_peft.models.decoder_structure import find_layers
 from llavar_peft.models.launch_environment import Sharding, requested_sharding
 
 _COMPUTE = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -78,7 +79,7 @@ def choose_layers(model: Any, accelerator: Accelerator) -> None:
     plugin = accelerator.state.fsdp_plugin
     present = {type(module).__name__ for module in model.modules()}
     named = [name for name in plugin.transformer_cls_names_to_wrap or () if name in present]
-    layers = named or [type(model.get_decoder().layers[0]).__name__]
+    layers = named or [type(find_layers(model.get_decoder())[1][0]).__name__]
     # Within a decoder layer's call, but not among its modules.
     own = [CrossAttentionLayer.__name__]
     plugin.transformer_cls_names_to_wrap = [*layers, *(name for name in own if name in present and name not in layers)]

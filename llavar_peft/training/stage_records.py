@@ -17,7 +17,7 @@ from llavar_peft.data.record_tables import Table, TableSelection
 from llavar_peft.data.record_texts import sample_texts
 from llavar_peft.data.training_dataset import TrainingDataset, split_holdout
 from llavar_peft.errors import ConfigError, DataError
-from llavar_peft.models.compare_resolutions import compare_resolutions
+from llavar_peft.models.compare_resolutions import ResolutionFigures, compare_resolutions
 from llavar_peft.models.processing_llavar import LlavarProcessor
 from llavar_peft.recipe.data_sources import paths_of, sources_of
 from llavar_peft.recipe.resolution import resolution_from
@@ -81,15 +81,22 @@ def _warn_of_small_text(stage: Stage, dataset: TrainingDataset, processor: Llava
     )
     if report is None or report.current is None or report.current.share_below <= _MOSTLY:
         return
-    best = report.recommended[0]
-    length = f", with max_length of about {best.longest}" if best.longest > stage.max_length else ""
+    better = [one for one in report.recommended if one.share_below < report.current.share_below]
+    fix = "crop the images to their text"
+    if better:
+        readable = 100 * (1 - max(one.share_below for one in better))
+        listed = " or ".join(_describe_cost(one, stage.max_length) for one in better)
+        fix = f"to read {readable:.0f} % of it, set under model: {listed}"
     logger.warning(
         "stage %s: %.0f %% of the supervised text is below %g px in the vision tower's input, where letters cannot be "
-        "read (%d records with known letter heights). Fix: set model.%s, which brings %.0f %% of it above that, for "
-        "%.0f image tokens a record%s; 'llavar-peft eval diagnose --records' compares the others",
-        stage.name, 100 * report.current.share_below, report.smallest, report.records, best.recipe,
-        100 * (1 - best.share_below), best.image_tokens, length,
+        "read (%d records with known letter heights). Fix: %s; 'llavar-peft eval diagnose --records' compares more.",
+        stage.name, 100 * report.current.share_below, report.current.smallest, report.records, fix,
     )  # fmt: skip
+
+
+def _describe_cost(one: ResolutionFigures, max_length: int) -> str:
+    length = f", max_length {one.longest}" if one.longest > max_length else ""
+    return f"{one.recipe} ({one.image_tokens:.0f} image tokens a record{length})"
 
 
 def _open(source: DataSource) -> OpenSource:

@@ -23,6 +23,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from llavar_peft.compat.trainer_internals import TrainerInternals, allow_quantized_base
 from llavar_peft.data.epoch_sampler import Balance, EpochSampler
 from llavar_peft.data.training_dataset import PLACES, SUPERVISED_PLACES, Collator, TrainingDataset
+from llavar_peft.models.decoder_structure import check_length
 from llavar_peft.models.packed_attention import enable_packing
 from llavar_peft.models.processing_llavar import LlavarProcessor
 from llavar_peft.models.tuning import is_quantized
@@ -89,6 +90,8 @@ class StageTrainer(TrainerInternals):
     ) -> None:
         self.optimizer: torch.optim.Optimizer | None = None
         self.optimized: list[list[Tensor]] = [[]]
+        decoder: Any = model.get_decoder()  # type: ignore[operator]
+        check_length(decoder, stage.max_length)
         self.packed = stage.packing and enable_packing(model)
         self.stage = stage
         self.dropped = dropped

@@ -5,17 +5,19 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Sequence
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageDraw
 from transformers import CLIPImageProcessorPil
 
-from llavar_peft import cli
+from llavar_peft import ModelConfig, Tiles, build_model, cli
 from llavar_peft.data.image_preparation import prepare_image
 from llavar_peft.data.image_roots import ImageRoots
 from llavar_peft.data.letter_canvas import MOST_SIDES, cropped_canvas, parse_heights, whole_canvas
@@ -32,6 +34,7 @@ from llavar_peft.evaluation.heights.measure_heights import score_height
 from llavar_peft.evaluation.vqa.vqa_questions import VqaQuestion
 from llavar_peft.inference.chat import Chat
 from llavar_peft.types import ImageMode
+from llavar_peft.weights.adapter.model_hash import identify_model
 
 SIDE = 112
 PROCESSOR = CLIPImageProcessorPil(size={"shortest_edge": SIDE}, crop_size={"height": SIDE, "width": SIDE})
@@ -351,6 +354,24 @@ def test_two_models_on_drawn_images(
     arguments = ["report", "--heights", str(tmp_path / "mine.heights.json"), "--out", str(tmp_path / "report.html")]
     assert cli.main(arguments) == 0
     assert (tmp_path / "report.html").read_text().count('class="band curve') == 2
+
+
+def test_the_same_weights_at_another_resolution_are_asked(tmp_path: Path, shown: list[Image.Image]) -> None:
+    """Their hash is the same, but not what they see."""
+    parts = Path(str(files("llavar_peft") / "assets/tiny"))
+    language_model, tower = str(parts / "language_model"), str(parts / "vision_tower")
+    options = ["--synth", "--n", "2", "--heights", "8"]
+    for name, grid in (("wide", (1, 2)), ("tall", (2, 1)), ("wide", (1, 2))):
+        config = ModelConfig(
+            language_model=language_model, vision_tower=tower, dtype="float32", resolution=Tiles(grid=(grid,))
+        )
+        torch.manual_seed(0)
+        model, processor = build_model(config)
+        model.save_pretrained(tmp_path / name)
+        processor.save_pretrained(tmp_path / name)
+        assert run(tmp_path, "--model", str(tmp_path / name), *options) == 0
+    assert identify_model(tmp_path / "wide") == identify_model(tmp_path / "tall")
+    assert len(shown) == 4  # the third run finds the answers of the first
 
 
 def test_an_interrupted_run_resumes(

@@ -116,6 +116,15 @@ def test_what_cannot_be_read_is_left_out(unmeasured: Path, capsys: pytest.Captur
     assert (found["records"], found["drawn"], found["settings"][0]["median_height"]) == (1, 4, 6)
 
 
+def test_a_record_of_very_many_images_is_measured_in_part(unmeasured: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = json.loads((unmeasured / "records.json").read_text())[:1]
+    rows[0] |= {"image": ["0.png"] * 20_000, "text_height": 30}
+    rows[0]["conversations"][0]["value"] = "<image>" * 20_000
+    (unmeasured / "records.json").write_text(json.dumps(rows))
+    found = json.loads(check(unmeasured, capsys, "--json"))["resolutions"]
+    assert found["settings"][0]["image_tokens"] == 64 * 576
+
+
 def test_stored_readings_count_line_by_line(unmeasured: Path, capsys: pytest.CaptureFixture[str]) -> None:
     reading = {"width": 672, "height": 672, "hash": "0", "blank": False}
     lines = {"rapidocr": [a_line(0, 40, 5).as_json(), a_line(100, 10, 15).as_json()]}
@@ -123,6 +132,7 @@ def test_stored_readings_count_line_by_line(unmeasured: Path, capsys: pytest.Cap
         for number in (0, 1):
             journal.append({"path": f"{number}.png", **reading, "lines": lines})
         journal.append({"path": "2.png", "error": "broken", "reason": "broken_image"})
+        journal.append({"path": "3.png", "lines": lines})  # of an edited file: the size of the image is missing
     for given in ("read.json", "read.ocr.jsonl"):
         found = json.loads(check(unmeasured, capsys, "--json", "--heights", str(unmeasured / given)))["resolutions"]
         assert (found["records"], found["drawn"], found["settings"][0]["share_below"]) == (2, 4, 0.75)

@@ -288,7 +288,8 @@ TARGETS: dict[str, Target] = {
         + ("estimate mine.yaml", "estimate run/recipe.yaml"), 6,
     ),
     "ocr": Target(
-        "ocr data", "ocr/read.ocr.jsonl ocr/read.report.json", (read_images,), 6,
+        "ocr data", "ocr/read.ocr.jsonl ocr/read.report.json",
+        (read_images, read_images, "data check data/records.json --images data/images --heights ocr/read.json"), 6,
     ),
     "converse": Target(
         "ocr judge", "ocr/read.json ocr/read.ocr.jsonl judge/captions.jsonl",

@@ -54,7 +54,7 @@ class Simulation:
             environment = {**os.environ, **launch_environment("one_gpu.yaml"), "OMP_NUM_THREADS": "1"}
             with self.log.open("w") as log:
                 self._process = subprocess.Popen(
-                    [sys.executable, "-m", "tests.gpu_sim.case_server"],
+                    [sys.executable, "-m", "tests.fast_start", "tests.gpu_sim.case_server"],
                     cwd=ROOT, env=environment, text=True,
                     stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log,
                 )  # fmt: skip

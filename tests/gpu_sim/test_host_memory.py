@@ -24,7 +24,7 @@ PLAIN = {"OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM
 @pytest.mark.slow
 def test_a_node_holds_no_more_than_one_copy_and_a_fifth() -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "tests.gpu_sim.host_memory", str(LAYERS), *CASES],
+        [sys.executable, "-m", "tests.fast_start", "tests.gpu_sim.host_memory", str(LAYERS), *CASES],
         cwd=Path(__file__).parents[2], env={**os.environ, **PLAIN}, capture_output=True, text=True,
         check=False, timeout=600,
     )  # fmt: skip

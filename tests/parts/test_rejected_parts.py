@@ -18,7 +18,6 @@ from llavar_peft.errors import ConfigError
 from tests.parts.tiny_parts import make_tokenizer, save_language_model
 
 Folder = Callable[[str], str]
-_DECODER = "a decoder of another construction than LLaMA's"
 LANGUAGE_MODELS: tuple[tuple[str, str], ...] = (
     ("t5", "a model with an encoder and a decoder .got 't5', expected a decoder"),
     ("bart", "a model with an encoder and a decoder"),
@@ -31,9 +30,15 @@ LANGUAGE_MODELS: tuple[tuple[str, str], ...] = (
     ("llava_next", "a complete vision-language model .*Fix: give the folder of the language model"),
     ("clip", "is a vision tower .got 'clip'.*Fix: set vision_tower to it"),
     ("siglip", "is a vision tower"),
-    ("gpt2", f"{_DECODER} .got 'gpt2', which has no embed_tokens, layers, norm"),
+    ("ctrl", "a decoder whose embeddings are not found .got 'ctrl'"),
+    ("cpmant", "a decoder that takes token ids only, and no image features .got 'cpmant'"),
+    ("llama4_text", "transformers has no decoder without a head for this language model .got 'llama4_text'"),
+    ("hrm_text", "a decoder without a list of layers .got HrmTextModel"),
+    ("moshi", "embeddings of 32001 rows for a vocabulary of 32000 are not supported .got 'moshi'"),
+    ("dory", "its logits are not computed by a head alone .got 'dory'"),
+    ("minimax", "a state instead of attention in its layers is not supported .got 'minimax'"),
+    ("deepseek_v32", "a state instead of attention in its layers is not supported .got 'deepseek_v32'"),
     ("mamba", "a state instead of attention in its layers is not supported .got 'mamba'"),
-    ("mixtral", "num_local_experts: mixtures of experts are not supported"),
 )
 TOWERS: tuple[tuple[str, dict[str, Any], str], ...] = (
     ("swin", {}, "the resolution changes between its layers .got 'swin', with depths"),

@@ -73,6 +73,7 @@ def _change(path: Path, **changes: Any) -> None:
         (Tiles(grid=(0, 2)), r"model\.resolution: .*expected \(rows, columns\)"),  # type: ignore[arg-type]
         (Tiles(grid=((2, 2), (1,))), r"model\.resolution: .*expected \(rows, columns\)"),  # type: ignore[arg-type]
         (Tiles(grid=(9, 9)), r"model\.resolution: .*at most 64 tiles"),  # type: ignore[arg-type]
+        (Tiles(grid=((1, 1),) * 301), r"model\.resolution: .*at most 300 grids"),
         (Tiles(max_tiles=0), r"model\.resolution: .*max_tiles"),
         (Tiles(pool=3), r"model\.resolution: .*pool"),  # type: ignore[arg-type]
         (Tiles(max_image_tokens=0), r"model\.resolution: .*max_image_tokens"),
@@ -216,6 +217,14 @@ def test_keep_in_a_question_is_named(root: Path) -> None:
         processor(images=draw_image(56, 56), text="<image>", image_mode="keep")
 
 
+def test_a_question_needs_the_number_of_its_image_tokens(root: Path) -> None:
+    _, processor = build_model(ModelConfig(checkpoint=str(root / "tiled")))
+    with pytest.raises(LlavarError, match="num_image_tokens is missing, and with tiles it depends on the image"):
+        processor.encode_question("What?")
+    assert len(processor.encode_question("What?", image=False))
+    assert int((processor.encode_question("What?", num_image_tokens=7) == processor.image_token_id).sum()) == 7
+
+
 def test_a_new_newline_has_to_be_trained(root: Path) -> None:
     model = ModelConfig(checkpoint="x", resolution=TILES)
     frozen = _stage(tune=dataclasses.replace(LORA, train_projector=False))
@@ -234,6 +243,7 @@ def test_a_new_newline_has_to_be_trained(root: Path) -> None:
         ("config.json", {"image_grid_pinpoints": [[0, 56]]}, r"image_grid_pinpoints: .*got \[0, 56\]"),
         ("config.json", {"image_grid_pinpoints": [[5600, 5600]]}, r"image_grid_pinpoints: .*at most 64 tiles"),
         ("config.json", {"image_grid_pinpoints": [[56]]}, r"image_grid_pinpoints"),
+        ("config.json", {"image_grid_pinpoints": [[56, 56]] * 9999}, r"image_grid_pinpoints: too many .*got 9999"),
     ],
 )  # fmt: skip
 def test_sizes_of_a_stock_model_that_are_no_tiles_are_named(
@@ -266,5 +276,5 @@ def test_what_a_layout_cannot_express_of_a_resolution_is_named(to: Any, root: Pa
 
 
 def test_another_kind_of_resolution_is_named(root: Path) -> None:
-    with pytest.raises(ConfigError, match=r"another kind than the checkpoint's .got cross_attention, expected tiles"):
+    with pytest.raises(ConfigError, match=r"not that of the checkpoint .got 'cross_attention', expected 'tiles'"):
         build_model(ModelConfig(checkpoint=str(root / "tiled"), resolution=CrossAttention()))

@@ -46,7 +46,8 @@ def stock(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_llava_next(tmp_path_factory.mktemp("llava-1.6"))
 
 
-# The templates of ``llava-hf/llava-v1.6-mistral-7b-hf`` and ``-34b-hf``, which read lists of parts only.
+# The templates of ``llava-hf/llava-v1.6-mistral-7b-hf`` and, with this tokenizer's special tokens, of ``-34b-hf``. They
+# read lists of parts only.
 _RENDER_PARTS = (
     "{% for content in message['content'] | selectattr('type', 'equalto', 'image') %}{{ '<image>\n' }}{% endfor %}"
     "{% for content in message['content'] | selectattr('type', 'equalto', 'text') %}{{ content['text'] }}{% endfor %}"
@@ -60,8 +61,8 @@ TEMPLATES = {
         "{% else %}{{ raise_exception('Only user and assistant roles are supported!') }}{% endif %}{% endfor %}"
     ),
     "34b": (
-        "{% for message in messages %}{{'<|im_start|>' + message['role'] + '\n'}}" + _RENDER_PARTS
-        + "{{'<|im_end|>' + '\n'}}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+        "{% for message in messages %}{{'<s>' + message['role'] + '\n'}}" + _RENDER_PARTS
+        + "{{'</s>' + '\n'}}{% endfor %}{% if add_generation_prompt %}{{ '<s>assistant\n' }}{% endif %}"
     ),
 }  # fmt: skip
 

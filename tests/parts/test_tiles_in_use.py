@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from llavar_peft import Full, Lora, ModelConfig, Projector, build_model, export, load_chat
+from llavar_peft import Full, Lora, ModelConfig, Projector, build_model, cli, export, load_chat
 from llavar_peft.constants import IGNORE_INDEX
 from llavar_peft.data.encode_record import encode_record
 from llavar_peft.data.image_roots import ImageRoots
@@ -126,6 +126,7 @@ def test_an_adapter_brings_its_tiles_to_a_base_without(models: Models, adapter: 
     torch.testing.assert_close(model(**inputs).logits, expected, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_an_adapter_of_a_stock_checkpoint_is_merged_in_its_layout(tmp_path: Path) -> None:
     stock = save_llava_next(tmp_path / "stock")
     config = ModelConfig(checkpoint=str(stock), dtype="float32")
@@ -149,6 +150,7 @@ def test_an_adapter_of_a_stock_checkpoint_is_merged_in_its_layout(tmp_path: Path
     assert build_model(ModelConfig(checkpoint=str(tmp_path / "yes")))[1].tile_geometry.grids == ((3, 3),)
 
 
+@pytest.mark.slow
 def test_an_adapter_is_merged_into_the_language_model_of_its_parts(models: Models, tmp_path: Path) -> None:
     adapter = save_tuned(models.parts, LORA, tmp_path / "adapter")
     assert verify_adapter(adapter, base=models.vicuna).base == "fingerprint"
@@ -177,6 +179,7 @@ def test_a_delta_keeps_newline_and_resolution(pool: Any, models: Models, full: P
     torch.testing.assert_close(found, _open(target), atol=5e-3, rtol=5e-3)
 
 
+@pytest.mark.slow
 def test_a_delta_is_made_with_the_tiles_of_an_adapter(models: Models, adapter: Path, tmp_path: Path) -> None:
     make_delta(models.vicuna, models.plain, tmp_path / "delta", adapter=adapter)
     apply_delta(models.vicuna, tmp_path / "delta", tmp_path / "applied")
@@ -197,6 +200,7 @@ def test_the_original_layout_keeps_tiles(models: Models, full: Path, tmp_path: P
     assert torch.equal(_open(tmp_path / "original", vision_tower=str(models.tower)), _open(full))
 
 
+@pytest.mark.slow
 def test_the_trained_tower_of_llava_1_6_is_read_from_its_weights(models: Models, full: Path, tmp_path: Path) -> None:
     from safetensors.torch import load_file, save_file
 
@@ -321,11 +325,11 @@ def test_a_record_gets_the_largest_grid_that_fits(models: Models, tmp_path: Path
         example = encode_record(record, processor, most, roots=roots)
         assert len(example.input_ids) <= most
         assert int((example.input_ids == processor.image_token_id).sum()) == sum(example.image_token_counts)
-        grids.append(example.image_layouts[0][:2] if example.image_layouts else example.dropped)
-        if example.image_layouts:
-            assert int((example.labels != IGNORE_INDEX).sum()) == int((free.labels != IGNORE_INDEX).sum())
-    assert grids[:5] == [(4, 4), (4, 4), (2, 2), (2, 2), (1, 1)]
-    assert isinstance(grids[5], str)
+        grids.append(example.image_layouts[0][:2])
+        # If not even the smallest grid fits, the end of the text is cut.
+        missing = int((free.labels != IGNORE_INDEX).sum() - (example.labels != IGNORE_INDEX).sum())
+        assert missing == max(0, text + 36 - most)
+    assert grids == [(4, 4), (4, 4), (2, 2), (2, 2), (1, 1), (1, 1)]
 
 
 def test_inference_shares_the_limit_of_image_tokens(models: Models) -> None:
@@ -414,3 +418,23 @@ def test_requests_of_the_server_share_the_limit_and_answer_as_a_chat(models: Mod
     image = draw_image(400, 400)
     expected = chat.ask([image, image], "What?", max_new_tokens=4, temperature=0.0)
     assert answer["choices"][0]["message"]["content"] == expected
+
+
+@pytest.mark.slow
+def test_the_commands_measure_the_images(full: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    draw_image(300, 80).save(tmp_path / "wide.png")
+    turns = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "A sign."}]
+    records = tmp_path / "records.json"
+    records.write_text(json.dumps([{"id": "1", "image": "wide.png", "conversations": turns}]))
+    inspect = ["data", "inspect", str(records), "--model", str(full)]
+    assert cli.main([*inspect, "--images", str(tmp_path), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    inputs = AutoProcessor.from_pretrained(full)(images=draw_image(300, 80), text="<image>", return_tensors="pt")
+    views, (layout,) = inputs["pixel_values"], inputs["image_layouts"].tolist()
+    assert (len(views), layout[:2]) == (3, [1, 2])
+    token = AutoProcessor.from_pretrained(full).image_token_id
+    assert found["input_ids"].count(token) == 16 + layout[2] * (layout[3] + 1)
+    assert cli.main(inspect) == 2
+    assert "--images" in capsys.readouterr().err
+    ask = ["ask", "--model", str(full), "--image", str(tmp_path / "wide.png"), "What?", "--temperature", "0"]
+    assert cli.main(ask) == 0

@@ -58,7 +58,7 @@ def test_estimated_peaks_agree_with_a_run(middle: ModelConfig, tiny_recipe: Reci
     # This allocator returns freed memory to the system: the rest is what PyTorch holds.
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
     done = subprocess.run(
-        [sys.executable, "-m", "tests.training.peak", str(tmp_path / "recipe.yaml"), str(_TOKENS)],
+        [sys.executable, "-m", "tests.fast_start", "tests.training.peak", str(tmp_path / "recipe.yaml"), str(_TOKENS)],
         env=environment, cwd=Path(__file__).parents[2], capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]

@@ -32,7 +32,7 @@ def with_resolution(value: str) -> Recipe:
         ("={type: cross_attention, grid: 2, encoder: some/folder}", CrossAttention(grid=2, encoder="some/folder")),
     ],
 )
-def test_yaml_and_python_spell_the_same_value(text: str, expected: Tiles | CrossAttention | None) -> None:
+def test_yaml_and_python_write_the_same_value(text: str, expected: Tiles | CrossAttention | None) -> None:
     recipe = with_resolution(text)
     assert recipe.model.resolution == expected
     assert recipe_from_mapping(recipe_to_mapping(recipe), "again") == recipe

@@ -36,11 +36,11 @@ from tests.torture.faulty_process import (
     run,
     signal_at,
 )
-from tests.training.conftest import tiny_data, tiny_model, tiny_recipe
+from tests.training.conftest import short_model, tiny_data, tiny_model, tiny_recipe
 from tests.weights.adapters import LANGUAGE_MODEL, VISION_TOWER, save_moved_adapter
 from tests.weights.conftest import LLAMA, LLAVA, draw_llama, make_llava, write_folder
 
-__all__ = ["dataset", "tiny_data", "tiny_model", "tiny_recipe"]
+__all__ = ["dataset", "short_model", "tiny_data", "tiny_model", "tiny_recipe"]
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.torture,

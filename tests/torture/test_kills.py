@@ -53,8 +53,10 @@ def test_kills_at_random_moments_do_not_change_the_result(
     (tmp_path / "recipe.yaml").write_text(dump_recipe(recipe))
     number = list(KINDS).index(kind)
     count = KILLS // len(KINDS) + (number < KILLS % len(KINDS))
-    command = [sys.executable, str(Path(__file__).with_name("killer.py")), str(tmp_path / "recipe.yaml")]
-    done = subprocess.run([*command, str(count), str(number)], capture_output=True, text=True, check=False)
+    command = [sys.executable, "-m", "tests.fast_start", "tests.torture.killer", str(tmp_path / "recipe.yaml")]
+    done = subprocess.run(
+        [*command, str(count), str(number)], cwd=Path(__file__).parents[2], capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     report = json.loads(done.stdout.splitlines()[-1])
     assert report["in a save"] >= 2

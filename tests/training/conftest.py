@@ -49,7 +49,7 @@ def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def tiny_recipe(tiny_model: ModelConfig, tiny_data: Path, tmp_path: Path) -> Recipe:
+def tiny_recipe(short_model: ModelConfig, tiny_data: Path, tmp_path: Path) -> Recipe:
     """16 records of 18, 2 held out; 4 optimizer steps an epoch, each of 2 micro batches."""
     data = DataConfig(records=str(tiny_data / "records.json"), images=str(tiny_data / "images"), holdout=2, workers=0)
 
@@ -67,7 +67,7 @@ def tiny_recipe(tiny_model: ModelConfig, tiny_data: Path, tmp_path: Path) -> Rec
         )
 
     return Recipe(
-        model=tiny_model,
+        model=short_model,
         stages=(stage("stage1", Projector(), 2e-3), stage("stage2", Full(), 1e-3)),
         output_dir=str(tmp_path / "run"),
         seed=3,

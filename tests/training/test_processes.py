@@ -65,7 +65,11 @@ def test_two_processes_equal_one(short_model: ModelConfig, tiny_recipe: Recipe, 
     (tmp_path / "tower.yaml").write_text(dump_recipe(recipes["tower"]))
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     done = subprocess.run(
-        [*launch, "-m", "tests.training.sharded", str(tmp_path)], cwd=ROOT, capture_output=True, text=True, check=False
+        [*launch, "-m", "tests.fast_start", "tests.training.sharded", str(tmp_path)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode == 0, done.stderr[-2000:]
     for name, recipe in recipes.items():

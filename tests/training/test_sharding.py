@@ -89,8 +89,8 @@ def _recipes(recipe: Recipe, engine: str, folder: Path) -> dict[str, Recipe]:
             "run-half": ((passes,), None),
             "run-quantized": ((dataclasses.replace(half, tune=LORA),), "nf4"),
             "both-qwen2": ((tied,), None),
-            "both-gemma2": ((dataclasses.replace(tied, tune=LORA),), None),
-            "resumed-qwen3": ((dataclasses.replace(tied, tune=LORA),), "nf4"),
+            "run-gemma2": ((dataclasses.replace(tied, tune=LORA),), None),
+            "run-qwen3": ((dataclasses.replace(tied, tune=LORA, max_steps=2),), "nf4"),
             "refused-optimizer": ((adamw_8bit,), None),
             "refused-int8": ((lora,), "int8"),
             "run-tower": ((dataclasses.replace(two, tune=Full(train_tower=True), max_steps=2),), None),
@@ -150,7 +150,7 @@ def _write_larger_model(small: ModelConfig, folder: Path) -> str:
 def _launch(folder: Path, **environment: str) -> subprocess.CompletedProcess[str]:
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     return subprocess.run(
-        [*launch, "-m", "tests.training.sharded", str(folder)],
+        [*launch, "-m", "tests.fast_start", "tests.training.sharded", str(folder)],
         env={**os.environ, **environment}, cwd=EXAMPLES.parent, capture_output=True, text=True, check=False,
         timeout=2 * TIME_LIMIT,
     )  # fmt: skip

@@ -108,7 +108,7 @@ def test_text_that_cannot_be_read_is_reported_once(
         return
     (message,) = said
     assert message.startswith(f"stage stage1: {shares}")
-    line = message.partition("set model.")[2].partition(", which")[0]
+    line = message.partition("set under model: ")[2].partition(" (")[0]
     higher = describe_resolution(resolution_from(yaml.safe_load(line)["resolution"], "recipe"))
     caplog.clear()
     parts = processor.image_processor, processor.tokenizer

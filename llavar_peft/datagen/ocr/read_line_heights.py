@@ -24,6 +24,7 @@ from llavar_peft.types import ImageSource
 _LEAST_EDGE = 384
 """Length in pixels of the shorter side to which a smaller image is enlarged before it is read. A larger one keeps its
 size, because small print would not survive."""
+_LARGEST = 1e9  # pixels, in a file that anyone may have edited
 
 
 def open_stored_lines(path: Path) -> ReadsLines:
@@ -47,8 +48,9 @@ def open_stored_lines(path: Path) -> ReadsLines:
         with readings.open("rb") as file:
             file.seek(offsets[image])
             entry: dict[str, Any] = json.loads(file.readline())
+        size = entry.get("width", 0), entry.get("height", 0)
         stored: list[Any] = next(iter(entry["lines"].values()), [])
-        return _measure((entry["width"], entry["height"]), map(OcrLine.from_json, stored))
+        return _measure(size, map(OcrLine.from_json, stored)) if all(0 < side < _LARGEST for side in size) else None
 
     return read
 
@@ -89,6 +91,6 @@ def _measure(size: Size, lines: Iterable[OcrLine], scale: float = 1.0) -> ImageL
     found = [
         (box.height / scale, letter_count(line.text))
         for box, line in zip(boxes, good, strict=True)
-        if box.height > 0 and letter_count(line.text)
+        if 0 < box.height < _LARGEST and letter_count(line.text)
     ]
     return ImageLines(size, tuple(found))

@@ -5,7 +5,6 @@ Only headers are read, and no model is built.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +12,7 @@ from typing import Any
 from llavar_peft.errors import Fault
 from llavar_peft.weights.adapter.adapter_files import PREFIX, scaling_of
 from llavar_peft.weights.adapter.adapter_settings import target_names
+from llavar_peft.weights.io import tensor_names
 from llavar_peft.weights.io.tensor_blocks import join_first
 from llavar_peft.weights.io.tensor_table import TensorEntry
 
@@ -32,7 +32,6 @@ _UNSUPPORTED = (
     "fan_in_fan_out", "layer_replication", "target_parameters", "use_qalora", "use_bdlora",
     "alora_invocation_tokens", "megatron_config", "arrow_config", "kasa_config", "velora_config", "monteclora_config",
 )  # fmt: skip
-_LAYER = re.compile(r"\.language_model\.layers\.(\d{1,6})\.")
 _SHOWN = 6
 
 Shape = tuple[int, ...]
@@ -227,7 +226,7 @@ def _expected_modules(settings: Mapping[str, Any], base: Mapping[str, Shape], wh
 
 
 def _layers(modules: Iterable[str]) -> set[int]:
-    return {int(match[1]) for name in modules if (match := _LAYER.search(name)) is not None}
+    return {int(match[1]) for name in modules if (match := tensor_names.LAYER.search(name)) is not None}
 
 
 def _describe(layers: set[int]) -> str:

@@ -54,7 +54,8 @@ def apply_projector(tensors: dict[str, Tensor | JoinedRows], source: str | Path)
     check_tensors(stored, expected, where=str(source))
     tensors.update(stored)
     if embeddings is not None:
-        tensors[tensor_names.EMBEDDINGS] = _replace_rows(tensors[tensor_names.EMBEDDINGS], embeddings, Path(source))
+        name = tensor_names.find_embeddings(tensors)
+        tensors[name] = _replace_rows(tensors[name], embeddings, Path(source))
 
 
 def _check_newline(expected: Mapping[str, object], stored: Mapping[str, object], source: str) -> None:

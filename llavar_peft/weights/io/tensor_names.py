@@ -8,14 +8,22 @@ the hub, which transformers 4 and 5, vLLM and SGLang read.
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 
 PROJECTOR = "model.multi_modal_projector."
 PROJECTOR_WEIGHT = "model.multi_modal_projector.weight"
 PROJECTOR_BIAS = "model.multi_modal_projector.bias"
 EMBEDDINGS = "model.language_model.embed_tokens.weight"
 HEAD = "lm_head.weight"
+HEAD_BIAS = "lm_head.bias"
 TOWER = "model.vision_tower."
 FINAL_NORM = "model.language_model.norm.weight"
+
+EMBEDDING_NAMES = ("embed_tokens", "embed_in", "word_embeddings", "wte", "decoder.embed_tokens")
+"""Names of the input embeddings in transformers' decoders, the first of which is LLaMA's."""
+_LAYERS = ("layers", "h", "blocks", "decoder.layers")
+LAYER = re.compile(rf"(?:^|\.)language_model\.(?:{'|'.join(map(re.escape, _LAYERS))})\.(\d{{1,6}})\.")
+"""Part of the name of a module or tensor in a decoder's layer; the group is the layer's number."""
 
 NEWLINE = "model.multi_modal_projector.image_newline"
 """The embedding at the end of each row of a tiled image's patches. It is trained and saved with the projector."""
@@ -59,6 +67,22 @@ _RELEASED_BODY = re.compile(r"^model\.(?=embed_tokens\.|layers\.|norm\.)")
 # The layers of an MLP, which the original layout numbers within ``nn.Sequential``.
 _MLP_LAYERS = (("0.", "linear_1."), ("2.", "linear_2."))
 _CLIP_OTHER = re.compile(r"^(text_model\.|text_projection|visual_projection|logit_scale|logit_bias)")
+
+
+def is_layers(name: str) -> bool:
+    """Return whether a module of this name in a decoder can hold its layers."""
+    return name in _LAYERS
+
+
+def is_embeddings(name: str) -> bool:
+    """Return whether a module of this name in a decoder can be its input embeddings."""
+    return name in EMBEDDING_NAMES
+
+
+def find_embeddings(names: Iterable[str]) -> str:
+    """Return our name of the input embeddings among a model's names; LLaMA's if there are none."""
+    known = {f"model.language_model.{name}.weight" for name in EMBEDDING_NAMES}
+    return next((name for name in names if name in known), EMBEDDINGS)
 
 
 def projector_names(activation: object, *, tiles: bool = False) -> tuple[str, ...]:

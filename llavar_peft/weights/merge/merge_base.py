@@ -35,11 +35,12 @@ from llavar_peft.weights.io.tensor_table import TensorEntry, dtype_name, read_te
 if TYPE_CHECKING:
     from torch import Tensor
 
-_GROWING = (tensor_names.EMBEDDINGS, tensor_names.HEAD)
 _STREAMED_TOWERS = ("clip", "clip_vision_model", "siglip", "siglip_vision_model")
 """Towers whose tensors have the same names in their files and in our model, apart from a prefix."""
 ReadTower: TypeAlias = "Callable[[Path], Mapping[str, Tensor]]"
 """Returns the tensors of a tower by our names, in memory."""
+ReadLanguage: TypeAlias = "Callable[[Path], Mapping[str, Tensor] | None]"
+"""Returns the tensors of a language model by our names; None where its file has them as LLaMA's has, to be streamed."""
 _FIX_PROJECTOR = "give the mm_projector.bin that stage 1 wrote"
 
 
@@ -67,7 +68,8 @@ class MergeBase:
         """Return torch's name of a tensor's dtype; that of the embeddings for a tensor that is not on disk."""
         if name in self.table:
             return self.table[name].dtype
-        return next(entry.dtype for key, entry in self.table.items() if self.ours(key) == tensor_names.EMBEDDINGS)
+        names = {self.ours(key) or key: entry for key, entry in self.table.items()}
+        return names[tensor_names.find_embeddings(names)].dtype
 
 
 def open_merge_base(
@@ -77,6 +79,7 @@ def open_merge_base(
     vision_tower: str | Path | None,
     projector: str | Path | None,
     read_tower: ReadTower | None = None,
+    read_language: ReadLanguage | None = None,
 ) -> MergeBase:
     """Open a base for a merge into a whole model.
 
@@ -87,6 +90,7 @@ def open_merge_base(
         vision_tower: CLIP's folder, for a plain language model; None is that of the first adapter's run.
         projector: A stage-1 file that is applied to the base; None is that of the first adapter's run.
         read_tower: Reads towers whose tensors have other names in their files than in our model.
+        read_language: Reads language models whose tensors have other names or forms in their files.
 
     Returns:
         The base; a plain language model by our names, with the tower.
@@ -107,12 +111,14 @@ def open_merge_base(
             next((one for name, one in table.items() if ours(name) == tensor_names.FINAL_NORM), None), folder, config
         )
         shapes = {name: entry.shape for name, entry in table.items()}
-        rows = next((shape[0] for name, shape in shapes.items() if ours(name) == tensor_names.EMBEDDINGS), 0)
+        named = {ours(name) or name: shape for name, shape in shapes.items()}
+        rows = named.get(tensor_names.find_embeddings(named), (0,))[0]
         overlay = _read_overlay(projector or settings.projector, adapters[0].folder, rows)
         if any(one.tunes_tower for one in adapters):
             config = {**config, TUNED_TOWER: True}
         return _with_resolution(MergeBase(table, shapes, ours, config, (folder,), overlay), adapters)
-    extended = _extend_language_model(folder, adapters, projector or settings.projector)
+    converted = None if read_language is None else read_language(folder)
+    extended = _extend_language_model(folder, adapters, projector or settings.projector, converted)
     tower = expand_home(vision_tower or settings.vision_tower or "")
     if not (tower / "config.json").is_file():
         where = str(adapters[0].folder / BASE_FILE) if vision_tower is None else "--vision-tower"
@@ -200,10 +206,12 @@ def _tower_entries(tower: Path, read_tower: ReadTower | None) -> dict[str, Tenso
     stored = read_tensor_table(tower)
     if read_tower is None or read_model_config(tower).get("model_type") in _STREAMED_TOWERS:
         return {new: entry for name, entry in stored.items() if (new := tensor_names.from_clip(name)) is not None}
-    file = next(iter(stored.values())).path
+    return _in_memory(read_tower(tower), next(iter(stored.values())).path)
+
+
+def _in_memory(tensors: Mapping[str, Tensor], file: Path) -> dict[str, TensorEntry]:
     return {
-        name: TensorEntry(name, tuple(one.shape), dtype_name(one), file, 0, data=one)
-        for name, one in read_tower(tower).items()
+        name: TensorEntry(name, tuple(one.shape), dtype_name(one), file, 0, data=one) for name, one in tensors.items()
     }
 
 
@@ -240,7 +248,12 @@ def released_merge_base(view: ReleasedView, adapters: Sequence[Adapter]) -> Merg
     )
 
 
-def _extend_language_model(folder: Path, adapters: Sequence[Adapter], projector: str | Path | None) -> MergeBase:
+def _extend_language_model(
+    folder: Path,
+    adapters: Sequence[Adapter],
+    projector: str | Path | None,
+    converted: Mapping[str, Tensor] | None = None,
+) -> MergeBase:
     """Return a plain language model with what LLaVA adds to it, by our names and without a tower."""
     first = adapters[0].folder
     config = read_model_config(first)
@@ -252,17 +265,20 @@ def _extend_language_model(folder: Path, adapters: Sequence[Adapter], projector:
             if is_llava_lora(first)
             else "give the whole LLaVAR that the adapter was trained on as base",
         )
-    table = {
-        ours: entry for name, entry in read_tensor_table(folder).items() if (ours := tensor_names.from_released(name))
-    }
+    stored = read_tensor_table(folder)
+    table = {ours: entry for name, entry in stored.items() if (ours := tensor_names.from_released(name))}
+    if converted is not None:
+        table = _in_memory(converted, next(iter(stored.values())).path)
+    embeddings = tensor_names.find_embeddings(table)
     check_not_delta(table.get(tensor_names.FINAL_NORM), folder, config)
     if config.get("tie_word_embeddings"):
         table.pop(tensor_names.HEAD, None)
-    elif tensor_names.HEAD not in table and tensor_names.EMBEDDINGS in table:  # tied in the file only
-        table[tensor_names.HEAD] = table[tensor_names.EMBEDDINGS]
+    elif tensor_names.HEAD not in table and embeddings in table:  # tied in the file only
+        table[tensor_names.HEAD] = table[embeddings]
     rows = int(config["text_config"]["vocab_size"])
     overlay = _read_overlay(projector, first, rows)
-    shapes = {name: (rows, *entry.shape[1:]) if name in _GROWING else entry.shape for name, entry in table.items()}
+    growing = (embeddings, tensor_names.HEAD, tensor_names.HEAD_BIAS)
+    shapes = {name: (rows, *entry.shape[1:]) if name in growing else entry.shape for name, entry in table.items()}
     tiles = resolution_kind(config) == "tiles"
     for name in tensor_names.projector_names(config.get("projector_hidden_act"), tiles=tiles):
         shapes[name] = _shape_in_full(name, adapters, overlay)

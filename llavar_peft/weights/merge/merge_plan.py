@@ -21,7 +21,7 @@ from llavar_peft.weights.io.shard_layout import RELEASED_SHARD_SIZE, TensorSpec,
 from llavar_peft.weights.io.stated_resolution import RESOLUTION
 from llavar_peft.weights.io.weights_fingerprint import check_adapter_base, take_fingerprint
 from llavar_peft.weights.io.write_weights import Progress, write_weights
-from llavar_peft.weights.merge.merge_base import MergeBase, ReadTower, open_merge_base
+from llavar_peft.weights.merge.merge_base import MergeBase, ReadLanguage, ReadTower, open_merge_base
 from llavar_peft.weights.merge.merge_stream import MergedTensors, Onto, Rounding, choose_rounding
 
 
@@ -38,7 +38,7 @@ class MergePlan:
     trained: Rounding | None
 
 
-def plan_merge(
+def plan_merge(  # noqa: PLR0913 - the options of the merge
     base: str | Path,
     adapter: str | Path | Sequence[str | Path],
     *,
@@ -48,11 +48,13 @@ def plan_merge(
     projector: str | Path | None = None,
     force: bool = False,
     read_tower: ReadTower | None = None,
+    read_language: ReadLanguage | None = None,
 ) -> MergePlan:
     """Open and check the inputs of a merge. The other arguments are those of ``models.merge_adapter.merge_adapter``.
 
     Args:
         read_tower: As for ``open_merge_base``.
+        read_language: As for ``open_merge_base``.
     """
     folder = expand_home(base)
     folders = [expand_home(one) for one in ([adapter] if isinstance(adapter, (str, Path)) else adapter)]
@@ -62,7 +64,14 @@ def plan_merge(
     for one in () if force else folders if weights is not None else folders[:1]:
         check_adapter_base(one, lambda: _fingerprint(folder), str(folder))
     adapters = tuple(read_adapter(one) for one in folders)
-    opened = open_merge_base(folder, adapters, vision_tower=vision_tower, projector=projector, read_tower=read_tower)
+    opened = open_merge_base(
+        folder,
+        adapters,
+        vision_tower=vision_tower,
+        projector=projector,
+        read_tower=read_tower,
+        read_language=read_language,
+    )
     tower = {name: entry for name, entry in opened.table.items() if name.startswith(tensor_names.TOWER)}
     for one in () if force or not tower else folders if weights is not None else folders[:1]:
         check_adapter_base(one, lambda: take_fingerprint(tower, {}), f"the vision tower of {folder}", role="tower")

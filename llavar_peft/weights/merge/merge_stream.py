@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import re
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from llavar_peft.errors import ConfigError, Fault, MissingDependencyError, Weigh
 from llavar_peft.weights.adapter.adapter_files import read_base_settings
 from llavar_peft.weights.adapter.adapter_layouts import adapter_files
 from llavar_peft.weights.adapter.lora_updates import Adapter, Update
+from llavar_peft.weights.io import tensor_names
 from llavar_peft.weights.io.tensor_blocks import join_first, raise_faults, read_blocks, rows_per_block, tensor_bytes
 from llavar_peft.weights.io.tensor_table import TensorEntry, torch_dtype
 from llavar_peft.weights.io.write_weights import identify_files
@@ -25,8 +25,7 @@ if TYPE_CHECKING:
 Onto = Literal["original", "dequantized"]
 """What adapters of a quantized base are added to: its values on disk, or those values after quantization."""
 
-# Only layers of the language model: tower, projector, embeddings and head are never quantized.
-_QUANTIZED = re.compile(r"^model\.language_model\.layers\.\d+\.(self_attn|mlp)\.\w+_proj\.weight$")
+_MATRIX = 2  # dimensions
 _FIX = "use the adapter with the base it was trained on"
 
 
@@ -73,6 +72,15 @@ class Rounding:
         stored, scales, _ = functional.int8_vectorwise_quant(weight.half())  # requires fp16, in training too
         rounded: Tensor = functional.int8_vectorwise_dequant(stored, scales)
         return rounded
+
+
+def _is_quantized(name: str, entry: TensorEntry) -> bool:
+    """Return whether a tensor is stored in 4 or 8 bits in training: the matrices of the language model's layers.
+
+    Tower, projector, embeddings and head are never quantized. Language models with matrices in their layers that are
+    not quantized cannot be trained in 4 or 8 bits (``check_linear``).
+    """
+    return tensor_names.LAYER.search(name) is not None and len(entry.shape) == _MATRIX
 
 
 def choose_rounding(adapters: Sequence[Path], onto: Onto | None) -> tuple[Rounding | None, Rounding | None]:
@@ -157,7 +165,7 @@ class MergedTensors:
         shape, entry = self.base.shapes[name], self.base.table.get(name)
         if entry is None:
             yield torch.zeros(shape)  # the projector, which an adapter or the projector file replaces
-        elif self.rounding is not None and _QUANTIZED.match(key) is not None:
+        elif self.rounding is not None and _is_quantized(key, entry):
             yield from self.rounding.blocks(entry)
         elif entry.shape == shape:
             yield from read_blocks(entry)
@@ -204,7 +212,8 @@ def append_mean_rows(entry: TensorEntry, rows: int) -> Iterator[Tensor]:
     for block in read_blocks(entry):
         total += block.sum(0, dtype=torch.float64)
         yield block
-    yield (total / entry.shape[0]).float().expand(rows - entry.shape[0], -1)
+    mean = (total / entry.shape[0]).float()[None]
+    yield mean.repeat(rows - entry.shape[0], *(1 for _ in entry.shape[1:]))
 
 
 def check_updates(adapters: Sequence[Adapter], shapes: Mapping[str | None, tuple[int, ...]]) -> None:
