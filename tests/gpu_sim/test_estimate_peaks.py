@@ -151,6 +151,23 @@ def test_a_trained_tower_is_part_of_the_estimate() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case("7b", Projector(), records=4, accumulation=2),
+        Case("7b", _LORA, "nf4"),
+        Case("7b", Full(), gpus=8),
+        Case("7b", _LORA, recompute=False),
+    ],
+    ids=["projector", "QLoRA", "full on 8", "LoRA, activations kept"],
+)
+def test_cross_attention_is_part_of_the_estimate(case: Case) -> None:
+    crossed = dataclasses.replace(case, crops=4, vision_tower="openai/clip-vit-large-patch14")
+    peaks = track_layers(crossed, 4)
+    assert _estimated(crossed, layers=4).peak == pytest.approx(max(peaks.values()), rel=0.1), peaks
+
+
+@pytest.mark.slow
 @_ONLY_ALL
 def test_two_short_models_give_the_peaks_of_a_longer_one() -> None:
     case = Case("7b", Projector(), gpus=8, recompute=False)
