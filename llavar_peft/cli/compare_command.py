@@ -107,7 +107,7 @@ def eval_diagnose(
     if as_json:
         say_json(report.as_dict() | {"resolutions": None if resolutions is None else resolutions.as_dict()})
     else:
-        _print_lengths(report)
+        _print_lengths(report, measured=resolutions is not None)
         print_resolutions(resolutions, texts, max_length)
 
 
@@ -142,7 +142,7 @@ def _diagnose_results(results: Path, metric: str | None, smallest: float, *, as_
             say(f"{key.replace('_', ' ')}: {value}")
 
 
-def _print_lengths(report: LengthReport) -> None:
+def _print_lengths(report: LengthReport, *, measured: bool) -> None:
     rows = [
         (name, part.records, part.cut, _share(part.cut, part.records), part.lost, *part.percentiles.values())
         for name, part in (("all", report.every), ("OCR", report.ocr))
@@ -154,7 +154,8 @@ def _print_lengths(report: LengthReport) -> None:
     if report.heights:
         heights = ", ".join(f"{share} % up to {height:g}" for share, height in report.heights.items())
         say(f"letter height in pixels of the vision tower's input: {heights}")
-    _print_too_small(report.too_small, "file of records")
+    if report.too_small.known or not measured:
+        _print_too_small(report.too_small, "file of records")
 
 
 def _print_too_small(small: TooSmall, source: str) -> None:

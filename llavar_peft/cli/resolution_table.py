@@ -46,12 +46,17 @@ def find_texts(
         MissingDependencyError: OCR is requested, and no engine is installed.
     """
     from llavar_peft.data.record_texts import TextSample, sample_texts
-    from llavar_peft.datagen.ocr.read_line_heights import open_line_reader, open_stored_lines
 
-    stored = open_stored_lines(heights) if heights else None
+    stored = None
+    if heights is not None:
+        from llavar_peft.datagen.ocr.read_line_heights import open_stored_lines
+
+        stored = open_stored_lines(heights)
     known = sample_texts(records, lambda _: roots, read=stored)
     if not ocr_sample or not known.unknown:
         return known
+    from llavar_peft.datagen.ocr.read_line_heights import open_line_reader
+
     reader = open_line_reader()
     count = min(ocr_sample, len(known.unknown))
     with show_count("reading images") as progress:
@@ -64,7 +69,7 @@ def find_texts(
             stated=False,
             progress=lambda done: progress(done, count),
         )
-    return TextSample((*known.texts, *read.texts), read.unknown)
+    return TextSample((*known.texts, *read.texts), read.unknown, known.drawn)
 
 
 def print_resolutions(report: ResolutionReport | None, sample: TextSample, max_length: int = _PLAIN_LENGTH) -> None:

@@ -66,15 +66,12 @@ class TextSample:
     Attributes:
         texts: The text of each record where it is known.
         unknown: Indices of the records with images of whose text nothing is known.
+        drawn: Number of records with images in the sample.
     """
 
     texts: tuple[RecordText, ...]
     unknown: tuple[int, ...]
-
-    @property
-    def drawn(self) -> int:
-        """Number of records with images in the sample."""
-        return len(self.texts) + len(self.unknown)
+    drawn: int
 
 
 def sample_texts(
@@ -123,7 +120,7 @@ def sample_texts(
             unknown.append(index)
         else:
             texts.append(replace(text, other_tokens=_other_tokens(raw)))
-    return TextSample(tuple(texts), tuple(unknown))
+    return TextSample(tuple(texts), tuple(unknown), len(texts) + len(unknown))
 
 
 def _read_text(images: Sequence[ImageSource], roots: ImageRoots, read: ReadsLines) -> RecordText | None:

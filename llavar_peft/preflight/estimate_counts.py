@@ -86,7 +86,8 @@ def count_parameters(config: LlavarConfig, tune: Tune) -> Counts:
     if others := [name for name, shape in shapes.items() if tensor_names.LAYER.search(name) and len(shape) > _MATRIX]:
         raise ConfigError.at(
             "model.language_model",
-            f"what experts need is not estimated (got {config.text_config.model_type!r}, with {others[0]})",
+            f"what experts and convolutions need is not estimated (got {config.text_config.model_type!r}, which has "
+            f"{others[0]})",
             "measure it: `llavar-peft train RECIPE --dry-run`",
         )
     targets = adapted_matrices(shapes, tune)

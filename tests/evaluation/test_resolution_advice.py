@@ -17,6 +17,11 @@ from llavar_peft.datagen.ocr.ocr_engines import OcrLine
 from llavar_peft.datagen.synth.synth_settings import SynthSettings
 from llavar_peft.datagen.synth.write_synthetic import write_synthetic
 from llavar_peft.errors import MissingDependencyError
+from llavar_peft.evaluation.vqa.diagnose_results import measure_letter_height
+from llavar_peft.evaluation.vqa.vqa_questions import VqaQuestion
+from llavar_peft.models.build_model import load_processor
+from llavar_peft.models.processing_llavar import LlavarProcessor
+from llavar_peft.recipe.resolution import Tiles, describe_resolution
 
 
 @pytest.fixture(scope="module")
@@ -142,7 +147,7 @@ def test_stored_readings_count_line_by_line(unmeasured: Path, capsys: pytest.Cap
 
 
 def test_a_sample_is_read_on_request(
-    unmeasured: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    unmeasured: Path, checkpoint: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     engine = Engine()
     monkeypatch.setattr(read_line_heights, "open_ocr_engine", lambda _name: engine)
@@ -153,6 +158,11 @@ def test_a_sample_is_read_on_request(
     assert (found["records"], found["settings"][0]["share_below"]) == (3, 0.9)
     check(unmeasured, capsys, "--ocr-sample", "100")
     assert len(engine.sizes) == 7
+    known = ["eval", "diagnose", "--records", str(unmeasured / "records.json"), "--images", str(unmeasured / "images")]
+    assert cli.main([*known, "--model", str(checkpoint), "--ocr-sample", "1"]) == 0
+    said = capsys.readouterr().out
+    assert "of 1 of 4 records with images" in said
+    assert "unknown" not in said
 
 
 def test_a_missing_engine_is_reported(
@@ -165,3 +175,12 @@ def test_a_missing_engine_is_reported(
     given = ["data", "check", str(unmeasured / "records.json"), "--images", str(unmeasured / "images")]
     assert cli.main([*given, "--ocr-sample", "2"]) == 3
     assert "rapidocr: is not installed. Fix: install rapidocr" in capsys.readouterr().err
+
+
+def test_letters_of_answers_are_measured_in_the_tiles(checkpoint: Path) -> None:
+    plain = load_processor(str(checkpoint))
+    tiles = describe_resolution(Tiles(max_tiles=4))
+    tiled = LlavarProcessor(plain.image_processor, plain.tokenizer, patch_size=plain.patch_size, resolution=tiles)
+    question = VqaQuestion("a", "What does it say?", ("EXIT",), None, text_height=20, size=(240, 240))
+    heights = [measure_letter_height([question], None, "pad", one)["a"][0] for one in (plain, tiled)]
+    assert heights == [10, 20]  # the tower's input has 120 pixels

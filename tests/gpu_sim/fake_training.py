@@ -25,11 +25,13 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.device_mesh import init_device_mesh
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from llavar_peft import ModelConfig, Tiles
+from llavar_peft import CrossAttention, ModelConfig, Tiles
 from llavar_peft.compat.dependency_internals import release_int8_inputs
 from llavar_peft.compat.memory_tracker import MemoryTracker
 from llavar_peft.models.build_model import resolve_attention
 from llavar_peft.models.config_without_weights import config_without_weights
+from llavar_peft.models.cross_attention import CrossAttentionLayer, detail_segments
+from llavar_peft.models.detail_features import ImageDetails
 from llavar_peft.models.llavar_config import LlavarConfig
 from llavar_peft.models.modeling_llavar import LlavarForConditionalGeneration
 from llavar_peft.models.packed_attention import enable_packing, packed_arguments
@@ -58,6 +60,7 @@ class Case:
         fused: Whether AdamW's kernel is fused.
         vision_tower: The tower's name. One other than CLIP has the projector ``mlp2x_gelu``.
         tiles: How each image, which fills the largest grid that fits, is cut.
+        crops: Rows, and columns, of crops for cross-attention; 0 is a model without it.
     """
 
     language_model: str
@@ -70,6 +73,7 @@ class Case:
     fused: bool = True
     vision_tower: str = "openai/clip-vit-large-patch14-336"
     tiles: Tiles | None = None
+    crops: int = 0
 
     @property
     def model(self) -> ModelConfig:
@@ -78,7 +82,8 @@ class Case:
         return ModelConfig(
             language_model=name if "/" in name else f"lmsys/vicuna-{name}-v1.1", vision_tower=self.vision_tower,
             projector_type="linear" if "clip" in self.vision_tower else "mlp2x_gelu",
-            quantize=self.quantize, dtype="bfloat16", resolution=self.tiles,
+            quantize=self.quantize, dtype="bfloat16",
+            resolution=CrossAttention(grid=self.crops) if self.crops else self.tiles,
         )  # fmt: skip
 
     @property
@@ -186,11 +191,12 @@ def _shard(model: Any, mesh: Any) -> Any:
     from accelerate.utils import FullyShardedDataParallelPlugin
     from torch.distributed.fsdp import MixedPrecisionPolicy
 
-    half = torch.bfloat16
+    half, names = torch.bfloat16, {type(module).__name__ for module in model.modules()}
+    crossed = {CrossAttentionLayer.__name__} & names
     plugin = FullyShardedDataParallelPlugin(
         fsdp_version=2,
         auto_wrap_policy="transformer_based_wrap",
-        transformer_cls_names_to_wrap=[type(model.get_decoder().layers[0]).__name__],
+        transformer_cls_names_to_wrap=[type(model.get_decoder().layers[0]).__name__, *crossed],
         reshard_after_forward=True,
         mixed_precision_policy=MixedPrecisionPolicy(param_dtype=half, reduce_dtype=half, output_dtype=None),
     )
@@ -260,6 +266,10 @@ class Step:
         else:
             shape = (self.case.records, tokens // self.case.records)
             arguments = {"attention_mask": torch.ones(shape, dtype=torch.long)}
+        if self.case.crops:
+            conversations = zip(range(0, tokens, 2048), self.case.lengths, [[0]] * self.case.records, strict=True)
+            arguments["detail_values"] = torch.zeros(self.case.records, self.case.crops**2, 3, side, side)
+            arguments["details"] = ImageDetails(detail_segments(conversations))
         return {
             "input_ids": torch.zeros(shape, dtype=torch.long),
             "targets": torch.zeros(shape, dtype=torch.long),
