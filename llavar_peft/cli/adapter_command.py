@@ -60,12 +60,16 @@ def adapter_verify(
 
 
 def _lines(report: AdapterReport) -> list[tuple[str, str]]:
+    from llavar_peft.weights.io.stated_resolution import resolution_of_adapter
+
     sources = [
         str(report.base[key]) for key in ("checkpoint", "language_model", "vision_tower") if report.base.get(key)
     ]
     rows = [f"{module} {', '.join(map(str, indices))}" for module, indices in report.rows.items()]
     tower = f", of the vision tower {report.tower_rank}" if report.tower_rank is not None else ""
     stored = f", stored as {report.base['quantize']}" if report.base.get("quantize") else ""
+    resolution = str((resolution_of_adapter(Path(report.folder)) or {}).get("type", ""))
+    stored += f", with {resolution.replace('_', '-')}" if resolution else ""
     lines = [
         (
             "variant",

@@ -9,6 +9,7 @@ Shape suffixes: B rows, T tokens, W width of the cache, D language model width, 
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import accumulate, groupby
 from typing import Any
@@ -99,7 +100,9 @@ class Row:
 class DecodingBatch:
     """Rows that are decoded together with one adapter. Not thread-safe.
 
-    Rows ``join`` at any time, ``step`` adds one token to each, and a finished row leaves the batch at once.
+    Rows ``join`` at any time, ``step`` adds one token to each, and a finished row leaves the batch at once. Language
+    models that keep more than keys and values (``Engine.keeps_state``) compute each row from its start for each token:
+    their state cannot be cut and joined.
 
     Args:
         engine: The engine that decodes.
@@ -123,10 +126,15 @@ class DecodingBatch:
         Rows without a prefix are computed together.
         """
         self._engine.use(self._adapter)
+        if self._engine.keeps_state:
+            self.rows += rows
+            with self._engine.no_grad():
+                self._compute_again(first=len(self.rows) - len(rows))
+            return
         fresh = [row for row in rows if row.request.prefix is None]
         with self._engine.no_grad():
             for group in ([fresh] if fresh else []) + [[row] for row in rows if row.request.prefix is not None]:
-                cache, mask_BW, logits_BV = self._compute_prompts(group)
+                cache, mask_BW, logits_BV = self._compute_prompts([row.request for row in group])
                 self._cache, self._mask_BW = _join_caches(self._cache, self._mask_BW, cache, mask_BW)
                 self.rows += group
                 self._append_tokens(logits_BV, first=len(self.rows) - len(group))
@@ -142,6 +150,9 @@ class DecodingBatch:
 
     def _step(self) -> None:
         self._engine.use(self._adapter)
+        if self._engine.keeps_state:
+            self._compute_again(first=0)
+            return
         device = self._engine.device
         last_B1 = torch.tensor([[row.ids[-1]] for row in self.rows], device=device)
         positions_B1 = torch.tensor([[len(row.request.ids) + len(row.ids) - 1] for row in self.rows], device=device)
@@ -161,15 +172,23 @@ class DecodingBatch:
         while self._engine.any_rank(bool(self.rows)):
             self.step()
 
-    def _compute_prompts(self, rows: Sequence[Row]) -> tuple[DynamicCache, Tensor, Tensor]:
+    def _compute_again(self, first: int) -> None:
+        """Compute rows from an index on, from their start, and add a token to each."""
+        texts = [
+            dataclasses.replace(row.request, ids=torch.cat([row.request.ids, row.request.ids.new_tensor(row.ids)]))
+            for row in self.rows[first:]
+        ]
+        _, _, logits_BV = self._compute_prompts(texts)
+        self._append_tokens(logits_BV, first=first)
+
+    def _compute_prompts(self, requests: Sequence[Request]) -> tuple[DynamicCache, Tensor, Tensor]:
         """Compute the prompts after their prefix. Only a single row may have one.
 
         Returns:
             The rows' cache, its mask ``[B, W]``, and the logits ``[B, V]`` after each prompt.
         """
-        prefix = rows[0].request.prefix
+        prefix = requests[0].prefix
         past = 0 if prefix is None else len(prefix.ids)
-        requests = [row.request for row in rows]
         lengths = torch.tensor([len(request.ids) for request in requests], device=self._engine.device)
         width = int(lengths.max())
         columns = torch.arange(width, device=self._engine.device)
@@ -185,9 +204,9 @@ class DecodingBatch:
             **details,
             attention_mask=mask_BW,
             position_ids=(mask_BW.cumsum(dim=1) - 1).clamp(min=0)[:, past:],
-            use_cache=True,
+            use_cache=not self._engine.keeps_state,
             logits_to_keep=1,
-            **{CACHE_ARGUMENT: cache},
+            **({} if self._engine.keeps_state else {CACHE_ARGUMENT: cache}),
         )
         if details and "detail_values" in inputs:
             images = [image for request in requests for image in request.images]
@@ -260,9 +279,12 @@ class DecodingBatch:
             return
         for index, row in enumerate(self.rows):
             if row in ended:
-                row.finish(ended[row], self._extract_prefix(index) if row.request.keep_prefix else None)
+                keeps = row.request.keep_prefix and not self._engine.keeps_state
+                row.finish(ended[row], self._extract_prefix(index) if keeps else None)
         kept = [index for index, row in enumerate(self.rows) if row not in ended]
         self.rows = [self.rows[index] for index in kept]
+        if self._engine.keeps_state:
+            return
         if not kept:
             self._cache, self._mask_BW = _make_cache(()), self._mask_BW[:0, :0]
             return

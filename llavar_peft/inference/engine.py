@@ -10,12 +10,14 @@ import logging
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, distributed
 
+from llavar_peft.compat.dependency_internals import keeps_state
 from llavar_peft.errors import ConfigError
 from llavar_peft.inference.generation_request import PromptImage, inputs_of_images
 from llavar_peft.models.adapter_loading import add_adapter, apply_adapter, check_base_of_adapter
@@ -84,6 +86,11 @@ class Engine:
     def context(self) -> int:
         """The number of positions of the language model; where attention is biased by the distance, there is no end."""
         return int(getattr(self.base_model.config.text_config, "max_position_embeddings", None) or sys.maxsize)
+
+    @cached_property
+    def keeps_state(self) -> bool:
+        """Whether the language model keeps more of a text than keys and values."""
+        return keeps_state(self.base_model.config.text_config)
 
     def no_grad(self) -> AbstractContextManager[Any]:
         """Return a context without gradients, in which the model is called."""

@@ -96,10 +96,26 @@ def build_model(
     if lost := sorted({*loading["missing_keys"], *loading["unexpected_keys"]}):  # it renamed what has its final name
         what = f"transformers {transformers.__version__} does not load the tensors of this language model ({lost[0]})"
         raise EnvironmentFaultError.at(parts.source, what, "use another version of transformers, or language model")
+    _restore_buffers(model)
     if config.quantize is not None:
         keep_quantization_scales(model)
         release_int8_inputs(model)
     return _finish(model, parts, config)
+
+
+def _restore_buffers(model: LlavarForConditionalGeneration) -> None:
+    """Compute the buffers of the language model that no file holds.
+
+    ``from_pretrained`` leaves those without values that a decoder computes when it is made, as Falcon-H1's does.
+    """
+    with init_empty_weights(include_buffers=False):
+        fresh = AutoModel.from_config(model.config.text_config, dtype=torch.float32, trust_remote_code=False)
+    stored, own = fresh.state_dict().keys(), dict(model.model.language_model.named_buffers())
+    for name, buffer in fresh.named_buffers():
+        if name not in stored and name in own:
+            expected = buffer.to(own[name].dtype)
+            if not torch.equal(own[name].cpu(), expected):
+                own[name].copy_(expected)
 
 
 def build_pending_model(

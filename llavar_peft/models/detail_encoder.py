@@ -24,7 +24,7 @@ from transformers import (
 
 from llavar_peft.errors import ConfigError
 from llavar_peft.models.hub_models import cached_folder
-from llavar_peft.models.pretrained_files import load_pretrained, make_part_settings, unreadable_settings
+from llavar_peft.models.pretrained_files import check_sizes, load_pretrained, make_part_settings, unreadable_settings
 from llavar_peft.models.tower_loading import read_tower
 from llavar_peft.models.vision_tower import LlavarVisionTower, tower_features
 from llavar_peft.types import expand_home
@@ -105,12 +105,13 @@ def read_encoder_config(name: str, setting: str) -> dict[str, Any]:
 def make_encoder(config: LlavarConfig) -> nn.Module | None:
     """Return the untrained encoder of a model; None for a model without one of its own."""
     described = config.detail_config
-    if described is None:
+    if described is None or config.cross_attention is None:
         return None
-    if described.get("model_type") in PIX2STRUCT:
-        pix2struct: nn.Module = Pix2StructVisionModel(Pix2StructVisionConfig(**described))
+    made = AutoConfig.for_model(**{**described, "model_type": described.get("model_type")})
+    check_sizes(made, Path(config.name_or_path or "config.json"))
+    if made.model_type in PIX2STRUCT:
+        pix2struct: nn.Module = Pix2StructVisionModel(made)
         return pix2struct
-    made = AutoConfig.for_model(**described)
     tower: nn.Module = (
         LlavarVisionTower(made) if made.model_type == "clip_vision_model" else AutoModel.from_config(made)
     )

@@ -16,7 +16,6 @@ from transformers import (
     PretrainedConfig,
 )
 
-from llavar_peft.compat.dependency_internals import keeps_state
 from llavar_peft.compat.weight_conversion import convert_stored
 from llavar_peft.constants import IMAGE_PATCH_TOKEN, IMAGE_PLACEHOLDER, MODEL_TYPE, RELEASED_MODEL_TYPE
 from llavar_peft.errors import ConfigError, WeightsError, describe_reason
@@ -170,13 +169,6 @@ def _config(folder: Path) -> PretrainedConfig:
         raise ConfigError.at(
             f"{folder / 'config.json'}:model_type",
             f"not a language model that transformers can continue a text with (got {config.model_type!r})",
-            "give the folder of a language model such as Vicuna, Llama, Qwen or Mistral",
-        )
-    if keeps_state(config):
-        raise ConfigError.at(
-            f"{folder / 'config.json'}:model_type",
-            f"a language model with a state instead of attention in its layers is not supported (got "
-            f"{config.model_type!r})",
             "give the folder of a language model such as Vicuna, Llama, Qwen or Mistral",
         )
     scaled = [name for name in SCALED_LOGITS if getattr(config, name, None) not in (None, 1, 1.0)]

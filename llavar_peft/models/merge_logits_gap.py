@@ -198,11 +198,16 @@ class _StreamedLinear(nn.Module):
         """The whole weight, for modules that use it without calling the layer, as routers to experts do."""
         return self._weights.tensor(f"{self._name}.weight")
 
+    @property
+    def bias(self) -> Tensor | None:
+        """The bias, if there is one."""
+        name = f"{self._name}.bias"
+        return self._weights.tensor(name) if self._weights.has(name) else None
+
     def forward(self, x: Tensor) -> Tensor:
         """Return the layer's output."""
-        output = self._weights.linear(f"{self._name}.weight", x)
-        bias = f"{self._name}.bias"
-        return output + self._weights.tensor(bias) if self._weights.has(bias) else output
+        output, bias = self._weights.linear(f"{self._name}.weight", x), self.bias
+        return output if bias is None else output + bias
 
 
 @torch.no_grad()
@@ -250,7 +255,7 @@ def _stream_layers(model: nn.Module, weights: Weights) -> None:
             setattr(model.get_submodule(parent), own, _StreamedLinear(weights, name))
             continue
         for own, parameter in list(module.named_parameters(recurse=False)):
-            if parameter.ndim > _MATRIX:
+            if parameter.ndim > _MATRIX and not isinstance(module, nn.Conv1d):
                 _read_when_called(module, own, weights, f"{name}.{own}")
             elif parameter.is_meta:
                 setattr(module, own, nn.Parameter(weights.tensor(f"{name}.{own}"), requires_grad=False))

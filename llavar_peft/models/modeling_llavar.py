@@ -366,6 +366,7 @@ class LlavarForConditionalGeneration(LlavaForConditionalGeneration):
         *,
         supervised_places: Tensor | None = None,
         image_layouts: Sequence[TileLayout] | Tensor | None = None,
+        detail_values: Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
         """Return logits, or with ``targets`` the loss without computing all logits.
@@ -379,6 +380,7 @@ class LlavarForConditionalGeneration(LlavaForConditionalGeneration):
             supervised_places: The positions that have a token to predict ``[S]``, counted over the batch in reading
                 order. None searches them, for which the host waits for the device.
             image_layouts: As in ``LlavarModel.forward``.
+            detail_values: As in ``LlavarModel.forward``.
             **kwargs: Passed to ``LlavarModel.forward``, including the key-value cache (``CACHE_ARGUMENT``).
 
         Returns:
@@ -393,6 +395,7 @@ class LlavarForConditionalGeneration(LlavaForConditionalGeneration):
             "position_ids": position_ids,
             "inputs_embeds": inputs_embeds,
             **({} if image_layouts is None else {"image_layouts": image_layouts}),
+            **({} if detail_values is None else {"detail_values": detail_values}),
             **kwargs,
         }
         if targets is None:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from transformers import AttentionInterface, AutoModel, PretrainedConfig
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+from transformers.utils import logging as hf_logging
 
 from llavar_peft.compat.dependency_internals import keeps_state
 
@@ -68,7 +69,10 @@ def _call(text_config: PretrainedConfig) -> None:
     """Call a decoder without memory on a packed row."""
     with torch.device("meta"):
         decoder: Any = AutoModel.from_config(text_config, dtype=torch.float32, trust_remote_code=False)
+        verbosity = hf_logging.get_verbosity()
+        hf_logging.set_verbosity_error()  # it warns about decoders that have an attention of their own
         decoder.set_attn_implementation(_PROBE)
+        hf_logging.set_verbosity(verbosity)
         tokens = sum(_LENGTHS)
         decoder.eval()(
             inputs_embeds=torch.zeros(1, tokens, text_config.hidden_size),

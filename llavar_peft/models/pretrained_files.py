@@ -136,6 +136,7 @@ def check_sizes(config: PretrainedConfig, folder: Path) -> None:
                 f"not a number format of torch (got {ascii(part.dtype)[:80]}, expected for example 'bfloat16')",
                 DOWNLOAD_AGAIN,
             )
+        _check_dropout(part, folder)
         for name, largest in _LARGEST.items():
             try:
                 value = getattr(part, name, None)
@@ -146,5 +147,18 @@ def check_sizes(config: PretrainedConfig, folder: Path) -> None:
             raise ConfigError.at(
                 f"{folder / 'config.json'}:{name}",
                 f"not a size of a model (got {ascii(value)[:80]}, expected a number from 1 to {largest})",
+                DOWNLOAD_AGAIN,
+            )
+
+
+def _check_dropout(part: PretrainedConfig, folder: Path) -> None:
+    """Reject shares of dropped activations that are no probabilities: they fail in the first step that has dropout."""
+    for name, value in vars(part).items():
+        if not name.endswith("dropout") or not isinstance(value, int | float):
+            continue
+        if isinstance(value, bool) or not 0 <= value <= 1:
+            raise ConfigError.at(
+                f"{folder / 'config.json'}:{name}",
+                f"not a probability (got {ascii(value)[:80]}, expected a number from 0 to 1)",
                 DOWNLOAD_AGAIN,
             )

@@ -110,6 +110,7 @@ class LlavarProcessor(ProcessorMixin):
         # These raise here rather than in the first batch if the files do not fit.
         text_encoder(self)
         image_settings(self)
+        _ = self.detail_processor
         tokenizer("text")  # reads settings such as model_max_length
 
     @property

@@ -20,6 +20,13 @@ _MATRIX, _KERNEL = 2, 4  # dimensions
 _TOWER_LAYER = re.compile(r"\.layers?\.(\d+)\.")
 Shapes = Mapping[str, tuple[int, ...]]
 
+_WHOLE_PARTS = {
+    tensor_names.CROSS_ATTENTION: "cross_attention",
+    tensor_names.DETAIL_ENCODER: "encoder",
+    tensor_names.PROJECTOR: "projector",
+}
+"""The parts that are counted as a whole, by the prefix of their tensors."""
+
 
 @dataclass(frozen=True, slots=True)
 class Counts:
@@ -79,7 +86,8 @@ def count_parameters(config: LlavarConfig, tune: Tune) -> Counts:
     if others := [name for name, shape in shapes.items() if tensor_names.LAYER.search(name) and len(shape) > _MATRIX]:
         raise ConfigError.at(
             "model.language_model",
-            f"what experts need is not estimated (got {config.text_config.model_type!r}, with {others[0]})",
+            f"what experts and convolutions need is not estimated (got {config.text_config.model_type!r}, which has "
+            f"{others[0]})",
             "measure it: `llavar-peft train RECIPE --dry-run`",
         )
     targets = adapted_matrices(shapes, tune)
@@ -96,14 +104,9 @@ def count_parameters(config: LlavarConfig, tune: Tune) -> Counts:
                 sums["tower_patch"] += math.prod(shape) * (len(shape) == _KERNEL)
             elif int(layer[1]) < tower_depth(config):
                 sums["tower_linear"] += math.prod(shape) * (len(shape) == _MATRIX)
-        elif name.startswith(tensor_names.CROSS_ATTENTION):
-            sums["cross_attention"] += math.prod(shape)
-        elif name.startswith(tensor_names.DETAIL_ENCODER):
-            sums["encoder"] += math.prod(shape)
-        elif "multi_modal_projector" in name:
-            sums["projector"] += math.prod(shape)
         else:
-            sums["head"] += math.prod(shape)
+            part = next((part for prefix, part in _WHOLE_PARTS.items() if name.startswith(prefix)), "head")
+            sums[part] += math.prod(shape)
     has_final_norm = any(".post_feedforward" in name for name in shapes)
     return Counts(
         **sums,

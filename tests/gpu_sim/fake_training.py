@@ -10,6 +10,7 @@ that two short models give the peak of the whole one; ``test_fake_training.py`` 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -24,15 +25,18 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.device_mesh import init_device_mesh
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from llavar_peft import ModelConfig
+from llavar_peft import CrossAttention, ModelConfig, Tiles
 from llavar_peft.compat.dependency_internals import release_int8_inputs
 from llavar_peft.compat.memory_tracker import MemoryTracker
 from llavar_peft.models.build_model import resolve_attention
 from llavar_peft.models.config_without_weights import config_without_weights
+from llavar_peft.models.cross_attention import CrossAttentionLayer, detail_segments
+from llavar_peft.models.detail_features import ImageDetails
 from llavar_peft.models.llavar_config import LlavarConfig
 from llavar_peft.models.modeling_llavar import LlavarForConditionalGeneration
 from llavar_peft.models.packed_attention import enable_packing, packed_arguments
 from llavar_peft.models.tuning import apply_tuning
+from llavar_peft.preflight.estimate_views import ImageCost, image_cost
 from llavar_peft.recipe.schema import Quantization, Tune
 from tests.gpu_sim.fake_quantized import quantize_layers
 
@@ -55,6 +59,8 @@ class Case:
         accumulation: Forward passes per optimizer step.
         fused: Whether AdamW's kernel is fused.
         vision_tower: The tower's name. One other than CLIP has the projector ``mlp2x_gelu``.
+        tiles: How each image, which fills the largest grid that fits, is cut.
+        crops: Rows, and columns, of crops for cross-attention; 0 is a model without it.
     """
 
     language_model: str
@@ -66,6 +72,8 @@ class Case:
     accumulation: int = 1
     fused: bool = True
     vision_tower: str = "openai/clip-vit-large-patch14-336"
+    tiles: Tiles | None = None
+    crops: int = 0
 
     @property
     def model(self) -> ModelConfig:
@@ -75,6 +83,7 @@ class Case:
             language_model=name if "/" in name else f"lmsys/vicuna-{name}-v1.1", vision_tower=self.vision_tower,
             projector_type="linear" if "clip" in self.vision_tower else "mlp2x_gelu",
             quantize=self.quantize, dtype="bfloat16",
+            resolution=CrossAttention(grid=self.crops) if self.crops else self.tiles,
         )  # fmt: skip
 
     @property
@@ -85,7 +94,7 @@ class Case:
     @property
     def supervised(self) -> int:
         """Supervised tokens of a forward pass: all text, as ``estimate`` assumes."""
-        return self.records * (2048 - config_without_weights(self.model).image_seq_length)
+        return self.records * (2048 - image_cost(config_without_weights(self.model), 2048).tokens)
 
 
 PARTS = ("before", "forward", "first half of backward", "second half of backward", "optimizer")
@@ -182,11 +191,12 @@ def _shard(model: Any, mesh: Any) -> Any:
     from accelerate.utils import FullyShardedDataParallelPlugin
     from torch.distributed.fsdp import MixedPrecisionPolicy
 
-    half = torch.bfloat16
+    half, names = torch.bfloat16, {type(module).__name__ for module in model.modules()}
+    crossed = {CrossAttentionLayer.__name__} & names
     plugin = FullyShardedDataParallelPlugin(
         fsdp_version=2,
         auto_wrap_policy="transformer_based_wrap",
-        transformer_cls_names_to_wrap=[type(model.get_decoder().layers[0]).__name__],
+        transformer_cls_names_to_wrap=[type(model.get_decoder().layers[0]).__name__, *crossed],
         reshard_after_forward=True,
         mixed_precision_policy=MixedPrecisionPolicy(param_dtype=half, reduce_dtype=half, output_dtype=None),
     )
@@ -249,20 +259,35 @@ class Step:
     def _batch(self) -> dict[str, Any]:
         tokens = sum(self.case.lengths)
         side = self.model.config.vision_config.image_size
-        patches = self.case.records * self.model.config.image_seq_length
+        cost = image_cost(self.model.config, 2048)
+        patches = self.case.records * cost.tokens
         if self.packs:
             shape, arguments = (1, tokens), packed_arguments(self.case.lengths, self.model, torch.device("cpu"))
         else:
             shape = (self.case.records, tokens // self.case.records)
             arguments = {"attention_mask": torch.ones(shape, dtype=torch.long)}
+        if self.case.crops:
+            conversations = zip(range(0, tokens, 2048), self.case.lengths, [[0]] * self.case.records, strict=True)
+            arguments["detail_values"] = torch.zeros(self.case.records, self.case.crops**2, 3, side, side)
+            arguments["details"] = ImageDetails(detail_segments(conversations))
         return {
             "input_ids": torch.zeros(shape, dtype=torch.long),
             "targets": torch.zeros(shape, dtype=torch.long),
-            "pixel_values": torch.zeros(self.case.records, 3, side, side),
+            "pixel_values": torch.zeros(self.case.records * cost.views, 3, side, side),
+            **self._layouts(cost),
             "image_places": torch.zeros(patches, dtype=torch.long),
             "supervised_places": torch.zeros(tokens - patches, dtype=torch.long),
             **arguments,
         }
+
+    def _layouts(self, cost: ImageCost) -> dict[str, Any]:
+        if self.case.tiles is None:
+            return {}
+        whole = [(rows, columns) for rows, columns in self.case.tiles.grids if rows * columns == cost.views - 1]
+        side = math.isqrt(cost.projected)
+        layouts = [(rows, columns, rows * side, columns * side) for rows, columns in whole]
+        found = next(one for one in layouts if cost.projected + one[2] * (one[3] + 1) == cost.tokens)
+        return {"image_layouts": [found] * self.case.records}
 
     def _record(self, part: str) -> None:
         self.found[part] = max(self.found[part], float(self.tracker.reset_peak()))

@@ -8,10 +8,11 @@ from functools import cache
 
 import pytest
 
-from llavar_peft import DataConfig, Full, Lora, OptimConfig, Projector, Stage
+from llavar_peft import DataConfig, Full, Lora, OptimConfig, Projector, Stage, Tiles
 from llavar_peft.models.config_without_weights import config_without_weights
 from llavar_peft.preflight.estimate_counts import count_parameters, count_trained
 from llavar_peft.preflight.estimate_memory import Memory, estimate_memory
+from llavar_peft.recipe.schema import Tune
 from tests.gpu_sim.fake_training import Case, track_layers, track_peak, track_peaks
 
 _GIB = 2**30
@@ -65,7 +66,7 @@ MANY_LAYERS = {
 
 _ALL = os.environ.get("LLAVAR_ESTIMATE") == "all"
 _ONLY_ALL = pytest.mark.skipif(not _ALL, reason="takes minutes; LLAVAR_ESTIMATE=all runs it")
-_ALWAYS = ("full, activations kept, on 8", "LoRA, activations kept", "QLoRA on 2 x 8", "int8")
+_ALWAYS = ("full, activations kept, on 8", "LoRA, activations kept", "int8")
 
 
 @cache
@@ -133,11 +134,37 @@ def test_the_estimate_agrees_for_other_models_with_all_layers(name: str) -> None
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("tune", [Projector(), _LORA, Full(train_tower=True)], ids=["projector", "lora", "tower"])
+def test_tiles_are_part_of_the_estimate(tune: Tune) -> None:
+    """Three tiles and the whole image are four images of the tower."""
+    case = Case("7b", tune, records=2, tiles=Tiles(grid=((1, 3),), pool=2))
+    peak = max(track_layers(case, 2).values())
+    assert _estimated(case, layers=2).peak == pytest.approx(peak, rel=0.1), _estimated(case, layers=2)
+
+
+@pytest.mark.slow
 def test_a_trained_tower_is_part_of_the_estimate() -> None:
     case = Case("7b", Full(train_tower=True))
     peak = max(track_layers(case, 2).values())
     assert _estimated(dataclasses.replace(case, tune=Full()), layers=2).peak < 0.85 * peak
     assert _estimated(case, layers=2).peak == pytest.approx(peak, rel=0.1), _estimated(case, layers=2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case("7b", Projector(), records=4, accumulation=2),
+        Case("7b", _LORA, "nf4"),
+        Case("7b", Full(), gpus=8),
+        Case("7b", _LORA, recompute=False),
+    ],
+    ids=["projector", "QLoRA", "full on 8", "LoRA, activations kept"],
+)
+def test_cross_attention_is_part_of_the_estimate(case: Case) -> None:
+    crossed = dataclasses.replace(case, crops=4, vision_tower="openai/clip-vit-large-patch14")
+    peaks = track_layers(crossed, 4)
+    assert _estimated(crossed, layers=4).peak == pytest.approx(max(peaks.values()), rel=0.1), peaks
 
 
 @pytest.mark.slow

@@ -25,6 +25,7 @@ from llavar_peft.errors import ConfigError
 from llavar_peft.inference.batch_decoder import answer_all
 from llavar_peft.inference.chat import Chat
 from llavar_peft.inference.engine import Engine
+from llavar_peft.inference.token_sampling import Sampling
 from llavar_peft.models.adapter_loading import load_adapter
 from llavar_peft.models.merge_adapter import merge_adapter
 from llavar_peft.models.packed_attention import enable_packing
@@ -95,7 +96,8 @@ def full(models: CrossModels) -> Path:
 
 def _logits(model: Any, processor: Any) -> Tensor:
     text = "USER: <image> or <image>? ASSISTANT:"
-    inputs = processor(images=[draw_image(300, 80), draw_image(60, 60)], text=text, return_tensors="pt")
+    images = [draw_image(300, 80), draw_image(60, 60)]
+    inputs = processor(images=images, text=text, return_tensors="pt", image_mode="pad")
     with torch.no_grad():
         logits: Tensor = model(**inputs).logits
     return logits
@@ -150,7 +152,7 @@ def test_an_adapter_contains_the_cross_attention(models: CrossModels, adapter: P
 def test_an_adapter_is_merged_into_the_language_model_of_its_parts(models: CrossModels, tmp_path: Path) -> None:
     adapter = save_tuned(models.parts, LORA, tmp_path / "adapter")
     assert verify_adapter(adapter, base=models.vicuna).base == "fingerprint"
-    merge_adapter(models.vicuna, adapter, tmp_path / "merged")
+    merge_adapter(models.vicuna, adapter, tmp_path / "merged", probe=False)
     expected = _logits(load_adapter(models.parts, adapter), build_model(models.parts)[1])
     torch.testing.assert_close(_open(tmp_path / "merged"), expected, atol=1e-4, rtol=1e-4)
 
@@ -258,8 +260,8 @@ def test_decoding_equals_complete_passes(full: Path) -> None:
     engine = Engine(*build_model(ModelConfig(checkpoint=str(full), dtype="float32")))
     chat, wide, tall = Chat(engine), draw_image(300, 80), draw_image(60, 200)
     shown = (wide, None, [tall, wide])
-    options: Any = {"max_new_tokens": 6, "temperature": 0.0}
-    requests = [chat.request(images, text, **options) for images, text in zip(shown, QUESTIONS, strict=True)]
+    greedy = Sampling(temperature=0.0, max_new_tokens=6)
+    requests = [chat.request(images, text, sampling=greedy) for images, text in zip(shown, QUESTIONS, strict=True)]
     expected = [_greedy(engine.base_model, engine.processor, request, 6) for request in requests]
     for size in (1, 3):
         answers = answer_all(engine, requests, batch_size=size)
@@ -301,7 +303,7 @@ def test_transformers_generates_with_auto_classes(full: Path) -> None:
     )  # fmt: skip
     together = model.generate(**inputs, max_new_tokens=5, do_sample=False)[:, inputs["input_ids"].shape[1] :]
     for row, (size, text) in enumerate((((300, 80), "<image> What?"), ((60, 60), "<image> What is this?"))):
-        request = Chat(engine).request(draw_image(*size), "x", max_new_tokens=5, temperature=0.0)
+        request = Chat(engine).request(draw_image(*size), "x", sampling=Sampling(temperature=0.0, max_new_tokens=5))
         ids = processor(images=draw_image(*size), text=text, return_tensors="pt")["input_ids"][0]
         (alone,) = answer_all(engine, [dataclasses.replace(request, ids=ids)])
         assert list(alone.ids) == together[row, : len(alone.ids)].tolist()
@@ -333,6 +335,7 @@ def _save_pix2struct(folder: Path) -> Path:
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["pix2struct", "siglip_vision_model"])
 def test_another_encoder(kind: str, models: CrossModels, tmp_path: Path) -> None:
     folder = _save_pix2struct(tmp_path / kind) if kind == "pix2struct" else save_tower(kind, tmp_path / kind)
@@ -363,7 +366,7 @@ def test_another_encoder(kind: str, models: CrossModels, tmp_path: Path) -> None
     assert not [name for name in open_weights(adapter / "adapter_model.safetensors") if "detail_encoder" in name]
     expected = _logits(load_adapter(config, adapter), processor)
     assert (expected - _logits(*build_model(config))).abs().max() > 1e-4
-    merge_adapter(models.plain, adapter, tmp_path / "merged")
+    merge_adapter(models.plain, adapter, tmp_path / "merged", probe=False)
     torch.testing.assert_close(_open(tmp_path / "merged"), expected, atol=1e-4, rtol=1e-4)
     # A saved model contains the encoder.
     whole, processor = build_model(ModelConfig(checkpoint=str(tmp_path / "merged"), dtype="float32"))

@@ -113,15 +113,6 @@ def test_a_model_with_an_encoder_is_named(tower: Folder, tmp_path: Path) -> None
         build_model(ModelConfig(language_model=str(tmp_path), vision_tower=tower("dinov2")))
 
 
-@pytest.mark.parametrize("kind", ["mamba", "jamba", "qwen3_next"])
-def test_a_model_with_a_state_instead_of_attention_is_named(kind: str, tower: Folder, tmp_path: Path) -> None:
-    """Packed rows would share the state, and batches of rows that join and leave cannot align it."""
-    AutoConfig.for_model(kind).save_pretrained(tmp_path)
-    make_tokenizer("chatml").save_pretrained(tmp_path)
-    with pytest.raises(ConfigError, match=f"state instead of attention .*got '{kind}'"):
-        build_model(ModelConfig(language_model=str(tmp_path), vision_tower=tower("dinov2")))
-
-
 @pytest.mark.parametrize(("kind", "scale"), [("hyperclovax", 0.5), ("granite", 0.0)])
 def test_scaled_logits_that_are_not_known_are_named(kind: str, scale: float, tower: Folder, tmp_path: Path) -> None:
     AutoConfig.for_model(kind, logits_scaling=scale).save_pretrained(tmp_path)

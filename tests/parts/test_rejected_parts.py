@@ -36,9 +36,6 @@ LANGUAGE_MODELS: tuple[tuple[str, str], ...] = (
     ("hrm_text", "a decoder without a list of layers .got HrmTextModel"),
     ("moshi", "embeddings of 32001 rows for a vocabulary of 32000 are not supported .got 'moshi'"),
     ("dory", "its logits are not computed by a head alone .got 'dory'"),
-    ("minimax", "a state instead of attention in its layers is not supported .got 'minimax'"),
-    ("deepseek_v32", "a state instead of attention in its layers is not supported .got 'deepseek_v32'"),
-    ("mamba", "a state instead of attention in its layers is not supported .got 'mamba'"),
 )
 TOWERS: tuple[tuple[str, dict[str, Any], str], ...] = (
     ("swin", {}, "the resolution changes between its layers .got 'swin', with depths"),

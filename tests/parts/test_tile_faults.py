@@ -14,7 +14,19 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from llavar_peft import DataConfig, Full, Lora, ModelConfig, OptimConfig, Recipe, Stage, build_model, export, load_chat
+from llavar_peft import (
+    DataConfig,
+    Full,
+    Lora,
+    ModelConfig,
+    OptimConfig,
+    Recipe,
+    Stage,
+    build_model,
+    cli,
+    export,
+    load_chat,
+)
 from llavar_peft.errors import ConfigError, LlavarError
 from llavar_peft.inference import engine
 from llavar_peft.models import build_model as building
@@ -135,6 +147,12 @@ def test_an_adapter_with_tiles_on_a_built_model_without_is_named(root: Path) -> 
     assert settings.pop("type") == "tiles"
     model, _ = build_model(ModelConfig(checkpoint=str(root / "plain"), resolution=Tiles(**settings)))
     load_adapter(model, root / "tiled_adapter")
+
+
+def test_the_description_of_an_adapter_says_that_it_has_tiles(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name, expected in (("tiled_adapter", True), ("plain_adapter", False)):
+        assert cli.main(["adapter", "show", str(root / name)]) == 0
+        assert (f"{root / 'plain'}, with tiles" in capsys.readouterr().out) == expected
 
 
 def test_adapters_with_different_tiles_are_not_loaded_together(root: Path, tmp_path: Path) -> None:

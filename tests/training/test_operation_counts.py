@@ -11,7 +11,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import CLIPVisionConfig, LlamaConfig
 
-from llavar_peft import Full, Lora, Projector, Recipe, build_model
+from llavar_peft import Full, Lora, ModelConfig, Projector, build_model
 from llavar_peft.inference.batch_decoder import DecodingBatch, Row
 from llavar_peft.inference.engine import Engine
 from llavar_peft.inference.generation_request import Request
@@ -114,8 +114,8 @@ def test_sdpa_in_each_conversation_launches_more() -> None:
     assert many > few + 3 * 3
 
 
-def test_a_decoded_token(tiny_recipe: Recipe) -> None:
-    built, processor = build_model(tiny_recipe.model)
+def test_a_decoded_token(tiny_model: ModelConfig) -> None:
+    built, processor = build_model(tiny_model)
     launched: dict[tuple[int, int], int] = {}
     layers = list(built.get_decoder().layers)
     for depth in (1, len(layers)):

@@ -109,7 +109,7 @@ def _recipes(recipe: Recipe, engine: str, folder: Path) -> dict[str, Recipe]:
             "zero2-nf4": ((lora,), "nf4"),
             "run-int8": ((dataclasses.replace(lora, max_steps=2),), "int8"),
             "run-half": ((dataclasses.replace(keep, tune=LORA),), None),
-            "both-qwen2": ((tied,), None),
+            "run-qwen2": ((tied,), None),
             "zero2-gemma2": ((tied,), None),
             "run-tower": ((dataclasses.replace(sizes, tune=TOWER_LORA, max_steps=2),), None),
             "run-tiles": ((dataclasses.replace(lora, max_steps=2),), None),

@@ -201,6 +201,6 @@ def _get(row: Any, key: str, where: str) -> Any:
 
 
 def _find(among: Mapping[Any, Any], key: Any, where: str, what: str) -> Any:
-    if key not in among:
+    if not isinstance(key, str | int) or key not in among:
         raise DataError.at(where, what, "use files that belong together")
     return among[key]

@@ -19,7 +19,7 @@ HEAD_BIAS = "lm_head.bias"
 TOWER = "model.vision_tower."
 FINAL_NORM = "model.language_model.norm.weight"
 
-EMBEDDING_NAMES = ("embed_tokens", "embed_in", "word_embeddings", "wte", "decoder.embed_tokens")
+EMBEDDING_NAMES = ("embed_tokens", "embed_in", "word_embeddings", "wte", "decoder.embed_tokens", "embeddings")
 """Names of the input embeddings in transformers' decoders, the first of which is LLaMA's."""
 _LAYERS = ("layers", "h", "blocks", "decoder.layers")
 LAYER = re.compile(rf"(?:^|\.)language_model\.(?:{'|'.join(map(re.escape, _LAYERS))})\.(\d{{1,6}})\.")

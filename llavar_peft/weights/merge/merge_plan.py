@@ -72,7 +72,8 @@ def plan_merge(  # noqa: PLR0913 - the options of the merge
         read_tower=read_tower,
         read_language=read_language,
     )
-    tower = {name: entry for name, entry in opened.table.items() if name.startswith(tensor_names.TOWER)}
+    named = ((opened.ours(name) or "", entry) for name, entry in opened.table.items())
+    tower = {name: entry for name, entry in named if name.startswith(tensor_names.TOWER)}
     for one in () if force or not tower else folders if weights is not None else folders[:1]:
         check_adapter_base(one, lambda: take_fingerprint(tower, {}), f"the vision tower of {folder}", role="tower")
     trained, rounding = choose_rounding(folders, onto)

@@ -137,9 +137,11 @@ class MergedTensors:
         self.base, self.adapters, self.weights, self.rounding = base, tuple(adapters), weights, rounding
         overlay = Adapter(Path("projector"), {}, base.overlay)
         check_updates([*adapters, overlay], {base.ours(name): shape for name, shape in base.shapes.items()})
-        if weights is not None and not set(base.shapes) - set(base.table) <= {*base.overlay}:
-            what = "weights need a projector in the base, and a plain language model has none"
-            raise ConfigError.at("weights", what, "omit the weights, or give a whole LLaVAR as base")
+        absent = [name for name in base.shapes if name not in base.table and name not in base.overlay]
+        if weights is not None and absent:
+            what = f"weights need all tensors in the base, which has no {absent[0]}"
+            fix = "omit the weights, or give a whole LLaVAR, with the resolution of the adapters, as base"
+            raise ConfigError.at("weights", what, fix)
 
     def blocks(self, name: str, dtype: str) -> Iterator[Tensor]:
         """Yield the blocks of a tensor after the merge, in the given dtype."""

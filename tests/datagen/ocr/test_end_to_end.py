@@ -21,7 +21,7 @@ pytestmark = pytest.mark.slow
 @pytest.fixture(scope="module")
 def drawn(tmp_path_factory: pytest.TempPathFactory) -> SynthResult:
     settings = SynthSettings(width=800, distort="light", seed=9)
-    return write_synthetic(tmp_path_factory.mktemp("drawn"), 10, settings)
+    return write_synthetic(tmp_path_factory.mktemp("drawn"), 6, settings)
 
 
 def error_rates(drawn: SynthResult, records: Path) -> dict[str, float]:
@@ -48,10 +48,10 @@ def _need(engine: str) -> None:
         pytest.skip("the program tesseract is not installed")
 
 
-# Minimum number of records from 10 slightly turned and shadowed images, mean and maximum character error rate.
-# Measured: RapidOCR 10, 0 and 0; Tesseract 9, 0.036 and 0.28.
+# Minimum number of records from 6 slightly turned and shadowed images, mean and maximum character error rate.
+# Measured: RapidOCR 6, 0 and 0; Tesseract 6, 0.006 and 0.034.
 @pytest.mark.parametrize(
-    ("engine", "least", "mean", "largest"), [("rapidocr", 9, 0.02, 0.1), ("tesseract", 8, 0.1, 0.5)]
+    ("engine", "least", "mean", "largest"), [("rapidocr", 5, 0.02, 0.1), ("tesseract", 5, 0.05, 0.2)]
 )
 def test_documents_become_records(
     engine: str, least: int, mean: float, largest: float, drawn: SynthResult, tmp_path: Path
