@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Final
@@ -40,6 +41,7 @@ class ImageViews:
         patch: Side of a patch in pixels.
         tiles: How images are cut into tiles; None without tiles.
         grid: Rows, and columns, of the crops; None without crops.
+        detail: The image processor of the cross-attention's own encoder; None without one.
     """
 
     mode: ImageMode
@@ -47,6 +49,7 @@ class ImageViews:
     patch: int = 14
     tiles: TileGeometry | None = None
     grid: int | None = None
+    detail: Any = None
 
     @classmethod
     def of_model(cls, processor: Any, mode: ImageMode) -> ImageViews:
@@ -58,7 +61,10 @@ class ImageViews:
         """
         if isinstance(processor, int):
             return cls(mode, processor)
-        return cls(mode, processor, processor.patch_size, processor.tile_geometry, processor.detail_grid)
+        return cls(
+            mode, processor, processor.patch_size, processor.tile_geometry, processor.detail_grid,
+            processor.detail_processor,
+        )  # fmt: skip
 
     @property
     def side(self) -> int:
@@ -87,5 +93,24 @@ class ImageViews:
         width, height = kept_size(size, self.patch) if self.mode == "keep" else (self.side, self.side)
         tokens = image_token_count((height, width), self.patch)
         grid = self.grid or 0
-        scale = min(prepared_scale(one, self.mode, self.processor) for one in (size, size[::-1]))
-        return SeenImage(scale * (grid or 1), tokens, 1 + grid * grid)
+        scale = self._scale(size, self.processor) * (grid or 1)
+        if self.detail is None:
+            return SeenImage(scale, tokens, 1 + grid * grid)
+        flat = "flattened_patches" in self.detail.model_input_names
+        own = _flattened_scale(size, self.detail) if flat else self._scale(size, self.detail)
+        return SeenImage(max(scale, own), tokens, 2)
+
+    def _scale(self, size: tuple[int, int], processor: Any) -> float:
+        return min(prepared_scale(one, self.mode, processor) for one in (size, size[::-1]))
+
+
+def _flattened_scale(size: tuple[int, int], processor: Any) -> float:
+    """Return the factor of Pix2Struct, which resizes an image to as many whole patches as are allowed."""
+    patch = processor.patch_size["height"], processor.patch_size["width"]
+    lengths = size[::-1]
+    scale = math.sqrt(processor.max_patches * math.prod(patch) / math.prod(lengths))
+    counts = [
+        max(1, min(math.floor(scale * length / side), processor.max_patches))
+        for length, side in zip(lengths, patch, strict=True)
+    ]
+    return min(count * side / length for count, side, length in zip(counts, patch, lengths, strict=True))

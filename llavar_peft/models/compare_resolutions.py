@@ -188,6 +188,8 @@ def _views_with(views: ImageViews, resolution: Tiles | CrossAttention | None) ->
         return replace(views, mode=mode, tiles=geometry, grid=None)
     if resolution is None:
         return replace(views, tiles=None, grid=None)
+    if resolution.encoder != CrossAttention.encoder:
+        return views  # those of a model with an encoder of its own
     return replace(views, mode=mode, tiles=None, grid=resolution.grid)
 
 

@@ -12,7 +12,7 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from PIL import Image
 from torch import Tensor
-from transformers import CLIPImageProcessorPil
+from transformers import CLIPImageProcessorPil, Pix2StructImageProcessor
 
 from llavar_peft.data.image_views import ImageViews
 from llavar_peft.data.prepared_images import PreparedImage
@@ -30,11 +30,12 @@ SIGLIP = CLIPImageProcessorPil(
 SHAPES = [(56, 56), (57, 55), (400, 300), (300, 400), (4000, 300), (300, 4000), (90, 1200), (30, 20), (1000, 999)]
 
 
-def a_processor(tiles: Tiles | None = None, grid: int | None = None, images: Any = CLIP) -> Any:
+def a_processor(tiles: Tiles | None = None, grid: int | None = None, images: Any = CLIP, detail: Any = None) -> Any:
     geometry = None if tiles is None else TileGeometry(tiles.grids, SIDE, PATCH, tiles.pool, tiles.max_image_tokens)
     return SimpleNamespace(
-        image_processor=images, patch_size=PATCH, image_side=SIDE, tile_geometry=geometry, detail_grid=grid
-    )
+        image_processor=images, patch_size=PATCH, image_side=SIDE, tile_geometry=geometry, detail_grid=grid,
+        detail_processor=detail,
+    )  # fmt: skip
 
 
 def square_on(size: tuple[int, int]) -> tuple[Image.Image, int]:
@@ -60,6 +61,8 @@ def largest(prepared: PreparedImage) -> int:
     if prepared.layout is not None:
         rows, columns = prepared.layout[:2]
         return max(lower_side(prepared.pixels[0]), lower_side(joined(prepared.pixels[1:], rows, columns)))
+    if prepared.detail is not None and prepared.detail.ndim == 3:
+        return max(lower_side(prepared.pixels), lower_side(prepared.detail))
     if prepared.detail is not None:
         grid = round(len(prepared.detail) ** 0.5)
         return max(lower_side(prepared.pixels), lower_side(joined(prepared.detail, grid, grid)))
@@ -70,7 +73,7 @@ def check(size: tuple[int, int], mode: ImageMode, processor: Any) -> None:
     image, length = square_on(size)
     prepared = PreparedImage.prepare(image, mode, processor)
     (seen,) = ImageViews.of_model(processor, mode).seen([size])
-    crops = 0 if prepared.detail is None else len(prepared.detail)
+    crops = 0 if prepared.detail is None else 1 if prepared.detail.ndim == 3 else len(prepared.detail)
     assert seen.tokens == prepared.tokens
     assert seen.views == (len(prepared.pixels) if prepared.layout else 1 + crops)
     # A side is rounded to whole pixels, twice where the image is resized before it is padded.
@@ -98,6 +101,22 @@ def test_tiles(size: tuple[int, int], tiles: Tiles) -> None:
 @pytest.mark.parametrize(("grid", "mode"), [(2, "pad"), (3, "pad_black"), (4, "square")])
 def test_crops(size: tuple[int, int], grid: int, mode: ImageMode) -> None:
     check(size, mode, a_processor(grid=grid))
+
+
+@pytest.mark.parametrize("size", SHAPES)
+def test_an_encoder_of_its_own(size: tuple[int, int]) -> None:
+    larger = CLIPImageProcessorPil(
+        size={"shortest_edge": 3 * SIDE}, crop_size=3 * SIDE, image_mean=[0.5] * 3, image_std=[0.5] * 3
+    )
+    check(size, "pad", a_processor(detail=larger))
+    pix2struct = Pix2StructImageProcessor(max_patches=200)
+    processor = a_processor(detail=pix2struct)
+    patches = PreparedImage.prepare(Image.new("RGB", size), "pad", processor).detail
+    assert patches is not None
+    rows, columns = (int(patches[:, place].max()) for place in (0, 1))
+    (seen,) = ImageViews.of_model(processor, "pad").seen([size])
+    whole = min(SIDE / side for side in size)
+    assert seen.scale == pytest.approx(max(whole, min(16 * rows / size[1], 16 * columns / size[0])))
 
 
 @hypothesis_settings(max_examples=60)
