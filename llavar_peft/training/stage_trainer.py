@@ -90,7 +90,8 @@ class StageTrainer(TrainerInternals):
     ) -> None:
         self.optimizer: torch.optim.Optimizer | None = None
         self.optimized: list[list[Tensor]] = [[]]
-        check_length(model.get_decoder(), stage.max_length)
+        llavar: Any = model
+        check_length(llavar.get_decoder(), stage.max_length)
         self.packed = stage.packing and enable_packing(model)
         self.stage = stage
         self.dropped = dropped
