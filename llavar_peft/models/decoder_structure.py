@@ -103,8 +103,11 @@ def _input_fault(model: Any) -> str | None:
     base = getattr(model, model.base_model_prefix, None)
     if base is None or type(base) is not MODEL_MAPPING.get(type(config), None):
         return "transformers has no decoder without a head for this language model"
-    if "inputs_embeds" not in signature(type(base).forward).parameters:
+    arguments = signature(type(base).forward).parameters
+    if "inputs_embeds" not in arguments:
         return "a decoder that takes token ids only, and no image features"
+    if not {"cache", "past_key_values"} & set(arguments):  # as RWKV's, whose outputs LLaVA does not understand
+        return "a decoder whose memory of a text is no cache of transformers"
     names = [name for name, module in base.named_modules() if module is embeddings]
     if not names or not tensor_names.is_embeddings(names[0]):
         return "a decoder whose embeddings are not found"

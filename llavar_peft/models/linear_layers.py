@@ -47,9 +47,13 @@ def _is_a_layer(module: nn.Linear) -> bool:
     if not type(module).__module__.startswith("transformers.models."):
         return True
     training, weight = module.training, module.weight
-    with torch.no_grad():
-        output: object = module.eval()(torch.zeros(1, module.in_features, dtype=weight.dtype, device=weight.device))
-    module.train(training)
+    try:
+        with torch.no_grad():
+            output: object = module.eval()(torch.zeros(1, module.in_features, dtype=weight.dtype, device=weight.device))
+    except Exception:  # noqa: BLE001 - without memory, there are no values to choose by
+        return False
+    finally:
+        module.train(training)
     return isinstance(output, torch.Tensor)
 
 

@@ -68,7 +68,10 @@ def keeps_segments_apart(text_config: PretrainedConfig) -> bool:
 def _call(text_config: PretrainedConfig) -> None:
     """Call a decoder without memory on a packed row."""
     with torch.device("meta"):
-        decoder: Any = AutoModel.from_config(text_config, dtype=torch.float32, trust_remote_code=False)
+        # Any attention can be built but flash-attention, which needs its package and half precision.
+        decoder: Any = AutoModel.from_config(
+            text_config, dtype=torch.float32, attn_implementation="eager", trust_remote_code=False
+        )
         verbosity = hf_logging.get_verbosity()
         hf_logging.set_verbosity_error()  # it warns about decoders that have an attention of their own
         decoder.set_attn_implementation(_PROBE)

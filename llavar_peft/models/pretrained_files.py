@@ -89,11 +89,20 @@ def make_part_settings(fields: Any, folder: Path, *, default: str) -> Pretrained
     if kind == "clip_vision_model":
         return make_settings(CLIPVisionConfig, fields, folder)
     try:
-        config: PretrainedConfig = AutoConfig.for_model(**{**fields, "model_type": kind})
+        config: PretrainedConfig = AutoConfig.for_model(**{**_with_special_floats(fields), "model_type": kind})
     except Exception as error:  # transformers passes on whatever a damaged file causes
         raise unreadable_settings(folder, f"configuration of the kind {kind}", error) from error
     check_sizes(config, folder)
     return config
+
+
+def _with_special_floats(value: Any) -> Any:
+    """Return settings with the floats that JSON has not, which transformers writes as ``{"__float__": "Infinity"}``."""
+    if isinstance(value, Mapping):
+        if value.keys() == {"__float__"}:
+            return float(value["__float__"])
+        return {name: _with_special_floats(one) for name, one in value.items()}
+    return [_with_special_floats(one) for one in value] if isinstance(value, list) else value
 
 
 def unreadable_settings(folder: Path, what: str, error: Exception) -> LlavarError:

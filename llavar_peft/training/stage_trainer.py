@@ -90,8 +90,8 @@ class StageTrainer(TrainerInternals):
     ) -> None:
         self.optimizer: torch.optim.Optimizer | None = None
         self.optimized: list[list[Tensor]] = [[]]
-        decoder: Any = model.get_decoder()  # type: ignore[operator]
-        check_length(decoder, stage.max_length)
+        llavar: Any = model
+        check_length(llavar.get_decoder(), stage.max_length)
         self.packed = stage.packing and enable_packing(model)
         self.stage = stage
         self.dropped = dropped

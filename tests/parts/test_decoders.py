@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+from transformers import AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from llavar_peft import Full, Lora, ModelConfig, build_model, export, load_adapter, merge_adapter
@@ -23,6 +23,9 @@ from llavar_peft.inference.batch_decoder import answer_all
 from llavar_peft.inference.engine import Engine
 from llavar_peft.inference.generation_request import PromptImage, Request
 from llavar_peft.inference.token_sampling import Sampling
+from llavar_peft.models.chunked_loss import summed_cross_entropy
+from llavar_peft.models.decoder_structure import check_length, check_linear
+from llavar_peft.models.linear_layers import choose_targets, find_linear_layers
 from llavar_peft.models.packed_attention import disable_packing, enable_packing, packed_arguments
 from llavar_peft.models.packing_probe import keeps_segments_apart
 from llavar_peft.models.tuning import apply_tuning
@@ -72,6 +75,49 @@ def test_what_parts_promise(kind: str, tower: Folder, tmp_path: Path) -> None:
 def test_rows_are_padded_where_a_decoder_would_mix_conversations(kind: str) -> None:
     """Attention of its own; layers that lose arguments; a mask of its own; a state. The first two were packed."""
     assert not keeps_segments_apart(make_config(kind))
+
+
+@pytest.mark.parametrize(
+    ("kind", "matrix"),
+    [("mixtral", "experts.gate_up_proj"), ("falcon", "dense_h_to_4h"), ("gpt2", "c_fc"), ("qwen2", None)],
+)
+def test_a_format_that_would_leave_matrices_as_they_are_is_rejected(kind: str, matrix: str | None) -> None:
+    if matrix is None:
+        check_linear(make_config(kind), "nf4")
+        return
+    with pytest.raises(ConfigError, match=f"nf4 quantizes linear layers only.*{kind}.*{matrix}"):
+        check_linear(make_config(kind), "nf4")
+
+
+def test_adapters_are_added_neither_to_routers_nor_to_experts() -> None:
+    """Phi's routers are linear layers that return a choice of experts."""
+    with torch.device("meta"):
+        decoder = AutoModel.from_config(make_config("phimoe"))
+    blocks = find_linear_layers(decoder)
+    assert list(blocks) == ["self_attn"]
+    with pytest.raises(ConfigError, match=r"no linear layers of the language model belong to this group .got 'mlp'"):
+        choose_targets(Lora(target="mlp"), blocks)
+
+
+def test_records_that_are_longer_than_the_learned_positions_are_rejected() -> None:
+    with torch.device("meta"):
+        learned, rotary = (AutoModel.from_config(make_config(kind)) for kind in ("opt", "gpt_neox"))
+    check_length(learned, 512)
+    check_length(rotary, 5000)
+    with pytest.raises(ConfigError, match=r"'opt' has learned positions for .got 513, expected at most 512"):
+        check_length(learned, 513)
+
+
+def test_the_loss_of_a_head_with_a_bias_is_that_of_cross_entropy() -> None:
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(7, 5, requires_grad=True), torch.randn(11, 5, requires_grad=True)
+    bias, targets = torch.randn(11, requires_grad=True), torch.randint(0, 11, (7,))
+    loss = summed_cross_entropy(hidden, weight, targets, bias_V=bias, chunk=3)
+    logits = torch.nn.functional.linear(hidden, weight, bias)
+    expected = torch.nn.functional.cross_entropy(logits, targets, reduction="sum")
+    torch.testing.assert_close(loss, expected)
+    inputs = (hidden, weight, bias)
+    torch.testing.assert_close(torch.autograd.grad(loss, inputs), torch.autograd.grad(expected, inputs))
 
 
 def _check_decoder(parts: ModelConfig, built: tuple[Any, Any], folder: Path) -> tuple[bool, bool]:

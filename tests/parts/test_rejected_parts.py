@@ -32,6 +32,7 @@ LANGUAGE_MODELS: tuple[tuple[str, str], ...] = (
     ("siglip", "is a vision tower"),
     ("ctrl", "a decoder whose embeddings are not found .got 'ctrl'"),
     ("cpmant", "a decoder that takes token ids only, and no image features .got 'cpmant'"),
+    ("rwkv", "a decoder whose memory of a text is no cache of transformers .got 'rwkv'"),
     ("llama4_text", "transformers has no decoder without a head for this language model .got 'llama4_text'"),
     ("hrm_text", "a decoder without a list of layers .got HrmTextModel"),
     ("moshi", "embeddings of 32001 rows for a vocabulary of 32000 are not supported .got 'moshi'"),

@@ -109,6 +109,8 @@ def check_matching_tensors(base: ReleasedView, other: ReleasedView) -> None:
     fix = "give a base and a target or delta of the same model"
     absent = [name for name in base.table if name not in other.table]
     unexpected = [name for name in other.table if name not in base.table and not _is_added(name)]
+    if absent and unexpected:
+        fix += "; publish a language model as a whole whose files have other names than its modules, as with experts"
     faults = [
         Fault(str(view.folder), f"{len(found)} tensors of {owner.folder} are missing: {join_first(found)}", fix)
         for view, owner, found in ((other, base, absent), (base, other, unexpected))
