@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llavar_peft.errors import ConfigError
-from llavar_peft.recipe import schema
+from llavar_peft.recipe import resolution, schema
 from llavar_peft.recipe.presets import list_recipes, load_recipe, read_recipe
 from llavar_peft.recipe.recipe_yaml import dump_recipe
 from llavar_peft.recipe.schema import DataConfig, Full, Lora, ModelConfig, OptimConfig, Projector, Recipe
@@ -237,4 +237,4 @@ def test_a_recipe_is_shown_as_readable_python(name: str) -> None:
     assert max(map(len, text.splitlines())) <= 100
     assert len(text.splitlines()) <= 60
     assert "shuffle=" not in text  # at its default
-    assert eval(text, vars(schema)) == recipe
+    assert eval(text, vars(schema) | vars(resolution)) == recipe
