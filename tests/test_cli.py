@@ -96,7 +96,7 @@ def test_recipe_show_prints_the_file_itself(capsys: pytest.CaptureFixture[str]) 
         ("qui", ["quickstart"]),
         ("train ti", ["tiny"]),
         ("train --preset ql", ["qlora"]),
-        ("recipe show llavar-7", ["llavar-7b"]),
+        ("recipe show llavar-7", ["llavar-7b", "llavar-7b-highres"]),
         ("ask --quantize i", ["int8"]),
     ],
 )

@@ -67,7 +67,8 @@ def data_check(
             say(str(fault))
         for warning in report.warnings:
             say(f"warning: {warning}")
-        print_resolutions(resolutions, texts)
+        if resolutions is not None or report.clean:  # with faults, that nothing was measured matters least
+            print_resolutions(resolutions, texts)
         say(f"{count_of(len(opened), 'record')}, {count_of(len(report), 'fault')}")
     if not report.clean:
         raise typer.Exit(_INVALID_INPUT)

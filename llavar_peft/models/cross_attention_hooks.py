@@ -85,7 +85,7 @@ def _adds_attention(text_config: Any) -> bool:
             found[module.layer_idx] = (kwargs[DETAIL].residual_BTD, output[0] if isinstance(output, tuple) else output)
 
     with torch.device("meta"), torch.no_grad():
-        skeleton: Any = AutoModel.from_config(text_config).eval()
+        skeleton: Any = AutoModel.from_config(text_config, trust_remote_code=False).eval()
         skeleton.set_attn_implementation("eager")  # flash-attention computes on GPUs only
         layers = list(getattr(skeleton, "layers", ()))
         if not layers or not all(hasattr(layer, "self_attn") for layer in layers):

@@ -113,7 +113,9 @@ def make_encoder(config: LlavarConfig) -> nn.Module | None:
         pix2struct: nn.Module = Pix2StructVisionModel(made)
         return pix2struct
     tower: nn.Module = (
-        LlavarVisionTower(made) if made.model_type == "clip_vision_model" else AutoModel.from_config(made)
+        LlavarVisionTower(made)
+        if made.model_type == "clip_vision_model"
+        else AutoModel.from_config(made, trust_remote_code=False)
     )
     return tower
 

@@ -73,6 +73,8 @@ def _warn_of_small_text(stage: Stage, dataset: TrainingDataset, processor: Llava
     sample = sample_texts(
         dataset.records, dataset.roots_of, indices=dataset.indices.tolist(), count=_TEXTS_MEASURED, seed=seed
     )
+    if not sample.texts:
+        return
     report = compare_resolutions(
         sample.texts,
         ImageViews.of_model(processor, processor.image_mode),

@@ -209,7 +209,7 @@ def _code_in_pickle(folder: Path) -> None:
         (_no_file("config.json"), "config.json"),
         (_no_file("adapter_model.bin"), "no adapter_model"),
         (_config(mm_use_im_start_end=True), "trained with image tokens"),
-        (_config(image_aspect_ratio="anyres"), "image_aspect_ratio: not supported"),
+        (_config(image_aspect_ratio="anyres"), "mm_patch_merge_type: not supported"),
         (_config(mm_projector_type="linear"), "multi_modal_projector"),
         (_config(model_type="llama"), "not the configuration of a LLaVA"),
         (_trained_rows, "besides the projector were trained in full"),

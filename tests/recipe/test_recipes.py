@@ -237,4 +237,4 @@ def test_a_recipe_is_shown_as_readable_python(name: str) -> None:
     assert max(map(len, text.splitlines())) <= 100
     assert len(text.splitlines()) <= 60
     assert "shuffle=" not in text  # at its default
-    assert eval(text, vars(schema) | vars(resolution)) == recipe
+    assert eval(text, {**vars(schema), **vars(resolution)}) == recipe

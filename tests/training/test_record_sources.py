@@ -154,7 +154,7 @@ def test_a_dry_run_takes_the_longest_records_of_all_sources(
 
 
 def test_each_source_is_checked_with_its_own_folder(mixed: DataConfig, tiny_recipe: Recipe, tmp_path: Path) -> None:
-    processor: Any = None  # nothing is encoded
+    processor = build_model(tiny_recipe.model)[1]
     stage = _one_stage(tiny_recipe, mixed, tmp_path / "run").stages[0]
     kept, held = stage_records(stage, processor, seed=0)
     assert sorted([*kept.indices.tolist(), *held.indices.tolist()]) == list(range(18))
@@ -177,7 +177,7 @@ def test_each_source_is_checked_with_its_own_folder(mixed: DataConfig, tiny_reci
 def test_a_changed_source_is_found_when_a_run_is_resumed(
     mixed: DataConfig, tiny_recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    processor: Any = None  # nothing is encoded
+    processor = build_model(tiny_recipe.model)[1]
     rows, images = _rows(tiny_recipe)
     features = datasets.Features(
         {"id": datasets.Value("string"), "conversations": TURNS_TYPE, "image": datasets.Image()}
