@@ -273,7 +273,7 @@ class Step:
         return {
             "input_ids": torch.zeros(shape, dtype=torch.long),
             "targets": torch.zeros(shape, dtype=torch.long),
-            "pixel_values": torch.zeros(self.case.records * cost.views, 3, side, side),
+            "pixel_values": torch.zeros(self.case.records * (cost.views - self.case.crops**2), 3, side, side),
             **self._layouts(cost),
             "image_places": torch.zeros(patches, dtype=torch.long),
             "supervised_places": torch.zeros(tokens - patches, dtype=torch.long),
