@@ -6,6 +6,7 @@ All sources are read into one table of named tensors, which is compared with the
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import logging
 from collections.abc import Iterator, Mapping
@@ -109,7 +110,12 @@ def _restore_buffers(model: LlavarForConditionalGeneration) -> None:
     ``from_pretrained`` leaves those without values that a decoder computes when it is made, as Falcon-H1's does.
     """
     with init_empty_weights(include_buffers=False):
-        fresh = AutoModel.from_config(model.config.text_config, dtype=torch.float32, trust_remote_code=False)
+        fresh = AutoModel.from_config(
+            copy.deepcopy(model.config.text_config),  # the argument below is written into it
+            dtype=torch.float32,
+            attn_implementation="eager",
+            trust_remote_code=False,
+        )
     stored, own = fresh.state_dict().keys(), dict(model.model.language_model.named_buffers())
     for name, buffer in fresh.named_buffers():
         if name not in stored and name in own:

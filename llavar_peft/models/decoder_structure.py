@@ -46,7 +46,9 @@ def outline(config: PretrainedConfig, folder: Path) -> Any:
     try:
         changed.pad_token_id = 0  # it may have no row yet, which is checked with those of all other tokens
         with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(changed, dtype=torch.float32, trust_remote_code=False)
+            return AutoModelForCausalLM.from_config(
+                changed, dtype=torch.float32, attn_implementation="eager", trust_remote_code=False
+            )
     except Exception as error:  # transformers passes on whatever the settings cause
         raise unreadable_settings(folder, "language model", error) from error
 
