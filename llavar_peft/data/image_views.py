@@ -113,4 +113,4 @@ def _flattened_scale(size: tuple[int, int], processor: Any) -> float:
         max(1, min(math.floor(scale * length / side), processor.max_patches))
         for length, side in zip(lengths, patch, strict=True)
     ]
-    return min(count * side / length for count, side, length in zip(counts, patch, lengths, strict=True))
+    return min(float(count * side / length) for count, side, length in zip(counts, patch, lengths, strict=True))
