@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from llavar_peft.constants import TOP_K
-from llavar_peft.errors import ConfigError
+from llavar_peft.errors import ConfigError, WeightsError
 
 _SMALLEST = 1e-30
 """Smaller temperatures and shares would be 0 in float32; at this value already, only the most likely token is left."""
@@ -104,6 +104,9 @@ def choose_tokens(
 
     Returns:
         B ids, and their log-probabilities at temperature 1 if any row asks for them.
+
+    Raises:
+        WeightsError: A row that is sampled has no numbers as logits.
     """
     logits_BV = logits_BV.float()
     chosen_B = logits_BV.argmax(dim=-1)
@@ -115,7 +118,14 @@ def choose_tokens(
     logprobs = None
     if any(sampling.logprobs for sampling in samplings):
         logprobs = logits_BV.log_softmax(dim=-1).gather(1, chosen_B[:, None])[:, 0].tolist()
-    return chosen_B.tolist(), logprobs
+    tokens: list[int] = chosen_B.tolist()
+    if min(tokens, default=0) < 0:
+        raise WeightsError.at(
+            "model",
+            "computes logits that are no numbers",
+            "download its config.json and weights again, or use bfloat16",
+        )
+    return tokens, logprobs
 
 
 def _sample(logits_BV: Tensor, samplings: Sequence[Sampling], generators: Sequence[torch.Generator]) -> Tensor:
@@ -144,4 +154,5 @@ def _sample(logits_BV: Tensor, samplings: Sequence[Sampling], generators: Sequen
     uniform_B1 = column([float(torch.rand((), generator=generator)) for generator in generators])
     place_B1 = (upto_BV <= uniform_B1 * mass_B1).sum(dim=-1, keepdim=True)
     place_B1 = place_B1.minimum(kept_BV.sum(dim=-1, keepdim=True) - 1)
-    return ids_BV.gather(1, place_B1)[:, 0]
+    # Without a number among its logits, a row keeps no token: found where the ids are fetched anyway.
+    return ids_BV.gather(1, place_B1.clamp(min=0)).where(place_B1 >= 0, -1)[:, 0]

@@ -118,6 +118,26 @@ def make_config(  # noqa: PLR0913 - the settings of a model
     )
 
 
+def count_needed_layers(feature_layer: object, layers: int) -> int:
+    """Return the number of tower layers to compute for a hidden state; hidden state 0 is the embeddings.
+
+    Args:
+        feature_layer: The hidden state, from a file.
+        layers: Number of layers of the tower.
+
+    Raises:
+        ConfigError: The tower has no such hidden state.
+    """
+    if type(feature_layer) is not int or not -layers <= feature_layer + 1 <= layers + 1:
+        got = ascii(feature_layer)[:80]
+        raise ConfigError.at(
+            "vision_feature_layer",
+            f"no such hidden state (got {got}, expected an integer from {-layers - 1} to {layers})",
+            "use -2, as LLaVAR does, or the value the projector was trained with",
+        )
+    return feature_layer if feature_layer >= 0 else layers + 1 + feature_layer
+
+
 def read_llama_config(described: Mapping[str, Any], folder: Path) -> LlamaConfig:
     """Return the language model's configuration from a parsed ``config.json``.
 

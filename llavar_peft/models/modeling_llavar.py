@@ -30,7 +30,6 @@ from transformers.models.llava.modeling_llava import LlavaCausalLMOutputWithPast
 
 from llavar_peft.compat.weight_conversion import tied_head
 from llavar_peft.constants import IGNORE_INDEX
-from llavar_peft.errors import ConfigError
 from llavar_peft.models.chunked_loss import LossHead, logits_factor
 from llavar_peft.models.cross_attention_hooks import DETAIL, attach_cross_attention
 from llavar_peft.models.detail_encoder import encoder_features, make_encoder
@@ -41,7 +40,7 @@ from llavar_peft.models.detail_features import (
     make_cross_attention,
     make_detail,
 )
-from llavar_peft.models.llavar_config import LlavarConfig
+from llavar_peft.models.llavar_config import LlavarConfig, count_needed_layers
 from llavar_peft.models.pending_weights import PendingWeights
 from llavar_peft.models.rank_agreement import largest_of_ranks
 from llavar_peft.models.vision_tower import LlavarVisionTower, make_projector, tower_features, tower_layers
@@ -286,14 +285,7 @@ class LlavarModel(LlavaModel):
             feature_layer: The hidden state; None is the configured one.
         """
         chosen = self.config.vision_feature_layer if feature_layer is None else feature_layer
-        layers = len(tower_layers(self.vision_tower))
-        if not isinstance(chosen, int) or not -layers <= chosen + 1 <= layers + 1:
-            raise ConfigError.at(
-                "vision_feature_layer",
-                f"no such hidden state (got {chosen}, expected an integer from {-layers - 1} to {layers})",
-                "use -2, as LLaVAR does, or the value the projector was trained with",
-            )
-        return chosen if chosen >= 0 else layers + 1 + chosen
+        return count_needed_layers(chosen, len(tower_layers(self.vision_tower)))
 
     def _missing_projector_calls(self, pixel_values: Tensor | Sequence[Tensor] | None) -> int:
         """Return how often a training batch calls the projector without an image.

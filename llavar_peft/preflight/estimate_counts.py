@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from llavar_peft.errors import ConfigError
 from llavar_peft.models.build_model import expected_shapes
 from llavar_peft.models.linear_layers import Blocks, choose_targets
-from llavar_peft.models.llavar_config import LlavarConfig
+from llavar_peft.models.llavar_config import LlavarConfig, count_needed_layers
 from llavar_peft.models.tuning import TRAINED_ROWS
 from llavar_peft.preflight.estimate_tower import count_trained_tower
 from llavar_peft.recipe.schema import Full, Lora, Projector, Tune
@@ -119,8 +119,7 @@ def count_parameters(config: LlavarConfig, tune: Tune) -> Counts:
 
 def tower_depth(config: LlavarConfig) -> int:
     """Return the number of layers of the vision tower that are computed for the projected hidden state."""
-    layer: int = config.vision_feature_layer
-    return layer if layer >= 0 else int(config.vision_config.num_hidden_layers) + 1 + layer
+    return count_needed_layers(config.vision_feature_layer, int(config.vision_config.num_hidden_layers))
 
 
 def layer_matrices(shapes: Shapes) -> dict[str, tuple[int, int]]:

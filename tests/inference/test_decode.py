@@ -15,7 +15,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 from llavar_peft import Chat, load_chat
-from llavar_peft.errors import ConfigError, DataError
+from llavar_peft.errors import ConfigError, DataError, WeightsError
 from llavar_peft.inference.batch_decoder import DecodingBatch, Row, answer_all
 from llavar_peft.inference.engine import Engine
 from llavar_peft.inference.generation_request import Answer, PromptImage, Request, encode_messages
@@ -274,3 +274,11 @@ def test_greedy_answers_are_the_originals(batch_size: int, shared_dir: Path) -> 
         requests.append(Request(ids=ids, images=[image], sampling=Sampling(temperature=0.0, max_new_tokens=24)))
     answers = chat.answer(requests, batch_size=batch_size)
     assert [list(answer.ids) for answer in answers] == [case["new_ids"] for case in cases]
+
+
+def test_logits_that_are_no_numbers_are_named_where_tokens_are_drawn() -> None:
+    logits_BV = torch.randn(2, 5)
+    logits_BV[1] = torch.nan
+    samplings = [Sampling(temperature=1.0)] * 2
+    with pytest.raises(WeightsError, match="computes logits that are no numbers"):
+        choose_tokens(logits_BV, samplings, [new_generator(one) for one in samplings])
