@@ -103,10 +103,19 @@ def find_shape_faults(parts: Sequence[AdapterPart], settings: Mapping[str, Any],
     if others:
         what = f"{len(others)} modules have updates, and target_modules does not select them: {join_first(others)}"
         yield Fault(where, what, _SAVE_AGAIN)
+    yield from _find_layer_faults(adapted, settings, where)
     for part in parts:
         contradiction = _check_part(part, settings, saved)
         if contradiction is not None:
             yield Fault(f"{where}:{part.module}", contradiction, _SAVE_AGAIN)
+
+
+def _find_layer_faults(adapted: Sequence[str], settings: Mapping[str, Any], where: str) -> Iterator[Fault]:
+    stated = _chosen_layers(settings)
+    unstated = set() if stated is None else _layers(adapted) - stated
+    if unstated:
+        what = f"has updates of {_describe(unstated)}, expected those of layers_to_transform only"
+        yield Fault(where, what, _SAVE_AGAIN)
 
 
 def _find_kind_fault(parts: Sequence[AdapterPart], settings: Mapping[str, Any], where: str) -> Fault | None:
@@ -218,11 +227,16 @@ def _expected_modules(settings: Mapping[str, Any], base: Mapping[str, Shape], wh
     """Return the modules of a base that are to be adapted according to the settings."""
     modules = [name.removesuffix(".weight") for name in base if name.endswith(".weight")]
     found = target_names(settings, modules, where)
+    layers = _chosen_layers(settings)
+    return found if layers is None else [module for module in found if _layers([module]) <= layers]
+
+
+def _chosen_layers(settings: Mapping[str, Any]) -> set[int] | None:
+    """Return the layers that the settings name; None for all."""
     chosen = settings.get("layers_to_transform")
     if chosen is None:
-        return found
-    layers = {chosen} if isinstance(chosen, int) else set(chosen)
-    return [module for module in found if _layers([module]) <= layers]
+        return None
+    return {chosen} if isinstance(chosen, int) else set(chosen)
 
 
 def _layers(modules: Iterable[str]) -> set[int]:
