@@ -51,18 +51,14 @@ def eval_vqa(
         typer.Option("--metric", help="A scoring protocol. Repeat the option for several. Default: all that apply."),
     ] = None,
     image_mode: shared.ImageModeOption = None,
-    prompt: Annotated[
-        str, typer.Option("--prompt", help="The prompt, in which {question} is replaced by the question.")
-    ] = "{question}",
+    prompt: evaluated.PromptOption = "{question}",
     temperature: VqaTemperature = None,
     greedy: shared.GreedyOption = False,
     max_new_tokens: shared.MaxNewTokensOption = _VQA_TOKENS,
     batch_size: evaluated.BatchSizeOption = 8,
     seed: evaluated.SamplingSeedOption = 0,
-    limit: Annotated[int | None, typer.Option("--limit", min=1, help="Use only this many questions.")] = None,
-    split: Annotated[
-        str | None, typer.Option("--split", help="Use only the questions of this split: train, val or test.")
-    ] = None,
+    limit: evaluated.LimitOption = None,
+    split: evaluated.SplitOption = None,
     heights: Annotated[
         Path | None,
         typer.Option(

@@ -20,6 +20,13 @@ if TYPE_CHECKING:
 BatchSizeOption: TypeAlias = Annotated[
     int, typer.Option("--batch-size", min=1, help="Number of questions answered at the same time.")
 ]
+PromptOption: TypeAlias = Annotated[
+    str, typer.Option("--prompt", help="The prompt, in which {question} is replaced by the question.")
+]
+LimitOption: TypeAlias = Annotated[int | None, typer.Option("--limit", min=1, help="Use only this many questions.")]
+SplitOption: TypeAlias = Annotated[
+    str | None, typer.Option("--split", help="Use only the questions of this split: train, val or test.")
+]
 SamplingSeedOption: TypeAlias = Annotated[int, typer.Option("--seed", min=0, help="Seed of the sampling.")]
 EvaluatedModelOption: TypeAlias = Annotated[
     Path | None, typer.Option("--model", help="The folder of the checkpoint, adapter or run to evaluate.")

@@ -101,19 +101,15 @@ def eval_heights(
         str, typer.Option("--metric", help="The scoring protocol. Default: the paper's.")
     ] = "multimodalocr",
     image_mode: shared.ImageModeOption = None,
-    prompt: Annotated[
-        str, typer.Option("--prompt", help="The prompt, in which {question} is replaced by the question.")
-    ] = "{question}",
+    prompt: evaluated.PromptOption = "{question}",
     temperature: Annotated[
         float, typer.Option("--temperature", min=0.0, help="Sampling temperature; 0 takes the most probable token.")
     ] = 0.0,
     max_new_tokens: shared.MaxNewTokensOption = 256,
     batch_size: evaluated.BatchSizeOption = 8,
     seed: evaluated.SamplingSeedOption = 0,
-    limit: Annotated[int | None, typer.Option("--limit", min=1, help="Use only this many questions.")] = None,
-    split: Annotated[
-        str | None, typer.Option("--split", help="Use only the questions of this split: train, val or test.")
-    ] = None,
+    limit: evaluated.LimitOption = None,
+    split: evaluated.SplitOption = None,
     workers: shared.WorkersOption = None,
     out: Annotated[
         Path, typer.Option("--out", help="The figures to write (.json). Their page and the answers are next to them.")

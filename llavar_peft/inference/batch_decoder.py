@@ -10,7 +10,7 @@ Shape suffixes: B rows, T tokens, W width of the cache, D language model width, 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import accumulate, groupby
 from typing import Any
 
@@ -22,6 +22,7 @@ from transformers import DynamicCache
 from llavar_peft.errors import DataError
 from llavar_peft.inference.engine import Engine
 from llavar_peft.inference.generation_request import Answer, FinishReason, Prefix, Request, inputs_of_images
+from llavar_peft.inference.row_cache import cache_layers, join_caches, make_cache
 from llavar_peft.inference.text_stream import TextStream
 from llavar_peft.inference.token_sampling import choose_tokens, new_generator
 from llavar_peft.models.cross_attention import detail_segments
@@ -117,7 +118,7 @@ class DecodingBatch:
         self.rows: list[Row] = []
         self._engine = engine
         self._adapter = adapter
-        self._cache = _make_cache(())
+        self._cache = make_cache(())
         self._mask_BW = torch.zeros(0, 0, dtype=torch.int64, device=engine.device)
 
     def join(self, rows: Sequence[Row]) -> None:
@@ -135,7 +136,7 @@ class DecodingBatch:
         with self._engine.no_grad():
             for group in ([fresh] if fresh else []) + [[row] for row in rows if row.request.prefix is not None]:
                 cache, mask_BW, logits_BV = self._compute_prompts([row.request for row in group])
-                self._cache, self._mask_BW = _join_caches(self._cache, self._mask_BW, cache, mask_BW)
+                self._cache, self._mask_BW = join_caches(self._cache, self._mask_BW, cache, mask_BW)
                 self.rows += group
                 self._append_tokens(logits_BV, first=len(self.rows) - len(group))
 
@@ -193,7 +194,7 @@ class DecodingBatch:
         width = int(lengths.max())
         columns = torch.arange(width, device=self._engine.device)
         mask_BW = (columns[None] >= width - lengths[:, None]).long()
-        cache = _make_cache(prefix.layers if prefix is not None else ())
+        cache = make_cache(prefix.layers if prefix is not None else ())
         if self._engine.training:
             inputs = self._encode_prompts(requests, width)
         else:
@@ -286,14 +287,14 @@ class DecodingBatch:
         if self._engine.keeps_state:
             return
         if not kept:
-            self._cache, self._mask_BW = _make_cache(()), self._mask_BW[:0, :0]
+            self._cache, self._mask_BW = make_cache(()), self._mask_BW[:0, :0]
             return
         chosen = torch.tensor(kept, device=self._mask_BW.device)
         self._mask_BW = self._mask_BW[chosen]
         empty = int(self._mask_BW.any(dim=0).long().argmax())  # columns that only dropped rows used
         self._mask_BW = self._mask_BW[:, empty:]
-        self._cache = _make_cache(
-            (keys[chosen, :, empty:], values[chosen, :, empty:]) for keys, values in _cache_layers(self._cache)
+        self._cache = make_cache(
+            (keys[chosen, :, empty:], values[chosen, :, empty:]) for keys, values in cache_layers(self._cache)
         )
 
     def _extract_prefix(self, index: int) -> Prefix:
@@ -305,7 +306,7 @@ class DecodingBatch:
             part = tensor[index : index + 1, :, -len(known) :]
             return part if alone else part.clone()
 
-        layers = tuple((extract(keys), extract(values)) for keys, values in _cache_layers(self._cache))
+        layers = tuple((extract(keys), extract(values)) for keys, values in cache_layers(self._cache))
         return Prefix(known, row.request.images, layers)
 
 
@@ -366,38 +367,3 @@ def _check_request(request: Request, engine: Engine) -> None:
         raise DataError.at(
             "request", f"has {places} image tokens for images of {tokens}", "encode it with its own images"
         )
-
-
-def _cache_layers(cache: DynamicCache) -> list[tuple[Tensor, Tensor]]:
-    """Return keys and values of each layer, ``[B, heads, W, width]``."""
-    return [(layer.keys, layer.values) for layer in cache.layers]
-
-
-def _make_cache(layers: Iterable[tuple[Tensor, Tensor]]) -> DynamicCache:
-    """Return a cache with copies of these keys and values."""
-    cache = DynamicCache()
-    for index, (keys, values) in enumerate(layers):
-        cache.update(keys, values, index)
-    return cache
-
-
-def _join_caches(
-    one: DynamicCache, mask_one: Tensor, two: DynamicCache, mask_two: Tensor
-) -> tuple[DynamicCache, Tensor]:
-    """Append the rows of the second cache to those of the first; the narrower one is padded on the left.
-
-    The masks are ``[B, W]``, 0 at padding.
-    """
-    if not len(mask_one):
-        return two, mask_two
-    width = max(mask_one.shape[1], mask_two.shape[1])
-
-    def joined(first: Tensor, second: Tensor) -> Tensor:
-        return torch.cat([pad(part, (0, 0, width - part.shape[2], 0)) for part in (first, second)])
-
-    layers = (
-        (joined(keys_one, keys_two), joined(values_one, values_two))
-        for (keys_one, values_one), (keys_two, values_two) in zip(_cache_layers(one), _cache_layers(two), strict=True)
-    )
-    masks = [pad(mask, (width - mask.shape[1], 0)) for mask in (mask_one, mask_two)]
-    return _make_cache(layers), torch.cat(masks)

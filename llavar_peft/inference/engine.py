@@ -83,6 +83,14 @@ class Engine:
         return device
 
     @property
+    def quantize(self) -> Quantization | None:
+        """How the language model's linear layers are stored; None for their own format."""
+        stored: Any = getattr(self.base_model.config, "quantization_config", None)
+        if stored is None:
+            return None
+        return "nf4" if stored.load_in_4bit else "int8"
+
+    @property
     def context(self) -> int:
         """The number of positions of the language model; where attention is biased by the distance, there is no end."""
         return int(getattr(self.base_model.config.text_config, "max_position_embeddings", None) or sys.maxsize)

@@ -24,7 +24,6 @@ from typing import Any, Final
 import torch
 from torch import Tensor, nn
 from transformers import LlavaForConditionalGeneration, LlavaModel
-from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.models.llava.modeling_llava import LlavaCausalLMOutputWithPast
 
@@ -36,13 +35,13 @@ from llavar_peft.models.detail_encoder import encoder_features, make_encoder
 from llavar_peft.models.detail_features import (
     CROPS_AT_ONCE,
     ImageDetails,
-    find_segments,
     make_cross_attention,
     make_detail,
 )
+from llavar_peft.models.image_generation import GeneratesFromImages
 from llavar_peft.models.llavar_config import LlavarConfig, count_needed_layers
+from llavar_peft.models.missing_images import missing_projector_calls, zero_through_projector
 from llavar_peft.models.pending_weights import PendingWeights
-from llavar_peft.models.rank_agreement import largest_of_ranks
 from llavar_peft.models.vision_tower import LlavarVisionTower, make_projector, tower_features, tower_layers
 from llavar_peft.types import TileLayout
 
@@ -118,7 +117,7 @@ class LlavarModel(LlavaModel):
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("forward: expected exactly one of input_ids and inputs_embeds")
         in_training = self.training and torch.is_grad_enabled() and inputs_embeds is None
-        missing = self._missing_projector_calls(pixel_values) if in_training else 0
+        missing = missing_projector_calls(pixel_values) if in_training else 0
         embeds_BTD = self.get_input_embeddings()(input_ids) if inputs_embeds is None else inputs_embeds
         if pixel_values is not None:
             features_NPD = self.get_image_features(
@@ -130,7 +129,7 @@ class LlavarModel(LlavaModel):
             features_FD = torch.cat(features_NPD).to(embeds_BTD.device, embeds_BTD.dtype)
             embeds_BTD = self._splice(input_ids, embeds_BTD, features_FD, image_places)
         for _ in range(missing):
-            embeds_BTD = embeds_BTD + self._zero_through_projector()
+            embeds_BTD = embeds_BTD + zero_through_projector(self, through_tower=self._tower_is_trained())
         detail = make_detail(self, input_ids, embeds_BTD, detail_values, details, has_images=pixel_values is not None)
         if detail is not None:
             kwargs[DETAIL] = detail
@@ -287,42 +286,8 @@ class LlavarModel(LlavaModel):
         chosen = self.config.vision_feature_layer if feature_layer is None else feature_layer
         return count_needed_layers(chosen, len(tower_layers(self.vision_tower)))
 
-    def _missing_projector_calls(self, pixel_values: Tensor | Sequence[Tensor] | None) -> int:
-        """Return how often a training batch calls the projector without an image.
 
-        As in the original, the projector's gradient must exist on every rank, whichever rank has images; so must the
-        tower's, if it is trained. ZeRO-3 gathers a module's weights when the module is called, so that every rank has
-        to call tower and projector equally often, whatever number of images and sizes (image mode ``keep``) it has.
-        """
-        if pixel_values is None or isinstance(pixel_values, Tensor):
-            calls = int(pixel_values is not None)
-        else:
-            calls = len({image.shape for image in pixel_values})  # one for each size
-        if is_deepspeed_zero3_enabled():
-            # Before the first call: a rank that waits here would not take part in gathering another rank's modules.
-            calls_of_any = largest_of_ranks(calls)
-            return max(calls_of_any, 1) - calls
-        return 0 if calls else 1
-
-    def _zero_through_projector(self) -> Tensor:
-        """Return a zero that depends on the projector; with ZeRO-3, or if it is trained, on the tower as well."""
-        # With tiles, an image of a single tile, of which a single patch is no padding.
-        tiled = self.config.tiles is not None
-        layouts: list[TileLayout] = [(1, 1, 1, 1)] if tiled else []
-        if is_deepspeed_zero3_enabled() or self._tower_is_trained():
-            size, tower = self.config.vision_config.image_size, next(self.vision_tower.parameters())
-            black_V3HW = torch.zeros(1 + tiled, 3, size, size, dtype=tower.dtype, device=tower.device)
-            features_PD: Tensor = self.get_image_features(black_V3HW, image_layouts=layouts or None).pooler_output[0]
-            return features_PD.sum() * 0.0
-        weight = next(self.multi_modal_projector.parameters())
-        zeros_V1C = torch.zeros(
-            1 + tiled, 1, self.config.vision_config.hidden_size, dtype=weight.dtype, device=weight.device
-        )
-        projected_PD: Tensor = self.multi_modal_projector(zeros_V1C, *([layouts] if tiled else []))[0]
-        return projected_PD.sum() * 0.0
-
-
-class LlavarForConditionalGeneration(LlavaForConditionalGeneration):
+class LlavarForConditionalGeneration(GeneratesFromImages):
     """LLaVAR with its language modeling head.
 
     ``generate``, caches, attention backends, quantization and ``device_map`` are those of ``transformers``.
@@ -334,8 +299,6 @@ class LlavarForConditionalGeneration(LlavaForConditionalGeneration):
     lm_head: nn.Linear
     pending_weights: PendingWeights | None = None
     """Set while parameters are on the device ``meta``, until their values are read (``build_pending_model``)."""
-    _generated: tuple[Tensor, list[Tensor]] | None = None
-    """The crops of the last call of ``generate``, and their features."""
 
     def __init__(self, config: LlavarConfig) -> None:
         super().__init__(config)
@@ -401,44 +364,6 @@ class LlavarForConditionalGeneration(LlavaForConditionalGeneration):
         hidden_SD = hidden_BTD.flatten(0, 1).index_select(0, supervised_places)
         loss = self.lm_head(hidden_SD, targets.flatten().index_select(0, supervised_places))
         return LlavaCausalLMOutputWithPast(loss=loss)
-
-    def generate(self, inputs: Tensor | None = None, generation_config: Any = None, *args: Any, **kwargs: Any) -> Any:
-        """Generate as ``transformers`` does, with tiles one sequence for each prompt.
-
-        Args:
-            inputs: The prompts' ids.
-            generation_config: As the other arguments, those of ``GenerationMixin.generate``.
-            *args: The following ones.
-            **kwargs: By their names.
-
-        Raises:
-            ValueError: Several sequences are asked for: ``transformers`` repeats tensors row by row, and an image with
-                tiles has several rows.
-        """
-        settings = generation_config or self.generation_config
-        for name in ("num_beams", "num_return_sequences"):
-            count = kwargs.get(name, getattr(settings, name)) or 1
-            if count > 1 and kwargs.get("image_layouts") is not None:
-                raise ValueError(f"generate: got {name}={count}, expected 1 with tiles (repeat the prompt instead)")
-        return super().generate(inputs, generation_config, *args, **kwargs)
-
-    def prepare_inputs_for_generation(self, input_ids: Tensor, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """Return the inputs of a step of ``generate``; the features of the crops are computed in the first one.
-
-        Args:
-            input_ids: All tokens so far ``[B, T]``.
-            *args: As in ``LlavaForConditionalGeneration.prepare_inputs_for_generation``.
-            **kwargs: The same.
-        """
-        inputs: dict[str, Any] = super().prepare_inputs_for_generation(input_ids, *args, **kwargs)
-        crops = inputs.pop("detail_values", None)
-        if crops is None:
-            return inputs
-        if self._generated is None or self._generated[0] is not crops:
-            self._generated = crops, self.model.get_detail_features(crops)
-        computed = next(inputs[name] for name in ("input_ids", "inputs_embeds") if inputs.get(name) is not None)
-        segments = find_segments(input_ids, self.config, images=len(crops), last=computed.shape[1])
-        return {**inputs, "details": ImageDetails(segments, self._generated[1])}
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
         """Save under the modules' own names, also where the weights were loaded from the released layout.

@@ -30,6 +30,7 @@ from llavar_peft.data.text_encoder import text_encoder
 from llavar_peft.data.tile_layout import TileGeometry
 from llavar_peft.errors import ConfigError, DataError
 from llavar_peft.models.detail_encoder import image_processor_of
+from llavar_peft.models.prompt_expansion import check_options, expand_prompts, flat_images
 from llavar_peft.models.tower_loading import as_clip_processor, prepared_side
 from llavar_peft.recipe.resolution import CONCAT_CLIP, CrossAttention, Tiles, resolution_from
 from llavar_peft.types import ImageMode, Role, TemplateName
@@ -38,11 +39,6 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 _MODES: Final = get_args(ImageMode)
-# The tokenizer's options that __call__ accepts. Truncation is not one of them: it could cut an image's tokens.
-_TEXT_OPTIONS: Final = frozenset({
-    "padding", "padding_side", "max_length", "pad_to_multiple_of", "return_attention_mask", "return_offsets_mapping",
-    "return_token_type_ids", "verbose",
-})  # fmt: skip
 
 
 class LlavarProcessor(ProcessorMixin):
@@ -206,14 +202,14 @@ class LlavarProcessor(ProcessorMixin):
         """
         if images is None and text is None:
             raise DataError.at("processor", "got neither images nor text", "pass images, text or both")
-        _check_options(options)
+        check_options(options)
         mode = image_mode or self.inference_image_mode
         prompts = [self._collapse(prompt) for prompt in ([text] if isinstance(text, str) else text or ())]
-        prepared = self._prepare(_flat(images), prompts, mode)
+        prepared = self._prepare(flat_images(images), prompts, mode)
         data: dict[str, Any] = {}
         if text is not None:
             blocks = [self._tokens(image.tokens) for image in prepared]
-            expanded, offsets = _expand(prompts, blocks, (add_special_tokens and self.tokenizer.bos_token) or "")
+            expanded, offsets = expand_prompts(prompts, blocks, (add_special_tokens and self.tokenizer.bos_token) or "")
             data.update(self.tokenizer(expanded, add_special_tokens=False, **options))
             if return_text_replacement_offsets:
                 data["text_replacement_offsets"] = offsets
@@ -330,72 +326,3 @@ def _check_mode(name: str, got: str) -> None:
         raise ConfigError.at(
             name, f"unknown image mode (got {got!r}, expected one of {', '.join(_MODES)})", "use one of them"
         )
-
-
-def _check_options(options: dict[str, Any]) -> None:
-    for name in ("audio", "videos"):  # apply_chat_template always passes them
-        if options.pop(name, None):
-            raise DataError.at("processor", f"got {name}, which this model does not support", "remove them")
-    if options.pop("truncation", False):
-        raise DataError.at(
-            "processor", "got truncation, which could cut an image's tokens", "shorten the prompt's text instead"
-        )
-    unknown = sorted(set(options) - _TEXT_OPTIONS)
-    if unknown:
-        raise DataError.at(
-            "processor",
-            f"got unknown options {', '.join(unknown)} (expected some of {', '.join(sorted(_TEXT_OPTIONS))})",
-            "remove them",
-        )
-
-
-def _flat(images: Any) -> list[Image | str]:
-    if images is None:
-        return []
-    if not isinstance(images, list | tuple):
-        return [images]
-    return [image for entry in images for image in _flat(entry)]
-
-
-def _expand(prompts: Sequence[str], blocks: Sequence[str], bos: str) -> tuple[list[str], list[list[dict[str, Any]]]]:
-    """Replace each ``<image>`` by an image's tokens, in order over all prompts, and start each prompt with ``bos``.
-
-    Args:
-        prompts: The texts.
-        blocks: The tokens of each image, as text.
-        bos: The first token's text, or an empty string.
-
-    Returns:
-        The texts, and the replacements in each of them, in the format that ``ProcessorMixin`` reads.
-    """
-    places = sum(prompt.count(IMAGE_PLACEHOLDER) for prompt in prompts)
-    if places != len(blocks):
-        raise DataError.at(
-            "processor",
-            f"expected one image per placeholder (got {len(blocks)} images for {places} {IMAGE_PLACEHOLDER})",
-            f"pass one image for each {IMAGE_PLACEHOLDER}",
-        )
-    remaining = iter(blocks)
-    texts, offsets = [], []
-    for prompt in prompts:
-        first, *rest = prompt.split(IMAGE_PLACEHOLDER)
-        text = "" if prompt.startswith(bos) else bos
-        replaced = [_replacement("", 0, text, 0)] if text else []
-        text, read = text + first, len(first)
-        for part in rest:
-            block = next(remaining)
-            replaced.append(_replacement(IMAGE_PLACEHOLDER, read, block, len(text)))
-            text, read = text + block + part, read + len(IMAGE_PLACEHOLDER) + len(part)
-        texts.append(text)
-        offsets.append(replaced)
-    return texts, offsets
-
-
-def _replacement(old: str, start: int, new: str, new_start: int) -> dict[str, Any]:
-    return {
-        "type": "image",
-        "span": (start, start + len(old)),
-        "new_span": (new_start, new_start + len(new)),
-        "text": old,
-        "replacement": new,
-    }

@@ -10,6 +10,7 @@ tokens where the tower has them), C tower width, D language model width.
 from __future__ import annotations
 
 import inspect
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any
 
@@ -196,7 +197,7 @@ def make_projector(activation: str, width_in: int, width_out: int, tiles: Tiles 
     return projector
 
 
-class ImageProjector(nn.Module):
+class ImageProjector(nn.Module, ABC):
     """What every projector does: project patches, and with tiles pool them first and join the views of each image.
 
     Attributes:
@@ -211,9 +212,9 @@ class ImageProjector(nn.Module):
         super().__init__(*args)
         self.register_parameter("image_newline", None)
 
+    @abstractmethod
     def project(self, features: Tensor) -> Tensor:
         """Return the projected features ``[..., D]`` of features ``[..., C]``."""
-        raise NotImplementedError
 
     def forward(self, features: Tensor, layouts: Sequence[TileLayout] | None = None) -> Any:
         """Project features.

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from llavar_peft import cli, load_chat
+from llavar_peft import ModelConfig, Tiles, build_model, cli, load_chat
 from llavar_peft.evaluation.vqa.scored_results import read_results
 from llavar_peft.weights.adapter.model_hash import identify_model
 from tests.inference.reference import greedy_answers
@@ -134,6 +134,21 @@ def test_other_settings_do_not_resume(
     shutil.copy(done.with_suffix(".answers.jsonl"), out.with_suffix(".answers.jsonl"))
     assert ask(checkpoint, images, out, "--image-mode", "pad_black", "--greedy") == 2
     assert "setting.temperature was 0.9 and is 0.0" in capsys.readouterr().err
+
+
+def test_answers_of_other_storage_or_resolution_are_not_reused(
+    checkpoint: Path, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, tiled = tmp_path / "results.json", tmp_path / "tiled"
+    assert ask(checkpoint, images, out, "--greedy") == 0
+    assert ask(checkpoint, images, out, "--greedy", "--quantize", "nf4") == 2
+    assert "setting.quantize was None and is 'nf4'" in capsys.readouterr().err
+    for number in (1, 2):
+        model, processor = build_model(ModelConfig(checkpoint=str(checkpoint), resolution=Tiles(grid=((1, number),))))
+        model.save_pretrained(tiled)
+        processor.save_pretrained(tiled)
+        assert ask(tiled, images, tmp_path / "tiled.json", "--greedy") == (0 if number == 1 else 2)
+    assert "setting.resolution" in capsys.readouterr().err
 
 
 def test_greedy_is_reported_as_such(

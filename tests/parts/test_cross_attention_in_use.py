@@ -35,7 +35,13 @@ from llavar_peft.weights.adapter.adapter_report import verify_adapter
 from llavar_peft.weights.delta.delta_files import apply_delta, make_delta
 from llavar_peft.weights.io import tensor_names
 from llavar_peft.weights.io.tensor_blocks import open_weights
-from tests.parts.tiled_parts import draw_image, save_llama, save_tuned
+from tests.parts.tiled_parts import (
+    PlainModel,
+    draw_image,
+    logits_of_two_images,
+    save_plain_model,
+    save_tuned,
+)
 from tests.parts.tiny_parts import save_tower
 
 RESOLUTION = CrossAttention(grid=2)
@@ -43,44 +49,19 @@ LORA = Lora(rank=2, alpha=4.0, dropout=0.0)
 QUESTIONS = ("What?", "And this?", "Which of the two is older, and who wrote it?")
 
 
-@dataclasses.dataclass(frozen=True)
-class CrossModels:
-    """Folders of a model without cross-attention, and the settings that add it."""
-
-    vicuna: Path
-    tower: Path
-    plain: Path
-
-    @property
-    def crossed(self) -> ModelConfig:
-        return ModelConfig(checkpoint=str(self.plain), resolution=RESOLUTION, dtype="float32")
-
-    @property
-    def parts(self) -> ModelConfig:
-        return ModelConfig(
-            language_model=str(self.vicuna), vision_tower=str(self.tower), dtype="float32", resolution=RESOLUTION
-        )
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> PlainModel:
+    return save_plain_model(tmp_path_factory.mktemp("cross"), RESOLUTION)
 
 
 @pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> CrossModels:
-    root = tmp_path_factory.mktemp("cross")
-    vicuna, tower = save_llama(root / "vicuna"), save_tower("clip_vision_model", root / "tower")
-    made = CrossModels(vicuna, tower, root / "plain")
-    model, processor = build_model(dataclasses.replace(made.parts, resolution=None))
-    model.save_pretrained(made.plain)
-    processor.save_pretrained(made.plain)
-    return made
-
-
-@pytest.fixture(scope="module")
-def adapter(models: CrossModels) -> Path:
+def adapter(models: PlainModel) -> Path:
     """Return an adapter that was trained with cross-attention on a checkpoint without."""
-    return save_tuned(models.crossed, LORA, models.plain.parent / "adapter")
+    return save_tuned(models.added, LORA, models.plain.parent / "adapter")
 
 
 @pytest.fixture(scope="module")
-def full(models: CrossModels) -> Path:
+def full(models: PlainModel) -> Path:
     """Return a model from parts, trained in full, whose cross-attention matters as much as its other parts."""
     folder = save_tuned(models.parts, Full(), models.plain.parent / "full")
     model, _ = build_model(ModelConfig(checkpoint=str(folder), dtype="float32"))
@@ -94,25 +75,16 @@ def full(models: CrossModels) -> Path:
     return folder
 
 
-def _logits(model: Any, processor: Any) -> Tensor:
-    text = "USER: <image> or <image>? ASSISTANT:"
-    images = [draw_image(300, 80), draw_image(60, 60)]
-    inputs = processor(images=images, text=text, return_tensors="pt", image_mode="pad")
-    with torch.no_grad():
-        logits: Tensor = model(**inputs).logits
-    return logits
-
-
 def _open(folder: Path, **settings: Any) -> Tensor:
-    return _logits(*build_model(ModelConfig(checkpoint=str(folder), dtype="float32", **settings)))
+    return logits_of_two_images(*build_model(ModelConfig(checkpoint=str(folder), dtype="float32", **settings)))
 
 
 def _cross_attention(folder: Path) -> dict[str, Tensor]:
     return {name: one for name, one in open_weights(folder).items() if tensor_names.CROSS_ATTENTION in name}
 
 
-def test_the_untrained_cross_attention_changes_nothing(models: CrossModels) -> None:
-    model, processor = build_model(models.crossed)
+def test_the_untrained_cross_attention_changes_nothing(models: PlainModel) -> None:
+    model, processor = build_model(models.added)
     plain, _ = build_model(ModelConfig(checkpoint=str(models.plain), dtype="float32"))
     text = "USER: <image> or <image>? ASSISTANT:"
     inputs = processor(images=[draw_image(300, 80), draw_image(60, 60)], text=text, return_tensors="pt")
@@ -120,21 +92,21 @@ def test_the_untrained_cross_attention_changes_nothing(models: CrossModels) -> N
         found = model(**inputs).logits
         del inputs["detail_values"]
         assert torch.equal(found, plain(**inputs).logits)
-    again, _ = build_model(models.crossed, seed=1)
+    again, _ = build_model(models.added, seed=1)
     one, other = (made.model.cross_attention.layers[0].q_proj.weight for made in (model, again))
     assert not torch.equal(one, other)
 
 
-def test_an_adapter_contains_the_cross_attention(models: CrossModels, adapter: Path, tmp_path: Path) -> None:
+def test_an_adapter_contains_the_cross_attention(models: PlainModel, adapter: Path, tmp_path: Path) -> None:
     stored = _cross_attention(adapter / "adapter_model.safetensors")
     assert len(stored) == 2 * 6 + 1
-    built, processor = build_model(models.crossed)
-    before = _logits(built, processor)
-    expected = _logits(load_adapter(built, adapter), processor)
+    built, processor = build_model(models.added)
+    before = logits_of_two_images(built, processor)
+    expected = logits_of_two_images(load_adapter(built, adapter), processor)
     assert (expected - before).abs().max() > 1e-3
     for model, folder in ((adapter, None), (models.plain, adapter)):
         engine = load_chat(model, folder, dtype="float32").engine
-        assert torch.equal(_logits(engine.model, engine.processor), expected)
+        assert torch.equal(logits_of_two_images(engine.model, engine.processor), expected)
     assert verify_adapter(adapter, base=models.plain).base == "fingerprint"
 
     report = merge_adapter(models.plain, adapter, tmp_path / "merged")
@@ -149,16 +121,16 @@ def test_an_adapter_contains_the_cross_attention(models: CrossModels, adapter: P
     assert torch.equal(_open(tmp_path / "ours"), _open(tmp_path / "merged"))
 
 
-def test_an_adapter_is_merged_into_the_language_model_of_its_parts(models: CrossModels, tmp_path: Path) -> None:
+def test_an_adapter_is_merged_into_the_language_model_of_its_parts(models: PlainModel, tmp_path: Path) -> None:
     adapter = save_tuned(models.parts, LORA, tmp_path / "adapter")
     assert verify_adapter(adapter, base=models.vicuna).base == "fingerprint"
     merge_adapter(models.vicuna, adapter, tmp_path / "merged", probe=False)
-    expected = _logits(load_adapter(models.parts, adapter), build_model(models.parts)[1])
+    expected = logits_of_two_images(load_adapter(models.parts, adapter), build_model(models.parts)[1])
     torch.testing.assert_close(_open(tmp_path / "merged"), expected, atol=1e-4, rtol=1e-4)
 
 
 def test_a_delta_contains_the_cross_attention_itself(
-    models: CrossModels, full: Path, adapter: Path, tmp_path: Path
+    models: PlainModel, full: Path, adapter: Path, tmp_path: Path
 ) -> None:
     make_delta(models.vicuna, full, tmp_path / "delta")
     apply_delta(models.vicuna, tmp_path / "delta", tmp_path / "applied")
@@ -173,16 +145,16 @@ def test_a_delta_contains_the_cross_attention_itself(
 
     make_delta(models.vicuna, models.plain, tmp_path / "of adapter", adapter=adapter)
     apply_delta(models.vicuna, tmp_path / "of adapter", tmp_path / "with adapter")
-    expected = _logits(load_adapter(models.plain, adapter), build_model(models.crossed)[1])
+    expected = logits_of_two_images(load_adapter(models.plain, adapter), build_model(models.added)[1])
     found = _open(tmp_path / "with adapter", vision_tower=str(models.tower))
     torch.testing.assert_close(found, expected, atol=5e-3, rtol=5e-3)
 
 
-def test_a_projector_file_contains_the_cross_attention(models: CrossModels, tmp_path: Path) -> None:
+def test_a_projector_file_contains_the_cross_attention(models: PlainModel, tmp_path: Path) -> None:
     trained = save_tuned(models.parts, Projector(), tmp_path / "stage1")
     for file in ("mm_projector.bin", "mm_projector.safetensors"):
         again, processor = build_model(dataclasses.replace(models.parts, projector=str(trained / file)))
-        assert torch.equal(_logits(again, processor), _open(trained))
+        assert torch.equal(logits_of_two_images(again, processor), _open(trained))
     plain = dataclasses.replace(models.parts, resolution=None)
     with pytest.raises(Exception, match=r"cross_attention"):
         build_model(dataclasses.replace(plain, projector=str(trained / "mm_projector.bin")))
@@ -212,7 +184,7 @@ def _dataset(processor: Any, root: Path) -> TrainingDataset:
 
 @pytest.mark.parametrize("tune", [Projector(), LORA], ids=["projector", "lora"])
 def test_batches_of_all_kinds_give_the_same_gradients(
-    tune: Any, models: CrossModels, full: Path, tmp_path: Path
+    tune: Any, models: PlainModel, full: Path, tmp_path: Path
 ) -> None:
     """Padded rows, where the model has to find the images, and where it is told; a packed row, whole and in passes."""
     model, processor = build_model(ModelConfig(checkpoint=str(full), dtype="float32"))
@@ -316,7 +288,7 @@ def test_the_cross_attention_is_not_quantized(full: Path) -> None:
     assert type(model.model.language_model.layers[0].mlp.up_proj).__name__ == "Linear4bit"
     stored = _cross_attention(full)
     assert all(torch.equal(one, model.state_dict()[name]) for name, one in stored.items())
-    assert torch.isfinite(_logits(model, processor)).all()
+    assert torch.isfinite(logits_of_two_images(model, processor)).all()
 
 
 def _save_pix2struct(folder: Path) -> Path:
@@ -337,9 +309,9 @@ def _save_pix2struct(folder: Path) -> Path:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["pix2struct", "siglip_vision_model"])
-def test_another_encoder(kind: str, models: CrossModels, tmp_path: Path) -> None:
+def test_another_encoder(kind: str, models: PlainModel, tmp_path: Path) -> None:
     folder = _save_pix2struct(tmp_path / kind) if kind == "pix2struct" else save_tower(kind, tmp_path / kind)
-    config = dataclasses.replace(models.crossed, resolution=CrossAttention(encoder=str(folder)))
+    config = dataclasses.replace(models.added, resolution=CrossAttention(encoder=str(folder)))
     model, processor = build_model(config)
     plain, _ = build_model(ModelConfig(checkpoint=str(models.plain), dtype="float32"))
     inputs = processor(
@@ -364,8 +336,8 @@ def test_another_encoder(kind: str, models: CrossModels, tmp_path: Path) -> None
 
     adapter = save_tuned(config, LORA, tmp_path / "adapter")
     assert not [name for name in open_weights(adapter / "adapter_model.safetensors") if "detail_encoder" in name]
-    expected = _logits(load_adapter(config, adapter), processor)
-    assert (expected - _logits(*build_model(config))).abs().max() > 1e-4
+    expected = logits_of_two_images(load_adapter(config, adapter), processor)
+    assert (expected - logits_of_two_images(*build_model(config))).abs().max() > 1e-4
     merge_adapter(models.plain, adapter, tmp_path / "merged", probe=False)
     torch.testing.assert_close(_open(tmp_path / "merged"), expected, atol=1e-4, rtol=1e-4)
     # A saved model contains the encoder.
@@ -373,12 +345,12 @@ def test_another_encoder(kind: str, models: CrossModels, tmp_path: Path) -> None
     whole.save_pretrained(tmp_path / "whole")
     processor.save_pretrained(tmp_path / "whole")
     folder.rename(tmp_path / "elsewhere")
-    assert torch.equal(_open(tmp_path / "whole"), _logits(whole, processor))
+    assert torch.equal(_open(tmp_path / "whole"), logits_of_two_images(whole, processor))
     with pytest.raises(ConfigError, match=r"model\.resolution\.encoder: no such folder"):
         build_model(config)
 
 
-def test_what_does_not_fit_is_rejected(models: CrossModels, adapter: Path, full: Path) -> None:
+def test_what_does_not_fit_is_rejected(models: PlainModel, adapter: Path, full: Path) -> None:
     plain, _ = build_model(ModelConfig(checkpoint=str(models.plain), dtype="float32"))
     with pytest.raises(ConfigError, match="was trained on a model that has a cross-attention, and this one reads the"):
         load_adapter(plain, adapter)

@@ -33,52 +33,35 @@ from llavar_peft.weights.delta.delta_files import apply_delta, make_delta
 from llavar_peft.weights.io import tensor_names
 from llavar_peft.weights.io.projector_file import read_projector
 from llavar_peft.weights.io.tensor_blocks import open_weights
-from tests.parts.tiled_parts import draw_image, open_stock, save_llama, save_llava_next, save_tuned, stock_inputs
-from tests.parts.tiny_parts import save_tower
+from tests.parts.tiled_parts import (
+    PlainModel,
+    draw_image,
+    logits_of_two_images,
+    open_stock,
+    save_llava_next,
+    save_plain_model,
+    save_tuned,
+    stock_inputs,
+)
 from tests.serving.server import data_url, serving
 
 TILES = Tiles(grid=((1, 2), (2, 1)))
 LORA = Lora(rank=2, alpha=4.0, dropout=0.0)
 
 
-@dataclasses.dataclass(frozen=True)
-class Models:
-    """Folders of a model without tiles, and the settings that add them."""
-
-    vicuna: Path
-    tower: Path
-    plain: Path
-
-    @property
-    def tiled(self) -> ModelConfig:
-        return ModelConfig(checkpoint=str(self.plain), resolution=TILES, dtype="float32")
-
-    @property
-    def parts(self) -> ModelConfig:
-        return ModelConfig(
-            language_model=str(self.vicuna), vision_tower=str(self.tower), dtype="float32", resolution=TILES
-        )
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> PlainModel:
+    return save_plain_model(tmp_path_factory.mktemp("tiles"), TILES)
 
 
 @pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> Models:
-    root = tmp_path_factory.mktemp("tiles")
-    vicuna, tower = save_llama(root / "vicuna"), save_tower("clip_vision_model", root / "tower")
-    made = Models(vicuna, tower, root / "plain")
-    model, processor = build_model(dataclasses.replace(made.parts, resolution=None))
-    model.save_pretrained(made.plain)
-    processor.save_pretrained(made.plain)
-    return made
-
-
-@pytest.fixture(scope="module")
-def adapter(models: Models) -> Path:
+def adapter(models: PlainModel) -> Path:
     """Return an adapter that was trained with tiles on a checkpoint without."""
-    return save_tuned(models.tiled, LORA, models.plain.parent / "adapter")
+    return save_tuned(models.added, LORA, models.plain.parent / "adapter")
 
 
 @pytest.fixture(scope="module")
-def full(models: Models) -> Path:
+def full(models: PlainModel) -> Path:
     """Return a model from parts with tiles, trained in full."""
     return save_tuned(models.parts, Full(), models.plain.parent / "full")
 
@@ -87,29 +70,21 @@ def _newline(folder: Path, name: str = tensor_names.NEWLINE) -> Tensor:
     return dict(open_weights(folder))[name]
 
 
-def _logits(model: Any, processor: Any) -> Tensor:
-    text = "USER: <image> or <image>? ASSISTANT:"
-    inputs = processor(images=[draw_image(300, 80), draw_image(60, 60)], text=text, return_tensors="pt")
-    with torch.no_grad():
-        logits: Tensor = model(**inputs).logits
-    return logits
-
-
 def _open(folder: Path, **settings: Any) -> Tensor:
-    return _logits(*build_model(ModelConfig(checkpoint=str(folder), dtype="float32", **settings)))
+    return logits_of_two_images(*build_model(ModelConfig(checkpoint=str(folder), dtype="float32", **settings)))
 
 
-def test_an_adapter_brings_its_tiles_to_a_base_without(models: Models, adapter: Path, tmp_path: Path) -> None:
+def test_an_adapter_brings_its_tiles_to_a_base_without(models: PlainModel, adapter: Path, tmp_path: Path) -> None:
     name = f"base_model.model.{tensor_names.NEWLINE}"
     trained = _newline(adapter / "adapter_model.safetensors", name)
-    built, processor = build_model(models.tiled)
+    built, processor = build_model(models.added)
     assert not torch.equal(trained, built.model.multi_modal_projector.image_newline)
-    expected = _logits(load_adapter(built, adapter), processor)
+    expected = logits_of_two_images(load_adapter(built, adapter), processor)
     for model, folder in ((adapter, None), (models.plain, adapter)):
         engine = load_chat(model, folder, dtype="float32").engine
         assert engine.processor.tile_geometry.grids == TILES.grids
-        assert torch.equal(_logits(engine.model, engine.processor), expected)
-    assert torch.equal(_logits(load_adapter(models.plain, adapter), processor), expected)
+        assert torch.equal(logits_of_two_images(engine.model, engine.processor), expected)
+    assert torch.equal(logits_of_two_images(load_adapter(models.plain, adapter), processor), expected)
     assert verify_adapter(adapter, base=models.plain).base == "fingerprint"
 
     report = merge_adapter(models.plain, adapter, tmp_path / "merged")
@@ -131,7 +106,7 @@ def test_an_adapter_of_a_stock_checkpoint_is_merged_in_its_layout(tmp_path: Path
     stock = save_llava_next(tmp_path / "stock")
     config = ModelConfig(checkpoint=str(stock), dtype="float32")
     adapter = save_tuned(config, LORA, tmp_path / "adapter")
-    expected = _logits(load_adapter(config, adapter), build_model(config)[1])
+    expected = logits_of_two_images(load_adapter(config, adapter), build_model(config)[1])
     merge_adapter(stock, adapter, tmp_path / "merged")
     torch.testing.assert_close(_open(tmp_path / "merged"), expected, atol=1e-4, rtol=1e-4)
     model, processor = open_stock(tmp_path / "merged")
@@ -151,16 +126,16 @@ def test_an_adapter_of_a_stock_checkpoint_is_merged_in_its_layout(tmp_path: Path
 
 
 @pytest.mark.slow
-def test_an_adapter_is_merged_into_the_language_model_of_its_parts(models: Models, tmp_path: Path) -> None:
+def test_an_adapter_is_merged_into_the_language_model_of_its_parts(models: PlainModel, tmp_path: Path) -> None:
     adapter = save_tuned(models.parts, LORA, tmp_path / "adapter")
     assert verify_adapter(adapter, base=models.vicuna).base == "fingerprint"
     merge_adapter(models.vicuna, adapter, tmp_path / "merged")
-    expected = _logits(load_adapter(models.parts, adapter), build_model(models.parts)[1])
+    expected = logits_of_two_images(load_adapter(models.parts, adapter), build_model(models.parts)[1])
     torch.testing.assert_close(_open(tmp_path / "merged"), expected, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("pool", [1, 2])
-def test_a_delta_keeps_newline_and_resolution(pool: Any, models: Models, full: Path, tmp_path: Path) -> None:
+def test_a_delta_keeps_newline_and_resolution(pool: Any, models: PlainModel, full: Path, tmp_path: Path) -> None:
     target = full
     if pool == 2:
         pooled = dataclasses.replace(models.parts, resolution=dataclasses.replace(TILES, pool=2))
@@ -180,15 +155,15 @@ def test_a_delta_keeps_newline_and_resolution(pool: Any, models: Models, full: P
 
 
 @pytest.mark.slow
-def test_a_delta_is_made_with_the_tiles_of_an_adapter(models: Models, adapter: Path, tmp_path: Path) -> None:
+def test_a_delta_is_made_with_the_tiles_of_an_adapter(models: PlainModel, adapter: Path, tmp_path: Path) -> None:
     make_delta(models.vicuna, models.plain, tmp_path / "delta", adapter=adapter)
     apply_delta(models.vicuna, tmp_path / "delta", tmp_path / "applied")
-    expected = _logits(load_adapter(models.plain, adapter), build_model(models.tiled)[1])
+    expected = logits_of_two_images(load_adapter(models.plain, adapter), build_model(models.added)[1])
     found = _open(tmp_path / "applied", vision_tower=str(models.tower))
     torch.testing.assert_close(found, expected, atol=5e-3, rtol=5e-3)
 
 
-def test_the_original_layout_keeps_tiles(models: Models, full: Path, tmp_path: Path) -> None:
+def test_the_original_layout_keeps_tiles(models: PlainModel, full: Path, tmp_path: Path) -> None:
     export(full, tmp_path / "original", to="original", dtype="float32", tokenizer=models.vicuna)
     export(tmp_path / "original", tmp_path / "ours", to="llavar", vision_tower=models.tower)
     assert torch.equal(_open(tmp_path / "ours"), _open(full))
@@ -201,7 +176,9 @@ def test_the_original_layout_keeps_tiles(models: Models, full: Path, tmp_path: P
 
 
 @pytest.mark.slow
-def test_the_trained_tower_of_llava_1_6_is_read_from_its_weights(models: Models, full: Path, tmp_path: Path) -> None:
+def test_the_trained_tower_of_llava_1_6_is_read_from_its_weights(
+    models: PlainModel, full: Path, tmp_path: Path
+) -> None:
     from safetensors.torch import load_file, save_file
 
     export(full, tmp_path / "original", to="original", dtype="float32", form="safetensors", tokenizer=models.vicuna)
@@ -224,12 +201,12 @@ def test_the_trained_tower_of_llava_1_6_is_read_from_its_weights(models: Models,
     with torch.no_grad():
         for parameter in expected.model.vision_tower.parameters():
             parameter.mul_(1.5)
-    assert torch.equal(_logits(model, processor), _logits(expected, processor))
+    assert torch.equal(logits_of_two_images(model, processor), logits_of_two_images(expected, processor))
     export(folder, tmp_path / "ours", to="llavar", vision_tower=models.tower)
-    assert torch.equal(_open(tmp_path / "ours"), _logits(expected, processor))
+    assert torch.equal(_open(tmp_path / "ours"), logits_of_two_images(expected, processor))
 
 
-def test_a_projector_file_contains_the_newline(models: Models, tmp_path: Path) -> None:
+def test_a_projector_file_contains_the_newline(models: PlainModel, tmp_path: Path) -> None:
     trained = save_tuned(models.parts, Projector(), tmp_path / "stage1")
     newline = read_projector(trained / "mm_projector.bin")[tensor_names.NEWLINE]
     assert torch.equal(newline, _newline(trained))
@@ -262,9 +239,9 @@ def _dataset(processor: Any, root: Path, *, max_length: int = 1024) -> TrainingD
 @pytest.mark.parametrize("tune", [Projector(), Full(), LORA, Full(train_tower=True)])
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_every_stage_trains_the_newline_also_on_text_alone(
-    tune: Any, checkpointing: bool, models: Models, tmp_path: Path
+    tune: Any, checkpointing: bool, models: PlainModel, tmp_path: Path
 ) -> None:
-    model, processor = build_model(models.tiled)
+    model, processor = build_model(models.added)
     trained = apply_tuning(model, tune, new_rows=True).train()
     if checkpointing:
         trained.gradient_checkpointing_enable({"use_reentrant": False})
@@ -287,11 +264,11 @@ def test_every_stage_trains_the_newline_also_on_text_alone(
     assert not gradients[1].any()
 
 
-def test_a_packed_row_is_split_with_its_images(models: Models, tmp_path: Path) -> None:
+def test_a_packed_row_is_split_with_its_images(models: PlainModel, tmp_path: Path) -> None:
     """The gradients of packed and padded batches, and of a packed row in several passes, are the same."""
     from llavar_peft.models.packed_attention import enable_packing
 
-    model, processor = build_model(models.tiled)
+    model, processor = build_model(models.added)
     data = _dataset(processor, tmp_path)
     items = [data[index] for index in range(3)]
     trained = apply_tuning(model, Projector()).train()
@@ -312,9 +289,9 @@ def test_a_packed_row_is_split_with_its_images(models: Models, tmp_path: Path) -
         torch.testing.assert_close(newline, padded[1], atol=1e-6, rtol=1e-4)
 
 
-def test_a_record_gets_the_largest_grid_that_fits(models: Models, tmp_path: Path) -> None:
+def test_a_record_gets_the_largest_grid_that_fits(models: PlainModel, tmp_path: Path) -> None:
     resolution = Tiles(grid=((1, 1), (1, 2), (2, 2), (4, 4)))
-    _, processor = build_model(dataclasses.replace(models.tiled, resolution=resolution))
+    _, processor = build_model(dataclasses.replace(models.added, resolution=resolution))
     draw_image(400, 400).save(tmp_path / "page.png")
     turns = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "A sign."}]
     record = {"id": "1", "image": "page.png", "conversations": turns}
@@ -332,9 +309,9 @@ def test_a_record_gets_the_largest_grid_that_fits(models: Models, tmp_path: Path
     assert grids == [(4, 4), (4, 4), (2, 2), (2, 2), (1, 1), (1, 1)]
 
 
-def test_inference_shares_the_limit_of_image_tokens(models: Models) -> None:
+def test_inference_shares_the_limit_of_image_tokens(models: PlainModel) -> None:
     limited = dataclasses.replace(
-        models.tiled, resolution=Tiles(grid=((1, 1), (2, 2), (4, 4)), max_image_tokens=2 * 88)
+        models.added, resolution=Tiles(grid=((1, 1), (2, 2), (4, 4)), max_image_tokens=2 * 88)
     )
     model, processor = build_model(limited)
     chat = Chat(Engine(model, processor))
@@ -353,8 +330,8 @@ def test_inference_shares_the_limit_of_image_tokens(models: Models) -> None:
     assert [turn.images[0].layout[:2] for turn in talk.turns] == [(2, 2), (2, 2), (1, 1)]  # type: ignore[index]
 
 
-def test_a_conversation_keeps_the_features_of_its_images(models: Models, monkeypatch: pytest.MonkeyPatch) -> None:
-    model, processor = build_model(models.tiled)
+def test_a_conversation_keeps_the_features_of_its_images(models: PlainModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, processor = build_model(models.added)
     views: list[int] = []
     plain = model.model.get_image_features
 
@@ -395,9 +372,9 @@ def test_transformers_generates_with_auto_classes(full: Path) -> None:
                 model.generate(**one, max_new_tokens=2, **several)
 
 
-def test_requests_of_the_server_share_the_limit_and_answer_as_a_chat(models: Models) -> None:
+def test_requests_of_the_server_share_the_limit_and_answer_as_a_chat(models: PlainModel) -> None:
     limited = dataclasses.replace(
-        models.tiled, resolution=Tiles(grid=((1, 1), (2, 2), (4, 4)), max_image_tokens=2 * 88)
+        models.added, resolution=Tiles(grid=((1, 1), (2, 2), (4, 4)), max_image_tokens=2 * 88)
     )
     chat = Chat(Engine(*build_model(limited)))
     reader = RequestImageReader(chat.engine.processor, RequestLimits())

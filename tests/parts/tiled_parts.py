@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from pathlib import Path
 from typing import Any
@@ -23,11 +24,12 @@ from transformers import (
     SiglipVisionConfig,
 )
 
-from llavar_peft import ModelConfig, build_model
+from llavar_peft import CrossAttention, ModelConfig, Tiles, build_model
 from llavar_peft.models.llama_tokenizer import load_tokenizer
 from llavar_peft.models.tuning import apply_tuning
 from llavar_peft.recipe.schema import Tune
 from llavar_peft.training.save_weights import save_trained
+from tests.parts.tiny_parts import save_tower
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "tokenization"
 SIDE, PATCH = 56, 14
@@ -150,3 +152,48 @@ def save_tuned(config: ModelConfig, tune: Tune, folder: Path, *, seed: int = 7) 
     folder.mkdir(parents=True)
     save_trained(trained, processor, folder, state=trained.state_dict(), tune=tune, base=config)
     return folder
+
+
+@dataclasses.dataclass(frozen=True)
+class PlainModel:
+    """Folders of a model without a resolution, and of its parts, and the resolution that is added to them."""
+
+    vicuna: Path
+    tower: Path
+    plain: Path
+    resolution: Tiles | CrossAttention
+
+    @property
+    def added(self) -> ModelConfig:
+        """The saved model with the resolution."""
+        return ModelConfig(checkpoint=str(self.plain), resolution=self.resolution, dtype="float32")
+
+    @property
+    def parts(self) -> ModelConfig:
+        """A model from the parts, with the resolution."""
+        parts = {"language_model": str(self.vicuna), "vision_tower": str(self.tower)}
+        return ModelConfig(**parts, dtype="float32", resolution=self.resolution)
+
+
+def save_plain_model(root: Path, resolution: Tiles | CrossAttention) -> PlainModel:
+    """Save a model without a resolution, and its parts."""
+    made = PlainModel(
+        save_llama(root / "vicuna"), save_tower("clip_vision_model", root / "tower"), root / "plain", resolution
+    )
+    model, processor = build_model(dataclasses.replace(made.parts, resolution=None))
+    model.save_pretrained(made.plain)
+    processor.save_pretrained(made.plain)
+    return made
+
+
+def logits_of_two_images(model: Any, processor: Any) -> torch.Tensor:
+    """Return the logits of a prompt with two images of different shapes."""
+    inputs = processor(
+        images=[draw_image(300, 80), draw_image(60, 60)],
+        text="USER: <image> or <image>? ASSISTANT:",
+        return_tensors="pt",
+        image_mode="pad",
+    )
+    with torch.no_grad():
+        logits: torch.Tensor = model(**inputs).logits
+    return logits

@@ -61,7 +61,7 @@ def answer_questions(
     if size is None or size < 1 or tokens is None:
         raise ConfigError.at("batch_size", "it or max_new_tokens is not set", "set both")
     check_images(questions, roots)
-    with ResumeJournal(log, _heading(questions, setting, canvases)) as journal:
+    with ResumeJournal(log, _heading(chat, questions, setting, canvases)) as journal:
         answers = _read_answers(journal, size, len(questions))
         for start in range(len(answers), len(questions), size):
             if progress is not None:
@@ -137,7 +137,7 @@ def check_images(questions: Sequence[VqaQuestion], roots: ImageRoots) -> None:
 
 
 def _heading(
-    questions: Sequence[VqaQuestion], setting: Setting, canvases: Mapping[str, LetterCanvas] | None
+    chat: Chat, questions: Sequence[VqaQuestion], setting: Setting, canvases: Mapping[str, LetterCanvas] | None
 ) -> dict[str, Any]:
     digest = hashlib.sha256()
     for question in questions:
@@ -147,6 +147,8 @@ def _heading(
     # The model is identified by its hash, not its path; greedy answers do not depend on seed and batch size.
     left_out = {"model"} if setting.temperature else {"model", "seed", "batch_size", "top_k"}
     settings = {key: value for key, value in asdict(setting).items() if key not in left_out}
+    # Equal weights answer differently in 4 bits, or at another resolution.
+    settings |= {"quantize": chat.engine.quantize, "resolution": chat.engine.processor.resolution}
     return {"setting": settings, "questions": digest.hexdigest()[:16]}  # the keys are benchmark_files.LOG_HEADER
 
 
