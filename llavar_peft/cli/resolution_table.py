@@ -91,7 +91,7 @@ def print_resolutions(report: ResolutionReport | None, sample: TextSample, max_l
     current = [] if report.current is None else [("the model as it is", *_cells(report.current))]
     rows = [*current, *((one.name, *_cells(one)) for one in report.settings)]
     print_table(("model.resolution", "too small", "median px", "image tokens a record", "images for the tower"), rows)
-    say(f"too small: below {report.smallest:g} px, or {2 * report.smallest:g} px where 2 x 2 patches are pooled")
+    say(f"too small: below {report.smallest:g} px")
     _print_advice(report, max_length)
 
 

@@ -30,9 +30,8 @@ class ResolutionFigures(ReadableRepr):
 
     Attributes:
         resolution: ``ModelConfig.resolution``; None is the whole image only.
-        smallest: Height in pixels of the vision tower's input from which letters can be read. With pooled patches it is
-            that of as many patches, because lines have to stay apart in what the language model gets.
-        share_below: Share of the text that is below this height, from 0 to 1; each record counts as one.
+        share_below: Share of the text that is lower than ``ResolutionReport.smallest`` in the vision tower's input,
+            from 0 to 1; each record counts as one. Whether patches are pooled does not change what the tower sees.
         median_height: Median height of the letters, in pixels of the vision tower's input.
         image_tokens: Mean number of image tokens of a record.
         tower_images: Mean number of images that the vision tower gets for a record.
@@ -40,7 +39,6 @@ class ResolutionFigures(ReadableRepr):
     """
 
     resolution: Tiles | CrossAttention | None
-    smallest: float
     share_below: float
     median_height: float
     image_tokens: float
@@ -83,7 +81,7 @@ class ResolutionReport(ReadableRepr):
         records: Number of records whose text is known.
         drawn: Number of records with images that were examined.
         side: Side of the tower's input in pixels.
-        smallest: Height in pixels of the tower's input from which letters can be read, without pooling.
+        smallest: Height in pixels of the tower's input from which letters can be read.
         own_below: Share of the text that is below this height in the images themselves.
         current: The model as it is; None without a model.
         settings: The resolutions, those that change less and cost less first.
@@ -212,13 +210,11 @@ def _figures(
         tokens.append(sum(image.tokens for image in images))
         towers.append(sum(image.views for image in images))
         longest = max(longest, tokens[-1] + text.other_tokens + _TEMPLATE_TOKENS)
-    smallest *= _pool(resolution)
     heights, shares = _weighted(scaled, texts)
     order = np.argsort(heights)
     middle = int(np.searchsorted(np.cumsum(shares[order]), 0.5))
     return ResolutionFigures(
         resolution=resolution,
-        smallest=smallest,
         share_below=round(float(shares[heights < smallest].sum()), 6),
         median_height=round(float(heights[order][min(middle, len(order) - 1)]), 2),
         image_tokens=round(sum(tokens) / len(texts), 1),

@@ -92,7 +92,7 @@ def _warn_of_small_text(stage: Stage, dataset: TrainingDataset, processor: Llava
     logger.warning(
         "stage %s: %.0f %% of the supervised text is below %g px in the vision tower's input, where letters cannot be "
         "read (%d records with known letter heights). Fix: %s; 'llavar-peft eval diagnose --records' compares more.",
-        stage.name, 100 * report.current.share_below, report.current.smallest, report.records, fix,
+        stage.name, 100 * report.current.share_below, report.smallest, report.records, fix,
     )  # fmt: skip
 
 
