@@ -189,15 +189,25 @@ def test_answers_that_outlive_the_server_end_with_an_error(chat: Chat, caplog: p
     assert "Traceback" not in caplog.text
 
 
-def test_a_request_that_is_still_read_gets_an_error_too(app: FastAPI) -> None:
+def test_a_request_that_is_still_read_gets_an_error_too(chat: Chat) -> None:
+    """The server ends while a body arrives; the time limits of bodies are far away."""
+    app = create_app(chat.engine, name=MODEL, limits=RequestLimits(body_seconds=600, body_grace_seconds=600))
+    arriving = asyncio.Event()
+
+    def body() -> Iterator[bytes]:
+        yield from [b" "] * 3
+        arriving.set()
+        yield from itertools.repeat(b" ")
+
     async def cancel() -> Reply:
-        task = asyncio.create_task(call(app, itertools.repeat(b" "), pause=0.05))
-        await asyncio.sleep(0.2)
+        task = asyncio.create_task(call(app, body(), pause=0.01))
+        await asyncio.wait_for(arriving.wait(), 60)
         task.cancel()
         return await task
 
     reply = asyncio.run(cancel())
     assert (reply.status, reply.json["error"]["code"]) == (503, "shutting_down")
+    app.state.scheduler.close()
 
 
 def test_a_stopped_scheduler_takes_no_requests(app: FastAPI) -> None:
