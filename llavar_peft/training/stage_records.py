@@ -9,10 +9,11 @@ from collections.abc import Sequence
 from typing import Final
 
 from llavar_peft.data.check_records import preflight, summarize_faults
+from llavar_peft.data.conversation_template import split_placeholders
 from llavar_peft.data.image_roots import ImageRoots
 from llavar_peft.data.image_views import ImageViews
 from llavar_peft.data.record_mixture import OpenSource, RecordMixture
-from llavar_peft.data.record_store import check_source_exists, is_hub_source, open_filled_records
+from llavar_peft.data.record_store import check_source_exists, is_hub_source, open_filled_records, parse_record
 from llavar_peft.data.record_tables import Table, TableSelection
 from llavar_peft.data.record_texts import sample_texts
 from llavar_peft.data.training_dataset import TrainingDataset, split_holdout
@@ -27,6 +28,9 @@ logger = logging.getLogger(__name__)
 
 _SHOWN = 10
 _TEXTS_MEASURED: Final = 200
+_ORDERS_READ: Final = 500  # records
+_FEWEST_ORDERS: Final = 20  # records; fewer say nothing
+_RARE: Final = 0.05  # share of the records
 _MOSTLY: Final = 0.5  # share of the text
 _WITHOUT_EFFECT: Final = frozenset({"placeholder", "no_answer", "empty_answer", "last_turn"})
 """Kinds of faults of records that can be read, for which ``data.max_bad_share`` alone decides."""
@@ -65,6 +69,7 @@ def stage_records(stage: Stage, processor: LlavarProcessor, *, seed: int) -> tup
 
     train_set = dataset(kept)
     _warn_of_small_text(stage, train_set, own, seed=seed)
+    _warn_of_image_order(stage, train_set, own)
     return train_set, dataset(held)
 
 
@@ -93,6 +98,38 @@ def _warn_of_small_text(stage: Stage, dataset: TrainingDataset, processor: Llava
         "stage %s: %.0f %% of the supervised text is below %g px in the vision tower's input, where letters cannot be "
         "read (%d records with known letter heights). Fix: %s; 'llavar-peft eval diagnose --records' compares more.",
         stage.name, 100 * report.current.share_below, report.smallest, report.records, fix,
+    )  # fmt: skip
+
+
+def _warn_of_image_order(stage: Stage, dataset: TrainingDataset, processor: LlavarProcessor) -> None:
+    """Warn if hardly any record has the image on that side of the question where it stands in inference.
+
+    A model that always saw the image first answers a question that precedes it as if it had not been asked.
+    """
+    template = processor.conversation_template
+    if processor.sep_image_conv_front or getattr(template, "image_first", False):
+        return  # The image is moved there, whatever the record says.
+    asked_first = template.question("", 1)[0] is None
+    orders: list[bool] = []
+    step = max(1, len(dataset) // _ORDERS_READ)
+    for index in dataset.indices[::step].tolist():
+        try:
+            turns = parse_record(dataset.records[index], dataset.records.where(index)).turns
+        except DataError:
+            continue
+        parts = next((parts for turn in turns if None in (parts := split_placeholders(turn.text.strip()))), None)
+        parts = [part for part in parts or () if part != ""]
+        if len(parts) > 1:
+            orders.append(parts[0] is None)
+    if len(orders) < _FEWEST_ORDERS or orders.count(asked_first) > _RARE * len(orders):
+        return
+    found, expected = ("after", "before") if asked_first else ("before", "after")
+    requested = "<image>\\n<question>" if asked_first else "<question>\\n<image>"
+    count = len(orders) - orders.count(asked_first)
+    logger.warning(
+        "stage %s: the image stands %s the question in %d of %d records, but inference places it %s it with "
+        "template %s. The model may ignore such a question. Fix: write '%s' in at least half of the records.",
+        stage.name, found, count, len(orders), expected, processor.template, requested,
     )  # fmt: skip
 
 

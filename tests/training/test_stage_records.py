@@ -117,3 +117,30 @@ def test_text_that_cannot_be_read_is_reported_once(
         recipe.stages[0], LlavarProcessor(*parts, patch_size=processor.patch_size, resolution=higher), seed=recipe.seed
     )
     assert "cannot be read" not in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("template", "text", "said"),
+    [
+        ("llava_v1", "<image>\nWhat is it?", "before the question in 24 of 24 records"),
+        ("llava_v1", "What is it?\n<image>", None),
+        ("vicuna_v1", "What is it?\n<image>", None),
+    ],
+)
+def test_images_that_never_stand_where_they_are_asked_about_are_reported(
+    template: Any, text: str, said: str | None, tiny_recipe: Recipe, tmp_path: Path, caplog: Any
+) -> None:
+    """A model that only saw the image first ignored the questions of 'ask', which precede the image."""
+    _, made = build_model(tiny_recipe.model)
+    processor = LlavarProcessor(
+        made.image_processor, made.tokenizer, patch_size=made.patch_size, use_im_start_end=False, template=template
+    )
+    rows = json.loads(Path(str(tiny_recipe.stages[0].data.records)).read_text())
+    turns = [{"from": "human", "value": text}, {"from": "gpt", "value": "A"}]
+    repeated = [{**rows[number % len(rows)], "id": str(number), "conversations": turns} for number in range(24)]
+    (tmp_path / "order.json").write_text(json.dumps(repeated))
+    recipe = _with_data(tiny_recipe, records=str(tmp_path / "order.json"), holdout=None)
+    stage_records(recipe.stages[0], processor, seed=recipe.seed)
+    found = [record.getMessage() for record in caplog.records if "the image stands" in record.getMessage()]
+    assert len(found) == (said is not None)
+    assert all(said in message for message in found if said)
