@@ -1,4 +1,4 @@
-"""The script of each rank in ``test_sharding.py``: trains every recipe of a folder in one process group.
+"""What each rank of ``test_sharding.py`` does: it trains every recipe of a folder in one process group.
 
 The first word of a recipe's name says how: ``resumed``, ``zero1`` and ``zero2`` are interrupted and resumed, the latter
 with another stage of ZeRO; ``both`` runs take place twice, with models that are loaded as a whole and with models of
@@ -14,7 +14,6 @@ import gc
 import json
 import os
 import signal
-import sys
 import threading
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -186,6 +185,8 @@ def measure_memory(recipe: Recipe, counter: ShardCounter) -> None:
             counter.seen.memory = max(counter.seen.memory, anonymous() - before)
 
     def first(model: Any, inputs: Any) -> Any:
+        if not started.is_set():
+            counter.seen.memory = max(counter.seen.memory, anonymous() - before)
         started.set()
         return plain(model, inputs)
 
@@ -199,9 +200,10 @@ WAYS = {"both": run_both, "refused": refuse, "memory": measure_memory}
 _INTERRUPTED = ("both", "resumed", "zero1", "zero2")
 
 
-def main() -> None:
+def main(folder: Path) -> None:
+    """Train the recipes of a folder, one after the other."""
     gc.freeze()  # each stage collects garbage twice
-    folder, rank = Path(sys.argv[1]), os.environ.get("RANK", "0")
+    rank = os.environ.get("RANK", "0")
     faulthandler.dump_traceback_later(TIME_LIMIT, exit=True)
     if "ACCELERATE_USE_DEEPSPEED" in os.environ:
         import deepspeed
@@ -215,7 +217,3 @@ def main() -> None:
         with patch.dict(os.environ, stage), counter.watch_passes():
             WAYS.get(way, run)(load_recipe(str(path), []), counter)
         (folder / f"{path.stem}.{rank}.json").write_text(json.dumps(dataclasses.asdict(counter.seen)))
-
-
-if __name__ == "__main__":
-    main()
