@@ -41,6 +41,11 @@ def python(code: str, folder: Path) -> Done:
     return _run(_python, code, folder)[0]
 
 
+def call(function: Callable[..., None], argument: object, folder: Path) -> Done:
+    """Call a function in a folder without a terminal."""
+    return _run(function, argument, folder)[0]
+
+
 def ranks(
     function: Callable[..., None],
     argument: object,

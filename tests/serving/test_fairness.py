@@ -27,7 +27,6 @@ from llavar_peft.serving.run_server import bind_socket, check_listen_address, ch
 from llavar_peft.serving.ui.page_guard import PageGuard
 from tests.serving.server import JSON, MODEL, Reply, ask_body, call
 
-
 GRACE = 60.0
 """Seconds, of the clock that the tests move, in which a body may be slow."""
 

@@ -213,7 +213,7 @@ def main(folder: Path) -> None:
     for path in sorted(folder.glob("*.yaml")):
         way, _, _ = path.stem.partition("-")
         stage = {"ACCELERATE_DEEPSPEED_ZERO_STAGE": way[-1]} if way.startswith("zero") else {}
-        counter = ShardCounter(2 if way in _INTERRUPTED else None)
+        counter = ShardCounter(1 if way in _INTERRUPTED else None)
         with patch.dict(os.environ, stage), counter.watch_passes():
             WAYS.get(way, run)(load_recipe(str(path), []), counter)
         (folder / f"{path.stem}.{rank}.json").write_text(json.dumps(dataclasses.asdict(counter.seen)))

@@ -67,7 +67,7 @@ def _recipes(recipe: Recipe, engine: str, folder: Path) -> dict[str, Recipe]:
         dataclasses.replace(
             stage, data=data, max_steps=steps, micro_batch_size=1, probe=dataclasses.replace(stage.probe, images=1)
         )
-        for stage, steps in zip(recipe.stages, (2, 4), strict=True)
+        for stage, steps in zip(recipe.stages, (1, 3), strict=True)
     )
     lora = dataclasses.replace(two, tune=LORA)
     half = dataclasses.replace(two, precision="bf16", gradient_checkpointing=True, max_steps=2)
