@@ -34,7 +34,7 @@ from llavar_peft.training import stage_trainer, trainer
 from llavar_peft.training.launch import start_processes
 from llavar_peft.training.read_shards import build_for_training
 
-TIME_LIMIT = 480
+TIME_LIMIT = 1500
 """Seconds after which a rank that waits for another one prints where and stops."""
 
 

@@ -205,6 +205,7 @@ def one_thread() -> Iterator[None]:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 @pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("engine", ENGINES)
 def test_two_shards_equal_one_process(
