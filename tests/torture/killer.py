@@ -1,7 +1,9 @@
 """Trains in forked children, kills them with SIGKILL, lets the last one finish, and prints the counts as JSON.
 
-Half of the kills happen at a random file operation inside a save, the others at a random time. ``test_kills.py`` runs
-it in a process that has imported everything.
+Half of the kills happen at a random file operation inside a save, the others at a random time. Libraries are imported
+once, before the fork, so that an attempt takes seconds.
+
+Run by ``test_kills.py`` as ``killer.py RECIPE COUNT SEED``.
 """
 
 from __future__ import annotations
@@ -71,13 +73,8 @@ def _wait(child: int, seconds: float | None) -> int | None:
     return None if status == -signal.SIGKILL else status
 
 
-def main(job: tuple[str, int, int]) -> None:
-    """Kill as often as asked, and start again whenever a run finished.
-
-    Args:
-        job: The recipe, the number of kills, and a seed.
-    """
-    path, count, seed = job
+def main(path: str, count: int, seed: int) -> None:
+    """Kill ``count`` times, and start again whenever a run finished."""
     gc.freeze()  # a child that collects garbage would copy all pages of the modules
     torch.set_num_threads(1)  # a forked child has no threads of its parent
     recipe = load_recipe(path)
@@ -87,9 +84,10 @@ def main(job: tuple[str, int, int]) -> None:
         raise SystemExit("the run without kills failed")
     whole = time.perf_counter() - started
     killed = {"in a save": 0, "at a time": 0}
-    rounds = 0
+    attempts = rounds = 0
     while sum(killed.values()) < count:
-        inside = killed["in a save"] <= killed["at a time"]
+        attempts += 1
+        inside = attempts % 2 == 1
         # An early operation, so that the run does not finish; saving a step takes about thirty.
         child = _start(recipe, draw.randrange(1, 60) if inside else None)
         ended = _wait(child, None if inside else draw.uniform(0.0, 0.6 * whole))
@@ -99,7 +97,11 @@ def main(job: tuple[str, int, int]) -> None:
             rounds += 1
             Path(recipe.output_dir).rename(f"{recipe.output_dir}-{rounds}")
         else:
-            raise SystemExit(f"an attempt failed with status {ended}")
+            raise SystemExit(f"attempt {attempts} failed with status {ended}")
     if _wait(_start(recipe, None), None) != 0:
         raise SystemExit("the last attempt failed")
     print(json.dumps({**killed, "seconds": round(whole, 1)}))  # noqa: T201
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]))

@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +17,6 @@ from safetensors.torch import load_file
 from llavar_peft import Full, Lora, ModelConfig, Projector, Recipe
 from llavar_peft.recipe.recipe_yaml import dump_recipe
 from llavar_peft.recipe.schema import Tune
-from tests.commands import call
-from tests.torture import killer
 from tests.training.conftest import short_model, tiny_data, tiny_model, tiny_recipe
 
 __all__ = ["short_model", "tiny_data", "tiny_model", "tiny_recipe"]
@@ -45,7 +45,7 @@ def test_kills_at_random_moments_do_not_change_the_result(
     tune, quantize, workers = KINDS[kind]
     stage = tiny_recipe.stages[0]
     stage = dataclasses.replace(
-        stage, tune=tune, save_every_steps=1, data=dataclasses.replace(stage.data, workers=workers)
+        stage, tune=tune, epochs=2, save_every_steps=1, data=dataclasses.replace(stage.data, workers=workers)
     )
     model = dataclasses.replace(short_model, quantize=quantize)
     run = tmp_path / "run"
@@ -53,8 +53,11 @@ def test_kills_at_random_moments_do_not_change_the_result(
     (tmp_path / "recipe.yaml").write_text(dump_recipe(recipe))
     number = list(KINDS).index(kind)
     count = KILLS // len(KINDS) + (number < KILLS % len(KINDS))
-    done = call(killer.main, (str(tmp_path / "recipe.yaml"), count, number), tmp_path)
-    assert done.status == 0, done.stderr[-3000:]
+    command = [sys.executable, "-m", "tests.fast_start", "tests.torture.killer", str(tmp_path / "recipe.yaml")]
+    done = subprocess.run(
+        [*command, str(count), str(number)], cwd=Path(__file__).parents[2], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
     report = json.loads(done.stdout.splitlines()[-1])
     assert report["in a save"] >= 2
     assert report["in a save"] + report["at a time"] == count

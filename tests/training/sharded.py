@@ -1,4 +1,4 @@
-"""What each rank of ``test_sharding.py`` does: it trains every recipe of a folder in one process group.
+"""The script of each rank in ``test_sharding.py``: trains every recipe of a folder in one process group.
 
 The first word of a recipe's name says how: ``resumed``, ``zero1`` and ``zero2`` are interrupted and resumed, the latter
 with another stage of ZeRO; ``both`` runs take place twice, with models that are loaded as a whole and with models of
@@ -14,6 +14,7 @@ import gc
 import json
 import os
 import signal
+import sys
 import threading
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -213,7 +214,11 @@ def main(folder: Path) -> None:
     for path in sorted(folder.glob("*.yaml")):
         way, _, _ = path.stem.partition("-")
         stage = {"ACCELERATE_DEEPSPEED_ZERO_STAGE": way[-1]} if way.startswith("zero") else {}
-        counter = ShardCounter(1 if way in _INTERRUPTED else None)
+        counter = ShardCounter(2 if way in _INTERRUPTED else None)
         with patch.dict(os.environ, stage), counter.watch_passes():
             WAYS.get(way, run)(load_recipe(str(path), []), counter)
         (folder / f"{path.stem}.{rank}.json").write_text(json.dumps(dataclasses.asdict(counter.seen)))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
