@@ -8,17 +8,17 @@ from __future__ import annotations
 import gc
 import multiprocessing
 import os
+import socket
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from multiprocessing.connection import wait
 from pathlib import Path
 
 from llavar_peft.cli import main
 
-_PRELOADED = [
-    "llavar_peft.cli", "llavar_peft.inference", "llavar_peft.models.merge_adapter", "llavar_peft.training.dry_run",
-    "llavar_peft.training.trainer", "peft",
-]  # fmt: skip
+PRELOADED = ["llavar_peft.cli.app", "tests.preloaded"]
+"""The same everywhere, because a test process has one server that forks."""
 _DEFAULT = multiprocessing.get_all_start_methods()[0]
 
 
@@ -33,39 +33,88 @@ class Done:
 
 def command(arguments: Sequence[str], folder: Path) -> Done:
     """Run ``llavar-peft`` in a folder without a terminal."""
-    return _run(_command, list(arguments), folder)
+    return _run(run_command, list(arguments), folder)[0]
 
 
 def python(code: str, folder: Path) -> Done:
     """Run Python code in a folder without a terminal."""
-    return _run(_python, code, folder)
+    return _run(_python, code, folder)[0]
 
 
-def _run(function: Callable[..., None], argument: object, folder: Path) -> Done:
+def call(function: Callable[..., None], argument: object, folder: Path) -> Done:
+    """Call a function in a folder without a terminal."""
+    return _run(function, argument, folder)[0]
+
+
+def ranks(
+    function: Callable[..., None],
+    argument: object,
+    folder: Path,
+    *,
+    environment: Mapping[str, str] | None = None,
+    nodes: int = 1,
+) -> list[Done]:
+    """Call a function in a group of two processes, with the variables that launchers give their ranks."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    group = {
+        **(environment or {}), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
+        "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": str(2 // nodes),
+    }  # fmt: skip
+    places = [
+        {**group, "RANK": str(rank), "LOCAL_RANK": str(rank % (2 // nodes)), "GROUP_RANK": str(rank * nodes // 2)}
+        for rank in range(2)
+    ]
+    return _run(function, argument, folder, places)
+
+
+def _run(
+    function: Callable[..., None], argument: object, folder: Path, environments: Sequence[Mapping[str, str]] = ({},)
+) -> list[Done]:
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(_PRELOADED)
-    streams = [folder / f".{name}" for name in ("stdout", "stderr")]
-    process = context.Process(target=_run_in_child, args=(function, argument, folder, streams))
-    process.start()
-    process.join()
-    outputs = [stream.read_text(encoding="utf-8") for stream in streams]
-    for stream in streams:
-        stream.unlink()
-    return Done(process.exitcode, *outputs)
+    context.set_forkserver_preload(PRELOADED)
+    started = []
+    for number, environment in enumerate(environments):
+        streams = [folder / f".{name}{number}" for name in ("stdout", "stderr")]
+        given = (function, argument, folder, streams, dict(environment))
+        started.append((context.Process(target=_run_in_child, args=given), streams))
+        started[-1][0].start()
+    # A rank that has failed leaves the others waiting for it.
+    while any(process.is_alive() for process, _ in started):
+        wait([process.sentinel for process, _ in started if process.is_alive()])
+        if any(process.exitcode for process, _ in started):
+            for process, _ in started:
+                process.terminate()
+    done = []
+    for process, streams in started:
+        process.join()
+        done.append(Done(process.exitcode, *(stream.read_text(encoding="utf-8") for stream in streams)))
+        for stream in streams:
+            stream.unlink()
+    return done
 
 
-def _run_in_child(function: Callable[..., None], argument: object, folder: Path, streams: Sequence[Path]) -> None:
+def _run_in_child(
+    function: Callable[..., None],
+    argument: object,
+    folder: Path,
+    streams: Sequence[Path],
+    environment: Mapping[str, str],
+) -> None:
     for number, stream in zip((1, 2), streams, strict=True):
         os.dup2(os.open(stream, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
     sys.stdout, sys.stderr = (open(number, "w", encoding="utf-8", closefd=False) for number in (1, 2))  # noqa: SIM115
     os.chdir(folder)
+    os.environ.update(environment)
     gc.freeze()  # a child that collects garbage would copy all pages of the modules
     # Start processes as a fresh interpreter does; otherwise each of them would import everything.
     multiprocessing.set_start_method(_DEFAULT, force=True)
     function(argument)
 
 
-def _command(arguments: Sequence[str]) -> None:
+def run_command(arguments: Sequence[str]) -> None:
+    """Run ``llavar-peft`` in this process, and end it."""
     sys.exit(main(arguments))
 
 

@@ -127,13 +127,13 @@ def test_slurm_starts_the_ranks_and_puts_an_interrupted_job_back(tmp_path: Path)
         "SLURM_JOB_NODELIST": "here", "SLURM_CPUS_PER_TASK": "1", "ACCELERATE_MIXED_PRECISION": "no",
     }  # fmt: skip
     command = ["bash", str(EXAMPLES / "slurm.sh"), "tiny", *settings]
-    metrics, deadline = run / "pretrain/metrics.jsonl", time.monotonic() + 120
+    metrics, deadline = run / "pretrain/metrics.jsonl", time.monotonic() + 600
     with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) as job:
         while not (metrics.is_file() and metrics.read_text()) and job.poll() is None and time.monotonic() < deadline:
             time.sleep(0.1)
         for pid in (tmp_path / "pids").read_text().split():
             os.kill(int(pid), signal.SIGTERM)
-        _, told = job.communicate(timeout=120)
+        _, told = job.communicate(timeout=600)
     assert job.returncode == 4, told[-2000:]
     assert (tmp_path / "requeued").read_text().split() == ["requeue", str(os.getpid())]
     (checkpoint,) = (run / "pretrain").glob("checkpoint-*")

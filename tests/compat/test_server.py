@@ -60,14 +60,13 @@ def states(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
             await asyncio.sleep(0.01)
         port = server.servers[0].sockets[0].getsockname()[1]
         reader, writer = await asyncio.open_connection("127.0.0.1", port)
-        writer.write(REQUEST[:10])
-        await asyncio.sleep(0.05)
-        writer.write(REQUEST[10:])
-        await asyncio.sleep(0.05)
-        respond.set()
-        await reader.readuntil(b"\r\n\r\n")
-        writer.write(REQUEST[:10])
-        await asyncio.sleep(0.05)
+        for part, callbacks in ((REQUEST[:10], 2), (REQUEST[10:], 3), (REQUEST[:10], 4)):
+            if callbacks == 4:
+                respond.set()
+                await reader.readuntil(b"\r\n\r\n")
+            writer.write(part)
+            while len(seen) < callbacks:
+                await asyncio.sleep(0.01)
         writer.close()
         server.should_exit = True
         await running

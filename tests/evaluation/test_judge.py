@@ -368,7 +368,7 @@ def test_an_unpaired_surrogate_is_sent_and_kept(endpoint: Endpoint, released: li
 
 
 def test_several_requests_are_sent_at_once(endpoint: Endpoint, released: list[str]) -> None:
-    together = threading.Barrier(3, timeout=20)
+    together = threading.Barrier(3, timeout=120)
 
     def reply(prompt: str, number: int) -> Answer:
         together.wait()

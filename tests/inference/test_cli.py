@@ -189,10 +189,22 @@ def endless(checkpoint: Path, tmp_path: Path) -> Path:
     return folder
 
 
+# Slower, so that the answer is under way when the signal comes.
+_SLOW_CHAT = """
+import sys, time
+from llavar_peft.cli import run
+from llavar_peft.inference.batch_decoder import DecodingBatch
+
+plain = DecodingBatch.step
+DecodingBatch.step = lambda batch: (time.sleep(0.1), plain(batch))[1]
+run()
+"""
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(os.name != "posix", reason="sends SIGINT")
 def test_ctrl_c_stops_the_answer_but_not_the_program(endless: Path) -> None:
-    command = [sys.executable, "-m", "llavar_peft", "chat", "--model", str(endless)]
+    command = [sys.executable, "-c", _SLOW_CHAT, "chat", "--model", str(endless)]
     process = subprocess.Popen(
         [*command, "--max-new-tokens", "1500"],
         stdin=subprocess.PIPE,

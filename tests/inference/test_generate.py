@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,6 +16,7 @@ from llavar_peft.errors import ConfigError, DataError, ImageError
 from llavar_peft.inference.answer_file import GenerateReport, generate_answers
 from llavar_peft.inference.question_file import read_question_file
 from llavar_peft.inference.token_sampling import Sampling
+from tests.commands import ranks, run_command
 
 GREEDY = Sampling(temperature=0.0, max_new_tokens=8)
 
@@ -159,17 +158,10 @@ def test_answers_of_another_run_are_rejected(field: str, value: str, checkpoint:
 
 @pytest.mark.slow
 def test_two_processes_give_the_file_of_one(checkpoint: Path, work: Path) -> None:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "llavar_peft"]
     options = ["--questions", "questions.jsonl", "--images", "images", "--answers", "two.jsonl", "--greedy"]
-    done = subprocess.run(
-        [*command, "generate", "--model", str(checkpoint), *options, "--max-new-tokens", "8"],
-        cwd=work,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert done.stdout.startswith("two.jsonl: 7 answers in")
+    done = ranks(run_command, ["generate", "--model", str(checkpoint), *options, "--max-new-tokens", "8"], work)
+    assert [one.status for one in done] == [0, 0], [one.stderr[-2000:] for one in done]
+    assert done[0].stdout.startswith("two.jsonl: 7 answers in")
     run(checkpoint, work, "one.jsonl")
     assert (work / "two.jsonl").read_bytes() == (work / "one.jsonl").read_bytes()
 

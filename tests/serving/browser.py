@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "chrome")
-TIMEOUT = 60.0
+TIMEOUT = 300.0  # seconds after which something counts as never happening
 
 
 def find_chromium() -> str | None:

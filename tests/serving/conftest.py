@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -58,6 +58,22 @@ def slow(chat: Chat) -> Iterator[None]:
     hook = chat.engine.base_model.lm_head.register_forward_hook(lambda *_: time.sleep(0.1))
     yield
     hook.remove()
+
+
+@pytest.fixture
+def pass_time(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
+    """Return a function that moves the clock of servers and their event loops forward by seconds.
+
+    Limits can then be so long that no pause of the machine reaches them.
+    """
+    passed, real = 0.0, time.monotonic
+
+    def move(seconds: float) -> None:
+        nonlocal passed
+        passed += seconds
+
+    monkeypatch.setattr(time, "monotonic", lambda: real() + passed)
+    return move
 
 
 @pytest.fixture(scope="session")

@@ -184,7 +184,7 @@ def test_unsupported_requests_give_openais_errors(client: openai.OpenAI) -> None
 
 
 def _until(what: Any) -> None:
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 100
     while not what() and time.monotonic() < deadline:
         time.sleep(0.02)
     assert what()
@@ -219,7 +219,7 @@ def test_a_full_queue_rejects_requests(chat: Chat) -> None:
 
 def test_the_queue_takes_64_answers(chat: Chat, monkeypatch: pytest.MonkeyPatch) -> None:
     proceed, compute = threading.Event(), chat.engine.compute_features
-    monkeypatch.setattr(chat.engine, "compute_features", lambda *args: (proceed.wait(60), compute(*args)))
+    monkeypatch.setattr(chat.engine, "compute_features", lambda *args: (proceed.wait(600), compute(*args)))
     app = create_app(chat.engine, name=MODEL)
     service = app.state.scheduler
 
@@ -234,7 +234,7 @@ def test_the_queue_takes_64_answers(chat: Chat, monkeypatch: pytest.MonkeyPatch)
         proceed.set()
         return [refused, *await asyncio.gather(running, *waiting)]
 
-    replies = asyncio.run(asyncio.wait_for(ask_all(), 60))
+    replies = asyncio.run(asyncio.wait_for(ask_all(), 600))
     service.close()
     assert [reply.status for reply in replies] == [429, *[200] * 9]
     assert replies[0].headers["retry-after"] == "5"

@@ -147,7 +147,7 @@ def test_stop_ends_an_answer(browser: Browser, server: tuple[str, FastAPI]) -> N
     browser.click(ASK)
     browser.wait_for("!!document.querySelector('#window_0 .waiting')")
     browser.click("button#stop")
-    service, deadline = server[1].state.scheduler, time.monotonic() + 5
+    service, deadline = server[1].state.scheduler, time.monotonic() + 40  # the whole answer would take longer
     while service.running and time.monotonic() < deadline:
         time.sleep(0.02)
     assert service.running == service.waiting == 0

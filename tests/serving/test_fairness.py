@@ -7,7 +7,7 @@ import itertools
 import json
 import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,21 +27,33 @@ from llavar_peft.serving.run_server import bind_socket, check_listen_address, ch
 from llavar_peft.serving.ui.page_guard import PageGuard
 from tests.serving.server import JSON, MODEL, Reply, ask_body, call
 
+GRACE = 60.0
+"""Seconds, of the clock that the tests move, in which a body may be slow."""
+
 
 @pytest.fixture
 def app(chat: Chat) -> Iterator[FastAPI]:
-    made = create_app(chat.engine, name=MODEL, limits=RequestLimits(body_seconds=3, body_grace_seconds=0.5))
+    made = create_app(chat.engine, name=MODEL, limits=RequestLimits(body_seconds=600, body_grace_seconds=GRACE))
     yield made
     made.state.scheduler.close()
 
 
-def test_slow_bodies_keep_no_one_out(app: FastAPI) -> None:
+def test_slow_bodies_keep_no_one_out(app: FastAPI, pass_time: Callable[[float], None]) -> None:
     """Eighty of them once held every place for half a minute."""
+    arriving: set[int] = set()
+
+    def body(number: int) -> Iterator[bytes]:
+        while True:
+            yield b" "
+            arriving.add(number)
 
     async def crowd() -> tuple[list[Reply], Reply]:
-        slow = [asyncio.create_task(call(app, itertools.repeat(b" "), pause=0.1)) for _ in range(100)]
-        await asyncio.sleep(0.1)
+        slow = [asyncio.create_task(call(app, body(number), pause=0.1)) for number in range(100)]
+        while len(arriving) < len(slow):
+            await asyncio.sleep(0.01)
         answered = await call(app, ask_body("Hm?"))
+        assert not any(one.done() for one in slow)
+        pass_time(GRACE + 1)
         return await asyncio.gather(*slow), answered
 
     slow, answered = asyncio.run(crowd())
@@ -49,11 +61,19 @@ def test_slow_bodies_keep_no_one_out(app: FastAPI) -> None:
     assert {reply.status for reply in slow} == {408}
 
 
-def test_a_body_that_arrives_at_a_reasonable_speed_has_more_time(chat: Chat) -> None:
-    limits = RequestLimits(body_seconds=60, body_grace_seconds=1, body_rate=1000)
+def test_a_body_that_arrives_at_a_reasonable_speed_has_more_time(
+    chat: Chat, pass_time: Callable[[float], None]
+) -> None:
+    limits = RequestLimits(body_seconds=600, body_grace_seconds=GRACE, body_rate=1000)
     app = create_app(chat.engine, name=MODEL, limits=limits)
-    parts = [ask_body("Hm?") + b" " * 60_000, *[b" "] * 9]
-    assert asyncio.run(call(app, parts, pause=0.15)).status == 200
+
+    def body() -> Iterator[bytes]:
+        yield ask_body("Hm?") + b" " * 60_000
+        for _ in range(3):
+            pass_time(GRACE / 2)
+            yield b" "
+
+    assert asyncio.run(call(app, body(), pause=0.01)).status == 200
     app.state.scheduler.close()
 
 

@@ -164,7 +164,7 @@ def api() -> tuple[FastAPI, dict[str, Any]]:
                     yield event[9:]
                 yield b'data: {"choices": []}\n\n'
                 if words == "for ever":
-                    await asyncio.sleep(60)
+                    await asyncio.sleep(600)
                 yield b"data: [DONE]\n\n"
             finally:
                 seen["left"] = True
@@ -225,7 +225,7 @@ def test_closing_the_stream_cancels_the_request() -> None:
         assert await anext(stream) == "It "
         await stream.aclose()
 
-    asyncio.run(asyncio.wait_for(leave(), 10))
+    asyncio.run(asyncio.wait_for(leave(), 60))
     assert seen["left"]
 
 

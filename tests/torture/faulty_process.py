@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from llavar_peft.cli import main
+from tests.commands import PRELOADED
 
-_PRELOADED = ["llavar_peft.cli.app", "tests.torture.preloaded"]
 _FILE_EVENTS = ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir")
 _OVERRIDES = 0b110  # CAP_DAC_OVERRIDE and CAP_DAC_READ_SEARCH, by which root may write to read-only folders
 _CAPABILITY_VERSION = 0x20080522
@@ -106,7 +106,7 @@ class Running:
 
     def __init__(self, arguments: Sequence[str], folder: Path, fault: Fault = no_fault) -> None:
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(_PRELOADED)
+        context.set_forkserver_preload(PRELOADED)
         self._output = b""
         self._pipe, theirs = context.Pipe(duplex=False)
         self.process: BaseProcess = context.Process(target=_run, args=(list(arguments), str(folder), fault, theirs))

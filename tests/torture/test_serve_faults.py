@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import socket
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
@@ -17,6 +18,7 @@ import pytest
 import torch
 
 from llavar_peft import ModelConfig, build_model
+from llavar_peft.inference.batch_decoder import DecodingBatch
 from tests.torture.faulty_process import (
     Ended,
     Fault,
@@ -130,6 +132,17 @@ def _assert_explained(ended: Ended, status: int, *words: str) -> None:
     assert all(word in ended.output for word in ("error: ", *words)), ended.output
 
 
+def _slow_down() -> None:
+    """Let an answer of 1500 tokens take more than two minutes, so that it is under way when a signal comes."""
+    plain = DecodingBatch.step
+
+    def step(batch: DecodingBatch) -> None:
+        time.sleep(0.1)
+        plain(batch)
+
+    DecodingBatch.step = step  # type: ignore[method-assign]
+
+
 def _free_port() -> int:
     with socket.create_server(("127.0.0.1", 0)) as free:
         return int(free.getsockname()[1])
@@ -170,7 +183,7 @@ def test_a_signal(number: signal.Signals, moment: str, checkpoint: Path) -> None
 
 @pytest.mark.parametrize((), each(9, ()))
 def test_a_second_ctrl_c_ends_the_answers(checkpoint: Path) -> None:
-    server = Served(checkpoint, _free_port())
+    server = Served(checkpoint, _free_port(), fault=_slow_down)
     assert server.wait_until_ready(), server.wait().output
     with server.answering(tokens=1500) as stream:
         server.send(signal.SIGINT)

@@ -35,7 +35,7 @@ from llavar_peft.training import stage_trainer, trainer
 from llavar_peft.training.launch import start_processes
 from llavar_peft.training.read_shards import build_for_training
 
-TIME_LIMIT = 480
+TIME_LIMIT = 1500
 """Seconds after which a rank that waits for another one prints where and stops."""
 
 
@@ -186,6 +186,8 @@ def measure_memory(recipe: Recipe, counter: ShardCounter) -> None:
             counter.seen.memory = max(counter.seen.memory, anonymous() - before)
 
     def first(model: Any, inputs: Any) -> Any:
+        if not started.is_set():
+            counter.seen.memory = max(counter.seen.memory, anonymous() - before)
         started.set()
         return plain(model, inputs)
 
@@ -199,9 +201,10 @@ WAYS = {"both": run_both, "refused": refuse, "memory": measure_memory}
 _INTERRUPTED = ("both", "resumed", "zero1", "zero2")
 
 
-def main() -> None:
+def main(folder: Path) -> None:
+    """Train the recipes of a folder, one after the other."""
     gc.freeze()  # each stage collects garbage twice
-    folder, rank = Path(sys.argv[1]), os.environ.get("RANK", "0")
+    rank = os.environ.get("RANK", "0")
     faulthandler.dump_traceback_later(TIME_LIMIT, exit=True)
     if "ACCELERATE_USE_DEEPSPEED" in os.environ:
         import deepspeed
@@ -218,4 +221,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(Path(sys.argv[1]))

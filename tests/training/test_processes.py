@@ -4,22 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
-import signal
 import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from llavar_peft import Full, ModelConfig, Recipe
 from llavar_peft.recipe.recipe_yaml import dump_recipe
+from tests.commands import ranks, run_command
+from tests.training import sharded
 from tests.training.sharded import ShardCounter, run
 
 ROOT = Path(__file__).parents[2]
@@ -63,15 +61,8 @@ def test_two_processes_equal_one(short_model: ModelConfig, tiny_recipe: Recipe, 
     run(one, ShardCounter(None))
     recipes["tower"] = dataclasses.replace(one, output_dir=str(tmp_path / "2/tower"))
     (tmp_path / "tower.yaml").write_text(dump_recipe(recipes["tower"]))
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    done = subprocess.run(
-        [*launch, "-m", "tests.fast_start", "tests.training.sharded", str(tmp_path)],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
+    done = ranks(sharded.main, tmp_path, tmp_path)
+    assert [one.status for one in done] == [0, 0], [one.stderr[-2000:] for one in done]
     for name, recipe in recipes.items():
         # The gradients of two records are summed in another order, and rounded to 8 bits before.
         rounding = 5e-3 if "bf16" in name else 1e-5
@@ -97,7 +88,7 @@ def _launch_nodes(recipe: Path) -> list[subprocess.Popen[str]]:
     return [
         subprocess.Popen(
             [sys.executable, "-m", "torch.distributed.run", *options, f"--node_rank={node}",
-             "-m", "llavar_peft", "train", str(recipe)],
+             "-m", "tests.fast_start", "tests.training.killed_rank", str(recipe)],
             cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
         )
         for node in (0, 1)
@@ -106,27 +97,22 @@ def _launch_nodes(recipe: Path) -> list[subprocess.Popen[str]]:
 
 @pytest.mark.slow
 def test_two_nodes_stop_when_a_rank_is_killed_and_resume(tiny_recipe: Recipe, tmp_path: Path) -> None:
-    stage = dataclasses.replace(tiny_recipe.stages[1], epochs=3, save_every_steps=1)
+    stage = dataclasses.replace(tiny_recipe.stages[1], epochs=2, save_every_steps=1)
     one = dataclasses.replace(tiny_recipe, stages=(stage,), output_dir=str(tmp_path / "one"))
     run(one, ShardCounter(None))
     two = dataclasses.replace(one, output_dir=str(tmp_path / "two"))
     (tmp_path / "two.yaml").write_text(dump_recipe(two))
     metrics = tmp_path / "two" / stage.name / "metrics.jsonl"
 
-    nodes, deadline = _launch_nodes(tmp_path / "two.yaml"), time.monotonic() + 120
-    while not (metrics.is_file() and metrics.read_text().count("\n") >= 2) and time.monotonic() < deadline:
-        assert all(node.poll() is None for node in nodes), [node.communicate()[1][-2000:] for node in nodes]
-        time.sleep(0.02)
-    (rank,) = psutil.Process(nodes[1].pid).children()
-    os.kill(rank.pid, signal.SIGKILL)
-    for node in nodes:
-        node.communicate(timeout=300)  # a node that does not notice waits for the other one forever
+    for node in (nodes := _launch_nodes(tmp_path / "two.yaml")):
+        _, told = node.communicate(timeout=600)  # a node that does not notice waits for the other one forever
         assert node.returncode != 0
+        assert metrics.is_file(), told[-2000:]
+    assert len(nodes) == 2
     assert not (tmp_path / "two/model").exists()
-    assert metrics.read_text().count("\n") < 12
+    assert metrics.read_text().count("\n") == 2
 
-    again = _launch_nodes(tmp_path / "two.yaml")
-    errors = [node.communicate(timeout=120)[1] for node in again]
-    assert [node.returncode for node in again] == [0, 0], errors[0][-2000:]
-    assert "resumes from step" in errors[0]
+    again = ranks(run_command, ["train", str(tmp_path / "two.yaml")], tmp_path, nodes=2)
+    assert [one.status for one in again] == [0, 0], [one.stderr[-2000:] for one in again]
+    assert "resumes from step 2" in again[0].stderr
     _assert_same(tmp_path / "two", tmp_path / "one", two)

@@ -152,7 +152,7 @@ def _launch(folder: Path, **environment: str) -> subprocess.CompletedProcess[str
     return subprocess.run(
         [*launch, "-m", "tests.fast_start", "tests.training.sharded", str(folder)],
         env={**os.environ, **environment}, cwd=EXAMPLES.parent, capture_output=True, text=True, check=False,
-        timeout=2 * TIME_LIMIT,
+        timeout=TIME_LIMIT + 200,
     )  # fmt: skip
 
 
@@ -215,6 +215,7 @@ def one_thread() -> Iterator[None]:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 @pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("engine", ENGINES)
 def test_two_shards_equal_one_process(

@@ -1,44 +1,54 @@
-"""Kill a resumable job at random moments, until one attempt may finish."""
+"""Kill a resumable job twenty times, half of them at random calls of its progress and half at random times."""
 
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import torch
 
 from llavar_peft.weights.io.tensor_blocks import open_weights
+from tests.commands import python
 
 _KILLER = """
-import json, os, random, signal, sys, time
+import json, os, random, signal, time
 from pathlib import Path
 import torch
 from llavar_peft.weights.io import folder_writer
 
-first, second, out = sys.argv[1:]
+first, second, out = {paths!r}
 torch.set_num_threads(1)  # a forked child has no threads of its parent
 rng = random.Random(0)
 {job}
 
-def start(folder):
+def start(folder, last):
     child = os.fork()
     if child == 0:
-        work(folder, lambda done, total: time.sleep(0.02))
+        calls = 0
+
+        def progress(done, total):
+            nonlocal calls
+            calls += 1
+            if calls == last:
+                os.kill(os.getpid(), signal.SIGKILL)
+            time.sleep(0 if last else 0.02)
+
+        work(folder, progress)
         os._exit(0)
     return child
 
-work(out + "-first", None)  # so that no child has to import anything
+calls = []
+work(out + "-first", lambda done, total: calls.append(done))  # so that no child has to import anything
 started = time.perf_counter()
-os.waitpid(start(out + "-whole"), 0)
+os.waitpid(start(out + "-whole", None), 0)
 whole = time.perf_counter() - started
 journal = Path(out).with_name("." + Path(out).name + ".part") / ".journal"
 kept = []
-for _ in range(20):
-    child = start(out)
-    time.sleep(rng.uniform(0.0, whole))
-    os.kill(child, signal.SIGKILL)
+for number in range(20):
+    child = start(out, rng.randint(1, len(calls)) if number % 2 else None)
+    if number % 2 == 0:
+        time.sleep(rng.uniform(0.0, whole))
+        os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
     kept.append(len(journal.read_text().splitlines()) if journal.is_file() else 0)
     if Path(out).exists():
@@ -57,9 +67,9 @@ def kill_twenty_times(job: str, first: Path, second: Path, tmp_path: Path) -> No
         second: Another folder that it reads.
         tmp_path: The folder that it writes to.
     """
-    command = [sys.executable, "-c", _KILLER.format(job=job), str(first), str(second), str(tmp_path / "out")]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    paths = [str(first), str(second), str(tmp_path / "out")]
+    done = python(_KILLER.format(job=job, paths=paths), tmp_path)
+    assert done.status == 0, done.stderr
     kept = json.loads(done.stdout)
     assert max(kept) > 1, kept  # some attempts left work that the next ones resumed
     whole = tmp_path / "out-whole"
