@@ -87,7 +87,9 @@ def apply_kernels(model: Any, kernels: Kernels) -> None:
     if kernels == "liger":
         _use_liger(model.get_decoder())
     elif kernels == "compile":
-        _compile(model.get_decoder(), whole=model.config.text_config.model_type in _LIKE_LLAMA)
+        # Cross-attention is called within a layer, and is another one in each.
+        whole = model.config.text_config.model_type in _LIKE_LLAMA and model.config.cross_attention is None
+        _compile(model.get_decoder(), whole=whole)
     if kernels != "none":
         logger.info("kernels of the language model: %s", kernels)
 
