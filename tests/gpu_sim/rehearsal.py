@@ -73,10 +73,14 @@ def _stand_ins() -> Iterator[None]:
         patch.object(build_model, "check_kernels", lambda *_: None),
         patch.object(layer_kernels, "check_kernels", lambda *_: None),
         patch.object(packed_attention, "_has_kernel", lambda _: True),
-        patch.dict(sys.modules, liger_modules()),
         varlen_kernels(),
     ):
-        yield
+        sys.modules.update(liger_modules())  # not by ``patch.dict``, which also removes what is imported meanwhile
+        try:
+            yield
+        finally:
+            for name in liger_modules():
+                del sys.modules[name]
 
 
 def main(arguments: list[str]) -> int:

@@ -7,15 +7,15 @@ import pytest
 from tests.gpu_sim.simulation import Simulation
 
 pytestmark = pytest.mark.slow
-_EXPENSIVE = "parity and bfloat16", "resumed"
-"""Tests that ``python -m tests.gpu_sim.rehearsal`` runs as well; here others take the same way."""
+_EXPENSIVE = "parity", "resumed", "qlora", "liger-full", "128"
+"""Tests that ``python -m tests.gpu_sim.rehearsal`` runs as well; other tests of this folder take the same way."""
 
 
 def test_the_tests_of_a_gpu_run_on_the_simulated_one(simulation: Simulation) -> None:
-    chosen = " and ".join(f"not ({one})" for one in _EXPENSIVE)
+    chosen = " and ".join(f"not {one}" for one in _EXPENSIVE)
     outcomes = simulation.run("tests.gpu_sim.rehearsal:run_tests", arguments=["-k", chosen])
     others = {name: outcome for name, outcome in outcomes.items() if outcome != "passed"}
-    assert len(outcomes) - len(others) >= 14, outcomes
+    assert len(outcomes) - len(others) >= 9, outcomes
     assert all("could not import" in outcome for outcome in others.values()), others
     assert {name.rpartition("[")[2] for name in others} <= {"flash_attention_2]", "compile-lora]"}
 
