@@ -1,4 +1,4 @@
-"""What only a GPU can show runs to its end where there is none: nobody meets its mistakes on rented hardware."""
+"""What only a GPU can show runs to its end where there is none, so that its mistakes are not met on rented hardware."""
 
 from __future__ import annotations
 
