@@ -85,7 +85,9 @@ def configuration(shape: Shape) -> LlavarConfig:
     return make_config(text, tower, vocab_size=shape.words, image_token_id=shape.words - 3)
 
 
-def build(shape: Shape, *, device: str = "cpu", dtype: torch.dtype = torch.float32) -> LlavarForConditionalGeneration:
+def build(
+    shape: Shape, *, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
+) -> LlavarForConditionalGeneration:
     """Return a model of random weights in training mode, the same at each call."""
     torch.manual_seed(0)
     with torch.device(device):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import subprocess
 import sys
@@ -163,6 +164,26 @@ def test_flops_of_a_llama_are_those_by_hand() -> None:
     frozen = flops("7b", [item], rank=None)
     assert frozen == pytest.approx(4 * weights * 2048, rel=0.1)
     assert frozen < flops("7b", [item], rank=128) < 1.1 * frozen
+
+
+@pytest.mark.usefixtures("scripts")
+def test_the_cells_of_a_gpu_end_within_nine_minutes() -> None:
+    """Each is given up after its share; at a fifth of the peak, its computation takes less than half of that."""
+    from train_cell import flops
+    from train_model import SHAPES, Records
+
+    spec = importlib.util.spec_from_file_location("gpu_train", BENCHMARKS / "gpu/train.py")
+    assert spec is not None
+    assert spec.loader is not None
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    for size in ("7b", "13b"):
+        cells = script.cells(size, 12)
+        assert len(cells) * script.CELL_SECONDS < 9 * 60
+        for cell in cells:
+            records = Records(cell["lengths"], cell["batch"] * 12, SHAPES[size], longest=cell["longest"])
+            seconds = flops(size, records, rank=cell["rank"]) / (0.2 * script.PEAK_TFLOPS * 1e12)
+            assert seconds < script.CELL_SECONDS / 2, (cell["name"], seconds)
 
 
 @pytest.mark.slow

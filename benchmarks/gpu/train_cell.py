@@ -26,19 +26,24 @@ GIB = 2**30
 
 
 class Clock(TrainerCallback):
-    """Records the time at which each optimizer step ends."""
+    """Records the time at which each optimizer step ends.
 
-    def __init__(self) -> None:
+    Args:
+        module: The functions of the device, such as ``torch.cuda``; None for the CPU.
+    """
+
+    def __init__(self, module: Any) -> None:
+        self.module = module
         self.ends: list[float] = []
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Record the end of a step."""
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
+        if self.module is not None:
+            self.module.synchronize()
         self.ends.append(time.perf_counter())
 
 
-def random_model(size: str, quantize: Any, device: str) -> Any:
+def random_model(size: str, quantize: Any, device: torch.device) -> Any:
     """Return a model of random weights that are created on the device.
 
     Args:
@@ -46,7 +51,7 @@ def random_model(size: str, quantize: Any, device: str) -> Any:
         quantize: The field of ``ModelConfig``.
         device: The device.
     """
-    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
     if quantize is None:
         return build(SHAPES[size], device=device, dtype=dtype)
     config = configuration(SHAPES[size])
@@ -92,30 +97,32 @@ def flops(size: str, records: Any, *, rank: int | None) -> float:
     return total
 
 
-def measure(cell: dict[str, Any]) -> dict[str, Any]:
+def measure(cell: dict[str, Any], device: torch.device | None = None) -> dict[str, Any]:
     """Train some steps.
 
     Args:
         cell: A cell from ``gpu/train.py``.
+        device: The device; None is the CUDA device or, without one, the CPU.
 
     Returns:
         Tokens and floating-point operations per second and peak memory in GiB, or the out-of-memory error.
     """
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    gpu: Any = None if device.type == "cpu" else torch.get_device_module(device)
     batch, steps = cell["batch"], cell["steps"]
     model = random_model(cell["size"], cell["quantize"], device)
     tune = Projector() if cell["rank"] is None else Lora(rank=cell["rank"], alpha=2.0 * cell["rank"])
-    if device == "cuda":
-        torch.cuda.empty_cache()
+    if gpu is not None:
+        gpu.empty_cache()
         if cell["cap_gib"]:
-            whole = torch.cuda.get_device_properties(0).total_memory
-            torch.cuda.set_per_process_memory_fraction(cell["cap_gib"] * GIB / whole)
-        torch.cuda.reset_peak_memory_stats()
+            whole = gpu.get_device_properties(0).total_memory
+            gpu.set_per_process_memory_fraction(min(1.0, cell["cap_gib"] * GIB / whole))
+        gpu.reset_peak_memory_stats()
     records = Records(cell["lengths"], batch * steps, SHAPES[cell["size"]], longest=cell["longest"])
-    clock = Clock()
+    clock = Clock(gpu)
     with tempfile.TemporaryDirectory() as folder:
         given = Cell(stage=cell["name"], shape=SHAPES[cell["size"]], batch=batch, steps=steps, folder=Path(folder))
-        precision = "bf16" if device == "cuda" else "fp32"
+        precision = "fp32" if gpu is None else "bf16"
         stage = stage_of(given, tune=tune, packing=True, recompute=cell["recompute"], precision=precision)
         try:
             ours(given, records, clock, model=apply_tuning(model, tune), stage=stage).train()
@@ -126,9 +133,9 @@ def measure(cell: dict[str, Any]) -> dict[str, Any]:
     return {
         "tokens_per_second": sum(len(item.example.input_ids) for item in timed) / seconds,
         "flops_per_second": flops(cell["size"], timed, rank=cell["rank"]) / seconds,
-        "peak_gib": torch.cuda.max_memory_allocated() / GIB if device == "cuda" else None,
-        "reserved_gib": torch.cuda.max_memory_reserved() / GIB if device == "cuda" else None,
-        "device": torch.cuda.get_device_name() if device == "cuda" else "CPU",
+        "peak_gib": None if gpu is None else gpu.max_memory_allocated() / GIB,
+        "reserved_gib": None if gpu is None else gpu.max_memory_reserved() / GIB,
+        "device": "CPU" if gpu is None else gpu.get_device_name(),
     }
 
 

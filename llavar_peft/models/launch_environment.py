@@ -14,6 +14,8 @@ from llavar_peft.errors import EnvironmentFaultError
 
 Sharding = Literal["fsdp2", "zero"]
 
+_SHARED_RECORDS = ("tp_size", "cp_size", "sp_size")
+"""Settings of accelerate for tensor, context and sequence parallelism."""
 _TRUE = ("1", "true", "yes", "y", "on", "t")
 
 
@@ -21,10 +23,11 @@ def requested_sharding() -> Sharding | None:
     """Return how ``accelerate launch`` was configured to shard the model over several processes.
 
     Raises:
-        EnvironmentFaultError: It was configured for FSDP version 1.
+        EnvironmentFaultError: It was configured for FSDP version 1 or with FSDP's offload, or to divide layers or rows.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return None
+    _check_parallelism()
     if _is_set("ACCELERATE_USE_DEEPSPEED"):
         return "zero"
     if not _is_set("ACCELERATE_USE_FSDP"):
@@ -35,7 +38,28 @@ def requested_sharding() -> Sharding | None:
         raise EnvironmentFaultError.at(
             "accelerate", "FSDP version 1 is not supported", "set fsdp_version: 2 (examples/accelerate/fsdp2_8gpu.yaml)"
         )
+    if _is_set("FSDP_OFFLOAD_PARAMS"):
+        raise EnvironmentFaultError.at(
+            "accelerate",
+            "FSDP with fsdp_offload_params is not supported",
+            "set fsdp_offload_params: false, or use DeepSpeed's offload (offload_optimizer_device: cpu in "
+            "examples/accelerate/zero3_8gpu.yaml)",
+        )
     return "fsdp2"
+
+
+def _check_parallelism() -> None:
+    """Reject launches in which the ranks would share records: each rank trains on its own."""
+    sizes = ((name, os.environ.get(f"PARALLELISM_CONFIG_{name.upper()}", "1")) for name in _SHARED_RECORDS)
+    named = [f"parallelism_config_{name}: {size}" for name, size in sizes if size != "1"]
+    if _is_set("ACCELERATE_USE_MEGATRON_LM"):
+        named.append("distributed_type: MEGATRON_LM")
+    if named:
+        raise EnvironmentFaultError.at(
+            "accelerate",
+            f"only the records and the weights can be divided among processes (got {', '.join(named)})",
+            "use DDP, FSDP version 2 or DeepSpeed ZeRO (examples/accelerate)",
+        )
 
 
 def uses_deepspeed() -> bool:

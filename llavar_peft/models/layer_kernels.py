@@ -4,16 +4,18 @@ Liger replaces RMSNorm, the MLP's product with its activation, and the rotation 
 in models whose layers compute these as LLaMA's do. Its modules hold the model's own parameters and linear layers, so
 that names, adapters, quantization and checkpoints stay as they are.
 
-Compilation is regional, with dynamic shapes: all layers share the compiled function of their MLPs and that of their
-norms. A layer as a whole is not compiled, because its attention works on the key-value cache: a decoded token would
-need a function for each layer, which is more than ``torch.compile`` keeps, and the layers of a packed row would depend
-on the number of its conversations where each is computed by itself.
+Compilation is regional, with dynamic shapes: in training all layers share the compiled function of a whole layer,
+where the layers are like LLaMA's and not sharded. Recomputation takes place around it. With the packed kernel of
+``packed_attention`` a layer is a single function; where SDPA is called for each conversation, the attention itself
+stays outside. A layer that has a key-value cache computes as it is, with compiled norms and MLPs, and so do other kinds
+of layers: a decoded token would need a function for each layer, which is more than ``torch.compile`` keeps.
 
 Source: liger-kernel (arXiv 2410.10989); PyTorch's tutorial on regional compilation.
 """
 
 from __future__ import annotations
 
+import inspect
 import logging
 from collections.abc import Iterator
 from importlib.util import find_spec
@@ -21,10 +23,13 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import Cache
 
 from llavar_peft.compat.dependency_internals import use_rotary_kernel
 from llavar_peft.errors import ConfigError, EnvironmentFaultError, MissingDependencyError
 from llavar_peft.models.decoder_structure import find_layers
+from llavar_peft.models.launch_environment import requested_sharding
+from llavar_peft.models.packed_attention import exclude_from_compilation
 from llavar_peft.recipe.schema import Kernels
 
 logger = logging.getLogger(__name__)
@@ -83,10 +88,47 @@ def apply_kernels(model: Any, kernels: Kernels) -> None:
     if kernels == "liger":
         _use_liger(model.get_decoder())
     elif kernels == "compile":
-        for part in _parts_to_compile(model.get_decoder()):
-            part.compile(dynamic=True)
+        _compile(model.get_decoder(), whole=_compiles_whole_layers(model.config))
     if kernels != "none":
         logger.info("kernels of the language model: %s", kernels)
+
+
+def _compiles_whole_layers(config: Any) -> bool:
+    """Whether layers are compiled as a whole.
+
+    They are not with cross-attention, which is called within a layer and is another one in each; nor with sharding,
+    with which compiled layers were not tried.
+    """
+    return (
+        config.text_config.model_type in _LIKE_LLAMA and config.cross_attention is None and requested_sharding() is None
+    )
+
+
+def _compile(decoder: Any, *, whole: bool) -> None:
+    for part in _parts_to_compile(decoder):
+        part.compile(dynamic=True)
+    if whole:
+        exclude_from_compilation()
+        layers = find_layers(decoder)[1]
+        compiled = _compiled_class(type(layers[0]))
+        for layer in layers:
+            layer.__class__ = compiled
+
+
+def _compiled_class(kind: type[nn.Module]) -> type[nn.Module]:
+    """Return a class of layers that call one compiled function in training, and compute as they are with a cache.
+
+    A class, because transformers wraps the ``forward`` of each class of layers to recompute what is inside.
+    """
+    plain = inspect.unwrap(kind.forward)
+    compiled = torch.compile(plain, dynamic=True)
+
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        has_cache = any(isinstance(value, Cache) for value in (*args, *kwargs.values()))
+        return (plain if has_cache else compiled)(self, *args, **kwargs)
+
+    # Sharding finds layers by the name of their class.
+    return type(kind.__name__, (kind,), {"forward": forward, "__module__": kind.__module__})
 
 
 def _parts_to_compile(decoder: Any) -> Iterator[nn.Module]:

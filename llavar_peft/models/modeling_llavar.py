@@ -49,6 +49,8 @@ CACHE_ARGUMENT: Final = (
     "cache" if "cache" in signature(LlavaForConditionalGeneration.forward).parameters else "past_key_values"
 )
 """The name of ``forward``'s argument for the key-value cache, which transformers 5.24 renamed."""
+_PATCH_DIMENSIONS = 3
+"""Number of dimensions of patch features; images have one more."""
 
 
 class LlavarModel(LlavaModel):
@@ -92,7 +94,7 @@ class LlavarModel(LlavaModel):
         Args:
             input_ids: ``[B, T]``.
             pixel_values: ``[N, 3, H, W]`` or a sequence of ``[3, H, W]``, in reading order over the batch. With tiles,
-                the views of all images one after the other.
+                the views of all images one after the other. Or ``[N, P, C]`` from ``get_patch_features``.
             attention_mask: ``[B, T]``.
             position_ids: ``[B, T]``.
             inputs_embeds: ``[B, T, D]`` instead of ``input_ids``.
@@ -190,7 +192,8 @@ class LlavarModel(LlavaModel):
         """Run the vision tower, up to the layer that is needed, and the projector.
 
         Args:
-            pixel_values: Images of one size ``[N, 3, H, W]``, or (image mode ``keep``) a sequence of ``[3, H, W]``.
+            pixel_values: Images of one size ``[N, 3, H, W]``, or (image mode ``keep``) a sequence of ``[3, H, W]``; or
+                ``[N, P, C]`` from ``get_patch_features``, which are projected.
             vision_feature_layer: The hidden state that is projected; 0 is the embeddings, -1 the last layer's output.
                 None is the configured one.
             vision_feature_select_strategy: ``"default"`` drops the class token and register tokens, ``"full"`` keeps
@@ -224,14 +227,27 @@ class LlavarModel(LlavaModel):
                 interpolate_pos_encoding=interpolate,
                 **kwargs,
             )
-        with torch.set_grad_enabled(torch.is_grad_enabled() and self._tower_needs_gradients(pixel_values)):
-            hidden_NQC = tower_features(self.vision_tower, pixel_values, layers)
-        strategy = vision_feature_select_strategy or self.config.vision_feature_select_strategy
-        # The class token and register tokens come before the patches.
-        rows, columns = (side // self.config.vision_config.patch_size for side in pixel_values.shape[-2:])
-        hidden_NPC = hidden_NQC[:, hidden_NQC.shape[1] - rows * columns :] if strategy == "default" else hidden_NQC
+        if pixel_values.dim() == _PATCH_DIMENSIONS:
+            hidden_NQC = hidden_NPC = pixel_values
+        else:
+            hidden_NQC, hidden_NPC = self._run_tower(pixel_values, layers, vision_feature_select_strategy)
         projected = self.multi_modal_projector(hidden_NPC, *([] if layouts is None else [layouts]))
         return BaseModelOutputWithPooling(last_hidden_state=hidden_NQC, pooler_output=list(projected))
+
+    @torch.no_grad()
+    def get_patch_features(self, pixel_values: Tensor) -> Tensor:
+        """Return what is projected of images ``[N, 3, H, W]``, if the tower is not trained: ``[N, P, C]``."""
+        return self._run_tower(pixel_values, self.num_tower_layers(), None)[1]
+
+    def _run_tower(self, pixel_values: Tensor, layers: int, strategy: str | None) -> tuple[Tensor, Tensor]:
+        """Return a hidden state of the tower ``[N, Q, C]``, and what is projected of it ``[N, P, C]``."""
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self._tower_needs_gradients(pixel_values)):
+            hidden_NQC = tower_features(self.vision_tower, pixel_values, layers)
+        if (strategy or self.config.vision_feature_select_strategy) != "default":
+            return hidden_NQC, hidden_NQC
+        # The class token and register tokens come before the patches.
+        rows, columns = (side // self.config.vision_config.patch_size for side in pixel_values.shape[-2:])
+        return hidden_NQC, hidden_NQC[:, hidden_NQC.shape[1] - rows * columns :]
 
     def _checked_layouts(self, layouts: Sequence[TileLayout] | Tensor | None) -> Sequence[TileLayout] | None:
         if layouts is None:

@@ -50,7 +50,7 @@ class Segments:
     """The lengths of a packed row's conversations.
 
     A compiled layer depends on the numbers in a tuple among its arguments, but not on those in an object that it does
-    not look into, as with a kernel for all segments.
+    not look into, as with a kernel for all segments, or where the attention is excluded from compilation.
     """
 
     lengths: tuple[int, ...]
@@ -220,12 +220,29 @@ def _sdpa_within_segments(  # noqa: PLR0913 - the arguments of an attention func
         rows = [tensor.squeeze(0).transpose(0, 1).to(dtype) for tensor in (query, key, value)]
         scale, window = kwargs.get("scaling"), sliding_window
         return _varlen(rows, cu_seq_lens_q, max_length_q, scale=scale, window=window)[None], None
-    split = zip(*(torch.split(tensor, list(segments.lengths), dim=2) for tensor in (query, key, value)), strict=True)
+    return _attend_each(attend, module, (query, key, value), segments.lengths, sliding_window, **kwargs), None
+
+
+def _attend_each(
+    attend: Callable[..., tuple[Tensor, Any]],
+    module: torch.nn.Module,
+    tensors: Sequence[Tensor],
+    lengths: tuple[int, ...],
+    window: int | None,
+    **kwargs: Any,
+) -> Tensor:
+    """Compute attention within each segment by a call of its own; query, key and value are those of the row."""
     outputs: list[Tensor] = []
-    for one_query, *key_value in split:
-        mask = _window_mask(one_query, sliding_window)
-        outputs.append(attend(module, one_query, *key_value, mask, **kwargs)[0])
-    return torch.cat(outputs, dim=1), None
+    for one_query, *key_value in zip(*(torch.split(tensor, list(lengths), dim=2) for tensor in tensors), strict=True):
+        outputs.append(attend(module, one_query, *key_value, _window_mask(one_query, window), **kwargs)[0])
+    return torch.cat(outputs, dim=1)
+
+
+def exclude_from_compilation() -> None:
+    """Let ``torch.compile`` leave out the attention by segment, which it would compile for each number of segments."""
+    global _attend_each  # noqa: PLW0603 - importing the compiler takes a second, which other runs must not pay
+    disable: Callable[[Callable[..., Tensor]], Callable[..., Tensor]] = torch.compiler.disable
+    _attend_each = disable(_attend_each)
 
 
 def _capped_attention(

@@ -83,8 +83,8 @@ class ModelConfig(StrictFields):
     """Attention implementation; ``auto`` uses flash-attention where it is installed and supported, else PyTorch's
     SDPA."""
     kernels: Kernels = "none"
-    """Kernels of the language model's norms and MLPs: PyTorch's, Liger's (they need a GPU and the extra ``liger``), or
-    those that ``torch.compile`` makes at the first step."""
+    """Kernels of the language model's layers: PyTorch's, Liger's (they need a GPU and the extra ``liger``), or those
+    that ``torch.compile`` makes at the first step."""
     image_mode: ImageMode = "pad"
     """Image preparation in training, for a model built from parts. Source: LLaVAR, ``--image_aspect_ratio pad``."""
     template: TemplateName | None = None

@@ -13,7 +13,6 @@ import torch
 from accelerate import Accelerator, PartialState
 from accelerate.utils import fsdp2_prepare_model
 from torch import Tensor, nn
-from torch.distributed.fsdp import CPUOffloadPolicy
 from torch.distributed.tensor import DTensor, Shard
 
 from llavar_peft.errors import EnvironmentFaultError
@@ -106,9 +105,10 @@ def _shard(model: nn.Module, pending: PendingWeights, accelerator: Accelerator) 
     plugin.cpu_ram_efficient_loading = False
     sources = pending.names(model)
     sharded = fsdp2_prepare_model(accelerator, model)
-    device = torch.device("cpu") if isinstance(plugin.cpu_offload, CPUOffloadPolicy) else accelerator.device
     read = {
-        parameter: nn.Parameter(_read_shard(parameter, sources[name], pending, device), parameter.requires_grad)
+        parameter: nn.Parameter(
+            _read_shard(parameter, sources[name], pending, accelerator.device), parameter.requires_grad
+        )
         for name, parameter in sharded.named_parameters()
         if name in sources
     }

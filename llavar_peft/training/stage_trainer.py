@@ -50,6 +50,7 @@ from llavar_peft.training.sharding import (
     configure_sharding,
     gather_weights,
 )
+from llavar_peft.training.step_images import share_tower_calls
 from llavar_peft.training.supervised_loss import SUPERVISED, split_micro_batch, supervised_loss
 from llavar_peft.training.training_state import load_training_state, save_training_state
 
@@ -186,6 +187,16 @@ class StageTrainer(TrainerInternals):
         )
         prepared: DataLoader[Any] = self.accelerator.prepare(loader)
         return prepared
+
+    def get_batch_samples(
+        self, epoch_iterator: Any, num_batches: int, device: torch.device
+    ) -> tuple[list[dict[str, Any]], Tensor | int | None]:
+        """Return the micro batches of an optimizer step, with the features of patches in place of images."""
+        batches, number = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if self.sharding is None:
+            with self.accelerator.autocast():
+                share_tower_calls(self.model, batches)
+        return batches, number
 
     # -- loss ---------------------------------------------------------------------------------------------------------
 

@@ -41,10 +41,10 @@ def _attend(tensors: tuple[Tensor, ...], gradient: Tensor, **arguments: Any) -> 
 def test_varlen_attention_is_sdpa(width: int, key_heads: int) -> None:
     """The error against float32 is at most twice that of SDPA in bfloat16."""
     _needs_kernel()
-    generator = torch.Generator(DEVICE).manual_seed(0)
+    generator = torch.Generator().manual_seed(0)
 
     def draw(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator, device=DEVICE)
+        return torch.randn(*shape, generator=generator).to(DEVICE)
 
     tokens = sum(LENGTHS)
     exact = (draw(1, 8, tokens, width), *(draw(1, key_heads, tokens, width) for _ in range(2)))
@@ -71,7 +71,7 @@ def _loss(recipe: Recipe, attention: Attention, *, packed: bool) -> tuple[float,
     items = _items(processor, images=(True, False, True, True))
     batch = Collator(processor.tokenizer.pad_token_id, packed=packed)(items)
     inputs = {name: value.to(DEVICE) if isinstance(value, Tensor) else value for name, value in batch.items()}
-    with torch.autocast("cuda", dtype=torch.bfloat16):
+    with torch.autocast(DEVICE.type, dtype=torch.bfloat16):
         loss, count, _ = supervised_loss(trained, inputs)
     (loss / count).backward()
     disable_packing(model)
@@ -92,7 +92,3 @@ def test_packed_training_gives_the_padded_loss(attention: Attention, tiny_recipe
         float(torch.stack([g.float().norm() for g in one.values()]).norm()) for one in (gradients, others)
     )
     assert other_norm == pytest.approx(norm, rel=0.1)
-
-
-def _norm(gradients: dict[str, Tensor]) -> float:
-    return float(torch.stack([gradient.float().norm() for gradient in gradients.values()]).norm())

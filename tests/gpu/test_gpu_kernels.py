@@ -17,7 +17,7 @@ from llavar_peft.models.packed_attention import enable_packing
 from llavar_peft.models.tuning import apply_tuning
 from llavar_peft.recipe.schema import Kernels, Tune
 from llavar_peft.training.supervised_loss import supervised_loss
-from tests.gpu.device import DEVICE, ON_GPU
+from tests.gpu.device import DEVICE, ON_GPU, REHEARSED
 
 pytestmark = ON_GPU
 IMAGE = 1000
@@ -26,8 +26,8 @@ IMAGE = 1000
 def _model() -> LlavarForConditionalGeneration:
     config = make_config(
         LlamaConfig(
-            hidden_size=512, intermediate_size=1376, num_hidden_layers=4, num_attention_heads=8, vocab_size=IMAGE,
-            pad_token_id=0,
+            hidden_size=512, intermediate_size=1376, num_hidden_layers=1 if REHEARSED else 4, num_attention_heads=8,
+            vocab_size=IMAGE, pad_token_id=0,
         ),
         CLIPVisionConfig(
             hidden_size=128, intermediate_size=512, num_hidden_layers=3, num_attention_heads=2, image_size=56,

@@ -36,6 +36,7 @@ def main() -> None:
     library_support.announce_device()
     simulated_device.install()
     library_support.support_half_precision()
+    library_support.support_4_bits()
     gc.freeze()  # each stage collects garbage twice
     for line in sys.stdin:
         answers.write(json.dumps(answer(json.loads(line))) + "\n")

@@ -11,7 +11,7 @@ import pytest
 
 from llavar_peft import DataConfig, Full, ModelConfig, OptimConfig, Recipe, Stage
 from llavar_peft.recipe.recipe_yaml import dump_recipe
-from tests.gpu_sim.recipes import TUNES, small_recipe
+from tests.gpu_sim.recipes import small_recipe
 from tests.gpu_sim.simulation import Simulation
 from tests.gpu_sim.training_cases import TrainedRun, train_recipe
 from tests.training.conftest import short_model, tiny_data, tiny_model  # noqa: F401 - fixtures
@@ -46,7 +46,7 @@ def on_gpu(
     @cache
     def run(tune: str, **changes: Any) -> dict[str, Any]:
         name = "-".join(map(str, (tune, *changes.values())))
-        recipe = small_recipe(base_recipe, TUNES[tune], output_dir=str(folder / name), **changes)
+        recipe = small_recipe(base_recipe, tune, output_dir=str(folder / name), **changes)
         (folder / f"{name}.yaml").write_text(dump_recipe(recipe))
         figures: dict[str, Any] = simulation.run(
             "tests.gpu_sim.training_cases:train", recipe=str(folder / f"{name}.yaml")
@@ -63,6 +63,6 @@ def on_cpu(base_recipe: Recipe, tmp_path_factory: pytest.TempPathFactory) -> Cal
 
     @cache
     def run(tune: str) -> TrainedRun:
-        return train_recipe(small_recipe(base_recipe, TUNES[tune], output_dir=str(folder / tune)))
+        return train_recipe(small_recipe(base_recipe, tune, output_dir=str(folder / tune)))
 
     return run

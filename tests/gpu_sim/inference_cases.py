@@ -8,6 +8,7 @@ from typing import Any
 
 from llavar_peft import Chat, load_chat
 from llavar_peft.inference.token_sampling import Sampling
+from llavar_peft.models.tuning import is_quantized
 from llavar_peft.recipe.schema import Dtype
 from llavar_peft.serving.api.api_app import create_app
 from tests.serving.server import ask_body, call, data_url
@@ -31,6 +32,7 @@ def answer(result: str, image: str, device: str, dtype: Dtype) -> dict[str, Any]
     turns = [dialogue.send(text, temperature=0.0, max_new_tokens=3) for text in ("What?", "And then?")]
     return {
         "device": str(chat.engine.device),
+        "quantized": is_quantized(chat.engine.base_model),
         "ids": [list(one.ids) for one in answers],
         "logprobs": [list(one.logprobs or ()) for one in answers],
         "turns": turns,

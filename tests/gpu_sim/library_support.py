@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from tests.gpu_sim.simulated_device import DEVICE, NAME
+from tests.gpu_sim.simulated_device import DEVICE, NAME, SimulatedTensor
 
 
 def announce_device() -> None:
@@ -30,6 +30,29 @@ def support_half_precision() -> None:
     accelerate.accelerator.get_grad_scaler = lambda *_, **kwargs: torch.amp.GradScaler(NAME, init_scale=64.0, **kwargs)
     function: Any = accelerate.accelerator.Accelerator.__init__
     function.__code__ = _extend_device_list(function.__code__)
+
+
+def support_4_bits() -> None:
+    """Let bitsandbytes' 4-bit weights be tensors of the device; before transformers loads quantized weights.
+
+    They are parameters of a class of their own, which PyTorch makes of a tensor by ``_make_subclass``. It would lose
+    what a simulated tensor wraps. Its operations reach the simulated device as any other, which runs bitsandbytes' own
+    definitions for CPUs.
+    """
+    from bitsandbytes.nn import Params4bit
+
+    # Libraries also look at the name of the class.
+    simulated: Any = type(Params4bit.__name__, (Params4bit, SimulatedTensor), {})
+    make = torch.Tensor._make_subclass
+
+    def make_subclass(cls: Any, data: torch.Tensor, requires_grad: bool = False, **options: Any) -> torch.Tensor:
+        if cls is simulated or (cls is Params4bit and isinstance(data, SimulatedTensor)):
+            host = data.host if isinstance(data, SimulatedTensor) else data
+            made: torch.Tensor = SimulatedTensor.__new__(simulated, host, requires_grad)
+            return made
+        return make(cls, data, requires_grad, **options)
+
+    torch.Tensor._make_subclass = make_subclass  # type: ignore[method-assign,assignment]
 
 
 def _extend_device_list(code: CodeType) -> CodeType:

@@ -24,6 +24,7 @@ import contextlib
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -34,6 +35,7 @@ from torch.utils._pytree import tree_map
 
 NAME = "gpu"
 DEVICE = "gpu:0"
+_MEMORY = 141_000_000_000
 
 SYNCS: collections.Counter[str] = collections.Counter()
 """Number of times that the host waited since the counter was cleared, by ``file:line`` of the calling library code."""
@@ -192,6 +194,30 @@ class _DeviceModule(registration._DummyBackendModule):
     def set_rng_state(self, state: Tensor, device: Any = None) -> None:
         torch.set_rng_state(state)
 
+    # Memory is not simulated: there is as much as on an H200, and none of it is used.
+
+    def mem_get_info(self, device: Any = None) -> tuple[int, int]:
+        return _MEMORY, _MEMORY
+
+    def get_device_properties(self, device: Any = None) -> Any:
+        return SimpleNamespace(name=NAME, total_memory=_MEMORY)
+
+    def get_device_name(self, device: Any = None) -> str:
+        return NAME
+
+    def set_per_process_memory_fraction(self, fraction: float) -> None:
+        if not 0 < fraction <= 1:
+            raise ValueError(f"invalid fraction {fraction}")
+
+    def reset_peak_memory_stats(self, device: Any = None) -> None:
+        pass
+
+    def max_memory_allocated(self, device: Any = None) -> int:
+        return 0
+
+    def max_memory_reserved(self, device: Any = None) -> int:
+        return 0
+
 
 class _FactoryMode(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -206,6 +232,8 @@ def _run(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     here = any(isinstance(one, SimulatedTensor) for one in tensors)
     device = kwargs.get("device")
     on_device = here if device is None else torch.device(device).type == NAME
+    if not (here or on_device):
+        return func(*args, **kwargs)  # under the other modes, such as that of fake tensors
     if here and func not in _ACCEPT_CPU:
         _check_devices(func, tensors)
     _count_if_host_waits(func, args, kwargs, on_device=on_device)

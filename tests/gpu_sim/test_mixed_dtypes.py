@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -13,8 +12,8 @@ import torch
 from llavar_peft import Chat, Recipe
 from llavar_peft.inference.engine import Engine
 from llavar_peft.inference.token_sampling import Sampling
-from tests.gpu_sim.recipes import TUNES, small_recipe
-from tests.gpu_sim.training_cases import TrainedRun, train_recipe
+from tests.gpu_sim.recipes import TUNES
+from tests.gpu_sim.training_cases import TrainedRun
 
 pytestmark = pytest.mark.slow
 
@@ -37,10 +36,3 @@ def _check(run: TrainedRun, image: Path) -> None:
 @pytest.mark.parametrize("tune", TUNES)
 def test_a_trained_model_answers(tune: str, on_cpu: Callable[[str], TrainedRun], base_recipe: Recipe) -> None:
     _check(on_cpu(tune), next(Path(str(base_recipe.stages[0].data.images)).iterdir()))
-
-
-def test_a_model_trained_on_a_quantized_base_answers(base_recipe: Recipe, tmp_path: Path) -> None:
-    """bitsandbytes' weights are tensors of a class of its own, which cannot wrap those of the simulated device."""
-    recipe = small_recipe(base_recipe, TUNES["lora"], output_dir=str(tmp_path / "run"), max_steps=1)
-    recipe = dataclasses.replace(recipe, model=dataclasses.replace(recipe.model, quantize="nf4"))
-    _check(train_recipe(recipe), next(Path(str(base_recipe.stages[0].data.images)).iterdir()))

@@ -8,6 +8,7 @@ import signal
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from accelerate import PartialState
 from transformers import TrainerCallback
 
 from llavar_peft import Recipe, Trainer, build_model
@@ -47,7 +48,9 @@ class TrainedRun(NamedTuple):
 def train_recipe(recipe: Recipe, *, interrupt_at: int | None = None) -> TrainedRun:
     """Train a recipe; its figures are those of the last stage."""
     recorder = StepRecorder(interrupt_at)
-    model, processor = build_model(recipe.model, seed=recipe.seed)
+    # CUDA is the only device that quantized weights are loaded onto by themselves.
+    device = PartialState().device if recipe.model.quantize else None
+    model, processor = build_model(recipe.model, device=device, seed=recipe.seed)
     trainer = Trainer(model, processor, recipe, callbacks=[recorder])
     figures: dict[str, Any] = {"result": str(trainer.train())}
     for file in ("metrics", "probe"):

@@ -18,12 +18,13 @@ from transformers.models.llama import modeling_llama
 from llavar_peft import Lora, ModelConfig
 from llavar_peft.errors import EnvironmentFaultError, MissingDependencyError
 from llavar_peft.models import build_model as building
-from llavar_peft.models import layer_kernels
+from llavar_peft.models import layer_kernels, packed_attention
 from llavar_peft.models.layer_kernels import apply_kernels
 from llavar_peft.models.modeling_llavar import LlavarForConditionalGeneration
 from llavar_peft.models.packed_attention import enable_packing
 from llavar_peft.models.tuning import apply_tuning
 from llavar_peft.training.supervised_loss import supervised_loss
+from tests.flash_attention import varlen_kernels
 from tests.training.test_operation_counts import _model
 from tests.weights.adapters import LANGUAGE_MODEL, VISION_TOWER
 
@@ -60,31 +61,37 @@ def liger_rotary_pos_emb(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tupl
     return rotate(q), rotate(k)
 
 
-@pytest.fixture
-def liger(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    """Put the classes above in the place of liger-kernel's."""
+def liger_modules() -> dict[str, ModuleType]:
+    """Return modules with the classes above in the place of liger-kernel's."""
     package, module = ModuleType("liger_kernel"), ModuleType("liger_kernel.transformers")
     for made in (LigerRMSNorm, LigerSwiGLUMLP, liger_rotary_pos_emb):
         setattr(module, made.__name__, made)
     package.transformers = module  # type: ignore[attr-defined]
     package.__spec__ = ModuleSpec("liger_kernel", None)
-    monkeypatch.setitem(sys.modules, "liger_kernel", package)
-    monkeypatch.setitem(sys.modules, "liger_kernel.transformers", module)
+    return {"liger_kernel": package, "liger_kernel.transformers": module}
+
+
+@pytest.fixture
+def liger(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the classes above be imported as Liger's."""
+    for name, module in liger_modules().items():
+        monkeypatch.setitem(sys.modules, name, module)
     monkeypatch.setattr(modeling_llama, "apply_rotary_pos_emb", modeling_llama.apply_rotary_pos_emb)
-    return module
 
 
-def _batch() -> dict[str, Any]:
+def _batch(lengths: tuple[int, ...] = (14, 10)) -> dict[str, Any]:
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(3, 50, (1, 24), generator=generator)
     ids[0, 2:6] = 60
     pixels = torch.randn(1, 3, 28, 28, generator=generator)
-    return {"input_ids": ids, "labels": torch.where(ids == 60, -100, ids), "lengths": (14, 10), "pixel_values": pixels}
+    return {"input_ids": ids, "labels": torch.where(ids == 60, -100, ids), "lengths": lengths, "pixel_values": pixels}
 
 
-def _step(model: LlavarForConditionalGeneration, trained: Any) -> tuple[float, dict[str, Tensor]]:
+def _step(
+    model: LlavarForConditionalGeneration, trained: Any, lengths: tuple[int, ...] = (14, 10)
+) -> tuple[float, dict[str, Tensor]]:
     enable_packing(model)
-    loss, count, _ = supervised_loss(trained, _batch())
+    loss, count, _ = supervised_loss(trained, _batch(lengths))
     (loss / count).backward()
     found = {name: one.grad for name, one in trained.named_parameters() if one.grad is not None}
     return float(loss.detach()) / count, found
@@ -167,24 +174,50 @@ def compile_without_code(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore::FutureWarning")
-@pytest.mark.parametrize("recompute", [False, True], ids=["", "recomputed"])
-def test_compiled_layers_give_the_same(recompute: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_compiled_layers_give_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     """Layers share graphs, also for decoded tokens. Without the backend that makes machine code, which takes long."""
     compiled = compile_without_code(monkeypatch)
     plain, other = _pair(layers=10)
-    if recompute:
-        for model in (plain, other):
-            model.gradient_checkpointing_enable({"use_reentrant": False})
     apply_kernels(other, "compile")
-    expected, gradients = _step(plain, plain.train())
-    loss, others = _step(other, other.train())
-    assert loss == pytest.approx(expected, abs=1e-6)
-    for name, gradient in gradients.items():
-        torch.testing.assert_close(others[name], gradient, atol=1e-6, rtol=1e-5)
-    assert len(compiled) == 2  # a norm and an MLP
+    _check_steps(plain, plain.train(), other, other.train())
+    # Before and after the attention of each conversation, and the last norm; fewer than layers.
+    assert 2 < len(compiled) < 10
     ids = torch.arange(3, 12)[None]
     made, same = (one.eval().generate(input_ids=ids, max_new_tokens=6, do_sample=False) for one in (other, plain))
     assert torch.equal(made, same)
-    assert len(compiled) <= 8  # and those without gradients, of a prompt and of a single token: fewer than layers
+    assert len(compiled) < 20  # and norms and MLPs of a prompt and of a single token
     torch.compiler.reset()
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_with_the_packed_kernel_a_recomputed_layer_is_one_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled = compile_without_code(monkeypatch)
+    plain, other = _pair(layers=10)
+    apply_kernels(other, "compile")
+    models = []
+    for one in (plain, other):
+        torch.manual_seed(1)
+        models.append(apply_tuning(one, Lora(rank=4, dropout=0.0)).train())
+        models[-1].gradient_checkpointing_enable({"use_reentrant": False})
+    models[1].load_state_dict(models[0].state_dict())
+    monkeypatch.setattr(packed_attention, "_has_kernel", lambda device: True)
+    monkeypatch.setattr(packed_attention, "_KERNEL_DTYPES", (torch.float32,))
+    with varlen_kernels() as calls:
+        _check_steps(plain, models[0], other, models[1])
+    assert calls.ends
+    assert len(compiled) == 2  # and the last norm
+    torch.compiler.reset()
+
+
+def _check_steps(plain: Any, trained: Any, other: Any, other_trained: Any) -> None:
+    """Check losses and gradients of rows with one to four conversations."""
+    for lengths in ((14, 10), (24,), (5, 7, 12), (6, 6, 6, 6)):
+        trained.zero_grad()
+        other_trained.zero_grad()
+        expected, gradients = _step(plain, trained, lengths)
+        loss, others = _step(other, other_trained, lengths)
+        assert loss == pytest.approx(expected, abs=1e-6)
+        assert set(others) == set(gradients)
+        for name, gradient in gradients.items():
+            torch.testing.assert_close(others[name], gradient, atol=1e-6, rtol=1e-5)

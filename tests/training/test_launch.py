@@ -255,6 +255,10 @@ LORA = Lora(rank=4, alpha=8.0)
         (ZERO, {}, {"optimizer": "adamw_8bit"}, "stages.stage2.optim.optimizer: ZeRO cannot shard the states"),
         (ZERO, {}, {"tune": Lora(variant="pissa")}, "stages.stage2.tune.variant: pissa cannot be sharded"),
         ({**FSDP2, "FSDP_VERSION": "1"}, {}, {}, "accelerate: FSDP version 1 is not supported"),
+        ({**FSDP2, "FSDP_OFFLOAD_PARAMS": "true"}, {}, {}, "accelerate: FSDP with fsdp_offload_params"),
+        ({**FSDP2, "PARALLELISM_CONFIG_TP_SIZE": "2"}, {}, {}, "(got parallelism_config_tp_size: 2)"),
+        ({"WORLD_SIZE": "2", "PARALLELISM_CONFIG_CP_SIZE": "2"}, {}, {}, "(got parallelism_config_cp_size: 2)"),
+        ({"WORLD_SIZE": "2", "ACCELERATE_USE_MEGATRON_LM": "true"}, {}, {}, "(got distributed_type: MEGATRON_LM)"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_sharded_is_rejected_before_the_model_is_loaded(
