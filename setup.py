@@ -46,7 +46,7 @@ EXTRAS_REQUIRE = {
     "serve": ["fastapi>=0.115", "gradio>=6.16", "python-multipart>=0.0.18", "uvicorn>=0.32"],
     "ocr": ["onnxruntime>=1.20", "rapidocr>=3.10"],
     "eval": ["openai>=1.50"],
-    "schema": ["jsonschema>=4.23", "llguidance>=1.7"],
+    "schema": ["jsonschema>=4.23", "llguidance>=1.9.1"],
     "lmms-eval": ["lmms-eval>=0.7"],
     "docs": ["mkdocs-material>=9.5", "mkdocstrings[python]>=0.26"],
     "dev": [
@@ -60,7 +60,7 @@ EXTRAS_REQUIRE = {
         "interrogate>=1.7",
         "ipykernel>=6.29",
         "jsonschema>=4.23",
-        "llguidance>=1.7",
+        "llguidance>=1.9.1",
         "mkdocs-material>=9.5",
         "mkdocstrings[python]>=0.26",
         "mypy>=1.15",

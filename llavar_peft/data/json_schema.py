@@ -221,13 +221,16 @@ def _check_size(schema: Mapping[str, Any], where: str, limits: SchemaLimits) -> 
 
 def _validator(schema: Mapping[str, Any]) -> Any:
     try:
-        from jsonschema import Draft202012Validator
+        from jsonschema import Draft3Validator, Draft4Validator, Draft202012Validator
         from jsonschema.validators import validator_for
     except ImportError as error:
         raise MissingDependencyError.at(
             "jsonschema", f"is not installed ({error})", "pip install 'llavar-peft[schema]'"
         ) from error
-    return validator_for(schema, default=Draft202012Validator)(schema)
+    stated = {"$schema": schema["$schema"]} if isinstance(schema.get("$schema"), str) else {}
+    chosen: Any = validator_for(stated, default=Draft202012Validator)
+    # Drafts 3 and 4 write limits as true and false, which is then named as what it is today: a mistake.
+    return (Draft202012Validator if chosen in (Draft3Validator, Draft4Validator) else chosen)(schema)
 
 
 def _check_meaning(schema: Mapping[str, Any], where: str) -> None:
@@ -243,7 +246,7 @@ def _check_meaning(schema: Mapping[str, Any], where: str) -> None:
         raise ConfigError.at(place, f"is no JSON Schema ({describe_reason(fault)})", _EXAMPLE)
     for place, part in subschemas(schema, where):
         reference, multiple = part.get("$ref", "#"), part.get("multipleOf", 1)
-        if not reference.startswith("#"):
+        if not isinstance(reference, str) or not reference.startswith("#"):
             fix = "copy the schema into $defs, and refer to it as #/$defs/NAME"
             raise ConfigError.at(f"{place}.$ref", f"refers to another file ({reference!r}); nothing is loaded", fix)
         if multiple > _LARGEST_MULTIPLE:

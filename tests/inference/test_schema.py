@@ -108,6 +108,7 @@ def _schemas(inner: st.SearchStrategy[dict[str, Any]]) -> st.SearchStrategy[dict
 NESTED = st.recursive(LEAVES, lambda inner: _schemas(inner).filter(lambda one: "$defs" not in one), max_leaves=6)
 
 
+@pytest.mark.slow
 @given(schemas=st.lists(NESTED | _schemas(LEAVES), min_size=10, max_size=10), seed=st.integers(0, 2**32))
 @settings(max_examples=max(1, SCHEMAS // 20), suppress_health_check=list(HealthCheck), database=None)
 def test_answers_to_random_schemas_parse_and_validate(
@@ -228,6 +229,9 @@ BAD: tuple[tuple[Any, str], ...] = (
     (3, "schema: is no JSON Schema (got int"),
     ([{}], "schema: is no JSON Schema (got list"),
     (Engine, "schema: is no JSON Schema (got type"),
+    ({"$schema": ["x"], "type": "object"}, "schema.$schema: is no JSON Schema"),
+    ({"$schema": "http://json-schema.org/draft-04/schema#", "exclusiveMinimum": True}, "exclusiveMinimum: is no"),
+    ({"$schema": "http://json-schema.org/draft-03/schema#", "$ref": 5}, "is no JSON Schema"),
     ({"type": "strin"}, "schema.type: is no JSON Schema ('strin'"),
     ({"properties": {"a": {"minimum": "3"}}}, "schema.properties.a.minimum: is no JSON Schema"),
     ({"properties": {"a": {"type": "array", "uniqueItems": True}}}, "schema.properties.a.uniqueItems: not supported"),

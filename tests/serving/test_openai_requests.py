@@ -118,6 +118,8 @@ REJECTED: tuple[tuple[dict[str, Any], str], ...] = (
     (_json_schema(None), SCHEMA), (_json_schema([1]), SCHEMA), (_json_schema({"type": "strin"}), f"{SCHEMA}.type"),
     (_json_schema({"properties": {"a": {"uniqueItems": True}}}), f"{SCHEMA}.properties.a.uniqueItems"),
     (_json_schema({"$ref": "http://127.0.0.1/x"}), f"{SCHEMA}.$ref"), (_json_schema({"$ref": "#"}), SCHEMA),
+    (_json_schema({"properties": {"a\nb": {"not": {}}}}), f"{SCHEMA}.properties.a?b.not"),
+    (_json_schema({"$schema": {}}), f"{SCHEMA}.$schema"),
     (_json_schema({"enum": ["x" * 40_000]}), SCHEMA), (_json_schema(_nested(70)), SCHEMA),
     (_json_schema({"anyOf": [{"type": "null"}] * 600}), SCHEMA),
     ({"response_format": "text"}, "response_format"), ({"tools": [{"type": "function"}]}, "tools"),

@@ -227,7 +227,9 @@ def _read_text(text: Any, where: str) -> str:
 def schema_error(error: LlavarError) -> RequestRejectedError:
     """Return the error for a schema that answers cannot follow, in the words of the check and with its place."""
     fault = error.faults[0]
-    return RequestRejectedError(400, str(fault)[:_LONGEST_FAULT], "invalid_schema", param=fault.where[:_LONGEST_PARAM])
+    # Names and values of the client's schema are repeated: no line breaks for the log, no halves of characters.
+    what, where = ("".join(one if one.isprintable() else "?" for one in text) for text in (str(fault), fault.where))
+    return RequestRejectedError(400, what[:_LONGEST_FAULT], "invalid_schema", param=where[:_LONGEST_PARAM])
 
 
 def _invalid(where: str, what: str) -> RequestRejectedError:
