@@ -46,6 +46,7 @@ EXTRAS_REQUIRE = {
     "serve": ["fastapi>=0.115", "gradio>=6.16", "python-multipart>=0.0.18", "uvicorn>=0.32"],
     "ocr": ["onnxruntime>=1.20", "rapidocr>=3.10"],
     "eval": ["openai>=1.50"],
+    "schema": ["jsonschema>=4.23", "llguidance>=1.9.1"],
     "lmms-eval": ["lmms-eval>=0.7"],
     "docs": ["mkdocs-material>=9.5", "mkdocstrings[python]>=0.26"],
     "dev": [
@@ -58,6 +59,8 @@ EXTRAS_REQUIRE = {
         "import-linter>=2.1",
         "interrogate>=1.7",
         "ipykernel>=6.29",
+        "jsonschema>=4.23",
+        "llguidance>=1.9.1",
         "mkdocs-material>=9.5",
         "mkdocstrings[python]>=0.26",
         "mypy>=1.15",

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from llavar_peft.data.encode_record import encode_record
     from llavar_peft.data.image_preparation import prepare_image
-    from llavar_peft.inference.chat import Chat, load_chat
+    from llavar_peft.inference.chat import Chat, load_chat, parse_answer
     from llavar_peft.models.adapter_loading import load_adapter
     from llavar_peft.models.build_model import build_model
     from llavar_peft.models.export_layout import export
@@ -68,6 +68,7 @@ __all__ = [
     "lora",
     "make_delta",
     "merge_adapter",
+    "parse_answer",
     "prepare_image",
     "projector_pretraining",
     "verify_delta",
@@ -89,6 +90,7 @@ _MODULES = {
     "encode_record": "data.encode_record",
     "Chat": "inference.chat",
     "load_chat": "inference.chat",
+    "parse_answer": "inference.chat",
     "load_adapter": "models.adapter_loading",
     "build_model": "models.build_model",
     "LlavarConfig": "models.llavar_config",

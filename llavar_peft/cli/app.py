@@ -24,6 +24,7 @@ from llavar_peft.cli.convert_command import convert
 from llavar_peft.cli.data_command import data_check, data_inspect
 from llavar_peft.cli.delta_command import delta_apply, delta_make, delta_verify
 from llavar_peft.cli.eval_command import eval_mme, eval_vqa
+from llavar_peft.cli.fields_command import eval_fields
 from llavar_peft.cli.generate_command import generate
 from llavar_peft.cli.heights_command import eval_heights
 from llavar_peft.cli.judge_command import eval_answer, eval_judge, eval_summarize
@@ -141,7 +142,7 @@ def build_app() -> typer.Typer:
     group(
         "eval", _EVALUATE, "Evaluate a model with the original protocols, and compare results.",
         vqa=eval_vqa, mme=eval_mme, answer=eval_answer, judge=eval_judge, summarize=eval_summarize,
-        compare=eval_compare, diagnose=eval_diagnose, heights=eval_heights,
+        compare=eval_compare, diagnose=eval_diagnose, heights=eval_heights, fields=eval_fields,
     )  # fmt: skip
     command("report", _EVALUATE, report)
     group("adapter", _WEIGHTS, "Describe and verify adapters.", show=adapter_show, verify=adapter_verify)

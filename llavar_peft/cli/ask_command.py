@@ -30,17 +30,21 @@ def ask(
     temperature: shared.TemperatureOption = None,
     greedy: shared.GreedyOption = False,
     seed: shared.SeedOption = None,
+    schema: shared.SchemaOption = None,
     as_json: shared.JsonOption = False,
 ) -> None:
     """Ask a model a question about images."""
     from llavar_peft.inference.chat import load_chat
 
     check_question(question)
+    form = shared.read_schema(schema)
     sampling = shared.make_sampling(max_new_tokens, temperature, greedy, seed)
     names: list[str | None] = [*image] if image else [None]
     images = [None if name is None else shared.open_image_or_url(name) for name in names]
     chat = load_chat(model, adapter, vision_tower=vision_tower, quantize=quantize)
-    requests = [chat.request(shown, question, image_mode=image_mode, sampling=sampling) for shown in images]
+    requests = [
+        chat.request(shown, question, image_mode=image_mode, sampling=sampling, schema=form) for shown in images
+    ]
     answers = [answer.text for answer in chat.answer(requests)]
     if as_json:
         say_json([{"image": name, "answer": answer} for name, answer in zip(names, answers, strict=True)])

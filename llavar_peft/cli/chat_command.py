@@ -14,6 +14,7 @@ from llavar_peft.errors import ConfigError, LlavarError
 from llavar_peft.types import ImageMode
 
 if TYPE_CHECKING:
+    from llavar_peft.data.json_schema import AnswerSchema
     from llavar_peft.inference.chat import Chat
     from llavar_peft.inference.token_sampling import Sampling
 
@@ -47,6 +48,7 @@ def chat(
     temperature: shared.TemperatureOption = None,
     greedy: shared.GreedyOption = False,
     seed: shared.SeedOption = None,
+    schema: shared.SchemaOption = None,
 ) -> None:
     """Chat with a model about images, in a terminal or through a pipe with one question per line."""
     from llavar_peft.inference.chat import load_chat
@@ -57,7 +59,9 @@ def chat(
         raise ConfigError.at(
             "--adapter", f"{_BASE!r} is reserved for the model without an adapter", "write NAME=FOLDER"
         )
-    terminal = _Terminal(load_chat(model, adapters, vision_tower=vision_tower, quantize=quantize), sampling, image_mode)
+    form = shared.read_schema(schema)
+    loaded = load_chat(model, adapters, vision_tower=vision_tower, quantize=quantize)
+    terminal = _Terminal(loaded, sampling, image_mode, form)
     if image is not None:
         terminal.show(image)
     terminal.run()
@@ -66,7 +70,10 @@ def chat(
 class _Terminal:
     """Reads questions and prints answers. Answers go to stdout, everything else to stderr."""
 
-    def __init__(self, chat: Chat, sampling: Sampling, image_mode: ImageMode | None) -> None:
+    def __init__(
+        self, chat: Chat, sampling: Sampling, image_mode: ImageMode | None, schema: AnswerSchema | None = None
+    ) -> None:
+        self._schema = schema
         self._conversation = chat.conversation()
         self._chat = chat
         self._sampling = sampling
@@ -128,7 +135,11 @@ class _Terminal:
     def _answer(self, question: str) -> None:
         sampling = self._sampling
         stream = self._conversation.stream(
-            question, max_new_tokens=sampling.max_new_tokens, temperature=sampling.temperature, seed=sampling.seed
+            question,
+            schema=self._schema,
+            max_new_tokens=sampling.max_new_tokens,
+            temperature=sampling.temperature,
+            seed=sampling.seed,
         )
         try:
             for piece in stream:

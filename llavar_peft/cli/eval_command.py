@@ -99,7 +99,7 @@ def eval_vqa(
     roots = ImageRoots(images) if images else None
     chat = None
     if model is None or dataset is None:
-        setting = _stated_setting(context, predictions or source)
+        setting = stated_setting(context, predictions or source)
         answered = read_predictions(predictions or source, dataset, limit=limit, split=split)
     else:
         questions = read_vqa_questions(dataset, limit=limit, split=split)
@@ -119,7 +119,7 @@ def eval_vqa(
     processor = chat.engine.processor if chat else RELEASED_SIDE
     measured = borrow_heights(answered, heights) if heights else answered
     measures = measure_letter_height(measured, roots, setting.image_mode or "pad", processor)
-    _report_results(score_answers(answered, name or str(source), setting, protocols, measures), out, as_json=as_json)
+    report_results(score_answers(answered, name or str(source), setting, protocols, measures), out, as_json=as_json)
 
 
 def eval_mme(
@@ -158,7 +158,7 @@ def eval_mme(
     from llavar_peft.evaluation.vqa.scored_results import Setting
 
     if answers is not None and folder is None and model is None:
-        results = score_images(read_answers(answers), str(answers), _stated_setting(context, answers))
+        results = score_images(read_answers(answers), str(answers), stated_setting(context, answers))
     elif folder is not None and model is not None and answers is None:
         questions, images = read_folder(folder)
         out = out or Path("mme.results.json")
@@ -179,10 +179,10 @@ def eval_mme(
         raise ConfigError.at(
             "eval mme", "it needs --folder with --model, or --answers", "give a model to ask, or answers to score"
         )
-    _report_results(results, out, as_json=as_json)
+    report_results(results, out, as_json=as_json)
 
 
-def _stated_setting(context: typer.Context, answers: Path) -> Setting:
+def stated_setting(context: typer.Context, answers: Path) -> Setting:
     """Return how given answers were made: what their file says, completed by the options on the command line."""
     from llavar_peft.evaluation.vqa.answer_settings import merge_settings, read_setting
     from llavar_peft.evaluation.vqa.scored_results import Setting
@@ -214,7 +214,8 @@ def _choose_protocols(names: Sequence[str]) -> list[Protocol]:
     return [protocol for protocol in PROTOCOLS if protocol in names]
 
 
-def _report_results(results: Results, out: Path | None, *, as_json: bool) -> None:
+def report_results(results: Results, out: Path | None, *, as_json: bool) -> None:
+    """Write results to a file, and print their figures and setting."""
     from llavar_peft.evaluation.vqa.scored_results import write_results
 
     if out is not None:

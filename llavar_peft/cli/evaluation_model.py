@@ -13,6 +13,7 @@ from llavar_peft.recipe.schema import Quantization
 
 if TYPE_CHECKING:
     from llavar_peft.data.image_roots import ImageRoots
+    from llavar_peft.data.json_schema import AnswerSchema
     from llavar_peft.evaluation.vqa.scored_results import Setting
     from llavar_peft.evaluation.vqa.vqa_questions import VqaQuestion
     from llavar_peft.inference.chat import Chat
@@ -55,10 +56,15 @@ def load_evaluated_model(
 
 
 def answer_with_progress(
-    chat: Chat, questions: Sequence[VqaQuestion], roots: ImageRoots, setting: Setting, log: Path
+    chat: Chat,
+    questions: Sequence[VqaQuestion],
+    roots: ImageRoots,
+    setting: Setting,
+    log: Path,
+    schema: AnswerSchema | None = None,
 ) -> tuple[VqaQuestion, ...]:
     """Answer all questions with a progress bar; answers in the log are not computed again."""
     from llavar_peft.evaluation.vqa.answer_questions import answer_questions
 
     with resumable(log), show_count("asking") as progress:
-        return answer_questions(chat, questions, roots, setting, log, progress)
+        return answer_questions(chat, questions, roots, setting, log, progress, schema=schema)

@@ -34,6 +34,7 @@ def generate(
     temperature: shared.TemperatureOption = None,
     greedy: shared.GreedyOption = False,
     seed: shared.SeedOption = None,
+    schema: shared.SchemaOption = None,
     on_bad_image: Annotated[
         BadImagePolicy, typer.Option("--on-bad-image", help="What to do about a missing or broken image.")
     ] = "stop",
@@ -57,6 +58,7 @@ def generate(
             vision_tower=vision_tower,
             quantize=quantize,
             image_mode=image_mode,
+            schema=shared.read_schema(schema),
             on_bad_image=on_bad_image,
             progress=progress if is_first_rank() else None,
         )

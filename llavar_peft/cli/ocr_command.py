@@ -8,8 +8,8 @@ from typing import Annotated, Literal
 import typer
 
 from llavar_peft.cli.output import resumable, say, say_json, show_count
-from llavar_peft.cli.shared_options import JsonOption, WorkersOption
-from llavar_peft.errors import count_of
+from llavar_peft.cli.shared_options import JsonOption, SchemaOption, WorkersOption, read_schema
+from llavar_peft.errors import ConfigError, count_of
 
 
 def ocr_build(
@@ -113,6 +113,11 @@ def ocr_converse(
     key_variable: Annotated[
         str, typer.Option("--key-variable", help="The environment variable that contains the API key.")
     ] = "OPENAI_API_KEY",
+    task: Annotated[
+        Literal["converse", "extract"],
+        typer.Option("--task", help="What to write: a conversation, or the fields of a form as JSON (with --schema)."),
+    ] = "converse",
+    schema: SchemaOption = None,
     captions: Annotated[
         Path | None,
         typer.Option("--captions", help="Captions of the images: a JSON object by image path, or JSON lines."),
@@ -134,6 +139,9 @@ def ocr_converse(
     from llavar_peft.datagen.ocr.make_conversations import ConverseSettings, make_conversations, read_captions
     from llavar_peft.datagen.openai_client import Endpoint
 
+    if (task == "extract") != (schema is not None):
+        what = f"--task {task} is given {'without' if schema is None else 'with'} --schema"
+        raise ConfigError.at("ocr converse", what, "give --task extract and --schema FILE together, or neither")
     settings = ConverseSettings(
         endpoint=Endpoint(model=model, base_url=base_url, key_variable=key_variable, temperature=temperature),
         least=least,
@@ -141,6 +149,7 @@ def ocr_converse(
         attempts=attempts,
         seed=seed,
         concurrency=concurrency,
+        schema=read_schema(schema),
     )
     with resumable(out), show_count("conversing") as progress:
         report = make_conversations(records, out, settings, read_captions(captions) if captions else None, progress)

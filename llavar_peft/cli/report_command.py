@@ -20,7 +20,10 @@ def report(
     ] = None,
     results: Annotated[
         list[Path] | None,
-        typer.Option("--results", help="A results file of 'eval vqa' or 'eval mme'. Repeat the option for several."),
+        typer.Option(
+            "--results",
+            help="A results file of 'eval vqa', 'eval mme' or 'eval fields'. Repeat the option for several.",
+        ),
     ] = None,
     reviews: Annotated[
         list[Path] | None,

@@ -17,6 +17,7 @@ from llavar_peft.types import ImageMode, expand_home
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+    from llavar_peft.data.json_schema import AnswerSchema
     from llavar_peft.inference.token_sampling import Sampling
 
 
@@ -57,6 +58,11 @@ GreedyOption: TypeAlias = Annotated[
 ]
 SeedOption: TypeAlias = Annotated[
     int | None, typer.Option("--seed", min=0, help="Seed of the sampling. Default: a random one.")
+]
+
+SchemaOption: TypeAlias = Annotated[
+    Path | None,
+    typer.Option("--schema", help="A JSON Schema that answers have to follow; they are JSON then.", metavar="FILE"),
 ]
 
 # Data, recipes and output.
@@ -137,6 +143,18 @@ def choose_temperature(given: float | None, default: float | None, *, greedy: bo
             "--greedy", f"it means temperature 0 (got --temperature {given:g} too)", "leave out one of them"
         )
     return 0.0 if greedy else default if given is None else given
+
+
+def read_schema(path: Path | None) -> AnswerSchema | None:
+    """Return the schema of ``--schema``.
+
+    Raises:
+        ConfigError: The file holds no schema.
+        DataError: The file is missing, or is not JSON.
+    """
+    from llavar_peft.data.json_schema import AnswerSchema
+
+    return None if path is None else AnswerSchema.read(path)
 
 
 def open_image_or_url(source: str) -> Image:

@@ -21,6 +21,7 @@ class SynthKind(str, Enum):
     SIGNS = "signs"
     POSTERS = "posters"
     DOCUMENTS = "documents"
+    INVOICES = "invoices"
 
 
 def synth(
@@ -28,7 +29,9 @@ def synth(
     count: Annotated[int, typer.Option("--n", min=1, help="Number of images.")] = 100,
     kind: Annotated[
         list[SynthKind] | None,
-        typer.Option("--kind", help="The kind of image. Repeat the option to alternate between kinds. Default: all."),
+        typer.Option(
+            "--kind", help="The kind of image. Repeat the option to alternate between kinds. Default: all but invoices."
+        ),
     ] = None,
     style: Annotated[
         Literal["detailed", "plain"],
@@ -64,8 +67,12 @@ def synth(
         Path | None, typer.Option("--fonts", help="A folder of additional fonts (.ttf, .otf or .ttc).")
     ] = None,
     task: Annotated[
-        Literal["transcribe", "question", "conversation"],
-        typer.Option("--task", help="What a record asks for: all text, one answer, or all answers in a conversation."),
+        Literal["transcribe", "question", "conversation", "extract"],
+        typer.Option(
+            "--task",
+            help="What a record asks for: all text, one answer, all answers in a conversation, or the fields of "
+            "receipts and invoices as JSON.",
+        ),
     ] = "transcribe",
     heights: Annotated[
         str | None,
@@ -81,7 +88,7 @@ def synth(
     seed: Annotated[int, typer.Option("--seed", min=0, help="Seed of the images.")] = 0,
     workers: WorkersOption = None,
 ) -> None:
-    """Draw receipts, covers, signs, posters and documents, with the text and position of every line."""
+    """Draw receipts, covers, signs, posters, documents and invoices, with the text and position of every line."""
     from llavar_peft.data.letter_canvas import parse_heights
     from llavar_peft.datagen.synth.synth_settings import SynthSettings
     from llavar_peft.datagen.synth.write_synthetic import write_synthetic

@@ -23,9 +23,10 @@ from torch import distributed
 
 from llavar_peft.atomic_files import check_output_file, hold_lock
 from llavar_peft.data.image_roots import ImageRoots
+from llavar_peft.data.json_schema import AnswerSchema
 from llavar_peft.errors import DataError, Fault, ImageError
 from llavar_peft.inference.batch_decoder import DecodingBatch, Row
-from llavar_peft.inference.chat import Chat, load_chat
+from llavar_peft.inference.chat import Chat, SchemaInput, load_chat
 from llavar_peft.inference.generation_request import Request
 from llavar_peft.inference.question_file import (
     AnswerJournal,
@@ -92,6 +93,7 @@ def generate_answers(  # noqa: PLR0913 - a run's settings, by name
     vision_tower: str | None = None,
     quantize: Quantization | None = None,
     image_mode: ImageMode | None = None,
+    schema: SchemaInput | None = None,
     on_bad_image: BadImagePolicy = "stop",
     progress: Callable[[int, int], None] | None = None,
 ) -> GenerateReport:
@@ -112,6 +114,7 @@ def generate_answers(  # noqa: PLR0913 - a run's settings, by name
         vision_tower: Folder or name of the tower, for a checkpoint in the released layout.
         quantize: How the language model's linear layers are stored.
         image_mode: Overrides the model's ``inference_image_mode``.
+        schema: What all answers have to follow, as in ``Chat.ask``.
         on_bad_image: Whether a missing or broken image stops the run or skips its question.
         progress: Called with the number of questions done and in total, of this process.
 
@@ -125,6 +128,7 @@ def generate_answers(  # noqa: PLR0913 - a run's settings, by name
     path, sampling = expand_home(answers), sampling or Sampling()
     roots = ImageRoots([] if images is None else [images])
     name = str(model) if adapter is None else f"{model}+{adapter}"
+    form = None if schema is None else AnswerSchema.of(schema)
     settings: dict[str, Any] = {
         "questions": hashlib.sha256(expand_home(questions).read_bytes()).hexdigest(),
         "images": None if images is None else str(expand_home(images).resolve()),
@@ -134,6 +138,7 @@ def generate_answers(  # noqa: PLR0913 - a run's settings, by name
         "quantize": quantize,
         "image_mode": image_mode,
         "sampling": {**dataclasses.asdict(sampling), "stop": list(sampling.stop)},
+        **({} if form is None else {"schema": form.text}),
     }
     check_output_file(path, "--answers")
     with _processes() as here, _lock_answers(path, here):
@@ -160,7 +165,7 @@ def generate_answers(  # noqa: PLR0913 - a run's settings, by name
         if todo:
             chat = load_chat(model, adapter, vision_tower=vision_tower, quantize=quantize, device=here.device)
             began = time.perf_counter()
-            work = _Work(chat, roots, sampling, image_mode, on_bad_image)
+            work = _Work(chat, roots, sampling, image_mode, on_bad_image, form)
             with journal:
                 work.run(todo, batch_size, journal, progress)
         here.wait()
@@ -223,6 +228,7 @@ class _Work:
     sampling: Sampling
     image_mode: ImageMode | None
     on_bad_image: BadImagePolicy
+    schema: AnswerSchema | None
 
     def run(
         self,
@@ -277,4 +283,6 @@ class _Work:
         if sampling.seed is not None:
             sampling = dataclasses.replace(sampling, seed=(sampling.seed + question.place) % 2**63)
         image = question.find_image(self.roots)
-        return self.chat.request(image, question.text, image_mode=self.image_mode, sampling=sampling)
+        return self.chat.request(
+            image, question.text, image_mode=self.image_mode, sampling=sampling, schema=self.schema
+        )

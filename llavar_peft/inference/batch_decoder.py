@@ -24,7 +24,7 @@ from llavar_peft.inference.engine import Engine
 from llavar_peft.inference.generation_request import Answer, FinishReason, Prefix, Request, inputs_of_images
 from llavar_peft.inference.row_cache import cache_layers, join_caches, make_cache
 from llavar_peft.inference.text_stream import TextStream
-from llavar_peft.inference.token_sampling import choose_tokens, new_generator
+from llavar_peft.inference.token_sampling import choose_tokens, invalid_logits, new_generator
 from llavar_peft.models.cross_attention import detail_segments
 from llavar_peft.models.detail_features import ImageDetails
 from llavar_peft.models.modeling_llavar import CACHE_ARGUMENT
@@ -43,6 +43,7 @@ class Row:
         logprobs: Log-probabilities of ``ids``, if requested.
         answer: The answer, once it is complete.
         cancelled: Set by the caller, from any thread, to end the row at the next step.
+        grammar: Where the answer is in the grammar of its request; None without one.
 
     Raises:
         DataError: The prompt fills the model's context, or its image tokens do not match its images.
@@ -57,6 +58,7 @@ class Row:
         self.answer: Answer | None = None
         self.cancelled = False
         self.generator = new_generator(request.sampling)
+        self.grammar = None if request.grammar is None else request.grammar.start()
         self._stream = TextStream(engine.processor.tokenizer, request.sampling.stop)
         self._on_text = on_text
         self._stop_tokens = engine.processor.stop_token_ids
@@ -72,6 +74,10 @@ class Row:
         self.ids.append(token)
         if self.request.sampling.logprobs and logprob is not None:
             self.logprobs.append(logprob)
+        if self.grammar is not None and not self.grammar.accept(token):
+            raise invalid_logits()  # no number is larger than -inf, to which tokens that may not come next are set
+        if self.grammar is not None and self.grammar.gave_up:
+            return "length"
         if token in self._stop_tokens:
             return "stop"
         self._emit(self._stream.add(token))
@@ -267,6 +273,7 @@ class DecodingBatch:
     def _append_tokens(self, logits_BV: Tensor, *, first: int) -> None:
         """Choose a token for each row from an index on, and drop the rows that end with it."""
         rows = self.rows[first:]
+        self._follow_grammars(logits_BV, rows)
         tokens, logprobs = choose_tokens(logits_BV, [r.request.sampling for r in rows], [r.generator for r in rows])
         ended: dict[Row, FinishReason] = {}
         for index, (row, token) in enumerate(zip(rows, tokens, strict=True)):
@@ -274,6 +281,14 @@ class DecodingBatch:
             if reason is not None:
                 ended[row] = reason
         self._drop(ended)
+
+    def _follow_grammars(self, logits_BV: Tensor, rows: Sequence[Row]) -> None:
+        """Set the logits of tokens that may not come next to -inf, of the rows that follow a grammar."""
+        states = {index: row.grammar for index, row in enumerate(rows) if row.grammar is not None}
+        if states:
+            allowed_BV = self._engine.grammars.allowed_tokens([*states.values()], logits_BV.shape[1], logits_BV.device)
+            chosen = torch.tensor([*states], device=logits_BV.device)
+            logits_BV[chosen] = logits_BV[chosen].masked_fill(~allowed_BV, -torch.inf)
 
     def _drop(self, ended: dict[Row, FinishReason]) -> None:
         if not ended:

@@ -6,9 +6,10 @@ from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import EllipsisType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from llavar_peft.data.conversation_template import Content
+from llavar_peft.data.json_schema import AnswerSchema
 from llavar_peft.errors import ConfigError
 from llavar_peft.inference.batch_decoder import Row, answer_all, stream_row
 from llavar_peft.inference.engine import Engine, load_engine
@@ -27,7 +28,11 @@ from llavar_peft.text_files import check_question
 from llavar_peft.types import ImageMode, ReadableRepr, Role
 
 if TYPE_CHECKING:
+    from pydantic import BaseModel
     from typing_extensions import Unpack
+
+SchemaInput: TypeAlias = "Mapping[str, Any] | type[BaseModel] | AnswerSchema"
+"""What an answer has to follow: a JSON Schema, or a pydantic model class."""
 
 
 def load_chat(
@@ -84,6 +89,23 @@ def _adapter_name(folder: object) -> str:
     return Path(folder).name
 
 
+def parse_answer(text: str, schema: SchemaInput) -> Any:
+    """Return the value of an answer that was asked for with a schema.
+
+    Args:
+        text: The answer.
+        schema: As in ``Chat.ask``.
+
+    Returns:
+        An instance of the pydantic model, if the schema is one, else what the JSON says.
+
+    Raises:
+        DataError: The answer is not JSON, for example because it was too long for ``max_new_tokens``, or does not
+            fulfil the schema.
+    """
+    return AnswerSchema.of(schema).parse(text)
+
+
 class Chat:
     """A model that answers questions. The default sampling is ``run_llava``'s (temperature 0.2); 0 is greedy."""
 
@@ -106,6 +128,7 @@ class Chat:
         *,
         adapter: str | EllipsisType | None = ...,
         image_mode: ImageMode | None = None,
+        schema: SchemaInput | None = None,
         **sampling: Unpack[SamplingSettings],
     ) -> str:
         """Answer one question.
@@ -117,15 +140,20 @@ class Chat:
             question: Plain text; nothing in it becomes a special token.
             adapter: Name of the adapter, None for the base; the default is the first adapter.
             image_mode: Overrides how the model prepares images.
+            schema: A JSON Schema or a pydantic model class. The answer is JSON that fulfils it, as long as
+                ``max_new_tokens`` suffices; ``parse_answer`` reads it.
             **sampling: Fields of ``Sampling``.
 
         Raises:
             ImageError: The image is missing or broken.
-            ConfigError: The adapter does not exist, or a value is out of its range.
+            ConfigError: The adapter does not exist, the schema is not supported, or a value is out of its range.
             DataError: The question is empty, or longer than the model's context.
         """
         check_question(question)
-        request = self.request(image, question, adapter=adapter, image_mode=image_mode, sampling=Sampling(**sampling))
+        how = Sampling(**sampling)
+        request = self.request(
+            image, question, adapter=adapter, image_mode=image_mode, sampling=how, schema=schema
+        )  # fmt: skip
         return self.answer([request])[0].text
 
     def stream(
@@ -135,6 +163,7 @@ class Chat:
         *,
         adapter: str | EllipsisType | None = ...,
         image_mode: ImageMode | None = None,
+        schema: SchemaInput | None = None,
         **sampling: Unpack[SamplingSettings],
     ) -> Iterator[str]:
         """Answer one question piece by piece. The arguments are those of ``ask``.
@@ -143,7 +172,10 @@ class Chat:
             Pieces of text in whole characters. Closing the iterator ends the answer.
         """
         check_question(question)
-        request = self.request(image, question, adapter=adapter, image_mode=image_mode, sampling=Sampling(**sampling))
+        how = Sampling(**sampling)
+        request = self.request(
+            image, question, adapter=adapter, image_mode=image_mode, sampling=how, schema=schema
+        )  # fmt: skip
         pieces: list[str] = []
         yield from stream_row(self.engine, Row(request, self.engine, pieces.append), pieces)
 
@@ -170,6 +202,7 @@ class Chat:
         image_mode: ImageMode | None = None,
         sampling: Sampling | None = None,
         system: str | None = None,
+        schema: SchemaInput | None = None,
     ) -> Request:
         """Prepare a question for ``answer``. The arguments are those of ``ask``, and ``system``, the system prompt."""
         if not isinstance(question, str):
@@ -181,6 +214,7 @@ class Chat:
             images=images,
             sampling=sampling or Sampling(),
             adapter=self.resolve_adapter(adapter),
+            grammar=self.engine.compile_schema(schema),
         )
 
     def answer(self, requests: Sequence[Request], *, batch_size: int = 32) -> list[Answer]:
@@ -272,6 +306,8 @@ class Dialogue:
         self,
         text: str,
         image: ImageInput | Sequence[ImageInput] | None = None,
+        *,
+        schema: SchemaInput | None = None,
         **sampling: Unpack[SamplingSettings],
     ) -> str:
         """Send a message and return the answer.
@@ -279,18 +315,21 @@ class Dialogue:
         Args:
             text: Plain text; nothing in it becomes a special token.
             image: An image or several, as in ``Chat.ask``.
+            schema: What the answer has to follow, as in ``Chat.ask``.
             **sampling: Fields of ``Sampling``.
 
         Raises:
             ImageError: The image is missing or broken.
             DataError: The message is empty, or the conversation is longer than the model's context.
         """
-        return "".join(self.stream(text, image, **sampling))
+        return "".join(self.stream(text, image, schema=schema, **sampling))
 
     def stream(
         self,
         text: str,
         image: ImageInput | Sequence[ImageInput] | None = None,
+        *,
+        schema: SchemaInput | None = None,
         **sampling: Unpack[SamplingSettings],
     ) -> Generator[str, None, None]:
         """Send a message and yield the answer piece by piece. The arguments are those of ``send``.
@@ -301,7 +340,7 @@ class Dialogue:
             self.show(image)
         shown = self._next_images
         pieces: list[str] = []
-        row = Row(self._request(text, shown, Sampling(**sampling)), self._engine, pieces.append)
+        row = Row(self._request(text, shown, Sampling(**sampling), schema), self._engine, pieces.append)
         try:
             yield from stream_row(self._engine, row, pieces)
         finally:
@@ -312,7 +351,9 @@ class Dialogue:
             if row.answer is not None:
                 self._prefix, self._prefix_adapter = row.answer.prefix, row.request.adapter
 
-    def _request(self, text: str, shown: tuple[PromptImage, ...], sampling: Sampling) -> Request:
+    def _request(
+        self, text: str, shown: tuple[PromptImage, ...], sampling: Sampling, schema: SchemaInput | None
+    ) -> Request:
         check_question(text)
         ask = self._engine.processor.conversation_template.question
         messages: list[tuple[Role, Content]] = []
@@ -324,4 +365,7 @@ class Dialogue:
         prefix = self._prefix if self._prefix_adapter == self.adapter else None
         if prefix is not None:
             prefix = prefix.shared_with(ids, images, self._engine.processor.image_token_id)
-        return Request(ids=ids, images=images, sampling=sampling, adapter=self.adapter, prefix=prefix, keep_prefix=True)
+        return Request(
+            ids=ids, images=images, sampling=sampling, adapter=self.adapter, prefix=prefix, keep_prefix=True,
+            grammar=self._engine.compile_schema(schema),
+        )  # fmt: skip

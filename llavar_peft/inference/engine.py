@@ -18,8 +18,10 @@ import torch
 from torch import Tensor, distributed
 
 from llavar_peft.compat.dependency_internals import keeps_state
+from llavar_peft.data.json_schema import AnswerSchema
 from llavar_peft.errors import ConfigError
 from llavar_peft.inference.generation_request import PromptImage, inputs_of_images
+from llavar_peft.inference.json_grammar import GrammarCompiler, JsonGrammar
 from llavar_peft.models.adapter_loading import add_adapter, apply_adapter, check_base_of_adapter
 from llavar_peft.models.build_model import build_model
 from llavar_peft.models.hub_models import is_hub_name, resolve_folder
@@ -99,6 +101,19 @@ class Engine:
     def keeps_state(self) -> bool:
         """Whether the language model keeps more of a text than keys and values."""
         return keeps_state(self.base_model.config.text_config)
+
+    @cached_property
+    def grammars(self) -> GrammarCompiler:
+        """Compiles schemas; raises ``MissingDependencyError`` if ``llguidance`` is not installed."""
+        return GrammarCompiler(self.processor)
+
+    def compile_schema(self, schema: Any) -> JsonGrammar | None:
+        """Compile what an answer has to follow: a JSON Schema or a pydantic model class; None leaves it free.
+
+        Raises:
+            ConfigError: It is no schema, or it has parts that are not supported.
+        """
+        return None if schema is None else self.grammars.compile(AnswerSchema.of(schema))
 
     def no_grad(self) -> AbstractContextManager[Any]:
         """Return a context without gradients, in which the model is called."""

@@ -26,6 +26,7 @@ from llavar_peft.types import ImageMode, ReadableRepr, Role, TileLayout
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+    from llavar_peft.inference.json_grammar import JsonGrammar
     from llavar_peft.models.processing_llavar import LlavarProcessor
 
 ImageInput: TypeAlias = "Image | str | os.PathLike[str] | bytes | np.ndarray"
@@ -178,6 +179,7 @@ class Request(ReadableRepr):
         adapter: Name of the adapter, None for the base.
         prefix: Keys and values of the beginning of the prompt, computed with the same adapter.
         keep_prefix: Whether the answer returns the keys and values of prompt and answer.
+        grammar: What the answer has to follow, from ``Engine.grammars``; None leaves it free.
 
     Raises:
         DataError: The prompt is empty.
@@ -189,6 +191,7 @@ class Request(ReadableRepr):
     adapter: str | None = None
     prefix: Prefix | None = None
     keep_prefix: bool = False
+    grammar: JsonGrammar | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         if not len(self.ids):
@@ -203,7 +206,7 @@ class Answer(ReadableRepr):
         text: The text without special tokens, stripped of white space.
         ids: All chosen tokens, a closing ``</s>`` included.
         finish_reason: ``"stop"`` at ``</s>`` or a stop text, ``"length"`` at the limit of tokens or of the model's
-            context, ``"cancelled"`` if the caller ended it.
+            context (JSON then ends in the middle), ``"cancelled"`` if the caller ended it.
         prompt_tokens: Number of tokens of the prompt, image tokens included.
         logprobs: Log-probability of each of ``ids``, if requested.
         prefix: Keys and values of prompt and answer without its last token, if requested.

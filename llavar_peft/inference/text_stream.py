@@ -5,9 +5,10 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
-from itertools import accumulate, groupby, pairwise
+from itertools import accumulate, pairwise
 from typing import Any, Final
 
+_INCOMPLETE: Final = "\ufffd"  # what decoding gives for the beginning of a character
 _BYTE: Final = re.compile(r"<0x[0-9A-F]{2}>")
 
 
@@ -16,7 +17,7 @@ class TextStream:
 
     The joined pieces equal the tokenizer's decoding of all tokens, up to a stop text, stripped of white space. A run of
     byte tokens (LLaMA's fallback for characters without a token) is decoded when it ends: the tokenizer decodes such a
-    run as a whole or not at all.
+    run as a whole or not at all. Tokens of byte-level tokenizers that end within a character wait for its end.
 
     Args:
         tokenizer: The model's tokenizer.
@@ -43,18 +44,19 @@ class TextStream:
         self._new.append(token)
         if token in self._bytes:
             return ""
-        self._held += self._decode_new()
+        if (text := self._window.decode(self._new)).endswith(_INCOMPLETE):
+            return ""
+        self._held += text
+        self._window.advance(self._new)
+        self._new = []
         return self._release(last=False)
 
     def close(self) -> str:
         """End the answer and return the text that was held back."""
         if not self.stopped:
-            self._held += self._decode_new()
+            self._held += self._window.decode(self._new)
+            self._new = []
         return self._release(last=True)
-
-    def _decode_new(self) -> str:
-        new, self._new = self._new, []
-        return self._window.decode(new)
 
     def _release(self, *, last: bool) -> str:
         found = [place for place in (self._held.find(stop) for stop in self._stop) if place >= 0]
@@ -81,9 +83,14 @@ class _Window:
         """Return what these tokens add to the text."""
         before: str = self._tokenizer.decode(self._before, skip_special_tokens=True)
         both: str = self._tokenizer.decode(self._before + new, skip_special_tokens=True)
-        # The last tokens stay at the beginning of the next window, so that the leading space is stripped only once.
-        self._before = new or self._before
         return both[len(before) :]
+
+    def advance(self, new: list[int]) -> None:
+        """Continue after tokens, which stay at the beginning of the next window.
+
+        The leading space is then stripped only once.
+        """
+        self._before = list(new) or self._before
 
 
 def bytes_of_tokens(tokenizer: Any, ids: Sequence[int], text: str) -> list[bytes]:
@@ -111,11 +118,17 @@ def _raw_bytes(tokenizer: Any, ids: Sequence[int]) -> list[bytes]:
     skipped, single, window = _special_ids(tokenizer), _byte_ids(tokenizer), _Window(tokenizer)
     parts: dict[int, bytes] = {}
     kept = [place for place, token in enumerate(ids) if token not in skipped]
-    for is_byte, group in groupby(kept, key=lambda place: ids[place] in single):
-        places = list(group)
-        for run in [places] if is_byte else [[place] for place in places]:
-            text = window.decode([ids[place] for place in run]).encode()
-            parts.update(zip(run, _split_bytes(text, len(run)), strict=True))
+    run: list[int] = []
+    for place, following in zip(kept, [*kept[1:], None], strict=False):
+        run.append(place)
+        tokens = [ids[one] for one in run]
+        text = window.decode(tokens)
+        joined = ids[place] in single and following is not None and ids[following] in single
+        if joined or (text.endswith(_INCOMPLETE) and ids[place] not in single and following is not None):
+            continue
+        window.advance(tokens)
+        parts.update(zip(run, _split_bytes(text.encode(), len(run)), strict=True))
+        run = []
     return [parts.get(place, b"") for place in range(len(ids))]
 
 

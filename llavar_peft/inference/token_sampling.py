@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from llavar_peft.constants import TOP_K
-from llavar_peft.errors import ConfigError, WeightsError
+from llavar_peft.errors import ConfigError, LlavarError, WeightsError
 
 _SMALLEST = 1e-30
 """Smaller temperatures and shares would be 0 in float32; at this value already, only the most likely token is left."""
@@ -120,12 +120,14 @@ def choose_tokens(
         logprobs = logits_BV.log_softmax(dim=-1).gather(1, chosen_B[:, None])[:, 0].tolist()
     tokens: list[int] = chosen_B.tolist()
     if min(tokens, default=0) < 0:
-        raise WeightsError.at(
-            "model",
-            "computes logits that are no numbers",
-            "download its config.json and weights again, or use bfloat16",
-        )
+        raise invalid_logits()
     return tokens, logprobs
+
+
+def invalid_logits() -> LlavarError:
+    """Return the error for logits that are no numbers."""
+    fix = "download its config.json and weights again, or use bfloat16"
+    return WeightsError.at("model", "computes logits that are no numbers", fix)
 
 
 def _sample(logits_BV: Tensor, samplings: Sequence[Sampling], generators: Sequence[torch.Generator]) -> Tensor:

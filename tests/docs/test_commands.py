@@ -42,6 +42,7 @@ ELSEWHERE = {
     "llavar-peft quickstart": "tests/test_quickstart.py",
     "llavar-peft eval vqa": "tests/evaluation/test_vqa.py; the data is not ours to distribute",
     "llavar-peft eval heights --dataset": "tests/evaluation/test_heights.py; the data is not ours to distribute",
+    "llavar-peft eval fields": "tests/evaluation/test_fields.py; needs a trained model",
     "llavar-peft eval mme": "tests/evaluation/test_mme.py; the data is not ours to distribute",
     "llavar-peft eval answer": "tests/evaluation/test_judge.py; needs an endpoint",
     "llavar-peft eval judge": "tests/evaluation/test_judge.py; needs an endpoint",

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from transformers import AutoTokenizer
 
 from llavar_peft.inference.text_stream import TextStream, bytes_of_tokens
 from llavar_peft.models.llama_tokenizer import add_image_tokens, load_tokenizer
@@ -123,3 +124,16 @@ def test_characters_over_several_tokens_are_single_bytes(tokenizer: Any) -> None
     assert bytes_of_tokens(tokenizer, ids, text) == [
         b"", b"the", *smiles, b" the", *["\ufffd".encode()] * 3, b"",
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize("cut", [0, 1, 2, 3])
+def test_a_character_of_several_byte_level_tokens_is_whole(cut: int) -> None:
+    """Without its last tokens, an answer may end within a character: only then is there a replacement character."""
+    tokenizer = AutoTokenizer.from_pretrained(LANGUAGE_MODEL.parents[1] / "tiny_modern/language_model")
+    ids = tokenizer.encode("Zürich, 日本 € \U0001f388")
+    ids = ids[: len(ids) - cut]
+    pieces, _ = _stream(tokenizer, ids)
+    whole = tokenizer.decode(ids).strip()
+    assert "".join(pieces) == whole
+    assert not any("\ufffd" in piece for piece in pieces[:-1])
+    assert b"".join(bytes_of_tokens(tokenizer, ids, whole)) == whole.encode()

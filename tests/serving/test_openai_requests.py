@@ -79,7 +79,8 @@ ACCEPTED: tuple[dict[str, Any], ...] = (
     {"stream": True, "stream_options": {"include_usage": False, "include_obfuscation": False}}, {"temperature": 2},
     {"temperature": 1.5, "top_p": 0.1}, {"top_p": 1}, {"tools": []}, {"functions": []}, {"tool_choice": "none"},
     {"tool_choice": "auto", "parallel_tool_calls": True}, {"response_format": {"type": "text"}},
-    {"response_format": {"type": "text", "strict": None}}, {"logit_bias": {}}, {"presence_penalty": 0},
+    {"response_format": {"type": "text", "strict": None}}, {"response_format": {"type": "json_object"}},
+    {"logit_bias": {}}, {"presence_penalty": 0},
     {"frequency_penalty": 0.0}, {"user": "me"}, {"metadata": {"a": "b"}}, {"store": False}, {"service_tier": "auto"},
     {"reasoning_effort": "low"}, {"modalities": ["text"]}, {"top_k": 40, "repetition_penalty": 1.0, "unheard_of": [1]},
 )  # fmt: skip
@@ -96,9 +97,31 @@ def test_fields_that_are_accepted(fields: dict[str, Any], app: FastAPI) -> None:
         assert reply.json["usage"]["completion_tokens"] <= 2 * fields.get("n", 1)
 
 
+SCHEMA = "response_format.json_schema.schema"
+
+
+def _json_schema(schema: Any) -> dict[str, Any]:
+    described = {"name": "answer", "schema": schema, "strict": True}
+    return {"response_format": {"type": "json_schema", "json_schema": described}}
+
+
+def _nested(depth: int) -> dict[str, Any]:
+    schema: dict[str, Any] = {"type": "null"}
+    for _ in range(depth):
+        schema = {"type": "array", "items": schema}
+    return schema
+
+
 REJECTED: tuple[tuple[dict[str, Any], str], ...] = (
-    ({"response_format": {"type": "json_object"}}, "response_format"),
-    ({"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": {}}}}, "response_format"),
+    ({"response_format": {"type": "xml"}}, "response_format.type"),
+    ({"response_format": {"type": "json_schema"}}, "response_format.json_schema"),
+    (_json_schema(None), SCHEMA), (_json_schema([1]), SCHEMA), (_json_schema({"type": "strin"}), f"{SCHEMA}.type"),
+    (_json_schema({"properties": {"a": {"uniqueItems": True}}}), f"{SCHEMA}.properties.a.uniqueItems"),
+    (_json_schema({"$ref": "http://127.0.0.1/x"}), f"{SCHEMA}.$ref"), (_json_schema({"$ref": "#"}), SCHEMA),
+    (_json_schema({"properties": {"a\nb": {"not": {}}}}), f"{SCHEMA}.properties.a?b.not"),
+    (_json_schema({"$schema": {}}), f"{SCHEMA}.$schema"),
+    (_json_schema({"enum": ["x" * 40_000]}), SCHEMA), (_json_schema(_nested(70)), SCHEMA),
+    (_json_schema({"anyOf": [{"type": "null"}] * 600}), SCHEMA),
     ({"response_format": "text"}, "response_format"), ({"tools": [{"type": "function"}]}, "tools"),
     ({"functions": [{"name": "f"}]}, "functions"), ({"logit_bias": {"5": 1}}, "logit_bias"),
     ({"presence_penalty": 1}, "presence_penalty"), ({"frequency_penalty": -0.5}, "frequency_penalty"),
@@ -330,7 +353,7 @@ def test_openais_client(chat: Chat) -> None:
         assert raw.headers["x-request-id"]
         assert raw.parse().model == MODEL
         for fields in (
-            {"response_format": {"type": "json_object"}},
+            {"logit_bias": {"5": 1}},
             {"tools": [{"type": "function", "function": {"name": "f"}}]},
         ):
             with pytest.raises(openai.BadRequestError) as caught:

@@ -15,13 +15,14 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, TypeAlias
 
 from rapidfuzz import fuzz
 
 from llavar_peft.constants import IMAGE_PLACEHOLDER
+from llavar_peft.data.json_schema import AnswerSchema, subschemas
 
 Pair: TypeAlias = tuple[str, str]
 
@@ -79,6 +80,42 @@ def check_reply(reply: str, evidence: Sequence[str]) -> CheckedReply:
     return CheckedReply(tuple(turns), tuple(faults), understood=True)
 
 
+def check_fields(reply: str, schema: AnswerSchema, evidence: Sequence[str]) -> tuple[Any, str | None, bool]:
+    """Read a form's fields from a reply, and check them against their schema and the text that was read.
+
+    Args:
+        reply: Expected is JSON; text around it and a code fence are accepted too.
+        schema: What the fields have to follow.
+        evidence: The engines' texts and the caption.
+
+    Returns:
+        The fields in the schema's order; what is wrong with them, None if nothing is; and whether they follow the
+        schema.
+    """
+    found = [value for value in _json_values(reply) if isinstance(value, dict | list)]
+    if not found:
+        return None, "there is no JSON in it", False
+    if problem := schema.problem(found[0]):
+        return None, f"it does not follow the schema: {problem}", False
+    chosen = {str(one) for _, part in subschemas(schema.definition) for one in part.get("enum", [part.get("const")])}
+    for leaf in _leaves(found[0]):
+        # 12.5 may be printed as 12.50.
+        forms = [leaf] if isinstance(leaf, str) else [str(leaf), f"{leaf:.2f}"]
+        faults = [find_ungrounded(one, evidence) for one in forms if one not in chosen and one.strip()]
+        if faults and all(faults):
+            return None, f"{str(leaf)[:80]!r}: {faults[0]}", True
+    return schema.ordered(found[0]), None, True
+
+
+def _leaves(value: Any) -> Iterator[str | int | float]:
+    """Yield the texts and numbers of a value."""
+    if isinstance(value, dict | list):
+        for one in value.values() if isinstance(value, dict) else value:
+            yield from _leaves(one)
+    elif isinstance(value, str | int | float) and not isinstance(value, bool):
+        yield value
+
+
 def _find_fault(question: str, answer: str, evidence: Sequence[str], before: Sequence[Pair]) -> str | None:
     """Return what is wrong with a turn. The text is sent to the model, and replies are kept by the hash of it."""
     if not question or not answer:
@@ -97,16 +134,21 @@ def _clean(text: str) -> str:
 
 def _json_pairs(reply: str) -> list[Pair]:
     """Return the turns of the first JSON value in the reply that contains any."""
-    decoder = json.JSONDecoder(strict=False)  # line breaks inside strings are common and harmless
-    for start in re.finditer(r"[\[{]", reply):
-        try:
-            value, _ = decoder.raw_decode(reply, start.start())
-        except (ValueError, RecursionError):
-            continue
+    for value in _json_values(reply):
         pairs = _pairs(value.get("turns") if isinstance(value, dict) else value)
         if pairs:
             return pairs
     return []
+
+
+def _json_values(reply: str) -> Iterator[Any]:
+    """Yield the lists and objects in a reply, each before those within it."""
+    decoder = json.JSONDecoder(strict=False)  # line breaks inside strings are common and harmless
+    for start in re.finditer(r"[\[{]", reply):
+        try:
+            yield decoder.raw_decode(reply, start.start())[0]
+        except (ValueError, RecursionError):
+            continue
 
 
 def _pairs(turns: Any) -> list[Pair]:

@@ -17,10 +17,11 @@ from typing import Any, Final, Literal
 
 from llavar_peft.atomic_files import check_output_file, write_json
 from llavar_peft.constants import IMAGE_PLACEHOLDER
+from llavar_peft.data.json_schema import AnswerSchema, write_fields
 from llavar_peft.data.record_store import open_records, parse_record
 from llavar_peft.data.resume_journal import ResumeJournal
 from llavar_peft.datagen.ocr.build_ocr_records import Progress, journal_path
-from llavar_peft.datagen.ocr.check_replies import Pair, check_reply
+from llavar_peft.datagen.ocr.check_replies import CheckedReply, Pair, check_fields, check_reply
 from llavar_peft.datagen.ocr.ocr_engines import OcrLine
 from llavar_peft.datagen.ocr.ocr_quality import transcribe
 from llavar_peft.datagen.ocr.stored_readings import stored_readings
@@ -40,6 +41,15 @@ reading, but invent no word and no number. Never mention that you were given tex
 
 Reply with JSON alone: {{"turns": [{{"question": "...", "answer": "..."}}, ...]}}"""
 
+EXTRACT: Final = """\
+You write the fields of a form that a person and you both look at. You cannot see it. You are given what programs read \
+in it, which may hold mistakes, and perhaps a caption.
+
+Copy values as they are printed: fix obvious mistakes of reading, but invent no word and no number. Leave out, or set \
+to null, what the form does not say, as far as the schema allows it.
+
+Reply with JSON alone, which follows this schema: {schema}"""
+
 AGAIN: Final = "That cannot be used:\n{faults}\nReply with the whole conversation again, mended, as JSON alone."
 
 Outcome = Literal["refused", "malformed", "ungrounded"]
@@ -56,6 +66,8 @@ class ConverseSettings:
         attempts: Maximum number of requests for one image.
         seed: Selects, with a record's id, whether the image precedes the first question.
         concurrency: Maximum number of simultaneous requests.
+        schema: Write one turn about each image, whose answer is JSON that follows this schema, instead of a
+            conversation.
     """
 
     endpoint: Endpoint
@@ -64,6 +76,7 @@ class ConverseSettings:
     attempts: int = 3
     seed: int = 0
     concurrency: int = 4
+    schema: AnswerSchema | None = None
 
 
 @dataclass
@@ -243,8 +256,11 @@ def _converse_all(
 
 
 def _converse_one(task: _Task, model: ChatModel, settings: ConverseSettings) -> _Made:
+    schema = settings.schema
+    request = REQUEST.format(low=settings.least, high=settings.most)
+    request = request if schema is None else EXTRACT.format(schema=schema.text)
     messages: list[Message] = [
-        {"role": "system", "content": REQUEST.format(low=settings.least, high=settings.most)},
+        {"role": "system", "content": request},
         {"role": "user", "content": _describe(task)},
     ]
     outcome: Outcome = "malformed"
@@ -254,8 +270,8 @@ def _converse_one(task: _Task, model: ChatModel, settings: ConverseSettings) -> 
             reply = model.ask(messages)
         except EndpointRejectedError as error:
             return _Made((), attempt, "refused", str(error))
-        checked = check_reply(reply, task.evidence)
-        if len(checked.turns) >= settings.least:
+        checked = check_reply(reply, task.evidence) if schema is None else _check_form(reply, schema, task.evidence)
+        if len(checked.turns) >= (settings.least if schema is None else 1):
             return _Made(checked.turns[: settings.most], attempt)
         outcome = "ungrounded" if checked.understood else "malformed"
         faults = checked.faults or (f"there are {len(checked.turns)} turns, wanted at least {settings.least}",)
@@ -264,6 +280,13 @@ def _converse_one(task: _Task, model: ChatModel, settings: ConverseSettings) -> 
             {"role": "user", "content": AGAIN.format(faults="\n".join(f"- {fault}" for fault in faults))},
         ]
     return _Made((), settings.attempts, outcome, "; ".join(faults))
+
+
+def _check_form(reply: str, schema: AnswerSchema, evidence: Sequence[str]) -> CheckedReply:
+    fields, fault, understood = check_fields(reply, schema, evidence)
+    if fault is not None:
+        return CheckedReply((), (fault,), understood)
+    return CheckedReply(((schema.question, write_fields(fields)),), (), understood)
 
 
 def _describe(task: _Task) -> str:

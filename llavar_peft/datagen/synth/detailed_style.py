@@ -34,6 +34,7 @@ def draw_detailed(kind: SynthKind, rng: Random, width: int, words: Vocabulary, f
         "signs": _sign,
         "documents": _document,
         "posters": _poster,
+        "invoices": _invoice,
     }
     return layouts[kind](Pen(rng, words, faces, width))
 
@@ -74,7 +75,44 @@ def _receipt(pen: Pen) -> Scene:
         ("What is the date on the receipt?", date),
         *((f"How much is {item}?", price) for item, price in zip(items, prices, strict=True)),
     ]
-    return _scene(pen, pen.y + margin, paper, shapes, asked)
+    scene = _scene(pen, pen.y + margin, paper, shapes, asked)
+    lines = [{"name": item, "price": price} for item, price in zip(items, prices, strict=True)]
+    sums = {"subtotal": f"{cents / 100:.2f}", "tax": f"{tax / 100:.2f}", "total": total}
+    scene.fields = {"shop": shop, "number": number, "date": date, "items": lines, **sums}
+    return scene
+
+
+def _invoice(pen: Pen) -> Scene:
+    rng, words, width = pen.rng, pen.words, pen.width
+    paper, pen.ink = draw_paper(rng)
+    face, heavy = rng.choice(pen.faces), rng.choice(pen.faces)
+    size, margin = max(11, round(width * rng.uniform(0.022, 0.03))), width * rng.uniform(0.07, 0.11)
+    left, right, shapes = margin, width - margin, list[Shape]()
+    seller, buyer, number, date = draw_name(rng, words), draw_name(rng, words), draw_code(rng), draw_date(rng)
+    pen.y = margin
+    pen.line(seller, heavy, size * 1.8, left, right, rng.choice(("left", "right")))
+    pen.gap(size * 2)
+    pen.line(buyer, face, size, left, right)
+    pen.gap(size * 2)
+    _row(pen, f"{words.number} {number}", date, heavy, size, left, right)
+    _rule(pen, shapes, left, right, size)
+    items, cents = list[dict[str, str]](), 0
+    for name in rng.sample(words.items, rng.randint(1, 6)):
+        price, count = draw_price(rng, rng.randint(1, 2)), rng.randint(1, 9)
+        amount = count * round(float(price) * 100)
+        cents += amount
+        item = {"name": name, "quantity": str(count), "price": price, "amount": f"{amount / 100:.2f}"}
+        _row(pen, f"{count} x {name}   {price}", item["amount"], face, size, left, right)
+        items.append(item)
+    _rule(pen, shapes, left, right, size)
+    tax = cents * rng.choice((5, 7, 19, 20)) // 100
+    sums = {"subtotal": f"{cents / 100:.2f}", "tax": f"{tax / 100:.2f}", "total": f"{(cents + tax) / 100:.2f}"}
+    for label, value in ((words.subtotal, sums["subtotal"]), (words.tax, sums["tax"]), (words.total, sums["total"])):
+        _row(pen, label, value, face if label != words.total else heavy, size, left, right)
+    asked = [("Who sent the invoice?", seller), ("What is the total?", sums["total"]), ("What is its number?", number)]
+    scene = _scene(pen, pen.y + margin, paper, shapes, asked)
+    scene.fields = {"seller": seller, "buyer": buyer, "number": number, "date": date, "items": items, **sums}
+    return scene
 
 
 def _row(pen: Pen, label: str, value: str, face: str, size: int, left: float, right: float) -> None:

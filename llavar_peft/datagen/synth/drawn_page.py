@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import io
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import groupby
 from pathlib import Path
 from random import Random
+from typing import Any
 
 from PIL import Image
 
@@ -30,6 +32,7 @@ class DrawnPage:
         quads: Corners of each line's ink in the image, clockwise from the top left, in pixels.
         questions: Questions about the image with their answers.
         quality: JPEG quality of the file; None for PNG.
+        fields: What a form states, by name, as printed; empty for other kinds.
         letters: Height in pixels that the letters of the first answer have in the prepared image, and the side of
             that image, if they were asked for.
     """
@@ -43,6 +46,7 @@ class DrawnPage:
     questions: tuple[tuple[str, str], ...]
     quality: int | None
     letters: tuple[float, int] | None = None
+    fields: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def transcript(self) -> str:
@@ -80,6 +84,7 @@ def draw_page(settings: SynthSettings, index: int) -> DrawnPage:
         quads=tuple(quads),
         questions=tuple(scene.questions),
         quality=quality,
+        fields=scene.fields,
     )
 
 

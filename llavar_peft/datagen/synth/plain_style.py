@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from random import Random
-from typing import Final, TypeAlias
+from typing import Any, Final, TypeAlias
 
 from llavar_peft.datagen.synth.font_faces import packaged_face, text_width
 from llavar_peft.datagen.synth.scene import Colour, PlacedLine, Scene, Shape, draw_colours
@@ -74,13 +74,14 @@ def draw_layout(
         most_items: Maximum number of items on a receipt, not counting its total.
     """
     while True:
-        rows, questions = _receipt(rng, most_items) if kind == "receipts" else _CONTENT[kind](rng)
+        rows, questions, *rest = _receipt(rng, most_items) if kind == "receipts" else _CONTENT[kind](rng)
+        fields: dict[str, Any] = rest[0] if rest else {}
         long_side, aspect = rng.randint(shortest, longest), rng.uniform(0.7, 1.0)
         wide = rng.random() < 0.6
         width, height = (long_side, round(long_side * aspect)) if wide else (round(long_side * aspect), long_side)
         lines = _place(rng, rows, packaged_face(rng.choice(FACES)), width, height, largest=largest)
         if lines is not None:
-            return Scene(width=width, height=height, paper=_WHITE, lines=lines, questions=questions)
+            return Scene(width=width, height=height, paper=_WHITE, lines=lines, questions=questions, fields=fields)
 
 
 def _word(rng: Random, low: int, high: int) -> str:
@@ -88,6 +89,7 @@ def _word(rng: Random, low: int, high: int) -> str:
 
 
 _Content: TypeAlias = tuple[list[str], list[tuple[str, str]]]
+_Form: TypeAlias = tuple[list[str], list[tuple[str, str]], dict[str, Any]]
 
 
 def _sign(rng: Random) -> _Content:
@@ -123,7 +125,7 @@ def _poster(rng: Random) -> _Content:
     return [name, f"ON {date}", f"AT {hour}"], asked
 
 
-def _receipt(rng: Random, most_items: int = 1) -> _Content:
+def _receipt(rng: Random, most_items: int = 1) -> _Form:
     shop = _word(rng, 4, 7)
     items = rng.sample(ITEMS, rng.randint(1, most_items))
     prices = [draw_price(rng, rng.randint(1, 1)) for _ in items]  # randint(1, 1) advances the generator
@@ -134,14 +136,25 @@ def _receipt(rng: Random, most_items: int = 1) -> _Content:
         *((f"How much is the {item}?", price) for item, price in zip(items, prices, strict=True)),
     ]
     rows = [f"{item.upper()}\t{price}" for item, price in zip(items, prices, strict=True)]
-    return [shop, *rows, f"TOTAL\t{total}"], asked
+    lines = [{"name": item.upper(), "price": price} for item, price in zip(items, prices, strict=True)]
+    return [shop, *rows, f"TOTAL\t{total}"], asked, {"shop": shop, "items": lines, "total": total}
 
 
-_CONTENT: Final[dict[SynthKind, Callable[[Random], _Content]]] = {
+def _invoice(rng: Random) -> _Form:
+    seller, number = _word(rng, 4, 7), draw_number(rng, 4)
+    date = f"{rng.randint(1, 28):02d}.{rng.randint(1, 12):02d}.{rng.randint(10, 29)}"
+    total = draw_price(rng, rng.randint(1, 2))
+    asked = [("Who sent the invoice?", seller), ("What is the total?", total), ("What is the date?", date)]
+    fields = {"seller": seller, "number": number, "date": date, "total": total}
+    return [seller, f"NO {number}", date, f"TOTAL\t{total}"], asked, fields
+
+
+_CONTENT: Final[dict[SynthKind, Callable[[Random], _Content | _Form]]] = {
     "signs": _sign,
     "covers": _cover,
     "posters": _poster,
     "receipts": _receipt,
+    "invoices": _invoice,
 }
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from random import Random
-from typing import Final, Literal, TypeAlias
+from typing import Any, Final, Literal, TypeAlias
 
 from PIL import Image, ImageDraw
 
@@ -86,7 +86,11 @@ class Shape:
 
 @dataclass(kw_only=True)
 class Scene:
-    """Contents of an image: lines in reading order over ornaments, and questions about it with their answers."""
+    """Contents of an image: lines in reading order over ornaments, and questions about it with their answers.
+
+    Attributes:
+        fields: What a form states, by name, as printed; empty for other kinds.
+    """
 
     width: int
     height: int
@@ -94,6 +98,7 @@ class Scene:
     lines: list[PlacedLine] = field(default_factory=list)
     shapes: list[Shape] = field(default_factory=list)
     questions: list[tuple[str, str]] = field(default_factory=list)
+    fields: dict[str, Any] = field(default_factory=dict)
 
     def draw(self) -> tuple[Image.Image, list[Quad]]:
         """Return the RGB image and the corners of each line's ink."""

@@ -10,6 +10,7 @@ from statistics import median
 from typing import Any, Final
 
 from llavar_peft.constants import IMAGE_PLACEHOLDER, OCR_INSTRUCTIONS
+from llavar_peft.data.json_schema import AnswerSchema, schema_of_fields, write_fields
 from llavar_peft.datagen.synth.drawn_page import DrawnPage
 from llavar_peft.datagen.synth.scene import PlacedLine, Quad
 from llavar_peft.datagen.synth.synth_settings import SynthSettings
@@ -63,6 +64,7 @@ def describe_page(
         "text": page.transcript,
         "lines": lines,
         "questions": [list(pair) for pair in page.questions],
+        **({"fields": page.fields} if page.fields else {}),
     }
     return name, data, record, truth
 
@@ -81,7 +83,8 @@ def _make_record(page: DrawnPage, name: str, settings: SynthSettings) -> dict[st
     """Return the id, the image and the conversation.
 
     ``transcribe`` asks for all text, by one of ``OCR_INSTRUCTIONS`` (stage 1); ``question`` asks one of the image's
-    questions; ``conversation`` asks all of them in random order, as turns of one conversation (stage 2).
+    questions; ``conversation`` asks all of them in random order, as turns of one conversation (stage 2); ``extract``
+    asks for the fields as JSON, and gives their schema.
 
     Args:
         page: The image, whose number selects among the questions and whether the image precedes the first one.
@@ -91,6 +94,9 @@ def _make_record(page: DrawnPage, name: str, settings: SynthSettings) -> dict[st
     task, rng = settings.task, Random(f"record/{settings.seed}/{page.number}")
     if task == "transcribe":
         pairs = [(rng.choice(OCR_INSTRUCTIONS), page.transcript)]
+    elif task == "extract":
+        schema = AnswerSchema(schema_of_fields(page.fields))
+        pairs = [(schema.question, write_fields(page.fields))]
     else:
         pairs = rng.sample(page.questions, 1 if task == "question" else len(page.questions))
     first = rng.choice((IMAGE_PLACEHOLDER + "\n{}", "{}\n" + IMAGE_PLACEHOLDER)).format(pairs[0][0])

@@ -10,15 +10,18 @@ from llavar_peft.data.letter_canvas import check_heights
 from llavar_peft.errors import ConfigError
 
 Style: TypeAlias = Literal["detailed", "plain"]
-SynthKind: TypeAlias = Literal["receipts", "covers", "signs", "posters", "documents"]
+SynthKind: TypeAlias = Literal["receipts", "covers", "signs", "posters", "documents", "invoices"]
 Level: TypeAlias = Literal["none", "light", "heavy"]
-Task: TypeAlias = Literal["transcribe", "question", "conversation"]
+Task: TypeAlias = Literal["transcribe", "question", "conversation", "extract"]
 
 KINDS: Final[dict[Style, tuple[SynthKind, ...]]] = {
     "detailed": ("receipts", "covers", "signs", "documents", "posters"),
     "plain": ("signs", "covers", "posters", "receipts"),
 }
 """The kinds of image of each style, in the order in which they alternate."""
+
+FORMS: Final[tuple[SynthKind, ...]] = ("receipts", "invoices")
+"""The kinds that have fields. Invoices are drawn only if they are asked for, or for the task ``extract``."""
 
 LEAST_PLAIN: Final = 192
 """Minimum length of a plain image's longer side in pixels."""
@@ -40,7 +43,7 @@ class SynthSettings:
         distort: Strength of the camera's distortions.
         languages: Languages that alternate, each for one round of kinds.
         fonts: A folder of additional fonts.
-        task: What a record asks for: all text, one question, or all questions as a conversation.
+        task: What a record asks for: all text, one question, all questions as a conversation, or the fields as JSON.
         heights: Heights in pixels that the letters of the first answer have in the prepared image, each for the same
             number of images, in random order; empty leaves the letters as they are drawn.
         side: Side of the prepared image in pixels, for ``heights``.
@@ -66,7 +69,9 @@ class SynthSettings:
         _check_choice("distort", self.distort, get_args(Level))
         _check_choice("task", self.task, get_args(Task))
         for kind in self.kinds:
-            _check_choice(f"kind of the style {self.style}", kind, KINDS[self.style])
+            _check_choice(f"kind of the style {self.style}", kind, (*KINDS[self.style], "invoices"))
+            if self.task == "extract":
+                _check_choice("kind for the task extract", kind, FORMS)
         if self.heights:
             check_heights(self.heights, "heights")
         if not _SIDES[0] <= self.side <= _SIDES[1]:
@@ -87,7 +92,7 @@ class SynthSettings:
     @property
     def turns(self) -> tuple[SynthKind, ...]:
         """The kinds that alternate."""
-        return self.kinds or KINDS[self.style]
+        return self.kinds or (FORMS if self.task == "extract" else KINDS[self.style])
 
     @property
     def pixels(self) -> int:

@@ -9,11 +9,12 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Final
 
+from llavar_peft.evaluation.fields.score_fields import FIELDS, compare_fields
 from llavar_peft.evaluation.vqa.answer_metrics import LOWER_IS_BETTER
 from llavar_peft.evaluation.vqa.compare_results import Comparison, compare_results
 from llavar_peft.evaluation.vqa.diagnose_results import Group, break_down, count_too_small
 from llavar_peft.evaluation.vqa.scored_results import Answered, Figure, Results
-from llavar_peft.page.image_gallery import Asked, GalleryCard, displayed_answers, make_answer
+from llavar_peft.page.image_gallery import Asked, GalleryCard, ShownAnswer, displayed_answers, make_answer
 from llavar_peft.page.inline_images import InlineImage, embed_image
 from llavar_peft.page.report_page import Bar, Bars, Cards, DatasetView, FigureRow, ScoredCard
 
@@ -244,6 +245,13 @@ def _spread(records: Sequence[Answered], count: int) -> list[Answered]:
     return [records[number * len(records) // count] for number in range(count)]
 
 
+def _shown(label: str, answer: str, truth: str, form: bool, correct: bool) -> ShownAnswer:
+    if not form:
+        return make_answer(label, displayed_answers(answer, _MAX_TEXT), truth, correct=correct)
+    lines = [(displayed_answers(text, _MAX_TEXT) + "\n", wrong) for text, wrong in compare_fields(answer, truth)]
+    return ShownAnswer(label, tuple(lines), correct)
+
+
 def _card(record: Answered, chain: Sequence[Labelled], protocol: str, images: Images) -> ScoredCard:
     image = images.find(record.image) if record.image else None
     missing = "Image not found: give its folder with --images" if record.image else "This record has no image"
@@ -253,11 +261,7 @@ def _card(record: Answered, chain: Sequence[Labelled], protocol: str, images: Im
         other = next((one for one in labelled.results.records if one.id == record.id), None)
         if other is not None:
             correct = other.scores[protocol].value == (0 if protocol in LOWER_IS_BETTER else 1)
-            answers.append(
-                make_answer(
-                    labelled.label, displayed_answers(other.answer, _MAX_TEXT), record.truths[0], correct=correct
-                )
-            )
+            answers.append(_shown(labelled.label, other.answer, record.truths[0], FIELDS in other.scores, correct))
             scores.append(f"{100 * other.scores[protocol].value:.0f}")
     asked = Asked(
         displayed_answers(record.id, 80),

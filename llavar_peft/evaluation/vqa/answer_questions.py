@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
     from llavar_peft.data.image_roots import ImageRoots
+    from llavar_peft.data.json_schema import AnswerSchema
     from llavar_peft.data.letter_canvas import LetterCanvas
     from llavar_peft.inference.chat import Chat
 
@@ -34,6 +35,7 @@ def answer_questions(
     log: Path,
     progress: Callable[[int, int], None] | None = None,
     canvases: Mapping[str, LetterCanvas] | None = None,
+    schema: AnswerSchema | None = None,
 ) -> tuple[VqaQuestion, ...]:
     """Ask a model every question and append each batch of answers to a journal.
 
@@ -46,6 +48,7 @@ def answer_questions(
             are those of an uninterrupted run.
         progress: Called with the number of questions done and in total.
         canvases: How the image of a question is shown, by the question's id; None shows it as it is.
+        schema: What the answers have to follow; None leaves them free.
 
     Returns:
         The questions with their answers.
@@ -61,13 +64,16 @@ def answer_questions(
     if size is None or size < 1 or tokens is None:
         raise ConfigError.at("batch_size", "it or max_new_tokens is not set", "set both")
     check_images(questions, roots)
-    with ResumeJournal(log, _heading(chat, questions, setting, canvases)) as journal:
+    heading = _heading(chat, questions, setting, canvases)
+    if schema is not None:
+        heading["setting"]["schema"] = schema.text
+    with ResumeJournal(log, heading) as journal:
         answers = _read_answers(journal, size, len(questions))
         for start in range(len(answers), len(questions), size):
             if progress is not None:
                 progress(start, len(questions))
             batch = questions[start : start + size]
-            answered = _ask(chat, batch, roots, setting, start, canvases or {})
+            answered = _ask(chat, batch, roots, setting, start, canvases or {}, schema)
             lines = [
                 {
                     "id": one.id,
@@ -92,6 +98,7 @@ def _ask(
     setting: Setting,
     start: int,
     canvases: Mapping[str, LetterCanvas],
+    schema: AnswerSchema | None,
 ) -> list[str]:
     from llavar_peft.inference.token_sampling import Sampling
 
@@ -105,6 +112,7 @@ def _ask(
             show(question),
             str(setting.prompt).replace(QUESTION_PLACE, question.question),
             image_mode=setting.image_mode,
+            schema=schema,
             sampling=Sampling(
                 max_new_tokens=int(setting.max_new_tokens or 0),
                 temperature=setting.temperature or 0.0,

@@ -1,4 +1,4 @@
-"""Uncertainty of figures: bootstrap intervals, and the exact sign test for two runs on the same questions."""
+"""Uncertainty of figures: Wilson and bootstrap intervals, and the exact sign test for two runs on one data set."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from collections.abc import Hashable, Sequence
 from typing import TYPE_CHECKING, Final, TypeAlias
 
 import numpy as np
+
+from llavar_peft.page.run_figures import wilson
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -19,9 +21,12 @@ _SEED: Final = 0
 
 
 def ratio_intervals(points: FloatArray, out_of: FloatArray) -> list[tuple[float, float]]:
-    """Return 95 % percentile bootstrap intervals of ratios: sums of points over sums of attainable points.
+    """Return 95 % intervals of ratios: sums of points over sums of attainable points.
 
-    Rows are drawn with replacement; see ``sum_by_name``. The result is deterministic.
+    Proportions have Wilson's interval: rows of the same weight, each with all points or none. So have ratios of which
+    every row has all points, or every row none: nothing in them varies, but 0 of 20 does not mean 0. Others have the
+    percentile bootstrap interval, for which rows are drawn with replacement; see ``sum_by_name``. The result is
+    deterministic.
 
     Args:
         points: ``[N, M]``: N rows, scored in M ways.
@@ -41,7 +46,21 @@ def ratio_intervals(points: FloatArray, out_of: FloatArray) -> list[tuple[float,
         ratios[number] = sums[: points.shape[1]] / np.where(attainable > 0, attainable, 1.0)
     tail = (1.0 - CONFIDENCE) / 2
     low, high = np.quantile(ratios, [tail, 1.0 - tail], axis=0)
-    return list(zip(low.tolist(), high.tolist(), strict=True))
+    ends = zip(low.tolist(), high.tolist(), strict=True)
+    return [
+        _proportion_interval(points[:, way], out_of[:, way]) or (float(lower), float(upper))
+        for way, (lower, upper) in enumerate(ends)
+    ]
+
+
+def _proportion_interval(points: FloatArray, out_of: FloatArray) -> tuple[float, float] | None:
+    """Return Wilson's interval if the rows are those of a proportion, or do not vary; None otherwise."""
+    counted = out_of > 0
+    weights, shares = out_of[counted], points[counted] / out_of[counted]
+    whole = bool(np.isin(shares, (0.0, 1.0)).all())
+    if not len(shares) or not whole or (np.ptp(weights) > 0 and np.ptp(shares) > 0):
+        return None
+    return wilson(float(shares.mean()), len(shares))
 
 
 def sum_by_name(rows: FloatArray, names: Sequence[Hashable]) -> FloatArray:

@@ -41,7 +41,7 @@ class Group:
         name: The value that they have in common.
         records: Number of answers.
         value: In percent.
-        low: Lower end of the 95 % bootstrap interval.
+        low: Lower end of the 95 % interval, as that of a ``Figure``.
         high: Upper end.
     """
 

@@ -140,7 +140,7 @@ def score_images(questions: Sequence[VqaQuestion], source: str, setting: Setting
 
     Returns:
         For each rule accuracy and accuracy+ in percent, their sum (MME's score, of 200), and the share of answers that
-        are neither yes nor no. The bootstrap draws images.
+        are neither yes nor no. Intervals count images.
     """
     rules: tuple[Rule, ...] = ("mme", "mme-first-word")
     records = [

@@ -56,8 +56,8 @@ class Figure(ReadableRepr):
     Attributes:
         protocol: The protocol that answers were scored by.
         value: In percent.
-        low: Lower end of the 95 % bootstrap interval.
-        high: Upper end. The bootstrap draws images, with all questions on them.
+        low: Lower end of the 95 % interval, Wilson's for proportions and the bootstrap's for other figures.
+        high: Upper end. Both count images, with all questions on them.
         records: Number of answers.
         lower_is_better: Whether the protocol counts errors.
         setting: How the answers were generated.

@@ -227,6 +227,7 @@ class _Api:
         read = partial(
             read_conversation, chat, self._scheduler.engine.processor, self._images, self._limits,
             adapter=self._models[chat.model], most_characters=self._most_characters,
+            grammars=lambda: self._scheduler.engine.grammars,
         )  # fmt: skip
         # A separate pool of threads, so that requests without images do not wait for images.
         threads = self._image_threads if b"image_url" in body else None

@@ -13,6 +13,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
+from llavar_peft.data.json_schema import AnswerSchema, SchemaLimits
+from llavar_peft.errors import ConfigError, LlavarError
 from llavar_peft.inference.generation_request import Answer
 from llavar_peft.inference.text_stream import bytes_of_tokens
 from llavar_peft.serving.api.request_limits import RequestRejectedError
@@ -97,9 +99,35 @@ class ChatRequest(_Fields):
             return ()
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
 
+    def schema_of_answer(self, limits: SchemaLimits) -> AnswerSchema | None:
+        """Return what the answer has to follow, None for any text.
+
+        Raises:
+            RequestRejectedError: The schema is none, or exceeds the limits.
+        """
+        form = self.response_format or {}
+        kind = form.get("type", _PLAIN_FORMAT)
+        if kind == _PLAIN_FORMAT:
+            return None
+        if kind == "json_object":
+            return AnswerSchema.of({"type": "object"})
+        described = form.get("json_schema")
+        if not isinstance(described, dict):
+            raise _invalid("response_format.json_schema", "expected an object with name and schema")
+        schema = described.get("schema")
+        if not isinstance(schema, dict):
+            raise _invalid(f"{SCHEMA_FIELD}", "expected a JSON Schema, an object")
+        try:
+            return AnswerSchema.of(schema, SCHEMA_FIELD, limits)
+        except ConfigError as error:
+            raise schema_error(error) from None
+
 
 _REQUEST = TypeAdapter(ChatRequest)
 _PLAIN_FORMAT = "text"
+_FORMATS = (_PLAIN_FORMAT, "json_object", "json_schema")
+SCHEMA_FIELD = "response_format.json_schema.schema"
+_LONGEST_FAULT, _LONGEST_PARAM = 600, 200
 _UNIONS = frozenset({"stop"})
 _OTHER_TYPE = frozenset({"string_type", "list_type"})
 
@@ -124,10 +152,13 @@ def parse_request(body: bytes) -> ChatRequest:
         raise RequestRejectedError(
             400, f"{field}: {what}" if field else what, "invalid_request", param=field or None
         ) from None
+    form = (request.response_format or {}).get("type", _PLAIN_FORMAT)
+    if form not in _FORMATS:
+        what = f"response_format.type: expected one of {', '.join(_FORMATS)}."
+        raise RequestRejectedError(400, what, "unsupported", param="response_format.type")
     unsupported = {
         "tools": bool(request.tools),
         "functions": bool(request.functions),
-        "response_format": (request.response_format or {}).get("type", _PLAIN_FORMAT) != _PLAIN_FORMAT,
         "logit_bias": bool(request.logit_bias),
         "presence_penalty": bool(request.presence_penalty),
         "frequency_penalty": bool(request.frequency_penalty),
@@ -191,6 +222,14 @@ def _read_text(text: Any, where: str) -> str:
     if len(text) > _MAX_TEXT:
         raise _invalid(where, f"expected at most {_MAX_TEXT} characters")
     return text
+
+
+def schema_error(error: LlavarError) -> RequestRejectedError:
+    """Return the error for a schema that answers cannot follow, in the words of the check and with its place."""
+    fault = error.faults[0]
+    # Names and values of the client's schema are repeated: no line breaks for the log, no halves of characters.
+    what, where = ("".join(one if one.isprintable() else "?" for one in text) for text in (str(fault), fault.where))
+    return RequestRejectedError(400, what[:_LONGEST_FAULT], "invalid_schema", param=where[:_LONGEST_PARAM])
 
 
 def _invalid(where: str, what: str) -> RequestRejectedError:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Final
 
-from llavar_peft.errors import LlavarError
+from llavar_peft.errors import ConfigError, LlavarError, MissingDependencyError
 from llavar_peft.inference.generation_request import Request, encode_messages
+from llavar_peft.inference.json_grammar import GrammarCompiler, JsonGrammar
 from llavar_peft.inference.token_sampling import Sampling
 from llavar_peft.models.processing_llavar import LlavarProcessor
-from llavar_peft.serving.api.api_schema import ChatRequest, ImagePart, Message, Part, TextPart
+from llavar_peft.serving.api.api_schema import ChatRequest, ImagePart, Message, Part, TextPart, schema_error
 from llavar_peft.serving.api.request_images import RequestImageReader
 from llavar_peft.serving.api.request_limits import RequestLimits, RequestRejectedError
 from llavar_peft.types import Role
@@ -26,6 +27,7 @@ def read_conversation(
     *,
     adapter: str | None,
     most_characters: int | None = None,
+    grammars: Callable[[], GrammarCompiler] | None = None,
 ) -> list[Request]:
     """Convert a chat request into one generation request per answer. Run it in a thread: it decodes images.
 
@@ -40,6 +42,7 @@ def read_conversation(
         adapter: The adapter to use; None is the model without one.
         most_characters: Length of all texts from which they cannot fit into the model's context. Encoding a text takes
             long, and longer ones are rejected before.
+        grammars: Returns what compiles the schemas of answers; without it, requests for JSON are rejected.
 
     Returns:
         ``n`` requests with different seeds.
@@ -47,6 +50,7 @@ def read_conversation(
     Raises:
         RequestRejectedError: The messages are not a valid conversation, or a limit is exceeded.
     """
+    grammar = _compile_schema(request, limits, grammars)
     system, turns = _split(request.messages)
     texts = (part.text for _, parts in turns for part in parts if isinstance(part, TextPart))
     if most_characters is not None and len(system or "") + sum(map(len, texts)) > most_characters:
@@ -65,7 +69,30 @@ def read_conversation(
         raise RequestRejectedError(
             400, "The messages cannot be encoded.", "invalid_request", param="messages"
         ) from None
-    return [Request(ids=ids, images=shown, sampling=one, adapter=adapter) for one in _samplings(request, limits)]
+    return [
+        Request(ids=ids, images=shown, sampling=one, adapter=adapter, grammar=grammar)
+        for one in _samplings(request, limits)
+    ]
+
+
+def _compile_schema(
+    request: ChatRequest, limits: RequestLimits, grammars: Callable[[], GrammarCompiler] | None
+) -> JsonGrammar | None:
+    """Return what the answer has to follow, None for any text."""
+    unavailable = RequestRejectedError(
+        400, "response_format: this server answers with text only.", "unsupported", param="response_format"
+    )
+    try:
+        schema = request.schema_of_answer(limits.schema)
+        if schema is None:
+            return None
+        if grammars is None:
+            raise unavailable
+        return grammars().compile(schema)
+    except ConfigError as error:
+        raise schema_error(error) from None
+    except MissingDependencyError as error:
+        raise unavailable from error
 
 
 def context_error() -> RequestRejectedError:

@@ -7,8 +7,13 @@ import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from typing import Final
 
 from starlette.requests import ClientDisconnect, Request
+
+from llavar_peft.data.json_schema import SchemaLimits
+
+_SCHEMA: Final = SchemaLimits(size=32_000, depth=64, parts=500)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,6 +36,7 @@ class RequestLimits:
         rows: Number of answers computed at the same time.
         waiting: Number of answers in the queue; further requests get status 429.
         seconds: Time from a request's arrival to its last token.
+        schema: What the JSON Schema may be that an answer has to follow.
         retry_after: Seconds after which a client that got status 429 may try again.
     """
 
@@ -48,6 +54,7 @@ class RequestLimits:
     rows: int = 16
     waiting: int = 64
     seconds: float = 300.0
+    schema: SchemaLimits = _SCHEMA
     retry_after: int = 5
 
 

@@ -15,6 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llavar_peft.cli import main
+from llavar_peft.data.json_schema import AnswerSchema
 from llavar_peft.data.record_store import parse_record
 from llavar_peft.data.resume_journal import ResumeJournal
 from llavar_peft.datagen.ocr.build_ocr_records import journal_path, make_ocr_record
@@ -207,6 +208,27 @@ def test_no_more_turns_are_kept_than_requested(records: Path, server: Server) ->
     report, made = run(records, server, least=1, most=1)
     assert (report.kept, report.turns) == (12, 12)
     assert all(len(record["conversations"]) == 2 for record in made)
+
+
+def test_fields_are_asked_for_and_bad_ones_are_dropped_and_counted(records: Path, server: Server) -> None:
+    """Every fourth reply lacks a field, and stays so; all others have one in the wrong place, which is put right."""
+    pytest.importorskip("jsonschema")
+    fields = {"title": {"type": "string"}, "day": {"type": "integer"}}
+    schema = AnswerSchema.of({"type": "object", "properties": fields, "required": ["title", "day"]})
+
+    def answer(number: int, messages: list[dict[str, str]]) -> tuple[int, str]:
+        assert schema.text in messages[0]["content"]
+        page = int(messages[1]["content"].rpartition("page ")[2])
+        return 200, json.dumps({"day": 14, "title": "GRAND OPENING"} if page % 4 else {"title": "GRAND OPENING"})
+
+    server.answer = answer
+    report, made = run(records, server, schema=schema, attempts=2)
+    assert (report.kept, report.turns, report.as_dict()["dropped"]) == (9, 9, {"malformed": 3})
+    asked, answered = made[0]["conversations"]
+    assert schema.question in asked["value"]
+    assert answered["value"] == '{"title":"GRAND OPENING","day":14}'
+    arguments = ["ocr", "converse", str(records), "--out", str(records.with_name("o.json")), "--model", "m"]
+    assert main([*arguments, "--task", "extract"]) == 2
 
 
 def test_an_unpaired_surrogate_is_kept(records: Path, server: Server) -> None:

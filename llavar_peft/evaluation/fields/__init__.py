@@ -1,0 +1,1 @@
+"""Scores of the fields that a model extracts from forms."""
