@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
 _GIB = 2**30
 _SIGNS = {"ok": "ok   ", "note": "note ", "fault": "FAULT"}
+_GRIDS = 10
+"""Maximum number of numbers of tiles that are listed."""
 _UNSUITABLE = 3  # exit status, as of other faults of the environment
 
 
@@ -57,6 +59,8 @@ def estimate(
     _print_work(found, gpus, tflops)
     fitting = smallest_gpu((one.memory.peak for one in found), gpus) or "none, the largest has 80 GB"
     say(f"Smallest common GPU: {fitting}. An image takes {found[0].image_tokens} tokens.")
+    if found[0].grid_tokens:
+        say(f"Each image gets the largest grid that fits. Its tokens by its tiles: {_list_grids(found[0])}.")
     if any(one.lengths.records is None for one in found):
         say("The records were not found. Each is assumed to have an image and max_length tokens.")
     for stage in chosen.stages:
@@ -95,6 +99,15 @@ def doctor(
         say_json([with_released_key(dataclasses.asdict(one)) for one in found])
     if any(one.state == "fault" for one in found):
         raise typer.Exit(_UNSUITABLE)
+
+
+def _list_grids(one: StageEstimate) -> str:
+    """Return the tokens of an image by the number of its tiles; of many numbers the first and the last ones."""
+    each = [
+        f"{tiles}: {least:,}" + (f"-{most:,}" if most > least else "")
+        for tiles, (least, most) in one.grid_tokens.items()
+    ]
+    return ", ".join(each if len(each) <= _GRIDS else [*each[: _GRIDS // 2], "...", *each[-_GRIDS // 2 :]])
 
 
 def _print_memory(found: list[StageEstimate]) -> None:
