@@ -1,12 +1,11 @@
 """Measure what each resolution costs, as ratios to the model that sees the whole image only.
 
-    python benchmarks/resolution.py [--rounds 3] [--sizes 7b 13b] [--tiny] [--out STEM]
+    python benchmarks/resolution.py [--rounds 3] [--tiny] [--out STEM]
 
 A prefill and a training step (LoRA of rank 16, recomputing, one record) of the same small model of random weights with
 each resolution of ``resolution_work.py``, each in its own process, which make one step each in turn with one thread.
 Images have the real number of tokens, 576 at the tower's size, and fill the grid. Memory is the peak of resident memory
-of other processes, whose allocator returns freed memory at once. Next to what was measured is what ``estimate``
-calculates for LLaVAR-7B and 13B.
+of other processes, whose allocator returns freed memory at once.
 
 Linux only. Takes about 10 minutes on one idle core.
 """
@@ -26,7 +25,7 @@ from typing import Any
 
 import torch
 from resolution_table import resolution_table
-from resolution_work import PLAIN, SETTINGS, SHAPE, TEXT, TINY, Task, estimate, image_tokens, make
+from resolution_work import PLAIN, SETTINGS, SHAPE, TEXT, TINY, Task, image_tokens, make
 from rounds import ratios
 from train_contenders import import_all
 from turns import Steps, take_turns
@@ -34,7 +33,6 @@ from weights import about
 
 WARM_UP, MEMORY_STEPS = 1, 2
 """In the second step of a training the optimizer's states exist."""
-SIZES = ("7b", "13b")
 
 
 def measure(kind: str, steps: int, work: Path, *, tiny: bool, lean: bool) -> dict[str, Steps]:
@@ -73,7 +71,6 @@ def main() -> None:
     parser.add_argument(
         "--tiny", action="store_true", help="run in seconds to test the script; the figures are meaningless"
     )
-    parser.add_argument("--sizes", nargs="*", choices=SIZES, default=SIZES, help="of the models that are estimated")
     parser.add_argument("--out", type=Path, help="write OUT.json and OUT.md")
     options = parser.parse_args()
     # Set before any thread starts, so that the contenders can be forked.
@@ -95,7 +92,6 @@ def main() -> None:
                 "memory": memory_ratios(lean),
             }
     report.update(seconds=time.perf_counter() - start, load_after=os.getloadavg())
-    report["estimates"] = {size: {name: asdict(estimate(size, name)) for name in SETTINGS} for size in options.sizes}
     printed = resolution_table(report)
     sys.stdout.write(printed)
     if options.out:

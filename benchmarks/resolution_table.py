@@ -9,20 +9,13 @@ from rounds import figure
 GIB, MIB = 2**30, 2**20
 BUSY = 0.5
 """A load average before the run, of other processes, from which on the machine was not idle."""
-NAMES = {"7b": "LLaVAR-7B", "13b": "LLaVAR-13B"}
 LEGEND = (
     "All are multiples of the first line: of CPU time the median (least–most) of the rounds, one step each in turn; of"
     " memory the peak of resident memory over that after the imports, with the weights, measured in two steps of other"
     " processes. Prefill: the keys and values of a prompt, with the vision tower. Training: a step of LoRA of rank 16"
     " with one record, all layers recompute; cross-attention is trained in full beside the adapters. Each image fills"
     " its grid. The measured model is small, so that attention between tokens has a larger share of its work than in a"
-    " 7B: the operations in the next table are those of the real sizes."
-)
-ESTIMATES = (
-    "By `estimate`, not run: a record of 2,048 tokens with the whole image only, and of as many more or fewer as its"
-    " image has; one record in a pass, recomputing. QLoRA of the recipes' preset on one GPU; full finetuning, sharded"
-    " over 8 GPUs. Memory is in GiB, without about 1 GiB that CUDA itself takes. Operations: of a QLoRA step, as a"
-    " multiple of the first line."
+    " 7B: the operations in the table of estimates are those of real sizes."
 )
 
 
@@ -48,9 +41,7 @@ def resolution_table(report: dict[str, Any]) -> str:
         "",
         LEGEND,
     ]
-    for size, estimates in report["estimates"].items():
-        lines += ["", f"### {NAMES[size]}", "", *_estimated(estimates)]
-    return "\n".join([*lines, "", ESTIMATES]) + "\n"
+    return "\n".join(lines) + "\n"
 
 
 def _measured(report: dict[str, Any], name: str) -> str:
@@ -59,16 +50,3 @@ def _measured(report: dict[str, Any], name: str) -> str:
         found, memory = report[kind], report[kind]["memory"][name]
         columns += [figure(found["time"][name]), f"{memory['ratio']:.2f} ({memory['bytes'] / MIB:,.0f} MiB)"]
     return f"| {name} | {' | '.join(columns)} |"
-
-
-def _estimated(estimates: dict[str, dict[str, float]]) -> list[str]:
-    plain = next(iter(estimates.values()))
-    return [
-        "| Resolution | Image tokens | Tokens of a record | QLoRA, 1 GPU | Full, 8 GPUs | Operations |",
-        "|---|---|---|---|---|---|",
-        *(
-            f"| {name} | {one['image_tokens']:,} | {one['record_tokens']:,} | {one['qlora'] / GIB:.1f} |"
-            f" {one['full'] / GIB:.1f} | {one['flops'] / plain['flops']:.2f} |"
-            for name, one in estimates.items()
-        ),
-    ]

@@ -14,8 +14,6 @@ from turns import Turn
 from llavar_peft import CrossAttention, Tiles
 from llavar_peft.data.prepared_images import image_inputs
 from llavar_peft.models.tuning import apply_tuning
-from llavar_peft.preflight.estimate_stage import estimate_stage
-from llavar_peft.recipe.presets import load_recipe
 
 PLAIN = "the whole image only"
 SETTINGS: dict[str, Resolution] = {
@@ -35,8 +33,6 @@ a 7B has 23 for 32. Attention has a larger share of the work than in a 7B."""
 TINY = replace(SHAPES["tiny"], layers=1)
 TEXT = 256
 """Tokens of the text of a record."""
-RECORD = 2048
-"""Tokens of a record of a model without a resolution, in the estimates; the others have so much the more."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +82,8 @@ def make(name: str, task: Task, turn: Turn) -> Any:
     model = seeded(build(task.shape, resolution=resolution))
     if task.kind == "prefill":
         return _Prefill(model, records, task.steps, turn)
-    cell = Cell(stage="lora", shape=task.shape, batch=1, steps=task.steps, folder=task.folder / str(len(name)))
+    folder = task.folder / str(list(SETTINGS).index(name))
+    cell = Cell(stage="lora", shape=task.shape, batch=1, steps=task.steps, folder=folder)
     # As a large model is trained on a GPU.
     stage = stage_of(cell, packing=True, recompute=True)
     return ours(cell, records, turn, model=apply_tuning(model, TUNES["lora"]), stage=stage)
@@ -95,43 +92,3 @@ def make(name: str, task: Task, turn: Turn) -> Any:
 def image_tokens(name: str, shape: Shape) -> int:
     """Return the number of tokens of an image, with those before and after it."""
     return Records("stage2", 0, shape, resolution=SETTINGS[name], images=0).image_tokens + 2
-
-
-@dataclass(frozen=True, slots=True)
-class Sized:
-    """What ``estimate`` says of a model of real size.
-
-    Attributes:
-        image_tokens: Tokens of an image.
-        record_tokens: Tokens of a record.
-        qlora: Memory of the GPU for QLoRA with one record in a pass.
-        full: Memory of each of 8 GPUs for full finetuning with one record in a pass.
-        flops: Operations of a QLoRA step with one record.
-    """
-
-    image_tokens: int
-    record_tokens: int
-    qlora: int
-    full: int
-    flops: float
-
-
-def estimate(size: str, name: str) -> Sized:
-    """Estimate a training on one record.
-
-    Args:
-        size: ``7b`` or ``13b``.
-        name: A key of ``SETTINGS``.
-    """
-    plain, here = (image_tokens(one, SHAPES["middle"]) for one in (PLAIN, name))
-    tokens = RECORD + here - plain
-
-    def stage_for(preset: str | None, gpus: int) -> Any:
-        recipe = load_recipe(f"llavar-{size}", [], preset=preset)
-        stage = replace(
-            recipe.stages[-1], max_length=tokens, micro_batch_size=1, global_batch_size=gpus, max_tokens=None
-        )
-        return estimate_stage(replace(recipe.model, resolution=SETTINGS[name]), stage, gpus=gpus)
-
-    one, eight = stage_for("qlora", 1), stage_for(None, 8)
-    return Sized(one.image_tokens, tokens, one.memory.peak, eight.memory.peak, one.step_flops)

@@ -263,20 +263,21 @@ def test_the_benchmark_of_resolutions_runs_each_of_them(tmp_path: Path) -> None:
     measured = {"time": resolution.time_ratios(done), "memory": resolution.memory_ratios(done)}
     kinds = {"prefill": measured, "train": measured}
     about = {**ABOUT, "rounds": 2, "load_before": [3.0], "load_after": [0.0], "seconds": 1.0, "text": work.TEXT}
-    named = {"image_tokens": dict(zip(work.SETTINGS, counts, strict=True)), "estimates": {}}
-    printed = resolution_table({**about, **kinds, **named})
+    tokens = dict(zip(work.SETTINGS, counts, strict=True))
+    printed = resolution_table({**about, **kinds, "image_tokens": tokens})
     assert "| tiles: 1 + 4 | 2,930 | 2.50 (2.00–3.00) | 5.00 (0 MiB) |" in printed
     assert "The machine was not idle" in printed
 
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("scripts")
-def test_the_table_of_resolutions_has_estimates_of_real_sizes() -> None:
-    import resolution_work as work
+def test_the_estimates_of_resolutions_are_of_real_sizes() -> None:
+    import resolution_estimates
 
-    plain, tiles, crossed = (
-        work.estimate("7b", name) for name in (work.PLAIN, "tiles: 1 + 4", "cross_attention, grid: 4")
-    )
+    names = ("the whole image only", "tiles: 1 + 4", "cross_attention, grid: 4")
+    found = {name: resolution_estimates.estimate("7b", name) for name in names}
+    plain, tiles, crossed = found.values()
     assert (plain.record_tokens, tiles.record_tokens) == (2048, 2048 + 2928 - 576)
     assert plain.qlora < tiles.qlora < crossed.qlora
     assert plain.flops < crossed.flops < tiles.flops
+    assert "| tiles: 1 + 4 | 2,928 | 4,400 |" in resolution_estimates.table({"7b": found})
