@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -13,6 +14,7 @@ from llavar_peft.cli.output import print_table, say, say_json, with_released_key
 
 if TYPE_CHECKING:
     from llavar_peft.preflight.estimate_stage import StageEstimate
+    from llavar_peft.recipe.schema import Stage
 
 _GIB = 2**30
 _SIGNS = {"ok": "ok   ", "note": "note ", "fault": "FAULT"}
@@ -59,8 +61,7 @@ def estimate(
     _print_work(found, gpus, tflops)
     fitting = smallest_gpu((one.memory.peak for one in found), gpus) or "none, the largest has 80 GB"
     say(f"Smallest common GPU: {fitting}. An image takes {found[0].image_tokens} tokens.")
-    if found[0].grid_tokens:
-        say(f"Each image gets the largest grid that fits. Its tokens by its tiles: {_list_grids(found[0])}.")
+    _print_images(chosen.stages, found)
     if any(one.lengths.records is None for one in found):
         say("The records were not found. Each is assumed to have an image and max_length tokens.")
     for stage in chosen.stages:
@@ -99,6 +100,19 @@ def doctor(
         say_json([with_released_key(dataclasses.asdict(one)) for one in found])
     if any(one.state == "fault" for one in found):
         raise typer.Exit(_UNSUITABLE)
+
+
+def _print_images(stages: Sequence[Stage], found: list[StageEstimate]) -> None:
+    """Print the tokens of images in tiles, and the stages that have no room for an image."""
+    if found[0].grid_tokens:
+        say(f"Each image gets the largest grid that fits. Its tokens by its tiles: {_list_grids(found[0])}.")
+    for stage, one in zip(stages, found, strict=True):
+        if one.image_tokens >= stage.max_length:
+            fix = "Raise it, add a smaller grid, or set pool: 2." if one.grid_tokens else "Raise it."
+            say(
+                f"{stage.name}: max_length ({stage.max_length:,}) has no room for an image, which takes at least "
+                f"{one.image_tokens:,} tokens, and a question. {fix}"
+            )
 
 
 def _list_grids(one: StageEstimate) -> str:

@@ -190,6 +190,15 @@ def test_the_tokens_of_each_grid_are_printed(
     said = " ".join(capsys.readouterr().out.split())
     assert f"An image takes {tokens} tokens." in said
     assert f"Its tokens by its tiles: {listed}" in said
+    assert "no room" not in said
+
+
+def test_a_length_without_room_for_an_image_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    setting = ["model.resolution={type: tiles, grid: [2, 2]}", "stages.1.max_length=2929"]
+    assert cli.main(["estimate", "llavar-7b", *setting]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "pretrain: max_length (2,048) has no room for an image, which takes at least 2,928 tokens" in said
+    assert said.count("no room") == 1
 
 
 def test_the_size_of_llava_next_is_known() -> None:
