@@ -29,6 +29,7 @@ _LONGEST_SHOWN = 60
 # The kinds of error that the schema itself raises, and the fix.
 _OWN_KINDS = {
     "holdout": "use for example 0.01 or 64",
+    "pool": "write pool: 2, or leave it out",
     "grid": "write for example [2, 2] or [[1, 2], [2, 1], [2, 2]]",
 }
 _OUT_OF_RANGE = ("greater_than", "less_than", "finite_number")
