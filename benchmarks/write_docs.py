@@ -84,8 +84,8 @@ def readme(text: str) -> str:
 
 
 def resolution_page(text: str) -> str:
-    """Return docs/resolution.md with the table of its costs replaced by that of the estimates for 13B."""
-    rows = [line.strip("|").split("|") for line in tables("resolution_estimates")[1]]
+    """Return docs/resolution.md with the table of its costs replaced by that of the estimates for 7B."""
+    rows = [line.strip("|").split("|") for line in tables("resolution_estimates")[0]]
     table = "\n".join("|" + "|".join(row[column] for column in RESOLUTION_COLUMNS) + "|" for row in rows)
     pattern = r"(<!-- costs -->\n).*?(<!-- /costs -->)"
     return re.sub(pattern, lambda match: f"{match[1]}\n{table}\n\n{match[2]}", text, flags=re.DOTALL)
