@@ -36,5 +36,7 @@ bench:  ## Measure time and memory against named peers.
 	$(PYTHON) benchmarks/train.py --levers
 	$(PYTHON) benchmarks/weights.py --dry-run-13b
 	$(PYTHON) benchmarks/inference.py
+	$(PYTHON) benchmarks/resolution.py
+	$(PYTHON) benchmarks/resolution_estimates.py
 	$(PYTHON) benchmarks/hardware.py
 	$(PYTHON) benchmarks/write_docs.py

@@ -11,16 +11,19 @@ from lengths import TEMPLATE_TOKENS, TURN_TOKENS, draw_turns
 from torch.utils.data import Dataset
 from transformers import CLIPVisionConfig, LlamaConfig
 
+from llavar_peft import CrossAttention, Tiles
 from llavar_peft.constants import IGNORE_INDEX
+from llavar_peft.data.tile_layout import TileGeometry, view_count
 from llavar_peft.data.training_dataset import Item
 from llavar_peft.models.llavar_config import LlavarConfig, make_config
 from llavar_peft.models.modeling_llavar import LlavarForConditionalGeneration
-from llavar_peft.types import Example
+from llavar_peft.types import Example, TileLayout
 
 BOS, EOS, FIRST_WORD = 1, 2, 3
 PATCH = 14
 IMAGES = 8
 """Number of different images, which the records share."""
+Resolution = Tiles | CrossAttention | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +65,7 @@ SHAPES = {
 """In ``middle``, head and tower have about the share of the work that they have in 13B (1 and 2 %)."""
 
 
-def configuration(shape: Shape) -> LlavarConfig:
+def configuration(shape: Shape, resolution: Resolution = None) -> LlavarConfig:
     """Return the configuration of a model of this size."""
     text = LlamaConfig(
         hidden_size=shape.hidden,
@@ -82,17 +85,21 @@ def configuration(shape: Shape) -> LlavarConfig:
         image_size=shape.side,
         patch_size=PATCH,
     )
-    return make_config(text, tower, vocab_size=shape.words, image_token_id=shape.words - 3)
+    return make_config(text, tower, vocab_size=shape.words, image_token_id=shape.words - 3, resolution=resolution)
 
 
 def build(
-    shape: Shape, *, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
+    shape: Shape,
+    *,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
+    resolution: Resolution = None,
 ) -> LlavarForConditionalGeneration:
     """Return a model of random weights in training mode, the same at each call."""
     torch.manual_seed(0)
     with torch.device(device):
         model: Any = LlavarForConditionalGeneration._from_config(
-            configuration(shape), attn_implementation="sdpa", dtype=dtype
+            configuration(shape, resolution), attn_implementation="sdpa", dtype=dtype
         )
     made: LlavarForConditionalGeneration = model.train()
     return made
@@ -106,13 +113,35 @@ class Records(Dataset[Item]):
         count: Number of items.
         shape: Size of the model.
         longest: Number of tokens of every item, instead of random lengths.
+        resolution: Of the model. With tiles, each image fills the largest grid.
+        images: Number of different images, which the items share.
     """
 
-    def __init__(self, stage: str, count: int, shape: Shape, *, longest: int | None = None) -> None:
+    def __init__(
+        self,
+        stage: str,
+        count: int,
+        shape: Shape,
+        *,
+        longest: int | None = None,
+        resolution: Resolution = None,
+        images: int = IMAGES,
+    ) -> None:
         self._draw = torch.Generator().manual_seed(0)
         self._shape = shape
-        side = (IMAGES, 3, shape.side, shape.side)
-        self._images = torch.randn(side, generator=self._draw)
+        self._layouts: tuple[TileLayout, ...] = ()
+        self.image_tokens, views, crops = shape.image_tokens, 1, 0
+        if isinstance(resolution, Tiles):
+            geometry = TileGeometry(resolution.grids, shape.side, PATCH, resolution.pool)
+            rows, columns = max(resolution.grids, key=lambda grid: grid[0] * grid[1])
+            self._layouts = (geometry.layout((columns * shape.side, rows * shape.side)),)
+            self.image_tokens, views = geometry.tokens(self._layouts[0]), view_count(self._layouts[0])
+        elif resolution is not None:
+            crops = resolution.grid**2
+        square = (3, shape.side, shape.side)
+        tiled = (views, *square) if self._layouts else square
+        self._images = torch.randn((images, *tiled), generator=self._draw)
+        self._crops = torch.randn((images, crops, *square), generator=self._draw) if crops else None
         turns = draw_turns(stage, count, seed=0)
         if longest is not None:
             rest = longest - self._tokens(((0, 0),))
@@ -138,14 +167,14 @@ class Records(Dataset[Item]):
 
     def _tokens(self, turns: tuple[tuple[int, int], ...]) -> int:
         texts = sum(TURN_TOKENS + question + answer + 1 for question, answer in turns)
-        return TEMPLATE_TOKENS + self._shape.image_tokens + 2 + texts
+        return TEMPLATE_TOKENS + self.image_tokens + 2 + texts
 
     def _words(self, count: int) -> torch.Tensor:
         return torch.randint(FIRST_WORD, self._shape.words - 3, (count,), generator=self._draw)
 
     def _item(self, number: int, turns: tuple[tuple[int, int], ...]) -> Item:
         patch, start, end = (self._shape.words - back for back in (3, 2, 1))
-        image = torch.tensor([start, *[patch] * self._shape.image_tokens, end])
+        image = torch.tensor([start, *[patch] * self.image_tokens, end])
         parts = [torch.tensor([BOS]), self._words(TEMPLATE_TOKENS - 1), image]
         supervised = [False] * 3
         for question, answer in turns:
@@ -160,9 +189,11 @@ class Records(Dataset[Item]):
             input_ids=torch.cat(parts),
             labels=torch.cat(labels),
             images=("random",),
-            image_token_counts=(self._shape.image_tokens,),
+            image_token_counts=(self.image_tokens,),
+            image_layouts=self._layouts,
         )
-        return Item(example, (self._images[number % IMAGES],), None)
+        place = number % len(self._images)
+        return Item(example, (self._images[place],), None, () if self._crops is None else (self._crops[place],))
 
 
 def with_words(shape: Shape, words: int) -> Shape:

@@ -1,4 +1,4 @@
-"""Write docs/benchmarks.md and the README's tables from benchmarks/results, so that no figure is typed by hand.
+"""Write docs/benchmarks.md and tables of other pages from benchmarks/results, so that no figure is typed by hand.
 
 python benchmarks/write_docs.py
 """
@@ -30,10 +30,17 @@ SECTIONS = {
         "From disk to disk, against the original's in-memory scripts, peft, and loops that only read and write.",
     ),
     "A 13B delta": ("weights_13b", "A dry run over sparse files of the size of a 13B model."),
+    "Resolution": (
+        "resolution",
+        "The same small model with tiles, or with cross-attention, against the one that sees the whole image only.",
+    ),
+    "Resolution of LLaVAR-7B and 13B": ("resolution_estimates", "By `python benchmarks/resolution_estimates.py`."),
     "From unlabeled images to a model": ("ocr_to_model", "The example `examples/ocr_to_model.py` from start to end."),
 }
 """Title: (file under results, introduction)."""
 
+RESOLUTION_COLUMNS = (0, 1, 3, 4, 5)
+"""Of the estimates' tables, in docs/resolution.md."""
 README_TABLES = {"hardware": ("hardware", 0, None), "results": ("train", 0, None)}
 
 
@@ -60,6 +67,8 @@ def benchmarks_page() -> str:
         "cores; `benchmarks/gpu` has not been run on a GPU yet.",
     ]
     for title, (name, introduction) in SECTIONS.items():
+        if not (RESULTS / f"{name}.md").is_file():  # it was not measured yet
+            continue
         text = re.sub(r"^#", "###", (RESULTS / f"{name}.md").read_text(encoding="utf-8").strip(), flags=re.MULTILINE)
         parts += ["", f"## {title}", "", introduction, "", text]
     return "\n".join(parts) + "\n"
@@ -74,11 +83,21 @@ def readme(text: str) -> str:
     return text
 
 
+def resolution_page(text: str) -> str:
+    """Return docs/resolution.md with the table of its costs replaced by that of the estimates for 7B."""
+    rows = [line.strip("|").split("|") for line in tables("resolution_estimates")[0]]
+    table = "\n".join("|" + "|".join(row[column] for column in RESOLUTION_COLUMNS) + "|" for row in rows)
+    pattern = r"(<!-- costs -->\n).*?(<!-- /costs -->)"
+    return re.sub(pattern, lambda match: f"{match[1]}\n{table}\n\n{match[2]}", text, flags=re.DOTALL)
+
+
 def main() -> None:
-    """Write both files."""
+    """Write all files."""
     (ROOT / "docs/benchmarks.md").write_text(benchmarks_page(), encoding="utf-8")
     path = ROOT / "README.md"
     path.write_text(readme(path.read_text(encoding="utf-8")), encoding="utf-8")
+    path = ROOT / "docs/resolution.md"
+    path.write_text(resolution_page(path.read_text(encoding="utf-8")), encoding="utf-8")
 
 
 if __name__ == "__main__":

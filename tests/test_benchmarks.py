@@ -250,3 +250,55 @@ def test_a_command_is_told_without_this_machines_folders(monkeypatch: pytest.Mon
     assert inference.command_line(typed) == (
         "python benchmarks/inference.py --model mine --out results/found --work=here"
     )
+
+
+class _Turn(TrainerCallback):
+    """Makes each step at once, where the benchmark's own waits for its turn."""
+
+    def __init__(self) -> None:
+        self.steps = 0
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.steps += 1
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("scripts")
+def test_the_benchmark_of_resolutions_runs_each_of_them(tmp_path: Path) -> None:
+    import resolution
+    import resolution_work as work
+    from resolution_table import resolution_table
+    from turns import Steps
+
+    # 2 x 2 tiles of 24 x 24 patches with a token at the end of each row, the whole image, and two tokens around both.
+    counts = [work.image_tokens(name, work.SHAPE) for name in work.SETTINGS]
+    assert counts[:4] == [576 + 2, 1176 + 2, 576 + 48 * 49 + 2, 576 + 72 * 73 + 2]
+    done = {}
+    for name in work.SETTINGS:
+        for kind in ("prefill", "train"):
+            turn: Any = _Turn()
+            work.make(name, work.Task(kind, work.TINY, 2, tmp_path), turn).train()
+            assert turn.steps == 2, (name, kind)
+        done[name] = Steps(cpu=[9.0, 2.0, 4.0], imports=1.0, peak=3.0)
+    done["tiles: 1 + 4"] = Steps(cpu=[9.0, 4.0, 12.0], imports=1.0, peak=11.0)
+    measured = {"time": resolution.time_ratios(done), "memory": resolution.memory_ratios(done)}
+    kinds = {"prefill": measured, "train": measured}
+    about = {**ABOUT, "rounds": 2, "load_before": [3.0], "load_after": [0.0], "seconds": 1.0, "text": work.TEXT}
+    tokens = dict(zip(work.SETTINGS, counts, strict=True))
+    printed = resolution_table({**about, **kinds, "image_tokens": tokens})
+    assert "| tiles: 1 + 4 | 2,930 | 2.50 (2.00–3.00) | 5.00 (0 MiB) |" in printed
+    assert "The machine was not idle" in printed
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("scripts")
+def test_the_estimates_of_resolutions_are_of_real_sizes() -> None:
+    import resolution_estimates
+
+    names = ("the whole image only", "tiles: 1 + 4", "cross_attention, grid: 4")
+    found = {name: resolution_estimates.estimate("7b", name) for name in names}
+    plain, tiles, crossed = found.values()
+    assert (plain.record_tokens, tiles.record_tokens) == (2048, 2048 + 2928 - 576)
+    assert plain.qlora < tiles.qlora < crossed.qlora
+    assert plain.flops < crossed.flops < tiles.flops
+    assert "| tiles: 1 + 4 | 2,928 | 4,400 |" in resolution_estimates.table({"7b": found})

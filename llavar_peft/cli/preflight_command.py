@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -13,9 +14,12 @@ from llavar_peft.cli.output import print_table, say, say_json, with_released_key
 
 if TYPE_CHECKING:
     from llavar_peft.preflight.estimate_stage import StageEstimate
+    from llavar_peft.recipe.schema import Stage
 
 _GIB = 2**30
 _SIGNS = {"ok": "ok   ", "note": "note ", "fault": "FAULT"}
+_GRIDS = 10
+"""Maximum number of numbers of tiles that are listed."""
 _UNSUITABLE = 3  # exit status, as of other faults of the environment
 
 
@@ -57,6 +61,7 @@ def estimate(
     _print_work(found, gpus, tflops)
     fitting = smallest_gpu((one.memory.peak for one in found), gpus) or "none, the largest has 80 GB"
     say(f"Smallest common GPU: {fitting}. An image takes {found[0].image_tokens} tokens.")
+    _print_images(chosen.stages, found)
     if any(one.lengths.records is None for one in found):
         say("The records were not found. Each is assumed to have an image and max_length tokens.")
     for stage in chosen.stages:
@@ -95,6 +100,28 @@ def doctor(
         say_json([with_released_key(dataclasses.asdict(one)) for one in found])
     if any(one.state == "fault" for one in found):
         raise typer.Exit(_UNSUITABLE)
+
+
+def _print_images(stages: Sequence[Stage], found: list[StageEstimate]) -> None:
+    """Print the tokens of images in tiles, and the stages that have no room for an image."""
+    if found[0].grid_tokens:
+        say(f"Each image gets the largest grid that fits. Its tokens by its tiles: {_list_grids(found[0])}.")
+    for stage, one in zip(stages, found, strict=True):
+        if one.image_tokens >= stage.max_length:
+            fix = "Raise it, add a smaller grid, or set pool: 2." if one.grid_tokens else "Raise it."
+            say(
+                f"{stage.name}: max_length ({stage.max_length:,}) has no room for an image, which takes at least "
+                f"{one.image_tokens:,} tokens, and a question. {fix}"
+            )
+
+
+def _list_grids(one: StageEstimate) -> str:
+    """Return the tokens of an image by the number of its tiles; of many numbers the first and the last ones."""
+    each = [
+        f"{tiles}: {least:,}" + (f"-{most:,}" if most > least else "")
+        for tiles, (least, most) in one.grid_tokens.items()
+    ]
+    return ", ".join(each if len(each) <= _GRIDS else [*each[: _GRIDS // 2], "...", *each[-_GRIDS // 2 :]])
 
 
 def _print_memory(found: list[StageEstimate]) -> None:

@@ -166,16 +166,19 @@ def fingerprint_tower(config: ModelConfig) -> dict[str, Any] | None:
     """Take the fingerprint of the vision tower that a model is built from; None if its source has none.
 
     Args:
-        config: With ``vision_tower``, or with a ``checkpoint`` that contains its tower.
+        config: With a ``checkpoint`` that contains its tower, or with ``vision_tower``.
 
     Raises:
         ConfigError: A folder does not hold a tower.
         WeightsError: A file cannot be read.
     """
-    if config.vision_tower is not None:
-        return take_fingerprint(read_tower(resolve_folder(config.vision_tower, "model.vision_tower")).tensors, {})
-    table = read_tower_table(resolve_folder(config.checkpoint or "", "model.checkpoint"))
-    return take_fingerprint(table, {}) if table else None
+    if config.checkpoint is not None:
+        table = read_tower_table(resolve_folder(config.checkpoint, "model.checkpoint"))
+        if table:
+            return take_fingerprint(table, {})
+    if config.vision_tower is None:
+        return None
+    return take_fingerprint(read_tower(resolve_folder(config.vision_tower, "model.vision_tower")).tensors, {})
 
 
 def _raise_fault(fault: Fault | None) -> None:

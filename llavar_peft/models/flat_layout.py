@@ -24,7 +24,7 @@ from llavar_peft.models.tower_loading import TowerParts
 from llavar_peft.recipe.resolution import CrossAttention, Tiles, read_grids, resolution_from
 from llavar_peft.recipe.schema import ModelConfig, ProjectorType
 from llavar_peft.types import ImageMode, TemplateName
-from llavar_peft.weights.delta.flat_settings import FLAT_TEMPLATE
+from llavar_peft.weights.delta.flat_settings import FLAT_TEMPLATE, FLAT_TRAINED_TOWER
 from llavar_peft.weights.delta.released_layout import check_not_delta
 from llavar_peft.weights.io import tensor_names
 from llavar_peft.weights.io.joined_rows import JoinedRows
@@ -48,8 +48,6 @@ _FIX_FEATURES = (
     "use a LLaVA with the features of LLaVA-1.5 or 1.6: one tower, one size of image or tiles, a linear or mlp2x_gelu "
     "projector"
 )
-_TRAINED_TOWER = "unfreeze_mm_vision_tower"
-"""In LLaVA 1.6's configuration: the tower was trained, and is among the weights."""
 LLAMA_TOKENS = ("llama", "mistral")
 """Language models whose ``tokenizer.model`` is read as the original's code reads LLaMA's."""
 
@@ -143,7 +141,7 @@ def read_flat(folder: Path, described: Mapping[str, Any], config: ModelConfig, t
         rows = max(stored[tensor_names.EMBEDDINGS].shape[0], len(tokenizer))
         for name in {tensor_names.EMBEDDINGS, tensor_names.HEAD} & set(tensors):
             tensors[name] = with_mean_rows(stored[name], rows)
-    if described.get(_TRAINED_TOWER):
+    if described.get(FLAT_TRAINED_TOWER):
         tensors.update(_trained_tower(folder))
     mode: ImageMode = "square" if described.get("image_aspect_ratio") == "square" else config.image_mode
     made = make_config(
@@ -160,7 +158,7 @@ def read_flat(folder: Path, described: Mapping[str, Any], config: ModelConfig, t
         projector_type=cast("ProjectorType", described.get("mm_projector_type") or "linear"),
         resolution=read_flat_resolution(described, tower.side, folder),
     )
-    made.tuned_vision_tower = bool(described.get(_TRAINED_TOWER))
+    made.tuned_vision_tower = bool(described.get(FLAT_TRAINED_TOWER))
     return ModelParts(
         source=str(folder),
         config=made,
@@ -206,7 +204,7 @@ def _trained_tower(folder: Path) -> dict[str, Tensor]:
     found = {ours: one for name, one in stored if (ours := tensor_names.from_released_tower(name))}
     if not found:
         raise WeightsError.at(
-            f"{folder / 'config.json'}:{_TRAINED_TOWER}",
+            f"{folder / 'config.json'}:{FLAT_TRAINED_TOWER}",
             "its vision tower was trained, and is not among its weights (no tensor model.vision_tower.*)",
             "download the complete weights",
         )

@@ -12,7 +12,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from llavar_peft.atomic_files import write_json
 from llavar_peft.constants import MODEL_TYPE
@@ -20,12 +20,15 @@ from llavar_peft.errors import ConfigError, Fault, LlavarError
 from llavar_peft.models.adapter_loading import fingerprint_base
 from llavar_peft.models.build_model import expected_shapes, register
 from llavar_peft.models.checkpoint_loading import read_checkpoint, read_parts
-from llavar_peft.models.flat_layout import LLAMA_TOKENS, check_features, is_flat
+from llavar_peft.models.flat_layout import LLAMA_TOKENS, check_features, is_flat, read_flat_resolution
 from llavar_peft.models.hub_models import resolve_folder
 from llavar_peft.models.llavar_config import flat_language_kind
+from llavar_peft.models.model_parts import ModelParts
+from llavar_peft.models.model_resolution import set_resolution
+from llavar_peft.models.tower_loading import prepared_side
 from llavar_peft.recipe.schema import ModelConfig, ProjectorType
 from llavar_peft.types import expand_home
-from llavar_peft.weights.adapter.adapter_files import ADAPTER_WEIGHTS, BASE_FILE
+from llavar_peft.weights.adapter.adapter_files import ADAPTER_WEIGHTS, BASE_FILE, PREFIX
 from llavar_peft.weights.adapter.adapter_layouts import AdapterOnDisk, is_llava_lora, open_adapter
 from llavar_peft.weights.adapter.adapter_parts import AdapterPart, find_base_faults, find_shape_faults, split_adapter
 from llavar_peft.weights.adapter.adapter_settings import peft_settings
@@ -33,13 +36,16 @@ from llavar_peft.weights.delta.released_layout import is_language_model, read_mo
 from llavar_peft.weights.io import tensor_names
 from llavar_peft.weights.io.convert_layout import write_converted
 from llavar_peft.weights.io.folder_writer import WeightsReport
+from llavar_peft.weights.io.joined_rows import whole
 from llavar_peft.weights.io.shard_layout import RELEASED_SHARD_SIZE
-from llavar_peft.weights.io.stated_resolution import resolution_kind
 from llavar_peft.weights.io.tensor_blocks import join_first, raise_faults
-from llavar_peft.weights.io.tensor_table import SAFE_SINGLE
+from llavar_peft.weights.io.tensor_table import SAFE_SINGLE, TensorEntry
 from llavar_peft.weights.io.weights_card import portable_name, write_weights_card
 from llavar_peft.weights.io.weights_fingerprint import FINGERPRINT_FILE
 from llavar_peft.weights.io.write_weights import Progress
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _FIX_MERGE = "merge it with LLaVA's scripts/merge_lora_weights.py, and use the result as a checkpoint"
 _PROJECTOR_MODULE = tensor_names.PROJECTOR.removesuffix(".")
@@ -86,8 +92,6 @@ def convert_llava_lora(
             "copy the config.json that LLaVA saved next to the adapter into the folder",
         )
     check_features(folder, described)
-    if resolution_kind(described) is not None:
-        raise ConfigError.at(f"{folder / 'config.json'}:image_aspect_ratio", "the model reads tiles", _FIX_MERGE)
     stored = open_adapter(folder)
     parts = split_adapter(stored.table)
     _check_trained(parts, folder)
@@ -100,6 +104,7 @@ def convert_llava_lora(
             "give the LLaVA that it was trained on with --base",
         )
     model = read_checkpoint(config) if config.checkpoint is not None else read_parts(config, seed=0)
+    config, model = _with_tiles(config, model, described, stored)
     raise_faults(list(_find_faults(stored, parts, expected_shapes(model.config))))
 
     def finish(staged: Path) -> None:
@@ -115,15 +120,60 @@ def convert_llava_lora(
         title = f"The adapter {portable_name(source)}, converted from LLaVA's layout"
         write_weights_card(staged, title, {"base": config.checkpoint or config.language_model or ""}, adapters=[folder])
 
+    table = _with_newline(stored, model, completes=has_projector)
     return write_converted(
-        stored.table,
+        table,
         expand_home(out),
         dtype=None,
         form="safetensors",
-        shard_size=max(RELEASED_SHARD_SIZE, 2 * sum(entry.nbytes for entry in stored.table.values())),
+        shard_size=max(RELEASED_SHARD_SIZE, 2 * sum(one.nbytes for one in table.values())),
         finish=finish,
         progress=progress,
     )
+
+
+def _with_tiles(
+    config: ModelConfig, model: ModelParts, described: Mapping[str, Any], stored: AdapterOnDisk
+) -> tuple[ModelConfig, ModelParts]:
+    """Return the settings and the parts of a base with the tiles that a LoRA was trained with.
+
+    Raises:
+        ConfigError: The base reads tiles and the LoRA was trained without, or neither has the newline embedding.
+    """
+    tiles = read_flat_resolution(described, prepared_side(model.image_processor, model.source), stored.folder)
+    base = model.config.resolution
+    if tiles is None and base is not None:
+        raise ConfigError.at(
+            f"{stored.folder / 'config.json'}:image_aspect_ratio",
+            f"it was trained on the whole image only, and its base {model.source} has the resolution {base['type']}",
+            "give the model that it was trained on with --base",
+        )
+    if tiles is None:
+        return config, model
+    if base is None and tensor_names.NEWLINE not in {name.removeprefix(PREFIX) for name in stored.table}:
+        raise ConfigError.at(
+            str(stored.folder),
+            f"it was trained with tiles, and has no {tensor_names.RELEASED_NEWLINE}; neither has its base "
+            f"{model.source}",
+            "give the LLaVA 1.6 that it was trained on with --base",
+        )
+    config = dataclasses.replace(config, resolution=tiles)
+    return config, set_resolution(model, tiles, seed=0)
+
+
+def _with_newline(stored: AdapterOnDisk, model: ModelParts, *, completes: bool) -> dict[str, TensorEntry | Tensor]:
+    """Return a LoRA's tensors with its base's newline, which LLaVA leaves untrained where the base has one.
+
+    Args:
+        stored: The LoRA.
+        model: Its base.
+        completes: Whether the LoRA has a projector, of which the newline is a part in this package.
+    """
+    table: dict[str, TensorEntry | Tensor] = dict(stored.table)
+    newline = model.tensors.get(tensor_names.NEWLINE)
+    if completes and newline is not None:
+        table.setdefault(PREFIX + tensor_names.NEWLINE, whole(newline).contiguous())
+    return table
 
 
 def _check_trained(parts: tuple[AdapterPart, ...], folder: Path) -> None:

@@ -93,7 +93,7 @@ def _measure_record(config: LlavarConfig, most: int, text: int, images: int) -> 
     if not images:
         return min(text, most), 0, 0
     ends = 2 * bool(config.use_im_start_end)
-    cost = image_cost(config, (most - text) // images - ends)
+    cost = image_cost(config, (most - text) // images - ends, images=images)
     return min(text + images * (cost.tokens + ends), most), images * cost.tokens, images * cost.views
 
 

@@ -262,14 +262,21 @@ class StepMoments:
 
     @property
     def _gathered_layers(self) -> float:
-        """The layer in progress, the next one, and the gradients of the one before, on their way to other GPUs."""
+        """The layer in progress, the next one, and the gradients of the one before, on their way to other GPUs.
+
+        A layer's cross-attention is gathered apart from it, and only once: when the gradients of the next layer's are
+        made, those of this one are complete, and have been sent in its place.
+        """
         if not self.sharded:
             return 0.0
         counts, layers = self.counts, self.config.text_config.num_hidden_layers
         stored = 0.5 if self.model.quantize == "nf4" else float(self._compute)
-        gathered = counts.linear * stored + (counts.norms + counts.adapters + counts.cross_attention) * self._compute
-        exchanged = self._trained_layer * self.shards / 4 * self._compute
-        return float(2 * gathered / layers + exchanged)
+        crossed = float(counts.cross_attention * self._compute)
+        gathered = counts.linear * stored + (counts.norms + counts.adapters) * self._compute
+        trained = float(self._trained_layer * self.shards / 4 * self._compute * layers)
+        exchanged: float = max(trained - crossed, crossed)
+        found: float = (2 * gathered + crossed + exchanged) / layers
+        return found
 
     @property
     def _decompressed(self) -> float:

@@ -17,7 +17,7 @@ from llavar_peft.preflight.estimate_compute import (
 from llavar_peft.preflight.estimate_counts import count_parameters, count_trained
 from llavar_peft.preflight.estimate_layer import computes_scores
 from llavar_peft.preflight.estimate_memory import Memory, estimate_memory
-from llavar_peft.preflight.estimate_views import image_cost
+from llavar_peft.preflight.estimate_views import image_cost, tokens_by_tiles
 from llavar_peft.recipe.schema import Full, Lora, ModelConfig, Stage
 
 
@@ -32,6 +32,7 @@ class StageEstimate:
         memory: Memory of one GPU.
         lengths: Lengths of the stage's records.
         image_tokens: Tokens of an image; with tiles, the largest number.
+        grid_tokens: With tiles, the least and the most tokens of an image by the number of its tiles.
         pass_tokens: Tokens of the largest forward pass on a GPU.
         step_tokens: Tokens of an optimizer step, over all GPUs.
         step_flops: Floating point operations of an optimizer step, over all GPUs.
@@ -44,6 +45,7 @@ class StageEstimate:
     memory: Memory
     lengths: RecordLengths
     image_tokens: int
+    grid_tokens: dict[int, tuple[int, int]]
     pass_tokens: int
     step_tokens: float
     step_flops: float
@@ -80,6 +82,7 @@ def estimate_stage(model: ModelConfig, stage: Stage, *, gpus: int = 1, sharded: 
         ),
         lengths=lengths,
         image_tokens=image_cost(config, stage.max_length).tokens,
+        grid_tokens=tokens_by_tiles(config),
         pass_tokens=tokens,
         step_tokens=stage.global_batch_size * lengths.mean,
         step_flops=flops_per_step(config, stage, counts, lengths),

@@ -71,25 +71,40 @@ def tile_geometry(config: LlavarConfig) -> TileGeometry | None:
     return geometry
 
 
-def image_cost(config: LlavarConfig, most: int) -> ImageCost:
+def image_cost(config: LlavarConfig, most: int, *, images: int = 1) -> ImageCost:
     """Return the cost of an image; with tiles, of one that fills the largest grid, without padding.
 
     Args:
         config: The model's configuration.
         most: Maximum number of its tokens, where a smaller grid has fewer.
+        images: Number of images of its record, which share the model's limit of image tokens.
     """
     geometry = tile_geometry(config)
     if geometry is None:
         details = detail_shape(config)
         crops = 0 if details is None else details.crops
         return ImageCost(config.image_seq_length, 1 + crops, config.image_seq_length)
-    side = geometry.patches
-    costs = [
-        ImageCost(geometry.tokens((rows, columns, rows * side, columns * side)), 1 + rows * columns, side**2)
-        for rows, columns in geometry.grids
-    ]
-    limit = most if geometry.budget is None else min(most, geometry.budget)
+    costs = [ImageCost(tokens, 1 + tiles, geometry.patches**2) for tiles, tokens in _tokens_by_grid(geometry)]
+    limit = most if geometry.budget is None else min(most, geometry.budget // images)
     fitting = [cost for cost in costs if cost.tokens <= limit]
     if not fitting:
         return min(costs, key=lambda cost: cost.tokens)
     return max(fitting, key=lambda cost: cost.tokens)
+
+
+def tokens_by_tiles(config: LlavarConfig) -> dict[int, tuple[int, int]]:
+    """Return the least and the most tokens of an image by the number of its tiles; empty for a model without tiles."""
+    geometry = tile_geometry(config)
+    found: dict[int, tuple[int, int]] = {}
+    for tiles, tokens in [] if geometry is None else sorted(_tokens_by_grid(geometry)):
+        found[tiles] = (min(tokens, *found.get(tiles, (tokens,))), max(tokens, *found.get(tiles, (tokens,))))
+    return found
+
+
+def _tokens_by_grid(geometry: TileGeometry) -> list[tuple[int, int]]:
+    """Return the number of tiles of each grid, and the tokens of an image that fills it."""
+    side = geometry.patches
+    return [
+        (rows * columns, geometry.tokens((rows, columns, rows * side, columns * side)))
+        for rows, columns in geometry.grids
+    ]

@@ -34,6 +34,13 @@ def _as_grids(value: object) -> tuple[tuple[int, int], ...]:
     return tuple((grid[0], grid[1]) for grid in grids)
 
 
+def _as_pool(value: object) -> object:
+    """Reject what Python takes for 1 or 2: true, and 1.0."""
+    if isinstance(value, bool | float):
+        raise PydanticCustomError("pool", "expected 1 or 2")
+    return value
+
+
 @dataclass(frozen=True, kw_only=True, repr=False)
 class Tiles(StrictFields):
     """Cut each image into tiles of the tower's size, which follow the whole image in the sequence, as in LLaVA-NeXT.
@@ -48,7 +55,7 @@ class Tiles(StrictFields):
     """Maximum number of tiles of an image: all grids with at most this many tiles can be chosen."""
     grid: Annotated[tuple[tuple[int, int], ...], BeforeValidator(_as_grids)] = ()
     """The grids that can be chosen, as (rows, columns), instead of ``max_tiles``; one grid or a list."""
-    pool: Literal[1, 2] = 1
+    pool: Annotated[Literal[1, 2], BeforeValidator(_as_pool)] = 1
     """2 averages 2 x 2 patches before the projector, for a quarter of the image tokens."""
     max_image_tokens: PositiveInteger | None = None
     """Maximum number of image tokens of a record, shared by its images: each gets the largest grid that fits. None

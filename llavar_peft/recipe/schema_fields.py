@@ -186,13 +186,15 @@ def suggest_field(path: Path, names: Iterable[str]) -> str:
         names: The fields that exist at its place.
     """
     name, known = str(path[-1]), list(names)
-    elsewhere = [field for cls in TUNES.values() for field in fields_of(cls)]
-    near = None if path[-2:-1] == ("tune",) and name in elsewhere else nearest(name, known)
+    parent = str(path[-2]) if len(path) > 1 else ""
+    kinds: Mapping[str, type] = {"tune": TUNES, "resolution": RESOLUTIONS}.get(parent, {})
+    elsewhere = [field for cls in kinds.values() for field in fields_of(cls)]
+    near = None if name in elsewhere else nearest(name, known)
     if near is not None:
         return f"did you mean '{near}'?"
     other = nearest(name, elsewhere)
-    if other is not None and len(path) > 1 and path[-2] == "tune":
-        owners = [kind for kind, cls in TUNES.items() if other in fields_of(cls)]
-        return f"only tune: {' or '.join(owners)} has {'it' if other == name else other}"
+    if other is not None:
+        owners = [kind for kind, cls in kinds.items() if other in fields_of(cls)]
+        return f"only {parent}: {' or '.join(owners)} has {'it' if other == name else other}"
     place = _first_paths().get(name)
     return f"it belongs at {place}" if place else f"the fields here are {', '.join(known)}"

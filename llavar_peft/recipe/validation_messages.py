@@ -29,6 +29,7 @@ _LONGEST_SHOWN = 60
 # The kinds of error that the schema itself raises, and the fix.
 _OWN_KINDS = {
     "holdout": "use for example 0.01 or 64",
+    "pool": "write pool: 2, or leave it out",
     "grid": "write for example [2, 2] or [[1, 2], [2, 1], [2, 2]]",
 }
 _OUT_OF_RANGE = ("greater_than", "less_than", "finite_number")
@@ -71,7 +72,8 @@ def explain_error(error: ErrorDetails, path: Path, mapping: Mapping[str, Any]) -
         fix = f"use the default, {default}, or another value in this range" if known else "use a value in this range"
         return f"expected {_expected(hint)} {bounds_of(owner, name)}, {got}", fix
     if kind in _OWN_KINDS:
-        return f"{error['msg']}, {got}", _OWN_KINDS[kind]
+        shown = ascii(value) if isinstance(value, list) else format_value(value)
+        return f"{error['msg']}, got {shown[:_LONGEST_SHOWN]}", _OWN_KINDS[kind]
     if hint is None:
         return f"{error['msg'][:1].lower()}{error['msg'][1:]}, {got}", "see the field's explanation in the schema"
     if isinstance(value, dict) and kind == "union_tag_invalid" and kinds_of(hint):

@@ -164,9 +164,7 @@ def test_a_trained_tower_is_part_of_the_estimate() -> None:
 def test_cross_attention_is_part_of_the_estimate(case: Case) -> None:
     crossed = dataclasses.replace(case, crops=4, vision_tower="openai/clip-vit-large-patch14")
     peaks = track_layers(crossed, 4)
-    # Where it is sharded, the estimate is 12 % above the peak of these four layers.
-    within = 0.1 if case.gpus == 1 else 0.15
-    assert _estimated(crossed, layers=4).peak == pytest.approx(max(peaks.values()), rel=within), peaks
+    assert _estimated(crossed, layers=4).peak == pytest.approx(max(peaks.values()), rel=0.1), peaks
 
 
 @pytest.mark.slow

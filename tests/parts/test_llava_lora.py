@@ -30,6 +30,7 @@ from llavar_peft.models.llama_tokenizer import load_tokenizer
 from llavar_peft.weights.adapter.adapter_report import verify_adapter
 from llavar_peft.weights.io import tensor_names
 from tests.parts.test_flat_layout import LLAVA
+from tests.parts.tiled_parts import logits_of_two_images
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "tokenization" / "small"
 RANK, ALPHA, LAYERS = 4, 8, 2
@@ -144,6 +145,40 @@ def test_the_adapter_has_the_logits_of_llavas_merge(
         )
         for model in (chat.engine.model, merged):
             assert torch.allclose(model(**inputs).logits[..., :-1], expected, atol=1e-5)
+
+
+GRIDS = [[112, 56], [56, 112]]  # (width, height), as LLaVA's code has them
+TILED = {"image_aspect_ratio": "anyres", "mm_patch_merge_type": "spatial_unpad", "image_grid_pinpoints": GRIDS}
+NEWLINE = f"{PREFIX}model.image_newline"
+
+
+def test_a_lora_with_tiles_has_the_logits_of_its_weights(vicuna: Path, tower: Folder, tmp_path: Path) -> None:
+    """With a newline of its own, on a language model; and without, on a base that has one."""
+    clip = tower("clip_vision_model")
+    lora = _save_lora(tmp_path / "lora", vicuna, clip)
+    _config(**TILED)(lora)
+    with pytest.raises(LlavarError, match=r"has no model\.image_newline; neither has its base"):
+        export(lora, tmp_path / "no", to="adapter")
+    stored = torch.load(lora / "non_lora_trainables.bin", weights_only=True)
+    torch.save({**stored, NEWLINE: _draw(32, seed=7)}, lora / "non_lora_trainables.bin")
+    export(lora, tmp_path / "adapter", to="adapter")
+    assert verify_adapter(tmp_path / "adapter", base=vicuna).base == "fingerprint"
+    engine = load_chat(tmp_path / "adapter", dtype="float32").engine
+    assert engine.processor.tile_geometry.grids == ((1, 2), (2, 1))  # (rows, columns) of tiles of 56 pixels
+    assert torch.equal(engine.base_model.model.multi_modal_projector.image_newline, _draw(32, seed=7))
+    found = logits_of_two_images(engine.model, engine.processor)
+
+    merge_adapter(vicuna, tmp_path / "adapter", tmp_path / "merged", dtype="float32", vision_tower=clip)
+    merged = ModelConfig(checkpoint=str(tmp_path / "merged"), dtype="float32")
+    torch.testing.assert_close(logits_of_two_images(*build_model(merged)), found, atol=1e-5, rtol=1e-5)
+
+    torch.save(stored, lora / "non_lora_trainables.bin")
+    export(lora, tmp_path / "again", to="adapter", base=tmp_path / "merged")
+    again = load_chat(tmp_path / "again", dtype="float32").engine
+    assert torch.equal(again.base_model.model.multi_modal_projector.image_newline, _draw(32, seed=7))
+    plain = _save_lora(tmp_path / "plain", vicuna, clip)
+    with pytest.raises(LlavarError, match=r"trained on the whole image only, and its base .* has the resolution tiles"):
+        export(plain, tmp_path / "no", to="adapter", base=tmp_path / "merged")
 
 
 def test_other_commands_suggest_the_conversion_and_it_works(

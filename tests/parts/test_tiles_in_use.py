@@ -205,6 +205,20 @@ def test_the_trained_tower_of_llava_1_6_is_read_from_its_weights(
     export(folder, tmp_path / "ours", to="llavar", vision_tower=models.tower)
     assert torch.equal(_open(tmp_path / "ours"), logits_of_two_images(expected, processor))
 
+    config = ModelConfig(checkpoint=str(folder), vision_tower=str(models.tower), dtype="float32")
+    adapter = save_tuned(config, LORA, tmp_path / "adapter")
+    answers = logits_of_two_images(load_adapter(config, adapter), processor)
+    merge_adapter(folder, adapter, tmp_path / "merged")
+    torch.testing.assert_close(
+        _open(tmp_path / "merged", vision_tower=str(models.tower)), answers, atol=1e-4, rtol=1e-4
+    )
+    tuned = save_tuned(config, dataclasses.replace(LORA, tower_rank=2), tmp_path / "tuned")
+    answers = logits_of_two_images(load_adapter(config, tuned), processor)
+    merge_adapter(folder, tuned, tmp_path / "both")
+    torch.testing.assert_close(_open(tmp_path / "both", vision_tower=str(models.tower)), answers, atol=1e-4, rtol=1e-4)
+    with pytest.raises(Exception, match="its vision tower was trained, and the released layout has none"):
+        make_delta(models.vicuna, folder, tmp_path / "delta")
+
 
 def test_a_projector_file_contains_the_newline(models: PlainModel, tmp_path: Path) -> None:
     trained = save_tuned(models.parts, Projector(), tmp_path / "stage1")

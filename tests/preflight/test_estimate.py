@@ -13,6 +13,7 @@ import pytest
 
 from llavar_peft import Full, Lora, ModelConfig, Recipe, Tiles, cli
 from llavar_peft.models.config_without_weights import config_without_weights
+from llavar_peft.preflight.estimate_compute import measure_records
 from llavar_peft.preflight.estimate_counts import count_parameters
 from llavar_peft.preflight.estimate_memory import estimate_memory
 from llavar_peft.preflight.estimate_stage import estimate_stage, what_would_help
@@ -150,6 +151,54 @@ def test_tiles_are_counted_as_the_processor_counts_them(
     config = config_without_weights(model)
     counts = count_parameters(config, stage.tune)
     assert counts.projector == 1024 * 5120 + 5120 * (2 if resolution else 1)
+
+
+def test_images_of_a_record_share_the_limit_of_image_tokens(tmp_path: Path) -> None:
+    said = [{"from": "human", "value": "<image><image> Same?"}, {"from": "gpt", "value": "Yes."}]
+    record = {"id": "1", "image": ["a.png", "b.png"], "conversations": said}
+    (tmp_path / "records.json").write_text(json.dumps([record]))
+    stage = load_recipe("llavar-13b").stages[0]
+    data = dataclasses.replace(stage.data, records=str(tmp_path / "records.json"))
+    stage = dataclasses.replace(stage, data=data, max_length=8192)
+    for limit, tokens, views in (
+        (None, 2 * 2976, 10),
+        (2 * 2976, 2 * 2976, 10),
+        (2 * 2976 - 1, 2 * 2928, 10),
+        (2400, 2352, 4),
+    ):
+        model = ModelConfig(
+            language_model="vicuna-13b", vision_tower="clip-vit-large-patch14-336",
+            resolution=Tiles(max_tiles=4, max_image_tokens=limit),
+        )  # fmt: skip
+        lengths = measure_records(stage, config_without_weights(model))
+        assert (lengths.image_tokens, lengths.views) == (tokens, views)
+
+
+@pytest.mark.parametrize(
+    ("setting", "tokens", "listed"),
+    [
+        ("{type: tiles}", 2376, "1: 1,176, 2: 1,752-1,776, 3: 2,328-2,376, 4: 2,904-2,976."),
+        ("{type: tiles, pool: 2, max_image_tokens: 450}", 444, "1: 300, 2: 444-456, 3: 588-612, 4: 732-768."),
+        ("{type: tiles, max_tiles: 64}", 2376, "1: 1,176, 2: 1,752-1,776, 3: 2,328-2,376, 4: 2,904-2,976, 5: 3,480-"),
+    ],
+)
+def test_the_tokens_of_each_grid_are_printed(
+    setting: str, tokens: int, listed: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    most = ["stages.0.max_length=2500", "stages.1.max_length=2500"]
+    assert cli.main(["estimate", "llavar-7b", f"model.resolution={setting}", *most]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert f"An image takes {tokens} tokens." in said
+    assert f"Its tokens by its tiles: {listed}" in said
+    assert "no room" not in said
+
+
+def test_a_length_without_room_for_an_image_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    setting = ["model.resolution={type: tiles, grid: [2, 2]}", "stages.1.max_length=2929"]
+    assert cli.main(["estimate", "llavar-7b", *setting]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "pretrain: max_length (2,048) has no room for an image, which takes at least 2,928 tokens" in said
+    assert said.count("no room") == 1
 
 
 def test_the_size_of_llava_next_is_known() -> None:

@@ -75,7 +75,11 @@ def test_all_grids_up_to_a_number_of_tiles_can_be_chosen(tiles: int) -> None:
         (".grid=wide", "write for example [2, 2]"),
         (".max_image_tokens=0", "of 1 or more, got 0"),
         ("={type: cross_attention, grid: 0}", "from 1 to 8, got 0"),
-        ("={type: cross_attention, max_tiles: 2}", "unknown field"),
+        (".grid=[[9, 9]]", "got [[9, 9]]"),
+        (".pool=true", "expected 1 or 2, got true"),
+        (".pool=1.0", "expected 1 or 2, got 1.0"),
+        ("={type: cross_attention, max_tiles: 2}", "unknown field; only resolution: tiles has it"),
+        (".encoder=concat_clip", "unknown field; only resolution: cross_attention has it"),
     ],
 )
 def test_other_values_are_named_with_their_path(text: str, message: str) -> None:

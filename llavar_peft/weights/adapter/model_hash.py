@@ -10,6 +10,7 @@ from llavar_peft.errors import ConfigError
 from llavar_peft.types import expand_home
 from llavar_peft.weights.adapter.adapter_files import ADAPTER_CONFIG
 from llavar_peft.weights.adapter.adapter_layouts import open_adapter
+from llavar_peft.weights.delta.flat_settings import FLAT_TRAINED_TOWER
 from llavar_peft.weights.delta.released_layout import read_model_config, read_tower_table, view_as_released
 from llavar_peft.weights.io.tensor_table import read_tensor_table
 from llavar_peft.weights.io.weights_fingerprint import FINGERPRINT_FILE, digest, read_fingerprint, take_fingerprint
@@ -53,7 +54,8 @@ def _find_result(folder: Path) -> Path:
 
 def _tuned_tower(folder: Path) -> dict[str, Any]:
     """Return the fingerprint of a vision tower that was trained, under ``tower``."""
-    if not read_model_config(folder).get(TUNED_TOWER):
+    config = read_model_config(folder)
+    if not (config.get(TUNED_TOWER) or config.get(FLAT_TRAINED_TOWER)):
         return {}
     return {"tower": take_fingerprint(read_tower_table(folder), {})}
 

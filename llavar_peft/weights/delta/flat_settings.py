@@ -18,6 +18,8 @@ _TEXT_FIELDS = (
 )  # fmt: skip
 FLAT_TEMPLATE = "mm_template"
 """In a flat configuration of ours: the conversation template, where LLaVA's code has none for the language model."""
+FLAT_TRAINED_TOWER = "unfreeze_mm_vision_tower"
+"""In LLaVA 1.6's configuration: the tower was trained, and is among the weights."""
 _PART_FIELDS = {"_name_or_path", "architectures", "dtype", "model_type", "torch_dtype", "transformers_version"}
 """Fields of a language model's own configuration that do not describe it."""
 _ORIGINAL_TOWER = "openai/clip-vit-large-patch14-336"

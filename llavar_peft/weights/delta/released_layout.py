@@ -22,7 +22,13 @@ from llavar_peft.constants import (
 )
 from llavar_peft.errors import DAMAGED, ConfigError, WeightsError, describe_reason
 from llavar_peft.types import expand_home
-from llavar_peft.weights.delta.flat_settings import FLAT_TEMPLATE, flatten_config, is_released_format, stated_template
+from llavar_peft.weights.delta.flat_settings import (
+    FLAT_TEMPLATE,
+    FLAT_TRAINED_TOWER,
+    flatten_config,
+    is_released_format,
+    stated_template,
+)
 from llavar_peft.weights.io import tensor_names
 from llavar_peft.weights.io.checkpoint_code import check_no_code
 from llavar_peft.weights.io.companion_files import (
@@ -98,9 +104,17 @@ def view_as_released(folder: str | Path) -> ReleasedView:
 
 
 def read_tower_table(folder: Path) -> dict[str, TensorEntry]:
-    """Return the tensors of the vision tower in a model's folder by our names; none if the folder contains no tower."""
+    """Return the tensors of the vision tower in a model's folder by our names; none if the model has no tower there.
+
+    LLaVA's code sometimes saves a copy of the original tower, which no reader uses, in the model.
+    """
+    config = read_model_config(folder)
+    is_flat = not {"text_config", "vision_config"} & set(config)
+    if is_flat and not config.get(FLAT_TRAINED_TOWER):
+        return {}
+    rename = tensor_names.from_released_tower if is_flat else tensor_names.from_stock
     stored = read_tensor_table(folder, checksums=False).items()
-    ours = {new: entry for name, entry in stored if (new := tensor_names.from_stock(name)) is not None}
+    ours = {new: entry for name, entry in stored if (new := rename(name)) is not None}
     return {name: entry for name, entry in ours.items() if name.startswith(tensor_names.TOWER)}
 
 
@@ -116,13 +130,13 @@ def check_original_tower(config: Mapping[str, Any], folder: str | Path) -> None:
     """Reject a model whose vision tower was trained, for a layout that contains no tower.
 
     Args:
-        config: Its ``config.json``.
+        config: Its ``config.json``, in any layout.
         folder: Its folder, for the message.
 
     Raises:
         ConfigError: The tower was trained.
     """
-    if config.get(TUNED_TOWER):
+    if config.get(TUNED_TOWER) or config.get(FLAT_TRAINED_TOWER):
         raise ConfigError.at(
             str(folder),
             "its vision tower was trained, and the released layout has none: the model would get the original tower",

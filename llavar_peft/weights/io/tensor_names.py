@@ -119,6 +119,11 @@ def from_released_tower(name: str) -> str | None:
     return None if found is None or _IGNORED.search(name) else TOWER + name[found.end() :]
 
 
+def from_released_with_tower(name: str) -> str | None:
+    """Return our name of a tensor in the released layout, of which the vision tower was trained and is a part."""
+    return from_released_tower(name) or from_released(name)
+
+
 def to_released(name: str) -> str | None:
     """Return the released name of one of our tensors; None for the encoders', which that layout does not have."""
     if name.startswith((TOWER, DETAIL_ENCODER)):

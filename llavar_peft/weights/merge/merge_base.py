@@ -13,7 +13,7 @@ from llavar_peft.types import expand_home
 from llavar_peft.weights.adapter.adapter_files import BASE_FILE, missing_projector, read_base_settings
 from llavar_peft.weights.adapter.adapter_layouts import conversion_of, is_llava_lora
 from llavar_peft.weights.adapter.lora_updates import Adapter, Replacement, Rows
-from llavar_peft.weights.delta.flat_settings import flatten_config, stated_template
+from llavar_peft.weights.delta.flat_settings import FLAT_TRAINED_TOWER, flatten_config, stated_template
 from llavar_peft.weights.delta.released_layout import (
     ReleasedView,
     check_not_delta,
@@ -41,6 +41,8 @@ ReadTower: TypeAlias = "Callable[[Path], Mapping[str, Tensor]]"
 """Returns the tensors of a tower by our names, in memory."""
 ReadLanguage: TypeAlias = "Callable[[Path], Mapping[str, Tensor] | None]"
 """Returns the tensors of a language model by our names; None where its file has them as LLaMA's has, to be streamed."""
+_RELEASED = (tensor_names.from_released, tensor_names.from_released_with_tower)
+"""From names of the released layout to ours."""
 _FIX_PROJECTOR = "give the mm_projector.bin that stage 1 wrote"
 
 
@@ -114,7 +116,7 @@ def open_merge_base(
         named = {ours(name) or name: shape for name, shape in shapes.items()}
         rows = named.get(tensor_names.find_embeddings(named), (0,))[0]
         overlay = _read_overlay(projector or settings.projector, adapters[0].folder, rows)
-        if any(one.tunes_tower for one in adapters):
+        if any(one.tunes_tower for one in adapters) and ours not in _RELEASED:
             config = {**config, TUNED_TOWER: True}
         return _with_resolution(MergeBase(table, shapes, ours, config, (folder,), overlay), adapters)
     converted = None if read_language is None else read_language(folder)
@@ -139,7 +141,10 @@ def _choose_names(config: Mapping[str, Any]) -> Callable[[str], str | None]:
     """Return the function from the names in a model's layout to ours."""
     if config.get("model_type") == MODEL_TYPE:
         return _same
-    return tensor_names.from_stock if "text_config" in config else tensor_names.from_released
+    if "text_config" in config:
+        return tensor_names.from_stock
+    # LLaVA 1.6's own tower is among its weights, and has to be among those of the result.
+    return tensor_names.from_released_with_tower if config.get(FLAT_TRAINED_TOWER) else tensor_names.from_released
 
 
 def _with_resolution(base: MergeBase, adapters: Sequence[Adapter]) -> MergeBase:
@@ -166,7 +171,7 @@ def _with_resolution(base: MergeBase, adapters: Sequence[Adapter]) -> MergeBase:
             )
             fix = "merge into a base that `llavar-peft convert BASE OUT --to llavar` writes"
             raise ConfigError.at(str(base.companions[0]), what, fix)
-    elif base.ours is tensor_names.from_released:
+    elif base.ours in _RELEASED:
         side = int((read_model_config(folder).get("vision_config") or {}).get("image_size") or 0)
         config, name = {**config, **flat_resolution(resolution, side)}, tensor_names.RELEASED_NEWLINE
     else:
