@@ -41,6 +41,8 @@ _HARMLESS = (
     "max_tokens", "process_timeout",
 )  # fmt: skip
 """Fields that may change in a resumed run, because they do not change its result."""
+_ANOTHER_MODEL = ("model.resolution", "model.projector_type")
+"""Fields that decide which weights a model has."""
 
 
 def keep_holdout(recipe: Recipe) -> Recipe:
@@ -182,6 +184,14 @@ class RunFolder:
         if faults:
             lines = "\n".join(f"  {fault.where}: {fault.what}" for fault in faults)
             self._check_not_prolonged(faults)
+            other = [fault for fault in faults if fault.where.startswith(_ANOTHER_MODEL)]
+            if allow_changes and other:
+                raise ConfigError(
+                    f"{written}: the run's checkpoints belong to a model of other weights\n"
+                    + "\n".join(f"  {fault.where}: {fault.what}" for fault in other)
+                    + "\nFix: undo the change, choose another output_dir, or pass --restart to start again.",
+                    other,
+                )
             if allow_changes:
                 logger.warning("%s: continues with a changed recipe\n%s", self.root, lines)
                 return

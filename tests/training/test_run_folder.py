@@ -5,10 +5,11 @@ from __future__ import annotations
 import dataclasses
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from llavar_peft import ModelConfig, Recipe
+from llavar_peft import ModelConfig, Recipe, Tiles
 from llavar_peft.errors import ConfigError, EnvironmentFaultError
 from llavar_peft.models.build_model import quantization_arguments, resolve_dtype
 from llavar_peft.recipe.validate import validate_recipe
@@ -45,6 +46,14 @@ def test_more_steps_for_a_finished_stage_are_rejected(change: dict[str, float], 
     longer = dataclasses.replace(tiny_recipe.stages[-1], **change)
     recipe = dataclasses.replace(tiny_recipe, stages=(*tiny_recipe.stages[:-1], longer))
     with pytest.raises(ConfigError, match="cannot be continued with another number of steps"):
+        RunFolder(recipe).open(restart=False, stages=recipe.stages, allow_changes=True)
+
+
+@pytest.mark.parametrize("change", [{"resolution": Tiles(max_tiles=2)}, {"projector_type": "mlp2x_gelu"}])
+def test_a_run_is_not_continued_with_a_model_of_other_weights(change: dict[str, Any], tiny_recipe: Recipe) -> None:
+    _finish(tiny_recipe)
+    recipe = dataclasses.replace(tiny_recipe, model=dataclasses.replace(tiny_recipe.model, **change))
+    with pytest.raises(ConfigError, match=f"model of other weights\n  model\\.{next(iter(change))}"):
         RunFolder(recipe).open(restart=False, stages=recipe.stages, allow_changes=True)
 
 
