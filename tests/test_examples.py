@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from llavar_peft import ModelConfig, build_model
 from llavar_peft.datagen.synth.synth_settings import SynthSettings
 from llavar_peft.datagen.synth.write_synthetic import write_synthetic
 from tests.weights.adapters import save_wide_model
@@ -62,6 +63,31 @@ def test_from_images_to_a_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert "after pretrain" in page
     assert "after finetune" in page
     assert "data:image/" in page
+
+
+@pytest.mark.slow
+def test_small_print_is_compared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a model that was not trained, on a few images."""
+    model, processor = build_model(
+        ModelConfig(
+            language_model=str(PARTS / "language_model"), vision_tower=str(PARTS / "vision_tower"), dtype="float32"
+        )
+    )
+    model.save_pretrained(tmp_path / "start")
+    processor.save_pretrained(tmp_path / "start")
+    settings = [f"--out={tmp_path}", f"--start={tmp_path / 'start'}", "--images=40", "--unseen=1"]
+    small_print = str(EXAMPLES / "small_print.py")
+    monkeypatch.setattr(sys, "argv", ["small_print.py", "letters", *settings])
+    runpy.run_path(small_print, run_name="__main__")
+    curves = json.loads((tmp_path / "letters.heights.json").read_text(encoding="utf-8"))["curves"]
+    assert [curve["name"] for curve in curves] == ["plain", "tiles-2x2"]
+    assert {point["questions"] for curve in curves for point in curve["points"]} == {1}
+    assert "<svg" in (tmp_path / "letters.heights.html").read_text(encoding="utf-8")
+    monkeypatch.setattr(sys, "argv", ["small_print.py", "receipts", *settings, "--models=tiles-2x2"])
+    runpy.run_path(small_print, run_name="__main__")
+    grids = json.loads((tmp_path / "receipts-tiles-2x2/model/config.json").read_text(encoding="utf-8"))["resolution"]
+    assert grids["grid"] == [[2, 3], [3, 3], [4, 3]]
+    assert json.loads((tmp_path / "receipts.json").read_text(encoding="utf-8"))["tiles-2x2"]["receipts"] == 1
 
 
 @pytest.mark.slow
