@@ -113,7 +113,8 @@ def wilson(share: float, count: int) -> tuple[float, float]:
     z = 1.959964
     centre = (share + z * z / (2 * count)) / (1 + z * z / count)
     half = z / (1 + z * z / count) * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count))
-    return max(0.0, centre - half), min(1.0, centre + half)
+    # Rounding would leave a trace of the other end.
+    return (0.0 if share == 0 else max(0.0, centre - half)), (1.0 if share == 1 else min(1.0, centre + half))
 
 
 def run_figures(stages: Sequence[StageLog]) -> list[tuple[str, str]]:

@@ -197,7 +197,7 @@ def test_a_length_without_room_for_an_image_is_named(capsys: pytest.CaptureFixtu
     setting = ["model.resolution={type: tiles, grid: [2, 2]}", "stages.1.max_length=2929"]
     assert cli.main(["estimate", "llavar-7b", *setting]) == 0
     said = " ".join(capsys.readouterr().out.split())
-    assert "pretrain: max_length (2,048) has no room for an image, which takes at least 2,928 tokens" in said
+    assert "pretrain: max_length (1,024) has no room for an image, which takes at least 2,928 tokens" in said
     assert said.count("no room") == 1
 
 
