@@ -6,8 +6,10 @@ import base64
 import json
 import os
 import random
+import threading
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -163,14 +165,31 @@ _WATCH = """(() => {
 _COPY = "#window_0 .answer .copy"
 
 
+@pytest.fixture
+def gate(chat: Chat) -> Iterator[threading.Semaphore]:
+    """Let the model compute a token for each release."""
+    allowed = threading.Semaphore(0)
+    hook = chat.engine.base_model.lm_head.register_forward_hook(lambda *_: (allowed.acquire(timeout=60), None)[1])
+    yield allowed
+    hook.remove()
+    allowed.release(100)
+
+
 @pytest.mark.slow
-@pytest.mark.usefixtures("endless", "slow")
-def test_an_answer_is_streamed_and_can_be_copied(browser: Browser) -> None:
+@pytest.mark.usefixtures("endless")
+def test_an_answer_is_streamed_and_can_be_copied(browser: Browser, gate: threading.Semaphore) -> None:
     browser.allow_clipboard()
     _select_greedy(browser)
     browser.type(QUESTION, "Go on.")
     browser.run(_WATCH)
     browser.click(ASK)
+    gate.release()
+    for number in range(4):
+        gate.release()
+        # The next token is computed when the page has shown this one, or after a while, because text may be held back.
+        with suppress(AssertionError):
+            browser.wait_for(f"new Set(seen.map(it => it[0]).filter(it => it)).size > {number}", seconds=5)
+    gate.release(100)
     (answer,) = _answers(browser, 0, 1)
     seen = browser.run("seen")
     growing = [text for text, waiting in seen if waiting and text]
