@@ -176,7 +176,7 @@ def compare_letters(out: Path, start: Path, names: Sequence[str], images: int, u
             points.append(HeightPoint(height, 100 * share, 100 * low, 100 * high, len(records), len(records), 0))
             print(f"{name}: {height:g} px: {share:.0%}", flush=True)
         curves.append(HeightCurve(name, Setting(model=str(model), temperature=0.0), SIDE, tuple(points), {}))
-        results = HeightResults("unseen sheets", "exact_match", unseen, "omit", "the drawing", tuple(curves))
+        results = HeightResults("unseen sheets", "exact_match", unseen, "none", "the drawing", tuple(curves))
         write_height_results(results, out / "letters.heights.json")
         write_heights_page(out / "letters.heights.html", [view_heights(results)])
 

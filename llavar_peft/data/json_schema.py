@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections import deque
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -26,6 +27,7 @@ _DEEPEST: Final = 100
 """Levels of nested JSON; the library that compiles schemas reads up to 128, some of which are its own."""
 _LARGEST_MULTIPLE: Final = 1000
 """Multiples are counted digit by digit, with as many states as the number: 100,000 take several seconds."""
+_NUMBERS: Final = ("const", "enum", "minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -252,9 +254,24 @@ def _check_meaning(schema: Mapping[str, Any], where: str) -> None:
         if multiple > _LARGEST_MULTIPLE:
             what = f"got {multiple}, expected at most {_LARGEST_MULTIPLE}"
             raise ConfigError.at(f"{place}.multipleOf", what, "leave it out, and check the value afterwards")
+        for name in _NUMBERS:
+            if (inexact := _inexact_integer(part.get(name))) is not None:
+                what = f"got {str(inexact)[:40]}, which JSON numbers of 64 bits round"
+                raise ConfigError.at(f"{place}.{name}", what, "write it as text, in quotes")
     if not _can_end(schema):
         what = "no JSON of finite length fulfils it: a part requires itself"
         raise ConfigError.at(where, what, "make the property that repeats the schema optional, or allow null for it")
+
+
+def _inexact_integer(value: Any) -> int | None:
+    """Return an integer within a value that is no 64-bit floating-point number; None without one."""
+    waiting = [value]
+    while waiting:
+        one = waiting.pop()
+        if isinstance(one, int) and (abs(one) > sys.float_info.max or int(float(one)) != one):
+            return one
+        waiting += one.values() if isinstance(one, Mapping) else one if isinstance(one, list) else ()
+    return None
 
 
 def _can_end(schema: Mapping[str, Any]) -> bool:
