@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from rounds import figure
+from rounds import describe_run, figure
 
-GIB, MIB = 2**30, 2**20
+MIB = 2**20
 BUSY = 0.5
 """A load average before the run, of other processes, from which on the machine was not idle."""
 LEGEND = (
@@ -21,17 +21,9 @@ LEGEND = (
 
 def resolution_table(report: dict[str, Any]) -> str:
     """Format a report as Markdown."""
-    machine = report["machine"]
-    packages = ", ".join(f"{name} {number}" for name, number in report["packages"].items())
-    load = report["load_before"][0]
-    busy = " The machine was not idle: other processes ran." if load > BUSY else ""
+    busy = " The machine was not idle: other processes ran." if report["load_before"][0] > BUSY else ""
     lines = [
-        (
-            f"{report['date']}, `{report['command']}`: {machine['cores']} cores, {machine['memory'] / GIB:.0f} GiB,"
-            f" {machine['system']} {machine['kind']}, Python {report['python']}, {packages}; {report['threads']}"
-            f" thread; load average {load:.1f} before, {report['load_after'][0]:.1f} after;"
-            f" {report['rounds']} rounds; {report['seconds'] / 60:.1f} minutes in all.{busy}"
-        ),
+        describe_run(report) + busy,
         "",
         f"* model: {report['model']}; {report['text']} tokens of text",
         "",

@@ -1,9 +1,10 @@
-"""Statistics of alternating rounds: median, minimum and maximum, and ratios."""
+"""Alternating rounds: where they ran, their median, minimum and maximum, and ratios."""
 
 from __future__ import annotations
 
 import statistics
 from collections.abc import Sequence
+from typing import Any
 
 NO_RESULT = 1.15
 """A ratio of times below this value and above its inverse is not significant on an ordinary machine."""
@@ -35,3 +36,15 @@ def ratio(found: Sequence[float]) -> str:
 def against(found: float, goal: float) -> str:
     """Format whether a goal, a lower bound, is met."""
     return f"{goal:g}: {'met' if found >= goal else 'missed'}"
+
+
+def describe_run(report: dict[str, Any]) -> str:
+    """Return when, with which command, and where the steps of a report took turns, in one line."""
+    machine = report["machine"]
+    packages = ", ".join(f"{name} {number}" for name, number in report["packages"].items())
+    return (
+        f"{report['date']}, `{report['command']}`: {machine['cores']} cores, {machine['memory'] / 2**30:.0f} GiB,"
+        f" {machine['system']} {machine['kind']}, Python {report['python']}, {packages}; {report['threads']}"
+        f" thread; load average {report['load_before'][0]:.1f} before, {report['load_after'][0]:.1f} after;"
+        f" {report['rounds']} rounds; {report['seconds'] / 60:.1f} minutes in all."
+    )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from lengths import about as lengths_of
-from rounds import against, figure, ratio
+from rounds import against, describe_run, figure, ratio
 
 MIB = 2**20
 NAMES = {
@@ -43,15 +43,8 @@ LEGEND = (
 
 def train_table(report: dict[str, Any]) -> str:
     """Format a report as Markdown."""
-    machine = report["machine"]
-    packages = ", ".join(f"{name} {number}" for name, number in report["packages"].items())
     lines = [
-        (
-            f"{report['date']}, `{report['command']}`: {machine['cores']} cores, {machine['memory'] / 2**30:.0f} GiB,"
-            f" {machine['system']} {machine['kind']}, Python {report['python']}, {packages}; {report['threads']}"
-            f" thread; load average {report['load_before'][0]:.1f} before, {report['load_after'][0]:.1f} after;"
-            f" {report['rounds']} rounds; {report['seconds'] / 60:.1f} minutes in all."
-        ),
+        describe_run(report),
         "",
         f"* {lengths_of('stage1')}",
         f"* {lengths_of('stage2')} (also for LoRA; benchmarks/lengths.py names the sources)",

@@ -92,7 +92,7 @@ def test_small_print_is_compared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 @pytest.mark.slow
 def test_vllm_is_given_the_stock_export(tmp_path: Path) -> None:
-    """With a vLLM that tells what it was asked for; the real one wants a GPU."""
+    """With a vLLM that tells what it was asked for; the real one needs a GPU."""
     told = tmp_path / "vllm"
     told.write_text('#!/usr/bin/env bash\nprintf "%s\\n" "$@"\n')
     told.chmod(0o755)

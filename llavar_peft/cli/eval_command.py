@@ -40,9 +40,7 @@ def eval_vqa(
     ] = None,
     images: shared.ImagesOption = None,
     model: evaluated.EvaluatedModelOption = None,
-    predictions: Annotated[
-        Path | None, typer.Option("--predictions", help="A file of answers to score, instead of --model.")
-    ] = None,
+    predictions: evaluated.PredictionsOption = None,
     adapter: shared.AdapterOption = None,
     vision_tower: shared.VisionTowerOption = None,
     quantize: shared.QuantizeOption = None,
@@ -71,10 +69,7 @@ def eval_vqa(
         str | None,
         typer.Option("--name", help="The data set's name, e.g. TextVQA, to show the paper's figures next to yours."),
     ] = None,
-    out: Annotated[
-        Path | None,
-        typer.Option("--out", help="The results file. Default with --model: <dataset>.results.json in this folder."),
-    ] = None,
+    out: evaluated.ResultsOption = None,
     as_json: shared.JsonOption = False,
 ) -> None:
     """Score a model, or a file of answers, on a benchmark of questions about text in images.
@@ -91,11 +86,7 @@ def eval_vqa(
     from llavar_peft.evaluation.vqa.vqa_questions import read_predictions, read_vqa_questions
 
     protocols = _choose_protocols(metric or [])
-    source = dataset or predictions
-    if source is None or (model is None) == (predictions is None):
-        raise ConfigError.at(
-            "eval vqa", "it needs --dataset with --model, or --predictions", "give a model to ask, or answers to score"
-        )
+    source = evaluated.choose_source("eval vqa", dataset, model, predictions)
     roots = ImageRoots(images) if images else None
     chat = None
     if model is None or dataset is None:

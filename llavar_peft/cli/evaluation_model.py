@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, TypeAlias
 import typer
 
 from llavar_peft.cli.output import resumable, show_count
+from llavar_peft.errors import ConfigError
 from llavar_peft.recipe.schema import Quantization
 
 if TYPE_CHECKING:
@@ -32,6 +33,27 @@ SamplingSeedOption: TypeAlias = Annotated[int, typer.Option("--seed", min=0, hel
 EvaluatedModelOption: TypeAlias = Annotated[
     Path | None, typer.Option("--model", help="The folder of the checkpoint, adapter or run to evaluate.")
 ]
+PredictionsOption: TypeAlias = Annotated[
+    Path | None, typer.Option("--predictions", help="A file of answers to score, instead of --model.")
+]
+ResultsOption: TypeAlias = Annotated[
+    Path | None,
+    typer.Option("--out", help="The results file. Default with --model: <dataset>.results.json in this folder."),
+]
+
+
+def choose_source(command: str, dataset: Path | None, model: Path | None, predictions: Path | None) -> Path:
+    """Return the data set, or else the file of answers.
+
+    Raises:
+        ConfigError: There is neither a model to ask about a data set nor a file of answers, or there are both.
+    """
+    source = dataset or predictions
+    if source is None or (model is None) == (predictions is None):
+        raise ConfigError.at(
+            command, "it needs --dataset with --model, or --predictions", "give a model to ask, or answers to score"
+        )
+    return source
 
 
 def load_evaluated_model(

@@ -11,7 +11,6 @@ from llavar_peft.atomic_files import check_output_file
 from llavar_peft.cli import evaluation_model as evaluated
 from llavar_peft.cli import shared_options as shared
 from llavar_peft.cli.eval_command import report_results, stated_setting
-from llavar_peft.errors import ConfigError
 
 
 def eval_fields(
@@ -22,9 +21,7 @@ def eval_fields(
     ] = None,
     images: shared.ImagesOption = None,
     model: evaluated.EvaluatedModelOption = None,
-    predictions: Annotated[
-        Path | None, typer.Option("--predictions", help="A file of answers to score, instead of --model.")
-    ] = None,
+    predictions: evaluated.PredictionsOption = None,
     adapter: shared.AdapterOption = None,
     vision_tower: shared.VisionTowerOption = None,
     quantize: shared.QuantizeOption = None,
@@ -40,10 +37,7 @@ def eval_fields(
     limit: evaluated.LimitOption = None,
     split: evaluated.SplitOption = None,
     name: Annotated[str | None, typer.Option("--name", help="The data set's name, e.g. CORD.")] = None,
-    out: Annotated[
-        Path | None,
-        typer.Option("--out", help="The results file. Default with --model: <dataset>.results.json in this folder."),
-    ] = None,
+    out: evaluated.ResultsOption = None,
     as_json: shared.JsonOption = False,
 ) -> None:
     """Score a model, or a file of answers, on the fields of receipts, invoices and other forms.
@@ -55,13 +49,7 @@ def eval_fields(
     from llavar_peft.evaluation.vqa.scored_results import Setting
     from llavar_peft.evaluation.vqa.vqa_questions import read_predictions, read_vqa_questions
 
-    source = dataset or predictions
-    if source is None or (model is None) == (predictions is None):
-        raise ConfigError.at(
-            "eval fields",
-            "it needs --dataset with --model, or --predictions",
-            "give a model to ask, or answers to score",
-        )
+    source = evaluated.choose_source("eval fields", dataset, model, predictions)
     if model is None or dataset is None:
         setting = stated_setting(context, predictions or source)
         answered = read_predictions(predictions or source, dataset, limit=limit, split=split)

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import Final
 
 from llavar_peft.data.check_records import preflight, summarize_faults
-from llavar_peft.data.conversation_template import split_placeholders
+from llavar_peft.data.conversation_template import RoleTemplate, split_placeholders
 from llavar_peft.data.image_roots import ImageRoots
 from llavar_peft.data.image_views import ImageViews
 from llavar_peft.data.record_mixture import OpenSource, RecordMixture
@@ -107,7 +107,7 @@ def _warn_of_image_order(stage: Stage, dataset: TrainingDataset, processor: Llav
     A model that always saw the image first answers a question that precedes it as if it had not been asked.
     """
     template = processor.conversation_template
-    if processor.sep_image_conv_front or getattr(template, "image_first", False):
+    if processor.sep_image_conv_front or (isinstance(template, RoleTemplate) and template.image_first):
         return  # The image is moved there, whatever the record says.
     asked_first = template.question("", 1)[0] is None
     orders: list[bool] = []
