@@ -45,6 +45,8 @@ EXTRAS_REQUIRE = {
     "liger": ["liger-kernel>=0.7"],
     "serve": ["fastapi>=0.115", "gradio>=6.16", "python-multipart>=0.0.18", "uvicorn>=0.32"],
     "ocr": ["onnxruntime>=1.20", "rapidocr>=3.10"],
+    "pdf": ["pypdfium2>=4.30"],
+    "heic": ["pillow-heif>=0.22"],
     "eval": ["openai>=1.50"],
     "schema": ["jsonschema>=4.23", "llguidance>=1.9.1"],
     "lmms-eval": ["lmms-eval>=0.7"],

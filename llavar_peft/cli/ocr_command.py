@@ -14,7 +14,10 @@ from llavar_peft.errors import ConfigError, count_of
 
 def ocr_build(
     images: Annotated[
-        Path, typer.Argument(help="A folder of images. Its sub-folders are searched too.", metavar="IMAGES")
+        Path,
+        typer.Argument(
+            help="A folder of images and PDF documents. Its sub-folders are searched too.", metavar="IMAGES"
+        ),
     ],
     out: Annotated[Path, typer.Option("--out", help="The records file to write (.json).")],
     engine: Annotated[
@@ -60,6 +63,20 @@ def ocr_build(
     on_bad_image: Annotated[
         Literal["skip", "stop"], typer.Option("--on-bad-image", help="What to do about a broken image.")
     ] = "skip",
+    pages: Annotated[
+        str | None,
+        typer.Option("--pages", help="Pages of each PDF document, e.g. 1-3,7 or 2-. Default: all.", metavar="PAGES"),
+    ] = None,
+    max_pages: Annotated[
+        int, typer.Option("--max-pages", min=1, help="Largest number of pages of each PDF document.")
+    ] = 1000,
+    page_text: Annotated[
+        bool,
+        typer.Option(
+            "--page-text/--no-page-text",
+            help="Use the text that a page of a PDF document has itself, instead of reading the page as an image.",
+        ),
+    ] = True,
     seed: Annotated[int, typer.Option("--seed", min=0, help="Seed of the random instruction of each record.")] = 0,
     workers: WorkersOption = None,
     as_json: JsonOption = False,
@@ -74,7 +91,9 @@ def ocr_build(
     from llavar_peft.page.ocr_page import write_ocr_page
 
     settings = BuildSettings(
-        reading=ReadingSettings(engine=engine, both=both, short_edge=short_edge, languages=languages),
+        reading=ReadingSettings(
+            engine=engine, both=both, short_edge=short_edge, languages=languages, page_text=page_text
+        ),
         limits=QualityLimits(
             min_confidence=min_confidence,
             min_letters=min_letters,
@@ -85,6 +104,8 @@ def ocr_build(
         keep_duplicates=keep_duplicates,
         workers=workers,
         on_bad_image=on_bad_image,
+        pages=pages,
+        most_pages=max_pages,
     )
     with resumable(out), show_count("reading") as progress:
         report = build_records(images, out, settings, progress)

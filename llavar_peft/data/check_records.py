@@ -16,6 +16,8 @@ from typing import Any, Final, Literal
 from llavar_peft.compat.usable_cores import usable_cores
 from llavar_peft.constants import IMAGE_PLACEHOLDER
 from llavar_peft.data.image_roots import FolderListing, ImageRoots
+from llavar_peft.data.pdf_pages import names_pdf
+from llavar_peft.data.pdf_process import require_pdf
 from llavar_peft.data.record_images import is_image_path
 from llavar_peft.data.record_store import RecordSource, count_placeholders, parse_record
 from llavar_peft.errors import DataError, Fault, ImageError
@@ -164,6 +166,9 @@ def preflight(store: RecordSource, roots: ImageRoots) -> list[RecordFinding]:
 
     Returns:
         The faults in the order of the records.
+
+    Raises:
+        MissingDependencyError: A record names a PDF document, and pypdfium2 is not installed.
     """
     listing, guesses = FolderListing(roots), count()
     found: list[RecordFinding] = []
@@ -177,6 +182,8 @@ def preflight(store: RecordSource, roots: ImageRoots) -> list[RecordFinding]:
         for path in images:
             if isinstance(path, EmbeddedImage):
                 continue
+            if names_pdf(path):
+                require_pdf(f"{store.where(index)}: {path}")
             missing = None if listing.contains(path) else _missing(roots, path, guesses)
             if missing is not None:
                 kind: Kind = "image_outside" if roots.leads_outside(path) else "image_missing"

@@ -18,6 +18,7 @@ from typing import IO, Final
 
 from PIL import Image, UnidentifiedImageError
 
+from llavar_peft.data.pdf_pages import MOST_PAGES, PdfDocument, choose_pages, locate_page, page_name, split_page
 from llavar_peft.data.upright_rgb import upright_rgb
 from llavar_peft.errors import ImageError, LlavarError
 from llavar_peft.types import expand_home
@@ -34,7 +35,7 @@ _CONVERT: Final = "convert it to PNG or JPEG"
 # First bytes of files that are no images, or not of a supported format: what they are, and what to do.
 _NOT_IMAGES: Final = (
     (re.compile(rb"version https://git-lfs"), "a Git LFS pointer", "run `git lfs pull`"),
-    (re.compile(rb"%PDF"), "a PDF document", "save its pages as images, for example with `pdftoppm -r 150 -png`"),
+    (re.compile(rb"%PDF"), "a damaged PDF document", "get the file again"),
     (re.compile(rb"....ftyp(heic|heix|heim|heis|hevc|mif1|msf1)", re.DOTALL), "a HEIC photograph",
      f"{_CONVERT}, or install support for it with `pip install pillow-heif`"),
     (re.compile(rb"....ftyp(?!avif|avis)|\x1aE\xdf\xa3|RIFF....AVI ", re.DOTALL), "a video", "save a frame of it"),
@@ -63,13 +64,15 @@ def open_image(source: str | Path | Image.Image) -> Image.Image:
     """Open an image upright and in RGB, with transparency on white and 16 bits scaled to 8.
 
     Args:
-        source: A local path (URLs are not fetched), or an image to convert.
+        source: A local path (URLs are not fetched), or an image to convert. ``file.pdf#page=3`` is a page of a PDF
+            document.
 
     Returns:
         A decoded RGB image whose file is closed. An upright RGB image is returned unchanged.
 
     Raises:
-        ImageError: It is missing, broken, not an image, larger than ``MAX_PIXELS``, or has several frames.
+        ImageError: It is missing, broken, not an image, larger than ``MAX_PIXELS``, or has several frames or pages.
+        MissingDependencyError: It is a PDF document, and pypdfium2 is not installed.
     """
     if isinstance(source, Image.Image):
         if type(source) is Image.Image and source.mode == "RGB" and not source.info and source.width * source.height:
@@ -81,21 +84,56 @@ def open_image(source: str | Path | Image.Image) -> Image.Image:
             raise
         except Exception as error:  # mostly OSError, but also IndexError, TypeError, SyntaxError, ...
             raise _unreadable(b"", where, error) from error
-    where = str(source)
-    return _decode(str(expand_home(source)), where if len(where) <= _REASON else f"{where[:_REASON]}...")
+    file, page = locate_page(expand_home(source))
+    return _decode(file, _shortened(str(source)), page)
 
 
-def decode_image(data: bytes, where: str) -> Image.Image:
+def decode_image(data: bytes, where: str, page: str | None = None) -> Image.Image:
     """Open an image from the bytes of its file, as ``open_image`` does.
 
     Args:
         data: The bytes of the file.
         where: Name of the image in error messages.
+        page: Number of the page of a PDF document; None for its only one.
 
     Raises:
         ImageError: As in ``open_image``.
     """
-    return _decode(data, where)
+    return _decode(data, where, page)
+
+
+def open_images(
+    source: str | Path | bytes, where: str = "", *, pages: str | None = None, most: int = MOST_PAGES
+) -> dict[str, Image.Image]:
+    """Open an image, or pages of a PDF document, as ``open_image`` does.
+
+    Args:
+        source: A local path, or the bytes of a file.
+        where: Name of the image, also in error messages; empty for the path. It may end in ``#page=1-3,7``.
+        pages: Pages of the document, as in ``choose_pages``; None for those in the name, or all.
+        most: Largest number of pages.
+
+    Returns:
+        The images by name; that of a page ends in ``#page=`` and its number.
+
+    Raises:
+        ImageError: As in ``open_image`` and ``choose_pages``.
+    """
+    where, file, chosen = where or str(source), source, None
+    if isinstance(source, bytes):
+        chosen = split_page(where)[1]
+    else:
+        file, chosen = locate_page(expand_home(source))
+    document = PdfDocument.of(file if isinstance(file, bytes) else str(file), _shortened(where))
+    if document is None:
+        return {where: _decode(file if isinstance(file, bytes) else str(file), _shortened(where), chosen)}
+    name = where if chosen is None else split_page(where)[0]
+    numbers = choose_pages(pages if chosen is None else chosen, document.count(), document.where, most)
+    return {page_name(name, number): document.page(number).image for number in numbers}
+
+
+def _shortened(where: str) -> str:
+    return where if len(where) <= _REASON else f"{where[:_REASON]}..."
 
 
 def read_header(data: bytes, formats: tuple[str, ...]) -> Image.Image:
@@ -118,17 +156,19 @@ def read_header(data: bytes, formats: tuple[str, ...]) -> Image.Image:
         return Image.open(BytesIO(_without_remarks(data)), formats=formats)
 
 
-def _decode(source: str | bytes, where: str, *, has_remarks: bool = True) -> Image.Image:
+def _decode(source: str | bytes, where: str, page: str | None = None, *, has_remarks: bool = True) -> Image.Image:
     try:
         if isinstance(source, str) and not stat.S_ISREG(mode := os.stat(source).st_mode) and not stat.S_ISDIR(mode):
             raise ImageError.at(where, "is a pipe or a device, expected a file", "save the image as a file")
         with open(source, "rb") if isinstance(source, str) else BytesIO(source) as file:
             _check_markers(file, where)
+        if rendered := _render(source, where, page):
+            return rendered
         with Image.open(source if isinstance(source, str) else BytesIO(source), formats=_formats()) as opened:
             if opened.format == "JPEG2000":
                 _check_end(Path(source).read_bytes() if isinstance(source, str) else source)
             return _checked(opened, where)
-    except ImageError:
+    except LlavarError:
         raise
     except FileNotFoundError:
         fix = "download the image, and give its path" if "://" in where else "give the path of a local image"
@@ -144,6 +184,15 @@ def _decode(source: str | bytes, where: str, *, has_remarks: bool = True) -> Ima
             data = Path(source).read_bytes() if isinstance(source, str) else source
             return _decode(_without_remarks(data), where, has_remarks=False)
         raise _unreadable(source, where, error) from error
+
+
+def _render(source: str | bytes, where: str, page: str | None) -> Image.Image | None:
+    """Return a page of a PDF document; None if the file is none, and no page is named."""
+    if document := PdfDocument.of(source, where):
+        return document.page(document.number(page)).image
+    if page is not None:
+        raise ImageError.at(where, f"names page {page} of a file that is no PDF document", f"leave out #page={page}")
+    return None
 
 
 def _check_markers(file: IO[bytes], where: str) -> None:
@@ -179,8 +228,8 @@ def _checked(image: Image.Image, where: str) -> Image.Image:
         )
     if not width or not height:
         raise ImageError.at(where, f"the image has no pixels (got {width} x {height})", "replace or remove it")
-    # An MPO file is one photograph with previews or depth maps; its first frame is the image.
-    frames = 1 if image.format == "MPO" else int(getattr(image, "n_frames", 1))
+    # An MPO or HEIC file is one photograph with previews or depth maps; the frame that is open is the image.
+    frames = 1 if image.format in ("MPO", "HEIF") else int(getattr(image, "n_frames", 1))
     if frames == 1:
         return upright_rgb(image)
     raise ImageError.at(

@@ -9,6 +9,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
+from llavar_peft.data.pdf_pages import locate_page, split_page
 from llavar_peft.errors import ImageError, LlavarError
 from llavar_peft.types import EmbeddedImage, ImageSource, expand_home
 
@@ -50,11 +51,11 @@ class ImageRoots:
         """Find the file of an image.
 
         Args:
-            path: The path in the record, with ``/``.
+            path: The path in the record, with ``/``; for a page of a PDF document it ends in ``#page=`` and a number.
             guess: Name a similar file in the message about a missing one, which reads a folder.
 
         Returns:
-            The file in the first folder that contains it.
+            The file in the first folder that contains it, with the page.
 
         Raises:
             ImageError: No folder contains it, or it is outside the folders.
@@ -65,12 +66,13 @@ class ImageRoots:
             raise ImageError.at(repr(path), "is not a path", "write the path of the image relative to an image folder")
         for root in self.roots:
             candidate = os.path.join(root, path)
-            if os.path.isfile(candidate):
-                self._check_inside(candidate, path)
+            file, _ = locate_page(candidate)
+            if os.path.isfile(file):
+                self._check_inside(file, path)
                 return Path(candidate)
         # Check this before the message about a missing file, which must not reveal names outside the folders.
         for root in self.roots:
-            self._check_inside(os.path.join(root, path), path)
+            self._check_inside(locate_page(os.path.join(root, path))[0], path)
         raise self._missing(path, guess=guess)
 
     def open(self, image: ImageSource) -> Image.Image:
@@ -94,7 +96,7 @@ class ImageRoots:
         """Return whether the path in a record leaves the folders."""
         if "\0" in path:
             return False  # no path at all, and thus missing
-        return not all(self.is_inside(os.path.join(root, path)) for root in self.roots)
+        return not all(self.is_inside(locate_page(os.path.join(root, path))[0]) for root in self.roots)
 
     def _check_inside(self, candidate: str, path: str) -> None:
         if not self.is_inside(candidate):
@@ -107,10 +109,10 @@ class ImageRoots:
     def _missing(self, path: str, *, guess: bool) -> LlavarError:
         if any(os.path.isdir(os.path.join(root, path)) for root in self.roots):
             return ImageError.at(path, "is a folder, expected an image", "give the path of a file")
-        folders = ", ".join(str(root) for root in self.roots)
+        folders, file = ", ".join(str(root) for root in self.roots), split_page(path)[0]
         what = f"is in none of the image folders (searched {folders})"
         fix = "add the image, correct its path, or add the folder that contains it"
-        if similar := [name for root in self.roots for name in _similar(root, path)] if guess else []:
+        if similar := [name for root in self.roots for name in _similar(root, file)] if guess else []:
             fix = f"if {similar[0]} is meant, correct the path; otherwise add the image or the folder that contains it"
         return ImageError.at(path, what, fix)
 
@@ -170,7 +172,7 @@ class FolderListing:
             if lookups <= _LISTED_AFTER:
                 return False
             names = self._names[folder] = frozenset(self._list(folder))
-        return name in names
+        return name in names or split_page(name)[0] in names
 
     def _list(self, folder: str) -> Iterable[str]:
         for root in self._roots.roots:

@@ -11,7 +11,8 @@ from pathlib import Path
 from PIL import Image
 
 from llavar_peft.data.image_files import open_image
-from llavar_peft.errors import ImageError
+from llavar_peft.data.pdf_pages import locate_page, page_name
+from llavar_peft.errors import ImageError, MissingDependencyError
 
 LONGEST_SIDE = 360
 """Maximum side in pixels; larger images are scaled down."""
@@ -30,7 +31,12 @@ class InlineImage:
 def image_key(stage_folder: Path, image: str) -> str:
     """Return a key that is the same for equal images in different stage folders; empty if there is no such file."""
     path = _inside(stage_folder, image)
-    return hashlib.sha256(path.read_bytes()).hexdigest() if path else ""
+    if path is None:
+        return ""
+    file, page = locate_page(path)
+    digest = hashlib.sha256(Path(file).read_bytes())
+    digest.update((page or "").encode())
+    return digest.hexdigest()
 
 
 def embed_image(stage_folder: Path, image: str) -> InlineImage | None:
@@ -45,7 +51,7 @@ def embed_image(stage_folder: Path, image: str) -> InlineImage | None:
         return None
     try:
         small = open_image(path)  # nothing that the readers of records reject is decoded for a page
-    except ImageError:
+    except (ImageError, MissingDependencyError):
         return None
     return embed_pixels(small)
 
@@ -65,7 +71,9 @@ def embed_pixels(image: Image.Image) -> InlineImage:
 
 def _inside(folder: Path, image: str) -> Path | None:
     try:
-        path = (folder / image).resolve()
-        return path if path.is_relative_to(folder.resolve()) and path.is_file() else None
+        file, page = locate_page(folder / image)
+        path = Path(file).resolve()
+        inside = path.is_relative_to(folder.resolve()) and path.is_file()
+        return path.with_name(page_name(path.name, page)) if inside and page else path if inside else None
     except (OSError, ValueError):
         return None

@@ -407,7 +407,7 @@ def test_large_texts_in_a_png_are_skipped(place: str, tmp_path: Path) -> None:
     [
         (b"\0\0\0\x18ftypheic", "a HEIC photograph", "pillow-heif"),
         (b"\0\0\0\x18ftypmif1", "a HEIC photograph", "convert it"),
-        (b"%PDF-1.7", "a PDF document", "pdftoppm"),
+        (b"%PDF-1.7", "a PDF document that was cut off", "get the file again"),
         (b"\0\0\0\x18ftypmp42", "a video", "save a frame"),
         (b"\x1aE\xdf\xa3", "a video", "save a frame"),
         (b"<svg xmlns=''>", "an SVG drawing", "convert it"),

@@ -24,6 +24,7 @@ from llavar_peft.datagen.ocr.ocr_quality import QualityLimits, confident, judge_
 from llavar_peft.datagen.ocr.ocr_report import BuildReport, Drop
 from llavar_peft.datagen.ocr.page_geometry import upright_boxes
 from llavar_peft.datagen.ocr.read_image_folder import (
+    MOST_PAGES_READ,
     OcrReader,
     ReadingSettings,
     file_stamp,
@@ -47,6 +48,8 @@ class BuildSettings:
         keep_duplicates: Whether copies of an image become records too.
         workers: Number of processes that read; None for one per usable core.
         on_bad_image: Whether an image that cannot be opened is skipped or stops the build.
+        pages: The pages of each PDF document, such as ``1-3,7``, if it has them; None for all.
+        most_pages: Largest number of pages of each document.
     """
 
     reading: ReadingSettings = field(default_factory=ReadingSettings)
@@ -55,6 +58,8 @@ class BuildSettings:
     keep_duplicates: bool = False
     workers: int | None = None
     on_bad_image: Literal["skip", "stop"] = "skip"
+    pages: str | None = None
+    most_pages: int = MOST_PAGES_READ
 
 
 def journal_path(out: Path) -> Path:
@@ -70,7 +75,7 @@ def report_path(out: Path) -> Path:
 def build_records(
     images: Path, out: Path, settings: BuildSettings | None = None, progress: Progress | None = None
 ) -> BuildReport:
-    """Build one record for each image of a folder whose text is good enough.
+    """Build one record for each image of a folder, and each page of its PDF documents, whose text is good enough.
 
     Readings are kept next to the records: a killed run is resumed, and other limits need no new reading.
 
@@ -92,7 +97,7 @@ def build_records(
     settings = settings or BuildSettings()
     started = time.monotonic()
     check_output_file(out, "--out")
-    folder = list_folder(images)
+    folder = list_folder(images, settings.pages, settings.most_pages)
     heading = OcrReader(images, settings.reading).heading()
     with ResumeJournal(journal_path(out), heading) as journal:
         # Failures of an engine are retried, because the machine may have caused them.
@@ -104,6 +109,7 @@ def build_records(
             str(images), str(out), heading, len(folder.images), len(folder.images) - len(new), folder.others
         )
         report.drops += [Drop(path, "broken_image", "its name is not Unicode") for path in folder.unnameable]
+        report.drops += [Drop(path, "pages_left_out", what) for path, what in folder.cut]
         _read_new(images, new, settings, journal, report, progress)
         readings = _current_entries(journal, _find_readings(journal, images, folder.images, engines))
         records = _make_records(readings, settings, report, _record_ids(folder.images))
@@ -112,12 +118,14 @@ def build_records(
         write_json(report_path(out), report.as_dict())
     if not records:
         reasons = ", ".join(f"{count} {reason}" for reason, count in report.counts.items()) or "the folder has none"
+        if broken := next((drop for drop in report.drops if drop.reason == "broken_image"), None):
+            reasons += f"; {broken.detail.rstrip('.')}"
         if folder.some_others:
             reasons += f"; other files: {', '.join(folder.some_others)}"
         raise DataError.at(
             str(images),
             f"no image became a record ({reasons})",
-            f"see {report_path(out)}; other formats, such as HEIC or PDF, have to be converted to PNG or JPEG first",
+            f"see {report_path(out)}; other formats have to be converted to PNG, JPEG or PDF first",
         )
     return report
 
@@ -205,6 +213,8 @@ def _make_candidate(entry: Mapping[str, Any], settings: BuildSettings, report: B
     if "error" in entry:
         report.drops.append(Drop(path, entry["reason"], entry["error"]))
         return None
+    if "page" in entry:
+        report.pages[entry["page"]] += 1
     readings = [[OcrLine.from_json(line) for line in entry["lines"][name]] for name in settings.reading.engines]
     verdict = judge_quality(readings[0], settings.limits, readings[1] if settings.reading.both else None)
     report.lines += verdict.lines

@@ -16,6 +16,7 @@ from llavar_peft.datagen.ocr.merge_paragraphs import merge_lines
 from llavar_peft.datagen.ocr.ocr_engines import OcrLine, letter_count
 
 Reason = Literal[
+    "pages_left_out",
     "broken_image",
     "engine_failed",
     "blank_page",

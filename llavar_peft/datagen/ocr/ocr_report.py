@@ -8,7 +8,9 @@ from typing import Any
 
 from llavar_peft.datagen.ocr.ocr_quality import Reason
 
+OWN_TEXT = "own text"
 _EXPLANATIONS: dict[Reason, str] = {
+    "pages_left_out": "PDF documents with more pages than --max-pages",
     "broken_image": "cannot be opened",
     "engine_failed": "the engine failed",
     "blank_page": "the image is blank",
@@ -45,6 +47,7 @@ class BuildReport:
         lines_left_out: Number of lines below the minimum confidence.
         letters: Number of letters and digits in the records.
         scripts: Number of letters in the records by script.
+        pages: Number of pages of PDF documents by where their text is from: ``""`` their own, else why they were read.
     """
 
     folder: str
@@ -58,6 +61,7 @@ class BuildReport:
     lines_left_out: int = 0
     letters: int = 0
     scripts: Counter[str] = field(default_factory=Counter)
+    pages: Counter[str] = field(default_factory=Counter)
     drops: list[Drop] = field(default_factory=list)
     seconds: float = 0.0
 
@@ -72,6 +76,7 @@ class BuildReport:
             **asdict(self),
             "seconds": round(self.seconds, 1),
             "scripts": dict(self.scripts.most_common()),
+            "pages": {why or OWN_TEXT: count for why, count in self.pages.most_common()},
             "dropped": self.counts,
         }
 
@@ -83,6 +88,10 @@ class BuildReport:
         rows.append(("records", self.kept, f"{self.letters} letters ({_format_shares(self.scripts)})"))
         rows += [(f"  {reason}", count, _EXPLANATIONS[reason]) for reason, count in self.counts.items()]
         rows.append(("lines", self.lines, f"{self.lines_left_out} more were too uncertain"))
+        if self.pages:
+            read = ", ".join(f"{count} {why}" for why, count in self.pages.most_common() if why)
+            note = f"{self.pages['']} by their {OWN_TEXT}" + (f"; read as images: {read}" if read else "")
+            rows.append(("pages of PDFs", self.pages.total(), note))
         return "\n".join(f"{name:<20} {count:>8}  {note}" for name, count, note in rows)
 
 

@@ -14,9 +14,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from llavar_peft.data.image_roots import ImageRoots
+from llavar_peft.data.pdf_pages import PdfDocument, locate_page, page_name, parse_pages
 from llavar_peft.data.resume_journal import ResumeJournal
 from llavar_peft.datagen.ocr.duplicate_images import difference_hash, is_blank
 from llavar_peft.datagen.ocr.ocr_engines import EngineName, OcrError, OcrLine, open_ocr_engine
+from llavar_peft.datagen.ocr.page_text import lines_of_page
 from llavar_peft.errors import EnvironmentFaultError, ImageError, InterruptedRunError
 
 if TYPE_CHECKING:
@@ -25,8 +27,13 @@ if TYPE_CHECKING:
 LONGEST: Final = 4096
 """Maximum length in pixels to which a side is enlarged: a strip of 600 x 1 would become 230,400 wide."""
 SUFFIXES: Final = frozenset(
-    (".png", ".jpg", ".jpeg", ".jpe", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".pgm", ".jp2", ".avif", ".mpo")
-)
+    (
+        ".png", ".jpg", ".jpeg", ".jpe", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".pgm", ".jp2", ".avif",
+        ".mpo", ".heic", ".heif", ".hif", ".pdf",
+    )
+)  # fmt: skip
+MOST_PAGES_READ: Final = 1000
+"""Pages of a PDF document that become records, unless another limit is set."""
 _OTHERS_SHOWN: Final = 5
 _AHEAD: Final = 4  # images queued per process, so that no process waits
 
@@ -41,12 +48,14 @@ class ReadingSettings:
         short_edge: Length in pixels to which the shorter side is scaled before reading, 0 for the full size. The
             default is the paper's.
         languages: Languages of Tesseract.
+        page_text: Whether the own text of a page of a PDF document is used, where it has a plausible one.
     """
 
     engine: EngineName = "rapidocr"
     both: bool = False
     short_edge: int = 384
     languages: str = "eng"
+    page_text: bool = True
 
     @property
     def engines(self) -> tuple[EngineName, ...]:
@@ -74,24 +83,40 @@ class OcrReader:
             "format": 2,
             "engines": {engine.name: engine.version for engine in self._engines},
             "short_edge": self._settings.short_edge,
+            **({} if self._settings.page_text else {"page_text": False}),
         }
 
     def __call__(self, path: str) -> dict[str, Any]:
         """Return the journal's entry for an image, with ``error`` instead of ``lines`` if it cannot be read."""
         entry: dict[str, Any] = {"path": path, **file_stamp(self._roots.roots[0] / path)}
         try:
-            image = self._roots.open(path)
+            image, lines, why_read = self._open(path)
             scaled, scale = bring_short_edge(image, self._settings.short_edge)
             entry |= {"width": image.width, "height": image.height, "hash": f"{difference_hash(image):064x}"}
             entry["blank"] = is_blank(image)
+            entry |= {} if why_read is None else {"page": why_read}
             entry["lines"] = {
                 engine.name: [_scale_line(line, 1 / scale).as_json() for line in engine.read(scaled)]
+                if lines is None
+                else [line.as_json() for line in lines]
                 for engine in self._engines
             }
         except (ImageError, OcrError) as error:
             entry["error"] = str(error)
             entry["reason"] = "broken_image" if isinstance(error, ImageError) else "engine_failed"
         return entry
+
+    def _open(self, path: str) -> tuple[Image, tuple[OcrLine, ...] | None, str | None]:
+        """Open an image; for a page of a PDF document, return its own text or why that cannot be used, too."""
+        file, number = locate_page(self._roots.resolve(path))
+        document = PdfDocument.of(file, path)
+        if document is None:
+            return self._roots.open(path), None, None
+        page = document.page(document.number(number), text=self._settings.page_text)
+        if not self._settings.page_text:
+            return page.image, None, "not asked for"
+        lines, why_not = lines_of_page(page)
+        return page.image, None if why_not else lines, why_not or ""
 
 
 def bring_short_edge(image: Image, short_edge: int) -> tuple[Image, float]:
@@ -129,20 +154,30 @@ class Folder:
         unnameable: Such files whose names are not Unicode, so that no record can name them, in an escaped form.
         others: Number of all other files.
         some_others: The names of some of them, without hidden ones.
+        cut: PDF documents with more pages than the limit, with a text about those that are left out.
     """
 
     images: tuple[str, ...]
     unnameable: tuple[str, ...]
     others: int
     some_others: tuple[str, ...] = ()
+    cut: tuple[tuple[str, str], ...] = ()
 
 
-def list_folder(folder: Path) -> Folder:
+def list_folder(folder: Path, pages: str | None = None, most_pages: int = MOST_PAGES_READ) -> Folder:
     """List the images in a folder and its subfolders by extension, without hidden ones.
 
+    Args:
+        folder: The folder.
+        pages: The pages of each PDF document, as in ``parse_pages``, if it has them; None for all.
+        most_pages: Largest number of pages of each document; the rest is left out.
+
     Raises:
-        ImageError: The folder does not exist.
+        ImageError: The folder does not exist, or ``pages`` names no pages.
+        MissingDependencyError: There is a PDF document, and pypdfium2 is not installed.
     """
+    if pages is not None:
+        parse_pages(pages, "pages")
     ImageRoots(folder)
     found, unnameable, others, some_others = list[str](), list[str](), 0, list[str]()
     for parent, folders, names in os.walk(folder):
@@ -157,13 +192,34 @@ def list_folder(folder: Path) -> Folder:
                 unnameable.append(path.encode(errors="backslashreplace").decode())
             else:
                 found.append(path)
-    return Folder(tuple(sorted(found)), tuple(sorted(unnameable)), others, tuple(sorted(some_others)))
+    listed, cut = list[str](), list[tuple[str, str]]()
+    for path in sorted(found):
+        shown, left_out = _list_pages(folder, path, pages, most_pages)
+        listed += shown
+        cut += [(path, left_out)] if left_out else []
+    return Folder(tuple(listed), tuple(sorted(unnameable)), others, tuple(sorted(some_others)), tuple(cut))
+
+
+def _list_pages(folder: Path, path: str, pages: str | None, most: int) -> tuple[list[str], str]:
+    """Return the names of a document's pages, or the path of another file, and which pages are left out."""
+    document = PdfDocument.of(str(folder / path), path) if path[-4:].lower() == ".pdf" else None
+    if document is None:
+        return [path], ""
+    try:
+        count = document.count()
+    except ImageError:
+        return [path], ""  # reading it fails in the same way, and is reported
+    ranges = parse_pages(pages or "1-", path)
+    numbers = dict.fromkeys(one for first, last in ranges for one in range(first, min(last or count, count) + 1))
+    listed = list(numbers)[:most]
+    left_out = f"{len(numbers) - most:,} of {count:,} pages; the limit is {most:,}" if len(numbers) > most else ""
+    return [page_name(path, number) for number in listed], left_out
 
 
 def file_stamp(path: Path) -> dict[str, int]:
     """Return a file's size and modification time, which reveal a change; empty if the file does not exist."""
     try:
-        status = path.stat()
+        status = os.stat(locate_page(path)[0])
     except OSError:
         return {}
     return {"size": status.st_size, "mtime_ns": status.st_mtime_ns}

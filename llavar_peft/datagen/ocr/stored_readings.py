@@ -19,7 +19,10 @@ _FIX = "delete the file, and run `llavar-peft ocr build` again"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _StoredReading:
-    """The fields of an entry and their types, as ``OcrReader`` writes them."""
+    """The fields of an entry and their types, as ``OcrReader`` writes them.
+
+    ``page`` is empty for a page of a PDF document whose own text was used, else why it was not.
+    """
 
     path: str
     size: int | None = None
@@ -28,6 +31,7 @@ class _StoredReading:
     height: int = 0
     hash: str = "0"
     blank: bool = False
+    page: str | None = None
     lines: dict[str, list[tuple[str, _Corners, float]]] | None = None
     error: str | None = None
     reason: Literal["broken_image", "engine_failed"] | None = None

@@ -193,8 +193,8 @@ def read_texts(
 
 
 def _folder_of(image: str, roots: ImageRoots) -> Path:
-    roots.resolve(image)
-    return next(root for root in roots.roots if (root / image).is_file())
+    found = roots.resolve(image)
+    return next(root for root in roots.roots if root / image == found)
 
 
 def _make_text(entry: Mapping[str, Any]) -> ImageText | None:
