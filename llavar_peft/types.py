@@ -74,10 +74,12 @@ class EmbeddedImage:
     Attributes:
         data: The bytes; in a table a view of the mapped file, so that they are read only when they are used.
         name: Its name in messages: the key in the record, and the path written next to the bytes.
+        path: The path written next to the bytes, of which nothing is read.
     """
 
     data: bytes | memoryview
     name: str
+    path: str | None = None
 
     def __str__(self) -> str:
         return self.name
@@ -85,8 +87,8 @@ class EmbeddedImage:
     def __repr__(self) -> str:
         return f"EmbeddedImage({len(self.data):,} bytes, {self.name!r})"
 
-    def __reduce__(self) -> tuple[type[EmbeddedImage], tuple[bytes, str]]:
-        return EmbeddedImage, (bytes(self.data), self.name)
+    def __reduce__(self) -> tuple[type[EmbeddedImage], tuple[bytes, str, str | None]]:
+        return EmbeddedImage, (bytes(self.data), self.name, self.path)
 
 
 ImageSource = str | EmbeddedImage

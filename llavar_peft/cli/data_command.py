@@ -15,6 +15,7 @@ from llavar_peft.cli.shared_options import ImagesOption, JsonOption, VisionTower
 from llavar_peft.errors import count_of
 
 if TYPE_CHECKING:
+    from llavar_peft.data.hub_sources import TableSelection
     from llavar_peft.types import Example
 
 SplitOption: TypeAlias = Annotated[
@@ -26,18 +27,25 @@ ConfigOption: TypeAlias = Annotated[
 StreamingOption: TypeAlias = Annotated[
     bool, typer.Option("--streaming", help="Read a hub data set row by row, without downloading its files first.")
 ]
+ColumnsOption: TypeAlias = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--columns", metavar="NAME=COLUMN", help="The column of the id, image, question or answer, e.g. question=frage."
+    ),
+]
+_RECORDS_HELP = "Files or folders of records, or hf://owner/name/config?split=train."
+_RECORD_HELP = "A file or folder of records, or hf://owner/name/config?split=train."
 _DEFAULT_LIMIT = 5
 _INVALID_INPUT = 2  # exit status, as of all commands
 
 
 def data_check(
-    records: Annotated[
-        list[Path], typer.Argument(help="Files or folders of records, or hub:org/name.", metavar="RECORDS...")
-    ],
+    records: Annotated[list[Path], typer.Argument(help=_RECORDS_HELP, metavar="RECORDS...")],
     images: ImagesOption = None,
     split: SplitOption = None,
     config: ConfigOption = None,
     streaming: StreamingOption = False,
+    columns: ColumnsOption = None,
     heights: HeightsOption = None,
     ocr_sample: OcrSampleOption = 0,
     as_json: JsonOption = False,
@@ -50,10 +58,9 @@ def data_check(
     from llavar_peft.data.image_roots import ImageRoots
     from llavar_peft.data.image_views import RELEASED_SIDE, ImageViews
     from llavar_peft.data.record_store import open_filled_records
-    from llavar_peft.data.record_tables import TableSelection
     from llavar_peft.models.compare_resolutions import compare_resolutions
 
-    opened = open_filled_records([str(path) for path in records], TableSelection(split, config, streaming))
+    opened = open_filled_records([str(path) for path in records], _selection(split, config, streaming, columns))
     roots = ImageRoots([str(path) for path in images or ()])
     report = check_records(opened, roots)
     texts = find_texts(opened, roots, heights, ocr_sample)
@@ -75,12 +82,13 @@ def data_check(
 
 
 def data_inspect(
-    records: Annotated[Path, typer.Argument(help="A file or folder of records, or hub:org/name.", metavar="RECORDS")],
+    records: Annotated[Path, typer.Argument(help=_RECORD_HELP, metavar="RECORDS")],
     model: Annotated[Path, typer.Option("--model", help="The checkpoint whose processor encodes the records.")],
     images: ImagesOption = None,
     split: SplitOption = None,
     config: ConfigOption = None,
     streaming: StreamingOption = False,
+    columns: ColumnsOption = None,
     vision_tower: VisionTowerOption = None,
     limit: Annotated[
         int | None,
@@ -95,13 +103,12 @@ def data_inspect(
     from llavar_peft.data.encode_record import encode_conversation
     from llavar_peft.data.image_roots import ImageRoots
     from llavar_peft.data.record_store import open_filled_records, parse_record
-    from llavar_peft.data.record_tables import TableSelection
     from llavar_peft.data.supervised_text import decode_supervision
     from llavar_peft.models.build_model import load_processor
 
     processor = load_processor(str(model), vision_tower=vision_tower)
     roots = ImageRoots([str(path) for path in images]) if images else None
-    opened = open_filled_records([str(records)], TableSelection(split, config, streaming))
+    opened = open_filled_records([str(records)], _selection(split, config, streaming, columns))
     console = Console(highlight=False, soft_wrap=True)
     if not as_json:
         console.print(Text(f"Conversation template: {processor.template}\n", style="dim"))
@@ -114,6 +121,14 @@ def data_inspect(
             say_json(_example_as_dict(example, spans))
         else:
             console.print(_example_as_text(example, spans))
+
+
+def _selection(split: str | None, config: str | None, streaming: bool, columns: list[str] | None) -> TableSelection:
+    from llavar_peft.data.hub_sources import TableSelection
+    from llavar_peft.data.renamed_columns import read_columns
+
+    named = dict(pair.partition("=")[::2] for pair in columns or ())
+    return TableSelection(split, config, streaming, read_columns(named, "--columns"))
 
 
 def _example_as_dict(example: Example, spans: list[tuple[str, bool]]) -> dict[str, Any]:

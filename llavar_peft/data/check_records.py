@@ -217,7 +217,7 @@ def _missing(roots: ImageRoots, path: str, guesses: Iterator[int]) -> Fault | No
 
 def _image_of_valid_record(raw: Any) -> tuple[ImageSource, ...] | None:
     """Return the image of a faultless record of the usual form; None if only the slower ``_parse`` can tell."""
-    if type(raw) is not dict or type(raw.get("id")) is not str or type(raw.get("conversations")) is not list:
+    if type(raw) is not dict or type(raw.get("id", "")) is not str or type(raw.get("conversations")) is not list:
         return None
     role, other, placed = "human", "gpt", False
     for turn in raw["conversations"]:

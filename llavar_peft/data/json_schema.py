@@ -27,6 +27,8 @@ _DEEPEST: Final = 100
 """Levels of nested JSON; the library that compiles schemas reads up to 128, some of which are its own."""
 _LARGEST_MULTIPLE: Final = 1000
 """Multiples are counted digit by digit, with as many states as the number: 100,000 take several seconds."""
+FIELDS_QUESTION: Final = "Return the fields of this image as JSON."
+"""A question for all fields of a form, where no schema says which."""
 _NUMBERS: Final = ("const", "enum", "minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum")
 
 

@@ -6,6 +6,7 @@ import re
 from collections.abc import Mapping
 from typing import Any, Final
 
+from llavar_peft.data.data_urls import decode_base64, split_data_url
 from llavar_peft.errors import Fault
 from llavar_peft.types import EmbeddedImage, ImageSource
 
@@ -64,7 +65,7 @@ def read_image(value: object, where: str, name: str, faults: list[Fault]) -> Ima
     """Return an image that is given as a path, as bytes, or as a mapping of these.
 
     Args:
-        value: A path, the bytes of a file, ``{"bytes": ..., "path": ...}`` or ``{"url": ...}``.
+        value: A path, a data URL, the bytes of a file, ``{"bytes": ..., "path": ...}`` or ``{"url": ...}``.
         where: Its place in error messages.
         name: Name of an embedded image: its place in the record.
         faults: Gets a fault if it is none of these; then the result is None.
@@ -74,7 +75,7 @@ def read_image(value: object, where: str, name: str, faults: list[Fault]) -> Ima
         content, path = value.get("bytes"), value.get("path")
         if isinstance(content, _BYTES):
             named = isinstance(path, str) and path and path.isprintable() and len(path) <= _SHOWN
-            return EmbeddedImage(_as_view(content), f"{name} ({path})" if named else name)
+            return EmbeddedImage(_as_view(content), f"{name} ({path})" if named else name, path if named else None)
         if content is not None:
             what = f"is an embedded image whose bytes are {type_name(content)}, expected bytes in a table or a path"
             faults.append(Fault(where, what, _TO_FILE))
@@ -82,11 +83,27 @@ def read_image(value: object, where: str, name: str, faults: list[Fault]) -> Ima
         path = value.get("url") if path is None else path
     elif isinstance(value, _BYTES):
         return EmbeddedImage(_as_view(value), name)
+    if isinstance(path, str) and path[:_SCHEME].lstrip()[:5].lower() == "data:":
+        return _read_data_url(path.strip(), where, name, faults)
     problem = _image_problem(path)
     if problem is None and isinstance(path, str):
         return path
     what, fix = problem or ("is no image", _TO_FILE)
     faults.append(Fault(where, what, fix))
+    return None
+
+
+def _read_data_url(url: str, where: str, name: str, faults: list[Fault]) -> EmbeddedImage | None:
+    text = split_data_url(url)
+    try:
+        data = b"" if text is None else decode_base64(text)
+    except ValueError as error:
+        faults.append(Fault(where, f"is a data URL that is not valid base64 ({error})", _TO_FILE))
+        return None
+    if data:
+        return EmbeddedImage(data, name)
+    what = f"is a data URL without base64 (got {url[:_SCHEME]!r}, expected 'data:image/png;base64,...')"
+    faults.append(Fault(where, what, _TO_FILE))
     return None
 
 
@@ -98,11 +115,11 @@ def is_image_path(text: str) -> bool:
 def _image_problem(image: object) -> tuple[str, str] | None:
     """Return why a value is no path of an image, and the fix; None for a path."""
     if isinstance(image, str):
-        kind = image[:_SCHEME].lower()
+        kind = image[:_SCHEME].lstrip().lower()
         if not image:
             return "the path is empty", "write the path of the image, or leave out 'image' in a text-only record"
         if kind.startswith("data:"):
-            return f"is an image in a data URL (got {len(image):,} characters, expected a relative path)", _TO_FILE
+            return "is a data URL, expected a relative path", _TO_FILE
         if re.match(r"[a-z][a-z0-9+.-]*://", kind):
             return f"is a URL (got {image[:_SHOWN]!r}, expected a relative path)", f"download it: {_TO_FILE}"
         if len(image) > _MAX_PATH:

@@ -1,7 +1,8 @@
 r"""Validate records, and open files of a million records without loading them.
 
 A record is ``{"id": ..., "image": "a.jpg", "conversations": [{"from": "human", "value": "<image>\n..."}, ...]}``, or
-has OpenAI's ``messages`` (``message_records``). ``image`` may be absent (a text-only record) or a list.
+has OpenAI's ``messages`` (``message_records``), or a question and its answer (``question_records``). ``image`` may be
+absent (a text-only record) or a list.
 """
 
 from __future__ import annotations
@@ -9,21 +10,24 @@ from __future__ import annotations
 import re
 from bisect import bisect_right
 from collections.abc import Iterable, Mapping, Sequence
-from difflib import get_close_matches
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, Final, Protocol
 
 from llavar_peft.constants import IMAGE_PLACEHOLDER
+from llavar_peft.data.delimited_tables import SUFFIXES
+from llavar_peft.data.hub_sources import HUB, TableSelection, is_hub_source
 from llavar_peft.data.message_records import is_message, read_messages
+from llavar_peft.data.question_records import explain_columns, explain_row, unnamed_image, with_conversation
 from llavar_peft.data.record_images import read_images, type_name
 from llavar_peft.data.record_index import IndexedFile
-from llavar_peft.data.record_tables import HUB, Table, TableSelection, open_folder, open_hub, open_parquet
+from llavar_peft.data.record_tables import Table, open_csv, open_folder, open_hub, open_parquet
+from llavar_peft.data.renamed_columns import RenamedColumns
 from llavar_peft.errors import DataError, Fault
 from llavar_peft.types import Conversation, ImageSource, Role, Turn, expand_home
 
 _SHOWN: Final = 80
-_TABLES: Final = (".csv", ".tsv", ".xls", ".xlsx", ".ods")
+_SPREADSHEETS: Final = (".xls", ".xlsx", ".ods")
 _WHOLE: Final = TableSelection()
 _HUB_NAME: Final = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 _ROLES: Final[dict[str, Role]] = {"human": "human", "user": "human", "gpt": "gpt", "assistant": "gpt"}
@@ -59,9 +63,14 @@ class RecordStore(Sequence[Any]):
         return self._ends[-1] if self._ends else 0
 
     def __getitem__(self, index: Any) -> Any:
-        """Return a record as it is stored. Raises ``IndexError``, or ``DataError`` where its line is not JSON."""
+        """Return a record as it is stored, a row of a question with its conversation.
+
+        Raises:
+            IndexError: There is no such record.
+            DataError: Its line is not JSON.
+        """
         part, inner = self._find(index)
-        return part[inner]
+        return with_conversation(part[inner])
 
     def where(self, index: int) -> str:
         """Return the name of a record in error messages: its file and its index in that file, counted from 0."""
@@ -80,24 +89,25 @@ def open_records(source: Any, cache_dir: str | Path | None = None, selection: Ta
     """Open records without loading them.
 
     Args:
-        source: One path or several (``.json`` with one array, ``.jsonl``, ``.parquet``, a folder that ``datasets``
-            reads), ``hub:org/name``, a ``datasets.Dataset``, or a list of dicts.
+        source: One path or several (``.json`` with one array, ``.jsonl``, ``.parquet``, ``.csv``, ``.tsv``, a folder
+            that ``datasets`` reads), ``hf://owner/name``, a ``datasets.Dataset``, or a list of dicts.
         cache_dir: Folder for indexes and converted tables. The default is the folder of the file, or the user's cache
             folder if that is read-only.
-        selection: Split and configuration of a folder or a data set of the hub.
+        selection: Split and configuration of a folder or a data set of the hub, and names of columns.
 
     Raises:
-        DataError: A file is missing, empty, of an unknown format, or malformed.
+        DataError: A file is missing, empty, of an unknown format, or malformed, or a table lacks a column.
         EnvironmentFaultError: A data set of the hub cannot be downloaded.
     """
     if isinstance(source, str | Path):
-        return RecordStore([_open_path(source, cache_dir, selection)])
+        return RecordStore([_open_part(source, cache_dir, selection)])
     if isinstance(source, Sequence) and all(isinstance(entry, str | Path) for entry in source):
-        return RecordStore([_open_path(path, cache_dir, selection) for path in source])
+        return RecordStore([_open_part(path, cache_dir, selection) for path in source])
     if isinstance(source, Mapping) or not hasattr(source, "__len__"):
         what = f"are of the wrong type (got {type(source).__name__}, expected a Dataset or a list of records)"
         raise DataError.at("records", what, "give one split; for a stream, the data set's name with streaming")
-    return RecordStore([Table(source, "records")])
+    rows = Table(source, "records")
+    return RecordStore([RenamedColumns(rows, selection.columns) if selection.columns else rows])
 
 
 def open_filled_records(source: Any, selection: TableSelection = _WHOLE) -> RecordStore:
@@ -109,11 +119,6 @@ def open_filled_records(source: Any, selection: TableSelection = _WHOLE) -> Reco
     return records
 
 
-def is_hub_source(source: str | Path) -> bool:
-    """Return whether records are a data set of the hub, and not a path."""
-    return str(source).startswith(HUB)
-
-
 def check_source_exists(source: str | Path) -> None:
     """Raise ``DataError`` if records are neither a data set of the hub nor a path that exists."""
     path = expand_home(source)
@@ -122,6 +127,35 @@ def check_source_exists(source: str | Path) -> None:
         if _HUB_NAME.fullmatch(str(source)) and not path.parent.is_dir():
             fix += f", or write {HUB}{source} for the data set of the hub"
         raise DataError.at(str(path), "no such file", fix)
+
+
+def _open_part(source: str | Path, cache_dir: str | Path | None, selection: TableSelection) -> RecordSource:
+    part = opened = _open_path(source, cache_dir, selection)
+    if selection.columns:
+        part = RenamedColumns(opened, selection.columns)
+    if isinstance(opened, Table) and len(opened):
+        _check_columns(part, None if selection.columns else opened.names)
+    return part
+
+
+def _check_columns(table: RecordSource, names: Iterable[str] | None) -> None:
+    """Raise ``DataError`` if a table lacks the columns of a conversation, once instead of for each row.
+
+    Args:
+        table: The rows.
+        names: The names of its columns; None takes them from the first row.
+    """
+    where = table.where(0).rpartition(":")[0]
+    if names is not None and (fault := explain_columns(names)) is not None:
+        raise DataError.at(where, *fault)
+    try:
+        first = table[0]
+    except DataError:
+        if names is None:
+            raise
+        return  # the check of the records names the row
+    if (fault := explain_columns(first) or unnamed_image(first)) is not None:
+        raise DataError.at(where, *fault)
 
 
 def _open_path(source: str | Path, cache_dir: str | Path | None, selection: TableSelection) -> RecordSource:
@@ -138,13 +172,15 @@ def _open_path(source: str | Path, cache_dir: str | Path | None, selection: Tabl
     if suffix == ".parquet":
         _check_no_selection(path, selection, ("config",))
         return open_parquet(path, selection, cache_dir)
-    if suffix in _TABLES:
-        what = f"is a table ({suffix}), expected records with conversations"
-        fix = "write each row as a record into a .jsonl file, one per line"
-        raise DataError.at(str(path), what, fix)
+    if suffix in SUFFIXES:
+        _check_no_selection(path, selection, ("split", "config", "streaming"))
+        return open_csv(path, selection, cache_dir)
+    if suffix in _SPREADSHEETS:
+        what = f"is a spreadsheet ({suffix}), expected a table of texts or records"
+        raise DataError.at(str(path), what, "save it as CSV in UTF-8, with the columns image, question and answer")
     raise DataError.at(
         str(path),
-        f"unknown file format (got {suffix or 'no extension'!r}, expected .json, .jsonl or .parquet)",
+        f"unknown file format (got {suffix or 'no extension'!r}, expected .json, .jsonl, .parquet, .csv or .tsv)",
         "convert the file to one of these formats, or give a folder written by datasets.save_to_disk",
     )
 
@@ -158,7 +194,7 @@ def _check_no_selection(path: Path, selection: TableSelection, names: Sequence[s
             raise DataError.at(str(path), what, f"remove {name!r}")
 
 
-def parse_record(raw: object, where: str) -> Conversation:
+def parse_record(raw: Any, where: str) -> Conversation:
     """Validate a record and return it as a conversation with its text unchanged.
 
     A leading ``gpt`` turn is dropped. A single image may be placed by any number of ``<image>``; with several images,
@@ -180,6 +216,7 @@ def parse_record(raw: object, where: str) -> Conversation:
             'write the record as {"id": ..., "conversations": [...]}',
         )
     faults: list[Fault] = []
+    raw = with_conversation(raw)
     identity = _identity(raw, where, faults)
     images = read_images(raw, where, faults)
     turns, images, system = _read_turns(raw, images, where, faults)
@@ -243,9 +280,7 @@ def _listed(raw: Mapping[str, Any], where: str, faults: list[Fault]) -> tuple[st
         return given[0], raw[given[0]]
     example = '[{"from": "human", "value": "..."}, ...]'
     if not given:
-        what, fix = "has no 'conversations'", f'add "conversations": {example}'
-        if similar := get_close_matches("conversations", [str(key) for key in raw], n=1):
-            fix = f"rename {similar[0]!r} to 'conversations'"
+        what, fix = explain_row(raw)
     elif len(given) == 1:
         what = f"{given[0]!r} has the wrong type (got {type_name(raw[given[0]])}, expected a list)"
         of_messages = '[{"role": "user", "content": "..."}, ...]'

@@ -1,4 +1,4 @@
-"""Write a stream of rows to one Arrow file in the cache, which is then read at random.
+"""Write rows that can only be read one after the other to one Arrow file in the cache, and read that at random.
 
 Training needs the number of the records and each of them by its index: for an order that depends on (seed, epoch)
 alone, for steps of even length, for the held-out records, and to resume with the same batches. A stream has none of
@@ -11,14 +11,14 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Final
 
 from llavar_peft.atomic_files import disk_errors, lock_file, replace_file
 from llavar_peft.errors import DataError
 
-_ROWS: Final = 64  # of a batch, which is all that is in memory
+_ROWS: Final = 64  # of a batch of a stream, which is all that is in memory
 
 
 def store_stream(stream: Any, key: Sequence[Any], where: str, cache_dir: str | Path | None) -> Any:
@@ -34,6 +34,11 @@ def store_stream(stream: Any, key: Sequence[Any], where: str, cache_dir: str | P
         DataError: The stream has no rows.
         EnvironmentFaultError: The disk is full.
     """
+    return store_batches(stream.with_format("arrow").iter(batch_size=_ROWS), key, where, cache_dir)
+
+
+def store_batches(batches: Iterable[Any], key: Sequence[Any], where: str, cache_dir: str | Path | None) -> Any:
+    """Return the rows of Arrow tables as ``store_stream`` does. The tables are not read if the file exists."""
     from datasets import Dataset
 
     home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "llavar_peft"
@@ -43,21 +48,21 @@ def store_stream(stream: Any, key: Sequence[Any], where: str, cache_dir: str | P
         with disk_errors(path):
             folder.mkdir(parents=True, exist_ok=True)
             lock = path.with_suffix(".lock").open("ab")
-        with lock, disk_errors(path, only_full=True):  # other errors are those of the stream
-            lock_file(lock.fileno(), wait=True)  # of several processes one reads the stream
+        with lock, disk_errors(path, only_full=True):  # other errors are those of the source
+            lock_file(lock.fileno(), wait=True)  # of several processes one reads the source
             if not path.is_file():
-                _write(stream, path, where)
+                _write(batches, path, where)
     return Dataset.from_file(str(path))
 
 
-def _write(stream: Any, path: Path, where: str) -> None:
+def _write(batches: Iterable[Any], path: Path, where: str) -> None:
     import pyarrow as pa
     from tqdm import tqdm
 
     writer: Any = None
     schema: Any = None
-    with replace_file(path) as staged, staged.open("wb") as file, tqdm(desc=where, unit=" records") as bar:
-        for batch in stream.with_format("arrow").iter(batch_size=_ROWS):
+    with replace_file(path) as staged, staged.open("wb") as file, tqdm(desc=where, unit=" records", delay=1) as bar:
+        for batch in batches:
             if writer is None:
                 schema = batch.schema
                 writer = pa.ipc.new_stream(file, schema)

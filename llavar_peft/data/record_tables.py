@@ -10,41 +10,19 @@ import json
 import os
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
+from llavar_peft.data.delimited_tables import open_delimited
+from llavar_peft.data.hub_sources import TableSelection, is_hub_source, read_hub_source
 from llavar_peft.data.record_stream import store_stream
 from llavar_peft.errors import DAMAGED, DataError, EnvironmentFaultError, LlavarError, describe_reason
 
-HUB: Final = "hub:"
-"""Before the name of a data set on the hub, as in ``hub:org/name``."""
-_DEFAULT_SPLIT: Final = "train"
 _READ_ERRORS: Final = (*(kind for kind in DAMAGED if kind is not IndexError), NotImplementedError)
 """What datasets and pyarrow raise for damaged files; IndexError means that there is no such row."""
 _JSON: Final = "arrow.json"
 _AHEAD: Final = 64  # rows that are converted together
 _LISTED: Final = re.compile(r"\[('[^\[\]]*')\]")  # names in a message of datasets
-
-
-@dataclass(frozen=True, slots=True)
-class TableSelection:
-    """The part of a data set to use, and how it is read.
-
-    Attributes:
-        split: Name of the split, or a slice such as ``train[:1000]``; None is ``train``.
-        config: Name of the configuration (subset); None is the default.
-        streaming: Whether the rows are read one after the other into an Arrow file, without downloading all files.
-    """
-
-    split: str | None = None
-    config: str | None = None
-    streaming: bool = False
-
-    @property
-    def chosen_split(self) -> str:
-        """The split, or the one that is used where none is given."""
-        return self.split or _DEFAULT_SPLIT
 
 
 class Table:
@@ -74,6 +52,11 @@ class Table:
         """Return the name of a row, e.g. ``"records.parquet:17"``, counted from 0."""
         return f"{self.name}:{index}"
 
+    @property
+    def names(self) -> list[str] | None:
+        """The names of the columns; None for rows in memory, each of which has its own."""
+        return self.rows.names if isinstance(self.rows, ArrowRows) else None
+
     def files(self) -> list[Path]:
         """Return the Arrow files that hold the rows; none for rows in memory."""
         return self.rows.files() if isinstance(self.rows, ArrowRows) else []
@@ -88,6 +71,7 @@ class ArrowRows(Sequence[Any]):
     def __init__(self, table: Any) -> None:
         self._table = table.with_format("arrow")
         schema = table.features.arrow_schema
+        self.names = list(map(str, table.column_names))
         self._special = frozenset(field.name for field in schema if _has_special(field.type))
         self._block: tuple[int, list[dict[str, Any]]] = (0, [])
 
@@ -180,11 +164,16 @@ def open_folder(path: Path, selection: TableSelection, cache_dir: str | Path | N
     return Table(_load({"path": os.path.abspath(path)}, selection, str(path), cache_dir, files=files), str(path))
 
 
-def open_hub(name: str, selection: TableSelection, cache_dir: str | Path | None) -> Table:
+def open_csv(path: Path, selection: TableSelection, cache_dir: str | Path | None) -> Table:
+    """Convert a CSV or TSV file, which has no random access to rows, to a memory-mapped Arrow file, once."""
+    return Table(open_delimited(path, [name for _, name in selection.columns], cache_dir), str(path))
+
+
+def open_hub(source: str, selection: TableSelection, cache_dir: str | Path | None) -> Table:
     """Open a data set of the Hugging Face hub, which is downloaded to the cache of ``datasets`` if it is not there.
 
     Args:
-        name: ``hub:org/name``.
+        source: As in ``read_hub_source``.
         selection: The part of the data set.
         cache_dir: Folder for the Arrow files; None is that of ``datasets``.
 
@@ -192,11 +181,8 @@ def open_hub(name: str, selection: TableSelection, cache_dir: str | Path | None)
         EnvironmentFaultError: The hub cannot be reached, or does not have the data set.
         DataError: The data set has no such split or configuration, or it cannot be read.
     """
-    repository = name.removeprefix(HUB)
-    owner, _, rest = repository.partition("/")
-    if not owner or not rest or "/" in rest or owner.startswith((".", "~")):
-        raise DataError.at(name, "is not the name of a data set on the hub", "write hub:org/name")
-    return Table(_load({"path": repository}, selection, name, cache_dir), name)
+    named = read_hub_source(source, selection)
+    return Table(_load({"path": named.repository}, named.selection, named.name, cache_dir), named.name)
 
 
 def _load(
@@ -248,7 +234,7 @@ def _explain(error: Exception, where: str, selection: TableSelection) -> LlavarE
         return DataError.at(where, what, "set 'config' to one of these")
     if "scripts are no longer supported" in reason:
         return DataError.at(where, "needs a program of its own, which is not run", "use a version of it in Parquet")
-    if not where.startswith(HUB):
+    if not is_hub_source(where):
         return _unreadable(where, error.__cause__ or error)
     return _explain_hub(error, reason, where)
 

@@ -7,14 +7,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from llavar_peft.data.record_store import is_hub_source, open_records
-from llavar_peft.data.record_tables import TableSelection
+from llavar_peft.data.hub_sources import TableSelection, is_hub_source
+from llavar_peft.data.record_store import open_records
 from llavar_peft.data.training_dataset import count_held_out, image_count, text_tokens
 from llavar_peft.models.llavar_config import LlavarConfig
 from llavar_peft.models.tower_loading import count_extra_positions
 from llavar_peft.preflight.estimate_counts import Counts, tower_depth
 from llavar_peft.preflight.estimate_views import detail_shape, image_cost
-from llavar_peft.recipe.data_sources import paths_of, size_of_epoch, sources_of
+from llavar_peft.recipe.data_sources import columns_of, paths_of, size_of_epoch, sources_of
 from llavar_peft.recipe.schema import Full, Lora, Stage, Tune
 from llavar_peft.recipe.schema_rules import tunes_tower
 from llavar_peft.types import expand_home
@@ -60,7 +60,10 @@ def measure_records(stage: Stage, config: LlavarConfig) -> RecordLengths:
         cost = image_cost(config, most)
         return RecordLengths(None, most, most, most**2, 1.0, cost.tokens, cost.views)
     opened = [
-        open_records(paths_of(source.records), selection=TableSelection(source.split, source.config, source.streaming))
+        open_records(
+            paths_of(source.records),
+            selection=TableSelection(source.split, source.config, source.streaming, columns_of(source)),
+        )
         for source in sources
     ]
     counts = tuple(map(len, opened))

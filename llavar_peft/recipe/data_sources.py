@@ -17,6 +17,7 @@ def sources_of(data: DataConfig) -> tuple[DataSource, ...]:
                 split=data.split,
                 config=data.config,
                 streaming=data.streaming,
+                columns=data.columns,
             ),
         )
     return tuple(
@@ -27,6 +28,12 @@ def sources_of(data: DataConfig) -> tuple[DataSource, ...]:
 def paths_of(given: str | tuple[str, ...]) -> tuple[str, ...]:
     """Return a field that holds one path or several as a tuple."""
     return (given,) if isinstance(given, str) else tuple(given)
+
+
+def columns_of(source: DataSource) -> tuple[tuple[str, str], ...]:
+    """Return the columns that a source renames: each name that is looked for, and the name of the column."""
+    named = ((field.name, getattr(source.columns, field.name)) for field in dataclasses.fields(source.columns))
+    return tuple((name, column) for name, column in named if column)
 
 
 def size_of_epoch(counts: tuple[int, ...], held_out: int, data: DataConfig) -> int:

@@ -12,6 +12,7 @@ from typing import Any
 from llavar_peft.recipe import resolution, schema
 from llavar_peft.recipe.resolution import CrossAttention, Tiles
 from llavar_peft.recipe.schema import (
+    ColumnNames,
     DataConfig,
     DataSource,
     Full,
@@ -26,8 +27,8 @@ from llavar_peft.recipe.schema import (
 from llavar_peft.recipe.schema_fields import bounds_of, fields_of, is_optional, json_schema_of, members
 
 CONFIG_CLASSES = (
-    Recipe, ModelConfig, Tiles, CrossAttention, Stage, DataConfig, DataSource, Projector, Full, Lora, OptimConfig,
-    ProbeConfig,
+    Recipe, ModelConfig, Tiles, CrossAttention, Stage, DataConfig, DataSource, ColumnNames, Projector, Full, Lora,
+    OptimConfig, ProbeConfig,
 )  # fmt: skip
 _TYPE_NAMES = {str: "string", int: "integer", float: "number", bool: "true or false"}
 

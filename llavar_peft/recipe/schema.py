@@ -103,6 +103,23 @@ class ModelConfig(StrictFields):
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
+class ColumnNames(StrictFields):
+    """The names that the columns of a table, or the keys of records, have where they differ from the known ones.
+
+    ``query.en`` is the key ``en`` of the column ``query``.
+    """
+
+    id: Text | None = None
+    """The record's id."""
+    image: Text | None = None
+    """The image, or a list of images."""
+    question: Text | None = None
+    """The question."""
+    answer: Text | None = None
+    """The answer, or a list of answers, of which the most frequent one is used."""
+
+
+@dataclass(frozen=True, kw_only=True, repr=False)
 class DataSource(StrictFields):
     """One of several sources of training records."""
 
@@ -118,6 +135,8 @@ class DataSource(StrictFields):
     """As in ``data.config``."""
     streaming: bool = False
     """As in ``data.streaming``."""
+    columns: ColumnNames = field(default_factory=ColumnNames)
+    """As in ``data.columns``."""
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -125,8 +144,8 @@ class DataConfig(StrictFields):
     """The training records and their images. Set either ``records`` or ``sources``."""
 
     records: PathOrFilledList | None = None
-    """One or more files (JSON, JSONL, Parquet), folders that ``datasets`` reads, or data sets of the Hugging Face hub,
-    written ``hub:org/name``."""
+    """One or more files (JSON, JSONL, Parquet, CSV, TSV), folders that ``datasets`` reads, or data sets of the Hugging
+    Face hub, written ``hf://owner/name/config?split=train``."""
     images: PathOrList = ()
     """Folders in which the records' image paths are searched, in this order."""
     split: Text | None = None
@@ -136,6 +155,8 @@ class DataConfig(StrictFields):
     streaming: bool = False
     """Whether the rows of a data set of the hub are read one after the other into one Arrow file in the cache, instead
     of downloading its files first."""
+    columns: ColumnNames = field(default_factory=ColumnNames)
+    """The names of a table's columns, if they are not known ones."""
     sources: tuple[DataSource, ...] = ()
     """Several sources that are mixed by their weights, instead of ``records``."""
     image_mode: ImageMode | None = None

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator
 
 from llavar_peft.constants import METRICS_FILE, RESOLVED_RECIPE_FILE, VERSIONS_FILE
 from llavar_peft.recipe.resolution import Tiles
-from llavar_peft.recipe.schema import DataConfig, Full, Lora, ModelConfig, Projector, Recipe, Stage, Tune
+from llavar_peft.recipe.schema import ColumnNames, DataConfig, Full, Lora, ModelConfig, Projector, Recipe, Stage, Tune
 
 Violation = tuple[str, str, str]
 """Dotted path, what is wrong, fix."""
@@ -112,8 +112,8 @@ def _check_sources(path: str, data: DataConfig) -> Iterator[Violation]:
         yield f"{path}.records", "missing", "add a line 'records: ...'"
     elif data.records is not None and data.sources:
         yield f"{path}.sources", "set together with records", "keep one of the two"
-    for name in ("split", "config", "streaming"):
-        if data.sources and getattr(data, name):
+    for name, unset in (("split", None), ("config", None), ("streaming", False), ("columns", ColumnNames())):
+        if data.sources and getattr(data, name) != unset:
             yield f"{path}.{name}", "set together with sources", "set it in each source"
     for number, source in enumerate(data.sources):
         if source.weight > _MOST_REPEATS:

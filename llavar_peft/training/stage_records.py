@@ -10,17 +10,19 @@ from typing import Final
 
 from llavar_peft.data.check_records import preflight, summarize_faults
 from llavar_peft.data.conversation_template import RoleTemplate, split_placeholders
+from llavar_peft.data.hub_sources import TableSelection, is_hub_source
 from llavar_peft.data.image_roots import ImageRoots
 from llavar_peft.data.image_views import ImageViews
 from llavar_peft.data.record_mixture import OpenSource, RecordMixture
-from llavar_peft.data.record_store import check_source_exists, is_hub_source, open_filled_records, parse_record
-from llavar_peft.data.record_tables import Table, TableSelection
+from llavar_peft.data.record_store import check_source_exists, open_filled_records, parse_record
+from llavar_peft.data.record_tables import Table
 from llavar_peft.data.record_texts import sample_texts
+from llavar_peft.data.renamed_columns import RenamedColumns
 from llavar_peft.data.training_dataset import TrainingDataset, split_holdout
 from llavar_peft.errors import ConfigError, DataError
 from llavar_peft.models.compare_resolutions import ResolutionFigures, compare_resolutions
 from llavar_peft.models.processing_llavar import LlavarProcessor
-from llavar_peft.recipe.data_sources import paths_of, sources_of
+from llavar_peft.recipe.data_sources import columns_of, paths_of, sources_of
 from llavar_peft.recipe.resolution import resolution_from
 from llavar_peft.recipe.schema import DataSource, Stage
 
@@ -139,7 +141,7 @@ def _describe_cost(one: ResolutionFigures, max_length: int) -> str:
 
 
 def _open(source: DataSource) -> OpenSource:
-    selection = TableSelection(source.split, source.config, source.streaming)
+    selection = TableSelection(source.split, source.config, source.streaming, columns_of(source))
     records = open_filled_records(paths_of(source.records), selection)
     return OpenSource(records, ImageRoots(paths_of(source.images)), source.weight)
 
@@ -155,7 +157,7 @@ def record_files(stage: Stage, dataset: TrainingDataset) -> list[str]:
     parts = dataset.mixture.records.parts if dataset.mixture is not None else ()
     found: list[str] = []
     for name, part in zip(names, parts, strict=True):
-        if isinstance(part, Table) and is_hub_source(name):
+        if isinstance(part, Table | RenamedColumns) and is_hub_source(name):
             found += [str(path) for path in part.files()]
         else:
             found.append(name)

@@ -17,7 +17,7 @@ from llavar_peft.data.record_store import open_records
 from llavar_peft.errors import DataError
 
 TURNS = [{"from": "human", "value": "<image>\nRead it."}, {"from": "gpt", "value": "EXIT"}]
-DATA_URL = "data:image/png;base64," + base64.b64encode(bytes(60_000)).decode()
+BROKEN_URL = "data:image/png;base64," + "@" * 80_000
 
 
 def record(**changes: Any) -> dict[str, Any]:
@@ -25,7 +25,8 @@ def record(**changes: Any) -> dict[str, Any]:
 
 
 FOREIGN: dict[str, tuple[dict[str, Any], str, str]] = {
-    "data URL": (record(image=DATA_URL), "is an image in a data URL (got 80,022 characters", "save the image"),
+    "data URL": (record(image=BROKEN_URL), "is a data URL that is not valid base64", "save the image"),
+    "text as data URL": (record(image="data:image/svg+xml;utf8,<svg/>"), "a data URL without base64", "save the image"),
     "long text": (record(image=base64.b64encode(bytes(9000)).decode()), "too long for a path", "save the image"),
     "URL": (record(image="https://example.org/a.png?size=big"), "is a URL (got 'https://example.org", "download it"),
     "bucket": (record(image="s3://bucket/a.png"), "is a URL (got 's3://bucket/a.png'", "download it"),
@@ -50,10 +51,10 @@ def test_a_foreign_record_is_named_alike_before_training_and_by_the_check(name: 
             assert "\n" not in str(finding)
 
 
-@pytest.mark.parametrize("name", ["r.csv", "r.tsv", "r.xlsx"])
-def test_tables_are_named(name: str, tmp_path: Path) -> None:
-    (tmp_path / name).write_text("id,image\n")
-    with pytest.raises(DataError, match=r"is a table \(\.\w+\), expected records .*\.jsonl"):
+@pytest.mark.parametrize("name", ["r.xls", "r.xlsx", "r.ods"])
+def test_spreadsheets_are_named(name: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_bytes(b"PK")
+    with pytest.raises(DataError, match=r"is a spreadsheet \(\.\w+\), .*save it as CSV in UTF-8"):
         open_records(tmp_path / name)
 
 

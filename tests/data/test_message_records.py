@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import base64
 import json
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -264,8 +266,8 @@ FAULTS: dict[str, tuple[dict[str, Any], str, str]] = {
         "download it",
     ),
     "data URL": (
-        messages(user({"type": "image_url", "image_url": "data:image/png;base64,AAAA"}, text("a")), assistant()),
-        "is an image in a data URL",
+        messages(user({"type": "image_url", "image_url": "data:image/png;base64,A"}, text("a")), assistant()),
+        "is a data URL that is not valid base64",
         "save the image",
     ),
     "no URL": (messages(user({"type": "image_url"}, text("a")), assistant()), "content[0]: has no 'image_url'", "path"),
@@ -345,3 +347,37 @@ def test_lengths_are_estimated_alike() -> None:
     equal = conversation("<image>\n" + "x" * 400, "y" * 40, image="a.png")
     assert image_count(ours) == image_count(equal) == 1
     assert text_tokens(ours) == text_tokens(equal)
+
+
+def _data_url(color: str, form: str = "PNG") -> str:
+    file = BytesIO()
+    Image.new("RGB", (8, 8), color).save(file, form)
+    return f"data:image/{form.lower()};base64,{base64.b64encode(file.getvalue()).decode()}"
+
+
+@pytest.mark.parametrize("name", ["r.json", "r.jsonl"])
+def test_data_urls_are_images_like_files(name: str, tmp_path: Path) -> None:
+    """In both forms of a part, several in a message, under a record's key, with line breaks, and without padding."""
+    red, blue = _data_url("red"), _data_url("blue", "WEBP")
+    broken = "data:image/png;base64," + base64.b64encode(b"\x89PNG\r\n\x1a\n cut").decode()
+    parts = [
+        {"type": "image_url", "image_url": {"url": red, "detail": "high"}},
+        text("Which is blue?"),
+        {"type": "image_url", "image_url": f"{blue[:60]}\n{blue[60:]}".rstrip("=")},
+    ]
+    rows = [
+        messages(user(*parts), assistant("The second.")),
+        conversation("<image>\nColor?", "Red.", image=red),
+        messages(user({"type": "image", "image": broken}, text("Color?")), assistant()),
+    ]
+    (tmp_path / name).write_text(json.dumps(rows) if name == "r.json" else "\n".join(map(json.dumps, rows)))
+    store, roots = open_records(tmp_path / name), ImageRoots()
+    assert preflight(store, roots) == []
+    first = parse_record(store[0], store.where(0))
+    assert [roots.open(image).getpixel((0, 0))[2] > 200 for image in first.images] == [False, True]
+    assert first.turns[0].parts == ("", None, "\nWhich is blue?\n", None, "")
+    assert [image_count(store[index]) for index in range(3)] == [2, 1, 1]
+    (fault,) = check_records(store, roots).faults
+    assert fault.kind == "image_broken"
+    assert fault.where == f"{tmp_path / name}:2: messages[0].content[0].image"
+    assert "cannot be read" in fault.what or "damaged" in fault.what

@@ -25,9 +25,9 @@ from PIL import Image
 from llavar_peft.cli import main
 from llavar_peft.data import record_tables
 from llavar_peft.data.check_records import check_records, preflight
+from llavar_peft.data.hub_sources import TableSelection, is_hub_source
 from llavar_peft.data.image_roots import ImageRoots
 from llavar_peft.data.record_store import RecordStore, open_records, parse_record
-from llavar_peft.data.record_tables import TableSelection
 from llavar_peft.errors import DataError, EnvironmentFaultError, LlavarError
 from llavar_peft.types import EmbeddedImage
 
@@ -238,7 +238,7 @@ def test_damaged_tables_are_errors_of_the_data(tmp_path: Path) -> None:
     broken = pa.Array.from_buffers(
         pa.string(), 1, [None, pa.py_buffer(struct.pack("<ii", 0, 2)), pa.py_buffer(b"\xff\xfe")]
     )
-    pq.write_table(pa.table({"id": broken}), tmp_path / "bytes.parquet")
+    pq.write_table(pa.table({"id": broken, "messages": [[]]}), tmp_path / "bytes.parquet")
     store = open_records(tmp_path / "bytes.parquet", cache_dir=tmp_path / "cache")
     with pytest.raises(DataError, match=r"bytes\.parquet:0: cannot be read"):
         store[0]
@@ -272,10 +272,50 @@ def test_a_folder_that_needs_a_program_is_named(tmp_path: Path) -> None:
     assert not (tmp_path / "ran").exists()
 
 
-@pytest.mark.parametrize("name", ["hub:", "hub:x", "hub:a/b/c", "hub:../b", "hub:~/b"])
+@pytest.mark.parametrize("name", ["hub:", "hub:x", "hub:a/b/c/d", "hf://../b", "hf://~/b"])
 def test_a_name_that_cannot_be_on_the_hub_is_named(name: str) -> None:
-    with pytest.raises(DataError, match="write hub:org/name"):
+    with pytest.raises(DataError, match="write hf://owner/name"):
         open_records(name)
+
+
+@pytest.mark.parametrize(
+    ("name", "given", "asked"),
+    [
+        ("hf://org/name", TableSelection(), (None, "train")),
+        ("hf://org/name/small?split=dev", TableSelection(), ("small", "dev")),
+        ("hf:/org/name/small?split=train%5B:10%5D", TableSelection(), ("small", "train[:10]")),
+        ("hf://datasets/org/name", TableSelection(config="small"), ("small", "train")),
+        ("hub:org/name/small", TableSelection("dev", "small"), ("small", "dev")),
+        ("hub:org/name?config=small&split=train+dev", TableSelection("train+dev"), ("small", "train+dev")),
+    ],
+)
+def test_the_name_of_a_data_set_may_say_its_configuration_and_split(
+    name: str, given: TableSelection, asked: tuple[str | None, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def load(**settings: Any) -> datasets.Dataset:
+        assert settings == {"path": "org/name", "name": asked[0], "split": asked[1], "cache_dir": None}
+        return table([row()])
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    assert is_hub_source(name)
+    store = open_records(name, selection=given)
+    assert store.where(0) == f"{name.partition('?')[0].replace('hf:/org', 'hf://org')}:0"
+    assert open_records(Path(name) if name.startswith("hf:/o") else name, selection=given)[0]["id"] == "0"
+
+
+@pytest.mark.parametrize(
+    ("name", "given", "message"),
+    [
+        ("hf://a/b/c?config=d", TableSelection(), "hf://a/b/c: names the config 'c', and 'd' is set too"),
+        ("hf://a/b/c", TableSelection(config="d"), "names the config 'c', and 'd' is set too"),
+        ("hf://a/b?split=x", TableSelection("y"), "names the split 'x', and 'y' is set too.* keep one of the two"),
+        ("hf://a/b?revision=x", TableSelection(), "'revision' after the question mark is unknown"),
+        ("hf://a/b?split=", TableSelection(), "'split' after the question mark is unknown or empty"),
+    ],
+)
+def test_a_name_that_contradicts_the_settings_is_named(name: str, given: TableSelection, message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        open_records(name, selection=given)
 
 
 def _hub_error(error: Exception, monkeypatch: pytest.MonkeyPatch, offline: bool) -> LlavarError:

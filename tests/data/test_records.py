@@ -18,8 +18,8 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from llavar_peft.data import record_index
+from llavar_peft.data.hub_sources import TableSelection
 from llavar_peft.data.record_store import RecordStore, open_records, parse_record
-from llavar_peft.data.record_tables import TableSelection
 from llavar_peft.errors import DataError
 from llavar_peft.types import Conversation, Turn
 

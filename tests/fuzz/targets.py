@@ -135,6 +135,11 @@ def _estimate_tables() -> None:
         _read_each(path)
 
 
+def _estimate_rows() -> None:
+    for path in ("tables/rows.csv", "tables/rows.tsv", "tables/rows.jsonl"):
+        _read_each(path)
+
+
 def _read_each(path: str) -> None:
     """Read the records as training does before its first step."""
     store = open_records(path, cache_dir="cache")
@@ -255,6 +260,11 @@ TARGETS: dict[str, Target] = {
         ("data check tables/messages.parquet", "data inspect tables/conversations.parquet --model merged",
          "data check tables/conversations.parquet", "data check tables/saved", "data check tables/folder",
          _estimate_tables), 8,
+    ),
+    "rows": Target(
+        "tables photos", "tables/rows.*",
+        ("data check tables/rows.csv --images photos", "data check tables/rows.tsv --images photos",
+         "data check tables/rows.jsonl --images photos", _estimate_rows), 8,
     ),
     "questions": Target(
         "merged data questions.jsonl answers.jsonl", "questions.jsonl answers.jsonl",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import os
 import shutil
@@ -25,6 +26,7 @@ from llavar_peft.evaluation.heights.height_results import (
 from llavar_peft.evaluation.vqa.scored_results import Setting
 from llavar_peft.models.export_layout import export
 from llavar_peft.weights.delta.delta_files import apply_delta
+from tests.serving.server import data_url
 
 TESTS = Path(__file__).parents[1]
 QUESTION = {"question_id": 0, "image": "covers_000001.png", "text": "Which book?", "category": "read"}
@@ -124,6 +126,22 @@ def _write_tables() -> None:
     two.to_parquet("tables/conversations.parquet")
     two.to_parquet("tables/folder/train.parquet")
     one.save_to_disk("tables/saved")
+    cells = [
+        ("image", "question", "answers"),
+        ("page.png", 'Which "book",\nplease?', "['EXIT', 'Exit']"),
+        ("", "Hi", "Hello"),
+    ]
+    with Path("tables/rows.csv").open("w", newline="", encoding="utf-8-sig") as file:
+        csv.writer(file).writerows(cells)
+    with Path("tables/rows.tsv").open("w", newline="", encoding="utf-16") as file:
+        csv.writer(file, delimiter="\t").writerows(cells)
+    fields = json.dumps({"gt_parse": {"menu": [{"nm": "TEA", "price": "2"}]}})
+    _write_lines(
+        Path("tables/rows.jsonl"),
+        {"image": "page.png", "ground_truth": fields},
+        {"images": ["page.png"], "texts": [{"user": "Hi", "assistant": "Hello"}]},
+        {"image": data_url(image), "questions": ["a", "b"], "answers": ["c", "d"]},
+    )
 
 
 def build_valid_files(folder: Path) -> None:

@@ -8,10 +8,10 @@ import pytest
 
 from llavar_peft import DataConfig, Recipe
 from llavar_peft.errors import ConfigError
-from llavar_peft.recipe.data_sources import paths_of, size_of_epoch, sources_of
+from llavar_peft.recipe.data_sources import columns_of, paths_of, size_of_epoch, sources_of
 from llavar_peft.recipe.presets import load_recipe
 from llavar_peft.recipe.recipe_yaml import dump_recipe, parse_yaml
-from llavar_peft.recipe.schema import DataSource
+from llavar_peft.recipe.schema import ColumnNames, DataSource
 from llavar_peft.recipe.validate import recipe_from_mapping, validate_recipe
 from tests.recipe.test_validation import MAPPING, STAGE, problems
 
@@ -24,14 +24,17 @@ def test_a_recipe_with_sources_is_read_and_written() -> None:
     data = {
         "images": "all",
         "sources": [
-            {"records": "a.json", "weight": 2},
-            {"records": "hub:org/name", "split": "train[:10]", "config": "x", "streaming": True, "images": ["i"]},
+            {"records": "a.json", "weight": 2, "columns": {"question": "frage", "image": "bild"}},
+            {"records": "hf://org/name", "split": "train[:10]", "config": "x", "streaming": True, "images": ["i"]},
         ],
     }
     recipe = recipe_from_mapping(mapping(data), "r.yaml")
     first, second = sources_of(recipe.stages[0].data)
-    assert first == DataSource(records="a.json", images="all", weight=2.0)
-    assert second == DataSource(records="hub:org/name", images=("i",), split="train[:10]", config="x", streaming=True)
+    columns = ColumnNames(question="frage", image="bild")
+    assert first == DataSource(records="a.json", images="all", weight=2.0, columns=columns)
+    assert columns_of(first) == (("image", "bild"), ("question", "frage"))
+    assert columns_of(second) == ()
+    assert second == DataSource(records="hf://org/name", images=("i",), split="train[:10]", config="x", streaming=True)
     assert recipe_from_mapping(parse_yaml(dump_recipe(recipe), "x"), "x") == recipe
     assert validate_recipe(recipe) == recipe
 
@@ -77,6 +80,14 @@ SOURCE = {"records": "a.json"}
             "stages.0.data.sources.0.record: unknown field; did you mean 'records'?",
         ),
         ({"sources": [{"images": "a"}]}, "stages.0.data.sources.0.records: missing; add a line 'records: ...'"),
+        (
+            {"columns": {"answer": "a"}, "sources": [SOURCE]},
+            "stages.0.data.columns: set together with sources; set it in each source",
+        ),
+        (
+            {"sources": [{**SOURCE, "columns": {"questions": "a"}}]},
+            "stages.0.data.sources.0.columns.questions: unknown field; did you mean 'question'?",
+        ),
         ({"sources": ["a.json"]}, "stages.0.data.sources.0: expected a mapping of fields, got 'a.json'"),
         ({"sources": "a.json"}, "stages.0.data.sources: expected a list, got 'a.json'"),
         ({"sources": [{**SOURCE, "streaming": "yes"}]}, "stages.0.data.sources.0.streaming: expected true or false"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import dataclasses
 import json
 import os
@@ -21,7 +22,7 @@ from llavar_peft import DataConfig, Projector, Recipe, Trainer, build_model, cli
 from llavar_peft.errors import InterruptedRunError, LlavarError
 from llavar_peft.preflight.estimate_compute import count_steps, measure_records
 from llavar_peft.recipe.recipe_yaml import dump_recipe
-from llavar_peft.recipe.schema import DataSource
+from llavar_peft.recipe.schema import ColumnNames, DataSource
 from llavar_peft.training.checkpoint_folders import hash_inputs
 from llavar_peft.training.stage_records import record_files, stage_records
 from tests.data.test_record_tables import TURNS_TYPE
@@ -79,10 +80,16 @@ def _one_stage(recipe: Recipe, data: DataConfig, out: Path, **changes: Any) -> R
 
 
 @pytest.fixture
-def mixed(tiny_recipe: Recipe, tmp_path: Path) -> DataConfig:
-    """8 records of a file, 6 in a table with their images, and 4 of another file that names its own folder."""
+def mixed(tiny_recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> DataConfig:
+    """8 rows of a CSV file, 6 in a table with their images, and 4 of a file that names its own folder."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     rows, images = _rows(tiny_recipe)
-    (tmp_path / "one.json").write_text(json.dumps(rows[:8]))
+    with (tmp_path / "one.csv").open("w", newline="") as file:
+        table = csv.writer(file, delimiter=";")
+        table.writerow(["id", "image", "frage", "answer"])
+        table.writerows(
+            [row["id"], row["image"], *(turn["value"] for turn in row["conversations"])] for row in rows[:8]
+        )
     _write_table(rows[8:14], images, tmp_path / "two.parquet")
     (tmp_path / "own").mkdir()
     for row in rows[14:]:
@@ -91,7 +98,7 @@ def mixed(tiny_recipe: Recipe, tmp_path: Path) -> DataConfig:
     (tmp_path / "three.jsonl").write_text("\n".join(map(json.dumps, renamed)))
     return DataConfig(
         sources=(
-            DataSource(records=str(tmp_path / "one.json"), images=str(images)),
+            DataSource(records=str(tmp_path / "one.csv"), images=str(images), columns=ColumnNames(question="frage")),
             DataSource(records=str(tmp_path / "two.parquet")),
             DataSource(records=str(tmp_path / "three.jsonl"), images=str(tmp_path / "own")),
         ),
@@ -186,7 +193,7 @@ def test_a_changed_source_is_found_when_a_run_is_resumed(
     cached = datasets.Dataset.from_list([{key: row[key] for key in features} for row in listed], features=features)
     cached.save_to_disk(tmp_path / "cache")
     monkeypatch.setattr(datasets, "load_dataset", lambda **_: datasets.load_from_disk(str(tmp_path / "cache")))
-    hub = DataSource(records="hub:org/name")
+    hub = DataSource(records="hf://org/name/x?split=test", columns=ColumnNames(id="id"))
     data = dataclasses.replace(mixed, sources=(mixed.sources[2], hub))
     stage = _one_stage(tiny_recipe, data, tmp_path / "run").stages[0]
 

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import base64
-import binascii
 import hashlib
-import re
 import threading
 from collections import OrderedDict
-from urllib.parse import unquote
 
 from PIL import Image
 
+from llavar_peft.data.data_urls import decode_base64, split_data_url
 from llavar_peft.data.image_files import decode_image, describe_start, read_header
 from llavar_peft.errors import ImageError
 from llavar_peft.inference.fetch_image import FetchRules, fetch
@@ -19,12 +16,6 @@ from llavar_peft.inference.generation_request import PromptImage
 from llavar_peft.models.processing_llavar import LlavarProcessor
 from llavar_peft.serving.api.request_limits import RequestLimits, RequestRejectedError
 
-# Any media type is accepted, because clients often name a wrong one or none; the bytes say what the file is.
-_DATA_URL = re.compile(
-    r"data:(?:[a-z0-9.+-]{1,40}/[a-z0-9.+-]{1,80})?(?:;[a-z0-9=.\"-]{1,40}){0,3};base64,", re.IGNORECASE
-)
-_STANDARD_BASE64 = str.maketrans("-_", "+/", "\r\n\t =")
-"""Removes line breaks and padding, and turns the alphabet of URLs into the usual one."""
 # The formats that browsers and cameras write; decoders of rare formats are an unnecessary risk. Pillow's JPEG plugin
 # opens MPO too. MPO is not listed here: it has no plugin of that name, and Pillow would stop at it.
 _FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
@@ -84,16 +75,14 @@ class RequestImageReader:
 
     def _data(self, url: str) -> bytes:
         url = url.strip()
-        head = _DATA_URL.match(url)
-        if head is None:
+        digits = split_data_url(url)
+        if digits is None:
             return self._fetch(url)
-        if (len(url) - head.end()) * 3 // 4 > self._limits.image_bytes + 2:
+        if len(digits) * 3 // 4 > self._limits.image_bytes + 2:
             raise RequestRejectedError(413, "An image file is too large.", "image_too_large", param="messages")
         try:
-            text = unquote(url[head.end() :]) if "%" in url else url[head.end() :]
-            digits = text.translate(_STANDARD_BASE64)
-            return base64.b64decode(digits + "=" * (-len(digits) % 4), validate=True)
-        except (binascii.Error, ValueError) as error:
+            return decode_base64(digits)
+        except ValueError as error:
             raise _unreadable("The data URL of an image is not valid base64.") from error
 
     def _fetch(self, url: str) -> bytes:
