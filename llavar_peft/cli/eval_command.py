@@ -16,6 +16,7 @@ from llavar_peft.errors import ConfigError
 
 if TYPE_CHECKING:
     from llavar_peft.evaluation.vqa.answer_metrics import Protocol
+    from llavar_peft.evaluation.vqa.benchmark_protocols import BenchmarkProtocol
     from llavar_peft.evaluation.vqa.scored_results import Results, Setting
 
 # Source: LLaVAR, Eval_LLaVAR.py (text VQA) and MME/mme_eval.py.
@@ -36,7 +37,11 @@ def eval_vqa(
     context: typer.Context,
     dataset: Annotated[
         Path | None,
-        typer.Option("--dataset", help="The questions: a file of ST-VQA, TextVQA, DocVQA, OCR-VQA, or your own."),
+        typer.Option(
+            "--dataset",
+            help="The questions: a file of ST-VQA, TextVQA, DocVQA, OCR-VQA, ChartQA, ScienceQA, CT80 or POIE, "
+            "or your own.",
+        ),
     ] = None,
     images: shared.ImagesOption = None,
     model: evaluated.EvaluatedModelOption = None,
@@ -46,7 +51,9 @@ def eval_vqa(
     quantize: shared.QuantizeOption = None,
     metric: Annotated[
         list[str] | None,
-        typer.Option("--metric", help="A scoring protocol. Repeat the option for several. Default: all that apply."),
+        typer.Option(
+            "--metric", help="A scoring protocol. Repeat the option for several. Default: all general ones that apply."
+        ),
     ] = None,
     image_mode: shared.ImageModeOption = None,
     prompt: evaluated.PromptOption = "{question}",
@@ -196,13 +203,15 @@ def stated_setting(context: typer.Context, answers: Path) -> Setting:
     return merge_settings(read_setting(answers), stated, str(answers))
 
 
-def _choose_protocols(names: Sequence[str]) -> list[Protocol]:
+def _choose_protocols(names: Sequence[str]) -> list[Protocol | BenchmarkProtocol]:
     from llavar_peft.evaluation.vqa.answer_metrics import PROTOCOLS
+    from llavar_peft.evaluation.vqa.benchmark_protocols import BENCHMARK_PROTOCOLS
 
-    unknown = [name for name in names if name not in PROTOCOLS]
+    known: list[Protocol | BenchmarkProtocol] = [*PROTOCOLS, *BENCHMARK_PROTOCOLS]
+    unknown = [name for name in names if name not in known]
     if unknown:
-        raise ConfigError.at("--metric", f"unknown protocol (got {unknown[0]!r})", f"use one of {', '.join(PROTOCOLS)}")
-    return [protocol for protocol in PROTOCOLS if protocol in names]
+        raise ConfigError.at("--metric", f"unknown protocol (got {unknown[0]!r})", f"use one of {', '.join(known)}")
+    return [protocol for protocol in known if protocol in names]
 
 
 def report_results(results: Results, out: Path | None, *, as_json: bool) -> None:

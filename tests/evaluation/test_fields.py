@@ -108,6 +108,9 @@ def test_cords_accuracy() -> None:
     renamed = {"menu": truth["menu"], "whole": "6.5"}
     assert tree_accuracy(renamed, truth) == pytest.approx(1 - 1 / empty)
     assert tree_accuracy({**truth, "other": "x" * 99}, truth) == 0
+    # Donut's ``normalize_dict`` drops 0 and false, except 0 in a list.
+    assert tree_accuracy({**truth, "discount": 0, "paid": False, "left": None, "note": ""}, truth) == 1
+    assert tree_accuracy({**truth, "discount": [0]}, truth) == pytest.approx(1 - 2 / empty)
     assert normalize_form({"b": {"x": ""}, "aa": [" k ", 3, None], "a": None}) == {"aa": ["k", "3"]}
 
 

@@ -72,6 +72,35 @@ def write(folder: Path, content: Any, name: str = "data.json") -> Path:
             {"data": [{"questionId": 5, "question": "Q?", "answers": ["0.28", "28"], "image": "documents/x.png"}]},
             ("5", "Q?", ("0.28", "28"), "documents/x.png", None),
         ),
+        (  # ChartQA
+            [{"imgname": "415.png", "query": "Q?", "label": "14"}],
+            ("0", "Q?", ("14",), "415.png", None),
+        ),
+        (  # ScienceQA
+            {
+                "3": {
+                    "question": "Which is it?",
+                    "choices": ["a fish", "a bird"],
+                    "answer": 1,
+                    "hint": "It flies.",
+                    "image": "image.png",
+                    "split": "test",
+                    "subject": "natural science",
+                    "lecture": "L",
+                }
+            },
+            (
+                "3",
+                "Which is it?\nContext: It flies.\nOptions: (A) a fish (B) a bird",
+                ("B",),
+                "3/image.png",
+                None,
+            ),
+        ),
+        (
+            {"4": {"question": "Q?", "choices": ["x", "y"], "answer": 0, "hint": "", "image": None}},
+            ("4", "Q?\nContext: N/A\nOptions: (A) x (B) y", ("A",), None, None),
+        ),
         (  # OCR-VQA
             {
                 "159": {
@@ -215,3 +244,42 @@ def test_a_split_of_a_data_set(tmp_path: Path) -> None:
         read_vqa_questions(write(tmp_path, rows), split="test")
     with pytest.raises(DataError, match="does not give its split"):
         read_vqa_questions(write(tmp_path, [{"question": "Q?", "answers": ["A"]}]), split="test")
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("image/1.jpg COFFEE\nimage/2.jpg\tTWO WORDS\n\n", [
+            ("image/1.jpg", "what is written in the image?", ("COFFEE",), "image/1.jpg"),
+            ("image/2.jpg", "what is written in the image?", ("TWO WORDS",), "image/2.jpg"),
+        ]),
+        ('{"file_name": "a/1.jpg", "entity_dict": {"CE-PS": "230kcal(960kJ)", "SS": "30 g", "XX": "(1)"}}\n', [
+            ("a/1.jpg/CE-PS", "what is Calories/Energy of per serving in the image?", ("960kJ", "230kcal"), "a/1.jpg"),
+            ("a/1.jpg/SS", "what is Serving size in the image?", ("30 g",), "a/1.jpg"),
+            ("a/1.jpg/XX", "what is XX in the image?", ("1",), "a/1.jpg"),
+        ]),
+    ],
+)  # fmt: skip
+def test_files_of_lines(tmp_path: Path, text: str, expected: list[tuple[Any, ...]]) -> None:
+    """CT80's and POIE's, as MultimodalOCR asks them."""
+    file = tmp_path / "test_label.txt"
+    file.write_text(text, encoding="utf-8")
+    assert [(one.id, one.question, one.truths, one.image) for one in read_vqa_questions(file)] == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("a.txt", "image/1.jpg\n", "has no text after the image"),
+        ("a.txt", '{"file_name": "a.jpg"}\n', "has no entity_dict"),
+        ("a.txt", "\n", "holds no questions"),
+        ("a.json", '{"1": {"question": "Q?", "choices": ["x"], "answer": 1}}', "none of the options"),
+        ("a.json", '{"1": {"question": "Q?", "choices": [], "answer": 0}}', "choices is not a list"),
+        ("a.json", '[{"query": "Q?", "label": [], "imgname": "x.png"}]', "has no correct answers"),
+    ],
+)
+def test_faults_of_the_appendix_benchmarks(tmp_path: Path, name: str, text: str, message: str) -> None:
+    file = tmp_path / name
+    file.write_text(text, encoding="utf-8")
+    with pytest.raises(DataError, match=message):
+        read_vqa_questions(file)

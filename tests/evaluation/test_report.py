@@ -219,6 +219,9 @@ def test_hostile_text_stays_text(tmp_path: Path, images: Path) -> None:
         ("TextVQA_0.5.1_val.json", "48.5"),
         ("results/docVQA.json", "11.6"),
         ("ocr-vqa test", "23.8"),  # given by --name
+        ("CT80/test_label.txt", ""),  # a folder's name says nothing
+        ("CT80", "83.0"),
+        ("Chart-QA human", "13.5"),
         ("test-vqa.json", ""),
         ("TESTVQA.json", ""),
         ("val_v1.0.json", ""),

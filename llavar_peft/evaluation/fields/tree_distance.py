@@ -39,9 +39,11 @@ class FormNode:
 def normalize_form(value: Any) -> Any:
     """Return a form with sorted keys, lists of stripped texts as leaves, and nothing empty.
 
+    As in the original, the JSON values 0 and false are empty too, except in a list of texts and numbers.
+
     Source: Donut, ``normalize_dict``.
     """
-    if not value and value != 0:
+    if not value:
         return {}
     if isinstance(value, Mapping):
         made = {}

@@ -19,13 +19,19 @@ from llavar_peft.page.inline_images import InlineImage, embed_image
 from llavar_peft.page.report_page import Bar, Bars, Cards, DatasetView, FigureRow, ScoredCard
 
 PAPER: Final[Mapping[str, Mapping[str, float]]] = {
-    "st": {"multimodalocr": 39.2},
-    "ocr": {"multimodalocr": 23.8},
-    "text": {"multimodalocr": 48.5},
-    "doc": {"multimodalocr": 11.6},
+    "stvqa": {"multimodalocr": 39.2, "meteor": 12.8, "rouge-l": 14.3, "cider": 30.9},
+    "ocrvqa": {"multimodalocr": 23.8, "long-correct": 9.0, "long-partial": 26.8},
+    "textvqa": {"multimodalocr": 48.5, "meteor": 14.8, "rouge-l": 17.4, "cider": 27.0},
+    "docvqa": {"multimodalocr": 11.6, "meteor": 8.6, "rouge-l": 10.0, "cider": 21.5},
+    "ct80": {"multimodalocr": 83.0},
+    "poie": {"multimodalocr": 8.7},
+    "chartqa": {"multimodalocr": 13.5},
+    "scienceqa": {"scienceqa": 91.42},
 }
-"""LLaVAR's figures by data set (its name before ``VQA``) and protocol. Source: arXiv 2306.17107, Table 2."""
-_VQA: Final = re.compile(rf"(?<![a-z])({'|'.join(PAPER)})[-_ ]?VQA", re.IGNORECASE)
+"""LLaVAR's figures by data set and protocol. Source: arXiv 2306.17107, Table 2 and appendices D, E and I."""
+_NAMED: Final = re.compile(
+    r"(?<![a-z])(?:(st|ocr|text|doc)[-_ ]?(vqa)|(chart|science)[-_ ]?(qa)|(ct80|poie)(?![a-z]))", re.IGNORECASE
+)
 PAPER_MME: Final = {"mme score": 80.0}
 """Sum of accuracy and accuracy+ (of 200) of LLaVAR's released answers on MME's OCR images."""
 _UNKNOWN_HEIGHT: Final = 1e9
@@ -144,8 +150,9 @@ def _difference(chain: Sequence[Labelled], protocol: str) -> str:
 
 def _paper(results: Results) -> Mapping[str, float]:
     """Return the paper's figures, by the name of the data set: ``TextVQA_0.5.1_val``, ``LLaVAR_STVQA``."""
-    named = _VQA.search(Path(results.dataset).name)
-    return {**(PAPER[named[1].lower()] if named else {}), **PAPER_MME}
+    named = _NAMED.search(Path(results.dataset).name)
+    known = "".join(part for part in named.groups() if part).lower() if named else ""
+    return {**PAPER.get(known, {}), **PAPER_MME}
 
 
 def _describe_change(before: str, after: str, comparison: Comparison) -> str:

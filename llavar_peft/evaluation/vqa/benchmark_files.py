@@ -7,6 +7,13 @@ from pathlib import Path, PurePosixPath
 from typing import Any, Final
 
 from llavar_peft.errors import DataError
+from llavar_peft.evaluation.vqa.appendix_benchmarks import (
+    is_chart_row,
+    is_science_file,
+    read_chart_row,
+    read_label_lines,
+    read_science_file,
+)
 from llavar_peft.text_files import read_json, read_json_lines
 
 LOG_HEADER: Final = frozenset({"setting", "questions"})
@@ -21,7 +28,7 @@ def read_rows(path: Path, split: str | None = None) -> Iterator[tuple[str, Mappi
     """Read records of any known format.
 
     Args:
-        path: ``.json`` or ``.jsonl``.
+        path: ``.json``, ``.jsonl``, or the ``.txt`` of CT80 or POIE.
         split: Only read records of this split, under any of the known keys.
 
     Yields:
@@ -33,6 +40,8 @@ def read_rows(path: Path, split: str | None = None) -> Iterator[tuple[str, Mappi
     rows: Iterable[Any]
     if path.suffix.lower() == ".jsonl":
         rows = (row for _, row in read_json_lines(path, lenient=True))
+    elif path.suffix.lower() == ".txt":
+        rows = read_label_lines(path)
     else:
         rows = _unwrap(path, read_json(path, fix="give a file of questions", lenient=True))
     for index, row in enumerate(rows):
@@ -41,7 +50,7 @@ def read_rows(path: Path, split: str | None = None) -> Iterator[tuple[str, Mappi
         if set(row) == LOG_HEADER:
             continue
         if split is None or _read_split(row, f"{path}:{index}") == split:
-            yield f"{path}:{index}", row
+            yield f"{path}:{index}", read_chart_row(row) if is_chart_row(row) else row
 
 
 def _read_split(row: Mapping[str, Any], where: str) -> str:
@@ -57,6 +66,8 @@ def _unwrap(path: Path, content: Any) -> Iterable[Any]:
     if isinstance(content, list):
         return content
     books = content if isinstance(content, Mapping) else {}
+    if is_science_file(books):
+        return read_science_file(path, books)
     if books and all(isinstance(book, Mapping) and isinstance(book.get("questions"), list) for book in books.values()):
         return (row for name, book in books.items() for row in _read_book(path, name, book))
     raise DataError.at(str(path), "has an unknown format", "give a list of records, or an annotation file as published")

@@ -12,7 +12,8 @@ import numpy as np
 
 from llavar_peft.atomic_files import write_json
 from llavar_peft.errors import DAMAGED, DataError, describe_reason
-from llavar_peft.evaluation.vqa.answer_metrics import LOWER_IS_BETTER, PROTOCOLS, Protocol, Score, applies, score
+from llavar_peft.evaluation.vqa.answer_metrics import LOWER_IS_BETTER, PROTOCOLS, Protocol, Score, applies
+from llavar_peft.evaluation.vqa.benchmark_protocols import BenchmarkProtocol, is_multiple_choice, score_column
 from llavar_peft.evaluation.vqa.confidence_intervals import ratio_intervals, sum_by_name
 from llavar_peft.evaluation.vqa.vqa_questions import VqaQuestion
 from llavar_peft.text_files import read_json
@@ -149,7 +150,7 @@ def score_answers(
     questions: Sequence[VqaQuestion],
     dataset: str,
     setting: Setting,
-    protocols: Sequence[Protocol] = (),
+    protocols: Sequence[Protocol | BenchmarkProtocol] = (),
     measures: Mapping[str, tuple[float | None, tuple[float, float] | None]] | None = None,
 ) -> Results:
     """Score answers.
@@ -158,18 +159,21 @@ def score_answers(
         questions: Questions with their answers.
         dataset: Name of the data set.
         setting: How the answers were generated.
-        protocols: Protocols to score by; none means all that the data allows.
+        protocols: Protocols to score by; none means all general ones that the data allows, or ``scienceqa`` where all
+            questions list options.
         measures: Letter height and position by question id; see ``measure_letter_height``.
 
     Raises:
         DataError: A protocol needs truths that the data does not have.
+        MissingDependencyError: A protocol needs a package that is not installed.
     """
-    chosen = list(protocols) or [name for name in PROTOCOLS if all(applies(name, one.truths) for one in questions)]
+    truths, answers = [one.truths for one in questions], [one.answer or "" for one in questions]
+    chosen = list(protocols) or _fitting([one.question for one in questions], truths)
+    columns = {name: score_column(name, answers, truths) for name in chosen}
     records: list[Answered] = []
-    for question in questions:
+    for number, (question, answer) in enumerate(zip(questions, answers, strict=True)):
         height, position = (measures or {}).get(question.id, (None, None))
-        answer = question.answer or ""
-        scores: dict[str, Score] = {name: score(name, answer, question.truths) for name in chosen}
+        scores: dict[str, Score] = {name: column[number] for name, column in columns.items()}
         records.append(
             Answered(
                 question.id, question.question, answer, question.truths, question.image, question.fields, scores,
@@ -179,8 +183,25 @@ def score_answers(
     return Results(dataset, setting, tuple(_figures(records, chosen, setting)), tuple(records))
 
 
-def _figures(records: Sequence[Answered], protocols: Sequence[Protocol], setting: Setting) -> list[Figure]:
-    return [Figure(name, *rate(records, name), len(records), name in LOWER_IS_BETTER, setting) for name in protocols]
+def _fitting(questions: Sequence[str], truths: Sequence[Sequence[str]]) -> list[Protocol | BenchmarkProtocol]:
+    """Return the protocols that are computed unless others are chosen."""
+    # For letters of options, protocols that look for words mean nothing: normalization drops an "A".
+    if is_multiple_choice(questions, truths):
+        return ["scienceqa"]
+    return [name for name in PROTOCOLS if all(applies(name, one) for one in truths)]
+
+
+def _figures(records: Sequence[Answered], protocols: Sequence[str], setting: Setting) -> list[Figure]:
+    return [
+        Figure(
+            name,
+            *rate(records, name),
+            sum(record.scores[name].out_of > 0 for record in records),
+            name in LOWER_IS_BETTER,
+            setting,
+        )
+        for name in protocols
+    ]
 
 
 def rate(records: Sequence[Answered], protocol: str) -> tuple[float, float, float]:

@@ -1,8 +1,8 @@
 """Questions about images with their correct answers, from benchmark files or the user's own.
 
 Known formats: MultimodalOCR's predictions (``gt_answers``, ``image_path``, ``answer``); the annotations of ST-VQA,
-TextVQA, DocVQA and OCR-VQA; any JSON or JSON-lines file with ``question``, ``answers`` and ``image``; and records in
-the released training format, whose first question is used.
+TextVQA, DocVQA and OCR-VQA, and those of ``appendix_benchmarks``; any JSON or JSON-lines file with ``question``,
+``answers`` and ``image``; and records in the released training format, whose first question is used.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def read_vqa_questions(
     """Read a file of questions.
 
     Args:
-        path: ``.json`` or ``.jsonl``, in one of the formats above.
+        path: ``.json``, ``.jsonl`` or ``.txt``, in one of the formats above.
         limit: Only read the first questions.
         split: Only read this split: ``train``, ``val`` or ``test``.
 
