@@ -8,12 +8,20 @@ import typer
 
 from llavar_peft.cli import shared_options as shared
 from llavar_peft.cli.output import say, say_json
+from llavar_peft.errors import ConfigError
 from llavar_peft.text_files import check_question
 
 
 def ask(
-    question: Annotated[str, typer.Argument(help="The question.", metavar="QUESTION")],
     model: shared.ModelOption,
+    question: Annotated[
+        str | None,
+        typer.Argument(
+            help="The question. With --schema, it may be left out: the fields are asked for as in training records.",
+            metavar="QUESTION",
+            show_default=False,
+        ),
+    ] = None,
     image: Annotated[
         list[str] | None,
         typer.Option(
@@ -36,8 +44,12 @@ def ask(
     """Ask a model a question about images."""
     from llavar_peft.inference.chat import load_chat
 
-    check_question(question)
     form = shared.read_schema(schema)
+    if question is None:
+        if form is None:
+            raise ConfigError.at("QUESTION", "missing", "write a question, or give --schema to ask for its fields")
+        question = form.question
+    check_question(question)
     sampling = shared.make_sampling(max_new_tokens, temperature, greedy, seed)
     names: list[str | None] = [*image] if image else [None]
     images = [None if name is None else shared.open_image_or_url(name) for name in names]

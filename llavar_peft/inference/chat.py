@@ -89,6 +89,16 @@ def _adapter_name(folder: object) -> str:
     return Path(folder).name
 
 
+def _stated_question(question: str | None, schema: SchemaInput | None) -> str:
+    """Return the question, or without one that for the fields of the schema."""
+    if question is None and schema is not None:
+        return AnswerSchema.of(schema).question
+    if question is None:
+        raise ConfigError.at("question", "missing", "write a question, or give a schema to ask for its fields")
+    check_question(question)
+    return question
+
+
 def parse_answer(text: str, schema: SchemaInput) -> Any:
     """Return the value of an answer that was asked for with a schema.
 
@@ -124,7 +134,7 @@ class Chat:
     def ask(
         self,
         image: ImageInput | Sequence[ImageInput] | None,
-        question: str,
+        question: str | None = None,
         *,
         adapter: str | EllipsisType | None = ...,
         image_mode: ImageMode | None = None,
@@ -137,7 +147,8 @@ class Chat:
             image: A local path, a Pillow image, the bytes of an image file, or a uint8 array ``[H, W, 3]``; or a list
                 of them, which are shown in this order, although LLaVAR was trained with one. None asks without an
                 image.
-            question: Plain text; nothing in it becomes a special token.
+            question: Plain text; nothing in it becomes a special token. None, with a schema, asks for its fields, as
+                the records of ``synth --task extract`` and ``ocr converse --task extract`` do.
             adapter: Name of the adapter, None for the base; the default is the first adapter.
             image_mode: Overrides how the model prepares images.
             schema: A JSON Schema or a pydantic model class. The answer is JSON that fulfils it, as long as
@@ -149,7 +160,7 @@ class Chat:
             ConfigError: The adapter does not exist, the schema is not supported, or a value is out of its range.
             DataError: The question is empty, or longer than the model's context.
         """
-        check_question(question)
+        question = _stated_question(question, schema)
         how = Sampling(**sampling)
         request = self.request(
             image, question, adapter=adapter, image_mode=image_mode, sampling=how, schema=schema
@@ -159,7 +170,7 @@ class Chat:
     def stream(
         self,
         image: ImageInput | Sequence[ImageInput] | None,
-        question: str,
+        question: str | None = None,
         *,
         adapter: str | EllipsisType | None = ...,
         image_mode: ImageMode | None = None,
@@ -171,7 +182,7 @@ class Chat:
         Yields:
             Pieces of text in whole characters. Closing the iterator ends the answer.
         """
-        check_question(question)
+        question = _stated_question(question, schema)
         how = Sampling(**sampling)
         request = self.request(
             image, question, adapter=adapter, image_mode=image_mode, sampling=how, schema=schema

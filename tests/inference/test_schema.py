@@ -194,9 +194,9 @@ class Receipt(BaseModel):
 def test_a_pydantic_model(engines: list[Engine], images: list[Path]) -> None:
     for engine in engines:
         chat = Chat(engine)
-        answer = chat.ask(images[0], "Read.", schema=Receipt, seed=3, temperature=1.0, max_new_tokens=700)
+        answer = chat.ask(images[0], schema=Receipt, seed=3, temperature=1.0, max_new_tokens=700)
         assert isinstance(parse_answer(answer, Receipt), Receipt)
-        pieces = list(chat.stream(images[0], "Read.", schema=Receipt, seed=3, temperature=1.0, max_new_tokens=700))
+        pieces = list(chat.stream(images[0], schema=Receipt, seed=3, temperature=1.0, max_new_tokens=700))
         assert "".join(pieces) == answer
         assert len(pieces) > 3
         dialogue = chat.conversation()
@@ -282,6 +282,10 @@ def test_the_commands(
     options = ["--model", str(checkpoint), "--schema", str(schema), "--greedy"]
     assert cli.main(["ask", *options, "Read."]) == 0
     assert isinstance(parse_answer(capsys.readouterr().out, form)["total"], int)
+    assert cli.main(["ask", *options]) == 0  # the question is that for the fields
+    assert isinstance(parse_answer(capsys.readouterr().out, form)["total"], int)
+    assert cli.main(["ask", "--model", str(checkpoint), "--greedy"]) == 2
+    assert "give --schema to ask for its fields" in capsys.readouterr().err
     assert cli.main(["generate", *options, "--questions", str(questions), "--answers", str(answers)]) == 0
     for line in answers.read_text().splitlines():
         assert isinstance(parse_answer(json.loads(line)["text"], form)["total"], int)
