@@ -31,6 +31,7 @@ def missing(released: list[dict[str, Any]], present: list[dict[str, Any]]) -> li
             f"{old['names']}: {key} was {old[key]!r}, is {new.get(key)!r}"
             for key in old
             if key not in ("names", "choices") and old[key] != new.get(key)
+            if not (key == "required" and old[key])  # what was required may become optional
         ]
         faults += [f"{old['names']}: no {choice}" for choice in old.get("choices", ()) if choice not in new["choices"]]
     return faults
