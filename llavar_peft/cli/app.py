@@ -21,7 +21,7 @@ from llavar_peft.cli.ask_command import ask
 from llavar_peft.cli.chat_command import chat
 from llavar_peft.cli.compare_command import eval_compare, eval_diagnose
 from llavar_peft.cli.convert_command import convert
-from llavar_peft.cli.data_command import data_check, data_inspect
+from llavar_peft.cli.data_command import data_check, data_convert, data_inspect
 from llavar_peft.cli.delta_command import delta_apply, delta_make, delta_verify
 from llavar_peft.cli.eval_command import eval_mme, eval_vqa
 from llavar_peft.cli.fields_command import eval_fields
@@ -136,7 +136,10 @@ def build_app() -> typer.Typer:
     command("chat", _ASK, chat)
     command("generate", _ASK, generate)
     command("serve", _ASK, serve)
-    group("data", _DATA, "Check records and images before training.", check=data_check, inspect=data_inspect)
+    group(
+        "data", _DATA, "Check and convert records and images before training.",
+        check=data_check, inspect=data_inspect, convert=data_convert,
+    )  # fmt: skip
     group("ocr", _DATA, "Make training records from unlabeled images.", build=ocr_build, converse=ocr_converse)
     command("synth", _DATA, synth)
     group(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
 
@@ -9,7 +10,7 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
-from llavar_peft.cli.output import make_safe, say, say_json, with_released_key
+from llavar_peft.cli.output import make_safe, say, say_json, show_count, with_released_key
 from llavar_peft.cli.resolution_table import HeightsOption, OcrSampleOption, find_texts, print_resolutions
 from llavar_peft.cli.shared_options import ImagesOption, JsonOption, VisionTowerOption
 from llavar_peft.errors import count_of
@@ -121,6 +122,54 @@ def data_inspect(
             say_json(_example_as_dict(example, spans))
         else:
             console.print(_example_as_text(example, spans))
+
+
+def data_convert(
+    source: Annotated[Path, typer.Argument(help=_RECORD_HELP, metavar="SOURCE")],
+    out: Annotated[Path, typer.Option("--out", help="The file to write, .json or .jsonl.")],
+    images: Annotated[
+        Path | None,
+        typer.Option("--images", help="Folder for images that SOURCE contains. Default: OUT's name with _images."),
+    ] = None,
+    split: SplitOption = None,
+    config: ConfigOption = None,
+    streaming: StreamingOption = False,
+    columns: ColumnsOption = None,
+    group_by_image: Annotated[
+        bool, typer.Option("--group-by-image", help="Make the records about an image turns of one record.")
+    ] = False,
+    skip_faulty: Annotated[bool, typer.Option("--skip-faulty", help="Leave faulty records out.")] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace OUT, and a folder of images that this command wrote.")
+    ] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Write records of any accepted form in the released format, with the images that they contain as files.
+
+    Paths of images stay as they are. The file and the folder appear when everything is written.
+    """
+    from llavar_peft.data.convert_records import convert_records
+    from llavar_peft.data.record_store import open_filled_records
+
+    opened = open_filled_records([str(source)], _selection(split, config, streaming, columns))
+    with show_count("converting") as progress:
+        done = convert_records(
+            opened, out, images, group_by_image=group_by_image, skip_faulty=skip_faulty, overwrite=overwrite,
+            progress=progress,
+        )  # fmt: skip
+    if as_json:
+        say_json({**asdict(done), "out": str(out), "images": None if done.images is None else str(done.images)})
+        return
+    say(f"records   {out}: {count_of(done.records, 'record')}")
+    if done.images is not None:
+        say(f"images    {done.images}: {count_of(done.files, 'file')}")
+    for number, what in (
+        (done.grouped, "became turns of another record"),
+        (done.messages, "written as 'messages', which the released format cannot express"),
+        (done.left_out, "left out"),
+    ):
+        if number:
+            say(f"          {count_of(number, 'record')} {what}")
 
 
 def _selection(split: str | None, config: str | None, streaming: bool, columns: list[str] | None) -> TableSelection:

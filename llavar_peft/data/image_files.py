@@ -293,3 +293,23 @@ def _formats() -> tuple[str, ...]:
     if importlib.util.find_spec("pillow_heif") is not None:
         importlib.import_module("pillow_heif").register_heif_opener()
     return tuple(name for name in _FORMATS if name in Image.OPEN)
+
+
+def image_suffix(data: bytes, where: str) -> str:
+    """Return the extension that an image's file has, by its bytes; nothing is decoded.
+
+    Args:
+        data: The bytes of the file.
+        where: Name of the image in error messages.
+
+    Raises:
+        ImageError: It is no image of a supported format.
+    """
+    try:
+        with read_header(data, _formats()) as opened:
+            form = str(opened.format)
+    except ImageError:
+        raise
+    except Exception as error:
+        raise _unreadable(data, where, error) from error
+    return {"JPEG": ".jpg", "MPO": ".jpg", "TIFF": ".tif", "JPEG2000": ".jp2"}.get(form, f".{form.lower()}")

@@ -154,7 +154,7 @@ def test_every_command_and_python_block_runs(tmp_path: Path, monkeypatch: pytest
         assert (tmp_path / name).is_dir(), name
 
 
-@pytest.mark.parametrize("page", PAGES)
+@pytest.mark.parametrize("page", [*PAGES, "docs/formats.md"])
 @pytest.mark.skipif(not (ROOT / "README.md").is_file(), reason="needs the repository")
 def test_links_lead_to_files(page: str) -> None:
     text = (ROOT / page).read_text(encoding="utf-8")
