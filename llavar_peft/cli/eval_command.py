@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, TypeAlias
 
@@ -11,7 +11,7 @@ import typer
 from llavar_peft.atomic_files import check_output_file
 from llavar_peft.cli import evaluation_model as evaluated
 from llavar_peft.cli import shared_options as shared
-from llavar_peft.cli.output import format_interval, print_table, say, say_json
+from llavar_peft.cli.output import format_interval, print_table, say, say_json, say_next
 from llavar_peft.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -89,8 +89,10 @@ def eval_vqa(
     from llavar_peft.data.image_roots import ImageRoots
     from llavar_peft.data.image_views import RELEASED_SIDE
     from llavar_peft.evaluation.vqa.diagnose_results import borrow_heights, measure_letter_height
+    from llavar_peft.evaluation.vqa.results_findings import name_resolution
     from llavar_peft.evaluation.vqa.scored_results import Setting, score_answers
     from llavar_peft.evaluation.vqa.vqa_questions import read_predictions, read_vqa_questions
+    from llavar_peft.recipe.resolution import resolution_from
 
     protocols = _choose_protocols(metric or [])
     source = evaluated.choose_source("eval vqa", dataset, model, predictions)
@@ -116,8 +118,11 @@ def eval_vqa(
         answered = evaluated.answer_with_progress(chat, questions, roots or ImageRoots(), setting, log)
     processor = chat.engine.processor if chat else RELEASED_SIDE
     measured = borrow_heights(answered, heights) if heights else answered
-    measures = measure_letter_height(measured, roots, setting.image_mode or "pad", processor)
-    report_results(score_answers(answered, name or str(source), setting, protocols, measures), out, as_json=as_json)
+    mode = setting.image_mode or "pad"
+    measures = measure_letter_height(measured, roots, mode, processor)
+    results = score_answers(answered, name or str(source), setting, protocols, measures)
+    own = resolution_from(chat.engine.processor.resolution, str(model)) if chat else None
+    report_results(results, out, as_json=as_json, resolution=lambda: name_resolution(measured, processor, mode, own))
 
 
 def eval_mme(
@@ -214,8 +219,18 @@ def _choose_protocols(names: Sequence[str]) -> list[Protocol | BenchmarkProtocol
     return [protocol for protocol in known if protocol in names]
 
 
-def report_results(results: Results, out: Path | None, *, as_json: bool) -> None:
-    """Write results to a file, and print their figures and setting."""
+def report_results(
+    results: Results, out: Path | None, *, as_json: bool, resolution: Callable[[], str | None] | None = None
+) -> None:
+    """Write results to a file, and print their figures, their setting, and what they say about the next step.
+
+    Args:
+        results: The results.
+        out: The file; None writes none.
+        as_json: Whether to print JSON only.
+        resolution: Returns the line of the recipe with a resolution that reads letters that are too small.
+    """
+    from llavar_peft.evaluation.vqa.results_findings import find_in_results
     from llavar_peft.evaluation.vqa.scored_results import write_results
 
     if out is not None:
@@ -241,3 +256,8 @@ def report_results(results: Results, out: Path | None, *, as_json: bool) -> None
             say(f"{key.replace('_', ' '):<12} {'unknown' if setting[key] is None else setting[key]}")
     if out is not None:
         say(f"{'results':<12} {out}")
+    protocol = next(iter(results.records[0].scores))
+    findings = find_in_results(results, protocol)
+    if resolution is not None and any(one.kind == "small" for one in findings):
+        findings = find_in_results(results, protocol, resolution())
+    say_next(findings)

@@ -23,6 +23,7 @@ from llavar_peft.errors import InterruptedRunError
 if TYPE_CHECKING:
     from rich.progress import ProgressColumn
 
+    from llavar_peft.page.findings import Finding
     from llavar_peft.weights.io.folder_writer import WeightsReport
 
 Counter: TypeAlias = AbstractContextManager[Callable[[int, int], None]]
@@ -92,6 +93,12 @@ def with_released_key(finding: dict[str, Any]) -> dict[str, Any]:
 def say_weights(report: WeightsReport) -> None:
     """Print what was written to a folder of weights."""
     say(f"{report.out}: {report.tensors} tensors, {report.nbytes / 1e9:.2f} GB in {report.seconds:.0f} s")
+
+
+def say_next(findings: Sequence[Finding]) -> None:
+    """Print what the figures say about the next step, on stderr: what is on stdout may be read by programs."""
+    for finding in findings:
+        _echo(f"next: {make_safe(finding.text)}", err=True)
 
 
 def complain(text: str) -> None:

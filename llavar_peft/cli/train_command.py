@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from llavar_peft.cli.output import is_first_rank, print_table, say
+from llavar_peft.cli.output import is_first_rank, print_table, say, say_next
 from llavar_peft.cli.shared_options import OverridesArgument, PresetOption, RecipeArgument, load_chosen_recipe
 from llavar_peft.errors import ConfigError, EnvironmentFaultError, InterruptedRunError
 from llavar_peft.recipe.schema import Recipe
@@ -93,7 +93,11 @@ def train(
         raise
     exit_together()
     if is_first_rank():
+        from llavar_peft.page.findings import find_in_run
+        from llavar_peft.page.run_log import read_run
+
         say(str(folder))
+        say_next(find_in_run(read_run(Path(chosen.output_dir)).stages))
 
 
 def _run_dry(recipe: Recipe, stages: tuple[str, ...]) -> None:

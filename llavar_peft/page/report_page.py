@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from llavar_peft.page.findings import Finding
 from llavar_peft.page.heights_page import HeightsView
 from llavar_peft.page.image_gallery import Gallery, GalleryCard, make_gallery
 from llavar_peft.page.named_probes import named_probes
@@ -29,13 +30,14 @@ class Head:
 
 @dataclass(frozen=True, slots=True)
 class FigureRow:
-    """The figures of one protocol; ``cells`` are (column, figure or None, interval)."""
+    """The figures of one protocol; ``cells`` are (column, figure or None, interval), ``line`` says what it counts."""
 
     protocol: str
     lower_is_better: bool
     cells: tuple[tuple[str, str | None, str], ...]
     difference: str
     paper: str
+    line: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,6 +101,7 @@ def write_report_page(
     run: RunLog | None,
     images: int,
     heights: Sequence[HeightsView] = (),
+    findings: Sequence[Finding] = (),
 ) -> Path:
     """Write a report of at most ``MOST_BYTES``, with fewer images if necessary, and return its path.
 
@@ -110,6 +113,7 @@ def write_report_page(
         run: The files of the run, if the report is about one.
         images: Maximum number of images in each row.
         heights: Figures by letter height.
+        findings: What the figures say about the next step.
 
     Raises:
         EnvironmentFaultError: The page cannot be written.
@@ -125,7 +129,7 @@ def write_report_page(
             datasets=datasets(images),
             heights=heights,
             run=None if run is None else run.folder.name,
-            **(run_values(run, probes, gallery) if run else {}),
+            **{**(run_values(run, probes, gallery) if run else {}), "findings": findings},
         )
         if len(page) <= MOST_BYTES or not (images or samples):
             return write_page(path, page)

@@ -13,6 +13,8 @@ from llavar_peft.page.image_gallery import displayed_answers
 from llavar_peft.page.named_probes import NamedProbe
 from llavar_peft.page.run_log import ProbeLog, StageLog, StepLine
 
+Z = 1.959964
+"""Standard deviations on each side of a 95 % interval."""
 _DASH = "\N{EN DASH}"
 _MOST_REASONS = 12
 
@@ -108,11 +110,10 @@ def probe_rows(probes: Sequence[NamedProbe]) -> list[list[tuple[str, str]]]:
     return [[cell for cell in row if cell[0] in filled] for row in rows]
 
 
-def wilson(share: float, count: int) -> tuple[float, float]:
-    """Return Wilson's 95 % confidence interval of a share observed on ``count`` records."""
-    z = 1.959964
-    centre = (share + z * z / (2 * count)) / (1 + z * z / count)
-    half = z / (1 + z * z / count) * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count))
+def wilson(share: float, count: float) -> tuple[float, float]:
+    """Return Wilson's 95 % confidence interval of a share observed on ``count`` independent records."""
+    centre = (share + Z * Z / (2 * count)) / (1 + Z * Z / count)
+    half = Z / (1 + Z * Z / count) * math.sqrt(share * (1 - share) / count + Z * Z / (4 * count * count))
     # Rounding would leave a trace of the other end.
     return (0.0 if share == 0 else max(0.0, centre - half)), (1.0 if share == 1 else min(1.0, centre + half))
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from llavar_peft.atomic_files import staging_path
+from llavar_peft.page.findings import find_in_run
 from llavar_peft.page.image_gallery import MOST_CARDS, Gallery, make_gallery
 from llavar_peft.page.named_probes import NamedProbe, named_probes
 from llavar_peft.page.page_templates import MOST_BYTES, render, write_page
@@ -76,6 +77,7 @@ def run_values(
 ) -> dict[str, object]:
     """Return the values of ``run_stages.html.j2`` and ``run_samples.html.j2`` by name, and those of the headline."""
     return {
+        "findings": find_in_run(run.stages),
         "headline": headline(probes),
         "figures": run_figures(run.stages),
         "other_records": on_other_records(probes),

@@ -11,8 +11,10 @@ import pytest
 
 from llavar_peft.errors import DataError, MissingDependencyError
 from llavar_peft.evaluation.vqa import caption_metrics
+from llavar_peft.evaluation.vqa.answer_metrics import PROTOCOLS
 from llavar_peft.evaluation.vqa.benchmark_protocols import BENCHMARK_PROTOCOLS, read_option, score_column
 from llavar_peft.evaluation.vqa.caption_metrics import tokenize
+from llavar_peft.evaluation.vqa.protocol_lines import PROTOCOL_NAMES, explain_protocol, protocol_anchor
 from llavar_peft.evaluation.vqa.scored_results import Setting, score_answers
 from llavar_peft.evaluation.vqa.vqa_questions import VqaQuestion
 
@@ -155,3 +157,18 @@ def test_the_published_predictions(shared_dir: Path) -> None:
         for name in ("meteor", "rouge-l", "cider")
     }
     assert found == {"meteor": 11.9, "rouge-l": 14.3, "cider": 30.1}  # the paper's: 12.8, 14.3, 30.9
+
+
+def test_each_protocol_has_a_line_and_an_anchor() -> None:
+    """What the report shows beside a protocol's name, and where the documentation explains it."""
+    page = (Path(__file__).parents[2] / "docs" / "evaluation.md").read_text(encoding="utf-8")
+    assert {*PROTOCOLS, *BENCHMARK_PROTOCOLS} <= set(PROTOCOL_NAMES)
+    for name in PROTOCOL_NAMES:
+        assert f'<span id="{protocol_anchor(name)}">`{name}`</span>' in page, name
+        assert "\n" not in explain_protocol(name)
+        assert explain_protocol(name)
+    assert explain_protocol("mme accuracy+") == explain_protocol("mme")
+    assert explain_protocol("mme-first-word score") == explain_protocol("mme-first-word")
+    assert explain_protocol("field a.b c") == explain_protocol("field NAME")
+    assert explain_protocol("field a.b c F1") == explain_protocol("field NAME F1")
+    assert explain_protocol("own") == ""

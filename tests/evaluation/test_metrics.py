@@ -305,3 +305,33 @@ def test_the_paired_interval_of_equal_runs_is_zero() -> None:
     assert difference_interval(np.concatenate([rows, ones, rows, ones], axis=1)) == (0, 0)
     low, high = difference_interval(np.concatenate([ones, ones, 0 * ones, ones], axis=1))
     assert (low, high) == (1, 1)
+
+
+@pytest.mark.parametrize(
+    ("rows", "independent"),  # (right answers, answers) of each image; Wilson's interval of how many answers
+    [
+        ([(0, 1)] * 20, 20),  # 0 to 16 %
+        ([(0, 5)] * 20, 20),  # the answers on an image may be alike
+        ([(1, 1)] * 3 + [(0, 1)] * 37, 40),
+        ([(4, 4)] * 3 + [(0, 4)] * 37, 40),  # and are
+        ([(1, 2), (0, 2)] * 20, 80),  # less alike than by chance: never more than the answers
+        ([(3, 3), (0, 1), (1, 1), (0, 3)], 0.25 / (2 * (1.5**2 + 0.5**2) / 8**2)),
+        ([(2, 4)], 1),
+        ([(1, 1), (0, 1), (0, 0)], 2),  # an image without an answer
+    ],
+)
+def test_proportions_have_one_interval(rows: list[tuple[int, int]], independent: float) -> None:
+    table = np.array(rows, dtype=float)
+    ((low, high),) = ratio_intervals(table[:, :1], table[:, 1:])
+    share = table[:, 0].sum() / table[:, 1].sum()
+    z = 1.959964  # Wilson's formula, as its two roots
+    roots = np.roots([1 + z * z / independent, -(2 * share + z * z / independent), share**2])
+    assert (low, high) == pytest.approx((min(roots), max(roots)), abs=1e-9)
+
+
+def test_ratings_are_no_proportions() -> None:
+    """Whole ratings that happen to be below the reference's are not numbers of right answers."""
+    ours, reference = np.array([[8.0], [6], [9], [7]]), np.full((4, 1), 10.0)
+    low, high = ratio_intervals(ours, reference, counts=False)[0]
+    assert low > 0.6
+    assert ratio_intervals(ours, reference)[0] != (low, high)

@@ -128,6 +128,7 @@ def test_a_run_shows_what_each_stage_changed(run: Path, capsys: pytest.CaptureFi
         "39.2",  # the paper's, on a data set of this name
         "From 'after one' to 'after two': 1 of 4 answers became better, 1 became worse.",
         "By letter height",
+        "What the protocols count multimodalocr a truth occurs as whole words in the answer",
         "Useful tokens per second 2,000",
         "Peak memory, MB",
         "Learning rate",

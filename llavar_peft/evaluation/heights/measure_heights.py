@@ -11,7 +11,6 @@ from llavar_peft.evaluation.heights.height_results import HeightCurve, HeightPoi
 from llavar_peft.evaluation.vqa.answer_questions import answer_questions
 from llavar_peft.evaluation.vqa.scored_results import Setting, rate, score_answers
 from llavar_peft.evaluation.vqa.vqa_questions import VqaQuestion
-from llavar_peft.page.run_figures import wilson
 
 if TYPE_CHECKING:
     from llavar_peft.data.image_roots import ImageRoots
@@ -65,8 +64,5 @@ def score_height(height: float, answered: Sequence[VqaQuestion], settings: Heigh
     records = score_answers(answered, "", Setting(), [settings.protocol]).records
     value, low, high = rate(records, settings.protocol)
     images = len({record.drawn_with for record in records})
-    if value in (0, 100):
-        # A bootstrap of equal scores has no width, however few there are.
-        low, high = (100 * end for end in wilson(value / 100, images))
     enlarged = sum(height > (letter_height(one) or height) for one in answered)
     return HeightPoint(height, value, low, high, len(records), images, enlarged)

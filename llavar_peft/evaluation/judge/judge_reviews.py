@@ -130,7 +130,7 @@ def _summarize_category(name: str, reviews: Sequence[Review]) -> Category:
     scores = [review.scores for review in reviews if review.scores is not None]
     table = np.array(scores, dtype=float)
     reference, ours, ratio = _means_and_ratio(scores)
-    ((low, high),) = ratio_intervals(table[:, 1:], table[:, :1])
+    ((low, high),) = ratio_intervals(table[:, 1:], table[:, :1], counts=False)
     both = [(review.scores, review.swapped_scores) for review in reviews if review.scores and review.swapped_scores]
     same = sum(_better(one) == _better(other) for one, other in both)
     return Category(

@@ -13,6 +13,7 @@ from llavar_peft.evaluation.fields.score_fields import FIELDS, compare_fields
 from llavar_peft.evaluation.vqa.answer_metrics import LOWER_IS_BETTER
 from llavar_peft.evaluation.vqa.compare_results import Comparison, compare_results
 from llavar_peft.evaluation.vqa.diagnose_results import Group, break_down, count_too_small
+from llavar_peft.evaluation.vqa.protocol_lines import explain_protocol
 from llavar_peft.evaluation.vqa.scored_results import Answered, Figure, Results
 from llavar_peft.page.image_gallery import Asked, GalleryCard, ShownAnswer, displayed_answers, make_answer
 from llavar_peft.page.inline_images import InlineImage, embed_image
@@ -128,6 +129,7 @@ def _rows(chain: Sequence[Labelled]) -> list[FigureRow]:
                 cells,
                 _difference(chain, protocol),
                 f"{paper[protocol]:.1f}" if protocol in paper else "",
+                explain_protocol(protocol),
             )
         )
     return rows

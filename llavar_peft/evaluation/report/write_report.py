@@ -15,7 +15,9 @@ from llavar_peft.evaluation.heights.heights_view import view_heights
 from llavar_peft.evaluation.judge.judge_reviews import read_reviews, summarize_reviews
 from llavar_peft.evaluation.report.report_view import Images, Labelled, bar_share, view_dataset
 from llavar_peft.evaluation.vqa.answer_metrics import LOWER_IS_BETTER
+from llavar_peft.evaluation.vqa.results_findings import find_in_all
 from llavar_peft.evaluation.vqa.scored_results import Results, read_results
+from llavar_peft.page.findings import choose_findings, find_in_run
 from llavar_peft.page.report_page import REPORT_NAME, DatasetView, Head, write_report_page
 from llavar_peft.page.run_log import RunLog, read_run
 from llavar_peft.recipe.recipe_yaml import parse_yaml
@@ -102,7 +104,9 @@ def write_report(run_dir: Path | None, out: Path | None = None, settings: Report
     heads = [_head(chain, protocol) for chain, protocol in zip(chains, chosen, strict=True)]
     heads += [_judge_head(path) for path in dict.fromkeys(path.resolve() for path in reviews)]
     title = settings.title or (run_dir.resolve().name if run_dir is not None else "Evaluation")
-    return write_report_page(page, title, heads, views, run, settings.images_per_row, heights)
+    latest = [(chain[-1].results, protocol) for chain, protocol in zip(chains, chosen, strict=True)]
+    findings = choose_findings([*(find_in_run(run.stages) if run is not None else ()), *find_in_all(latest)])
+    return write_report_page(page, title, heads, views, run, settings.images_per_row, heights, findings)
 
 
 def _results_of(run: RunLog | None) -> list[Path]:

@@ -20,21 +20,35 @@ CONFIDENCE: Final = 0.95
 _SEED: Final = 0
 
 
-def ratio_intervals(points: FloatArray, out_of: FloatArray) -> list[tuple[float, float]]:
+def ratio_intervals(points: FloatArray, out_of: FloatArray, *, counts: bool = True) -> list[tuple[float, float]]:
     """Return 95 % intervals of ratios: sums of points over sums of attainable points.
 
-    Proportions have Wilson's interval: rows of the same weight, each with all points or none. So have ratios of which
-    every row has all points, or every row none: nothing in them varies, but 0 of 20 does not mean 0. Others have the
-    percentile bootstrap interval, for which rows are drawn with replacement; see ``sum_by_name``. The result is
-    deterministic.
+    Proportions have Wilson's interval. Where rows have several answers, it is that of the number of independent answers
+    that vary as much as the rows do: answers on one image are alike, so that they count as fewer. Ratios of other
+    points (means of similarities, error rates, ratings) have the percentile bootstrap interval, for which rows are
+    drawn with replacement, see ``sum_by_name``; if every row has all points, or every row none, they have Wilson's of
+    the rows too, because 0 of 20 does not mean 0. The result is deterministic.
 
     Args:
         points: ``[N, M]``: N rows, scored in M ways.
         out_of: ``[N, M]``: the attainable points.
+        counts: Whether whole points are numbers of right answers out of ``out_of``.
 
     Returns:
         Lower and upper end for each of the M ways.
     """
+    found = [
+        (_count_interval(points[:, way], out_of[:, way]) if counts else None)
+        or _proportion_interval(points[:, way], out_of[:, way])
+        for way in range(points.shape[1])
+    ]
+    left = [way for way, interval in enumerate(found) if interval is None]
+    for way, interval in zip(left, _bootstrap(points[:, left], out_of[:, left]) if left else (), strict=True):
+        found[way] = interval
+    return [interval for interval in found if interval is not None]
+
+
+def _bootstrap(points: FloatArray, out_of: FloatArray) -> list[tuple[float, float]]:
     generator = np.random.default_rng(_SEED)
     rows = len(points)
     both = np.concatenate([points, out_of], axis=1)
@@ -46,11 +60,23 @@ def ratio_intervals(points: FloatArray, out_of: FloatArray) -> list[tuple[float,
         ratios[number] = sums[: points.shape[1]] / np.where(attainable > 0, attainable, 1.0)
     tail = (1.0 - CONFIDENCE) / 2
     low, high = np.quantile(ratios, [tail, 1.0 - tail], axis=0)
-    ends = zip(low.tolist(), high.tolist(), strict=True)
-    return [
-        _proportion_interval(points[:, way], out_of[:, way]) or (float(lower), float(upper))
-        for way, (lower, upper) in enumerate(ends)
-    ]
+    return list(zip(low.tolist(), high.tolist(), strict=True))
+
+
+def _count_interval(points: FloatArray, out_of: FloatArray) -> tuple[float, float] | None:
+    """Return Wilson's interval of right answers out of all answers; None if the points are no such numbers."""
+    counted = out_of > 0
+    right, answers = points[counted], out_of[counted]
+    whole = (right == np.floor(right)).all() and (answers == np.floor(answers)).all()
+    if not len(right) or not whole or (right < 0).any() or (right > answers).any():
+        return None
+    total = float(answers.sum())
+    share = float(right.sum()) / total
+    if share in (0.0, 1.0):
+        return wilson(share, len(right))
+    variance = float(((right - share * answers) ** 2).sum()) / total**2
+    independent = share * (1 - share) / variance if len(right) > 1 and variance > 0 else total if len(right) > 1 else 1
+    return wilson(share, min(max(independent, 1.0), total))
 
 
 def _proportion_interval(points: FloatArray, out_of: FloatArray) -> tuple[float, float] | None:

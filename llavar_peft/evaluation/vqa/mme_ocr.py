@@ -160,11 +160,14 @@ def _figures(records: Sequence[Answered], rule: Rule, setting: Setting) -> list[
         pairs.setdefault(record.image, []).append(record)
     right = np.array([sum(record.scores[rule].points for record in pair) for pair in pairs.values()])
     neither = np.array([sum(read_yes_or_no(one.answer, rule) is None for one in pair) for pair in pairs.values()])
-    accuracy, whole = right / _PAIR, (right == _PAIR).astype(float)
-    columns = {"accuracy": accuracy, "accuracy+": whole, "score": accuracy + whole, "neither": neither / _PAIR}
-    points = np.stack(list(columns.values()), axis=1)
-    intervals = ratio_intervals(points, np.ones_like(points))
+    whole = (right == _PAIR).astype(float)
+    columns = {"accuracy": right, "accuracy+": whole, "score": right / _PAIR + whole, "neither": neither}
+    points = np.stack(list(columns.values()), axis=1).astype(float)
+    out_of = np.broadcast_to([_PAIR, 1.0, 1.0, _PAIR], points.shape)
+    # The score, of 2, is no proportion.
+    counts = ratio_intervals(points, out_of)
+    counts[2:3] = ratio_intervals(points[:, 2:3], out_of[:, 2:3], counts=False)
     return [
         Figure(f"{rule} {name}", 100 * float(value), 100 * low, 100 * high, len(records), name == "neither", setting)
-        for name, value, (low, high) in zip(columns, points.mean(axis=0), intervals, strict=True)
+        for name, value, (low, high) in zip(columns, points.sum(axis=0) / out_of.sum(axis=0), counts, strict=True)
     ]

@@ -208,7 +208,8 @@ def rate(records: Sequence[Answered], protocol: str) -> tuple[float, float, floa
     """Return the figure of some records in percent, and the ends of its 95 % interval."""
     scores = np.array([[record.scores[protocol].points, record.scores[protocol].out_of] for record in records])
     by_image = sum_by_name(scores, [record.drawn_with for record in records])
-    ((low, high),) = ratio_intervals(by_image[:, :1], by_image[:, 1:])
+    counts = protocol not in LOWER_IS_BETTER
+    ((low, high),) = ratio_intervals(by_image[:, :1], by_image[:, 1:], counts=counts)
     points, out_of = scores.sum(axis=0)
     return 100 * float(points / (out_of or 1.0)), 100 * low, 100 * high
 
