@@ -214,12 +214,21 @@ class Chat:
         sampling: Sampling | None = None,
         system: str | None = None,
         schema: SchemaInput | None = None,
+        image_first: bool = False,
     ) -> Request:
-        """Prepare a question for ``answer``. The arguments are those of ``ask``, and ``system``, the system prompt."""
+        """Prepare a question for ``answer``. The arguments are those of ``ask``, and these.
+
+        Args:
+            system: The system prompt.
+            image_first: Whether the images precede the question in every template, for a model that was trained on
+                such records. Otherwise they stand where the template has them; in LLaVAR's, they follow the question.
+        """
         if not isinstance(question, str):
             raise ConfigError.at("question", f"got {type(question).__name__}, expected a string", "write the question")
         images = prepare_images(image, self.engine.processor, image_mode)
         content = self.engine.processor.conversation_template.question(question, len(images))
+        if image_first and images:
+            content = [*(None for _ in images), f"\n{question}"]
         return Request(
             ids=encode_messages(self.engine.processor, [("human", content)], images, system=system),
             images=images,

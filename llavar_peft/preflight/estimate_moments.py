@@ -82,9 +82,9 @@ class StepMoments:
         if isinstance(self.stage.tune, Projector):
             projector = 4.0 * (counts.projector + counts.cross_attention)
         else:
-            # peft trains copies of the projector and of the cross-attention, and keeps the originals.
+            # peft trains a copy of the projector, and keeps the original.
             projector = counts.projector * (each + 4.0 * self.stage.tune.train_projector)
-            projector += counts.cross_attention * (each + 4.0)
+            projector += counts.cross_attention * 4.0
         # Scales are no parameters, and are not sharded.
         scales = _SCALES * counts.linear if quantize == "nf4" else 0.0
         return (linear + others + projector) / self.shards + scales

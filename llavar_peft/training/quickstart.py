@@ -203,7 +203,12 @@ def quickstart_recipe(root: Path, tune: QuickstartTune, *, seed: int = 0, parts:
 
 
 def score(
-    chat: Chat, questions: Sequence[tuple[Path, str, str]], *, blank: bool = False, batch_size: int = 25
+    chat: Chat,
+    questions: Sequence[tuple[Path, str, str]],
+    *,
+    blank: bool = False,
+    batch_size: int = 25,
+    image_first: bool = False,
 ) -> tuple[float, list[str]]:
     """Return the share of exact answers to questions about images, and a line for each wrong answer.
 
@@ -212,6 +217,7 @@ def score(
         questions: Triples of image, question and expected answer.
         blank: Whether each image is replaced by a blank one of its size, in the color of its corner.
         batch_size: Number of images per forward pass.
+        image_first: As in ``Chat.request``.
     """
     from PIL import Image
 
@@ -227,7 +233,7 @@ def score(
         if blank:
             images = [Image.new("RGB", image.size, image.getpixel((0, 0))) for image in images]
         requests = [
-            chat.request(image, question, sampling=sampling)
+            chat.request(image, question, sampling=sampling, image_first=image_first)
             for image, (_, question, _) in zip(images, batch, strict=True)
         ]
         for (path, question, truth), answer in zip(batch, chat.answer(requests, batch_size=batch_size), strict=True):

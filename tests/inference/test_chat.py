@@ -14,6 +14,8 @@ import torch
 from PIL import Image
 
 from llavar_peft import Chat, ModelConfig, build_model, load_chat
+from llavar_peft.constants import IGNORE_INDEX
+from llavar_peft.data.encode_record import encode_record
 from llavar_peft.errors import ConfigError, WeightsError
 from llavar_peft.inference.engine import Engine
 from llavar_peft.inference.generation_request import PromptImage, Request, encode_messages
@@ -94,6 +96,21 @@ def test_prompts_are_the_processors(chat: Chat, images: list[Path]) -> None:
     vocabulary = processor.tokenizer.get_vocab()
     count = {name: request.ids.tolist().count(vocabulary[name]) for name in ("</s>", "<im_start>", "<im_patch>", "<s>")}
     assert count == {"</s>": 0, "<im_start>": 1, "<im_patch>": processor.num_image_tokens, "<s>": 1}
+
+
+@pytest.mark.parametrize("image_first", [False, True])
+def test_a_question_is_written_as_the_records_are_on_which_the_model_was_trained(
+    image_first: bool, chat: Chat, images: list[Path]
+) -> None:
+    processor = chat.engine.processor
+    asked = "<image>\nRead." if image_first else "Read.\n<image>"
+    turns = [{"from": "human", "value": asked}, {"from": "gpt", "value": "No."}]
+    example = encode_record({"image": "a.png", "conversations": turns}, processor, 2048)
+    request = chat.request(images[0], "Read.", image_first=image_first)
+    (answer,) = (example.labels != IGNORE_INDEX).nonzero()[:1, 0].tolist()
+    assert request.ids.tolist() == example.input_ids[:answer].tolist()
+    with_image, without = (chat.request(shown, "Read.", image_first=True).ids for shown in (images[0], None))
+    assert len(with_image) > len(without)
 
 
 def _fresh(chat: Chat, turns: list[tuple[str, Path | Image.Image | None, str]], adapter: str | None = None) -> str:

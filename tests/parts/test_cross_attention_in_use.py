@@ -121,6 +121,18 @@ def test_an_adapter_contains_the_cross_attention(models: PlainModel, adapter: Pa
     assert torch.equal(_open(tmp_path / "ours"), _open(tmp_path / "merged"))
 
 
+def test_training_an_adapter_keeps_one_cross_attention(models: PlainModel) -> None:
+    """In half precision, the base's would otherwise stand beside the float32 one that is trained."""
+    model, _ = build_model(dataclasses.replace(models.added, dtype="bfloat16"))
+    names = [name for name, _ in model.named_parameters() if "cross_attention" in name]
+    trained = apply_tuning(model, LORA, new_rows=True)
+    found = {name: one for name, one in trained.named_parameters() if "cross_attention" in name}
+    assert len(found) == len(names)
+    assert {(one.dtype, one.requires_grad) for one in found.values()} == {(torch.float32, True)}
+    with trained.disable_adapter(), pytest.raises(AttributeError, match="load it with load_adapter"):
+        _ = trained.get_base_model().model.cross_attention.layers
+
+
 def test_an_adapter_is_merged_into_the_language_model_of_its_parts(models: PlainModel, tmp_path: Path) -> None:
     adapter = save_tuned(models.parts, LORA, tmp_path / "adapter")
     assert verify_adapter(adapter, base=models.vicuna).base == "fingerprint"
