@@ -2,8 +2,8 @@
 
 ``llavar``    this package's layout, for ``build_model``, ``Trainer`` and ``ask``
 ``original``  the layout of the released weights, for the original's code; contains no vision tower
-``hf-llava``  stock ``transformers.LlavaForConditionalGeneration`` with processor and chat template, which ``pipeline``,
-              vLLM and SGLang run without this package
+``hf-llava``  stock ``transformers.LlavaForConditionalGeneration`` with processor and chat template, which ``pipeline``
+              and vLLM run without this package
 ``adapter``   an adapter of this package, from a LoRA of LLaVA's own code
 """
 

@@ -2,7 +2,7 @@
 
 Ours are the module names of ``LlavarForConditionalGeneration``, the released ones those of LLaVAR's
 ``LlavaLlamaForCausalLM``, and the stock ones those of ``transformers.LlavaForConditionalGeneration`` in checkpoints on
-the hub, which transformers 4 and 5, vLLM and SGLang read.
+the hub.
 """
 
 from __future__ import annotations
