@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 import llavar_peft
 from llavar_peft import ModelConfig, build_model, make_delta
@@ -112,7 +113,12 @@ def _prepare(folder: Path) -> None:
         shutil.copytree(drawn, folder / images)
     shutil.copyfile(next(drawn.iterdir()), folder / "poster.png")
     shutil.copytree(drawn, folder / "images")
-    question = {"question_id": 0, "image": next(drawn.iterdir()).name, "text": "Read.", "category": "conv"}
+    Image.open(folder / "poster.png").convert("RGB").save(folder / "receipt.pdf")
+    fields = {"type": "object", "properties": {"total": {"type": "string", "maxLength": 9}}, "required": ["total"]}
+    (folder / "receipt.schema.json").write_text(json.dumps(fields))
+    name = next(drawn.iterdir()).name
+    (folder / "receipts.csv").write_text(f"image,question,answer\n{name},What is the total?,23.80\n")
+    question = {"question_id": 0, "image": name, "text": "Read.", "category": "conv"}
     (folder / "questions.jsonl").write_text(json.dumps(question) + "\n")
 
 
@@ -154,7 +160,7 @@ def test_every_command_and_python_block_runs(tmp_path: Path, monkeypatch: pytest
         assert (tmp_path / name).is_dir(), name
 
 
-@pytest.mark.parametrize("page", [*PAGES, "docs/formats.md"])
+@pytest.mark.parametrize("page", [*PAGES, "docs/formats.md", "docs/receipts_to_json.md"])
 @pytest.mark.skipif(not (ROOT / "README.md").is_file(), reason="needs the repository")
 def test_links_lead_to_files(page: str) -> None:
     text = (ROOT / page).read_text(encoding="utf-8")
