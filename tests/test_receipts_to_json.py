@@ -110,7 +110,7 @@ def test_quickstart_with_modern_parts_leads_to_fields(
 
     results = json.loads(Path("runs/receipts/unseen.results.json").read_text())
     figures = {figure["protocol"]: figure for figure in results["figures"]}
-    assert figures["valid JSON"]["count"] == 60
+    assert figures["valid JSON"]["records"] == 60
     assert figures["valid JSON"]["value"] >= 90
     assert figures["fields right"]["value"] >= (85 if WHOLE else 80)
     page = Path("runs/receipts/report.html").read_text()
