@@ -87,12 +87,9 @@ def eval_vqa(
     not say so.
     """
     from llavar_peft.data.image_roots import ImageRoots
-    from llavar_peft.data.image_views import RELEASED_SIDE
-    from llavar_peft.evaluation.vqa.diagnose_results import borrow_heights, measure_letter_height
-    from llavar_peft.evaluation.vqa.results_findings import name_resolution
+    from llavar_peft.evaluation.vqa.diagnose_results import borrow_heights
     from llavar_peft.evaluation.vqa.scored_results import Setting, score_answers
     from llavar_peft.evaluation.vqa.vqa_questions import read_predictions, read_vqa_questions
-    from llavar_peft.recipe.resolution import resolution_from
 
     protocols = _choose_protocols(metric or [])
     source = evaluated.choose_source("eval vqa", dataset, model, predictions)
@@ -116,13 +113,10 @@ def eval_vqa(
         chat, setting = evaluated.load_evaluated_model(model, adapter, vision_tower, quantize, chosen)
         log = out.with_suffix(".answers.jsonl")
         answered = evaluated.answer_with_progress(chat, questions, roots or ImageRoots(), setting, log)
-    processor = chat.engine.processor if chat else RELEASED_SIDE
     measured = borrow_heights(answered, heights) if heights else answered
-    mode = setting.image_mode or "pad"
-    measures = measure_letter_height(measured, roots, mode, processor)
+    measures, resolution = evaluated.measure_letters(chat, model, measured, roots, setting)
     results = score_answers(answered, name or str(source), setting, protocols, measures)
-    own = resolution_from(chat.engine.processor.resolution, str(model)) if chat else None
-    report_results(results, out, as_json=as_json, resolution=lambda: name_resolution(measured, processor, mode, own))
+    report_results(results, out, as_json=as_json, resolution=resolution)
 
 
 def eval_mme(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, TypeAlias
 
@@ -15,6 +15,7 @@ from llavar_peft.recipe.schema import Quantization
 if TYPE_CHECKING:
     from llavar_peft.data.image_roots import ImageRoots
     from llavar_peft.data.json_schema import AnswerSchema
+    from llavar_peft.evaluation.vqa.diagnose_results import Measure
     from llavar_peft.evaluation.vqa.scored_results import Setting
     from llavar_peft.evaluation.vqa.vqa_questions import VqaQuestion
     from llavar_peft.inference.chat import Chat
@@ -90,3 +91,27 @@ def answer_with_progress(
 
     with resumable(log), show_count("asking") as progress:
         return answer_questions(chat, questions, roots, setting, log, progress, schema=schema)
+
+
+def measure_letters(
+    chat: Chat | None, model: Path | None, questions: Sequence[VqaQuestion], roots: ImageRoots | None, setting: Setting
+) -> tuple[Mapping[str, Measure], Callable[[], str | None]]:
+    """Return the letter heights of questions, and a function that returns the resolution which reads them all.
+
+    Args:
+        chat: The model that answered; None for a file of answers, whose model is taken to see as LLaVAR does.
+        model: Its folder.
+        questions: The questions, some with the height of their text.
+        roots: Folders of the images; None leaves out those whose size is unknown.
+        setting: How the answers were generated.
+    """
+    from llavar_peft.data.image_views import RELEASED_SIDE
+    from llavar_peft.evaluation.vqa.diagnose_results import measure_letter_height
+    from llavar_peft.evaluation.vqa.results_findings import name_resolution
+    from llavar_peft.recipe.resolution import resolution_from
+
+    processor = chat.engine.processor if chat else RELEASED_SIDE
+    mode = setting.image_mode or "pad"
+    own = resolution_from(chat.engine.processor.resolution, str(model)) if chat else None
+    measures = measure_letter_height(questions, roots, mode, processor)
+    return measures, lambda: name_resolution(questions, processor, mode, own)

@@ -50,6 +50,8 @@ def eval_fields(
     from llavar_peft.evaluation.vqa.vqa_questions import read_predictions, read_vqa_questions
 
     source = evaluated.choose_source("eval fields", dataset, model, predictions)
+    roots = ImageRoots(images) if images else None
+    chat = None
     if model is None or dataset is None:
         setting = stated_setting(context, predictions or source)
         answered = read_predictions(predictions or source, dataset, limit=limit, split=split)
@@ -68,6 +70,7 @@ def eval_fields(
         check_output_file(out, "--out")
         chat, setting = evaluated.load_evaluated_model(model, adapter, vision_tower, quantize, chosen)
         log = out.with_suffix(".answers.jsonl")
-        roots = ImageRoots(images) if images else ImageRoots()
-        answered = evaluated.answer_with_progress(chat, questions, roots, setting, log, form)
-    report_results(score_forms(answered, name or str(source), setting), out, as_json=as_json)
+        answered = evaluated.answer_with_progress(chat, questions, roots or ImageRoots(), setting, log, form)
+    measures, resolution = evaluated.measure_letters(chat, model, answered, roots, setting)
+    results = score_forms(answered, name or str(source), setting, measures)
+    report_results(results, out, as_json=as_json, resolution=resolution)

@@ -190,7 +190,9 @@ def test_the_command_and_the_report(checkpoint: Path, tmp_path: Path, capsys: py
     arguments = ["eval", "fields", "--dataset", str(drawn / "records.json"), "--images", str(drawn / "images")]
     arguments += ["--model", str(checkpoint), "--schema", str(schema), "--out", str(results)]
     assert main(arguments) == 0
-    figures = {one["protocol"]: one["value"] for one in json.loads(results.read_text())["figures"]}
+    written = json.loads(results.read_text())
+    assert all(4 < record["letter_height"] < 60 for record in written["records"])
+    figures = {one["protocol"]: one["value"] for one in written["figures"]}
     assert figures["valid JSON"] == 100
     assert figures["documents right"] == 0
     assert "field total F1" in capsys.readouterr().out

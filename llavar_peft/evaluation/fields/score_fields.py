@@ -22,6 +22,7 @@ from llavar_peft.errors import DataError
 from llavar_peft.evaluation.fields.field_values import flatten, normalize_value, parse_fields
 from llavar_peft.evaluation.fields.tree_distance import normalize_form, tree_accuracy
 from llavar_peft.evaluation.vqa.answer_metrics import Score
+from llavar_peft.evaluation.vqa.diagnose_results import Measure
 from llavar_peft.evaluation.vqa.scored_results import Answered, Figure, Results, Setting, rate
 from llavar_peft.evaluation.vqa.vqa_questions import VqaQuestion
 
@@ -32,13 +33,16 @@ _FIX: Final = "use records whose answer is a JSON object, as those of 'llavar-pe
 Leaves: TypeAlias = "Counter[tuple[str, str]]"
 
 
-def score_forms(questions: Sequence[VqaQuestion], dataset: str, setting: Setting) -> Results:
+def score_forms(
+    questions: Sequence[VqaQuestion], dataset: str, setting: Setting, measures: Mapping[str, Measure] | None = None
+) -> Results:
     """Score the answers about forms.
 
     Args:
         questions: Questions whose truth is JSON, with their answers.
         dataset: Name of the data set.
         setting: How the answers were generated.
+        measures: Letter height and position by question id; see ``measure_letter_height``.
 
     Raises:
         DataError: A truth is not JSON, or no form has a field.
@@ -51,9 +55,13 @@ def score_forms(questions: Sequence[VqaQuestion], dataset: str, setting: Setting
     for question, truth in zip(questions, truths, strict=True):
         answer = question.answer or ""
         scores = dict(_scores(parse_fields(answer), truth, names))
+        height, position = (measures or {}).get(question.id, (None, None))
         records.append(
-            Answered(question.id, question.question, answer, question.truths, question.image, question.fields, scores)
-        )
+            Answered(
+                question.id, question.question, answer, question.truths, question.image, question.fields, scores,
+                height, position,
+            )
+        )  # fmt: skip
     # A field counts in the documents that have it.
     counts = {name: sum(record.scores[name].out_of > 0 for record in records) for name in _own(names)}
     figures = [
