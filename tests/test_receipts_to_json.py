@@ -116,6 +116,7 @@ def test_quickstart_with_modern_parts_leads_to_fields(
     page = Path("runs/receipts/report.html").read_text()
     assert "field items.price" in page
     assert "field seller" in page
+    assert "held-out images say little" not in page  # 60 documents say more than the run's 16 images
 
     asked = next(text for command, text in printed.items() if command.startswith("llavar-peft ask"))
     assert set(json.loads(asked)) == {"shop", "items", "total"}

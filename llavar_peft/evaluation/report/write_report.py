@@ -105,7 +105,10 @@ def write_report(run_dir: Path | None, out: Path | None = None, settings: Report
     heads += [_judge_head(path) for path in dict.fromkeys(path.resolve() for path in reviews)]
     title = settings.title or (run_dir.resolve().name if run_dir is not None else "Evaluation")
     latest = [(chain[-1].results, protocol) for chain, protocol in zip(chains, chosen, strict=True)]
-    findings = choose_findings([*(find_in_run(run.stages) if run is not None else ()), *find_in_all(latest)])
+    in_run = find_in_run(run.stages) if run is not None else ()
+    if latest:  # which have more records than the few images that a run looks at
+        in_run = tuple(one for one in in_run if one.kind != "few")
+    findings = choose_findings([*in_run, *find_in_all(latest)])
     return write_report_page(page, title, heads, views, run, settings.images_per_row, heights, findings)
 
 
