@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import random
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,16 @@ from llavar_peft import cli
 from llavar_peft.evaluation.report.write_report import ReportSettings, write_report
 from llavar_peft.evaluation.vqa.answer_metrics import Score
 from llavar_peft.evaluation.vqa.results_findings import find_in_all, find_in_results, name_resolution
-from llavar_peft.evaluation.vqa.scored_results import Answered, Figure, Results, Setting, rate, score_answers
+from llavar_peft.evaluation.vqa.scored_results import (
+    Answered,
+    Figure,
+    Results,
+    Setting,
+    rate,
+    read_results,
+    score_answers,
+    write_results,
+)
 from llavar_peft.evaluation.vqa.vqa_questions import VqaQuestion
 from llavar_peft.page.findings import (
     PartFigure,
@@ -68,7 +78,7 @@ def noisy(count: int, slope: float, noise: float, seed: int = 0, alike: float = 
         ([3.0 - 0.01 * n for n in range(40)], (), (), True),  # a line without noise
         ([3.0, math.nan, math.inf] * 200, (), (), False),
         ([3.0 / (1 + n) ** 0.5 for n in range(400)], (), (), True),
-        ([1.0 + 2.0 * math.exp(-n / 30) for n in range(400)], (), (), False),  # it has settled
+        ([1.0 + 2.0 * math.exp(-n / 30) for n in range(400)], (), (), False),  # it falls no longer
     ],
 )
 def test_a_loss_that_still_falls(losses, held, exact, found: bool) -> None:
@@ -206,14 +216,17 @@ def scored(asked: list[VqaQuestion], name: str = "d.json") -> Results:
     return score_answers(asked, name, Setting(), ("multimodalocr", "anls", "cer"), measures)
 
 
-def test_findings_of_results() -> None:
+def test_findings_of_results(tmp_path: Path) -> None:
     small = questions(200, lambda number: number % 4 > 0 and number % 3 > 0)
     (finding,) = find_in_results(scored(small), "multimodalocr")
     assert finding.text.startswith("25 % of the answers stand in letters below 7 px of the tower's input: 0 % of these")
     line = name_resolution(small, 336, "pad", None)
     assert line is not None
     assert line.startswith("resolution: {")
-    assert f"put {line} under model" in find_in_results(scored(small), "anls", line)[0].text
+    named = replace(scored(small), resolution=line)
+    assert f"put {line} under model" in find_in_results(named, "anls")[0].text
+    write_results(named, tmp_path / "named.json")
+    assert read_results(tmp_path / "named.json").resolution == line
     assert not find_in_results(scored(small), "cer")
     source = ("photo", "scan", "screen")
     weak = questions(240, lambda number: number % 3 != 1 and number % 5 > 0, source=lambda number: source[number % 3])

@@ -204,12 +204,13 @@ def stated_setting(context: typer.Context, answers: Path) -> Setting:
 
 def _choose_protocols(names: Sequence[str]) -> list[Protocol | BenchmarkProtocol]:
     from llavar_peft.evaluation.vqa.answer_metrics import PROTOCOLS
-    from llavar_peft.evaluation.vqa.benchmark_protocols import BENCHMARK_PROTOCOLS
+    from llavar_peft.evaluation.vqa.benchmark_protocols import BENCHMARK_PROTOCOLS, check_packages
 
     known: list[Protocol | BenchmarkProtocol] = [*PROTOCOLS, *BENCHMARK_PROTOCOLS]
     unknown = [name for name in names if name not in known]
     if unknown:
         raise ConfigError.at("--metric", f"unknown protocol (got {unknown[0]!r})", f"use one of {', '.join(known)}")
+    check_packages(names)
     return [protocol for protocol in known if protocol in names]
 
 
@@ -224,9 +225,16 @@ def report_results(
         as_json: Whether to print JSON only.
         resolution: Returns the line of the recipe with a resolution that reads letters that are too small.
     """
+    from dataclasses import replace
+
     from llavar_peft.evaluation.vqa.results_findings import find_in_results
     from llavar_peft.evaluation.vqa.scored_results import write_results
 
+    protocol = next(iter(results.records[0].scores))
+    findings = find_in_results(results, protocol)
+    if resolution is not None and any(one.kind == "small" for one in findings):
+        results = replace(results, resolution=resolution())
+        findings = find_in_results(results, protocol)
     if out is not None:
         check_output_file(out, "--out")
         write_results(results, out)
@@ -250,8 +258,4 @@ def report_results(
             say(f"{key.replace('_', ' '):<12} {'unknown' if setting[key] is None else setting[key]}")
     if out is not None:
         say(f"{'results':<12} {out}")
-    protocol = next(iter(results.records[0].scores))
-    findings = find_in_results(results, protocol)
-    if resolution is not None and any(one.kind == "small" for one in findings):
-        findings = find_in_results(results, protocol, resolution())
     say_next(findings)

@@ -31,7 +31,7 @@ _MAD_TO_DEVIATION: Final = 1.4826
 
 _FEWEST_RECORDS: Final = 30
 _WIDEST: Final = 20.0  # points
-_WANTED: Final = 5.0  # points on each side
+_CLOSE: Final = 5.0  # points on each side
 
 GAP: Final = 10.0
 """Points that a part has to be below the rest."""
@@ -201,8 +201,8 @@ def find_few_records(figure: str, records: int, low: float, high: float, noun: s
     if records < 1 or (records >= _FEWEST_RECORDS and high - low <= _WIDEST):
         return None
     middle = min(max((low + high) / 200, 0.0), 1.0)
-    wanted = math.ceil(Z**2 * middle * (1 - middle) / (_WANTED / 100) ** 2 / 10) * 10
-    more = f": about {wanted:,} would show it to within {_WANTED:g} points" if wanted > records else ""
+    needed = math.ceil(Z**2 * middle * (1 - middle) / (_CLOSE / 100) ** 2 / 10) * 10
+    more = f": about {needed:,} would show it to within {_CLOSE:g} points" if needed > records else ""
     return Finding(
         "few",
         f"{records:,} {noun}{'' if records == 1 else 's'} say little: the 95 % interval of {figure} is {low:.0f} to "

@@ -9,6 +9,7 @@ import pytest
 import yaml
 
 from llavar_peft import cli
+from llavar_peft.evaluation.vqa import caption_metrics
 
 STAGE = {
     "name": "a",
@@ -38,6 +39,11 @@ def _block(package: str, monkeypatch: pytest.MonkeyPatch) -> None:
         ("fastapi", ["serve", "--model", "/nonexistent", "--port", "0", "--ui"], "pip install 'llavar-peft[serve]'"),
         ("rapidocr", ["ocr", "build", ".", "--out", "o.json"], "pip install 'llavar-peft[ocr]'"),
         ("onnxruntime", ["ocr", "build", ".", "--out", "o.json"], "pip install 'llavar-peft[ocr]'"),
+        (
+            "nltk",
+            ["eval", "vqa", "--dataset", "nowhere", "--model", "/nonexistent", "--metric", "cider"],
+            "pip install 'llavar-peft[eval]'",
+        ),
         ("openai", JUDGE, "pip install 'llavar-peft[eval]'"),
     ],
 )
@@ -48,6 +54,7 @@ def test_a_command_names_the_missing_package(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("OPENAI_API_KEY", "any")
     _block(package, monkeypatch)
+    caption_metrics._nltk.cache_clear()
     assert cli.main(arguments) == 3
     told = capsys.readouterr().err
     assert package in told

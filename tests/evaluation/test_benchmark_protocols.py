@@ -12,7 +12,12 @@ import pytest
 from llavar_peft.errors import DataError, MissingDependencyError
 from llavar_peft.evaluation.vqa import caption_metrics
 from llavar_peft.evaluation.vqa.answer_metrics import PROTOCOLS
-from llavar_peft.evaluation.vqa.benchmark_protocols import BENCHMARK_PROTOCOLS, read_option, score_column
+from llavar_peft.evaluation.vqa.benchmark_protocols import (
+    BENCHMARK_PROTOCOLS,
+    check_packages,
+    read_option,
+    score_column,
+)
 from llavar_peft.evaluation.vqa.caption_metrics import tokenize
 from llavar_peft.evaluation.vqa.protocol_lines import PROTOCOL_NAMES, explain_protocol, protocol_anchor
 from llavar_peft.evaluation.vqa.scored_results import Setting, score_answers
@@ -138,7 +143,8 @@ def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     caption_metrics._nltk.cache_clear()
     monkeypatch.setitem(sys.modules, "nltk.stem", None)
     with pytest.raises(MissingDependencyError, match=r"need the package nltk.*\n?.*llavar-peft\[eval\]"):
-        tokenize("text")
+        check_packages(["exact", "cider"])
+    check_packages(["exact"])
     monkeypatch.undo()
     assert tokenize("text") == ["text"]
 

@@ -26,6 +26,7 @@ BENCHMARK_PROTOCOLS: Final[tuple[BenchmarkProtocol, ...]] = get_args(BenchmarkPr
 OPTIONS: Final = "ABCDE"
 """Letters of the options of ScienceQA."""
 
+_CAPTION: Final = frozenset({"meteor", "rouge-l", "cider"})
 _LONG: Final = 10  # characters
 _PARTIAL: Final = 0.5
 _TOLERANCE: Final = 0.05
@@ -48,7 +49,7 @@ def score_column(
     visible = [[truth for truth in every if not is_blank(truth)] for every in truths]
     if not all(visible):
         raise DataError.at(protocol, "an answer without a truth cannot be scored (all are blank)", "remove its record")
-    if protocol in ("meteor", "rouge-l", "cider"):
+    if protocol in _CAPTION:
         return [Score(value) for value in _caption_scores(protocol, answers, visible)]
     scored = [_SCORERS[protocol](answer, every) for answer, every in zip(answers, visible, strict=True)]
     if not any(one.out_of for one in scored):
@@ -56,6 +57,16 @@ def score_column(
             protocol, f"no truth is longer than {_LONG} characters", "choose another protocol for this data"
         )
     return scored
+
+
+def check_packages(protocols: Sequence[str]) -> None:
+    """Check that the packages of protocols are installed, before answers are generated.
+
+    Raises:
+        MissingDependencyError: One is not.
+    """
+    if not _CAPTION.isdisjoint(protocols):
+        tokenize("")
 
 
 def is_multiple_choice(questions: Sequence[str], truths: Sequence[Sequence[str]]) -> bool:

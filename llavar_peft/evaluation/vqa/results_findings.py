@@ -35,14 +35,8 @@ _SMALLEST_PERCENTILE: Final = 5  # the letters of the lowest 5 % may stay too sm
 _LARGEST_SAMPLE: Final = 2000
 
 
-def find_in_results(results: Results, protocol: str, setting: str | None = None) -> tuple[Finding, ...]:
-    """Return the findings of results by one protocol; none by one that counts errors.
-
-    Args:
-        results: The results.
-        protocol: A protocol that they were scored by.
-        setting: The line of the recipe with a resolution that reads the letters; see ``name_resolution``.
-    """
+def find_in_results(results: Results, protocol: str) -> tuple[Finding, ...]:
+    """Return the findings of results by a protocol that they were scored by; none by one that counts errors."""
     figure = next((one for one in results.figures if one.protocol.startswith(protocol)), None)
     if protocol in LOWER_IS_BETTER or figure is None or protocol not in results.records[0].scores:
         return ()
@@ -51,7 +45,7 @@ def find_in_results(results: Results, protocol: str, setting: str | None = None)
     advice = "add more records that have it" if fields else "add more records of this kind"
     return choose_findings(
         [
-            _small_letters(results.records, protocol, setting),
+            _small_letters(results.records, protocol, results.resolution),
             find_weak_part(parts, compared, advice),
             find_few_records(figure.protocol, figure.records, figure.low, figure.high),
         ]

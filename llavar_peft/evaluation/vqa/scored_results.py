@@ -124,12 +124,14 @@ class Results(ReadableRepr):
         setting: How the answers were generated.
         figures: One figure per protocol.
         records: All answers.
+        resolution: Line of a recipe with the cheapest resolution that reads letters that are too small, if some are.
     """
 
     dataset: str
     setting: Setting
     figures: tuple[Figure, ...]
     records: tuple[Answered, ...]
+    resolution: str | None = None
 
     def as_dict(self, *, records: bool = True) -> dict[str, Any]:
         """Return the results as plain data for JSON.
@@ -142,6 +144,7 @@ class Results(ReadableRepr):
             "dataset": self.dataset,
             "setting": asdict(self.setting),
             "figures": [figure.as_dict() for figure in self.figures],
+            **({"resolution": self.resolution} if self.resolution else {}),
         }
         return {**plain, "records": [_plain(record) for record in self.records]} if records else plain
 
@@ -239,6 +242,7 @@ def read_results(path: str | Path) -> Results:
             setting,
             tuple(_read_figure(figure, setting) for figure in plain["figures"]),
             tuple(_read_answered(record) for record in plain["records"]),
+            msgspec.convert(plain.get("resolution"), str | None),
         )
     except DAMAGED as error:
         raise DataError.at(str(path), f"cannot be read as results ({describe_reason(error)})", _FIX) from error
