@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 import llavar_peft
 from llavar_peft import ModelConfig, build_model, make_delta
@@ -111,6 +112,8 @@ def _prepare(folder: Path) -> None:
         shutil.copyfile(folder / "drawn-data/records.json", folder / records)
         shutil.copytree(drawn, folder / images)
     shutil.copyfile(next(drawn.iterdir()), folder / "poster.png")
+    pages = [Image.open(path) for path in sorted(drawn.iterdir())[:2]]
+    pages[0].save(folder / "march.pdf", save_all=True, append_images=pages[1:])
     shutil.copytree(drawn, folder / "images")
     question = {"question_id": 0, "image": next(drawn.iterdir()).name, "text": "Read.", "category": "conv"}
     (folder / "questions.jsonl").write_text(json.dumps(question) + "\n")
