@@ -32,6 +32,7 @@ def pdf(
     image: bool = False,
     password: str | None = None,
     count: int | None = None,
+    typed: str | None = None,
 ) -> bytes:
     """Return a document with a page for each content.
 
@@ -43,8 +44,10 @@ def pdf(
         image: Whether each page has a dark image ``/Im1`` as a resource.
         password: Encrypts the document; an empty one opens it without asking.
         count: The number of pages that the document says it has.
+        typed: What was typed into a form's field at (60, 500) of the pages.
     """
-    objects: list[bytes] = [b"<< /Type /Catalog /Pages 2 0 R >>", b"", b""]
+    form = b"/AcroForm << /Fields [6 0 R] /DR << /Font << /F1 3 0 R >> >> /DA (/F1 12 Tf 0 g) >>" if typed else b""
+    objects: list[bytes] = [b"<< /Type /Catalog /Pages 2 0 R %s >>" % form, b"", b""]
     cipher = _cipher(password) if password is not None else None
     unicode_map = b"/ToUnicode 4 0 R" if to_unicode is not None else b""
     objects[2] = _FONT % unicode_map
@@ -52,6 +55,13 @@ def pdf(
     objects.append(_stream(bytes(range(64)), 5, cipher, b"/Type /XObject /Subtype /Image /Width 8 /Height 8 "
                            b"/ColorSpace /DeviceGray /BitsPerComponent 8"))  # fmt: skip
     resources = b"<< /Font << /F1 3 0 R >> %s >>" % (b"/XObject << /Im1 5 0 R >>" if image else b"")
+    if typed:
+        page += b" /Annots [6 0 R]"
+        objects.append(b"<< /Type /Annot /Subtype /Widget /FT /Tx /T (name) /V (%s) /DA (/F1 12 Tf 0 g) /F 4 "
+                       b"/Rect [60 500 260 520] /AP << /N 7 0 R >> >>" % typed.encode())  # fmt: skip
+        objects.append(_stream(b"/Tx BMC q BT /F1 12 Tf 2 5 Td (%s) Tj ET Q EMC" % typed.encode(), 7, cipher,
+                               b"/Type /XObject /Subtype /Form /BBox [0 0 200 20] "
+                               b"/Resources << /Font << /F1 3 0 R >> >>"))  # fmt: skip
     kids = []
     for content in contents:
         number = len(objects) + 1
@@ -71,13 +81,13 @@ def pdf(
 
 
 def _assemble(objects: Sequence[bytes], trailer: bytes) -> bytes:
-    data, places = b"%PDF-1.4\n", []
+    data, places = bytearray(b"%PDF-1.4\n"), []
     for number, written in enumerate(objects, start=1):
         places.append(len(data))
         data += b"%d 0 obj\n%s\nendobj\n" % (number, written)
     table = b"".join(b"%010d 00000 n \n" % place for place in places)
     head = b"xref\n0 %d\n0000000000 65535 f \n%s" % (len(objects) + 1, table)
-    return data + head + b"trailer << /Size %d /Root 1 0 R %s >>\nstartxref\n%d\n%%%%EOF\n" % (
+    return bytes(data) + head + b"trailer << /Size %d /Root 1 0 R %s >>\nstartxref\n%d\n%%%%EOF\n" % (
         len(objects) + 1, trailer, len(data)
     )  # fmt: skip
 

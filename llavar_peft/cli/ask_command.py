@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from llavar_peft.cli import shared_options as shared
 from llavar_peft.cli.output import say, say_json
+from llavar_peft.data.pdf_pages import MOST_PAGES
 from llavar_peft.errors import ConfigError
 from llavar_peft.text_files import check_question
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 
 def ask(
@@ -26,7 +30,8 @@ def ask(
         list[str] | None,
         typer.Option(
             "--image",
-            help="An image file or http(s) URL. Repeat the option to ask about several images, one by one.",
+            help="An image file or http(s) URL. Repeat the option to ask about several images, one by one. "
+            "The pages of a PDF document are shown together.",
             metavar="FILE|URL",
         ),
     ] = None,
@@ -39,6 +44,11 @@ def ask(
     greedy: shared.GreedyOption = False,
     seed: shared.SeedOption = None,
     schema: shared.SchemaOption = None,
+    pages: shared.PagesOption = None,
+    max_pages: shared.MaxPagesOption = MOST_PAGES,
+    each_page: Annotated[
+        bool, typer.Option("--each-page", help="Ask about each page of a PDF document by itself.")
+    ] = False,
     as_json: shared.JsonOption = False,
 ) -> None:
     """Ask a model a question about images."""
@@ -51,8 +61,13 @@ def ask(
         question = form.question
     check_question(question)
     sampling = shared.make_sampling(max_new_tokens, temperature, greedy, seed)
-    names: list[str | None] = [*image] if image else [None]
-    images = [None if name is None else shared.open_image_or_url(name) for name in names]
+    opened = [(name, shared.open_image_or_url(name, pages, max_pages)) for name in image or ()]
+    if each_page:
+        opened = [(page, {page: one}) for _, shown in opened for page, one in shown.items()]
+    names: list[str | None] = [name for name, _ in opened]
+    images: list[list[Image] | None] = [list(shown.values()) for _, shown in opened]
+    if not names:
+        names, images = [None], [None]
     chat = load_chat(model, adapter, vision_tower=vision_tower, quantize=quantize)
     requests = [
         chat.request(shown, question, image_mode=image_mode, sampling=sampling, schema=form) for shown in images

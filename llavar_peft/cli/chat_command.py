@@ -10,6 +10,7 @@ import typer
 
 from llavar_peft.cli import shared_options as shared
 from llavar_peft.cli.output import complain, say, say_piece
+from llavar_peft.data.pdf_pages import MOST_PAGES
 from llavar_peft.errors import ConfigError, LlavarError
 from llavar_peft.types import ImageMode
 
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
     from llavar_peft.inference.token_sampling import Sampling
 
 _HELP = """\
-/image FILE|URL   Choose the image of the next question.
+/image FILE|URL   Choose the image of the next question, or pages: FILE.pdf#page=1-3.
 /adapter [NAME]   Switch to an adapter, or to 'base' for the model without one. Without a name, list the adapters.
 /clear            Forget the conversation and its images.
 /help             Print this help.
@@ -49,6 +50,8 @@ def chat(
     greedy: shared.GreedyOption = False,
     seed: shared.SeedOption = None,
     schema: shared.SchemaOption = None,
+    pages: shared.PagesOption = None,
+    max_pages: shared.MaxPagesOption = MOST_PAGES,
 ) -> None:
     """Chat with a model about images, in a terminal or through a pipe with one question per line."""
     from llavar_peft.inference.chat import load_chat
@@ -61,9 +64,9 @@ def chat(
         )
     form = shared.read_schema(schema)
     loaded = load_chat(model, adapters, vision_tower=vision_tower, quantize=quantize)
-    terminal = _Terminal(loaded, sampling, image_mode, form)
+    terminal = _Terminal(loaded, sampling, image_mode, form, max_pages)
     if image is not None:
-        terminal.show(image)
+        terminal.show(image, pages)
     terminal.run()
 
 
@@ -71,9 +74,15 @@ class _Terminal:
     """Reads questions and prints answers. Answers go to stdout, everything else to stderr."""
 
     def __init__(
-        self, chat: Chat, sampling: Sampling, image_mode: ImageMode | None, schema: AnswerSchema | None = None
+        self,
+        chat: Chat,
+        sampling: Sampling,
+        image_mode: ImageMode | None,
+        schema: AnswerSchema | None = None,
+        max_pages: int = MOST_PAGES,
     ) -> None:
         self._schema = schema
+        self._max_pages = max_pages
         self._conversation = chat.conversation()
         self._chat = chat
         self._sampling = sampling
@@ -92,11 +101,12 @@ class _Terminal:
             except LlavarError as error:
                 complain(str(error))
 
-    def show(self, source: str) -> None:
-        """Choose the image of the next question."""
+    def show(self, source: str, pages: str | None = None) -> None:
+        """Choose the image, or the pages of a PDF document, of the next question."""
         if not source:
             raise ConfigError.at("/image", "no image is given", "type /image and a file or an http(s) URL")
-        self._conversation.show(shared.open_image_or_url(source), self._image_mode)
+        shown = shared.open_image_or_url(source, pages, self._max_pages)
+        self._conversation.show(list(shown.values()), self._image_mode)
 
     def _read(self) -> str | None:
         if not self._interactive:

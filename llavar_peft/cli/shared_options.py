@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Literal, TypeAlias, overload
 
 import typer
 
+from llavar_peft.data.pdf_pages import MOST_PAGES
 from llavar_peft.errors import ConfigError
 from llavar_peft.recipe.presets import list_presets, list_recipes, load_recipe
 from llavar_peft.recipe.schema import Quantization, Recipe
@@ -58,6 +59,18 @@ GreedyOption: TypeAlias = Annotated[
 ]
 SeedOption: TypeAlias = Annotated[
     int | None, typer.Option("--seed", min=0, help="Seed of the sampling. Default: a random one.")
+]
+
+PagesOption: TypeAlias = Annotated[
+    str | None,
+    typer.Option(
+        "--pages",
+        help="Pages of a PDF document, e.g. 1-3,7 or 2-. Default: all. One page is also FILE#page=3.",
+        metavar="PAGES",
+    ),
+]
+MaxPagesOption: TypeAlias = Annotated[
+    int, typer.Option("--max-pages", min=1, help="Largest number of pages of a PDF document.")
 ]
 
 SchemaOption: TypeAlias = Annotated[
@@ -157,19 +170,34 @@ def read_schema(path: Path | None) -> AnswerSchema | None:
     return None if path is None else AnswerSchema.read(path)
 
 
-def open_image_or_url(source: str) -> Image:
-    """Open an image by its path or its http(s) URL.
+def open_image_or_url(source: str, pages: str | None = None, most: int = MOST_PAGES) -> dict[str, Image]:
+    """Open an image, or pages of a PDF document, by its path or its http(s) URL.
+
+    Args:
+        source: The path or URL, which may end in ``#page=1-3``.
+        pages: The value of ``--pages``.
+        most: The value of ``--max-pages``.
+
+    Returns:
+        The images by name.
 
     Raises:
-        ImageError: The image is missing or broken, or cannot be downloaded.
+        ConfigError: Pages are chosen of what is no PDF document, or a second time.
+        ImageError: The image is missing or broken, cannot be downloaded, or has no such pages.
+        MissingDependencyError: It is a PDF document, and pypdfium2 is not installed.
     """
-    from llavar_peft.data.image_files import decode_image, open_image
+    from llavar_peft.data.image_files import open_images
 
     if not re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", source):
-        return open_image(source)
-    from llavar_peft.inference.fetch_image import fetch
+        images = open_images(source, pages=pages, most=most)
+    else:
+        from llavar_peft.inference.fetch_image import fetch
 
-    return decode_image(fetch(source), source)
+        images = open_images(fetch(source), source, pages=pages, most=most)
+    if pages is not None and source in images:
+        what = f"got {pages!r} for {source}, expected a PDF document without #page= in its name"
+        raise ConfigError.at("--pages", what, "leave out --pages")
+    return images
 
 
 def parse_adapters(given: Sequence[str], option: str = "--adapter") -> dict[str, Path]:

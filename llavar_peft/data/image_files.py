@@ -32,11 +32,12 @@ _START: Final = 256  # bytes of a file by which its kind is recognized
 _REASON: Final = 200  # characters of a path, or of another library's message
 _GIVE_IMAGE: Final = "give an image in one of these formats"
 _CONVERT: Final = "convert it to PNG or JPEG"
+_HEIC: Final = "a HEIC photograph"
 # First bytes of files that are no images, or not of a supported format: what they are, and what to do.
 _NOT_IMAGES: Final = (
     (re.compile(rb"version https://git-lfs"), "a Git LFS pointer", "run `git lfs pull`"),
     (re.compile(rb"%PDF"), "a damaged PDF document", "get the file again"),
-    (re.compile(rb"....ftyp(heic|heix|heim|heis|hevc|mif1|msf1)", re.DOTALL), "a HEIC photograph",
+    (re.compile(rb"....ftyp(heic|heix|heim|heis|hevc|mif1|msf1)", re.DOTALL), _HEIC,
      f"{_CONVERT}, or install support for it with `pip install pillow-heif`"),
     (re.compile(rb"....ftyp(?!avif|avis)|\x1aE\xdf\xa3|RIFF....AVI ", re.DOTALL), "a video", "save a frame of it"),
     (re.compile(rb"%!PS|\xc5\xd0\xd3\xc6"), "a PostScript drawing", _CONVERT),
@@ -266,8 +267,15 @@ def describe_start(start: bytes) -> tuple[str, str]:
     start = start.lstrip()
     if not start:
         return "an empty file", "get the file again, or remove its record"
-    found = ((name, fix) for pattern, name, fix in _NOT_IMAGES if pattern.match(start))
-    return next(found, ("not an image", _GIVE_IMAGE))
+    name, fix = next(
+        ((name, fix) for pattern, name, fix in _NOT_IMAGES if pattern.match(start)), ("not an image", _GIVE_IMAGE)
+    )
+    return ("a damaged HEIC photograph", "get the file again") if name == _HEIC and reads_heic() else (name, fix)
+
+
+def reads_heic() -> bool:
+    """Return whether HEIC photographs can be opened, for which pillow-heif has to be installed."""
+    return "HEIF" in _formats()
 
 
 def _may_be_remarks(error: Exception, start: bytes) -> bool:

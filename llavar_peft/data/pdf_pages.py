@@ -37,7 +37,7 @@ class PdfPage:
         lines: The pieces of its own text: the text, the box in pixels (left, top, right, bottom), and how far it runs
             down the page in pixels; empty if they were not asked for, or if there are too many characters.
         characters: Number of characters of its text, with ``lines`` only.
-        image_share: Share of the page that its largest image covers, with ``lines`` only.
+        image_share: Share of the page that its images cover, with ``lines`` only.
     """
 
     image: Image.Image

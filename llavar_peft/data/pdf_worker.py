@@ -168,16 +168,16 @@ class _Line:
 
     def add(self, character: str, box: _Box) -> bool:
         """Add a character; return False if it belongs to another column or line than those before it."""
-        line, self._last = self._box, (box[1] + box[3]) / 2
+        line, middle = self._box, (box[1] + box[3]) / 2
         if not self.text:
-            self.text, self._box, self._first = character, box, self._last
+            self.text, self._box, self._first, self._last = character, box, middle, middle
             return True
         height = max(1.0, min(line[3] - line[1], line[2] - line[0]), box[3] - box[1])
         ahead, behind, down = box[0] - line[2], line[0] - box[2], max(box[1] - line[3], line[1] - box[3])
         if ahead > _AHEAD * height or behind > _BEHIND * height or down > _JUMP * height:
             return False
         self.text += f" {character}" if self.has_space else character
-        self.has_space = False
+        self.has_space, self._last = False, middle
         self._box = (min(line[0], box[0]), min(line[1], box[1]), max(line[2], box[2]), max(line[3], box[3]))
         return True
 
@@ -218,11 +218,11 @@ def _lines(text_page: Any, count: int, place: _Placement) -> Iterator[tuple[str,
 
 
 def _share_of_images(page: Any, place: _Placement) -> float:
-    """Return the share of the page that its largest image covers."""
+    """Return the share of the page that its images cover, of which a scan may have one or many strips."""
     import pypdfium2
     import pypdfium2.raw
 
-    largest = 0.0
+    covered = 0.0
     left, top, right, bottom = place(page.get_bbox())
     area = max(1.0, (right - left) * (bottom - top))
     with suppress(pypdfium2.PdfiumError):
@@ -230,8 +230,8 @@ def _share_of_images(page: Any, place: _Placement) -> float:
             bounds = image.get_bounds() if hasattr(image, "get_bounds") else image.get_pos()
             x0, y0, x1, y1 = place(bounds)
             inside = max(0.0, min(x1, right) - max(x0, left)) * max(0.0, min(y1, bottom) - max(y0, top))
-            largest = max(largest, inside / area)
-    return largest
+            covered += inside / area
+    return min(1.0, covered)
 
 
 def _limit(seconds: float) -> None:

@@ -374,7 +374,7 @@ def _check_request(request: Request, engine: Engine) -> None:
         raise DataError.at(
             "request",
             f"the prompt has {len(request.ids)} tokens, the model's context {engine.context}",
-            "shorten the question, or start a new conversation",
+            _how_to_shorten(request, engine),
         )
     places = int((request.ids == engine.processor.image_token_id).sum())
     tokens = sum(image.tokens for image in request.images)
@@ -382,3 +382,14 @@ def _check_request(request: Request, engine: Engine) -> None:
         raise DataError.at(
             "request", f"has {places} image tokens for images of {tokens}", "encode it with its own images"
         )
+
+
+def _how_to_shorten(request: Request, engine: Engine) -> str:
+    fix = "shorten the question, or start a new conversation"
+    if len(request.images) < 2:
+        return fix
+    around = 2 if engine.processor.use_im_start_end else 0
+    tokens = [image.tokens + around for image in request.images]
+    fitting = (engine.context - 1 - len(request.ids) + sum(tokens)) // max(tokens)
+    shown = f"show at most {fitting} images or pages" if fitting > 0 else "show no images"
+    return f"{shown} (got {len(tokens)}), {fix}"

@@ -122,7 +122,7 @@ def _get(target: _Target, url: str, rules: FetchRules, deadline: float) -> bytes
         connection.sock = sock
         headers = {
             "Host": target.header,
-            "Accept": "image/*",
+            "Accept": "image/*, application/pdf",
             "Accept-Encoding": "identity",
             "Connection": "close",
             "User-Agent": "llavar-peft",

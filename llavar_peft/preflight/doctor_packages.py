@@ -51,6 +51,8 @@ def check_requirement(requirement: Requirement) -> DoctorFinding:
 def _extra(name: str, requirements: Sequence[Requirement]) -> DoctorFinding:
     purposes = {
         "ocr": "ocr build",
+        "pdf": "PDF documents",
+        "heic": "HEIC photographs",
         "eval": "eval judge",
         "serve": "serve",
         "lmms-eval": "lmms-eval",

@@ -434,6 +434,18 @@ def test_files_that_are_no_images_are_named(start: bytes, what: str, fix: str, t
             opened()
 
 
+def test_a_heic_photograph_opens_where_it_is_supported(tmp_path: Path) -> None:
+    plugin = pytest.importorskip("pillow_heif")
+    plugin.register_heif_opener()
+    path = tmp_path / "IMG_1.HEIC"
+    frames = [Image.new("RGB", (40, 20), colour) for colour in ("red", "blue")]
+    frames[0].save(path, "HEIF", save_all=True, append_images=frames[1:])  # a burst is one photograph
+    assert open_image(path).size == (40, 20)
+    path.write_bytes(path.read_bytes()[:200])
+    with pytest.raises(ImageError, match=r"is a damaged HEIC photograph.*Fix: get the file again"):
+        open_image(path)
+
+
 def test_a_pipe_or_a_device_is_rejected_without_reading_it(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe.png")
     for path in (tmp_path / "pipe.png", Path("/dev/zero")):

@@ -126,7 +126,7 @@ def test_damaged_documents_end_in_our_errors() -> None:
     """Pages open, or an error says why not; what happens to the process that reads them does not matter."""
     whole = pdf(paragraph("Some words. " * 20), paragraph("More"), image=True, password="")
     opened = 0
-    for seed in range(40):
+    for seed in range(25):
         draw = random.Random(seed)
         data = bytearray(whole)
         for _ in range(draw.choice((1, 5, 30))):
@@ -138,7 +138,7 @@ def test_damaged_documents_end_in_our_errors() -> None:
         assert document is not None
         with suppress(ImageError):
             opened += document.page(1, text=True).image.width > 0
-    assert 5 < opened < 40
+    assert 3 < opened < 25
 
 
 def test_a_document_that_takes_too_long_costs_only_itself() -> None:

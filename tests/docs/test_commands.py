@@ -112,6 +112,8 @@ def _prepare(folder: Path) -> None:
         shutil.copyfile(folder / "drawn-data/records.json", folder / records)
         shutil.copytree(drawn, folder / images)
     shutil.copyfile(next(drawn.iterdir()), folder / "poster.png")
+    pages = [Image.open(path) for path in sorted(drawn.iterdir())[:2]]
+    pages[0].save(folder / "march.pdf", save_all=True, append_images=pages[1:])
     shutil.copytree(drawn, folder / "images")
     Image.open(folder / "poster.png").convert("RGB").save(folder / "receipt.pdf")
     fields = {"type": "object", "properties": {"total": {"type": "string", "maxLength": 9}}, "required": ["total"]}

@@ -395,8 +395,8 @@ def test_requests_of_the_server_share_the_limit_and_answer_as_a_chat(models: Pla
     data = io.BytesIO()
     draw_image(400, 400).save(data, "PNG")
     url = data_url(data.getvalue())
-    assert [reader.open(url, of=count).layout[:2] for count in (1, 2, 3)] == [(2, 2), (2, 2), (1, 1)]  # type: ignore[index]
-    assert reader.open(url, of=2) is reader.open(url, of=2)
+    assert [reader.open([url] * count)[0][0].layout[:2] for count in (1, 2, 3)] == [(2, 2), (2, 2), (1, 1)]  # type: ignore[index]
+    assert reader.open([url] * 2)[0][0] is reader.open([url] * 2)[1][0]
     with serving(chat) as (address, _):
         body = {
             "model": "tiny", "max_tokens": 4, "temperature": 0,

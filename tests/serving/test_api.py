@@ -334,8 +334,8 @@ def test_an_image_is_encoded_once(chat: Chat) -> None:
 
     reader = RequestImageReader(chat.engine.processor, RequestLimits())
     url = data_url(png())
-    assert reader.open(url) is reader.open(url)
-    assert reader.open(url) is not reader.open(data_url(png(colour="blue")))
+    assert reader.open([url])[0][0] is reader.open([url])[0][0]
+    assert reader.open([url])[0][0] is not reader.open([data_url(png(colour="blue"))])[0][0]
 
 
 def test_a_body_may_arrive_in_parts(chat: Chat) -> None:

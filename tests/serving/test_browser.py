@@ -17,6 +17,7 @@ from fastapi import FastAPI
 from PIL import Image
 
 from llavar_peft import Chat
+from tests.pdf_files import paragraph, pdf
 from tests.serving.browser import Browser, find_chromium, open_browser
 from tests.serving.server import MODEL, serving
 
@@ -89,6 +90,22 @@ def test_ask_about_an_image(browser: Browser, chat: Chat, images: list[Path], tm
     # A mounted page has no manifest, and browsers request an icon by themselves.
     assert [one for one in browser.errors if "manifest" not in one and "favicon" not in one] == []
     assert all(url.startswith(("http://127.0.0.1:", "data:", "blob:")) for url in browser.requested), browser.requested
+
+
+@pytest.mark.slow
+def test_ask_about_pages_of_a_document(browser: Browser, chat: Chat, tmp_path: Path) -> None:
+    pytest.importorskip("pypdfium2")
+    path = tmp_path / "two.pdf"
+    path.write_bytes(pdf(paragraph("First page"), paragraph("Another page")))
+    browser.set_file("#document input[type=file]", path)
+    browser.wait_for("/two/.test(document.querySelector('#document').textContent)")
+    browser.type("#pages input, #pages textarea", "2")
+    _select_greedy(browser)
+    browser.type(QUESTION, "Read.")
+    browser.click(ASK)
+    answers = _answers(browser, 0, 1)
+    assert answers == [chat.ask(f"{path}#page=2", "Read.", adapter=None, temperature=0.0, max_new_tokens=12)]
+    _save_screenshot(browser, "document")
 
 
 def _select_greedy(browser: Browser) -> None:

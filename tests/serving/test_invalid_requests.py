@@ -38,7 +38,7 @@ def test_an_allowed_host_is_connected_to_only_at_public_addresses(
     reader = RequestImageReader(chat.engine.processor, RequestLimits(), domains=frozenset({"images.example"}))
     monkeypatch.setattr(fetching, "_resolve", lambda target, deadline: ["93.184.216.34", "127.0.0.1"])
     with pytest.raises(RequestRejectedError) as refused:
-        reader.open(f"http://images.example:{neighbour.port}/a.png")
+        reader.open([f"http://images.example:{neighbour.port}/a.png"])
     assert "127.0.0.1" not in refused.value.message
     assert neighbour.visits == 0
 
@@ -56,7 +56,7 @@ def test_a_redirect_to_a_private_address_is_not_followed(
     reader = RequestImageReader(chat.engine.processor, RequestLimits(), domains=frozenset({"images.example"}))
     monkeypatch.setattr(fetching, "_get", redirects)
     with pytest.raises(RequestRejectedError):
-        reader.open("http://images.example/a.png")
+        reader.open(["http://images.example/a.png"])
     assert asked == ["http://images.example/a.png"]
     assert neighbour.visits == 0
 
@@ -75,7 +75,7 @@ def test_a_redirect_to_a_private_address_is_not_followed(
 def test_one_parser_reads_an_address(url: str, chat: Chat, neighbour: Neighbour) -> None:
     reader = RequestImageReader(chat.engine.processor, RequestLimits(), domains=frozenset({"images.example"}))
     with pytest.raises(RequestRejectedError):
-        reader.open(url.format(port=neighbour.port))
+        reader.open([url.format(port=neighbour.port)])
     assert neighbour.visits == 0
 
 

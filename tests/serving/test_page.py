@@ -18,6 +18,8 @@ from gradio_client import Client, handle_file
 from PIL import Image
 
 from llavar_peft import Chat
+from llavar_peft.data.image_files import open_images
+from tests.pdf_files import paragraph, pdf
 from tests.serving.server import MODEL, progressive, serving
 
 GREEDY = {"temperature": 0, "tokens": 12, "seed": None}
@@ -74,6 +76,31 @@ def test_two_models_answer_side_by_side(client: Client, chat: Chat, images: list
     assert [answer["model"] for answer in turn["answers"]] == [one, two]
 
 
+@pytest.mark.slow
+def test_pages_of_a_document_are_asked_about(client: Client, chat: Chat, images: list[Path], tmp_path: Path) -> None:
+    pytest.importorskip("pypdfium2")
+    document = tmp_path / "three.pdf"
+    document.write_bytes(pdf(*(paragraph(f"Page {number} of a document. " * number) for number in (1, 2, 3))))
+
+    def ask_pages(pages: str, picture: Path | None = None) -> list[str]:
+        shown = handle_file(str(picture)) if picture else None
+        arguments = {"picture": shown, "question": "Read.", "model": MODEL, "other": "(off)", **GREEDY}
+        job = client.submit(**arguments, document=handle_file(str(document)), pages=pages, api_name="/ask")
+        job.result(60)
+        return shown_answers(job.outputs()[-1][1])
+
+    for chosen in ("", "3, 1"):
+        pages = list(open_images(document, pages=chosen.replace(" ", "") or None).values())
+        assert ask_pages(chosen) == [chat.ask(pages, "Read.", adapter=None, temperature=0, max_new_tokens=12)]
+    assert conversation(client)["picture"] == "three.pdf#page=3,1"
+    for picture, pages, message in (
+        (images[0], "", "Please remove one of them"), (None, "two", "write pages as in 1-3,7"),
+        (None, "4", "has 3 pages"),
+    ):  # fmt: skip
+        with pytest.raises(Exception, match=message):
+            ask_pages(pages, picture)
+
+
 def test_another_image_starts_another_conversation(client: Client, images: list[Path]) -> None:
     ask(client, images[0], "Read.")
     ask(client, images[0], "Again.")
@@ -99,7 +126,7 @@ def test_an_invalid_image_or_question_is_rejected(
     [
         (b"hello", r"An image cannot be read\. Supported formats"), (b"", "An image is an empty file"),
         (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "An image is a PostScript drawing"),
-        (b"%PDF-1.4", "PDF files are not supported"), (progressive()[:900], "damaged or incomplete"),
+        (b"%PDF-1.4", "is a PDF document that was cut off"), (progressive()[:900], "damaged or incomplete"),
     ],
 )  # fmt: skip
 def test_a_file_that_is_no_image_is_named_without_a_traceback(

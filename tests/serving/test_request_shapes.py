@@ -156,8 +156,8 @@ def _animation() -> bytes:
     ("url", "what"),
     [
         (data_url(_animation()), "animation"),
-        (data_url(b"%PDF-1.7\n"), "PDF files are not supported"),
-        (data_url(b"%PDF-1.7\n").replace("image/png", "application/pdf"), "PDF files are not supported"),
+        (data_url(b"%PDF-1.7\n"), "is a PDF document that was cut off"),
+        (data_url(b"%PDF-1.7\n").replace("image/png", "application/pdf"), "is a PDF document that was cut off"),
         (data_url(b"none"), "Supported formats are PNG"),
         ("data:image/png;base64,A!", "not valid base64"),
         ("hello", "have to be data URLs"),

@@ -20,7 +20,7 @@ _IMAGE_SHARE: Final = 0.5
 _LEAST_ROWS: Final = 0.06
 """From the first share of a page on, an image may contain text: then lines have to cover the second share of the
 height. The text that a scanner's program found covers more, and a stamp or a page number less."""
-_MOST_UNKNOWN: Final = 0.02
+_MOST_UNKNOWN: Final = 0.05
 """Share of characters that are no letters, digits, marks or signs."""
 _UNKNOWN: Final = frozenset(("Cc", "Cn", "Co", "Cs"))
 _LEAST_LETTERS: Final = 0.4
@@ -31,6 +31,8 @@ _LEAST_FREQUENT: Final = 0.42
 """Share of these letters in Latin text. In English it is 0.64, in Polish 0.53; in letters that were exchanged for
 others it is 0.31 on average."""
 _LIGATURES: Final = {0xFB00: "ff", 0xFB01: "fi", 0xFB02: "fl", 0xFB03: "ffi", 0xFB04: "ffl", 0xFB05: "st", 0xFB06: "st"}
+_BULLETS: Final = dict.fromkeys((0xF06E, 0xF076, 0xF0A7, 0xF0A8, 0xF0B7, 0xF0D8, 0xF0E0), "\u2022")
+"""The signs of a list in Symbol and Wingdings, which word processors write in private characters."""
 _DROPPED: Final = dict.fromkeys((0xAD, 0x200B, 0xFEFF))
 """The soft hyphen and characters without a width."""
 
@@ -47,7 +49,7 @@ def lines_of_page(page: PdfPage) -> tuple[tuple[OcrLine, ...], str | None]:
     lines = tuple(
         OcrLine(clean, _corners(box, run, len(clean)), 1.0)
         for text, box, run in page.lines
-        if (clean := " ".join(text.translate(_LIGATURES).translate(_DROPPED).split()))
+        if (clean := " ".join(text.translate({**_LIGATURES, **_BULLETS, **_DROPPED}).split()))
     )
     reason = _why_unusable(page, "".join("".join(line.text.split()) for line in lines))
     return ((), reason) if reason else (lines, None)

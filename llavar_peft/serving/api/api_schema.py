@@ -204,6 +204,8 @@ def _read_part(part: Any, where: str) -> Part:
     kind = part.get("type")
     if kind == "text":
         return TextPart(_read_text(part.get("text"), f"{where}.text"))
+    if kind == "file" and (document := _document_url(part.get("file"))):
+        return ImagePart(document)
     if kind != "image_url":
         # Only names as APIs have them are repeated to the client.
         named = isinstance(kind, str) and re.fullmatch(r"[a-z_]{1,32}", kind) is not None
@@ -214,6 +216,12 @@ def _read_part(part: Any, where: str) -> Part:
     if not isinstance(url, str):
         raise _invalid(f"{where}.image_url", "expected an object with url, or the URL as a string")
     return ImagePart(url)
+
+
+def _document_url(file: Any) -> str | None:
+    """Return the data URL of a PDF document that is sent as OpenAI's clients send files."""
+    url = file.get("file_data") if isinstance(file, dict) else None
+    return url if isinstance(url, str) and url[:40].lstrip().lower().startswith("data:application/pdf;") else None
 
 
 def _read_text(text: Any, where: str) -> str:

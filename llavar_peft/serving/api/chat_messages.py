@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import islice
 from typing import Final
 
 from llavar_peft.errors import ConfigError, LlavarError, MissingDependencyError
@@ -60,9 +61,10 @@ def read_conversation(
         raise RequestRejectedError(
             400, f"A request may have at most {limits.images} images.", "too_many_images", param="messages"
         )
-    shown = [images.open(address, of=len(addresses)) for address in addresses]
+    opened = images.open(addresses)
+    shown, counts = [image for group in opened for image in group], iter(map(len, opened))
     write = processor.conversation_template.question
-    messages = [(role, write(_text(parts), _count_images(parts))) for role, parts in turns]
+    messages = [(role, write(_text(parts), sum(islice(counts, _count_images(parts))))) for role, parts in turns]
     try:
         ids = encode_messages(processor, messages, shown, system=system)
     except LlavarError:

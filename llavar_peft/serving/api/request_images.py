@@ -5,12 +5,14 @@ from __future__ import annotations
 import hashlib
 import threading
 from collections import OrderedDict
+from collections.abc import Sequence
 
 from PIL import Image
 
 from llavar_peft.data.data_urls import decode_base64, split_data_url
-from llavar_peft.data.image_files import decode_image, describe_start, read_header
-from llavar_peft.errors import ImageError
+from llavar_peft.data.image_files import decode_image, describe_start, read_header, reads_heic
+from llavar_peft.data.pdf_pages import PdfDocument, choose_pages, split_page
+from llavar_peft.errors import ImageError, MissingDependencyError
 from llavar_peft.inference.fetch_image import FetchRules, fetch
 from llavar_peft.inference.generation_request import PromptImage
 from llavar_peft.models.processing_llavar import LlavarProcessor
@@ -20,7 +22,7 @@ from llavar_peft.serving.api.request_limits import RequestLimits, RequestRejecte
 # opens MPO too. MPO is not listed here: it has no plugin of that name, and Pillow would stop at it.
 _FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
 _DATA_URL_NEEDED = "Images have to be data URLs (data:image/png;base64,...)."
-_PDF = "PDF files are not supported. Send each page as an image."
+_PDF = "PDF files are not supported by this server, which lacks pypdfium2. Send each page as an image."
 _CACHE_SIZE = 64
 _MAX_SCANS = 100
 """Scans of a JPEG. Cameras write 1, progressive files about 10. A scan of a few bytes is a pass over all pixels."""
@@ -41,32 +43,59 @@ class RequestImageReader:
         self._processor = processor
         self._limits = limits
         self._rules = FetchRules(max_bytes=limits.image_bytes, public_only=True, domains=domains)
-        self._cache: OrderedDict[tuple[bytes, int | None], PromptImage] = OrderedDict()
+        self._cache: OrderedDict[tuple[bytes, int | None, int], PromptImage] = OrderedDict()
         self._lock = threading.Lock()
         self._decoding = threading.Semaphore(limits.decoding)
 
-    def open(self, url: str, *, of: int = 1) -> PromptImage:
-        """Open an image. Run it in a thread: decoding and downloading take long.
+    def open(self, urls: Sequence[str]) -> list[list[PromptImage]]:
+        """Open the images of a request. Run it in a thread: decoding and downloading take long.
 
         Args:
-            url: The client's URL. It is never used as a path.
-            of: Number of images of the request, which share the model's limit of image tokens.
+            urls: The client's URLs. They are never used as paths. That of a PDF document may end in ``#page=1-3``.
 
         Returns:
-            The image; the same object for the same bytes and the same share of the limit, as long as it is cached.
+            For each URL its image, or the pages of the document; the same object for the same bytes and the same share
+            of the model's limit of image tokens, as long as it is cached.
 
         Raises:
-            RequestRejectedError: The image is too large or unreadable, or its URL is not allowed.
+            RequestRejectedError: An image is too large or unreadable, or its URL is not allowed.
         """
-        data = self._data(url)
+        sources: list[tuple[bytes, list[int]]] = []
+        for url in urls:
+            file, chosen = split_page(url.strip())
+            data = self._data(file)
+            pages = sum(len(numbers) for _, numbers in sources)
+            sources.append((data, self._choose_pages(data, chosen, self._limits.pages - pages)))
+        count = sum(max(1, len(numbers)) for _, numbers in sources)
+        return [[self._open(data, number, count) for number in numbers or [0]] for data, numbers in sources]
+
+    def _choose_pages(self, data: bytes, chosen: str | None, most: int) -> list[int]:
+        """Return the pages of a PDF document that are meant; none for an image."""
+        document = PdfDocument.of(data, "A document", self._limits.page_seconds)
+        if document is None:
+            if chosen is not None:
+                raise _unreadable("#page= is for PDF documents, and an image is none.")
+            return []
+        if most < 1:
+            what = f"A request may have at most {self._limits.pages} pages of PDF documents."
+            raise RequestRejectedError(400, what, "too_many_images", param="messages")
+        try:
+            return choose_pages(chosen, document.count(), document.where, most)
+        except ImageError as error:
+            raise _unusable_document(error) from error
+        except MissingDependencyError as error:
+            raise _unreadable(_PDF) from error
+
+    def _open(self, data: bytes, page: int, of: int) -> PromptImage:
+        """Return an image, or a page from 1 of a document, that is one of several of its request."""
         geometry = self._processor.tile_geometry
         most = None if geometry is None or geometry.budget is None else geometry.budget // of
-        key = hashlib.blake2b(data, digest_size=32).digest(), most
+        key = hashlib.blake2b(data, digest_size=32).digest(), most, page
         with self._lock:
             if key in self._cache:
                 self._cache.move_to_end(key)
                 return self._cache[key]
-        image = self._prepare(data, most)
+        image = self._render(data, page, most) if page else self._prepare(data, most)
         with self._lock:
             image = self._cache.setdefault(key, image)
             while len(self._cache) > _CACHE_SIZE:
@@ -96,19 +125,17 @@ class RequestImageReader:
 
     def _prepare(self, data: bytes, most: int | None) -> PromptImage:
         """Prepare an image, with tiles in the best grid of at most this many image tokens."""
-        if data.startswith(b"%PDF"):
-            raise _unreadable(_PDF)
         try:
-            with read_header(data, _FORMATS) as opened:
+            with read_header(data, (*_FORMATS, "HEIF") if reads_heic() else _FORMATS) as opened:
                 width, height = opened.size
-                animated = opened.format != "MPO" and int(getattr(opened, "n_frames", 1)) > 1
+                animated = opened.format not in ("MPO", "HEIF") and int(getattr(opened, "n_frames", 1)) > 1
                 scans = data.count(b"\xff\xda") if opened.format in ("JPEG", "MPO") else 0
         except Image.DecompressionBombError:  # Pillow's limit is higher than ours
             raise self._too_many_pixels() from None
         except Exception as error:
             kind = describe_start(data)[0]
             what = "An image cannot be read" if kind == "not an image" else f"An image is {kind}"
-            raise _unreadable(f"{what}. Supported formats are PNG, JPEG, WebP, GIF and BMP.") from error
+            raise _unreadable(f"{what}. Supported formats are PNG, JPEG, WebP, GIF, BMP and PDF.") from error
         if animated:
             raise _unreadable("An image is an animation. Send the frame that you mean as an image.")
         if scans > _MAX_SCANS:
@@ -117,15 +144,30 @@ class RequestImageReader:
             raise self._too_many_pixels()
         try:
             with self._decoding:
-                decoded, geometry = decode_image(data, "image"), self._processor.tile_geometry
-                layout = geometry.layout(decoded.size, most) if geometry is not None and most is not None else None
-                return PromptImage.prepare(decoded, self._processor, layout=layout)
+                return self._fit(decode_image(data, "image"), most)
         except ImageError as error:
             raise _unreadable("An image cannot be read, because its file is damaged or incomplete.") from error
+
+    def _render(self, data: bytes, page: int, most: int | None) -> PromptImage:
+        document = PdfDocument(None, data, "A document", self._limits.page_seconds)
+        try:
+            with self._decoding:
+                return self._fit(document.page(page).image, most)
+        except ImageError as error:
+            raise _unusable_document(error) from error
+
+    def _fit(self, decoded: Image.Image, most: int | None) -> PromptImage:
+        geometry = self._processor.tile_geometry
+        layout = geometry.layout(decoded.size, most) if geometry is not None and most is not None else None
+        return PromptImage.prepare(decoded, self._processor, layout=layout)
 
     def _too_many_pixels(self) -> RequestRejectedError:
         what = f"An image has more than {self._limits.pixels // 1_000_000} megapixels."
         return RequestRejectedError(413, what, "image_too_large", param="messages")
+
+
+def _unusable_document(error: ImageError) -> RequestRejectedError:
+    return _unreadable(str(error.faults[0]))
 
 
 def _unreadable(message: str) -> RequestRejectedError:

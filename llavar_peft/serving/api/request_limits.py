@@ -27,7 +27,9 @@ class RequestLimits:
         body_grace_seconds: Time after which a body has to keep to ``body_rate``.
         body_rate: Slowest average speed of a body, in bytes per second. A client that sends single bytes would hold a
             connection for the whole ``body_seconds``.
-        images: Number of images in a request.
+        images: Number of images in a request; a PDF document counts as one.
+        pages: Number of pages of all PDF documents in a request.
+        page_seconds: Time of computing for a page of a PDF document.
         image_bytes: Size of an image file.
         pixels: Number of pixels of an image, read from its header.
         decoding: Number of images decoded at the same time; each takes a few bytes per pixel.
@@ -46,6 +48,8 @@ class RequestLimits:
     body_grace_seconds: float = 5.0
     body_rate: int = 20_000
     images: int = 4
+    pages: int = 20
+    page_seconds: float = 5.0
     image_bytes: int = 20_000_000
     pixels: int = 50_000_000
     decoding: int = 2

@@ -7,12 +7,14 @@ Markdown. The page exchanges no data with other hosts.
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import AsyncGenerator, Sequence
 from typing import Any, Final
 
 import gradio as gr
-from gradio.data_classes import ImageData
+from gradio.data_classes import FileData, ImageData
 
+from llavar_peft.data.pdf_pages import page_name
 from llavar_peft.serving.ui.page_client import PageClient, PageClientError
 from llavar_peft.serving.ui.page_conversation import Exchange, PageConversation
 from llavar_peft.serving.ui.page_theme import COPY, SAVE, WATCH_DROPS
@@ -34,7 +36,8 @@ def build_page(client: PageClient, examples: Sequence[tuple[str, str]]) -> gr.Bl
     with page:
         conversation = gr.State(PageConversation(), time_to_live=_KEEP_FILES)
         gr.Markdown(
-            "# LLaVAR\nUpload an image with text in it, and ask about it. A conversation is about one image.",
+            "# LLaVAR\nUpload an image with text in it, or a PDF document, and ask about it. "
+            "A conversation is about one image or document.",
             elem_id="head",
         )
         with gr.Row():
@@ -50,6 +53,15 @@ def build_page(client: PageClient, examples: Sequence[tuple[str, str]]) -> gr.Bl
                 # A subclass is no way: Gradio writes a file beside each module that has one.
                 image.preprocess = _path_of_upload
                 several = gr.Button(visible="hidden", elem_id="several")
+                with gr.Row():
+                    document = gr.File(
+                        label="or a PDF document", file_types=[".pdf"], height=116, min_width=160, scale=3,
+                        buttons=[], elem_id="document",
+                    )  # fmt: skip
+                    document.preprocess = _path_of_upload  # Gradio would write an empty file at each question
+                    pages = gr.Textbox(
+                        label="Pages", placeholder="1-3,7", max_length=100, min_width=90, elem_id="pages"
+                    )  # fmt: skip
                 question = gr.Textbox(
                     label="Question", placeholder="What does the sign say?", lines=1, max_lines=6, elem_id="question",
                 )  # fmt: skip
@@ -79,7 +91,7 @@ def build_page(client: PageClient, examples: Sequence[tuple[str, str]]) -> gr.Bl
         answering = gr.on(
             [ask.click, question.submit],
             _Answering(client).run,
-            [conversation, image, question, model, other, temperature, tokens, seed],
+            [conversation, image, question, model, other, temperature, tokens, seed, document, pages],
             [conversation, question, left, right],
             api_name="ask",
             concurrency_limit=None,
@@ -91,9 +103,9 @@ def build_page(client: PageClient, examples: Sequence[tuple[str, str]]) -> gr.Bl
         update = {"inputs": [conversation, model, other], "outputs": [left, right], **direct}
         gr.on([model.change, other.change], _show, **update, api_visibility="private")
         new.click(
-            lambda: (PageConversation(), None, ""),
+            lambda: (PageConversation(), None, "", None, ""),
             None,
-            [conversation, image, question],
+            [conversation, image, question, document, pages],
             cancels=[answering],
             api_visibility="private",
             **direct,
@@ -115,8 +127,24 @@ def build_page(client: PageClient, examples: Sequence[tuple[str, str]]) -> gr.Bl
     return page
 
 
-def _path_of_upload(payload: ImageData | None) -> str | None:
+def _path_of_upload(payload: ImageData | FileData | None) -> str | None:
     return None if payload is None else payload.path
+
+
+def _choose_shown(image: str | None, document: str | None, pages: str) -> str | None:
+    """Return the path of what a question is about, with the pages of a document."""
+    chosen = "".join(pages.split())
+    if image is not None and document is not None:
+        raise _page_error("Both an image and a PDF document are uploaded. Please remove one of them.")
+    if document is None:
+        if chosen:
+            raise _page_error("Pages are chosen, but no PDF document is uploaded.")
+        return image
+    if not chosen:
+        return document
+    if not re.fullmatch(r"[0-9,-]+", chosen):
+        raise _page_error("Please write pages as in 1-3,7.")
+    return page_name(document, chosen)
 
 
 def _page_error(message: str) -> gr.Error:
@@ -145,7 +173,7 @@ class _Answering:
     def __init__(self, client: PageClient) -> None:
         self._client = client
 
-    async def run(
+    async def run(  # noqa: PLR0913, PLR0917 - Gradio passes the value of each component
         self,
         conversation: PageConversation,
         picture: str | None,  # Gradio's API calls the argument by this name, as in version 0.1
@@ -155,6 +183,8 @@ class _Answering:
         temperature: float,
         tokens: int,
         seed: str | None,
+        document: str | None = None,
+        pages: str | None = None,
     ) -> AsyncGenerator[tuple[Any, ...], None]:
         """Show the question, then the answers as they arrive; two models answer at the same time."""
         if not question.strip():
@@ -168,6 +198,7 @@ class _Answering:
         # Not a gr.Number, whose value is 0 when it is empty.
         if seed and not (seed.strip().isascii() and seed.strip().isdigit()):
             raise _page_error("The seed must be a whole number.")
+        picture = _choose_shown(picture, document, pages or "")
         before = conversation
         if before.image != picture:
             conversation = PageConversation(picture)  # a conversation is about one image

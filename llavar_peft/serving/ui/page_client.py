@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, TypeAlias
 
+from llavar_peft.data.pdf_pages import locate_page, page_name
+
 Message: TypeAlias = MutableMapping[str, Any]
 App: TypeAlias = Callable[
     [MutableMapping[str, Any], Callable[[], Awaitable[Message]], Callable[[Message], Awaitable[None]]], Awaitable[None]
@@ -64,7 +66,7 @@ class PageClient:
             model: One of ``models``.
             history: Earlier questions and answers.
             question: The question.
-            image: Path of the image that the conversation is about, if any.
+            image: Path of the image, or the pages of a PDF document, that the conversation is about, if any.
             **sampling: Fields of the API's request; None selects the API's default.
 
         Raises:
@@ -147,9 +149,11 @@ def _messages(history: Sequence[tuple[str, str]], question: str, image: str | No
 def _data_url(image: str | None) -> str | None:
     if image is None:
         return None
-    kind = mimetypes.guess_type(image)[0] or "image/png"
+    file, pages = locate_page(image)
+    kind = mimetypes.guess_type(file)[0] or "image/png"
     try:
-        return f"data:{kind};base64,{base64.b64encode(Path(image).read_bytes()).decode()}"
+        url = f"data:{kind};base64,{base64.b64encode(Path(file).read_bytes()).decode()}"
+        return url if pages is None else page_name(url, pages)
     except FileNotFoundError:
         raise PageClientError("The image has expired. Please upload it again.") from None
 

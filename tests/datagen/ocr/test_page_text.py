@@ -61,11 +61,28 @@ def test_the_boxes_are_where_the_text_is_seen(entries: bytes) -> None:
     assert grey.getextrema()[0] > 200  # nothing is left outside the boxes
 
 
+def test_ligatures_and_bullets_are_plain_characters() -> None:
+    data = pdf(
+        text_at([(60, 700, "* of~ce 1")]), to_unicode=_map([(42, 0xF0B7), (126, 0xFB03), (111, 111), (102, 102)])
+    )
+    assert [line.text for line in _read(data)[0]] == ["\u2022 offfice 1"]
+
+
 def test_rows_of_a_table_stay_together_and_columns_apart() -> None:
     table = text_at([(60, 700, "Coffee"), (200, 700, "3.50"), (60, 680, "Total"), (200, 680, "3.50")])
     assert [line.text for line in _read(pdf(table))[0]] == ["Coffee 3.50", "Total 3.50"]
     columns = text_at([(60, 700, "Left one"), (360, 700, "Right one"), (60, 686, "left two"), (360, 686, "right two")])
     assert sorted(line.text for line in _read(pdf(columns))[0]) == ["Left one", "Right one", "left two", "right two"]
+
+
+def test_what_was_typed_into_a_form_is_text_and_is_seen() -> None:
+    document = PdfDocument.of(pdf(text_at([(60, 530, "Name")]), typed="Ada Lovelace"), "a.pdf")
+    assert document is not None
+    page = document.page(1, text=True)
+    lines = lines_of_page(page)[0]
+    assert [line.text for line in lines] == ["Name", "Ada Lovelace"]
+    (left, top), _, (right, bottom), _ = lines[1].polygon
+    assert page.image.convert("L").crop((int(left), int(top), int(right), int(bottom))).getextrema()[0] < 50
 
 
 def test_text_along_the_margin_is_one_line() -> None:
