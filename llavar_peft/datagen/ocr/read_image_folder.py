@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any, Final
 from llavar_peft.data.image_roots import ImageRoots
 from llavar_peft.data.resume_journal import ResumeJournal
 from llavar_peft.datagen.ocr.duplicate_images import difference_hash, is_blank
-from llavar_peft.datagen.ocr.ocr_engines import EngineName, OcrError, OcrLine, open_ocr_engine
+from llavar_peft.datagen.ocr.ocr_engines import EngineName, OcrEngine, OcrError, open_ocr_engine, scale_line
+from llavar_peft.datagen.ocr.page_profile import PAPER_EDGE, Profile, ProfileChoice, choose_profile
 from llavar_peft.errors import EnvironmentFaultError, ImageError, InterruptedRunError
 
 if TYPE_CHECKING:
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
 
 LONGEST: Final = 4096
 """Maximum length in pixels to which a side is enlarged: a strip of 600 x 1 would become 230,400 wide."""
+SECOND_SIZE: Final[dict[EngineName, float]] = {"rapidocr": 0.8, "tesseract": 1.25}
+"""Size of the second reading of an image as a fraction of the first. Tesseract misreads pages of less than 150 dpi."""
 SUFFIXES: Final = frozenset(
     (".png", ".jpg", ".jpeg", ".jpe", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".pgm", ".jp2", ".avif", ".mpo")
 )
@@ -38,15 +41,19 @@ class ReadingSettings:
     Attributes:
         engine: The engine whose text is used.
         both: Whether the other engine reads the images too, for comparison.
-        short_edge: Length in pixels to which the shorter side is scaled before reading, 0 for the full size. The
-            default is the paper's.
+        profile: How large images are read: ``"scene"`` and ``"paper"`` with the paper's short edge, ``"page"`` in full
+            size, ``"auto"`` as a scene or a page, whichever the image is.
+        short_edge: Length in pixels to which the shorter side is scaled instead, 0 for the full size.
         languages: Languages of Tesseract.
+        twice: Paths of images that are read a second time in another size, to estimate the error rate.
     """
 
     engine: EngineName = "rapidocr"
     both: bool = False
-    short_edge: int = 384
+    profile: ProfileChoice = "auto"
+    short_edge: int | None = None
     languages: str = "eng"
+    twice: frozenset[str] = frozenset()
 
     @property
     def engines(self) -> tuple[EngineName, ...]:
@@ -70,10 +77,12 @@ class OcrReader:
 
     def heading(self) -> dict[str, Any]:
         """Return the journal's heading: what readings depend on."""
+        settings = self._settings
+        size = {"profile": settings.profile} if settings.short_edge is None else {"short_edge": settings.short_edge}
         return {
-            "format": 2,
+            "format": 3,
             "engines": {engine.name: engine.version for engine in self._engines},
-            "short_edge": self._settings.short_edge,
+            **size,
         }
 
     def __call__(self, path: str) -> dict[str, Any]:
@@ -81,17 +90,40 @@ class OcrReader:
         entry: dict[str, Any] = {"path": path, **file_stamp(self._roots.roots[0] / path)}
         try:
             image = self._roots.open(path)
-            scaled, scale = bring_short_edge(image, self._settings.short_edge)
             entry |= {"width": image.width, "height": image.height, "hash": f"{difference_hash(image):064x}"}
             entry["blank"] = is_blank(image)
-            entry["lines"] = {
-                engine.name: [_scale_line(line, 1 / scale).as_json() for line in engine.read(scaled)]
-                for engine in self._engines
-            }
+            profile = self._choose_profile(image)
+            entry |= {"profile": profile} if profile else {}
+            scaled, scale = bring_short_edge(image, self._short_edge(image, profile))
+            entry["lines"] = {engine.name: _read(engine, scaled, scale) for engine in self._engines}
+            if path in self._settings.twice:
+                engine = self._engines[0]
+                other, scale = bring_short_edge(image, max(1, round(min(scaled.size) * SECOND_SIZE[engine.name])))
+                entry["again"] = _read(engine, other, scale)
         except (ImageError, OcrError) as error:
+            entry.pop("lines", None)
             entry["error"] = str(error)
             entry["reason"] = "broken_image" if isinstance(error, ImageError) else "engine_failed"
         return entry
+
+    def _choose_profile(self, image: Image) -> Profile | None:
+        settings = self._settings
+        if settings.short_edge is not None:
+            return None
+        if settings.profile != "auto":
+            return "page" if settings.profile == "page" else "scene"
+        small, _ = bring_short_edge(image, PAPER_EDGE)
+        return choose_profile(small, self._engines[0].find(small))
+
+    def _short_edge(self, image: Image, profile: Profile | None) -> int:
+        if profile is None:
+            return self._settings.short_edge or 0
+        return PAPER_EDGE if profile == "scene" else max(PAPER_EDGE, min(image.size))
+
+
+def _read(engine: OcrEngine, image: Image, scale: float) -> list[list[Any]]:
+    """Return the lines of an image, in pixels of the image from which it was scaled."""
+    return [scale_line(line, 1 / scale).as_json() for line in engine.read(image)]
 
 
 def bring_short_edge(image: Image, short_edge: int) -> tuple[Image, float]:
@@ -113,11 +145,6 @@ def bring_short_edge(image: Image, short_edge: int) -> tuple[Image, float]:
     scale = min(short_edge / min(image.size), max(1.0, LONGEST / max(image.size)))
     size = max(1, round(image.width * scale)), max(1, round(image.height * scale))
     return (image, 1.0) if size == image.size else (image.resize(size, Resampling.BICUBIC), scale)
-
-
-def _scale_line(line: OcrLine, factor: float) -> OcrLine:
-    a, b, c, d = ((x * factor, y * factor) for x, y in line.polygon)
-    return OcrLine(line.text, (a, b, c, d), line.confidence)
 
 
 @dataclass(frozen=True)
