@@ -29,7 +29,7 @@ from llavar_peft.cli.generate_command import generate
 from llavar_peft.cli.heights_command import eval_heights
 from llavar_peft.cli.judge_command import eval_answer, eval_judge, eval_summarize
 from llavar_peft.cli.merge_command import merge
-from llavar_peft.cli.ocr_command import ocr_build, ocr_converse
+from llavar_peft.cli.ocr_command import ocr_build, ocr_converse, ocr_select
 from llavar_peft.cli.output import is_first_rank, make_safe, say
 from llavar_peft.cli.preflight_command import doctor, estimate
 from llavar_peft.cli.recipe_command import recipe_list, recipe_show
@@ -140,7 +140,10 @@ def build_app() -> typer.Typer:
         "data", _DATA, "Check and convert records and images before training.",
         check=data_check, inspect=data_inspect, convert=data_convert,
     )  # fmt: skip
-    group("ocr", _DATA, "Make training records from unlabeled images.", build=ocr_build, converse=ocr_converse)
+    group(
+        "ocr", _DATA, "Make training records from unlabeled images.",
+        build=ocr_build, converse=ocr_converse, select=ocr_select,
+    )  # fmt: skip
     command("synth", _DATA, synth)
     group(
         "eval", _EVALUATE, "Evaluate a model with the original protocols, and compare results.",

@@ -16,7 +16,8 @@ from llavar_peft.errors import EnvironmentFaultError, InterruptedRunError, Llava
 if TYPE_CHECKING:
     from openai import APIError
 
-Message: TypeAlias = Mapping[str, str]
+Message: TypeAlias = Mapping[str, Any]
+"""``role``, and ``content``: a text, or parts in OpenAI's form."""
 
 _DENIED: Final = (401, 403, 404)
 _REJECTED: Final = (400, 413, 422)
@@ -113,10 +114,7 @@ class ChatClient:
         """Return the body of a request, without characters that cannot be sent (unpaired surrogates)."""
         body: dict[str, Any] = {
             "model": self.endpoint.model,
-            "messages": [
-                {name: text.encode("utf-8", "replace").decode() for name, text in message.items()}
-                for message in messages
-            ],
+            "messages": [_sendable(dict(message)) for message in messages],
             "temperature": self.endpoint.temperature,
         }
         return body if self.endpoint.max_tokens is None else {**body, "max_tokens": self.endpoint.max_tokens}
@@ -130,6 +128,15 @@ class ChatClient:
         except APIError as error:
             raise EndpointError(error) from error
         return _parse_reply(response.http_response.content)
+
+
+def _sendable(value: Any) -> Any:
+    """Return a value whose texts have no unpaired surrogates."""
+    if isinstance(value, str):
+        return value.encode("utf-8", "replace").decode()
+    if isinstance(value, dict):
+        return {name: _sendable(one) for name, one in value.items()}
+    return [_sendable(one) for one in value] if isinstance(value, list) else value
 
 
 def _parse_reply(content: bytes) -> ChatReply:

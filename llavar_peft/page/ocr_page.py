@@ -44,6 +44,7 @@ def write_ocr_page(records: Path) -> Path:
         "ocr.html.j2",
         title=report["records"],
         report=report,
+        warned=[_uncertain(folder, one) for one in report["agreement"]["examples"]] if report["uncertain"] else [],
         kept=[_kept(folder, row) for row in _spread(rows, MOST_KEPT)],
         dropped=[
             (reason, report["dropped"][reason], [_dropped(folder, drop) for drop in _spread(list(group), MOST_DROPPED)])
@@ -66,3 +67,9 @@ def _kept(folder: Path, record: dict[str, Any]) -> OcrCard:
 
 def _dropped(folder: Path, drop: dict[str, str]) -> OcrCard:
     return OcrCard(drop["path"], embed_image(folder, drop["path"]), "", drop["detail"])
+
+
+def _uncertain(folder: Path, example: dict[str, str]) -> OcrCard:
+    return OcrCard(
+        example["path"], embed_image(folder, example["path"]), "", f"{example['first']} / {example['second']}"
+    )

@@ -8,7 +8,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from random import Random
 from statistics import median
@@ -31,8 +31,10 @@ from llavar_peft.datagen.ocr.read_image_folder import (
     list_folder,
     read_images,
 )
+from llavar_peft.datagen.ocr.reading_agreement import choose_second_readings, compare_readings
 from llavar_peft.datagen.ocr.stored_readings import stored_readings
-from llavar_peft.errors import DataError, ImageError
+from llavar_peft.errors import DAMAGED, DataError, ImageError
+from llavar_peft.text_files import read_json
 
 Progress: TypeAlias = Callable[[int, int], None]
 
@@ -70,6 +72,16 @@ def journal_path(out: Path) -> Path:
 def report_path(out: Path) -> Path:
     """Return the path of the report for a file of records."""
     return out.with_suffix(".report.json")
+
+
+def read_folder(records: Path) -> Path:
+    """Return the folder of images that a report names. Raises ``DataError`` if there is none."""
+    path = report_path(records)
+    fix = "give --images FOLDER"
+    try:
+        return Path(read_json(path, fix=fix)["folder"])
+    except DAMAGED as error:
+        raise DataError.at(str(path), "does not name the folder of the images", fix) from error
 
 
 def build_records(
@@ -110,7 +122,9 @@ def build_records(
         )
         report.drops += [Drop(path, "broken_image", "its name is not Unicode") for path in folder.unnameable]
         report.drops += [Drop(path, "pages_left_out", what) for path, what in folder.cut]
-        _read_new(images, new, settings, journal, report, progress)
+        twice = frozenset[str]() if settings.reading.both else choose_second_readings(new, report.resumed)
+        reading = replace(settings.reading, twice=twice)
+        _read_new(images, new, replace(settings, reading=reading), journal, report, progress)
         readings = _current_entries(journal, _find_readings(journal, images, folder.images, engines))
         records = _make_records(readings, settings, report, _record_ids(folder.images))
         write_json(out, records)
@@ -184,15 +198,17 @@ def _make_records(
 ) -> list[dict[str, Any]]:
     """Filter readings, drop copies, and return records in the order of the images' paths.
 
-    In addition to the format's fields, a record has the sizes of its image and its letters for ``eval diagnose``.
+    In addition to the format's fields, a record has the sizes of its image and its letters for ``eval diagnose``, and
+    the profile with which the image was read.
     """
     good: dict[str, Candidate] = {}
-    sizes: dict[str, dict[str, float]] = {}
+    sizes: dict[str, dict[str, Any]] = {}
     for entry in readings:
         candidate = _make_candidate(entry, settings, report)
         if candidate is not None:
             good[candidate.path] = candidate
             sizes[candidate.path] = _measure_sizes(entry, settings)
+            compare_readings(report.agreement, candidate.path, candidate.text, entry, settings.limits)
     copies = {} if settings.keep_duplicates else find_duplicates(list(good.values()))
     for path, original in copies.items():
         del good[path]
@@ -216,6 +232,8 @@ def _make_candidate(entry: Mapping[str, Any], settings: BuildSettings, report: B
     if "page" in entry:
         report.pages[entry["page"]] += 1
     readings = [[OcrLine.from_json(line) for line in entry["lines"][name]] for name in settings.reading.engines]
+    if profile := entry.get("profile"):
+        report.profiles[profile] += 1
     verdict = judge_quality(readings[0], settings.limits, readings[1] if settings.reading.both else None)
     report.lines += verdict.lines
     report.lines_left_out += verdict.left_out
@@ -226,11 +244,12 @@ def _make_candidate(entry: Mapping[str, Any], settings: BuildSettings, report: B
     return Candidate(path, entry["width"] * entry["height"], int(entry["hash"], 16), verdict.text)
 
 
-def _measure_sizes(entry: Mapping[str, Any], settings: BuildSettings) -> dict[str, float]:
-    """Return the image's size and the median height of its lines, in pixels."""
+def _measure_sizes(entry: Mapping[str, Any], settings: BuildSettings) -> dict[str, Any]:
+    """Return the image's size and the median height of its lines, in pixels, and its profile if it was chosen."""
     lines = confident(map(OcrLine.from_json, entry["lines"][settings.reading.engine]), settings.limits)
     height = median(box.height for box in upright_boxes(lines))
-    return {"image_width": entry["width"], "image_height": entry["height"], "text_height": round(height, 1)}
+    sizes = {"image_width": entry["width"], "image_height": entry["height"], "text_height": round(height, 1)}
+    return sizes | {key: entry[key] for key in ("profile",) if key in entry}
 
 
 def _record_ids(paths: Sequence[str]) -> dict[str, str]:

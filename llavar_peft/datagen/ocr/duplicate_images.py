@@ -1,7 +1,8 @@
 """Find duplicate images in a folder: similar in appearance, and with the same text.
 
-A perceptual hash alone takes two white pages for duplicates. Two images are therefore duplicates if their hashes are
-near and their texts agree. Of each connected group the largest image is kept; the order of the images does not matter.
+A perceptual hash alone takes two white pages for duplicates, and two posters that differ in the date. Two images are
+therefore duplicates if their hashes are near and their texts agree, up to mistakes of reading. Of each connected group
+the largest image is kept; the order of the images does not matter.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
-from llavar_peft.datagen.ocr.similar_texts import agree, similar_texts
+from llavar_peft.datagen.ocr.similar_texts import agree, differ_in_facts, similar_texts
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -72,9 +73,14 @@ def find_duplicates(images: Sequence[Candidate]) -> Mapping[str, str]:
 
     for first, second in _near_pairs([image.hash for image in images], texts):
         one, other = sorted((find(first), find(second)))
-        if one != other and agree(texts[first], texts[second]):
+        if one != other and is_copy(images[first].text, images[second].text):
             root[other] = one
     return {images[number].path: images[find(number)].path for number in range(len(root)) if find(number) != number}
+
+
+def is_copy(first: str, second: str) -> bool:
+    """Return whether the texts of two images with near hashes show that one is a copy of the other."""
+    return agree("".join(first.split()), "".join(second.split())) and not differ_in_facts(first, second)
 
 
 def _near_pairs(hashes: Sequence[int], texts: Sequence[str]) -> Iterator[tuple[int, int]]:

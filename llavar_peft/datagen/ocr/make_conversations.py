@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass, field
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 from random import Random
@@ -17,16 +18,25 @@ from typing import Any, Final, Literal
 
 from llavar_peft.atomic_files import check_output_file, write_json
 from llavar_peft.constants import IMAGE_PLACEHOLDER
+from llavar_peft.data.image_roots import ImageRoots
 from llavar_peft.data.json_schema import AnswerSchema, write_fields
 from llavar_peft.data.record_store import open_records, parse_record
 from llavar_peft.data.resume_journal import ResumeJournal
-from llavar_peft.datagen.ocr.build_ocr_records import Progress, journal_path
+from llavar_peft.datagen.ocr.build_ocr_records import Progress, journal_path, read_folder
+from llavar_peft.datagen.ocr.caption_images import ImageCaptioner
 from llavar_peft.datagen.ocr.check_replies import CheckedReply, Pair, check_fields, check_reply
-from llavar_peft.datagen.ocr.ocr_engines import OcrLine
+from llavar_peft.datagen.ocr.ocr_engines import OcrLine, Polygon
 from llavar_peft.datagen.ocr.ocr_quality import transcribe
 from llavar_peft.datagen.ocr.stored_readings import stored_readings
 from llavar_peft.datagen.openai_client import ChatModel, Endpoint, EndpointRejectedError, Message
-from llavar_peft.errors import DAMAGED, DataError, EnvironmentFaultError, InterruptedRunError, describe_reason
+from llavar_peft.errors import (
+    DAMAGED,
+    DataError,
+    EnvironmentFaultError,
+    ImageError,
+    InterruptedRunError,
+    describe_reason,
+)
 from llavar_peft.text_files import read_json, read_json_lines
 
 # Both texts stay byte for byte, because replies are kept by the hash of the whole request.
@@ -68,6 +78,8 @@ class ConverseSettings:
         concurrency: Maximum number of simultaneous requests.
         schema: Write one turn about each image, whose answer is JSON that follows this schema, instead of a
             conversation.
+        caption_endpoint: A model that sees images and writes the missing captions.
+        images: The folder of the images for it; None for the one that ``ocr build`` has read.
     """
 
     endpoint: Endpoint
@@ -77,6 +89,8 @@ class ConverseSettings:
     seed: int = 0
     concurrency: int = 4
     schema: AnswerSchema | None = None
+    caption_endpoint: Endpoint | None = None
+    images: Path | None = None
 
 
 @dataclass
@@ -109,11 +123,12 @@ class ConverseReport:
 
 @dataclass(frozen=True, slots=True)
 class _Task:
-    """An image with its record's id, the texts that engines read, and its caption."""
+    """An image with its record's id, the texts that engines read, where they are, and its caption."""
 
     record_id: str
     image: str
     readings: Mapping[str, str]
+    places: tuple[Polygon, ...]
     caption: str
 
     @property
@@ -153,15 +168,21 @@ def make_conversations(
         DataError: The records or the readings are missing or malformed, or no conversation was valid.
         InterruptedRunError: Ctrl-C was pressed, or the endpoint keeps failing; run again to resume.
         EnvironmentFaultError: The key, the address or the model's name is wrong.
-        MissingDependencyError: ``openai`` is not installed.
+        MissingDependencyError: ``openai`` is not installed, or OpenCV for captions.
     """
     check_output_file(out, "--out")
     tasks = _read_tasks(records, captions or {})
     report = ConverseReport(len(tasks))
-    with ResumeJournal(out.with_suffix(".replies.jsonl"), {"format": 1}) as journal:
+    with ExitStack() as stack:
+        journal = stack.enter_context(ResumeJournal(out.with_suffix(".replies.jsonl"), {"format": 1}))
         model = ChatModel(settings.endpoint, journal)
+        captioner = None
+        if settings.caption_endpoint is not None:
+            captions_file = stack.enter_context(ResumeJournal(out.with_suffix(".captions.jsonl"), {"format": 1}))
+            roots = ImageRoots(settings.images or read_folder(records))
+            captioner = ImageCaptioner(ChatModel(settings.caption_endpoint, captions_file), roots)
         try:
-            made = dict(_converse_all(tasks, model, settings, report, progress))
+            made = dict(_converse_all(tasks, model, captioner, settings, report, progress))
         except KeyboardInterrupt:
             raise InterruptedRunError.at(
                 str(journal.path), "interrupted; replies so far are kept", "run the same command again to resume"
@@ -202,14 +223,16 @@ def read_captions(path: Path) -> dict[str, str]:
 
 def _read_tasks(records: Path, captions: Mapping[str, str]) -> list[_Task]:
     readings: dict[str, dict[str, str]] = {}
+    places: dict[str, tuple[Polygon, ...]] = {}
     source = journal_path(records)
     if not source.is_file():
         raise DataError.at(str(source), "is missing", "run llavar-peft ocr build, which writes it next to the records")
     for _, entry in stored_readings(source):
-        found = (entry.get("lines") or {}).items()
-        readings[entry["path"]] = {
-            name: transcribe([OcrLine.from_json(line) for line in lines]) for name, lines in found
+        found = {
+            name: [OcrLine.from_json(line) for line in lines] for name, lines in (entry.get("lines") or {}).items()
         }
+        readings[entry["path"]] = {name: transcribe(lines) for name, lines in found.items()}
+        places[entry["path"]] = tuple(line.polygon for lines in found.values() for line in lines)
     tasks = []
     store = open_records(str(records))
     for index in range(len(store)):
@@ -217,13 +240,15 @@ def _read_tasks(records: Path, captions: Mapping[str, str]) -> list[_Task]:
         for image in conversation.images:
             if image not in readings:
                 raise DataError.at(store.where(index), f"{image} was never read", "run llavar-peft ocr build again")
-            tasks.append(_Task(conversation.id, image, readings[image], captions.get(image, "")))
+            caption = captions.get(image, "")
+            tasks.append(_Task(conversation.id, image, readings[image], places[image], caption))
     return tasks
 
 
 def _converse_all(
     tasks: Sequence[_Task],
     model: ChatModel,
+    captioner: ImageCaptioner | None,
     settings: ConverseSettings,
     report: ConverseReport,
     progress: Progress | None,
@@ -234,7 +259,7 @@ def _converse_all(
     try:
         for done in range(1, len(tasks) + 1):
             for task in islice(waiting, settings.concurrency - len(running)):
-                running[pool.submit(_converse_one, task, model, settings)] = task
+                running[pool.submit(_converse_one, task, model, captioner, settings)] = task
             finished = next(iter(wait(running, return_when=FIRST_COMPLETED).done))
             task, made = running.pop(finished), finished.result()
             rejected = rejected + 1 if made.outcome == "refused" else 0
@@ -255,7 +280,12 @@ def _converse_all(
         pool.shutdown(cancel_futures=True)
 
 
-def _converse_one(task: _Task, model: ChatModel, settings: ConverseSettings) -> _Made:
+def _converse_one(task: _Task, model: ChatModel, captioner: ImageCaptioner | None, settings: ConverseSettings) -> _Made:
+    if captioner is not None and not task.caption:
+        try:
+            task = replace(task, caption=captioner.caption(task.image, task.places))
+        except (EndpointRejectedError, ImageError) as error:
+            return _Made((), 0, "refused" if isinstance(error, EndpointRejectedError) else "malformed", str(error))
     schema = settings.schema
     request = REQUEST.format(low=settings.least, high=settings.most)
     request = request if schema is None else EXTRACT.format(schema=schema.text)

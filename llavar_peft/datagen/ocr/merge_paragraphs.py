@@ -1,15 +1,16 @@
-"""Merge lines into paragraphs, by geometry alone.
+"""Merge lines into paragraphs and tables, by geometry and by where the numbers are.
 
-Three steps, none of which depends on the order of the lines: pieces on one baseline with a small gap form a row; rows
-below each other with similar height in one column form a paragraph; paragraphs side by side whose rows align, at least
-one of them narrow, form a table, which is read row by row. All limits are multiples of the line height, so that moving
-or scaling a page changes nothing.
+Three steps, none of which depends on the order of the lines: pieces on one baseline with a small gap, which is not part
+of a gutter between columns, form a row; rows below each other with similar height in one column form a paragraph;
+paragraphs side by side whose rows align form a table, unless they are columns of prose. The rows of a table stay lines.
+All limits are multiples of the line height, so that moving or scaling a page changes nothing.
 
 Source: arXiv 2306.17107 states that paragraphs were merged by geometry, but not how; these rules are our own.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import reduce
@@ -17,6 +18,7 @@ from operator import or_
 from statistics import median
 from typing import Final, TypeVar
 
+from llavar_peft.datagen.ocr.column_gutters import abreast, level, narrow_gutters, separates, wide_gutters
 from llavar_peft.datagen.ocr.ocr_engines import OcrLine
 from llavar_peft.datagen.ocr.page_geometry import Box, reading_order, upright_boxes
 
@@ -39,15 +41,23 @@ PAIRED: Final = 2 / 3
 NARROW: Final = 6.0
 """Width, in heights, below which a column may contain a table's cells."""
 PROSE: Final = 9.0
-"""Width, in heights, from which ``PROSE_LINES`` rows are prose and not cells."""
+"""Width, in heights, from which ``PROSE_LINES`` rows that fill their column are prose and not cells."""
 PROSE_LINES: Final = 3
+FULL: Final = 0.75
+"""Minimum median of the widths of such rows as a fraction of the widest."""
+LABELS: Final = 0.55
+"""Maximum width of labels as a fraction of the width of what they label, to their right."""
+NUMBERS: Final = 2 / 3
+"""Minimum fraction of the rows of a list that end with a number, as on a receipt."""
+
+_NUMBER: Final = re.compile(r"(?<!\w)\d[\d.,:/-]*\s?\W?$")
 
 _T = TypeVar("_T")
 
 
 @dataclass(frozen=True, slots=True)
 class Paragraph:
-    """Lines that form one paragraph, in reading order; ``text`` is the lines joined by spaces."""
+    """Lines that form one paragraph or table, in reading order; in ``text``, rows of a table are lines."""
 
     text: str
     lines: tuple[OcrLine, ...]
@@ -72,12 +82,13 @@ def merge_lines(lines: Sequence[OcrLine]) -> tuple[Paragraph, ...]:
         Paragraphs that contain each line exactly once.
     """
     placed = sorted(zip(upright_boxes(lines), lines, strict=True), key=_sort_key)
-    rows = [_row(group) for group in _connected(placed, lambda a, b: _same_line(a[0], b[0]))]
+    gutters = narrow_gutters([box for box, _ in placed], _near, NARROW)
+    rows = [_row(group) for group in _connected(placed, lambda a, b: _same_line(a[0], b[0], gutters))]
     rows.sort(key=lambda row: (row.box.top, row.box.left))
     blocks = [_by_top(group) for group in _paragraph_rows(rows)]
-    tables = [_table_rows(group) for group in _group_tables(blocks)]
-    order = reading_order([_bounding_box([row.box for row in block]) for block in tables])
-    return tuple(_paragraph(tables[index]) for index in order)
+    tables = [(_table_rows(group), len(group) > 1) for group in _group_tables(blocks)]
+    order = reading_order([_bounding_box([row.box for row in rows]) for rows, _ in tables])
+    return tuple(_paragraph(*tables[index]) for index in order)
 
 
 def _sort_key(item: tuple[Box, OcrLine]) -> tuple[float | str, ...]:
@@ -104,7 +115,11 @@ def _same_baseline(first: Box, second: Box) -> bool:
     return abs(first.middle - second.middle) <= SAME_BASELINE * min(first.height, second.height)
 
 
-def _same_line(first: Box, second: Box) -> bool:
+def _same_line(first: Box, second: Box, gutters: Sequence[Box]) -> bool:
+    return _near(first, second) and not any(separates(gutter, first, second) for gutter in gutters)
+
+
+def _near(first: Box, second: Box) -> bool:
     gap = max(first.left, second.left) - min(first.right, second.right)
     return _same_baseline(first, second) and gap <= WIDEST_SPACE * (first.height + second.height) / 2
 
@@ -147,26 +162,50 @@ def _same_column(above: _Row, below: _Row) -> bool:
 def _group_tables(blocks: Sequence[Sequence[_Row]]) -> list[list[Sequence[_Row]]]:
     """Group paragraphs that are the columns of one table."""
     boxes = [_bounding_box([row.box for row in block]) for block in blocks]
+    prose = [box for box, block in zip(boxes, blocks, strict=True) if _is_prose(block)]
+    gutters = wide_gutters(prose, [row.box for block in blocks for row in block])
 
     def linked(first: int, second: int) -> bool:
         one, other = boxes[first], boxes[second]
-        # Cheap test first: of a page's many pairs of paragraphs, few are side by side.
-        if max(one.top, other.top) > min(one.bottom, other.bottom):
+        # Cheap tests first: of a page's many pairs of paragraphs, few are side by side.
+        if not level(one, other):
             return False
-        if max(one.left, other.left) < min(one.right, other.right):
+        # Only rows at the same height have to be side by side: a title above may be wider than its column.
+        parts = [
+            [row.box for row in blocks[number] if level(row.box, beside)]
+            for number, beside in ((first, other), (second, one))
+        ]
+        if not all(parts) or abreast(*map(_bounding_box, parts)):
             return False
-        return _same_table(blocks[first], blocks[second])
+        return _same_table(blocks[first], blocks[second]) and not any(
+            separates(gutter, one, other) for gutter in gutters
+        )
 
     return [[blocks[number] for number in group] for group in _connected(range(len(blocks)), linked)]
 
 
 def _same_table(first: Sequence[_Row], second: Sequence[_Row]) -> bool:
     few, many = sorted((first, second), key=len)
-    widths = [median(row.box.width / row.height for row in block) for block in (few, many)]
-    if min(widths) >= NARROW or (len(many) >= PROSE_LINES and widths[1] >= PROSE):
-        return False
     paired = sum(any(_same_row(row, mate) for mate in many) for row in few)
-    return paired >= PAIRED * len(few)
+    if paired < PAIRED * len(few) or _is_prose(many):
+        return False
+    left, right = sorted((first, second), key=lambda block: median(row.box.left for row in block))
+    if _lists_numbers(right):
+        return True
+    widths = [median(row.box.width for row in block) for block in (left, right)]
+    heights = median(row.height for block in (left, right) for row in block)
+    return min(widths) < NARROW * heights or widths[0] <= LABELS * widths[1]
+
+
+def _is_prose(block: Sequence[_Row]) -> bool:
+    """Return whether rows are wide and fill their column."""
+    widths = [row.box.width / row.height for row in block]
+    return len(block) >= PROSE_LINES and median(widths) >= PROSE and median(widths) >= FULL * max(widths)
+
+
+def _lists_numbers(rows: Sequence[_Row]) -> bool:
+    """Return whether most rows end with a number, such as an amount."""
+    return sum(_NUMBER.search(row.pieces[-1][1].text) is not None for row in rows) >= NUMBERS * len(rows)
 
 
 def _same_row(first: _Row, second: _Row) -> bool:
@@ -175,10 +214,8 @@ def _same_row(first: _Row, second: _Row) -> bool:
 
 
 def _table_rows(blocks: Sequence[Sequence[_Row]]) -> list[_Row]:
-    """Return the rows of one paragraph, or of several side by side joined row by row."""
+    """Return the rows of one paragraph, or of several side by side, joined row by row."""
     rows = sorted((row for block in blocks for row in block), key=lambda row: (row.box.top, row.box.left))
-    if len(blocks) == 1:
-        return rows
     joined = [_row([piece for row in group for piece in row.pieces]) for group in _connected(rows, _same_row)]
     return _by_top(joined)
 
@@ -197,6 +234,7 @@ def _bounding_box(boxes: Sequence[Box]) -> Box:
     return reduce(or_, boxes)
 
 
-def _paragraph(rows: Sequence[_Row]) -> Paragraph:
+def _paragraph(rows: Sequence[_Row], is_table: bool) -> Paragraph:
     lines = tuple(line for row in rows for _, line in row.pieces)
-    return Paragraph(" ".join(line.text for line in lines), lines)
+    texts = [" ".join(line.text for _, line in row.pieces) for row in rows]
+    return Paragraph(("\n" if is_table or _lists_numbers(rows) else " ").join(texts), lines)

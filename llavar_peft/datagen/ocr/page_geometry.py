@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
 _MAX_SLANT: Final = math.radians(45)  # a steeper line runs upwards on a page that is not slanted
+_MAX_BEND: Final = math.radians(8)  # between a line and the page's slant, in a photograph of a page
+_ROWS_TO_BEND: Final = 4  # lines from which it is measured
 _MIN_OVERLAP: Final = 0.1
 """Fraction of the smaller extent up to which blocks do not count as overlapping, because boxes are never exact."""
 
@@ -53,13 +55,37 @@ class Box:
 
 
 def upright_boxes(lines: Sequence[OcrLine]) -> list[Box]:
-    """Return a box for each line, in a frame rotated by the page's slant.
+    """Return a box for each line, in a frame rotated by the page's slant, with rows level in spite of perspective.
 
     A page without slant keeps its coordinates exactly.
     """
     slant = _estimate_slant(lines)
     cosine, sine = (math.cos(slant), math.sin(slant)) if slant else (1.0, 0.0)
-    return [_make_box([(x * cosine + y * sine, y * cosine - x * sine) for x, y in line.polygon]) for line in lines]
+    boxes = [_make_box([(x * cosine + y * sine, y * cosine - x * sine) for x, y in line.polygon]) for line in lines]
+    return _level_rows(boxes, [_angle(line) - slant for line in lines])
+
+
+def _level_rows(boxes: list[Box], angles: Sequence[float]) -> list[Box]:
+    """Move boxes up or down so that rows are level, whose slope changes from the top to the bottom of the page.
+
+    Args:
+        boxes: Boxes of lines.
+        angles: The lines' angles in radians; those of vertical lines are not used.
+    """
+    level = [number for number, angle in enumerate(angles) if abs(angle) < _MAX_BEND]
+    if len(level) < _ROWS_TO_BEND or not any(angles[number] for number in level):
+        return boxes
+    middles_N, angles_N = np.array([(boxes[n].middle, angles[n]) for n in level]).T
+    lengths_N = np.array([boxes[n].width for n in level])  # the longer a line, the more exact its angle
+    trend = np.polynomial.Polynomial.fit(middles_N, angles_N, 1, w=lengths_N)
+    low, high = middles_N.min(), middles_N.max()
+    centre = float(np.median([box.left + box.width / 2 for box in boxes]))
+    moved = []
+    for box in boxes:
+        slope = float(trend(min(max(box.middle, low), high)))
+        shift = slope * (box.left + box.width / 2 - centre)
+        moved.append(Box(box.left, box.top - shift, box.right, box.bottom - shift))
+    return moved
 
 
 def _make_box(corners: Sequence[Point]) -> Box:
@@ -71,14 +97,18 @@ def _make_box(corners: Sequence[Point]) -> Box:
     return Box(min(xs), middle - half, max(xs), middle + half)
 
 
+def _angle(line: OcrLine) -> float:
+    (x0, y0), (x1, y1) = line.polygon[0], line.polygon[1]
+    return math.atan2(y1 - y0, x1 - x0)
+
+
 def _estimate_slant(lines: Sequence[OcrLine]) -> float:
     """Return the median angle of the horizontal lines in radians, weighted by length; 0 if there are none."""
     weighted = []
     for line in lines:
-        (x0, y0), (x1, y1) = line.polygon[0], line.polygon[1]
-        angle = math.atan2(y1 - y0, x1 - x0)
+        angle = _angle(line)
         if abs(angle) < _MAX_SLANT:
-            weighted.append((angle, math.hypot(x1 - x0, y1 - y0)))
+            weighted.append((angle, math.dist(line.polygon[0], line.polygon[1])))
     weighted.sort()
     half, passed = sum(length for _, length in weighted) / 2, 0.0
     for angle, length in weighted:

@@ -17,7 +17,15 @@ from llavar_peft.data.image_roots import ImageRoots
 from llavar_peft.data.pdf_pages import PdfDocument, locate_page, page_name, parse_pages
 from llavar_peft.data.resume_journal import ResumeJournal
 from llavar_peft.datagen.ocr.duplicate_images import difference_hash, is_blank
-from llavar_peft.datagen.ocr.ocr_engines import EngineName, OcrError, OcrLine, open_ocr_engine
+from llavar_peft.datagen.ocr.ocr_engines import (
+    EngineName,
+    OcrEngine,
+    OcrError,
+    OcrLine,
+    open_ocr_engine,
+    scale_line,
+)
+from llavar_peft.datagen.ocr.page_profile import PAPER_EDGE, Profile, ProfileChoice, choose_profile
 from llavar_peft.datagen.ocr.page_text import lines_of_page
 from llavar_peft.errors import EnvironmentFaultError, ImageError, InterruptedRunError
 
@@ -26,6 +34,8 @@ if TYPE_CHECKING:
 
 LONGEST: Final = 4096
 """Maximum length in pixels to which a side is enlarged: a strip of 600 x 1 would become 230,400 wide."""
+SECOND_SIZE: Final[dict[EngineName, float]] = {"rapidocr": 0.8, "tesseract": 1.25}
+"""Size of the second reading of an image as a fraction of the first. Tesseract misreads pages of less than 150 dpi."""
 SUFFIXES: Final = frozenset(
     (
         ".png", ".jpg", ".jpeg", ".jpe", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".pgm", ".jp2", ".avif",
@@ -45,17 +55,21 @@ class ReadingSettings:
     Attributes:
         engine: The engine whose text is used.
         both: Whether the other engine reads the images too, for comparison.
-        short_edge: Length in pixels to which the shorter side is scaled before reading, 0 for the full size. The
-            default is the paper's.
+        profile: How large images are read: ``"scene"`` and ``"paper"`` with the paper's short edge, ``"page"`` in full
+            size, ``"auto"`` as a scene or a page, whichever the image is.
+        short_edge: Length in pixels to which the shorter side is scaled instead, 0 for the full size.
         languages: Languages of Tesseract.
         page_text: Whether the own text of a page of a PDF document is used, where it has a plausible one.
+        twice: Paths of images that are read a second time in another size, to estimate the error rate.
     """
 
     engine: EngineName = "rapidocr"
     both: bool = False
-    short_edge: int = 384
+    profile: ProfileChoice = "auto"
+    short_edge: int | None = None
     languages: str = "eng"
     page_text: bool = True
+    twice: frozenset[str] = frozenset()
 
     @property
     def engines(self) -> tuple[EngineName, ...]:
@@ -79,11 +93,13 @@ class OcrReader:
 
     def heading(self) -> dict[str, Any]:
         """Return the journal's heading: what readings depend on."""
+        settings = self._settings
+        size = {"profile": settings.profile} if settings.short_edge is None else {"short_edge": settings.short_edge}
         return {
-            "format": 2,
+            "format": 3,
             "engines": {engine.name: engine.version for engine in self._engines},
-            "short_edge": self._settings.short_edge,
-            **({} if self._settings.page_text else {"page_text": False}),
+            **size,
+            **({} if settings.page_text else {"page_text": False}),
         }
 
     def __call__(self, path: str) -> dict[str, Any]:
@@ -91,20 +107,29 @@ class OcrReader:
         entry: dict[str, Any] = {"path": path, **file_stamp(self._roots.roots[0] / path)}
         try:
             image, lines, why_read = self._open(path)
-            scaled, scale = bring_short_edge(image, self._settings.short_edge)
             entry |= {"width": image.width, "height": image.height, "hash": f"{difference_hash(image):064x}"}
             entry["blank"] = is_blank(image)
             entry |= {} if why_read is None else {"page": why_read}
-            entry["lines"] = {
-                engine.name: [_scale_line(line, 1 / scale).as_json() for line in engine.read(scaled)]
-                if lines is None
-                else [line.as_json() for line in lines]
-                for engine in self._engines
-            }
+            if lines is None:
+                self._read(entry, image)
+            else:
+                entry["lines"] = {engine.name: [line.as_json() for line in lines] for engine in self._engines}
         except (ImageError, OcrError) as error:
+            entry.pop("lines", None)
             entry["error"] = str(error)
             entry["reason"] = "broken_image" if isinstance(error, ImageError) else "engine_failed"
         return entry
+
+    def _read(self, entry: dict[str, Any], image: Image) -> None:
+        """Add the lines that the engines read to an entry."""
+        profile = self._choose_profile(image)
+        entry |= {"profile": profile} if profile else {}
+        scaled, scale = bring_short_edge(image, self._short_edge(image, profile))
+        entry["lines"] = {engine.name: _read_lines(engine, scaled, scale) for engine in self._engines}
+        if entry["path"] in self._settings.twice:
+            engine = self._engines[0]
+            other, scale = bring_short_edge(image, max(1, round(min(scaled.size) * SECOND_SIZE[engine.name])))
+            entry["again"] = _read_lines(engine, other, scale)
 
     def _open(self, path: str) -> tuple[Image, tuple[OcrLine, ...] | None, str | None]:
         """Open an image; for a page of a PDF document, return its own text or why that cannot be used, too."""
@@ -117,6 +142,25 @@ class OcrReader:
             return page.image, None, "not asked for"
         lines, why_not = lines_of_page(page)
         return page.image, None if why_not else lines, why_not or ""
+
+    def _choose_profile(self, image: Image) -> Profile | None:
+        settings = self._settings
+        if settings.short_edge is not None:
+            return None
+        if settings.profile != "auto":
+            return "page" if settings.profile == "page" else "scene"
+        small, _ = bring_short_edge(image, PAPER_EDGE)
+        return choose_profile(small, self._engines[0].find(small))
+
+    def _short_edge(self, image: Image, profile: Profile | None) -> int:
+        if profile is None:
+            return self._settings.short_edge or 0
+        return PAPER_EDGE if profile == "scene" else max(PAPER_EDGE, min(image.size))
+
+
+def _read_lines(engine: OcrEngine, image: Image, scale: float) -> list[list[Any]]:
+    """Return the lines of an image, in pixels of the image from which it was scaled."""
+    return [scale_line(line, 1 / scale).as_json() for line in engine.read(image)]
 
 
 def bring_short_edge(image: Image, short_edge: int) -> tuple[Image, float]:
@@ -138,11 +182,6 @@ def bring_short_edge(image: Image, short_edge: int) -> tuple[Image, float]:
     scale = min(short_edge / min(image.size), max(1.0, LONGEST / max(image.size)))
     size = max(1, round(image.width * scale)), max(1, round(image.height * scale))
     return (image, 1.0) if size == image.size else (image.resize(size, Resampling.BICUBIC), scale)
-
-
-def _scale_line(line: OcrLine, factor: float) -> OcrLine:
-    a, b, c, d = ((x * factor, y * factor) for x, y in line.polygon)
-    return OcrLine(line.text, (a, b, c, d), line.confidence)
 
 
 @dataclass(frozen=True)

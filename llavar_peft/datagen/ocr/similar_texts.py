@@ -9,11 +9,14 @@ Source: Li, Deng, Wang, Feng, "Pass-Join", VLDB 2011.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
 from itertools import islice, pairwise
 from typing import Final
 
+from rapidfuzz import fuzz
 from rapidfuzz.distance import Levenshtein
 
 SAME_TEXT: Final = 0.2
@@ -21,11 +24,56 @@ SAME_TEXT: Final = 0.2
 _FEW: Final = 64  # texts up to which comparing all pairs is faster than the index of pieces
 _SHORT: Final = 48  # letters up to which pieces distinguish texts; longer texts have too many pieces
 _ROUNDING: Final = 1e-9
+_WORD: Final = re.compile(r"[^\W_]+")
+_PART: Final = re.compile(r"\d+|\D+")
+_SIMILAR_WORD: Final = 60.0  # of 100
 
 
 def agree(first: str, second: str) -> bool:
     """Return whether two texts agree up to ``SAME_TEXT``."""
     return bool(Levenshtein.normalized_distance(first, second, score_cutoff=SAME_TEXT) <= SAME_TEXT)
+
+
+def differ_in_facts(first: str, second: str) -> bool:
+    """Return whether two texts differ in a number or a word, such as a date, and not only as readings of one image do.
+
+    Each has a number that the other lacks, or a different one after the same word, or a word without a similar one in
+    the other. A reading of a smaller copy lacks words and mistakes letters, but does not put others in their place.
+    """
+    one, other = _find_words(first), _find_words(second)
+    rest, other_rest = list((one - other).elements()), list((other - one).elements())
+    if any(word.isdigit() for word in rest) and any(word.isdigit() for word in other_rest):
+        return True
+    placed, other_placed = _find_numbers(first), _find_numbers(second)
+    if {before for before, _ in placed - other_placed} & {before for before, _ in other_placed - placed}:
+        return True
+    return _has_strange_word(rest, second) and _has_strange_word(other_rest, first)
+
+
+def _find_words(text: str) -> Counter[str]:
+    """Return words and numbers. A single digit among letters may be a mistaken letter."""
+    return Counter(
+        part for word in _WORD.findall(text.casefold()) for part in _PART.findall(word) if _is_sure(part, word)
+    )
+
+
+def _is_sure(part: str, word: str) -> bool:
+    return part == word or (part.isdigit() and len(part) > 1)
+
+
+def _find_numbers(text: str) -> Counter[tuple[str, str]]:
+    """Return the numbers that follow a word, with the word."""
+    return Counter(
+        (before, number)
+        for before, number in pairwise(_WORD.findall(text.casefold()))
+        if before.isalpha() and number.isdigit()
+    )
+
+
+def _has_strange_word(words: Iterable[str], text: str) -> bool:
+    """Return whether some word is not even similar to a part of the text."""
+    plain = "".join(text.casefold().split())
+    return any(word.isalpha() and fuzz.partial_ratio(word, plain) < _SIMILAR_WORD for word in words if len(word) > 2)
 
 
 def similar_texts(numbers: Sequence[int], texts: Sequence[str]) -> Iterator[tuple[int, int]]:

@@ -14,6 +14,7 @@ from llavar_peft.data.resume_journal import read_entries
 from llavar_peft.errors import DAMAGED, DataError, describe_reason
 
 _Corners: TypeAlias = tuple[float, float, float, float, float, float, float, float]
+_Line: TypeAlias = tuple[str, _Corners, float]
 _FIX = "delete the file, and run `llavar-peft ocr build` again"
 
 
@@ -32,7 +33,9 @@ class _StoredReading:
     hash: str = "0"
     blank: bool = False
     page: str | None = None
-    lines: dict[str, list[tuple[str, _Corners, float]]] | None = None
+    lines: dict[str, list[_Line]] | None = None
+    again: list[_Line] | None = None
+    profile: Literal["scene", "page"] | None = None
     error: str | None = None
     reason: Literal["broken_image", "engine_failed"] | None = None
 
@@ -71,6 +74,6 @@ def _check_reading(reading: _StoredReading, engines: Sequence[str]) -> None:
         raise ValueError(f"expected lines of {', '.join(engines) or 'an engine'}")
     if not 0 <= int(reading.hash, 16) < 1 << 256:
         raise ValueError("the hash is longer than 64 digits")
-    for lines in reading.lines.values():
+    for lines in (*reading.lines.values(), reading.again or []):
         if not all(math.isfinite(number) for _, corners, confidence in lines for number in (*corners, confidence)):
             raise ValueError("a number is not finite")

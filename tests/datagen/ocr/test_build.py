@@ -157,8 +157,8 @@ def test_a_changed_image_is_read_again(signs: Path, built: Path, tmp_path: Path)
 def test_other_settings_are_rejected(signs: Path, built: Path, tmp_path: Path) -> None:
     out = tmp_path / "records.json"
     shutil.copy(journal_path(built), journal_path(out))
-    with pytest.raises(DataError, match="short_edge was 384 and is 0"):
-        build_records(signs, out, replace(ALONE, reading=ReadingSettings(short_edge=0)))
+    with pytest.raises(DataError, match="profile was 'auto' and is 'paper'"):
+        build_records(signs, out, replace(ALONE, reading=ReadingSettings(profile="paper")))
 
 
 def test_a_broken_image_can_stop_the_build(signs: Path, built: Path, tmp_path: Path) -> None:

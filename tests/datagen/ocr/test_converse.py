@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import json
 import threading
 from collections.abc import Callable, Iterator
@@ -10,9 +12,11 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image, ImageDraw
 
 from llavar_peft.cli import main
 from llavar_peft.data.json_schema import AnswerSchema
@@ -336,6 +340,44 @@ def test_the_command(records: Path, server: Server, capsys: pytest.CaptureFixtur
     assert "12 conversations about 12 images, 24 questions" in capsys.readouterr().out
     assert main(["data", "check", str(out)]) == 2  # no folder of images was named
     assert "12 records, 1 fault" in capsys.readouterr().out
+
+
+def test_captions_are_written_about_images_without_their_text(
+    records: Path, server: Server, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A caption counts as evidence, is asked for once, and the image that is sent has no text where text was read."""
+    pytest.importorskip("cv2")
+    for number in range(12):  # no two alike, because a request is sent once
+        drawn = Image.new("RGB", (90, 60 + number), (200, 60, 60))
+        ImageDraw.Draw(drawn).rectangle((4, 4, 84, 16), fill=(255, 255, 255))
+        drawn.save(records.with_name(f"p{number}.png"))
+    records.with_name("p5.png").write_bytes(b"broken")
+    about = [*SOUND, {"question": "Where does it hang?", "answer": "In a greenhouse."}]
+    seen: list[Image.Image] = []
+
+    def answer(_: int, messages: list[dict[str, Any]]) -> tuple[int, str]:
+        if isinstance(messages[0]["content"], str):
+            return 200, written(about) if "greenhouse" in messages[1]["content"] else written(SOUND)
+        data = messages[0]["content"][0]["image_url"]["url"].removeprefix("data:image/jpeg;base64,")
+        seen.append(Image.open(io.BytesIO(base64.b64decode(data))))
+        return 200, "A wall of a\n greenhouse."
+
+    server.answer = answer
+    out = records.with_name("made.json")
+    known = records.with_name("captions.json")
+    known.write_text(json.dumps({"p0.png": "A wall."}))
+    command = ["ocr", "converse", str(records), "--out", str(out), "--model", "m", "--base-url", server.url]
+    command += ["--caption-model", "sees", "--captions", str(known)]
+    assert main(command) == 2  # the folder is not known
+    assert "give --images FOLDER" in capsys.readouterr().err
+    for _ in range(2):
+        assert main([*command, "--images", str(records.parent)]) == 0
+        assert len(seen) == 10  # p0 has a caption, p5 is broken
+    assert "11 conversations about 12 images, 32 questions" in capsys.readouterr().out
+    for image in seen:
+        pixels = np.asarray(image).astype(int)
+        assert image.width == 90
+        assert np.abs(pixels - (200, 60, 60)).max() < 40
 
 
 def test_missing_inputs_are_reported(records: Path, server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
