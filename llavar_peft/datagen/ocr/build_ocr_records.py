@@ -19,16 +19,15 @@ from llavar_peft.compat.usable_cores import usable_cores
 from llavar_peft.constants import IMAGE_PLACEHOLDER, OCR_INSTRUCTIONS
 from llavar_peft.data.resume_journal import ResumeJournal
 from llavar_peft.datagen.ocr.duplicate_images import Candidate, find_duplicates
+from llavar_peft.datagen.ocr.list_images import MOST_PAGES_READ, list_folder
 from llavar_peft.datagen.ocr.ocr_engines import OcrLine, letter_count
 from llavar_peft.datagen.ocr.ocr_quality import QualityLimits, confident, judge_quality, script_counts
 from llavar_peft.datagen.ocr.ocr_report import BuildReport, Drop
 from llavar_peft.datagen.ocr.page_geometry import upright_boxes
 from llavar_peft.datagen.ocr.read_image_folder import (
-    MOST_PAGES_READ,
     OcrReader,
     ReadingSettings,
     file_stamp,
-    list_folder,
     read_images,
 )
 from llavar_peft.datagen.ocr.reading_agreement import choose_second_readings, compare_readings
