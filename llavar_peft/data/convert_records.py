@@ -33,7 +33,7 @@ from llavar_peft.data.image_files import image_suffix
 from llavar_peft.data.message_records import as_record
 from llavar_peft.data.record_store import RecordSource, parse_record, text_without_images
 from llavar_peft.data.text_size import SIZE_KEYS
-from llavar_peft.errors import ConfigError, DataError, Fault, ImageError
+from llavar_peft.errors import ConfigError, DataError, Fault, ImageError, count_of
 from llavar_peft.types import Conversation, EmbeddedImage, ImageSource, Turn
 
 _MARK: Final = ".llavar-peft-convert"
@@ -136,9 +136,10 @@ def _check_faults(faults: Sequence[Fault], written: int, total: int, skip_faulty
         listed = "\n".join(str(fault) for fault in faults[:_MOST_FAULTS])
         more = " and maybe more" if len(faults) >= _MOST_FAULTS else ""
         fix = "Fix: correct the records, or leave them out with --skip-faulty."
-        raise DataError(f"{len(faults)} faults{more}, nothing was written\n{listed}\n{fix}", faults)
+        raise DataError(f"{count_of(len(faults), 'fault')}{more}, nothing was written\n{listed}\n{fix}", faults)
     if not written:
-        raise DataError.at("records", f"none of the {total} records can be converted", "see 'llavar-peft data check'")
+        what = f"no record can be converted (got {count_of(total, 'faulty record')})"
+        raise DataError.at("records", what, "correct what 'llavar-peft data check' lists")
 
 
 class _ImageFolder:

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final
 
-from llavar_peft.data.delimited_tables import open_delimited
+from llavar_peft.data.delimited_tables import SUFFIXES, open_delimited
 from llavar_peft.data.hub_sources import TableSelection, is_hub_source, read_hub_source
 from llavar_peft.data.record_stream import store_stream
 from llavar_peft.errors import DAMAGED, DataError, EnvironmentFaultError, LlavarError, describe_reason
@@ -160,7 +160,10 @@ def open_folder(path: Path, selection: TableSelection, cache_dir: str | Path | N
     files = sorted(entry for entry in path.rglob("*") if entry.is_file() and not entry.name.startswith("."))
     if not any(entry.suffix.lower() in (".parquet", ".json", ".jsonl", ".arrow") for entry in files):
         what = "the folder holds no records (expected Parquet or JSON files, or what datasets.save_to_disk writes)"
-        raise DataError.at(str(path), what, "give the file or the folder that holds the records")
+        fix = "give the file or the folder that holds the records"
+        if tables := [str(entry) for entry in files if entry.suffix.lower() in SUFFIXES]:
+            fix = f"give the files with tables of text themselves, such as {tables[0]}"
+        raise DataError.at(str(path), what, fix)
     return Table(_load({"path": os.path.abspath(path)}, selection, str(path), cache_dir, files=files), str(path))
 
 

@@ -120,6 +120,13 @@ def test_a_faulty_table_is_named_with_its_row_and_a_fix(name: str, tmp_path: Pat
     assert list(tmp_path.glob("cache/**/.*.part")) == []
 
 
+def test_a_folder_of_csv_files_names_one(tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data/b.csv").write_text(PLAIN)
+    with pytest.raises(DataError, match=r"holds no records.*give the files .*, such as .*b\.csv"):
+        open_records(tmp_path / "data")
+
+
 def test_a_row_is_named_by_its_file_and_number(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text("image,question,answer\na.png,F,A\n../b.png,F,A\nc.png,,A\nhttp://x/d.png,F,A\n")
     found = preflight(open_records(tmp_path / "a.csv"), ImageRoots([_images(tmp_path)]))
