@@ -124,7 +124,7 @@ def test_quickstart_with_modern_parts_leads_to_fields(
 
 
 def _check_labels(kind: str) -> None:
-    """Compare the labels, which nobody typed, with what was drawn."""
+    """Compare the labels that were read with what was drawn."""
     truths = {
         Path(row["image"]).stem: row["fields"]
         for row in map(json.loads, Path(f"drawn/{kind}/truth.jsonl").read_text().splitlines())
