@@ -74,7 +74,7 @@ class EmbeddedImage:
     Attributes:
         data: The bytes; in a table a view of the mapped file, so that they are read only when they are used.
         name: Its name in messages: the key in the record, and the path written next to the bytes.
-        path: The path written next to the bytes, of which nothing is read.
+        path: The path written next to the bytes, of which nothing is read; it may name a page of a PDF document.
     """
 
     data: bytes | memoryview

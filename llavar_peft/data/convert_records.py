@@ -31,6 +31,7 @@ from llavar_peft.atomic_files import (
 from llavar_peft.constants import IMAGE_PLACEHOLDER
 from llavar_peft.data.image_files import image_suffix
 from llavar_peft.data.message_records import as_record
+from llavar_peft.data.pdf_pages import page_name, split_page
 from llavar_peft.data.record_store import RecordSource, parse_record, text_without_images
 from llavar_peft.data.text_size import SIZE_KEYS
 from llavar_peft.errors import ConfigError, DataError, Fault, ImageError, count_of
@@ -160,18 +161,23 @@ class _ImageFolder:
         shutil.rmtree(self._staged, ignore_errors=True)
 
     def add(self, image: EmbeddedImage, record_id: str) -> str:
-        """Write an image, and return its name in the folder.
+        """Write an image, and return its name in the folder, with the page of a PDF document.
 
         Args:
             image: The image.
             record_id: Names an image without a path.
         """
         digest = hashlib.sha256(image.data).digest()
-        if digest in self._names:
-            return self._names[digest]
+        path, page = split_page(image.path or record_id)
+        if digest not in self._names:
+            self._names[digest] = self._write(image, path)
+        name = self._names[digest]
+        return name if page is None else page_name(name, page)
+
+    def _write(self, image: EmbeddedImage, path: str) -> str:
         data = bytes(image.data)
         suffix = image_suffix(data, image.name)
-        stem = _safe_stem(image.path or record_id)
+        stem = _safe_stem(path)
         name = f"{stem}{suffix}"
         while name.casefold() in self._taken:
             self._taken[f"{stem}{suffix}".casefold()] += 1
@@ -181,7 +187,6 @@ class _ImageFolder:
             self._staged.mkdir(parents=True)
         (self._staged / name).write_bytes(data)
         self._taken[name.casefold()] = 1
-        self._names[digest] = name
         self.count += 1
         return name
 

@@ -18,7 +18,15 @@ from typing import IO, Final
 
 from PIL import Image, UnidentifiedImageError
 
-from llavar_peft.data.pdf_pages import MOST_PAGES, PdfDocument, choose_pages, locate_page, page_name, split_page
+from llavar_peft.data.pdf_pages import (
+    MOST_PAGES,
+    PdfDocument,
+    choose_pages,
+    locate_page,
+    page_name,
+    split_page,
+    starts_as_pdf,
+)
 from llavar_peft.data.upright_rgb import upright_rgb
 from llavar_peft.errors import ImageError, LlavarError
 from llavar_peft.types import expand_home
@@ -313,6 +321,8 @@ def image_suffix(data: bytes, where: str) -> str:
     Raises:
         ImageError: It is no image of a supported format.
     """
+    if starts_as_pdf(data[:_START]):
+        return ".pdf"
     try:
         with read_header(data, _formats()) as opened:
             form = str(opened.format)

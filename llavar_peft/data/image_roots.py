@@ -80,7 +80,7 @@ class ImageRoots:
         from llavar_peft.data.image_files import decode_image, open_image
 
         if isinstance(image, EmbeddedImage):
-            return decode_image(bytes(image.data), image.name)
+            return decode_image(bytes(image.data), image.name, split_page(image.path or "")[1])
         return open_image(self.resolve(image))
 
     def opened(self) -> OpenedImages:

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any, Final
 
 from llavar_peft.data.data_urls import decode_base64, split_data_url
+from llavar_peft.data.pdf_pages import page_name, split_page
 from llavar_peft.errors import Fault
 from llavar_peft.types import EmbeddedImage, ImageSource
 
@@ -94,14 +95,15 @@ def read_image(value: object, where: str, name: str, faults: list[Fault]) -> Ima
 
 
 def _read_data_url(url: str, where: str, name: str, faults: list[Fault]) -> EmbeddedImage | None:
-    text = split_data_url(url)
+    file, page = split_page(url)
+    text = split_data_url(file)
     try:
         data = b"" if text is None else decode_base64(text)
     except ValueError as error:
         faults.append(Fault(where, f"is a data URL that is not valid base64 ({error})", _TO_FILE))
         return None
     if data:
-        return EmbeddedImage(data, name)
+        return EmbeddedImage(data, name, None if page is None else page_name("document.pdf", page))
     what = f"is a data URL without base64 (got {url[:_SCHEME]!r}, expected 'data:image/png;base64,...')"
     faults.append(Fault(where, what, _TO_FILE))
     return None

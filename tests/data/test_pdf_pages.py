@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import multiprocessing
 import os
@@ -199,6 +200,27 @@ def test_records_of_pages_are_checked_and_shown(three: Path, tmp_path: Path) -> 
     keys = {image_key(tmp_path, name) for name in names}
     assert len(keys) == 3
     assert "" not in keys
+
+
+def test_pages_of_embedded_documents_open_and_are_converted(
+    three: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    url = f"data:application/pdf;base64,{base64.b64encode(THREE).decode()}"
+    turns = [{"from": "human", "value": "<image>\nRead it."}, {"from": "gpt", "value": "EXIT"}]
+    images = (f"{url}#page=2", f"{url}#page=3", url)
+    records = [{"id": str(place), "image": image, "conversations": turns} for place, image in enumerate(images)]
+    (tmp_path / "r.json").write_text(json.dumps(records))
+    (fault,) = check_records(open_records(tmp_path / "r.json"), ImageRoots(tmp_path)).faults
+    assert (fault.index, fault.kind) == (2, "image_broken")
+    (tmp_path / "good.json").write_text(json.dumps(records[:2]))
+    out = tmp_path / "out.json"
+    command = ["data", "convert", str(tmp_path / "good.json"), "--out", str(out), "--images", str(tmp_path / "files")]
+    assert main(command) == 0, capsys.readouterr().err
+    first, second = (record["image"] for record in json.loads(out.read_text("utf-8")))
+    assert (first[-7:], second[-7:]) == ("#page=2", "#page=3")
+    assert first[:-7] == second[:-7]
+    assert first.endswith(".pdf#page=2")
+    assert _pixels(ImageRoots(tmp_path / "files").open(second)) == _pixels(open_image(f"{three}#page=3"))
 
 
 def test_without_pypdfium2_the_command_that_installs_it_is_named(
