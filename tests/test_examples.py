@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -67,7 +68,7 @@ def test_from_images_to_a_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 @pytest.mark.slow
 def test_small_print_is_compared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With a model that was not trained, on a few images."""
+    """With a model that was not trained, on a few images; the models are tuned in two calls."""
     model, processor = build_model(
         ModelConfig(
             language_model=str(PARTS / "language_model"), vision_tower=str(PARTS / "vision_tower"), dtype="float32"
@@ -75,19 +76,25 @@ def test_small_print_is_compared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     )
     model.save_pretrained(tmp_path / "start")
     processor.save_pretrained(tmp_path / "start")
-    settings = [f"--out={tmp_path}", f"--start={tmp_path / 'start'}", "--images=40", "--unseen=1"]
-    small_print = str(EXAMPLES / "small_print.py")
-    monkeypatch.setattr(sys, "argv", ["small_print.py", "letters", *settings])
-    runpy.run_path(small_print, run_name="__main__")
+    settings = [f"--out={tmp_path}", f"--start={tmp_path / 'start'}", "--images=8", "--unseen=2"]
+    for what, name in (("letters", "tiles-2x2"), ("letters", "plain"), ("receipts", "tiles-2x2")):
+        argv = ["small_print.py", what, *settings, f"--models={name}", "--heights", "5", "12"]
+        monkeypatch.setattr(sys, "argv", argv)
+        runpy.run_path(str(EXAMPLES / "small_print.py"), run_name="__main__")
     curves = json.loads((tmp_path / "letters.heights.json").read_text(encoding="utf-8"))["curves"]
     assert [curve["name"] for curve in curves] == ["plain", "tiles-2x2"]
-    assert {point["questions"] for curve in curves for point in curve["points"]} == {1}
+    found = {(point["height"], point["questions"]) for curve in curves for point in curve["points"]}
+    assert found == {(5.0, 2), (12.0, 2)}
     assert "<svg" in (tmp_path / "letters.heights.html").read_text(encoding="utf-8")
-    monkeypatch.setattr(sys, "argv", ["small_print.py", "receipts", *settings, "--models=tiles-2x2"])
-    runpy.run_path(small_print, run_name="__main__")
+    records = json.loads((tmp_path / "sheets/records.json").read_text(encoding="utf-8"))
+    answers = [turn["value"] for record in records for turn in record["conversations"][1::2]]
+    assert max(map(len, answers)) <= 5
+    assert not any(one == other for answer in answers for one, other in pairwise(answer))
+    assert all(record["conversations"][0]["value"].startswith("<image>\n") for record in records)
     grids = json.loads((tmp_path / "receipts-tiles-2x2/model/config.json").read_text(encoding="utf-8"))["resolution"]
     assert grids["grid"] == [[2, 3], [3, 3], [4, 3]]
-    assert json.loads((tmp_path / "receipts.json").read_text(encoding="utf-8"))["tiles-2x2"]["receipts"] == 1
+    assert json.loads((tmp_path / "receipts.json").read_text(encoding="utf-8"))["tiles-2x2"]["asked"] == 2
+    assert json.loads((tmp_path / "letters.cut.json").read_text(encoding="utf-8")).keys() == {"plain", "tiles-2x2"}
 
 
 @pytest.mark.slow
