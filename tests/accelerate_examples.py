@@ -15,7 +15,11 @@ FOLDER = Path(__file__).parents[1] / "examples/accelerate"
 
 
 def launch_environment(example: str) -> dict[str, str]:
-    """Return the variables that the processes of an example get, without those of the launcher itself."""
+    """Return the variables that the processes of an example get, without those of the launcher itself.
+
+    Args:
+        example: Its name, or the path of another configuration.
+    """
     parsed = launch_command_parser().parse_args(["--config_file", str(FOLDER / example), "train.py"])
     settings, defaults, _ = _validate_launch_command(parsed)
     if settings.use_deepspeed:
@@ -25,4 +29,5 @@ def launch_environment(example: str) -> dict[str, str]:
         whole = prepare_multi_gpu_env(settings)
     else:
         _, whole = prepare_simple_launcher_cmd_env(settings)
-    return {name: value for name, value in whole.items() if name.startswith(("ACCELERATE_", "FSDP_"))}
+    prefixes = ("ACCELERATE_", "FSDP_", "PARALLELISM_CONFIG_")
+    return {name: value for name, value in whole.items() if name.startswith(prefixes)}

@@ -53,18 +53,24 @@ def ranks(
     *,
     environment: Mapping[str, str] | None = None,
     nodes: int = 1,
+    count: int = 2,
 ) -> list[Done]:
-    """Call a function in a group of two processes, with the variables that launchers give their ranks."""
+    """Call a function in a group of processes, two by default, with the variables that launchers give their ranks."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     group = {
         **(environment or {}), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
-        "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": str(2 // nodes),
+        "WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count // nodes),
     }  # fmt: skip
     places = [
-        {**group, "RANK": str(rank), "LOCAL_RANK": str(rank % (2 // nodes)), "GROUP_RANK": str(rank * nodes // 2)}
-        for rank in range(2)
+        {
+            **group,
+            "RANK": str(rank),
+            "LOCAL_RANK": str(rank % (count // nodes)),
+            "GROUP_RANK": str(rank * nodes // count),
+        }
+        for rank in range(count)
     ]
     return _run(function, argument, folder, places)
 
@@ -102,6 +108,11 @@ def _run_in_child(
     streams: Sequence[Path],
     environment: Mapping[str, str],
 ) -> None:
+    import torch  # imported before the fork
+
+    # Of the threads that read weights, two at a time would replace the pool that a fork leaves behind: "Invalid thread
+    # pool". Here it is replaced by one.
+    torch.set_num_threads(1)
     for number, stream in zip((1, 2), streams, strict=True):
         os.dup2(os.open(stream, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
     sys.stdout, sys.stderr = (open(number, "w", encoding="utf-8", closefd=False) for number in (1, 2))  # noqa: SIM115

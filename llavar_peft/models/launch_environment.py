@@ -23,14 +23,26 @@ def requested_sharding() -> Sharding | None:
     """Return how ``accelerate launch`` was configured to shard the model over several processes.
 
     Raises:
-        EnvironmentFaultError: It was configured for FSDP version 1 or with FSDP's offload, or to divide layers or rows.
+        EnvironmentFaultError: It was configured for FSDP version 1, with FSDP's offload, with offload to a disk, to
+            divide layers or rows, or to shard in groups that do not exist.
     """
+    fsdp = _is_set("ACCELERATE_USE_FSDP") and not _is_set("ACCELERATE_USE_DEEPSPEED")
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        if fsdp and "LOCAL_RANK" in os.environ:
+            # On a GPU accelerate would wrap the model nevertheless.
+            raise EnvironmentFaultError.at(
+                "accelerate",
+                "FSDP needs several processes (got 1)",
+                "launch with examples/accelerate/one_gpu.yaml, or with --num_processes 2 or more",
+            )
         return None
     _check_parallelism()
+    _check_groups(fsdp=fsdp)
     if _is_set("ACCELERATE_USE_DEEPSPEED"):
+        for part in ("optimizer", "param"):
+            check_offload(part, os.environ.get(f"ACCELERATE_DEEPSPEED_OFFLOAD_{part.upper()}_DEVICE", "none"))
         return "zero"
-    if not _is_set("ACCELERATE_USE_FSDP"):
+    if not fsdp:
         return None
     if os.environ.get("FSDP_VERSION", "1") != "2":
         # It flattens the parameters of a unit into one tensor, which needs one dtype, and ours are of two: the trained
@@ -59,6 +71,47 @@ def _check_parallelism() -> None:
             "accelerate",
             f"only the records and the weights can be divided among processes (got {', '.join(named)})",
             "use DDP, FSDP version 2 or DeepSpeed ZeRO (examples/accelerate)",
+        )
+
+
+def _check_groups(*, fsdp: bool) -> None:
+    """Reject groups of replicas and shards into which the processes cannot be divided, or that only FSDP has."""
+    names = ("parallelism_config_dp_replicate_size", "parallelism_config_dp_shard_size")
+    replicas, shards = (int(os.environ.get(name.upper(), "1")) for name in names)
+    processes = int(os.environ["WORLD_SIZE"])
+    if not _is_set("ACCELERATE_USE_PARALLELISM_CONFIG") or (replicas == shards == 1 and not fsdp):
+        return
+    got = f"got {names[0]}: {replicas}, {names[1]}: {shards}"
+    if not fsdp:
+        raise EnvironmentFaultError.at(
+            "accelerate",
+            f"only FSDP divides its processes into groups ({got})",
+            f"remove {names[0]} and {names[1]}, or use FSDP version 2 (examples/accelerate/fsdp2_8gpu.yaml)",
+        )
+    if shards == 1 or replicas * shards != processes:
+        fitting = replicas if processes % replicas == 0 and replicas < processes else 1
+        raise EnvironmentFaultError.at(
+            "accelerate",
+            f"the processes cannot be divided into these groups ({got}, expected a product of {processes})",
+            f"set {names[0]}: {fitting} and {names[1]}: {processes // fitting}",
+        )
+
+
+def check_offload(part: str, device: str) -> None:
+    """Reject offload to a disk, where DeepSpeed keeps states that cannot be saved with a checkpoint.
+
+    Args:
+        part: ``"optimizer"`` or ``"param"``.
+        device: The device that ``accelerate``'s or DeepSpeed's configuration names.
+
+    Raises:
+        EnvironmentFaultError: The device is a disk.
+    """
+    if device == "nvme":
+        raise EnvironmentFaultError.at(
+            "accelerate",
+            f"offload to a disk is not supported (got offload_{part}_device: nvme, expected cpu or none)",
+            f"set offload_{part}_device: cpu",
         )
 
 
@@ -91,7 +144,8 @@ def claim_device() -> torch.device:
         return torch.device("cpu")
     seen, started = torch.cuda.device_count(), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     # A process that sees one GPU may have been given its own, as Slurm does.
-    if started > seen > 1:
+    own = seen == 1 and "CUDA_VISIBLE_DEVICES" in os.environ
+    if started > seen and not own:
         raise EnvironmentFaultError.at(
             "LOCAL_WORLD_SIZE",
             f"there are more processes than GPUs on this machine (got {started}, expected at most {seen})",

@@ -5,7 +5,7 @@ in models whose layers compute these as LLaMA's do. Its modules hold the model's
 that names, adapters, quantization and checkpoints stay as they are.
 
 Compilation is regional, with dynamic shapes: in training all layers share the compiled function of a whole layer,
-where the layers are like LLaMA's and not sharded. Recomputation takes place around it. With the packed kernel of
+where the layers are like LLaMA's and not DeepSpeed's. Recomputation takes place around it. With the packed kernel of
 ``packed_attention`` a layer is a single function; where SDPA is called for each conversation, the attention itself
 stays outside. A layer that has a key-value cache computes as it is, with compiled norms and MLPs, and so do other kinds
 of layers: a decoded token would need a function for each layer, which is more than ``torch.compile`` keeps.
@@ -28,7 +28,7 @@ from transformers import Cache
 from llavar_peft.compat.dependency_internals import use_rotary_kernel
 from llavar_peft.errors import ConfigError, EnvironmentFaultError, MissingDependencyError
 from llavar_peft.models.decoder_structure import find_layers
-from llavar_peft.models.launch_environment import requested_sharding
+from llavar_peft.models.launch_environment import uses_deepspeed
 from llavar_peft.models.packed_attention import exclude_from_compilation
 from llavar_peft.recipe.schema import Kernels
 
@@ -96,12 +96,10 @@ def apply_kernels(model: Any, kernels: Kernels) -> None:
 def _compiles_whole_layers(config: Any) -> bool:
     """Whether layers are compiled as a whole.
 
-    They are not with cross-attention, which is called within a layer and is another one in each; nor with sharding,
-    with which compiled layers were not tried.
+    They are not with cross-attention, which is called within a layer and is another one in each; nor with DeepSpeed,
+    which gathers the weights of each module inside of a layer. FSDP gathers those of a layer before it is called.
     """
-    return (
-        config.text_config.model_type in _LIKE_LLAMA and config.cross_attention is None and requested_sharding() is None
-    )
+    return config.text_config.model_type in _LIKE_LLAMA and config.cross_attention is None and not uses_deepspeed()
 
 
 def _compile(decoder: Any, *, whole: bool) -> None:

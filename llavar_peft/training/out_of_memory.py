@@ -61,7 +61,8 @@ def memory_remedies(stage: Stage, model: ModelConfig, *, ranks: int) -> list[str
 
 def _memory_use() -> str:
     if torch.cuda.is_available():
-        peak, total = torch.cuda.max_memory_allocated(), torch.cuda.get_device_properties(0).total_memory
+        total = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
+        peak = torch.cuda.max_memory_allocated()
         return f"peak {peak / _GIB:.1f} GiB of the device's {total / _GIB:.1f}"
     used, memory = psutil.Process().memory_info().rss, psutil.virtual_memory()
     return (

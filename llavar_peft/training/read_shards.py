@@ -81,6 +81,8 @@ def _partition(model: nn.Module, pending: PendingWeights, accelerator: Accelerat
     """Partition a model as ZeRO-3 does, one tensor after the other."""
     import deepspeed
 
+    # On CPUs accelerate does it later, and zero.Init would count one process.
+    deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
     settings = accelerator.state.deepspeed_plugin.hf_ds_config
     dtype = settings.dtype()
     partitioned: dict[Tensor, nn.Parameter] = {}

@@ -23,7 +23,7 @@ from llavar_peft.compat.dependency_internals import enable_fsdp_on_cpu
 from llavar_peft.errors import ConfigError, EnvironmentFaultError
 from llavar_peft.models.cross_attention import CrossAttentionLayer
 from llavar_peft.models.decoder_structure import find_layers
-from llavar_peft.models.launch_environment import Sharding, requested_sharding
+from llavar_peft.models.launch_environment import Sharding, check_offload, requested_sharding
 
 _COMPUTE = {"bf16": torch.bfloat16, "fp16": torch.float16}
 _GATHER_ON_SAVE = "stage3_gather_16bit_weights_on_model_save"
@@ -38,7 +38,8 @@ def configure_sharding(accelerator: Accelerator, *, fp32_reduction: bool) -> Sha
 
     Raises:
         ConfigError: DeepSpeed's configuration sets the optimizer or the schedule.
-        EnvironmentFaultError: FSDP was requested and accelerate does not run it, or it was requested in version 1.
+        EnvironmentFaultError: FSDP was requested and accelerate does not run it, it was requested in version 1, or
+            DeepSpeed's configuration keeps something on a disk.
     """
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         _configure_zero(accelerator, fp32_reduction=fp32_reduction)
@@ -95,8 +96,11 @@ def _configure_zero(accelerator: Accelerator, *, fp32_reduction: bool) -> None:
                 "conflicts with the recipe, which sets it",
                 f"remove {name!r} from the DeepSpeed configuration",
             )
+    zero = settings.get("zero_optimization", {})
+    for part in ("optimizer", "param"):
+        check_offload(part, zero.get(f"offload_{part}", {}).get("device", "none"))
     if plugin.zero_stage == 3:
-        settings["zero_optimization"][_GATHER_ON_SAVE] = True
+        zero[_GATHER_ON_SAVE] = True
     if fp32_reduction:
         settings["communication_data_type"] = "fp32"
 

@@ -24,7 +24,6 @@ from llavar_peft.compat.trainer_internals import TrainerInternals, allow_quantiz
 from llavar_peft.data.epoch_sampler import Balance, EpochSampler
 from llavar_peft.data.training_dataset import PLACES, SUPERVISED_PLACES, Collator, TrainingDataset
 from llavar_peft.models.decoder_structure import check_length
-from llavar_peft.models.packed_attention import enable_packing
 from llavar_peft.models.processing_llavar import LlavarProcessor
 from llavar_peft.models.tuning import is_quantized
 from llavar_peft.recipe.schema import Lora, ModelConfig, Projector, Recipe, Stage
@@ -65,6 +64,7 @@ class StageTrainer(TrainerInternals):
         processor: Saved with every checkpoint.
         stage: The stage of the recipe.
         arguments: The stage's settings, from ``training_arguments``.
+        packed: Whether rows are packed; the model's attention must support it.
         dataset: The records to train on.
         dropped: Counts records that cannot be trained on.
         inputs: What a resumed run must share with this one.
@@ -81,6 +81,7 @@ class StageTrainer(TrainerInternals):
         stage: Stage,
         arguments: transformers.TrainingArguments,
         *,
+        packed: bool,
         dataset: TrainingDataset,
         dropped: DroppedRecords,
         inputs: RunInputs,
@@ -93,7 +94,6 @@ class StageTrainer(TrainerInternals):
         self.optimized: list[list[Tensor]] = [[]]
         llavar: Any = model
         check_length(llavar.get_decoder(), stage.max_length)
-        self.packed = stage.packing and enable_packing(model)
         self.stage = stage
         self.dropped = dropped
         self.base = base
@@ -105,9 +105,7 @@ class StageTrainer(TrainerInternals):
         # A projector stage trains only parameters that are not quantized.
         without_adapters = isinstance(stage.tune, Projector) and is_quantized(model)
         settings: Any = model.config
-        collator = Collator(
-            processor.tokenizer.pad_token_id, packed=self.packed, image_token_id=settings.image_token_id
-        )
+        collator = Collator(processor.tokenizer.pad_token_id, packed=packed, image_token_id=settings.image_token_id)
         with allow_quantized_base(model) if without_adapters else nullcontext():
             super().__init__(
                 model=model,

@@ -18,7 +18,7 @@ from llavar_peft.data.training_dataset import TrainingDataset
 from llavar_peft.errors import ConfigError, InterruptedRunError, LlavarError
 from llavar_peft.models.merge_adapter import merge_adapter
 from llavar_peft.models.modeling_llavar import LlavarForConditionalGeneration
-from llavar_peft.models.packed_attention import disable_packing, replace_flash_attention
+from llavar_peft.models.packed_attention import disable_packing, enable_packing, replace_flash_attention
 from llavar_peft.models.processing_llavar import LlavarProcessor
 from llavar_peft.models.rank_agreement import on_any_rank
 from llavar_peft.models.tuning import (
@@ -174,7 +174,9 @@ class Trainer:
         )
         if resolve_precision(stage.precision) == "fp32" and replace_flash_attention(self.model):
             logger.info("%s: computes in float32, so SDPA replaces flash-attention", stage.name)
-        # After the model: once ZeRO-3's settings are known, peft takes the model for partitioned.
+        # Before the arguments: once ZeRO-3's settings are known, peft takes the model for partitioned, and transformers
+        # partitions every model that is built, also the one without memory that is asked about packing.
+        packed = stage.packing and enable_packing(trained)
         arguments = training_arguments(self.recipe, stage, directory, ranks=self.ranks)
         count, total = trained_parameters(trained)
         logger.info(
@@ -196,6 +198,7 @@ class Trainer:
             processor,
             stage,
             arguments,
+            packed=packed,
             dataset=train_set,
             dropped=DroppedRecords(self._dropped_file(directory), stage.data, total=len(train_set), ranks=self.ranks),
             inputs=inputs,

@@ -5,7 +5,7 @@ the tensors are fake. Two things stand in for a GPU: CPU autocast and CPU SDPA, 
 and ``fake_quantized.py``. The ranks of a process group are fake too: collectives return at once.
 
 A step of 40 layers takes 10 seconds. Memory is linear in the number of layers, separately for each part of a step, so
-that two short models give the peak of the whole one; ``test_fake_training.py`` checks that on whole models.
+that two short models give the peak of the whole one; ``test_estimate_peaks.py`` compares that with a longer model.
 """
 
 from __future__ import annotations

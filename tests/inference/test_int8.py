@@ -31,6 +31,15 @@ def test_only_the_language_models_layers_are_quantized(int8: Chat, engine: Engin
     assert int8.engine.base_model.get_memory_footprint() < engine.base_model.get_memory_footprint()
 
 
+def test_layers_keep_no_inputs_for_the_backward_pass(int8: Chat) -> None:
+    """As training uses them: bitsandbytes would keep them where activation checkpointing does not see it."""
+    layer = next(one for one in int8.engine.base_model.modules() if type(one).__name__ == "Linear8bitLt")
+    node = layer(torch.randn(1, 3, layer.in_features, requires_grad=True)).grad_fn
+    # As one of its functions names them, or the other.
+    kept = [getattr(node, "A", None), *(getattr(node, "tensors", None) or ())]
+    assert [type(one) for one in kept if one is not None] == []
+
+
 @pytest.fixture
 def quiet(caplog: pytest.LogCaptureFixture) -> None:
     """Without a record in memory for each layer and token."""

@@ -71,12 +71,16 @@ def liger_modules() -> dict[str, ModuleType]:
     return {"liger_kernel": package, "liger_kernel.transformers": module}
 
 
-@pytest.fixture
-def liger(monkeypatch: pytest.MonkeyPatch) -> None:
+def import_as_liger(patch: pytest.MonkeyPatch) -> None:
     """Let the classes above be imported as Liger's."""
     for name, module in liger_modules().items():
-        monkeypatch.setitem(sys.modules, name, module)
-    monkeypatch.setattr(modeling_llama, "apply_rotary_pos_emb", modeling_llama.apply_rotary_pos_emb)
+        patch.setitem(sys.modules, name, module)
+    patch.setattr(modeling_llama, "apply_rotary_pos_emb", modeling_llama.apply_rotary_pos_emb)
+
+
+@pytest.fixture
+def liger(monkeypatch: pytest.MonkeyPatch) -> None:
+    import_as_liger(monkeypatch)
 
 
 def _batch(lengths: tuple[int, ...] = (14, 10)) -> dict[str, Any]:

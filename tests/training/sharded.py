@@ -1,39 +1,44 @@
 """The script of each rank in ``test_sharding.py``: trains every recipe of a folder in one process group.
 
-The first word of a recipe's name says how: ``resumed``, ``zero1`` and ``zero2`` are interrupted and resumed, the latter
-with another stage of ZeRO; ``both`` runs take place twice, with models that are loaded as a whole and with models of
-which each rank reads its shards, into ``OUTPUT-by-shard``; ``refused`` ones must end with an error; of ``memory`` ones
-the main memory is measured; all others run.
+A stage of four steps or more is interrupted and resumed. The first word of a recipe's name says how it is trained: in
+``shard`` runs each rank reads its shards of the model; ``both`` runs take place twice, with models that are loaded as a
+whole and with models of which each rank reads its shards, into ``OUTPUT-by-shard``; ``zero1`` and ``zero2`` have
+another stage of ZeRO, and ``offload2`` and ``offload3`` keep in main memory what that stage can; ``refused`` ones must
+end with an error; of ``memory`` ones the main memory is measured; all others load models as a whole.
 """
 
 from __future__ import annotations
 
+import ctypes
 import dataclasses
 import faulthandler
 import gc
 import json
 import os
 import signal
-import sys
 import threading
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+import pytest
 import torch
-from accelerate import PartialState
+from accelerate import ParallelismConfig, PartialState
 from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
 
 from llavar_peft import ModelConfig, Recipe, Trainer, build_model
 from llavar_peft.errors import InterruptedRunError
+from llavar_peft.models import build_model as building
+from llavar_peft.models import layer_kernels
 from llavar_peft.recipe.presets import load_recipe
 from llavar_peft.training import stage_trainer, trainer
 from llavar_peft.training.launch import start_processes
 from llavar_peft.training.read_shards import build_for_training
+from tests.models.test_layer_kernels import compile_without_code, import_as_liger
 
 TIME_LIMIT = 1500
 """Seconds after which a rank that waits for another one prints where and stops."""
@@ -155,14 +160,21 @@ def _build_pending(config: ModelConfig, processes: PartialState, *, seed: int) -
 
 
 def run_both(recipe: Recipe, counter: ShardCounter) -> None:
-    """Train models that are loaded as a whole, and models of which each rank reads its shards; resume the latter."""
-    second = dataclasses.replace(recipe, output_dir=f"{recipe.output_dir}-by-shard")
+    """Train models of which each rank reads its shards, and resume once; then models that are loaded as a whole."""
+    run_by_shard(dataclasses.replace(recipe, output_dir=f"{recipe.output_dir}-by-shard"), counter)
+    counter.signal_at = None
+    _run_built_by(_build_at_once, recipe, counter)
+
+
+def run_by_shard(recipe: Recipe, counter: ShardCounter) -> None:
+    """Train models of which each rank reads its shards."""
+    _run_built_by(_build_pending, recipe, counter)
+
+
+def _run_built_by(build: Callable[..., Any], recipe: Recipe, counter: ShardCounter) -> None:
     processes = start_processes(recipe)
-    signal_at, counter.signal_at = counter.signal_at, None
-    for each, build in ((recipe, _build_at_once), (second, _build_pending)):
-        with patch.object(trainer, "build_for_training", build):  # for the second stage
-            _train(each, counter, partial(build, each.model, processes, seed=each.seed))
-        counter.signal_at = signal_at
+    with patch.object(trainer, "build_for_training", build):  # for the second stage
+        _train(recipe, counter, partial(build, recipe.model, processes, seed=recipe.seed))
 
 
 def refuse(recipe: Recipe, counter: ShardCounter) -> None:
@@ -191,14 +203,56 @@ def measure_memory(recipe: Recipe, counter: ShardCounter) -> None:
         started.set()
         return plain(model, inputs)
 
+    libc = ctypes.CDLL(None)
+    libc.malloc_trim(0)  # memory that earlier runs have freed would not be counted again
+    libc.mallopt(-3, 65536)  # M_MMAP_THRESHOLD: what is freed returns to the system
     before, sampler = anonymous(), threading.Thread(target=sample, daemon=True)
     sampler.start()
     with patch.object(stage_trainer, "supervised_loss", first):
         trainer.run_recipe(recipe)
 
 
-WAYS = {"both": run_both, "refused": refuse, "memory": measure_memory}
-_INTERRUPTED = ("both", "resumed", "zero1", "zero2")
+WAYS = {"both": run_both, "shard": run_by_shard, "refused": refuse, "memory": measure_memory}
+_UNINTERRUPTED = 3
+"""Steps of the longest stage that is not interrupted."""
+_ZERO = "ACCELERATE_DEEPSPEED_"
+
+
+def _zero_variables(way: str) -> dict[str, str]:
+    """Return the variables that a configuration of ZeRO gives its processes, where they differ from the example's."""
+    if not way.startswith(("zero", "offload")):
+        return {}
+    kept = {"offload2": ("OPTIMIZER",), "offload3": ("OPTIMIZER", "PARAM")}.get(way, ())
+    return {f"{_ZERO}ZERO_STAGE": way[-1], **{f"{_ZERO}OFFLOAD_{name}_DEVICE": "cpu" for name in kept}}
+
+
+@contextmanager
+def _stand_ins(kernels: str) -> Iterator[None]:
+    """Put PyTorch's definitions in the place of code that a GPU has or that takes minutes to compile.
+
+    These are Liger's kernels, what ``torch.compile`` makes of its graphs, and DeepSpeed's AdamW for the CPU.
+    """
+    plain = stage_trainer.configure_sharding
+
+    def configure(accelerator: Any, **settings: Any) -> Any:
+        found = plain(accelerator, **settings)
+        if found == "zero":
+            accelerator.state.deepspeed_plugin.deepspeed_config["zero_force_ds_cpu_optimizer"] = False
+        return found
+
+    with pytest.MonkeyPatch.context() as replaced:
+        replaced.setattr(stage_trainer, "configure_sharding", configure)
+        if kernels == "liger":
+            import_as_liger(replaced)
+            for module in (building, layer_kernels):
+                replaced.setattr(module, "check_kernels", lambda *_: None)  # it asks for a GPU
+        graphs = compile_without_code(replaced) if kernels == "compile" else None
+        with patch("transformers.integrations.deepspeed.initialize_weights_zero3") as partitioned:
+            yield
+        # A model that is built while ZeRO-3's settings are known is a whole one, and all ranks fill and exchange it.
+        partitioned.assert_not_called()
+        if graphs == []:
+            raise AssertionError("nothing was compiled")
 
 
 def main(folder: Path) -> None:
@@ -211,14 +265,20 @@ def main(folder: Path) -> None:
 
         # Compiling DeepSpeed's collectives over shared memory takes two minutes; gloo's give the same result.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    for path in sorted(folder.glob("*.yaml")):
+    # Of memory last, when everything is imported.
+    for path in sorted(folder.glob("*.yaml"), key=lambda path: (path.stem.startswith("memory"), path.stem)):
         way, _, _ = path.stem.partition("-")
-        stage = {"ACCELERATE_DEEPSPEED_ZERO_STAGE": way[-1]} if way.startswith("zero") else {}
-        counter = ShardCounter(2 if way in _INTERRUPTED else None)
-        with patch.dict(os.environ, stage), counter.watch_passes():
-            WAYS.get(way, run)(load_recipe(str(path), []), counter)
+        recipe = load_recipe(str(path), [])
+        counter = ShardCounter(2 if any((stage.max_steps or 0) > _UNINTERRUPTED for stage in recipe.stages) else None)
+        with patch.dict(os.environ, _zero_variables(way)), counter.watch_passes(), _stand_ins(recipe.model.kernels):
+            WAYS.get(way, run)(recipe, counter)
         (folder / f"{path.stem}.{rank}.json").write_text(json.dumps(dataclasses.asdict(counter.seen)))
 
 
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+def main_in_groups(folder: Path) -> None:
+    """Train as ``main`` does, in groups that each hold the whole model.
+
+    accelerate's check is left out: it knows FSDP on CPUs only after it has been enabled there.
+    """
+    with patch.object(ParallelismConfig, "_validate_accelerator", lambda *_: None):
+        main(folder)

@@ -97,7 +97,8 @@ def test_the_log_says_how_to_use_the_other_gpus(
         ({}, 8, "cuda:0"),
         ({"LOCAL_RANK": "3", "LOCAL_WORLD_SIZE": "8", "WORLD_SIZE": "16", "RANK": "11"}, 8, "cuda:3"),
         ({"LOCAL_RANK": "7", "LOCAL_WORLD_SIZE": "8"}, 8, "cuda:7"),
-        ({"LOCAL_RANK": "3", "LOCAL_WORLD_SIZE": "8"}, 1, "cuda:0"),  # Slurm gives each process a GPU of its own
+        # Slurm gives each process a GPU of its own.
+        ({"LOCAL_RANK": "3", "LOCAL_WORLD_SIZE": "8", "CUDA_VISIBLE_DEVICES": "3"}, 1, "cuda:0"),
         ({"LOCAL_RANK": "3", "ACCELERATE_USE_CPU": "true"}, 8, "cpu"),
     ],
 )
@@ -110,9 +111,12 @@ def test_each_rank_has_its_own_device(
     assert gpus == ([] if expected == "cpu" else [torch.device(expected)])
 
 
-def test_more_processes_than_gpus_are_rejected(gpus: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("seen", [8, 1])
+def test_more_processes_than_gpus_are_rejected(seen: int, gpus: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: seen)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     _set(monkeypatch, {"LOCAL_RANK": "9", "LOCAL_WORLD_SIZE": "10"})
-    with pytest.raises(EnvironmentFaultError, match=r"got 10, expected at most 8.*--num_processes 8"):
+    with pytest.raises(EnvironmentFaultError, match=rf"got 10, expected at most {seen}.*--num_processes {seen}"):
         claim_device()
 
 
@@ -237,6 +241,14 @@ def test_the_recipe_decides_the_precision(tiny_recipe: Recipe, tmp_path: Path, m
 # -- sharding ---------------------------------------------------------------------------------------------------------
 
 LORA = Lora(rank=4, alpha=8.0)
+OFFLOAD = "ACCELERATE_DEEPSPEED_OFFLOAD"
+
+
+def _groups(launch: dict[str, str], processes: int, *, replicas: int, shards: int) -> dict[str, str]:
+    sizes = {
+        f"PARALLELISM_CONFIG_DP_{name}_SIZE": str(size) for name, size in (("REPLICATE", replicas), ("SHARD", shards))
+    }
+    return {**launch, "WORLD_SIZE": str(processes), "ACCELERATE_USE_PARALLELISM_CONFIG": "true", **sizes}
 
 
 @pytest.mark.parametrize(
@@ -259,6 +271,15 @@ LORA = Lora(rank=4, alpha=8.0)
         ({**FSDP2, "PARALLELISM_CONFIG_TP_SIZE": "2"}, {}, {}, "(got parallelism_config_tp_size: 2)"),
         ({"WORLD_SIZE": "2", "PARALLELISM_CONFIG_CP_SIZE": "2"}, {}, {}, "(got parallelism_config_cp_size: 2)"),
         ({"WORLD_SIZE": "2", "ACCELERATE_USE_MEGATRON_LM": "true"}, {}, {}, "(got distributed_type: MEGATRON_LM)"),
+        (_groups(FSDP2, 4, replicas=2, shards=1), {}, {}, "replicate_size: 2 and parallelism_config_dp_shard_size: 2"),
+        (_groups(FSDP2, 4, replicas=3, shards=2), {}, {}, "replicate_size: 1 and parallelism_config_dp_shard_size: 4"),
+        (_groups(FSDP2, 2, replicas=2, shards=1), {}, {}, "replicate_size: 1 and parallelism_config_dp_shard_size: 2"),
+        (_groups(FSDP2, 4, replicas=1, shards=1), {}, {}, "replicate_size: 1 and parallelism_config_dp_shard_size: 4"),
+        (_groups({}, 4, replicas=2, shards=2), {}, {}, "accelerate: only FSDP divides its processes into groups"),
+        (_groups(ZERO, 4, replicas=2, shards=2), {}, {}, "accelerate: only FSDP divides its processes into groups"),
+        ({**FSDP2, "WORLD_SIZE": "1", "LOCAL_RANK": "0"}, {}, {}, "launch with examples/accelerate/one_gpu.yaml"),
+        ({**ZERO, f"{OFFLOAD}_OPTIMIZER_DEVICE": "nvme"}, {}, {}, "set offload_optimizer_device: cpu"),
+        ({**ZERO, f"{OFFLOAD}_PARAM_DEVICE": "nvme"}, {}, {}, "set offload_param_device: cpu"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_sharded_is_rejected_before_the_model_is_loaded(

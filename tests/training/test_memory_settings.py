@@ -14,7 +14,7 @@ import transformers
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from llavar_peft import Full, Recipe, Trainer, build_model
+from llavar_peft import Full, Lora, Recipe, Trainer, build_model
 from llavar_peft.compat.dependency_internals import release_int8_inputs
 from llavar_peft.training import training_state
 from llavar_peft.training.activation_checkpointing import Recomputation
@@ -61,26 +61,30 @@ def test_a_fused_optimizers_step_number_is_loaded_onto_the_device(tmp_path: Path
     assert resumed.param_groups[0]["fused"] is True
 
 
-class _Cache(transformers.TrainerCallback):
-    """Records whether autocast caches converted weights during the forward pass."""
+class _Settings(transformers.TrainerCallback):
+    """Records, in forward passes that are trained, what would keep copies of weights and of adapters' inputs."""
 
     def __init__(self, model: nn.Module) -> None:
-        self.seen: set[tuple[bool, bool]] = set()
+        self.seen: set[tuple[bool, bool, bool]] = set()
+        self.model = model
         model.get_input_embeddings().register_forward_hook(self._look)
 
     def _look(self, *_: Any) -> None:
         if torch.is_grad_enabled():
-            self.seen.add((torch.is_autocast_enabled("cpu"), torch.is_autocast_cache_enabled()))
+            copied = any(getattr(module, "cast_input_dtype_enabled", False) for module in self.model.modules())
+            self.seen.add((torch.is_autocast_enabled("cpu"), torch.is_autocast_cache_enabled(), copied))
 
 
-def test_autocast_keeps_no_copy_of_the_weights(tiny_recipe: Recipe) -> None:
-    stage = dataclasses.replace(tiny_recipe.stages[1], precision="bf16", max_steps=1, name="only")
+def test_training_under_autocast_keeps_no_copies(tiny_recipe: Recipe) -> None:
+    """Neither of the weights, in autocast's cache, nor of what an adapter reads, in float32."""
+    tune = Lora(rank=2, alpha=4.0)
+    stage = dataclasses.replace(tiny_recipe.stages[1], tune=tune, precision="bf16", max_steps=1, name="only")
     stage = dataclasses.replace(stage, data=dataclasses.replace(stage.data, holdout=0))
     recipe = dataclasses.replace(tiny_recipe, stages=(stage,))
     model, processor = build_model(recipe.model)
-    cache = _Cache(model)
-    Trainer(model, processor, recipe, callbacks=[cache]).train()
-    assert cache.seen == {(True, False)}
+    settings = _Settings(model)
+    Trainer(model, processor, recipe, callbacks=[settings]).train()
+    assert settings.seen == {(True, False, False)}
 
 
 @pytest.mark.parametrize("function", ["MatMul8bitFp", "MatMul8bitLt"])
