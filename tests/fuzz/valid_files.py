@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 from llavar_peft.datagen.ocr import read_image_folder
 from llavar_peft.datagen.ocr.build_ocr_records import BuildSettings, build_records
-from llavar_peft.datagen.ocr.ocr_engines import EngineName, OcrLine
+from llavar_peft.datagen.ocr.ocr_engines import EngineName, OcrLine, Polygon
 from llavar_peft.evaluation.heights.height_results import (
     HeightCurve,
     HeightPoint,
@@ -37,6 +37,9 @@ class FixedOcr:
 
     name: EngineName = "rapidocr"
     version = "1"
+
+    def find(self, image: Image.Image) -> tuple[Polygon, ...]:
+        return tuple(line.polygon for line in self.read(image))
 
     def read(self, image: Image.Image) -> tuple[OcrLine, ...]:
         lines = ("GRAND OPENING TODAY", "Coffee 2.50")

@@ -67,13 +67,13 @@ def select_records(
         ConfigError: The CLIP cannot be loaded.
     """
     check_output_file(out, "--out")
-    rows = read_json(records, fix="give the records that 'llavar-peft ocr build' wrote")
+    rows = _read_rows(records)
     richness = _read_richness(journal_path(records))
     chosen = ImageCategories(settings.clip, settings.categories) if settings.clip else None
     roots = ImageRoots(settings.images or read_folder(records)) if chosen else None
     report, kept = SelectReport(len(rows)), list[dict[str, Any]]()
     for number, row in enumerate(rows, 1):
-        lines, share = richness.get(row.get("image", ""), (0, 0.0))
+        lines, share = richness.get(row["image"], (0, 0.0))
         new = {**row, "text_lines": lines, "text_share": round(share, 4)}
         reason = "little text" if lines < settings.min_lines or share < settings.min_share else None
         if reason is None and chosen is not None and roots is not None:
@@ -96,6 +96,16 @@ def select_records(
     report.kept = len(kept)
     write_json(out, kept)
     return report
+
+
+def _read_rows(records: Path) -> list[dict[str, Any]]:
+    fix = "give the records that 'llavar-peft ocr build' wrote"
+    rows = read_json(records, fix=fix)
+    if not isinstance(rows, list) or not all(
+        isinstance(row, dict) and isinstance(row.get("image"), str) for row in rows
+    ):
+        raise DataError.at(str(records), "is no list of records with one image each", fix)
+    return rows
 
 
 def _read_richness(readings: Path) -> Mapping[str, tuple[int, float]]:

@@ -108,3 +108,6 @@ def test_options_that_do_not_fit_are_named(records: Path, tmp_path: Path, capsys
     assert "is no category (got 'memes')" in capsys.readouterr().err
     assert main([*command, *both]) == 2
     assert "has no CLIP that can be loaded" in capsys.readouterr().err
+    records.write_text('[{"image": ["a.png"]}]')
+    assert main(command) == 2
+    assert "is no list of records with one image each" in capsys.readouterr().err
