@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from llavar_peft.cli import main
@@ -59,6 +59,7 @@ def test_values_that_differ() -> None:
     | st.integers()
     | st.from_regex(r"[$€]?[0-9., ']{1,9}-?", fullmatch=True)
 )
+@example("1.0010")
 @settings(max_examples=200)
 def test_normalization_is_stable(value: Any) -> None:
     once = normalize_value(value)

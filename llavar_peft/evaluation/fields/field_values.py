@@ -35,6 +35,7 @@ _CURRENCY: Final = r"(?:[$€£¥₩₹฿]|rp|rm|usd|eur|gbp|jpy|chf|idr|myr|kr
 _NUMBER: Final = re.compile(
     rf"(?:{_CURRENCY})?\s*([+-]?)\s*(?:{_CURRENCY})?\s*(\d[\d.,'’ ]*|[.,]\d+)\s*(?:{_CURRENCY})?(-?)"
 )
+_LIKE_THOUSANDS: Final = re.compile(r"-?[1-9]\d*\.\d{3}")
 _LONGEST_NUMBER: Final = 40
 _OLDEST: Final = 70  # of years with two digits
 
@@ -117,4 +118,6 @@ def _plain(number: Decimal) -> str:
         text = f"{number.normalize():f}"
     except (InvalidOperation, OverflowError):
         return ""
+    if _LIKE_THOUSANDS.fullmatch(text):  # as a text, 1.001 would be 1001
+        text += "0"
     return "0" if text in ("-0", "") else text
