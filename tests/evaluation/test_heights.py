@@ -24,7 +24,7 @@ from llavar_peft.data.letter_canvas import MOST_SIDES, cropped_canvas, parse_hei
 from llavar_peft.data.resume_journal import ResumeJournal
 from llavar_peft.datagen.ocr import read_image_folder
 from llavar_peft.datagen.ocr.ink_height import ink_height
-from llavar_peft.datagen.ocr.ocr_engines import OcrLine
+from llavar_peft.datagen.ocr.ocr_lines import OcrLine
 from llavar_peft.datagen.synth.font_faces import open_face, packaged_face
 from llavar_peft.errors import ConfigError, DataError
 from llavar_peft.evaluation.heights.answer_places import find_answers, read_stored_texts

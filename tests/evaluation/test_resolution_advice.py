@@ -13,7 +13,7 @@ from PIL import Image
 from llavar_peft import cli
 from llavar_peft.data.resume_journal import ResumeJournal
 from llavar_peft.datagen.ocr import read_line_heights
-from llavar_peft.datagen.ocr.ocr_engines import OcrLine
+from llavar_peft.datagen.ocr.ocr_lines import OcrLine
 from llavar_peft.datagen.synth.synth_settings import SynthSettings
 from llavar_peft.datagen.synth.write_synthetic import write_synthetic
 from llavar_peft.errors import MissingDependencyError

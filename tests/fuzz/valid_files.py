@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 from llavar_peft.datagen.ocr import read_image_folder
 from llavar_peft.datagen.ocr.build_ocr_records import BuildSettings, build_records
-from llavar_peft.datagen.ocr.ocr_engines import EngineName, OcrLine, Polygon
+from llavar_peft.datagen.ocr.ocr_lines import EngineName, OcrLine, Polygon
 from llavar_peft.evaluation.heights.height_results import (
     HeightCurve,
     HeightPoint,

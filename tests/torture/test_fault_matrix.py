@@ -22,7 +22,7 @@ import pytest
 from llavar_peft import ModelConfig, build_model, make_delta
 from llavar_peft.data.resume_journal import ResumeJournal
 from llavar_peft.datagen.ocr.build_ocr_records import journal_path, make_ocr_record
-from llavar_peft.datagen.ocr.ocr_engines import OcrLine
+from llavar_peft.datagen.ocr.ocr_lines import OcrLine
 from llavar_peft.recipe.schema import Lora
 from tests.evaluation.conftest import images as dataset
 from tests.torture.faulty_process import (

@@ -20,7 +20,7 @@ from llavar_peft.constants import IMAGE_PLACEHOLDER, OCR_INSTRUCTIONS
 from llavar_peft.data.resume_journal import ResumeJournal
 from llavar_peft.datagen.ocr.duplicate_images import Candidate, find_duplicates
 from llavar_peft.datagen.ocr.list_images import MOST_PAGES_READ, list_folder
-from llavar_peft.datagen.ocr.ocr_engines import OcrLine, letter_count
+from llavar_peft.datagen.ocr.ocr_lines import OcrLine, letter_count
 from llavar_peft.datagen.ocr.ocr_quality import QualityLimits, confident, judge_quality, script_counts
 from llavar_peft.datagen.ocr.ocr_report import BuildReport, Drop
 from llavar_peft.datagen.ocr.page_geometry import upright_boxes

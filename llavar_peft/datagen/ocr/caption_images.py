@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
     from llavar_peft.data.image_roots import ImageRoots
-    from llavar_peft.datagen.ocr.ocr_engines import Polygon
+    from llavar_peft.datagen.ocr.ocr_lines import Polygon
     from llavar_peft.datagen.openai_client import ChatModel
 
 CAPTION_REQUEST: Final = (

@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image
 
 if TYPE_CHECKING:
-    from llavar_peft.datagen.ocr.ocr_engines import OcrLine
+    from llavar_peft.datagen.ocr.ocr_lines import OcrLine
 
 _CONTRAST: Final = 0.5
 """Fraction of a line's greatest contrast from which a row of pixels has ink."""

@@ -25,7 +25,7 @@ from llavar_peft.data.resume_journal import ResumeJournal
 from llavar_peft.datagen.ocr.build_ocr_records import Progress, journal_path, read_folder
 from llavar_peft.datagen.ocr.caption_images import ImageCaptioner
 from llavar_peft.datagen.ocr.check_replies import CheckedReply, Pair, check_fields, check_reply
-from llavar_peft.datagen.ocr.ocr_engines import OcrLine, Polygon
+from llavar_peft.datagen.ocr.ocr_lines import OcrLine, Polygon
 from llavar_peft.datagen.ocr.ocr_quality import transcribe
 from llavar_peft.datagen.ocr.stored_readings import stored_readings
 from llavar_peft.datagen.openai_client import ChatModel, Endpoint, EndpointRejectedError, Message

@@ -19,7 +19,7 @@ from statistics import median
 from typing import Final, TypeVar
 
 from llavar_peft.datagen.ocr.column_gutters import abreast, level, narrow_gutters, separates, wide_gutters
-from llavar_peft.datagen.ocr.ocr_engines import OcrLine
+from llavar_peft.datagen.ocr.ocr_lines import OcrLine
 from llavar_peft.datagen.ocr.page_geometry import Box, reading_order, upright_boxes
 
 SAME_BASELINE: Final = 0.5

@@ -5,33 +5,21 @@ Both run offline in a single thread: images are read in parallel by several proc
 
 from __future__ import annotations
 
-import csv
 import importlib.metadata
-import io
-import os
-import shutil
-import subprocess
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import cached_property
-from itertools import groupby
-from typing import TYPE_CHECKING, Any, Final, Literal, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
+from llavar_peft.datagen.ocr.ocr_lines import EngineName, OcrEngine, OcrError, OcrLine, Polygon
+from llavar_peft.datagen.ocr.tesseract_engine import Tesseract
 from llavar_peft.datagen.ocr.text_regions import Pixels, cut_line, line_height, scale_pixels
-from llavar_peft.errors import EnvironmentFaultError, LlavarError, MissingDependencyError
+from llavar_peft.errors import MissingDependencyError
 
 if TYPE_CHECKING:
     from PIL.Image import Image
-
-Point: TypeAlias = tuple[float, float]
-Polygon: TypeAlias = tuple[Point, Point, Point, Point]
-EngineName: TypeAlias = Literal["rapidocr", "tesseract"]
-
-SECONDS_PER_IMAGE: Final = 120
-"""Time limit of Tesseract; a page of a book takes it about 5 seconds."""
 
 _MAX_ASPECT: Final = 6  # ratio of the sides of an image given to RapidOCR
 _DETECTION_EDGE: Final = 736  # pixels of the shorter side in which RapidOCR looks for lines, its own default
@@ -39,70 +27,6 @@ _DETECTION_LONGEST: Final = 2000  # pixels of the longer side to which an image 
 _SMALL_LINE: Final = 14.0  # pixels of a line's box there, below which it looks again in an image twice as large
 _DOUBTFUL: Final = 0.85  # confidence below which RapidOCR reads a line upside down too
 _CLEARLY: Final = 0.1  # by how much more confident it then has to be
-
-
-class OcrError(LlavarError, RuntimeError):
-    """An engine failed on one image."""
-
-
-@dataclass(frozen=True, slots=True)
-class OcrLine:
-    """A run of text that an engine recognized as one piece.
-
-    Attributes:
-        text: The text, without white space at its ends.
-        polygon: Its four corners in pixels, clockwise from the top left in reading direction.
-        confidence: The engine's confidence, from 0 to 1.
-    """
-
-    text: str
-    polygon: Polygon
-    confidence: float
-
-    def as_json(self) -> list[Any]:
-        """Return text, eight coordinates rounded to a tenth of a pixel, and confidence."""
-        return [self.text, [round(value, 1) for point in self.polygon for value in point], round(self.confidence, 4)]
-
-    @classmethod
-    def from_json(cls, value: Sequence[Any]) -> OcrLine:
-        """Return the line from the form of ``as_json``. Raises ``ValueError`` or ``TypeError`` for another form."""
-        text, flat, confidence = value
-        points = [(float(x), float(y)) for x, y in zip(flat[::2], flat[1::2], strict=True)]
-        first, second, third, fourth = points
-        return cls(str(text), (first, second, third, fourth), float(confidence))
-
-
-def scale_line(line: OcrLine, factor: float) -> OcrLine:
-    """Return the line in an image that is scaled by a factor."""
-    a, b, c, d = ((x * factor, y * factor) for x, y in line.polygon)
-    return OcrLine(line.text, (a, b, c, d), line.confidence)
-
-
-def letter_count(text: str) -> int:
-    """Return the number of letters and digits."""
-    return sum(character.isalnum() for character in text)
-
-
-class OcrEngine(Protocol):
-    """An OCR engine. An instance serves one process, one image at a time."""
-
-    @property
-    def name(self) -> EngineName:
-        """Name of the engine."""
-        ...
-
-    @property
-    def version(self) -> str:
-        """Version of the engine and of its models or languages, which readings depend on."""
-        ...
-
-    def find(self, image: Image) -> tuple[Polygon, ...]:
-        """Return where lines are in an RGB image, as fast as the engine can. Raises ``OcrError``."""
-        ...
-
-    def read(self, image: Image) -> tuple[OcrLine, ...]:
-        """Return the lines of an RGB image, in any order. Raises ``OcrError``."""
-        ...
 
 
 def open_ocr_engine(name: EngineName, languages: str = "eng") -> OcrEngine:
@@ -225,89 +149,3 @@ def _pad_strip(image: Image) -> Image:
     padded = Pillow.new("RGB", (max(image.width, least), max(image.height, least)), "white")
     padded.paste(image)
     return padded
-
-
-class Tesseract:
-    """The program ``tesseract``, called once for each image.
-
-    Args:
-        languages: For example ``"eng+deu"``.
-
-    Raises:
-        MissingDependencyError: The program or a language is not installed.
-    """
-
-    name: EngineName = "tesseract"
-
-    def __init__(self, languages: str = "eng") -> None:
-        program = shutil.which("tesseract")
-        if program is None:
-            raise MissingDependencyError.at(
-                "tesseract", "the program is not installed", "install it (Debian: apt-get install tesseract-ocr)"
-            )
-        self._program = program
-        self._languages = languages
-        installed = set(self._run(["--list-langs"]).decode().split())
-        missing = [language for language in languages.split("+") if language not in installed]
-        if missing:
-            raise MissingDependencyError.at(
-                "tesseract",
-                f"cannot read {', '.join(missing)}",
-                f"install its data (Debian: tesseract-ocr-{missing[0]}); --list-langs shows what is installed",
-            )
-
-    @cached_property
-    def version(self) -> str:
-        """Version of the program, and the languages."""
-        return f"{self._run(['--version']).decode().split()[1]} {self._languages}"
-
-    def find(self, image: Image) -> tuple[Polygon, ...]:
-        """Return where the image's lines are, read in an image twice as large. Raises ``OcrError``."""
-        larger = image.resize((image.width * 2, image.height * 2))
-        return tuple(scale_line(line, 0.5).polygon for line in self.read(larger))
-
-    def read(self, image: Image) -> tuple[OcrLine, ...]:
-        """Return the image's lines. Raises ``OcrError``."""
-        file = io.BytesIO()
-        image.save(file, "PPM")
-        table = self._run(["stdin", "stdout", "-l", self._languages, "--psm", "3", "tsv"], file.getvalue()).decode()
-        rows = csv.DictReader(io.StringIO(table), delimiter="\t", quoting=csv.QUOTE_NONE)
-        words = [row for row in rows if row["level"] == "5" and (row["text"] or "").strip()]
-        return tuple(_join_words(list(group)) for _, group in groupby(words, _line_key))
-
-    def _run(self, arguments: list[str], stdin: bytes = b"") -> bytes:
-        try:
-            done = subprocess.run(
-                [self._program, *arguments],
-                input=stdin,
-                capture_output=True,
-                check=True,
-                timeout=SECONDS_PER_IMAGE,
-                env={**os.environ, "OMP_THREAD_LIMIT": "1"},
-            )
-        except subprocess.CalledProcessError as error:
-            message = error.stderr.decode(errors="replace").strip()[-200:]
-            raise OcrError.at("tesseract", f"failed ({message})", "leave the image out") from error
-        except subprocess.TimeoutExpired as error:
-            raise OcrError.at(
-                "tesseract", f"took more than {SECONDS_PER_IMAGE} s", "leave the image out, or scale it down"
-            ) from error
-        except OSError as error:
-            raise EnvironmentFaultError.at(self._program, f"cannot be started ({error})", "install it again") from error
-        return done.stdout
-
-
-def _line_key(word: Mapping[str, str]) -> tuple[str, ...]:
-    return word["block_num"], word["par_num"], word["line_num"]
-
-
-def _join_words(words: Iterable[Mapping[str, str]]) -> OcrLine:
-    """Join words into a line, with the box around them and the mean confidence of their letters."""
-    words = list(words)
-    weights = [max(1, letter_count(word["text"])) for word in words]
-    confidence = sum(max(0.0, float(word["conf"])) * weight for word, weight in zip(words, weights, strict=True))
-    boxes = [tuple(float(word[key]) for key in ("left", "top", "width", "height")) for word in words]
-    left, top = min(box[0] for box in boxes), min(box[1] for box in boxes)
-    right, bottom = max(box[0] + box[2] for box in boxes), max(box[1] + box[3] for box in boxes)
-    corners = ((left, top), (right, top), (right, bottom), (left, bottom))
-    return OcrLine(" ".join(word["text"].strip() for word in words), corners, confidence / sum(weights) / 100)

@@ -13,7 +13,7 @@ from rapidfuzz.distance import Levenshtein
 
 from llavar_peft.constants import IMAGE_PLACEHOLDER
 from llavar_peft.datagen.ocr.merge_paragraphs import merge_lines
-from llavar_peft.datagen.ocr.ocr_engines import OcrLine, letter_count
+from llavar_peft.datagen.ocr.ocr_lines import OcrLine, letter_count
 
 Reason = Literal[
     "pages_left_out",

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
-from llavar_peft.datagen.ocr.ocr_engines import OcrLine, Point
+from llavar_peft.datagen.ocr.ocr_lines import OcrLine, Point
 
 if TYPE_CHECKING:
     import numpy.typing as npt

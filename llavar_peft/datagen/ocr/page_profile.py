@@ -16,7 +16,7 @@ from llavar_peft.datagen.ocr.text_regions import Pixels, line_height
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-    from llavar_peft.datagen.ocr.ocr_engines import Polygon
+    from llavar_peft.datagen.ocr.ocr_lines import Polygon
 
 Profile: TypeAlias = Literal["scene", "page"]
 ProfileChoice: TypeAlias = Literal["auto", "scene", "page", "paper"]

@@ -11,7 +11,7 @@ import unicodedata
 from typing import Final
 
 from llavar_peft.data.pdf_pages import PdfPage
-from llavar_peft.datagen.ocr.ocr_engines import OcrLine, Point, letter_count
+from llavar_peft.datagen.ocr.ocr_lines import OcrLine, Point, letter_count
 
 _FEWEST_LETTERS: Final = 5
 _MOST_CHARACTERS: Final = 10_000

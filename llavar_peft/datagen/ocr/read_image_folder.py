@@ -17,14 +17,8 @@ from llavar_peft.data.image_roots import ImageRoots
 from llavar_peft.data.pdf_pages import PdfDocument, locate_page
 from llavar_peft.data.resume_journal import ResumeJournal
 from llavar_peft.datagen.ocr.duplicate_images import difference_hash, is_blank
-from llavar_peft.datagen.ocr.ocr_engines import (
-    EngineName,
-    OcrEngine,
-    OcrError,
-    OcrLine,
-    open_ocr_engine,
-    scale_line,
-)
+from llavar_peft.datagen.ocr.ocr_engines import open_ocr_engine
+from llavar_peft.datagen.ocr.ocr_lines import EngineName, OcrEngine, OcrError, OcrLine, scale_line
 from llavar_peft.datagen.ocr.page_profile import PAPER_EDGE, Profile, ProfileChoice, choose_profile
 from llavar_peft.datagen.ocr.page_text import lines_of_page
 from llavar_peft.errors import EnvironmentFaultError, ImageError, InterruptedRunError

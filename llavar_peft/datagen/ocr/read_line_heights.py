@@ -13,7 +13,8 @@ from typing import Any
 from llavar_peft.data.image_roots import ImageRoots
 from llavar_peft.data.record_texts import ImageLines, ReadsLines, Size
 from llavar_peft.datagen.ocr.build_ocr_records import journal_path
-from llavar_peft.datagen.ocr.ocr_engines import OcrEngine, OcrError, OcrLine, letter_count, open_ocr_engine
+from llavar_peft.datagen.ocr.ocr_engines import open_ocr_engine
+from llavar_peft.datagen.ocr.ocr_lines import OcrEngine, OcrError, OcrLine, letter_count
 from llavar_peft.datagen.ocr.ocr_quality import QualityLimits, confident
 from llavar_peft.datagen.ocr.page_geometry import upright_boxes
 from llavar_peft.datagen.ocr.read_image_folder import bring_short_edge

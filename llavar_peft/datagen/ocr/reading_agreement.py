@@ -13,7 +13,7 @@ from typing import Any, Final
 
 from rapidfuzz.distance import Levenshtein
 
-from llavar_peft.datagen.ocr.ocr_engines import OcrLine
+from llavar_peft.datagen.ocr.ocr_lines import OcrLine
 from llavar_peft.datagen.ocr.ocr_quality import QualityLimits, confident, transcribe
 
 HIGH_RATE: Final = 0.03

@@ -14,7 +14,7 @@ from llavar_peft.atomic_files import check_output_file, write_json
 from llavar_peft.data.image_roots import ImageRoots
 from llavar_peft.datagen.ocr.build_ocr_records import Progress, journal_path, read_folder
 from llavar_peft.datagen.ocr.image_categories import ImageCategories
-from llavar_peft.datagen.ocr.ocr_engines import OcrLine
+from llavar_peft.datagen.ocr.ocr_lines import OcrLine
 from llavar_peft.datagen.ocr.ocr_quality import QualityLimits, confident
 from llavar_peft.datagen.ocr.stored_readings import stored_readings
 from llavar_peft.errors import DataError, ImageError

@@ -17,7 +17,7 @@ from llavar_peft.data.image_roots import ImageRoots
 from llavar_peft.data.resume_journal import ResumeJournal
 from llavar_peft.datagen.ocr.build_ocr_records import journal_path
 from llavar_peft.datagen.ocr.ink_height import ink_height
-from llavar_peft.datagen.ocr.ocr_engines import EngineName, OcrLine
+from llavar_peft.datagen.ocr.ocr_lines import EngineName, OcrLine
 from llavar_peft.datagen.ocr.page_geometry import Box, reading_order, upright_boxes
 from llavar_peft.datagen.ocr.read_image_folder import OcrReader, ReadingSettings, file_stamp, read_images
 from llavar_peft.datagen.ocr.stored_readings import stored_readings

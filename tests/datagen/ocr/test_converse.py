@@ -30,7 +30,7 @@ from llavar_peft.datagen.ocr.make_conversations import (
     make_conversations,
     read_captions,
 )
-from llavar_peft.datagen.ocr.ocr_engines import OcrLine
+from llavar_peft.datagen.ocr.ocr_lines import OcrLine
 from llavar_peft.datagen.openai_client import Endpoint
 from llavar_peft.errors import DataError, EnvironmentFaultError, InterruptedRunError, LlavarError
 

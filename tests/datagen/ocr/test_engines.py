@@ -9,7 +9,8 @@ import pytest
 from PIL import Image
 
 from llavar_peft.data.text_metrics import character_accuracy
-from llavar_peft.datagen.ocr.ocr_engines import EngineName, open_ocr_engine
+from llavar_peft.datagen.ocr.ocr_engines import open_ocr_engine
+from llavar_peft.datagen.ocr.ocr_lines import EngineName
 from llavar_peft.datagen.ocr.ocr_quality import transcribe
 from llavar_peft.datagen.synth.drawn_page import draw_page
 from llavar_peft.datagen.synth.synth_settings import SynthSettings

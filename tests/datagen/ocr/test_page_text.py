@@ -12,7 +12,7 @@ import pytest
 from llavar_peft.cli import main
 from llavar_peft.data.image_files import open_image
 from llavar_peft.data.pdf_pages import PdfDocument
-from llavar_peft.datagen.ocr.ocr_engines import OcrLine
+from llavar_peft.datagen.ocr.ocr_lines import OcrLine
 from llavar_peft.datagen.ocr.ocr_quality import transcribe
 from llavar_peft.datagen.ocr.page_text import lines_of_page
 from tests.pdf_files import paragraph, pdf, text_at

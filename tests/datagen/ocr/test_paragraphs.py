@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llavar_peft.datagen.ocr.merge_paragraphs import merge_lines
-from llavar_peft.datagen.ocr.ocr_engines import OcrLine
+from llavar_peft.datagen.ocr.ocr_lines import OcrLine
 from llavar_peft.datagen.ocr.ocr_quality import transcribe
 from llavar_peft.datagen.synth.drawn_page import DrawnPage, draw_page
 from llavar_peft.datagen.synth.synth_settings import Level, Style, SynthKind, SynthSettings

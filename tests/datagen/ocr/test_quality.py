@@ -20,7 +20,7 @@ from llavar_peft.datagen.ocr.duplicate_images import (
     is_blank,
     is_copy,
 )
-from llavar_peft.datagen.ocr.ocr_engines import OcrLine
+from llavar_peft.datagen.ocr.ocr_lines import OcrLine
 from llavar_peft.datagen.ocr.ocr_quality import QualityLimits, disagreement, judge_quality, script_share
 from llavar_peft.datagen.ocr.similar_texts import _by_pieces, agree, similar_texts
 from llavar_peft.datagen.synth.drawn_page import draw_page
