@@ -22,6 +22,7 @@ from transformers import LlavaForConditionalGeneration, LlavaModel
 
 from llavar_peft import DataConfig, Full, Lora, ModelConfig, OptimConfig, Projector, Recipe, Stage
 from llavar_peft.models.build_model import build_model
+from llavar_peft.models.packed_attention import enable_packing
 from llavar_peft.models.tuning import TRAINED_ROWS, apply_tuning, lora_config
 from llavar_peft.recipe.schema import Precision, Recompute, Tune
 from llavar_peft.training.checkpoint_folders import RunInputs
@@ -117,6 +118,7 @@ def ours(cell: Cell, records: Dataset[Any], callback: Any, *, model: Any, stage:
         processor(),
         stage,
         arguments,
+        packed=stage.packing and enable_packing(model),
         dataset=dataset,
         dropped=DroppedRecords(cell.folder / "dropped.jsonl", stage.data, total=len(dataset)),
         inputs=RunInputs(ranks=1, records={}),
