@@ -89,3 +89,6 @@ METRICS_FILE: Final = "metrics.jsonl"
 PROBE_FILE: Final = "probe.jsonl"
 RESOLVED_RECIPE_FILE: Final = "recipe.yaml"
 VERSIONS_FILE: Final = "versions.json"
+
+MOST_PAGES: Final = 20
+"""Pages of a PDF document that are used together, unless some are chosen."""

@@ -8,7 +8,7 @@ import typer
 
 from llavar_peft.cli import shared_options as shared
 from llavar_peft.cli.output import say, say_json
-from llavar_peft.data.pdf_pages import MOST_PAGES
+from llavar_peft.constants import MOST_PAGES
 from llavar_peft.errors import ConfigError
 from llavar_peft.text_files import check_question
 

@@ -10,7 +10,7 @@ import typer
 
 from llavar_peft.cli import shared_options as shared
 from llavar_peft.cli.output import complain, say, say_piece
-from llavar_peft.data.pdf_pages import MOST_PAGES
+from llavar_peft.constants import MOST_PAGES
 from llavar_peft.errors import ConfigError, LlavarError
 from llavar_peft.types import ImageMode
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Literal, TypeAlias, overload
 
 import typer
 
-from llavar_peft.data.pdf_pages import MOST_PAGES
+from llavar_peft.constants import MOST_PAGES
 from llavar_peft.errors import ConfigError
 from llavar_peft.recipe.presets import list_presets, list_recipes, load_recipe
 from llavar_peft.recipe.schema import Quantization, Recipe

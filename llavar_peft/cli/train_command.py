@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -9,7 +10,7 @@ import typer
 
 from llavar_peft.cli.output import is_first_rank, print_table, say, say_next
 from llavar_peft.cli.shared_options import OverridesArgument, PresetOption, RecipeArgument, load_chosen_recipe
-from llavar_peft.errors import ConfigError, EnvironmentFaultError, InterruptedRunError
+from llavar_peft.errors import ConfigError, DataError, EnvironmentFaultError, InterruptedRunError
 from llavar_peft.recipe.schema import Recipe
 
 _QUICKSTART_FOLDER = Path("runs/quickstart")
@@ -97,7 +98,8 @@ def train(
         from llavar_peft.page.run_log import read_run
 
         say(str(folder))
-        say_next(find_in_run(read_run(Path(chosen.output_dir)).stages))
+        with suppress(DataError):  # a run that ended well has not failed because its figures cannot be read again
+            say_next(find_in_run(read_run(Path(chosen.output_dir)).stages))
 
 
 def _run_dry(recipe: Recipe, stages: tuple[str, ...]) -> None:

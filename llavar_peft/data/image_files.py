@@ -18,8 +18,8 @@ from typing import IO, Final
 
 from PIL import Image, UnidentifiedImageError
 
+from llavar_peft.constants import MOST_PAGES
 from llavar_peft.data.pdf_pages import (
-    MOST_PAGES,
     PdfDocument,
     choose_pages,
     locate_page,

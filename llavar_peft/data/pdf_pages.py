@@ -14,11 +14,10 @@ from typing import Any, Final
 
 from PIL import Image
 
+from llavar_peft.constants import MOST_PAGES
 from llavar_peft.data.pdf_process import SECONDS, PdfCrashError, ask_pdf_process, require_pdf
 from llavar_peft.errors import ImageError, LlavarError, count_of
 
-MOST_PAGES: Final = 20
-"""Pages of a document that are used together, unless some are chosen."""
 _PAGE: Final = re.compile(r"#page=([\d,-]{1,200})$", re.ASCII)
 _PART: Final = re.compile(r"(\d{1,9})(?:(-)(\d{1,9})?)?", re.ASCII)
 _BEFORE_HEADER: Final = b"\xef\xbb\xbf \t\r\n\f\0"

@@ -300,9 +300,11 @@ def test_numbers_of_numpy_are_numbers(chat: Chat) -> None:
 
 
 def test_a_question_is_text(chat: Chat) -> None:
-    question: Any = None
-    with pytest.raises(ConfigError, match="question: got NoneType, expected a string"):
+    question: Any = 3
+    with pytest.raises(ConfigError, match="question: got int, expected a string"):
         chat.ask(None, question)
+    with pytest.raises(ConfigError, match="question: missing"):
+        chat.ask(None)
 
 
 @pytest.mark.parametrize(

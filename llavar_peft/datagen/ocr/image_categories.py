@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import torch
 
@@ -49,8 +49,10 @@ class ImageCategories:
 
         self._names = tuple(names)
         try:
-            self._model = CLIPModel.from_pretrained(clip, local_files_only=True, use_safetensors=True).eval()
-            self._processor = CLIPProcessor.from_pretrained(clip, local_files_only=True)
+            local: dict[str, Any] = {"local_files_only": True}
+            model = CLIPModel.from_pretrained(clip, use_safetensors=True, trust_remote_code=False, **local)
+            self._processor = CLIPProcessor.from_pretrained(clip, trust_remote_code=False, **local)
+            self._model = model.eval()
         except DAMAGED as error:
             raise ConfigError.at(
                 str(clip), f"has no CLIP that can be loaded ({describe_reason(error)})", "give the folder of a CLIP"
