@@ -58,7 +58,7 @@ def test_two_processes_that_write_one_file_do_not_mix_it(tmp_path: Path) -> None
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="forks processes")
 def test_of_writers_started_together_one_writes_and_the_others_are_refused(tmp_path: Path) -> None:
     """If a process says that the folder is written, it is there: 0.1 lost it in 15 of 800 trials."""
-    for trial in range(_ROUNDS // 4):
+    for trial in range(_ROUNDS // 8):
         out = tmp_path / f"out{trial}"
         with ForkedWriters() as writers:
             for value in (1.0, 2.0):
