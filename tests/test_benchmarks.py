@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -60,6 +61,7 @@ def test_a_dry_run_takes_no_disk(tiny: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(os.environ.get("LLAVAR_BENCHMARKS") != "all", reason="LLAVAR_BENCHMARKS=all runs this command")
 def test_the_command(tmp_path: Path) -> None:
     arguments = ["--size=tiny", "--rounds=1", "--tasks", "make", f"--work={tmp_path}", f"--out={tmp_path / 'found'}"]
     command = [sys.executable, str(BENCHMARKS / "weights.py"), *arguments]
