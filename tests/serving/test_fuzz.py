@@ -24,7 +24,7 @@ from llavar_peft.serving.api.request_limits import RequestLimits
 from llavar_peft.serving.api.scheduler import Job
 from tests.serving.server import JSON, MODEL, Reply, ask_body, call, data_url
 
-REQUESTS, AT_ONCE, SECONDS = 1200, 20, 300
+REQUESTS, AT_ONCE, SECONDS = 1000, 20, 300
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
 STRANGE: tuple[Any, ...] = (
     None, True, False, 0, -1, 1, 2, 2**31, 2**63, 2**64, -(2**63), 1e308, 1e-308, 0.5, "", " ", "\0", "\ud800",

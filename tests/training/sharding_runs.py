@@ -117,7 +117,7 @@ def _group_runs(stages: _Stages) -> dict[str, Run]:
 _NIGHTLY = frozenset(
     (
         "shard-qwen2", "run-gemma2", "run-qwen3", "zero1-full", "offload2-full", "run-int8", "run-qwen2",
-        "zero2-gemma2", "run-tiles", "run-crossed",
+        "zero2-gemma2", "run-tiles", "run-crossed", "offload3-full",
     )
 )  # fmt: skip
 """Runs that are left out unless ``LLAVAR_SHARDING`` is ``all``; each resembles another run."""
