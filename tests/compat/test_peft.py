@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,7 +11,11 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from llavar_peft import ModelConfig, build_model
 from llavar_peft.compat.dependency_internals import embed_used_rows_only
+from llavar_peft.models.adapter_loading import add_adapter, apply_adapter
+from llavar_peft.recipe.schema import Lora
+from tests.weights.adapters import LANGUAGE_MODEL, VISION_TOWER, save_moved_adapter
 
 VOCABULARY, WIDTH = 50, 8
 
@@ -41,6 +46,21 @@ class _LargeResults(TorchDispatchMode):
         result = func(*args, **(kwargs or {}))
         large = isinstance(result, Tensor) and result.numel() >= VOCABULARY * WIDTH
         self.count += int(large and "embedding" not in str(func._schema.name).replace("embedding_dense", ""))
+        return result
+
+
+class _Copies(TorchDispatchMode):
+    """Counts the results of a shape that are not views."""
+
+    def __init__(self, shape: torch.Size) -> None:
+        super().__init__()
+        self.shape, self.count = shape, 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, Tensor) and result.shape == self.shape:
+            given = {one.untyped_storage().data_ptr() for one in args if isinstance(one, Tensor)}
+            self.count += result.untyped_storage().data_ptr() not in given
         return result
 
 
@@ -92,3 +112,27 @@ def test_rows_that_are_not_consecutive_stay_with_peft() -> None:
     model, expected = _peft_model([7, 49]), _peft_model([7, 49])(torch.tensor([[1, 7, 49]]))
     embed_used_rows_only(model)
     assert torch.equal(model(ids), expected)
+
+
+@pytest.mark.parametrize("how", ["trained", "loaded", "added"])
+def test_no_model_with_trained_rows_copies_its_embedding(how: str, tmp_path: Path) -> None:
+    base = ModelConfig(language_model=str(LANGUAGE_MODEL), vision_tower=str(VISION_TOWER), dtype="float32")
+    adapters = {"rows": True, "no rows": False}
+    models = {
+        name: save_moved_adapter(tmp_path / name, base, Lora(rank=2, dropout=0.0, train_image_rows=rows))
+        for name, rows in adapters.items()
+    }
+    model = models["rows"]
+    if how != "trained":
+        plain, _ = build_model(base)
+        model = apply_adapter(plain, tmp_path / ("rows" if how == "loaded" else "no rows"))
+    if how == "added":
+        add_adapter(model, tmp_path / "rows", "second")
+        model.set_adapter("second")
+    vocabulary = model.get_base_model().config.text_config.vocab_size
+    ids = torch.tensor([[1, 5, vocabulary - 1]])
+    copies = _Copies(model.get_input_embeddings().weight.shape)
+    with torch.no_grad(), copies:
+        logits = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
+        assert torch.equal(logits, models["rows"](input_ids=ids, attention_mask=torch.ones_like(ids)).logits)
+    assert copies.count == 0

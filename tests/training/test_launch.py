@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 from collections.abc import Iterator
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +63,19 @@ def new_state() -> Iterator[None]:
 def _set(monkeypatch: pytest.MonkeyPatch, variables: dict[str, str]) -> None:
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
+
+
+@pytest.mark.usefixtures("new_state")
+def test_the_recipe_limits_how_long_processes_wait_for_each_other(
+    tiny_recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe, waits = dataclasses.replace(tiny_recipe, process_timeout=1234), []
+    alone = type("Alone", (), {"num_processes": 1})
+    monkeypatch.setattr(launch, "PartialState", lambda timeout=None, **_: waits.append(timeout) or alone)
+    start_processes(recipe)
+    assert waits == [timedelta(seconds=1234)]
+    # Where there is no process group yet, the Trainer creates it.
+    assert training_arguments(recipe, recipe.stages[0], tmp_path, ranks=1).ddp_timeout == 1234
 
 
 # -- one process, one device ------------------------------------------------------------------------------------------
