@@ -13,6 +13,7 @@ import ctypes
 import dataclasses
 import faulthandler
 import gc
+import importlib
 import json
 import os
 import signal
@@ -187,6 +188,7 @@ def refuse(recipe: Recipe, counter: ShardCounter) -> None:
 
 def measure_memory(recipe: Recipe, counter: ShardCounter) -> None:
     """Train as ``llavar-peft train`` does, and record the memory that it takes to load the model."""
+    importlib.import_module("torch._inductor.compile_fx")  # which DeepSpeed imports at its first step
     status, plain, started = Path("/proc/self/status"), stage_trainer.supervised_loss, threading.Event()
 
     def anonymous() -> int:

@@ -36,6 +36,9 @@ ENGINES = {"FSDP2": "fsdp2_8gpu.yaml", "ZeRO-3": "zero3_8gpu.yaml"}
 # autocast in one process computes in float32. Measured: 0.08 % with FSDP2, 0.3 % with ZeRO.
 TOLERANCES = {"FSDP2": (2e-3, 5e-3), "ZeRO-3": (1e-2, 1e-2)}
 
+LARGEST_TENSOR = 2 * 8192 * 512
+"""Bytes of the largest tensor of the model whose loading is measured: an MLP's, in 16 bits."""
+
 
 def _environment(example: str) -> dict[str, str]:
     return {**launch_environment(example), "DS_ACCELERATOR": "cpu"}
@@ -132,8 +135,8 @@ def test_two_shards_equal_one_process(
         if way == "memory":
             copy = (shared_folder / "larger/model.safetensors").stat().st_size
             seen = [json.loads((tmp_path / f"{name}.{rank}.json").read_text())["memory"] for rank in (0, 1)]
-            # ZeRO-3 takes its shards from whole tensors, one after the other; the embeddings are a fifth of this model.
-            assert 0.5 * copy < sum(seen) < 1.2 * copy + 2 * (0.2 * copy), (seen, copy)
+            # ZeRO-3 takes its shards from whole tensors, one after the other.
+            assert 0.5 * copy < sum(seen) < 1.2 * copy + 2 * LARGEST_TENSOR, (seen, copy)
         if way in ("refused", "memory") or kind == "dora":
             continue
         _check_equal(tmp_path / "sharded" / name, _train_whole(recipe, shared_folder), recipe, TOLERANCES[engine])
