@@ -45,6 +45,14 @@ def convert(
             help="How --to hf-llava writes the projector. vLLM needs two-sided, because it has no linear activation.",
         ),
     ] = "linear",
+    quantize: Annotated[
+        Literal["nf4"] | None,
+        typer.Option(
+            "--quantize",
+            help="Store the language model's linear layers in 4 bits, for --to llavar. Such a model is not quantized "
+            "again when it is loaded.",
+        ),
+    ] = None,
     dtype: DtypeOption = None,
     shard_gb: ShardGigabytes = 5.0,
 ) -> None:
@@ -60,6 +68,7 @@ def convert(
             vision_tower=vision_tower,
             tokenizer=tokenizer,
             projector=projector,
+            quantize=quantize,
             dtype=dtype,
             shard_size=round(shard_gb * 1e9),
             progress=progress,

@@ -26,6 +26,7 @@ from llavar_peft.models.adapter_loading import add_adapter, apply_adapter, check
 from llavar_peft.models.build_model import build_model
 from llavar_peft.models.hub_models import is_hub_name, resolve_folder
 from llavar_peft.models.model_resolution import with_resolution_of
+from llavar_peft.models.quantized_checkpoint import with_stored_quantization
 from llavar_peft.recipe.schema import Attention, Dtype, Kernels, ModelConfig, Quantization
 from llavar_peft.recipe.validate import model_from_mapping
 from llavar_peft.weights.adapter.adapter_files import ADAPTER_CONFIG, BASE_FILE, read_base_settings, read_settings
@@ -210,7 +211,7 @@ def load_engine(
     base, folders = _find_parts(model, adapters, vision_tower)
     base = with_resolution_of(base, folders.values())
     if quantize is None:
-        quantize = _trained_quantization(folders)
+        quantize = with_stored_quantization(base).quantize or _trained_quantization(folders)
     device = _choose_device(device, quantize)
     if dtype == "auto" and not device.startswith("cuda"):
         dtype = "float32"  # also on a machine whose GPU is not used

@@ -40,6 +40,7 @@ from llavar_peft.weights.io.companion_files import (
     copy_companion,
     find_companions,
 )
+from llavar_peft.weights.io.quantized_weights import check_unquantized
 from llavar_peft.weights.io.tensor_blocks import read_tensor
 from llavar_peft.weights.io.tensor_table import DOWNLOAD_AGAIN, TensorEntry, read_tensor_table
 from llavar_peft.weights.io.weights_fingerprint import FINGERPRINT_FILE, read_fingerprint
@@ -81,6 +82,7 @@ def view_as_released(folder: str | Path) -> ReleasedView:
     """
     path = expand_home(folder)
     config = read_model_config(path)
+    check_unquantized(config, path, "a merge, a delta or a check of an adapter's base")
     kind = config.get("model_type")
     if kind == MODEL_TYPE:
         rename, flat = tensor_names.to_released, _flatten(config, path)

@@ -22,6 +22,7 @@ from llavar_peft.weights.delta.released_layout import (
 )
 from llavar_peft.weights.io import tensor_names
 from llavar_peft.weights.io.projector_file import TRAINED_ROWS, read_projector
+from llavar_peft.weights.io.quantized_weights import check_unquantized
 from llavar_peft.weights.io.stated_resolution import (
     RESOLUTION,
     find_resolution_fault,
@@ -103,6 +104,7 @@ def open_merge_base(
     """
     settings = read_base_settings(adapters[0].folder)
     config = read_model_config(folder)
+    check_unquantized(config, folder, "a merge")
     if not is_language_model(config):
         ours = _choose_names(config)
         if ours is tensor_names.from_released:
