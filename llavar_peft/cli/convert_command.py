@@ -8,6 +8,13 @@ from typing import Annotated, Literal
 import typer
 
 from llavar_peft.cli.output import say_weights, show_progress
+from llavar_peft.cli.push_command import (
+    BaseNameOption,
+    PrivateOption,
+    PushOption,
+    check_push_option,
+    push_result,
+)
 from llavar_peft.cli.shared_options import DtypeOption, ShardGigabytes
 
 
@@ -55,9 +62,14 @@ def convert(
     ] = None,
     dtype: DtypeOption = None,
     shard_gb: ShardGigabytes = 5.0,
+    push: PushOption = None,
+    private: PrivateOption = False,
+    base_name: BaseNameOption = None,
 ) -> None:
     """Convert a LLaVA or LLaVAR to another layout, from disk to disk."""
     from llavar_peft.models.export_layout import export
+
+    check_push_option(push, private, base_name, [source])
 
     with show_progress("converting") as progress:
         report = export(
@@ -74,3 +86,4 @@ def convert(
             progress=progress,
         )
     say_weights(report)
+    push_result(report.out, push, private, base_name)

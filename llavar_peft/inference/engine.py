@@ -31,6 +31,7 @@ from llavar_peft.recipe.schema import Attention, Dtype, Kernels, ModelConfig, Qu
 from llavar_peft.recipe.validate import model_from_mapping
 from llavar_peft.weights.adapter.adapter_files import ADAPTER_CONFIG, BASE_FILE, read_base_settings, read_settings
 from llavar_peft.weights.adapter.adapter_layouts import conversion_of, is_llava_lora
+from llavar_peft.weights.io.hub_folders import find_folder
 from llavar_peft.weights.io.tensor_table import WEIGHTS_FILES
 
 if TYPE_CHECKING:
@@ -241,7 +242,7 @@ def _find_parts(
 ) -> tuple[ModelConfig, dict[str, Path]]:
     """Return the model to build, and the folders of its adapters by name."""
     model = _resolve_run(resolve_folder(str(model), "model"))
-    folders = {name: _resolve_run(Path(folder).expanduser()) for name, folder in adapters.items()}
+    folders = {name: _resolve_run(find_folder(folder, "adapter")) for name, folder in adapters.items()}
     for folder in folders.values():
         read_settings(folder)  # a folder that holds no adapter is found before the model is loaded
     if not folders and (model / ADAPTER_CONFIG).is_file():

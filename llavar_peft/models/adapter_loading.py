@@ -17,13 +17,13 @@ from llavar_peft.models.modeling_llavar import LlavarForConditionalGeneration
 from llavar_peft.models.quantized_checkpoint import stored_fingerprint
 from llavar_peft.models.tower_loading import read_tower
 from llavar_peft.recipe.schema import ModelConfig
-from llavar_peft.types import expand_home
 from llavar_peft.weights.adapter.adapter_files import ADAPTER_WEIGHTS, load_adapter_weights
 from llavar_peft.weights.adapter.adapter_layouts import open_adapter
 from llavar_peft.weights.adapter.adapter_parts import find_base_faults, find_shape_faults, split_adapter
 from llavar_peft.weights.adapter.adapter_settings import peft_settings
 from llavar_peft.weights.delta.released_layout import read_model_config, read_tower_table, view_as_released
 from llavar_peft.weights.io import tensor_names
+from llavar_peft.weights.io.hub_folders import find_folder
 from llavar_peft.weights.io.quantized_weights import UNQUANTIZED, UNQUANTIZED_TOWER
 from llavar_peft.weights.io.stated_resolution import RESOLUTION, find_resolution_fault, resolution_kind
 from llavar_peft.weights.io.tensor_blocks import find_not_finite, raise_faults, read_tensor
@@ -66,7 +66,7 @@ def load_adapter(
         WeightsError: The base is another one or has another number of layers, or a tensor of the adapter is missing,
             unexpected, damaged or not finite. A given model is then unchanged.
     """
-    adapter = Path(folder)
+    adapter = find_folder(folder, "adapter")
     if isinstance(base, (str, Path)):
         base = ModelConfig(checkpoint=str(base))
     if isinstance(base, ModelConfig):
@@ -135,8 +135,9 @@ def check_base_of_adapter(adapter: Path, config: ModelConfig) -> None:
     """
     base = config.checkpoint or config.language_model or ""
     kind: str | None = None if config.resolution is None else config.resolution.type
-    if kind is None and (expand_home(base) / "config.json").is_file():
-        kind = resolution_kind(read_model_config(expand_home(base)))
+    folder = find_folder(base, "model")
+    if kind is None and (folder / "config.json").is_file():
+        kind = resolution_kind(read_model_config(folder))
     _raise_fault(find_resolution_fault(adapter, kind))
     check_adapter_base(adapter, lambda: fingerprint_base(config), base)
     check_adapter_base(adapter, lambda: fingerprint_tower(config), config.vision_tower or base, role="tower")

@@ -44,6 +44,7 @@ from llavar_peft.weights.delta.released_layout import (
 from llavar_peft.weights.io import tensor_names
 from llavar_peft.weights.io.convert_layout import ACTIVATIONS, ProjectorForm, to_two_layers, write_converted
 from llavar_peft.weights.io.folder_writer import WeightsReport
+from llavar_peft.weights.io.hub_folders import find_folder
 from llavar_peft.weights.io.joined_rows import whole
 from llavar_peft.weights.io.quantized_weights import check_unquantized
 from llavar_peft.weights.io.shard_layout import RELEASED_SHARD_SIZE, WeightsFormat
@@ -115,14 +116,10 @@ def export(  # noqa: PLR0913 - the options of the conversion
     _check_quantization(to, quantize, form)
     if to == "adapter":
         return convert_llava_lora(source, out, base=base, vision_tower=vision_tower, progress=progress)
-    folder = resolve_folder(str(source), "source")
-    if (folder / ADAPTER_CONFIG).is_file():
-        fix = conversion_of(folder) if is_llava_lora(folder) else "merge it first with `llavar-peft merge`"
-        raise ConfigError.at(str(folder), "an adapter, expected a complete model", fix)
+    folder = _open_source(source)
     if base is not None:
         raise ConfigError.at("base", "applies only to the conversion into an adapter", "leave it out")
     tower = None if vision_tower is None else str(vision_tower)
-    check_unquantized(read_model_config(folder), folder, "a conversion")
     parts = read_checkpoint(ModelConfig(checkpoint=str(folder), vision_tower=tower))
     _check_has_layout(parts, to)
     check_tensors(parts.tensors, expected_shapes(parts.config), where=parts.source)
@@ -133,7 +130,7 @@ def export(  # noqa: PLR0913 - the options of the conversion
     tensors = _locate_tensors(folder, tower, parts, rows)
     if to == "original":
         tensors = {new: one for name, one in tensors.items() if (new := tensor_names.to_released(name)) is not None}
-        folders = (expand_home(tokenizer), folder) if tokenizer is not None else (folder,)
+        folders = (find_folder(tokenizer, "tokenizer"), folder) if tokenizer is not None else (folder,)
         find_tokenizer(tuple(reversed(folders)))  # a link out of a folder is found before anything is written
         finish = partial(_finish_original, parts, rows, folder, folders)
     elif to == "hf-llava":
@@ -170,6 +167,16 @@ def export(  # noqa: PLR0913 - the options of the conversion
         finish=complete,
         progress=progress,
     )
+
+
+def _open_source(source: str | Path) -> Path:
+    """Return the folder of a model with its original numbers."""
+    folder = resolve_folder(str(source), "source")
+    if (folder / ADAPTER_CONFIG).is_file():
+        fix = conversion_of(folder) if is_llava_lora(folder) else "merge it first with `llavar-peft merge`"
+        raise ConfigError.at(str(folder), "an adapter, expected a complete model", fix)
+    check_unquantized(read_model_config(folder), folder, "a conversion")
+    return folder
 
 
 def _check_quantization(to: Layout, quantize: Quantization | None, form: WeightsFormat | None) -> None:

@@ -1,4 +1,4 @@
-"""A model stored in 4 bits: it equals the model that is quantized when it is loaded, and its adapters fit the original."""
+"""A model stored in 4 bits equals the model that is quantized when it is loaded; its adapters fit the original."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import Tensor
 
 pytest.importorskip("bitsandbytes")
 
-from llavar_peft import (  # noqa: E402
+from llavar_peft import (
     DataConfig,
     Lora,
     ModelConfig,
@@ -31,13 +31,13 @@ from llavar_peft import (  # noqa: E402
     make_delta,
     merge_adapter,
 )
-from llavar_peft.datagen.synth.synth_settings import SynthSettings  # noqa: E402
-from llavar_peft.datagen.synth.write_synthetic import write_synthetic  # noqa: E402
-from llavar_peft.errors import ConfigError, WeightsError  # noqa: E402
-from llavar_peft.models.quantized_checkpoint import prepare_recipe, with_stored_quantization  # noqa: E402
-from llavar_peft.weights.adapter.adapter_files import read_base_settings  # noqa: E402
-from llavar_peft.weights.io.quantized_weights import STATE  # noqa: E402
-from tests.weights.adapters import LANGUAGE_MODEL, VISION_TOWER, save_moved_adapter  # noqa: E402
+from llavar_peft.datagen.synth.synth_settings import SynthSettings
+from llavar_peft.datagen.synth.write_synthetic import write_synthetic
+from llavar_peft.errors import ConfigError, WeightsError
+from llavar_peft.models.quantized_checkpoint import prepare_recipe, with_stored_quantization
+from llavar_peft.weights.adapter.adapter_files import read_base_settings
+from llavar_peft.weights.io.quantized_weights import STATE
+from tests.weights.adapters import LANGUAGE_MODEL, VISION_TOWER, save_moved_adapter
 
 IDS = torch.tensor([[1, 40, 41, 861, *[860] * 144, 862, 43]])
 LAYER = "model.language_model.layers.0.self_attn.q_proj.weight"
@@ -108,12 +108,13 @@ def test_fsdp2_gets_the_packed_bytes_in_the_dtype_of_the_computation(
     original: Path, stored: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("llavar_peft.models.build_model.requested_sharding", lambda: "fsdp2")
+    logits = []
     for folder in (original, stored):
         model, _ = build_model(ModelConfig(checkpoint=str(folder), quantize="nf4", dtype="float16"))
         weight = model.get_parameter(LAYER)
         assert weight.dtype == weight.quant_storage == torch.float16
-        found = _logits(model) if folder == original else found
-    assert torch.equal(found, _logits(model))
+        logits.append(_logits(model))
+    assert torch.equal(*logits)
 
 
 def test_an_adapter_that_was_trained_on_it_is_merged_into_the_original(
@@ -156,7 +157,7 @@ def test_the_numbers_before_the_quantization_count_in_a_merge(stored: Path, orig
 
 def test_what_needs_the_original_numbers_says_so(stored: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    with pytest.raises(ConfigError, match="stored in nf4, and can be opened in no other format.*leave quantize out"):
+    with pytest.raises(ConfigError, match=r"stored in nf4, and can be opened in no other format.*leave quantize out"):
         build_model(ModelConfig(checkpoint=str(stored), quantize="int8"))
     for call in (
         lambda: export(stored, out, to="hf-llava"),
@@ -164,7 +165,7 @@ def test_what_needs_the_original_numbers_says_so(stored: Path, tmp_path: Path) -
         lambda: make_delta(LANGUAGE_MODEL, stored, out),
         lambda: make_delta(stored, stored, out),
     ):
-        with pytest.raises(ConfigError, match="needs the original numbers.*Fix: give the unquantized model"):
+        with pytest.raises(ConfigError, match=r"needs the original numbers.*Fix: give the unquantized model"):
             call()
     stage = Stage(
         name="one", data=DataConfig(records="r.json"), tune=Projector(), optim=OptimConfig(learning_rate=1e-3),

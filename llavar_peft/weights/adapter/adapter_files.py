@@ -65,7 +65,8 @@ def read_base_settings(adapter: Path) -> BaseSettings:
         known = dict(json.loads(path.read_text(encoding="utf-8")))
         if known.get("quantize") not in (None, "nf4", "int8"):
             raise ValueError(f"quantize: got {known['quantize']!r}, expected 'nf4', 'int8' or null")
-        odd = [name for name in ("vision_tower", "projector", "dtype", QUANTIZED_FROM) if not isinstance(known.get(name), str | None)]
+        texts = ("vision_tower", "projector", "dtype", QUANTIZED_FROM)
+        odd = [name for name in texts if not isinstance(known.get(name), str | None)]
         if odd:
             raise ValueError(f"{odd[0]}: got {ascii(known[odd[0]])[:80]}, expected a text or null")
     except DAMAGED as error:

@@ -1,7 +1,8 @@
 """Weights that are stored in 4 bits, in the layout that bitsandbytes and transformers write.
 
-A matrix ``NAME.weight`` becomes six tensors: ``NAME.weight`` with two numbers in each byte, and five beside it, whose names
-begin with it: the scales of its blocks and of those scales, the values of the codes, and a JSON object with the rest.
+A matrix ``NAME.weight`` becomes six tensors: ``NAME.weight`` with two numbers in each byte, and five beside it, whose
+names begin with it: the scales of its blocks and of those scales, the values of the codes, and a JSON object with the
+rest.
 
 Source: bitsandbytes, functional.py, ``QuantState.as_dict(packed=True)``.
 """
@@ -224,6 +225,4 @@ def write_quantized(
     writer = FolderWriter(
         out, specs, form="safetensors", shard_size=shard_size, plan=repr(["nf4", packed_dtype, dtype, files])
     )
-    return write_weights(
-        writer, blocks, sources=lambda name: [tensors[owner[name]]], finish=finish, progress=progress
-    )
+    return write_weights(writer, blocks, sources=lambda name: [tensors[owner[name]]], finish=finish, progress=progress)
