@@ -14,8 +14,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
-WRITER, READER, STRANGER = "hf_writer", "hf_reader", "hf_stranger"
-"""Tokens: of a user who may write, of the same one for reading only, and of one who is refused when he commits."""
+WRITER, READER, STRANGER, UNLUCKY = "hf_writer", "hf_reader", "hf_stranger", "hf_unlucky"
+"""Tokens: for writing, for reading only, one that is refused with each commit, and one whose commits fail."""
 _LFS_FROM = 1000
 """Bytes from which a file is stored apart from the commits."""
 
@@ -38,7 +38,6 @@ class Hub:
     repositories: dict[str, Repository] = field(default_factory=dict)
     large: dict[str, bytes] = field(default_factory=dict)
     requests: list[str] = field(default_factory=list)
-    fail_commits: bool = False
 
 
 @contextmanager
@@ -109,7 +108,7 @@ class _Handler(BaseHTTPRequestHandler):
         return self.headers.get("authorization", "").removeprefix("Bearer ")
 
     def _whoami(self) -> None:
-        if self._token() not in (WRITER, READER, STRANGER):
+        if self._token() not in (WRITER, READER, STRANGER, UNLUCKY):
             self._send(401, {"error": "Invalid credentials in Authorization header"})
             return
         role = "read" if self._token() == READER else "write"
@@ -164,7 +163,7 @@ class _Handler(BaseHTTPRequestHandler):
         if self._token() == STRANGER:
             self._send(403, {"error": "Forbidden: you must have write access"})
             return
-        if self.state.fail_commits:
+        if self._token() == UNLUCKY:
             self._send(500, {"error": "the disk is full"})
             return
         files = dict(found.files)
