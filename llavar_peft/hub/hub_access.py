@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -12,6 +13,8 @@ _OWN_FILES = (".gitattributes", ".gitignore")
 """Files that the hub puts into a new repository."""
 _LOGIN = "run `hf auth login` with a token that may write, or set HF_TOKEN to one"
 _SHOWN = 3
+_PART = re.compile(r"\w(?:[\w.-]*\w)?", re.ASCII)
+_LONGEST_NAME = 96  # characters
 _UNAUTHORIZED, _FORBIDDEN = 401, 403
 
 
@@ -71,17 +74,19 @@ def check_destination(
 
 
 def _check_name(name: str) -> None:
-    from huggingface_hub.errors import HFValidationError
-    from huggingface_hub.utils import validate_repo_id
+    if not is_repository_name(name):
+        fix = f"write OWNER/NAME, with letters, digits, '-', '_' and '.', each of at most {_LONGEST_NAME} characters"
+        raise ConfigError.at("--push", f"no name of a repository (got {name[:200]!r}, expected OWNER/NAME)", fix)
 
-    fix = "write OWNER/NAME, with letters, digits, '-', '_' and '.'"
-    owner, _, rest = name.partition("/")
-    if not owner or not rest:
-        raise ConfigError.at("--push", f"no name of a repository (got {name!r}, expected OWNER/NAME)", fix)
-    try:
-        validate_repo_id(name)
-    except HFValidationError as error:
-        raise ConfigError.at("--push", f"not a name of a repository ({describe_reason(error)})", fix) from error
+
+def is_repository_name(name: str) -> bool:
+    """Return whether a name is ``owner/name`` as the hub accepts it.
+
+    Source: huggingface_hub, utils/_validators.py, ``validate_repo_id``.
+    """
+    parts = name.split("/")
+    valid = all(_PART.fullmatch(part) and len(part) <= _LONGEST_NAME for part in parts)
+    return len(parts) == 2 and valid and not ("--" in name or ".." in name or name.endswith(".git"))
 
 
 def _check_token(name: str) -> None:

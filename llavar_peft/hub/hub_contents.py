@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +12,7 @@ import yaml
 
 from llavar_peft.constants import MODEL_TYPE, RESOLVED_RECIPE_FILE
 from llavar_peft.errors import DAMAGED, ConfigError
+from llavar_peft.hub.hub_access import is_repository_name
 from llavar_peft.types import expand_home
 from llavar_peft.weights.adapter.adapter_files import ADAPTER_CONFIG, BASE_FILE, read_base_settings, read_settings
 from llavar_peft.weights.delta.released_layout import is_delta, read_model_config, view_as_released
@@ -22,7 +22,6 @@ from llavar_peft.weights.io.tensor_table import read_tensor_table
 from llavar_peft.weights.io.weights_card import CARD_FILE, portable_name
 
 Kind = Literal["adapter", "model", "quantized", "delta", "dataset"]
-_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _NORM = "model.norm.weight"
 _REWRITTEN = (ADAPTER_CONFIG, BASE_FILE, RESOLVED_RECIPE_FILE, "merge.json")
 """Files that may name paths of this machine."""
@@ -129,7 +128,7 @@ def hub_names(contents: Contents, given: Sequence[str]) -> dict[str, str]:
     left = list(given)
     for source in contents.bases:
         known = portable_name(source)
-        if not _HUB_NAME.fullmatch(known):
+        if not is_repository_name(known):
             known = left.pop(0) if left else ""
         if not known:
             raise ConfigError.at(
@@ -144,7 +143,7 @@ def hub_names(contents: Contents, given: Sequence[str]) -> dict[str, str]:
             what = "nothing in the folder says which model it was made from, and a card has to"
             raise ConfigError.at(str(contents.folder), what, "add --base-name OWNER/NAME")
         names[""] = left.pop(0)
-    odd = [name for name in given if not _HUB_NAME.fullmatch(name)]
+    odd = [name for name in given if not is_repository_name(name)]
     if odd or left:
         what = f"no name on the hub (got {odd[0]!r})" if odd else f"more names than bases (got {left[0]!r} too)"
         raise ConfigError.at("--base-name", what, "give one OWNER/NAME for each base that is a folder")

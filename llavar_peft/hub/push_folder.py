@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import shlex
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from llavar_peft import __version__
 from llavar_peft.errors import ConfigError, InterruptedRunError, LlavarError
 from llavar_peft.hub.hub_access import Destination, check_destination, explain
 from llavar_peft.hub.hub_card import finish_card, records_card
@@ -111,7 +111,8 @@ def _table_files(contents: Contents, name: str, images: Sequence[str | Path], sc
 def _commit(destination: Destination, files: Mapping[str, Path | bytes]) -> str:
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 
-    api = HfApi(library_name="llavar-peft", library_version=__version__)
+    version = importlib.metadata.version("llavar-peft")
+    api = HfApi(library_name="llavar-peft", library_version=version)
     if not destination.exists:
         api.create_repo(destination.name, private=destination.private, repo_type=destination.kind, exist_ok=True)
     operations: list[Any] = [
@@ -121,7 +122,7 @@ def _commit(destination: Destination, files: Mapping[str, Path | bytes]) -> str:
     done = api.create_commit(
         destination.name,
         operations,
-        commit_message=f"Upload with llavar-peft {__version__}",
+        commit_message=f"Upload with llavar-peft {version}",
         repo_type=destination.kind,
         parent_commit=destination.head,
     )

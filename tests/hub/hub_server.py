@@ -64,7 +64,7 @@ class _Handler(BaseHTTPRequestHandler):
     state: Hub
     protocol_version = "HTTP/1.1"
 
-    def log_message(self, format: str, *args: Any) -> None:  # noqa: A002 - the base class names it
+    def log_message(self, format: str, *args: Any) -> None:
         self.state.requests.append(f"{self.command} {self.path}")
 
     def do_GET(self) -> None:
@@ -112,7 +112,10 @@ class _Handler(BaseHTTPRequestHandler):
             self._send(401, {"error": "Invalid credentials in Authorization header"})
             return
         role = "read" if self._token() == READER else "write"
-        orgs = [{"type": "org", "name": "team", "roleInOrg": "write"}, {"type": "org", "name": "seen", "roleInOrg": "read"}]
+        orgs = [
+            {"type": "org", "name": "team", "roleInOrg": "write"},
+            {"type": "org", "name": "seen", "roleInOrg": "read"},
+        ]
         self._send(200, {"type": "user", "name": "me", "orgs": orgs, "auth": {"accessToken": {"role": role}}})
 
     def _create(self, asked: dict[str, Any]) -> None:
@@ -137,11 +140,19 @@ class _Handler(BaseHTTPRequestHandler):
     def _tree(self, kind: str, name: str, folder: str) -> None:
         if (found := self._find(kind, name)) is None:
             return
-        inside = {path: data for path, data in found.files.items() if path.startswith(folder)}
+        start = f"{folder}/" if folder else ""
+        inside = {path: data for path, data in found.files.items() if path.startswith(start)}
         if folder and not inside:
             self._send(404, {"error": "Entry not found"}, {"X-Error-Code": "EntryNotFound"})
             return
-        self._send(200, [{"type": "file", "path": path, "size": len(d), "oid": _oid(d)} for path, d in inside.items()])
+        listed: dict[str, dict[str, Any]] = {}
+        for path, data in inside.items():
+            below, _, rest = path.removeprefix(start).partition("/")
+            if rest and "recursive=false" in self.path.lower():
+                listed[start + below] = {"type": "directory", "path": start + below, "oid": "0" * 40, "size": 0}
+            else:
+                listed[path] = {"type": "file", "path": path, "size": len(data), "oid": _oid(data)}
+        self._send(200, list(listed.values()))
 
     def _file(self, kind: str, name: str, path: str) -> None:
         if (found := self._find(kind, name)) is None:
@@ -208,4 +219,4 @@ def _upload(file: dict[str, Any]) -> dict[str, Any]:
 
 
 def _oid(data: bytes) -> str:
-    return hashlib.sha1(data).hexdigest()  # noqa: S324 - git names files by it
+    return hashlib.sha1(data).hexdigest()

@@ -34,6 +34,41 @@ for token, arguments in json.load(sys.stdin):
 print(json.dumps(done))
 """
 
+_CARD = """\
+---
+library_name: peft
+base_model: base
+tags: [lora, "base_model:adapter:base"]
+---
+
+# tune
+
+- checkpoint `base`
+
+    llavar-peft adapter verify this/folder --base base
+
+It has "base" and a basement.
+"""
+_ADAPTER_RECIPE = """\
+# Trained by stage: tune
+model: {{checkpoint: {root}/base}}
+stages:
+- name: tune
+  data:
+    records: hf://me/records
+"""
+_RECIPE = """\
+model: {{checkpoint: {root}/base}}
+output_dir: {root}/trained
+stages:
+- name: tune
+  tune: {{type: lora}}
+  data: {{records: {root}/data/records.json, images: {root}/data/images}}
+  optim: {{learning_rate: 1e-3}}
+  global_batch_size: 1
+  micro_batch_size: 1
+"""
+
 
 @dataclass(frozen=True)
 class Result:
@@ -56,17 +91,9 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
     save_moved_adapter(root / "run/adapter", base, Lora(rank=4, alpha=8, dropout=0.0))
     make_delta(LANGUAGE_MODEL, root / "base", root / "delta")
     write_synthetic(root / "data", 3, SynthSettings(style="plain", seed=7, task="question"))
-    (root / "run/adapter/README.md").write_text(
-        "---\nlibrary_name: peft\nbase_model: base\ntags: [lora, 'base_model:adapter:base']\n---\n\n# tune\n\n"
-        '- checkpoint `base`\n\n    llavar-peft adapter verify this/folder --base base\n\nIt has "base" and a basement.\n'
-    )
-    recipe = f"# Trained by stage: tune\nmodel: {{checkpoint: {root}/base}}\nstages:\n- name: tune\n  data:\n    records: hf://me/records\n"
-    (root / "run/adapter/recipe.yaml").write_text(recipe)
-    (root / "run.yaml").write_text(
-        f"model: {{checkpoint: {root}/base}}\noutput_dir: {root}/trained\nstages:\n- name: tune\n  tune: {{type: lora}}\n"
-        f"  data: {{records: {root}/data/records.json, images: {root}/data/images}}\n  optim: {{learning_rate: 1e-3}}\n"
-        "  global_batch_size: 1\n  micro_batch_size: 1\n"
-    )
+    (root / "run/adapter/README.md").write_text(_CARD)
+    (root / "run/adapter/recipe.yaml").write_text(_ADAPTER_RECIPE.format(root=root))
+    (root / "run.yaml").write_text(_RECIPE.format(root=root))
     return root
 
 
@@ -143,7 +170,7 @@ def session(folders: Path) -> Iterator[Session]:
         ("read only", 3, "the token for the Hugging Face hub may only read. Fix: run `hf auth login` with a token"),
         ("wrong token", 3, "the hub does not accept the token"),
         ("no owner", 2, "--push: no name of a repository (got 'base', expected OWNER/NAME)"),
-        ("odd name", 2, "--push: not a name of a repository"),
+        ("odd name", 2, "--push: no name of a repository (got 'me/ba..se'"),
         ("another owner", 3, "the token may not write for 'seen' (expected one of me, team)"),
         ("forbidden", 3, "not pushed, and nothing of it is visible"),
         ("no base name", 2, "nothing in the folder says which model it was made from"),
