@@ -47,7 +47,7 @@ def check_destination(
     Args:
         name: ``owner/name``.
         kind: Whether it is of a model or of a data set.
-        private: Whether nobody else may see it.
+        private: Whether no one else may see it.
         replace: Whether it may have other contents, which a new commit then replaces.
 
     Raises:

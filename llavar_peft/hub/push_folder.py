@@ -34,7 +34,7 @@ def push_to_hub(
     Args:
         source: The folder of a model, an adapter or a delta, or of a run; or a file of records.
         name: The repository, ``owner/name``. It is created if it does not exist.
-        private: Whether nobody else may see it.
+        private: Whether no one else may see it.
         replace: Whether other contents of an existing repository may be replaced; its history keeps them.
         base_name: The base's name on the hub, where it is a folder in the settings; for a model of two parts also the
             vision tower's.
@@ -83,7 +83,7 @@ def check_push(name: str, *, bases: Sequence[str | Path], private: bool = False,
     Args:
         name: The repository, ``owner/name``.
         bases: What the result will be made from; the first is its base.
-        private: Whether nobody else may see it.
+        private: Whether no one else may see it.
         base_name: Names on the hub of those that are folders.
 
     Raises:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib
+import io
 import json
 import os
-import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -13,26 +15,12 @@ from pathlib import Path
 import pytest
 import yaml
 
-from llavar_peft import Lora, ModelConfig, build_model, make_delta
+from llavar_peft import Lora, ModelConfig, build_model, cli, make_delta
 from llavar_peft.datagen.synth.synth_settings import SynthSettings
 from llavar_peft.datagen.synth.write_synthetic import write_synthetic
+from tests.commands import call
 from tests.hub.hub_server import READER, STRANGER, UNLUCKY, WRITER, Hub, run_hub
 from tests.weights.adapters import LANGUAGE_MODEL, VISION_TOWER, save_moved_adapter
-
-_RUN = """
-import contextlib, io, json, os, sys
-from llavar_peft import cli
-
-done = []
-for token, arguments in json.load(sys.stdin):
-    os.environ.pop("HF_TOKEN", None)
-    os.environ |= {"HF_TOKEN": token} if token else {}
-    out, err = io.StringIO(), io.StringIO()
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        status = cli.main(arguments)
-    done.append([status, out.getvalue(), err.getvalue()])
-print(json.dumps(done))
-"""
 
 _CARD = """\
 ---
@@ -112,7 +100,7 @@ class Session:
 
 @pytest.fixture(scope="module")
 def session(folders: Path) -> Iterator[Session]:
-    """Run all commands in one process, because each would import torch."""
+    """Run all commands in one process, whose imports they share."""
     base, adapter, delta = str(folders / "base"), str(folders / "run"), str(folders / "delta")
     ask = ["--image", str(next((folders / "data/images").iterdir())), "--greedy", "--max-new-tokens", "6", "What?"]
     named = ["--base-name", "me/base"]
@@ -152,15 +140,31 @@ def session(folders: Path) -> Iterator[Session]:
         "replace": (WRITER, ["push", delta, "me/merged", "--base-name", "me/llama", "--replace"]),
     }  # fmt: skip
     with run_hub() as hub:
-        cache = {"HF_HOME": str(folders / "home"), "HF_ENDPOINT": hub.url, "HF_HUB_DISABLE_XET": "1"}
-        environment = {name: value for name, value in os.environ.items() if name not in ("HF_HUB_OFFLINE", "HF_TOKEN")}
-        done = subprocess.run(
-            [sys.executable, "-c", _RUN], input=json.dumps(list(commands.values())), env={**environment, **cache},
-            capture_output=True, text=True, check=False,
-        )  # fmt: skip
-        assert done.returncode == 0, done.stderr[-3000:]
+        environment = {"HF_HOME": str(folders / "home"), "HF_ENDPOINT": hub.url, "HF_HUB_DISABLE_XET": "1"}
+        done = call(_run_commands, (environment, list(commands.values())), folders)
+        assert done.status == 0, done.stderr[-3000:]
         results = json.loads(done.stdout.splitlines()[-1])
         yield Session(hub, {name: Result(*one) for name, one in zip(commands, results, strict=True)})
+
+
+def _run_commands(given: tuple[dict[str, str], list[tuple[str | None, list[str]]]]) -> None:
+    """Run commands, each with its token, in a process that was forked after the hub's client was imported."""
+    os.environ.pop("HF_HUB_OFFLINE", None)
+    os.environ |= given[0]
+    import datasets.config
+    import huggingface_hub.constants
+
+    importlib.reload(huggingface_hub.constants)  # which read the environment
+    importlib.reload(datasets.config)
+    done: list[tuple[int, str, str]] = []
+    for token, arguments in given[1]:
+        os.environ.pop("HF_TOKEN", None)
+        os.environ |= {"HF_TOKEN": token} if token else {}
+        out, err = io.StringIO(), io.StringIO()
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            status = cli.main(arguments)
+        done.append((status, out.getvalue(), err.getvalue()))
+    sys.stdout.write(json.dumps(done) + "\n")
 
 
 @pytest.mark.parametrize(
