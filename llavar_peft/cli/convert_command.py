@@ -69,7 +69,7 @@ def convert(
     """Convert a LLaVA or LLaVAR to another layout, from disk to disk."""
     from llavar_peft.models.export_layout import export
 
-    check_push_option(push, private, base_name, [source])
+    check_push_option(push, private, base_name, None if to == "adapter" else [source])
 
     with show_progress("converting") as progress:
         report = export(

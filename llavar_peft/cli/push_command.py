@@ -49,14 +49,16 @@ def push(
     say(push_to_hub(source, name, private=private, replace=replace, base_name=base_name or (), images=images or ()))
 
 
-def check_push_option(name: str | None, private: bool, base_name: Sequence[str] | None, bases: Sequence[str]) -> None:
+def check_push_option(
+    name: str | None, private: bool, base_name: Sequence[str] | None, bases: Sequence[str] | None
+) -> None:
     """Check the option ``--push`` before any work is done.
 
     Args:
         name: Its value.
         private: Whether ``--private`` is given.
         base_name: The values of ``--base-name``.
-        bases: What the result will be made from.
+        bases: What the result will be made from; None if that is not known yet.
 
     Raises:
         ConfigError: The name or a base's name is missing or not valid, or the repository has other contents.

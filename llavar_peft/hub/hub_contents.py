@@ -182,8 +182,9 @@ def _portable(value: Any, names: Mapping[str, str]) -> Any:
         return {key: _portable(one, names) for key, one in value.items()}
     if isinstance(value, list):
         return [_portable(one, names) for one in value]
-    if isinstance(value, str):
-        if value in names:
-            return names[value]
-        return portable_name(value) if Path(value).is_absolute() or value.startswith("~") else value
+    if isinstance(value, str) and value in names:
+        return names[value]
+    if isinstance(value, str) and (Path(value).is_absolute() or value.startswith("~")):
+        own = portable_name(value)
+        return next((hub for source, hub in names.items() if portable_name(source) == own), own)
     return value

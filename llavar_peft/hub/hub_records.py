@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import math
-import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from llavar_peft.constants import IMAGE_PLACEHOLDER
 from llavar_peft.data.image_roots import ImageRoots
 from llavar_peft.data.message_records import as_record
 from llavar_peft.data.record_store import open_filled_records, parse_record
-from llavar_peft.errors import LlavarError, count_of
+from llavar_peft.errors import DataError, LlavarError, count_of
 from llavar_peft.types import Conversation, EmbeddedImage, Turn
 
+Form = Literal["conversations", "texts", "parts"]
 _FILE_BYTES = 500_000_000
 """Approximate size of a file of the table. Source: ``datasets``' default for ``push_to_hub``, 500 MB."""
 _ROLES = {"human": "user", "gpt": "assistant"}
@@ -41,16 +41,17 @@ def write_table(source: str | Path, images: Sequence[str | Path], folder: Path) 
     roots = ImageRoots([str(one) for one in images] or [str(Path(source).parent)])
     conversations = [parse_record(opened[number], opened.where(number)) for number in range(len(opened))]
     paths = [[_find(roots, one, opened.where(n)) for one in each.images] for n, each in enumerate(conversations)]
-    plain = all(each.system is None and all(turn.parts is None for turn in each.turns) for each in conversations)
-    column: dict[str, Any] = (
-        {"conversations": [{"from": Value("string"), "value": Value("string")}]}
-        if plain
-        else {"messages": [{"role": Value("string"), "content": [{"type": Value("string"), "text": Value("string")}]}]}
-    )
+    form = _choose_form(conversations, opened.where)
+    text: Any = Value("string")
+    column: dict[str, Any] = {
+        "conversations": {"conversations": [{"from": text, "value": text}]},
+        "texts": {"messages": [{"role": text, "content": text}]},
+        "parts": {"messages": [{"role": text, "content": [{"type": text, "text": text}]}]},
+    }[form]
 
     def rows() -> Iterator[dict[str, Any]]:
         for conversation, found in zip(conversations, paths, strict=True):
-            record = as_record(conversation, []) if plain else _as_messages(conversation)
+            record = as_record(conversation, []) if form == "conversations" else _as_messages(conversation, form)
             yield {**record, "images": [_embed(one) for one in found]}
 
     features = Features({"id": Value("string"), **column, "images": [Image(decode=False)]})
@@ -82,20 +83,29 @@ def _embed(image: Path | EmbeddedImage) -> dict[str, Any]:
     return {"bytes": image.read_bytes(), "path": image.name}
 
 
-def _as_messages(conversation: Conversation) -> dict[str, Any]:
-    messages = [{"role": _ROLES[turn.role], "content": _as_content(turn)} for turn in conversation.turns]
+def _choose_form(conversations: Sequence[Conversation], where: Callable[[int], str]) -> Form:
+    """Return the column that can hold all records: a table has one type in each."""
+    if any(turn.parts is not None for each in conversations for turn in each.turns):
+        for number, each in enumerate(conversations):
+            if any(turn.parts is None and IMAGE_PLACEHOLDER in turn.text for turn in each.turns):
+                raise DataError.at(
+                    where(number),
+                    f"marks its images by {IMAGE_PLACEHOLDER} in a text, and other records give them apart from texts",
+                    "push the two kinds of records as two data sets",
+                )
+        return "parts"
+    return "conversations" if all(each.system is None for each in conversations) else "texts"
+
+
+def _as_messages(conversation: Conversation, form: Form) -> dict[str, Any]:
+    def content(turn: Turn) -> str | list[dict[str, str | None]]:
+        if form == "texts":
+            return turn.text
+        parts = (turn.text,) if turn.parts is None else turn.parts
+        return [{"type": "image", "text": None} if one is None else {"type": "text", "text": one} for one in parts]
+
+    messages = [{"role": _ROLES[turn.role], "content": content(turn)} for turn in conversation.turns]
     if conversation.system is not None:
-        messages.insert(0, {"role": "system", "content": [{"type": "text", "text": conversation.system}]})
+        system = Turn("human", conversation.system, (conversation.system,))
+        messages.insert(0, {"role": "system", "content": content(system)})
     return {"id": conversation.id, "messages": messages}
-
-
-def _as_content(turn: Turn) -> list[dict[str, str | None]]:
-    parts: Sequence[str | None]
-    if turn.parts is not None:
-        parts = turn.parts
-    elif turn.role == "human":
-        split = re.split(f"({re.escape(IMAGE_PLACEHOLDER)})", turn.text)
-        parts = [None if part == IMAGE_PLACEHOLDER else part for part in split if part]
-    else:
-        parts = [turn.text]
-    return [{"type": "image", "text": None} if one is None else {"type": "text", "text": one} for one in parts]

@@ -77,12 +77,14 @@ def push_to_hub(
             raise explain(error, name, what, f"push it again: `{again}`") from error
 
 
-def check_push(name: str, *, bases: Sequence[str | Path], private: bool = False, base_name: Sequence[str] = ()) -> None:
+def check_push(
+    name: str, *, bases: Sequence[str | Path] | None, private: bool = False, base_name: Sequence[str] = ()
+) -> None:
     """Check everything about a push that can be known before the work whose result is to be pushed.
 
     Args:
         name: The repository, ``owner/name``.
-        bases: What the result will be made from; the first is its base.
+        bases: What the result will be made from; the first is its base. None if that is not known yet.
         private: Whether no one else may see it.
         base_name: Names on the hub of those that are folders.
 
@@ -90,7 +92,8 @@ def check_push(name: str, *, bases: Sequence[str | Path], private: bool = False,
         ConfigError: The name is not valid, a base has no name on the hub, or the repository has other contents.
         EnvironmentFaultError: There is no token, or one without the rights; or the hub cannot be reached.
     """
-    hub_names(Contents("model", Path("--push"), tuple(map(str, bases))), base_name)
+    if bases is not None:
+        hub_names(Contents("model", Path("--push"), tuple(map(str, bases))), base_name)
     check_destination(name, private=private)
 
 
@@ -114,7 +117,9 @@ def _commit(destination: Destination, files: Mapping[str, Path | bytes]) -> str:
     version = importlib.metadata.version("llavar-peft")
     api = HfApi(library_name="llavar-peft", library_version=version)
     if not destination.exists:
-        api.create_repo(destination.name, private=destination.private, repo_type=destination.kind, exist_ok=True)
+        api.create_repo(
+            destination.name, private=destination.private or None, repo_type=destination.kind, exist_ok=True
+        )
     operations: list[Any] = [
         CommitOperationAdd(path, str(value) if isinstance(value, Path) else value) for path, value in files.items()
     ]

@@ -13,8 +13,10 @@ import yaml
 
 from llavar_peft.atomic_files import write_text
 from llavar_peft.constants import METRICS_FILE, PROBE_FILE, RESOLVED_RECIPE_FILE
+from llavar_peft.data.hub_sources import is_hub_source
 from llavar_peft.errors import count_of
 from llavar_peft.page.run_figures import wilson
+from llavar_peft.recipe.data_sources import paths_of, sources_of
 from llavar_peft.recipe.recipe_yaml import dump_recipe
 from llavar_peft.recipe.schema import Lora, ModelConfig, Recipe, Stage
 from llavar_peft.recipe.validate import model_from_mapping
@@ -122,6 +124,8 @@ def _about_training(parts: tuple[AdapterPart, ...], settings: dict[str, Any], st
     lines.append(
         f"- {step} steps of {stage.global_batch_size} records, learning rate {', '.join(rates)}, {stage.optim.schedule}"
     )
+    sources = [path for source in sources_of(stage.data) for path in paths_of(source.records)]
+    lines.append("- trained on " + ", ".join(f"`{one if is_hub_source(one) else Path(one).name}`" for one in sources))
     lines.append(f"- {count:,} parameters; the complete recipe is in `{RESOLVED_RECIPE_FILE}`, stage `{stage.name}`")
     return "\n".join(lines) + "\n"
 
