@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from llavar_peft.data.encode_record import encode_record
     from llavar_peft.data.image_preparation import prepare_image
+    from llavar_peft.hub.push_folder import push_to_hub
     from llavar_peft.inference.chat import Chat, load_chat, parse_answer
     from llavar_peft.models.adapter_loading import load_adapter
     from llavar_peft.models.build_model import build_model
@@ -71,6 +72,7 @@ __all__ = [
     "parse_answer",
     "prepare_image",
     "projector_pretraining",
+    "push_to_hub",
     "verify_delta",
 ]
 
@@ -101,6 +103,7 @@ _MODULES = {
     "lora": "recipe.stages",
     "projector_pretraining": "recipe.stages",
     "Trainer": "training.trainer",
+    "push_to_hub": "hub.push_folder",
     "apply_delta": "weights.delta.delta_files",
     "make_delta": "weights.delta.delta_files",
     "export": "models.export_layout",

@@ -32,6 +32,7 @@ from llavar_peft.cli.merge_command import merge
 from llavar_peft.cli.ocr_command import ocr_build, ocr_converse, ocr_select
 from llavar_peft.cli.output import is_first_rank, make_safe, say
 from llavar_peft.cli.preflight_command import doctor, estimate
+from llavar_peft.cli.push_command import push
 from llavar_peft.cli.recipe_command import recipe_list, recipe_show
 from llavar_peft.cli.report_command import report
 from llavar_peft.cli.serve_command import serve
@@ -69,6 +70,8 @@ _OPTIONS = {
     "adapters": "--adapter",
     "onto": "--onto",
     "source": "SRC",
+    "quantize": "--quantize",
+    "images": "--images",
     "weights": "--weight",
 }
 
@@ -158,6 +161,7 @@ def build_app() -> typer.Typer:
         "delta", _WEIGHTS, "Make, apply and verify deltas: weights stored as the difference to LLaMA's.",
         make=delta_make, apply=delta_apply, verify=delta_verify,
     )  # fmt: skip
+    command("push", _WEIGHTS, push)
     return app
 
 

@@ -8,6 +8,13 @@ from typing import Annotated, Literal
 import typer
 
 from llavar_peft.cli.output import say_weights, show_progress
+from llavar_peft.cli.push_command import (
+    BaseNameOption,
+    PrivateOption,
+    PushOption,
+    check_push_option,
+    push_result,
+)
 from llavar_peft.cli.shared_options import DtypeOption, ShardGigabytes
 
 
@@ -45,11 +52,24 @@ def convert(
             help="How --to hf-llava writes the projector. vLLM needs two-sided, because it has no linear activation.",
         ),
     ] = "linear",
+    quantize: Annotated[
+        Literal["nf4"] | None,
+        typer.Option(
+            "--quantize",
+            help="Store the language model's linear layers in 4 bits, for --to llavar. Such a model is not quantized "
+            "again when it is loaded.",
+        ),
+    ] = None,
     dtype: DtypeOption = None,
     shard_gb: ShardGigabytes = 5.0,
+    push: PushOption = None,
+    private: PrivateOption = False,
+    base_name: BaseNameOption = None,
 ) -> None:
     """Convert a LLaVA or LLaVAR to another layout, from disk to disk."""
     from llavar_peft.models.export_layout import export
+
+    check_push_option(push, private, base_name, None if to == "adapter" else [source])
 
     with show_progress("converting") as progress:
         report = export(
@@ -60,8 +80,10 @@ def convert(
             vision_tower=vision_tower,
             tokenizer=tokenizer,
             projector=projector,
+            quantize=quantize,
             dtype=dtype,
             shard_size=round(shard_gb * 1e9),
             progress=progress,
         )
     say_weights(report)
+    push_result(report.out, push, private, base_name)

@@ -8,6 +8,13 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from llavar_peft.cli.output import say, say_weights, show_progress
+from llavar_peft.cli.push_command import (
+    BaseNameOption,
+    PrivateOption,
+    PushOption,
+    check_push_option,
+    push_result,
+)
 from llavar_peft.cli.shared_options import OntoOption, OutFolderOption, ShardGigabytes
 
 if TYPE_CHECKING:
@@ -35,10 +42,14 @@ def delta_make(
     onto: OntoOption = None,
     safetensors: Safetensors = False,
     shard_gb: ShardGigabytes = 10.0,
+    push: PushOption = None,
+    private: PrivateOption = False,
+    base_name: BaseNameOption = None,
 ) -> None:
     """Write the difference target - base, the format in which LLaVAR was released."""
     from llavar_peft.weights.delta.delta_files import make_delta
 
+    check_push_option(push, private, base_name, [str(base)])
     with show_progress("delta") as progress:
         report = make_delta(
             base,
@@ -51,6 +62,7 @@ def delta_make(
             progress=progress,
         )
     say_weights(report)
+    push_result(report.out, push, private, base_name)
 
 
 def delta_apply(

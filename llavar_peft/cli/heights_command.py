@@ -237,9 +237,11 @@ def _load_processor(model: Path, adapter: Path | None, vision_tower: str | None)
     """Load a model's processor, and check that there is an adapter, before anything is drawn, read or asked."""
     from llavar_peft.models.build_model import load_processor
     from llavar_peft.weights.adapter.adapter_files import read_settings
+    from llavar_peft.weights.io.hub_folders import find_folder
 
     if adapter is not None:
-        read_settings(adapter)
+        read_settings(find_folder(adapter, "adapter"))
+    model = find_folder(model, "model")
     inside = (model, model / "model", model / "adapter")
     folder = next((one for one in inside if (one / "config.json").is_file()), model)
     return load_processor(str(folder), vision_tower=vision_tower)

@@ -8,6 +8,13 @@ from typing import Annotated
 import typer
 
 from llavar_peft.cli.output import say, show_progress
+from llavar_peft.cli.push_command import (
+    BaseNameOption,
+    PrivateOption,
+    PushOption,
+    check_push_option,
+    push_result,
+)
 from llavar_peft.cli.shared_options import DtypeOption, OntoOption, OutFolderOption, ShardGigabytes
 
 
@@ -56,9 +63,14 @@ def merge(
     force: Annotated[
         bool, typer.Option("--force", help="Merge even if an adapter was trained on another base.")
     ] = False,
+    push: PushOption = None,
+    private: PrivateOption = False,
+    base_name: BaseNameOption = None,
 ) -> None:
     """Merge adapters into their base, from disk to disk."""
     from llavar_peft.models.merge_adapter import merge_adapter
+
+    check_push_option(push, private, base_name, [str(base)])
 
     with show_progress("merging") as progress:
         report = merge_adapter(
@@ -84,3 +96,4 @@ def merge(
             f"logits of {which}: differ from the adapter's by {gap.relative:.1e} of their spread, "
             f"{gap.largest:.1e} at most; same top token at {gap.same_top:.0%} of {gap.tokens} positions"
         )
+    push_result(report.out, push, private, base_name)

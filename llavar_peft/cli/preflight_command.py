@@ -50,9 +50,11 @@ def estimate(
     With --memory, report which stages fit, and what to change in those that do not.
     """
     chosen = shared.load_chosen_recipe(context, recipe, overrides, preset)
+    from llavar_peft.models.quantized_checkpoint import prepare_recipe
     from llavar_peft.preflight.estimate_stage import estimate_stage, what_would_help
     from llavar_peft.preflight.gpu_fit import CUDA_BYTES, smallest_gpu
 
+    chosen = prepare_recipe(chosen, download=False)
     found = [estimate_stage(chosen.model, stage, gpus=gpus, sharded=shard) for stage in chosen.stages]
     if as_json:
         say_json([_as_json(one, gpus, tflops) for one in found])

@@ -9,9 +9,16 @@ from typing import Annotated, Literal
 import typer
 
 from llavar_peft.cli.output import is_first_rank, print_table, say, say_next
+from llavar_peft.cli.push_command import (
+    BaseNameOption,
+    PrivateOption,
+    PushOption,
+    check_push_option,
+    push_result,
+)
 from llavar_peft.cli.shared_options import OverridesArgument, PresetOption, RecipeArgument, load_chosen_recipe
 from llavar_peft.errors import ConfigError, DataError, EnvironmentFaultError, InterruptedRunError
-from llavar_peft.recipe.schema import Recipe
+from llavar_peft.recipe.schema import Lora, Recipe
 
 _QUICKSTART_FOLDER = Path("runs/quickstart")
 
@@ -71,6 +78,9 @@ def train(
             "time and disk space needed.",
         ),
     ] = False,
+    push: PushOption = None,
+    private: PrivateOption = False,
+    base_name: BaseNameOption = None,
 ) -> None:
     """Train the stages of a recipe.
 
@@ -81,6 +91,8 @@ def train(
     for name in stage or ():
         if name not in names:
             raise ConfigError.at("--stage", f"the recipe has no stage {name!r}", f"use one of {', '.join(names)}")
+    if is_first_rank():  # each rank would ask the hub
+        check_push_option(push, private, base_name, _bases(chosen))
     if dry_run:
         _run_dry(chosen, tuple(stage or ()))
         return
@@ -100,6 +112,15 @@ def train(
         say(str(folder))
         with suppress(DataError):  # a run that ended well has not failed because its figures cannot be read again
             say_next(find_in_run(read_run(Path(chosen.output_dir)).stages))
+        push_result(folder, push, private, base_name)
+
+
+def _bases(recipe: Recipe) -> list[str]:
+    """Return what the result of a recipe will be made from: an adapter of a later stage from the stage before it."""
+    model = recipe.model
+    if len(recipe.stages) > 1 and isinstance(recipe.stages[-1].tune, Lora):
+        return [recipe.stages[-2].name]
+    return [name for name in (model.checkpoint, model.language_model, model.vision_tower) if name is not None]
 
 
 def _run_dry(recipe: Recipe, stages: tuple[str, ...]) -> None:

@@ -26,10 +26,12 @@ from llavar_peft.models.adapter_loading import add_adapter, apply_adapter, check
 from llavar_peft.models.build_model import build_model
 from llavar_peft.models.hub_models import is_hub_name, resolve_folder
 from llavar_peft.models.model_resolution import with_resolution_of
+from llavar_peft.models.quantized_checkpoint import with_stored_quantization
 from llavar_peft.recipe.schema import Attention, Dtype, Kernels, ModelConfig, Quantization
 from llavar_peft.recipe.validate import model_from_mapping
 from llavar_peft.weights.adapter.adapter_files import ADAPTER_CONFIG, BASE_FILE, read_base_settings, read_settings
 from llavar_peft.weights.adapter.adapter_layouts import conversion_of, is_llava_lora
+from llavar_peft.weights.io.hub_folders import find_folder
 from llavar_peft.weights.io.tensor_table import WEIGHTS_FILES
 
 if TYPE_CHECKING:
@@ -210,7 +212,7 @@ def load_engine(
     base, folders = _find_parts(model, adapters, vision_tower)
     base = with_resolution_of(base, folders.values())
     if quantize is None:
-        quantize = _trained_quantization(folders)
+        quantize = with_stored_quantization(base).quantize or _trained_quantization(folders)
     device = _choose_device(device, quantize)
     if dtype == "auto" and not device.startswith("cuda"):
         dtype = "float32"  # also on a machine whose GPU is not used
@@ -240,7 +242,7 @@ def _find_parts(
 ) -> tuple[ModelConfig, dict[str, Path]]:
     """Return the model to build, and the folders of its adapters by name."""
     model = _resolve_run(resolve_folder(str(model), "model"))
-    folders = {name: _resolve_run(Path(folder).expanduser()) for name, folder in adapters.items()}
+    folders = {name: _resolve_run(find_folder(folder, "adapter")) for name, folder in adapters.items()}
     for folder in folders.values():
         read_settings(folder)  # a folder that holds no adapter is found before the model is loaded
     if not folders and (model / ADAPTER_CONFIG).is_file():

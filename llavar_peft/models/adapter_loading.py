@@ -14,15 +14,17 @@ from llavar_peft.models.build_model import build_model, expected_shapes
 from llavar_peft.models.hub_models import resolve_folder
 from llavar_peft.models.model_resolution import with_resolution_of
 from llavar_peft.models.modeling_llavar import LlavarForConditionalGeneration
+from llavar_peft.models.quantized_checkpoint import stored_fingerprint
 from llavar_peft.models.tower_loading import read_tower
 from llavar_peft.recipe.schema import ModelConfig
-from llavar_peft.types import expand_home
 from llavar_peft.weights.adapter.adapter_files import ADAPTER_WEIGHTS, load_adapter_weights
 from llavar_peft.weights.adapter.adapter_layouts import open_adapter
 from llavar_peft.weights.adapter.adapter_parts import find_base_faults, find_shape_faults, split_adapter
 from llavar_peft.weights.adapter.adapter_settings import peft_settings
 from llavar_peft.weights.delta.released_layout import read_model_config, read_tower_table, view_as_released
 from llavar_peft.weights.io import tensor_names
+from llavar_peft.weights.io.hub_folders import find_folder
+from llavar_peft.weights.io.quantized_weights import UNQUANTIZED, UNQUANTIZED_TOWER
 from llavar_peft.weights.io.stated_resolution import RESOLUTION, find_resolution_fault, resolution_kind
 from llavar_peft.weights.io.tensor_blocks import find_not_finite, raise_faults, read_tensor
 from llavar_peft.weights.io.weights_fingerprint import check_adapter_base, take_fingerprint
@@ -64,7 +66,7 @@ def load_adapter(
         WeightsError: The base is another one or has another number of layers, or a tensor of the adapter is missing,
             unexpected, damaged or not finite. A given model is then unchanged.
     """
-    adapter = Path(folder)
+    adapter = find_folder(folder, "adapter")
     if isinstance(base, (str, Path)):
         base = ModelConfig(checkpoint=str(base))
     if isinstance(base, ModelConfig):
@@ -133,8 +135,9 @@ def check_base_of_adapter(adapter: Path, config: ModelConfig) -> None:
     """
     base = config.checkpoint or config.language_model or ""
     kind: str | None = None if config.resolution is None else config.resolution.type
-    if kind is None and (expand_home(base) / "config.json").is_file():
-        kind = resolution_kind(read_model_config(expand_home(base)))
+    folder = find_folder(base, "model")
+    if kind is None and (folder / "config.json").is_file():
+        kind = resolution_kind(read_model_config(folder))
     _raise_fault(find_resolution_fault(adapter, kind))
     check_adapter_base(adapter, lambda: fingerprint_base(config), base)
     check_adapter_base(adapter, lambda: fingerprint_tower(config), config.vision_tower or base, role="tower")
@@ -155,8 +158,12 @@ def fingerprint_base(config: ModelConfig) -> dict[str, Any]:
         WeightsError: A file cannot be read.
     """
     source = config.checkpoint or config.language_model or ""
-    view = view_as_released(resolve_folder(source, "model.checkpoint" if config.checkpoint else "model.language_model"))
+    folder = resolve_folder(source, "model.checkpoint" if config.checkpoint else "model.language_model")
     replaced = _REPLACED_BY_PROJECTOR if config.projector is not None else ()
+    if (stored := stored_fingerprint(folder, UNQUANTIZED)) is not None:
+        kept = {name: one for name, one in stored["tensors"].items() if not name.startswith(replaced)}
+        return {**stored, "tensors": kept}
+    view = view_as_released(folder)
     table = {name: entry for name, entry in view.table.items() if not name.startswith(replaced)}
     return take_fingerprint(table, view.config)
 
@@ -173,7 +180,10 @@ def fingerprint_tower(config: ModelConfig) -> dict[str, Any] | None:
         WeightsError: A file cannot be read.
     """
     if config.checkpoint is not None:
-        table = read_tower_table(resolve_folder(config.checkpoint, "model.checkpoint"))
+        folder = resolve_folder(config.checkpoint, "model.checkpoint")
+        if (stored := stored_fingerprint(folder, UNQUANTIZED_TOWER)) is not None:
+            return stored
+        table = read_tower_table(folder)
         if table:
             return take_fingerprint(table, {})
     if config.vision_tower is None:

@@ -40,6 +40,7 @@ from llavar_peft.models.packed_attention import torch_attention
 from llavar_peft.models.pending_weights import PendingWeights
 from llavar_peft.models.pretrained_files import load_pretrained, unreadable_settings
 from llavar_peft.models.processing_llavar import LlavarProcessor
+from llavar_peft.models.quantized_checkpoint import NOT_QUANTIZED, check_stored, compute_in, prepare_stored
 from llavar_peft.recipe.schema import Attention, Dtype, Kernels, ModelConfig, Quantization
 from llavar_peft.weights.io import tensor_names
 from llavar_peft.weights.io.companion_files import PROCESSOR_FILE
@@ -51,10 +52,6 @@ logger = logging.getLogger(__name__)
 
 _SMALL_MODEL = 500_000_000  # parameters
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-# Modules that are never quantized. "vision_tower" alone would not match the tower's modules.
-_UNQUANTIZED = [
-    "model.vision_tower", "model.multi_modal_projector", "model.cross_attention", "model.detail_encoder", "lm_head",
-]  # fmt: skip
 
 
 def build_model(
@@ -80,27 +77,36 @@ def build_model(
     parts = _read_checked_parts(config, seed)
     dtype = resolve_dtype(config.dtype)
     attention = resolve_attention(config.attention, dtype, parts.config)
+    quantize = parts.quantize or config.quantize
     if device is None:
-        device = claim_device() if config.quantize else "cpu"
+        device = claim_device() if quantize else "cpu"
+    quantization = quantization_arguments(quantize, dtype)
+    tensors = parts.whole_tensors()
+    if parts.quantize is not None:  # stated in the configuration, the tensors are taken as they are
+        settings = quantization.pop("quantization_config")
+        parts.config.quantization_config = settings.to_dict()
+        tensors = prepare_stored(tensors, dtype, settings.bnb_4bit_quant_storage)
     with _no_progress_bar_for_small_models(parts.tensors):
         model, loading = LlavarForConditionalGeneration.from_pretrained(
             None,
             trust_remote_code=False,
             config=parts.config,
-            state_dict=parts.whole_tensors(),
+            state_dict=tensors,
             dtype=dtype,
             attn_implementation=attention,
             device_map={"": device},
             output_loading_info=True,
-            **quantization_arguments(config.quantize, dtype),
+            **quantization,
         )
     if lost := sorted({*loading["missing_keys"], *loading["unexpected_keys"]}):  # it renamed what has its final name
         what = f"transformers {transformers.__version__} does not load the tensors of this language model ({lost[0]})"
         raise EnvironmentFaultError.at(parts.source, what, "use another version of transformers, or language model")
     _restore_buffers(model)
-    if config.quantize is not None:
+    if quantize is not None:
         keep_quantization_scales(model)
         release_int8_inputs(model)
+    if parts.quantize is not None:
+        compute_in(model, dtype)
     return _finish(model, parts, config)
 
 
@@ -267,7 +273,7 @@ def quantization_arguments(quantize: Quantization | None, dtype: torch.dtype) ->
     from transformers import BitsAndBytesConfig
 
     if quantize == "int8":
-        return {"quantization_config": BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=_UNQUANTIZED)}
+        return {"quantization_config": BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=list(NOT_QUANTIZED))}
     return {
         "quantization_config": BitsAndBytesConfig(
             load_in_4bit=True,
@@ -276,7 +282,7 @@ def quantization_arguments(quantize: Quantization | None, dtype: torch.dtype) ->
             bnb_4bit_compute_dtype=dtype,
             # FSDP2 shards, and in mixed precision casts, every parameter that is not of the computation's dtype.
             bnb_4bit_quant_storage=dtype if requested_sharding() == "fsdp2" else torch.uint8,
-            llm_int8_skip_modules=_UNQUANTIZED,
+            llm_int8_skip_modules=list(NOT_QUANTIZED),
         )
     }
 
@@ -291,7 +297,10 @@ def _read_checked_parts(config: ModelConfig, seed: int) -> ModelParts:
         check_linear(parts.config.text_config, config.quantize)
     if config.projector is not None:
         apply_projector(parts.tensors, config.projector)
-    check_tensors(parts.tensors, expected_shapes(parts.config), where=parts.source)
+    if parts.quantize is None:
+        check_tensors(parts.tensors, expected_shapes(parts.config), where=parts.source)
+    else:
+        check_stored(parts, expected_shapes(parts.config))
     check_vocabulary(parts)
     tower = config.vision_tower and resolve_folder(config.vision_tower, "model.vision_tower")
     check_stored_values(parts.source, tower or None)

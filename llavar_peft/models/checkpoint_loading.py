@@ -24,6 +24,7 @@ from llavar_peft.models.model_parts import ModelParts
 from llavar_peft.models.model_resolution import set_resolution
 from llavar_peft.models.pretrained_files import load_pretrained
 from llavar_peft.models.processing_llavar import LlavarProcessor
+from llavar_peft.models.quantized_checkpoint import check_same_quantization
 from llavar_peft.models.tower_loading import TowerParts, read_tower
 from llavar_peft.recipe.resolution import resolution_from
 from llavar_peft.recipe.schema import ModelConfig, ProjectorType
@@ -33,6 +34,7 @@ from llavar_peft.weights.delta.released_layout import check_not_delta, read_mode
 from llavar_peft.weights.io import tensor_names
 from llavar_peft.weights.io.companion_files import PROCESSOR_FILE
 from llavar_peft.weights.io.joined_rows import JoinedRows
+from llavar_peft.weights.io.quantized_weights import stored_quantization
 from llavar_peft.weights.io.stated_resolution import RESOLUTION
 from llavar_peft.weights.io.tensor_blocks import open_weights
 from llavar_peft.weights.io.tensor_table import WEIGHTS_FILES
@@ -129,6 +131,8 @@ def read_checkpoint(config: ModelConfig, *, seed: int = 0) -> ModelParts:
 
 def _read_own_layout(folder: Path, config: ModelConfig) -> ModelParts:
     model_config = load_pretrained(LlavarConfig, folder)
+    quantize = stored_quantization(read_model_config(folder), folder)
+    check_same_quantization(quantize, config.quantize, folder)
     resolution_from(model_config.resolution, f"{folder / 'config.json'}:{RESOLUTION}")
     processor = load_pretrained(LlavarProcessor, folder)
     if processor.resolution != model_config.resolution:
@@ -159,6 +163,7 @@ def _read_own_layout(folder: Path, config: ModelConfig) -> ModelParts:
         image_token=processor.image_token,
         chat_template=processor.chat_template,
         detail_settings=processor.detail_settings,
+        quantize=quantize,
     )
 
 

@@ -16,17 +16,20 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
+import torch
+
 from llavar_peft.atomic_files import write_json
 from llavar_peft.constants import MODEL_TYPE, STOCK_MODEL_TYPES
 from llavar_peft.errors import ConfigError
-from llavar_peft.models.build_model import expected_shapes, register
+from llavar_peft.models.build_model import expected_shapes, quantization_arguments, register
 from llavar_peft.models.checkpoint_loading import read_checkpoint
 from llavar_peft.models.flat_layout import is_flat
 from llavar_peft.models.hf_llava import write_stock_companions
 from llavar_peft.models.hub_models import resolve_folder
 from llavar_peft.models.llava_lora import convert_llava_lora
 from llavar_peft.models.model_parts import ModelParts
-from llavar_peft.recipe.schema import ModelConfig
+from llavar_peft.models.quantized_checkpoint import quantize_checkpoint
+from llavar_peft.recipe.schema import ModelConfig, Quantization
 from llavar_peft.types import expand_home
 from llavar_peft.weights.adapter.adapter_files import ADAPTER_CONFIG
 from llavar_peft.weights.adapter.adapter_layouts import conversion_of, is_llava_lora
@@ -41,7 +44,9 @@ from llavar_peft.weights.delta.released_layout import (
 from llavar_peft.weights.io import tensor_names
 from llavar_peft.weights.io.convert_layout import ACTIVATIONS, ProjectorForm, to_two_layers, write_converted
 from llavar_peft.weights.io.folder_writer import WeightsReport
+from llavar_peft.weights.io.hub_folders import find_folder
 from llavar_peft.weights.io.joined_rows import whole
+from llavar_peft.weights.io.quantized_weights import check_unquantized
 from llavar_peft.weights.io.shard_layout import RELEASED_SHARD_SIZE, WeightsFormat
 from llavar_peft.weights.io.tensor_blocks import check_tensors
 from llavar_peft.weights.io.tensor_table import TensorEntry, read_tensor_table, torch_dtype
@@ -68,6 +73,7 @@ def export(  # noqa: PLR0913 - the options of the conversion
     vision_tower: str | Path | None = None,
     tokenizer: str | Path | None = None,
     projector: ProjectorForm = "linear",
+    quantize: Quantization | None = None,
     dtype: str | None = None,
     form: WeightsFormat | None = None,
     shard_size: int = RELEASED_SHARD_SIZE,
@@ -87,6 +93,7 @@ def export(  # noqa: PLR0913 - the options of the conversion
         tokenizer: Folder with LLaMA's ``tokenizer.model``, which the original's code needs; for ``original`` from a
             source that has none.
         projector: How ``hf-llava`` represents the linear layer: ``"linear"``, or ``"two-sided"`` for vLLM.
+        quantize: ``"nf4"`` stores the language model's linear layers in 4 bits, in the layout ``llavar``.
         dtype: Of the result, by torch's name; None keeps each tensor's own (``original``: float16, as released).
         form: ``"safetensors"`` or ``"bin"``; None is ``"bin"`` for ``original`` and ``"safetensors"`` otherwise.
         shard_size: Maximum number of bytes per file.
@@ -106,12 +113,10 @@ def export(  # noqa: PLR0913 - the options of the conversion
     if to not in get_args(Layout):
         known = ", ".join(map(repr, get_args(Layout)))
         raise ConfigError.at("to", f"unknown layout (got {to!r}, expected one of {known})", "correct it")
+    _check_quantization(to, quantize, form)
     if to == "adapter":
         return convert_llava_lora(source, out, base=base, vision_tower=vision_tower, progress=progress)
-    folder = resolve_folder(str(source), "source")
-    if (folder / ADAPTER_CONFIG).is_file():
-        fix = conversion_of(folder) if is_llava_lora(folder) else "merge it first with `llavar-peft merge`"
-        raise ConfigError.at(str(folder), "an adapter, expected a complete model", fix)
+    folder = _open_source(source)
     if base is not None:
         raise ConfigError.at("base", "applies only to the conversion into an adapter", "leave it out")
     tower = None if vision_tower is None else str(vision_tower)
@@ -125,7 +130,7 @@ def export(  # noqa: PLR0913 - the options of the conversion
     tensors = _locate_tensors(folder, tower, parts, rows)
     if to == "original":
         tensors = {new: one for name, one in tensors.items() if (new := tensor_names.to_released(name)) is not None}
-        folders = (expand_home(tokenizer), folder) if tokenizer is not None else (folder,)
+        folders = (find_folder(tokenizer, "tokenizer"), folder) if tokenizer is not None else (folder,)
         find_tokenizer(tuple(reversed(folders)))  # a link out of a folder is found before anything is written
         finish = partial(_finish_original, parts, rows, folder, folders)
     elif to == "hf-llava":
@@ -144,8 +149,15 @@ def export(  # noqa: PLR0913 - the options of the conversion
     def complete(staged: Path) -> None:
         finish(staged)
         sources = {"model": source, **({"vision tower": vision_tower} if vision_tower is not None else {})}
-        write_weights_card(staged, f"{portable_name(source)} in the layout {to}", sources)
+        in_bits = "" if quantize is None else ", in 4 bits"
+        write_weights_card(staged, f"{portable_name(source)} in the layout {to}{in_bits}", sources)
 
+    if quantize is not None:
+        settings = quantization_arguments(quantize, torch.float32)["quantization_config"].to_dict()
+        return quantize_checkpoint(
+            parts, folder, tensors, expand_home(out), settings=settings, dtype=dtype, shard_size=shard_size,
+            finish=complete, progress=progress,
+        )  # fmt: skip
     return write_converted(
         tensors,
         expand_home(out),
@@ -155,6 +167,27 @@ def export(  # noqa: PLR0913 - the options of the conversion
         finish=complete,
         progress=progress,
     )
+
+
+def _open_source(source: str | Path) -> Path:
+    """Return the folder of a model with its original numbers."""
+    folder = resolve_folder(str(source), "source")
+    if (folder / ADAPTER_CONFIG).is_file():
+        fix = conversion_of(folder) if is_llava_lora(folder) else "merge it first with `llavar-peft merge`"
+        raise ConfigError.at(str(folder), "an adapter, expected a complete model", fix)
+    check_unquantized(read_model_config(folder), folder, "a conversion")
+    return folder
+
+
+def _check_quantization(to: Layout, quantize: Quantization | None, form: WeightsFormat | None) -> None:
+    if quantize is None:
+        return
+    if quantize != "nf4":
+        what = f"only nf4 can be stored (got {quantize!r})"
+        raise ConfigError.at("quantize", what, "use nf4, or choose int8 where the model is loaded")
+    if to != "llavar" or form == "bin":
+        what = f"a model in 4 bits has the layout llavar, in safetensors (got {to!r}{', bin' if form == 'bin' else ''})"
+        raise ConfigError.at("quantize", what, "use the layout llavar, or leave quantize out")
 
 
 def _check_has_layout(parts: ModelParts, to: Layout) -> None:

@@ -130,13 +130,13 @@ def merge_adapter(  # noqa: PLR0913 - the options of the merge
         if probe:
             logger.info("comparing the logits before and after")
             folders = [one.folder for one in plan.merged.adapters]
-            gaps.update(measure_merge(plan, staged, (*folders, Path(base), staged)))
+            gaps.update(measure_merge(plan, staged, (*folders, plan.folder, staged)))
             _check_gap(plan, gaps["result"], bound, expand_home(out))
         config = plan.merged.base.config
         if config.get("model_type") == MODEL_TYPE:
             write_text(staged / CHAT_TEMPLATE_FILE, _chat_template(plan, staged))
         elif "text_config" in config:
-            write_text(staged / CHAT_TEMPLATE_FILE, stock_chat_template(read_stock(expand_home(base))))
+            write_text(staged / CHAT_TEMPLATE_FILE, stock_chat_template(read_stock(plan.folder)))
         write_json(staged / MERGE_FILE, _describe(plan, Path(base), used, gaps))
         _write_card(plan, staged, {"base": base, "vision tower": vision_tower, "projector": projector}, gaps)
 

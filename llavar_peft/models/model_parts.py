@@ -12,6 +12,7 @@ from llavar_peft.constants import IMAGE_PATCH_TOKEN
 from llavar_peft.errors import WeightsError
 from llavar_peft.models.llavar_config import LlavarConfig
 from llavar_peft.models.processing_llavar import LlavarProcessor
+from llavar_peft.recipe.schema import Quantization
 from llavar_peft.types import ImageMode, TemplateName
 from llavar_peft.weights.io import tensor_names
 from llavar_peft.weights.io.joined_rows import JoinedRows, whole
@@ -38,6 +39,7 @@ class ModelParts:
         image_token: The token at the positions of images.
         chat_template: The Jinja template; None is that of ``template``.
         detail_settings: The settings of the second encoder's image processor, where that is not the tower.
+        quantize: How the language model's linear layers are stored on disk; None for their own format.
     """
 
     source: str
@@ -51,6 +53,7 @@ class ModelParts:
     image_token: str = IMAGE_PATCH_TOKEN
     chat_template: str | None = None
     detail_settings: dict[str, Any] | None = None
+    quantize: Quantization | None = None
 
     def whole_tensors(self) -> dict[str, Tensor]:
         """Return all tensors; those that were joined from parts are then in memory."""

@@ -29,9 +29,9 @@ from llavar_peft.data.message_records import as_record
 from llavar_peft.data.record_store import parse_record
 from llavar_peft.data.training_dataset import TrainingDataset
 from llavar_peft.errors import InterruptedRunError
+from llavar_peft.models.quantized_checkpoint import prepare_recipe
 from llavar_peft.recipe.data_sources import paths_of, sources_of
 from llavar_peft.recipe.schema import DataConfig, Recipe, Stage
-from llavar_peft.recipe.validate import validate_recipe
 from llavar_peft.training.checkpoint_folders import list_checkpoints
 from llavar_peft.training.launch import start_processes
 from llavar_peft.training.read_shards import build_for_training
@@ -84,7 +84,8 @@ def dry_run(recipe: Recipe, stages: tuple[str, ...] = ()) -> Iterator[Trial]:
         LlavarError: Any error that would stop the run.
     """
     check_data_paths([stage for stage in recipe.stages if not stages or stage.name in stages])
-    processes = start_processes(validate_recipe(recipe))
+    recipe = prepare_recipe(recipe)
+    processes = start_processes(recipe)
     output = Path(recipe.output_dir)
     folder = output.with_name(f".{output.name}.dry-run")
     if processes.is_main_process:

@@ -13,6 +13,10 @@ import yaml
 
 from llavar_peft.atomic_files import write_text
 from llavar_peft.constants import METRICS_FILE, PROBE_FILE, RESOLVED_RECIPE_FILE
+from llavar_peft.data.hub_sources import is_hub_source
+from llavar_peft.errors import count_of
+from llavar_peft.page.run_figures import wilson
+from llavar_peft.recipe.data_sources import paths_of, sources_of
 from llavar_peft.recipe.recipe_yaml import dump_recipe
 from llavar_peft.recipe.schema import Lora, ModelConfig, Recipe, Stage
 from llavar_peft.recipe.validate import model_from_mapping
@@ -120,6 +124,8 @@ def _about_training(parts: tuple[AdapterPart, ...], settings: dict[str, Any], st
     lines.append(
         f"- {step} steps of {stage.global_batch_size} records, learning rate {', '.join(rates)}, {stage.optim.schedule}"
     )
+    sources = [path for source in sources_of(stage.data) for path in paths_of(source.records)]
+    lines.append("- trained on " + ", ".join(f"`{one if is_hub_source(one) else Path(one).name}`" for one in sources))
     lines.append(f"- {count:,} parameters; the complete recipe is in `{RESOLVED_RECIPE_FILE}`, stage `{stage.name}`")
     return "\n".join(lines) + "\n"
 
@@ -193,7 +199,15 @@ def _measured(run: Path, step: int) -> Iterator[tuple[str, str]]:
         if known:
             first, last = known[0], known[-1]
             before = f"; {first[name]:{form}} at step {first['step']}" if first is not last else ""
-            yield what, f"{last[name]:{form}} at step {last['step']}{before}"
+            yield what, f"{last[name]:{form}} at step {last['step']}{_interval(last, name)}{before}"
+
+
+def _interval(line: dict[str, Any], name: str) -> str:
+    count, share = line.get("count"), line[name]
+    if name != "exact_match" or not isinstance(count, int) or count < 1 or not 0 <= share <= 1:
+        return ""
+    low, high = wilson(share, count)
+    return f" (95 % interval {low:.1%} to {high:.1%}, {count_of(count, 'image')})"
 
 
 def _lines(path: Path, step: int, *names: str) -> list[dict[str, Any]]:

@@ -16,11 +16,13 @@ from llavar_peft.models import pissa
 from llavar_peft.models.adapter_loading import fingerprint_base, fingerprint_tower
 from llavar_peft.models.checkpoint_loading import read_checkpoint, read_parts
 from llavar_peft.models.modeling_llavar import LlavarForConditionalGeneration
+from llavar_peft.models.quantized_checkpoint import dtype_before
 from llavar_peft.models.tuning import EmbeddingWithTrainedRows, is_quantized, merge_rows_in_state_dict
 from llavar_peft.recipe.schema import Lora, ModelConfig, Projector, Tune
 from llavar_peft.weights.adapter.adapter_files import (
     ADAPTER_WEIGHTS,
     BASE_FILE,
+    QUANTIZED_FROM,
     load_adapter_weights,
     quiet_about_biases,
 )
@@ -93,7 +95,9 @@ def _save_adapter(model: Any, folder: Path, base: ModelConfig, state: Mapping[st
     embedding = model.get_input_embeddings()
     # Trained rows wrap the base's embedding; the wrapper's weight cannot be computed from shards.
     dtype = str(getattr(embedding, "original_module", embedding).weight.dtype).removeprefix("torch.")
-    write_json(folder / BASE_FILE, {**dataclasses.asdict(base), "dtype": dtype})
+    before = dtype_before(base)
+    stored = {} if before is None else {QUANTIZED_FROM: before}
+    write_json(folder / BASE_FILE, {**dataclasses.asdict(base), "dtype": dtype, **stored})
     tower = fingerprint_tower(base) if model.get_base_model().config.tuned_vision_tower else None
     write_json(
         folder / FINGERPRINT_FILE, {"base": fingerprint_base(base), **({} if tower is None else {"tower": tower})}

@@ -20,6 +20,7 @@ from llavar_peft.models.merge_adapter import merge_adapter
 from llavar_peft.models.modeling_llavar import LlavarForConditionalGeneration
 from llavar_peft.models.packed_attention import disable_packing, enable_packing, replace_flash_attention
 from llavar_peft.models.processing_llavar import LlavarProcessor
+from llavar_peft.models.quantized_checkpoint import prepare_recipe
 from llavar_peft.models.rank_agreement import on_any_rank
 from llavar_peft.models.tuning import (
     apply_tuning,
@@ -31,7 +32,6 @@ from llavar_peft.models.tuning import (
 from llavar_peft.page.run_page import has_run_page, write_run_page
 from llavar_peft.recipe.schema import Lora, ModelConfig, Recipe, Stage
 from llavar_peft.recipe.schema_rules import trains_image_rows
-from llavar_peft.recipe.validate import validate_recipe
 from llavar_peft.training import run_files
 from llavar_peft.training.checkpoint_folders import checkpoint_step, find_resume_point, hash_inputs
 from llavar_peft.training.checkpoint_writer import explain_full_disk
@@ -75,7 +75,7 @@ class Trainer:
         *,
         callbacks: Sequence[transformers.TrainerCallback] = (),
     ) -> None:
-        self.recipe = validate_recipe(recipe)
+        self.recipe = prepare_recipe(recipe)
         check_trackers(self.recipe)
         _check_model(model, self.recipe)
         self.model: Any = model
@@ -321,7 +321,7 @@ def run_recipe(
     recipe: Recipe, stages: Sequence[str] | None = None, *, restart: bool = False, allow_changes: bool = False
 ) -> Path:
     """Build the recipe's model, train it as ``Trainer.train`` does, and return the folder of the last result."""
-    recipe = validate_recipe(recipe)
+    recipe = prepare_recipe(recipe)
     check_trackers(recipe)
     check_output_folder(Path(recipe.output_dir), "output_dir")
     check_data_paths([stage for stage in recipe.stages if not stages or stage.name in stages])

@@ -27,6 +27,7 @@ PAGES = (
     "docs/recipes.md",
     "docs/tuning.md",
     "docs/adapters.md",
+    "docs/hub.md",
     "docs/evaluation.md",
     "docs/serving.md",
     "docs/multi_gpu.md",

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Final
 import torch
 
 from llavar_peft.errors import DAMAGED, ConfigError, describe_reason
+from llavar_peft.weights.io.hub_folders import find_folder
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -49,6 +50,7 @@ class ImageCategories:
 
         self._names = tuple(names)
         try:
+            clip = find_folder(clip, "--clip")
             local: dict[str, Any] = {"local_files_only": True}
             model = CLIPModel.from_pretrained(clip, use_safetensors=True, trust_remote_code=False, **local)
             self._processor = CLIPProcessor.from_pretrained(clip, trust_remote_code=False, **local)

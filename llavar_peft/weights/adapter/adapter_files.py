@@ -24,6 +24,8 @@ ADAPTER_WEIGHTS = "adapter_model.safetensors"
 ADAPTER_CONFIG = "adapter_config.json"
 BASE_FILE = "base.json"
 """In an adapter's folder: the ``ModelConfig`` of its base."""
+QUANTIZED_FROM = "quantized_from"
+"""The key of ``base.json`` for the dtype that the weights of a base in 4 bits had before."""
 PREFIX = "base_model.model."
 """What peft puts before our tensor names."""
 _FIX = "give the folder of an adapter"
@@ -38,7 +40,8 @@ class BaseSettings:
         vision_tower: Folder of the tower, if it is not the base's own.
         projector: The stage-1 file that was applied to the base.
         quantize: How the base was quantized.
-        dtype: Dtype of the weights before they were quantized.
+        dtype: Dtype of the weights before they were quantized, and of the computation.
+        quantized_from: Dtype of the weights before they were quantized, for a base that is stored quantized.
     """
 
     fields: Mapping[str, Any] = field(default_factory=dict)
@@ -46,6 +49,7 @@ class BaseSettings:
     projector: str | None = None
     quantize: Literal["nf4", "int8"] | None = None
     dtype: str = "auto"
+    quantized_from: str | None = None
 
 
 def read_base_settings(adapter: Path) -> BaseSettings:
@@ -61,7 +65,8 @@ def read_base_settings(adapter: Path) -> BaseSettings:
         known = dict(json.loads(path.read_text(encoding="utf-8")))
         if known.get("quantize") not in (None, "nf4", "int8"):
             raise ValueError(f"quantize: got {known['quantize']!r}, expected 'nf4', 'int8' or null")
-        odd = [name for name in ("vision_tower", "projector", "dtype") if not isinstance(known.get(name), str | None)]
+        texts = ("vision_tower", "projector", "dtype", QUANTIZED_FROM)
+        odd = [name for name in texts if not isinstance(known.get(name), str | None)]
         if odd:
             raise ValueError(f"{odd[0]}: got {ascii(known[odd[0]])[:80]}, expected a text or null")
     except DAMAGED as error:
@@ -69,7 +74,11 @@ def read_base_settings(adapter: Path) -> BaseSettings:
             str(path), f"not readable as settings of a base ({describe_reason(error)})", DOWNLOAD_AGAIN
         ) from error
     chosen = {key: known.get(key) for key in ("vision_tower", "projector", "quantize")}
-    return BaseSettings(known, **chosen, dtype=known.get("dtype") or "auto")
+    stored = known.pop(QUANTIZED_FROM, None)
+    if stored not in (None, "float32", "bfloat16", "float16"):
+        what = f"not a dtype of weights (got {ascii(stored)[:80]}, expected 'float32', 'bfloat16' or 'float16')"
+        raise ConfigError.at(f"{path}:{QUANTIZED_FROM}", what, DOWNLOAD_AGAIN)
+    return BaseSettings(known, **chosen, dtype=known.get("dtype") or "auto", quantized_from=stored)
 
 
 def missing_projector(projector: str | Path, adapter: Path) -> Fault | None:

@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 from llavar_peft.errors import ConfigError, WeightsError
-from llavar_peft.types import expand_home
 from llavar_peft.weights.adapter.adapter_files import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
@@ -31,6 +30,7 @@ from llavar_peft.weights.adapter.adapter_files import (
 )
 from llavar_peft.weights.adapter.adapter_settings import resolve_patterns
 from llavar_peft.weights.io import tensor_names
+from llavar_peft.weights.io.hub_folders import find_folder
 from llavar_peft.weights.io.stated_resolution import resolution_of_adapter
 from llavar_peft.weights.io.tensor_table import TensorEntry, read_file_table
 from llavar_peft.weights.io.weights_fingerprint import FINGERPRINT_FILE, read_fingerprint
@@ -73,7 +73,7 @@ def open_adapter(folder: str | Path) -> AdapterOnDisk:
         ConfigError: The folder holds no adapter.
         WeightsError: A file is damaged, or its names cannot be converted.
     """
-    path = expand_home(folder)
+    path = find_folder(folder, "adapter")
     settings = read_settings(path)
     # All readers of adapters reject damage in the files that only some of them use.
     read_base_settings(path)

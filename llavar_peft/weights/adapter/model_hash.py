@@ -7,11 +7,11 @@ from typing import Any
 
 from llavar_peft.constants import TUNED_TOWER
 from llavar_peft.errors import ConfigError
-from llavar_peft.types import expand_home
 from llavar_peft.weights.adapter.adapter_files import ADAPTER_CONFIG
 from llavar_peft.weights.adapter.adapter_layouts import open_adapter
 from llavar_peft.weights.delta.flat_settings import FLAT_TRAINED_TOWER
 from llavar_peft.weights.delta.released_layout import read_model_config, read_tower_table, view_as_released
+from llavar_peft.weights.io.hub_folders import find_folder
 from llavar_peft.weights.io.tensor_table import read_tensor_table
 from llavar_peft.weights.io.weights_fingerprint import FINGERPRINT_FILE, digest, read_fingerprint, take_fingerprint
 
@@ -31,10 +31,10 @@ def identify_model(model: str | Path, adapter: str | Path | None = None) -> str:
         ConfigError: The folder holds no model.
         WeightsError: A file cannot be read.
     """
-    folder = _find_result(expand_home(model))
+    folder = _find_result(find_folder(model, "model"))
     if adapter is None and not (folder / ADAPTER_CONFIG).is_file():
         return digest(_fingerprint(folder) | _tuned_tower(folder))
-    applied = expand_home(adapter) if adapter is not None else folder
+    applied = find_folder(adapter, "adapter") if adapter is not None else folder
     # An adapter with a fingerprint knows its base, so that the hash is the same whether or not the base is given.
     known = read_fingerprint(applied / FINGERPRINT_FILE) or {}
     base, tower = known.get("base"), {name: known[name] for name in ("tower",) if name in known}

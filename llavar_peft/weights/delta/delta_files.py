@@ -31,6 +31,7 @@ from llavar_peft.weights.delta.released_layout import (
 )
 from llavar_peft.weights.io import tensor_names
 from llavar_peft.weights.io.folder_writer import FolderWriter, WeightsReport
+from llavar_peft.weights.io.hub_folders import find_folder
 from llavar_peft.weights.io.shard_layout import RELEASED_SHARD_SIZE, TensorSpec, WeightsFormat
 from llavar_peft.weights.io.tensor_blocks import read_blocks
 from llavar_peft.weights.io.tensor_table import torch_dtype
@@ -81,7 +82,7 @@ def make_delta(
         EnvironmentFaultError: The disk is full, or another process is writing the same folder.
     """
     old, new = view_as_released(base), view_as_released(target)
-    folders = [expand_home(one) for one in ([adapter] if isinstance(adapter, (str, Path)) else adapter)]
+    folders = [find_folder(one, "adapter") for one in ([adapter] if isinstance(adapter, (str, Path)) else adapter)]
     _check_roles(old, new, adapters=bool(folders))
     check_original_tower(read_model_config(new.folder), new.folder)
     old = with_head_of(old, new)

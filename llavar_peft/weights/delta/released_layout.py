@@ -21,7 +21,6 @@ from llavar_peft.constants import (
     UNK_TOKEN,
 )
 from llavar_peft.errors import DAMAGED, ConfigError, WeightsError, describe_reason
-from llavar_peft.types import expand_home
 from llavar_peft.weights.delta.flat_settings import (
     FLAT_TEMPLATE,
     FLAT_TRAINED_TOWER,
@@ -40,6 +39,8 @@ from llavar_peft.weights.io.companion_files import (
     copy_companion,
     find_companions,
 )
+from llavar_peft.weights.io.hub_folders import find_folder
+from llavar_peft.weights.io.quantized_weights import check_unquantized
 from llavar_peft.weights.io.tensor_blocks import read_tensor
 from llavar_peft.weights.io.tensor_table import DOWNLOAD_AGAIN, TensorEntry, read_tensor_table
 from llavar_peft.weights.io.weights_fingerprint import FINGERPRINT_FILE, read_fingerprint
@@ -79,8 +80,9 @@ def view_as_released(folder: str | Path) -> ReleasedView:
         ConfigError: No such folder, or another kind of model.
         WeightsError: Weights are missing, truncated, or quantized.
     """
-    path = expand_home(folder)
+    path = find_folder(folder, "model")
     config = read_model_config(path)
+    check_unquantized(config, path, "a merge, a delta or a check of an adapter's base")
     kind = config.get("model_type")
     if kind == MODEL_TYPE:
         rename, flat = tensor_names.to_released, _flatten(config, path)

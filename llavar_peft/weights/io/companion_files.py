@@ -42,7 +42,7 @@ def find_companions(folder: Path, names: Sequence[str] = MODEL_FILES, *, licence
     if licences:
         found += [path for pattern in _LICENCES for path in sorted(folder.glob(pattern)) if path.is_file()]
     for path in found:
-        _check_link(path, folder)
+        check_link(path, folder)
     return found
 
 
@@ -65,7 +65,7 @@ def _read_settings(path: Path) -> Any:
         return None
 
 
-def _check_link(path: Path, folder: Path) -> None:
+def check_link(path: Path, folder: Path) -> None:
     """Accept a link within the folder, and one of a hub cache, whose files are links to ``../../blobs``."""
     home, target = folder.resolve(), path.resolve()
     blobs = home.parent.parent / "blobs" if home.parent.name == "snapshots" else home

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 from llavar_peft.constants import MODEL_TYPE, TUNED_TOWER
 from llavar_peft.errors import ConfigError, WeightsError
-from llavar_peft.types import expand_home
 from llavar_peft.weights.adapter.adapter_files import BASE_FILE, missing_projector, read_base_settings
 from llavar_peft.weights.adapter.adapter_layouts import conversion_of, is_llava_lora
 from llavar_peft.weights.adapter.lora_updates import Adapter, Replacement, Rows
@@ -21,7 +20,9 @@ from llavar_peft.weights.delta.released_layout import (
     read_model_config,
 )
 from llavar_peft.weights.io import tensor_names
+from llavar_peft.weights.io.hub_folders import find_folder
 from llavar_peft.weights.io.projector_file import TRAINED_ROWS, read_projector
+from llavar_peft.weights.io.quantized_weights import check_unquantized
 from llavar_peft.weights.io.stated_resolution import (
     RESOLUTION,
     find_resolution_fault,
@@ -103,6 +104,7 @@ def open_merge_base(
     """
     settings = read_base_settings(adapters[0].folder)
     config = read_model_config(folder)
+    check_unquantized(config, folder, "a merge")
     if not is_language_model(config):
         ours = _choose_names(config)
         if ours is tensor_names.from_released:
@@ -121,7 +123,7 @@ def open_merge_base(
         return _with_resolution(MergeBase(table, shapes, ours, config, (folder,), overlay), adapters)
     converted = None if read_language is None else read_language(folder)
     extended = _extend_language_model(folder, adapters, projector or settings.projector, converted)
-    tower = expand_home(vision_tower or settings.vision_tower or "")
+    tower = find_folder(vision_tower or settings.vision_tower or "", "vision_tower")
     if not (tower / "config.json").is_file():
         where = str(adapters[0].folder / BASE_FILE) if vision_tower is None else "--vision-tower"
         what = f"no vision tower found (got {str(tower)!r}, expected a folder with config.json)"

@@ -11,12 +11,12 @@ from typing import Any
 from llavar_peft.atomic_files import write_json
 from llavar_peft.constants import MODEL_TYPE
 from llavar_peft.errors import ConfigError
-from llavar_peft.types import expand_home
 from llavar_peft.weights.adapter.lora_updates import read_adapter
 from llavar_peft.weights.delta.released_layout import view_as_released
 from llavar_peft.weights.io import tensor_names
 from llavar_peft.weights.io.companion_files import PROCESSOR_FILE, copy_companion, find_companions
 from llavar_peft.weights.io.folder_writer import FolderWriter, WeightsReport
+from llavar_peft.weights.io.hub_folders import find_folder
 from llavar_peft.weights.io.shard_layout import RELEASED_SHARD_SIZE, TensorSpec, WeightsFormat
 from llavar_peft.weights.io.stated_resolution import RESOLUTION
 from llavar_peft.weights.io.weights_fingerprint import check_adapter_base, take_fingerprint
@@ -32,10 +32,12 @@ class MergePlan:
     Attributes:
         merged: The tensors of the result.
         trained: How the base was quantized in training; None if it was not.
+        folder: The folder of the base.
     """
 
     merged: MergedTensors
     trained: Rounding | None
+    folder: Path
 
 
 def plan_merge(  # noqa: PLR0913 - the options of the merge
@@ -56,8 +58,8 @@ def plan_merge(  # noqa: PLR0913 - the options of the merge
         read_tower: As for ``open_merge_base``.
         read_language: As for ``open_merge_base``.
     """
-    folder = expand_home(base)
-    folders = [expand_home(one) for one in ([adapter] if isinstance(adapter, (str, Path)) else adapter)]
+    folder = find_folder(base, "base")
+    folders = [find_folder(one, "adapter") for one in ([adapter] if isinstance(adapter, (str, Path)) else adapter)]
     if not folders:
         raise ConfigError.at("adapter", "no adapter (got 0, expected at least one)", "give an adapter's folder")
     # Without weights the second adapter may have been trained on the base with the first one merged into it.
@@ -77,7 +79,7 @@ def plan_merge(  # noqa: PLR0913 - the options of the merge
     for one in () if force or not tower else folders if weights is not None else folders[:1]:
         check_adapter_base(one, lambda: take_fingerprint(tower, {}), f"the vision tower of {folder}", role="tower")
     trained, rounding = choose_rounding(folders, onto)
-    return MergePlan(MergedTensors(opened, adapters, weights, rounding), trained)
+    return MergePlan(MergedTensors(opened, adapters, weights, rounding), trained, folder)
 
 
 def write_merged(

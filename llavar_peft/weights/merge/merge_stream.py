@@ -36,10 +36,12 @@ class Rounding:
     Attributes:
         kind: ``"nf4"`` with double quantization, or ``"int8"``.
         dtype: Torch's name of the dtype of the weights before quantization, and of the computation.
+        quantized_from: That of the weights before quantization, where it is another one: the base was stored quantized.
     """
 
     kind: Literal["nf4", "int8"]
     dtype: str
+    quantized_from: str | None = None
 
     def __post_init__(self) -> None:
         if importlib.util.find_spec("bitsandbytes") is None:
@@ -51,7 +53,7 @@ class Rounding:
         """Yield blocks of a linear layer's weight after quantization, which needs the whole weight."""
         import torch
 
-        weight = torch.empty(entry.shape, dtype=torch_dtype(self.dtype))
+        weight = torch.empty(entry.shape, dtype=torch_dtype(self.quantized_from or self.dtype))
         start = 0
         for block in read_blocks(entry):
             weight[start : start + len(block)] = block
@@ -67,6 +69,7 @@ class Rounding:
         functional: Any = importlib.import_module("bitsandbytes.functional")
         if self.kind == "nf4":
             stored, state = functional.quantize_4bit(weight, quant_type="nf4", compress_statistics=True)
+            state.dtype = torch_dtype(self.dtype)
             back: Tensor = functional.dequantize_4bit(stored, state)
             return back
         stored, scales, _ = functional.int8_vectorwise_quant(weight.half())  # requires fp16, in training too
@@ -97,12 +100,12 @@ def choose_rounding(adapters: Sequence[Path], onto: Onto | None) -> tuple[Roundi
         ConfigError: The adapters were trained on differently stored bases, or ``"dequantized"`` was given and they
             were not trained on a quantized base.
     """
-    kinds = {(settings.quantize, settings.dtype) for settings in map(read_base_settings, adapters)}
+    kinds = {(one.quantize, one.dtype, one.quantized_from) for one in map(read_base_settings, adapters)}
     if len(kinds) > 1:
         what = f"the adapters were trained on bases stored in different ways (got {sorted(map(str, kinds))})"
         raise ConfigError.at("adapter", what, "merge the adapters one by one")
-    quantize, dtype = kinds.pop() if kinds else (None, "auto")
-    trained = Rounding(quantize, "float32" if dtype == "auto" else dtype) if quantize else None
+    quantize, dtype, stored = kinds.pop() if kinds else (None, "auto", None)
+    trained = Rounding(quantize, "float32" if dtype == "auto" else dtype, stored) if quantize else None
     if onto == "dequantized" and trained is None:
         got = f"{adapters[0]}, which was not trained on a quantized base or has no base.json" if adapters else "none"
         what = f"'dequantized' requires adapters of a quantized base (got {got})"
