@@ -180,6 +180,20 @@ def measure_merge(plan: MergePlan, folder: Path, tokenizers: tuple[Path, ...]) -
     return gaps
 
 
+def measure_split(before: MergedTensors, after: MergedTensors, tokenizers: tuple[Path, ...]) -> LogitsGap:
+    """Measure how far the logits of two bases with unmerged adapters are apart.
+
+    Args:
+        before: The first base and its adapters.
+        after: The second one and its adapters.
+        tokenizers: As for ``measure_merge``.
+    """
+    text, image_id = read_config(before.base.config)
+    ids = _probe_ids(tokenizers, text.vocab_size, image_id)
+    expected, got = (probe_logits(UnmergedWeights(one), text, ids, image_id) for one in (before, after))
+    return logits_gap(expected, got)
+
+
 class _StreamedLinear(nn.Module):
     """A linear layer whose weight is read from disk each time it is used.
 
