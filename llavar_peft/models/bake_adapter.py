@@ -20,7 +20,14 @@ from llavar_peft.constants import MODEL_TYPE, RESOLVED_RECIPE_FILE, TUNED_TOWER
 from llavar_peft.errors import ConfigError, WeightsError
 from llavar_peft.models.language_model_loading import read_converted
 from llavar_peft.models.merge_adapter import BOUND, write_chat_template
-from llavar_peft.models.merge_logits_gap import LogitsGap, measure_split
+from llavar_peft.models.merge_logits_gap import (
+    LogitsGap,
+    UnmergedWeights,
+    logits_gap,
+    probe_ids,
+    probe_logits,
+    read_config,
+)
 from llavar_peft.models.tower_loading import read_tower_tensors
 from llavar_peft.recipe.schema import ModelConfig
 from llavar_peft.types import ReadableRepr, expand_home
@@ -146,7 +153,7 @@ def bake_adapter(  # noqa: PLR0913 - the options of the merge that apply
         if probe:
             logger.info("comparing the logits before and after")
             after, loras = open_merge(staged, folder, vision_tower=vision_tower, force=True)
-            gaps.append(measure_split(before, MergedTensors(after, loras), (whole.folder, expand_home(base), staged)))
+            gaps.append(_measure_split(before, MergedTensors(after, loras), (whole.folder, expand_home(base), staged)))
             _check_gap(gaps[0], bound, final)
         _write_cards(staged, base, whole, sorted(baked), gaps)
 
@@ -256,6 +263,14 @@ def _copy_companions(adapter: Path, staged: Path, folder: Path) -> None:
     shutil.copyfile(source / "config.json", folder / "config.json")
     if (source / CHAT_TEMPLATE_FILE).is_file():
         shutil.copyfile(source / CHAT_TEMPLATE_FILE, folder / CHAT_TEMPLATE_FILE)
+
+
+def _measure_split(before: MergedTensors, after: MergedTensors, tokenizers: tuple[Path, ...]) -> LogitsGap:
+    """Measure how far the logits of two bases with unmerged adapters are apart."""
+    text, image_id = read_config(before.base.config)
+    ids = probe_ids(tokenizers, text.vocab_size, image_id)
+    expected, got = (probe_logits(UnmergedWeights(one), text, ids, image_id) for one in (before, after))
+    return logits_gap(expected, got)
 
 
 def _check_gap(gap: LogitsGap, bound: float | None, out: Path) -> None:

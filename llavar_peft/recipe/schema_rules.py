@@ -73,7 +73,7 @@ def _trains_projector_before(recipe: Recipe, stage: Stage) -> bool:
 
 
 def _is_untrained(model: ModelConfig) -> bool:
-    return model.checkpoint is None and model.projector is None
+    return model.language_model is not None and model.checkpoint is None and model.projector is None
 
 
 def _check_model(model: ModelConfig) -> Iterator[Violation]:

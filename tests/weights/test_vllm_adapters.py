@@ -61,7 +61,7 @@ def _logits(base: Path, adapter: Path | None) -> Tensor:
     return logits
 
 
-def _refused(folder: Path, *messages: str) -> None:
+def _rejected(folder: Path, *messages: str) -> None:
     found = "\n".join(map(str, check_for_vllm(folder).faults))
     assert len(check_for_vllm(folder).faults) == len(messages), found
     for message in messages:
@@ -81,7 +81,7 @@ def test_an_adapter_of_the_language_model_alone_is_accepted(folder: Path, capsys
 
 
 def test_all_reasons_are_given_at_once(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    _refused(
+    _rejected(
         folder / "whole",
         "does not load tensors that were trained in full (got model.multi_modal_projector.bias, ",
         "does not load trained rows of the embeddings",
@@ -112,7 +112,7 @@ def test_settings_that_vllm_rejects(message: str, folder: Path, tmp_path: Path) 
     copy = shutil.copytree(folder / "pure", tmp_path / "copy")
     settings = json.loads((copy / "adapter_config.json").read_text())
     (copy / "adapter_config.json").write_text(json.dumps({**settings, **SETTINGS[message]}))
-    _refused(copy, message)
+    _rejected(copy, message)
 
 
 def test_names_that_vllm_does_not_apply(folder: Path, tmp_path: Path) -> None:
@@ -127,10 +127,10 @@ def test_names_that_vllm_does_not_apply(folder: Path, tmp_path: Path) -> None:
     ):
         renamed = {name.replace(ours, other): tensor for name, tensor in tensors.items()}
         save_file(renamed, copy / "adapter_model.safetensors")
-        _refused(copy, *messages)
+        _rejected(copy, *messages)
     old = {name.replace(".weight", ".default.weight"): tensor for name, tensor in tensors.items()}
     save_file(old, copy / "adapter_model.safetensors")
-    _refused(copy, "vLLM does not find the layers of these names")
+    _rejected(copy, "vLLM does not find the layers of these names")
 
 
 @pytest.mark.parametrize(("rank", "expected"), [(1, 1), (4, 8), (64, 64), (65, 128), (321, 512)])
@@ -299,7 +299,7 @@ def test_an_interrupted_command_resumes_and_does_not_take_over_a_merge(
     with pytest.raises(InterruptedRunError):
         bake_adapter(folder / "base", folder / "whole", out, progress=interrupt)
     bake_adapter(folder / "base", folder / "whole", out, progress=lambda done, _: seen.append(done))
-    assert min(seen) > sum(one.nbytes for one in open_weights(out).values()) / 2  # it went on where it had stopped
+    assert min(seen) > sum(one.nbytes for one in open_weights(out).values()) / 2  # the second call continued the first
     expected, got = dict(open_weights(baked)), dict(open_weights(out))
     assert all(tensor.equal(got[name]) for name, tensor in expected.items())
     assert (out / "adapter/adapter_model.safetensors").read_bytes() == (

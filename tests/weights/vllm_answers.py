@@ -9,28 +9,28 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 
 def main(job: dict[str, Any]) -> dict[str, Any]:
-    """Return the answers by adapter (an empty name is the base alone), the rejected adapters, and vLLM's version."""
+    """Return the ids of the answers by adapter (one without a folder is the base), and what was rejected and why."""
     import vllm
     from PIL import Image
+    from vllm.config.lora import MaxLoRARanks
     from vllm.lora.request import LoRARequest
 
     llm = vllm.LLM(
         model=job["model"],
-        model_impl=job["model_impl"],
         dtype="float32",
         enable_lora=True,
         max_loras=1,
         max_lora_rank=job["max_lora_rank"],
-        max_model_len=job["max_model_len"],
+        max_model_len=512,
         max_num_seqs=4,
         enforce_eager=True,
         limit_mm_per_prompt={"image": 1},
         disable_log_stats=True,
-        **job.get("options", {}),
+        **job["options"],
     )
     sampling = vllm.SamplingParams(temperature=0, max_tokens=job["max_tokens"])
     image = Image.open(job["image"]).convert("RGB")
@@ -49,7 +49,8 @@ def main(job: dict[str, Any]) -> dict[str, Any]:
             rejected[name] = f"{type(error).__name__}: {error}"
         else:
             answers[name] = [list(one.outputs[0].token_ids) for one in done]
-    return {"answers": answers, "rejected": rejected, "version": vllm.__version__}
+    ranks = list(get_args(MaxLoRARanks))
+    return {"answers": answers, "rejected": rejected, "ranks": ranks, "version": vllm.__version__}
 
 
 if __name__ == "__main__":
