@@ -104,7 +104,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "vLLM does not load biases of the base": {"bias": "all"},
     "initial values changed the base (got 'pissa_niter_4')": {"init_lora_weights": "pissa_niter_4"},
     "vLLM's largest rank is 512 (got 600)": {"r": 600},
-    "vLLM loads LoRA only (got peft_type 'LOHA')": {"peft_type": "LOHA"},
+    "vLLM loads LoRA only (got peft_type 'LOHA')": {"peft_type": "LOHA", "r": "four"},
 }
 
 

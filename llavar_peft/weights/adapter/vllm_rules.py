@@ -72,9 +72,9 @@ def check_for_vllm(folder: str | Path) -> VllmCheck:
         WeightsError: A file is damaged.
     """
     stored = open_adapter(folder)
-    rank = int(stored.settings.get("r") or 0)
-    if stored.settings["peft_type"] == "LORA":
-        rank = max([rank, *(scaling_of(module, stored.settings)[0] for module in stored.adapted)])
+    rank = 0
+    if stored.settings["peft_type"] == "LORA":  # the settings of other kinds have not been checked
+        rank = max([int(stored.settings["r"]), *(scaling_of(one, stored.settings)[0] for one in stored.adapted)])
     smallest = next((value for value in RANKS if rank <= value), None)
     faults = [*_find_setting_faults(stored, rank, smallest), *_find_tensor_faults(stored)]
     return VllmCheck(tuple(faults), smallest, read_base_settings(stored.folder).quantize)
