@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from llavar_peft.hub.push_folder import push_to_hub
     from llavar_peft.inference.chat import Chat, load_chat, parse_answer
     from llavar_peft.models.adapter_loading import load_adapter
+    from llavar_peft.models.bake_adapter import bake_adapter
     from llavar_peft.models.build_model import build_model
     from llavar_peft.models.export_layout import export
     from llavar_peft.models.llavar_config import LlavarConfig
@@ -59,6 +60,7 @@ __all__ = [
     "Trainer",
     "__version__",
     "apply_delta",
+    "bake_adapter",
     "build_model",
     "encode_record",
     "export",
@@ -94,6 +96,7 @@ _MODULES = {
     "load_chat": "inference.chat",
     "parse_answer": "inference.chat",
     "load_adapter": "models.adapter_loading",
+    "bake_adapter": "models.bake_adapter",
     "build_model": "models.build_model",
     "LlavarConfig": "models.llavar_config",
     "LlavarForConditionalGeneration": "models.modeling_llavar",

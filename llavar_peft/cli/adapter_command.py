@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from llavar_peft.cli.output import print_table, say, say_json
-from llavar_peft.cli.shared_options import JsonOption
+from llavar_peft.cli.output import print_table, say, say_json, show_progress
+from llavar_peft.cli.shared_options import DtypeOption, JsonOption, OutFolderOption, ShardGigabytes
 
 if TYPE_CHECKING:
     from llavar_peft.weights.adapter.adapter_report import AdapterReport
+    from llavar_peft.weights.adapter.vllm_rules import VllmCheck
 
 AdapterFolder = Annotated[Path, typer.Argument(help="The folder of the adapter.", metavar="DIR")]
 
@@ -39,16 +40,23 @@ def adapter_verify(
         Path | None,
         typer.Option("--base", help="The checkpoint or language model that the adapter was trained on, to check too."),
     ] = None,
+    engine: Annotated[
+        Literal["vllm"] | None,
+        typer.Option("--for", help="The engine that is to load the adapter: say everything that keeps it from that."),
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Check that an adapter is undamaged and finite and, with --base, that it fits its base."""
     from llavar_peft.weights.adapter.adapter_report import verify_adapter
+    from llavar_peft.weights.adapter.vllm_rules import check_for_vllm
 
+    served = check_for_vllm(folder) if engine is not None else None
+    if served is not None and served.faults:
+        _raise_rejected(folder, served, base)
     check = verify_adapter(folder, base=base)
     if as_json:
-        say_json(
-            {"tensors": check.tensors, "elements": check.elements, "checksums": check.checksums, "base": check.base}
-        )
+        found = {"tensors": check.tensors, "elements": check.elements, "checksums": check.checksums, "base": check.base}
+        say_json(found if served is None else {**found, "vllm": {"max_lora_rank": served.max_lora_rank}})
         return
     checksums = "checksums match" if check.checksums else "no checksums to compare with"
     say(f"{check.tensors} tensors, {check.elements:,} numbers, all finite; {checksums}")
@@ -57,6 +65,78 @@ def adapter_verify(
         if check.base
         else "the base was not checked; name it with --base"
     )
+    if served is not None:
+        options = f"--enable-lora --max-lora-rank {served.max_lora_rank} --lora-modules NAME={folder}"
+        say(f"vLLM loads it with the exported base: vllm serve EXPORTED {options}")
+        if served.quantize is not None:
+            say(f"it was trained on a base in {served.quantize}; on one in 16 bits its answers can differ")
+
+
+def adapter_bake(
+    folder: AdapterFolder,
+    base: Annotated[Path, typer.Option("--base", help="The folder of the model that the adapter was trained on.")],
+    out: OutFolderOption,
+    dtype: DtypeOption = None,
+    vision_tower: Annotated[
+        Path | None,
+        typer.Option("--vision-tower", help="The CLIP folder, for a plain LLaMA. Default: the one used in training."),
+    ] = None,
+    projector: Annotated[
+        Path | None,
+        typer.Option("--projector", help="The projector file that the training started from, if it has moved."),
+    ] = None,
+    shard_gb: ShardGigabytes = 5.0,
+    probe: Annotated[
+        bool,
+        typer.Option("--probe/--no-probe", help="Compare the logits before and after. This reads all weights again."),
+    ] = True,
+    bound: Annotated[
+        float | None,
+        typer.Option("--bound", help="Largest accepted difference of the logits, relative to their spread (0.05)."),
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Accept a base that the adapter was not trained on.")] = False,
+) -> None:
+    """Put an adapter's projector, rows and updates of the tower into a copy of its base, and leave a pure LoRA."""
+    from llavar_peft.models.bake_adapter import bake_adapter
+
+    with show_progress("baking") as progress:
+        report = bake_adapter(
+            base,
+            folder,
+            out,
+            dtype=dtype,
+            vision_tower=vision_tower,
+            projector=projector,
+            shard_size=round(shard_gb * 1e9),
+            probe=probe,
+            bound=bound,
+            force=force,
+            progress=progress,
+        )
+    say(
+        f"{report.out}: the base, {report.tensors} tensors, {report.nbytes / 1e9:.2f} GB in {report.seconds:.0f} s; "
+        f"the adapter changed {len(report.baked)} of them"
+    )
+    say(f"{report.adapter}: the LoRA, {report.updates} low-rank updates")
+    if report.gap is not None:
+        say(
+            f"logits of base and LoRA: differ from the adapter's by {report.gap.relative:.1e} of their spread, "
+            f"{report.gap.largest:.1e} at most; same top token at {report.gap.same_top:.0%} of "
+            f"{report.gap.tokens} positions"
+        )
+
+
+def _raise_rejected(folder: Path, served: VllmCheck, base: Path | None) -> None:
+    """Raise an error with every reason why vLLM does not apply an adapter, and with all damage."""
+    from llavar_peft.errors import LlavarError, WeightsError
+    from llavar_peft.weights.adapter.adapter_report import verify_adapter
+
+    faults = list(served.faults)
+    try:
+        verify_adapter(folder, base=base)
+    except LlavarError as error:
+        faults += error.faults
+    raise WeightsError.listing(f"vLLM does not load {folder} as it was trained", faults)
 
 
 def _lines(report: AdapterReport) -> list[tuple[str, str]]:

@@ -16,7 +16,7 @@ import typer
 from typer.core import TyperGroup
 
 from llavar_peft import __version__
-from llavar_peft.cli.adapter_command import adapter_show, adapter_verify
+from llavar_peft.cli.adapter_command import adapter_bake, adapter_show, adapter_verify
 from llavar_peft.cli.ask_command import ask
 from llavar_peft.cli.chat_command import chat
 from llavar_peft.cli.compare_command import eval_compare, eval_diagnose
@@ -154,7 +154,10 @@ def build_app() -> typer.Typer:
         compare=eval_compare, diagnose=eval_diagnose, heights=eval_heights, fields=eval_fields,
     )  # fmt: skip
     command("report", _EVALUATE, report)
-    group("adapter", _WEIGHTS, "Describe and verify adapters.", show=adapter_show, verify=adapter_verify)
+    group(
+        "adapter", _WEIGHTS, "Describe, verify and split adapters.",
+        show=adapter_show, verify=adapter_verify, bake=adapter_bake,
+    )  # fmt: skip
     command("merge", _WEIGHTS, merge)
     command("convert", _WEIGHTS, convert)
     group(

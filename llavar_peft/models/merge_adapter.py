@@ -132,11 +132,7 @@ def merge_adapter(  # noqa: PLR0913 - the options of the merge
             folders = [one.folder for one in plan.merged.adapters]
             gaps.update(measure_merge(plan, staged, (*folders, plan.folder, staged)))
             _check_gap(plan, gaps["result"], bound, expand_home(out))
-        config = plan.merged.base.config
-        if config.get("model_type") == MODEL_TYPE:
-            write_text(staged / CHAT_TEMPLATE_FILE, _chat_template(plan, staged))
-        elif "text_config" in config:
-            write_text(staged / CHAT_TEMPLATE_FILE, stock_chat_template(read_stock(plan.folder)))
+        write_chat_template(plan, staged)
         write_json(staged / MERGE_FILE, _describe(plan, Path(base), used, gaps))
         _write_card(plan, staged, {"base": base, "vision tower": vision_tower, "projector": projector}, gaps)
 
@@ -164,6 +160,20 @@ def _write_card(
     title = f"{portable_name(sources['base'] or '')} with {', '.join(map(adapter_name, adapters))} merged into it"
     given = {what: source for what, source in sources.items() if source is not None}
     write_weights_card(staged, title, given, adapters=adapters, figures=figures)
+
+
+def write_chat_template(plan: MergePlan, staged: Path) -> None:
+    """Write the Jinja template of a merge's result into its folder, which has the other files of the processor.
+
+    Args:
+        plan: The merge.
+        staged: The result's folder.
+    """
+    config = plan.merged.base.config
+    if config.get("model_type") == MODEL_TYPE:
+        write_text(staged / CHAT_TEMPLATE_FILE, _chat_template(plan, staged))
+    elif "text_config" in config:
+        write_text(staged / CHAT_TEMPLATE_FILE, stock_chat_template(read_stock(plan.folder)))
 
 
 def _chat_template(plan: MergePlan, staged: Path) -> str:

@@ -170,7 +170,7 @@ def measure_merge(plan: MergePlan, folder: Path, tokenizers: tuple[Path, ...]) -
     """
     merged = plan.merged
     text, image_id = read_config(merged.base.config)
-    ids = _probe_ids(tokenizers, text.vocab_size, image_id)
+    ids = probe_ids(tokenizers, text.vocab_size, image_id)
     as_trained = MergedTensors(merged.base, merged.adapters, merged.weights, plan.trained)
     expected = probe_logits(UnmergedWeights(as_trained), text, ids, image_id)
     gaps = {"result": logits_gap(expected, probe_logits(StoredWeights(folder, merged.base.ours), text, ids, image_id))}
@@ -309,7 +309,7 @@ def read_config(config: Mapping[str, Any]) -> tuple[PretrainedConfig, int]:
     return text, text.vocab_size - (3 if config.get("mm_use_im_start_end") else 1)
 
 
-def _probe_ids(tokenizers: tuple[Path, ...], vocab_size: int, image_id: int) -> Tensor:
+def probe_ids(tokenizers: tuple[Path, ...], vocab_size: int, image_id: int) -> Tensor:
     """Return the ids of a text around an image, or random ids if no tokenizer can be loaded."""
     for folder in tokenizers:
         try:

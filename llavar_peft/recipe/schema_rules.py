@@ -179,7 +179,7 @@ def _check_stage_in_order(path: str, index: int, recipe: Recipe) -> Iterator[Vio
     if not isinstance(stage.tune, Lora):
         return
     if not stage.tune.train_projector and not _trains_projector_before(recipe, stage):
-        if _is_untrained(recipe.model):
+        if recipe.model.language_model is not None and _is_untrained(recipe.model):
             what = "the projector is untrained and would not be trained"
             yield f"{path}.tune.train_projector", what, "train it, or set model.projector to a stage-1 file"
         elif isinstance(recipe.model.resolution, Tiles) and recipe.model.projector is None:

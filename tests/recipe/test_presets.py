@@ -25,9 +25,15 @@ TUNES = {
     "dora": dataclasses.replace(LORA, variant="dora"),
     "rslora": dataclasses.replace(LORA, variant="rslora", alpha=16.0),
     "lora-attention-only": dataclasses.replace(LORA, target="attention"),
+    "lora-vllm": dataclasses.replace(LORA, train_projector=False, train_image_rows=False),
     "projector-only": Projector(),
 }
 LORA_RATES = OptimConfig(learning_rate=2e-4, projector_learning_rate=2e-5)
+RATES = {
+    **dict.fromkeys(TUNES, LORA_RATES),
+    "lora-vllm": OptimConfig(learning_rate=2e-4),
+    "projector-only": OptimConfig(learning_rate=2e-3),
+}
 
 
 def test_all_presets_are_listed_and_none_has_the_name_of_a_recipe() -> None:
@@ -46,7 +52,7 @@ def test_a_preset_alone_is_a_recipe_with_one_stage(name: str) -> None:
     if name == "projector-only":  # the paper's stage 1, number for number
         assert stage == projector_pretraining(stage.data, name=name)
     else:
-        assert stage.optim == LORA_RATES
+        assert stage.optim == RATES[name]
         assert (stage.epochs, stage.global_batch_size, stage.micro_batch_size, stage.max_length) == (3, 32, 4, 2048)
 
 
@@ -75,8 +81,7 @@ def test_applied_to_a_recipe_it_changes_only_tune_and_learning_rates_of_the_last
     assert applied.stages[0] == plain.stages[0]
     before, after = plain.stages[-1], applied.stages[-1]
     assert (before.tune, after.tune) == (Full(), TUNES[name])
-    rates = LORA_RATES if name != "projector-only" else OptimConfig(learning_rate=2e-3)
-    assert after == dataclasses.replace(before, tune=after.tune, optim=rates)
+    assert after == dataclasses.replace(before, tune=after.tune, optim=RATES[name])
     quantize = "nf4" if name == "qlora" else None
     assert applied == dataclasses.replace(
         plain, model=dataclasses.replace(plain.model, quantize=quantize), stages=applied.stages

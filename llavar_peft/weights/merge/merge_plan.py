@@ -11,7 +11,7 @@ from typing import Any
 from llavar_peft.atomic_files import write_json
 from llavar_peft.constants import MODEL_TYPE
 from llavar_peft.errors import ConfigError
-from llavar_peft.weights.adapter.lora_updates import read_adapter
+from llavar_peft.weights.adapter.lora_updates import Adapter, read_adapter
 from llavar_peft.weights.delta.released_layout import view_as_released
 from llavar_peft.weights.io import tensor_names
 from llavar_peft.weights.io.companion_files import PROCESSOR_FILE, copy_companion, find_companions
@@ -59,11 +59,42 @@ def plan_merge(  # noqa: PLR0913 - the options of the merge
         read_language: As for ``open_merge_base``.
     """
     folder = find_folder(base, "base")
+    opened, adapters = open_merge(
+        folder,
+        adapter,
+        in_sequence=weights is None,
+        vision_tower=vision_tower,
+        projector=projector,
+        force=force,
+        read_tower=read_tower,
+        read_language=read_language,
+    )
+    trained, rounding = choose_rounding([one.folder for one in adapters], onto)
+    return MergePlan(MergedTensors(opened, adapters, weights, rounding), trained, folder)
+
+
+def open_merge(
+    base: str | Path,
+    adapter: str | Path | Sequence[str | Path],
+    *,
+    in_sequence: bool = True,
+    vision_tower: str | Path | None = None,
+    projector: str | Path | None = None,
+    force: bool = False,
+    read_tower: ReadTower | None = None,
+    read_language: ReadLanguage | None = None,
+) -> tuple[MergeBase, tuple[Adapter, ...]]:
+    """Open and check a base and its adapters, as ``plan_merge`` does.
+
+    Args:
+        in_sequence: Whether each adapter may have been trained on the base with those before it merged into it.
+    """
+    folder = find_folder(base, "base")
     folders = [find_folder(one, "adapter") for one in ([adapter] if isinstance(adapter, (str, Path)) else adapter)]
     if not folders:
         raise ConfigError.at("adapter", "no adapter (got 0, expected at least one)", "give an adapter's folder")
-    # Without weights the second adapter may have been trained on the base with the first one merged into it.
-    for one in () if force else folders if weights is not None else folders[:1]:
+    # In a sequence the second adapter may have been trained on the base with the first one merged into it.
+    for one in () if force else folders[:1] if in_sequence else folders:
         check_adapter_base(one, lambda: _fingerprint(folder), str(folder))
     adapters = tuple(read_adapter(one) for one in folders)
     opened = open_merge_base(
@@ -76,10 +107,9 @@ def plan_merge(  # noqa: PLR0913 - the options of the merge
     )
     named = ((opened.ours(name) or "", entry) for name, entry in opened.table.items())
     tower = {name: entry for name, entry in named if name.startswith(tensor_names.TOWER)}
-    for one in () if force or not tower else folders if weights is not None else folders[:1]:
+    for one in () if force or not tower else folders[:1] if in_sequence else folders:
         check_adapter_base(one, lambda: take_fingerprint(tower, {}), f"the vision tower of {folder}", role="tower")
-    trained, rounding = choose_rounding(folders, onto)
-    return MergePlan(MergedTensors(opened, adapters, weights, rounding), trained, folder)
+    return opened, adapters
 
 
 def write_merged(

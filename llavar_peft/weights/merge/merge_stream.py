@@ -188,12 +188,16 @@ class MergedTensors:
         return total
 
     def identity(self) -> list[tuple[str, int, int]]:
-        """Return path, size and time of every file that the result depends on."""
+        """Return path, size and time of every file that the result depends on, and the updates that are applied."""
         paths = [entry.path for entry in self.base.table.values()]
         for adapter in self.adapters:
             paths += adapter_files(adapter.folder)
         overlay = [(name, 0, zlib.crc32(tensor_bytes(one.value))) for name, one in self.base.overlay.items()]
-        return [*identify_files(paths), *overlay]
+        applied = [
+            (str(one.folder), len(one.updates), zlib.crc32("\n".join(sorted(one.updates)).encode()))
+            for one in self.adapters
+        ]
+        return [*identify_files(paths), *overlay, *applied]
 
 
 def append_mean_rows(entry: TensorEntry, rows: int) -> Iterator[Tensor]:
