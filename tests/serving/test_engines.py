@@ -18,9 +18,12 @@ import pytest
 import torch
 from PIL import Image
 
+import llavar_peft
 from llavar_peft import ModelConfig, build_model, export
 from llavar_peft.recipe.resolution import Tiles
 from tests.weights.adapters import LANGUAGE_MODEL, VISION_TOWER
+
+MODERN = Path(llavar_peft.__file__).parent / "assets/tiny_modern"
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 OLD = os.environ.get("LLAVAR_OLD_TRANSFORMERS", "")
@@ -44,6 +47,10 @@ def _save(folder: Path, *, tiles: bool = False) -> Path:
         language_model=str(path.parent), vision_tower=str(VISION_TOWER), dtype="float32",
         resolution=Tiles(max_tiles=3) if tiles else None,
     )  # fmt: skip
+    return _save_parts(parts, folder)
+
+
+def _save_parts(parts: ModelConfig, folder: Path) -> Path:
     model, processor = build_model(parts)
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
@@ -78,6 +85,23 @@ def test_transformers_4_gives_the_answers_of_5(tiles: bool, engines: Any, tmp_pa
     assert (new["version"][:2], old["version"][:2]) == ("5.", "4.")
     assert new["answers"] == old["answers"]
     assert len(set(new["answers"])) > 1
+
+
+@pytest.mark.skipif(not VLLM, reason="LLAVAR_VLLM is not set")
+@pytest.mark.parametrize("kind", ["tiles", "modern"])
+def test_vllms_own_llava_runs_other_parts(kind: str, engines: Any, tmp_path: Path) -> None:
+    """With tiles, and with SigLIP, Qwen 2 and an MLP, which needs no option."""
+    if kind == "tiles":
+        _save(tmp_path / "model", tiles=True)
+    else:
+        parts = ModelConfig(
+            language_model=str(MODERN / "language_model"), vision_tower=str(MODERN / "vision_tower"),
+            dtype="float32", template="chat", projector_type="mlp2x_gelu",
+        )  # fmt: skip
+        _save_parts(parts, tmp_path / "model")
+    row = "vllm-linear" if kind == "tiles" else "vllm-two-sided"
+    found = engines.compare(tmp_path / "model", {row: engines.ROWS[row]}, {"vllm": VLLM}, tmp_path, count=8, tokens=16)
+    assert found[row]["equal"] == found[row]["of"] == 8
 
 
 @pytest.mark.skipif(not VLLM, reason="LLAVAR_VLLM is not set")
