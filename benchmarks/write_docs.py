@@ -91,6 +91,13 @@ def resolution_page(text: str) -> str:
     return re.sub(pattern, lambda match: f"{match[1]}\n{table}\n\n{match[2]}", text, flags=re.DOTALL)
 
 
+def serving_page(text: str) -> str:
+    """Return docs/serving.md with the table of engines replaced by that of the results."""
+    table = "\n".join(tables("engines")[0])
+    pattern = r"(<!-- engines -->\n).*?(<!-- /engines -->)"
+    return re.sub(pattern, lambda match: f"{match[1]}\n{table}\n\n{match[2]}", text, flags=re.DOTALL)
+
+
 def main() -> None:
     """Write all files."""
     (ROOT / "docs/benchmarks.md").write_text(benchmarks_page(), encoding="utf-8")
@@ -98,6 +105,8 @@ def main() -> None:
     path.write_text(readme(path.read_text(encoding="utf-8")), encoding="utf-8")
     path = ROOT / "docs/resolution.md"
     path.write_text(resolution_page(path.read_text(encoding="utf-8")), encoding="utf-8")
+    path = ROOT / "docs/serving.md"
+    path.write_text(serving_page(path.read_text(encoding="utf-8")), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ import yaml
 from llavar_peft import ModelConfig, build_model
 from llavar_peft.datagen.synth.synth_settings import SynthSettings
 from llavar_peft.datagen.synth.write_synthetic import write_synthetic
+from llavar_peft.weights.io.convert_layout import VLLM_IDENTITY
 from tests.weights.adapters import save_wide_model
 
 ROOT = Path(__file__).parents[1]
@@ -99,7 +100,7 @@ def test_small_print_is_compared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 @pytest.mark.slow
 def test_vllm_is_given_the_stock_export(tmp_path: Path) -> None:
-    """With a vLLM that tells what it was asked for; the real one needs a GPU."""
+    """With a vLLM that tells what it was asked for; tests/serving/test_engines.py runs the real one."""
     told = tmp_path / "vllm"
     told.write_text('#!/usr/bin/env bash\nprintf "%s\\n" "$@"\n')
     told.chmod(0o755)
@@ -108,15 +109,20 @@ def test_vllm_is_given_the_stock_export(tmp_path: Path) -> None:
     asked: dict[str, list[str]] = {}
     for rank in ("0", "1"):
         environment = {**os.environ, "PATH": path, "API_KEY": "k", "RANK": rank, "GPUS": "4", "HEAD": "10.0.0.1"}
+        environment["NATIVE"] = rank
         command = ["bash", str(EXAMPLES / "vllm.sh"), str(tmp_path / "model")]
         done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr[-2000:]
-        asked[rank] = done.stdout.split()
+        asked[rank] = done.stdout.splitlines()
     assert json.loads((tmp_path / "model-vllm/config.json").read_text())["model_type"] == "llava"
     for words in asked.values():
         assert words[words.index("--data-parallel-size") + 1] == "8"
         assert str(tmp_path / "model-vllm") in words
     assert "--headless" not in asked["0"]
+    assert [words[words.index("--model-impl") + 1] for words in asked.values()] == ["transformers", "vllm"]
+    overrides = json.loads(asked["1"][asked["1"].index("--hf-overrides") + 1])
+    assert overrides == {"projector_hidden_act": VLLM_IDENTITY}
+    assert "--hf-overrides" not in asked["0"]
     assert asked["1"][asked["1"].index("--data-parallel-start-rank") + 1] == "4"
 
 

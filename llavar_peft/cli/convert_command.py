@@ -49,7 +49,8 @@ def convert(
         Literal["linear", "two-sided"],
         typer.Option(
             "--projector",
-            help="How --to hf-llava writes the projector. vLLM needs two-sided, because it has no linear activation.",
+            help="How --to hf-llava writes a linear projector. With two-sided, vLLM's own LLaVA needs no options; it "
+            "requires a language model twice as wide as the tower.",
         ),
     ] = "linear",
     quantize: Annotated[

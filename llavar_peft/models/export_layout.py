@@ -23,6 +23,7 @@ from llavar_peft.constants import MODEL_TYPE, STOCK_MODEL_TYPES
 from llavar_peft.errors import ConfigError
 from llavar_peft.models.build_model import expected_shapes, quantization_arguments, register
 from llavar_peft.models.checkpoint_loading import read_checkpoint
+from llavar_peft.models.engine_support import check_vllm
 from llavar_peft.models.flat_layout import is_flat
 from llavar_peft.models.hf_llava import write_stock_companions
 from llavar_peft.models.hub_models import resolve_folder
@@ -92,7 +93,8 @@ def export(  # noqa: PLR0913 - the options of the conversion
         vision_tower: CLIP's folder, for a source in the released layout, which contains no tower.
         tokenizer: Folder with LLaMA's ``tokenizer.model``, which the original's code needs; for ``original`` from a
             source that has none.
-        projector: How ``hf-llava`` represents the linear layer: ``"linear"``, or ``"two-sided"`` for vLLM.
+        projector: How ``hf-llava`` represents the linear layer: ``"linear"``, or ``"two-sided"``, with which vLLM's own
+            LLaVA runs it without further options.
         quantize: ``"nf4"`` stores the language model's linear layers in 4 bits, in the layout ``llavar``.
         dtype: Of the result, by torch's name; None keeps each tensor's own (``original``: float16, as released).
         form: ``"safetensors"`` or ``"bin"``; None is ``"bin"`` for ``original`` and ``"safetensors"`` otherwise.
@@ -121,7 +123,7 @@ def export(  # noqa: PLR0913 - the options of the conversion
         raise ConfigError.at("base", "applies only to the conversion into an adapter", "leave it out")
     tower = None if vision_tower is None else str(vision_tower)
     parts = read_checkpoint(ModelConfig(checkpoint=str(folder), vision_tower=tower))
-    _check_has_layout(parts, to)
+    _check_has_layout(parts, to, projector)
     check_tensors(parts.tensors, expected_shapes(parts.config), where=parts.source)
     read = parts.whole_tensors()
     rows = _rows_in_original(parts) if to == "original" else int(parts.config.text_config.vocab_size)
@@ -190,7 +192,7 @@ def _check_quantization(to: Layout, quantize: Quantization | None, form: Weights
         raise ConfigError.at("quantize", what, "use the layout llavar, or leave quantize out")
 
 
-def _check_has_layout(parts: ModelParts, to: Layout) -> None:
+def _check_has_layout(parts: ModelParts, to: Layout, projector: ProjectorForm) -> None:
     """Reject a model that the code which reads a layout cannot compute."""
     if to in ("original", "hf-llava") and parts.config.cross_attention is not None:
         raise ConfigError.at(
@@ -200,6 +202,8 @@ def _check_has_layout(parts: ModelParts, to: Layout) -> None:
         )
     if to == "original":
         _check_original(parts)
+    if to == "hf-llava" and projector == "two-sided":
+        check_vllm(parts)
 
 
 def _check_original(parts: ModelParts) -> None:

@@ -32,6 +32,7 @@ from llavar_peft.data.chat_template import with_image_parts
 from llavar_peft.data.conversation_template import image_block
 from llavar_peft.errors import ConfigError
 from llavar_peft.models.chunked_loss import logits_factor
+from llavar_peft.models.engine_support import add_fields_of_4
 from llavar_peft.models.llama_tokenizer import load_tokenizer
 from llavar_peft.models.llavar_config import make_config
 from llavar_peft.models.model_parts import ModelParts
@@ -123,6 +124,7 @@ def write_stock_companions(parts: ModelParts, activation: str, dtype: str | None
         # The class token, which the strategy "default" removes again.
         num_additional_image_tokens=int(parts.config.vision_feature_select_strategy == "default"),
     ).save_pretrained(str(staged))
+    add_fields_of_4(staged)
 
 
 def _check_language_model(parts: ModelParts) -> None:

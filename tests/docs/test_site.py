@@ -29,7 +29,7 @@ def test_the_site_builds_strictly(tmp_path: Path) -> None:
 
 
 def test_benchmark_figures_are_those_of_the_results() -> None:
-    """No figure in the README, docs/benchmarks.md and the table of docs/resolution.md is typed by hand."""
+    """No figure in the README, docs/benchmarks.md and tables of other pages is typed by hand."""
     source = ROOT / "benchmarks/write_docs.py"
     spec = importlib.util.spec_from_file_location("write_docs", source)
     assert spec is not None
@@ -40,6 +40,8 @@ def test_benchmark_figures_are_those_of_the_results() -> None:
     assert module.readme(text) == text
     resolution = (ROOT / "docs/resolution.md").read_text(encoding="utf-8")
     assert module.resolution_page(resolution) == resolution
+    serving = (ROOT / "docs/serving.md").read_text(encoding="utf-8")
+    assert module.serving_page(serving) == serving
     assert module.benchmarks_page() == (ROOT / "docs/benchmarks.md").read_text(encoding="utf-8")
 
 

@@ -92,3 +92,10 @@ def test_what_a_layout_cannot_express_is_named(
     again, _ = build_model(ModelConfig(checkpoint=str(tmp_path / "other"), dtype="float32"))
     stored, _ = build_model(ModelConfig(checkpoint=str(tmp_path / "model"), dtype="float32"))
     assert all(torch.equal(one, again.state_dict()[name]) for name, one in stored.state_dict().items())
+
+
+def test_a_tower_that_vllm_lacks_is_named(language_model: Folder, tower: Folder, tmp_path: Path) -> None:
+    _save(language_model("llama"), tower("dinov2"), "linear", tmp_path / "model")
+    with pytest.raises(ConfigError, match=r"no such vision tower \(got 'dinov2', expected one of 'clip_vision_model'"):
+        export(tmp_path / "model", tmp_path / "out", to="hf-llava", projector="two-sided")
+    assert not (tmp_path / "out").exists()

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from transformers import LlavaConfig, LlavaForConditionalGeneration
+from transformers import LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
 from llavar_peft import ModelConfig, build_model, cli, export
 from llavar_peft.data.image_preparation import prepare_image
@@ -23,6 +24,7 @@ from llavar_peft.datagen.synth.drawn_page import draw_page
 from llavar_peft.datagen.synth.synth_settings import SynthSettings
 from llavar_peft.errors import ConfigError, LlavarError, WeightsError
 from llavar_peft.inference.chat import load_chat
+from llavar_peft.models.engine_support import rotary_fields_of_4
 from llavar_peft.weights.io import tensor_names
 from llavar_peft.weights.io.convert_layout import to_one_layer, to_two_layers
 from llavar_peft.weights.io.tensor_blocks import open_weights
@@ -149,6 +151,38 @@ def test_stock_transformers_gives_the_same_answers(form: str, layouts: dict[str,
     assert result["text"].strip() == tokenizer.decode(answer, skip_special_tokens=True).strip()
 
 
+def test_the_export_has_the_fields_of_transformers_4(layouts: dict[str, Path]) -> None:
+    tokenizer, config = (
+        json.loads((layouts["hf-llava"] / f"{name}config.json").read_text()) for name in ("tokenizer_", "")
+    )
+    assert tokenizer["tokenizer_class"] == "PreTrainedTokenizerFast"
+    assert tokenizer["model_input_names"] == ["input_ids", "attention_mask"]
+    text = config["text_config"]
+    assert text["rope_theta"] == text["rope_parameters"]["rope_theta"] == 10000.0
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({"rope_type": "default", "rope_theta": 5e5}, {"rope_theta": 5e5}),
+        (
+            {"rope_type": "linear", "rope_theta": 1e6, "factor": 2.0},
+            {"rope_theta": 1e6, "rope_scaling": {"rope_type": "linear", "factor": 2.0}},
+        ),
+        (
+            {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5},
+            {"rope_theta": 1e4, "partial_rotary_factor": 0.5},
+        ),
+        ({"full_attention": {"rope_theta": 1e6}, "sliding_attention": {"rope_theta": 1e4}}, {}),
+    ],
+)
+def test_rotary_fields_of_both_versions_say_the_same(settings: dict[str, Any], expected: dict[str, Any]) -> None:
+    assert rotary_fields_of_4({"rope_parameters": settings}) == expected
+    if "rope_theta" in settings:
+        both = LlamaConfig.from_dict({"rope_parameters": dict(settings), **expected})
+        assert both.rope_parameters == settings
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("form", ["linear", "two-sided"])
 def test_two_layers_are_equal_to_one(form: str, dtype: torch.dtype) -> None:
@@ -171,8 +205,12 @@ def test_two_layers_are_equal_to_one(form: str, dtype: torch.dtype) -> None:
 
 
 def test_two_sided_requires_a_wide_language_model(layouts: dict[str, Path], tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"twice as wide as the tower \(got 128 and 192\)"):
+    words = (
+        r"twice as wide as the tower \(got 128 and 192\).*Fix: use the form 'linear', and start vLLM with .*Identity"
+    )
+    with pytest.raises(ConfigError, match=words):
         export(layouts["llavar"], tmp_path / "out", to="hf-llava", projector="two-sided")
+    assert not (tmp_path / "out").exists()
 
 
 def test_other_llavas_are_rejected(layouts: dict[str, Path], tmp_path: Path) -> None:

@@ -1,11 +1,14 @@
 """Conversion between layouts: the same weights in other files or another dtype, and stock LLaVA's two-layer projector.
 
 Our one linear projector can be written as two layers in two forms:
-``linear``     The activation is the identity: linear_1 = W, linear_2 = 1. For stock ``transformers``.
+``linear``     The activation is the identity: linear_1 = W, linear_2 = 1. For stock ``transformers``. vLLM's own LLaVA
+               knows the identity by another name (``VLLM_IDENTITY``), which stock ``transformers`` does not.
 ``two-sided``  The activation is ReLU: linear_1 = [1; -1], linear_2 = [W, -W], as relu(x) - relu(-x) = x exactly. For
-               vLLM, whose activations (vllm/model_executor/layers/activation.py, ``_ACTIVATION_REGISTRY``, read in
-               November 2026) include relu and gelu, but not ``linear``. Requires a language model at least twice as
-               wide as the tower: LLaVAR's widths are 5120 and 1024.
+               vLLM without further options. Requires a language model at least twice as wide as the tower, because
+               stock LLaVA is as wide as the language model between the two layers; pairs of another activation, such
+               as gelu(x) - gelu(-x) = x, need as many positions. LLaVAR's widths are 5120 and 1024.
+
+Source: vLLM 0.32.0, vllm/model_executor/layers/activation.py (``get_act_fn``, ``_ACTIVATION_REGISTRY``).
 """
 
 from __future__ import annotations
@@ -29,6 +32,8 @@ if TYPE_CHECKING:
 ProjectorForm = Literal["linear", "two-sided"]
 ACTIVATIONS: dict[str, str] = {"linear": "linear", "two-sided": "relu"}
 """``projector_hidden_act`` of each form."""
+VLLM_IDENTITY = "torch.nn.modules.linear.Identity"
+"""The name by which vLLM's own LLaVA takes the activation of the form ``linear``."""
 _PARTS = ("1.weight", "1.bias", "2.weight", "2.bias")
 
 
@@ -93,8 +98,14 @@ def to_two_layers(weight: Tensor, bias: Tensor, form: ProjectorForm) -> dict[str
         biases = (bias.clone(), torch.zeros_like(bias))
     else:
         if width < 2 * inner:
-            what = f"'two-sided' requires a language model twice as wide as the tower (got {width} and {inner})"
-            raise ConfigError.at("projector", what, "use the form 'linear'")
+            what = (
+                f"'two-sided' requires a language model twice as wide as the tower (got {width} and {inner}), because "
+                "stock LLaVA is as wide as its language model between the projector's layers"
+            )
+            override = f'--hf-overrides \'{{"projector_hidden_act": "{VLLM_IDENTITY}"}}\''
+            raise ConfigError.at(
+                "projector", what, f"use the form 'linear', and start vLLM with {override} or --model-impl transformers"
+            )
         one = torch.eye(inner, dtype=weight.dtype)
         first[:inner], first[inner : 2 * inner] = one, -one
         second[:, :inner], second[:, inner : 2 * inner] = weight, -weight
