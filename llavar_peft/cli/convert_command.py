@@ -20,11 +20,12 @@ def convert(
     ],
     out: Annotated[Path, typer.Argument(help="The folder to create. It must not exist.", metavar="OUT")],
     to: Annotated[
-        Literal["llavar", "original", "hf-llava", "adapter"],
+        Literal["llavar", "original", "hf-llava", "adapter", "gguf"],
         typer.Option(
             "--to",
             help="The layout to write: llavar for this package, original as LLaVAR was released, hf-llava for "
-            "transformers without this package, adapter for this package from a LoRA of LLaVA's own code.",
+            "transformers without this package, adapter for this package from a LoRA of LLaVA's own code, gguf for "
+            "llama.cpp, LM Studio and Ollama.",
         ),
     ],
     base: Annotated[
@@ -45,6 +46,10 @@ def convert(
             help="How --to hf-llava writes the projector. vLLM needs two-sided, because it has no linear activation.",
         ),
     ] = "linear",
+    outtype: Annotated[
+        Literal["f16", "q8_0", "bf16"] | None,
+        typer.Option("--outtype", help="How --to gguf stores matrices: in 16 bits, or in 8. Default: f16."),
+    ] = None,
     dtype: DtypeOption = None,
     shard_gb: ShardGigabytes = 5.0,
 ) -> None:
@@ -61,6 +66,7 @@ def convert(
             tokenizer=tokenizer,
             projector=projector,
             dtype=dtype,
+            outtype=outtype,
             shard_size=round(shard_gb * 1e9),
             progress=progress,
         )
