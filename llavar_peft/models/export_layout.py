@@ -81,8 +81,8 @@ def export(  # noqa: PLR0913 - the options of the conversion
 ) -> WeightsReport:
     """Write a LLaVAR in another layout.
 
-    No model is built. After an interruption or a full disk, the same call resumes, or starts again (``gguf``). Stock LLaVA prepares images as
-    LLaVAR is trained (``pad``); it does not support ``run_llava``'s ``pad_black``.
+    No model is built. After an interruption or a full disk, the same call resumes (``gguf`` starts again). Stock LLaVA
+    prepares images as LLaVAR is trained (``pad``); it does not support ``run_llava``'s ``pad_black``.
 
     Args:
         source: Folder (or hub name) of a LLaVAR in any of the three layouts.
@@ -125,17 +125,13 @@ def export(  # noqa: PLR0913 - the options of the conversion
         raise ConfigError.at("base", "applies only to the conversion into an adapter", "leave it out")
     tower = None if vision_tower is None else str(vision_tower)
     parts = read_checkpoint(ModelConfig(checkpoint=str(folder), vision_tower=tower))
-    _check_has_layout(parts, to)
+    _check_has_layout(parts, to, folder)
     check_tensors(parts.tensors, expected_shapes(parts.config), where=parts.source)
     read = parts.whole_tensors()
     rows = _rows_in_original(parts) if to == "original" else int(parts.config.text_config.vocab_size)
-    if to == "original":
-        check_original_tower(parts.config.to_dict(), folder)
     tensors = _locate_tensors(folder, tower, parts, rows)
     if to == "gguf":
-        name = portable_name(source).rpartition("/")[2] or "model"
-        files = [make(parts, tensors, name, outtype or "f16") for make in (language_model_file, projector_file)]
-        return write_gguf_folder(expand_home(out), files, progress)
+        return _write_gguf(parts, tensors, portable_name(source), expand_home(out), outtype or "f16", progress)
     if to == "original":
         tensors = {new: one for name, one in tensors.items() if (new := tensor_names.to_released(name)) is not None}
         folders = (expand_home(tokenizer), folder) if tokenizer is not None else (folder,)
@@ -170,7 +166,20 @@ def export(  # noqa: PLR0913 - the options of the conversion
     )
 
 
-def _check_has_layout(parts: ModelParts, to: Layout) -> None:
+def _write_gguf(
+    parts: ModelParts,
+    tensors: Mapping[str, TensorEntry | Tensor],
+    source: str,
+    out: Path,
+    outtype: OutType,
+    progress: Progress | None,
+) -> WeightsReport:
+    name = source.rpartition("/")[2] or "model"
+    files = [make(parts, tensors, name, outtype) for make in (language_model_file, projector_file)]
+    return write_gguf_folder(out, files, progress)
+
+
+def _check_has_layout(parts: ModelParts, to: Layout, folder: Path) -> None:
     """Reject a model that the code which reads a layout cannot compute."""
     if to in ("original", "hf-llava", "gguf") and parts.config.cross_attention is not None:
         raise ConfigError.at(
@@ -180,6 +189,7 @@ def _check_has_layout(parts: ModelParts, to: Layout) -> None:
         )
     if to == "original":
         _check_original(parts)
+        check_original_tower(parts.config.to_dict(), folder)
 
 
 def _check_original(parts: ModelParts) -> None:

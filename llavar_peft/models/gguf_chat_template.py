@@ -1,8 +1,8 @@
 """The chat template of a GGUF file, with images as llama.cpp writes them.
 
 llama.cpp puts a marker in the place of an image, ``<__media__>`` or one with random letters (``<__media_x4__>``), and
-passes messages whose content is a text with markers, or a list of parts. Its special tokens do not strip the white space
-next to them, as LLaVAR's image tokens do, so that the template has to.
+passes messages whose content is a text with markers, or a list of parts. Unlike LLaVAR's image tokens, its special
+tokens do not strip the white space next to them, so that the template has to.
 
 Source: llama.cpp, tools/server/server-common.cpp and common/chat.cpp, of November 2026.
 """

@@ -7,6 +7,8 @@ import logging
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Final
 
+from llavar_peft.constants import SYSTEM_PROMPT
+from llavar_peft.data.text_encoder import text_encoder
 from llavar_peft.errors import ConfigError
 from llavar_peft.models.gguf_chat_template import gguf_chat_template, writes_bos
 from llavar_peft.models.model_parts import ModelParts
@@ -30,7 +32,8 @@ _LLAMA_3: Final = "llama3"
 _ROPE_FACTORS: Final = "rope_freqs.weight"
 _PROBES: Final = (
     "The sign says STOP.", "  two  spaces   and more    ", "Total: $1,234.50\n\nVAT 19 %", "ﬁne ½ Ａ e\u0301 ①",
-    "日本語 \U0001f600\U0001f469\u200d\U0001f467 \u0378\t\n\r", "a</s>b <s> <unk> <0x41> ▁x", "=" * 37 + " " * 21 + "aaaa",
+    "日本語 \U0001f600\U0001f469\u200d\U0001f467 \u0378\t\n\r", "a</s>b <s> <unk> <0x41> ▁x",
+    "=" * 37 + " " * 21 + "aaaaaaaaaaa",
 )  # fmt: skip
 _FIX: Final = "use the layout hf-llava, or llavar with `llavar-peft serve`"
 
@@ -51,9 +54,7 @@ def language_model_file(
     """
     gguf, text = import_gguf(), parts.config.text_config
     architecture = _check_language_model(parts)
-    names = gguf.get_tensor_name_map(
-        gguf.MODEL_ARCH[architecture.upper()], text.num_hidden_layers
-    )
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[architecture.upper()], text.num_hidden_layers)
     found = []
     for ours, source in tensors.items():
         if ours.startswith(("model.language_model.", "lm_head.")):
@@ -138,7 +139,8 @@ def _rope_factors(text: Any) -> Tensor:
 
     scaled, _ = ROPE_INIT_FUNCTIONS[_LLAMA_3](text, torch.device("cpu"))
     positions = torch.arange(0, _head_size(text), 2, dtype=torch.float32) / _head_size(text)
-    return (1.0 / text.rope_parameters["rope_theta"] ** positions) / scaled
+    factors: Tensor = 1.0 / text.rope_parameters["rope_theta"] ** positions / scaled
+    return factors
 
 
 def _describe_vocabulary(writer: Any, vocabulary: GgufVocabulary, parts: ModelParts) -> None:
@@ -168,11 +170,8 @@ def _check_pieces(vocabulary: GgufVocabulary, parts: ModelParts) -> None:
     """Warn of a tokenizer whose merges no scores can express."""
     if vocabulary.model != "llama":
         return
-    scored = ScoreTokenizer(vocabulary.tokens, vocabulary.scores)
-    backend = parts.tokenizer.backend_tokenizer
-    for text in (*_PROBES, str(parts.processor().chat_template)):
-        added = [one.content for one in backend.get_added_tokens_decoder().values()]
-        if not any(name in text for name in added):
-            if scored.encode(text) != backend.encode(text, add_special_tokens=False).ids:
-                logger.warning("%s: llama.cpp will split some texts into other tokens, such as %r", parts.source, text)
-                return
+    scored, encoder = ScoreTokenizer(vocabulary.tokens, vocabulary.scores), text_encoder(parts.processor())
+    for text in (*_PROBES, SYSTEM_PROMPT):
+        if scored.encode(text) != encoder.encode(text)[0]:
+            logger.warning("%s: llama.cpp will split some texts into other tokens, such as %r", parts.source, text)
+            return

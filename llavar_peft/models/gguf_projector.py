@@ -1,7 +1,7 @@
 """The file that llama.cpp reads next to a language model: the vision tower and the projector.
 
-llama.cpp computes two layers with a GELU between them. LLaVAR's single layer becomes two of this kind exactly: gelu(x) -
-gelu(-x) = x, whether the GELU is the exact one or its approximation by a hyperbolic tangent.
+llama.cpp computes two layers with a GELU between them. LLaVAR's single layer becomes two of this kind exactly, because
+gelu(x) - gelu(-x) = x, whether the GELU is the exact one or its approximation by a hyperbolic tangent.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from llavar_peft.models.model_parts import ModelParts
 from llavar_peft.weights.gguf.gguf_folder import GgufFile
 from llavar_peft.weights.gguf.gguf_tensors import MATRIX_TYPES, GgufTensor, OutType, import_gguf, matrix_type
 from llavar_peft.weights.io import tensor_names
+from llavar_peft.weights.io.joined_rows import whole
 from llavar_peft.weights.io.tensor_table import TensorEntry
 
 if TYPE_CHECKING:
@@ -41,8 +42,8 @@ _FIX: Final = "use the layout hf-llava, or llavar with `llavar-peft serve`"
 _ENGINE: Final = "llama-cpp-python"
 _MISPLACES_UNTIL: Final = "0.3.36"
 _MISPLACES: Final = (
-    "llama.cpp puts CLIP's class token behind the patches, so that images are misread (ggml-org/llama.cpp#25814; the fix "
-    "#25844 is in no release up to that of llama-cpp-python " + _MISPLACES_UNTIL + ")"
+    "llama.cpp puts CLIP's class token behind the patches, so that images are misread (ggml-org/llama.cpp#25814; the "
+    f"fix #25844 is in no release up to that of llama-cpp-python {_MISPLACES_UNTIL})"
 )
 
 
@@ -113,7 +114,9 @@ def _check_tower(parts: ModelParts, side: int) -> None:
     elif tower.model_type not in _TOWERS:
         what = f"llama.cpp's LLaVA does not have this vision tower (got {tower.model_type!r}, expected CLIP or SigLIP)"
     elif tower.hidden_act not in _GELUS:
-        what = f"llama.cpp does not have the tower's activation (got {tower.hidden_act!r}, expected {', '.join(_GELUS)})"
+        what = (
+            f"llama.cpp does not have the tower's activation (got {tower.hidden_act!r}, expected {', '.join(_GELUS)})"
+        )
     elif side != tower.image_size:
         what = f"llama.cpp prepares images of the tower's size (got {side} pixels, expected {tower.image_size})"
     if what is not None:
@@ -140,10 +143,13 @@ def _installed_engine() -> str:
 
 
 def _projector(parts: ModelParts, outtype: OutType) -> list[GgufTensor]:
-    read = {name: one for name, one in parts.whole_tensors().items() if name.startswith(tensor_names.PROJECTOR)}
+    read = {name: whole(one) for name, one in parts.tensors.items() if name.startswith(tensor_names.PROJECTOR)}
     if parts.config.projector_hidden_act != "linear":
-        two = {f"mm.{number}.{part}": read[f"{tensor_names.STOCK_PROJECTOR}{layer}.{part}"]
-               for number, layer in ((0, 1), (2, 2)) for part in ("weight", "bias")}
+        two = {
+            f"mm.{number}.{part}": read[f"{tensor_names.STOCK_PROJECTOR}{layer}.{part}"]
+            for number, layer in ((0, 1), (2, 2))
+            for part in ("weight", "bias")
+        }
         return [GgufTensor(name, one, matrix_type(one.shape, outtype)) for name, one in two.items()]
     weight, bias = (read[name].float() for name in (tensor_names.PROJECTOR_WEIGHT, tensor_names.PROJECTOR_BIAS))
     return [GgufTensor(name, one, "F32") for name, one in gelu_pair(weight, bias).items()]

@@ -1,7 +1,7 @@
 """What llama.cpp computes from GGUF files, in numpy: only the files are read, and nothing of this package is used.
 
-Source: llama.cpp, src/models/llama.cpp and qwen2.cpp, ggml's two orders of RoPE; tools/mtmd/models/llava.cpp with the class
-token before the patches, as in ggml-org/llama.cpp#25844.
+Source: llama.cpp, src/models/llama.cpp and qwen2.cpp, and ggml's two orders of RoPE; tools/mtmd/models/llava.cpp with
+the class token before the patches, as in ggml-org/llama.cpp#25844.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ def language_logits(path: Path, ids: list[int], inputs: Array | None = None) -> 
 
 def gelu(x: Array) -> Array:
     """GELU as ggml computes it on a CPU: from -10 to 10 in float16."""
-    half = x.astype(np.float16).astype(np.float32)
+    half = np.clip(x, -10, 10).astype(np.float16).astype(np.float32)
     tanh = np.tanh(np.float32(0.7978845608) * half * (1 + np.float32(0.044715) * half * half))
     table = (0.5 * half * (1 + tanh)).astype(np.float16).astype(np.float32)
     return np.where(x <= -10, np.float32(0), np.where(x >= 10, x, table))

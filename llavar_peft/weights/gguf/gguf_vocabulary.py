@@ -1,8 +1,8 @@
 """A fast tokenizer as the vocabulary of a GGUF file.
 
-llama.cpp has two tokenizers for these language models. ``llama`` joins pieces by scores, which a ``tokenizer.json`` does
-not have: they are rebuilt from its list of merges, so that both join the same pairs in the same order. ``gpt2`` reads
-the merges themselves, and knows the splitting of text into words by a name.
+llama.cpp has two tokenizers for these language models. ``llama`` joins pieces by scores, which a ``tokenizer.json``
+does not have: they are rebuilt from its list of merges, so that both join the same pairs in the same order. ``gpt2``
+reads the merges themselves, and knows the splitting of text into words by a name.
 
 Source of the format: ggml, docs/gguf.md; llama.cpp, src/llama-vocab.cpp.
 """
