@@ -27,11 +27,12 @@ def convert(
     ],
     out: Annotated[Path, typer.Argument(help="The folder to create. It must not exist.", metavar="OUT")],
     to: Annotated[
-        Literal["llavar", "original", "hf-llava", "adapter"],
+        Literal["llavar", "original", "hf-llava", "adapter", "gguf"],
         typer.Option(
             "--to",
             help="The layout to write: llavar for this package, original as LLaVAR was released, hf-llava for "
-            "transformers without this package, adapter for this package from a LoRA of LLaVA's own code.",
+            "transformers without this package, adapter for this package from a LoRA of LLaVA's own code, gguf for "
+            "llama.cpp, LM Studio and Ollama.",
         ),
     ],
     base: Annotated[
@@ -61,6 +62,10 @@ def convert(
             "again when it is loaded.",
         ),
     ] = None,
+    outtype: Annotated[
+        Literal["f16", "q8_0", "bf16"] | None,
+        typer.Option("--outtype", help="How --to gguf stores matrices: in 16 bits, or in 8. Default: f16."),
+    ] = None,
     dtype: DtypeOption = None,
     shard_gb: ShardGigabytes = 5.0,
     push: PushOption = None,
@@ -83,6 +88,7 @@ def convert(
             projector=projector,
             quantize=quantize,
             dtype=dtype,
+            outtype=outtype,
             shard_size=round(shard_gb * 1e9),
             progress=progress,
         )

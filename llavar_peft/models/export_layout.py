@@ -5,6 +5,7 @@
 ``hf-llava``  stock ``transformers.LlavaForConditionalGeneration`` with processor and chat template, which ``pipeline``
               and vLLM run without this package
 ``adapter``   an adapter of this package, from a LoRA of LLaVA's own code
+``gguf``      files for llama.cpp, LM Studio and Ollama
 """
 
 from __future__ import annotations
@@ -25,6 +26,8 @@ from llavar_peft.models.build_model import expected_shapes, quantization_argumen
 from llavar_peft.models.checkpoint_loading import read_checkpoint
 from llavar_peft.models.engine_support import check_vllm
 from llavar_peft.models.flat_layout import is_flat
+from llavar_peft.models.gguf_language_model import language_model_file
+from llavar_peft.models.gguf_projector import projector_file
 from llavar_peft.models.hf_llava import write_stock_companions
 from llavar_peft.models.hub_models import resolve_folder
 from llavar_peft.models.llava_lora import convert_llava_lora
@@ -42,6 +45,8 @@ from llavar_peft.weights.delta.released_layout import (
     find_tokenizer,
     read_model_config,
 )
+from llavar_peft.weights.gguf.gguf_folder import write_gguf_folder
+from llavar_peft.weights.gguf.gguf_tensors import OutType, check_outtype
 from llavar_peft.weights.io import tensor_names
 from llavar_peft.weights.io.convert_layout import ACTIVATIONS, ProjectorForm, to_two_layers, write_converted
 from llavar_peft.weights.io.folder_writer import WeightsReport
@@ -59,7 +64,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-Layout = Literal["llavar", "original", "hf-llava", "adapter"]
+Layout = Literal["llavar", "original", "hf-llava", "adapter", "gguf"]
 _FLOAT16 = "float16"
 _STOCK_PAD = "<pad>"
 """The token that ``llava-hf/llava-1.5-*`` adds next to the image token."""
@@ -77,13 +82,14 @@ def export(  # noqa: PLR0913 - the options of the conversion
     quantize: Quantization | None = None,
     dtype: str | None = None,
     form: WeightsFormat | None = None,
+    outtype: OutType | None = None,
     shard_size: int = RELEASED_SHARD_SIZE,
     progress: Progress | None = None,
 ) -> WeightsReport:
     """Write a LLaVAR in another layout.
 
-    No model is built. After an interruption or a full disk, the same call resumes. Stock LLaVA prepares images as
-    LLaVAR is trained (``pad``); it does not support ``run_llava``'s ``pad_black``.
+    No model is built. After an interruption or a full disk, the same call resumes (``gguf`` starts again). Stock LLaVA
+    prepares images as LLaVAR is trained (``pad``); it does not support ``run_llava``'s ``pad_black``.
 
     Args:
         source: Folder (or hub name) of a LLaVAR in any of the three layouts.
@@ -98,6 +104,7 @@ def export(  # noqa: PLR0913 - the options of the conversion
         quantize: ``"nf4"`` stores the language model's linear layers in 4 bits, in the layout ``llavar``.
         dtype: Of the result, by torch's name; None keeps each tensor's own (``original``: float16, as released).
         form: ``"safetensors"`` or ``"bin"``; None is ``"bin"`` for ``original`` and ``"safetensors"`` otherwise.
+        outtype: How ``gguf`` stores matrices: ``"f16"`` (None), ``"q8_0"`` or ``"bf16"``.
         shard_size: Maximum number of bytes per file.
         progress: Called after each tensor with the number of bytes written and in total.
 
@@ -110,12 +117,14 @@ def export(  # noqa: PLR0913 - the options of the conversion
             not linear.
         InterruptedRunError: Ctrl-C.
         EnvironmentFaultError: The disk is full, or another process writes the same folder.
+        MissingDependencyError: ``gguf``, and the package of that name is not installed.
     """
     register()
     if to not in get_args(Layout):
         known = ", ".join(map(repr, get_args(Layout)))
         raise ConfigError.at("to", f"unknown layout (got {to!r}, expected one of {known})", "correct it")
     _check_quantization(to, quantize, form)
+    check_outtype(outtype, to, dtype)
     if to == "adapter":
         return convert_llava_lora(source, out, base=base, vision_tower=vision_tower, progress=progress)
     folder = _open_source(source)
@@ -123,13 +132,13 @@ def export(  # noqa: PLR0913 - the options of the conversion
         raise ConfigError.at("base", "applies only to the conversion into an adapter", "leave it out")
     tower = None if vision_tower is None else str(vision_tower)
     parts = read_checkpoint(ModelConfig(checkpoint=str(folder), vision_tower=tower))
-    _check_has_layout(parts, to, projector)
+    _check_has_layout(parts, to, projector, folder)
     check_tensors(parts.tensors, expected_shapes(parts.config), where=parts.source)
     read = parts.whole_tensors()
     rows = _rows_in_original(parts) if to == "original" else int(parts.config.text_config.vocab_size)
-    if to == "original":
-        check_original_tower(parts.config.to_dict(), folder)
     tensors = _locate_tensors(folder, tower, parts, rows)
+    if to == "gguf":
+        return _write_gguf(parts, tensors, portable_name(source), expand_home(out), outtype or "f16", progress)
     if to == "original":
         tensors = {new: one for name, one in tensors.items() if (new := tensor_names.to_released(name)) is not None}
         folders = (find_folder(tokenizer, "tokenizer"), folder) if tokenizer is not None else (folder,)
@@ -192,9 +201,22 @@ def _check_quantization(to: Layout, quantize: Quantization | None, form: Weights
         raise ConfigError.at("quantize", what, "use the layout llavar, or leave quantize out")
 
 
-def _check_has_layout(parts: ModelParts, to: Layout, projector: ProjectorForm) -> None:
+def _write_gguf(
+    parts: ModelParts,
+    tensors: Mapping[str, TensorEntry | Tensor],
+    source: str,
+    out: Path,
+    outtype: OutType,
+    progress: Progress | None,
+) -> WeightsReport:
+    name = source.rpartition("/")[2] or "model"
+    files = [make(parts, tensors, name, outtype) for make in (language_model_file, projector_file)]
+    return write_gguf_folder(out, files, progress)
+
+
+def _check_has_layout(parts: ModelParts, to: Layout, projector: ProjectorForm, folder: Path) -> None:
     """Reject a model that the code which reads a layout cannot compute."""
-    if to in ("original", "hf-llava") and parts.config.cross_attention is not None:
+    if to in ("original", "hf-llava", "gguf") and parts.config.cross_attention is not None:
         raise ConfigError.at(
             "to",
             f"no engine that reads {to} has the cross-attention of this model (its resolution is cross_attention)",
@@ -202,6 +224,7 @@ def _check_has_layout(parts: ModelParts, to: Layout, projector: ProjectorForm) -
         )
     if to == "original":
         _check_original(parts)
+        check_original_tower(parts.config.to_dict(), folder)
     if to == "hf-llava" and projector == "two-sided":
         check_vllm(parts)
 

@@ -59,6 +59,7 @@ ELSEWHERE = {
     "python examples/openai_client.py": "tests/serving/test_api.py; needs a server",
     "accelerate launch": "tests/test_examples.py; these need several GPUs",
     "sbatch": "needs a Slurm cluster",
+    "llama-server": "tests/weights/test_gguf.py reads the files; needs llama.cpp",
     "python benchmarks": "tests/test_benchmarks.py",
 }
 """How commands begin that are not run here, and where they are tested."""
