@@ -15,7 +15,8 @@ import pytest
 from llavar_peft import __version__, cli
 from llavar_peft.cli import train_command as train_module
 from llavar_peft.errors import ConfigError, EnvironmentFaultError, InterruptedRunError, LlavarError
-from llavar_peft.recipe.presets import list_presets, list_recipes, load_recipe, read_recipe
+from llavar_peft.recipe.presets import load_recipe, read_recipe
+from llavar_peft.recipe.shipped_recipes import list_presets, list_recipes
 
 
 def run(*arguments: str) -> int:

@@ -57,12 +57,13 @@ def _run_command(arguments: Sequence[str] | None) -> int:
     debug = False
     try:
         from llavar_peft.cli.app import Session, build_app
+        from llavar_peft.cli.lazy_commands import lazy_program
         from llavar_peft.cli.output import prepare_streams
 
         session = Session()
         prepare_streams()
         try:
-            build_app()(args=arguments, obj=session, prog_name="llavar-peft")
+            lazy_program(build_app())(args=arguments, obj=session, prog_name="llavar-peft")
         finally:
             debug = session.debug
         sys.stdout.flush()

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from contextlib import suppress
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from llavar_peft.cli.output import is_first_rank, print_table, say, say_next
 from llavar_peft.cli.shared_options import OverridesArgument, PresetOption, RecipeArgument, load_chosen_recipe
 from llavar_peft.errors import ConfigError, DataError, EnvironmentFaultError, InterruptedRunError
-from llavar_peft.recipe.schema import Recipe
+
+if TYPE_CHECKING:
+    from llavar_peft.recipe.schema import Recipe
 
 _QUICKSTART_FOLDER = Path("runs/quickstart")
 

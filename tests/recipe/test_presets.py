@@ -12,8 +12,9 @@ import pytest
 import llavar_peft
 from llavar_peft import cli
 from llavar_peft.errors import ConfigError
-from llavar_peft.recipe.presets import list_presets, list_recipes, load_recipe, read_recipe
+from llavar_peft.recipe.presets import load_recipe, read_recipe
 from llavar_peft.recipe.schema import Full, Lora, ModelConfig, OptimConfig, Projector
+from llavar_peft.recipe.shipped_recipes import list_presets, list_recipes
 from llavar_peft.recipe.stages import projector_pretraining
 
 ROOT = Path(llavar_peft.__file__).parents[1]
