@@ -1,17 +1,35 @@
 """A command line whose commands read their options when they are run.
 
 typer evaluates the annotations of all commands at the start, which takes longer than everything else that ``--help``
-or a message about wrong usage need. Here the list of commands knows only their names and explanations.
+or a message about wrong usage needs. Here the list of commands knows only their names and explanations.
 """
 
 from __future__ import annotations
 
+import copy
 import inspect
 from typing import Any
 
 import typer
 from typer.core import TyperCommand, TyperGroup
 from typer.models import CommandInfo
+
+_OF_COMPLETION = ("install_completion", "show_completion")
+
+
+class _QuickHelp:
+    """Mixin of commands and groups. For a switch without a default, newer versions of typer import pydantic."""
+
+    def get_help_option(self, ctx: Any) -> Any:
+        """Return the switch ``--help``, which is off by default."""
+        option = super().get_help_option(ctx)  # type: ignore[misc]
+        if option is not None:
+            option.default = False
+        return option
+
+
+class _Command(_QuickHelp, TyperCommand):
+    """A command with its options."""
 
 
 class ListedCommand(TyperCommand):
@@ -27,12 +45,14 @@ class ListedCommand(TyperCommand):
 
     def with_options(self) -> Any:
         """Return the command that can be run, with its options and arguments."""
+        info = copy.copy(self._info)
+        info.cls = _Command
         app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-        app.registered_commands.append(self._info)
+        app.registered_commands.append(info)
         return typer.main.get_command(app)
 
 
-class LazyGroup(TyperGroup):
+class LazyGroup(_QuickHelp, TyperGroup):
     """A group whose commands get their options when one is selected, by the user or by the shell's completion."""
 
     def resolve_command(self, *args: Any) -> Any:
@@ -49,9 +69,10 @@ def lazy_program(app: typer.Typer) -> TyperGroup:
     """
     bare = typer.Typer(pretty_exceptions_enable=False)
     bare.info, bare.registered_callback = app.info, app.registered_callback
-    program = typer.main.get_command(bare)
-    if not isinstance(program, LazyGroup):
-        raise TypeError(f"got an application of {type(program).__name__}, expected one of LazyGroup")
+    program: Any = typer.main.get_command(bare)
+    for option in program.params:
+        if option.name in _OF_COMPLETION:
+            option.default = False  # as in _QuickHelp
     for command in app.registered_commands:
         program.add_command(ListedCommand(command))
     for added in app.registered_groups:
@@ -63,4 +84,4 @@ def lazy_program(app: typer.Typer) -> TyperGroup:
                 rich_help_panel=added.rich_help_panel,
             )  # fmt: skip
             program.add_command(group)
-    return program
+    return program  # type: ignore[no-any-return]
