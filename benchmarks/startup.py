@@ -116,7 +116,7 @@ def startup_table(report: dict[str, Any]) -> str:
             peer = IMPORTS if name in ("first token", MODEL_IMPORTS) else BARE
             lines.append(f"| {name} | {figure(spread(times))} | {peer} | {figure(found)} | {verdict} |")
     lines += [
-        "", "Median (least–most). Importing transformers' models is part of the first token's time in every program.", "",
+        "", "Median (least–most). Every program that runs a model of transformers pays the import of these models.", "",
         "| Training step | other processes | wall s | CPU s |", "|---|---|---|---|",
     ]  # fmt: skip
     for loops, kinds in report["steps"].items():

@@ -67,7 +67,10 @@ def install(wheel: Path, folder: Path, *, dependencies: bool) -> Path:
     if dependencies:
         run([str(python), "-m", "pip", "install", "--quiet", str(wheel)], folder)
         return python.parent
-    run([sys.executable, "-m", "pip", "--python", str(python), "install", "--quiet", "--no-deps", str(wheel)], folder)
+    run(
+        [sys.executable, "-m", "pip", "--python", str(python), "install", "--no-compile", "--no-deps", str(wheel)],
+        folder,
+    )
     (packages,) = folder.glob("lib/python3*/site-packages")
     # The folder's own .pth files, such as that of an editable installation, are not read.
     (packages / "dependencies.pth").write_text(sysconfig.get_path("purelib") + "\n", encoding="utf-8")

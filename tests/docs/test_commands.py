@@ -58,6 +58,7 @@ ELSEWHERE = {
     "python examples/openai_client.py": "tests/serving/test_api.py; needs a server",
     "accelerate launch": "tests/test_examples.py; these need several GPUs",
     "sbatch": "needs a Slurm cluster",
+    "docker": "tests/test_container_files.py; the images are built elsewhere",
     "python benchmarks": "tests/test_benchmarks.py",
 }
 """How commands begin that are not run here, and where they are tested."""
