@@ -1,6 +1,6 @@
 # Development commands; .ci/run runs `quality`, `docs` and the tests.
 PYTHON ?= python
-.PHONY: style quality test parity torture gpu docs fuzz bench
+.PHONY: style quality test parity torture gpu docs fuzz bench wheel-test
 
 style:  ## Format the code and fix what ruff can fix.
 	ruff check --fix .
@@ -31,6 +31,9 @@ docs:  ## Build the documentation into build/site.
 fuzz:  ## Damage the files that users give, and look for tracebacks, hangs and excessive memory.
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(PYTHON) -m tests.fuzz $(FUZZ_ARGS)
 
+wheel-test:  ## Install the built wheel with its dependencies in a new environment, and run the quickstart there.
+	$(PYTHON) -m tests.built_package
+
 bench:  ## Measure time and memory against named peers.
 	$(PYTHON) benchmarks/data.py
 	$(PYTHON) benchmarks/train.py --levers
@@ -39,4 +42,5 @@ bench:  ## Measure time and memory against named peers.
 	$(PYTHON) benchmarks/resolution.py
 	$(PYTHON) benchmarks/resolution_estimates.py
 	$(PYTHON) benchmarks/hardware.py
+	$(PYTHON) benchmarks/startup.py --out benchmarks/results/startup
 	$(PYTHON) benchmarks/write_docs.py

@@ -20,6 +20,10 @@ TemplateName = Literal["llava_v1", "vicuna_v1", "chat"]
 """How a conversation is written: as LLaVAR does, as LLaVA-1.5 does, or by the tokenizer's own chat template."""
 ImageMode = Literal["pad", "square", "keep", "pad_black"]
 """Conversion of an image to a tensor; see ``llavar_peft.data.image_preparation``."""
+Quantization = Literal["nf4", "int8"]
+"""How base weights are stored in fewer bits."""
+BadImagePolicy = Literal["stop", "skip"]
+"""What is done about a missing or broken image."""
 TileLayout = tuple[int, int, int, int]
 """How an image is cut: rows and columns of tiles, then rows and columns of their patches without padding, pooled."""
 

@@ -305,3 +305,23 @@ def test_the_estimates_of_resolutions_are_of_real_sizes() -> None:
     assert plain.qlora < tiles.qlora < crossed.qlora
     assert plain.flops < crossed.flops < tiles.flops
     assert "| tiles: 1 + 4 | 2,928 | 4,400 |" in resolution_estimates.table({"7b": found})
+
+
+def test_the_start_up_is_compared_in_the_same_round(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import startup
+
+    assert set(startup.GOALS) < set(startup.processes(tmp_path))
+    assert "learing_rate" in (tmp_path / "typo.yaml").read_text(encoding="utf-8")
+    times = {startup.BARE: [0.1, 0.2], "--help": [0.3, 0.6], startup.IMPORTS: [2.0, 3.0], "first token": [4.0, 6.0]}
+    assert startup.over(times, "--help") == pytest.approx([0.3, 0.2, 0.4])
+    steps = {"3": {"spin": [{"wall": 2.0, "cpu": 1.0}], "sleep": [{"wall": 1.0, "cpu": 0.5}]}}
+    machine = {"cores": 2, "memory": 2**34, "system": "Linux", "kind": "x86_64"}
+    report = {
+        "date": "", "command": "", "machine": machine, "packages": {}, "python": "3.11", "threads": "1",
+        "load_before": [0.0], "load_after": [0.0], "rounds": 2, "seconds": 60.0, "times": times, "steps": steps,
+    }  # fmt: skip
+    table = startup.startup_table(report)
+    assert "| --help | 0.45 (0.30–0.60) | python -c pass | 0.30 (0.20–0.40) | 0.3: met |" in table
+    assert f"| first token | 5.00 (4.00–6.00) | {startup.IMPORTS} | 2.50 (2.00–3.00) | 1.5: missed |" in table
+    assert "| threads sleep while they wait | 3 | 1.000 (1.000–1.000) | 0.500 (0.500–0.500) |" in table

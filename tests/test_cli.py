@@ -11,11 +11,15 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import typer
 
 from llavar_peft import __version__, cli
 from llavar_peft.cli import train_command as train_module
+from llavar_peft.cli.app import build_app
+from llavar_peft.cli.lazy_commands import lazy_program
 from llavar_peft.errors import ConfigError, EnvironmentFaultError, InterruptedRunError, LlavarError
-from llavar_peft.recipe.presets import list_presets, list_recipes, load_recipe, read_recipe
+from llavar_peft.recipe.presets import load_recipe, read_recipe
+from llavar_peft.recipe.shipped_recipes import list_presets, list_recipes
 
 
 def run(*arguments: str) -> int:
@@ -336,7 +340,7 @@ def test_data_inspect_marks_the_supervised_text() -> None:
 def modules_after(code: str) -> set[str]:
     script = f"{code}\nimport json, sys; sys.stderr.write(json.dumps(sorted(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
-    return set(json.loads(done.stderr))
+    return set(json.loads(done.stderr.splitlines()[-1]))
 
 
 @pytest.mark.parametrize(
@@ -358,6 +362,34 @@ def test_light_commands_do_not_import_torch(arguments: list[str], monkeypatch: p
         monkeypatch.setenv("COMP_CWORD", "3")
     loaded = modules_after(f"from llavar_peft.cli import main\nassert main({arguments!r}) == 0")
     assert not loaded & {"torch", "transformers", "peft", "datasets", "accelerate", "PIL", "numpy"}
+    assert ("llavar_peft.recipe.schema" in loaded) == (arguments[:2] == ["recipe", "show"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status"), [(["--help"], 0), (["--version"], 0), (["trian"], 2), (["train", "--nope"], 2)]
+)
+def test_help_and_wrong_usage_need_no_schema(arguments: list[str], status: int) -> None:
+    """pydantic and what it builds take longer than the answer; typer imports it to check the values of options."""
+    loaded = modules_after(f"from llavar_peft.cli import main\nassert main({arguments!r}) == {status}")
+    loaded = {name.partition(".")[0] for name in loaded}
+    assert not loaded & {"pydantic", "pydantic_core", "yaml", "msgspec", "torch", "numpy"}
+
+
+def test_a_program_runs_the_commands_of_its_application() -> None:
+    """Commands without their options, and complete ones where one is selected, as typer makes them at once."""
+    app = build_app()
+    eager, lazy = typer.main.get_command(app), lazy_program(app)
+    for path in (["ask"], ["eval", "vqa"]):
+        found = []
+        for program in (eager, lazy):
+            command, context = program, None
+            for name in path:
+                context = command.context_class(command, info_name=name, parent=context)
+                command = command.resolve_command(context, [name])[1]
+            found.append([(one.name, one.opts, one.default) for one in command.params])
+        assert found[0] == found[1] != []
+    listed = [(name, one.get_short_help_str(), one.rich_help_panel) for name, one in lazy.commands.items()]
+    assert listed == [(name, one.get_short_help_str(), one.rich_help_panel) for name, one in eager.commands.items()]
 
 
 def test_the_module_is_the_command() -> None:

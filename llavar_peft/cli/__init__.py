@@ -18,6 +18,7 @@ from types import FrameType
 from typing import NoReturn
 
 from llavar_peft.compat.deferred_compilation import defer_compilation
+from llavar_peft.compat.usable_cores import wait_passively
 
 _UNEXPECTED = 1
 _INTERRUPTED = 130  # as shells report a command that Ctrl-C ended: 128 + SIGINT
@@ -29,6 +30,7 @@ def run() -> NoReturn:
     # The imports make a million objects and no garbage, and looking for garbage takes a sixth of their time.
     gc.set_threshold(10_000)
     defer_compilation()
+    wait_passively(os.environ)
     status = main()
     # While Python shuts down, a second Ctrl-C would print a traceback.
     for number in _SIGNALS:
@@ -57,12 +59,13 @@ def _run_command(arguments: Sequence[str] | None) -> int:
     debug = False
     try:
         from llavar_peft.cli.app import Session, build_app
+        from llavar_peft.cli.lazy_commands import lazy_program
         from llavar_peft.cli.output import prepare_streams
 
         session = Session()
         prepare_streams()
         try:
-            build_app()(args=arguments, obj=session, prog_name="llavar-peft")
+            lazy_program(build_app())(args=arguments, obj=session, prog_name="llavar-peft")
         finally:
             debug = session.debug
         sys.stdout.flush()

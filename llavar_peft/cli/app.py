@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from typer.core import TyperGroup
 
 from llavar_peft import __version__
 from llavar_peft.cli.adapter_command import adapter_bake, adapter_show, adapter_verify
@@ -28,6 +27,7 @@ from llavar_peft.cli.fields_command import eval_fields
 from llavar_peft.cli.generate_command import generate
 from llavar_peft.cli.heights_command import eval_heights
 from llavar_peft.cli.judge_command import eval_answer, eval_judge, eval_summarize
+from llavar_peft.cli.lazy_commands import LazyGroup
 from llavar_peft.cli.merge_command import merge
 from llavar_peft.cli.ocr_command import ocr_build, ocr_converse, ocr_select
 from llavar_peft.cli.output import is_first_rank, make_safe, say
@@ -76,7 +76,7 @@ _OPTIONS = {
 }
 
 
-class _SafeGroup(TyperGroup):
+class _SafeGroup(LazyGroup):
     """The program. Messages about its arguments, which may be names of files, do not control the terminal."""
 
     def make_context(self, *args: Any, **settings: Any) -> Any:

@@ -10,7 +10,6 @@ from llavar_peft.cli import shared_options as shared
 from llavar_peft.cli.output import say, say_json
 from llavar_peft.constants import MOST_PAGES
 from llavar_peft.errors import ConfigError
-from llavar_peft.text_files import check_question
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -53,6 +52,7 @@ def ask(
 ) -> None:
     """Ask a model a question about images."""
     from llavar_peft.inference.chat import load_chat
+    from llavar_peft.text_files import check_question
 
     form = shared.read_schema(schema)
     if question is None:

@@ -7,8 +7,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
 
 import typer
-from rich.console import Console
-from rich.text import Text
 
 from llavar_peft.cli.output import make_safe, say, say_json, show_count, with_released_key
 from llavar_peft.cli.resolution_table import HeightsOption, OcrSampleOption, find_texts, print_resolutions
@@ -16,6 +14,8 @@ from llavar_peft.cli.shared_options import ImagesOption, JsonOption, VisionTower
 from llavar_peft.errors import count_of
 
 if TYPE_CHECKING:
+    from rich.text import Text
+
     from llavar_peft.data.hub_sources import TableSelection
     from llavar_peft.types import Example
 
@@ -101,6 +101,9 @@ def data_inspect(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document per record.")] = False,
 ) -> None:
     """Show the text of records as the model is trained on it, with the supervised parts in green."""
+    from rich.console import Console
+    from rich.text import Text
+
     from llavar_peft.data.encode_record import encode_conversation
     from llavar_peft.data.image_roots import ImageRoots
     from llavar_peft.data.record_store import open_filled_records, parse_record
@@ -193,6 +196,8 @@ def _example_as_dict(example: Example, spans: list[tuple[str, bool]]) -> dict[st
 
 
 def _example_as_text(example: Example, spans: list[tuple[str, bool]]) -> Text:
+    from rich.text import Text
+
     count = f"{len(example.input_ids)} tokens, {example.supervised} supervised"
     dropped = f", dropped: {example.dropped}" if example.dropped else ""
     text = Text(f"{make_safe(example.id)} ({count}{dropped})\n", style="bold")

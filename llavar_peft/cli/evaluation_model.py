@@ -10,7 +10,7 @@ import typer
 
 from llavar_peft.cli.output import resumable, show_count
 from llavar_peft.errors import ConfigError
-from llavar_peft.recipe.schema import Quantization
+from llavar_peft.types import Quantization
 
 if TYPE_CHECKING:
     from llavar_peft.data.image_roots import ImageRoots

@@ -9,7 +9,7 @@ import typer
 
 from llavar_peft.cli import shared_options as shared
 from llavar_peft.cli.output import is_first_rank, resumable, say, show_count
-from llavar_peft.recipe.schema import BadImagePolicy
+from llavar_peft.types import BadImagePolicy
 
 
 def generate(

@@ -16,8 +16,7 @@ from llavar_peft.cli import evaluation_model as evaluated
 from llavar_peft.cli import shared_options as shared
 from llavar_peft.cli.output import format_interval, print_table, resumable, say, say_json, show_count
 from llavar_peft.errors import ConfigError
-from llavar_peft.recipe.schema import Quantization
-from llavar_peft.types import ImageMode
+from llavar_peft.types import ImageMode, Quantization
 
 if TYPE_CHECKING:
     from llavar_peft.data.image_roots import ImageRoots

@@ -8,8 +8,7 @@ import typer
 
 from llavar_peft.cli.output import say
 from llavar_peft.cli.shared_options import complete_preset, complete_recipe_or_preset
-from llavar_peft.recipe.presets import list_presets, list_recipes, load_recipe, read_recipe, shipped_gpu
-from llavar_peft.recipe.recipe_yaml import dump_recipe
+from llavar_peft.recipe.shipped_recipes import list_presets, list_recipes, shipped_gpu
 
 
 def recipe_list() -> None:
@@ -48,6 +47,9 @@ def recipe_show(
     ] = None,
 ) -> None:
     """Print a recipe or preset as YAML, to save, edit and train."""
+    from llavar_peft.recipe.presets import load_recipe, read_recipe
+    from llavar_peft.recipe.recipe_yaml import dump_recipe
+
     # A preset alone is incomplete; everything else is shown only if it can be trained.
     complete = name not in list_presets() or full or overrides or preset
     loaded = load_recipe(name, overrides or (), preset=preset) if complete else None

@@ -11,15 +11,15 @@ import typer
 
 from llavar_peft.constants import MOST_PAGES
 from llavar_peft.errors import ConfigError
-from llavar_peft.recipe.presets import list_presets, list_recipes, load_recipe
-from llavar_peft.recipe.schema import Quantization, Recipe
-from llavar_peft.types import ImageMode, expand_home
+from llavar_peft.recipe.shipped_recipes import list_presets, list_recipes
+from llavar_peft.types import ImageMode, Quantization, expand_home
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
     from llavar_peft.data.json_schema import AnswerSchema
     from llavar_peft.inference.token_sampling import Sampling
+    from llavar_peft.recipe.schema import Recipe
 
 
 def _complete(list_names: Callable[[], dict[str, str]]) -> Callable[[str], list[tuple[str, str]]]:
@@ -232,4 +232,6 @@ def load_chosen_recipe(
         overrides, recipe = [recipe, *(overrides or ())], None
     if recipe is None and preset is None:
         raise typer.BadParameter("give a RECIPE, a --preset, or both", ctx=context)
+    from llavar_peft.recipe.presets import load_recipe
+
     return load_recipe(recipe, overrides or [], preset=preset)

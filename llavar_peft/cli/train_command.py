@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from contextlib import suppress
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -18,7 +18,9 @@ from llavar_peft.cli.push_command import (
 )
 from llavar_peft.cli.shared_options import OverridesArgument, PresetOption, RecipeArgument, load_chosen_recipe
 from llavar_peft.errors import ConfigError, DataError, EnvironmentFaultError, InterruptedRunError
-from llavar_peft.recipe.schema import Lora, Recipe
+
+if TYPE_CHECKING:
+    from llavar_peft.recipe.schema import Recipe
 
 _QUICKSTART_FOLDER = Path("runs/quickstart")
 
@@ -117,6 +119,8 @@ def train(
 
 def _bases(recipe: Recipe) -> list[str]:
     """Return what the result of a recipe will be made from: an adapter of a later stage from the stage before it."""
+    from llavar_peft.recipe.schema import Lora
+
     model = recipe.model
     if len(recipe.stages) > 1 and isinstance(recipe.stages[-1].tune, Lora):
         return [recipe.stages[-2].name]

@@ -1,13 +1,32 @@
-"""The number of CPU cores that this process may use: as Python 3.13 counts them, and within a quota."""
+"""The CPU cores that this process may use: their number, and how its threads share them with other processes."""
 
 from __future__ import annotations
 
 import math
 import os
+from collections.abc import MutableMapping
 from pathlib import Path
 
 _QUOTAS = (("cpu.max",), ("cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us"))
 """Files with quota and period of the two versions of control groups; a container sees its own at the root."""
+
+_WAITING = {"OMP_WAIT_POLICY": "PASSIVE", "KMP_BLOCKTIME": "0"}
+"""The variables of OpenMP, and of Intel's and LLVM's form of it, for threads that sleep while they wait."""
+_OTHER_WAITING = "GOMP_SPINCOUNT"
+
+
+def wait_passively(environment: MutableMapping[str, str]) -> None:
+    """Let PyTorch's threads sleep while they wait for each other, unless the user has decided how they wait.
+
+    By default they spin. When other processes use the cores too, a thread that spins keeps the one that it waits for
+    from running, and a training step takes many times its share of the machine. The number of threads stays: sums
+    depend on it in the last bit, and a resumed run must give the same weights.
+
+    Args:
+        environment: The process's environment. OpenMP reads it when torch is imported.
+    """
+    if not {*_WAITING, _OTHER_WAITING} & set(environment):
+        environment.update(_WAITING)
 
 
 def usable_cores(cgroup: Path = Path("/sys/fs/cgroup")) -> int:

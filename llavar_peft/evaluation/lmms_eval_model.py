@@ -23,8 +23,7 @@ if TYPE_CHECKING:
     from lmms_eval.api.instance import Instance
     from PIL.Image import Image
 
-    from llavar_peft.recipe.schema import Quantization
-    from llavar_peft.types import ImageMode
+    from llavar_peft.types import ImageMode, Quantization
 
 _MAX_NEW_TOKENS: Final = 256  # if the task sets no limit
 

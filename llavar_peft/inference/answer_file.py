@@ -37,8 +37,7 @@ from llavar_peft.inference.question_file import (
 )
 from llavar_peft.inference.token_sampling import Sampling
 from llavar_peft.models.launch_environment import claim_device, uses_gpu
-from llavar_peft.recipe.schema import BadImagePolicy, Quantization
-from llavar_peft.types import ImageMode, expand_home
+from llavar_peft.types import BadImagePolicy, ImageMode, Quantization, expand_home
 from llavar_peft.weights.adapter.model_hash import identify_model
 
 logger = logging.getLogger(__name__)

@@ -23,9 +23,9 @@ from llavar_peft.inference.generation_request import (
     prepare_images,
 )
 from llavar_peft.inference.token_sampling import Sampling, SamplingSettings
-from llavar_peft.recipe.schema import Attention, Dtype, Kernels, Quantization
+from llavar_peft.recipe.schema import Attention, Dtype, Kernels
 from llavar_peft.text_files import check_question
-from llavar_peft.types import ImageMode, ReadableRepr, Role
+from llavar_peft.types import ImageMode, Quantization, ReadableRepr, Role
 
 if TYPE_CHECKING:
     from pydantic import BaseModel

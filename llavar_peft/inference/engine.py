@@ -27,8 +27,9 @@ from llavar_peft.models.build_model import build_model
 from llavar_peft.models.hub_models import is_hub_name, resolve_folder
 from llavar_peft.models.model_resolution import with_resolution_of
 from llavar_peft.models.quantized_checkpoint import with_stored_quantization
-from llavar_peft.recipe.schema import Attention, Dtype, Kernels, ModelConfig, Quantization
+from llavar_peft.recipe.schema import Attention, Dtype, Kernels, ModelConfig
 from llavar_peft.recipe.validate import model_from_mapping
+from llavar_peft.types import Quantization
 from llavar_peft.weights.adapter.adapter_files import ADAPTER_CONFIG, BASE_FILE, read_base_settings, read_settings
 from llavar_peft.weights.adapter.adapter_layouts import conversion_of, is_llava_lora
 from llavar_peft.weights.io.hub_folders import find_folder

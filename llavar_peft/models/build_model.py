@@ -41,7 +41,8 @@ from llavar_peft.models.pending_weights import PendingWeights
 from llavar_peft.models.pretrained_files import load_pretrained, unreadable_settings
 from llavar_peft.models.processing_llavar import LlavarProcessor
 from llavar_peft.models.quantized_checkpoint import NOT_QUANTIZED, check_stored, compute_in, prepare_stored
-from llavar_peft.recipe.schema import Attention, Dtype, Kernels, ModelConfig, Quantization
+from llavar_peft.recipe.schema import Attention, Dtype, Kernels, ModelConfig
+from llavar_peft.types import Quantization
 from llavar_peft.weights.io import tensor_names
 from llavar_peft.weights.io.companion_files import PROCESSOR_FILE
 from llavar_peft.weights.io.joined_rows import JoinedRows, whole

@@ -33,8 +33,8 @@ from llavar_peft.models.hub_models import resolve_folder
 from llavar_peft.models.llava_lora import convert_llava_lora
 from llavar_peft.models.model_parts import ModelParts
 from llavar_peft.models.quantized_checkpoint import quantize_checkpoint
-from llavar_peft.recipe.schema import ModelConfig, Quantization
-from llavar_peft.types import expand_home
+from llavar_peft.recipe.schema import ModelConfig
+from llavar_peft.types import Quantization, expand_home
 from llavar_peft.weights.adapter.adapter_files import ADAPTER_CONFIG
 from llavar_peft.weights.adapter.adapter_layouts import conversion_of, is_llava_lora
 from llavar_peft.weights.delta.flat_settings import flatten_config

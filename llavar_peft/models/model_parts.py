@@ -12,8 +12,7 @@ from llavar_peft.constants import IMAGE_PATCH_TOKEN
 from llavar_peft.errors import WeightsError
 from llavar_peft.models.llavar_config import LlavarConfig
 from llavar_peft.models.processing_llavar import LlavarProcessor
-from llavar_peft.recipe.schema import Quantization
-from llavar_peft.types import ImageMode, TemplateName
+from llavar_peft.types import ImageMode, Quantization, TemplateName
 from llavar_peft.weights.io import tensor_names
 from llavar_peft.weights.io.joined_rows import JoinedRows, whole
 from llavar_peft.weights.io.tensor_blocks import check_values

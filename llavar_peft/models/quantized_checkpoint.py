@@ -17,9 +17,9 @@ from llavar_peft.errors import ConfigError
 from llavar_peft.models.hub_models import cached_folder, is_hub_name, resolve_folder
 from llavar_peft.models.model_parts import ModelParts
 from llavar_peft.models.modeling_llavar import LlavarForConditionalGeneration
-from llavar_peft.recipe.schema import ModelConfig, Projector, Quantization, Recipe
+from llavar_peft.recipe.schema import ModelConfig, Projector, Recipe
 from llavar_peft.recipe.validate import validate_recipe
-from llavar_peft.types import expand_home
+from llavar_peft.types import Quantization, expand_home
 from llavar_peft.weights.delta.released_layout import read_model_config, view_as_released
 from llavar_peft.weights.io import tensor_names
 from llavar_peft.weights.io.folder_writer import WeightsReport

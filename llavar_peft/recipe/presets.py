@@ -1,13 +1,11 @@
-"""The shipped recipes and presets by name, and the loading of a recipe with a preset and overrides applied."""
+"""The loading of a recipe, with a preset and overrides applied."""
 
 from __future__ import annotations
 
 import copy
 import os
-import re
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -15,50 +13,13 @@ from llavar_peft.errors import ConfigError
 from llavar_peft.recipe.recipe_yaml import apply_overrides, parse_yaml
 from llavar_peft.recipe.schema import Recipe
 from llavar_peft.recipe.schema_fields import nearest
+from llavar_peft.recipe.shipped_recipes import list_presets, read_shipped, shipped_names
 from llavar_peft.recipe.validate import recipe_from_mapping
 from llavar_peft.text_files import read_text
 from llavar_peft.types import expand_home
 
-_HERE = Path(__file__).parent
-# setup.py packs the repository's examples/recipes into the package; a checkout reads that folder itself.
-_CHECKOUT = _HERE.parents[1] / "examples" / "recipes"
-_SHIPPED = next((folder for folder in (_HERE / "shipped", _CHECKOUT) if folder.is_dir()), _HERE / "shipped")
-_SUFFIX = ".yaml"
 _MOST_BYTES = 2**20  # of a recipe; records given by mistake would be parsed for hours
 _RATES = ("learning_rate", "projector_learning_rate", "rows_learning_rate")
-
-
-def list_recipes() -> dict[str, str]:
-    """Return the names of the shipped recipes, each with its one-line description."""
-    return {name: line for name, line in _shipped().items() if not _is_preset(name)}
-
-
-def list_presets() -> dict[str, str]:
-    """Return the names of the shipped presets, each with its one-line description.
-
-    A preset describes what one stage trains and how, but neither the model nor the data.
-    """
-    return {name: line for name, line in _shipped().items() if _is_preset(name)}
-
-
-def shipped_gpu(name: str) -> str:
-    """Return the GPU that a shipped recipe or preset fits on, or an empty text.
-
-    It is written in the file, because the estimate takes seconds; tests/preflight/test_gpu_fit.py recomputes it.
-    """
-    text = (_SHIPPED / f"{name}{_SUFFIX}").read_text(encoding="utf-8")
-    found = re.search(r"^# GPU: ([^;.]*)", text, re.MULTILINE)
-    return found[1] if found is not None else ""
-
-
-def _shipped() -> dict[str, str]:
-    files = sorted(_SHIPPED.glob(f"*{_SUFFIX}"), key=lambda file: file.stem)
-    return {file.stem: file.read_text(encoding="utf-8").partition("\n")[0].lstrip("# ") for file in files}
-
-
-@cache
-def _is_preset(name: str) -> bool:
-    return "output_dir" not in parse_yaml((_SHIPPED / f"{name}{_SUFFIX}").read_text(encoding="utf-8"), name)
 
 
 def read_recipe(name_or_path: str | Path) -> str:
@@ -71,9 +32,9 @@ def read_recipe(name_or_path: str | Path) -> str:
         ConfigError: The recipe does not exist or cannot be read.
     """
     where = str(name_or_path)
-    known = list(_shipped())
+    known = shipped_names()
     if where in known:
-        return (_SHIPPED / f"{where}{_SUFFIX}").read_text(encoding="utf-8")
+        return read_shipped(where)
     path = expand_home(name_or_path)
     if not os.path.exists(path):  # pathlib's raises an error for a name that is too long
         near = nearest(where, known)
@@ -90,7 +51,7 @@ def load_recipe(
     """Read a recipe, apply a preset and overrides, and validate the result.
 
     Args:
-        name_or_path: The name of a shipped recipe or preset (see ``list_recipes``, ``list_presets``), or the path of a
+        name_or_path: The name of a shipped recipe or preset (see ``shipped_recipes``), or the path of a
             YAML file. None uses the preset alone, which the overrides complete.
         overrides: Each ``path=value``, e.g. ``stages.0.optim.learning_rate=1e-3``; the value is YAML.
         preset: Name of a preset. Its ``tune`` and learning rates replace those of the recipe's last stage; its model
@@ -99,7 +60,7 @@ def load_recipe(
     Raises:
         ConfigError: The recipe or preset does not exist, or is invalid; the message lists everything that is wrong.
     """
-    if preset is None and str(name_or_path) in _shipped() and _is_preset(str(name_or_path)):
+    if preset is None and str(name_or_path) in list_presets():
         name_or_path, preset = None, str(name_or_path)
     chosen = _read_preset(preset) if preset is not None else None
     if name_or_path is None:

@@ -29,16 +29,14 @@ from llavar_peft.recipe.schema_types import (
     StrictFields,
     Text,
 )
-from llavar_peft.types import ImageMode, TemplateName
+from llavar_peft.types import BadImagePolicy, ImageMode, Quantization, TemplateName
 
-Quantization = Literal["nf4", "int8"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Attention = Literal["auto", "flash_attention_2", "sdpa", "eager"]
 Kernels = Literal["none", "liger", "compile"]
 Precision = Literal["auto", "bf16", "fp16", "fp32"]
 Schedule = Literal["cosine", "linear", "constant", "constant_with_warmup"]
 Optimizer = Literal["adamw", "adamw_8bit", "paged_adamw_8bit"]
-BadImagePolicy = Literal["stop", "skip"]
 LossAverage = Literal["micro_batch", "token"]
 LoraVariant = Literal["lora", "rslora", "dora", "pissa"]
 LoraTarget = Literal["all-linear", "attention", "mlp"]

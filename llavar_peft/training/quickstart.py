@@ -23,8 +23,8 @@ from llavar_peft.datagen.synth.synth_settings import SynthSettings, Task
 from llavar_peft.datagen.synth.write_synthetic import SynthResult, write_synthetic
 from llavar_peft.errors import ConfigError
 from llavar_peft.recipe.presets import load_recipe
-from llavar_peft.recipe.schema import Lora, Quantization, Recipe
-from llavar_peft.types import expand_home
+from llavar_peft.recipe.schema import Lora, Recipe
+from llavar_peft.types import Quantization, expand_home
 
 if TYPE_CHECKING:
     from llavar_peft.inference.chat import Chat

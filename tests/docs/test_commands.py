@@ -60,6 +60,7 @@ ELSEWHERE = {
     "accelerate launch": "tests/test_examples.py; these need several GPUs",
     "sbatch": "needs a Slurm cluster",
     "llama-server": "tests/weights/test_gguf.py reads the files; needs llama.cpp",
+    "docker": "tests/test_container_files.py; the images are built elsewhere",
     "python benchmarks": "tests/test_benchmarks.py",
 }
 """How commands begin that are not run here, and where they are tested."""

@@ -23,7 +23,6 @@ from typing import Any
 
 import datasets
 import psutil
-import typer
 
 from llavar_peft import cli
 from llavar_peft.cli import app
@@ -253,9 +252,9 @@ def _damage(target: Target, draw: random.Random) -> str:
 
 
 def keep_command_line() -> None:
-    """Build the table of commands once, which takes longer than most commands."""
-    table = typer.main.get_command(app.build_app())
-    app.build_app = lambda: table  # type: ignore[assignment,return-value]
+    """Build the table of commands once."""
+    table = app.build_app()
+    app.build_app = lambda: table
 
 
 def _run_command(arguments: list[str]) -> tuple[str, str]:

@@ -9,7 +9,8 @@ import pytest
 
 from llavar_peft.preflight.estimate_stage import estimate_stage
 from llavar_peft.preflight.gpu_fit import fit_gpus, smallest_gpu
-from llavar_peft.recipe.presets import list_presets, list_recipes, load_recipe, read_recipe, shipped_gpu
+from llavar_peft.recipe.presets import load_recipe, read_recipe
+from llavar_peft.recipe.shipped_recipes import list_presets, list_recipes, shipped_gpu
 
 _GIB = 2**30
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -12,8 +10,9 @@ import pytest
 import llavar_peft
 from llavar_peft import cli
 from llavar_peft.errors import ConfigError
-from llavar_peft.recipe.presets import list_presets, list_recipes, load_recipe, read_recipe
+from llavar_peft.recipe.presets import load_recipe, read_recipe
 from llavar_peft.recipe.schema import Full, Lora, ModelConfig, OptimConfig, Projector
+from llavar_peft.recipe.shipped_recipes import list_presets, list_recipes
 from llavar_peft.recipe.stages import projector_pretraining
 
 ROOT = Path(llavar_peft.__file__).parents[1]
@@ -141,20 +140,3 @@ def test_training_with_a_preset_with_and_without_a_recipe(tmp_path: Path) -> Non
     recipe = str(alone / "recipe.yaml")
     assert cli.main(["train", recipe, f"output_dir={over}", "--preset", "lora-attention-only"]) == 0
     assert load_recipe(over / "adapter/recipe.yaml").stages[0].tune == TUNES["lora-attention-only"]
-
-
-@pytest.mark.skipif(not (ROOT / "pyproject.toml").is_file(), reason="needs the repository")
-def test_an_installed_package_contains_the_presets(tmp_path: Path) -> None:
-    """The package is built as for a wheel and imported outside the repository."""
-    build = [sys.executable, "setup.py", "-q", "build", "--build-base", str(tmp_path)]
-    subprocess.run(build, cwd=ROOT, check=True, capture_output=True)
-    script = (
-        "import llavar_peft.recipe.presets as r; print(r.__file__); print(*r.list_presets()); r.read_recipe('qlora')"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, check=True,
-        env={"PYTHONPATH": str(tmp_path / "lib")},
-    )  # fmt: skip
-    where, found = done.stdout.splitlines()
-    assert where.startswith(str(tmp_path / "lib"))
-    assert set(found.split()) == set(TUNES)

@@ -9,9 +9,10 @@ from hypothesis import strategies as st
 
 from llavar_peft.errors import ConfigError
 from llavar_peft.recipe import resolution, schema
-from llavar_peft.recipe.presets import list_recipes, load_recipe, read_recipe
+from llavar_peft.recipe.presets import load_recipe, read_recipe
 from llavar_peft.recipe.recipe_yaml import dump_recipe
 from llavar_peft.recipe.schema import DataConfig, Full, Lora, ModelConfig, OptimConfig, Projector, Recipe
+from llavar_peft.recipe.shipped_recipes import list_recipes
 from llavar_peft.recipe.stages import full_finetuning, lora, projector_pretraining
 from llavar_peft.recipe.validate import validate_recipe
 
