@@ -33,12 +33,13 @@ class LowRank:
     scale: float
     magnitude: Tensor | None = None
 
-    def apply(self, rows: Tensor, start: int) -> Tensor:
+    def apply(self, rows: Tensor, start: int, *, overwrite: bool = False) -> Tensor:
         """Return rows of the weight after the update.
 
         Args:
             rows: fp32, shape (rows, in).
             start: Number of the first of them in the tensor.
+            overwrite: Whether the result may be written into ``rows``, which saves a copy.
 
         Returns:
             fp32, the same shape.
@@ -46,12 +47,13 @@ class LowRank:
         import torch
 
         stop = start + rows.shape[0]
-        moved: Tensor = torch.addmm(rows, self.b[start:stop], self.a, alpha=self.scale)
+        moved: Tensor = torch.addmm(rows, self.b[start:stop], self.a, alpha=self.scale, out=rows if overwrite else None)
         if self.magnitude is None:
             return moved
         length = torch.linalg.norm(moved, dim=1)
-        scaled: Tensor = moved * (self.magnitude[start:stop] / length)[:, None]
-        return scaled
+        scale: Tensor = (self.magnitude[start:stop] / length)[:, None]
+        moved *= scale
+        return moved
 
     def output(self, x: Tensor, before: Tensor, rows: Tensor, start: int) -> Tensor:
         """Return a linear layer's output with an unmerged update, computed as ``peft`` does.
@@ -77,6 +79,20 @@ class LowRank:
         scaled: Tensor = moved * (self.magnitude[start:stop] / length)
         return scaled
 
+    def lookup(self, rows: Tensor, numbers: Tensor) -> Tensor:
+        """Return some rows of the weight with the unmerged update.
+
+        Args:
+            rows: fp32, shape (count, in), without the update.
+            numbers: Of these rows in the tensor, shape (count,).
+        """
+        import torch
+
+        moved = rows + self.scale * (self.b[numbers] @ self.a)
+        if self.magnitude is None:
+            return moved
+        return moved * (self.magnitude[numbers] / torch.linalg.norm(moved, dim=1))[:, None]
+
     def fits(self, shape: tuple[int, ...]) -> bool:
         """Return whether the update can be applied to a tensor of this shape."""
         return shape == (self.b.shape[0], self.a.shape[1])
@@ -88,9 +104,17 @@ class Replacement:
 
     value: Tensor
 
-    def apply(self, rows: Tensor, start: int) -> Tensor:
+    def apply(self, rows: Tensor, start: int, *, overwrite: bool = False) -> Tensor:
         """Return rows of the tensor after the update; the values of the given rows are not used."""
         return self.value[start : start + rows.shape[0]]
+
+    def output(self, x: Tensor, before: Tensor, rows: Tensor, start: int) -> Tensor:
+        """Return some columns of the output of the layer that replaces the base's, as for ``LowRank``."""
+        return x @ self.value[start : start + rows.shape[0]].T
+
+    def lookup(self, rows: Tensor, numbers: Tensor) -> Tensor:
+        """Return some rows of the tensor that replaces the base's."""
+        return self.value[numbers]
 
     def fits(self, shape: tuple[int, ...]) -> bool:
         """Return whether the update can be applied to a tensor of this shape."""
@@ -104,10 +128,25 @@ class Rows:
     indices: Tensor
     value: Tensor
 
-    def apply(self, rows: Tensor, start: int) -> Tensor:
+    def apply(self, rows: Tensor, start: int, *, overwrite: bool = False) -> Tensor:
         """Return rows of the tensor after the update."""
         inside = (self.indices >= start) & (self.indices < start + rows.shape[0])
         return rows.index_copy(0, self.indices[inside] - start, self.value[inside])
+
+    def output(self, x: Tensor, before: Tensor, rows: Tensor, start: int) -> Tensor:
+        """Return some columns of a linear layer's output, those of the trained rows computed with their values."""
+        moved = before.clone()
+        for number, value in zip(self.indices.tolist(), self.value, strict=True):
+            if start <= number < start + rows.shape[0]:
+                moved[:, number - start] = x @ value
+        return moved
+
+    def lookup(self, rows: Tensor, numbers: Tensor) -> Tensor:
+        """Return some rows of the tensor, those that were trained with their values."""
+        found = rows.clone()
+        for number, value in zip(self.indices.tolist(), self.value, strict=True):
+            found[numbers == number] = value
+        return found
 
     def fits(self, shape: tuple[int, ...]) -> bool:
         """Return whether the update can be applied to a tensor of this shape."""

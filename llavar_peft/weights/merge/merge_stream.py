@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from llavar_peft.errors import ConfigError, Fault, MissingDependencyError, WeightsError
 from llavar_peft.weights.adapter.adapter_files import read_base_settings
 from llavar_peft.weights.adapter.adapter_layouts import adapter_files
-from llavar_peft.weights.adapter.lora_updates import Adapter, Update
+from llavar_peft.weights.adapter.lora_updates import Adapter, Replacement, Update
 from llavar_peft.weights.io import tensor_names
 from llavar_peft.weights.io.tensor_blocks import join_first, raise_faults, read_blocks, rows_per_block, tensor_bytes
 from llavar_peft.weights.io.tensor_table import TensorEntry, torch_dtype
@@ -145,12 +145,43 @@ class MergedTensors:
 
     def blocks(self, name: str, dtype: str) -> Iterator[Tensor]:
         """Yield the blocks of a tensor after the merge, in the given dtype."""
-        key, start = self.base.ours(name) or "", 0
-        updates = [(number, one.updates[key]) for number, one in enumerate(self.adapters) if key in one.updates]
+        start = 0
         for block in self.before(name):
-            rows = self._merge(block.float(), updates, start) if updates else block
+            rows = self.after(name, block.float(), start) if self.changes(name) else block
             start += len(block)
             yield rows.to(torch_dtype(dtype))
+
+    def updates(self, name: str) -> list[tuple[int, Update]]:
+        """Return the number of each adapter that changes a tensor, and its update."""
+        key = self.base.ours(name) or ""
+        return [(number, one.updates[key]) for number, one in enumerate(self.adapters) if key in one.updates]
+
+    def changes(self, name: str) -> bool:
+        """Return whether an adapter changes a tensor."""
+        return bool(self.updates(name))
+
+    def after(self, name: str, rows: Tensor, start: int) -> Tensor:
+        """Return rows of a tensor after the merge.
+
+        Args:
+            name: The tensor.
+            rows: From ``before``, in fp32; they may be overwritten.
+            start: Number of the first of them.
+
+        Returns:
+            fp32, not rounded.
+        """
+        updates = self.updates(name)
+        if self.weights is not None:
+            total = rows.clone()
+            for number, update in updates:
+                total += self.weights[number] * (update.apply(rows, start) - rows)
+            return total
+        own = (self.base.ours(name) or "") not in self.base.overlay  # otherwise rows may be a part of the overlay
+        for _, update in updates:
+            rows = update.apply(rows, start, overwrite=own)
+            own = own and not isinstance(update, Replacement)
+        return rows
 
     def before(self, name: str) -> Iterator[Tensor]:
         """Yield the blocks of a tensor before the merge, in any dtype."""
@@ -173,16 +204,6 @@ class MergedTensors:
             yield from read_blocks(entry)
         else:
             yield from append_mean_rows(entry, shape[0])
-
-    def _merge(self, rows: Tensor, updates: Sequence[tuple[int, Update]], start: int) -> Tensor:
-        if self.weights is None:
-            for _, update in updates:
-                rows = update.apply(rows, start)
-            return rows
-        total = rows.clone()
-        for number, update in updates:
-            total += self.weights[number] * (update.apply(rows, start) - rows)
-        return total
 
     def identity(self) -> list[tuple[str, int, int]]:
         """Return path, size and time of every file that the result depends on."""
