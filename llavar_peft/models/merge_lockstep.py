@@ -18,12 +18,12 @@ import torch
 from torch import Tensor
 
 from llavar_peft.models.merge_logits_gap import LogitsGap, logits_gap, probe_ids, probe_logits, read_config
-from llavar_peft.models.probe_weights import PickedRows, UnmergedWeights, Weights, WrittenWeights
+from llavar_peft.models.probe_weights import PickedRows, UnmergedWeights, Weights, WrittenWeights, join_columns
+from llavar_peft.weights.adapter.lora_updates import LayerInput
 from llavar_peft.weights.io import tensor_names
-from llavar_peft.weights.io.tensor_stream import TensorStream, read_ahead
-from llavar_peft.weights.io.tensor_table import torch_dtype
+from llavar_peft.weights.io.tensor_stream import TensorStream
 from llavar_peft.weights.merge.merge_plan import MergePlan
-from llavar_peft.weights.merge.merge_stream import MergedTensors
+from llavar_peft.weights.merge.merge_stream import MergedTensors, See, float_pieces
 
 _MATRIX = 2  # dimensions
 _PROBED = ("model.language_model.", tensor_names.PROJECTOR, tensor_names.HEAD)
@@ -158,7 +158,6 @@ class _Lockstep:
     def __init__(self, merged: MergedTensors, stream: TensorStream, dtype: str | None) -> None:
         self._merged, self._stream, self._dtype = merged, stream, dtype
         self._stored = WrittenWeights(merged, stream).stored
-        self._buffer = torch.empty(0)
 
     def run(self, weights: Sequence[Weights], compute: Callable[[Weights], Tensor]) -> list[Tensor]:
         """Return the logits of each."""
@@ -189,33 +188,35 @@ class _Lockstep:
     def _pass(self, ours: str, before: Sequence[_Answer], after: Sequence[_Answer]) -> None:
         """Read a matrix once; if the result's model needs it, merge and write it too."""
         name, start = self._stored[ours], 0
-        blocks = read_ahead(self._merged.before(name))
+        blocks = self._merged.before(name)
         if not after:
             for block in blocks:
-                for one in before:
-                    one.see(block.float(), start)
+                _show(block, before, start)
                 start += len(block)
             return
-        dtype = torch_dtype(self._dtype or self._merged.base.dtype(name))
-        merges = self._merged.changes(name) and not self._stream.is_written(name)
+        dtype = self._dtype or self._merged.base.dtype(name)
+        written = self._stream.is_written(name)
         with self._stream.writing(name) as put:
             for block in blocks:
-                rows = self._float(block)
-                for one in before:
-                    one.see(rows, start)
-                changed = self._merged.after(name, rows, start) if merges else block
-                kept = put(changed.to(dtype, copy=changed is rows))
-                if kept is not block:
-                    rows.copy_(kept)
-                for one in after:
-                    one.see(rows, start)
+                if written:
+                    _show(block, before, start)
+                    _show(put(block), after, start)
+                else:
+                    put(self._merged.merge_block(name, block, start, dtype, _seen_by(before), _seen_by(after)))
                 start += len(block)
 
-    def _float(self, block: Tensor) -> Tensor:
-        """Return a block in fp32, in memory that is used again for the next one."""
-        if self._buffer.numel() < block.numel():
-            self._buffer = torch.empty(block.numel())
-        return self._buffer[: block.numel()].view(block.shape).copy_(block)
+
+def _seen_by(answers: Sequence[_Answer]) -> See:
+    def see(rows: Tensor, start: int) -> None:
+        for one in answers:
+            one.see(rows, start)
+
+    return see
+
+
+def _show(block: Tensor, answers: Sequence[_Answer], start: int) -> None:
+    for rows, place in float_pieces(block):
+        _seen_by(answers)(rows, start + place.start)
 
 
 class _Answer:
@@ -230,23 +231,25 @@ class _Answer:
         self._request, self._unmerged = request, unmerged
         self._parts: list[Tensor] = []
         self._picked = PickedRows(request.value) if request.kind == "rows" else None
+        self._input = None if request.kind == "rows" else LayerInput(request.value)
 
     def see(self, rows: Tensor, start: int) -> None:
         """Use the next rows of the matrix."""
-        name, value = self._request.name, self._request.value
-        if self._picked is not None:
+        name = self._request.name
+        if self._input is not None:
+            full = self._unmerged
+            self._parts.append(self._input.times(rows) if full is None else full.output(name, self._input, rows, start))
+        elif self._picked is not None:
             found = self._picked.pick(rows, start)
             if self._unmerged is not None:
                 found = self._unmerged.lookup(name, found, self._picked.inside(rows, start))
             self._picked.add(found)
-        elif self._unmerged is not None:
-            self._parts.append(self._unmerged.output(name, value, rows, start))
-        else:
-            self._parts.append(value @ rows.T)
 
     def joined(self) -> Tensor:
         """Return the whole answer."""
-        return self._picked.joined() if self._picked is not None else torch.cat(self._parts, dim=-1)
+        if self._picked is not None:
+            return self._picked.joined()
+        return torch.empty(0) if self._input is None else join_columns(self._input, self._parts)
 
 
 class _StoppedError(Exception):

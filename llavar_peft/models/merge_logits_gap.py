@@ -23,7 +23,7 @@ from llavar_peft.weights.io import tensor_names
 PATCHES = 8
 """Number of random feature vectors that represent the image."""
 _TEXT = ("USER: What is on the sign?", " ASSISTANT: OPEN 9:00 - 17:30")
-_DRAWN = 20
+_DRAWN = 21
 """Number of random ids instead of the text's, without a tokenizer."""
 _EPSILON = 1e-12
 _MATRIX = 2  # dimensions

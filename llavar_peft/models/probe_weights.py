@@ -8,9 +8,9 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from llavar_peft.weights.adapter.lora_updates import LowRank
+from llavar_peft.weights.adapter.lora_updates import LayerInput, LowRank
 from llavar_peft.weights.io.tensor_stream import TensorStream
-from llavar_peft.weights.merge.merge_stream import MergedTensors
+from llavar_peft.weights.merge.merge_stream import MergedTensors, float_pieces
 
 
 class Weights(ABC):
@@ -38,7 +38,8 @@ class Weights(ABC):
 
     def linear(self, name: str, x: Tensor) -> Tensor:
         """Return a linear layer's output without its bias."""
-        return torch.cat([x @ block.T for block in self.blocks(name)], dim=-1)
+        given = LayerInput(x)
+        return join_columns(given, [given.times(block) for block in self.blocks(name)])
 
     def tensor(self, name: str) -> Tensor:
         """Return a complete tensor, which should be small."""
@@ -51,6 +52,12 @@ class Weights(ABC):
             picked.add(picked.pick(block, start))
             start += len(block)
         return picked.joined()
+
+
+def join_columns(x: LayerInput, parts: list[Tensor]) -> Tensor:
+    """Return a linear layer's whole output from its columns, shape (..., out)."""
+    found = torch.cat(parts, dim=-1)
+    return found.reshape(*x.shape, found.shape[-1])
 
 
 class PickedRows:
@@ -97,13 +104,14 @@ class UnmergedWeights(Weights):
 
     def linear(self, name: str, x: Tensor) -> Tensor:
         """Return a linear layer's output, with the adapters computed as peft computes them before a merge."""
-        parts, start = [], 0
+        given, parts, start = LayerInput(x), [], 0
         for block in self.merged.before(self.stored[name]):
-            parts.append(self.output(name, x, block.float(), start))
+            for rows, place in float_pieces(block):
+                parts.append(self.output(name, given, rows, start + place.start))
             start += len(block)
-        return torch.cat(parts, dim=-1)
+        return join_columns(given, parts)
 
-    def output(self, name: str, x: Tensor, rows: Tensor, start: int) -> Tensor:
+    def output(self, name: str, x: LayerInput, rows: Tensor, start: int) -> Tensor:
         """Return some columns of a linear layer's output.
 
         Args:
@@ -112,7 +120,7 @@ class UnmergedWeights(Weights):
             rows: Rows of the weight before the merge, fp32.
             start: Number of the first of them.
         """
-        first = output = x @ rows.T
+        first = output = x.times(rows)
         updates, weights = self.merged.updates(self.stored[name]), self.merged.weights
         for place, (number, update) in enumerate(updates):
             moved = update.output(x, output if weights is None else first, rows, start)

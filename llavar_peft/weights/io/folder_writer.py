@@ -90,9 +90,12 @@ class FolderWriter:
         self.out, self.staged = out, out.with_name(f".{out.name}.part")
         self._form, self._shards = form, plan_shards(specs, form, shard_size)
         self.specs = {spec.name: spec for spec in specs}
+        self.total = sum(spec.nbytes for spec in specs)
+        """Size of all tensors in bytes."""
         self._key = hashlib.sha256(repr((plan, form, self._shards)).encode()).hexdigest()
         self._lock = threading.Lock()
         self._unsynced: dict[str, int] = {}
+        self._unsynced_bytes = 0
         self._checksums: dict[str, int] = {}
         self._entries: dict[str, TensorEntry] = {}
         self._ends: dict[str, tuple[bytes, bytes]] = {}
@@ -113,11 +116,6 @@ class FolderWriter:
     def done(self) -> frozenset[str]:
         """Tensors that need not be written again."""
         return frozenset(self._checksums)
-
-    @property
-    def total(self) -> int:
-        """Size of all tensors in bytes."""
-        return sum(spec.nbytes for spec in self.specs.values())
 
     def size(self, name: str) -> int:
         """Return the size of a tensor in bytes."""
@@ -158,7 +156,8 @@ class FolderWriter:
             raise WeightsError.at(f"{self.out}:{name}", what, _REPORT)
         with self._lock, disk_errors(self.out, needed=self.total):
             self._unsynced[name], self._ends[name] = checksum, (start, end)
-            if sum(self.specs[waiting].nbytes for waiting in self._unsynced) >= _SYNC_AFTER:
+            self._unsynced_bytes += done
+            if self._unsynced_bytes >= _SYNC_AFTER:
                 self._sync()
 
     def pause(self) -> None:
@@ -277,6 +276,7 @@ class FolderWriter:
         os.fsync(self._journal.fileno())
         self._checksums.update(self._unsynced)
         self._unsynced.clear()
+        self._unsynced_bytes = 0
 
 
 def _write_all(file: IO[bytes], view: memoryview) -> None:

@@ -63,6 +63,8 @@ def read_blocks(entry: TensorEntry) -> Iterator[Tensor]:
     checksum = 0
     with entry.path.open("rb", buffering=0) as file:
         file.seek(entry.offset)
+        if hasattr(os, "posix_fadvise"):  # the disk reads the next blocks while these are used
+            os.posix_fadvise(file.fileno(), entry.offset, entry.nbytes, os.POSIX_FADV_WILLNEED)
         for start in range(0, shape[0], step):
             block = torch.empty((min(step, shape[0] - start), *shape[1:]), dtype=torch_dtype(entry.dtype))
             _fill(file, block, entry)

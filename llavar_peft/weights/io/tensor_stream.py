@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 _AHEAD = 2
-"""Number of blocks that wait to be written, or that are read before they are needed."""
+"""Number of blocks that wait to be written."""
 _POLL = 0.2
 """Seconds until a thread that waits looks whether the other one has ended."""
 
@@ -156,38 +156,6 @@ def _until_none(rows: Queue[Tensor | None], broken: Event) -> Iterator[Tensor]:
             return
         yield block
     raise _BrokenOffError
-
-
-def read_ahead(blocks: Iterator[Tensor]) -> Iterator[Tensor]:
-    """Yield blocks that another thread reads, a few before they are needed."""
-    found: Queue[Tensor | BaseException | None] = Queue(_AHEAD)
-    stop = Event()
-
-    def give(item: Tensor | BaseException | None) -> bool:
-        while not stop.is_set():
-            try:
-                found.put(item, timeout=_POLL)
-            except Full:
-                continue
-            return True
-        return False
-
-    def read() -> None:
-        try:
-            if all(map(give, blocks)):
-                give(None)
-        except BaseException as error:  # noqa: BLE001 - raised on the other thread
-            give(error)
-
-    with ThreadPoolExecutor(1) as pool:
-        pool.submit(read)
-        try:
-            while (item := found.get()) is not None:
-                if isinstance(item, BaseException):
-                    raise item
-                yield item
-        finally:
-            stop.set()
 
 
 class _BrokenOffError(Exception):
