@@ -58,6 +58,13 @@ def merge_ours(inputs: Path, out: Path) -> None:
     merge_adapter(inputs / "checkpoint", inputs / "adapter", out)
 
 
+def merge_without_comparison(inputs: Path, out: Path) -> None:
+    """Run ``merge_adapter`` without comparing the logits before and after."""
+    from llavar_peft import merge_adapter
+
+    merge_adapter(inputs / "checkpoint", inputs / "adapter", out, probe=False)
+
+
 def in_memory(base: Path, other: Path, out: Path, *, sign: int) -> None:
     """Run the original's algorithm: load both models, change one in place and save it.
 
@@ -209,7 +216,8 @@ CONTENDERS: dict[str, dict[str, Callable[[Path, Path], None]]] = {
         "copy": lambda inputs, out: copy(inputs / "delta", inputs / "base", out),
     },
     "merge": {
-        "ours": merge_ours, "peft": merge_peft, "loop": merge_loop,
+        "ours": merge_ours, "peft": merge_peft, "ours, without comparison": merge_without_comparison,
+        "loop": merge_loop,
         "copy": lambda inputs, out: copy(inputs / "checkpoint", inputs / "adapter", out),
     },
 }  # fmt: skip
@@ -244,6 +252,7 @@ def main(arguments: Sequence[str]) -> None:
     after = counters()
     figures = {key: after[key] - before[key] for key in ("clock", "cpu", "asked", "read", "written")}
     figures |= {"peak": after["peak"], "over_imports": max(resource.getpagesize(), after["peak"] - before["resident"])}
+    figures["process_cpu"] = after["cpu"]
     sys.stdout.write(json.dumps(figures) + "\n")
 
 

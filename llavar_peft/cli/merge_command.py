@@ -49,7 +49,7 @@ def merge(
     probe: Annotated[
         bool,
         typer.Option(
-            "--probe/--no-probe", help="Compare the logits before and after the merge. This reads all weights again."
+            "--probe/--no-probe", help="Compare the logits before and after the merge, while the weights are written."
         ),
     ] = True,
     bound: Annotated[

@@ -20,14 +20,8 @@ from llavar_peft.constants import MODEL_TYPE, RESOLVED_RECIPE_FILE, TUNED_TOWER
 from llavar_peft.errors import ConfigError, WeightsError
 from llavar_peft.models.language_model_loading import read_converted
 from llavar_peft.models.merge_adapter import BOUND, write_chat_template
-from llavar_peft.models.merge_logits_gap import (
-    LogitsGap,
-    UnmergedWeights,
-    logits_gap,
-    probe_ids,
-    probe_logits,
-    read_config,
-)
+from llavar_peft.models.merge_logits_gap import LogitsGap, logits_gap, probe_ids, probe_logits, read_config
+from llavar_peft.models.probe_weights import UnmergedWeights
 from llavar_peft.models.tower_loading import read_tower_tensors
 from llavar_peft.recipe.schema import ModelConfig
 from llavar_peft.types import ReadableRepr, expand_home

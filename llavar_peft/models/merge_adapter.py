@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,17 +15,17 @@ from llavar_peft.data.conversation_template import CHAT_TEMPLATE, VICUNA_CHAT_TE
 from llavar_peft.errors import WeightsError
 from llavar_peft.models.hf_llava import read_stock, stock_chat_template
 from llavar_peft.models.language_model_loading import read_converted
-from llavar_peft.models.merge_logits_gap import LogitsGap, measure_merge
+from llavar_peft.models.merge_lockstep import measure_merge, probed_names
+from llavar_peft.models.merge_logits_gap import LogitsGap
 from llavar_peft.models.tower_loading import read_tower_tensors
 from llavar_peft.types import ReadableRepr, expand_home
 from llavar_peft.weights.io.companion_files import CHAT_TEMPLATE_FILE, PROCESSOR_FILE
 from llavar_peft.weights.io.shard_layout import RELEASED_SHARD_SIZE, WeightsFormat
+from llavar_peft.weights.io.tensor_stream import TensorStream
 from llavar_peft.weights.io.weights_card import adapter_name, portable_name, write_weights_card
-from llavar_peft.weights.io.write_weights import Progress
+from llavar_peft.weights.io.write_weights import Along, Progress
 from llavar_peft.weights.merge.merge_plan import MergePlan, plan_merge, write_merged
 from llavar_peft.weights.merge.merge_stream import Onto
-
-logger = logging.getLogger(__name__)
 
 MERGE_FILE = "merge.json"
 """File in the result's folder: what was merged, and how far its logits are from those before the merge."""
@@ -96,7 +95,7 @@ def merge_adapter(  # noqa: PLR0913 - the options of the merge
         projector: The stage-1 file that the adapter's run loaded; None is the file that the run used.
         form: ``"safetensors"``, or ``"bin"`` as LLaVAR was released.
         shard_size: Maximum number of bytes per file.
-        probe: Whether to compare the logits before and after, which reads base and result once more.
+        probe: Whether to compare the logits before and after, while the weights are written.
         bound: The largest accepted difference of the logits, relative to their standard deviation; None is 0.05, and
             0.5 for ``"original"`` if the base was quantized.
         force: Accept a base of the right shape that the adapters were not trained on.
@@ -126,15 +125,17 @@ def merge_adapter(  # noqa: PLR0913 - the options of the merge
     gaps: dict[str, LogitsGap] = {}
     used: Onto = "dequantized" if plan.merged.rounding is not None else "original"
 
-    def probe_and_describe(staged: Path) -> None:
+    def check_and_describe(staged: Path) -> None:
         if probe:
-            logger.info("comparing the logits before and after")
-            folders = [one.folder for one in plan.merged.adapters]
-            gaps.update(measure_merge(plan, staged, (*folders, plan.folder, staged)))
             _check_gap(plan, gaps["result"], bound, expand_home(out))
         write_chat_template(plan, staged)
         write_json(staged / MERGE_FILE, _describe(plan, Path(base), used, gaps))
         _write_card(plan, staged, {"base": base, "vision tower": vision_tower, "projector": projector}, gaps)
+
+    def measure(stream: TensorStream) -> None:
+        folders = [one.folder for one in plan.merged.adapters]
+        tokenizers = (*folders, plan.folder, *plan.merged.base.companions)
+        gaps.update(measure_merge(plan, stream, dtype, tokenizers))
 
     written = write_merged(
         plan,
@@ -143,7 +144,8 @@ def merge_adapter(  # noqa: PLR0913 - the options of the merge
         form=form,
         shard_size=shard_size,
         progress=progress,
-        check=probe_and_describe,
+        check=check_and_describe,
+        along=Along(probed_names(plan), measure) if probe else None,
     )
     return MergeReport(written.out, written.tensors, written.nbytes, written.seconds, used, dict(gaps))
 

@@ -1,12 +1,8 @@
-"""How much a merge changes the logits: a short text with an image, through the model before and after the merge.
-
-The language model is computed from disk, a block of rows at a time, so that neither model is in memory.
-"""
+"""The logits of a short text with an image, through a model whose weights are read a block of rows at a time."""
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,25 +12,19 @@ from accelerate import init_empty_weights
 from torch import Tensor, nn
 from transformers import AutoModel, PretrainedConfig
 
-from llavar_peft.constants import SYSTEM_PROMPT
 from llavar_peft.errors import ConfigError, MissingDependencyError, WeightsError
 from llavar_peft.models.chunked_loss import cap_logits, logits_factor
 from llavar_peft.models.llama_tokenizer import load_tokenizer
 from llavar_peft.models.llavar_config import read_flat_text_config
 from llavar_peft.models.pretrained_files import make_part_settings
-from llavar_peft.weights.adapter.lora_updates import LowRank
+from llavar_peft.models.probe_weights import Weights
 from llavar_peft.weights.io import tensor_names
-from llavar_peft.weights.io.tensor_blocks import read_blocks
-from llavar_peft.weights.io.tensor_table import read_tensor_table
-from llavar_peft.weights.merge.merge_plan import MergePlan
-from llavar_peft.weights.merge.merge_stream import MergedTensors
 
-PATCHES = 16
+PATCHES = 8
 """Number of random feature vectors that represent the image."""
-_TEXT = (
-    f"{SYSTEM_PROMPT} USER: What is written on the sign?",
-    " ASSISTANT: The sign says OPEN DAILY 9:00 - 17:30, closed on 24.12. and 31.12.; call (020) 7946-0018.",
-)
+_TEXT = ("USER: What is on the sign?", " ASSISTANT: OPEN 9:00 - 17:30")
+_DRAWN = 21
+"""Number of random ids instead of the text's, without a tokenizer."""
 _EPSILON = 1e-12
 _MATRIX = 2  # dimensions
 
@@ -54,130 +44,6 @@ class LogitsGap:
     relative: float
     largest: float
     same_top: float
-
-
-class Weights(ABC):
-    """Read access to a model on disk, a block of rows at a time, in float32 under this package's names."""
-
-    @abstractmethod
-    def blocks(self, name: str) -> Iterator[Tensor]:
-        """Yield a tensor's rows in consecutive blocks."""
-
-    @abstractmethod
-    def has(self, name: str) -> bool:
-        """Return whether there is such a tensor."""
-
-    def linear(self, name: str, x: Tensor) -> Tensor:
-        """Return a linear layer's output without its bias."""
-        return torch.cat([x @ block.T for block in self.blocks(name)], dim=-1)
-
-    def tensor(self, name: str) -> Tensor:
-        """Return a complete tensor, which should be small."""
-        return torch.cat(list(self.blocks(name)))
-
-    def rows(self, name: str, ids: Tensor) -> Tensor:
-        """Return rows of a tensor, shape (len(ids), width)."""
-        found, start = [], 0
-        order = ids.argsort()
-        ordered = ids[order]
-        for block in self.blocks(name):
-            inside = ordered[(ordered >= start) & (ordered < start + len(block))]
-            found.append(block[inside - start])
-            start += len(block)
-        return torch.cat(found)[order.argsort()]
-
-
-class StoredWeights(Weights):
-    """The tensors of a folder.
-
-    Args:
-        folder: The folder.
-        rename: From its names to this package's.
-    """
-
-    def __init__(self, folder: Path, rename: Callable[[str], str | None] = tensor_names.from_released) -> None:
-        self._table = {rename(name) or name: entry for name, entry in read_tensor_table(folder).items()}
-
-    def blocks(self, name: str) -> Iterator[Tensor]:
-        """Yield a tensor's rows in consecutive blocks."""
-        yield from (block.float() for block in read_blocks(self._table[name]))
-
-    def has(self, name: str) -> bool:
-        """Return whether there is such a tensor."""
-        return name in self._table
-
-
-class UnmergedWeights(Weights):
-    """A base with unmerged adapters, as it was trained.
-
-    Args:
-        merged: The merge; the base is quantized as the merge's rounding says.
-    """
-
-    def __init__(self, merged: MergedTensors) -> None:
-        self._merged = merged
-        self._stored = {ours: name for name in merged.base.shapes if (ours := merged.base.ours(name)) is not None}
-
-    def blocks(self, name: str) -> Iterator[Tensor]:
-        """Yield a tensor's rows in consecutive blocks."""
-        return self._merged.blocks(self._stored[name], "float32")
-
-    def has(self, name: str) -> bool:
-        """Return whether there is such a tensor."""
-        return name in self._stored
-
-    def linear(self, name: str, x: Tensor) -> Tensor:
-        """Return a linear layer's output, with the adapters computed as peft computes them before a merge."""
-        parts, start = [], 0
-        for block in self._merged.before(self._stored[name]):
-            rows = block.float()
-            parts.append(self._output(name, x, rows, start))
-            start += len(rows)
-        return torch.cat(parts, dim=-1)
-
-    def _output(self, name: str, x: Tensor, rows: Tensor, start: int) -> Tensor:
-        first = output = x @ rows.T
-        weights = self._merged.weights
-        for number, adapter in enumerate(self._merged.adapters):
-            update = adapter.updates.get(name)
-            if update is None:
-                continue
-            if isinstance(update, LowRank):
-                before = output if weights is None else first
-                moved = update.output(x, before, rows, start)
-            else:
-                moved = x @ update.apply(rows, start).T
-            if weights is None:
-                rows, output = update.apply(rows, start), moved
-            else:
-                output = output + weights[number] * (moved - first)
-        return output
-
-
-def measure_merge(plan: MergePlan, folder: Path, tokenizers: tuple[Path, ...]) -> dict[str, LogitsGap]:
-    """Measure how much the logits of a merge's result differ from those of the model as it was trained.
-
-    Args:
-        folder: The merge's result.
-        tokenizers: Folders that may contain the model's tokenizer; the first one that does is used.
-
-    Returns:
-        The difference of the ``result``; for a result on a dequantized base also the difference that a merge onto the
-        ``original`` would have, unrounded.
-
-    Raises:
-        WeightsError: A file that was just written cannot be read.
-    """
-    merged = plan.merged
-    text, image_id = read_config(merged.base.config)
-    ids = probe_ids(tokenizers, text.vocab_size, image_id)
-    as_trained = MergedTensors(merged.base, merged.adapters, merged.weights, plan.trained)
-    expected = probe_logits(UnmergedWeights(as_trained), text, ids, image_id)
-    gaps = {"result": logits_gap(expected, probe_logits(StoredWeights(folder, merged.base.ours), text, ids, image_id))}
-    if merged.rounding is not None:
-        original = UnmergedWeights(MergedTensors(merged.base, merged.adapters, merged.weights))
-        gaps["original"] = logits_gap(expected, probe_logits(original, text, ids, image_id))
-    return gaps
 
 
 class _StreamedLinear(nn.Module):
@@ -279,7 +145,7 @@ def _image_features(weights: Weights, count: int) -> Tensor:
     """Return random features, passed through the projector, shape (count, width)."""
     two_layers = weights.has(tensor_names.PROJECTOR + "linear_1.weight")
     first, *second = tensor_names.projector_names("gelu" if two_layers else "linear")[::2]
-    width = weights.rows(first, torch.tensor([0])).shape[1]
+    width = weights.shape(first)[1]
     features = torch.randn(count, width, generator=torch.Generator().manual_seed(0))
     for name in (first, *second):
         if name != first:
@@ -319,8 +185,8 @@ def probe_ids(tokenizers: tuple[Path, ...], vocab_size: int, image_id: int) -> T
         before, after = (tokenizer.encode(text, add_special_tokens=False) for text in _TEXT)
         break
     else:
-        drawn = torch.randint(3, image_id, (64,), generator=torch.Generator().manual_seed(0)).tolist()
-        before, after = drawn[:32], drawn[32:]
+        drawn = torch.randint(3, image_id, (_DRAWN,), generator=torch.Generator().manual_seed(0)).tolist()
+        before, after = drawn[: _DRAWN // 2], drawn[_DRAWN // 2 :]
     image = [image_id] * PATCHES
     if vocab_size > image_id + 2:  # <im_start> and <im_end> follow <im_patch>
         image = [image_id + 1, *image, image_id + 2]

@@ -14,10 +14,12 @@ from llavar_peft import ModelConfig, apply_delta, build_model, cli, make_delta, 
 from llavar_peft.errors import ConfigError, WeightsError
 from llavar_peft.inference.chat import load_chat
 from llavar_peft.models import merge_logits_gap
+from llavar_peft.models.probe_weights import UnmergedWeights
 from llavar_peft.recipe.schema import Lora
 from llavar_peft.weights.io import tensor_names
 from llavar_peft.weights.io.tensor_blocks import open_weights
 from llavar_peft.weights.merge.merge_plan import plan_merge
+from llavar_peft.weights.merge.merge_stream import MergedTensors
 from tests.weights.adapters import LANGUAGE_MODEL, VISION_TOWER, save_moved_adapter
 
 PARTS = ModelConfig(language_model=str(LANGUAGE_MODEL), vision_tower=str(VISION_TOWER), dtype="float32")
@@ -177,9 +179,9 @@ def test_the_probe_computes_the_logits_of_the_model(variant: str, checkpoint: Pa
     wrapped = save_moved_adapter(tmp_path / "adapter", base, tune)
     plan = plan_merge(checkpoint, tmp_path / "adapter")
     text, image_id = merge_logits_gap.read_config(plan.merged.base.config)
-    got = merge_logits_gap.probe_logits(merge_logits_gap.UnmergedWeights(plan.merged), text, IDS[0], image_id)
+    got = merge_logits_gap.probe_logits(UnmergedWeights(plan.merged), text, IDS[0], image_id)
     assert torch.allclose(got, _logits(wrapped)[0], atol=1e-4)
-    plain = merge_logits_gap.probe_logits(merge_logits_gap.StoredWeights(checkpoint), text, IDS[0], image_id)
+    plain = merge_logits_gap.probe_logits(UnmergedWeights(MergedTensors(plan.merged.base, ())), text, IDS[0], image_id)
     assert not torch.allclose(got, plain, atol=1e-1)
     assert torch.allclose(plain, _logits(build_model(base)[0])[0], atol=1e-4)
 

@@ -24,6 +24,32 @@ _A, _B, _MAGNITUDE = ".lora_A.weight", ".lora_B.weight", ".lora_magnitude_vector
 _ROWS = ".token_adapter.trainable_tokens_delta"
 
 
+class LayerInput:
+    """The input of a linear layer whose weight is read a block of rows at a time, and products that all blocks need.
+
+    Args:
+        x: fp32, shape (..., in).
+    """
+
+    def __init__(self, x: Tensor) -> None:
+        self.shape = x.shape[:-1]
+        self.rows = x.reshape(-1, x.shape[-1])
+        """Shape (tokens, in)."""
+        self._columns = self.rows.T.contiguous()
+        self._inner: dict[int, Tensor] = {}
+
+    def times(self, weight: Tensor) -> Tensor:
+        """Return the product with rows of a weight, shape (tokens, rows)."""
+        # With the small matrix on the right, BLAS takes half the time.
+        return (weight @ self._columns).T
+
+    def inner(self, a: Tensor) -> Tensor:
+        """Return the product with a matrix A of an adapter, shape (tokens, rank); it is computed once."""
+        if id(a) not in self._inner:
+            self._inner[id(a)] = self.times(a)
+        return self._inner[id(a)]
+
+
 @dataclass(frozen=True, slots=True)
 class LowRank:
     """W + scale B A; with a magnitude m (DoRA), each row of it scaled to the length m."""
@@ -33,12 +59,13 @@ class LowRank:
     scale: float
     magnitude: Tensor | None = None
 
-    def apply(self, rows: Tensor, start: int) -> Tensor:
+    def apply(self, rows: Tensor, start: int, *, overwrite: bool = False) -> Tensor:
         """Return rows of the weight after the update.
 
         Args:
             rows: fp32, shape (rows, in).
             start: Number of the first of them in the tensor.
+            overwrite: Whether the result may be written into ``rows``, which saves a copy.
 
         Returns:
             fp32, the same shape.
@@ -46,18 +73,19 @@ class LowRank:
         import torch
 
         stop = start + rows.shape[0]
-        moved: Tensor = torch.addmm(rows, self.b[start:stop], self.a, alpha=self.scale)
+        moved: Tensor = torch.addmm(rows, self.b[start:stop], self.a, alpha=self.scale, out=rows if overwrite else None)
         if self.magnitude is None:
             return moved
         length = torch.linalg.norm(moved, dim=1)
-        scaled: Tensor = moved * (self.magnitude[start:stop] / length)[:, None]
-        return scaled
+        scale: Tensor = (self.magnitude[start:stop] / length)[:, None]
+        moved *= scale
+        return moved
 
-    def output(self, x: Tensor, before: Tensor, rows: Tensor, start: int) -> Tensor:
+    def output(self, x: LayerInput, before: Tensor, rows: Tensor, start: int) -> Tensor:
         """Return a linear layer's output with an unmerged update, computed as ``peft`` does.
 
         Args:
-            x: The layer's input, fp32, shape (tokens, in).
+            x: The layer's input.
             before: Some columns of its output without the update, shape (tokens, rows).
             rows: The corresponding rows of its weight without the update, fp32, shape (rows, in).
             start: Number of the first of them.
@@ -70,11 +98,26 @@ class LowRank:
         import torch
 
         stop = start + rows.shape[0]
-        moved: Tensor = before + self.scale * ((x @ self.a.T) @ self.b[start:stop].T)
+        moved: Tensor = before + self.scale * (x.inner(self.a) @ self.b[start:stop].T)
         if self.magnitude is None:
             return moved
         length = torch.linalg.norm(rows + self.scale * (self.b[start:stop] @ self.a), dim=1)
         scaled: Tensor = moved * (self.magnitude[start:stop] / length)
+        return scaled
+
+    def lookup(self, rows: Tensor, numbers: Tensor) -> Tensor:
+        """Return some rows of the weight with the unmerged update.
+
+        Args:
+            rows: fp32, shape (count, in), without the update.
+            numbers: Of these rows in the tensor, shape (count,).
+        """
+        import torch
+
+        moved = rows + self.scale * (self.b[numbers] @ self.a)
+        if self.magnitude is None:
+            return moved
+        scaled: Tensor = moved * (self.magnitude[numbers] / torch.linalg.norm(moved, dim=1))[:, None]
         return scaled
 
     def fits(self, shape: tuple[int, ...]) -> bool:
@@ -88,9 +131,17 @@ class Replacement:
 
     value: Tensor
 
-    def apply(self, rows: Tensor, start: int) -> Tensor:
+    def apply(self, rows: Tensor, start: int, *, overwrite: bool = False) -> Tensor:
         """Return rows of the tensor after the update; the values of the given rows are not used."""
         return self.value[start : start + rows.shape[0]]
+
+    def output(self, x: LayerInput, before: Tensor, rows: Tensor, start: int) -> Tensor:
+        """Return some columns of the output of the layer that replaces the base's, as for ``LowRank``."""
+        return x.times(self.value[start : start + rows.shape[0]])
+
+    def lookup(self, rows: Tensor, numbers: Tensor) -> Tensor:
+        """Return some rows of the tensor that replaces the base's."""
+        return self.value[numbers]
 
     def fits(self, shape: tuple[int, ...]) -> bool:
         """Return whether the update can be applied to a tensor of this shape."""
@@ -104,10 +155,25 @@ class Rows:
     indices: Tensor
     value: Tensor
 
-    def apply(self, rows: Tensor, start: int) -> Tensor:
+    def apply(self, rows: Tensor, start: int, *, overwrite: bool = False) -> Tensor:
         """Return rows of the tensor after the update."""
         inside = (self.indices >= start) & (self.indices < start + rows.shape[0])
         return rows.index_copy(0, self.indices[inside] - start, self.value[inside])
+
+    def output(self, x: LayerInput, before: Tensor, rows: Tensor, start: int) -> Tensor:
+        """Return some columns of a linear layer's output, those of the trained rows computed with their values."""
+        moved = before.clone()
+        for number, value in zip(self.indices.tolist(), self.value, strict=True):
+            if start <= number < start + rows.shape[0]:
+                moved[:, number - start] = x.rows @ value
+        return moved
+
+    def lookup(self, rows: Tensor, numbers: Tensor) -> Tensor:
+        """Return some rows of the tensor, those that were trained with their values."""
+        found = rows.clone()
+        for number, value in zip(self.indices.tolist(), self.value, strict=True):
+            found[numbers == number] = value
+        return found
 
     def fits(self, shape: tuple[int, ...]) -> bool:
         """Return whether the update can be applied to a tensor of this shape."""

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Literal
 from llavar_peft.errors import Fault, WeightsError
 from llavar_peft.weights.delta.released_layout import ReleasedView
 from llavar_peft.weights.io import tensor_names
-from llavar_peft.weights.io.tensor_blocks import join_first, read_elements
+from llavar_peft.weights.io.tensor_blocks import join_first, read_runs
 from llavar_peft.weights.io.tensor_table import TensorEntry
 from llavar_peft.weights.io.weights_fingerprint import (
     FINGERPRINT_FILE,
@@ -178,11 +178,9 @@ def sample_delta_values(base: Mapping[str, TensorEntry], delta: Mapping[str, Ten
 
 def _count(base: TensorEntry, delta: TensorEntry) -> tuple[int, int]:
     # Rows that only the delta has are its last ones, and hold the target's own values.
-    tested = off = 0
-    for start, count in sampled_runs(min(base.numel, delta.numel), _PLACES, _RUN):
-        tested += count
-        off += count_off_grid(read_elements(base, start, count).half(), read_elements(delta, start, count).half())
-    return tested, off
+    runs = sampled_runs(min(base.numel, delta.numel), _PLACES, _RUN)
+    off = count_off_grid(read_runs(base, runs).half(), read_runs(delta, runs).half())
+    return sum(count for _, count in runs), off
 
 
 def count_off_grid(base: Tensor, delta: Tensor) -> int:
@@ -197,14 +195,12 @@ def count_off_grid(base: Tensor, delta: Tensor) -> int:
     """
     import torch
 
-    target = (base + delta).view(torch.int16) & _MAGNITUDE
     # Rounding may have raised the target to a power of two, below which the step is half of that above.
-    below = (target - 1).clamp(min=0)
-    exponent = torch.minimum(_exponent(base.view(torch.int16)), _exponent(below))
-    steps = torch.ldexp(delta.float(), 25 - exponent)
-    return int((steps != steps.round()).sum())
-
-
-def _exponent(bits: Tensor) -> Tensor:
-    """Return the biased exponent; ulp is 2 ** (exponent - 25). Subnormal numbers have the smallest one."""
-    return ((bits >> 10) & 31).clamp(min=1)
+    target = ((base + delta).view(torch.int16) & _MAGNITUDE).sub_(1).clamp_(min=0)
+    smaller = torch.minimum(base.view(torch.int16) & _MAGNITUDE, target)
+    # The step is 2 ** (exponent - 25), with a biased exponent; subnormal numbers have the smallest one.
+    exponent = (smaller >> 10).clamp_(min=1)
+    # 2 ** (25 - exponent) in fp32, by its bits: the exponent is biased by 127.
+    scale = ((127 + 25 - exponent.int()) << 23).view(torch.float32)
+    steps = scale.mul_(delta)
+    return int(torch.count_nonzero(steps != steps.trunc()))

@@ -11,7 +11,7 @@ import time
 import zlib
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
@@ -27,7 +27,13 @@ from llavar_peft.weights.io.shard_layout import (
     write_zip_checksums,
 )
 from llavar_peft.weights.io.tensor_blocks import tensor_bytes
-from llavar_peft.weights.io.tensor_table import CHECKSUMS_FILE, TensorEntry, dtype_name, read_file_table
+from llavar_peft.weights.io.tensor_table import (
+    CHECKSUMS_FILE,
+    TensorEntry,
+    dtype_name,
+    read_file_table,
+    read_tensor_table,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -37,6 +43,8 @@ _ENTRY_BYTES = 32
 """Size of an entry of the journal without the tensor's name, which the reserve keeps free for it."""
 _SYNC_AFTER = 1 << 29
 """Number of bytes written before they are synced and entered in the journal: what a crash can lose."""
+_SAMPLE = 4096
+"""Bytes at the start and at the end of each tensor that are read again when all files are complete."""
 _REPORT = "report this as a bug"
 
 
@@ -82,11 +90,15 @@ class FolderWriter:
         self.out, self.staged = out, out.with_name(f".{out.name}.part")
         self._form, self._shards = form, plan_shards(specs, form, shard_size)
         self.specs = {spec.name: spec for spec in specs}
+        self.total = sum(spec.nbytes for spec in specs)
+        """Size of all tensors in bytes."""
         self._key = hashlib.sha256(repr((plan, form, self._shards)).encode()).hexdigest()
         self._lock = threading.Lock()
         self._unsynced: dict[str, int] = {}
+        self._unsynced_bytes = 0
         self._checksums: dict[str, int] = {}
         self._entries: dict[str, TensorEntry] = {}
+        self._ends: dict[str, tuple[bytes, bytes]] = {}
         _check_is_new(out)
         check_output_folder(out, str(out))
         with ExitStack() as held:
@@ -105,14 +117,15 @@ class FolderWriter:
         """Tensors that need not be written again."""
         return frozenset(self._checksums)
 
-    @property
-    def total(self) -> int:
-        """Size of all tensors in bytes."""
-        return sum(spec.nbytes for spec in self.specs.values())
-
     def size(self, name: str) -> int:
         """Return the size of a tensor in bytes."""
         return self.specs[name].nbytes
+
+    def stored(self, name: str) -> TensorEntry:
+        """Return where a tensor that is written is on disk, with its checksum."""
+        with self._lock:
+            checksum = self._unsynced.get(name, self._checksums.get(name))
+        return replace(self._entries[name], crc32=checksum)
 
     def write(self, name: str, blocks: Iterable[Tensor]) -> None:
         """Write one tensor. Several threads may write different tensors.
@@ -125,7 +138,7 @@ class FolderWriter:
             WeightsError: The blocks do not have the size or the dtype of the spec.
             EnvironmentFaultError: The disk is full or fails.
         """
-        entry, checksum, done = self._entries[name], 0, 0
+        entry, checksum, done, start, end = self._entries[name], 0, 0, b"", b""
         with entry.path.open("r+b", buffering=0) as file:
             file.seek(entry.offset)
             for block in blocks:
@@ -135,14 +148,16 @@ class FolderWriter:
                     what = f"a block does not fit (got {dtype_name(block)}, {done} bytes, expected {entry.dtype}, "
                     raise WeightsError.at(f"{self.out}:{name}", f"{what}{entry.nbytes} bytes)", _REPORT)
                 checksum = zlib.crc32(view, checksum)
+                start, end = start or bytes(view[:_SAMPLE]), bytes(view[-_SAMPLE:])
                 with disk_errors(self.out, needed=self.total):
                     _write_all(file, view)
         if done != entry.nbytes:
             what = f"incomplete tensor (got {done} bytes, expected {entry.nbytes})"
             raise WeightsError.at(f"{self.out}:{name}", what, _REPORT)
         with self._lock, disk_errors(self.out, needed=self.total):
-            self._unsynced[name] = checksum
-            if sum(self.specs[waiting].nbytes for waiting in self._unsynced) >= _SYNC_AFTER:
+            self._unsynced[name], self._ends[name] = checksum, (start, end)
+            self._unsynced_bytes += done
+            if self._unsynced_bytes >= _SYNC_AFTER:
                 self._sync()
 
     def pause(self) -> None:
@@ -186,6 +201,7 @@ class FolderWriter:
                 # In the order of the plan, so that equal runs write equal files.
                 sums = {name: self._checksums[name] for name in self.specs}
                 write_text(self.staged / CHECKSUMS_FILE, json.dumps(sums, indent=0) + "\n")
+            self._check_ends()
         return self.staged
 
     def commit(self) -> WeightsReport:
@@ -196,6 +212,20 @@ class FolderWriter:
             (self.staged / _RESERVE).unlink(missing_ok=True)
             commit_folder(self.staged, self.out, journal=self.staged / _JOURNAL)
         return WeightsReport(self.out, len(self.specs), self.total, time.perf_counter() - self._started)
+
+    def _check_ends(self) -> None:
+        """Open the finished folder as its users do, and compare the ends of each tensor with what was written."""
+        table = read_tensor_table(self.staged, checksums=False)
+        for name, (start, end) in self._ends.items():
+            entry = table.get(name)
+            if entry is None or (entry.shape, entry.dtype) != (self.specs[name].shape, self.specs[name].dtype):
+                raise WeightsError.at(f"{self.out}:{name}", "not in the files as it was written", _REPORT)
+            with entry.path.open("rb", buffering=0) as file:
+                for at, expected in ((0, start), (entry.nbytes - len(end), end)):
+                    file.seek(entry.offset + at)
+                    if entry.data is None and file.read(len(expected)) != expected:
+                        what = "the file does not contain what was written"
+                        raise WeightsError.at(entry.location, what, "check the disk, and run the command again")
 
     def _open(self) -> IO[str]:
         journal = self.staged / _JOURNAL
@@ -246,6 +276,7 @@ class FolderWriter:
         os.fsync(self._journal.fileno())
         self._checksums.update(self._unsynced)
         self._unsynced.clear()
+        self._unsynced_bytes = 0
 
 
 def _write_all(file: IO[bytes], view: memoryview) -> None:

@@ -6,7 +6,7 @@ import math
 import mmap
 import os
 import zlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -63,6 +63,8 @@ def read_blocks(entry: TensorEntry) -> Iterator[Tensor]:
     checksum = 0
     with entry.path.open("rb", buffering=0) as file:
         file.seek(entry.offset)
+        if hasattr(os, "posix_fadvise"):  # the disk reads the next blocks while these are used
+            os.posix_fadvise(file.fileno(), entry.offset, entry.nbytes, os.POSIX_FADV_WILLNEED)
         for start in range(0, shape[0], step):
             block = torch.empty((min(step, shape[0] - start), *shape[1:]), dtype=torch_dtype(entry.dtype))
             _fill(file, block, entry)
@@ -88,15 +90,23 @@ def read_elements(entry: TensorEntry, start: int, count: int) -> Tensor:
     Raises:
         WeightsError: The file ends early.
     """
+    return read_runs(entry, [(start, count)])
+
+
+def read_runs(entry: TensorEntry, runs: Sequence[tuple[int, int]]) -> Tensor:
+    """Read several runs of elements, each given by its start and length, into one tensor, as ``read_elements``."""
     import torch
 
     if entry.data is not None:
-        return entry.data.reshape(-1)[start : start + count].clone()
-    part = torch.empty(count, dtype=torch_dtype(entry.dtype))
+        return torch.cat([entry.data.reshape(-1)[start : start + count] for start, count in runs])
+    parts = torch.empty(sum(count for _, count in runs), dtype=torch_dtype(entry.dtype))
+    done = 0
     with entry.path.open("rb", buffering=0) as file:
-        file.seek(entry.offset + start * part.itemsize)
-        _fill(file, part, entry)
-    return part
+        for start, count in runs:
+            file.seek(entry.offset + start * parts.itemsize)
+            _fill(file, parts[done : done + count], entry)
+            done += count
+    return parts
 
 
 def read_tensor(entry: TensorEntry) -> Tensor:

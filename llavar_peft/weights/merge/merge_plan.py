@@ -20,7 +20,7 @@ from llavar_peft.weights.io.hub_folders import find_folder
 from llavar_peft.weights.io.shard_layout import RELEASED_SHARD_SIZE, TensorSpec, WeightsFormat
 from llavar_peft.weights.io.stated_resolution import RESOLUTION
 from llavar_peft.weights.io.weights_fingerprint import check_adapter_base, take_fingerprint
-from llavar_peft.weights.io.write_weights import Progress, write_weights
+from llavar_peft.weights.io.write_weights import Along, Progress, write_weights
 from llavar_peft.weights.merge.merge_base import MergeBase, ReadLanguage, ReadTower, open_merge_base
 from llavar_peft.weights.merge.merge_stream import MergedTensors, Onto, Rounding, choose_rounding
 
@@ -121,6 +121,7 @@ def write_merged(
     shard_size: int = RELEASED_SHARD_SIZE,
     progress: Progress | None = None,
     check: Callable[[Path], None] | None = None,
+    along: Along | None = None,
 ) -> WeightsReport:
     """Write the result of a merge.
 
@@ -132,6 +133,7 @@ def write_merged(
         shard_size: Maximum size of a file in bytes.
         progress: Called after each tensor with the number of bytes written and the total.
         check: Called with the finished folder before it gets its name; if it raises, nothing is kept.
+        along: A computation with the tensors while they are written.
     """
     merged, base = plan.merged, plan.merged.base
 
@@ -150,6 +152,7 @@ def write_merged(
         sources=lambda name: [base.table.get(name)],
         finish=finish,
         progress=progress,
+        along=along,
     )
 
 

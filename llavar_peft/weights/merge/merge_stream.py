@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import importlib.util
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from llavar_peft.errors import ConfigError, Fault, MissingDependencyError, WeightsError
 from llavar_peft.weights.adapter.adapter_files import read_base_settings
 from llavar_peft.weights.adapter.adapter_layouts import adapter_files
-from llavar_peft.weights.adapter.lora_updates import Adapter, Update
+from llavar_peft.weights.adapter.lora_updates import Adapter, Replacement, Update
 from llavar_peft.weights.io import tensor_names
 from llavar_peft.weights.io.tensor_blocks import join_first, raise_faults, read_blocks, rows_per_block, tensor_bytes
 from llavar_peft.weights.io.tensor_table import TensorEntry, torch_dtype
@@ -25,7 +25,13 @@ if TYPE_CHECKING:
 Onto = Literal["original", "dequantized"]
 """What adapters of a quantized base are added to: its values on disk, or those values after quantization."""
 
+See: TypeAlias = "Callable[[Tensor, int], None]"
+"""Called with rows of a tensor, in fp32 and in memory that is used again, and with the number of the first of them."""
 _MATRIX = 2  # dimensions
+_PIECE = 1 << 17
+"""Approximate number of elements of a piece of a block: 0.5 MiB in fp32."""
+_PIECE_ROWS = 32
+"""Fewest rows of a piece, for which BLAS has the same kernels as for more: the result does not depend on the pieces."""
 _FIX = "use the adapter with the base it was trained on"
 
 
@@ -148,12 +154,73 @@ class MergedTensors:
 
     def blocks(self, name: str, dtype: str) -> Iterator[Tensor]:
         """Yield the blocks of a tensor after the merge, in the given dtype."""
-        key, start = self.base.ours(name) or "", 0
-        updates = [(number, one.updates[key]) for number, one in enumerate(self.adapters) if key in one.updates]
+        start = 0
         for block in self.before(name):
-            rows = self._merge(block.float(), updates, start) if updates else block
+            yield self.merge_block(name, block, start, dtype)
             start += len(block)
-            yield rows.to(torch_dtype(dtype))
+
+    def merge_block(
+        self, name: str, block: Tensor, start: int, dtype: str, before: See | None = None, after: See | None = None
+    ) -> Tensor:
+        """Return a block of a tensor after the merge.
+
+        It is merged in pieces that stay in a core's cache while they are used.
+
+        Args:
+            name: The tensor.
+            block: From ``before``.
+            start: Number of its first row.
+            dtype: Torch's name of the result's dtype.
+            before: Called with each piece before the merge.
+            after: Called with each piece after the merge, as it is rounded.
+        """
+        import torch
+
+        changes = self.changes(name)
+        same = not changes and block.dtype == torch_dtype(dtype)
+        if same and before is None and after is None:
+            return block
+        result = block if same else torch.empty(block.shape, dtype=torch_dtype(dtype))
+        for rows, place in float_pieces(block):
+            if before is not None:
+                before(rows, start + place.start)
+            if not same:
+                result[place] = self.after(name, rows, start + place.start) if changes else block[place]
+            if after is not None:
+                after(rows if same else rows.copy_(result[place]), start + place.start)
+        return result
+
+    def updates(self, name: str) -> list[tuple[int, Update]]:
+        """Return the number of each adapter that changes a tensor, and its update."""
+        key = self.base.ours(name) or ""
+        return [(number, one.updates[key]) for number, one in enumerate(self.adapters) if key in one.updates]
+
+    def changes(self, name: str) -> bool:
+        """Return whether an adapter changes a tensor."""
+        return bool(self.updates(name))
+
+    def after(self, name: str, rows: Tensor, start: int) -> Tensor:
+        """Return rows of a tensor after the merge.
+
+        Args:
+            name: The tensor.
+            rows: Before the merge, in fp32; they may be overwritten.
+            start: Number of the first of them.
+
+        Returns:
+            fp32, not rounded.
+        """
+        updates = self.updates(name)
+        if self.weights is not None:
+            total = rows.clone()
+            for number, update in updates:
+                total += self.weights[number] * (update.apply(rows, start) - rows)
+            return total
+        own = True
+        for _, update in updates:
+            rows = update.apply(rows, start, overwrite=own)
+            own = own and not isinstance(update, Replacement)  # whose rows are the adapter's
+        return rows
 
     def before(self, name: str) -> Iterator[Tensor]:
         """Yield the blocks of a tensor before the merge, in any dtype."""
@@ -177,16 +244,6 @@ class MergedTensors:
         else:
             yield from append_mean_rows(entry, shape[0])
 
-    def _merge(self, rows: Tensor, updates: Sequence[tuple[int, Update]], start: int) -> Tensor:
-        if self.weights is None:
-            for _, update in updates:
-                rows = update.apply(rows, start)
-            return rows
-        total = rows.clone()
-        for number, update in updates:
-            total += self.weights[number] * (update.apply(rows, start) - rows)
-        return total
-
     def identity(self) -> list[tuple[str, int, int]]:
         """Return path, size and time of every file that the result depends on, and the updates that are applied."""
         paths = [entry.path for entry in self.base.table.values()]
@@ -198,6 +255,20 @@ class MergedTensors:
             for one in self.adapters
         ]
         return [*identify_files(paths), *overlay, *applied]
+
+
+def float_pieces(block: Tensor) -> Iterator[tuple[Tensor, slice]]:
+    """Yield a block in pieces, each in fp32 in the same memory, with its place in the block."""
+    import torch
+
+    count = len(block)
+    parts = max(1, min(-(-block.numel() // _PIECE), count // _PIECE_ROWS))
+    step = -(-count // parts)
+    step += -step % 8
+    memory = torch.empty(min(step, count), *block.shape[1:])
+    for start in range(0, count, step):
+        place = slice(start, min(start + step, count))
+        yield memory[: place.stop - start].copy_(block[place]), place
 
 
 def append_mean_rows(entry: TensorEntry, rows: int) -> Iterator[Tensor]:
