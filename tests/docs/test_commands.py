@@ -30,6 +30,7 @@ PAGES = (
     "docs/hub.md",
     "docs/evaluation.md",
     "docs/serving.md",
+    "docs/engines.md",
     "docs/multi_gpu.md",
     "docs/reproducing.md",
     "docs/troubleshooting.md",

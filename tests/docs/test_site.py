@@ -40,8 +40,8 @@ def test_benchmark_figures_are_those_of_the_results() -> None:
     assert module.readme(text) == text
     resolution = (ROOT / "docs/resolution.md").read_text(encoding="utf-8")
     assert module.resolution_page(resolution) == resolution
-    serving = (ROOT / "docs/serving.md").read_text(encoding="utf-8")
-    assert module.serving_page(serving) == serving
+    page = (ROOT / "docs/engines.md").read_text(encoding="utf-8")
+    assert module.engines_page(page) == page
     assert module.benchmarks_page() == (ROOT / "docs/benchmarks.md").read_text(encoding="utf-8")
 
 
