@@ -27,6 +27,11 @@ _DETECTION_LONGEST: Final = 2000  # pixels of the longer side to which an image 
 _SMALL_LINE: Final = 14.0  # pixels of a line's box there, below which it looks again in an image twice as large
 _DOUBTFUL: Final = 0.85  # confidence below which RapidOCR reads a line upside down too
 _CLEARLY: Final = 0.1  # by how much more confident it then has to be
+_LINE_SHAPE: Final = [3, 48, 48]  # RapidOCR pads a line to this width at least; its default of 320 is work for nothing
+_IDENTITY_MODEL: Final = (  # an ONNX model of one operation, y = Identity(x)
+    b"\x08\x08:7\n\x10\n\x01x\x12\x01y\"\x08Identity\x12\x01gZ\x0f\n\x01x\x12\n\n\x08\x08\x01\x12\x04\n\x02\x08\x01"
+    b"b\x0f\n\x01y\x12\n\n\x08\x08\x01\x12\x04\n\x02\x08\x01B\x02\x10\r"
+)
 
 
 def open_ocr_engine(name: EngineName, languages: str = "eng") -> OcrEngine:
@@ -66,6 +71,7 @@ class RapidOcr:
     def _reader(self) -> Any:
         from rapidocr import RapidOCR
 
+        _flush_denormals()
         return RapidOCR(
             params={
                 "Global.log_level": "error",
@@ -73,6 +79,7 @@ class RapidOcr:
                 "Global.use_preprocess_img": False,  # images are scaled here, and lines are cut from the full size
                 "Det.limit_type": "max",
                 "Det.limit_side_len": 1 << 20,
+                "Rec.rec_img_shape": _LINE_SHAPE,
                 "EngineConfig.onnxruntime.intra_op_num_threads": 1,
                 "EngineConfig.onnxruntime.inter_op_num_threads": 1,
                 "EngineConfig.onnxruntime.enable_cpu_mem_arena": True,  # a tenth faster
@@ -108,7 +115,7 @@ class RapidOcr:
         """Read one line, and also upside down if the text is doubtful.
 
         The engine's own test of the direction turns every tenth short word of an upright page. Lines are read one by
-        one because the model errs on the padding that batches need.
+        one because the model errs on the padding that batches need, and a batch takes no less time for each line.
         """
         text, score = self._recognize_once(line_HWC)
         if score < _DOUBTFUL:
@@ -120,6 +127,21 @@ class RapidOcr:
     def _recognize_once(self, line_HWC: Pixels) -> tuple[str, float]:
         found = self._reader(line_HWC, use_det=False, use_cls=False, use_rec=True)
         return (found.txts[0], float(found.scores[0])) if found.txts else ("", 0.0)
+
+
+def _flush_denormals() -> None:
+    """Let this thread compute with 0 instead of denormal numbers, where ONNX Runtime has not been used before.
+
+    The detection model has activations that fade to denormal numbers, with which processors compute a hundred times
+    slower. ONNX Runtime sets the thread's mode for the first session of a process only, and RapidOCR, which makes the
+    other sessions, does not offer the option.
+    """
+    from onnxruntime import InferenceSession, SessionOptions
+
+    options = SessionOptions()
+    options.intra_op_num_threads = 1
+    options.add_session_config_entry("session.set_denormal_as_zero", "1")
+    InferenceSession(_IDENTITY_MODEL, options, providers=["CPUExecutionProvider"])
 
 
 @contextmanager
