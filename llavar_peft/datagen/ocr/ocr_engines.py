@@ -29,7 +29,7 @@ _DOUBTFUL: Final = 0.85  # confidence below which RapidOCR reads a line upside d
 _CLEARLY: Final = 0.1  # by how much more confident it then has to be
 _LINE_SHAPE: Final = [3, 48, 48]  # RapidOCR pads a line to this width at least; its default of 320 is work for nothing
 _IDENTITY_MODEL: Final = (  # an ONNX model of one operation, y = Identity(x)
-    b"\x08\x08:7\n\x10\n\x01x\x12\x01y\"\x08Identity\x12\x01gZ\x0f\n\x01x\x12\n\n\x08\x08\x01\x12\x04\n\x02\x08\x01"
+    b'\x08\x08:7\n\x10\n\x01x\x12\x01y"\x08Identity\x12\x01gZ\x0f\n\x01x\x12\n\n\x08\x08\x01\x12\x04\n\x02\x08\x01'
     b"b\x0f\n\x01y\x12\n\n\x08\x08\x01\x12\x04\n\x02\x08\x01B\x02\x10\r"
 )
 
