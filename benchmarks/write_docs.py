@@ -35,6 +35,10 @@ SECTIONS = {
         "The same small model with tiles, or with cross-attention, against the one that sees the whole image only.",
     ),
     "Resolution of LLaVAR-7B and 13B": ("resolution_estimates", "By `python benchmarks/resolution_estimates.py`."),
+    "OCR": (
+        "ocr",
+        "Reading drawn pages and those of a manual, against RapidOCR's defaults and what the builder did before.",
+    ),
     "From unlabeled images to a model": ("ocr_to_model", "The example `examples/ocr_to_model.py` from start to end."),
 }
 """Title: (file under results, introduction)."""
