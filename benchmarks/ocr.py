@@ -100,7 +100,7 @@ def _reader(contender: str, folder: Path) -> Any:
     if contender == "RapidOCR":
         return _default_reader(folder)
     if contender == "as before":
-        vars(ocr_engines).update({"_flush_denormals": lambda: None, "_LINE_SHAPE": [3, 48, 320]})
+        vars(ocr_engines).update({"_ask_for_flushing": lambda: None, "_LINE_SHAPE": [3, 48, 320]})
     reader = OcrReader(folder, ReadingSettings())
 
     def read(name: str) -> str:

@@ -6,9 +6,10 @@ Both run offline in a single thread: images are read in parallel by several proc
 from __future__ import annotations
 
 import importlib.metadata
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cached_property
+from functools import cache, cached_property
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
@@ -71,7 +72,6 @@ class RapidOcr:
     def _reader(self) -> Any:
         from rapidocr import RapidOCR
 
-        _flush_denormals()
         return RapidOCR(
             params={
                 "Global.log_level": "error",
@@ -108,7 +108,9 @@ class RapidOcr:
         return boxes_N42
 
     def _detect(self, pixels_HWC: Pixels, scale: float) -> Pixels:
-        found = self._reader(scale_pixels(pixels_HWC, scale), use_det=True, use_cls=False, use_rec=False)
+        scaled_HWC = scale_pixels(pixels_HWC, scale)
+        with _flushed_denormals():
+            found = self._reader(scaled_HWC, use_det=True, use_cls=False, use_rec=False)
         return np.zeros((0, 4, 2)) if found.boxes is None else np.asarray(found.boxes, np.float64) / scale
 
     def _recognize(self, line_HWC: Pixels) -> tuple[str, float]:
@@ -129,13 +131,28 @@ class RapidOcr:
         return (found.txts[0], float(found.scores[0])) if found.txts else ("", 0.0)
 
 
-def _flush_denormals() -> None:
-    """Let this thread compute with 0 instead of denormal numbers, where ONNX Runtime has not been used before.
+@contextmanager
+def _flushed_denormals() -> Iterator[None]:
+    """Let this thread compute with 0 instead of denormal numbers.
 
     The detection model has activations that fade to denormal numbers, with which processors compute a hundred times
-    slower. ONNX Runtime sets the thread's mode for the first session of a process only, and RapidOCR, which makes the
-    other sessions, does not offer the option.
+    slower. Where torch is loaded, it sets the thread's mode, which ends with the block. Elsewhere ONNX Runtime sets it
+    for good, if its first session in the process asks for it: RapidOCR, which makes the others, lacks the option.
     """
+    torch = sys.modules.get("torch")
+    if torch is None:
+        _ask_for_flushing()
+        yield
+        return
+    torch.set_flush_denormal(True)
+    try:
+        yield
+    finally:
+        torch.set_flush_denormal(False)
+
+
+@cache
+def _ask_for_flushing() -> None:
     from onnxruntime import InferenceSession, SessionOptions
 
     options = SessionOptions()
