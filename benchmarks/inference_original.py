@@ -2,7 +2,8 @@
 
 Source: LLaVAR, llava/eval/model_vqa.py, ``eval_model``, on current ``transformers``. As there, the prompt is
 tokenized as one text, ``generate`` runs on one row, the whole answer is decoded after each token to find ``</s>``, and
-each line is flushed. So that answers can be compared, sampling is greedy and images are prepared by this package.
+each line is flushed. So that answers can be compared, sampling is greedy and images are prepared by this package, and a
+model whose conversation template is not LLaVAR's gets the ids of this package, and ends at its tokenizer's end token.
 """
 
 from __future__ import annotations
@@ -19,9 +20,13 @@ from llavar_peft.constants import SYSTEM_PROMPT
 from llavar_peft.data.conversation_template import image_block
 from llavar_peft.data.image_files import open_image
 from llavar_peft.data.image_preparation import prepare_image
+from llavar_peft.inference.generation_request import PromptImage, encode_messages
 
 if TYPE_CHECKING:
+    from PIL.Image import Image
+
     from llavar_peft.inference.engine import Engine
+    from llavar_peft.models.processing_llavar import LlavarProcessor
 
 END = "</s>"
 
@@ -59,12 +64,10 @@ def answer_file(engine: Engine, questions: Path, images: Path, answers: Path, *,
     """
     processor, model = engine.processor, engine.base_model
     tokenizer = processor.tokenizer
-    place = image_block(processor.num_image_tokens, use_im_start_end=processor.use_im_start_end)
     with answers.open("w", encoding="utf-8") as file:
         for line in (json.loads(text) for text in questions.read_text(encoding="utf-8").splitlines()):
-            prompt = f"{tokenizer.bos_token}{SYSTEM_PROMPT} USER: {line['text']}\n{place} ASSISTANT:"
-            ids = tokenizer([prompt], add_special_tokens=False, return_tensors="pt").input_ids.to(engine.device)
             image = open_image(images / line["image"])
+            ids = _encode_prompt(processor, line["text"], image).to(engine.device)
             pixels = prepare_image(image, processor.inference_image_mode, processor)[None].to(engine.device)
             stopping = KeywordsStoppingCriteria([END], tokenizer, ids.shape[1])
             output = model.generate(
@@ -82,3 +85,15 @@ def answer_file(engine: Engine, questions: Path, images: Path, answers: Path, *,
             }  # fmt: skip
             file.write(json.dumps(record) + "\n")
             file.flush()
+
+
+def _encode_prompt(processor: LlavarProcessor, question: str, image: Image) -> torch.Tensor:
+    """Return the ids ``[1, T]`` of a question about an image."""
+    if processor.template == "chat":
+        prepared = PromptImage.prepare(image, processor)
+        asked = processor.conversation_template.question(question, 1)
+        return encode_messages(processor, [("human", asked)], [prepared])[None]
+    place = image_block(processor.num_image_tokens, use_im_start_end=processor.use_im_start_end)
+    prompt = f"{processor.tokenizer.bos_token}{SYSTEM_PROMPT} USER: {question}\n{place} ASSISTANT:"
+    ids: torch.Tensor = processor.tokenizer([prompt], add_special_tokens=False, return_tensors="pt").input_ids
+    return ids

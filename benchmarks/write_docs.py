@@ -39,6 +39,10 @@ SECTIONS = {
         "startup",
         "The command line over a bare interpreter, and a training step while other processes use the cores.",
     ),
+    "OCR": (
+        "ocr",
+        "Reading drawn pages and those of a manual, against RapidOCR's defaults and what the builder did before.",
+    ),
     "From unlabeled images to a model": ("ocr_to_model", "The example `examples/ocr_to_model.py` from start to end."),
 }
 """Title: (file under results, introduction)."""

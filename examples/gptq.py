@@ -1,8 +1,10 @@
-"""Quantize the language model of an export to 4 bits with GPTQ, for vLLM and transformers.
+"""Quantize the language model of an export to 4 bits with GPTQ, for transformers and vLLM.
 
-llavar-peft convert llavar-13b mine-hf --to hf-llava
-pip install llmcompressor
-python examples/gptq.py mine-hf --images receipts --question "What is the total?" --out mine-w4a16
+GPTQ chooses the 4-bit numbers so that the outputs of the layers for given images change least. It needs
+``pip install llmcompressor``:
+
+    llavar-peft convert llavar-13b mine-hf --to hf-llava
+    python examples/gptq.py mine-hf --images receipts --question "What is the total?" --out mine-w4a16
 """
 
 import argparse

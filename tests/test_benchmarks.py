@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 from transformers import TrainerCallback
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
@@ -325,3 +326,37 @@ def test_the_start_up_is_compared_in_the_same_round(monkeypatch: pytest.MonkeyPa
     assert "| --help | 0.45 (0.30–0.60) | python -c pass | 0.30 (0.20–0.40) | 0.3: met |" in table
     assert f"| first token | 5.00 (4.00–6.00) | {startup.IMPORTS} | 2.50 (2.00–3.00) | 1.5: missed |" in table
     assert "| threads sleep while they wait | 3 | 1.000 (1.000–1.000) | 0.500 (0.500–0.500) |" in table
+
+
+@pytest.mark.usefixtures("scripts")
+def test_the_table_of_ocr_compares_with_the_builder() -> None:
+    import ocr
+    import ocr_table
+
+    def reading(seconds: float, found: int) -> dict[str, dict[str, Any]]:
+        return {"receipts": {"seconds": seconds, "found": found, "there": 50}}
+
+    rounds = [
+        {"ours": reading(1, 50), "as before": reading(before, 49), "RapidOCR": reading(1.1, 40)} for before in (2.5, 2)
+    ]
+    about = {**ABOUT, "rounds": 2, "pages": 4, "load_before": [3.0], "load_after": [0.0], "seconds": 1.0}
+    printed = ocr_table.table({**about, "kinds": ocr.compare(rounds)})
+    before = "the builder, with denormal numbers and short lines padded"
+    assert "| receipts | the builder | 1.00 (1.00–1.00) | 1 | 100.0 % |" in printed
+    assert f"| receipts | {before} | 2.25 (2.00–2.50) | 2.25 (2.00–2.50) | 98.0 % |" in printed
+    assert "no result (1.10–1.10) | 80.0 % |" in printed
+    assert "receipts met" in printed
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("scripts")
+def test_readers_of_ocr_find_the_words_of_a_page(tmp_path: Path) -> None:
+    pytest.importorskip("rapidocr")
+    pytest.importorskip("onnxruntime")
+    import ocr
+
+    (tmp_path / "truth.json").write_text(json.dumps({"blank_0.png": "There is\nnothing"}))
+    Image.new("RGB", (64, 64), "white").save(tmp_path / "blank_0.png")
+    for contender in ("ours", "RapidOCR"):
+        found = ocr.read_pages(contender, tmp_path)["blank"]
+        assert (found["found"], found["there"]) == (0, 3), contender

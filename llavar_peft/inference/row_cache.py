@@ -19,10 +19,11 @@ def cache_layers(cache: DynamicCache) -> list[tuple[Tensor, Tensor]]:
 
 
 def make_cache(layers: Iterable[tuple[Tensor, Tensor]]) -> DynamicCache:
-    """Return a cache with copies of these keys and values."""
+    """Return a cache of these keys and values, which are not copied: a cache makes new tensors when it grows."""
     cache = DynamicCache()
     for index, (keys, values) in enumerate(layers):
-        cache.update(keys, values, index)
+        cache.update(keys[:, :, :0], values[:, :, :0], index)  # adds an empty layer
+        cache.layers[index].keys, cache.layers[index].values = keys, values
     return cache
 
 

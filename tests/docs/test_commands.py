@@ -61,6 +61,7 @@ ELSEWHERE = {
     "accelerate launch": "tests/test_examples.py; these need several GPUs",
     "sbatch": "needs a Slurm cluster",
     "llama-server": "tests/weights/test_gguf.py reads the files; needs llama.cpp",
+    "python examples/gptq.py": "needs llmcompressor",
     "docker": "tests/test_container_files.py; the images are built elsewhere",
     "python benchmarks": "tests/test_benchmarks.py",
 }

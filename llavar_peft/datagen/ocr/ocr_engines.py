@@ -6,9 +6,10 @@ Both run offline in a single thread: images are read in parallel by several proc
 from __future__ import annotations
 
 import importlib.metadata
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cached_property
+from functools import cache, cached_property
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
@@ -27,6 +28,11 @@ _DETECTION_LONGEST: Final = 2000  # pixels of the longer side to which an image 
 _SMALL_LINE: Final = 14.0  # pixels of a line's box there, below which it looks again in an image twice as large
 _DOUBTFUL: Final = 0.85  # confidence below which RapidOCR reads a line upside down too
 _CLEARLY: Final = 0.1  # by how much more confident it then has to be
+_LINE_SHAPE: Final = [3, 48, 48]  # RapidOCR pads a line to this width at least; its default of 320 is work for nothing
+_IDENTITY_MODEL: Final = (  # an ONNX model of one operation, y = Identity(x)
+    b'\x08\x08:7\n\x10\n\x01x\x12\x01y"\x08Identity\x12\x01gZ\x0f\n\x01x\x12\n\n\x08\x08\x01\x12\x04\n\x02\x08\x01'
+    b"b\x0f\n\x01y\x12\n\n\x08\x08\x01\x12\x04\n\x02\x08\x01B\x02\x10\r"
+)
 
 
 def open_ocr_engine(name: EngineName, languages: str = "eng") -> OcrEngine:
@@ -73,6 +79,7 @@ class RapidOcr:
                 "Global.use_preprocess_img": False,  # images are scaled here, and lines are cut from the full size
                 "Det.limit_type": "max",
                 "Det.limit_side_len": 1 << 20,
+                "Rec.rec_img_shape": _LINE_SHAPE,
                 "EngineConfig.onnxruntime.intra_op_num_threads": 1,
                 "EngineConfig.onnxruntime.inter_op_num_threads": 1,
                 "EngineConfig.onnxruntime.enable_cpu_mem_arena": True,  # a tenth faster
@@ -101,14 +108,16 @@ class RapidOcr:
         return boxes_N42
 
     def _detect(self, pixels_HWC: Pixels, scale: float) -> Pixels:
-        found = self._reader(scale_pixels(pixels_HWC, scale), use_det=True, use_cls=False, use_rec=False)
+        scaled_HWC = scale_pixels(pixels_HWC, scale)
+        with _flushed_denormals():
+            found = self._reader(scaled_HWC, use_det=True, use_cls=False, use_rec=False)
         return np.zeros((0, 4, 2)) if found.boxes is None else np.asarray(found.boxes, np.float64) / scale
 
     def _recognize(self, line_HWC: Pixels) -> tuple[str, float]:
         """Read one line, and also upside down if the text is doubtful.
 
         The engine's own test of the direction turns every tenth short word of an upright page. Lines are read one by
-        one because the model errs on the padding that batches need.
+        one because the model errs on the padding that batches need, and a batch takes no less time for each line.
         """
         text, score = self._recognize_once(line_HWC)
         if score < _DOUBTFUL:
@@ -120,6 +129,36 @@ class RapidOcr:
     def _recognize_once(self, line_HWC: Pixels) -> tuple[str, float]:
         found = self._reader(line_HWC, use_det=False, use_cls=False, use_rec=True)
         return (found.txts[0], float(found.scores[0])) if found.txts else ("", 0.0)
+
+
+@contextmanager
+def _flushed_denormals() -> Iterator[None]:
+    """Let this thread compute with 0 instead of denormal numbers.
+
+    The detection model has activations that fade to denormal numbers, with which processors compute a hundred times
+    slower. Where torch is loaded, it sets the thread's mode, which ends with the block. Elsewhere ONNX Runtime sets it
+    for good, if its first session in the process asks for it: RapidOCR, which makes the others, lacks the option.
+    """
+    torch = sys.modules.get("torch")
+    if torch is None:
+        _ask_for_flushing()
+        yield
+        return
+    torch.set_flush_denormal(True)
+    try:
+        yield
+    finally:
+        torch.set_flush_denormal(False)
+
+
+@cache
+def _ask_for_flushing() -> None:
+    from onnxruntime import InferenceSession, SessionOptions
+
+    options = SessionOptions()
+    options.intra_op_num_threads = 1
+    options.add_session_config_entry("session.set_denormal_as_zero", "1")
+    InferenceSession(_IDENTITY_MODEL, options, providers=["CPUExecutionProvider"])
 
 
 @contextmanager

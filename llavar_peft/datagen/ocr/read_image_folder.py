@@ -31,6 +31,7 @@ LONGEST: Final = 4096
 SECOND_SIZE: Final[dict[EngineName, float]] = {"rapidocr": 0.8, "tesseract": 1.25}
 """Size of the second reading of an image as a fraction of the first. Tesseract misreads pages of less than 150 dpi."""
 _AHEAD: Final = 4  # images queued per process, so that no process waits
+_LEAST_IMAGES: Final = 4  # images for which a process is worth its start, which loads the engines
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -191,7 +192,8 @@ def read_images(
     Args:
         paths: Paths within the folder.
         journal: Gets one entry for each image, in any order.
-        workers: Number of processes; 1 reads in this one.
+        workers: Number of processes at most; one that would read fewer than four images is not started. 1 reads in this
+            process.
         on_entry: Called after each image; an error it raises stops the work.
 
     Raises:
@@ -209,7 +211,8 @@ def read_images(
 
 
 def _entries(folder: Path, paths: Sequence[str], settings: ReadingSettings, workers: int) -> Iterator[dict[str, Any]]:
-    if workers == 1 or len(paths) <= 1:
+    workers = min(workers, -(-len(paths) // _LEAST_IMAGES))
+    if workers <= 1:
         yield from map(OcrReader(folder, settings), paths)
         return
     # Spawned, not forked: ONNX Runtime's threads do not survive a fork.

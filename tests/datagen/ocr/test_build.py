@@ -6,6 +6,7 @@ import json
 import shutil
 import signal
 from dataclasses import replace
+from multiprocessing import active_children
 from pathlib import Path
 
 import pytest
@@ -19,7 +20,7 @@ from llavar_peft.data.record_store import open_records
 from llavar_peft.data.resume_journal import ResumeJournal
 from llavar_peft.datagen.ocr.build_ocr_records import BuildSettings, build_records, journal_path, report_path
 from llavar_peft.datagen.ocr.ocr_quality import QualityLimits
-from llavar_peft.datagen.ocr.read_image_folder import ReadingSettings, bring_short_edge
+from llavar_peft.datagen.ocr.read_image_folder import ReadingSettings, bring_short_edge, read_images
 from llavar_peft.datagen.synth.synth_settings import SynthSettings
 from llavar_peft.datagen.synth.write_synthetic import write_synthetic
 from llavar_peft.errors import DataError, EnvironmentFaultError, ImageError
@@ -241,3 +242,14 @@ def test_the_short_edge(size: tuple[int, int], expected: tuple[int, int]) -> Non
     assert factor == pytest.approx(expected[0] / size[0])
     strip, _ = bring_short_edge(Image.new("RGB", (600, 1)), 384)
     assert strip.size == (4096, 7)
+
+
+@pytest.mark.parametrize(("images", "processes"), [(4, 0), (5, 2)])
+def test_no_process_starts_for_fewer_than_four_images(images: int, processes: int, tmp_path: Path) -> None:
+    paths = [f"{number}.png" for number in range(images)]
+    for path in paths:
+        (tmp_path / path).write_bytes(b"no image")
+    started: set[int] = set()
+    with ResumeJournal(tmp_path / "journal.jsonl", {}) as journal:
+        read_images(tmp_path, paths, ReadingSettings(), journal, 8, lambda entry: started.add(len(active_children())))
+    assert max(started) == processes
