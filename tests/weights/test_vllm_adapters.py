@@ -129,6 +129,9 @@ def test_names_that_vllm_does_not_apply(folder: Path, tmp_path: Path) -> None:
         renamed = {name.replace(ours, other): tensor for name, tensor in tensors.items()}
         save_file(renamed, copy / "adapter_model.safetensors")
         _rejected(copy, *messages)
+    joined = {name.replace(".q_proj.", ".qkv_proj."): tensor for name, tensor in tensors.items()}
+    save_file(joined, copy / "adapter_model.safetensors")
+    _rejected(copy, "not of a joint qkv_proj")
     old = {name.replace(".weight", ".default.weight"): tensor for name, tensor in tensors.items()}
     save_file(old, copy / "adapter_model.safetensors")
     _rejected(copy, "vLLM does not find the layers of these names")

@@ -42,6 +42,8 @@ _NOT_IMPLEMENTED = {
     "use_qalora": "QALoRA (use_qalora)",
 }
 """Kinds of LoRA that vLLM rejects, by the setting of ``adapter_config.json`` that selects them."""
+_JOINED = ".qkv_proj"
+"""The joint layer of Phi-3, which vLLM splits, and whose updates it then does not recognize (vLLM 0.32, run)."""
 _SHOWN = 3
 
 
@@ -124,6 +126,11 @@ def _find_tensor_faults(stored: AdapterOnDisk) -> Iterator[Fault]:
         ("cross-attention", "vLLM has no cross-attention", "use `llavar-peft serve`, or train with tiles"),
         ("rows", "vLLM does not load trained rows of the embeddings", bake),
         ("outside", "vLLM leaves out updates outside the language model and answers without them", bake),
+        (
+            "joined",
+            "vLLM loads updates of q_proj, k_proj and v_proj, but not of a joint qkv_proj",
+            "merge it as a whole with `llavar-peft merge`, or train with a list of other layers as target",
+        ),
         ("named otherwise", "vLLM does not find the layers of these names", "save the adapter again with peft"),
     ):
         if kind in found:
@@ -148,5 +155,7 @@ def _kind_of(ours: str, stored: str) -> str:
         return "in full"
     if not plain.startswith((_LANGUAGE_MODEL, "lm_head.")):
         return "outside"
+    if plain.removesuffix(_UPDATE[0]).removesuffix(_UPDATE[1]).endswith(_JOINED):
+        return "joined"
     read = stored.endswith(_UPDATE) and stored.removeprefix(PREFIX).startswith(_READ_BY_VLLM)
     return "applied" if read else "named otherwise"
