@@ -123,7 +123,7 @@ class _Model(Weights):
 
     def stop(self) -> None:
         """End the thread."""
-        self._answers.put(_StoppedError())
+        self._answers.put(_EndedError())
         self._thread.join()
 
     def _ask(self, request: _Request) -> Tensor:
@@ -252,5 +252,5 @@ class _Answer:
         return torch.empty(0) if self._input is None else join_columns(self._input, self._parts)
 
 
-class _StoppedError(Exception):
+class _EndedError(Exception):
     """The other model failed, or everything is done."""

@@ -1,4 +1,4 @@
-"""Tensors that are written while somebody computes with their rows, in an order that the computation chooses."""
+"""Tensors that are written while a computation uses their rows, in an order that the computation chooses."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class TensorStream:
 
     Args:
         writer: The writer of the folder.
-        tensors: The blocks of each tensor, for those whose rows nobody gives.
+        tensors: The blocks of each tensor, to write those whose rows are not given.
         check: Called with a tensor's name and its rows before they are written; raises if they are invalid.
         report: Called with the name of each tensor that is written.
     """
