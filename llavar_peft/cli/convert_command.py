@@ -16,6 +16,7 @@ from llavar_peft.cli.push_command import (
     push_result,
 )
 from llavar_peft.cli.shared_options import DtypeOption, ShardGigabytes
+from llavar_peft.errors import ConfigError
 
 
 def convert(
@@ -75,6 +76,10 @@ def convert(
     """Convert a LLaVA or LLaVAR to another layout, from disk to disk."""
     from llavar_peft.models.export_layout import export
 
+    if push is not None and to == "gguf":
+        raise ConfigError.at(
+            "--push", "files for llama.cpp have no card that could name their base", "use `hf upload OWNER/NAME OUT`"
+        )
     check_push_option(push, private, base_name, None if to == "adapter" else [source])
 
     with show_progress("converting") as progress:

@@ -24,7 +24,6 @@ from llavar_peft.inference.generation_request import PromptImage, inputs_of_imag
 from llavar_peft.inference.json_grammar import GrammarCompiler, JsonGrammar
 from llavar_peft.models.adapter_loading import add_adapter, apply_adapter, check_base_of_adapter
 from llavar_peft.models.build_model import build_model
-from llavar_peft.models.hub_models import is_hub_name, resolve_folder
 from llavar_peft.models.model_resolution import with_resolution_of
 from llavar_peft.models.quantized_checkpoint import with_stored_quantization
 from llavar_peft.recipe.schema import Attention, Dtype, Kernels, ModelConfig
@@ -32,7 +31,7 @@ from llavar_peft.recipe.validate import model_from_mapping
 from llavar_peft.types import Quantization
 from llavar_peft.weights.adapter.adapter_files import ADAPTER_CONFIG, BASE_FILE, read_base_settings, read_settings
 from llavar_peft.weights.adapter.adapter_layouts import conversion_of, is_llava_lora
-from llavar_peft.weights.io.hub_folders import find_folder
+from llavar_peft.weights.io.hub_folders import find_folder, is_hub_name, resolve_folder
 from llavar_peft.weights.io.tensor_table import WEIGHTS_FILES
 
 if TYPE_CHECKING:

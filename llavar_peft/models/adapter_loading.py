@@ -11,7 +11,6 @@ import torch
 from llavar_peft.compat.dependency_internals import embed_used_rows_only
 from llavar_peft.errors import ConfigError, Fault
 from llavar_peft.models.build_model import build_model, expected_shapes
-from llavar_peft.models.hub_models import resolve_folder
 from llavar_peft.models.model_resolution import with_resolution_of
 from llavar_peft.models.modeling_llavar import LlavarForConditionalGeneration
 from llavar_peft.models.quantized_checkpoint import stored_fingerprint
@@ -23,7 +22,7 @@ from llavar_peft.weights.adapter.adapter_parts import find_base_faults, find_sha
 from llavar_peft.weights.adapter.adapter_settings import peft_settings
 from llavar_peft.weights.delta.released_layout import read_model_config, read_tower_table, view_as_released
 from llavar_peft.weights.io import tensor_names
-from llavar_peft.weights.io.hub_folders import find_folder
+from llavar_peft.weights.io.hub_folders import find_folder, resolve_folder
 from llavar_peft.weights.io.quantized_weights import UNQUANTIZED, UNQUANTIZED_TOWER
 from llavar_peft.weights.io.stated_resolution import RESOLUTION, find_resolution_fault, resolution_kind
 from llavar_peft.weights.io.tensor_blocks import find_not_finite, raise_faults, read_tensor

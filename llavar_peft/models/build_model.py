@@ -30,7 +30,6 @@ from llavar_peft.constants import MODEL_TYPE
 from llavar_peft.errors import ConfigError, EnvironmentFaultError, MissingDependencyError
 from llavar_peft.models.checkpoint_loading import read_checkpoint, read_parts
 from llavar_peft.models.decoder_structure import check_linear
-from llavar_peft.models.hub_models import resolve_folder
 from llavar_peft.models.launch_environment import claim_device, half_precision, requested_sharding
 from llavar_peft.models.layer_kernels import apply_kernels, check_kernels
 from llavar_peft.models.llavar_config import LlavarConfig
@@ -45,6 +44,7 @@ from llavar_peft.recipe.schema import Attention, Dtype, Kernels, ModelConfig
 from llavar_peft.types import Quantization
 from llavar_peft.weights.io import tensor_names
 from llavar_peft.weights.io.companion_files import PROCESSOR_FILE
+from llavar_peft.weights.io.hub_folders import resolve_folder
 from llavar_peft.weights.io.joined_rows import JoinedRows, whole
 from llavar_peft.weights.io.projector_file import apply_projector
 from llavar_peft.weights.io.tensor_blocks import check_tensors

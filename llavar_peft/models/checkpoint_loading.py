@@ -17,7 +17,6 @@ from llavar_peft.constants import MODEL_TYPE, RELEASED_MODEL_TYPE, STOCK_MODEL_T
 from llavar_peft.errors import ConfigError
 from llavar_peft.models.flat_layout import check_flat, is_flat, read_flat
 from llavar_peft.models.hf_llava import read_stock
-from llavar_peft.models.hub_models import resolve_folder
 from llavar_peft.models.language_model_loading import read_language_model
 from llavar_peft.models.llavar_config import LlavarConfig, make_config
 from llavar_peft.models.model_parts import ModelParts
@@ -33,6 +32,7 @@ from llavar_peft.weights.adapter.adapter_layouts import conversion_of, is_llava_
 from llavar_peft.weights.delta.released_layout import check_not_delta, read_model_config
 from llavar_peft.weights.io import tensor_names
 from llavar_peft.weights.io.companion_files import PROCESSOR_FILE
+from llavar_peft.weights.io.hub_folders import resolve_folder
 from llavar_peft.weights.io.joined_rows import JoinedRows
 from llavar_peft.weights.io.quantized_weights import stored_quantization
 from llavar_peft.weights.io.stated_resolution import RESOLUTION

@@ -20,7 +20,6 @@ from llavar_peft.constants import IMAGE_PLACEHOLDER, IMAGE_START_TOKEN, MODEL_TY
 from llavar_peft.errors import ConfigError
 from llavar_peft.models.detail_encoder import read_encoder_config
 from llavar_peft.models.flat_layout import read_flat_resolution
-from llavar_peft.models.hub_models import cached_folder, is_hub_name
 from llavar_peft.models.known_models import KNOWN_MODELS, LLAMA_SIZES, TOKENS
 from llavar_peft.models.llavar_config import LlavarConfig, make_config, read_flat_text_config, read_llama_config
 from llavar_peft.models.pretrained_files import load_pretrained, make_part_settings
@@ -36,6 +35,7 @@ from llavar_peft.recipe.resolution import (
 from llavar_peft.recipe.schema import ModelConfig, ProjectorType
 from llavar_peft.types import expand_home
 from llavar_peft.weights.delta.released_layout import read_model_config
+from llavar_peft.weights.io.hub_folders import cached_folder, is_hub_name
 from llavar_peft.weights.io.stated_resolution import RESOLUTION
 
 _OF_LLAMA_S_SHAPE = re.compile(r"llama|vicuna|llava|alpaca")

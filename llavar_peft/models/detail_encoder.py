@@ -23,13 +23,13 @@ from transformers import (
 )
 
 from llavar_peft.errors import ConfigError
-from llavar_peft.models.hub_models import cached_folder
 from llavar_peft.models.pretrained_files import check_sizes, load_pretrained, make_part_settings, unreadable_settings
 from llavar_peft.models.tower_loading import read_tower
 from llavar_peft.models.vision_tower import LlavarVisionTower, tower_features
 from llavar_peft.types import expand_home
 from llavar_peft.weights.delta.released_layout import read_model_config
 from llavar_peft.weights.io import tensor_names
+from llavar_peft.weights.io.hub_folders import cached_folder
 from llavar_peft.weights.io.tensor_blocks import open_weights
 
 if TYPE_CHECKING:

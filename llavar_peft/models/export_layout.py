@@ -29,7 +29,6 @@ from llavar_peft.models.flat_layout import is_flat
 from llavar_peft.models.gguf_language_model import language_model_file
 from llavar_peft.models.gguf_projector import projector_file
 from llavar_peft.models.hf_llava import write_stock_companions
-from llavar_peft.models.hub_models import resolve_folder
 from llavar_peft.models.llava_lora import convert_llava_lora
 from llavar_peft.models.model_parts import ModelParts
 from llavar_peft.models.quantized_checkpoint import quantize_checkpoint
@@ -50,7 +49,7 @@ from llavar_peft.weights.gguf.gguf_tensors import OutType, check_outtype
 from llavar_peft.weights.io import tensor_names
 from llavar_peft.weights.io.convert_layout import ACTIVATIONS, ProjectorForm, to_two_layers, write_converted
 from llavar_peft.weights.io.folder_writer import WeightsReport
-from llavar_peft.weights.io.hub_folders import find_folder
+from llavar_peft.weights.io.hub_folders import find_folder, resolve_folder
 from llavar_peft.weights.io.joined_rows import whole
 from llavar_peft.weights.io.quantized_weights import check_unquantized
 from llavar_peft.weights.io.shard_layout import RELEASED_SHARD_SIZE, WeightsFormat

@@ -21,7 +21,6 @@ from llavar_peft.models.adapter_loading import fingerprint_base
 from llavar_peft.models.build_model import expected_shapes, register
 from llavar_peft.models.checkpoint_loading import read_checkpoint, read_parts
 from llavar_peft.models.flat_layout import LLAMA_TOKENS, check_features, is_flat, read_flat_resolution
-from llavar_peft.models.hub_models import resolve_folder
 from llavar_peft.models.llavar_config import flat_language_kind
 from llavar_peft.models.model_parts import ModelParts
 from llavar_peft.models.model_resolution import set_resolution
@@ -36,6 +35,7 @@ from llavar_peft.weights.delta.released_layout import is_language_model, read_mo
 from llavar_peft.weights.io import tensor_names
 from llavar_peft.weights.io.convert_layout import write_converted
 from llavar_peft.weights.io.folder_writer import WeightsReport
+from llavar_peft.weights.io.hub_folders import resolve_folder
 from llavar_peft.weights.io.joined_rows import whole
 from llavar_peft.weights.io.shard_layout import RELEASED_SHARD_SIZE
 from llavar_peft.weights.io.tensor_blocks import join_first, raise_faults

@@ -14,7 +14,6 @@ from llavar_peft.errors import ConfigError, WeightsError
 from llavar_peft.models.cross_attention_hooks import check_decoder
 from llavar_peft.models.detail_encoder import read_encoder
 from llavar_peft.models.detail_features import draw_cross_attention
-from llavar_peft.models.hub_models import resolve_folder
 from llavar_peft.models.llavar_config import LlavarConfig
 from llavar_peft.models.model_parts import ModelParts
 from llavar_peft.models.tower_loading import prepared_side
@@ -28,6 +27,7 @@ from llavar_peft.recipe.resolution import (
 )
 from llavar_peft.recipe.schema import ModelConfig
 from llavar_peft.weights.io import tensor_names
+from llavar_peft.weights.io.hub_folders import resolve_folder
 from llavar_peft.weights.io.stated_resolution import RESOLUTION, resolution_of_adapter
 
 _SETTING = "model.resolution"

@@ -14,7 +14,6 @@ from torch import nn
 from llavar_peft.atomic_files import write_json, write_text
 from llavar_peft.constants import MODEL_TYPE
 from llavar_peft.errors import ConfigError
-from llavar_peft.models.hub_models import cached_folder, is_hub_name, resolve_folder
 from llavar_peft.models.model_parts import ModelParts
 from llavar_peft.models.modeling_llavar import LlavarForConditionalGeneration
 from llavar_peft.recipe.schema import ModelConfig, Projector, Recipe
@@ -23,6 +22,7 @@ from llavar_peft.types import Quantization, expand_home
 from llavar_peft.weights.delta.released_layout import read_model_config, view_as_released
 from llavar_peft.weights.io import tensor_names
 from llavar_peft.weights.io.folder_writer import WeightsReport
+from llavar_peft.weights.io.hub_folders import cached_folder, is_hub_name, resolve_folder
 from llavar_peft.weights.io.quantized_weights import (
     QUANTIZATION,
     STATE,

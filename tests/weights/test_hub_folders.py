@@ -10,7 +10,7 @@ import pytest
 from huggingface_hub import errors as hub_errors
 
 from llavar_peft.errors import EnvironmentFaultError
-from llavar_peft.models.hub_models import download, is_hub_name
+from llavar_peft.weights.io.hub_folders import download, is_hub_name
 
 REQUEST = httpx.Request("GET", "https://hub")
 RESPONSE = httpx.Response(401, request=REQUEST)
