@@ -62,6 +62,7 @@ ELSEWHERE = {
     "sbatch": "needs a Slurm cluster",
     "llama-server": "tests/weights/test_gguf.py reads the files; needs llama.cpp",
     "python examples/gptq.py": "needs llmcompressor",
+    "llavar-peft push": "tests/hub/test_push.py; needs a token",
     "docker": "tests/test_container_files.py; the images are built elsewhere",
     "python benchmarks": "tests/test_benchmarks.py",
 }
