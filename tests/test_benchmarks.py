@@ -49,6 +49,7 @@ def test_every_contender_gives_what_ours_gives(tiny: Path, tmp_path: Path) -> No
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(os.environ.get("LLAVAR_BENCHMARKS") != "all", reason="LLAVAR_BENCHMARKS=all runs this command")
 def test_a_dry_run_takes_no_disk(tiny: Path, tmp_path: Path) -> None:
     import weights_dry_run
     from weights_inputs import SHAPES
@@ -295,6 +296,7 @@ def test_the_benchmark_of_resolutions_runs_each_of_them(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(os.environ.get("LLAVAR_BENCHMARKS") != "all", reason="LLAVAR_BENCHMARKS=all runs this command")
 @pytest.mark.usefixtures("scripts")
 def test_the_estimates_of_resolutions_are_of_real_sizes() -> None:
     import resolution_estimates

@@ -15,7 +15,7 @@ from tests.fuzz.mutations import damage_file
 from tests.fuzz.targets import TARGETS, write_request
 from tests.fuzz.valid_files import build_valid_files
 
-CASES = 40
+CASES = 20
 
 
 @pytest.fixture

@@ -68,6 +68,7 @@ _ALL = os.environ.get("LLAVAR_ESTIMATE") == "all"
 _ONLY_ALL = pytest.mark.skipif(not _ALL, reason="takes minutes; LLAVAR_ESTIMATE=all runs it")
 _FITTING = ("13B QLoRA", "13B full on 8 GPUs of 80 GB, with room")
 _ALWAYS = ("full, activations kept, on 8", "LoRA, activations kept", "int8")
+_SMALL = ("SmolLM 2, full", "Phi 3, int8")
 
 
 @cache
@@ -116,7 +117,7 @@ def test_a_short_qlora_fits_and_the_estimate_agrees() -> None:
     assert _estimated(case, layers=2).peak == pytest.approx(max(peaks.values()), rel=0.1)
 
 
-@pytest.mark.parametrize("name", OTHER_MODELS)
+@pytest.mark.parametrize("name", OTHER_MODELS if _ALL else _SMALL)
 def test_the_estimate_agrees_for_other_models(name: str) -> None:
     """With two layers, whose weight in the peak is small: the embeddings, the logits and the tower are whole."""
     case = OTHER_MODELS[name]
@@ -135,7 +136,14 @@ def test_the_estimate_agrees_for_other_models_with_all_layers(name: str) -> None
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("tune", [Projector(), _LORA, Full(train_tower=True)], ids=["projector", "lora", "tower"])
+@pytest.mark.parametrize(
+    "tune",
+    [
+        pytest.param(Projector(), marks=_ONLY_ALL, id="projector"),
+        pytest.param(_LORA, id="lora"),
+        pytest.param(Full(train_tower=True), marks=_ONLY_ALL, id="tower"),
+    ],
+)
 def test_tiles_are_part_of_the_estimate(tune: Tune) -> None:
     """Three tiles and the whole image are four images of the tower."""
     case = Case("7b", tune, records=2, tiles=Tiles(grid=((1, 3),), pool=2))
@@ -155,12 +163,11 @@ def test_a_trained_tower_is_part_of_the_estimate() -> None:
 @pytest.mark.parametrize(
     "case",
     [
-        Case("7b", Projector(), records=4, accumulation=2),
-        Case("7b", _LORA, "nf4"),
-        Case("7b", Full(), gpus=8),
-        Case("7b", _LORA, recompute=False),
+        pytest.param(Case("7b", Projector(), records=4, accumulation=2), id="projector"),
+        pytest.param(Case("7b", _LORA, "nf4"), marks=_ONLY_ALL, id="QLoRA"),
+        pytest.param(Case("7b", Full(), gpus=8), id="full on 8"),
+        pytest.param(Case("7b", _LORA, recompute=False), marks=_ONLY_ALL, id="LoRA, activations kept"),
     ],
-    ids=["projector", "QLoRA", "full on 8", "LoRA, activations kept"],
 )
 def test_cross_attention_is_part_of_the_estimate(case: Case) -> None:
     crossed = dataclasses.replace(case, crops=4, vision_tower="openai/clip-vit-large-patch14")

@@ -29,7 +29,7 @@ KINDS: dict[str, tuple[Tune, str | None, int]] = {
     "qlora": (Lora(rank=4, alpha=8.0, dropout=0.1), "nf4", 0),
 }
 if os.environ.get("LLAVAR_TORTURE_MATRIX") != "all":
-    del KINDS["projector"]  # adapters are saved with the projector
+    del KINDS["projector"], KINDS["lora"]  # adapters are saved with the projector, and alike on a quantized base
 
 
 def _figures(run: Path) -> list[tuple[Any, ...]]:

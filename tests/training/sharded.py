@@ -267,8 +267,8 @@ def main(folder: Path) -> None:
 
         # Compiling DeepSpeed's collectives over shared memory takes two minutes; gloo's give the same result.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    # Of memory last, when everything is imported.
-    for path in sorted(folder.glob("*.yaml"), key=lambda path: (path.stem.startswith("memory"), path.stem)):
+    # Of memory first, before other runs leave gaps in it.
+    for path in sorted(folder.glob("*.yaml"), key=lambda path: (not path.stem.startswith("memory"), path.stem)):
         way, _, _ = path.stem.partition("-")
         recipe = load_recipe(str(path), [])
         counter = ShardCounter(2 if any((stage.max_steps or 0) > _UNINTERRUPTED for stage in recipe.stages) else None)
