@@ -15,11 +15,6 @@ RUN apt-get update && apt-get install --yes --no-install-recommends libgl1 libgl
     && useradd --create-home --uid 1000 llavar && mkdir /models /work && chown llavar:llavar /models /work
 ENV HF_HOME=/models PYTHONUNBUFFERED=1
 COPY --from=wheel /dist /dist
-
-FROM base AS cpu
-RUN pip install --no-cache-dir torch --index-url https://download.pytorch.org/whl/cpu \
-    && pip install --no-cache-dir "$(echo /dist/*.whl)[serve,ocr,pdf,schema]"
-USER llavar
 WORKDIR /work
 VOLUME /models
 EXPOSE 8000
@@ -27,6 +22,11 @@ HEALTHCHECK --interval=30s --timeout=5s --start-period=10m \
     CMD ["python", "-c", "import urllib.request; urllib.request.urlopen('http://127.0.0.1:8000/health', timeout=4)"]
 ENTRYPOINT ["llavar-peft"]
 CMD ["--help"]
+
+FROM base AS cpu
+RUN pip install --no-cache-dir torch --index-url https://download.pytorch.org/whl/cpu \
+    && pip install --no-cache-dir "$(echo /dist/*.whl)[serve,ocr,pdf,schema]"
+USER llavar
 
 # torch's wheels contain the CUDA libraries; the host needs NVIDIA's driver and container toolkit. gcc is for kernels that
 # Triton compiles.
@@ -35,10 +35,3 @@ ENV NVIDIA_VISIBLE_DEVICES=all NVIDIA_DRIVER_CAPABILITIES=compute,utility
 RUN apt-get update && apt-get install --yes --no-install-recommends gcc libc6-dev && rm -rf /var/lib/apt/lists/* \
     && pip install --no-cache-dir "$(echo /dist/*.whl)[serve,ocr,pdf,schema,liger]"
 USER llavar
-WORKDIR /work
-VOLUME /models
-EXPOSE 8000
-HEALTHCHECK --interval=30s --timeout=5s --start-period=10m \
-    CMD ["python", "-c", "import urllib.request; urllib.request.urlopen('http://127.0.0.1:8000/health', timeout=4)"]
-ENTRYPOINT ["llavar-peft"]
-CMD ["--help"]

@@ -8,7 +8,14 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from llavar_peft.cli.output import print_table, say, say_json, show_progress
-from llavar_peft.cli.shared_options import DtypeOption, JsonOption, OutFolderOption, ShardGigabytes
+from llavar_peft.cli.shared_options import (
+    DtypeOption,
+    JsonOption,
+    OutFolderOption,
+    ShardGigabytes,
+    TrainedProjectorOption,
+    TrainedTowerOption,
+)
 
 if TYPE_CHECKING:
     from llavar_peft.weights.adapter.adapter_report import AdapterReport
@@ -77,14 +84,8 @@ def adapter_bake(
     base: Annotated[Path, typer.Option("--base", help="The folder of the model that the adapter was trained on.")],
     out: OutFolderOption,
     dtype: DtypeOption = None,
-    vision_tower: Annotated[
-        Path | None,
-        typer.Option("--vision-tower", help="The CLIP folder, for a plain LLaMA. Default: the one used in training."),
-    ] = None,
-    projector: Annotated[
-        Path | None,
-        typer.Option("--projector", help="The projector file that the training started from, if it has moved."),
-    ] = None,
+    vision_tower: TrainedTowerOption = None,
+    projector: TrainedProjectorOption = None,
     shard_gb: ShardGigabytes = 5.0,
     probe: Annotated[
         bool,

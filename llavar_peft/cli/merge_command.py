@@ -15,7 +15,14 @@ from llavar_peft.cli.push_command import (
     check_push_option,
     push_result,
 )
-from llavar_peft.cli.shared_options import DtypeOption, OntoOption, OutFolderOption, ShardGigabytes
+from llavar_peft.cli.shared_options import (
+    DtypeOption,
+    OntoOption,
+    OutFolderOption,
+    ShardGigabytes,
+    TrainedProjectorOption,
+    TrainedTowerOption,
+)
 
 
 def merge(
@@ -34,14 +41,8 @@ def merge(
     ] = None,
     onto: OntoOption = None,
     dtype: DtypeOption = None,
-    vision_tower: Annotated[
-        Path | None,
-        typer.Option("--vision-tower", help="The CLIP folder, for a plain LLaMA. Default: the one used in training."),
-    ] = None,
-    projector: Annotated[
-        Path | None,
-        typer.Option("--projector", help="The projector file that the training started from, if it has moved."),
-    ] = None,
+    vision_tower: TrainedTowerOption = None,
+    projector: TrainedProjectorOption = None,
     as_bin: Annotated[
         bool, typer.Option("--bin", help="Write pytorch_model-*.bin, as LLaVAR was released, instead of safetensors.")
     ] = False,

@@ -113,6 +113,14 @@ OutFolderOption: TypeAlias = Annotated[Path, typer.Option("--out", help="The fol
 ShardGigabytes: TypeAlias = Annotated[
     float, typer.Option("--shard-gb", min=0.001, help="Largest size of a weight file, in GB (10^9 bytes).")
 ]
+TrainedTowerOption: TypeAlias = Annotated[
+    Path | None,
+    typer.Option("--vision-tower", help="The CLIP folder, for a plain LLaMA. Default: the one used in training."),
+]
+TrainedProjectorOption: TypeAlias = Annotated[
+    Path | None,
+    typer.Option("--projector", help="The projector file that the training started from, if it has moved."),
+]
 DtypeOption: TypeAlias = Annotated[
     Literal["float16", "bfloat16", "float32"] | None,
     typer.Option("--dtype", help="Data type of the result. Default: as in the source."),

@@ -1,4 +1,4 @@
-"""Check a name, a token and a repository of the hub before anything long begins, and explain what the hub refuses."""
+"""Check a name, a token and a repository of the hub before anything long begins, and explain what the hub rejects."""
 
 from __future__ import annotations
 
