@@ -74,9 +74,9 @@ def check_destination(
 
 
 def _check_name(name: str) -> None:
-    if not is_repository_name(name):
+    if not isinstance(name, str) or not is_repository_name(name):
         fix = f"write OWNER/NAME, with letters, digits, '-', '_' and '.', each of at most {_LONGEST_NAME} characters"
-        raise ConfigError.at("--push", f"no name of a repository (got {name[:200]!r}, expected OWNER/NAME)", fix)
+        raise ConfigError.at("--push", f"no name of a repository (got {str(name)[:200]!r}, expected OWNER/NAME)", fix)
 
 
 def is_repository_name(name: str) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import re
 import shutil
@@ -287,7 +288,7 @@ def test_nothing_is_kept_of_an_incomplete_export(
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize(("number", "words"), [(float("nan"), "1 of .* are NaN"), (1e5, "exceeds the range")])
+@pytest.mark.parametrize(("number", "words"), [(float("nan"), "1 of .* are NaN"), (1e5, "exceeds the range.*or outtype bf16")])
 def test_numbers_that_a_file_cannot_hold_are_named(
     number: float, words: str, models: dict[str, tuple[Any, Any, Path]], tmp_path: Path
 ) -> None:
@@ -301,6 +302,51 @@ def test_numbers_that_a_file_cannot_hold_are_named(
         export(tmp_path / "damaged", tmp_path / "out", to="gguf")
     assert name in str(error.value)
     assert [path.name for path in tmp_path.iterdir()] == ["damaged"]
+
+
+def test_a_tokenizer_that_scores_cannot_express_is_rejected(
+    models: dict[str, tuple[Any, Any, Path]], tmp_path: Path
+) -> None:
+    """Its merges make a piece from some pairs only; by scores, every pair that forms the piece is joined."""
+    source = shutil.copytree(models["tiny"][2].with_name("tiny"), tmp_path / "m")
+    described = json.loads((source / "tokenizer.json").read_text())
+    merges = [tuple(one.split(" ") if isinstance(one, str) else one) for one in described["model"]["merges"]]
+    described["model"]["merges"] = [list(pair) for pair in {left + right: (left, right) for left, right in merges}.values()]
+    (source / "tokenizer.json").write_text(json.dumps(described))
+    with pytest.raises(ConfigError, match=r"m: llama\.cpp would split text into other tokens .*expected \["):
+        export(source, tmp_path / "out", to="gguf")
+    assert [path.name for path in tmp_path.iterdir()] == ["m"]
+
+
+def test_names_that_are_no_text_and_places_that_are_no_new_folder(
+    models: dict[str, tuple[Any, Any, Path]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    source = shutil.copytree(models["tiny"][2].with_name("tiny"), tmp_path / os.fsdecode(b"m \xff"))
+    before = sorted(source.rglob("*"))
+    assert cli.main(["convert", str(source), str(source / "gguf"), "--to", "gguf"]) == 2
+    assert "is in the folder that it is made from" in capsys.readouterr().err
+    monkeypatch.chdir(tmp_path)
+    for out in (".", "/"):
+        assert cli.main(["convert", str(source), out, "--to", "gguf"]) == 2
+        assert f"error: {out}: exists already. Fix: " in capsys.readouterr().err
+    export(source, tmp_path / "out", to="gguf", outtype="q8_0")
+    assert GgufContents(next((tmp_path / "out").glob("m*"))).fields["general.name"] in ("m \\udcff",)
+    assert sorted(source.rglob("*")) == before
+
+
+def test_a_tokenizer_with_more_tokens_than_rows_is_rejected(
+    models: dict[str, tuple[Any, Any, Path]], tmp_path: Path
+) -> None:
+    source = shutil.copytree(models["tiny"][2].with_name("tiny"), tmp_path / "m")
+    tokenizer = load_tokenizer(source)
+    tokenizer.add_tokens(["<more>"])
+    tokenizer.save_pretrained(str(source))
+    for to in ("gguf", "hf-llava"):
+        with pytest.raises(WeightsError, match="the tokenizer and the embeddings do not belong together"):
+            export(source, tmp_path / "out", to=to)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(

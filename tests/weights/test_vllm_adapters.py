@@ -79,6 +79,9 @@ def test_an_adapter_of_the_language_model_alone_is_accepted(folder: Path, capsys
     assert cli.main(["adapter", "verify", str(folder / "pure"), "--for", "vllm", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["vllm"] == {"max_lora_rank": 8}
     assert cli.main(["adapter", "verify", str(folder / "pure"), "--for", "sglang"]) == 2
+    (spaced := folder / "my pure").symlink_to(folder / "pure")
+    assert cli.main(["adapter", "verify", str(spaced), "--for", "vllm"]) == 0
+    assert f"--lora-modules 'NAME={spaced}'\n" in capsys.readouterr().out
 
 
 def test_all_reasons_are_given_at_once(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -243,6 +246,7 @@ def _other_values(base: Path) -> None:
         ("whole", _quantized, ConfigError, "stored quantized .* Fix: give the same base without quantization"),
         ("whole", _other_values, WeightsError, r"not the base that .*layers\.0\.mlp\.down_proj\.weight"),
         ("whole", "exists", ConfigError, "exists already"),
+        ("whole", "inside", ConfigError, "is in the folder that it is made from"),
     ],
 )
 def test_nothing_is_written_of_what_cannot_be_split(
@@ -258,6 +262,8 @@ def test_nothing_is_written_of_what_cannot_be_split(
         change(base := shutil.copytree(base, tmp_path / "base"))
     elif change == "exists":
         out.mkdir(parents=True)
+    elif change == "inside":
+        out = shutil.copytree(given, given := tmp_path / "whole") / "baked"
     if adapter == "dora":
         given = tmp_path / "dora"
         tune = Lora(rank=4, alpha=8, dropout=0.0, variant="dora")

@@ -91,7 +91,8 @@ def _baking_of(folder: Path) -> str:
 
 def _find_setting_faults(stored: AdapterOnDisk, rank: int, smallest: int | None) -> Iterator[Fault]:
     settings, where = stored.settings, str(stored.folder / ADAPTER_CONFIG)
-    retrain = f"train with `--preset lora-vllm`, or merge it (`llavar-peft merge --adapter {stored.folder} ...`)"
+    folder = shlex.quote(str(stored.folder))
+    retrain = f"train with `--preset lora-vllm`, or merge it (`llavar-peft merge --adapter {folder} ...`)"
     if settings["peft_type"] != "LORA":
         yield Fault(where, f"vLLM loads LoRA only (got peft_type {ascii(settings['peft_type'])[:80]})", retrain)
         return
