@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from llavar_peft.errors import ConfigError, InterruptedRunError, LlavarError
-from llavar_peft.hub.hub_access import Destination, check_destination, explain
+from llavar_peft.hub.hub_access import Destination, check_bases, check_destination, explain
 from llavar_peft.hub.hub_card import finish_card, records_card
 from llavar_peft.hub.hub_contents import Contents, hub_names, open_contents
 from llavar_peft.hub.hub_files import collect_files
@@ -58,6 +58,7 @@ def push_to_hub(
         raise ConfigError.at("images", "apply only to records", "leave them out")
     names = hub_names(contents, [base_name] if isinstance(base_name, str) else base_name or ())
     destination = check_destination(name, kind=kind, private=private, replace=replace)  # type: ignore[arg-type]
+    check_bases(names, str(source))
     again = _command(source, name, private=private, replace=replace, names=names, images=images)
     with tempfile.TemporaryDirectory(prefix="llavar-push-") as scratch:
         if kind == "dataset":
@@ -93,9 +94,9 @@ def check_push(
         ConfigError: The name is not valid, a base has no name on the hub, or the repository has other contents.
         EnvironmentFaultError: There is no token, or one without the rights; or the hub cannot be reached.
     """
-    if bases is not None:
-        hub_names(Contents("model", Path("--push"), tuple(map(str, bases))), base_name)
+    names = {} if bases is None else hub_names(Contents("model", Path("--push"), tuple(map(str, bases))), base_name)
     check_destination(name, private=private)
+    check_bases(names, "--push")
 
 
 def _table_files(contents: Contents, name: str, images: Sequence[str | Path], scratch: Path) -> dict[str, Path | bytes]:

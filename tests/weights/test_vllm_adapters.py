@@ -147,6 +147,9 @@ def test_the_rank_to_serve_with(rank: int, expected: int, folder: Path, tmp_path
     (copy / "adapter_config.json").write_text(json.dumps({**settings, "r": rank}))
     assert check_for_vllm(copy).max_lora_rank == expected
     assert expected in RANKS
+    pattern = {"r": 1, "rank_pattern": {"a_layer_that_it_lacks": rank}}
+    (copy / "adapter_config.json").write_text(json.dumps({**settings, **pattern}))
+    assert check_for_vllm(copy).max_lora_rank == expected
 
 
 # -- adapter bake ----------------------------------------------------------------------

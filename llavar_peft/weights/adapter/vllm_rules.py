@@ -20,7 +20,7 @@ from llavar_peft.weights.adapter.adapter_files import (
     ADAPTER_WEIGHTS,
     PREFIX,
     read_base_settings,
-    scaling_of,
+    read_settings,
 )
 from llavar_peft.weights.adapter.adapter_layouts import AdapterOnDisk, open_adapter
 from llavar_peft.weights.io import tensor_names
@@ -76,7 +76,9 @@ def check_for_vllm(folder: str | Path) -> VllmCheck:
     stored = open_adapter(folder)
     rank = 0
     if stored.settings["peft_type"] == "LORA":  # the settings of other kinds have not been checked
-        rank = max([int(stored.settings["r"]), *(scaling_of(one, stored.settings)[0] for one in stored.adapted)])
+        # vLLM counts all ranks that the file names, also of modules that have no update.
+        patterns = read_settings(stored.folder).get("rank_pattern") or {}
+        rank = max([int(stored.settings["r"]), *patterns.values()])
     smallest = next((value for value in RANKS if rank <= value), None)
     faults = [*_find_setting_faults(stored, rank, smallest), *_find_tensor_faults(stored)]
     return VllmCheck(tuple(faults), smallest, read_base_settings(stored.folder).quantize)
