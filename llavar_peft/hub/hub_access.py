@@ -142,8 +142,12 @@ def check_bases(names: Mapping[str, str], where: str) -> None:
     """
     for name in (hub for source, hub in names.items() if portable_name(source) == hub):
         if not _is_model(name):
-            what = f"its card would name the base {name!r}, and the hub has no model of this name that the token may see"
-            fix = "add --base-name OWNER/NAME if it is the path of a folder; push the base first if it is not on the hub"
+            what = (
+                f"its card would name the base {name!r}, and the hub has no model of this name that the token may see"
+            )
+            fix = (
+                "add --base-name OWNER/NAME if it is the path of a folder; push the base first if it is not on the hub"
+            )
             raise ConfigError.at(where, what, fix)
 
 

@@ -70,7 +70,9 @@ def collect_files(contents: Contents, names: Mapping[str, str], name: str = "") 
         found[inside.as_posix()] = _rewrite(path, names, {str(folder.resolve()): name or folder.resolve().name})
     if left_out:
         more = f", and {len(left_out) - _SHOWN} more" if len(left_out) > _SHOWN else ""
-        logger.warning("%s: not pushed, because no part of the result: %s%s", folder, ", ".join(left_out[:_SHOWN]), more)
+        logger.warning(
+            "%s: not pushed, because no part of the result: %s%s", folder, ", ".join(left_out[:_SHOWN]), more
+        )
     return found
 
 
@@ -99,9 +101,7 @@ def _rewrite(path: Path, names: Mapping[str, str], own: dict[str, str]) -> Path 
     return (comment + yaml.safe_dump(portable, sort_keys=False, allow_unicode=True)).encode("utf-8", "backslashreplace")
 
 
-def _portable(
-    value: Any, names: Mapping[str, str], own: dict[str, str], key: str | None, *, of_tokenizer: bool
-) -> Any:
+def _portable(value: Any, names: Mapping[str, str], own: dict[str, str], key: str | None, *, of_tokenizer: bool) -> Any:
     """Return a value with names instead of paths.
 
     Args:

@@ -319,7 +319,10 @@ def test_answers_that_are_all_right_have_an_interval_too() -> None:
         (((3, 95, 91, 98, 900), (9, 97, 94, 99, 900)), ["a still reads letters of 3 px, the lowest that were asked"]),
         (((3, 5, 2, 9, 900), (9, 60, 55, 65, 900)), ["a answers 60 % at 9 px, the greatest height: ask at greater"]),
         (((3, 50, 47, 53, 900), (9, 92, 85, 97, 900)), []),
-        (((3, 50, 30, 70, 20), (9, 92, 85, 97, 900)), ["20 questions say little: the 95 % interval of exact of a at 3"]),
+        (
+            ((3, 50, 30, 70, 20), (9, 92, 85, 97, 900)),
+            ["20 questions say little: the 95 % interval of exact of a at 3"],
+        ),
     ],
 )
 def test_what_the_figures_say_next(figures: tuple[tuple[float, ...], ...], sentences: list[str]) -> None:

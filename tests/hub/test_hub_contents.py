@@ -103,7 +103,7 @@ def test_paths_are_replaced_in_every_file_of_settings(tmp_path: Path) -> None:
     (tmp_path / "adapter").mkdir()
     for name, value in settings.items():
         (tmp_path / name).write_text(json.dumps(value))
-    (tmp_path / "adapter/recipe.yaml").write_bytes(b"# Trained\nimages: \"/data/r\\xe9cu\"\nrecords: ~/a\n")
+    (tmp_path / "adapter/recipe.yaml").write_bytes(b'# Trained\nimages: "/data/r\\xe9cu"\nrecords: ~/a\n')
     files = collect_files(Contents("model", tmp_path), {"llama": "me/llama", "../llama": "me/llama"}, "me/mine")
     got = {name: json.loads(data) for name, data in files.items() if isinstance(data, bytes) and name.endswith("n")}
     assert got["config.json"] == {"model_type": "llama", "mm_vision_tower": "clip", "text_config": {"x": "me/llama"}}

@@ -288,7 +288,9 @@ def test_nothing_is_kept_of_an_incomplete_export(
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize(("number", "words"), [(float("nan"), "1 of .* are NaN"), (1e5, "exceeds the range.*or outtype bf16")])
+@pytest.mark.parametrize(
+    ("number", "words"), [(float("nan"), "1 of .* are NaN"), (1e5, "exceeds the range.*or outtype bf16")]
+)
 def test_numbers_that_a_file_cannot_hold_are_named(
     number: float, words: str, models: dict[str, tuple[Any, Any, Path]], tmp_path: Path
 ) -> None:
@@ -311,7 +313,9 @@ def test_a_tokenizer_that_scores_cannot_express_is_rejected(
     source = shutil.copytree(models["tiny"][2].with_name("tiny"), tmp_path / "m")
     described = json.loads((source / "tokenizer.json").read_text())
     merges = [tuple(one.split(" ") if isinstance(one, str) else one) for one in described["model"]["merges"]]
-    described["model"]["merges"] = [list(pair) for pair in {left + right: (left, right) for left, right in merges}.values()]
+    described["model"]["merges"] = [
+        list(pair) for pair in {left + right: (left, right) for left, right in merges}.values()
+    ]
     (source / "tokenizer.json").write_text(json.dumps(described))
     with pytest.raises(ConfigError, match=r"m: llama\.cpp would split text into other tokens .*expected \["):
         export(source, tmp_path / "out", to="gguf")

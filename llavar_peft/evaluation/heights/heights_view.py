@@ -56,11 +56,17 @@ def find_in_heights(results: HeightResults) -> tuple[Finding, ...]:
     for curve in results.curves:
         lowest, greatest = curve.points[0], curve.points[-1]
         if lowest.low >= READABLE:
-            text = f"{curve.name} still reads letters of {lowest.height:g} px, the lowest that were asked: ask at lower "
+            text = (
+                f"{curve.name} still reads letters of {lowest.height:g} px, the lowest that were asked: ask at lower "
+            )
             found.append(Finding("range", f"{text}ones (--heights)."))
         elif greatest.high < READABLE:
-            text = f"{curve.name} answers {greatest.value:.0f} % at {greatest.height:g} px, the greatest height: ask at "
-            found.append(Finding("range", f"{text}greater ones (--heights) to see whether the letters' size limits it."))
+            text = (
+                f"{curve.name} answers {greatest.value:.0f} % at {greatest.height:g} px, the greatest height: ask at "
+            )
+            found.append(
+                Finding("range", f"{text}greater ones (--heights) to see whether the letters' size limits it.")
+            )
     widths = [(point.high - point.low, curve, point) for curve in results.curves for point in curve.points]
     _, curve, point = max(widths, key=lambda one: one[0])
     figure = f"{results.protocol} of {curve.name} at {point.height:g} px"

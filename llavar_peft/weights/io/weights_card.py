@@ -137,4 +137,8 @@ def _figures(adapter: Path) -> list[str]:
         return []
     _, found, results = text.partition("\n## Results\n")
     rows = [line for line in results.splitlines() if line.startswith("| ") and not line.startswith("| Figure")]
-    return [row.replace("| ", f"| `{_shown(adapter_name(adapter))}`, before the merge: ", 1) for row in rows] if found else []
+    return (
+        [row.replace("| ", f"| `{_shown(adapter_name(adapter))}`, before the merge: ", 1) for row in rows]
+        if found
+        else []
+    )
