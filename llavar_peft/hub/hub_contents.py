@@ -16,7 +16,7 @@ from llavar_peft.hub.hub_access import is_repository_name
 from llavar_peft.text_files import read_text
 from llavar_peft.types import expand_home
 from llavar_peft.weights.adapter.adapter_files import ADAPTER_CONFIG, read_base_settings, read_settings
-from llavar_peft.weights.delta.released_layout import is_delta, read_model_config, view_as_released
+from llavar_peft.weights.delta.released_layout import is_delta, is_language_model, read_model_config, view_as_released
 from llavar_peft.weights.io.quantized_weights import QUANTIZATION
 from llavar_peft.weights.io.tensor_table import read_tensor_table
 from llavar_peft.weights.io.weights_card import CARD_FILE, portable_name
@@ -75,6 +75,10 @@ def open_contents(source: str | Path) -> Contents:
     if kind == "model" and config.get("model_type") != MODEL_TYPE:
         view = view_as_released(folder)
         kind = "delta" if is_delta(view.table.get(_NORM), folder, view.config) else kind
+    if kind == "model" and is_language_model(config):
+        what = f"a {str(config.get('model_type'))[:80]!r}, expected a LLaVAR"
+        fix = "give the folder of a model that sees images; `hf upload` publishes any folder"
+        raise ConfigError.at(str(source), what, fix)
     return Contents(kind, folder, tuple(_bases_of_model(folder)), config)
 
 

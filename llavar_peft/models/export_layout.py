@@ -49,7 +49,7 @@ from llavar_peft.weights.gguf.gguf_folder import write_gguf_folder
 from llavar_peft.weights.gguf.gguf_tensors import OutType
 from llavar_peft.weights.io import tensor_names
 from llavar_peft.weights.io.convert_layout import ACTIVATIONS, ProjectorForm, to_two_layers, write_converted
-from llavar_peft.weights.io.folder_writer import WeightsReport, check_outside
+from llavar_peft.weights.io.folder_writer import WeightsReport, check_is_new, check_outside
 from llavar_peft.weights.io.hub_folders import find_folder, resolve_folder
 from llavar_peft.weights.io.joined_rows import whole
 from llavar_peft.weights.io.quantized_weights import check_unquantized
@@ -127,6 +127,7 @@ def export(  # noqa: PLR0913 - the options of the conversion
     if to == "adapter":
         return convert_llava_lora(source, out, base=base, vision_tower=vision_tower, progress=progress)
     folder = _open_source(source)
+    check_is_new(expand_home(out))
     check_outside(expand_home(out), folder)
     tower = None if vision_tower is None else str(vision_tower)
     parts = read_checkpoint(ModelConfig(checkpoint=str(folder), vision_tower=tower))

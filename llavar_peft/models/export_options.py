@@ -21,7 +21,7 @@ _BELONGS_TO: Final[dict[str, tuple[Layout, str]]] = {
 _FORMATS: Final = ("safetensors", "bin")
 
 
-def check_options(  # noqa: PLR0913 - the options of the conversion
+def check_options(
     to: Layout,
     *,
     base: str | Path | None,

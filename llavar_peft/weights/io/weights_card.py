@@ -15,6 +15,7 @@ import yaml
 
 from llavar_peft.atomic_files import write_text
 from llavar_peft.constants import MODEL_TYPE, RESOLVED_RECIPE_FILE
+from llavar_peft.types import expand_home
 
 CARD_FILE = "README.md"
 _HUB_CACHE = re.compile(r"models--([^/\\]+)--([^/\\]+)[/\\]snapshots")
@@ -101,7 +102,7 @@ def portable_name(source: str | Path) -> str:
     cached = _HUB_CACHE.search(str(source))
     if cached:
         return f"{cached[1]}/{cached[2]}"
-    path = Path(source).expanduser()
+    path = expand_home(source)
     return path.resolve().name if path.is_absolute() or path.is_dir() else str(source)
 
 
