@@ -23,14 +23,16 @@ from llavar_peft.weights.io.stated_resolution import resolution_of_adapter
 from llavar_peft.weights.io.weights_card import CARD_FILE, portable_name
 
 _PLACEHOLDER = "this/folder"
+_NOT_FILLED = "# Model Card for Model ID"
+"""The title of the form that peft writes beside an adapter, which says nothing about it."""
 _RELATIONS = {"adapter": "adapter", "quantized": "quantized", "model": "finetune", "delta": "finetune"}
 
 _ENGINES = {
     "adapter": """\
 ## Other engines
 
-`peft` loads the adapter as shown above. vLLM and transformers without `llavar_peft` need the merged model, because the
-adapter may contain a projector and rows of the embeddings:
+`PeftModel.from_pretrained(model, "{name}")` of `peft` loads the adapter into the base model. vLLM and transformers
+without `llavar_peft` need the merged model, because the adapter may contain a projector and rows of the embeddings:
 
     llavar-peft merge --base {base} --adapter {name} --out merged
     llavar-peft convert merged exported --to hf-llava
@@ -116,6 +118,8 @@ def finish_card(contents: Contents, name: str, names: Mapping[str, str]) -> str:
     fields, body = split_card(
         read_text(path, error=ConfigError) if path.is_file() else _from_run(contents, name, names)
     )
+    if _NOT_FILLED in body:
+        body = split_card(_from_run(contents, name, names))[1]
     for source, hub in names.items():
         body = _rename(body, portable_name(source), hub) if source else body
     body = body.replace(_PLACEHOLDER, name)

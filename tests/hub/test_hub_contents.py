@@ -7,15 +7,17 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from PIL import Image
+from safetensors.torch import save_file
 
 from llavar_peft.data.image_files import decode_image, open_image
 from llavar_peft.data.record_store import open_filled_records, parse_record
 from llavar_peft.errors import ConfigError, DataError, ImageError
 from llavar_peft.hub.hub_access import is_repository_name
 from llavar_peft.hub.hub_card import finish_card
-from llavar_peft.hub.hub_contents import Contents, hub_names, split_card
+from llavar_peft.hub.hub_contents import Contents, hub_names, open_contents, split_card
 from llavar_peft.hub.hub_files import collect_files
 from llavar_peft.hub.hub_records import write_table
 from llavar_peft.types import EmbeddedImage
@@ -139,6 +141,24 @@ def test_a_card_with_fields_of_odd_types_is_completed(tmp_path: Path) -> None:
     fields, body = split_card(finish_card(Contents("model", tmp_path, (), {}), "me/mine", {"": "me/base"}))
     assert (fields["base_model"], fields["license"], "llavar" in fields["tags"]) == ("me/base", "mit", True)
     assert "text --- more" in body
+
+
+def test_the_form_that_peft_writes_is_no_card(tmp_path: Path) -> None:
+    form = "---\nlibrary_name: peft\nbase_model: base\n---\n\n# Model Card for Model ID\n\n[More Information Needed]\n"
+    (tmp_path / CARD_FILE).write_text(form)
+    fields, body = split_card(finish_card(Contents("adapter", tmp_path, ("base",), {}), "me/mine", {"base": "me/base"}))
+    assert (fields["library_name"], fields["base_model"]) == ("peft", "me/base")
+    assert "Needed" not in body
+    assert "- `me/base`" in body
+    assert "llavar-peft ask --model me/mine" in body
+
+
+@pytest.mark.parametrize("kind", ["llama", "clip_vision_model"])
+def test_parts_of_a_model_are_not_pushed_as_one(kind: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": kind}))
+    save_file({"model.norm.weight": torch.ones(4)}, tmp_path / "model.safetensors")
+    with pytest.raises(ConfigError, match=f"a '{kind}', expected a LLaVAR. Fix: "):
+        open_contents(tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -309,13 +309,13 @@ def test_numbers_that_a_file_cannot_hold_are_named(
 def test_a_tokenizer_that_scores_cannot_express_is_rejected(
     models: dict[str, tuple[Any, Any, Path]], tmp_path: Path
 ) -> None:
-    """Its merges make a piece from some pairs only; by scores, every pair that forms the piece is joined."""
+    """Its merges make a piece from one pair, and text is split into another; by scores, every pair is joined."""
     source = shutil.copytree(models["tiny"][2].with_name("tiny"), tmp_path / "m")
     described = json.loads((source / "tokenizer.json").read_text())
     merges = [tuple(one.split(" ") if isinstance(one, str) else one) for one in described["model"]["merges"]]
-    described["model"]["merges"] = [
-        list(pair) for pair in {left + right: (left, right) for left, right in merges}.values()
-    ]
+    model = described["model"]
+    model["vocab"]["gn"] = model["vocab"].pop("▁wrote")
+    model["merges"] = [("▁si", "gn") if pair == ("▁sig", "n") else pair for pair in merges if pair != ("▁wrot", "e")]
     (source / "tokenizer.json").write_text(json.dumps(described))
     with pytest.raises(ConfigError, match=r"m: llama\.cpp would split text into other tokens .*expected \["):
         export(source, tmp_path / "out", to="gguf")
@@ -328,7 +328,7 @@ def test_names_that_are_no_text_and_places_that_are_no_new_folder(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    source = shutil.copytree(models["tiny"][2].with_name("tiny"), tmp_path / os.fsdecode(b"m \xff"))
+    source = shutil.copytree(models["tiny"][2].with_name("tiny"), tmp_path / "m ü")
     before = sorted(source.rglob("*"))
     assert cli.main(["convert", str(source), str(source / "gguf"), "--to", "gguf"]) == 2
     assert "is in the folder that it is made from" in capsys.readouterr().err
@@ -337,8 +337,11 @@ def test_names_that_are_no_text_and_places_that_are_no_new_folder(
         assert cli.main(["convert", str(source), out, "--to", "gguf"]) == 2
         assert f"error: {out}: exists already. Fix: " in capsys.readouterr().err
     export(source, tmp_path / "out", to="gguf", outtype="q8_0")
-    assert GgufContents(next((tmp_path / "out").glob("m*"))).fields["general.name"] in ("m \\udcff",)
+    assert GgufContents(tmp_path / "out/m ü-q8_0.gguf").fields["general.name"] == "m ü"
     assert sorted(source.rglob("*")) == before
+    source = source.rename(tmp_path / os.fsdecode(b"m\xff"))
+    with pytest.raises(ConfigError, match=r"its path is not UTF-8, .*Fix: rename the folder"):
+        export(source, tmp_path / "again", to="gguf")
 
 
 def test_a_tokenizer_with_more_tokens_than_rows_is_rejected(

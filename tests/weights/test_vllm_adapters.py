@@ -140,6 +140,17 @@ def test_names_that_vllm_does_not_apply(folder: Path, tmp_path: Path) -> None:
     _rejected(copy, "vLLM does not find the layers of these names")
 
 
+def test_no_fix_that_does_not_help_is_given(folder: Path, tmp_path: Path) -> None:
+    """DoRA cannot be split; and no engine has the cross-attention that is left in a base."""
+    for name, changes in (("adapter_config.json", {"use_dora": True}), ("config.json", None)):
+        copy = shutil.copytree(folder / ("whole" if changes else "pure"), tmp_path / name)
+        settings = json.loads((copy / name).read_text())
+        settings |= changes or {"resolution": {"type": "cross_attention"}}
+        (copy / name).write_text(json.dumps(settings))
+    assert "adapter bake" not in "\n".join(map(str, check_for_vllm(tmp_path / "adapter_config.json").faults))
+    _rejected(tmp_path / "config.json", "config.json:resolution: vLLM has no cross-attention")
+
+
 @pytest.mark.parametrize(("rank", "expected"), [(1, 1), (4, 8), (64, 64), (65, 128), (321, 512)])
 def test_the_rank_to_serve_with(rank: int, expected: int, folder: Path, tmp_path: Path) -> None:
     copy = shutil.copytree(folder / "pure", tmp_path / "copy")

@@ -71,12 +71,12 @@ def describe_file(writer: Any, kind: Literal["MODEL", "MMPROJ"], name: str, outt
     Args:
         writer: The writer.
         kind: The library's name of what the file holds.
-        name: The model's name. What is no character in it, as in names of files that are not UTF-8, is escaped.
+        name: The model's name.
         outtype: How matrices are stored.
     """
     gguf = import_gguf()
     writer.add_type(getattr(gguf.GGUFType, kind))
-    writer.add_name(name.encode("utf-8", "backslashreplace").decode())
+    writer.add_name(name)
     writer.add_file_type(gguf.LlamaFileType[f"MOSTLY_{MATRIX_TYPES[outtype]}"])
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
 
