@@ -31,6 +31,7 @@ from llavar_peft.models.gguf_language_model import language_model_file
 from llavar_peft.models.gguf_projector import projector_file
 from llavar_peft.models.hf_llava import write_stock_companions
 from llavar_peft.models.llava_lora import convert_llava_lora
+from llavar_peft.models.llavar_config import count_needed_layers
 from llavar_peft.models.model_parts import ModelParts, check_vocabulary
 from llavar_peft.models.quantized_checkpoint import quantize_checkpoint
 from llavar_peft.recipe.schema import ModelConfig
@@ -134,6 +135,7 @@ def export(  # noqa: PLR0913 - the options of the conversion
     _check_has_layout(parts, to, projector, folder)
     check_tensors(parts.tensors, expected_shapes(parts.config), where=parts.source)
     check_vocabulary(parts)
+    count_needed_layers(parts.config.vision_feature_layer, parts.config.vision_config.num_hidden_layers)
     read = parts.whole_tensors()
     rows = _rows_in_original(parts) if to == "original" else int(parts.config.text_config.vocab_size)
     tensors = _locate_tensors(folder, tower, parts, rows)

@@ -357,6 +357,25 @@ def test_a_tokenizer_with_more_tokens_than_rows_is_rejected(
 
 
 @pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("image_token_index", 5, r"config\.json:image_token_index: not the id of the tokenizer's <im_patch> .got 5, "),
+        ("vision_feature_layer", -99, "vision_feature_layer: no such hidden state .got -99"),
+    ],
+)
+def test_settings_that_contradict_the_files_are_rejected(
+    key: str, value: int, message: str, models: dict[str, tuple[Any, Any, Path]], tmp_path: Path
+) -> None:
+    """Such a model answered nonsense, and was exported as it is."""
+    source = shutil.copytree(models["tiny"][2].with_name("tiny"), tmp_path / "m")
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps({**config, key: value}))
+    with pytest.raises(ConfigError, match=message):
+        export(source, tmp_path / "out", to="hf-llava")
+    assert [path.name for path in tmp_path.iterdir()] == ["m"]
+
+
+@pytest.mark.parametrize(
     ("version", "words"),
     [(None, "Text is answered rightly"), ("0.3.36", "0.3.36 is one of these"), ("0.4.0", "0.4.0 is newer")],
 )
