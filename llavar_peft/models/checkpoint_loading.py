@@ -142,13 +142,6 @@ def _read_own_layout(folder: Path, config: ModelConfig) -> ModelParts:
             f"{ascii(model_config.resolution)[:120]})",
             "copy both files from the model's original folder",
         )
-    if model_config.image_token_index != processor.image_token_id:
-        raise ConfigError.at(
-            f"{folder / 'config.json'}:image_token_index",
-            f"not the id of the tokenizer's {processor.image_token} (got {ascii(model_config.image_token_index)[:80]}, "
-            f"expected {processor.image_token_id})",
-            "put the tokenizer that the model was saved with into its folder",
-        )
     stored = open_weights(folder)
     check_not_delta(stored.get(tensor_names.FINAL_NORM), folder, model_config.to_dict())
     tensors: dict[str, Tensor | JoinedRows] = {**stored}

@@ -370,7 +370,7 @@ def test_settings_that_contradict_the_files_are_rejected(
     source = shutil.copytree(models["tiny"][2].with_name("tiny"), tmp_path / "m")
     config = json.loads((source / "config.json").read_text())
     (source / "config.json").write_text(json.dumps({**config, key: value}))
-    with pytest.raises(ConfigError, match=message):
+    with pytest.raises(LlavarError, match=message):
         export(source, tmp_path / "out", to="hf-llava")
     assert [path.name for path in tmp_path.iterdir()] == ["m"]
 
