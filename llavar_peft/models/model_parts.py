@@ -95,8 +95,8 @@ def check_vocabulary(parts: ModelParts) -> None:
     if parts.config.image_token_index != expected:
         raise WeightsError.at(
             f"{parts.source}/config.json:image_token_index",
-            f"not the id of the tokenizer's {parts.image_token} (got {ascii(parts.config.image_token_index)[:80]}, expected "
-            f"{expected})",
+            f"not the id of the tokenizer's {parts.image_token} (got {ascii(parts.config.image_token_index)[:80]}, "
+            f"expected {expected})",
             "put the tokenizer's files that the checkpoint was saved with into its folder",
         )
 
