@@ -36,7 +36,7 @@ _LLAMA_3: Final = "llama3"
 _ROPE_FACTORS: Final = "rope_freqs.weight"
 _PROBES: Final = (
     "The sign says STOP.", "  two  spaces   and more    ", "Total: $1,234.50\n\nVAT 19 %", "ﬁne ½ Ａ e\u0301 ①",
-    "日本語 \U0001f600\U0001f469\u200d\U0001f467 \u0378\t\n\r", "a</s>b <s> <unk> <0x41> ▁x",
+    "日本語 \U0001f600\U0001f469\u200d\U0001f467 \u0378\t\n\r", "a <0x41> ▁x",
     "=" * 37 + " " * 21 + "aaaaaaaaaaa",
 )  # fmt: skip
 _SHOWN: Final = 8
@@ -169,7 +169,10 @@ def _describe_vocabulary(writer: Any, vocabulary: GgufVocabulary, parts: ModelPa
 
 
 def _check_pieces(vocabulary: GgufVocabulary, parts: ModelParts) -> None:
-    """Reject a tokenizer whose merges no scores can express: the model would read other tokens than in training."""
+    """Reject a tokenizer whose merges no scores can express: the model would read other tokens than in training.
+
+    Names of special tokens in a text do not count: llama.cpp's programs take them for the tokens, whatever their scores.
+    """
     if vocabulary.model != "llama":
         return
     scored, encoder = ScoreTokenizer(vocabulary.tokens, vocabulary.scores), text_encoder(parts.processor())
