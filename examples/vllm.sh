@@ -12,6 +12,7 @@
 set -euo pipefail
 
 model=${1:?give the folder of a LLaVAR}
+model=${model%/}  # the export goes beside it
 nodes=${NODES:-2} rank=${RANK:-0} gpus=${GPUS:-8} head=${HEAD:-127.0.0.1}
 : "${API_KEY:?set an API key, because other machines can reach this server}"
 

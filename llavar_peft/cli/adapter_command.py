@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -73,7 +74,7 @@ def adapter_verify(
         else "the base was not checked; name it with --base"
     )
     if served is not None:
-        options = f"--enable-lora --max-lora-rank {served.max_lora_rank} --lora-modules NAME={folder}"
+        options = f"--enable-lora --max-lora-rank {served.max_lora_rank} --lora-modules {shlex.quote(f'NAME={folder}')}"
         say(f"vLLM loads it with the exported base: vllm serve EXPORTED {options}")
         if served.quantize is not None:
             say(f"it was trained on a base in {served.quantize}; on one in 16 bits its answers can differ")

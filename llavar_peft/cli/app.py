@@ -73,6 +73,11 @@ _OPTIONS = {
     "quantize": "--quantize",
     "images": "--images",
     "weights": "--weight",
+    "to": "--to",
+    "base": "--base",
+    "tokenizer": "--tokenizer",
+    "outtype": "--outtype",
+    "dtype": "--dtype",
 }
 
 

@@ -14,7 +14,7 @@ import typer
 from llavar_peft.atomic_files import check_output_file
 from llavar_peft.cli import evaluation_model as evaluated
 from llavar_peft.cli import shared_options as shared
-from llavar_peft.cli.output import format_interval, print_table, resumable, say, say_json, show_count
+from llavar_peft.cli.output import format_interval, print_table, resumable, say, say_json, say_next, show_count
 from llavar_peft.errors import ConfigError
 from llavar_peft.types import ImageMode, Quantization
 
@@ -287,7 +287,7 @@ def _journal_stem(setting: Setting, quantize: str | None, resolution: dict[str, 
 
 def _print_results(results: HeightResults, out: Path, page: Path) -> None:
     from llavar_peft.evaluation.heights.height_results import describe_crossing
-    from llavar_peft.evaluation.heights.heights_view import describe_heights, question_count
+    from llavar_peft.evaluation.heights.heights_view import describe_heights, find_in_heights, question_count
 
     rows = [
         (curve.name, point.height, point.questions, f"{point.value:.1f}", format_interval(point.low, point.high))
@@ -310,3 +310,4 @@ def _print_results(results: HeightResults, out: Path, page: Path) -> None:
         say(sentence)
     say(f"{'figures':<12} {out}")
     say(f"{'page':<12} {page}")
+    say_next(find_in_heights(results))

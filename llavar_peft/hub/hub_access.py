@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from llavar_peft.errors import ConfigError, EnvironmentFaultError, LlavarError, describe_reason
+from llavar_peft.weights.io.weights_card import portable_name
 
 RepositoryType = Literal["model", "dataset"]
 _OWN_FILES = (".gitattributes", ".gitignore")
@@ -74,9 +76,9 @@ def check_destination(
 
 
 def _check_name(name: str) -> None:
-    if not is_repository_name(name):
+    if not isinstance(name, str) or not is_repository_name(name):
         fix = f"write OWNER/NAME, with letters, digits, '-', '_' and '.', each of at most {_LONGEST_NAME} characters"
-        raise ConfigError.at("--push", f"no name of a repository (got {name[:200]!r}, expected OWNER/NAME)", fix)
+        raise ConfigError.at("--push", f"no name of a repository (got {str(name)[:200]!r}, expected OWNER/NAME)", fix)
 
 
 def is_repository_name(name: str) -> bool:
@@ -125,6 +127,41 @@ def _find(name: str, kind: RepositoryType) -> Any:
         return None
     except Exception as error:  # the hub's client passes on any error of its transport
         raise explain(error, name) from error
+
+
+def check_bases(names: Mapping[str, str], where: str) -> None:
+    """Check that the hub has the models that settings name by hub names: a relative path looks like one.
+
+    Args:
+        names: Hub name of each base, by what the settings call it; other names were given by the user.
+        where: What is pushed, for the message.
+
+    Raises:
+        ConfigError: The hub shows no model of a name.
+        EnvironmentFaultError: The hub cannot be reached.
+    """
+    for name in (hub for source, hub in names.items() if portable_name(source) == hub):
+        if not _is_model(name):
+            what = (
+                f"its card would name the base {name!r}, and the hub has no model of this name that the token may see"
+            )
+            fix = (
+                "add --base-name OWNER/NAME if it is the path of a folder; push the base first if it is not on the hub"
+            )
+            raise ConfigError.at(where, what, fix)
+
+
+def _is_model(name: str) -> bool:
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+
+    try:
+        HfApi().model_info(name)
+    except RepositoryNotFoundError as error:
+        return isinstance(error, GatedRepoError)
+    except Exception as error:  # the hub's client passes on any error of its transport
+        raise explain(error, name, "cannot be looked up on the hub") from error
+    return True
 
 
 def explain(error: Exception, name: str, what: str = "cannot be pushed to", fix: str = "") -> LlavarError:

@@ -6,29 +6,33 @@ Source of the format: huggingface.co/docs/hub/model-cards and huggingface.co/doc
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from llavar_peft.constants import MODEL_TYPE, RESOLVED_RECIPE_FILE
-from llavar_peft.errors import DAMAGED, LlavarError
-from llavar_peft.hub.hub_contents import Contents, read_front_matter
+from llavar_peft.errors import DAMAGED, ConfigError, LlavarError
+from llavar_peft.hub.hub_contents import Contents, split_card, texts_of
 from llavar_peft.page.named_probes import named_probes
 from llavar_peft.page.run_figures import probe_rows
 from llavar_peft.page.run_log import read_run
+from llavar_peft.text_files import read_text
+from llavar_peft.weights.io.stated_resolution import resolution_of_adapter
 from llavar_peft.weights.io.weights_card import CARD_FILE, portable_name
 
 _PLACEHOLDER = "this/folder"
+_NOT_FILLED = "# Model Card for Model ID"
+"""The title of the form that peft writes beside an adapter, which says nothing about it."""
 _RELATIONS = {"adapter": "adapter", "quantized": "quantized", "model": "finetune", "delta": "finetune"}
 
 _ENGINES = {
     "adapter": """\
 ## Other engines
 
-`peft` loads the adapter as shown above. vLLM and transformers without `llavar_peft` need the merged model, because the
-adapter may contain a projector and rows of the embeddings:
+`PeftModel.from_pretrained(model, "{name}")` of `peft` loads the adapter into the base model. vLLM and transformers
+without `llavar_peft` need the merged model, because the adapter may contain a projector and rows of the embeddings:
 
     llavar-peft merge --base {base} --adapter {name} --out merged
     llavar-peft convert merged exported --to hf-llava
@@ -111,15 +115,17 @@ def finish_card(contents: Contents, name: str, names: Mapping[str, str]) -> str:
         names: Hub name of each base, by what the settings call it.
     """
     path = contents.folder / CARD_FILE
-    text = path.read_text(encoding="utf-8") if path.is_file() else _from_run(contents, name, names)
-    fields = read_front_matter(text)
-    body = text.split("---\n", 2)[2] if fields else text
+    fields, body = split_card(
+        read_text(path, error=ConfigError) if path.is_file() else _from_run(contents, name, names)
+    )
+    if _NOT_FILLED in body:
+        body = split_card(_from_run(contents, name, names))[1]
     for source, hub in names.items():
         body = _rename(body, portable_name(source), hub) if source else body
     body = body.replace(_PLACEHOLDER, name)
     hubs = list(names.values())
     base = hubs[0]
-    tags = [tag for tag in _texts(fields.get("tags")) if not tag.startswith("base_model:")]
+    tags = [tag for tag in texts_of(fields.get("tags")) if not tag.startswith("base_model:")]
     fields |= {
         "library_name": fields.get("library_name", "llavar_peft"),
         "base_model": base if len(hubs) == 1 else hubs,
@@ -156,6 +162,10 @@ def records_card(name: str, title: str, size: str, *, column: str, count: int) -
 
 
 def _engines(contents: Contents) -> str:
+    """Return how other engines run what is pushed; nothing for resolutions that none of them has."""
+    stated = resolution_of_adapter(contents.folder) or {}
+    if stated.get("type") == "cross_attention" or stated.get("pool", 1) != 1:
+        return ""
     if contents.kind in ("adapter", "quantized"):
         return _ENGINES[contents.kind]
     if contents.kind == "delta":
@@ -214,14 +224,10 @@ def _sources(folder: Path) -> list[str]:
             data: Any = stage["data"]
             listed = data.get("sources") or [data]
             for one in listed:
-                found += _texts(one.get("records"))
+                found += texts_of(one.get("records"))
     except (*DAMAGED, yaml.YAMLError):
         return []
     return list(dict.fromkeys(found))
-
-
-def _texts(value: Any) -> Sequence[str]:
-    return [value] if isinstance(value, str) else [str(one) for one in value or ()]
 
 
 def _size_category(count: int) -> str:

@@ -1,8 +1,8 @@
-"""What is pushed of a folder: which files, and the names that replace paths of this machine in them."""
+"""What a folder that is to be pushed holds, what it was made from, and the names that this has on the hub."""
 
 from __future__ import annotations
 
-import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,20 +13,18 @@ import yaml
 from llavar_peft.constants import MODEL_TYPE, RESOLVED_RECIPE_FILE
 from llavar_peft.errors import DAMAGED, ConfigError
 from llavar_peft.hub.hub_access import is_repository_name
+from llavar_peft.text_files import read_text
 from llavar_peft.types import expand_home
-from llavar_peft.weights.adapter.adapter_files import ADAPTER_CONFIG, BASE_FILE, read_base_settings, read_settings
-from llavar_peft.weights.delta.released_layout import is_delta, read_model_config, view_as_released
-from llavar_peft.weights.io.companion_files import check_link
+from llavar_peft.weights.adapter.adapter_files import ADAPTER_CONFIG, read_base_settings, read_settings
+from llavar_peft.weights.delta.released_layout import is_delta, is_language_model, read_model_config, view_as_released
 from llavar_peft.weights.io.quantized_weights import QUANTIZATION
 from llavar_peft.weights.io.tensor_table import read_tensor_table
 from llavar_peft.weights.io.weights_card import CARD_FILE, portable_name
 
 Kind = Literal["adapter", "model", "quantized", "delta", "dataset"]
 _NORM = "model.norm.weight"
-_REWRITTEN = (ADAPTER_CONFIG, BASE_FILE, RESOLVED_RECIPE_FILE, "merge.json")
-"""Files that may name paths of this machine."""
 _RECORDS = (".json", ".jsonl", ".parquet")
-_SKIPPED = (".lock", ".part", ".tmp")
+_FRONT_MATTER = re.compile(r"---\n(.*?)^---[ \t]*(?:\n|\Z)(.*)", re.DOTALL | re.MULTILINE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +75,10 @@ def open_contents(source: str | Path) -> Contents:
     if kind == "model" and config.get("model_type") != MODEL_TYPE:
         view = view_as_released(folder)
         kind = "delta" if is_delta(view.table.get(_NORM), folder, view.config) else kind
+    if kind == "model" and is_language_model(config):
+        what = f"a {str(config.get('model_type'))[:80]!r}, expected a LLaVAR"
+        fix = "give the folder of a model that sees images; `hf upload` publishes any folder"
+        raise ConfigError.at(str(source), what, fix)
     return Contents(kind, folder, tuple(_bases_of_model(folder)), config)
 
 
@@ -93,8 +95,7 @@ def _bases_of_adapter(folder: Path) -> Iterator[str]:
 def _bases_of_model(folder: Path) -> Iterator[str]:
     card = folder / CARD_FILE
     if card.is_file():
-        stated = read_front_matter(card.read_text(encoding="utf-8")).get("base_model")
-        yield from ([stated] if isinstance(stated, str) else [str(one) for one in stated or ()])
+        yield from texts_of(split_card(read_text(card, error=ConfigError))[0].get("base_model"))
         return
     try:
         recipe = yaml.safe_load((folder.parent / RESOLVED_RECIPE_FILE).read_text(encoding="utf-8"))["model"]
@@ -103,15 +104,21 @@ def _bases_of_model(folder: Path) -> Iterator[str]:
         return
 
 
-def read_front_matter(card: str) -> dict[str, Any]:
-    """Return the fields at the beginning of a card; none if it has none that can be read."""
-    if not card.startswith("---\n"):
-        return {}
+def split_card(card: str) -> tuple[dict[str, Any], str]:
+    """Return the fields at the beginning of a card, none if they cannot be read, and the text after them."""
+    found = _FRONT_MATTER.match(card)
+    if found is None:
+        return {}, card
     try:
-        fields = yaml.safe_load(card.split("---\n", 2)[1])
-    except yaml.YAMLError:
-        return {}
-    return fields if isinstance(fields, dict) else {}
+        fields = yaml.safe_load(found[1])
+    except (*DAMAGED, yaml.YAMLError):
+        fields = None
+    return (fields, found[2]) if isinstance(fields, dict) else ({}, found[2])
+
+
+def texts_of(value: Any) -> list[str]:
+    """Return a field of a card or a recipe that is a text or a list of texts as a list; other values are left out."""
+    return [one for one in (value if isinstance(value, list) else [value]) if isinstance(one, str)]
 
 
 def hub_names(contents: Contents, given: Sequence[str]) -> dict[str, str]:
@@ -148,43 +155,3 @@ def hub_names(contents: Contents, given: Sequence[str]) -> dict[str, str]:
         what = f"no name on the hub (got {odd[0]!r})" if odd else f"more names than bases (got {left[0]!r} too)"
         raise ConfigError.at("--base-name", what, "give one OWNER/NAME for each base that is a folder")
     return names
-
-
-def collect_files(contents: Contents, names: Mapping[str, str]) -> dict[str, Path | bytes]:
-    """Return what is pushed by its path in the repository: files as they are, and texts without paths of this machine.
-
-    Raises:
-        ConfigError: A file is a link out of the folder.
-    """
-    folder = contents.folder
-    found: dict[str, Path | bytes] = {}
-    for path in sorted(folder.rglob("*")):
-        inside = path.relative_to(folder)
-        if not path.is_file() or any(part.startswith(".") for part in inside.parts) or path.suffix in _SKIPPED:
-            continue
-        check_link(path, folder)
-        found[inside.as_posix()] = _rewrite(path, names) if inside.as_posix() in _REWRITTEN else path
-    return found
-
-
-def _rewrite(path: Path, names: Mapping[str, str]) -> bytes:
-    text = path.read_text(encoding="utf-8")
-    if path.suffix == ".json":
-        return (json.dumps(_portable(json.loads(text), names), indent=2, ensure_ascii=False) + "\n").encode()
-    first, _, _ = text.partition("\n")
-    comment = f"{first}\n" if first.startswith("#") else ""
-    dumped = yaml.safe_dump(_portable(yaml.safe_load(text), names), sort_keys=False, allow_unicode=True)
-    return (comment + dumped).encode()
-
-
-def _portable(value: Any, names: Mapping[str, str]) -> Any:
-    if isinstance(value, dict):
-        return {key: _portable(one, names) for key, one in value.items()}
-    if isinstance(value, list):
-        return [_portable(one, names) for one in value]
-    if isinstance(value, str) and value in names:
-        return names[value]
-    if isinstance(value, str) and (Path(value).is_absolute() or value.startswith("~")):
-        own = portable_name(value)
-        return next((hub for source, hub in names.items() if portable_name(source) == own), own)
-    return value

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import io
 import math
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+from llavar_peft.atomic_files import disk_fault
 from llavar_peft.constants import IMAGE_PLACEHOLDER
+from llavar_peft.data.image_files import open_image
 from llavar_peft.data.image_roots import ImageRoots
 from llavar_peft.data.message_records import as_record
+from llavar_peft.data.pdf_pages import PdfDocument, locate_page
 from llavar_peft.data.record_store import open_filled_records, parse_record
-from llavar_peft.errors import DataError, LlavarError, count_of
+from llavar_peft.errors import DataError, ImageError, LlavarError, count_of
 from llavar_peft.types import Conversation, EmbeddedImage, Turn
 
 Form = Literal["conversations", "texts", "parts"]
@@ -33,9 +37,11 @@ def write_table(source: str | Path, images: Sequence[str | Path], folder: Path) 
 
     Raises:
         DataError: A record is faulty.
-        ImageError: An image is missing.
+        ImageError: An image is missing, or a page of a document cannot be rendered.
+        EnvironmentFaultError: The disk is full.
     """
     from datasets import Dataset, Features, Image, Value
+    from datasets.exceptions import DatasetGenerationError
 
     opened = open_filled_records([str(source)])
     roots = ImageRoots([str(one) for one in images] or [str(Path(source).parent)])
@@ -55,8 +61,13 @@ def write_table(source: str | Path, images: Sequence[str | Path], folder: Path) 
             yield {**record, "images": [_embed(one) for one in found]}
 
     features = Features({"id": Value("string"), **column, "images": [Image(decode=False)]})
-    size = sum(one.stat().st_size if isinstance(one, Path) else len(one.data) for each in paths for one in each)
-    table = Dataset.from_generator(rows, features=features, cache_dir=str(folder / ".cache"))
+    size = sum(_size_of(one) for each in paths for one in each)
+    try:
+        table = Dataset.from_generator(rows, features=features, cache_dir=str(folder / ".cache"))
+    except DatasetGenerationError as error:  # from an error of ours, or of the disk
+        if isinstance(error.__cause__, OSError) and not isinstance(error.__cause__, LlavarError):
+            raise disk_fault(folder, error.__cause__, needed=size) from error
+        raise error.__cause__ or error from None
     count = min(len(table), max(1, math.ceil(size / _FILE_BYTES)))
     (folder / "data").mkdir()
     for number in range(count):
@@ -80,7 +91,22 @@ def _find(roots: ImageRoots, image: str | EmbeddedImage, where: str) -> Path | E
 def _embed(image: Path | EmbeddedImage) -> dict[str, Any]:
     if isinstance(image, EmbeddedImage):
         return {"bytes": bytes(image.data), "path": None if image.path is None else Path(image.path).name}
-    return {"bytes": image.read_bytes(), "path": image.name}
+    file, page = locate_page(str(image))
+    try:
+        if PdfDocument.of(file, str(image)) is None:
+            return {"bytes": image.read_bytes(), "path": image.name}
+    except OSError as error:
+        what = f"cannot be read ({error.strerror})"
+        raise ImageError.at(str(image), what, "check the file's permissions") from error
+    # A page as an image: the whole document would be in the table, also the pages that no record names.
+    buffer = io.BytesIO()
+    open_image(image).save(buffer, "PNG")
+    return {"bytes": buffer.getvalue(), "path": f"{Path(file).stem}-page-{page or 1}.png"}
+
+
+def _size_of(image: Path | EmbeddedImage) -> int:
+    """Return the size of an image's file, for a page of a document that of the whole document."""
+    return len(image.data) if isinstance(image, EmbeddedImage) else Path(locate_page(str(image))[0]).stat().st_size
 
 
 def _choose_form(conversations: Sequence[Conversation], where: Callable[[int], str]) -> Form:

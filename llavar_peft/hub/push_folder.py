@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from llavar_peft.errors import ConfigError, InterruptedRunError, LlavarError
-from llavar_peft.hub.hub_access import Destination, check_destination, explain
+from llavar_peft.hub.hub_access import Destination, check_bases, check_destination, explain
 from llavar_peft.hub.hub_card import finish_card, records_card
-from llavar_peft.hub.hub_contents import Contents, collect_files, hub_names, open_contents
+from llavar_peft.hub.hub_contents import Contents, hub_names, open_contents
+from llavar_peft.hub.hub_files import collect_files
 from llavar_peft.hub.hub_records import describe_table, write_table
 from llavar_peft.weights.io.weights_card import CARD_FILE, portable_name
 
@@ -23,7 +24,7 @@ def push_to_hub(
     *,
     private: bool = False,
     replace: bool = False,
-    base_name: str | Sequence[str] = (),
+    base_name: str | Sequence[str] | None = (),
     images: Sequence[str | Path] = (),
 ) -> str:
     """Publish a model, an adapter, a delta or records on the Hugging Face hub.
@@ -55,14 +56,15 @@ def push_to_hub(
     kind = "dataset" if contents.kind == "dataset" else "model"
     if images and kind == "model":
         raise ConfigError.at("images", "apply only to records", "leave them out")
-    names = hub_names(contents, [base_name] if isinstance(base_name, str) else base_name)
+    names = hub_names(contents, [base_name] if isinstance(base_name, str) else base_name or ())
     destination = check_destination(name, kind=kind, private=private, replace=replace)  # type: ignore[arg-type]
+    check_bases(names, str(source))
     again = _command(source, name, private=private, replace=replace, names=names, images=images)
     with tempfile.TemporaryDirectory(prefix="llavar-push-") as scratch:
         if kind == "dataset":
             files = _table_files(contents, name, images, Path(scratch))
         else:
-            files = collect_files(contents, names)
+            files = collect_files(contents, names, name)
             files[CARD_FILE] = finish_card(contents, name, names).encode()
         try:
             return _commit(destination, files)
@@ -92,9 +94,9 @@ def check_push(
         ConfigError: The name is not valid, a base has no name on the hub, or the repository has other contents.
         EnvironmentFaultError: There is no token, or one without the rights; or the hub cannot be reached.
     """
-    if bases is not None:
-        hub_names(Contents("model", Path("--push"), tuple(map(str, bases))), base_name)
+    names = {} if bases is None else hub_names(Contents("model", Path("--push"), tuple(map(str, bases))), base_name)
     check_destination(name, private=private)
+    check_bases(names, "--push")
 
 
 def _table_files(contents: Contents, name: str, images: Sequence[str | Path], scratch: Path) -> dict[str, Path | bytes]:

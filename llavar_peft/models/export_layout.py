@@ -15,7 +15,7 @@ import logging
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -25,12 +25,14 @@ from llavar_peft.errors import ConfigError
 from llavar_peft.models.build_model import expected_shapes, quantization_arguments, register
 from llavar_peft.models.checkpoint_loading import read_checkpoint
 from llavar_peft.models.engine_support import check_vllm
+from llavar_peft.models.export_options import Layout, check_options
 from llavar_peft.models.flat_layout import is_flat
 from llavar_peft.models.gguf_language_model import language_model_file
 from llavar_peft.models.gguf_projector import projector_file
 from llavar_peft.models.hf_llava import write_stock_companions
 from llavar_peft.models.llava_lora import convert_llava_lora
-from llavar_peft.models.model_parts import ModelParts
+from llavar_peft.models.llavar_config import count_needed_layers
+from llavar_peft.models.model_parts import ModelParts, check_vocabulary
 from llavar_peft.models.quantized_checkpoint import quantize_checkpoint
 from llavar_peft.recipe.schema import ModelConfig
 from llavar_peft.types import Quantization, expand_home
@@ -45,16 +47,16 @@ from llavar_peft.weights.delta.released_layout import (
     read_model_config,
 )
 from llavar_peft.weights.gguf.gguf_folder import write_gguf_folder
-from llavar_peft.weights.gguf.gguf_tensors import OutType, check_outtype
+from llavar_peft.weights.gguf.gguf_tensors import OutType
 from llavar_peft.weights.io import tensor_names
 from llavar_peft.weights.io.convert_layout import ACTIVATIONS, ProjectorForm, to_two_layers, write_converted
-from llavar_peft.weights.io.folder_writer import WeightsReport
+from llavar_peft.weights.io.folder_writer import WeightsReport, check_is_new, check_outside
 from llavar_peft.weights.io.hub_folders import find_folder, resolve_folder
 from llavar_peft.weights.io.joined_rows import whole
 from llavar_peft.weights.io.quantized_weights import check_unquantized
 from llavar_peft.weights.io.shard_layout import RELEASED_SHARD_SIZE, WeightsFormat
 from llavar_peft.weights.io.tensor_blocks import check_tensors
-from llavar_peft.weights.io.tensor_table import TensorEntry, read_tensor_table, torch_dtype
+from llavar_peft.weights.io.tensor_table import TensorEntry, check_dtype, read_tensor_table, torch_dtype
 from llavar_peft.weights.io.weights_card import portable_name, write_weights_card
 from llavar_peft.weights.io.write_weights import Progress
 
@@ -63,7 +65,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-Layout = Literal["llavar", "original", "hf-llava", "adapter", "gguf"]
 _FLOAT16 = "float16"
 _STOCK_PAD = "<pad>"
 """The token that ``llava-hf/llava-1.5-*`` adds next to the image token."""
@@ -119,20 +120,22 @@ def export(  # noqa: PLR0913 - the options of the conversion
         MissingDependencyError: ``gguf``, and the package of that name is not installed.
     """
     register()
-    if to not in get_args(Layout):
-        known = ", ".join(map(repr, get_args(Layout)))
-        raise ConfigError.at("to", f"unknown layout (got {to!r}, expected one of {known})", "correct it")
-    _check_quantization(to, quantize, form)
-    check_outtype(outtype, to, dtype)
+    check_options(
+        to, base=base, tokenizer=tokenizer, projector=projector, quantize=quantize, dtype=dtype, form=form,
+        outtype=outtype,
+    )  # fmt: skip
+    check_dtype(dtype)
     if to == "adapter":
         return convert_llava_lora(source, out, base=base, vision_tower=vision_tower, progress=progress)
     folder = _open_source(source)
-    if base is not None:
-        raise ConfigError.at("base", "applies only to the conversion into an adapter", "leave it out")
+    check_is_new(expand_home(out))
+    check_outside(expand_home(out), folder)
     tower = None if vision_tower is None else str(vision_tower)
     parts = read_checkpoint(ModelConfig(checkpoint=str(folder), vision_tower=tower))
     _check_has_layout(parts, to, projector, folder)
     check_tensors(parts.tensors, expected_shapes(parts.config), where=parts.source)
+    check_vocabulary(parts)
+    count_needed_layers(parts.config.vision_feature_layer, parts.config.vision_config.num_hidden_layers)
     read = parts.whole_tensors()
     rows = _rows_in_original(parts) if to == "original" else int(parts.config.text_config.vocab_size)
     tensors = _locate_tensors(folder, tower, parts, rows)
@@ -187,17 +190,6 @@ def _open_source(source: str | Path) -> Path:
         raise ConfigError.at(str(folder), "an adapter, expected a complete model", fix)
     check_unquantized(read_model_config(folder), folder, "a conversion")
     return folder
-
-
-def _check_quantization(to: Layout, quantize: Quantization | None, form: WeightsFormat | None) -> None:
-    if quantize is None:
-        return
-    if quantize != "nf4":
-        what = f"only nf4 can be stored (got {quantize!r})"
-        raise ConfigError.at("quantize", what, "use nf4, or choose int8 where the model is loaded")
-    if to != "llavar" or form == "bin":
-        what = f"a model in 4 bits has the layout llavar, in safetensors (got {to!r}{', bin' if form == 'bin' else ''})"
-        raise ConfigError.at("quantize", what, "use the layout llavar, or leave quantize out")
 
 
 def _write_gguf(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Final
 
@@ -13,7 +12,14 @@ from llavar_peft.errors import ConfigError
 from llavar_peft.models.gguf_chat_template import gguf_chat_template, writes_bos
 from llavar_peft.models.model_parts import ModelParts
 from llavar_peft.weights.gguf.gguf_folder import GgufFile
-from llavar_peft.weights.gguf.gguf_tensors import MATRIX_TYPES, GgufTensor, OutType, import_gguf, matrix_type
+from llavar_peft.weights.gguf.gguf_tensors import (
+    OTHER_LAYOUT,
+    GgufTensor,
+    OutType,
+    describe_file,
+    import_gguf,
+    matrix_type,
+)
 from llavar_peft.weights.gguf.gguf_vocabulary import GgufVocabulary, read_vocabulary
 from llavar_peft.weights.gguf.score_tokenizer import ScoreTokenizer
 from llavar_peft.weights.io import tensor_names
@@ -21,8 +27,6 @@ from llavar_peft.weights.io.tensor_table import TensorEntry
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-logger = logging.getLogger(__name__)
 
 _ARCHITECTURES: Final = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
 """llama.cpp's architecture for each kind of language model."""
@@ -32,10 +36,11 @@ _LLAMA_3: Final = "llama3"
 _ROPE_FACTORS: Final = "rope_freqs.weight"
 _PROBES: Final = (
     "The sign says STOP.", "  two  spaces   and more    ", "Total: $1,234.50\n\nVAT 19 %", "ﬁne ½ Ａ e\u0301 ①",
-    "日本語 \U0001f600\U0001f469\u200d\U0001f467 \u0378\t\n\r", "a</s>b <s> <unk> <0x41> ▁x",
+    "日本語 \U0001f600\U0001f469\u200d\U0001f467 \u0378\t\n\r", "a <0x41> ▁x",
     "=" * 37 + " " * 21 + "aaaaaaaaaaa",
 )  # fmt: skip
-_FIX: Final = "use the layout hf-llava, or llavar with `llavar-peft serve`"
+_SHOWN: Final = 8
+"""Tokens of a text in a message."""
 
 
 def language_model_file(
@@ -60,7 +65,7 @@ def language_model_file(
         if ours.startswith(("model.language_model.", "lm_head.")):
             stored = names.get_name(tensor_names.to_released(ours), try_suffixes=(".weight", ".bias"))
             if stored is None:
-                raise ConfigError.at("to", f"llama.cpp's {architecture} has no tensor for {ours}", _FIX)
+                raise ConfigError.at("to", f"llama.cpp's {architecture} has no tensor for {ours}", OTHER_LAYOUT)
             heads = next((getattr(text, field) for part, field in _TURNED.items() if part in ours), 0)
             kind = matrix_type(tuple(source.shape), outtype)
             found.append(GgufTensor(stored, source, kind, heads if architecture == "llama" else 0))
@@ -71,10 +76,7 @@ def language_model_file(
     _check_pieces(vocabulary, parts)
 
     def describe(writer: Any) -> None:
-        writer.add_type(gguf.GGUFType.MODEL)
-        writer.add_name(name)
-        writer.add_file_type(gguf.LlamaFileType[f"MOSTLY_{MATRIX_TYPES[outtype]}"])
-        writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+        describe_file(writer, "MODEL", name, outtype)
         _describe_settings(writer, text, rows)
         _describe_vocabulary(writer, vocabulary, parts)
 
@@ -95,7 +97,7 @@ def _check_language_model(parts: ModelParts) -> str:
     elif tensor_names.HEAD_BIAS in parts.tensors:
         what = "the language model's head has a bias, which is not written as GGUF"
     if what is not None:
-        raise ConfigError.at("to", what, _FIX)
+        raise ConfigError.at("to", what, OTHER_LAYOUT)
     return _ARCHITECTURES[kind]
 
 
@@ -167,11 +169,19 @@ def _describe_vocabulary(writer: Any, vocabulary: GgufVocabulary, parts: ModelPa
 
 
 def _check_pieces(vocabulary: GgufVocabulary, parts: ModelParts) -> None:
-    """Warn of a tokenizer whose merges no scores can express."""
+    """Reject a tokenizer whose merges no scores can express: the model would read other tokens than in training.
+
+    Names of special tokens in a text do not count: llama.cpp's programs take them for the tokens, whatever their scores.
+    """
     if vocabulary.model != "llama":
         return
     scored, encoder = ScoreTokenizer(vocabulary.tokens, vocabulary.scores), text_encoder(parts.processor())
     for text in (*_PROBES, SYSTEM_PROMPT):
-        if scored.encode(text) != encoder.encode(text)[0]:
-            logger.warning("%s: llama.cpp will split some texts into other tokens, such as %r", parts.source, text)
-            return
+        expected, got = encoder.encode(text)[0], scored.encode(text)
+        if got != expected:
+            what = (
+                f"llama.cpp would split text into other tokens than the tokenizer: {text[:40]!r} into "
+                f"{[vocabulary.tokens[index] for index in got][:_SHOWN]} (expected "
+                f"{[vocabulary.tokens[index] for index in expected][:_SHOWN]})"
+            )
+            raise ConfigError.at(parts.source, what, OTHER_LAYOUT)

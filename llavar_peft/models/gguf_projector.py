@@ -17,7 +17,14 @@ from llavar_peft.errors import ConfigError
 from llavar_peft.models.llavar_config import count_needed_layers
 from llavar_peft.models.model_parts import ModelParts
 from llavar_peft.weights.gguf.gguf_folder import GgufFile
-from llavar_peft.weights.gguf.gguf_tensors import MATRIX_TYPES, GgufTensor, OutType, import_gguf, matrix_type
+from llavar_peft.weights.gguf.gguf_tensors import (
+    OTHER_LAYOUT,
+    GgufTensor,
+    OutType,
+    describe_file,
+    import_gguf,
+    matrix_type,
+)
 from llavar_peft.weights.io import tensor_names
 from llavar_peft.weights.io.joined_rows import whole
 from llavar_peft.weights.io.tensor_table import TensorEntry
@@ -38,7 +45,6 @@ _ALWAYS_F32: Final = (".embeddings.",)
 """Their sizes are small, and the convolution of patches exists in few number formats."""
 _LAYER: Final = ".encoder.layers."
 _FEATURE_LAYER: Final = "clip.vision.feature_layer"
-_FIX: Final = "use the layout hf-llava, or llavar with `llavar-peft serve`"
 _ENGINE: Final = "llama-cpp-python"
 _MISPLACES_UNTIL: Final = "0.3.36"
 _MISPLACES: Final = (
@@ -77,16 +83,13 @@ def projector_file(
             continue
         stored = names.get_name(tensor_names.to_stock(ours), try_suffixes=(".weight", ".bias"))
         if stored is None:
-            raise ConfigError.at("to", f"llama.cpp's vision tower has no tensor for {ours}", _FIX)
+            raise ConfigError.at("to", f"llama.cpp's vision tower has no tensor for {ours}", OTHER_LAYOUT)
         small = any(part in ours for part in _ALWAYS_F32)
         found.append(GgufTensor(stored, source, "F32" if small else matrix_type(tuple(source.shape), outtype)))
     found += _projector(parts, outtype)
 
     def describe(writer: Any) -> None:
-        writer.add_type(gguf.GGUFType.MMPROJ)
-        writer.add_name(name)
-        writer.add_file_type(gguf.LlamaFileType[f"MOSTLY_{MATRIX_TYPES[outtype]}"])
-        writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+        describe_file(writer, "MMPROJ", name, outtype)
         writer.add_clip_has_vision_encoder(True)
         writer.add_clip_projector_type("mlp")
         writer.add_vision_projection_dim(parts.config.text_config.hidden_size)
@@ -120,7 +123,7 @@ def _check_tower(parts: ModelParts, side: int) -> None:
     elif side != tower.image_size:
         what = f"llama.cpp prepares images of the tower's size (got {side} pixels, expected {tower.image_size})"
     if what is not None:
-        raise ConfigError.at("to", what, _FIX)
+        raise ConfigError.at("to", what, OTHER_LAYOUT)
     if parts.inference_image_mode != "pad":
         logger.warning(
             "images will be padded with CLIP's mean color: llama.cpp does not support the mode %s",

@@ -34,7 +34,7 @@ from llavar_peft.weights.adapter.adapter_settings import peft_settings
 from llavar_peft.weights.delta.released_layout import is_language_model, read_model_config
 from llavar_peft.weights.io import tensor_names
 from llavar_peft.weights.io.convert_layout import write_converted
-from llavar_peft.weights.io.folder_writer import WeightsReport
+from llavar_peft.weights.io.folder_writer import WeightsReport, check_outside
 from llavar_peft.weights.io.hub_folders import resolve_folder
 from llavar_peft.weights.io.joined_rows import whole
 from llavar_peft.weights.io.shard_layout import RELEASED_SHARD_SIZE
@@ -84,6 +84,7 @@ def convert_llava_lora(
             "not a LoRA of LLaVA's code (expected adapter_config.json, non_lora_trainables.bin and a config.json)",
             "give the whole folder that LLaVA's train_mem.py wrote; adapters of this package need no conversion",
         )
+    check_outside(expand_home(out), folder)
     described = read_model_config(folder)
     if not is_flat(described):
         raise ConfigError.at(

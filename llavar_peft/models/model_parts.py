@@ -80,7 +80,7 @@ def check_vocabulary(parts: ModelParts) -> None:
     """Reject a tokenizer with ids beyond the rows of the embeddings, which fail in the middle of a batch.
 
     Raises:
-        WeightsError: States the highest id and the number of rows.
+        WeightsError: States the highest id and the number of rows; or the image token's id is not the configuration's.
     """
     embeddings = parts.tensors[tensor_names.find_embeddings(parts.tensors)]
     highest, rows = max(parts.tokenizer.get_vocab().values()), embeddings.shape[0]
@@ -89,6 +89,14 @@ def check_vocabulary(parts: ModelParts) -> None:
             parts.source,
             f"the tokenizer and the embeddings do not belong together (got the id {highest}, expected less than the "
             f"number of rows, {rows})",
+            "put the tokenizer's files that the checkpoint was saved with into its folder",
+        )
+    expected = parts.tokenizer.convert_tokens_to_ids(parts.image_token)
+    if parts.config.image_token_index != expected:
+        raise WeightsError.at(
+            f"{parts.source}/config.json:image_token_index",
+            f"not the id of the tokenizer's {parts.image_token} (got {ascii(parts.config.image_token_index)[:80]}, "
+            f"expected {expected})",
             "put the tokenizer's files that the checkpoint was saved with into its folder",
         )
 

@@ -107,6 +107,9 @@ def _with_special_floats(value: Any) -> Any:
 
 def unreadable_settings(folder: Path, what: str, error: Exception) -> LlavarError:
     """Return the error for a folder whose configuration, tokenizer or processor cannot be loaded."""
+    if isinstance(error, UnicodeEncodeError) and any("\ud800" <= one <= "\udfff" for one in str(folder)):
+        what = f"its path is not UTF-8, and cannot be opened as a {what}"
+        return ConfigError.at(str(folder), what, "rename the folder")
     reason = describe_reason(error)
     return ConfigError.at(
         str(folder),

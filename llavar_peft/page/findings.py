@@ -39,12 +39,12 @@ FEWEST_IN_PART: Final = 10
 """Records that a part needs to have."""
 _LEAST_SMALL: Final = 0.05
 
-_ORDER: Final = ("rising", "falling", "small", "weak", "few")
+_ORDER: Final = ("rising", "falling", "small", "weak", "range", "few")
 
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """A sentence about the next step; ``kind`` is its rule: rising, falling, small, weak or few."""
+    """A sentence about the next step; ``kind`` is its rule: rising, falling, small, weak, range or few."""
 
     kind: str
     text: str

@@ -29,8 +29,17 @@ from llavar_peft.datagen.synth.font_faces import open_face, packaged_face
 from llavar_peft.errors import ConfigError, DataError
 from llavar_peft.evaluation.heights.answer_places import find_answers, read_stored_texts
 from llavar_peft.evaluation.heights.height_plan import HeightSettings, TooSmall, plan_heights
-from llavar_peft.evaluation.heights.height_results import Crossing, HeightPoint, find_crossing, read_height_results
+from llavar_peft.evaluation.heights.height_results import (
+    Crossing,
+    HeightCurve,
+    HeightPoint,
+    HeightResults,
+    find_crossing,
+    read_height_results,
+)
+from llavar_peft.evaluation.heights.heights_view import find_in_heights
 from llavar_peft.evaluation.heights.measure_heights import score_height
+from llavar_peft.evaluation.vqa.scored_results import Setting
 from llavar_peft.evaluation.vqa.vqa_questions import VqaQuestion
 from llavar_peft.inference.chat import Chat
 from llavar_peft.types import ImageMode
@@ -304,6 +313,26 @@ def test_answers_that_are_all_right_have_an_interval_too() -> None:
     assert point.high == pytest.approx(100)
 
 
+@pytest.mark.parametrize(
+    ("figures", "sentences"),
+    [
+        (((3, 95, 91, 98, 900), (9, 97, 94, 99, 900)), ["a still reads letters of 3 px, the lowest that were asked"]),
+        (((3, 5, 2, 9, 900), (9, 60, 55, 65, 900)), ["a answers 60 % at 9 px, the greatest height: ask at greater"]),
+        (((3, 50, 47, 53, 900), (9, 92, 85, 97, 900)), []),
+        (
+            ((3, 50, 30, 70, 20), (9, 92, 85, 97, 900)),
+            ["20 questions say little: the 95 % interval of exact of a at 3"],
+        ),
+    ],
+)
+def test_what_the_figures_say_next(figures: tuple[tuple[float, ...], ...], sentences: list[str]) -> None:
+    every = tuple(HeightPoint(*one[:4], int(one[4]), 20, 0) for one in figures)
+    curve = HeightCurve("a", Setting(), 336, every, {})
+    found = find_in_heights(HeightResults("d", "exact", 900, "omit", "boxes", (curve,)))
+    assert len(found) == len(sentences)
+    assert all(one.text.startswith(sentence) for one, sentence in zip(found, sentences, strict=True))
+
+
 # -- the command ------------------------------------------------------------------------------------------------------
 
 KNOWN = ["--max-new-tokens", "2", "--batch-size", "2", "--workers", "1"]
@@ -349,7 +378,10 @@ def test_two_models_on_drawn_images(
     assert "a &lt;b&gt;" in page
     assert "a <b>" not in page
     assert "of 120 x 120 pixels that a plain model sees" in page
-    assert "below half of the best at" in capsys.readouterr().out
+    printed = capsys.readouterr()
+    assert "below half of the best at" in printed.out
+    assert "next: first answers 0 % at 8 px, the greatest height" in printed.err
+    assert "next: 4 questions say little: the 95 % interval of exact of " in printed.err
     # It becomes a part of a report.
     arguments = ["report", "--heights", str(tmp_path / "mine.heights.json"), "--out", str(tmp_path / "report.html")]
     assert cli.main(arguments) == 0

@@ -7,6 +7,7 @@ import importlib
 import io
 import json
 import os
+import shutil
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -81,6 +82,9 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_synthetic(root / "data", 3, SynthSettings(style="plain", seed=7, task="question"))
     (root / "run/adapter/README.md").write_text(_CARD)
     (root / "run/adapter/recipe.yaml").write_text(_ADAPTER_RECIPE.format(root=root))
+    shutil.copytree(root / "run/adapter", root / "moved")
+    base_file = root / "moved/base.json"
+    base_file.write_text(json.dumps({**json.loads(base_file.read_text()), "checkpoint": "runs/base"}))
     (root / "run.yaml").write_text(_RECIPE.format(root=root))
     return root
 
@@ -117,6 +121,7 @@ def session(folders: Path) -> Iterator[Session]:
         "too many base names": (WRITER, ["push", base, "me/base", "--base-name", "me/a", "--base-name", "me/b"]),
         "no folder": (WRITER, ["push", str(folders / "nothing"), "me/base"]),
         "no base of an adapter": (WRITER, ["push", adapter, "me/adapter"]),
+        "a path like a name": (WRITER, ["push", str(folders / "moved"), "me/moved"]),
         "train without token": (None, ["train", str(folders / "run.yaml"), "--push", "me/new", *named]),
         "train without base": (WRITER, ["train", str(folders / "run.yaml"), "--push", "me/new"]),
         "private without push": (WRITER, ["convert", base, str(folders / "x"), "--to", "llavar", "--private"]),
@@ -182,6 +187,7 @@ def _run_commands(given: tuple[dict[str, str], list[tuple[str | None, list[str]]
         ("too many base names", 2, "--base-name: more names than bases (got 'me/b' too)"),
         ("no folder", 2, "no such folder. Fix: give the folder that was written"),
         ("no base of an adapter", 2, "its card has to name the base by its name on the hub"),
+        ("a path like a name", 2, "its card would name the base 'runs/base', and the hub has no model of this name"),
         ("train without token", 3, "there is no token"),
         ("train without base", 2, "add --base-name OWNER/NAME"),
         ("private without push", 2, "--private: applies only with --push"),
@@ -199,6 +205,7 @@ def test_nothing_is_half_pushed_and_nothing_is_trained_first(session: Session, f
     assert not (folders / "trained").exists()
     assert not (folders / "x").exists()
     assert session.hub.repositories["model:me/forbidden"].files == {}
+    assert "model:me/moved" not in session.hub.repositories
     assert all("Upload with llavar-peft" in one for repo in session.hub.repositories.values() for one in repo.commits)
     assert len(session.hub.repositories["model:me/adapter"].commits) == 1
     assert "--private --base-name me/base`" in session.results["fails"].stderr

@@ -305,3 +305,24 @@ def test_images_are_prepared_as_in_training(layouts: dict[str, Path], tmp_path: 
         image = Image.effect_noise(size, 90).convert("RGB")
         got = stock.image_processor(image, return_tensors="pt")["pixel_values"][0]
         assert torch.equal(got, prepare_image(image, "pad", ours))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"to": "llava"}, r"to: unknown layout .got 'llava', expected one of 'llavar', "),
+        ({"to": "hf-llava", "projector": "two_sided"}, "projector: unknown value .got 'two_sided'"),
+        ({"to": "original", "form": "zip"}, "form: unknown value .got 'zip'"),
+        ({"to": "llavar", "dtype": "int8"}, r"dtype: not a dtype of weights .got 'int8', expected one of float16, "),
+        ({"to": "original", "projector": "two-sided"}, "projector: applies only to the layout hf-llava"),
+        ({"to": "gguf", "tokenizer": "llama"}, "tokenizer: applies only to the layout original"),
+        ({"to": "llavar", "base": "llama"}, "base: applies only to the conversion into an adapter"),
+        ({"to": "adapter", "dtype": "float16"}, "dtype: does not apply to the layout adapter"),
+        ({"to": "gguf", "form": "bin"}, "form: does not apply to the layout gguf"),
+    ],
+)
+def test_options_of_other_layouts_are_rejected_before_anything_is_read(
+    options: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError, match=f"^{message}.*Fix: "):
+        export(tmp_path / "nowhere", tmp_path / "out", **options)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import re
 import shutil
@@ -287,7 +288,9 @@ def test_nothing_is_kept_of_an_incomplete_export(
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize(("number", "words"), [(float("nan"), "1 of .* are NaN"), (1e5, "exceeds the range")])
+@pytest.mark.parametrize(
+    ("number", "words"), [(float("nan"), "1 of .* are NaN"), (1e5, "exceeds the range.*or outtype bf16")]
+)
 def test_numbers_that_a_file_cannot_hold_are_named(
     number: float, words: str, models: dict[str, tuple[Any, Any, Path]], tmp_path: Path
 ) -> None:
@@ -301,6 +304,75 @@ def test_numbers_that_a_file_cannot_hold_are_named(
         export(tmp_path / "damaged", tmp_path / "out", to="gguf")
     assert name in str(error.value)
     assert [path.name for path in tmp_path.iterdir()] == ["damaged"]
+
+
+def test_a_tokenizer_that_scores_cannot_express_is_rejected(
+    models: dict[str, tuple[Any, Any, Path]], tmp_path: Path
+) -> None:
+    """Its merges make a piece from one pair, and text is split into another; by scores, every pair is joined."""
+    source = shutil.copytree(models["tiny"][2].with_name("tiny"), tmp_path / "m")
+    described = json.loads((source / "tokenizer.json").read_text())
+    merges = [tuple(one.split(" ") if isinstance(one, str) else one) for one in described["model"]["merges"]]
+    model = described["model"]
+    model["vocab"]["gn"] = model["vocab"].pop("▁wrote")
+    model["merges"] = [("▁si", "gn") if pair == ("▁sig", "n") else pair for pair in merges if pair != ("▁wrot", "e")]
+    (source / "tokenizer.json").write_text(json.dumps(described))
+    with pytest.raises(ConfigError, match=r"m: llama\.cpp would split text into other tokens .*expected \["):
+        export(source, tmp_path / "out", to="gguf")
+    assert [path.name for path in tmp_path.iterdir()] == ["m"]
+
+
+def test_names_that_are_no_text_and_places_that_are_no_new_folder(
+    models: dict[str, tuple[Any, Any, Path]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    source = shutil.copytree(models["tiny"][2].with_name("tiny"), tmp_path / "m ü")
+    before = sorted(source.rglob("*"))
+    assert cli.main(["convert", str(source), str(source / "gguf"), "--to", "gguf"]) == 2
+    assert "is in the folder that it is made from" in capsys.readouterr().err
+    monkeypatch.chdir(tmp_path)
+    for out in (".", "/"):
+        assert cli.main(["convert", str(source), out, "--to", "gguf"]) == 2
+        assert f"error: {out}: exists already. Fix: " in capsys.readouterr().err
+    export(source, tmp_path / "out", to="gguf", outtype="q8_0")
+    assert GgufContents(tmp_path / "out/m ü-q8_0.gguf").fields["general.name"] == "m ü"
+    assert sorted(source.rglob("*")) == before
+    source = source.rename(tmp_path / os.fsdecode(b"m\xff"))
+    with pytest.raises(ConfigError, match=r"its path is not UTF-8, .*Fix: rename the folder"):
+        export(source, tmp_path / "again", to="gguf")
+
+
+def test_a_tokenizer_with_more_tokens_than_rows_is_rejected(
+    models: dict[str, tuple[Any, Any, Path]], tmp_path: Path
+) -> None:
+    source = shutil.copytree(models["tiny"][2].with_name("tiny"), tmp_path / "m")
+    tokenizer = load_tokenizer(source)
+    tokenizer.add_tokens(["<more>"])
+    tokenizer.save_pretrained(str(source))
+    for to in ("gguf", "hf-llava"):
+        with pytest.raises(WeightsError, match="the tokenizer and the embeddings do not belong together"):
+            export(source, tmp_path / "out", to=to)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("image_token_index", 5, r"config\.json:image_token_index: not the id of the tokenizer's <im_patch> .got 5, "),
+        ("vision_feature_layer", -99, "vision_feature_layer: no such hidden state .got -99"),
+    ],
+)
+def test_settings_that_contradict_the_files_are_rejected(
+    key: str, value: int, message: str, models: dict[str, tuple[Any, Any, Path]], tmp_path: Path
+) -> None:
+    """Such a model answered nonsense, and was exported as it is."""
+    source = shutil.copytree(models["tiny"][2].with_name("tiny"), tmp_path / "m")
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps({**config, key: value}))
+    with pytest.raises(LlavarError, match=message):
+        export(source, tmp_path / "out", to="hf-llava")
+    assert [path.name for path in tmp_path.iterdir()] == ["m"]
 
 
 @pytest.mark.parametrize(

@@ -79,6 +79,9 @@ def test_an_adapter_of_the_language_model_alone_is_accepted(folder: Path, capsys
     assert cli.main(["adapter", "verify", str(folder / "pure"), "--for", "vllm", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["vllm"] == {"max_lora_rank": 8}
     assert cli.main(["adapter", "verify", str(folder / "pure"), "--for", "sglang"]) == 2
+    (spaced := folder / "my pure").symlink_to(folder / "pure")
+    assert cli.main(["adapter", "verify", str(spaced), "--for", "vllm"]) == 0
+    assert f"--lora-modules 'NAME={spaced}'\n" in capsys.readouterr().out
 
 
 def test_all_reasons_are_given_at_once(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -137,6 +140,17 @@ def test_names_that_vllm_does_not_apply(folder: Path, tmp_path: Path) -> None:
     _rejected(copy, "vLLM does not find the layers of these names")
 
 
+def test_no_fix_that_does_not_help_is_given(folder: Path, tmp_path: Path) -> None:
+    """DoRA cannot be split; and no engine has the cross-attention that is left in a base."""
+    for name, changes in (("adapter_config.json", {"use_dora": True}), ("config.json", None)):
+        copy = shutil.copytree(folder / ("whole" if changes else "pure"), tmp_path / name)
+        settings = json.loads((copy / name).read_text())
+        settings |= changes or {"resolution": {"type": "cross_attention"}}
+        (copy / name).write_text(json.dumps(settings))
+    assert "adapter bake" not in "\n".join(map(str, check_for_vllm(tmp_path / "adapter_config.json").faults))
+    _rejected(tmp_path / "config.json", "config.json:resolution: vLLM has no cross-attention")
+
+
 @pytest.mark.parametrize(("rank", "expected"), [(1, 1), (4, 8), (64, 64), (65, 128), (321, 512)])
 def test_the_rank_to_serve_with(rank: int, expected: int, folder: Path, tmp_path: Path) -> None:
     copy = shutil.copytree(folder / "pure", tmp_path / "copy")
@@ -144,6 +158,9 @@ def test_the_rank_to_serve_with(rank: int, expected: int, folder: Path, tmp_path
     (copy / "adapter_config.json").write_text(json.dumps({**settings, "r": rank}))
     assert check_for_vllm(copy).max_lora_rank == expected
     assert expected in RANKS
+    pattern = {"r": 1, "rank_pattern": {"a_layer_that_it_lacks": rank}}
+    (copy / "adapter_config.json").write_text(json.dumps({**settings, **pattern}))
+    assert check_for_vllm(copy).max_lora_rank == expected
 
 
 # -- adapter bake ----------------------------------------------------------------------
@@ -243,6 +260,7 @@ def _other_values(base: Path) -> None:
         ("whole", _quantized, ConfigError, "stored quantized .* Fix: give the same base without quantization"),
         ("whole", _other_values, WeightsError, r"not the base that .*layers\.0\.mlp\.down_proj\.weight"),
         ("whole", "exists", ConfigError, "exists already"),
+        ("whole", "inside", ConfigError, "is in the folder that it is made from"),
     ],
 )
 def test_nothing_is_written_of_what_cannot_be_split(
@@ -258,6 +276,8 @@ def test_nothing_is_written_of_what_cannot_be_split(
         change(base := shutil.copytree(base, tmp_path / "base"))
     elif change == "exists":
         out.mkdir(parents=True)
+    elif change == "inside":
+        out = shutil.copytree(given, given := tmp_path / "whole") / "baked"
     if adapter == "dora":
         given = tmp_path / "dora"
         tune = Lora(rank=4, alpha=8, dropout=0.0, variant="dora")

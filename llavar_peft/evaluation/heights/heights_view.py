@@ -11,8 +11,9 @@ from PIL.Image import Resampling
 from llavar_peft.data.image_roots import ImageRoots
 from llavar_peft.errors import count_of
 from llavar_peft.evaluation.heights.height_plan import REASONS, HeightPlan
-from llavar_peft.evaluation.heights.height_results import HeightCurve, HeightResults, describe_crossing
+from llavar_peft.evaluation.heights.height_results import READABLE, HeightCurve, HeightResults, describe_crossing
 from llavar_peft.page.charts import height_chart
+from llavar_peft.page.findings import Finding, choose_findings, find_few_records
 from llavar_peft.page.heights_page import HeightsView, ReadModel
 from llavar_peft.page.image_gallery import displayed_answers
 from llavar_peft.page.inline_images import InlineImage, embed_pixels
@@ -42,6 +43,34 @@ def view_heights(results: HeightResults) -> HeightsView:
         notes=tuple(describe_heights(results)),
         settings=tuple((curve.name, tuple(_facts(curve))) for curve in curves),
     )
+
+
+def find_in_heights(results: HeightResults) -> tuple[Finding, ...]:
+    """Return what figures by height say about the next step.
+
+    Rules: at a model's lowest height, the whole interval is at or above the accuracy that counts as readable; or at its
+    greatest height, the whole interval is below it; and of all figures, the one with the widest interval rests on too
+    few questions, as in ``find_few_records``.
+    """
+    found: list[Finding | None] = []
+    for curve in results.curves:
+        lowest, greatest = curve.points[0], curve.points[-1]
+        if lowest.low >= READABLE:
+            text = (
+                f"{curve.name} still reads letters of {lowest.height:g} px, the lowest that were asked: ask at lower "
+            )
+            found.append(Finding("range", f"{text}ones (--heights)."))
+        elif greatest.high < READABLE:
+            text = (
+                f"{curve.name} answers {greatest.value:.0f} % at {greatest.height:g} px, the greatest height: ask at "
+            )
+            found.append(
+                Finding("range", f"{text}greater ones (--heights) to see whether the letters' size limits it.")
+            )
+    widths = [(point.high - point.low, curve, point) for curve in results.curves for point in curve.points]
+    _, curve, point = max(widths, key=lambda one: one[0])
+    figure = f"{results.protocol} of {curve.name} at {point.height:g} px"
+    return choose_findings([*found, find_few_records(figure, point.questions, point.low, point.high, "question")])
 
 
 def show_seen(plan: HeightPlan, roots: ImageRoots) -> tuple[tuple[str, InlineImage], ...]:

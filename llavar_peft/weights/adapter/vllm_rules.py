@@ -10,9 +10,10 @@ model_manager.py (which modules get updates), vllm/config/lora.py (ranks), model
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from llavar_peft.errors import Fault
 from llavar_peft.weights.adapter.adapter_files import (
@@ -20,10 +21,11 @@ from llavar_peft.weights.adapter.adapter_files import (
     ADAPTER_WEIGHTS,
     PREFIX,
     read_base_settings,
-    scaling_of,
+    read_settings,
 )
 from llavar_peft.weights.adapter.adapter_layouts import AdapterOnDisk, open_adapter
 from llavar_peft.weights.io import tensor_names
+from llavar_peft.weights.io.stated_resolution import RESOLUTION, resolution_of_adapter
 from llavar_peft.weights.io.tensor_blocks import join_first
 
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
@@ -42,6 +44,10 @@ _NOT_IMPLEMENTED = {
     "use_qalora": "QALoRA (use_qalora)",
 }
 """Kinds of LoRA that vLLM rejects, by the setting of ``adapter_config.json`` that selects them."""
+_NOT_SPLIT = ("use_dora", "lora_bias")
+"""Settings with which ``adapter bake`` leaves no plain LoRA."""
+_NO_CROSS_ATTENTION = "vLLM has no cross-attention"
+_OTHER_RESOLUTION = "use `llavar-peft serve`, or train with tiles and pool 1"
 _JOINED = ".qkv_proj"
 """The joint layer of Phi-3, which vLLM splits, and whose updates it then does not recognize (vLLM 0.32, run)."""
 _SHOWN = 3
@@ -76,14 +82,30 @@ def check_for_vllm(folder: str | Path) -> VllmCheck:
     stored = open_adapter(folder)
     rank = 0
     if stored.settings["peft_type"] == "LORA":  # the settings of other kinds have not been checked
-        rank = max([int(stored.settings["r"]), *(scaling_of(one, stored.settings)[0] for one in stored.adapted)])
+        # vLLM counts all ranks that the file names, also of modules that have no update.
+        patterns = read_settings(stored.folder).get("rank_pattern") or {}
+        rank = max([int(stored.settings["r"]), *patterns.values()])
     smallest = next((value for value in RANKS if rank <= value), None)
     faults = [*_find_setting_faults(stored, rank, smallest), *_find_tensor_faults(stored)]
+    resolution = resolution_of_adapter(stored.folder) or {}
+    if (resolution.get("type") == "cross_attention" or resolution.get("pool", 1) != 1) and not any(
+        _NO_CROSS_ATTENTION in fault.what for fault in faults
+    ):
+        what = f"{_NO_CROSS_ATTENTION} and does not average patches (got {ascii(dict(resolution))[:80]})"
+        faults.append(Fault(f"{stored.folder / 'config.json'}:{RESOLUTION}", what, _OTHER_RESOLUTION))
     return VllmCheck(tuple(faults), smallest, read_base_settings(stored.folder).quantize)
 
 
-def _baking_of(folder: Path) -> str:
+def _retraining(folder: Path) -> str:
+    """Return the ways to a model that vLLM serves where an adapter cannot be split, for a message."""
+    command = shlex.join(["llavar-peft", "merge", "--adapter", str(folder)])
+    return f"train with `--preset lora-vllm`, or merge it (`{command} ...`)"
+
+
+def _baking_of(folder: Path, settings: Mapping[str, Any]) -> str:
     """Return the command that puts what vLLM has no place for into a copy of the base, for a message."""
+    if any(settings.get(name) for name in _NOT_SPLIT):
+        return _retraining(folder)
     base = read_base_settings(folder).fields.get("checkpoint")
     command = ["llavar-peft", "adapter", "bake", str(folder), "--base", str(base or "BASE"), "--out", "OUT"]
     return f"put these into a copy of the base: `{shlex.join(command)}`; or train with `--preset lora-vllm`"
@@ -91,7 +113,7 @@ def _baking_of(folder: Path) -> str:
 
 def _find_setting_faults(stored: AdapterOnDisk, rank: int, smallest: int | None) -> Iterator[Fault]:
     settings, where = stored.settings, str(stored.folder / ADAPTER_CONFIG)
-    retrain = f"train with `--preset lora-vllm`, or merge it (`llavar-peft merge --adapter {stored.folder} ...`)"
+    retrain = _retraining(stored.folder)
     if settings["peft_type"] != "LORA":
         yield Fault(where, f"vLLM loads LoRA only (got peft_type {ascii(settings['peft_type'])[:80]})", retrain)
         return
@@ -120,10 +142,10 @@ def _find_tensor_faults(stored: AdapterOnDisk) -> Iterator[Fault]:
         found.setdefault("in full" if entry.path.stem == "non_lora_trainables" else kind, []).append(
             name.removeprefix(PREFIX)
         )
-    bake = _baking_of(stored.folder)
+    bake = _baking_of(stored.folder, stored.settings)
     for kind, what, fix in (
         ("in full", "vLLM does not load tensors that were trained in full", bake),
-        ("cross-attention", "vLLM has no cross-attention", "use `llavar-peft serve`, or train with tiles"),
+        ("cross-attention", _NO_CROSS_ATTENTION, _OTHER_RESOLUTION),
         ("rows", "vLLM does not load trained rows of the embeddings", bake),
         ("outside", "vLLM leaves out updates outside the language model and answers without them", bake),
         (

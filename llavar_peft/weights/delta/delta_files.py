@@ -30,7 +30,7 @@ from llavar_peft.weights.delta.released_layout import (
     view_as_released,
 )
 from llavar_peft.weights.io import tensor_names
-from llavar_peft.weights.io.folder_writer import FolderWriter, WeightsReport
+from llavar_peft.weights.io.folder_writer import FolderWriter, WeightsReport, check_outside
 from llavar_peft.weights.io.hub_folders import find_folder
 from llavar_peft.weights.io.shard_layout import RELEASED_SHARD_SIZE, TensorSpec, WeightsFormat
 from llavar_peft.weights.io.tensor_blocks import read_blocks
@@ -83,6 +83,7 @@ def make_delta(
     """
     old, new = view_as_released(base), view_as_released(target)
     folders = [find_folder(one, "adapter") for one in ([adapter] if isinstance(adapter, (str, Path)) else adapter)]
+    check_outside(expand_home(out), old.folder, new.folder, *folders)
     _check_roles(old, new, adapters=bool(folders))
     check_original_tower(read_model_config(new.folder), new.folder)
     old = with_head_of(old, new)
@@ -150,6 +151,7 @@ def apply_delta(
         EnvironmentFaultError: The disk is full, or another process is writing the same folder.
     """
     old, step = view_as_released(base), view_as_released(delta)
+    check_outside(expand_home(out), old.folder, step.folder)
     if not force:
         check_not_delta(old.table.get(_NORM), old.folder, old.config)
         _check_is_delta(step)

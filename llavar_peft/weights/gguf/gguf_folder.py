@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from llavar_peft.atomic_files import check_output_folder, commit_folder, disk_errors, hold_lock
-from llavar_peft.errors import ConfigError, InterruptedRunError
+from llavar_peft.errors import InterruptedRunError
 from llavar_peft.weights.gguf.gguf_tensors import GgufTensor, write_gguf
-from llavar_peft.weights.io.folder_writer import WeightsReport
+from llavar_peft.weights.io.folder_writer import WeightsReport, check_is_new
 from llavar_peft.weights.io.write_weights import Progress
 
 
@@ -47,12 +47,12 @@ def write_gguf_folder(out: Path, files: Sequence[GgufFile], progress: Progress |
         InterruptedRunError: Ctrl-C; nothing is kept.
         EnvironmentFaultError: The disk is full, or another process writes the same folder; nothing is kept.
     """
+    check_is_new(out)
     started, staged = time.perf_counter(), out.with_name(f".{out.name}.part")
     total, done = sum(one.nbytes for file in files for one in file.tensors), 0
     check_output_folder(out, str(out))
     with hold_lock(out.with_name(f".{out.name}.lock"), where=out):
-        if out.exists():
-            raise ConfigError.at(str(out), "exists already", "delete it, or give another folder")
+        check_is_new(out)  # another process may have finished it before this one got the lock
         try:
             with disk_errors(out, needed=total):
                 shutil.rmtree(staged, ignore_errors=True)

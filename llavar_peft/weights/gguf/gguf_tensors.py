@@ -29,6 +29,8 @@ GgufType = Literal["F32", "F16", "BF16", "Q8_0"]
 OutType = Literal["f16", "q8_0", "bf16"]
 MATRIX_TYPES: Final[dict[OutType, GgufType]] = {"f16": "F16", "q8_0": "Q8_0", "bf16": "BF16"}
 """How each ``--outtype`` stores matrices. Vectors are always F32, which llama.cpp requires."""
+OTHER_LAYOUT: Final = "use the layout hf-llava, or llavar with `llavar-peft serve`"
+"""What to do with a model that llama.cpp does not have, for messages."""
 _GROUP: Final = 32
 """Number of neighboring elements of a row that share a scale in Q8_0."""
 
@@ -61,6 +63,22 @@ def check_outtype(outtype: str | None, to: str, dtype: str | None) -> None:
         raise ConfigError.at("outtype", f"unknown (got {outtype!r}, expected one of {known})", "correct it")
     if dtype is not None and to == "gguf":
         raise ConfigError.at("dtype", "does not apply to the layout gguf", "leave it out, or use outtype")
+
+
+def describe_file(writer: Any, kind: Literal["MODEL", "MMPROJ"], name: str, outtype: OutType) -> None:
+    """Add the fields that every file has to the library's writer.
+
+    Args:
+        writer: The writer.
+        kind: The library's name of what the file holds.
+        name: The model's name.
+        outtype: How matrices are stored.
+    """
+    gguf = import_gguf()
+    writer.add_type(getattr(gguf.GGUFType, kind))
+    writer.add_name(name)
+    writer.add_file_type(gguf.LlamaFileType[f"MOSTLY_{MATRIX_TYPES[outtype]}"])
+    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
 
 
 def matrix_type(shape: Sequence[int], outtype: OutType) -> GgufType:
@@ -108,7 +126,8 @@ class GgufTensor:
         for block in self._rows():
             stored = _store(block, self.kind)
             if count_not_finite(block) or count_not_finite(stored):
-                raise not_finite_error(self.name, self.source)
+                fix = "use weights that belong together, or outtype bf16, whose range is that of float32"
+                raise not_finite_error(self.name, self.source, fix=fix)
             yield tensor_bytes(stored.contiguous())
 
     def _rows(self) -> Iterator[Tensor]:

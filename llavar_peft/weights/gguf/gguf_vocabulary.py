@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any, Final, Literal
 
 from llavar_peft.errors import ConfigError
+from llavar_peft.weights.gguf.gguf_tensors import OTHER_LAYOUT
 from llavar_peft.weights.gguf.score_tokenizer import BYTE_PIECES, SPACE
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
@@ -34,7 +35,6 @@ _WORD_PATTERNS: Final = {
 """llama.cpp's name of a pattern of words, and whether it takes a word that is a token without merging."""
 _GPT_2: Final = "gpt-2"
 """llama.cpp's name of the splitting that is built into byte-level tokenizers."""
-_FIX: Final = "use the layout hf-llava, or llavar with `llavar-peft serve`"
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,6 +136,6 @@ def _word_vocabulary(
 def _unknown(where: str, what: str) -> ConfigError:
     names = ", ".join((*_WORD_PATTERNS.values(), _GPT_2))
     error = ConfigError.at(
-        where, f"llama.cpp does not have this tokenizer: {what} (expected LLaMA's, or that of {names})", _FIX
+        where, f"llama.cpp does not have this tokenizer: {what} (expected LLaMA's, or that of {names})", OTHER_LAYOUT
     )
     return ConfigError(str(error), error.faults)

@@ -27,7 +27,7 @@ MODEL_FILES = (
     *TOKENIZER_FILES, GENERATION_FILE, "preprocessor_config.json", PROCESSOR_FILE, "vocab.json", "merges.txt",
 )  # fmt: skip
 """Files of a model that are copied, besides its licence. ``config.json`` is written."""
-_LICENCES = ("LICENSE*", "NOTICE*", "USE_POLICY*")
+LICENCES = ("LICENSE*", "NOTICE*", "USE_POLICY*")
 _NOT_PASSED_ON = CODE_KEYS | {"chat_template"}
 
 
@@ -40,7 +40,7 @@ def find_companions(folder: Path, names: Sequence[str] = MODEL_FILES, *, licence
     check_no_code(folder)
     found = [folder / name for name in names if (folder / name).is_file()]
     if licences:
-        found += [path for pattern in _LICENCES for path in sorted(folder.glob(pattern)) if path.is_file()]
+        found += [path for pattern in LICENCES for path in sorted(folder.glob(pattern)) if path.is_file()]
     for path in found:
         check_link(path, folder)
     return found

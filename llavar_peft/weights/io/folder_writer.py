@@ -87,6 +87,7 @@ class FolderWriter:
         self, out: Path, specs: Sequence[TensorSpec], *, form: WeightsFormat, shard_size: int, plan: str
     ) -> None:
         self._started = time.perf_counter()
+        check_is_new(out)
         self.out, self.staged = out, out.with_name(f".{out.name}.part")
         self._form, self._shards = form, plan_shards(specs, form, shard_size)
         self.specs = {spec.name: spec for spec in specs}
@@ -99,11 +100,10 @@ class FolderWriter:
         self._checksums: dict[str, int] = {}
         self._entries: dict[str, TensorEntry] = {}
         self._ends: dict[str, tuple[bytes, bytes]] = {}
-        _check_is_new(out)
         check_output_folder(out, str(out))
         with ExitStack() as held:
             held.enter_context(hold_lock(out.with_name(f".{out.name}.lock"), where=out))
-            _check_is_new(out)  # another process may have finished it before this one got the lock
+            check_is_new(out)  # another process may have finished it before this one got the lock
             try:
                 with disk_errors(out, needed=self.total):
                     self._journal = self._open()
@@ -207,7 +207,7 @@ class FolderWriter:
     def commit(self) -> WeightsReport:
         """Rename the folder to its final name."""
         with self._held, disk_errors(self.out, needed=self.total):
-            _check_is_new(self.out)  # where files cannot be locked
+            check_is_new(self.out)  # where files cannot be locked
             self._journal.close()
             (self.staged / _RESERVE).unlink(missing_ok=True)
             commit_folder(self.staged, self.out, journal=self.staged / _JOURNAL)
@@ -285,6 +285,24 @@ def _write_all(file: IO[bytes], view: memoryview) -> None:
         done += file.write(view[done:])
 
 
-def _check_is_new(out: Path) -> None:
+def check_is_new(out: Path) -> None:
+    """Reject an output folder that exists.
+
+    Raises:
+        ConfigError: Names the folder.
+    """
     if out.exists():
         raise ConfigError.at(str(out), "exists already", "delete it, or give another folder")
+
+
+def check_outside(out: Path, *sources: Path) -> None:
+    """Reject an output inside a folder that it is made from, which stays as it is.
+
+    Raises:
+        ConfigError: Names the two folders.
+    """
+    target = Path(os.path.realpath(out))
+    for source in sources:
+        if Path(os.path.realpath(source)) in target.parents:
+            what = f"is in the folder that it is made from, {source}, which stays as it is"
+            raise ConfigError.at(str(out), what, "choose a folder outside it")

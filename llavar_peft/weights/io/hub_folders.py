@@ -17,7 +17,7 @@ _LONGEST_REASON = 200  # characters of another library's message
 
 def is_hub_name(name: str) -> bool:
     """Return whether a name that is no folder on this disk can be that of a model on the Hugging Face hub."""
-    path = Path(name).expanduser()
+    path = expand_home(name)
     looks_local = name.startswith((".", "/", "~")) or name.count("/") != 1 or path.parent.is_dir() or path.exists()
     return not looks_local and bool(re.fullmatch(r"[\w.-]+/[\w.-]+", name))
 

@@ -247,12 +247,17 @@ def find_damage(entry: TensorEntry) -> list[Fault]:
     return [] if fault is None else [fault]
 
 
-def not_finite_error(name: str, *sources: TensorEntry | Tensor | None) -> WeightsError:
+def not_finite_error(
+    name: str,
+    *sources: TensorEntry | Tensor | None,
+    fix: str = "use weights that belong together, or a wider dtype",
+) -> WeightsError:
     """Return the error for a result with NaN or infinite elements: an input has them too, or the dtype overflows.
 
     Args:
         name: Name of the result.
         *sources: The tensors it was computed from.
+        fix: What to do about a dtype that overflows.
     """
     places = []
     for source in sources:
@@ -262,7 +267,6 @@ def not_finite_error(name: str, *sources: TensorEntry | Tensor | None) -> Weight
             fault = find_not_finite(blocks, places[-1])
             if fault is not None:
                 return WeightsError(str(fault), (fault,))
-    fix = "use weights that belong together, or a wider dtype"
     fault = Fault(" and ".join(places) or name, f"{name} exceeds the range of the result's dtype", fix)
     return WeightsError(str(fault), (fault,))
 

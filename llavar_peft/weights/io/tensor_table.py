@@ -16,7 +16,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llavar_peft.errors import DAMAGED, LlavarError, WeightsError, describe_reason
+from llavar_peft.errors import DAMAGED, ConfigError, LlavarError, WeightsError, describe_reason
 from llavar_peft.types import expand_home
 
 if TYPE_CHECKING:
@@ -40,6 +40,7 @@ _SAFE_DTYPES = {
 }  # fmt: skip
 SAFE_NAMES = {name: code for code, name in _SAFE_DTYPES.items()}
 """Safetensors' code of each dtype, by torch's name."""
+_WRITTEN = ("float16", "bfloat16", "float32")
 _LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 _LONGEST_NAME = 255  # characters of a file's name
 _MOST_TENSORS = 50_000
@@ -94,6 +95,17 @@ def torch_dtype(name: str) -> torch.dtype:
 
     dtype: torch.dtype = getattr(torch, name)
     return dtype
+
+
+def check_dtype(dtype: str | None) -> None:
+    """Reject a dtype in which weights cannot be written: integers would round them to zero.
+
+    Raises:
+        ConfigError: It is none of the three that are supported.
+    """
+    if dtype not in (None, *_WRITTEN):
+        what = f"not a dtype of weights (got {dtype!r}, expected one of {', '.join(_WRITTEN)})"
+        raise ConfigError.at("dtype", what, "correct it")
 
 
 def dtype_name(tensor: TensorEntry | Tensor) -> str:

@@ -15,9 +15,13 @@ import yaml
 
 from llavar_peft.atomic_files import write_text
 from llavar_peft.constants import MODEL_TYPE, RESOLVED_RECIPE_FILE
+from llavar_peft.types import expand_home
 
 CARD_FILE = "README.md"
 _HUB_CACHE = re.compile(r"models--([^/\\]+)--([^/\\]+)[/\\]snapshots")
+
+_NOT_SHOWN = re.compile(r"[\x00-\x1f\x7f`|]")
+"""Characters of a name that would end its line, its code or its cell in a card."""
 
 _OURS = """\
 ```python
@@ -78,14 +82,14 @@ def write_weights_card(
         "pipeline_tag": "image-text-to-text",
         "tags": ["llava", "llavar", "ocr", *(["merge"] if adapters else []), *(["delta"] if delta else [])],
     }
-    lines = [f"- {what} `{portable_name(source)}`" for what, source in sources.items()]
-    lines += [f"- adapter `{adapter_name(one)}`{_trained_on(one / RESOLVED_RECIPE_FILE)}" for one in adapters]
+    lines = [f"- {what} `{_shown(portable_name(source))}`" for what, source in sources.items()]
+    lines += [f"- adapter `{_shown(adapter_name(one))}`{_trained_on(one / RESOLVED_RECIPE_FILE)}" for one in adapters]
     rows = [f"| {what} | {value} |" for what, value in (figures or {}).items()]
     rows += [row for adapter in adapters for row in _figures(adapter)]
     usage = _DELTA if delta else _OURS if ours else _STOCK if stock else _RELEASED
     sections = [
         f"---\n{yaml.safe_dump(fields, sort_keys=False, allow_unicode=True)}---\n",
-        f"# {title}\n",
+        f"# {_shown(title)}\n",
         "## Made from\n\n" + "\n".join(lines) + "\n",
         "## Usage\n\n" + usage,
         "\n".join(["## Results\n", "| Figure | Value |", "|---|---|", *rows]) + "\n" if rows else "",
@@ -98,8 +102,13 @@ def portable_name(source: str | Path) -> str:
     cached = _HUB_CACHE.search(str(source))
     if cached:
         return f"{cached[1]}/{cached[2]}"
-    path = Path(source).expanduser()
+    path = expand_home(source)
     return path.resolve().name if path.is_absolute() or path.is_dir() else str(source)
+
+
+def _shown(name: str) -> str:
+    """Return a name as a card shows it."""
+    return _NOT_SHOWN.sub("?", name)
 
 
 def adapter_name(folder: Path) -> str:
@@ -118,7 +127,7 @@ def _trained_on(recipe: Path) -> str:
     except (OSError, ValueError, LookupError, TypeError, StopIteration, yaml.YAMLError):
         return ""
     files = records if isinstance(records, list) else [records]
-    return ", trained on " + ", ".join(f"`{Path(str(file)).name}`" for file in files)
+    return ", trained on " + ", ".join(f"`{_shown(Path(str(file)).name)}`" for file in files)
 
 
 def _figures(adapter: Path) -> list[str]:
@@ -129,4 +138,8 @@ def _figures(adapter: Path) -> list[str]:
         return []
     _, found, results = text.partition("\n## Results\n")
     rows = [line for line in results.splitlines() if line.startswith("| ") and not line.startswith("| Figure")]
-    return [row.replace("| ", f"| `{adapter_name(adapter)}`, before the merge: ", 1) for row in rows] if found else []
+    return (
+        [row.replace("| ", f"| `{_shown(adapter_name(adapter))}`, before the merge: ", 1) for row in rows]
+        if found
+        else []
+    )

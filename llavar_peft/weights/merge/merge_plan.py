@@ -15,10 +15,11 @@ from llavar_peft.weights.adapter.lora_updates import Adapter, read_adapter
 from llavar_peft.weights.delta.released_layout import view_as_released
 from llavar_peft.weights.io import tensor_names
 from llavar_peft.weights.io.companion_files import PROCESSOR_FILE, copy_companion, find_companions
-from llavar_peft.weights.io.folder_writer import FolderWriter, WeightsReport
+from llavar_peft.weights.io.folder_writer import FolderWriter, WeightsReport, check_outside
 from llavar_peft.weights.io.hub_folders import find_folder
 from llavar_peft.weights.io.shard_layout import RELEASED_SHARD_SIZE, TensorSpec, WeightsFormat
 from llavar_peft.weights.io.stated_resolution import RESOLUTION
+from llavar_peft.weights.io.tensor_table import check_dtype
 from llavar_peft.weights.io.weights_fingerprint import check_adapter_base, take_fingerprint
 from llavar_peft.weights.io.write_weights import Along, Progress, write_weights
 from llavar_peft.weights.merge.merge_base import MergeBase, ReadLanguage, ReadTower, open_merge_base
@@ -136,6 +137,8 @@ def write_merged(
         along: A computation with the tensors while they are written.
     """
     merged, base = plan.merged, plan.merged.base
+    check_dtype(dtype)
+    check_outside(out, plan.folder, *(one.folder for one in merged.adapters))
 
     def finish(staged: Path) -> None:
         _write_companions(base, staged, dtype)
