@@ -84,18 +84,18 @@ def convert_llava_lora(
             "not a LoRA of LLaVA's code (expected adapter_config.json, non_lora_trainables.bin and a config.json)",
             "give the whole folder that LLaVA's train_mem.py wrote; adapters of this package need no conversion",
         )
-    described = read_model_config(folder)
-    if not is_flat(described):
+    config_json = read_model_config(folder)
+    if not is_flat(config_json):
         raise ConfigError.at(
             f"{folder / 'config.json'}:model_type",
-            f"not the configuration of a LLaVA (got {ascii(described.get('model_type'))[:80]})",
+            f"not the configuration of a LLaVA (got {ascii(config_json.get('model_type'))[:80]})",
             "copy the config.json that LLaVA saved next to the adapter into the folder",
         )
-    check_features(folder, described)
+    check_features(folder, config_json)
     stored = open_adapter(folder)
     parts = split_adapter(stored.table)
     _check_trained(parts, folder)
-    config = _find_base(stored, described, base, vision_tower)
+    config = _find_base(stored, config_json, base, vision_tower)
     has_projector = any(part.module.startswith(_PROJECTOR_MODULE) for part in parts)
     if config.language_model is not None and not has_projector:
         raise ConfigError.at(
@@ -104,7 +104,7 @@ def convert_llava_lora(
             "give the LLaVA that it was trained on with --base",
         )
     model = read_checkpoint(config) if config.checkpoint is not None else read_parts(config, seed=0)
-    config, model = _with_tiles(config, model, described, stored)
+    config, model = _with_tiles(config, model, config_json, stored)
     raise_faults(list(_find_faults(stored, parts, expected_shapes(model.config))))
 
     def finish(staged: Path) -> None:
@@ -133,14 +133,14 @@ def convert_llava_lora(
 
 
 def _with_tiles(
-    config: ModelConfig, model: ModelParts, described: Mapping[str, Any], stored: AdapterOnDisk
+    config: ModelConfig, model: ModelParts, config_json: Mapping[str, Any], stored: AdapterOnDisk
 ) -> tuple[ModelConfig, ModelParts]:
     """Return the settings and the parts of a base with the tiles that a LoRA was trained with.
 
     Raises:
         ConfigError: The base reads tiles and the LoRA was trained without, or neither has the newline embedding.
     """
-    tiles = read_flat_resolution(described, prepared_side(model.image_processor, model.source), stored.folder)
+    tiles = read_flat_resolution(config_json, prepared_side(model.image_processor, model.source), stored.folder)
     base = model.config.resolution
     if tiles is None and base is not None:
         raise ConfigError.at(
@@ -191,11 +191,11 @@ def _check_trained(parts: tuple[AdapterPart, ...], folder: Path) -> None:
 
 
 def _find_base(
-    stored: AdapterOnDisk, described: Mapping[str, Any], base: str | Path | None, vision_tower: str | Path | None
+    stored: AdapterOnDisk, config_json: Mapping[str, Any], base: str | Path | None, vision_tower: str | Path | None
 ) -> ModelConfig:
     """Return the settings of the model that a LoRA was trained on."""
     named = str(base or stored.settings.get("base_model_name_or_path") or "")
-    tower = str(vision_tower or described.get("mm_vision_tower") or "")
+    tower = str(vision_tower or config_json.get("mm_vision_tower") or "")
     if not named:
         raise ConfigError.at(
             str(stored.folder),
@@ -209,7 +209,7 @@ def _find_base(
     _resolve(tower, "vision-tower", given=vision_tower is not None)
     if not is_language_model(known):
         return ModelConfig(checkpoint=_absolute(named), vision_tower=_absolute(tower))
-    if described.get("mm_use_im_start_end") or described.get("mm_use_im_patch_token", True):
+    if config_json.get("mm_use_im_start_end") or config_json.get("mm_use_im_patch_token", True):
         raise ConfigError.at(
             str(stored.folder),
             f"it was trained with image tokens, whose rows its base {named} does not have",
@@ -218,10 +218,10 @@ def _find_base(
     return ModelConfig(
         language_model=_absolute(named),
         vision_tower=_absolute(tower),
-        projector_type=cast("ProjectorType", described.get("mm_projector_type") or "linear"),
-        template="vicuna_v1" if flat_language_kind(described) in LLAMA_TOKENS else "chat",
-        vision_feature_layer=int(described.get("mm_vision_select_layer") or -2),
-        image_mode="square" if described.get("image_aspect_ratio") == "square" else "pad",
+        projector_type=cast("ProjectorType", config_json.get("mm_projector_type") or "linear"),
+        template="vicuna_v1" if flat_language_kind(config_json) in LLAMA_TOKENS else "chat",
+        vision_feature_layer=int(config_json.get("mm_vision_select_layer") or -2),
+        image_mode="square" if config_json.get("image_aspect_ratio") == "square" else "pad",
     )
 
 

@@ -288,7 +288,7 @@ class LlavarModel(LlavaModel):
         return pixel_values.requires_grad or self._tower_is_trained()
 
     def train(self, mode: bool = True) -> LlavarModel:
-        """Set the mode, in the tower only of trained layers: in training mode, DINOv3 shifts its positions at random."""
+        """Set the mode, in the tower of trained layers only: in training mode, DINOv3 shifts its positions."""
         super().train(mode)
         self.vision_tower.eval()
         if self.detail_encoder is not None:

@@ -351,7 +351,7 @@ def _add_lora(model: LlavarForConditionalGeneration, tune: Lora, train_rows: boo
 
 
 def _unfreeze_tower(model: LlavarForConditionalGeneration) -> None:
-    """Train what the projected features depend on; the rest of the tower, which some towers call too, gets its dtype."""
+    """Train what the projected features depend on; the rest, which some towers call too, gets the same dtype."""
     tower = model.model.vision_tower
     computed = computed_parameters(tower, model.model.num_tower_layers())
     _unfreeze(tower)
