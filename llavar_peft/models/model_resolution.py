@@ -1,7 +1,6 @@
 """Give a model that was read from disk the resolution that its settings ask for.
 
-This is done before the model is built: tiles and cross-attention have weights, which are drawn here if the checkpoint has
-none.
+This is done before the model is built: tiles and cross-attention have weights, which are drawn here if there are none.
 """
 
 from __future__ import annotations
