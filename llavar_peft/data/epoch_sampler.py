@@ -170,4 +170,3 @@ def _best_swap(sizes: Sequence[int], filled: Sequence[Sequence[int]], sums: Sequ
                 if maximum < smallest_maximum:
                     best, smallest_maximum = _Swap(fullest, place, other, other_place), maximum
     return best
-

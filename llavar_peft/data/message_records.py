@@ -251,9 +251,7 @@ def _read_part(part: object, where: str, faults: list[Fault]) -> _Part | None:
     return None
 
 
-def _read_image_part(
-    part: Mapping[str, Any], part_type: str, where: str, faults: list[Fault]
-) -> _ImagePart | None:
+def _read_image_part(part: Mapping[str, Any], part_type: str, where: str, faults: list[Fault]) -> _ImagePart | None:
     """Read an image part. An ``image`` without a source is the next of the record's images."""
     keys = ("image_url",) if part_type == "image_url" else ("image", "path", "url")
     key = next((key for key in keys if part.get(key) is not None), None)

@@ -236,9 +236,7 @@ def _read_pairs(raw: Mapping[str, Any]) -> list[_Pair] | _Problem:
     return answer if isinstance(answer, _Problem) else [(text, answer)]
 
 
-def _find_problem(
-    raw: Mapping[str, Any], question_column: str | None, answer_column: str | None
-) -> _Problem | None:
+def _find_problem(raw: Mapping[str, Any], question_column: str | None, answer_column: str | None) -> _Problem | None:
     """Return what a row lacks or has too much of, apart from the values of its question and answer."""
     if question_column is None:
         empty = next((name for name in NAMES[_QUESTION] if name in raw), None)

@@ -276,9 +276,7 @@ def _read_turns(
     return turns, messages.images, messages.system
 
 
-def _find_stored_turns(
-    raw: Mapping[str, Any], where: str, faults: list[Fault]
-) -> tuple[str | None, Sequence[Any]]:
+def _find_stored_turns(raw: Mapping[str, Any], where: str, faults: list[Fault]) -> tuple[str | None, Sequence[Any]]:
     """Return the key of a record's turns or messages, and their list; None without exactly one such list."""
     keys = [key for key in ("conversations", "messages") if raw.get(key) is not None]
     if len(keys) == 1 and isinstance(raw[keys[0]], list | tuple):

@@ -130,9 +130,7 @@ def _read_text(images: Sequence[ImageSource], roots: ImageRoots, read: ReadsLine
     if len(readings) < len(images) or not letters:
         return None
     lines = [
-        (place, height, number / letters)
-        for place, reading in enumerate(readings)
-        for height, number in reading.lines
+        (place, height, number / letters) for place, reading in enumerate(readings) for height, number in reading.lines
     ]
     return RecordText(tuple(reading.size for reading in readings), tuple(lines), 0)
 

@@ -256,10 +256,7 @@ class DecodingBatch:
         """Return the embeddings from a position on, with features that were computed before or are kept from now on."""
         image_token = self._engine.processor.image_token_id
         images = [
-            image
-            for request in requests
-            if bool((request.ids[past:] == image_token).any())
-            for image in request.images
+            image for request in requests if bool((request.ids[past:] == image_token).any()) for image in request.images
         ]
         self._engine.compute_features(images, self._adapter)
         embeds = [self._embed(request, past) for request in requests]

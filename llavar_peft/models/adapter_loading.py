@@ -160,7 +160,9 @@ def fingerprint_base(config: ModelConfig) -> dict[str, Any]:
     folder = resolve_folder(source, "model.checkpoint" if config.checkpoint else "model.language_model")
     replaced = _REPLACED_BY_PROJECTOR if config.projector is not None else ()
     if (stored := stored_fingerprint(folder, UNQUANTIZED)) is not None:
-        tensors = {name: fingerprint for name, fingerprint in stored["tensors"].items() if not name.startswith(replaced)}
+        tensors = {
+            name: fingerprint for name, fingerprint in stored["tensors"].items() if not name.startswith(replaced)
+        }
         return {**stored, "tensors": tensors}
     view = view_as_released(folder)
     table = {name: entry for name, entry in view.table.items() if not name.startswith(replaced)}

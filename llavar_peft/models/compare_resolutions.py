@@ -155,9 +155,7 @@ def compare_resolutions(
     """
     if not texts:
         return None
-    settings = [
-        _measure(texts, _views_with(views, resolution), resolution, smallest) for resolution in _choices(own)
-    ]
+    settings = [_measure(texts, _views_with(views, resolution), resolution, smallest) for resolution in _choices(own)]
     heights, shares = _weighted([height for text in texts for _, height, _ in text.lines], texts)
     return ResolutionReport(
         records=len(texts),

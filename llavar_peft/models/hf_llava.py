@@ -201,9 +201,7 @@ def read_stock(folder: Path) -> ModelParts:
     _check_stock_config(stock_config, folder)
     tokenizer, image_token = _stock_tokenizer(stock_config, folder)
     tensors = {
-        our_name: tensor
-        for name, tensor in open_weights(folder).items()
-        if (our_name := tensor_names.from_stock(name))
+        our_name: tensor for name, tensor in open_weights(folder).items() if (our_name := tensor_names.from_stock(name))
     }
     projector_type: ProjectorType = "mlp2x_gelu"
     if stock_config.projector_hidden_act != "gelu":

@@ -211,9 +211,7 @@ def _open_renamed(folder: Path, config: PretrainedConfig) -> dict[str, Tensor]:
     """Return a language model's tensors by our names, in the form that transformers' modules have."""
     stored = open_weights(folder)
     if config.model_type == "llama":
-        return {
-            our_name: tensor for name, tensor in stored.items() if (our_name := tensor_names.from_released(name))
-        }
+        return {our_name: tensor for name, tensor in stored.items() if (our_name := tensor_names.from_released(name))}
     model = outline(config, folder)
     try:
         converted = convert_stored(model, stored)

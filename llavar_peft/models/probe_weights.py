@@ -23,9 +23,7 @@ class Weights(ABC):
     def __init__(self, merged: MergedTensors) -> None:
         self.merged = merged
         to_ours = merged.base.ours
-        self.stored = {
-            our_name: name for name in merged.base.shapes if (our_name := to_ours(name)) is not None
-        }
+        self.stored = {our_name: name for name in merged.base.shapes if (our_name := to_ours(name)) is not None}
 
     @abstractmethod
     def blocks(self, name: str) -> Iterator[Tensor]:

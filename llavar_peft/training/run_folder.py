@@ -188,9 +188,9 @@ class RunFolder:
         model_faults = [fault for fault in faults if fault.where.startswith(_ANOTHER_MODEL)]
         if allow_changes and model_faults:
             raise ConfigError(
-                    f"{written}: the run's checkpoints belong to a model of other weights\n"
-                    + "\n".join(f"  {fault.where}: {fault.what}" for fault in model_faults)
-                    + "\nFix: undo the change, choose another output_dir, or pass --restart to start again.",
+                f"{written}: the run's checkpoints belong to a model of other weights\n"
+                + "\n".join(f"  {fault.where}: {fault.what}" for fault in model_faults)
+                + "\nFix: undo the change, choose another output_dir, or pass --restart to start again.",
                 model_faults,
             )
         if allow_changes:

@@ -109,7 +109,11 @@ def _invoice(pen: Pen) -> Scene:
     sums = {"subtotal": f"{cents / 100:.2f}", "tax": f"{tax / 100:.2f}", "total": f"{(cents + tax) / 100:.2f}"}
     for label, value in ((words.subtotal, sums["subtotal"]), (words.tax, sums["tax"]), (words.total, sums["total"])):
         _row(pen, label, value, face if label != words.total else heavy, size, left, right)
-    questions = [("Who sent the invoice?", seller), ("What is the total?", sums["total"]), ("What is its number?", number)]
+    questions = [
+        ("Who sent the invoice?", seller),
+        ("What is the total?", sums["total"]),
+        ("What is its number?", number),
+    ]
     scene = _scene(pen, pen.y + margin, paper, shapes, questions)
     scene.fields = {"seller": seller, "buyer": buyer, "number": number, "date": date, "items": items, **sums}
     return scene
@@ -257,4 +261,6 @@ def _document(pen: Pen) -> Scene:
 
 
 def _scene(pen: Pen, height: float, paper: Colour, shapes: list[Shape], questions: list[tuple[str, str]]) -> Scene:
-    return Scene(width=pen.width, height=round(height), paper=paper, lines=pen.lines, shapes=shapes, questions=questions)
+    return Scene(
+        width=pen.width, height=round(height), paper=paper, lines=pen.lines, shapes=shapes, questions=questions
+    )

@@ -158,12 +158,20 @@ def apply_delta(
     check_matching_tensors(base_view, delta_view)
     if not force:
         check_delta_base(base_view, delta_view)
-    prints = {"base": take_fingerprint(base_view.table, base_view.config), "delta": take_fingerprint(delta_view.table, delta_view.config)}
-    specs = [TensorSpec(name, entry.shape, delta_dtype(entry.dtype, delta_view.config)) for name, entry in delta_view.table.items()]
+    prints = {
+        "base": take_fingerprint(base_view.table, base_view.config),
+        "delta": take_fingerprint(delta_view.table, delta_view.config),
+    }
+    specs = [
+        TensorSpec(name, entry.shape, delta_dtype(entry.dtype, delta_view.config))
+        for name, entry in delta_view.table.items()
+    ]
     tokenizers = (delta_view.folder, base_view.folder)
     find_tokenizer(tokenizers)  # a link out of a folder is found before anything is written
     return _write(
-        FolderWriter(expand_home(out), specs, form=form, shard_size=shard_size, plan="apply" + _identity(base_view, delta_view)),
+        FolderWriter(
+            expand_home(out), specs, form=form, shard_size=shard_size, plan="apply" + _identity(base_view, delta_view)
+        ),
         lambda name: read_blocks(delta_view.table[name]),
         (base_view, delta_view),
         sign=1,

@@ -260,9 +260,7 @@ class MergedTensors:
         paths = [entry.path for entry in self.base.table.values()]
         for adapter in self.adapters:
             paths += adapter_files(adapter.folder)
-        overlay = [
-            (name, 0, zlib.crc32(tensor_bytes(update.value))) for name, update in self.base.overlay.items()
-        ]
+        overlay = [(name, 0, zlib.crc32(tensor_bytes(update.value))) for name, update in self.base.overlay.items()]
         applied = [
             (str(adapter.folder), len(adapter.updates), zlib.crc32("\n".join(sorted(adapter.updates)).encode()))
             for adapter in self.adapters
