@@ -147,8 +147,8 @@ class ChatTemplate:
 
     def end_of_answer(self) -> str | None:
         """Return the special token that ends an answer; None if the template has none."""
-        last = self.pieces([("human", ["a"]), ("gpt", ["b"])])
-        ends = [piece.text for piece in last if piece.kind == "special" and piece.supervised]
+        pieces = self.pieces([("human", ["a"]), ("gpt", ["b"])])
+        ends = [piece.text for piece in pieces if piece.kind == "special" and piece.supervised]
         return ends[-1] if ends else None
 
     @cached_property
@@ -166,17 +166,19 @@ class ChatTemplate:
         return re.compile("|".join(map(re.escape, names)) or r"(?!)")
 
     def _render(self, roles: tuple[Role, ...], system: bool, answer_next: bool) -> _Rendered:
+        """Return the rendering of marks for a sequence of roles, which is kept for the next such conversation."""
         key = (roles, system, answer_next)
         if key not in self._rendered:
             self._rendered[key] = self._render_marks(roles, system, answer_next)
         return self._rendered[key]
 
     def _render_marks(self, roles: Sequence[Role], system: bool, answer_next: bool) -> _Rendered:
+        """Render a mark in the place of each message, and find out what the template does around them."""
         messages = [{"role": _NAMES[role], "content": _mark(index)} for index, role in enumerate(roles)]
-        first = [{"role": "system", "content": _mark(len(roles))}] if system else []
-        text = self._apply(first + messages, answer_next)
-        places = {int(found.group(1)): found.span() for found in _MARK.finditer(text)}
-        missing = [index for index in range(len(roles) + system) if index not in places]
+        system_message = [{"role": "system", "content": _mark(len(roles))}] if system else []
+        text = self._apply(system_message + messages, answer_next)
+        mark_spans = {int(mark.group(1)): mark.span() for mark in _MARK.finditer(text)}
+        missing = [index for index in range(len(roles) + system) if index not in mark_spans]
         if missing:
             raise ConfigError.at(
                 "chat template",
@@ -184,14 +186,17 @@ class ChatTemplate:
                 "use a tokenizer with another chat template",
             )
         specials = self._special_tokens
-        spans = []
+        answer_spans = []
         for index, role in enumerate(roles):
             if role == "gpt":
-                prompt = self._apply(first + messages[:index], True)
-                spans.append(_answer_span(text, prompt, places, index, specials))
-        return _Rendered(text, tuple(spans), self._stripped(text, first + messages, answer_next))
+                prompt = self._apply(system_message + messages[:index], True)
+                answer_spans.append(_answer_span(text, prompt, mark_spans, index, specials))
+        stripped = self._stripped_characters(text, system_message + messages, answer_next)
+        return _Rendered(text, tuple(answer_spans), stripped)
 
-    def _stripped(self, text: str, messages: Sequence[dict[str, str]], answer_next: bool) -> dict[int, tuple[str, str]]:
+    def _stripped_characters(
+        self, text: str, messages: Sequence[dict[str, str]], answer_next: bool
+    ) -> dict[int, tuple[str, str]]:
         """Return, for each message, the characters that the template removes before and after it.
 
         Args:
@@ -199,16 +204,17 @@ class ChatTemplate:
             messages: Their roles and contents.
             answer_next: Whether the rendering ends with what comes before an answer.
         """
-        removed = {int(found.group(1)): ["", ""] for found in _MARK.finditer(text)}
+        before_after = {int(mark.group(1)): ["", ""] for mark in _MARK.finditer(text)}
         for side, space in product((0, 1), _SPACES):
             # One side at a time, because the end of one message can be followed by the beginning of the next.
             before, after = ("", space) if side else (space, "")
-            padded = [{**one, "content": f"{before}{one['content']}{after}"} for one in messages]
-            plain, spaced = (_count_around_marks(one, space) for one in (text, self._apply(padded, answer_next)))
-            for index, sides in removed.items():
+            padded = [{**message, "content": f"{before}{message['content']}{after}"} for message in messages]
+            plain = _count_around_marks(text, space)
+            spaced = _count_around_marks(self._apply(padded, answer_next), space)
+            for index, removed in before_after.items():
                 if spaced[index][side] == plain[index][side]:
-                    sides[side] += space
-        return {index: (before, after) for index, (before, after) in removed.items()}
+                    removed[side] += space
+        return {index: (before, after) for index, (before, after) in before_after.items()}
 
     def _apply(self, messages: Sequence[dict[str, str]], answer_next: bool) -> str:
         try:
@@ -229,53 +235,71 @@ class ChatTemplate:
 
 
 def _mark(index: int) -> str:
+    """Return the text that stands for a message."""
     return f"\ue000{index}\ue001"
 
 
 def _answer_span(
-    text: str, prompt: str, places: dict[int, tuple[int, int]], index: int, specials: re.Pattern[str]
+    text: str, prompt: str, mark_spans: dict[int, tuple[int, int]], index: int, specials: re.Pattern[str]
 ) -> tuple[int, int]:
-    """Return the characters that the model produces for an answer: from the prompt's end to the end of the turn."""
-    start, end = places[index]
-    previous = max((stop for other, (_, stop) in places.items() if stop <= start and other != index), default=0)
-    same = next((at for at, (one, other) in enumerate(zip(text, prompt, strict=False)) if one != other), len(prompt))
-    first = same if previous <= same <= start else start
-    following = min((begin for begin, _ in places.values() if begin >= end), default=len(text))
-    closing = specials.search(text, end, following)
-    return first, closing.end() if closing is not None else end
+    """Return the characters that the model produces for an answer: from the prompt's end to the end of the turn.
+
+    Args:
+        text: The rendering of the conversation.
+        prompt: The rendering of the messages before the answer, ready for it.
+        mark_spans: Where the mark of each message is in the text.
+        index: The answer.
+        specials: Matches the special tokens.
+    """
+    mark_start, mark_end = mark_spans[index]
+    others = [span for other, span in mark_spans.items() if other != index]
+    end_of_previous = max((end for _, end in others if end <= mark_start), default=0)
+    start_of_next = min((start for start, _ in others if start >= mark_end), default=len(text))
+    # Where the renderings differ before the end of the previous message, or agree past the mark, the mark is the start.
+    prompt_end = _length_of_common_start(text, prompt)
+    answer_start = prompt_end if end_of_previous <= prompt_end <= mark_start else mark_start
+    closing_token = specials.search(text, mark_end, start_of_next)
+    return answer_start, closing_token.end() if closing_token is not None else mark_end
+
+
+def _length_of_common_start(text: str, prompt: str) -> int:
+    """Return the number of characters with which both begin, which are all of the prompt if the text begins with it."""
+    pairs = enumerate(zip(text, prompt, strict=False))
+    return next((position for position, (one, other) in pairs if one != other), len(prompt))
 
 
 def _count_around_marks(text: str, space: str) -> dict[int, tuple[int, int]]:
     """Return how often a character stands directly before and after each mark."""
     counts = {}
-    for found in _MARK.finditer(text):
-        before, after = text[: found.start()], text[found.end() :]
-        counts[int(found.group(1))] = (len(before) - len(before.rstrip(space)), len(after) - len(after.lstrip(space)))
+    for mark in _MARK.finditer(text):
+        before, after = text[: mark.start()], text[mark.end() :]
+        counts[int(mark.group(1))] = (len(before) - len(before.rstrip(space)), len(after) - len(after.lstrip(space)))
     return counts
 
 
 def _segments(rendered: _Rendered) -> Iterator[tuple[str, int | None, bool]]:
     """Yield (text, index of a message or None, supervised) in reading order."""
-    cuts = {0, len(rendered.text), *(edge for span in rendered.supervised for edge in span)}
-    marks = {found.start(): found for found in _MARK.finditer(rendered.text)}
-    cuts |= {edge for found in marks.values() for edge in found.span()}
-    ordered = sorted(cuts)
-    for start, stop in pairwise(ordered):
+    marks = {mark.start(): mark for mark in _MARK.finditer(rendered.text)}
+    spans = [*rendered.supervised, *(mark.span() for mark in marks.values())]
+    cuts = {0, len(rendered.text), *(edge for span in spans for edge in span)}
+    for start, stop in pairwise(sorted(cuts)):
         supervised = any(first <= start < last for first, last in rendered.supervised)
         mark = int(marks[start].group(1)) if start in marks else None
         yield rendered.text[start:stop], mark, supervised
 
 
 def _split_specials(text: str, specials: re.Pattern[str], supervised: bool) -> Iterator[Piece]:
+    """Yield the special tokens in a text, and the texts before, between and after them."""
     position = 0
-    for found in specials.finditer(text):
-        yield Piece("text", text[position : found.start()], supervised)
-        yield Piece("special", found.group(), supervised)
-        position = found.end()
+    for token in specials.finditer(text):
+        yield Piece("text", text[position : token.start()], supervised)
+        yield Piece("special", token.group(), supervised)
+        position = token.end()
     yield Piece("text", text[position:], supervised)
 
 
 def _strip(content: Content, before: str, after: str) -> list[str | None]:
+    """Remove the white space at both ends of a message that the template removes there."""
     parts = list(content)
     if parts and isinstance(parts[0], str):
         parts[0] = parts[0].lstrip(None if before == _SPACES else before)

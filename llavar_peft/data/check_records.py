@@ -114,7 +114,7 @@ def check_records(
         progress: Called with (number of records checked, number of records).
     """
     total = len(store)
-    images = _ImageChecker(roots, open_images=open_images)
+    checker = _ImageChecker(roots, open_images=open_images)
     faults: list[RecordFinding] = []
     warnings: list[RecordFinding] = []
     first_by_id: dict[int, int] = {}  # by the hash of the id, to save memory
@@ -123,7 +123,9 @@ def check_records(
         for start in range(0, total, _CHUNK):
             indices = range(start, min(total, start + _CHUNK))
             parsed = [_parse(store, index) for index in indices]
-            bad_images = images.check({one for found, _ in parsed if found for one in found.images}, pool)
+            conversations = [conversation for conversation, _ in parsed if conversation]
+            named_images = {image for conversation in conversations for image in conversation.images}
+            bad_images = checker.check(named_images, pool)
             for index, (conversation, findings) in zip(indices, parsed, strict=True):
                 faults += findings
                 if conversation is None:
@@ -138,11 +140,11 @@ def check_records(
                     repeated.setdefault(conversation.id, [first]).append(index)
             if progress is not None:
                 progress(indices.stop, total)
-    if images.without_folder:
-        what = f"the records name {len(images.without_folder)} images, and no image folder was given"
+    if checker.without_folder:
+        what = f"the records name {len(checker.without_folder)} images, and no image folder was given"
         fix = "give the folder that the image paths start from (--images)"
         faults.append(RecordFinding(store.where(0), what, fix, "no_image_folder", 0))
-    return RecordReport(total, images.opened, tuple(faults), (*warnings, *_duplicates(store, repeated)))
+    return RecordReport(total, checker.opened, tuple(faults), (*warnings, *_duplicates(store, repeated)))
 
 
 def summarize_faults(faults: Sequence[RecordFinding], records: int) -> list[Fault]:
@@ -157,8 +159,8 @@ def summarize_faults(faults: Sequence[RecordFinding], records: int) -> list[Faul
         return list(faults)
     first = missing[0]
     what = f"{first.what}, like the images of all {records} records"
-    one = Fault(first.where, what, "give the folder that the image paths start from")
-    return [one, *(fault for fault in faults if fault.kind != "image_missing")]
+    summary = Fault(first.where, what, "give the folder that the image paths start from")
+    return [summary, *(fault for fault in faults if fault.kind != "image_missing")]
 
 
 def preflight(store: RecordSource, roots: ImageRoots) -> list[RecordFinding]:
@@ -171,13 +173,13 @@ def preflight(store: RecordSource, roots: ImageRoots) -> list[RecordFinding]:
         MissingDependencyError: A record names a PDF document, and pypdfium2 is not installed.
     """
     listing, guesses = FolderListing(roots), count()
-    found: list[RecordFinding] = []
+    findings: list[RecordFinding] = []
     for index in range(len(store)):
         raw = _read(store, index)
         images = _image_of_valid_record(raw)
         if images is None:
             conversation, faults = _parse(store, index, raw)
-            found += faults
+            findings += faults
             images = conversation.images if conversation else ()
         for path in images:
             if isinstance(path, EmbeddedImage):
@@ -187,10 +189,10 @@ def preflight(store: RecordSource, roots: ImageRoots) -> list[RecordFinding]:
             missing = None if listing.contains(path) else _missing(roots, path, guesses)
             if missing is not None:
                 kind: Kind = "image_outside" if roots.leads_outside(path) else "image_missing"
-                found.append(
+                findings.append(
                     RecordFinding(f"{store.where(index)}: {missing.where}", missing.what, missing.fix, kind, index)
                 )
-    return found
+    return findings
 
 
 def _read(store: RecordSource, index: int) -> Any:
@@ -219,19 +221,20 @@ def _image_of_valid_record(raw: Any) -> tuple[ImageSource, ...] | None:
     """Return the image of a faultless record of the usual form; None if only the slower ``_parse`` can tell."""
     if type(raw) is not dict or type(raw.get("id", "")) is not str or type(raw.get("conversations")) is not list:
         return None
-    role, other, placed = "human", "gpt", False
+    expected_role, next_role, has_placeholder = "human", "gpt", False
     for turn in raw["conversations"]:
-        if type(turn) is not dict or turn.get("from") != role or type(turn.get("value")) is not str:
+        if type(turn) is not dict or turn.get("from") != expected_role or type(turn.get("value")) is not str:
             return None
-        if role == "human":
-            placed = placed or IMAGE_PLACEHOLDER in turn["value"]
+        if expected_role == "human":
+            has_placeholder = has_placeholder or IMAGE_PLACEHOLDER in turn["value"]
         elif not turn["value"].strip():
             return None
-        role, other = other, role
+        expected_role, next_role = next_role, expected_role
     image = raw.get("image")
     if type(image) is not str or not is_image_path(image) or not _OTHER_KEYS.isdisjoint(raw):
         return None
-    return (image,) if placed and role == "human" else None
+    ends_with_answer = expected_role == "human"
+    return (image,) if has_placeholder and ends_with_answer else None
 
 
 def _parse(store: RecordSource, index: int, raw: Any = None) -> tuple[Conversation | None, list[RecordFinding]]:
@@ -316,17 +319,18 @@ class _ImageChecker:
             new = []
         self._checked.update(hash(path) for path in new)
         new += [image for image in images if isinstance(image, EmbeddedImage)]
-        found = {path: self._bad[path] for path in images if path in self._bad}
+        faults = {path: self._bad[path] for path in images if path in self._bad}
         for image, fault in zip(new, pool.map(self._fault, new), strict=True):
             if fault is not None:
-                found[image] = fault
+                faults[image] = fault
                 if isinstance(image, str):
                     self._bad[image] = fault
             elif self._open:
                 self.opened += 1
-        return found
+        return faults
 
     def _fault(self, path: ImageSource) -> tuple[Kind, Fault] | None:
+        """Return what is wrong with an image, and its kind; None if nothing is."""
         if isinstance(path, EmbeddedImage):
             return self._why_broken(path) if self._open else None
         if not self._open and self._listing.contains(path):

@@ -88,34 +88,36 @@ def encode_conversation(
         raise ConfigError.at(
             "max_length", f"out of range (got {max_length}, expected at least 1)", "give the number of tokens"
         )
-    contents = _without_images_beyond(_contents(conversation, front=processor.sep_image_conv_front), max_length + 1)
-    images = _placed_images(conversation, sum(part is None for content in contents for part in content))
+    contents = _split_turns(conversation, images_first=processor.sep_image_conv_front)
+    contents = _without_images_beyond(contents, max_length + 1)
+    images = _images_of_places(conversation, sum(part is None for content in contents for part in content))
     turns = zip((turn.role for turn in conversation.turns), contents, strict=True)
     pieces = list(processor.conversation_template.pieces(turns, system=conversation.system))
     layouts: tuple[TileLayout, ...] = ()
     if processor.tile_geometry is not None and images:
-        text = len(encode_pieces(pieces, text_encoder(processor), [0] * len(images)).ids)
-        sizes = _sizes(images, _required(roots, images, conversation.id))
-        layouts = tuple(processor.tile_geometry.layouts(sizes, max(0, max_length - text)))
+        num_text_tokens = len(encode_pieces(pieces, text_encoder(processor), [0] * len(images)).ids)
+        sizes = _image_sizes(images, _required_roots(roots, images, conversation.id))
+        layouts = tuple(processor.tile_geometry.layouts(sizes, max(0, max_length - num_text_tokens)))
         counts = tuple(processor.tile_geometry.tokens(layout) for layout in layouts)
     else:
-        by_image = {image: _image_tokens(image, processor, roots, conversation.id) for image in dict.fromkeys(images)}
-        counts = tuple(by_image[image] for image in images)
+        # The same image may have several places; it is measured once.
+        count_of = {image: _image_tokens(image, processor, roots, conversation.id) for image in dict.fromkeys(images)}
+        counts = tuple(count_of[image] for image in images)
     encoding = encode_pieces(pieces, text_encoder(processor), counts)
 
-    cut = _cut(encoding, max_length)
-    kept = sum(end <= cut for _, end in encoding.images)
-    labels = encoding.labels[:cut]
+    end = _find_cut(encoding, max_length)
+    num_images = sum(image_end <= end for _, image_end in encoding.images)
+    labels = encoding.labels[:end]
     dropped = None
-    if _unsupervised(labels):
-        dropped = _why_unsupervised(conversation.turns, encoding, cut, max_length)
+    if _is_unsupervised(labels):
+        dropped = _why_unsupervised(conversation.turns, encoding, end, max_length)
     return Example(
         id=conversation.id,
-        input_ids=_tensor(encoding.ids[:cut]),
+        input_ids=_tensor(encoding.ids[:end]),
         labels=_tensor(labels),
-        images=images[:kept],
-        image_token_counts=counts[:kept],
-        image_layouts=layouts[:kept],
+        images=images[:num_images],
+        image_token_counts=counts[:num_images],
+        image_layouts=layouts[:num_images],
         dropped=dropped,
     )
 
@@ -132,6 +134,7 @@ def encode_pieces(pieces: Sequence[Piece], encoder: TextEncoder, image_tokens: S
     if encoder.bos is not None:
         encoding.add([encoder.bos], 1)
     counts = iter(image_tokens)
+    # Adjacent pieces of one kind. Text next to a special token loses its white space, so the neighbours are needed.
     runs = [(kind, list(run)) for kind, run in groupby(pieces, key=lambda piece: piece.kind)]
     edges = [_edge_tokens(run, encoder) for _, run in runs]
     for index, (kind, run) in enumerate(runs):
@@ -182,18 +185,23 @@ def _add_text(
         encoding.add(*encoder.encode(text, answer_start, first=before is None))
 
 
-def _contents(conversation: Conversation, *, front: bool) -> list[Content]:
-    """Split each human turn at its images. Without an image ``<image>`` is ordinary text, as in the original."""
+def _split_turns(conversation: Conversation, *, images_first: bool) -> list[Content]:
+    """Split each human turn at its images. Without an image ``<image>`` is ordinary text, as in the original.
+
+    Args:
+        conversation: The conversation.
+        images_first: Whether the images of the first turn are moved to its front.
+    """
     if not conversation.images:
         return [[turn.text] for turn in conversation.turns]
     # An answer may contain ``<image>`` as text, such as Markdown read off a page.
-    contents = [_content(turn) for turn in conversation.turns]
-    if front and contents:
+    contents = [_split_turn(turn) for turn in conversation.turns]
+    if images_first and contents:
         contents[0] = images_to_front(contents[0])
     return contents
 
 
-def _content(turn: Turn) -> Content:
+def _split_turn(turn: Turn) -> Content:
     if turn.parts is not None:
         return turn.parts
     return split_placeholders(turn.text) if turn.role == "human" else [turn.text]
@@ -207,7 +215,8 @@ def _without_images_beyond(contents: list[Content], most: int) -> list[Content]:
     return [[part for part in content if part is not None or next(number) < most] for content in contents]
 
 
-def _placed_images(conversation: Conversation, placeholders: int) -> tuple[ImageSource, ...]:
+def _images_of_places(conversation: Conversation, placeholders: int) -> tuple[ImageSource, ...]:
+    """Return the image at each ``<image>``: a single image of the record is that of all of them."""
     images = conversation.images
     if len(images) == 1:
         return images * placeholders
@@ -221,20 +230,21 @@ def _placed_images(conversation: Conversation, placeholders: int) -> tuple[Image
 
 
 def _image_tokens(image: ImageSource, processor: Processor, roots: OpensImages | None, record: str) -> int:
+    """Return the number of tokens of an image; in image mode ``"keep"`` it depends on the image's size."""
     if processor.image_mode != "keep":
         return processor.num_image_tokens
-    opened = _required(roots, [image], record).open(image)
+    opened = _required_roots(roots, [image], record).open(image)
     height, width = prepare_image(opened, "keep", processor).shape[-2:]
     return (height // processor.patch_size) * (width // processor.patch_size)
 
 
-def _sizes(images: Sequence[ImageSource], roots: OpensImages) -> list[tuple[int, int]]:
+def _image_sizes(images: Sequence[ImageSource], roots: OpensImages) -> list[tuple[int, int]]:
     """Return the (width, height) of each image; the same one is opened once."""
-    by_image = {image: roots.open(image).size for image in dict.fromkeys(images)}
-    return [by_image[image] for image in images]
+    size_of = {image: roots.open(image).size for image in dict.fromkeys(images)}
+    return [size_of[image] for image in images]
 
 
-def _required(roots: OpensImages | None, images: Sequence[ImageSource], record: str) -> OpensImages:
+def _required_roots(roots: OpensImages | None, images: Sequence[ImageSource], record: str) -> OpensImages:
     """Return the image folders; embedded images need none.
 
     Raises:
@@ -251,7 +261,7 @@ def _required(roots: OpensImages | None, images: Sequence[ImageSource], record: 
     )
 
 
-def _cut(encoding: Encoding, max_length: int) -> int:
+def _find_cut(encoding: Encoding, max_length: int) -> int:
     """Return where to cut: at ``max_length``, or before an image that does not fit completely."""
     for start, end in encoding.images:
         if start < max_length < end:
@@ -259,7 +269,7 @@ def _cut(encoding: Encoding, max_length: int) -> int:
     return min(max_length, len(encoding.ids))
 
 
-def _unsupervised(labels: list[int]) -> bool:
+def _is_unsupervised(labels: list[int]) -> bool:
     return labels.count(IGNORE_INDEX) == len(labels)
 
 
@@ -268,7 +278,8 @@ def _tensor(ids: list[int]) -> torch.Tensor:
     return torch.from_numpy(np.array(ids, dtype=np.int64))
 
 
-def _why_unsupervised(turns: Sequence[Turn], encoding: Encoding, cut: int, max_length: int) -> str:
-    if _unsupervised(encoding.labels):
+def _why_unsupervised(turns: Sequence[Turn], encoding: Encoding, end: int, max_length: int) -> str:
+    """Return why no label of a record is left; ``end`` is the number of tokens that remain of it."""
+    if _is_unsupervised(encoding.labels):
         return "empty_answer" if any(turn.role == "gpt" for turn in turns) else "no_answer"
-    return "truncated_in_image" if cut < max_length else "truncated_before_answer"
+    return "truncated_in_image" if end < max_length else "truncated_before_answer"

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
 
 import numpy as np
 from torch.utils.data import Sampler
@@ -109,12 +110,11 @@ def balance_bins(sizes: Sequence[int], bins: int, *, capacity: int) -> list[list
         sums[number] += sizes[index]
         if len(filled[number]) < capacity:
             heapq.heappush(open_bins, (sums[number], number))
-    while swap := _best_swap(sizes, filled, sums):
-        _, fullest, other, one, another = swap
-        less = sizes[filled[fullest][one]] - sizes[filled[other][another]]
-        filled[fullest][one], filled[other][another] = filled[other][another], filled[fullest][one]
-        sums[fullest] -= less
-        sums[other] += less
+    while (swap := _best_swap(sizes, filled, sums)) is not None:
+        mine, theirs = filled[swap.fullest][swap.place], filled[swap.other][swap.other_place]
+        filled[swap.fullest][swap.place], filled[swap.other][swap.other_place] = theirs, mine
+        sums[swap.fullest] -= sizes[mine] - sizes[theirs]
+        sums[swap.other] += sizes[mine] - sizes[theirs]
     return [sorted(filled[number]) for number in sorted(range(bins), key=lambda number: (-sums[number], number))]
 
 
@@ -145,16 +145,28 @@ def _by_descending_size(sizes: Sequence[int]) -> list[int]:
     return sorted(range(len(sizes)), key=lambda index: (-sizes[index], index))
 
 
-def _best_swap(
-    sizes: Sequence[int], filled: Sequence[Sequence[int]], sums: Sequence[int]
-) -> tuple[int, int, int, int, int] | None:
+class _Swap(NamedTuple):
+    """An exchange of an item of the fullest bin with an item of another one, each by its place in its bin."""
+
+    fullest: int
+    place: int
+    other: int
+    other_place: int
+
+
+def _best_swap(sizes: Sequence[int], filled: Sequence[Sequence[int]], sums: Sequence[int]) -> _Swap | None:
     """Return the swap between the fullest bin and another one that gives the smallest maximum; None if none helps."""
     fullest = max(range(len(sums)), key=sums.__getitem__)
-    swaps = (
-        (max(sums[fullest] - less, sums[other] + less), fullest, other, one, another)
-        for other in range(len(sums))
-        for one, mine in enumerate(filled[fullest])
-        for another, theirs in enumerate(filled[other])
-        if 0 < (less := sizes[mine] - sizes[theirs]) < sums[fullest] - sums[other]
-    )
-    return min(swaps, default=None)
+    best: _Swap | None = None
+    smallest_maximum = sums[fullest]
+    for other in range(len(sums)):
+        gap = sums[fullest] - sums[other]
+        for place, item in enumerate(filled[fullest]):
+            for other_place, other_item in enumerate(filled[other]):
+                difference = sizes[item] - sizes[other_item]
+                if not 0 < difference < gap:
+                    continue  # neither bin may become as full as the fullest one is
+                maximum = max(sums[fullest] - difference, sums[other] + difference)
+                if maximum < smallest_maximum:
+                    best, smallest_maximum = _Swap(fullest, place, other, other_place), maximum
+    return best

@@ -73,8 +73,8 @@ def read_hub_source(source: str, selection: TableSelection) -> HubSource:
     Raises:
         DataError: It is no such name, or contradicts the settings.
     """
-    found = _SOURCE.fullmatch(source)
-    scheme, name, query = ("", "", None) if found is None else found.group("scheme", "name", "query")
+    match = _SOURCE.fullmatch(source)
+    scheme, name, query = ("", "", None) if match is None else match.group("scheme", "name", "query")
     scheme = HUB if scheme.startswith("hf:") else scheme
     where = f"{scheme}{name}"
     parts = name.strip("/").split("/")
@@ -82,20 +82,21 @@ def read_hub_source(source: str, selection: TableSelection) -> HubSource:
         parts = parts[1:]
     if not 2 <= len(parts) <= 3 or not all(map(_PART.fullmatch, parts)):
         raise DataError.at(source, "is not the name of a data set on the hub", f"write {HUB_FORM}")
-    given = {"config": parts[2]} if len(parts) > 2 else {}
+    selected = {"config": parts[2]} if len(parts) > 2 else {}
     for pair in (query or "").split("&") if query else ():
         key, _, value = pair.partition("=")
         value = unquote(value)
         if key not in _KEYS or not value:
             what = f"{key[:40]!r} after the question mark is unknown or empty (expected {' or '.join(_KEYS)})"
             raise DataError.at(where, what, f"write {HUB_FORM}")
-        _check_same(where, key, given.setdefault(key, value), value)
-    for key, value in given.items():
+        _check_same(where, key, selected.setdefault(key, value), value)
+    for key, value in selected.items():
         _check_same(where, key, value, getattr(selection, key) or value)
-    split, config = given.get("split", selection.split), given.get("config", selection.config)
+    split, config = selected.get("split", selection.split), selected.get("config", selection.config)
     return HubSource(where, "/".join(parts[:2]), replace(selection, split=split, config=config))
 
 
 def _check_same(where: str, key: str, named: str, other: str) -> None:
+    """Raise ``DataError`` if the name of a source and a setting beside it contradict each other."""
     if named != other:
         raise DataError.at(where, f"names the {key} {named!r}, and {other!r} is set too", "keep one of the two")

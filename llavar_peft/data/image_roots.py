@@ -35,8 +35,8 @@ class ImageRoots:
     """
 
     def __init__(self, roots: Iterable[str | Path] | str | Path = ()) -> None:
-        given = [roots] if isinstance(roots, str | Path) else roots
-        self.roots = tuple(expand_home(root) for root in given)
+        folders = [roots] if isinstance(roots, str | Path) else roots
+        self.roots = tuple(expand_home(folder) for folder in folders)
         for root in self.roots:
             if not root.is_dir():
                 raise ImageError.at(
@@ -112,7 +112,8 @@ class ImageRoots:
         folders, file = ", ".join(str(root) for root in self.roots), split_page(path)[0]
         what = f"is in none of the image folders (searched {folders})"
         fix = "add the image, correct its path, or add the folder that contains it"
-        if similar := [name for root in self.roots for name in _similar(root, file)] if guess else []:
+        similar = [name for root in self.roots for name in _similar(root, file)] if guess else []
+        if similar:
             fix = f"if {similar[0]} is meant, correct the path; otherwise add the image or the folder that contains it"
         return ImageError.at(path, what, fix)
 
@@ -128,9 +129,9 @@ def _similar(root: Path, path: str) -> Sequence[str]:
     except OSError:
         return []
     stem = os.path.splitext(name)[0].casefold()
-    same = [other for other in names if os.path.splitext(other)[0].casefold() == stem]
-    found = same or get_close_matches(name, names[:2000], n=1, cutoff=0.8)
-    return [os.path.join(folder, other) for other in sorted(found)]
+    same_stem = [other for other in names if os.path.splitext(other)[0].casefold() == stem]
+    similar = same_stem or get_close_matches(name, names[:2000], n=1, cutoff=0.8)
+    return [os.path.join(folder, other) for other in sorted(similar)]
 
 
 class OpenedImages:

@@ -1,4 +1,7 @@
-"""How large an image's content is to a model, and what its image tokens and the vision tower's work are."""
+"""How large an image's content is to a model, and what it costs: its image tokens and the vision tower's work.
+
+No image is opened: the size of an image is enough. Estimates, and the comparison of resolutions, use this.
+"""
 
 from __future__ import annotations
 
@@ -81,13 +84,13 @@ class ImageViews:
         if self.tiles is None:
             return [self._seen_whole(size) for size in sizes]
         layouts = self.tiles.layouts(sizes, None if budget is None else max(0, budget))
-        found = []
+        seen = []
         for size, layout in zip(sizes, layouts, strict=True):
             # The view of the whole image shows no detail larger: in one direction at least, it is scaled more.
             width, height = self.tiles.resized(size, layout[:2])
             scale = min(width / size[0], height / size[1])
-            found.append(SeenImage(scale, self.tiles.tokens(layout), view_count(layout)))
-        return found
+            seen.append(SeenImage(scale, self.tiles.tokens(layout), view_count(layout)))
+        return seen
 
     def _seen_whole(self, size: tuple[int, int]) -> SeenImage:
         width, height = kept_size(size, self.patch) if self.mode == "keep" else (self.side, self.side)
@@ -96,12 +99,13 @@ class ImageViews:
         scale = self._scale(size, self.processor) * (grid or 1)
         if self.detail is None:
             return SeenImage(scale, tokens, 1 + grid * grid)
-        flat = "flattened_patches" in self.detail.model_input_names
-        own = _flattened_scale(size, self.detail) if flat else self._scale(size, self.detail)
-        return SeenImage(max(scale, own), tokens, 2)
+        takes_patches = "flattened_patches" in self.detail.model_input_names
+        detail_scale = _flattened_scale(size, self.detail) if takes_patches else self._scale(size, self.detail)
+        return SeenImage(max(scale, detail_scale), tokens, 2)
 
     def _scale(self, size: tuple[int, int], processor: Any) -> float:
-        return min(prepared_scale(one, self.mode, processor) for one in (size, size[::-1]))
+        """Return the smaller of the factors of height and width."""
+        return min(prepared_scale(sides, self.mode, processor) for sides in (size, size[::-1]))
 
 
 def _flattened_scale(size: tuple[int, int], processor: Any) -> float:

@@ -17,19 +17,20 @@ from llavar_peft.types import ReadableRepr, expand_home
 _EXAMPLE: Final = (
     'write a JSON Schema such as {"type": "object", "properties": {"total": {"type": "string"}}, "required": ["total"]}'
 )
-_MAPS: Final = ("properties", "patternProperties", "$defs", "definitions", "dependentSchemas")
-_LISTS: Final = ("allOf", "anyOf", "oneOf", "prefixItems", "items")
-_SINGLE: Final = (
+_KEYS_OF_MAPPINGS: Final = ("properties", "patternProperties", "$defs", "definitions", "dependentSchemas")
+_KEYS_OF_LISTS: Final = ("allOf", "anyOf", "oneOf", "prefixItems", "items")
+_KEYS_OF_SCHEMAS: Final = (
     "items", "additionalItems", "additionalProperties", "contains", "propertyNames", "not", "if", "then", "else",
     "unevaluatedItems", "unevaluatedProperties",
 )  # fmt: skip
+"""Keywords of JSON Schema whose value holds schemas: by name, in a list, or a single one."""
 _DEEPEST: Final = 100
 """Levels of nested JSON; the library that compiles schemas reads up to 128, some of which are its own."""
 _LARGEST_MULTIPLE: Final = 1000
 """Multiples are counted digit by digit, with as many states as the number: 100,000 take several seconds."""
 FIELDS_QUESTION: Final = "Return the fields of this image as JSON."
 """A question for all fields of a form, where no schema says which."""
-_NUMBERS: Final = ("const", "enum", "minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum")
+_KEYS_OF_NUMBERS: Final = ("const", "enum", "minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -110,12 +111,20 @@ class AnswerSchema(ReadableRepr):
         return f"Return the fields of this image as JSON that follows this schema: {self.text}"
 
     def ordered(self, value: Any, part: Any = None) -> Any:
-        """Return a value with the keys of its objects in the order of the schema; others follow."""
-        part = self.definition if part is None else part
-        part = _target(self.definition, part["$ref"]) if isinstance(part, Mapping) and "$ref" in part else part
-        part = part if isinstance(part, Mapping) else {}
+        """Return a value with the keys of its objects in the order of the schema; others follow.
+
+        Args:
+            value: What JSON can express.
+            part: The schema within this one that the value follows; None is the whole.
+        """
+        if part is None:
+            part = self.definition
+        if isinstance(part, Mapping) and "$ref" in part:
+            part = _resolve(self.definition, part["$ref"])
+        if not isinstance(part, Mapping):
+            part = {}
         if isinstance(value, list):
-            return [self.ordered(one, part.get("items", {})) for one in value]
+            return [self.ordered(element, part.get("items", {})) for element in value]
         if not isinstance(value, Mapping):
             return value
         properties = part.get("properties", {})
@@ -157,7 +166,7 @@ class AnswerSchema(ReadableRepr):
 def schema_of_fields(value: Any) -> dict[str, Any]:
     """Return the schema of a form's fields: texts, and lists and objects of them. All are required, in this order."""
     if isinstance(value, Mapping):
-        properties = {name: schema_of_fields(one) for name, one in value.items()}
+        properties = {name: schema_of_fields(field_value) for name, field_value in value.items()}
         return {"type": "object", "properties": properties, "required": list(properties)}
     if isinstance(value, list):
         return {"type": "array", "items": schema_of_fields(value[0])}
@@ -173,20 +182,20 @@ def subschemas(schema: Any, path: str = "") -> Iterator[tuple[str, dict[str, Any
     """Yield all objects within a schema that are schemas themselves, each with its path, the outermost first."""
     waiting = deque([(path, schema)])
     while waiting:
-        place, part = waiting.popleft()
+        part_path, part = waiting.popleft()
         if not isinstance(part, dict):
             continue
-        yield place, part
-        start = f"{place}." if place else ""
-        for name in _MAPS:
+        yield part_path, part
+        start = f"{part_path}." if part_path else ""
+        for name in _KEYS_OF_MAPPINGS:
             inner = part.get(name)
             if isinstance(inner, Mapping):
-                waiting += [(f"{start}{name}.{key}", one) for key, one in inner.items()]
-        for name in _LISTS:
+                waiting += [(f"{start}{name}.{key}", subschema) for key, subschema in inner.items()]
+        for name in _KEYS_OF_LISTS:
             inner = part.get(name)
             if isinstance(inner, list):
-                waiting += [(f"{start}{name}.{number}", one) for number, one in enumerate(inner)]
-        waiting += [(f"{start}{name}", part[name]) for name in _SINGLE if isinstance(part.get(name), Mapping)]
+                waiting += [(f"{start}{name}.{number}", subschema) for number, subschema in enumerate(inner)]
+        waiting += [(f"{start}{name}", part[name]) for name in _KEYS_OF_SCHEMAS if isinstance(part.get(name), Mapping)]
 
 
 def _reject_constant(name: str) -> None:
@@ -202,11 +211,13 @@ def _schema_of_model(model: Any, where: str) -> Any:
 
 
 def _check_size(schema: Mapping[str, Any], where: str, limits: SchemaLimits) -> None:
+    """Reject a schema that is too deep, too long, or has too many parts, before it is read recursively."""
     fix = "split it, or leave out what the answer does not need"
-    level: list[Any] = [schema]
+    level: list[Any] = [schema]  # all objects and lists at one depth
     depth = 0
     while level:
-        if (depth := depth + 1) > limits.depth:
+        depth += 1
+        if depth > limits.depth:
             raise ConfigError.at(where, f"is nested more deeply than {limits.depth} levels", fix)
         inner: list[Any] = []
         for part in level:
@@ -224,6 +235,7 @@ def _check_size(schema: Mapping[str, Any], where: str, limits: SchemaLimits) -> 
 
 
 def _validator(schema: Mapping[str, Any]) -> Any:
+    """Return the validator of ``jsonschema`` for the draft that a schema states."""
     try:
         from jsonschema import Draft3Validator, Draft4Validator, Draft202012Validator
         from jsonschema.validators import validator_for
@@ -238,6 +250,7 @@ def _validator(schema: Mapping[str, Any]) -> Any:
 
 
 def _check_meaning(schema: Mapping[str, Any], where: str) -> None:
+    """Reject what is no JSON Schema, what cannot be compiled, and a schema that no value fulfils."""
     from jsonschema.exceptions import SchemaError, best_match
 
     validator = _validator(schema)
@@ -248,18 +261,18 @@ def _check_meaning(schema: Mapping[str, Any], where: str) -> None:
     if fault is not None:
         place = ".".join([where, *map(str, fault.absolute_path)])
         raise ConfigError.at(place, f"is no JSON Schema ({describe_reason(fault)})", _EXAMPLE)
-    for place, part in subschemas(schema, where):
+    for path, part in subschemas(schema, where):
         reference, multiple = part.get("$ref", "#"), part.get("multipleOf", 1)
         if not isinstance(reference, str) or not reference.startswith("#"):
             fix = "copy the schema into $defs, and refer to it as #/$defs/NAME"
-            raise ConfigError.at(f"{place}.$ref", f"refers to another file ({reference!r}); nothing is loaded", fix)
+            raise ConfigError.at(f"{path}.$ref", f"refers to another file ({reference!r}); nothing is loaded", fix)
         if multiple > _LARGEST_MULTIPLE:
             what = f"got {multiple}, expected at most {_LARGEST_MULTIPLE}"
-            raise ConfigError.at(f"{place}.multipleOf", what, "leave it out, and check the value afterwards")
-        for name in _NUMBERS:
+            raise ConfigError.at(f"{path}.multipleOf", what, "leave it out, and check the value afterwards")
+        for name in _KEYS_OF_NUMBERS:
             if (inexact := _inexact_integer(part.get(name))) is not None:
                 what = f"got {str(inexact)[:40]}, which JSON numbers of 64 bits round"
-                raise ConfigError.at(f"{place}.{name}", what, "write it as text, in quotes")
+                raise ConfigError.at(f"{path}.{name}", what, "write it as text, in quotes")
     if not _can_end(schema):
         what = "no JSON of finite length fulfils it: a part requires itself"
         raise ConfigError.at(where, what, "make the property that repeats the schema optional, or allow null for it")
@@ -269,26 +282,34 @@ def _inexact_integer(value: Any) -> int | None:
     """Return an integer within a value that is no 64-bit floating-point number; None without one."""
     waiting = [value]
     while waiting:
-        one = waiting.pop()
-        if isinstance(one, int) and (abs(one) > sys.float_info.max or int(float(one)) != one):
-            return one
-        waiting += one.values() if isinstance(one, Mapping) else one if isinstance(one, list) else ()
+        part = waiting.pop()
+        if isinstance(part, int) and (abs(part) > sys.float_info.max or int(float(part)) != part):
+            return part
+        if isinstance(part, Mapping):
+            waiting += part.values()
+        elif isinstance(part, list):
+            waiting += part
     return None
 
 
 def _can_end(schema: Mapping[str, Any]) -> bool:
-    """Return whether a value without end is not required by references of the schema to itself."""
-    targets = {part["$ref"]: _target(schema, part["$ref"]) for _, part in subschemas(schema) if "$ref" in part}
-    ending: set[str] = set()
-    while found := {name for name, part in targets.items() if name not in ending and _ends(part, ending)}:
-        ending |= found
-    return _ends(schema, ending)
+    """Return whether a finite value fulfils the schema, which its references to itself may prevent.
+
+    References that lead to schemas with a finite value are collected until no further one is found.
+    """
+    targets = {part["$ref"]: _resolve(schema, part["$ref"]) for _, part in subschemas(schema) if "$ref" in part}
+    finite: set[str] = set()
+    while True:
+        new = {name for name, part in targets.items() if name not in finite and _has_finite_value(part, finite)}
+        if not new:
+            return _has_finite_value(schema, finite)
+        finite |= new
 
 
-def _target(schema: Any, reference: str) -> Any:
+def _resolve(schema: Any, reference: str) -> Any:
     """Return what a reference within the schema leads to; an empty schema where that is not known."""
-    for part in [part for part in reference[1:].split("/") if part]:
-        key = part.replace("~1", "/").replace("~0", "~")
+    for step in filter(None, reference[1:].split("/")):
+        key = step.replace("~1", "/").replace("~0", "~")
         if isinstance(schema, Mapping) and key in schema:
             schema = schema[key]
         elif isinstance(schema, list) and key.isdigit() and int(key) < len(schema):
@@ -298,20 +319,20 @@ def _target(schema: Any, reference: str) -> Any:
     return schema
 
 
-def _ends(part: Any, ending: set[str]) -> bool:
-    """Return whether a schema has a value that needs no references but those that are known to end."""
+def _has_finite_value(part: Any, finite: set[str]) -> bool:
+    """Return whether a schema has a value that needs no references but those that are known to have a finite one."""
     if not isinstance(part, Mapping):
         return part is not False
-    if "$ref" in part and part["$ref"] not in ending:
+    if "$ref" in part and part["$ref"] not in finite:
         return False
     properties = part.get("properties", {})
-    needed = [properties[name] for name in part.get("required", ()) if name in properties]
+    required = [properties[name] for name in part.get("required", ()) if name in properties]
     if part.get("type", "object") != "object":
-        needed = []
+        required = []
     if part.get("type") == "array" and part.get("minItems", 0) > 0 and "prefixItems" not in part:
-        needed.append(part.get("items", {}))
+        required.append(part.get("items", {}))
+    required += part.get("allOf", ())
+    if not all(_has_finite_value(schema, finite) for schema in required):
+        return False
     choices = [part[name] for name in ("anyOf", "oneOf") if part.get(name)]
-    return (
-        all(_ends(one, ending) for one in [*needed, *part.get("allOf", ())])
-        and all(any(_ends(one, ending) for one in some) for some in choices)
-    )  # fmt: skip
+    return all(any(_has_finite_value(schema, finite) for schema in alternatives) for alternatives in choices)

@@ -1,4 +1,7 @@
-"""The other end of ``pdf_worker``: one process that reads PDF files for this one, started at the first file."""
+"""Read PDF files in a process of their own, which is started at the first file and runs ``pdf_worker``.
+
+A file that crashes the reader, or takes it too long, becomes an error here instead of the end of this process.
+"""
 
 from __future__ import annotations
 

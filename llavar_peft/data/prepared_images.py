@@ -75,12 +75,12 @@ def _detail(image: Image.Image, mode: ImageMode, processor: Processor) -> Tensor
     """Prepare an image for the cross-attention; None for a model without it."""
     if processor.detail_grid is not None:
         return prepare_crops(image, mode, processor, processor.detail_grid)
-    own = processor.detail_processor
-    if own is None:
+    detail_processor = processor.detail_processor
+    if detail_processor is None:
         return None
-    if "flattened_patches" in own.model_input_names:  # Pix2Struct's, of any shape of image
-        return torch.as_tensor(own(images=image, return_tensors="pt")["flattened_patches"][0])
-    return prepare_image(image, mode, own)
+    if "flattened_patches" in detail_processor.model_input_names:  # Pix2Struct's, of any shape of image
+        return torch.as_tensor(detail_processor(images=image, return_tensors="pt")["flattened_patches"][0])
+    return prepare_image(image, mode, detail_processor)
 
 
 def prepare_record_images(
@@ -101,8 +101,8 @@ def prepare_record_images(
     geometry, opened = processor.tile_geometry, [open_image(image) for image in images]
     layouts: Sequence[TileLayout | None] = [None] * len(opened)
     if geometry is not None:
-        left = None if geometry.budget is None else max(0, geometry.budget - used)
-        layouts = geometry.layouts([image.size for image in opened], left)
+        remaining = None if geometry.budget is None else max(0, geometry.budget - used)
+        layouts = geometry.layouts([image.size for image in opened], remaining)
     return [
         PreparedImage.prepare(image, mode, processor, layout) for image, layout in zip(opened, layouts, strict=True)
     ]

@@ -17,7 +17,7 @@ import zlib
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from difflib import get_close_matches
-from typing import Any, Final, NamedTuple
+from typing import Any, Final, NamedTuple, TypeAlias
 
 from llavar_peft.constants import IMAGE_PLACEHOLDER
 from llavar_peft.data.json_schema import FIELDS_QUESTION, write_fields
@@ -38,19 +38,23 @@ NAMES: Final[dict[str, tuple[str, ...]]] = {
         "gt_parse",
     ),
 }  # fmt: skip
-"""What a row has, and the names of the columns that may hold it; the first that is there and not null counts."""
+"""The roles of a row's columns, each with the names that the column may have; the first that is not null is used."""
 
-_WHOLE: Final = ("conversations", "messages", "texts")
+_CONVERSATION_COLUMNS: Final = ("conversations", "messages", "texts")
 """Columns that hold a conversation by themselves."""
-_USED: Final = frozenset((*_WHOLE, *(name for names in NAMES.values() for name in names))) - {_ID}
-_FIELDS: Final = ("ground_truth", "gt_parse")
+_CONSUMED_COLUMNS: Final = frozenset({*_CONVERSATION_COLUMNS, *NAMES[_IMAGE], *NAMES[_QUESTION], *NAMES[_ANSWER]})
+"""Columns that become the conversation; the others of a row are kept."""
+_FIELD_COLUMNS: Final = ("ground_truth", "gt_parse")
 """Columns whose JSON is the answer, and that need no question."""
-_VARIANTS: Final = ("answers", "label", "labels")
+_VARIANT_COLUMNS: Final = ("answers", "label", "labels")
 """Columns that hold several answers, which tables of text write as a list in a cell."""
-_CHOICES: Final = ("choices", "options")
-_IMAGE_NAMES: Final = (".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", ".bmp", ".gif")
+_CHOICE_COLUMNS: Final = ("choices", "options")
+_IMAGE_SUFFIXES: Final = (".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", ".bmp", ".gif")
 _MOST_LISTED: Final = 8  # names of columns in a message
 _LONGEST_LIST: Final = 20_000  # characters of a list of answers in a cell
+
+_Pair: TypeAlias = "tuple[str, str | None]"
+"""A question and its answer; None for a question that is not answered."""
 
 
 class _Problem(NamedTuple):
@@ -64,14 +68,14 @@ def with_conversation(raw: Any) -> Any:
     """Return a row with its conversation under ``conversations``; anything else, or a faulty row, unchanged."""
     if type(raw) is not dict or raw.get("conversations") is not None or raw.get("messages") is not None:
         return raw
-    read = _read_row(raw)
-    return raw if isinstance(read, _Problem) else read
+    row = _read_row(raw)
+    return raw if isinstance(row, _Problem) else row
 
 
 def explain_row(raw: Mapping[str, Any]) -> tuple[str, str]:
     """Return what is wrong with a row that ``with_conversation`` cannot read, and the fix."""
-    read = _read_row(raw)
-    return read if isinstance(read, _Problem) else _Problem("has no 'conversations'", "correct the record")
+    row = _read_row(raw)
+    return row if isinstance(row, _Problem) else _Problem("has no 'conversations'", "correct the record")
 
 
 def explain_columns(names: Iterable[str]) -> tuple[str, str] | None:
@@ -80,39 +84,46 @@ def explain_columns(names: Iterable[str]) -> tuple[str, str] | None:
     Args:
         names: The names of the columns.
     """
-    named = list(names)
-    if any(name in named for name in (*_WHOLE, *_FIELDS)):
+    columns = list(names)
+    if any(name in columns for name in (*_CONVERSATION_COLUMNS, *_FIELD_COLUMNS)):
         return None
     for role in (_QUESTION, _ANSWER):
-        if not any(name in named for name in NAMES[role]):
-            return _missing(role, named)
+        if not any(name in columns for name in NAMES[role]):
+            return _missing_column(role, columns)
     return None
 
 
-def _missing(role: str, named: Sequence[str]) -> _Problem:
+def _missing_column(role: str, columns: Sequence[str]) -> _Problem:
     """Return the problem of a row or a table without a question or an answer."""
     expected = ", ".join(map(repr, NAMES[role][:3]))
-    found = ", ".join(repr(name[:40]) for name in named[:_MOST_LISTED]) or "none"
-    more = ", ..." if len(named) > _MOST_LISTED else ""
-    what = f"has no '{role}' and no 'conversations' (got {found}{more}; expected {expected} or another name of it)"
-    if role == _QUESTION and not any(name in named for name in NAMES[_ANSWER]):
-        what = f"has no 'conversations', and no question and answer (got {found}{more})"
-        if similar := get_close_matches("conversations", named, n=1):
+    listed = ", ".join(repr(name[:40]) for name in columns[:_MOST_LISTED]) or "none"
+    more = ", ..." if len(columns) > _MOST_LISTED else ""
+    what = f"has no '{role}' and no 'conversations' (got {listed}{more}; expected {expected} or another name of it)"
+    if role == _QUESTION and not any(name in columns for name in NAMES[_ANSWER]):
+        what = f"has no 'conversations', and no question and answer (got {listed}{more})"
+        if similar := get_close_matches("conversations", columns, n=1):
             return _Problem(what, f"rename {similar[0]!r} to 'conversations'")
         example = '"conversations": [{"from": "human", "value": "..."}, ...]'
         rename = "--columns question=NAME --columns answer=NAME, in a recipe columns: {question: NAME, answer: NAME}"
         return _Problem(what, f"add {example}, or name the columns: {rename}")
-    free = [name for name in named if name and not any(name in known for known in NAMES.values())]
-    example = next(iter(get_close_matches(role, free, n=1, cutoff=0.3) or free), "NAME")
-    return _Problem(what, _rename(role, example))
+    other_columns = [name for name in columns if name and not _has_role(name)]
+    example = next(iter(get_close_matches(role, other_columns, n=1, cutoff=0.3) or other_columns), "NAME")
+    return _Problem(what, _rename_fix(role, example))
 
 
-def _rename(role: str, column: str) -> str:
+def _has_role(column: str) -> bool:
+    """Return whether a column's name is one of those that rows are read by."""
+    return any(column in names for names in NAMES.values())
+
+
+def _rename_fix(role: str, column: str) -> str:
+    """Return the fix for a table whose column has a name that is not known."""
     column = column[:40]
     return f"rename the column, or name it: --columns {role}={column}, in a recipe columns: {{{role}: {column}}}"
 
 
-def _first(raw: Mapping[str, Any], role: str) -> str | None:
+def _find_column(raw: Mapping[str, Any], role: str) -> str | None:
+    """Return the name of the column that holds a role of a row; None if the row has none."""
     for name in NAMES[role]:
         if raw.get(name) is not None:
             return name
@@ -120,7 +131,8 @@ def _first(raw: Mapping[str, Any], role: str) -> str | None:
 
 
 def _read_row(raw: Mapping[str, Any]) -> dict[str, Any] | _Problem:
-    images = _images(raw)
+    """Return a row with its question and answer as a conversation."""
+    images = _read_images(raw)
     if isinstance(images, _Problem):
         return images
     pairs = _read_pairs(raw) if raw.get("texts") is None else _read_texts(raw["texts"])
@@ -128,61 +140,65 @@ def _read_row(raw: Mapping[str, Any]) -> dict[str, Any] | _Problem:
         return pairs
     turns = []
     for number, (question, answer) in enumerate(pairs):
-        asked = question if number else _place(question, answer, pairs, _count(images))
-        turns.append({"from": "human", "value": asked})
-        turns += [{"from": "gpt", "value": answer}] if answer is not None else []
-    row = {name: value for name, value in raw.items() if name not in _USED}
+        text = question if number else _with_image_places(question, answer, pairs, _count_images(images))
+        turns.append({"from": "human", "value": text})
+        if answer is not None:
+            turns.append({"from": "gpt", "value": answer})
+    row = {name: value for name, value in raw.items() if name not in _CONSUMED_COLUMNS}
     if images is not None:
         row["images" if isinstance(images, list | tuple) else "image"] = images
     return {**row, "conversations": turns}
 
 
-def _images(raw: Mapping[str, Any]) -> Any:
+def _read_images(raw: Mapping[str, Any]) -> Any:
     """Return the value of the column with a row's image or images; None for a row of text."""
-    known = image_keys(raw)
-    if len(known) > 1:
-        return _Problem(f"names images under {known[0]!r} and under {known[1]!r}", "keep one of the columns")
-    name = next(iter(known), None) or next((one for one in NAMES[_IMAGE][3:] if raw.get(one) is not None), None)
-    if name is not None:
-        return raw[name]
-    return unnamed_image(raw)
+    keys = image_keys(raw)
+    if len(keys) > 1:
+        return _Problem(f"names images under {keys[0]!r} and under {keys[1]!r}", "keep one of the columns")
+    if not keys:
+        keys = [name for name in NAMES[_IMAGE][3:] if raw.get(name) is not None]
+    return raw[keys[0]] if keys else unnamed_image(raw)
 
 
 def unnamed_image(raw: Mapping[str, Any]) -> tuple[str, str] | None:
     """Return which column of a row seems to be its image although none is named as one, and the fix."""
-    if any(raw.get(name) is not None for name in _WHOLE[:2]) or any(name in raw for name in NAMES[_IMAGE]):
+    if raw.get("conversations") is not None or raw.get("messages") is not None:
         return None
-    for other, value in raw.items():
-        if _looks_like_image(value) and not any(other in names for names in NAMES.values()):
-            what = f"{str(other)[:40]!r} seems to be the image, but no column is named as one (such as 'image')"
-            return _Problem(what, _rename(_IMAGE, str(other)))
+    if any(name in raw for name in NAMES[_IMAGE]):
+        return None
+    for column, value in raw.items():
+        if _looks_like_image(value) and not _has_role(column):
+            what = f"{str(column)[:40]!r} seems to be the image, but no column is named as one (such as 'image')"
+            return _Problem(what, _rename_fix(_IMAGE, str(column)))
     return None
 
 
 def _looks_like_image(value: Any) -> bool:
+    """Return whether a cell holds the bytes of a file, as a table of images does, or the name of an image file."""
     if isinstance(value, Mapping):
         return isinstance(value.get("bytes"), bytes | memoryview)
     if isinstance(value, str):
-        return len(value) < 1024 and value.lower().endswith(_IMAGE_NAMES) and " " not in value.strip()
+        return len(value) < 1024 and value.lower().endswith(_IMAGE_SUFFIXES) and " " not in value.strip()
     return isinstance(value, bytes | memoryview)
 
 
-def _count(images: Any) -> int:
+def _count_images(images: Any) -> int:
     return len(images) if isinstance(images, list | tuple) else int(images is not None)
 
 
-def _place(question: str, answer: str | None, pairs: Sequence[tuple[str, str | None]], images: int) -> str:
-    """Return the first question with the places of the images."""
-    if not images or any(IMAGE_PLACEHOLDER in asked for asked, _ in pairs):
+def _with_image_places(question: str, answer: str | None, pairs: Sequence[_Pair], images: int) -> str:
+    """Return the first question with ``<image>`` for each image, before or after its text."""
+    if not images or any(IMAGE_PLACEHOLDER in text for text, _ in pairs):
         return question
     places = "\n".join([IMAGE_PLACEHOLDER] * images)
-    first = zlib.crc32(f"{question}\0{answer}".encode("utf-8", "surrogatepass")) & 1
-    return f"{places}\n{question}" if first else f"{question}\n{places}"
+    image_first = zlib.crc32(f"{question}\0{answer}".encode("utf-8", "surrogatepass")) & 1
+    return f"{places}\n{question}" if image_first else f"{question}\n{places}"
 
 
-def _read_texts(texts: Any) -> list[tuple[str, str | None]] | _Problem:
+def _read_texts(texts: Any) -> list[_Pair] | _Problem:
+    """Return the questions and answers in the column ``texts``."""
     listed = texts if isinstance(texts, list | tuple) else [texts]
-    pairs: list[tuple[str, str | None]] = []
+    pairs: list[_Pair] = []
     for number, text in enumerate(listed):
         user, assistant = (text.get("user"), text.get("assistant")) if isinstance(text, Mapping) else (None, None)
         if not isinstance(user, str) or not (assistant is None or isinstance(assistant, str)):
@@ -192,74 +208,86 @@ def _read_texts(texts: Any) -> list[tuple[str, str | None]] | _Problem:
     return pairs or _Problem("'texts' is empty", "remove the record")
 
 
-def _read_pairs(raw: Mapping[str, Any]) -> list[tuple[str, str | None]] | _Problem:
+def _read_pairs(raw: Mapping[str, Any]) -> list[_Pair] | _Problem:
     """Return a row's questions, each with its answer; None for one that is not answered."""
-    asked, answered = _first(raw, _QUESTION), _first(raw, _ANSWER)
-    fields = _read_fields(raw, answered)
+    question_column, answer_column = _find_column(raw, _QUESTION), _find_column(raw, _ANSWER)
+    fields = _read_fields(raw, answer_column)
     if isinstance(fields, _Problem | list):
         return fields
-    if fields is not None and asked is None:
+    if fields is not None and question_column is None:
         return [(FIELDS_QUESTION, fields)]
-    if (problem := _find_problem(raw, asked, answered)) is not None or asked is None:
-        return problem or _missing(_QUESTION, [*map(str, raw)])
-    question = raw[asked]
+    problem = _find_problem(raw, question_column, answer_column)
+    if problem is not None or question_column is None:
+        return problem or _missing_column(_QUESTION, [*map(str, raw)])
+    question = raw[question_column]
     if isinstance(question, list | tuple):
-        return _read_lists(asked, question, answered, raw.get(answered) if answered else None)
+        answers = raw.get(answer_column) if answer_column else None
+        return _read_lists(question_column, question, answer_column, answers)
     text = _as_text(question)
     if text is None or not text.strip():
-        what = f"{asked!r} is {'empty' if text is not None else f'no text (got {type_name(question)})'}"
-        inner = next((str(key) for key in question), None) if isinstance(question, Mapping) else None
-        fix = "write the question, or remove the row" if inner is None else _rename(_QUESTION, f"{asked}.{inner}")
+        what = f"{question_column!r} is {'empty' if text is not None else f'no text (got {type_name(question)})'}"
+        fix = "write the question, or remove the row"
+        if isinstance(question, Mapping) and question:
+            fix = _rename_fix(_QUESTION, f"{question_column}.{next(iter(question))}")
         return _Problem(what, fix)
-    answer = fields if fields is not None else _choose_answer(answered, None if answered is None else raw[answered])
+    if fields is not None:
+        return [(text, fields)]
+    answer = _choose_answer(answer_column, None if answer_column is None else raw[answer_column])
     return answer if isinstance(answer, _Problem) else [(text, answer)]
 
 
-def _find_problem(raw: Mapping[str, Any], asked: str | None, answered: str | None) -> _Problem | None:
+def _find_problem(raw: Mapping[str, Any], question_column: str | None, answer_column: str | None) -> _Problem | None:
     """Return what a row lacks or has too much of, apart from the values of its question and answer."""
-    if asked is None:
+    if question_column is None:
         empty = next((name for name in NAMES[_QUESTION] if name in raw), None)
         return None if empty is None else _Problem(f"{empty!r} is empty", "write the question, or remove the row")
-    for name in _CHOICES:
+    for name in _CHOICE_COLUMNS:
         if isinstance(raw.get(name), list | tuple) and len(raw[name]) > 1:
             what = f"has choices under {name!r}, which the model would not see"
             return _Problem(what, "write the choices into the question, and the right one as the answer")
-    if answered is None and not any(name in raw for name in NAMES[_ANSWER]):
-        return _missing(_ANSWER, [*map(str, raw)])
+    if answer_column is None and not any(name in raw for name in NAMES[_ANSWER]):
+        return _missing_column(_ANSWER, [*map(str, raw)])
     return None
 
 
 def _read_lists(
-    asked: str, questions: Sequence[Any], answered: str | None, answers: Any
-) -> list[tuple[str, str | None]] | _Problem:
+    question_column: str, questions: Sequence[Any], answer_column: str | None, answers: Any
+) -> list[_Pair] | _Problem:
     """Return the questions of a row that has a list of them, with the answers of the list beside it."""
     if not isinstance(answers, list | tuple) or len(answers) != len(questions) or not questions:
         got = f"{len(answers)} answers" if isinstance(answers, list | tuple) else type_name(answers)
-        what = f"{asked!r} is a list, and {str(answered)!r} does not fit (got {len(questions)} questions and {got})"
+        what = (
+            f"{question_column!r} is a list, and {str(answer_column)!r} does not fit (got {len(questions)} questions "
+            f"and {got})"
+        )
         return _Problem(what, "give one answer for each question")
-    pairs: list[tuple[str, str | None]] = []
-    for number, (question, given) in enumerate(zip(questions, answers, strict=True)):
-        text, answer = _as_text(question), _choose_answer(f"{answered}[{number}]", given)
+    pairs: list[_Pair] = []
+    for number, (question, raw_answer) in enumerate(zip(questions, answers, strict=True)):
+        text, answer = _as_text(question), _choose_answer(f"{answer_column}[{number}]", raw_answer)
         if text is None or not text.strip():
-            return _Problem(f"{asked}[{number}] is no text (got {type_name(question)})", "write the question")
+            what = f"{question_column}[{number}] is no text (got {type_name(question)})"
+            return _Problem(what, "write the question")
         if isinstance(answer, _Problem):
             return answer
         pairs.append((text, answer))
     return pairs
 
 
-def _choose_answer(name: str | None, given: Any) -> str | _Problem | None:
+def _choose_answer(column: str | None, raw_answer: Any) -> str | _Problem | None:
     """Return an answer; of a list of them the most frequent one, and the first of equally frequent ones."""
-    value = given
-    if isinstance(given, str):
-        if name not in _VARIANTS or not given.startswith("["):
-            return given
-        value = _list_in_cell(given)
-    listed = value if isinstance(value, list | tuple) else [value]
-    read = [_as_text(one.get("answer") if isinstance(one, Mapping) else one) for one in listed if one is not None]
-    texts = [one for one in read if one is not None]
-    if len(texts) < len(read):
-        return _Problem(f"{name!r} holds no text (got {type_name(given)})", "write the answer as a text")
+    value = raw_answer
+    if isinstance(raw_answer, str):
+        if column not in _VARIANT_COLUMNS or not raw_answer.startswith("["):
+            return raw_answer
+        value = _list_in_cell(raw_answer)
+    texts: list[str] = []
+    for variant in value if isinstance(value, list | tuple) else [value]:
+        if variant is None:
+            continue
+        text = _as_text(variant.get("answer") if isinstance(variant, Mapping) else variant)
+        if text is None:
+            return _Problem(f"{column!r} holds no text (got {type_name(raw_answer)})", "write the answer as a text")
+        texts.append(text)
     return Counter(texts).most_common(1)[0][0] if texts else None
 
 
@@ -274,9 +302,9 @@ def _list_in_cell(text: str) -> Any:
     """Return the list that a cell of a text table holds, in JSON or as Python prints it; other text unchanged."""
     if len(text) > _LONGEST_LIST:
         return text
-    for read in (json.loads, ast.literal_eval):
+    for parse in (json.loads, ast.literal_eval):
         try:
-            value = read(text)
+            value = parse(text)
         except (ValueError, SyntaxError, MemoryError, RecursionError):
             continue
         if isinstance(value, list):
@@ -284,33 +312,34 @@ def _list_in_cell(text: str) -> Any:
     return text
 
 
-def _read_fields(raw: Mapping[str, Any], name: str | None) -> str | list[tuple[str, str | None]] | _Problem | None:
+def _read_fields(raw: Mapping[str, Any], column: str | None) -> str | list[_Pair] | _Problem | None:
     """Return the JSON of a form's fields, or Donut's list of questions; None if the answer is a text."""
-    if name not in _FIELDS:
+    if column not in _FIELD_COLUMNS:
         return None
-    value = raw[name]
+    value = raw[column]
     if isinstance(value, str) and value.lstrip().startswith("{"):
         try:
             value = json.loads(value)
         except (ValueError, RecursionError) as error:
-            return _Problem(f"{name!r} is not JSON ({error})"[:200], "correct the JSON")
+            return _Problem(f"{column!r} is not JSON ({error})"[:200], "correct the JSON")
     elif isinstance(value, Mapping):
         value = _without_nulls(value)  # with which tables fill what a row lacks
     if not isinstance(value, Mapping):
         return None
-    asked = value.get("gt_parses")
-    if isinstance(asked, list) and asked and all(isinstance(one, Mapping) and "question" in one for one in asked):
+    entries = value.get("gt_parses")
+    if isinstance(entries, list) and entries and all(isinstance(one, Mapping) and "question" in one for one in entries):
         pairs: dict[str, str | None] = {}
-        for one in asked:
-            question, answer = _as_text(one["question"]), _as_text(one.get("answer"))
+        for entry in entries:
+            question, answer = _as_text(entry["question"]), _as_text(entry.get("answer"))
             if question is None:
-                return _Problem(f"{name!r} has a question that is no text", "write the question as a text")
+                return _Problem(f"{column!r} has a question that is no text", "write the question as a text")
             pairs.setdefault(question, answer)
         return list(pairs.items())
     return write_fields(value.get("gt_parse", value))
 
 
 def _without_nulls(value: Any) -> Any:
+    """Return a value without the entries of its objects that are null."""
     if isinstance(value, Mapping):
-        return {name: _without_nulls(one) for name, one in value.items() if one is not None}
-    return [_without_nulls(one) for one in value] if isinstance(value, list | tuple) else value
+        return {name: _without_nulls(entry) for name, entry in value.items() if entry is not None}
+    return [_without_nulls(entry) for entry in value] if isinstance(value, list | tuple) else value

@@ -13,7 +13,7 @@ from llavar_peft.types import EmbeddedImage, ImageSource
 
 _MAX_PATH: Final = 1024  # characters of the path of an image; a longer text is the image itself
 _SCHEME: Final = 32  # characters in which a URL says what it is
-_SHOWN: Final = 80
+_SHOWN: Final = 80  # characters of a value in a message
 _BYTES = bytes | bytearray | memoryview
 _TO_FILE: Final = "save the image as a file in the image folder, and write its path"
 
@@ -29,21 +29,20 @@ def read_images(raw: Mapping[str, Any], where: str, faults: list[Fault]) -> tupl
     if raw.get("video") is not None:
         what, fix = "names a video, expected images", "save frames as images, and list their paths under 'image'"
         faults.append(Fault(f"{where}: video", what, fix))
-    given = image_keys(raw)
-    if len(given) > 1:
-        what = f"names images under {given[0]!r} and under {given[1]!r}, expected one key"
+    keys = image_keys(raw)
+    if len(keys) > 1:
+        what = f"names images under {keys[0]!r} and under {keys[1]!r}, expected one key"
         faults.append(Fault(where, what, "keep one of the keys"))
         return ()
-    if not given:
+    if not keys:
         return ()
-    value, key = raw[given[0]], given[0]
-    if not isinstance(value, list | tuple):
-        value = [value]
-        names = [key]
+    key = keys[0]
+    if isinstance(raw[key], list | tuple):
+        value_of = {f"{key}[{number}]": value for number, value in enumerate(raw[key])}
     else:
-        names = [f"{key}[{number}]" for number in range(len(value))]
-    found = [read_image(one, f"{where}: {name}", name, faults) for one, name in zip(value, names, strict=True)]
-    return tuple(image for image in found if image is not None)
+        value_of = {key: raw[key]}
+    images = [read_image(value, f"{where}: {name}", name, faults) for name, value in value_of.items()]
+    return tuple(image for image in images if image is not None)
 
 
 def image_keys(raw: Mapping[str, Any]) -> list[str]:
@@ -51,8 +50,8 @@ def image_keys(raw: Mapping[str, Any]) -> list[str]:
 
     Next to an image, ``image_url`` says where it came from.
     """
-    given = [key for key in ("image", "images") if _has_images(raw.get(key))]
-    return given or [key for key in ("image_url",) if _has_images(raw.get(key))]
+    keys = [key for key in ("image", "images") if _has_images(raw.get(key))]
+    return keys or [key for key in ("image_url",) if _has_images(raw.get(key))]
 
 
 def _has_images(value: object) -> bool:
@@ -75,8 +74,9 @@ def read_image(value: object, where: str, name: str, faults: list[Fault]) -> Ima
     if isinstance(value, Mapping):
         content, path = value.get("bytes"), value.get("path")
         if isinstance(content, _BYTES):
-            named = isinstance(path, str) and path and path.isprintable() and len(path) <= _SHOWN
-            return EmbeddedImage(_as_view(content), f"{name} ({path})" if named else name, path if named else None)
+            if isinstance(path, str) and path and path.isprintable() and len(path) <= _SHOWN:
+                return EmbeddedImage(_as_view(content), f"{name} ({path})", path)
+            return EmbeddedImage(_as_view(content), name)
         if content is not None:
             what = f"is an embedded image whose bytes are {type_name(content)}, expected bytes in a table or a path"
             faults.append(Fault(where, what, _TO_FILE))
@@ -117,12 +117,12 @@ def is_image_path(text: str) -> bool:
 def _image_problem(image: object) -> tuple[str, str] | None:
     """Return why a value is no path of an image, and the fix; None for a path."""
     if isinstance(image, str):
-        kind = image[:_SCHEME].lstrip().lower()
+        beginning = image[:_SCHEME].lstrip().lower()
         if not image:
             return "the path is empty", "write the path of the image, or leave out 'image' in a text-only record"
-        if kind.startswith("data:"):
+        if beginning.startswith("data:"):
             return "is a data URL, expected a relative path", _TO_FILE
-        if re.match(r"[a-z][a-z0-9+.-]*://", kind):
+        if re.match(r"[a-z][a-z0-9+.-]*://", beginning):
             return f"is a URL (got {image[:_SHOWN]!r}, expected a relative path)", f"download it: {_TO_FILE}"
         if len(image) > _MAX_PATH:
             return f"is too long for a path (got {len(image):,} characters); it may be the image itself", _TO_FILE

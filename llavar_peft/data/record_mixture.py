@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     Positions = npt.NDArray[np.int64]
 
-_ROUND_STREAM: Final = 0x317
+_ROUND_STREAM: Final = 0x317  # distinguishes these draws from others with the run's seed
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,21 +96,24 @@ class EpochDraw:
         return np.concatenate([self._take(number, epoch) for number in range(len(self.groups))])
 
     def _take(self, number: int, epoch: int) -> Positions:
+        """Return the items that an epoch takes of one source."""
         first, end = self.groups[number]
         size, count = end - first, self._counts[number]
         if count == size:
             return np.arange(first, end)
         if not count:
             return np.arange(0)
+        # Counted from the first item of the first epoch.
         begin, stop = epoch * count, (epoch + 1) * count
         rounds = range(begin // size, -(-stop // size))
-        items = np.concatenate([self._round(number, one, size) for one in rounds])
+        items = np.concatenate([self._order_of_round(number, round_number, size) for round_number in rounds])
         return first + items[begin - rounds[0] * size : stop - rounds[0] * size]
 
-    def _round(self, number: int, one: int, size: int) -> Positions:
+    def _order_of_round(self, number: int, round_number: int, size: int) -> Positions:
+        """Return the order in which a round takes the records of a source, counted from 0."""
         if not self.shuffle:
             return np.arange(size)
-        return np.random.default_rng((self.seed, _ROUND_STREAM, number, one)).permutation(size)
+        return np.random.default_rng((self.seed, _ROUND_STREAM, number, round_number)).permutation(size)
 
 
 def count_taken(records: int, weight: float) -> int:

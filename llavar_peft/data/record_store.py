@@ -26,9 +26,9 @@ from llavar_peft.data.renamed_columns import RenamedColumns
 from llavar_peft.errors import DataError, Fault
 from llavar_peft.types import Conversation, ImageSource, Role, Turn, expand_home
 
-_SHOWN: Final = 80
+_SHOWN: Final = 80  # characters of a value in a message
 _SPREADSHEETS: Final = (".xls", ".xlsx", ".ods")
-_WHOLE: Final = TableSelection()
+_NO_SELECTION: Final = TableSelection()
 _HUB_NAME: Final = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 _ROLES: Final[dict[str, Role]] = {"human": "human", "user": "human", "gpt": "gpt", "assistant": "gpt"}
 
@@ -69,15 +69,16 @@ class RecordStore(Sequence[Any]):
             IndexError: There is no such record.
             DataError: Its line is not JSON.
         """
-        part, inner = self._find(index)
-        return with_conversation(part[inner])
+        part, index_in_part = self._locate(index)
+        return with_conversation(part[index_in_part])
 
     def where(self, index: int) -> str:
         """Return the name of a record in error messages: its file and its index in that file, counted from 0."""
-        part, inner = self._find(index)
-        return part.where(inner)
+        part, index_in_part = self._locate(index)
+        return part.where(index_in_part)
 
-    def _find(self, index: int) -> tuple[RecordSource, int]:
+    def _locate(self, index: int) -> tuple[RecordSource, int]:
+        """Return the source that holds a record, and the record's index in it."""
         if not -len(self) <= index < len(self):
             raise IndexError(f"record {index} of {len(self)}")
         index %= len(self)
@@ -85,7 +86,9 @@ class RecordStore(Sequence[Any]):
         return self.parts[number], index - (self._ends[number - 1] if number else 0)
 
 
-def open_records(source: Any, cache_dir: str | Path | None = None, selection: TableSelection = _WHOLE) -> RecordStore:
+def open_records(
+    source: Any, cache_dir: str | Path | None = None, selection: TableSelection = _NO_SELECTION
+) -> RecordStore:
     """Open records without loading them.
 
     Args:
@@ -110,7 +113,7 @@ def open_records(source: Any, cache_dir: str | Path | None = None, selection: Ta
     return RecordStore([RenamedColumns(rows, selection.columns) if selection.columns else rows])
 
 
-def open_filled_records(source: Any, selection: TableSelection = _WHOLE) -> RecordStore:
+def open_filled_records(source: Any, selection: TableSelection = _NO_SELECTION) -> RecordStore:
     """Open records as ``open_records`` does. Raises ``DataError`` if there are none."""
     records = open_records(source, selection=selection)
     if not len(records):
@@ -130,12 +133,12 @@ def check_source_exists(source: str | Path) -> None:
 
 
 def _open_part(source: str | Path, cache_dir: str | Path | None, selection: TableSelection) -> RecordSource:
-    part = opened = _open_path(source, cache_dir, selection)
-    if selection.columns:
-        part = RenamedColumns(opened, selection.columns)
+    """Open one path or hub name, rename its columns, and check that it has those of a conversation."""
+    opened = _open_path(source, cache_dir, selection)
+    records: RecordSource = RenamedColumns(opened, selection.columns) if selection.columns else opened
     if isinstance(opened, Table) and len(opened):
-        _check_columns(part, None if selection.columns else opened.names)
-    return part
+        _check_columns(records, None if selection.columns else opened.names)
+    return records
 
 
 def _check_columns(table: RecordSource, names: Iterable[str] | None) -> None:
@@ -259,64 +262,69 @@ def _read_turns(
     raw: Mapping[str, Any], images: tuple[ImageSource, ...], where: str, faults: list[Fault]
 ) -> tuple[tuple[Turn, ...], tuple[ImageSource, ...], str | None]:
     """Return a record's turns, its images in their order in the turns, and its system prompt."""
-    key, listed = _listed(raw, where, faults)
+    key, stored_turns = _find_stored_turns(raw, where, faults)
     if key is None:
         return (), images, None
-    if key == "conversations" and not is_message(next(iter(listed), None)):
-        return _turns(listed, where, faults), images, None
-    before = len(faults)
-    read = read_messages(listed, images, f"{where}: {key}", faults)
-    turns = read.turns[1:] if read.turns and read.turns[0].role == "gpt" else read.turns
-    if not turns and len(faults) == before:
+    if key == "conversations" and not is_message(next(iter(stored_turns), None)):
+        return _read_conversations(stored_turns, where, faults), images, None
+    faults_before = len(faults)
+    messages = read_messages(stored_turns, images, f"{where}: {key}", faults)
+    turns = messages.turns[1:] if messages.turns and messages.turns[0].role == "gpt" else messages.turns
+    if not turns and len(faults) == faults_before:
         fix = "add the question as a message of the user, or remove the record"
         faults.append(Fault(where, "has no message of the user", fix))
-    return turns, read.images, read.system
+    return turns, messages.images, messages.system
 
 
-def _listed(raw: Mapping[str, Any], where: str, faults: list[Fault]) -> tuple[str | None, Sequence[Any]]:
-    """Return the key and the list of a record's turns or messages."""
-    given = [key for key in ("conversations", "messages") if raw.get(key) is not None]
-    if len(given) == 1 and isinstance(raw[given[0]], list | tuple):
-        return given[0], raw[given[0]]
-    example = '[{"from": "human", "value": "..."}, ...]'
-    if not given:
+def _find_stored_turns(raw: Mapping[str, Any], where: str, faults: list[Fault]) -> tuple[str | None, Sequence[Any]]:
+    """Return the key of a record's turns or messages, and their list; None without exactly one such list."""
+    keys = [key for key in ("conversations", "messages") if raw.get(key) is not None]
+    if len(keys) == 1 and isinstance(raw[keys[0]], list | tuple):
+        return keys[0], raw[keys[0]]
+    if not keys:
         what, fix = explain_row(raw)
-    elif len(given) == 1:
-        what = f"{given[0]!r} has the wrong type (got {type_name(raw[given[0]])}, expected a list)"
-        of_messages = '[{"role": "user", "content": "..."}, ...]'
-        fix = f"write it as {of_messages if given[0] == 'messages' else example}"
+    elif len(keys) == 1:
+        key = keys[0]
+        what = f"{key!r} has the wrong type (got {type_name(raw[key])}, expected a list)"
+        examples = {
+            "conversations": '[{"from": "human", "value": "..."}, ...]',
+            "messages": '[{"role": "user", "content": "..."}, ...]',
+        }
+        fix = f"write it as {examples[key]}"
     else:
         what, fix = "has 'conversations' and 'messages', expected one of them", "remove one of the two keys"
     faults.append(Fault(where, what, fix))
     return None, ()
 
 
-def _turns(listed: Sequence[Any], where: str, faults: list[Fault]) -> tuple[Turn, ...]:
-    before = len(faults)
-    turns = [_turn(turn, where, number, faults) for number, turn in enumerate(listed)]
-    kept = [turn for turn in turns if turn is not None]
-    dropped = 1 if kept and kept[0].role == "gpt" else 0
-    kept = kept[dropped:]
-    if len(faults) > before:
-        return tuple(kept)
-    if not kept:
+def _read_conversations(stored_turns: Sequence[Any], where: str, faults: list[Fault]) -> tuple[Turn, ...]:
+    """Read turns of LLaVA's format, without a leading ``gpt`` turn."""
+    faults_before = len(faults)
+    readable = (_read_turn(turn, where, number, faults) for number, turn in enumerate(stored_turns))
+    turns = [turn for turn in readable if turn is not None]
+    num_dropped = 1 if turns and turns[0].role == "gpt" else 0
+    turns = turns[num_dropped:]
+    if len(faults) > faults_before:
+        return tuple(turns)
+    if not turns:
         fix = "add the question as a turn from 'human', or remove the record"
         faults.append(Fault(where, "has no turn from 'human'", fix))
-    for number, turn in enumerate(kept):
+    for number, turn in enumerate(turns):
         expected = "gpt" if number % 2 else "human"
         if turn.role != expected:
-            at = f"{where}: conversations[{number + dropped}]"
+            at = f"{where}: conversations[{number + num_dropped}]"
             what = f"the turns do not alternate (got {turn.role!r}, expected {expected!r})"
             faults.append(Fault(at, what, "alternate turns from 'human' and 'gpt'"))
             break  # the turns after it would all be reported too
-    return tuple(kept)
+    return tuple(turns)
 
 
-def _turn(turn: object, where: str, number: int, faults: list[Fault]) -> Turn | None:
-    role, text = (turn.get("from"), turn.get("value")) if isinstance(turn, Mapping) else (None, None)
-    known = _ROLES.get(role) if isinstance(role, str) else None
-    if known is not None and isinstance(text, str):
-        return Turn(known, text)
+def _read_turn(turn: object, where: str, number: int, faults: list[Fault]) -> Turn | None:
+    """Read a turn of LLaVA's format; None if it is faulty."""
+    stored_role, text = (turn.get("from"), turn.get("value")) if isinstance(turn, Mapping) else (None, None)
+    role = _ROLES.get(stored_role) if isinstance(stored_role, str) else None
+    if role is not None and isinstance(text, str):
+        return Turn(role, text)
     at = f"{where}: conversations[{number}]"
     if not isinstance(turn, Mapping):
         what = f"the turn has the wrong type (got {type_name(turn)}, expected an object)"
@@ -326,14 +334,14 @@ def _turn(turn: object, where: str, number: int, faults: list[Fault]) -> Turn | 
         what = "has 'role' and 'content' as in OpenAI's format, expected 'from' and 'value'"
         faults.append(Fault(at, what, 'write the turn as {"from": "human" or "gpt", "value": its text}'))
         return None
-    if known is None:
+    if role is None:
         what = (
-            f"unknown role (got {repr(role)[:_SHOWN]}, expected 'human' or 'gpt')"
+            f"unknown role (got {repr(stored_role)[:_SHOWN]}, expected 'human' or 'gpt')"
             if "from" in turn
             else "has no 'from'"
         )
         fix = "set 'from' to 'human' or 'gpt'"
-        if role == "system":
+        if stored_role == "system":
             fix = "remove the turn: the chat template adds the system prompt; 'messages' may have their own"
         faults.append(Fault(at, what, fix))
     if not isinstance(text, str):

@@ -125,12 +125,14 @@ def sample_texts(
 
 def _read_text(images: Sequence[ImageSource], roots: ImageRoots, read: ReadsLines) -> RecordText | None:
     """Return the text of images that were all read, and in which there is some."""
-    found = [one for one in (read(image, roots) for image in images) if one is not None]
-    letters = sum(number for one in found for _, number in one.lines)
-    if len(found) < len(images) or not letters:
+    readings = [reading for reading in (read(image, roots) for image in images) if reading is not None]
+    letters = sum(number for reading in readings for _, number in reading.lines)
+    if len(readings) < len(images) or not letters:
         return None
-    lines = [(place, height, number / letters) for place, one in enumerate(found) for height, number in one.lines]
-    return RecordText(tuple(one.size for one in found), tuple(lines), 0)
+    lines = [
+        (place, height, number / letters) for place, reading in enumerate(readings) for height, number in reading.lines
+    ]
+    return RecordText(tuple(reading.size for reading in readings), tuple(lines), 0)
 
 
 def _stated_text(

@@ -1,4 +1,4 @@
-"""Records whose columns have other names than those that are looked for."""
+"""Read records under the expected names of columns, where a recipe or an option gives the names that they have."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from llavar_peft.data.question_records import NAMES
 from llavar_peft.errors import ConfigError, DataError
 
 _CONVERSATIONS: Final = ("conversations", "messages", "texts")
-_MOST_LISTED: Final = 12
+_MOST_LISTED: Final = 12  # names of columns in a message
 
 
 class _Records(Protocol):
@@ -23,20 +23,21 @@ class _Records(Protocol):
 
 
 class RenamedColumns:
-    """Records by index, with some columns under the names that are looked for.
+    """Records by index, with some columns under the expected names.
 
     Args:
         source: The records.
-        columns: Pairs of a name that is looked for and the name of the column; ``query.en`` is a key in a column.
+        columns: Pairs of an expected name and the name of the column; ``query.en`` is a key in a column.
     """
 
     def __init__(self, source: _Records, columns: tuple[tuple[str, str], ...]) -> None:
         self.source = source
         self.columns = columns
-        roles = {ours for ours, _ in columns}
-        asks = roles & {"question", "answer"}
-        self._replaced = {name for role in roles for name in NAMES[role]} | set(_CONVERSATIONS if asks else ())
-        self._used = {theirs for _, theirs in columns}
+        roles = {role for role, _ in columns}
+        hidden = {name for role in roles for name in NAMES[role]} | {column for _, column in columns}
+        if roles & {"question", "answer"}:
+            hidden.update(_CONVERSATIONS)
+        self._hidden = hidden
 
     def __len__(self) -> int:
         return len(self.source)
@@ -46,8 +47,9 @@ class RenamedColumns:
         raw = self.source[index]
         if not isinstance(raw, Mapping):
             return raw
-        found = {ours: self._find(raw, theirs, index) for ours, theirs in self.columns}
-        return {name: value for name, value in raw.items() if name not in self._replaced | self._used} | found
+        renamed = {role: self._find(raw, column, index) for role, column in self.columns}
+        others = {name: value for name, value in raw.items() if name not in self._hidden}
+        return {**others, **renamed}
 
     def where(self, index: int) -> str:
         """Return the name of a record in error messages."""
@@ -59,6 +61,7 @@ class RenamedColumns:
         return [] if files is None else list(files())
 
     def _find(self, raw: Mapping[str, Any], name: str, index: int) -> Any:
+        """Return the value of a column, or of a key in one. Raise ``DataError`` if there is none."""
         if name in raw:
             return raw[name]
         column, _, key = name.partition(".")
@@ -67,7 +70,7 @@ class RenamedColumns:
         names = list(map(str, raw))
         similar = get_close_matches(name, names, n=1)
         fix = f"write {similar[0]!r}" if similar else "set it to one of these"
-        listed = ", ".join(one[:40] for one in names[:_MOST_LISTED])
+        listed = ", ".join(column_name[:40] for column_name in names[:_MOST_LISTED])
         raise DataError.at(self.where(index), f"has no column {name[:80]!r} (got {listed})", f"in 'columns', {fix}")
 
 

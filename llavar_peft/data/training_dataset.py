@@ -28,7 +28,7 @@ from llavar_peft.data.tile_layout import view_count
 from llavar_peft.errors import DataError, ImageError
 from llavar_peft.types import Example, Processor
 
-_HOLDOUT_STREAM = 0x0C4
+_HOLDOUT_STREAM = 0x0C4  # distinguishes this draw from others with the run's seed
 SUPERVISED_PLACES: Final = "supervised_places"
 IMAGE_PLACES: Final = "image_places"
 PLACES: Final = {SUPERVISED_PLACES: "supervised_counts", IMAGE_PLACES: "image_token_counts"}
@@ -133,7 +133,7 @@ class TrainingDataset(Dataset[Item]):
 
 def text_tokens(raw: Mapping[str, Any]) -> int:
     """Estimate the number of text tokens of a raw record, valid or not, as one per four bytes."""
-    turns = _listed(raw)
+    turns = _stored_turns(raw)
     if turns and is_message(turns[0]):
         texts: list[Any] = list(written_turns(turns))
     else:
@@ -143,13 +143,14 @@ def text_tokens(raw: Mapping[str, Any]) -> int:
 
 def image_count(raw: Mapping[str, Any]) -> int:
     """Return the number of images that a raw record names or contains, whether it is valid or not."""
-    named = sum(len(raw[key]) if isinstance(raw[key], list | tuple) else 1 for key in image_keys(raw))
-    contents = [turn.get("content") for turn in _listed(raw) if isinstance(turn, Mapping)]
+    num_named = sum(len(raw[key]) if isinstance(raw[key], list | tuple) else 1 for key in image_keys(raw))
+    contents = [turn.get("content") for turn in _stored_turns(raw) if isinstance(turn, Mapping)]
     parts = [part for content in contents if isinstance(content, list) for part in content]
-    return named or sum(isinstance(part, Mapping) and part.get("type") != "text" for part in parts)
+    return num_named or sum(isinstance(part, Mapping) and part.get("type") != "text" for part in parts)
 
 
-def _listed(raw: Mapping[str, Any]) -> list[Any]:
+def _stored_turns(raw: Mapping[str, Any]) -> list[Any]:
+    """Return the turns or messages of a raw record; empty if it has neither."""
     return next((raw[key] for key in ("conversations", "messages") if isinstance(raw.get(key), list)), [])
 
 
@@ -187,68 +188,71 @@ class Collator:
             padding; and, if there are images, ``pixel_values`` ``[N, 3, H, W]``, or a list of N tensors ``[3, H, W]``
             of different sizes.
         """
-        good = [item for item in items if item.fault is None]
-        rows = self._packed_row(good) if self.packed else self._padded_rows(good)
+        usable = [item for item in items if item.fault is None]
+        rows = self._packed_row(usable) if self.packed else self._padded_rows(usable)
         batch: dict[str, Any] = {
             **rows,
-            **self._find_places(good, width=None if self.packed else rows["input_ids"].shape[1]),
-            "ids": [item.example.id for item in good],
+            **self._find_places(usable, width=None if self.packed else rows["input_ids"].shape[1]),
+            "ids": [item.example.id for item in usable],
             "faults": [(item.example.id, item.fault) for item in items if item.fault is not None],
         }
-        pixels = [image for item in good for image in item.pixels]
-        layouts = [layout for item in good for layout in item.example.image_layouts]
-        details = [detail for item in good for detail in item.details]
+        pixels = [image for item in usable for image in item.pixels]
+        layouts = [layout for item in usable for layout in item.example.image_layouts]
+        details = [detail for item in usable for detail in item.details]
         if details and self.image_token_id is not None:
-            batch[IMAGE_STARTS] = tuple(_image_starts(item.example, self.image_token_id) for item in good)
+            batch[IMAGE_STARTS] = tuple(_image_starts(item.example, self.image_token_id) for item in usable)
         return {**batch, **image_inputs(pixels, layouts, details)}
 
-    def _find_places(self, good: Sequence[Item], *, width: int | None) -> dict[str, Any]:
+    def _find_places(self, usable: Sequence[Item], *, width: int | None) -> dict[str, Any]:
         """Return where the tokens are that the model looks for, so that no device has to be asked for it.
 
         Args:
-            good: The items of the batch.
+            usable: The items of the batch.
             width: Length of a padded row; None for a packed one.
         """
-        lengths = [len(item.example.input_ids) for item in good]
-        starts = accumulate(lengths[:-1], initial=0) if width is None else range(0, width * len(good), width)
-        found: dict[str, list[Tensor]] = {SUPERVISED_PLACES: []}
+        lengths = [len(item.example.input_ids) for item in usable]
+        starts = accumulate(lengths[:-1], initial=0) if width is None else range(0, width * len(usable), width)
+        places_by_item: dict[str, list[Tensor]] = {SUPERVISED_PLACES: []}
         if self.image_token_id is not None:
-            found[IMAGE_PLACES] = []
-        for start, item in zip(starts, good, strict=False):
+            places_by_item[IMAGE_PLACES] = []
+        for start, item in zip(starts, usable, strict=False):
             # The token at a position predicts the label of the next one.
-            found[SUPERVISED_PLACES].append(item.example.labels[1:].ne(IGNORE_INDEX).nonzero()[:, 0] + start)
+            is_supervised = item.example.labels[1:].ne(IGNORE_INDEX)
+            places_by_item[SUPERVISED_PLACES].append(is_supervised.nonzero()[:, 0] + start)
             if self.image_token_id is not None:
-                found[IMAGE_PLACES].append(item.example.input_ids.eq(self.image_token_id).nonzero()[:, 0] + start)
-        places: dict[str, Any] = {"tokens": sum(lengths) or 1}
-        for name, parts in found.items():
-            each = parts or [torch.zeros(0, dtype=torch.int64)]
-            places[name], places[PLACES[name]] = torch.cat(each), tuple(map(len, each))
-        return places
+                is_image = item.example.input_ids.eq(self.image_token_id)
+                places_by_item[IMAGE_PLACES].append(is_image.nonzero()[:, 0] + start)
+        batch: dict[str, Any] = {"tokens": sum(lengths) or 1}
+        for name, places in places_by_item.items():
+            at_least_one = places or [torch.zeros(0, dtype=torch.int64)]
+            batch[name] = torch.cat(at_least_one)
+            batch[PLACES[name]] = tuple(map(len, at_least_one))
+        return batch
 
-    def _padded_rows(self, good: Sequence[Item]) -> dict[str, Tensor]:
-        lengths = [len(item.example.input_ids) for item in good] or [1]
+    def _padded_rows(self, usable: Sequence[Item]) -> dict[str, Tensor]:
+        lengths = [len(item.example.input_ids) for item in usable] or [1]
         shape = (len(lengths), max(lengths))
         input_ids_BT = torch.full(shape, self.pad_id, dtype=torch.int64)
         labels_BT = torch.full(shape, IGNORE_INDEX, dtype=torch.int64)
         attention_mask_BT = torch.zeros(shape, dtype=torch.int64)
         for row, length in enumerate(lengths):
             attention_mask_BT[row, :length] = 1
-        for row, item in enumerate(good):
+        for row, item in enumerate(usable):
             input_ids_BT[row, : lengths[row]] = item.example.input_ids
             labels_BT[row, : lengths[row]] = item.example.labels
         return {"input_ids": input_ids_BT, "labels": labels_BT, "attention_mask": attention_mask_BT}
 
-    def _packed_row(self, good: Sequence[Item]) -> dict[str, Any]:
-        if not good:
+    def _packed_row(self, usable: Sequence[Item]) -> dict[str, Any]:
+        if not usable:
             return _unsupervised_row(torch.tensor([[self.pad_id]]))
-        labels = [item.example.labels.clone() for item in good]
+        labels = [item.example.labels.clone() for item in usable]
         for labels_T in labels:
             labels_T[0] = IGNORE_INDEX  # the last token of the item before it must not predict this one
         return {
-            "input_ids": torch.cat([item.example.input_ids for item in good])[None],
+            "input_ids": torch.cat([item.example.input_ids for item in usable])[None],
             "labels": torch.cat(labels)[None],
             "lengths": tuple(len(labels_T) for labels_T in labels),
-            "image_counts": tuple(len(item.pixels) for item in good),
+            "image_counts": tuple(len(item.pixels) for item in usable),
         }
 
 
@@ -266,15 +270,17 @@ def split_batch(batch: Mapping[str, Any], bins: Sequence[Sequence[int]]) -> list
         bins: Indices of the items of each new row; an empty bin gives a row with a single unsupervised token.
     """
     lengths, image_counts = batch["lengths"], batch["image_counts"]
-    columns = [slice(end - length, end) for length, end in zip(lengths, accumulate(lengths), strict=True)]
-    images = [range(end - number, end) for number, end in zip(image_counts, accumulate(image_counts), strict=True)]
+    columns_of_item = [slice(end - length, end) for length, end in zip(lengths, accumulate(lengths), strict=True)]
+    images_of_item = [
+        range(end - count, end) for count, end in zip(image_counts, accumulate(image_counts), strict=True)
+    ]
     rows = []
     for items in bins:
         if not items:
             rows.append(_unsupervised_row(batch["input_ids"][:, :1]))
             continue
         row: dict[str, Any] = {
-            name: torch.cat([batch[name][:, columns[item]] for item in items], dim=1)
+            name: torch.cat([batch[name][:, columns_of_item[item]] for item in items], dim=1)
             for name in ("input_ids", "labels")
         }
         row["lengths"] = tuple(lengths[item] for item in items)
@@ -287,24 +293,29 @@ def split_batch(batch: Mapping[str, Any], bins: Sequence[Sequence[int]]) -> list
         if any(row["image_counts"]):
             if IMAGE_STARTS in batch:
                 row[IMAGE_STARTS] = tuple(batch[IMAGE_STARTS][item] for item in items)
-            row.update(_pick_images(batch, [number for item in items for number in images[item]]))
+            row.update(_pick_images(batch, [image for item in items for image in images_of_item[item]]))
         rows.append(row)
     return rows
 
 
-def _pick_images(batch: Mapping[str, Any], chosen: Sequence[int]) -> dict[str, Any]:
+def _pick_images(batch: Mapping[str, Any], indices: Sequence[int]) -> dict[str, Any]:
     """Return the model's arguments for some of a batch's images, in this order."""
-    pixels, layouts = batch["pixel_values"], batch.get("image_layouts", ())
-    each = torch.split(pixels, list(map(view_count, layouts))) if layouts else pixels
-    details = [batch["detail_values"][number] for number in chosen] if "detail_values" in batch else []
-    return image_inputs([each[number] for number in chosen], [layouts[number] for number in chosen if layouts], details)
+    pixels, all_layouts = batch["pixel_values"], batch.get("image_layouts", ())
+    pixels_of_image = torch.split(pixels, list(map(view_count, all_layouts))) if all_layouts else pixels
+    layouts = [all_layouts[index] for index in indices] if all_layouts else []
+    details = [batch["detail_values"][index] for index in indices] if "detail_values" in batch else []
+    return image_inputs([pixels_of_image[index] for index in indices], layouts, details)
 
 
 def _move_places(places: Tensor, counts: Sequence[int], items: Sequence[int], lengths: Sequence[int]) -> Tensor:
     """Return the positions of some items of a packed row in a row of these items alone."""
-    parts, starts = torch.split(places, list(counts)), list(accumulate(lengths, initial=0))
-    moved = accumulate((lengths[item] for item in items), initial=0)
-    return torch.cat([parts[item] + (start - starts[item]) for item, start in zip(items, moved, strict=False)])
+    places_of_item, old_starts = torch.split(places, list(counts)), list(accumulate(lengths, initial=0))
+    new_starts = accumulate((lengths[item] for item in items), initial=0)
+    moved = [
+        places_of_item[item] + (new_start - old_starts[item])
+        for item, new_start in zip(items, new_starts, strict=False)
+    ]
+    return torch.cat(moved)
 
 
 def _unsupervised_row(input_ids_11: Tensor) -> dict[str, Any]:
@@ -314,7 +325,9 @@ def _unsupervised_row(input_ids_11: Tensor) -> dict[str, Any]:
     return {**row, "tokens": 1, SUPERVISED_PLACES: input_ids_11.new_zeros(0), PLACES[SUPERVISED_PLACES]: (0,)}
 
 
-_AUTOMATIC_SHARE, _AUTOMATIC_FROM, _AUTOMATIC_MOST = 0.02, 100, 64
+_DEFAULT_SHARE = 0.02
+_DEFAULT_FROM = 100  # records; of fewer, none are held out by default
+_DEFAULT_MOST = 64  # records
 
 
 def count_held_out(count: int, holdout: float | None) -> int:
@@ -326,7 +339,7 @@ def count_held_out(count: int, holdout: float | None) -> int:
             and none of fewer.
     """
     if holdout is None:
-        return min(round(_AUTOMATIC_SHARE * count), _AUTOMATIC_MOST) if count >= _AUTOMATIC_FROM else 0
+        return min(round(_DEFAULT_SHARE * count), _DEFAULT_MOST) if count >= _DEFAULT_FROM else 0
     return int(holdout) if holdout >= 1 else round(holdout * count)
 
 
@@ -351,6 +364,6 @@ def split_holdout(count: int, holdout: float | None, *, seed: int) -> tuple[list
             f"no records remain for training (got {holdout:g}, expected fewer than the {count} records)",
             "hold out fewer records",
         )
-    held = np.sort(np.random.default_rng((seed, _HOLDOUT_STREAM)).permutation(count)[:number])
-    kept = np.setdiff1d(np.arange(count), held)
-    return kept.tolist(), held.tolist()
+    held_out = np.sort(np.random.default_rng((seed, _HOLDOUT_STREAM)).permutation(count)[:number])
+    training = np.setdiff1d(np.arange(count), held_out)
+    return training.tolist(), held_out.tolist()

@@ -10,6 +10,7 @@ import hashlib
 import logging
 import os
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -66,7 +67,9 @@ class GenerateReport:
 
 
 @dataclass(frozen=True, slots=True)
-class _Processes:
+class _Process:
+    """This process among those of the launcher, and the number of them."""
+
     rank: int
     size: int
 
@@ -123,11 +126,11 @@ def generate_answers(  # noqa: PLR0913 - a run's settings, by name
         EnvironmentFaultError: The disk is full, the folder is not writable, or another process writes the answers.
         ImageError: An image is missing, broken or outside the folder.
     """
-    asked = read_question_file(expand_home(questions))
+    question_list = read_question_file(expand_home(questions))
     path, sampling = expand_home(answers), sampling or Sampling()
     roots = ImageRoots([] if images is None else [images])
     name = str(model) if adapter is None else f"{model}+{adapter}"
-    form = None if schema is None else AnswerSchema.of(schema)
+    answer_schema = None if schema is None else AnswerSchema.of(schema)
     settings: dict[str, Any] = {
         "questions": hashlib.sha256(expand_home(questions).read_bytes()).hexdigest(),
         "images": None if images is None else str(expand_home(images).resolve()),
@@ -137,73 +140,79 @@ def generate_answers(  # noqa: PLR0913 - a run's settings, by name
         "quantize": quantize,
         "image_mode": image_mode,
         "sampling": {**dataclasses.asdict(sampling), "stop": list(sampling.stop)},
-        **({} if form is None else {"schema": form.text}),
+        **({} if answer_schema is None else {"schema": answer_schema.text}),
     }
     check_output_file(path, "--answers")
-    with _processes() as here, _lock_answers(path, here):
-        journal = AnswerJournal(path, here.rank)
-        earlier: list[dict[str, Any]] = []
-        if path.is_file() and not journal.begun:
-            earlier = earlier_answers(path, asked, name)
-            if len(earlier) == len(asked):
-                if here.rank == 0:
-                    journal.remove()  # left by a run that was killed while removing it
-                return GenerateReport(answers=path, count=len(earlier), kept=len(earlier))
-        if here.rank == 0:
-            if earlier:
-                logger.warning(
-                    "%s: keeping its %d answers, which may have been sampled with other settings", path, len(earlier)
-                )
-            journal.begin(settings, earlier)
-        here.wait()
-        before = journal.read()
-        todo = [question for question in _share(asked, here) if question.place not in before]
+    with _join_processes() as process, _lock_answers(path, process):
+        journal = AnswerJournal(path, process.rank)
+        earlier = [] if journal.begun or not path.is_file() else earlier_answers(path, question_list, name)
+        if earlier and len(earlier) == len(question_list):
+            if process.rank == 0:
+                journal.remove()  # left by a run that was killed while removing it
+            return GenerateReport(answers=path, count=len(earlier), kept=len(earlier))
+        if process.rank == 0:
+            _begin(journal, settings, earlier, path)
+        process.wait()
+        entries_before = journal.read()
+        todo = [question for question in _share(question_list, process) if question.place not in entries_before]
         if on_bad_image == "stop":
             _check_images(todo, roots)
-        began = time.perf_counter()
+        started = time.perf_counter()
         if todo:
-            chat = load_chat(model, adapter, vision_tower=vision_tower, quantize=quantize, device=here.device)
-            began = time.perf_counter()
-            work = _Work(chat, roots, sampling, image_mode, on_bad_image, form)
+            chat = load_chat(model, adapter, vision_tower=vision_tower, quantize=quantize, device=process.device)
+            started = time.perf_counter()
+            worker = _Worker(chat, roots, sampling, image_mode, on_bad_image, answer_schema)
             with journal:
-                work.run(todo, batch_size, journal, progress)
-        here.wait()
-        done = journal.read()
-        seconds = time.perf_counter() - began
-        count = sum("text" in entry for entry in done.values())
-        if here.rank == 0:
-            write_answer_file(path, asked, done, name)
-        here.wait()
-        if here.rank == 0:
+                worker.run(todo, batch_size, journal, progress)
+        process.wait()
+        entries = journal.read()
+        seconds = time.perf_counter() - started
+        if process.rank == 0:
+            write_answer_file(path, question_list, entries, name)
+        process.wait()
+        if process.rank == 0:
             journal.remove()
-    skipped = tuple(entry["skipped"] for entry in done.values() if "skipped" in entry)
-    kept = sum("text" in entry for entry in before.values())
-    return GenerateReport(answers=path, count=count, kept=kept, skipped=skipped, seconds=seconds)
+    return GenerateReport(
+        answers=path,
+        count=sum("text" in entry for entry in entries.values()),
+        kept=sum("text" in entry for entry in entries_before.values()),
+        skipped=tuple(entry["skipped"] for entry in entries.values() if "skipped" in entry),
+        seconds=seconds,
+    )
+
+
+def _begin(journal: AnswerJournal, settings: dict[str, Any], earlier: list[dict[str, Any]], path: Path) -> None:
+    """Begin the journal of a run, with the answers that an existing answer file has."""
+    if earlier:
+        logger.warning(
+            "%s: keeping its %d answers, which may have been sampled with other settings", path, len(earlier)
+        )
+    journal.begin(settings, earlier)
 
 
 @contextmanager
-def _processes() -> Iterator[_Processes]:
+def _join_processes() -> Iterator[_Process]:
     """Join the other processes of the launcher, if any."""
-    here = _Processes(int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1")))
-    if here.size == 1:
-        yield here
+    process = _Process(int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1")))
+    if process.size == 1:
+        yield process
         return
     distributed.init_process_group("gloo", timeout=_TIMEOUT)
     try:
-        yield here
+        yield process
     finally:
         distributed.destroy_process_group()
 
 
-def _lock_answers(path: Path, here: _Processes) -> AbstractContextManager[None]:
+def _lock_answers(path: Path, process: _Process) -> AbstractContextManager[None]:
     """Return a lock on the answer file, which the first process holds for all."""
-    return hold_lock(path.with_name(f".{path.name}.lock"), where=path) if here.rank == 0 else nullcontext()
+    return hold_lock(path.with_name(f".{path.name}.lock"), where=path) if process.rank == 0 else nullcontext()
 
 
-def _share(questions: Sequence[ImageQuestion], here: _Processes) -> list[ImageQuestion]:
+def _share(questions: Sequence[ImageQuestion], process: _Process) -> list[ImageQuestion]:
     """Return the questions of a process, longest first: batches have similar lengths, and memory errors come early."""
-    longest = sorted(questions, key=lambda question: (question.image is None, -len(question.text)))
-    return longest[here.rank :: here.size]
+    longest_first = sorted(questions, key=lambda question: (question.image is None, -len(question.text)))
+    return longest_first[process.rank :: process.size]
 
 
 def _check_images(questions: Sequence[ImageQuestion], roots: ImageRoots) -> None:
@@ -219,8 +228,8 @@ def _check_images(questions: Sequence[ImageQuestion], roots: ImageRoots) -> None
 
 
 @dataclass(frozen=True, slots=True)
-class _Work:
-    """The work of one process."""
+class _Worker:
+    """Answers the questions of one process."""
 
     chat: Chat
     roots: ImageRoots
@@ -239,16 +248,16 @@ class _Work:
         """Answer questions. Half a batch is prepared in advance and joins as soon as other rows end."""
         batch = DecodingBatch(self.chat.engine, self.chat.resolve_adapter(...))
         places: dict[Row, int] = {}
-        done = 0
-        chunk = max(1, batch_size // 2)
+        num_done = 0
+        chunk_size = max(1, batch_size // 2)
+        chunks = iter([questions[start : start + chunk_size] for start in range(0, len(questions), chunk_size)])
         with ThreadPoolExecutor(max_workers=2) as pool:
-            parts = iter([questions[start : start + chunk] for start in range(0, len(questions), chunk)])
-            ahead = [pool.submit(self._prepare, part) for part in islice(parts, 2)]
-            while ahead or batch.rows:
+            prepared = deque(pool.submit(self._prepare, chunk) for chunk in islice(chunks, 2))
+            while prepared or batch.rows:
                 entries: list[dict[str, Any]] = []
-                while ahead and len(batch.rows) + chunk <= batch_size:
-                    rows, skipped = ahead.pop(0).result()
-                    ahead += [pool.submit(self._prepare, part) for part in islice(parts, 1)]
+                while prepared and len(batch.rows) + chunk_size <= batch_size:
+                    rows, skipped = prepared.popleft().result()
+                    prepared += [pool.submit(self._prepare, chunk) for chunk in islice(chunks, 1)]
                     places.update(rows)
                     entries += skipped
                     batch.join(list(rows))
@@ -258,9 +267,9 @@ class _Work:
                         entries.append({"place": place, "text": row.answer.text})
                         del places[row]
                 journal.write(entries)
-                done += len(entries)
+                num_done += len(entries)
                 if entries and progress is not None:
-                    progress(done, len(questions))
+                    progress(num_done, len(questions))
 
     def _prepare(self, questions: Sequence[ImageQuestion]) -> tuple[dict[Row, int], list[dict[str, Any]]]:
         """Return rows with the index of their question, and entries for skipped questions."""

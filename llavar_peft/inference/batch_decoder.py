@@ -138,9 +138,11 @@ class DecodingBatch:
             with self._engine.no_grad():
                 self._compute_again(first=len(self.rows) - len(rows))
             return
-        fresh = [row for row in rows if row.request.prefix is None]
+        without_prefix = [row for row in rows if row.request.prefix is None]
+        groups = [without_prefix] if without_prefix else []
+        groups += [[row] for row in rows if row.request.prefix is not None]
         with self._engine.no_grad():
-            for group in ([fresh] if fresh else []) + [[row] for row in rows if row.request.prefix is not None]:
+            for group in groups:
                 cache, mask_BW, logits_BV = self._compute_prompts([row.request for row in group])
                 self._cache, self._mask_BW = join_caches(self._cache, self._mask_BW, cache, mask_BW)
                 self.rows += group
@@ -181,11 +183,11 @@ class DecodingBatch:
 
     def _compute_again(self, first: int) -> None:
         """Compute rows from an index on, from their start, and add a token to each."""
-        texts = [
+        prompts_and_answers = [
             dataclasses.replace(row.request, ids=torch.cat([row.request.ids, row.request.ids.new_tensor(row.ids)]))
             for row in self.rows[first:]
         ]
-        _, _, logits_BV = self._compute_prompts(texts)
+        _, _, logits_BV = self._compute_prompts(prompts_and_answers)
         self._append_tokens(logits_BV, first=first)
 
     def _compute_prompts(self, requests: Sequence[Request]) -> tuple[DynamicCache, Tensor, Tensor]:
@@ -234,13 +236,14 @@ class DecodingBatch:
             return {}
         conversations = []
         for row, request in enumerate(requests, start=1):
-            known = len(request.ids) if past is None else past
+            start = len(request.ids) if past is None else past  # of the tokens to compute
             length = 1 if past is None else len(request.ids) - past
             places = (request.ids == self._engine.processor.image_token_id).nonzero()[:, 0].tolist()
             firsts = accumulate((image.tokens for image in request.images[:-1]), initial=0) if places else ()
-            conversations.append((row * width - length, length, [places[first] - known for first in firsts]))
+            conversations.append((row * width - length, length, [places[first] - start for first in firsts]))
         features = [image.detail_features.get(self._adapter) for image in images]
-        return {"details": ImageDetails(detail_segments(conversations), [one for one in features if one is not None])}
+        computed = [features_FC for features_FC in features if features_FC is not None]
+        return {"details": ImageDetails(detail_segments(conversations), computed)}
 
     def _encode_prompts(self, requests: Sequence[Request], width: int) -> dict[str, Any]:
         """Return the model's inputs as a training step has them: the whole model is called, never a part of it."""
@@ -252,8 +255,10 @@ class DecodingBatch:
     def _embed_prompts(self, requests: Sequence[Request], past: int, width: int) -> dict[str, Any]:
         """Return the embeddings from a position on, with features that were computed before or are kept from now on."""
         image_token = self._engine.processor.image_token_id
-        new = [request.images for request in requests if bool((request.ids[past:] == image_token).any())]
-        self._engine.compute_features([image for images in new for image in images], self._adapter)
+        images = [
+            image for request in requests if bool((request.ids[past:] == image_token).any()) for image in request.images
+        ]
+        self._engine.compute_features(images, self._adapter)
         embeds = [self._embed(request, past) for request in requests]
         return {"inputs_embeds": torch.stack([pad(row, (0, 0, width - len(row), 0)) for row in embeds])}
 
@@ -291,38 +296,40 @@ class DecodingBatch:
             logits_BV[chosen] = logits_BV[chosen].masked_fill(~allowed_BV, -torch.inf)
 
     def _drop(self, ended: dict[Row, FinishReason]) -> None:
+        """Complete the answers of rows that ended, and remove the rows from the batch and its cache."""
         if not ended:
             return
         for index, row in enumerate(self.rows):
             if row in ended:
-                keeps = row.request.keep_prefix and not self._engine.keeps_state
-                row.finish(ended[row], self._extract_prefix(index) if keeps else None)
-        kept = [index for index, row in enumerate(self.rows) if row not in ended]
-        self.rows = [self.rows[index] for index in kept]
+                returns_prefix = row.request.keep_prefix and not self._engine.keeps_state
+                row.finish(ended[row], self._extract_prefix(index) if returns_prefix else None)
+        remaining = [index for index, row in enumerate(self.rows) if row not in ended]
+        self.rows = [self.rows[index] for index in remaining]
         if self._engine.keeps_state:
             return
-        if not kept:
+        if not remaining:
             self._cache, self._mask_BW = make_cache(()), self._mask_BW[:0, :0]
             return
-        chosen = torch.tensor(kept, device=self._mask_BW.device)
-        self._mask_BW = self._mask_BW[chosen]
+        indices = torch.tensor(remaining, device=self._mask_BW.device)
+        self._mask_BW = self._mask_BW[indices]
         empty = int(self._mask_BW.any(dim=0).long().argmax())  # columns that only dropped rows used
         self._mask_BW = self._mask_BW[:, empty:]
         self._cache = make_cache(
-            (keys[chosen, :, empty:], values[chosen, :, empty:]) for keys, values in cache_layers(self._cache)
+            (keys[indices, :, empty:], values[indices, :, empty:]) for keys, values in cache_layers(self._cache)
         )
 
     def _extract_prefix(self, index: int) -> Prefix:
+        """Return the keys and values of a row's prompt and answer, without those of its last token."""
         row = self.rows[index]
-        known = torch.cat([row.request.ids, torch.tensor(row.ids[:-1], dtype=torch.int64)])
+        ids = torch.cat([row.request.ids, torch.tensor(row.ids[:-1], dtype=torch.int64)])
         alone = len(self.rows) == 1  # a view of a larger batch would keep the memory of the other rows
 
         def extract(tensor: Tensor) -> Tensor:
-            part = tensor[index : index + 1, :, -len(known) :]
+            part = tensor[index : index + 1, :, -len(ids) :]
             return part if alone else part.clone()
 
         layers = tuple((extract(keys), extract(values)) for keys, values in cache_layers(self._cache))
-        return Prefix(known, row.request.images, layers)
+        return Prefix(ids, row.request.images, layers)
 
 
 def answer_all(engine: Engine, requests: Sequence[Request], *, batch_size: int = 32) -> list[Answer]:

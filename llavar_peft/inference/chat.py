@@ -161,10 +161,9 @@ class Chat:
             DataError: The question is empty, or longer than the model's context.
         """
         question = _stated_question(question, schema)
-        how = Sampling(**sampling)
         request = self.request(
-            image, question, adapter=adapter, image_mode=image_mode, sampling=how, schema=schema
-        )  # fmt: skip
+            image, question, adapter=adapter, image_mode=image_mode, sampling=Sampling(**sampling), schema=schema
+        )
         return self.answer([request])[0].text
 
     def stream(
@@ -183,10 +182,9 @@ class Chat:
             Pieces of text in whole characters. Closing the iterator ends the answer.
         """
         question = _stated_question(question, schema)
-        how = Sampling(**sampling)
         request = self.request(
-            image, question, adapter=adapter, image_mode=image_mode, sampling=how, schema=schema
-        )  # fmt: skip
+            image, question, adapter=adapter, image_mode=image_mode, sampling=Sampling(**sampling), schema=schema
+        )
         pieces: list[str] = []
         yield from stream_row(self.engine, Row(request, self.engine, pieces.append), pieces)
 
@@ -314,7 +312,7 @@ class Dialogue:
         Raises:
             ImageError: The image is missing or broken.
         """
-        earlier = [one for turn in self.turns for one in turn.images]
+        earlier = [shown for turn in self.turns for shown in turn.images]
         self._next_images = tuple(prepare_images(image, self._engine.processor, image_mode, earlier=earlier))
 
     def clear(self) -> None:
@@ -358,14 +356,14 @@ class Dialogue:
         """
         if image is not None:
             self.show(image)
-        shown = self._next_images
+        images = self._next_images
         pieces: list[str] = []
-        row = Row(self._request(text, shown, Sampling(**sampling), schema), self._engine, pieces.append)
+        row = Row(self._request(text, images, Sampling(**sampling), schema), self._engine, pieces.append)
         try:
             yield from stream_row(self._engine, row, pieces)
         finally:
             if row.text or (row.answer is not None and row.answer.finish_reason != "cancelled"):
-                self.turns.append(DialogueReply(text, shown, row.text))
+                self.turns.append(DialogueReply(text, images, row.text))
                 self._next_images = ()
             # Without an answer the step was interrupted; the keys and values of the earlier turns are still valid.
             if row.answer is not None:

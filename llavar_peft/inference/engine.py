@@ -64,21 +64,22 @@ class Engine:
         self.model = model
         self.processor = processor
         self.training = training
-        inner = list(model.peft_config) if hasattr(model, "peft_config") and not training else []
-        self._inner = {outer: name for name, outer in (adapters or dict(zip(inner, inner, strict=True))).items()}
+        peft_names = list(model.peft_config) if hasattr(model, "peft_config") and not training else []
+        public_names = adapters or {name: name for name in peft_names}
+        self._peft_names = {public: name for name, public in public_names.items()}
         self._active: str | None = None
-        if inner:
+        if peft_names:
             self._activate(self.adapters[0])
 
     @property
     def adapters(self) -> tuple[str, ...]:
         """The adapters' names, in the order they were given."""
-        return tuple(self._inner)
+        return tuple(self._peft_names)
 
     @property
     def base_model(self) -> Any:
         """The model to call: the LLaVAR, whose layers hold the adapters, or the training run's model as it is."""
-        return self.model.get_base_model() if self._inner else self.model
+        return self.model.get_base_model() if self._peft_names else self.model
 
     @property
     def device(self) -> torch.device:
@@ -124,8 +125,8 @@ class Engine:
 
     def check_adapter(self, name: str | None) -> None:
         """Raise ``ConfigError`` if no adapter has this name. None is the base and always valid."""
-        if name is not None and name not in self._inner:
-            known = ", ".join(self._inner)
+        if name is not None and name not in self._peft_names:
+            known = ", ".join(self._peft_names)
             fix = f"use one of {known}" if known else "load the adapter with the model"
             raise ConfigError.at("adapter", f"no adapter is named {name!r}", fix)
 
@@ -146,7 +147,7 @@ class Engine:
 
     def _activate(self, adapter: str) -> None:
         self.model.base_model.enable_adapter_layers()
-        self.model.set_adapter(self._inner[adapter], inference_mode=True)
+        self.model.set_adapter(self._peft_names[adapter], inference_mode=True)
         self._active = adapter
 
     def compute_features(self, images: Sequence[PromptImage], adapter: str | None) -> None:
@@ -219,22 +220,23 @@ def load_engine(
     config = dataclasses.replace(base, quantize=quantize, dtype=dtype, attention=attention, kernels=kernels)
     for folder in folders.values():
         check_base_of_adapter(folder, config)
-    built, processor = build_model(config, device=device)
-    built.eval()
+    built_model, processor = build_model(config, device=device)
+    built_model.eval()
     if not folders:
-        return Engine(built, processor)
+        return Engine(built_model, processor)
     for number, folder in enumerate(folders.values()):
         state = "can be chosen" if number else "is on"
         logger.info("the adapter %s %s; its base: %s", folder, state, base.checkpoint or base.language_model)
     # peft uses an adapter's name in module names, which must not contain a dot; its name for the first is "default".
-    inner = {f"adapter_{number}" if number else "default": name for number, name in enumerate(folders)}
+    public_names = {f"adapter_{number}" if number else "default": name for number, name in enumerate(folders)}
     # Adapters with trained embedding rows are loaded last: peft 0.21 cannot read the state of an adapter without rows
     # when another one with rows is present (peft/utils/other.py, ``TrainableTokensWrapper.adapter_state_dict``).
-    first, *others = sorted(zip(inner, folders.values(), strict=True), key=lambda pair: _trains_rows(pair[1]))
-    wrapped = apply_adapter(built, first[1], name=first[0])
+    in_order = sorted(zip(public_names, folders.values(), strict=True), key=lambda pair: _trains_rows(pair[1]))
+    (first_name, first_folder), *others = in_order
+    peft_model = apply_adapter(built_model, first_folder, name=first_name)
     for name, folder in others:
-        add_adapter(wrapped, folder, name)
-    return Engine(wrapped, processor, inner)
+        add_adapter(peft_model, folder, name)
+    return Engine(peft_model, processor, public_names)
 
 
 def _find_parts(
@@ -247,9 +249,9 @@ def _find_parts(
         read_settings(folder)  # a folder that holds no adapter is found before the model is loaded
     if not folders and (model / ADAPTER_CONFIG).is_file():
         base = _read_base(model)
-        return (base if vision_tower is None else dataclasses.replace(base, vision_tower=vision_tower)), {
-            model.name: model
-        }
+        if vision_tower is not None:
+            base = dataclasses.replace(base, vision_tower=vision_tower)
+        return base, {model.name: model}
     if (model / ADAPTER_CONFIG).is_file() and not any((model / name).is_file() for name in WEIGHTS_FILES):
         what = f"an adapter, expected the base of the adapter that is given too (got {str(model)!r})"
         raise ConfigError.at("model", what, "give the base as the model, or leave out one of the two adapters")
@@ -270,6 +272,7 @@ def _resolve_run(folder: Path) -> Path:
 
 
 def _read_base(adapter: Path) -> ModelConfig:
+    """Return the model that an adapter was trained on, from the file in its folder that names it."""
     settings = read_base_settings(adapter)
     fix = f"give the base as the model, and this folder as its adapter: --model BASE --adapter {adapter}"
     if not settings.fields:
@@ -291,15 +294,15 @@ def _read_base(adapter: Path) -> ModelConfig:
 
 def _trained_quantization(adapters: Mapping[str, Path]) -> Quantization | None:
     """Return how the base was stored when the adapters were trained."""
-    known: dict[str, Quantization | None] = {
+    by_adapter: dict[str, Quantization | None] = {
         name: read_base_settings(folder).quantize for name, folder in adapters.items()
     }
-    if len(set(known.values())) > 1:
-        stored = ", ".join(f"{name} on {quantize or 'full precision'}" for name, quantize in known.items())
+    if len(set(by_adapter.values())) > 1:
+        stored = ", ".join(f"{name} on {quantize or 'full precision'}" for name, quantize in by_adapter.items())
         raise ConfigError.at(
             "adapters", f"were trained on bases stored differently ({stored})", "choose with --quantize, or load fewer"
         )
-    return next(iter(known.values()), None)
+    return next(iter(by_adapter.values()), None)
 
 
 def _choose_device(device: str, quantize: Quantization | None) -> str:

@@ -100,10 +100,13 @@ def prepare_images(
         mode: Overrides the processor's ``inference_image_mode``.
         earlier: Images of earlier questions, with which they share the model's limit of image tokens.
     """
-    given: Sequence[Any] = [] if images is None else images if isinstance(images, list | tuple) else [images]
-    opened, used = list(map(_as_image, given)), sum(image.tokens for image in earlier)
-    made = prepare_record_images(opened, mode or processor.inference_image_mode, processor, used=used)
-    return list(map(PromptImage.of, made))
+    if images is None:
+        images = []
+    image_list: Sequence[Any] = images if isinstance(images, list | tuple) else [images]
+    opened = [_as_image(image) for image in image_list]
+    used_tokens = sum(image.tokens for image in earlier)
+    prepared = prepare_record_images(opened, mode or processor.inference_image_mode, processor, used=used_tokens)
+    return [PromptImage.of(image) for image in prepared]
 
 
 def inputs_of_images(images: Sequence[PromptImage], device: torch.device) -> dict[str, Any]:
@@ -156,12 +159,13 @@ class Prefix(ReadableRepr):
             image_token_id: The token at the positions of images; it is the same for all images.
         """
         longest = min(len(self.ids), len(ids) - 1)
-        differs = (self.ids[:longest] != ids[:longest]).nonzero()
-        length = int(differs[0]) if len(differs) else longest
-        same = takewhile(lambda pair: pair[0] is pair[1], zip(self.images, images, strict=False))
-        known = sum(image.tokens for image, _ in same)
+        differences = (self.ids[:longest] != ids[:longest]).nonzero()
+        length = int(differences[0]) if len(differences) else longest
+        # The same tokens may stand for other images: the part ends before the first image token of another image.
+        shared_images = takewhile(lambda pair: pair[0] is pair[1], zip(self.images, images, strict=False))
+        shared_tokens = sum(image.tokens for image, _ in shared_images)
         places = (ids[:length] == image_token_id).nonzero()
-        length = int(places[known]) if len(places) > known else length
+        length = int(places[shared_tokens]) if len(places) > shared_tokens else length
         if not length:
             return None
         layers = tuple((keys[:, :, :length], values[:, :, :length]) for keys, values in self.layers)

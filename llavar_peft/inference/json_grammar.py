@@ -127,6 +127,7 @@ class GrammarCompiler:
         return grammar
 
     def _compile(self, schema: AnswerSchema) -> JsonGrammar:
+        """Compile a schema; raise ``ConfigError`` if the library does not support it, or no answer can begin."""
         definition = json.loads(json.dumps(schema.definition))
         _close_objects(definition)
         _shorten_numbers(definition)
@@ -182,26 +183,28 @@ def _close_objects(schema: dict[str, Any]) -> None:
     if any("allOf" in part or ("properties" in part and _COMBINED & part.keys()) for part in parts):
         return
     for part in parts:
-        named = part.get("properties", {})
-        enough = len(named) >= part.get("minProperties", 0) and {*part.get("required", ())} <= named.keys()
-        if named and enough and not {"additionalProperties", "patternProperties"} & part.keys():
+        properties = part.get("properties", {})
+        suffice = len(properties) >= part.get("minProperties", 0) and {*part.get("required", ())} <= properties.keys()
+        if properties and suffice and not {"additionalProperties", "patternProperties"} & part.keys():
             part["additionalProperties"] = False
 
 
 def _shorten_numbers(schema: dict[str, Any]) -> None:
     """Let numbers have at most 15 digits before the point and 6 after it: some models write digits without end."""
     for _, part in subschemas(schema):
-        kinds = part.get("type", ())
-        number = {"integer", "number"} & {*([kinds] if isinstance(kinds, str) else kinds)}
+        stated_types = part.get("type", ())
+        types = {stated_types} if isinstance(stated_types, str) else {*stated_types}
         bounds = [part[name] for name in _BOUNDS if name in part]
-        if not number or {"enum", "const", "$ref", "allOf"} & part.keys() or any(abs(one) > _LARGEST for one in bounds):
+        if not types & {"integer", "number"} or {"enum", "const", "$ref", "allOf"} & part.keys():
+            continue
+        if any(abs(bound) > _LARGEST for bound in bounds):
             continue
         if not {"minimum", "exclusiveMinimum"} & part.keys():
             part["minimum"] = -_LARGEST
         if not {"maximum", "exclusiveMaximum"} & part.keys():
             part["maximum"] = _LARGEST
-        whole = all(one == round(one, 3) for one in bounds) and len({*bounds}) == len(bounds)
-        if "number" in number and "multipleOf" not in part and whole:
+        are_multiples = all(bound == round(bound, 3) for bound in bounds) and len({*bounds}) == len(bounds)
+        if "number" in types and "multipleOf" not in part and are_multiples:
             part["multipleOf"] = 1e-6
 
 

@@ -166,23 +166,21 @@ class AnswerJournal:
                 raise
             return
         try:
-            found = dict(json.loads(self._settings.read_text(encoding="utf-8")))
+            settings_before = dict(json.loads(self._settings.read_text(encoding="utf-8")))
         except DAMAGED:
-            found = {}
-        check_settings(self.folder, found, settings)
+            settings_before = {}
+        check_settings(self.folder, settings_before, settings)
 
     def read(self) -> dict[int, dict[str, Any]]:
         """Return what all processes have done: ``{"text": ...}`` or ``{"skipped": why}`` by the question's place."""
-        parts = sorted(self.folder.glob("part-*.jsonl"))
-        found = {}
-        for part in parts:
+        entries = {}
+        for part in sorted(self.folder.glob("part-*.jsonl")):
             for _, entry in read_entries(part, has_heading=False):
-                if not (
-                    isinstance(entry.get("place"), int) and isinstance(entry.get("text", entry.get("skipped")), str)
-                ):
+                text = entry.get("text", entry.get("skipped"))
+                if not (isinstance(entry.get("place"), int) and isinstance(text, str)):
                     raise DataError.at(str(part), "has an entry that is no answer", "delete the folder, and run again")
-                found[entry["place"]] = entry
-        return found
+                entries[entry["place"]] = entry
+        return entries
 
     def __enter__(self) -> Self:
         """Open this process's part for writing."""
@@ -207,14 +205,14 @@ class AnswerJournal:
 
 
 def write_answer_file(
-    path: Path, questions: Sequence[ImageQuestion], done: Mapping[int, Mapping[str, Any]], model: str
+    path: Path, questions: Sequence[ImageQuestion], entries: Mapping[int, Mapping[str, Any]], model: str
 ) -> int:
     """Write the answer file atomically, in the order of the questions.
 
     Args:
         path: The file.
         questions: All of them.
-        done: From ``AnswerJournal.read``.
+        entries: From ``AnswerJournal.read``.
         model: Value of ``model_id``.
 
     Returns:
@@ -222,11 +220,12 @@ def write_answer_file(
     """
     lines = []
     for question in questions:
-        if "text" in done[question.place]:
+        entry = entries[question.place]
+        if "text" in entry:
             answer = {
                 "question_id": question.id,
                 "prompt": question.text,
-                "text": done[question.place]["text"],
+                "text": entry["text"],
                 # The original's is random. A derived one makes equal runs write equal files.
                 "answer_id": str(uuid.uuid5(_NAMESPACE, json.dumps([model, question.place, question.id]))),
                 "model_id": model,
@@ -254,26 +253,26 @@ def earlier_answers(path: Path, questions: Sequence[ImageQuestion], model: str) 
     Raises:
         ConfigError: The file answers other questions, or another model's answers are in it.
     """
-    *complete, rest = read_bytes(path, error=ConfigError, fix="choose another output file").split(b"\n")
-    remaining = iter(questions)
+    lines = read_bytes(path, error=ConfigError, fix="choose another output file").split(b"\n")
+    remaining = iter(questions)  # the answers follow the order of the questions
     entries = []
-    for number, line in enumerate([*complete, rest], start=1):
+    for number, line in enumerate(lines, start=1):
         if not line:
             continue
         try:
             answer = parse_json(line, f"{path}:{number}", path, lenient=True)
-            asked, answered_by, text = (answer["question_id"], answer["prompt"]), answer["model_id"], answer["text"]
+            id_and_text = (answer["question_id"], answer["prompt"])
+            answered_by, text = answer["model_id"], answer["text"]
         except DAMAGED:
             # Only the beginning of an answer is an interrupted write; anything else is a file of another kind.
-            if number > len(complete) and line[: len(_ANSWER_START)] == _ANSWER_START[: len(line)]:
+            if number == len(lines) and line[: len(_ANSWER_START)] == _ANSWER_START[: len(line)]:
                 continue
-            asked, answered_by, text = None, model, None
-        found = next((one for one in remaining if (one.id, one.text) == asked), None)
-        if found is None or answered_by != model:
-            problem = (
-                "is not an answer to these questions" if found is None
-                else f"is an answer by {_short(answered_by)}, expected {model!r}"
-            )  # fmt: skip
+            id_and_text, answered_by, text = None, model, None
+        question = next((one for one in remaining if (one.id, one.text) == id_and_text), None)
+        if question is None or answered_by != model:
+            problem = "is not an answer to these questions"
+            if question is not None:
+                problem = f"is an answer by {_short(answered_by)}, expected {model!r}"
             raise ConfigError.at(f"{path}:{number}", problem, "choose another output file, or delete this one")
-        entries.append({"place": found.place, "text": text})
+        entries.append({"place": question.place, "text": text})
     return entries

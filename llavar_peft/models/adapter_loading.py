@@ -98,11 +98,11 @@ def apply_adapter(
     settings.inference_mode = not trainable
     settings.base_model_name_or_path = model.name_or_path
     model.requires_grad_(False)
-    wrapped: Any = get_peft_model(model, settings, adapter_name=name)
-    embed_used_rows_only(wrapped)
-    load_adapter_weights(wrapped, tensors, where=str(folder / ADAPTER_WEIGHTS), name=name)
-    wrapped.eval()
-    return wrapped
+    peft_model: Any = get_peft_model(model, settings, adapter_name=name)
+    embed_used_rows_only(peft_model)
+    load_adapter_weights(peft_model, tensors, where=str(folder / ADAPTER_WEIGHTS), name=name)
+    peft_model.eval()
+    return peft_model
 
 
 def add_adapter(model: PeftModel, folder: Path, name: str) -> None:
@@ -160,8 +160,10 @@ def fingerprint_base(config: ModelConfig) -> dict[str, Any]:
     folder = resolve_folder(source, "model.checkpoint" if config.checkpoint else "model.language_model")
     replaced = _REPLACED_BY_PROJECTOR if config.projector is not None else ()
     if (stored := stored_fingerprint(folder, UNQUANTIZED)) is not None:
-        kept = {name: one for name, one in stored["tensors"].items() if not name.startswith(replaced)}
-        return {**stored, "tensors": kept}
+        tensors = {
+            name: fingerprint for name, fingerprint in stored["tensors"].items() if not name.startswith(replaced)
+        }
+        return {**stored, "tensors": tensors}
     view = view_as_released(folder)
     table = {name: entry for name, entry in view.table.items() if not name.startswith(replaced)}
     return take_fingerprint(table, view.config)
@@ -202,11 +204,10 @@ def _read_checked(model: LlavarForConditionalGeneration, folder: Path) -> tuple[
     _raise_fault(find_resolution_fault(folder, kind, can_change=False))
     table = stored.table
     parts = split_adapter(table)
-    faults: list[Fault] = list(find_shape_faults(parts, stored.settings, str(folder)))
+    raise_faults(list(find_shape_faults(parts, stored.settings, str(folder))))
     # The shapes come from the configuration, because a quantized layer's own tensor is packed.
-    faults = faults or list(find_base_faults(parts, stored.settings, expected_shapes(model.config), str(folder)))
-    tensors = {} if faults else {name: read_tensor(entry) for name, entry in table.items()}
-    found = (find_not_finite([tensor], table[name].location) for name, tensor in tensors.items())
-    faults += [fault for fault in found if fault is not None]
-    raise_faults(faults)
+    raise_faults(list(find_base_faults(parts, stored.settings, expected_shapes(model.config), str(folder))))
+    tensors = {name: read_tensor(entry) for name, entry in table.items()}
+    checks = (find_not_finite([tensor], table[name].location) for name, tensor in tensors.items())
+    raise_faults([fault for fault in checks if fault is not None])
     return tensors, peft_settings(stored.settings, stored.adapted)

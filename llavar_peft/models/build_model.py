@@ -99,8 +99,11 @@ def build_model(
             output_loading_info=True,
             **quantization,
         )
-    if lost := sorted({*loading["missing_keys"], *loading["unexpected_keys"]}):  # it renamed what has its final name
-        what = f"transformers {transformers.__version__} does not load the tensors of this language model ({lost[0]})"
+    # Its rules of conversion may rename tensors that have their final names already.
+    not_loaded = sorted({*loading["missing_keys"], *loading["unexpected_keys"]})
+    if not_loaded:
+        version, example = transformers.__version__, not_loaded[0]
+        what = f"transformers {version} does not load the tensors of this language model ({example})"
         raise EnvironmentFaultError.at(parts.source, what, "use another version of transformers, or language model")
     _restore_buffers(model)
     if quantize is not None:
@@ -123,12 +126,12 @@ def _restore_buffers(model: LlavarForConditionalGeneration) -> None:
             attn_implementation="eager",
             trust_remote_code=False,
         )
-    stored, own = fresh.state_dict().keys(), dict(model.model.language_model.named_buffers())
-    for name, buffer in fresh.named_buffers():
-        if name not in stored and name in own:
-            expected = buffer.to(own[name].dtype)
-            if not torch.equal(own[name].cpu(), expected):
-                own[name].copy_(expected)
+    stored_in_files, buffers = fresh.state_dict().keys(), dict(model.model.language_model.named_buffers())
+    for name, fresh_buffer in fresh.named_buffers():
+        if name not in stored_in_files and name in buffers:
+            expected = fresh_buffer.to(buffers[name].dtype)
+            if not torch.equal(buffers[name].cpu(), expected):
+                buffers[name].copy_(expected)
 
 
 def build_pending_model(
@@ -165,10 +168,12 @@ def build_pending_model(
     for name, buffer in model.named_buffers():
         if name in parts.tensors:  # such as the correction of the routing to experts, which no gradient changes
             buffer.copy_(whole(parts.tensors[name]))
-    for name in [name for name in parts.tensors if name.startswith(tensor_names.TRAINED_WITH_PROJECTOR)]:
-        # Copied by peft: read at once.
-        module, _, own = name.rpartition(".")
-        setattr(model.get_submodule(module), own, nn.Parameter(whole(parts.tensors[name]).to(dtype, copy=True)))
+    for name in parts.tensors:
+        if not name.startswith(tensor_names.TRAINED_WITH_PROJECTOR):
+            continue
+        # peft copies these modules, so that their values are read now.
+        module, _, attribute = name.rpartition(".")
+        setattr(model.get_submodule(module), attribute, nn.Parameter(whole(parts.tensors[name]).to(dtype, copy=True)))
     model.pending_weights = pending
     return _finish(model.eval(), parts, config)
 
@@ -289,6 +294,7 @@ def quantization_arguments(quantize: Quantization | None, dtype: torch.dtype) ->
 
 
 def _read_checked_parts(config: ModelConfig, seed: int) -> ModelParts:
+    """Read a model from disk, and check everything that can be checked before it is built."""
     register()
     _check_values(config)
     _check_sources(config)
@@ -303,14 +309,15 @@ def _read_checked_parts(config: ModelConfig, seed: int) -> ModelParts:
     else:
         check_stored(parts, expected_shapes(parts.config))
     check_vocabulary(parts)
-    tower = config.vision_tower and resolve_folder(config.vision_tower, "model.vision_tower")
-    check_stored_values(parts.source, tower or None)
+    tower = resolve_folder(config.vision_tower, "model.vision_tower") if config.vision_tower else None
+    check_stored_values(parts.source, tower)
     return parts
 
 
 def _finish(
     model: LlavarForConditionalGeneration, parts: ModelParts, config: ModelConfig
 ) -> tuple[LlavarForConditionalGeneration, LlavarProcessor]:
+    """Apply the settings that need the built model, and return it with its processor."""
     apply_kernels(model, config.kernels)
     processor = parts.processor()
     model.generation_config.update(**processor.generation_ids)
@@ -335,6 +342,7 @@ def _check_values(config: object) -> None:
 
 
 def _check_sources(config: ModelConfig) -> None:
+    """Reject settings that name no model, or two."""
     has_parts = config.language_model is not None and config.vision_tower is not None
     if config.checkpoint is None and not has_parts:
         raise ConfigError.at(

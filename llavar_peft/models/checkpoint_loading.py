@@ -108,28 +108,29 @@ def read_checkpoint(config: ModelConfig, *, seed: int = 0) -> ModelParts:
             if is_llava_lora(folder)
             else "give it as the adapter of its base, or merge it first with `llavar-peft merge`",
         )
-    described = read_model_config(folder)
-    kind = described.get("model_type")
-    if described.get(TUNED_TOWER) and config.vision_tower is not None:
+    config_json = read_model_config(folder)
+    model_type = config_json.get("model_type")
+    if config_json.get(TUNED_TOWER) and config.vision_tower is not None:
         raise ConfigError.at(
             "model.vision_tower",
             f"set (to {config.vision_tower!r}) for a checkpoint whose own vision tower was trained",
             "leave it out: the checkpoint contains its tower",
         )
-    if kind == MODEL_TYPE:
+    if model_type == MODEL_TYPE:
         return set_resolution(_read_own_layout(folder, config), config.resolution, seed=seed)
-    if is_flat(described):
-        return set_resolution(_read_released_layout(folder, described, config), config.resolution, seed=seed)
-    if kind in STOCK_MODEL_TYPES:
+    if is_flat(config_json):
+        return set_resolution(_read_released_layout(folder, config_json, config), config.resolution, seed=seed)
+    if model_type in STOCK_MODEL_TYPES:
         return set_resolution(read_stock(folder), config.resolution, seed=seed)
     raise ConfigError.at(
         f"{folder / 'config.json'}:model_type",
-        f"not a LLaVAR (got {kind!r}, expected {MODEL_TYPE!r}, or {RELEASED_MODEL_TYPE!r} with LLaMA's fields)",
-        _fix_for_kind(kind),
+        f"not a LLaVAR (got {model_type!r}, expected {MODEL_TYPE!r}, or {RELEASED_MODEL_TYPE!r} with LLaMA's fields)",
+        _fix_for_type(model_type),
     )
 
 
 def _read_own_layout(folder: Path, config: ModelConfig) -> ModelParts:
+    """Read a checkpoint that this package wrote, with another vision tower if ``config`` names one."""
     model_config = load_pretrained(LlavarConfig, folder)
     quantize = stored_quantization(read_model_config(folder), folder)
     check_same_quantization(quantize, config.quantize, folder)
@@ -167,18 +168,20 @@ def _read_own_layout(folder: Path, config: ModelConfig) -> ModelParts:
     )
 
 
-def _read_released_layout(folder: Path, described: Mapping[str, Any], config: ModelConfig) -> ModelParts:
-    check_flat(folder, described, config.vision_tower)
-    return read_flat(folder, described, config, _read_tower(_required(config.vision_tower)))
+def _read_released_layout(folder: Path, config_json: Mapping[str, Any], config: ModelConfig) -> ModelParts:
+    check_flat(folder, config_json, config.vision_tower)
+    return read_flat(folder, config_json, config, _read_tower(_required(config.vision_tower)))
 
 
-def _fix_for_kind(kind: object) -> str:
-    if isinstance(kind, str) and kind in CONFIG_MAPPING and CONFIG_MAPPING[kind] in MODEL_FOR_CAUSAL_LM_MAPPING:
+def _fix_for_type(model_type: object) -> str:
+    """Return what to do with a folder of another kind of model."""
+    known = isinstance(model_type, str) and model_type in CONFIG_MAPPING
+    if known and CONFIG_MAPPING[model_type] in MODEL_FOR_CAUSAL_LM_MAPPING:
         return (
             "a plain language model sees no images: train a LLaVAR from it, with a recipe's model.language_model and "
             "model.vision_tower"
         )
-    if kind in _CLIP:
+    if model_type in _CLIP:
         return "give a LLaVAR as the model, and this folder as its vision tower"
     return "give the folder of a LLaVAR"
 
@@ -187,15 +190,15 @@ def _read_tower(name: str) -> TowerParts:
     return read_tower(resolve_folder(name, "model.vision_tower"))
 
 
-def _draw_projector(width_in: int, width_out: int, kind: ProjectorType, seed: int) -> dict[str, Tensor]:
+def _draw_projector(width_in: int, width_out: int, projector_type: ProjectorType, seed: int) -> dict[str, Tensor]:
     """Draw a projector as ``torch.nn.Linear`` is initialized, weight before bias, the first layer first."""
     generator = torch.Generator().manual_seed(seed)
 
     def draw(width: int, *shape: int) -> Tensor:
-        drawn: Tensor = (torch.rand(*shape, generator=generator) * 2 - 1) * width**-0.5
-        return drawn
+        values: Tensor = (torch.rand(*shape, generator=generator) * 2 - 1) * width**-0.5
+        return values
 
-    layers = {"": width_in} if kind == "linear" else {"linear_1.": width_in, "linear_2.": width_out}
+    layers = {"": width_in} if projector_type == "linear" else {"linear_1.": width_in, "linear_2.": width_out}
     tensors: dict[str, Tensor] = {}
     for layer, width in layers.items():
         tensors[f"{tensor_names.PROJECTOR}{layer}weight"] = draw(width, width_out, width)
@@ -204,6 +207,7 @@ def _draw_projector(width_in: int, width_out: int, kind: ProjectorType, seed: in
 
 
 def _required(name: str | None) -> str:
+    """Return a folder or hub name that a setting has to give."""
     if name is None:
         raise ConfigError.at("model", "no model is given", "set language_model and vision_tower, or checkpoint")
     return name

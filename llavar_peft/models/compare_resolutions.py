@@ -110,23 +110,23 @@ class ResolutionReport(ReadableRepr):
         if not self.settings:
             return ()
         if not self.reached:
-            return (min(self.settings, key=lambda one: (one.share_below, one.cost)),)
-        found: dict[tuple[type, int], ResolutionFigures] = {}
-        for one in self.settings:
-            if _suffices(one):
-                if one.resolution is None:
-                    return (one,)
-                found.setdefault((type(one.resolution), _pool(one.resolution)), one)
-        return tuple(found.values())
+            return (min(self.settings, key=lambda figures: (figures.share_below, figures.cost)),)
+        cheapest: dict[tuple[type, int], ResolutionFigures] = {}
+        for figures in self.settings:
+            if _suffices(figures):
+                if figures.resolution is None:
+                    return (figures,)
+                cheapest.setdefault((type(figures.resolution), _pool(figures.resolution)), figures)
+        return tuple(cheapest.values())
 
     def as_dict(self) -> dict[str, Any]:
         """Return the report as plain data for JSON."""
         return {
             **{key: value for key, value in asdict(self).items() if key not in ("current", "settings")},
             "current": None if self.current is None else self.current.as_dict(),
-            "settings": [one.as_dict() for one in self.settings],
+            "settings": [figures.as_dict() for figures in self.settings],
             "reached": self.reached,
-            "recommended": [one.as_dict() for one in self.recommended],
+            "recommended": [figures.as_dict() for figures in self.recommended],
         }
 
 
@@ -155,7 +155,7 @@ def compare_resolutions(
     """
     if not texts:
         return None
-    found = [_figures(texts, _views_with(views, one), one, smallest) for one in _choices(own)]
+    settings = [_measure(texts, _views_with(views, resolution), resolution, smallest) for resolution in _choices(own)]
     heights, shares = _weighted([height for text in texts for _, height, _ in text.lines], texts)
     return ResolutionReport(
         records=len(texts),
@@ -163,8 +163,8 @@ def compare_resolutions(
         side=views.side,
         smallest=smallest,
         own_below=float(shares[heights < smallest].sum()),
-        current=None if max_length is None else _figures(texts, views, own, smallest, max_length),
-        settings=tuple(sorted(found, key=lambda one: (one.resolution is not None, one.cost))),
+        current=None if max_length is None else _measure(texts, views, own, smallest, max_length),
+        settings=tuple(sorted(settings, key=lambda figures: (figures.resolution is not None, figures.cost))),
     )
 
 
@@ -180,6 +180,7 @@ def _choices(own: Tiles | CrossAttention | None) -> list[Tiles | CrossAttention 
 
 
 def _views_with(views: ImageViews, resolution: Tiles | CrossAttention | None) -> ImageViews:
+    """Return how a model's images are prepared with another resolution."""
     mode: ImageMode = "pad" if views.mode == "keep" else views.mode  # which is for models without a resolution
     if isinstance(resolution, Tiles):
         geometry = TileGeometry(resolution.grids, views.side, views.patch, resolution.pool, resolution.max_image_tokens)
@@ -191,34 +192,46 @@ def _views_with(views: ImageViews, resolution: Tiles | CrossAttention | None) ->
     return replace(views, mode=mode, tiles=None, grid=resolution.grid)
 
 
-def _figures(
+def _measure(
     texts: Sequence[RecordText],
     views: ImageViews,
     resolution: Tiles | CrossAttention | None,
     smallest: float,
     max_length: int | None = None,
 ) -> ResolutionFigures:
-    seen = {}
-    scaled, tokens, towers, longest = list[float](), list[int](), list[int](), 0
+    """Return the size of the text and the cost at one resolution.
+
+    Args:
+        texts: The text of the records.
+        views: The images that the tower gets at this resolution.
+        resolution: The resolution.
+        smallest: Height in pixels of the tower's input from which letters can be read.
+        max_length: Tokens of a record, to which tiles are limited; None for no limit.
+    """
+    views_of_sizes = {}  # many records have images of the same sizes
+    scaled_heights: list[float] = []
+    image_tokens: list[int] = []
+    tower_images: list[int] = []
+    longest = 0
     for text in texts:
         budget = None if max_length is None else max_length - text.other_tokens
         key: tuple[tuple[Size, ...], int | None] = (text.sizes, budget)
-        if key not in seen:
-            seen[key] = views.seen(text.sizes, budget)
-        images = seen[key]
-        scaled += [height * images[place].scale for place, height, _ in text.lines]
-        tokens.append(sum(image.tokens for image in images))
-        towers.append(sum(image.views for image in images))
-        longest = max(longest, tokens[-1] + text.other_tokens + _TEMPLATE_TOKENS)
-    heights, shares = _weighted(scaled, texts)
+        if key not in views_of_sizes:
+            views_of_sizes[key] = views.seen(text.sizes, budget)
+        images = views_of_sizes[key]
+        scaled_heights += [height * images[place].scale for place, height, _ in text.lines]
+        image_tokens.append(sum(image.tokens for image in images))
+        tower_images.append(sum(image.views for image in images))
+        longest = max(longest, image_tokens[-1] + text.other_tokens + _TEMPLATE_TOKENS)
+    heights, shares = _weighted(scaled_heights, texts)
     order = np.argsort(heights)
     middle = int(np.searchsorted(np.cumsum(shares[order]), 0.5))
     return ResolutionFigures(
         resolution=resolution,
         share_below=round(float(shares[heights < smallest].sum()), 6),
         median_height=round(float(heights[order][min(middle, len(order) - 1)]), 2),
-        image_tokens=round(sum(tokens) / len(texts), 1),
-        tower_images=round(sum(towers) / len(texts), 2),
+        image_tokens=round(sum(image_tokens) / len(texts), 1),
+        tower_images=round(sum(tower_images) / len(texts), 2),
         longest=-(-longest // _ROUNDED) * _ROUNDED,
     )
 
@@ -238,12 +251,15 @@ def _settings(resolution: Tiles | CrossAttention) -> dict[str, Any]:
     grids: dict[str, Any] = {"max_tiles": most}
     if sorted(resolution.grids) != sorted(Tiles(max_tiles=most).grids):
         grids = {"grid": [list(grid) for grid in resolution.grids]}
-    return {"type": "tiles", **grids} | ({"pool": resolution.pool} if resolution.pool > 1 else {})
+    pool = {"pool": resolution.pool} if resolution.pool > 1 else {}
+    return {"type": "tiles", **grids, **pool}
 
 
 def _pool(resolution: Tiles | CrossAttention | None) -> int:
+    """Return the number of patches, in each direction, that a resolution averages."""
     return resolution.pool if isinstance(resolution, Tiles) else 1
 
 
-def _suffices(one: ResolutionFigures) -> bool:
-    return 1 - one.share_below >= ENOUGH
+def _suffices(figures: ResolutionFigures) -> bool:
+    """Return whether enough of the text can be read."""
+    return 1 - figures.share_below >= ENOUGH

@@ -50,12 +50,12 @@ class _Source:
     """What is known about a named model.
 
     Attributes:
-        described: Its ``config.json``.
+        config_json: The content of its ``config.json``.
         folder: Its folder; for a model that is not on this disk, only for messages.
         tokens: Number of its tokenizer's tokens, if it is known without a tokenizer.
     """
 
-    described: dict[str, Any]
+    config_json: dict[str, Any]
     folder: Path
     tokens: int | None = None
 
@@ -104,10 +104,10 @@ def _read_config(model: ModelConfig) -> LlavarConfig:
         return _compose(model, text, text.vocab_size + (not legacy), legacy=legacy)
     tokenizer = source.load_tokenizer()
     legacy = _is_vicuna(source, tokenizer) if model.template is None else model.template == "llava_v1"
-    if source.described.get("model_type") in ("llama", None) and legacy:
-        text = read_llama_config(source.described, source.folder)
+    if source.config_json.get("model_type") in ("llama", None) and legacy:
+        text = read_llama_config(source.config_json, source.folder)
     else:
-        text = make_part_settings(source.described, source.folder, default="llama")
+        text = make_part_settings(source.config_json, source.folder, default="llama")
     tokens = (source.tokens or text.vocab_size) if tokenizer is None else len(tokenizer)
     if legacy:
         text.tie_word_embeddings = False
@@ -143,52 +143,52 @@ def _of_checkpoint(model: ModelConfig, name: str) -> LlavarConfig:
     if source is None:
         text = _llama_by_name(name, "model.checkpoint")
         return _compose(model, text, text.vocab_size, legacy=True)
-    described, folder = source.described, source.folder
-    if described.get("model_type") == MODEL_TYPE:
+    config_json, folder = source.config_json, source.folder
+    if config_json.get("model_type") == MODEL_TYPE:
         config = load_pretrained(LlavarConfig, folder)
         resolution_from(config.resolution, f"{folder / 'config.json'}:{RESOLUTION}")
         if model.vision_tower is not None:
             config.vision_config = _tower(model.vision_tower).config
         return config
-    if "text_config" in described:
+    if "text_config" in config_json:
         return _of_stock(source)
-    text = read_flat_text_config(described, folder)
-    use_im_start_end = bool(described.get("mm_use_im_start_end", False))
-    has_image_rows = use_im_start_end or bool(described.get("mm_use_im_patch_token", True))
-    stated = described.get("mm_projector_type", "linear")
+    text = read_flat_text_config(config_json, folder)
+    use_im_start_end = bool(config_json.get("mm_use_im_start_end", False))
+    has_image_rows = use_im_start_end or bool(config_json.get("mm_use_im_patch_token", True))
+    stated = config_json.get("mm_projector_type", "linear")
     tower = _tower(model.vision_tower)
     return make_config(
         text,
         tower.config,
         vocab_size=text.vocab_size + (not has_image_rows),
         image_token_id=text.vocab_size - has_image_rows * (1 + 2 * use_im_start_end),
-        vision_feature_layer=int(described.get("mm_vision_select_layer", model.vision_feature_layer)),
+        vision_feature_layer=int(config_json.get("mm_vision_select_layer", model.vision_feature_layer)),
         use_im_start_end=use_im_start_end,
         image_side=tower.side,
         extra_positions=tower.extra_positions,
         projector_type=cast("ProjectorType", stated) if stated in get_args(ProjectorType) else "linear",
-        resolution=read_flat_resolution(described, tower.side, folder),
+        resolution=read_flat_resolution(config_json, tower.side, folder),
     )
 
 
 def _of_stock(source: _Source) -> LlavarConfig:
-    described, folder = source.described, source.folder
-    text = make_part_settings(described["text_config"], folder, default="llama")
-    tower = make_part_settings(described.get("vision_config"), folder, default="clip_vision_model")
+    config_json, folder = source.config_json, source.folder
+    text = make_part_settings(config_json["text_config"], folder, default="llama")
+    tower = make_part_settings(config_json.get("vision_config"), folder, default="clip_vision_model")
     tokenizer = source.load_tokenizer()
-    tiled = described.get("model_type") == STOCK_TILES_MODEL_TYPE
+    tiled = config_json.get("model_type") == STOCK_TILES_MODEL_TYPE
     where, pinpoints = f"{folder / 'config.json'}:image_grid_pinpoints", LlavaNextConfig().image_grid_pinpoints
-    pinpoints = described.get("image_grid_pinpoints") or pinpoints
+    pinpoints = config_json.get("image_grid_pinpoints") or pinpoints
     return make_config(
         text,
         tower,
         vocab_size=text.vocab_size,
-        image_token_id=described.get("image_token_index", text.vocab_size - 1),
-        vision_feature_layer=described.get("vision_feature_layer", -2),
+        image_token_id=config_json.get("image_token_index", text.vocab_size - 1),
+        vision_feature_layer=config_json.get("vision_feature_layer", -2),
         use_im_start_end=tokenizer is not None and IMAGE_START_TOKEN in tokenizer.get_vocab(),
         image_side=int(tower.image_size) if tiled else _side(folder, tower),
-        extra_positions=int(described.get("vision_feature_select_strategy", "default") == "default"),
-        projector_type="mlp2x_gelu" if described.get("projector_hidden_act", "gelu") == "gelu" else "linear",
+        extra_positions=int(config_json.get("vision_feature_select_strategy", "default") == "default"),
+        projector_type="mlp2x_gelu" if config_json.get("projector_hidden_act", "gelu") == "gelu" else "linear",
         resolution=Tiles(grid=read_grids(pinpoints, int(tower.image_size), where)) if tiled else None,
     )
 
@@ -203,13 +203,13 @@ def _find(name: str) -> _Source | None:
 
 def _is_vicuna(source: _Source, tokenizer: Any) -> bool:
     """Return whether a language model gets the template ``llava_v1`` where none is set."""
-    if source.described.get("model_type") not in ("llama", None):
+    if source.config_json.get("model_type") not in ("llama", None):
         return False
     if (source.folder / "tokenizer.model").is_file():
         return True
     if tokenizer is not None:
         return tokenizer.chat_template is None
-    tied, rows = (source.described.get(name) for name in ("tie_word_embeddings", "vocab_size"))
+    tied, rows = (source.config_json.get(name) for name in ("tie_word_embeddings", "vocab_size"))
     return not tied and (rows or 0) < _LLAMA_VOCABULARY + 1000
 
 
@@ -233,9 +233,10 @@ def _fix(name: str, files: str) -> str:
 def _tower(name: str | None) -> _TowerSettings:
     source = _find(name) if name else None
     if source is not None:
-        described = source.described
-        whole = described.get("vision_config", described) if described.get("model_type") == "clip" else described
-        config: Any = make_part_settings(whole, source.folder, default="clip_vision_model")
+        config_json = source.config_json
+        is_whole_clip = config_json.get("model_type") == "clip"
+        fields = config_json.get("vision_config", config_json) if is_whole_clip else config_json
+        config: Any = make_part_settings(fields, source.folder, default="clip_vision_model")
         config = getattr(config, "vision_config", config)
         side = _side(source.folder, config)
         if side < config.patch_size:

@@ -120,46 +120,52 @@ class CrossAttentionLayer(nn.Module):
                 their arguments.
             detail: Which tokens attend to which features.
         """
-        rows_D = hidden_BTD.flatten(0, 1)
+        hidden_ND = hidden_BTD.flatten(0, 1)  # N tokens of all rows
         if not detail.segments:
             # Every parameter gets a gradient, and with sharded weights is gathered, on every rank.
-            nothing = self._attend(rows_D[:1], features_FC, (DetailSegment(0, 1, 0, 1),), detail) * 0.0
-            return torch.zeros_like(hidden_BTD) + nothing
-        tokens_SD = torch.cat([rows_D[one.start : one.stop] for one in detail.segments])
+            zero = self._attend(hidden_ND[:1], features_FC, (DetailSegment(0, 1, 0, 1),), detail) * 0.0
+            return torch.zeros_like(hidden_BTD) + zero
+        tokens_SD = torch.cat([hidden_ND[segment.start : segment.stop] for segment in detail.segments])
         attended_SD = self._attend(tokens_SD, features_FC, detail.segments, detail).to(hidden_BTD.dtype)
-        return _spread(attended_SD, detail.segments, len(rows_D)).view_as(hidden_BTD)
+        return _spread(attended_SD, detail.segments, len(hidden_ND)).view_as(hidden_BTD)
 
     def _attend(
         self, tokens_SD: Tensor, features_FC: Tensor, segments: Sequence[DetailSegment], detail: Detail
     ) -> Tensor:
+        """Return the attention's output for the tokens of segments, one segment after the other, ``[S, D]``."""
         # The base may be in half precision while this is in float32; in a training step autocast decides.
         if _autocast_dtype(tokens_SD) is None:
-            tokens_SD, features_FC = (one.to(self.norm.weight.dtype) for one in (tokens_SD, features_FC))
+            dtype = self.norm.weight.dtype
+            tokens_SD, features_FC = tokens_SD.to(dtype), features_FC.to(dtype)
         query_SHd = self.q_proj(self.norm(tokens_SD)).unflatten(1, (self.num_heads, -1))
-        if self._absorbs(max(one.stop - one.start for one in segments)):
+        lengths = [segment.stop - segment.start for segment in segments]
+        if self._absorbs(max(lengths)):
             keys, values, features_FC = None, None, features_FC.to(query_SHd.dtype)
         else:
             keys, values = (
                 layer(features_FC).unflatten(1, (self.num_heads, -1)) for layer in (self.k_proj, self.v_proj)
             )
-        queries = query_SHd.split([one.stop - one.start for one in segments])
-        sources = [detail.features_of(one) for one in segments]
+        queries = query_SHd.split(lengths)
+        sources = [detail.features_of(segment) for segment in segments]
+        # Segments with the same numbers of tokens and of features are computed together.
         groups: dict[tuple[int, int], list[int]] = {}
         for number, (query, source) in enumerate(zip(queries, sources, strict=True)):
             groups.setdefault((len(query), source.stop - source.start), []).append(number)
-        found: dict[int, Tensor] = {}
+        outputs: dict[int, Tensor] = {}
         for numbers in groups.values():
             query_NSHd = torch.stack([queries[number] for number in numbers])
             if keys is None or values is None:
-                output_NSD = self._attend_absorbed(query_NSHd, torch.stack([features_FC[sources[n]] for n in numbers]))
+                features_NFC = torch.stack([features_FC[sources[number]] for number in numbers])
+                output_NSD = self._attend_absorbed(query_NSHd, features_NFC)
             else:
-                key_NFHd, value_NFHd = (torch.stack([all_[sources[n]] for n in numbers]) for all_ in (keys, values))
+                key_NFHd = torch.stack([keys[sources[number]] for number in numbers])
+                value_NFHd = torch.stack([values[sources[number]] for number in numbers])
                 output_NHSd = scaled_dot_product_attention(
                     query_NSHd.transpose(1, 2), key_NFHd.transpose(1, 2), value_NFHd.transpose(1, 2)
                 )
                 output_NSD = output_NHSd.transpose(1, 2).flatten(2)
-            found.update(zip(numbers, output_NSD, strict=True))
-        attended: Tensor = self.o_proj(torch.cat([found[number] for number in range(len(segments))]))
+            outputs.update(zip(numbers, output_NSD, strict=True))
+        attended: Tensor = self.o_proj(torch.cat([outputs[number] for number in range(len(segments))]))
         return attended
 
     def _absorbs(self, tokens: int) -> bool:
@@ -219,15 +225,15 @@ class CrossAttentionStack(nn.Module):
         Returns:
             The features of all images, and where those of each image end, after a 0. Without an image, a single zero.
         """
-        found = list(features_NFC) or [like.new_zeros(1, self.layers[0].k_proj.in_features)]
-        features_FC, ends = torch.cat(found), tuple(accumulate(map(len, found), initial=0))
+        at_least_one = list(features_NFC) or [like.new_zeros(1, self.layers[0].k_proj.in_features)]
+        features_FC, ends = torch.cat(at_least_one), tuple(accumulate(map(len, at_least_one), initial=0))
         if self.crop_positions is None:
             return features_FC, ends
         count = self.crop_positions.num_embeddings
         positions_GC = self.crop_positions(torch.arange(count, device=features_FC.device))
         if not features_NFC:
             return features_FC + positions_GC[:1], ends
-        placed_NGPC = features_FC.view(len(found), count, -1, features_FC.shape[1]) + positions_GC[:, None]
+        placed_NGPC = features_FC.view(len(at_least_one), count, -1, features_FC.shape[1]) + positions_GC[:, None]
         # Once for all layers, each of which would otherwise keep a copy for its backward pass.
         return placed_NGPC.flatten(0, 2).to(_autocast_dtype(like) or placed_NGPC.dtype), ends
 
@@ -243,12 +249,11 @@ def _autocast_dtype(tensor: Tensor) -> torch.dtype | None:
 def _spread(attended_SD: Tensor, segments: Sequence[DetailSegment], length: int) -> Tensor:
     """Return the rows of segments at their places, ``[length, D]``, with zeros between them."""
     parts, end = [], 0
-    for segment, part in zip(
-        segments, torch.split(attended_SD, [one.stop - one.start for one in segments]), strict=True
-    ):
+    lengths = [segment.stop - segment.start for segment in segments]
+    for segment, rows in zip(segments, torch.split(attended_SD, lengths), strict=True):
         if segment.start > end:
-            parts.append(part.new_zeros(segment.start - end, part.shape[1]))
-        parts.append(part)
+            parts.append(rows.new_zeros(segment.start - end, rows.shape[1]))
+        parts.append(rows)
         end = segment.stop
     if length > end:
         parts.append(attended_SD.new_zeros(length - end, attended_SD.shape[1]))

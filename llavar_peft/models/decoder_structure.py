@@ -1,6 +1,8 @@
-"""What a decoder of transformers consists of, found on a copy without memory: no list of kinds is kept.
+"""Check that a language model of transformers can be the decoder of a LLaVAR, before its weights are read.
 
-A language model is rejected here, before its weights are read, if a part of it would not be used as it was trained.
+There is no list of supported models. The modules are built without memory and examined: the embeddings must be an input
+that can be replaced, the layers a list, and the head linear. A model that would not compute what it was trained to
+compute is rejected.
 """
 
 from __future__ import annotations
@@ -26,7 +28,7 @@ _OTHER = "give the folder of a language model such as Vicuna, Llama, Qwen or Mis
 
 
 class _Hidden(BaseModelOutputWithPast):
-    """Hidden states, and None under every other name that a head asks for."""
+    """A decoder's output with hidden states only: every other field that a head reads is None."""
 
     def __getattr__(self, name: str) -> None:
         return None
@@ -59,17 +61,17 @@ def find_layers(decoder: nn.Module) -> tuple[str, nn.ModuleList]:
     Raises:
         ConfigError: It has no layers where this package looks for them.
     """
-    found = {
+    candidates = {
         name: module
         for name, module in decoder.named_modules()
         if isinstance(module, nn.ModuleList) and tensor_names.is_layers(name)
     }
-    if not found:
+    if not candidates:
         raise ConfigError.at(
             "model.language_model", f"a decoder without a list of layers (got {type(decoder).__name__})", _OTHER
         )
-    name = max(found, key=lambda name: sum(one.numel() for one in found[name].parameters()))
-    return name, found[name]
+    largest = max(candidates, key=lambda name: sum(weight.numel() for weight in candidates[name].parameters()))
+    return largest, candidates[largest]
 
 
 def check_structure(model: Any, folder: Path) -> None:
@@ -101,6 +103,7 @@ def _base(model: Any) -> nn.Module:
 
 
 def _input_fault(model: Any) -> str | None:
+    """Return why a decoder cannot take embeddings of text and images as its input; None if it can."""
     config, embeddings = model.config, model.get_input_embeddings()
     base = getattr(model, model.base_model_prefix, None)
     if base is None or type(base) is not MODEL_MAPPING.get(type(config), None):
@@ -118,19 +121,21 @@ def _input_fault(model: Any) -> str | None:
         return f"embeddings of {rows} rows for a vocabulary of {config.vocab_size} are not supported"
     if width != config.hidden_size:
         return f"embeddings of {width} numbers for hidden states of {config.hidden_size} are not supported"
-    others = [
+    other_tables = [
         name
         for name, module in base.named_modules()
         if isinstance(module, nn.Embedding) and module is not embeddings and module.num_embeddings >= rows
         and "position" not in name and "wpe" not in name
     ]  # fmt: skip
-    return f"a decoder that looks up token ids in more than its embeddings ({others[0]})" if others else None
+    if other_tables:
+        return f"a decoder that looks up token ids in more than its embeddings ({other_tables[0]})"
+    return None
 
 
 def _head_fault(config: PretrainedConfig, folder: Path) -> str | None:
-    """Return what a language model's logits are that a linear head with a factor and a cap does not compute.
+    """Return why a linear head with a factor and a cap does not compute a language model's logits; None if it does.
 
-    Its own head computes them from random hidden states, with a small vocabulary.
+    The logits are compared with those of the model's own head, for random hidden states and a small vocabulary.
     """
     small = copy.deepcopy(config)
     small.vocab_size = _PROBED_ROWS
@@ -172,9 +177,10 @@ def check_length(decoder: Any, max_length: int) -> None:
         ConfigError: The table has fewer rows.
     """
     limit = getattr(decoder.config, "max_position_embeddings", None)
-    tokens = set(decoder.get_input_embeddings().modules())  # trained rows are a module around the others
-    learned = any(isinstance(one, nn.Embedding) and one not in tokens for one in decoder.modules())
-    if learned and limit is not None and max_length > limit:
+    token_tables = set(decoder.get_input_embeddings().modules())  # with trained rows, a module within another
+    tables = (module for module in decoder.modules() if isinstance(module, nn.Embedding))
+    learns_positions = any(table not in token_tables for table in tables)
+    if learns_positions and limit is not None and max_length > limit:
         raise ConfigError.at(
             "max_length",
             f"more tokens than {decoder.config.model_type!r} has learned positions for (got {max_length}, expected at "
@@ -198,13 +204,13 @@ def check_linear(config: PretrainedConfig, quantize: str) -> None:
     model = outline(config, Path(config.name_or_path or "config.json"))
     _, layers = find_layers(_base(model))
     linear = {id(module.weight) for module in layers.modules() if type(module) is nn.Linear}
-    others = {
-        name.partition(".")[2]: one
-        for name, one in layers.named_parameters()
-        if one.ndim >= _MATRIX and id(one) not in linear
+    not_quantized = {
+        name.partition(".")[2]: parameter  # without the layer's number
+        for name, parameter in layers.named_parameters()
+        if parameter.ndim >= _MATRIX and id(parameter) not in linear
     }
-    if others:
-        largest = max(others, key=lambda name: others[name].numel())
+    if not_quantized:
+        largest = max(not_quantized, key=lambda name: not_quantized[name].numel())
         raise ConfigError.at(
             "model.quantize",
             f"{quantize} quantizes linear layers only, and would leave other matrices of {config.model_type!r} as they "

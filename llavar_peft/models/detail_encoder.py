@@ -96,26 +96,26 @@ def read_encoder_config(name: str, setting: str) -> dict[str, Any]:
     if not (folder / "config.json").is_file():
         what = f"no config.json of this encoder on this disk (got {name!r})"
         raise ConfigError.at(setting, what, f"give its folder, or `hf download {name} config.json`")
-    described = read_model_config(folder)
-    fields = described.get("vision_config") or described
-    made: dict[str, Any] = make_part_settings(fields, folder, default="pix2struct_vision_model").to_dict()
-    return made
+    config_json = read_model_config(folder)
+    fields = config_json.get("vision_config") or config_json
+    encoder_config: dict[str, Any] = make_part_settings(fields, folder, default="pix2struct_vision_model").to_dict()
+    return encoder_config
 
 
 def make_encoder(config: LlavarConfig) -> nn.Module | None:
     """Return the untrained encoder of a model; None for a model without one of its own."""
-    described = config.detail_config
-    if described is None or config.cross_attention is None:
+    settings = config.detail_config
+    if settings is None or config.cross_attention is None:
         return None
-    made = AutoConfig.for_model(**{**described, "model_type": described.get("model_type")})
-    check_sizes(made, Path(config.name_or_path or "config.json"))
-    if made.model_type in PIX2STRUCT:
-        pix2struct: nn.Module = Pix2StructVisionModel(made)
+    encoder_config = AutoConfig.for_model(**{**settings, "model_type": settings.get("model_type")})
+    check_sizes(encoder_config, Path(config.name_or_path or "config.json"))
+    if encoder_config.model_type in PIX2STRUCT:
+        pix2struct: nn.Module = Pix2StructVisionModel(encoder_config)
         return pix2struct
     tower: nn.Module = (
-        LlavarVisionTower(made)
-        if made.model_type == "clip_vision_model"
-        else AutoModel.from_config(made, trust_remote_code=False)
+        LlavarVisionTower(encoder_config)
+        if encoder_config.model_type == "clip_vision_model"
+        else AutoModel.from_config(encoder_config, trust_remote_code=False)
     )
     return tower
 
@@ -154,8 +154,8 @@ def empty_values(encoder: Any, like: Tensor) -> Tensor:
 
 
 @lru_cache(maxsize=8)
-def _image_processor(described: str) -> Any:
-    settings = json.loads(described)
+def _image_processor(settings_json: str) -> Any:
+    settings = json.loads(settings_json)
     kind = str(settings.pop("image_processor_type", ""))
     return (Pix2StructImageProcessorPil if kind.startswith("Pix2Struct") else CLIPImageProcessorPil)(**settings)
 

@@ -52,14 +52,15 @@ LLAMA_TOKENS = ("llama", "mistral")
 """Language models whose ``tokenizer.model`` is read as the original's code reads LLaMA's."""
 
 
-def is_flat(described: Mapping[str, Any]) -> bool:
+def is_flat(config_json: Mapping[str, Any]) -> bool:
     """Return whether a ``config.json`` is that of this layout."""
-    kind = described.get("model_type")
-    known = isinstance(kind, str) and (kind == RELEASED_MODEL_TYPE or kind.startswith(f"{RELEASED_MODEL_TYPE}_"))
-    return known and not {"text_config", "vision_config"} & set(described)
+    model_type = config_json.get("model_type")
+    if not isinstance(model_type, str) or {"text_config", "vision_config"} & set(config_json):
+        return False
+    return model_type == RELEASED_MODEL_TYPE or model_type.startswith(f"{RELEASED_MODEL_TYPE}_")
 
 
-def check_flat(folder: Path, described: Mapping[str, Any], vision_tower: str | None) -> None:
+def check_flat(folder: Path, config_json: Mapping[str, Any], vision_tower: str | None) -> None:
     """Reject a checkpoint that cannot be read, before its tower is: a delta, one of another kind, or without a tower.
 
     Raises:
@@ -67,53 +68,54 @@ def check_flat(folder: Path, described: Mapping[str, Any], vision_tower: str | N
     """
     stored = open_weights(folder)
     norm = next((stored[name] for name in stored if tensor_names.from_released(name) == tensor_names.FINAL_NORM), None)
-    check_not_delta(norm, folder, {"model_type": flat_language_kind(described)})
-    check_features(folder, described)
+    check_not_delta(norm, folder, {"model_type": flat_language_kind(config_json)})
+    check_features(folder, config_json)
     if vision_tower is None:
         raise ConfigError.at(
             "model.vision_tower",
             f"not set, and a checkpoint in the released layout contains no vision tower (it was trained with "
-            f"{described.get('mm_vision_tower')!r})",
+            f"{config_json.get('mm_vision_tower')!r})",
             "set it to the folder of the vision tower that the checkpoint was trained with",
         )
 
 
-def check_features(folder: Path, described: Mapping[str, Any]) -> None:
+def check_features(folder: Path, config_json: Mapping[str, Any]) -> None:
     """Reject settings of LLaVA's code that this package does not compute.
 
     Raises:
         ConfigError: Names the first of them.
     """
     for name, supported in _SUPPORTED.items():
-        if described.get(name) not in (None, *supported):
+        if config_json.get(name) not in (None, *supported):
             expected = ", ".join(map(str, supported))
             raise ConfigError.at(
                 f"{folder / 'config.json'}:{name}",
-                f"not supported (got {ascii(described[name])[:80]}, expected {expected})",
+                f"not supported (got {ascii(config_json[name])[:80]}, expected {expected})",
                 _FIX_FEATURES,
             )
-    if (described.get("image_aspect_ratio") == "anyres") != (described.get("mm_patch_merge_type") == "spatial_unpad"):
-        settings = {name: described.get(name) for name in FLAT_TILES}
+    has_tiles = config_json.get("image_aspect_ratio") == "anyres"
+    if has_tiles != (config_json.get("mm_patch_merge_type") == "spatial_unpad"):
+        settings = {name: config_json.get(name) for name in FLAT_TILES}
         raise ConfigError.at(
             f"{folder / 'config.json'}:mm_patch_merge_type",
             f"not supported (got {ascii(settings)[:160]}, expected both anyres and spatial_unpad, or none of them)",
             _FIX_FEATURES,
         )
     for name, kind in (("mm_vision_tower", str), ("mm_vision_select_layer", int)):
-        if not isinstance(described.get(name), kind | None):
+        if not isinstance(config_json.get(name), kind | None):
             raise ConfigError.at(
                 f"{folder / 'config.json'}:{name}",
-                f"several of them are not supported (got {ascii(described[name])[:80]})",
+                f"several of them are not supported (got {ascii(config_json[name])[:80]})",
                 _FIX_FEATURES,
             )
 
 
-def read_flat(folder: Path, described: Mapping[str, Any], config: ModelConfig, tower: TowerParts) -> ModelParts:
+def read_flat(folder: Path, config_json: Mapping[str, Any], config: ModelConfig, tower: TowerParts) -> ModelParts:
     """Read a checkpoint that ``check_flat`` accepted.
 
     Args:
         folder: The checkpoint.
-        described: Its ``config.json``.
+        config_json: The content of its ``config.json``.
         config: With ``image_mode`` and ``vision_feature_layer``, for a checkpoint that does not state them.
         tower: The tower that it was trained with.
 
@@ -121,12 +123,16 @@ def read_flat(folder: Path, described: Mapping[str, Any], config: ModelConfig, t
         ConfigError: The language model is of no supported kind, or there is no template for its conversations.
         WeightsError: A file cannot be read, or the tokenizer does not belong to the weights.
     """
-    stored = {ours: one for name, one in open_weights(folder).items() if (ours := tensor_names.from_released(name))}
-    text = read_flat_text_config(described, folder)
-    use_im_start_end = bool(described.get("mm_use_im_start_end", False))
+    stored = {
+        our_name: tensor
+        for name, tensor in open_weights(folder).items()
+        if (our_name := tensor_names.from_released(name))
+    }
+    text = read_flat_text_config(config_json, folder)
+    use_im_start_end = bool(config_json.get("mm_use_im_start_end", False))
     # LLaVA-1.5's code has no image token: it splits the text at each image.
-    has_image_token = use_im_start_end or bool(described.get("mm_use_im_patch_token", True))
-    tokenizer, template = _read_tokenizer(folder, described, text, has_image_token=has_image_token)
+    has_image_token = use_im_start_end or bool(config_json.get("mm_use_im_patch_token", True))
+    tokenizer, template = _read_tokenizer(folder, config_json, text, has_image_token=has_image_token)
     if has_image_token:
         add_image_tokens(tokenizer, use_im_start_end=use_im_start_end)
         _check_rows(stored, tokenizer, folder)
@@ -141,27 +147,27 @@ def read_flat(folder: Path, described: Mapping[str, Any], config: ModelConfig, t
         rows = max(stored[tensor_names.EMBEDDINGS].shape[0], len(tokenizer))
         for name in {tensor_names.EMBEDDINGS, tensor_names.HEAD} & set(tensors):
             tensors[name] = with_mean_rows(stored[name], rows)
-    if described.get(FLAT_TRAINED_TOWER):
+    if config_json.get(FLAT_TRAINED_TOWER):
         tensors.update(_trained_tower(folder))
-    mode: ImageMode = "square" if described.get("image_aspect_ratio") == "square" else config.image_mode
-    made = make_config(
+    mode: ImageMode = "square" if config_json.get("image_aspect_ratio") == "square" else config.image_mode
+    model_config = make_config(
         text,
         tower.config,
         vocab_size=rows,
         image_token_id=int(tokenizer.convert_tokens_to_ids(image_token)),
-        vision_feature_layer=int(described.get("mm_vision_select_layer") or config.vision_feature_layer),
+        vision_feature_layer=int(config_json.get("mm_vision_select_layer") or config.vision_feature_layer),
         use_im_start_end=use_im_start_end,
-        sep_image_conv_front=bool(described.get("sep_image_conv_front", False)),
+        sep_image_conv_front=bool(config_json.get("sep_image_conv_front", False)),
         image_side=tower.side,
         extra_positions=tower.extra_positions,
         # LLaVAR's own configuration does not state it.
-        projector_type=cast("ProjectorType", described.get("mm_projector_type") or "linear"),
-        resolution=read_flat_resolution(described, tower.side, folder),
+        projector_type=cast("ProjectorType", config_json.get("mm_projector_type") or "linear"),
+        resolution=read_flat_resolution(config_json, tower.side, folder),
     )
-    made.tuned_vision_tower = bool(described.get(FLAT_TRAINED_TOWER))
+    model_config.tuned_vision_tower = bool(config_json.get(FLAT_TRAINED_TOWER))
     return ModelParts(
         source=str(folder),
-        config=made,
+        config=model_config,
         tensors=tensors,
         tokenizer=tokenizer,
         image_processor=tower.image_processor,
@@ -173,11 +179,11 @@ def read_flat(folder: Path, described: Mapping[str, Any], config: ModelConfig, t
     )
 
 
-def read_flat_resolution(described: Mapping[str, Any], side: int, folder: Path) -> Tiles | CrossAttention | None:
+def read_flat_resolution(config_json: Mapping[str, Any], side: int, folder: Path) -> Tiles | CrossAttention | None:
     """Return the resolution of a flat ``config.json``: ours, or the tiles of LLaVA 1.6.
 
     Args:
-        described: The file.
+        config_json: The content of the file.
         side: Side of a prepared image in pixels.
         folder: Its folder, for messages.
 
@@ -185,12 +191,12 @@ def read_flat_resolution(described: Mapping[str, Any], side: int, folder: Path) 
         ConfigError: The settings are damaged, or a size of images is no multiple of a tile.
     """
     where = folder / "config.json"
-    if described.get(FLAT_RESOLUTION) is not None:
-        return resolution_from(described[FLAT_RESOLUTION], f"{where}:{FLAT_RESOLUTION}")
-    if described.get("image_aspect_ratio") != "anyres":
+    if config_json.get(FLAT_RESOLUTION) is not None:
+        return resolution_from(config_json[FLAT_RESOLUTION], f"{where}:{FLAT_RESOLUTION}")
+    if config_json.get("image_aspect_ratio") != "anyres":
         return None
     # LLaVA's code has (width, height) where stock transformers has (height, width).
-    grids = read_grids(described.get(FLAT_GRIDS), side, f"{where}:{FLAT_GRIDS}")
+    grids = read_grids(config_json.get(FLAT_GRIDS), side, f"{where}:{FLAT_GRIDS}")
     return Tiles(grid=tuple((rows, columns) for columns, rows in grids))
 
 
@@ -200,40 +206,43 @@ def _trained_tower(folder: Path) -> dict[str, Tensor]:
     Raises:
         WeightsError: It is not among the weights.
     """
-    stored = open_weights(folder).items()
-    found = {ours: one for name, one in stored if (ours := tensor_names.from_released_tower(name))}
-    if not found:
+    tower = {
+        our_name: tensor
+        for name, tensor in open_weights(folder).items()
+        if (our_name := tensor_names.from_released_tower(name))
+    }
+    if not tower:
         raise WeightsError.at(
             f"{folder / 'config.json'}:{FLAT_TRAINED_TOWER}",
             "its vision tower was trained, and is not among its weights (no tensor model.vision_tower.*)",
             "download the complete weights",
         )
-    return found
+    return tower
 
 
 def _read_tokenizer(
-    folder: Path, described: Mapping[str, Any], text: PretrainedConfig, *, has_image_token: bool
+    folder: Path, config_json: Mapping[str, Any], text: PretrainedConfig, *, has_image_token: bool
 ) -> tuple[PreTrainedTokenizerFast, TemplateName]:
     """Return the tokenizer, without image tokens that its files do not have, and the template of conversations."""
-    kind, stated = flat_language_kind(described), described.get(FLAT_TEMPLATE)
-    if stated not in (None, *get_args(TemplateName)):
+    language_model, stated_template = flat_language_kind(config_json), config_json.get(FLAT_TEMPLATE)
+    if stated_template not in (None, *get_args(TemplateName)):
         known = ", ".join(get_args(TemplateName))
         raise ConfigError.at(
             f"{folder / 'config.json'}:{FLAT_TEMPLATE}",
-            f"unknown (got {ascii(stated)[:80]}, expected {known})",
+            f"unknown (got {ascii(stated_template)[:80]}, expected {known})",
             "correct it",
         )
-    as_llama = kind in LLAMA_TOKENS and (folder / "tokenizer.model").is_file()
-    if as_llama or has_image_token or (kind == "llama" and stated is None):
+    has_llama_file = language_model in LLAMA_TOKENS and (folder / "tokenizer.model").is_file()
+    if has_llama_file or has_image_token or (language_model == "llama" and stated_template is None):
         tokenizer = load_tokenizer(folder)
     else:
         tokenizer = load_pretrained(AutoTokenizer, folder, model_config=text)
         check_fast(tokenizer, folder)
-    if stated is not None:
-        return tokenizer, cast("TemplateName", stated)
+    if stated_template is not None:
+        return tokenizer, cast("TemplateName", stated_template)
     if has_image_token:
         return tokenizer, "llava_v1"
-    if kind in LLAMA_TOKENS:
+    if language_model in LLAMA_TOKENS:
         return tokenizer, "vicuna_v1"
     if tokenizer.chat_template is None:
         raise ConfigError.at(

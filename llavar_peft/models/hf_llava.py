@@ -1,4 +1,4 @@
-"""A LLaVAR in the layout of stock ``transformers`` LLaVA: read it, and write the files it needs besides its weights."""
+"""The layout of stock ``transformers`` LLaVA: read a model in it, and write an export's files besides its weights."""
 
 from __future__ import annotations
 
@@ -74,6 +74,50 @@ def write_stock_companions(parts: ModelParts, activation: str, dtype: str | None
         ConfigError: Stock LLaVA cannot express the tower.
     """
     side = parts.processor().image_side
+    _check_tower(parts, side)
+    _check_head(parts)
+    _warn_of_differences(parts)
+    _check_tiles(parts, side)
+    stock_config = _stock_config(parts, activation)
+    _check_names(parts, stock_config)
+    config_json = stock_config.to_diff_dict()
+    if parts.config.tuned_vision_tower:
+        config_json[TUNED_TOWER] = True  # stock transformers keeps unknown fields
+    if dtype is not None:
+        config_json["dtype"] = dtype
+    write_json(staged / "config.json", config_json)
+    write_json(staged / "generation_config.json", parts.processor().generation_ids)
+    _write_processor(parts, stock_config, side, staged)
+    add_fields_of_4(staged)
+
+
+def _write_processor(parts: ModelParts, stock_config: LlavaConfig | LlavaNextConfig, side: int, staged: Path) -> None:
+    """Write a processor of stock transformers into a folder, which prepares images and prompts as this model's does."""
+    shared = {name: getattr(parts.image_processor, name) for name in _SHARED_IMAGE_SETTINGS}
+    image_processor: Any
+    processor_class: Any
+    if isinstance(stock_config, LlavaNextConfig):
+        # LLaVA-NeXT would resize each tile again if these two differed.
+        shared.update(size={"shortest_edge": side}, crop_size={"height": side, "width": side})
+        image_processor = LlavaNextImageProcessorPil(image_grid_pinpoints=stock_config.image_grid_pinpoints, **shared)
+        processor_class = LlavaNextProcessor
+    else:
+        image_processor = LlavaImageProcessorPil(do_pad=parts.inference_image_mode != "square", **shared)
+        processor_class = LlavaProcessor
+    processor_class(
+        image_processor=image_processor,
+        tokenizer=parts.tokenizer,
+        patch_size=parts.config.vision_config.patch_size,
+        vision_feature_select_strategy=parts.config.vision_feature_select_strategy,
+        chat_template=stock_chat_template(parts),
+        image_token=parts.image_token,
+        # The class token, which the strategy "default" removes again.
+        num_additional_image_tokens=int(parts.config.vision_feature_select_strategy == "default"),
+    ).save_pretrained(str(staged))
+
+
+def _check_tower(parts: ModelParts, side: int) -> None:
+    """Reject a vision tower that stock LLaVA cannot run, or whose tensors transformers would not find."""
     extra = count_extra_positions(parts.config.vision_config, side, Path(parts.source))
     if extra > 1:
         raise ConfigError.at(
@@ -86,7 +130,10 @@ def write_stock_companions(parts: ModelParts, activation: str, dtype: str | None
         raise ConfigError.at(
             "to", f"transformers does not find the tensors of a {kind} in a stock LLaVA", "use the layout llavar"
         )
-    _check_language_model(parts)
+
+
+def _warn_of_differences(parts: ModelParts) -> None:
+    """Warn of what a stock LLaVA computes in another way than the model."""
     text = parts.config.text_config
     if getattr(text, "final_logit_softcapping", None) is not None or logits_factor(text) is not None:
         logger.warning(
@@ -98,36 +145,9 @@ def write_stock_companions(parts: ModelParts, activation: str, dtype: str | None
             "images will be padded with the mean color: stock LLaVA does not support the mode %s",
             parts.inference_image_mode,
         )
-    _check_tiles(parts, side)
-    config = _stock_config(parts, activation)
-    _check_names(parts, config)
-    ours = {TUNED_TOWER: True} if parts.config.tuned_vision_tower else {}  # stock transformers keeps unknown fields
-    described = {**config.to_diff_dict(), **ours, **({"dtype": dtype} if dtype is not None else {})}
-    write_json(staged / "config.json", described)
-    write_json(staged / "generation_config.json", parts.processor().generation_ids)
-    shared = {name: getattr(parts.image_processor, name) for name in _SHARED_IMAGE_SETTINGS}
-    images: Any
-    if isinstance(config, LlavaNextConfig):
-        # LLaVA-NeXT would resize each tile again if these two differed.
-        shared.update(size={"shortest_edge": side}, crop_size={"height": side, "width": side})
-        images = LlavaNextImageProcessorPil(image_grid_pinpoints=config.image_grid_pinpoints, **shared)
-    else:
-        images = LlavaImageProcessorPil(do_pad=parts.inference_image_mode != "square", **shared)
-    processor: Any = LlavaNextProcessor if isinstance(config, LlavaNextConfig) else LlavaProcessor
-    processor(
-        image_processor=images,
-        tokenizer=parts.tokenizer,
-        patch_size=parts.config.vision_config.patch_size,
-        vision_feature_select_strategy=parts.config.vision_feature_select_strategy,
-        chat_template=stock_chat_template(parts),
-        image_token=parts.image_token,
-        # The class token, which the strategy "default" removes again.
-        num_additional_image_tokens=int(parts.config.vision_feature_select_strategy == "default"),
-    ).save_pretrained(str(staged))
-    add_fields_of_4(staged)
 
 
-def _check_language_model(parts: ModelParts) -> None:
+def _check_head(parts: ModelParts) -> None:
     """Reject a language model whose head stock LLaVA cannot have."""
     tied = parts.config.tie_word_embeddings and tensor_names.find_embeddings(parts.tensors) != tensor_names.EMBEDDINGS
     if tied or tensor_names.HEAD_BIAS in parts.tensors:
@@ -143,17 +163,24 @@ def _check_language_model(parts: ModelParts) -> None:
 def _check_names(parts: ModelParts, config: PretrainedConfig) -> None:
     """Reject a language model whose tensors transformers does not find in a stock LLaVA, by its rules of conversion."""
     with torch.device("meta"):
-        stock = AutoModelForImageTextToText.from_config(config, trust_remote_code=False)
-        kinds = ("language_model.", "lm_head.")
-        ours = {tensor_names.to_stock(name): torch.empty(tuple(one.shape)) for name, one in parts.tensors.items()}
-        found = convert_stored(stock, {name: one for name, one in ours.items() if name.startswith(kinds)})
+        stock_model = AutoModelForImageTextToText.from_config(config, trust_remote_code=False)
+        to_convert = {
+            stock_name: torch.empty(tuple(tensor.shape))
+            for name, tensor in parts.tensors.items()
+            if (stock_name := tensor_names.to_stock(name)).startswith(("language_model.", "lm_head."))
+        }
+        converted = convert_stored(stock_model, to_convert)
     expected = {
-        name: one for name, one in stock.state_dict().items() if name.startswith((f"model.{kinds[0]}", kinds[1]))
+        name: tensor
+        for name, tensor in stock_model.state_dict().items()
+        if name.startswith(("model.language_model.", "lm_head."))
     }
     if config.tie_word_embeddings:
         expected.pop(tensor_names.HEAD)
-    shapes = [{name: tuple(one.shape) for name, one in table.items()} for table in (found, expected)]
-    if shapes[0] != shapes[1]:
+    got_shapes, expected_shapes = (
+        {name: tuple(tensor.shape) for name, tensor in table.items()} for table in (converted, expected)
+    )
+    if got_shapes != expected_shapes:
         kind = parts.config.text_config.model_type
         what = f"transformers does not find the tensors of a language model {kind!r} in a stock LLaVA"
         raise ConfigError.at("to", what, "use the layout llavar")
@@ -170,47 +197,51 @@ def read_stock(folder: Path) -> ModelParts:
         WeightsError: A file cannot be read, or the projector has no form that this package supports.
     """
     has_tiles = read_model_config(folder).get("model_type") == STOCK_TILES_MODEL_TYPE
-    described: Any = load_pretrained(LlavaNextConfig if has_tiles else LlavaConfig, folder)
-    _check_stock(described, folder)
-    tokenizer, image_token = _stock_tokenizer(described, folder)
-    tensors = {ours: tensor for name, tensor in open_weights(folder).items() if (ours := tensor_names.from_stock(name))}
+    stock_config: Any = load_pretrained(LlavaNextConfig if has_tiles else LlavaConfig, folder)
+    _check_stock_config(stock_config, folder)
+    tokenizer, image_token = _stock_tokenizer(stock_config, folder)
+    tensors = {
+        our_name: tensor for name, tensor in open_weights(folder).items() if (our_name := tensor_names.from_stock(name))
+    }
     projector_type: ProjectorType = "mlp2x_gelu"
-    if described.projector_hidden_act != "gelu":
+    if stock_config.projector_hidden_act != "gelu":
         projector_type = "linear"
-        weight, bias = to_one_layer(tensors, described.projector_hidden_act, str(folder))
-        tensors = {name: one for name, one in tensors.items() if not name.startswith(tensor_names.STOCK_PROJECTOR)}
+        weight, bias = to_one_layer(tensors, stock_config.projector_hidden_act, str(folder))
+        tensors = {
+            name: tensor for name, tensor in tensors.items() if not name.startswith(tensor_names.STOCK_PROJECTOR)
+        }
         tensors.update({tensor_names.PROJECTOR_WEIGHT: weight, tensor_names.PROJECTOR_BIAS: bias})
-    images = load_pretrained(LlavaNextImageProcessorPil if has_tiles else LlavaImageProcessorPil, folder)
+    image_processor = load_pretrained(LlavaNextImageProcessorPil if has_tiles else LlavaImageProcessorPil, folder)
     if has_tiles:
-        _check_tile_size(images, folder)
-    side = prepared_side(images, str(folder))
+        _check_tile_size(image_processor, folder)
+    side = prepared_side(image_processor, str(folder))
+    resolution = None
+    if has_tiles:
+        where = f"{folder / 'config.json'}:image_grid_pinpoints"
+        resolution = Tiles(grid=read_grids(stock_config.image_grid_pinpoints, side, where))
     config = make_config(
-        described.text_config,
-        described.vision_config,
-        vocab_size=described.text_config.vocab_size,
-        image_token_id=described.image_token_index,
-        vision_feature_layer=described.vision_feature_layer,
+        stock_config.text_config,
+        stock_config.vision_config,
+        vocab_size=stock_config.text_config.vocab_size,
+        image_token_id=stock_config.image_token_index,
+        vision_feature_layer=stock_config.vision_feature_layer,
         use_im_start_end=IMAGE_START_TOKEN in tokenizer.get_vocab(),
         image_side=side,
-        extra_positions=int(described.vision_feature_select_strategy == "default"),
+        extra_positions=int(stock_config.vision_feature_select_strategy == "default"),
         projector_type=projector_type,
-        resolution=Tiles(
-            grid=read_grids(described.image_grid_pinpoints, side, f"{folder / 'config.json'}:image_grid_pinpoints")
-        )
-        if has_tiles
-        else None,
+        resolution=resolution,
     )
     config.tuned_vision_tower = bool(read_model_config(folder).get(TUNED_TOWER))
     if config.tie_word_embeddings:
         tensors.pop(tensor_names.HEAD, None)
-    mode: ImageMode = "pad" if images.do_pad and not has_tiles else "square"
+    mode: ImageMode = "pad" if image_processor.do_pad and not has_tiles else "square"
     template, chat_template = _stock_template(tokenizer, image_token, folder)
     return ModelParts(
         source=str(folder),
         config=config,
         tensors={**tensors},
         tokenizer=tokenizer,
-        image_processor=as_clip_processor(images),  # LlavarProcessor decides how images are padded
+        image_processor=as_clip_processor(image_processor),  # LlavarProcessor decides how images are padded
         image_mode=mode,
         inference_image_mode=mode,
         template=template,
@@ -219,27 +250,28 @@ def read_stock(folder: Path) -> ModelParts:
     )
 
 
-def _check_tile_size(images: LlavaNextImageProcessorPil, folder: Path) -> None:
-    """Reject settings with which stock LLaVA-NeXT resizes each tile again.
+def _check_tile_size(image_processor: LlavaNextImageProcessorPil, folder: Path) -> None:
+    """Reject settings with which stock LLaVA-NeXT resizes each tile again; set the crop to the size of a tile.
 
     Raises:
         ConfigError: States the two sizes.
     """
-    size, tile = (
-        {length for length in dict(stated or {}).values() if length is not None}
-        for stated in (images.size, images.crop_size or images.size)
-    )
-    if len(size) != 1 or size != tile:
+    stated_size, stated_crop = image_processor.size or {}, image_processor.crop_size or image_processor.size or {}
+    sides = {length for length in dict(stated_size).values() if length is not None}
+    tile_sides = {length for length in dict(stated_crop).values() if length is not None}
+    if len(sides) != 1 or sides != tile_sides:
         files = [folder / name for name in ("preprocessor_config.json", PROCESSOR_FILE)]
         file = next((path for path in files if path.is_file()), files[0])
         raise ConfigError.at(
             f"{file}:size",
-            f"not the size of a tile (got {ascii(dict(images.size or {}))[:80]}, expected {min(tile, default=0)} "
+            f"not the size of a tile (got {ascii(dict(stated_size))[:80]}, expected {min(tile_sides, default=0)} "
             f"pixels, that of crop_size)",
             f"copy {file.name} from the model's original folder",
         )
     # Stock LLaVA-NeXT cuts tiles of crop_size, cropped or not.
-    images.crop_size, images.do_center_crop = {"height": min(tile), "width": min(tile)}, True
+    tile_side = min(tile_sides)
+    image_processor.crop_size = {"height": tile_side, "width": tile_side}
+    image_processor.do_center_crop = True
 
 
 def _check_tiles(parts: ModelParts, side: int) -> None:
@@ -266,16 +298,17 @@ def _check_tiles(parts: ModelParts, side: int) -> None:
         logger.warning("max_image_tokens is lost: stock LLaVA-NeXT always cuts an image into the best grid")
 
 
-def _check_stock(described: LlavaConfig | LlavaNextConfig, folder: Path) -> None:
+def _check_stock_config(stock_config: LlavaConfig | LlavaNextConfig, folder: Path) -> None:
+    """Reject settings that a LLaVAR cannot have."""
     where = folder / "config.json"
-    if not isinstance(described.vision_feature_layer, int):
+    if not isinstance(stock_config.vision_feature_layer, int):
         raise ConfigError.at(
             f"{where}:vision_feature_layer",
-            f"several layers are not supported (got {described.vision_feature_layer}, expected an integer)",
+            f"several layers are not supported (got {stock_config.vision_feature_layer}, expected an integer)",
             "use a LLaVA that projects one hidden state of its tower",
         )
-    has_class_token = described.vision_config.model_type == "clip_vision_model"
-    if has_class_token and described.vision_feature_select_strategy != "default":
+    has_class_token = stock_config.vision_config.model_type == "clip_vision_model"
+    if has_class_token and stock_config.vision_feature_select_strategy != "default":
         raise ConfigError.at(
             f"{where}:vision_feature_select_strategy",
             "image features with CLIP's class token are not supported (got 'full', expected 'default')",
@@ -283,18 +316,19 @@ def _check_stock(described: LlavaConfig | LlavaNextConfig, folder: Path) -> None
         )
 
 
-def _stock_tokenizer(described: LlavaConfig | LlavaNextConfig, folder: Path) -> tuple[PreTrainedTokenizerFast, str]:
+def _stock_tokenizer(stock_config: LlavaConfig | LlavaNextConfig, folder: Path) -> tuple[PreTrainedTokenizerFast, str]:
     """Return the tokenizer and the image token, whose id the configuration states."""
     tokenizer: Any = load_pretrained(AutoTokenizer, folder)
     if IMAGE_PATCH_TOKEN in tokenizer.get_vocab():
         tokenizer = load_tokenizer(folder)
-    token = tokenizer.convert_ids_to_tokens(described.image_token_index)
+    image_id = stock_config.image_token_index
+    token = tokenizer.convert_ids_to_tokens(image_id)
     is_llavar = IMAGE_PATCH_TOKEN in tokenizer.get_vocab()
     if token is None or token not in tokenizer.get_added_vocab() or (is_llavar and token != IMAGE_PATCH_TOKEN):
         expected = tokenizer.convert_tokens_to_ids(IMAGE_PATCH_TOKEN)
         raise ConfigError.at(
             f"{folder / 'config.json'}:image_token_index",
-            f"is not the id of an image token (got {described.image_token_index}, which is {token!r} in the tokenizer"
+            f"is not the id of an image token (got {image_id}, which is {token!r} in the tokenizer"
             + (f", expected {expected} for {IMAGE_PATCH_TOKEN})" if is_llavar else ")"),
             "put the tokenizer that the model was saved with into its folder",
         )
@@ -305,31 +339,32 @@ def _stock_template(tokenizer: Any, image_token: str, folder: Path) -> tuple[Tem
     """Return the conversation template of a model, and its Jinja template if it is the tokenizer's own."""
     if image_token == IMAGE_PATCH_TOKEN:
         return "llava_v1", None
-    found = load_pretrained(LlavaProcessor, folder).chat_template or tokenizer.chat_template
+    own_template = load_pretrained(LlavaProcessor, folder).chat_template or tokenizer.chat_template
     # LLaVA-1.5 was trained with this role; its template in transformers leaves out system prompt and </s>.
-    if not isinstance(found, str) or "ASSISTANT:" in found:
+    if not isinstance(own_template, str) or "ASSISTANT:" in own_template:
         return "vicuna_v1", None
     adds_bos = tokenizer.bos_token is not None and tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
-    missing_bos = adds_bos and "bos_token" not in found and tokenizer.bos_token not in found
-    return "chat", (_BOS if missing_bos else "") + with_image_parts(found)
+    lacks_bos = adds_bos and "bos_token" not in own_template and tokenizer.bos_token not in own_template
+    return "chat", (_BOS if lacks_bos else "") + with_image_parts(own_template)
 
 
 def _stock_config(parts: ModelParts, activation: str) -> LlavaConfig | LlavaNextConfig:
-    ours, tiles = parts.config, parts.config.tiles
+    """Return the configuration with which stock transformers builds the same model."""
+    config, tiles = parts.config, parts.config.tiles
     shared: dict[str, Any] = {
-        "text_config": ours.text_config,
-        "vision_config": ours.vision_config,
-        "image_token_index": ours.image_token_index,
-        "image_seq_length": ours.image_seq_length,
+        "text_config": config.text_config,
+        "vision_config": config.vision_config,
+        "image_token_index": config.image_token_index,
+        "image_seq_length": config.image_seq_length,
         "projector_hidden_act": activation,
-        "vision_feature_layer": ours.vision_feature_layer,
-        "vision_feature_select_strategy": ours.vision_feature_select_strategy,
+        "vision_feature_layer": config.vision_feature_layer,
+        "vision_feature_select_strategy": config.vision_feature_select_strategy,
         "multimodal_projector_bias": True,
-        "tie_word_embeddings": ours.tie_word_embeddings,
+        "tie_word_embeddings": config.tie_word_embeddings,
     }
     if tiles is None:
         return LlavaConfig(**shared, architectures=["LlavaForConditionalGeneration"])
-    side = ours.vision_config.image_size
+    side = config.vision_config.image_size
     sizes = [[rows * side, columns * side] for rows, columns in tiles.grids]
     return LlavaNextConfig(**shared, image_grid_pinpoints=sizes, architectures=["LlavaNextForConditionalGeneration"])
 

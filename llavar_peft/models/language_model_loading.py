@@ -77,34 +77,38 @@ def read_language_model(folder: Path, settings: ModelConfig) -> LanguageParts:
         ConfigError: The folder holds no language model of a supported kind, or no template fits it.
         WeightsError: A file cannot be read, or the tokenizer does not belong to the weights.
     """
-    described = read_model_config(folder)
-    _check_kind(described, folder)
-    template = _choose_template(folder, described, settings)
-    legacy = template == "llava_v1"
-    config = read_llama_config(described, folder) if legacy and described["model_type"] == "llama" else _config(folder)
-    tokenizer = _load_tokenizer(folder, described, template)
+    config_json = read_model_config(folder)
+    _check_model_type(config_json, folder)
+    template = _choose_template(folder, config_json, settings)
+    # LLaVAR's own template has image tokens of its own, which follow the tokenizer's, and an untied head.
+    is_llava_v1 = template == "llava_v1"
+    if is_llava_v1 and config_json["model_type"] == "llama":
+        config: PretrainedConfig = read_llama_config(config_json, folder)
+    else:
+        config = _read_config(folder)
+    tokenizer = _load_tokenizer(folder, config_json, template)
     old_size = len(tokenizer)
-    use_im_start_end = legacy and settings.use_im_start_end is not False
-    if legacy:
+    use_im_start_end = is_llava_v1 and settings.use_im_start_end is not False
+    if is_llava_v1:
         add_image_tokens(tokenizer, use_im_start_end=use_im_start_end)
     else:
         check_fast(tokenizer, folder)
         add_placeholder(tokenizer)
-    tied = bool(config.tie_word_embeddings) and not legacy
+    tied = bool(config.tie_word_embeddings) and not is_llava_v1
     stored = _open_renamed(folder, config)
     embeddings = tensor_names.find_embeddings(stored)
-    check_not_delta(stored.get(tensor_names.FINAL_NORM), folder, described)
+    check_not_delta(stored.get(tensor_names.FINAL_NORM), folder, config_json)
     if tied:
         stored.pop(tensor_names.HEAD, None)
     elif tensor_names.HEAD not in stored and config.tie_word_embeddings and embeddings in stored:
         stored[tensor_names.HEAD] = stored[embeddings]
     config.tie_word_embeddings = tied
-    rows = _number_of_rows(stored, old_size, len(tokenizer), folder, keep_spare=not legacy)
+    rows = _number_of_rows(stored, old_size, len(tokenizer), folder, keep_spare=not is_llava_v1)
     tensors: dict[str, Tensor | JoinedRows] = {**stored}
     for name in (embeddings, tensor_names.HEAD):
         if name in stored:
             # LLaVAR's rows follow those of the tokenizer, also where the embeddings have more.
-            tensors[name] = with_mean_rows(stored[name][:old_size] if legacy else stored[name], rows)
+            tensors[name] = with_mean_rows(stored[name][:old_size] if is_llava_v1 else stored[name], rows)
     if tensor_names.HEAD_BIAS in stored:
         bias = stored[tensor_names.HEAD_BIAS]
         tensors[tensor_names.HEAD_BIAS] = torch.cat([bias, bias.mean().expand(rows - len(bias))])
@@ -113,15 +117,15 @@ def read_language_model(folder: Path, settings: ModelConfig) -> LanguageParts:
         tensors=tensors,
         tokenizer=tokenizer,
         template=template,
-        image_token=IMAGE_PATCH_TOKEN if legacy else IMAGE_PLACEHOLDER,
+        image_token=IMAGE_PATCH_TOKEN if is_llava_v1 else IMAGE_PLACEHOLDER,
         use_im_start_end=use_im_start_end,
         rows=rows,
     )
 
 
-def _load_tokenizer(folder: Path, described: Mapping[str, Any], template: TemplateName) -> PreTrainedTokenizerFast:
+def _load_tokenizer(folder: Path, config_json: Mapping[str, Any], template: TemplateName) -> PreTrainedTokenizerFast:
     # transformers 5 converts LLaMA's tokenizer.model into a tokenizer with other ids, which were not trained.
-    has_model = described.get("model_type") == "llama" and (folder / "tokenizer.model").is_file()
+    has_model = config_json.get("model_type") == "llama" and (folder / "tokenizer.model").is_file()
     if template == "llava_v1" or (template == "vicuna_v1" and has_model):
         return load_tokenizer(folder)
     return load_pretrained(AutoTokenizer, folder)
@@ -138,31 +142,33 @@ def add_placeholder(tokenizer: PreTrainedTokenizerFast) -> None:
         tokenizer.pad_token = tokenizer.eos_token
 
 
-def _check_kind(described: Mapping[str, Any], folder: Path) -> None:
-    kind = described.get("model_type")
-    if kind in _TWO_TOWERS:
+def _check_model_type(config_json: Mapping[str, Any], folder: Path) -> None:
+    """Reject what is no language model."""
+    model_type = config_json.get("model_type")
+    if model_type in _TWO_TOWERS:
         raise ConfigError.at(
             "model.language_model",
-            f"{folder} is a vision tower (got {kind!r}), expected a language model",
+            f"{folder} is a vision tower (got {model_type!r}), expected a language model",
             "set vision_tower to it, and language_model to the folder of a language model",
         )
-    if not is_language_model(described) or "vision_config" in described:
-        readable = kind in (MODEL_TYPE, RELEASED_MODEL_TYPE) or "vision_config" not in described
-        ours = "set checkpoint instead of language_model, or " if readable else ""
+    if not is_language_model(config_json) or "vision_config" in config_json:
+        readable = model_type in (MODEL_TYPE, RELEASED_MODEL_TYPE) or "vision_config" not in config_json
+        alternative = "set checkpoint instead of language_model, or " if readable else ""
         raise ConfigError.at(
             "model.language_model",
-            f"{folder} is a complete vision-language model (got {kind!r}), expected a language model",
-            f"{ours}give the folder of the language model it was made from",
+            f"{folder} is a complete vision-language model (got {model_type!r}), expected a language model",
+            f"{alternative}give the folder of the language model it was made from",
         )
-    if with_defaults(described, folder).get("is_encoder_decoder"):
+    if with_defaults(config_json, folder).get("is_encoder_decoder"):
         raise ConfigError.at(
             f"{folder / 'config.json'}:model_type",
-            f"a model with an encoder and a decoder (got {kind!r}, expected a decoder)",
+            f"a model with an encoder and a decoder (got {model_type!r}, expected a decoder)",
             "give the folder of a language model such as Vicuna, Llama, Qwen or Mistral",
         )
 
 
-def _config(folder: Path) -> PretrainedConfig:
+def _read_config(folder: Path) -> PretrainedConfig:
+    """Read the configuration of a language model, and check that its modules can be those of a LLaVAR."""
     config = load_pretrained(AutoConfig, folder)
     # Some encoders, such as BERT, can be used as decoders; they were not trained as such.
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING or type(config) in MODEL_FOR_MASKED_LM_MAPPING:
@@ -197,15 +203,15 @@ def read_converted(folder: Path) -> dict[str, Tensor] | None:
     """
     stored = open_weights(folder)
     converted = _open_renamed(folder, load_pretrained(AutoConfig, folder))
-    same = {tensor_names.from_released(name) for name in stored} - {None}
-    return None if same == converted.keys() else converted
+    renamed = {tensor_names.from_released(name) for name in stored} - {None}
+    return None if renamed == converted.keys() else converted
 
 
 def _open_renamed(folder: Path, config: PretrainedConfig) -> dict[str, Tensor]:
     """Return a language model's tensors by our names, in the form that transformers' modules have."""
     stored = open_weights(folder)
     if config.model_type == "llama":
-        return {ours: one for name, one in stored.items() if (ours := tensor_names.from_released(name))}
+        return {our_name: tensor for name, tensor in stored.items() if (our_name := tensor_names.from_released(name))}
     model = outline(config, folder)
     try:
         converted = convert_stored(model, stored)
@@ -216,28 +222,29 @@ def _open_renamed(folder: Path, config: PretrainedConfig) -> dict[str, Tensor]:
             DOWNLOAD_AGAIN,
         ) from error
     base = f"{model.base_model_prefix}."
-    head = next((name for name, module in model.named_modules() if module is model.get_output_embeddings()), "lm_head")
-    found: dict[str, Tensor] = {}
+    head_module = model.get_output_embeddings()
+    head = next((name for name, module in model.named_modules() if module is head_module), "lm_head")
+    tensors: dict[str, Tensor] = {}
     for name, tensor in converted.items():
         if name.startswith(base):
-            found[f"model.language_model.{name.removeprefix(base)}"] = tensor
+            tensors[f"model.language_model.{name.removeprefix(base)}"] = tensor
         elif name.startswith(f"{head}."):
-            found[f"lm_head.{name.removeprefix(f'{head}.')}"] = tensor
-        elif (ours := tensor_names.from_released(name)) is not None:
-            found[ours] = tensor
-    return {name: one for name, one in found.items() if tensor_names.from_released(name) is not None}
+            tensors[f"lm_head.{name.removeprefix(f'{head}.')}"] = tensor
+        elif (our_name := tensor_names.from_released(name)) is not None:
+            tensors[our_name] = tensor
+    return {name: tensor for name, tensor in tensors.items() if tensor_names.from_released(name) is not None}
 
 
-def _choose_template(folder: Path, described: Mapping[str, Any], settings: ModelConfig) -> TemplateName:
+def _choose_template(folder: Path, config_json: Mapping[str, Any], settings: ModelConfig) -> TemplateName:
     """Return the template that is set, or the one that fits the language model."""
     if settings.template is not None:
         return settings.template
-    if described.get("model_type") == "llama" and (folder / "tokenizer.model").is_file():
+    if config_json.get("model_type") == "llama" and (folder / "tokenizer.model").is_file():
         return "llava_v1"
     tokenizer: Any = load_pretrained(AutoTokenizer, folder)
     if tokenizer.chat_template is not None:
         return "chat"
-    if described.get("model_type") == "llama":
+    if config_json.get("model_type") == "llama":
         return "llava_v1"
     raise ConfigError.at(
         "model.template",
@@ -260,16 +267,25 @@ def check_fast(tokenizer: Any, folder: Path) -> None:
         )
 
 
-def _number_of_rows(stored: Mapping[str, Tensor], old: int, new: int, folder: Path, *, keep_spare: bool) -> int:
+def _number_of_rows(stored: Mapping[str, Tensor], old_size: int, size: int, folder: Path, *, keep_spare: bool) -> int:
+    """Return the number of rows that the embeddings get.
+
+    Args:
+        stored: The tensors on disk.
+        old_size: Number of tokens before the image tokens were added.
+        size: Number of tokens with them.
+        folder: The model's folder, for messages.
+        keep_spare: Whether rows beyond the tokens are kept.
+    """
     embeddings = tensor_names.find_embeddings(stored)
-    rows = stored[embeddings].shape[0] if embeddings in stored else new
-    if rows < old:
+    rows = stored[embeddings].shape[0] if embeddings in stored else size
+    if rows < old_size:
         raise WeightsError.at(
             f"{folder}:{embeddings}",
-            f"too few rows for the tokenizer (got {rows}, expected at least {old})",
+            f"too few rows for the tokenizer (got {rows}, expected at least {old_size})",
             "put this model's own tokenizer into its folder",
         )
-    return max(rows, new) if keep_spare else new
+    return max(rows, size) if keep_spare else size
 
 
 def with_mean_rows(stored: Tensor, rows: int) -> Tensor | JoinedRows:

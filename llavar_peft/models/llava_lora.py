@@ -85,18 +85,18 @@ def convert_llava_lora(
             "give the whole folder that LLaVA's train_mem.py wrote; adapters of this package need no conversion",
         )
     check_outside(expand_home(out), folder)
-    described = read_model_config(folder)
-    if not is_flat(described):
+    config_json = read_model_config(folder)
+    if not is_flat(config_json):
         raise ConfigError.at(
             f"{folder / 'config.json'}:model_type",
-            f"not the configuration of a LLaVA (got {ascii(described.get('model_type'))[:80]})",
+            f"not the configuration of a LLaVA (got {ascii(config_json.get('model_type'))[:80]})",
             "copy the config.json that LLaVA saved next to the adapter into the folder",
         )
-    check_features(folder, described)
+    check_features(folder, config_json)
     stored = open_adapter(folder)
     parts = split_adapter(stored.table)
     _check_trained(parts, folder)
-    config = _find_base(stored, described, base, vision_tower)
+    config = _find_base(stored, config_json, base, vision_tower)
     has_projector = any(part.module.startswith(_PROJECTOR_MODULE) for part in parts)
     if config.language_model is not None and not has_projector:
         raise ConfigError.at(
@@ -105,7 +105,7 @@ def convert_llava_lora(
             "give the LLaVA that it was trained on with --base",
         )
     model = read_checkpoint(config) if config.checkpoint is not None else read_parts(config, seed=0)
-    config, model = _with_tiles(config, model, described, stored)
+    config, model = _with_tiles(config, model, config_json, stored)
     raise_faults(list(_find_faults(stored, parts, expected_shapes(model.config))))
 
     def finish(staged: Path) -> None:
@@ -121,27 +121,27 @@ def convert_llava_lora(
         title = f"The adapter {portable_name(source)}, converted from LLaVA's layout"
         write_weights_card(staged, title, {"base": config.checkpoint or config.language_model or ""}, adapters=[folder])
 
-    table = _with_newline(stored, model, completes=has_projector)
+    table = _with_newline(stored, model, has_projector=has_projector)
     return write_converted(
         table,
         expand_home(out),
         dtype=None,
         form="safetensors",
-        shard_size=max(RELEASED_SHARD_SIZE, 2 * sum(one.nbytes for one in table.values())),
+        shard_size=max(RELEASED_SHARD_SIZE, 2 * sum(tensor.nbytes for tensor in table.values())),
         finish=finish,
         progress=progress,
     )
 
 
 def _with_tiles(
-    config: ModelConfig, model: ModelParts, described: Mapping[str, Any], stored: AdapterOnDisk
+    config: ModelConfig, model: ModelParts, config_json: Mapping[str, Any], stored: AdapterOnDisk
 ) -> tuple[ModelConfig, ModelParts]:
     """Return the settings and the parts of a base with the tiles that a LoRA was trained with.
 
     Raises:
         ConfigError: The base reads tiles and the LoRA was trained without, or neither has the newline embedding.
     """
-    tiles = read_flat_resolution(described, prepared_side(model.image_processor, model.source), stored.folder)
+    tiles = read_flat_resolution(config_json, prepared_side(model.image_processor, model.source), stored.folder)
     base = model.config.resolution
     if tiles is None and base is not None:
         raise ConfigError.at(
@@ -162,17 +162,17 @@ def _with_tiles(
     return config, set_resolution(model, tiles, seed=0)
 
 
-def _with_newline(stored: AdapterOnDisk, model: ModelParts, *, completes: bool) -> dict[str, TensorEntry | Tensor]:
+def _with_newline(stored: AdapterOnDisk, model: ModelParts, *, has_projector: bool) -> dict[str, TensorEntry | Tensor]:
     """Return a LoRA's tensors with its base's newline, which LLaVA leaves untrained where the base has one.
 
     Args:
         stored: The LoRA.
         model: Its base.
-        completes: Whether the LoRA has a projector, of which the newline is a part in this package.
+        has_projector: Whether the LoRA has a projector, of which the newline is a part in this package.
     """
     table: dict[str, TensorEntry | Tensor] = dict(stored.table)
     newline = model.tensors.get(tensor_names.NEWLINE)
-    if completes and newline is not None:
+    if has_projector and newline is not None:
         table.setdefault(PREFIX + tensor_names.NEWLINE, whole(newline).contiguous())
     return table
 
@@ -180,10 +180,10 @@ def _with_newline(stored: AdapterOnDisk, model: ModelParts, *, completes: bool) 
 def _check_trained(parts: tuple[AdapterPart, ...], folder: Path) -> None:
     """Reject what LLaVA trained besides low-rank updates and the projector: rows of the embeddings, or the tower."""
     others = [
-        f"{part.module}.{own}"
+        f"{part.module}.{name}"
         for part in parts
         if part.in_full and not part.module.startswith(_PROJECTOR_MODULE)
-        for own in part.tensors
+        for name in part.tensors
     ]
     if others:
         raise ConfigError.at(
@@ -192,37 +192,36 @@ def _check_trained(parts: tuple[AdapterPart, ...], folder: Path) -> None:
 
 
 def _find_base(
-    stored: AdapterOnDisk, described: Mapping[str, Any], base: str | Path | None, vision_tower: str | Path | None
+    stored: AdapterOnDisk, config_json: Mapping[str, Any], base: str | Path | None, vision_tower: str | Path | None
 ) -> ModelConfig:
     """Return the settings of the model that a LoRA was trained on."""
-    named = str(base or stored.settings.get("base_model_name_or_path") or "")
-    tower = str(vision_tower or described.get("mm_vision_tower") or "")
-    if not named:
+    base_name = str(base or stored.settings.get("base_model_name_or_path") or "")
+    tower_name = str(vision_tower or config_json.get("mm_vision_tower") or "")
+    if not base_name:
         raise ConfigError.at(
             str(stored.folder),
             "it does not name its base",
             "give the language model that it was trained on with --base",
         )
-    folder = _resolve(named, "base", given=base is not None)
-    known = read_model_config(folder)
-    if known.get("model_type") == MODEL_TYPE or "text_config" in known:
-        return ModelConfig(checkpoint=_absolute(named))
-    _resolve(tower, "vision-tower", given=vision_tower is not None)
-    if not is_language_model(known):
-        return ModelConfig(checkpoint=_absolute(named), vision_tower=_absolute(tower))
-    if described.get("mm_use_im_start_end") or described.get("mm_use_im_patch_token", True):
+    base_config = read_model_config(_resolve(base_name, "base", given=base is not None))
+    if base_config.get("model_type") == MODEL_TYPE or "text_config" in base_config:
+        return ModelConfig(checkpoint=_absolute(base_name))
+    _resolve(tower_name, "vision-tower", given=vision_tower is not None)
+    if not is_language_model(base_config):
+        return ModelConfig(checkpoint=_absolute(base_name), vision_tower=_absolute(tower_name))
+    if config_json.get("mm_use_im_start_end") or config_json.get("mm_use_im_patch_token", True):
         raise ConfigError.at(
             str(stored.folder),
-            f"it was trained with image tokens, whose rows its base {named} does not have",
+            f"it was trained with image tokens, whose rows its base {base_name} does not have",
             "give the LLaVA that it was trained on with --base",
         )
     return ModelConfig(
-        language_model=_absolute(named),
-        vision_tower=_absolute(tower),
-        projector_type=cast("ProjectorType", described.get("mm_projector_type") or "linear"),
-        template="vicuna_v1" if flat_language_kind(described) in LLAMA_TOKENS else "chat",
-        vision_feature_layer=int(described.get("mm_vision_select_layer") or -2),
-        image_mode="square" if described.get("image_aspect_ratio") == "square" else "pad",
+        language_model=_absolute(base_name),
+        vision_tower=_absolute(tower_name),
+        projector_type=cast("ProjectorType", config_json.get("mm_projector_type") or "linear"),
+        template="vicuna_v1" if flat_language_kind(config_json) in LLAMA_TOKENS else "chat",
+        vision_feature_layer=int(config_json.get("mm_vision_select_layer") or -2),
+        image_mode="square" if config_json.get("image_aspect_ratio") == "square" else "pad",
     )
 
 
@@ -239,6 +238,7 @@ def _resolve(name: str, option: str, *, given: bool) -> Path:
 
 
 def _absolute(name: str) -> str:
+    """Return the absolute path of a folder; a name of the hub unchanged."""
     path = expand_home(name)
     return str(path.resolve()) if path.is_dir() else name
 
@@ -247,5 +247,5 @@ def _find_faults(
     stored: AdapterOnDisk, parts: tuple[AdapterPart, ...], shapes: Mapping[str, tuple[int, ...]]
 ) -> Iterator[Fault]:
     where = str(stored.folder)
-    found = list(find_shape_faults(parts, stored.settings, where))
-    yield from found or find_base_faults(parts, stored.settings, shapes, where)
+    shape_faults = list(find_shape_faults(parts, stored.settings, where))
+    yield from shape_faults or find_base_faults(parts, stored.settings, shapes, where)

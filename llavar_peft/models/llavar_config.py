@@ -97,10 +97,10 @@ def make_config(  # noqa: PLR0913 - the settings of a model
         projector_type: Kind of projector.
         resolution: How small letters are read.
     """
-    described = {**text_config.to_dict(), "vocab_size": vocab_size}
+    settings = {**text_config.to_dict(), "vocab_size": vocab_size}
     if text_config.model_type == "llama" and not text_config.tie_word_embeddings:
-        described["tie_word_embeddings"] = False
-    text = type(text_config)(**described)
+        settings["tie_word_embeddings"] = False
+    text = type(text_config)(**settings)
     return LlavarConfig(
         text_config=text,
         vision_config=vision_config,
@@ -138,7 +138,7 @@ def count_needed_layers(feature_layer: object, layers: int) -> int:
     return feature_layer if feature_layer >= 0 else layers + 1 + feature_layer
 
 
-def read_llama_config(described: Mapping[str, Any], folder: Path) -> LlamaConfig:
+def read_llama_config(config_json: Mapping[str, Any], folder: Path) -> LlamaConfig:
     """Return the language model's configuration from a parsed ``config.json``.
 
     A LLaMA's file of transformers 5 is read as it is. Older files and the released, flat ones (``model_type: llava``
@@ -146,50 +146,50 @@ def read_llama_config(described: Mapping[str, Any], folder: Path) -> LlamaConfig
     another model without an error. Missing fields have LLaMA's defaults.
 
     Args:
-        described: The file.
+        config_json: The content of the file.
         folder: Its folder, for messages.
 
     Raises:
         ConfigError: A value is none that a model can have.
     """
-    if described.get("model_type") == "llama" and "rope_parameters" in described:
-        return make_settings(LlamaConfig, described, folder)
-    fields = {name: described[name] for name in _LLAMA_FIELDS if described.get(name) is not None}
-    if _OLD_POSITIONS in described and "max_position_embeddings" not in fields:
-        fields["max_position_embeddings"] = described[_OLD_POSITIONS]
+    if config_json.get("model_type") == "llama" and "rope_parameters" in config_json:
+        return make_settings(LlamaConfig, config_json, folder)
+    fields = {name: config_json[name] for name in _LLAMA_FIELDS if config_json.get(name) is not None}
+    if _OLD_POSITIONS in config_json and "max_position_embeddings" not in fields:
+        fields["max_position_embeddings"] = config_json[_OLD_POSITIONS]
     # Vicuna v1.1's file has pad_token_id -1 or 0; the original always pads with <unk>, id 0.
     fields["pad_token_id"] = 0
     return make_settings(LlamaConfig, {"tie_word_embeddings": False, **fields}, folder)
 
 
-def flat_language_kind(described: Mapping[str, Any]) -> str:
+def flat_language_kind(config_json: Mapping[str, Any]) -> str:
     """Return the kind of the language model of a flat ``config.json``, by transformers' name: ``llama``, ``mistral``.
 
     LLaVA's code names it in ``model_type`` (``llava_mistral``) or only in ``architectures``
     (``LlavaMistralForCausalLM``).
     """
-    named = str(described.get("model_type")).removeprefix(RELEASED_MODEL_TYPE).removeprefix("_")
+    named = str(config_json.get("model_type")).removeprefix(RELEASED_MODEL_TYPE).removeprefix("_")
     if not named:
-        listed = described.get("architectures")
+        listed = config_json.get("architectures")
         first = str(listed[0]) if isinstance(listed, list) and listed else ""
         found = re.fullmatch(r"Llava(\w+)ForCausalLM", first)
         named = found[1].lower() if found else "llama"
     return _KINDS_IN_LLAVA.get(named, named)
 
 
-def read_flat_text_config(described: Mapping[str, Any], folder: Path) -> PretrainedConfig:
+def read_flat_text_config(config_json: Mapping[str, Any], folder: Path) -> PretrainedConfig:
     """Return the language model's configuration from a flat ``config.json`` of LLaVA's code.
 
     Args:
-        described: The file.
+        config_json: The content of the file.
         folder: Its folder, for messages.
 
     Raises:
         ConfigError: transformers has no such language model, or a value is none that a model can have.
     """
-    kind = flat_language_kind(described)
-    if kind == "llama" and FLAT_TEMPLATE not in described:
-        return read_llama_config(described, folder)
+    kind = flat_language_kind(config_json)
+    if kind == "llama" and FLAT_TEMPLATE not in config_json:
+        return read_llama_config(config_json, folder)
     if kind not in CONFIG_MAPPING or CONFIG_MAPPING[kind] not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise ConfigError.at(
             f"{folder / 'config.json'}:model_type",
@@ -198,5 +198,5 @@ def read_flat_text_config(described: Mapping[str, Any], folder: Path) -> Pretrai
         )
     # LLaVA's own settings stand between those of the language model.
     own = {*CONFIG_MAPPING[kind]().to_dict(), "rope_theta", "rope_scaling"} - _NOT_OF_LANGUAGE_MODEL
-    fields = {name: value for name, value in described.items() if name in own}
+    fields = {name: value for name, value in config_json.items() if name in own}
     return make_part_settings({**fields, "model_type": kind}, folder, default=kind)

@@ -133,7 +133,7 @@ def merge_adapter(  # noqa: PLR0913 - the options of the merge
         _write_card(plan, staged, {"base": base, "vision tower": vision_tower, "projector": projector}, gaps)
 
     def measure(stream: TensorStream) -> None:
-        folders = [one.folder for one in plan.merged.adapters]
+        folders = [adapter.folder for adapter in plan.merged.adapters]
         tokenizers = (*folders, plan.folder, *plan.merged.base.companions)
         gaps.update(measure_merge(plan, stream, dtype, tokenizers))
 
@@ -153,15 +153,16 @@ def merge_adapter(  # noqa: PLR0913 - the options of the merge
 def _write_card(
     plan: MergePlan, staged: Path, sources: Mapping[str, str | Path | None], gaps: Mapping[str, LogitsGap]
 ) -> None:
+    """Write the model card of a merge's result."""
     gap = gaps.get("result")
     figures = {} if gap is None else {
         "difference of the logits from those before the merge, in standard deviations": f"{gap.relative:.1e}",
         "same top token as before the merge": f"{gap.same_top:.0%} of {gap.tokens} positions",
     }  # fmt: skip
-    adapters = [one.folder for one in plan.merged.adapters]
+    adapters = [adapter.folder for adapter in plan.merged.adapters]
     title = f"{portable_name(sources['base'] or '')} with {', '.join(map(adapter_name, adapters))} merged into it"
-    given = {what: source for what, source in sources.items() if source is not None}
-    write_weights_card(staged, title, given, adapters=adapters, figures=figures)
+    given_sources = {what: source for what, source in sources.items() if source is not None}
+    write_weights_card(staged, title, given_sources, adapters=adapters, figures=figures)
 
 
 def write_chat_template(plan: MergePlan, staged: Path) -> None:
@@ -195,8 +196,10 @@ def _chat_template(plan: MergePlan, staged: Path) -> str:
 
 
 def _check_gap(plan: MergePlan, gap: LogitsGap, bound: float | None, out: Path) -> None:
+    """Reject a result whose logits differ from those before the merge by more than a bound."""
     as_trained = plan.trained == plan.merged.rounding
-    allowed = bound if bound is not None else BOUND if as_trained else BOUND_ORIGINAL
+    default_bound = BOUND if as_trained else BOUND_ORIGINAL
+    allowed = default_bound if bound is None else bound
     if not gap.relative <= allowed:  # also true for NaN
         fix = (
             "merge in a more precise dtype, or give the base that the adapter was trained on"
@@ -212,12 +215,13 @@ def _check_gap(plan: MergePlan, gap: LogitsGap, bound: float | None, out: Path) 
 
 
 def _describe(plan: MergePlan, base: Path, onto: Onto, gaps: Mapping[str, LogitsGap]) -> dict[str, Any]:
+    """Return the content of ``MERGE_FILE``."""
     merged = plan.merged
     return {
         "base": str(base),
-        "adapters": [str(one.folder) for one in merged.adapters],
+        "adapters": [str(adapter.folder) for adapter in merged.adapters],
         "weights": merged.weights,
         "trained_on": None if plan.trained is None else dataclasses.asdict(plan.trained),
         "onto": onto,
-        "logits_gap": {name: dataclasses.asdict(one) for name, one in gaps.items()},
+        "logits_gap": {name: dataclasses.asdict(gap) for name, gap in gaps.items()},
     }

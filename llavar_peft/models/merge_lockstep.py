@@ -23,7 +23,7 @@ from llavar_peft.weights.adapter.lora_updates import LayerInput
 from llavar_peft.weights.io import tensor_names
 from llavar_peft.weights.io.tensor_stream import TensorStream
 from llavar_peft.weights.merge.merge_plan import MergePlan
-from llavar_peft.weights.merge.merge_stream import MergedTensors, See, float_pieces
+from llavar_peft.weights.merge.merge_stream import MergedTensors, RowsCallback, float_pieces
 
 _MATRIX = 2  # dimensions
 _PROBED = ("model.language_model.", tensor_names.PROJECTOR, tensor_names.HEAD)
@@ -92,12 +92,15 @@ class _Model(Weights):
     Args:
         weights: The model's weights; small tensors are read from there directly.
         compute: Computes the logits.
+
+    Attributes:
+        next: What the model needs to continue; in the end its logits.
     """
 
     def __init__(self, weights: Weights, compute: Callable[[Weights], Tensor]) -> None:
         super().__init__(weights.merged)
         self.weights = weights
-        self._asked: Queue[_Request | Tensor | BaseException] = Queue()
+        self._requests: Queue[_Request | Tensor | BaseException] = Queue()
         self._answers: Queue[Tensor | BaseException] = Queue()
         self._compute = compute
         self._thread = Thread(target=self._run, daemon=True)
@@ -116,9 +119,9 @@ class _Model(Weights):
         """Return rows of a tensor, shape (len(ids), width)."""
         return self._ask(_Request("rows", name, ids))
 
-    def answer(self, found: Tensor) -> None:
-        """Let the model continue, and wait until it needs something or is done."""
-        self._answers.put(found)
+    def answer(self, output: Tensor) -> None:
+        """Let the model continue with what it asked for, and wait until it needs something else or is done."""
+        self._answers.put(output)
         self.next = self._wait()
 
     def stop(self) -> None:
@@ -127,23 +130,25 @@ class _Model(Weights):
         self._thread.join()
 
     def _ask(self, request: _Request) -> Tensor:
-        self._asked.put(request)
-        found = self._answers.get()
-        if isinstance(found, BaseException):
-            raise found
-        return found
+        """Wait for the answer to a request; called on the model's thread."""
+        self._requests.put(request)
+        output = self._answers.get()
+        if isinstance(output, BaseException):
+            raise output
+        return output
 
     def _wait(self) -> _Request | Tensor:
-        found = self._asked.get()
-        if isinstance(found, BaseException):
-            raise found
-        return found
+        """Wait for the model's next request, or its logits; called on the main thread."""
+        request_or_logits = self._requests.get()
+        if isinstance(request_or_logits, BaseException):
+            raise request_or_logits
+        return request_or_logits
 
     def _run(self) -> None:
         try:
-            self._asked.put(self._compute(self))
+            self._requests.put(self._compute(self))
         except BaseException as error:  # noqa: BLE001 - raised on the thread that waits
-            self._asked.put(error)
+            self._requests.put(error)
 
 
 class _Lockstep:
@@ -163,60 +168,76 @@ class _Lockstep:
         """Return the logits of each."""
         models: list[_Model] = []
         try:
-            models.extend(_Model(one, compute) for one in weights)
-            while requests := [one for one in models if isinstance(one.next, _Request)]:
-                self._serve(requests, models[-1])
+            models.extend(_Model(model_weights, compute) for model_weights in weights)
+            while waiting := [model for model in models if isinstance(model.next, _Request)]:
+                self._serve(waiting, models[-1])
         finally:
             for model in models:
                 model.stop()
-        return [one.next for one in models if isinstance(one.next, Tensor)]
+        return [model.next for model in models if isinstance(model.next, Tensor)]
 
     def _serve(self, models: Sequence[_Model], result: _Model) -> None:
-        requests = [one.next for one in models if isinstance(one.next, _Request)]
-        if len({(one.kind, one.name) for one in requests}) > 1:  # for example other experts: each for itself
+        """Answer the requests of models that wait, which are mostly for the same matrix.
+
+        Args:
+            models: The models.
+            result: The model of the merge's result.
+        """
+        requests = [model.next for model in models if isinstance(model.next, _Request)]
+        if len({(request.kind, request.name) for request in requests}) > 1:  # such as other experts: one by one
             models, requests = models[:1], requests[:1]
-        before: list[_Answer] = []
-        after: list[_Answer] = []
-        answers = []
-        for model, request in zip(models, requests, strict=True):
-            answers.append(_Answer(request, model.weights if isinstance(model.weights, UnmergedWeights) else None))
-            (after if model is result else before).append(answers[-1])
-        self._pass(requests[0].name, before, after)
+        answers = [
+            _Answer(request, model.weights if isinstance(model.weights, UnmergedWeights) else None)
+            for model, request in zip(models, requests, strict=True)
+        ]
+        before_merge = [answer for model, answer in zip(models, answers, strict=True) if model is not result]
+        after_merge = [answer for model, answer in zip(models, answers, strict=True) if model is result]
+        self._read_matrix(requests[0].name, before_merge, after_merge)
         for model, answer in zip(models, answers, strict=True):
             model.answer(answer.joined())
 
-    def _pass(self, ours: str, before: Sequence[_Answer], after: Sequence[_Answer]) -> None:
-        """Read a matrix once; if the result's model needs it, merge and write it too."""
-        name, start = self._stored[ours], 0
+    def _read_matrix(self, our_name: str, before: Sequence[_Answer], after: Sequence[_Answer]) -> None:
+        """Read a matrix once; if the result's model needs it, merge and write it too.
+
+        Args:
+            our_name: The matrix.
+            before: Get its rows before the merge.
+            after: Get its rows after the merge.
+        """
+        name, start = self._stored[our_name], 0
         blocks = self._merged.before(name)
         if not after:
             for block in blocks:
-                _show(block, before, start)
+                _pass_rows(block, before, start)
                 start += len(block)
             return
         dtype = self._dtype or self._merged.base.dtype(name)
-        written = self._stream.is_written(name)
+        is_written = self._stream.is_written(name)  # such as before an interruption: `put` returns the rows in the file
         with self._stream.writing(name) as put:
             for block in blocks:
-                if written:
-                    _show(block, before, start)
-                    _show(put(block), after, start)
+                if is_written:
+                    _pass_rows(block, before, start)
+                    _pass_rows(put(block), after, start)
                 else:
-                    put(self._merged.merge_block(name, block, start, dtype, _seen_by(before), _seen_by(after)))
+                    merged = self._merged.merge_block(name, block, start, dtype, _receiver(before), _receiver(after))
+                    put(merged)
                 start += len(block)
 
 
-def _seen_by(answers: Sequence[_Answer]) -> See:
-    def see(rows: Tensor, start: int) -> None:
-        for one in answers:
-            one.see(rows, start)
+def _receiver(answers: Sequence[_Answer]) -> RowsCallback:
+    """Return a function that passes rows to several answers."""
 
-    return see
+    def receive(rows: Tensor, start: int) -> None:
+        for answer in answers:
+            answer.add(rows, start)
+
+    return receive
 
 
-def _show(block: Tensor, answers: Sequence[_Answer], start: int) -> None:
+def _pass_rows(block: Tensor, answers: Sequence[_Answer], start: int) -> None:
+    """Pass a block to several answers in pieces, as a merge does."""
     for rows, place in float_pieces(block):
-        _seen_by(answers)(rows, start + place.start)
+        _receiver(answers)(rows, start + place.start)
 
 
 class _Answer:
@@ -229,27 +250,29 @@ class _Answer:
 
     def __init__(self, request: _Request, unmerged: UnmergedWeights | None) -> None:
         self._request, self._unmerged = request, unmerged
-        self._parts: list[Tensor] = []
+        self._columns: list[Tensor] = []
         self._picked = PickedRows(request.value) if request.kind == "rows" else None
         self._input = None if request.kind == "rows" else LayerInput(request.value)
 
-    def see(self, rows: Tensor, start: int) -> None:
+    def add(self, rows: Tensor, start: int) -> None:
         """Use the next rows of the matrix."""
         name = self._request.name
         if self._input is not None:
-            full = self._unmerged
-            self._parts.append(self._input.times(rows) if full is None else full.output(name, self._input, rows, start))
+            if self._unmerged is None:
+                self._columns.append(self._input.times(rows))
+            else:
+                self._columns.append(self._unmerged.output(name, self._input, rows, start))
         elif self._picked is not None:
-            found = self._picked.pick(rows, start)
+            picked = self._picked.pick(rows, start)
             if self._unmerged is not None:
-                found = self._unmerged.lookup(name, found, self._picked.inside(rows, start))
-            self._picked.add(found)
+                picked = self._unmerged.lookup(name, picked, self._picked.inside(rows, start))
+            self._picked.add(picked)
 
     def joined(self) -> Tensor:
         """Return the whole answer."""
         if self._picked is not None:
             return self._picked.joined()
-        return torch.empty(0) if self._input is None else join_columns(self._input, self._parts)
+        return torch.empty(0) if self._input is None else join_columns(self._input, self._columns)
 
 
 class _EndedError(Exception):

@@ -1,4 +1,7 @@
-"""Give a model that was read from disk the resolution that its settings ask for."""
+"""Give a model that was read from disk the resolution that its settings ask for.
+
+This is done before the model is built: tiles and cross-attention have weights, which are drawn here if there are none.
+"""
 
 from __future__ import annotations
 
@@ -45,7 +48,7 @@ def set_resolution(parts: ModelParts, resolution: Tiles | CrossAttention | None,
         ConfigError: The resolution does not fit the model, which may have another kind.
         WeightsError: The model reads tiles, and the weights that this needs are missing.
     """
-    config, before = parts.config, parts.config.tiles
+    config, tiles_before = parts.config, parts.config.tiles
     if resolution is not None:
         config = copy.deepcopy(config)
         config.resolution = describe_resolution(checked_resolution(resolution, _SETTING))
@@ -55,7 +58,7 @@ def set_resolution(parts: ModelParts, resolution: Tiles | CrossAttention | None,
     tensors = dict(parts.tensors)
     if config.tiles is None:
         tensors.pop(tensor_names.NEWLINE, None)
-    elif before is None:
+    elif tiles_before is None:
         generator = torch.Generator().manual_seed(seed)
         width = config.text_config.hidden_size
         # As in LLaVA-NeXT.
@@ -79,10 +82,10 @@ def _with_cross_attention(parts: ModelParts, config: LlavarConfig, seed: int) ->
     tensors, settings = dict(parts.tensors), parts.detail_settings
     if encoder != CONCAT_CLIP and not any(name.startswith(tensor_names.DETAIL_ENCODER) for name in tensors):
         # Adapters and deltas do not contain it.
-        read = read_encoder(resolve_folder(encoder, f"{_SETTING}.encoder"))
-        config, settings = copy.deepcopy(config), read.image_settings
-        config.detail_config = read.config
-        tensors.update(read.tensors)
+        encoder_parts = read_encoder(resolve_folder(encoder, f"{_SETTING}.encoder"))
+        config, settings = copy.deepcopy(config), encoder_parts.image_settings
+        config.detail_config = encoder_parts.config
+        tensors.update(encoder_parts.tensors)
     if parts.config.cross_attention is None:
         tensors.update(draw_cross_attention(config, seed))
     return dataclasses.replace(parts, config=config, tensors=tensors, detail_settings=settings)
@@ -97,27 +100,31 @@ def with_resolution_of(config: ModelConfig, adapters: Iterable[Path]) -> ModelCo
     if config.resolution is not None:
         return config
     stated = [(folder, resolution_of_adapter(folder)) for folder in adapters]
-    known = [
-        (folder, resolution_from(one, f"{folder / 'config.json'}:{RESOLUTION}"))
-        for folder, one in stated
-        if one is not None
+    resolutions = [
+        (folder, resolution_from(settings, f"{folder / 'config.json'}:{RESOLUTION}"))
+        for folder, settings in stated
+        if settings is not None
     ]
-    for folder, one in known[1:]:
-        if describe_resolution(one) != describe_resolution(known[0][1]):
+    if not resolutions:
+        return config
+    first_folder, first_resolution = resolutions[0]
+    for folder, resolution in resolutions[1:]:
+        if describe_resolution(resolution) != describe_resolution(first_resolution):
             raise ConfigError.at(
                 "adapters",
-                f"{known[0][0]} and {folder} were trained with different resolutions (model.resolution)",
+                f"{first_folder} and {folder} were trained with different resolutions (model.resolution)",
                 "load one of them",
             )
-    return dataclasses.replace(config, resolution=known[0][1]) if known else config
+    return dataclasses.replace(config, resolution=first_resolution)
 
 
 def _check_change(parts: ModelParts, config: LlavarConfig) -> None:
+    """Reject a resolution of another kind than the checkpoint's, or with another encoder or grid of crops."""
     before, after = parts.config.resolution, config.resolution
     if before is None or after is None:
         return
-    fixed = ("type",) if after["type"] == "tiles" else ("type", "encoder", "grid")
-    for name in fixed:
+    trained_settings = ("type",) if after["type"] == "tiles" else ("type", "encoder", "grid")
+    for name in trained_settings:
         if before.get(name) != after[name]:
             raise ConfigError.at(
                 _SETTING if name == "type" else f"{_SETTING}.{name}",

@@ -119,7 +119,8 @@ class LlavarModel(LlavaModel):
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("forward: expected exactly one of input_ids and inputs_embeds")
         in_training = self.training and torch.is_grad_enabled() and inputs_embeds is None
-        missing = missing_projector_calls(pixel_values) if in_training else 0
+        # Calls on zeros, so that the projector has a gradient on every rank, also on one without images.
+        missing_calls = missing_projector_calls(pixel_values) if in_training else 0
         embeds_BTD = self.get_input_embeddings()(input_ids) if inputs_embeds is None else inputs_embeds
         if pixel_values is not None:
             features_NPD = self.get_image_features(
@@ -130,7 +131,7 @@ class LlavarModel(LlavaModel):
             ).pooler_output
             features_FD = torch.cat(features_NPD).to(embeds_BTD.device, embeds_BTD.dtype)
             embeds_BTD = self._splice(input_ids, embeds_BTD, features_FD, image_places)
-        for _ in range(missing):
+        for _ in range(missing_calls):
             embeds_BTD = embeds_BTD + zero_through_projector(self, through_tower=self._tower_is_trained())
         detail = make_detail(self, input_ids, embeds_BTD, detail_values, details, has_images=pixel_values is not None)
         if detail is not None:
@@ -162,10 +163,12 @@ class LlavarModel(LlavaModel):
             return encoder_features(self.detail_encoder, detail_values)
         layers, patch = self.num_tower_layers(), self.config.vision_config.patch_size
         patches = (detail_values.shape[-2] // patch) * (detail_values.shape[-1] // patch)
-        parts = torch.split(detail_values.flatten(0, 1), CROPS_AT_ONCE)
-        # The class token and register tokens come before the patches.
-        features = [tower_features(self.vision_tower, part, layers)[:, -patches:] for part in parts]
-        crops_XPC = torch.cat(features)
+        features = [
+            # The class token and register tokens come before the patches.
+            tower_features(self.vision_tower, crops, layers)[:, -patches:]
+            for crops in torch.split(detail_values.flatten(0, 1), CROPS_AT_ONCE)
+        ]
+        crops_XPC = torch.cat(features)  # X crops of all images
         return list(crops_XPC.reshape(len(detail_values), -1, crops_XPC.shape[-1]))
 
     def _splice(
@@ -214,7 +217,9 @@ class LlavarModel(LlavaModel):
         layouts = self._checked_layouts(image_layouts)
         if not isinstance(pixel_values, Tensor):
             arguments = (vision_feature_layer, vision_feature_select_strategy)
-            return self._features_by_size(pixel_values, lambda one: self.get_image_features(one, *arguments, **kwargs))
+            return self._features_by_size(
+                pixel_values, lambda images: self.get_image_features(images, *arguments, **kwargs)
+            )
         layers = self.num_tower_layers(vision_feature_layer)
         if kwargs and layouts is None:
             size = self.config.vision_config.image_size
@@ -228,7 +233,7 @@ class LlavarModel(LlavaModel):
                 **kwargs,
             )
         if pixel_values.dim() == _PATCH_DIMENSIONS:
-            hidden_NQC = hidden_NPC = pixel_values
+            hidden_NQC = hidden_NPC = pixel_values  # patch features that were computed before
         else:
             hidden_NQC, hidden_NPC = self._run_tower(pixel_values, layers, vision_feature_select_strategy)
         projected = self.multi_modal_projector(hidden_NPC, *([] if layouts is None else [layouts]))
@@ -240,7 +245,7 @@ class LlavarModel(LlavaModel):
         return self._run_tower(pixel_values, self.num_tower_layers(), None)[1]
 
     def _run_tower(self, pixel_values: Tensor, layers: int, strategy: str | None) -> tuple[Tensor, Tensor]:
-        """Return a hidden state of the tower ``[N, Q, C]``, and what is projected of it ``[N, P, C]``."""
+        """Return a hidden state of the tower ``[N, Q, C]``, and the part of it that is projected ``[N, P, C]``."""
         with torch.set_grad_enabled(torch.is_grad_enabled() and self._tower_needs_gradients(pixel_values)):
             hidden_NQC = tower_features(self.vision_tower, pixel_values, layers)
         if (strategy or self.config.vision_feature_select_strategy) != "default":
@@ -250,6 +255,7 @@ class LlavarModel(LlavaModel):
         return hidden_NQC, hidden_NQC[:, hidden_NQC.shape[1] - rows * columns :]
 
     def _checked_layouts(self, layouts: Sequence[TileLayout] | Tensor | None) -> Sequence[TileLayout] | None:
+        """Return the layouts as a sequence. Raise ``ValueError`` if a model with tiles gets none."""
         if layouts is None:
             if self.config.resolution is not None and self.config.tiles is not None:
                 raise ValueError("forward: got no image_layouts, expected them for a model with tiles")
@@ -261,15 +267,16 @@ class LlavarModel(LlavaModel):
         images: Sequence[Tensor], compute: Callable[[Tensor], BaseModelOutputWithPooling]
     ) -> BaseModelOutputWithPooling:
         """Compute the features of images of several sizes, all images of a size together."""
-        indices: dict[tuple[int, ...], list[int]] = {}
+        indices_by_size: dict[tuple[int, ...], list[int]] = {}
         for index, image in enumerate(images):
-            indices.setdefault(tuple(image.shape), []).append(index)
-        outputs = {size: compute(torch.stack([images[index] for index in same])) for size, same in indices.items()}
-        found = {
-            i: part for size, same in indices.items() for i, part in zip(same, outputs[size].pooler_output, strict=True)
-        }
+            indices_by_size.setdefault(tuple(image.shape), []).append(index)
+        outputs: dict[tuple[int, ...], BaseModelOutputWithPooling] = {}
+        features: dict[int, Tensor] = {}
+        for size, indices in indices_by_size.items():
+            outputs[size] = compute(torch.stack([images[index] for index in indices]))
+            features.update(zip(indices, outputs[size].pooler_output, strict=True))
         last = outputs[tuple(images[-1].shape)]
-        last.pooler_output = [found[index] for index in range(len(images))]
+        last.pooler_output = [features[index] for index in range(len(images))]
         return last
 
     def _tower_needs_gradients(self, pixel_values: Tensor) -> bool:
@@ -281,7 +288,7 @@ class LlavarModel(LlavaModel):
         return pixel_values.requires_grad or self._tower_is_trained()
 
     def train(self, mode: bool = True) -> LlavarModel:
-        """Set the mode, but keep the tower's features free of chance: DINOv3 moves its positions in training mode."""
+        """Set the mode, in the tower of trained layers only: in training mode, DINOv3 shifts its positions."""
         super().train(mode)
         self.vision_tower.eval()
         if self.detail_encoder is not None:
@@ -291,7 +298,7 @@ class LlavarModel(LlavaModel):
         return self
 
     def _tower_is_trained(self) -> bool:
-        return any(one.requires_grad for one in self.vision_tower.parameters())
+        return any(parameter.requires_grad for parameter in self.vision_tower.parameters())
 
     def num_tower_layers(self, feature_layer: int | None = None) -> int:
         """Return the number of tower layers to compute for a hidden state; hidden state 0 is the embeddings.
@@ -299,8 +306,8 @@ class LlavarModel(LlavaModel):
         Args:
             feature_layer: The hidden state; None is the configured one.
         """
-        chosen = self.config.vision_feature_layer if feature_layer is None else feature_layer
-        return count_needed_layers(chosen, len(tower_layers(self.vision_tower)))
+        hidden_state = self.config.vision_feature_layer if feature_layer is None else feature_layer
+        return count_needed_layers(hidden_state, len(tower_layers(self.vision_tower)))
 
 
 class LlavarForConditionalGeneration(GeneratesFromImages):

@@ -67,12 +67,12 @@ def enable_packing(model: Any) -> bool:
         models that compute their attention by functions of their own, or that mix positions in other ways.
     """
     text = model.config.text_config
-    used = attention_implementation(text)
-    if used == _PACKED:
+    current = attention_implementation(text)
+    if current == _PACKED:
         return True
     if not keeps_segments_apart(text):
         return False
-    if used == "sdpa" or (used == "eager" and caps_scores(text)):
+    if current == "sdpa" or (current == "eager" and caps_scores(text)):
         AttentionInterface.register(_PACKED, _sdpa_within_segments)
         AttentionMaskInterface.register(_PACKED, sdpa_mask)
         model.get_decoder().set_attn_implementation(_PACKED)
@@ -102,11 +102,11 @@ def replace_flash_attention(model: Any) -> bool:
         Whether the model used flash-attention.
     """
     configs = (model.config.text_config, model.config.vision_config)
-    used = any(attention_implementation(config).startswith("flash") for config in configs)
-    if used:
+    uses_flash = any(attention_implementation(config).startswith("flash") for config in configs)
+    if uses_flash:
         text = torch_attention(model.config.text_config)
         model.set_attn_implementation({"": "sdpa", "text_config": text, "vision_config": "sdpa"})
-    return used
+    return uses_flash
 
 
 def packed_arguments(lengths: tuple[int, ...], model: Any, device: torch.device) -> dict[str, Any]:
@@ -128,10 +128,10 @@ def packed_arguments(lengths: tuple[int, ...], model: Any, device: torch.device)
     # A mask with four dimensions is used as given; otherwise one of the row's length squared would be built.
     unused_mask = torch.zeros(1, 1, 1, 1, dtype=torch.bool, device=device)
     arguments = {"position_ids": positions, "segments": Segments(lengths), "attention_mask": unused_mask}
-    fits = _fits_kernel(_head_width(text), getattr(text, "attention_dropout", 0.0)) and not caps_scores(text)
-    has_kernel = fits and _has_kernel(device)
-    _log_choice(device.type, has_kernel)
-    return {**arguments, **_kernel_arguments(lengths, device)} if has_kernel else arguments
+    suits_kernel = _fits_kernel(_head_width(text), getattr(text, "attention_dropout", 0.0)) and not caps_scores(text)
+    uses_kernel = suits_kernel and _has_kernel(device)
+    _log_choice(device.type, uses_kernel)
+    return {**arguments, **_kernel_arguments(lengths, device)} if uses_kernel else arguments
 
 
 def _kernel_arguments(lengths: tuple[int, ...], device: torch.device) -> dict[str, Any]:
@@ -169,8 +169,9 @@ def _head_width(text: Any) -> int:
         return 0
 
 
-def _fits_kernel(head: int, dropout: float) -> bool:
-    return head % 8 == 0 and 0 < head <= _LARGEST_HEAD and dropout == 0
+def _fits_kernel(head_width: int, dropout: float) -> bool:
+    """Return whether flash-attention supports heads of this width, and this share of dropped weights."""
+    return head_width % 8 == 0 and 0 < head_width <= _LARGEST_HEAD and dropout == 0
 
 
 @cache
@@ -187,9 +188,10 @@ def _has_kernel(device: torch.device) -> bool:
 
 
 @cache
-def _log_choice(device: str, has_kernel: bool) -> None:
-    way = "by varlen_attn in half precision, otherwise by SDPA" if has_kernel else "by SDPA"
-    logger.info("packed rows on %s: attention within each conversation, %s", device, way)
+def _log_choice(device: str, uses_kernel: bool) -> None:
+    """Log which implementation packed rows use on a device, once."""
+    implementation = "by varlen_attn in half precision, otherwise by SDPA" if uses_kernel else "by SDPA"
+    logger.info("packed rows on %s: attention within each conversation, %s", device, implementation)
 
 
 def _sdpa_within_segments(  # noqa: PLR0913 - the arguments of an attention function
@@ -233,8 +235,9 @@ def _attend_each(
 ) -> Tensor:
     """Compute attention within each segment by a call of its own; query, key and value are those of the row."""
     outputs: list[Tensor] = []
-    for one_query, *key_value in zip(*(torch.split(tensor, list(lengths), dim=2) for tensor in tensors), strict=True):
-        outputs.append(attend(module, one_query, *key_value, _window_mask(one_query, window), **kwargs)[0])
+    queries, keys, values = (torch.split(tensor, list(lengths), dim=2) for tensor in tensors)
+    for query, key, value in zip(queries, keys, values, strict=True):
+        outputs.append(attend(module, query, key, value, _window_mask(query, window), **kwargs)[0])
     return torch.cat(outputs, dim=1)
 
 

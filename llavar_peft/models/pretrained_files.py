@@ -118,20 +118,20 @@ def unreadable_settings(folder: Path, what: str, error: Exception) -> LlavarErro
     )
 
 
-def with_defaults(described: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+def with_defaults(config_json: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     """Return the settings of a ``config.json`` with the defaults of its kind, unchecked.
 
     Raises:
         ConfigError: It names no kind of model, or one that the installed transformers does not have.
     """
-    kind = described.get("model_type")
+    kind = config_json.get("model_type")
     if not isinstance(kind, str) or kind not in CONFIG_MAPPING:
         raise ConfigError.at(
             f"{folder / 'config.json'}:model_type",
             f"not an architecture of transformers {transformers.__version__} (got {ascii(kind)[:80]})",
             "give a model of a kind that transformers has, or update transformers if a newer one has it",
         )
-    return {**CONFIG_MAPPING[kind]().to_dict(), **described}
+    return {**CONFIG_MAPPING[kind]().to_dict(), **config_json}
 
 
 def check_sizes(config: PretrainedConfig, folder: Path) -> None:

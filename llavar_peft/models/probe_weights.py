@@ -22,7 +22,8 @@ class Weights(ABC):
 
     def __init__(self, merged: MergedTensors) -> None:
         self.merged = merged
-        self.stored = {ours: name for name in merged.base.shapes if (ours := merged.base.ours(name)) is not None}
+        to_ours = merged.base.ours
+        self.stored = {our_name: name for name in merged.base.shapes if (our_name := to_ours(name)) is not None}
 
     @abstractmethod
     def blocks(self, name: str) -> Iterator[Tensor]:
@@ -38,8 +39,8 @@ class Weights(ABC):
 
     def linear(self, name: str, x: Tensor) -> Tensor:
         """Return a linear layer's output without its bias."""
-        given = LayerInput(x)
-        return join_columns(given, [given.times(block) for block in self.blocks(name)])
+        layer_input = LayerInput(x)
+        return join_columns(layer_input, [layer_input.times(block) for block in self.blocks(name)])
 
     def tensor(self, name: str) -> Tensor:
         """Return a complete tensor, which should be small."""
@@ -54,10 +55,10 @@ class Weights(ABC):
         return picked.joined()
 
 
-def join_columns(x: LayerInput, parts: list[Tensor]) -> Tensor:
+def join_columns(x: LayerInput, columns: list[Tensor]) -> Tensor:
     """Return a linear layer's whole output from its columns, shape (..., out)."""
-    found = torch.cat(parts, dim=-1)
-    return found.reshape(*x.shape, found.shape[-1])
+    output = torch.cat(columns, dim=-1)
+    return output.reshape(*x.shape, output.shape[-1])
 
 
 class PickedRows:
@@ -69,24 +70,24 @@ class PickedRows:
 
     def __init__(self, ids: Tensor) -> None:
         self._order = ids.argsort()
-        self._ordered = ids[self._order]
-        self._found: list[Tensor] = []
+        self._sorted_ids = ids[self._order]
+        self._picked: list[Tensor] = []
 
     def inside(self, block: Tensor, start: int) -> Tensor:
-        """Return the numbers of those that are in a block."""
-        return self._ordered[(self._ordered >= start) & (self._ordered < start + len(block))]
+        """Return the numbers of the picked rows that are in a block, in ascending order."""
+        return self._sorted_ids[(self._sorted_ids >= start) & (self._sorted_ids < start + len(block))]
 
     def pick(self, block: Tensor, start: int) -> Tensor:
-        """Return those that are in a block."""
+        """Return the picked rows that are in a block."""
         return block[self.inside(block, start) - start]
 
     def add(self, rows: Tensor) -> None:
-        """Keep those of a block; the blocks are given from first to last."""
-        self._found.append(rows)
+        """Keep the picked rows of a block; the blocks follow each other from the first to the last."""
+        self._picked.append(rows)
 
     def joined(self) -> Tensor:
         """Return the rows in the order of the ids."""
-        return torch.cat(self._found)[self._order.argsort()]
+        return torch.cat(self._picked)[self._order.argsort()]
 
 
 class UnmergedWeights(Weights):
@@ -104,12 +105,12 @@ class UnmergedWeights(Weights):
 
     def linear(self, name: str, x: Tensor) -> Tensor:
         """Return a linear layer's output, with the adapters computed as peft computes them before a merge."""
-        given, parts, start = LayerInput(x), [], 0
+        layer_input, columns, start = LayerInput(x), [], 0
         for block in self.merged.before(self.stored[name]):
             for rows, place in float_pieces(block):
-                parts.append(self.output(name, given, rows, start + place.start))
+                columns.append(self.output(name, layer_input, rows, start + place.start))
             start += len(block)
-        return join_columns(given, parts)
+        return join_columns(layer_input, columns)
 
     def output(self, name: str, x: LayerInput, rows: Tensor, start: int) -> Tensor:
         """Return some columns of a linear layer's output.
@@ -120,12 +121,12 @@ class UnmergedWeights(Weights):
             rows: Rows of the weight before the merge, fp32.
             start: Number of the first of them.
         """
-        first = output = x.times(rows)
+        base_output = output = x.times(rows)
         updates, weights = self.merged.updates(self.stored[name]), self.merged.weights
         for place, (number, update) in enumerate(updates):
-            moved = update.output(x, output if weights is None else first, rows, start)
+            moved = update.output(x, output if weights is None else base_output, rows, start)
             if weights is not None:
-                output = output + weights[number] * (moved - first)
+                output = output + weights[number] * (moved - base_output)
                 continue
             output = moved
             if any(isinstance(later, LowRank) and later.magnitude is not None for _, later in updates[place + 1 :]):
@@ -141,13 +142,13 @@ class UnmergedWeights(Weights):
             numbers: Their numbers in the tensor.
         """
         updates, weights = self.merged.updates(self.stored[name]), self.merged.weights
-        found = rows
+        updated = rows
         for number, update in updates:
             if weights is None:
-                found = update.lookup(found, numbers)
+                updated = update.lookup(updated, numbers)
             else:
-                found = found + weights[number] * (update.lookup(rows, numbers) - rows)
-        return found
+                updated = updated + weights[number] * (update.lookup(rows, numbers) - rows)
+        return updated
 
 
 class WrittenWeights(Weights):

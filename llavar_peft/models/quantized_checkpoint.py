@@ -131,10 +131,10 @@ def with_stored_quantization(config: ModelConfig, *, download: bool = True) -> M
             folder = resolve_folder(config.checkpoint, "model.checkpoint")
     if folder is None or not (folder / "config.json").is_file():
         return config  # the loading reports what is wrong
-    described = read_model_config(folder)
-    if described.get("model_type") != MODEL_TYPE:
+    config_json = read_model_config(folder)
+    if config_json.get("model_type") != MODEL_TYPE:
         return config
-    stored = stored_quantization(described, folder)
+    stored = stored_quantization(config_json, folder)
     check_same_quantization(stored, config.quantize, folder)
     return config if stored is None else dataclasses.replace(config, quantize=stored)
 
@@ -143,8 +143,8 @@ def dtype_before(config: ModelConfig) -> str | None:
     """Return the dtype that a model's weights had before they were stored in 4 bits; None if they are not."""
     if config.checkpoint is None:
         return None
-    described = read_model_config(resolve_folder(config.checkpoint, "model.checkpoint"))
-    return quantized_dtype(described) if QUANTIZATION in described else None
+    config_json = read_model_config(resolve_folder(config.checkpoint, "model.checkpoint"))
+    return quantized_dtype(config_json) if QUANTIZATION in config_json else None
 
 
 def check_same_quantization(stored: Quantization | None, chosen: Quantization | None, folder: str | Path) -> None:
@@ -246,8 +246,8 @@ def quantize_checkpoint(  # noqa: PLR0913 - what the conversion has read
     def complete(staged: Path) -> None:
         finish(staged)
         config = json.loads((staged / "config.json").read_text(encoding="utf-8"))
-        described = {**settings, "bnb_4bit_compute_dtype": chosen}
-        write_json(staged / "config.json", {**config, QUANTIZATION: described})
+        quantization = {**settings, "bnb_4bit_compute_dtype": chosen}
+        write_json(staged / "config.json", {**config, QUANTIZATION: quantization})
         write_text(staged / FINGERPRINT_FILE, json.dumps(prints) + "\n")
 
     return write_quantized(

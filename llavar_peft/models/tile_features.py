@@ -1,4 +1,4 @@
-"""From the features of an image's views to its sequence: the whole image, then the rows of its tiles.
+"""Arrange the features of an image's views as its sequence of image tokens: the whole image, then the rows of tiles.
 
 Shape suffixes: V views of all images, P patches of a view, Q patches after pooling, F features of an image, D width.
 

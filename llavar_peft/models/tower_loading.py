@@ -73,9 +73,9 @@ def read_tower(folder: Path) -> TowerParts:
         ConfigError: The folder holds no tower whose features form a grid of patches, or no image processor.
         WeightsError: A tensor is missing, or a file cannot be read.
     """
-    described = read_model_config(folder)
-    _check_kind(described, folder)
-    is_clip = described.get("model_type") in _CLIP
+    config_json = read_model_config(folder)
+    _check_kind(config_json, folder)
+    is_clip = config_json.get("model_type") in _CLIP
     config: PretrainedConfig = load_pretrained(CLIPVisionConfig, folder) if is_clip else _read_config(folder)
     # Transformers 4 writes the image processor to a file of its own, transformers 5 into that of the processor.
     if not any((folder / name).is_file() for name in ("preprocessor_config.json", "processor_config.json")):
@@ -101,14 +101,14 @@ def read_tower(folder: Path) -> TowerParts:
     )
 
 
-def _check_kind(described: Mapping[str, Any], folder: Path) -> None:
+def _check_kind(config_json: Mapping[str, Any], folder: Path) -> None:
     """Reject a model that is no tower of one resolution, before its sizes are checked.
 
     Raises:
         ConfigError: Names what it is.
     """
-    kind, where = described.get("model_type"), f"{folder / 'config.json'}:model_type"
-    whole = with_defaults(described, folder)
+    kind, where = config_json.get("model_type"), f"{folder / 'config.json'}:model_type"
+    whole = with_defaults(config_json, folder)
     vision = whole.get("vision_config") or whole
     if not isinstance(vision, Mapping):
         what = f"not an object (got {ascii(vision)[:80]})"
@@ -167,8 +167,8 @@ def count_extra_positions(config: PretrainedConfig, side: int, folder: Path) -> 
 
 def as_clip_processor(processor: Any) -> CLIPImageProcessorPil:
     """Return an image processor's settings as CLIP's Pillow-based one, whose pixels equal the original's."""
-    described = processor.to_dict()
-    settings = {name: described[name] for name in _SETTINGS if described.get(name) is not None}
+    stated = processor.to_dict()
+    settings = {name: stated[name] for name in _SETTINGS if stated.get(name) is not None}
     for name in ("size", "crop_size"):
         if name in settings:
             settings[name] = {key: value for key, value in dict(settings[name]).items() if value is not None}

@@ -96,7 +96,7 @@ class EmbeddingWithTrainedRows(nn.Module):
 
 
 class _NotKept(nn.Module):
-    """Stands where peft keeps the base's cross-attention, of which only the trained copy is needed in training.
+    """Replaces the base's cross-attention inside peft's wrapper, of which training needs only the trained copy.
 
     The base's, in half precision, would take 2.4 GiB of a 7B model's memory.
     """
@@ -134,14 +134,14 @@ def apply_tuning(
         ConfigError: ``Full`` on a quantized base, or a ``Lora`` that needs rows or layers which the model has not.
     """
     model.requires_grad_(False)
-    aligning: list[nn.Module] = [model.model.multi_modal_projector]
+    connectors: list[nn.Module] = [model.model.multi_modal_projector]
     if model.model.cross_attention is not None:
-        aligning.append(model.model.cross_attention)
+        connectors.append(model.model.cross_attention)
     if isinstance(tune, Projector):
         embedding = model.get_input_embeddings()
         if model.config.use_im_start_end and isinstance(embedding, nn.Embedding):
             model.set_input_embeddings(EmbeddingWithTrainedRows(embedding, model.pending_weights))
-        _unfreeze(*aligning)
+        _unfreeze(*connectors)
         return model
     if isinstance(tune, Full):
         if is_quantized(model):
@@ -150,15 +150,17 @@ def apply_tuning(
                 "a quantized base cannot be trained in full (got tune: full with model.quantize)",
                 "use tune: lora, or remove quantize",
             )
-        _unfreeze(model.model.language_model, model.lm_head, *aligning)
+        _unfreeze(model.model.language_model, model.lm_head, *connectors)
         if tune.train_tower:
             _unfreeze_tower(model)
         return model
-    untrained = new_rows and bool(model.config.use_im_start_end)
-    wrapped = _add_lora(model, tune, untrained if tune.train_image_rows is None else tune.train_image_rows)
+    train_rows = tune.train_image_rows
+    if train_rows is None:
+        train_rows = new_rows and bool(model.config.use_im_start_end)
+    peft_model = _add_lora(model, tune, train_rows)
     if tune.variant == "pissa":
-        pissa.make_residual(wrapped, checkpoint)
-    return wrapped
+        pissa.make_residual(peft_model, checkpoint)
+    return peft_model
 
 
 @contextmanager
@@ -279,39 +281,48 @@ def lora_config(
     """
     from peft import LoraConfig
 
-    in_full = [*(["multi_modal_projector"] if tune.train_projector else []), *([CROSS_ATTENTION] * cross_attention)]
-    targets, patterns = target_pattern(choose_targets(tune, blocks), layers), {}
+    trained_in_full: list[str] = []
+    if tune.train_projector:
+        trained_in_full.append("multi_modal_projector")
+    if cross_attention:
+        trained_in_full.append(CROSS_ATTENTION)
+    targets = target_pattern(choose_targets(tune, blocks), layers)
+    tower_settings: dict[str, Any] = {}
     if tune.tower_rank is not None and tower:
-        share = tune.tower_rank / tune.rank
+        ratio = tune.tower_rank / tune.rank
         # With this alpha the updates are scaled as those of the language model.
-        alpha = tune.alpha * (share**0.5 if tune.variant == "rslora" else share)
-        every = rf"model\.{TOWER}\..*"
+        tower_alpha = tune.alpha * (ratio**0.5 if tune.variant == "rslora" else ratio)
+        tower_modules = rf"model\.{TOWER}\..*"
         targets = f"{targets}|{tower_pattern(tower)}"
-        patterns = {"rank_pattern": {every: tune.tower_rank}, "alpha_pattern": {every: alpha}}
+        tower_settings = {
+            "rank_pattern": {tower_modules: tune.tower_rank},
+            "alpha_pattern": {tower_modules: tower_alpha},
+        }
     return LoraConfig(
         r=tune.rank,
         lora_alpha=tune.alpha,
         lora_dropout=tune.dropout,
         target_modules=targets,
-        modules_to_save=in_full or None,
+        modules_to_save=trained_in_full or None,
         lora_bias=tune.bias == "lora",
         bias="none",  # peft's "all" would train the tower's biases; its "lora_only" those of LLaMA, which has none
-        **patterns,
+        **tower_settings,
         **_VARIANT_ARGUMENTS[tune.variant],
     )
 
 
 def _add_lora(model: LlavarForConditionalGeneration, tune: Lora, train_rows: bool) -> PeftModel:
+    """Wrap a model into a ``PeftModel`` with new adapters, in which only what the stage trains is trainable."""
     from peft import get_peft_model
 
-    tower: Iterable[str] = ()
+    tower_layers: Iterable[str] = ()
     if tune.tower_rank is not None:
-        tower = linear_tower_layers(model.model.vision_tower, model.model.num_tower_layers())
+        tower_layers = linear_tower_layers(model.model.vision_tower, model.model.num_tower_layers())
         model.config.tuned_vision_tower = True
     has_cross_attention = model.model.cross_attention is not None
     decoder = model.model.language_model
-    blocks, layers = find_linear_layers(decoder), find_layers(decoder)[0]
-    config = lora_config(tune, blocks, tower, layers, cross_attention=has_cross_attention)
+    blocks, layer_list = find_linear_layers(decoder), find_layers(decoder)[0]
+    config = lora_config(tune, blocks, tower_layers, layer_list, cross_attention=has_cross_attention)
     if train_rows:
         if not model.config.use_im_start_end:
             raise ConfigError.at(
@@ -322,25 +333,25 @@ def _add_lora(model: LlavarForConditionalGeneration, tune: Lora, train_rows: boo
         size = model.config.text_config.vocab_size
         config.trainable_token_indices = {"embed_tokens": list(range(size - TRAINED_ROWS, size))}
     if model.pending_weights is None:
-        wrapped = get_peft_model(model, config)
+        peft_model = get_peft_model(model, config)
     else:
         with without_memory_on_cpu(model):
-            wrapped = get_peft_model(model, config)
-        set_adapter_values(wrapped, model.pending_weights)
-    embed_used_rows_only(wrapped)
+            peft_model = get_peft_model(model, config)
+        set_adapter_values(peft_model, model.pending_weights)
+    embed_used_rows_only(peft_model)
     if has_cross_attention:
-        wrapped.get_base_model().model.cross_attention.original_module = _NotKept()
-    for name, parameter in wrapped.named_parameters():
+        peft_model.get_base_model().model.cross_attention.original_module = _NotKept()
+    for name, parameter in peft_model.named_parameters():
         if parameter.requires_grad and parameter.dtype in _HALF:
             parameter.data = parameter.data.float()
         # peft trains a copy of the projector; the original must not count as trained.
         if "original_module" in name:
             parameter.requires_grad_(False)
-    return wrapped
+    return peft_model
 
 
 def _unfreeze_tower(model: LlavarForConditionalGeneration) -> None:
-    """Train what is computed of the tower; the rest, which some towers call nevertheless, gets the same dtype."""
+    """Train what the projected features depend on; the rest, which some towers call too, gets the same dtype."""
     tower = model.model.vision_tower
     computed = computed_parameters(tower, model.model.num_tower_layers())
     _unfreeze(tower)

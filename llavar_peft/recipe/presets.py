@@ -62,15 +62,15 @@ def load_recipe(
     """
     if preset is None and str(name_or_path) in list_presets():
         name_or_path, preset = None, str(name_or_path)
-    chosen = _read_preset(preset) if preset is not None else None
+    preset_mapping = _read_preset(preset) if preset is not None else None
     if name_or_path is None:
-        if chosen is None:
+        if preset_mapping is None:
             raise ConfigError.at("recipe", "neither a recipe nor a preset is given", "name one of the two")
-        return _complete_preset(chosen, overrides, f"preset {preset}, to be completed by PATH=VALUE")
+        return _complete_preset(preset_mapping, overrides, f"preset {preset}, to be completed by PATH=VALUE")
     where = str(name_or_path)
     mapping = parse_yaml(read_recipe(name_or_path), where)
-    if chosen is not None:
-        mapping, where = _apply_preset(mapping, chosen), f"{where} with preset {preset}"
+    if preset_mapping is not None:
+        mapping, where = _apply_preset(mapping, preset_mapping), f"{where} with preset {preset}"
     if overrides and isinstance(mapping, dict):
         mapping = apply_overrides(mapping, overrides)
     return recipe_from_mapping(mapping, where)
@@ -107,12 +107,13 @@ def _apply_preset(mapping: Any, preset: dict[str, Any]) -> Any:
     if not (isinstance(stages, list) and stages and isinstance(stages[-1], dict)):
         return mapping
     changed: dict[str, Any] = copy.deepcopy(mapping)
-    (own,) = preset["stages"]
-    last = changed["stages"][-1]
-    last["tune"] = own["tune"]
-    optim = last["optim"] if isinstance(last.get("optim"), dict) else {}
-    kept = {name: value for name, value in optim.items() if name not in _RATES}
-    last["optim"] = kept | {name: own["optim"][name] for name in _RATES if name in own["optim"]}
+    (preset_stage,) = preset["stages"]
+    last_stage = changed["stages"][-1]
+    last_stage["tune"] = preset_stage["tune"]
+    optim = last_stage["optim"] if isinstance(last_stage.get("optim"), dict) else {}
+    other_settings = {name: value for name, value in optim.items() if name not in _RATES}
+    rates = {name: rate for name, rate in preset_stage["optim"].items() if name in _RATES}
+    last_stage["optim"] = {**other_settings, **rates}
     if "model" in preset and isinstance(changed.get("model"), dict):
         changed["model"].update(preset["model"])
     return changed

@@ -95,12 +95,12 @@ Resolution = Annotated[Tiles | CrossAttention, Field(discriminator="type")]
 
 
 def resolution_from(
-    described: object, where: str, fix: str = "download or copy the file again"
+    settings: object, where: str, fix: str = "download or copy the file again"
 ) -> Tiles | CrossAttention | None:
     """Read the resolution of a saved model or processor, which comes from a file.
 
     Args:
-        described: The settings as a mapping; None stands for the whole image only.
+        settings: A mapping; None stands for the whole image only.
         where: The file and the key, for the message.
         fix: What to do about faulty settings.
 
@@ -108,13 +108,13 @@ def resolution_from(
         ConfigError: They are not the settings of a resolution.
     """
     try:
-        return _adapter().validate_json(json.dumps(described))
+        return _adapter().validate_json(json.dumps(settings))
     except (ValidationError, ValueError, TypeError) as error:
         first = error.errors(include_url=False)[0] if isinstance(error, ValidationError) else None
         reason = describe_reason(error)
         if first is not None:
             reason = ".".join(map(str, first["loc"])) + ": " * bool(first["loc"]) + first["msg"]
-        what = f"not readable as tiles or cross-attention ({reason[:200]}, got {ascii(described)[:120]})"
+        what = f"not readable as tiles or cross-attention ({reason[:200]}, got {ascii(settings)[:120]})"
         raise ConfigError.at(where, what, fix) from error
 
 

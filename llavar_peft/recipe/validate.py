@@ -111,16 +111,17 @@ def recipe_to_mapping(recipe: Recipe) -> dict[str, Any]:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Foreign:
-    """A value that is not plain data, kept for the message."""
+class _NotPlain:
+    """A value that JSON cannot express, as messages show it."""
 
     shown: str
 
 
 def _plain(value: Any, depth: int = 0) -> Any:
+    """Return a recipe or a part of it as mappings, lists and scalars; ``_NotPlain`` in the place of anything else."""
     if depth > _MAX_DEPTH:
-        return _Foreign("endless nesting")
-    if dataclasses.is_dataclass(value) and not isinstance(value, type | _Foreign):
+        return _NotPlain("endless nesting")
+    if dataclasses.is_dataclass(value) and not isinstance(value, type | _NotPlain):
         return {f.name: _plain(getattr(value, f.name), depth + 1) for f in dataclasses.fields(value)}
     if isinstance(value, Mapping):
         return {str(key): _plain(item, depth + 1) for key, item in value.items()}
@@ -130,10 +131,10 @@ def _plain(value: Any, depth: int = 0) -> Any:
         value = os.fspath(value)
     if isinstance(value, str):
         # A lone surrogate (from a file name that is not UTF-8) cannot be written as JSON.
-        return value if _encodable(value) else _Foreign(repr(value))
-    if value is None or isinstance(value, bool | int | float | _Foreign):
+        return value if _encodable(value) else _NotPlain(repr(value))
+    if value is None or isinstance(value, bool | int | float | _NotPlain):
         return value
-    return _Foreign(repr(value))
+    return _NotPlain(repr(value))
 
 
 def _encodable(text: str) -> bool:
@@ -144,8 +145,9 @@ def _encodable(text: str) -> bool:
     return True
 
 
-def _overlap(one: str, other: str) -> bool:
-    return one == other or one.startswith(other + ".") or other.startswith(one + ".")
+def _overlap(path: str, other: str) -> bool:
+    """Return whether one of two dotted paths is that of the other, or of a field within it."""
+    return path == other or path.startswith(other + ".") or other.startswith(path + ".")
 
 
 class _Check:
@@ -161,7 +163,7 @@ class _Check:
         if not isinstance(self.plain, dict):
             self._add((), f"expected a mapping of fields, got {format_value(self.plain)}", "write model:, stages: ...")
             return None
-        self._replace_foreign(self.plain, ())
+        self._replace_not_plain(self.plain, ())
         model = self.plain.get("model")
         if isinstance(model, dict) and isinstance(model.get("resolution"), str):
             model["resolution"] = {"type": model["resolution"]}
@@ -180,44 +182,50 @@ class _Check:
         self._faulty.add(path)
         self.faults.append(Fault(dotted(path), what, fix))
 
-    def _replace_foreign(self, node: Any, path: Path) -> None:
+    def _replace_not_plain(self, node: Any, path: Path) -> None:
+        """Report and replace all values that are not plain data."""
         items: list[tuple[str | int, Any]] = []
         if isinstance(node, dict):
             items = list(node.items())
         elif isinstance(node, list):
             items = list(enumerate(node))
         for key, item in items:
-            if isinstance(item, _Foreign):
+            if isinstance(item, _NotPlain):
                 what = f"expected text, a number, a list or fields, got {item.shown}"
                 self._add((*path, key), what, "put text in quotes")
                 self._replace((*path, key))
             else:
-                self._replace_foreign(item, (*path, key))
+                self._replace_not_plain(item, (*path, key))
 
     def _validate(self) -> Recipe | None:
+        """Return the recipe; None if fields are faulty, which are then reported and replaced."""
         try:
             return recipe_adapter().validate_json(json.dumps(self.plain))
         except ValidationError as error:
             details = [(path_of(detail["loc"]), detail) for detail in error.errors(include_url=False)]
         unknown = [path for path, detail in details if detail["type"] == "unexpected_keyword_argument"]
-        meant = {(*path[:-1], near) for path in unknown if (near := self._nearest_field(path)) is not None}
-        self._faulty |= meant
+        similar = [self._intended_path(path) for path in unknown]
+        intended = {path for path in similar if path is not None}
+        self._faulty |= intended
         messages = [explain_error(detail, path, self.plain) for path, detail in details]
         for (path, detail), message in zip(details, messages, strict=True):
             if detail["type"] == "too_short" and detail["input"]:
                 continue  # only short because its faulty entries, reported themselves, do not count
-            if not (detail["type"].startswith("missing") and path in meant):  # reported as the misspelled field
+            if not (detail["type"].startswith("missing") and path in intended):  # reported as the misspelled field
                 self._add(path, *message)
             self._replace(path, known=path not in unknown)
         return None
 
-    def _nearest_field(self, path: Path) -> str | None:
+    def _intended_path(self, path: Path) -> Path | None:
+        """Return the field that an unknown one with a similar name is probably meant to be."""
         parent = class_for(type_at(self.plain, path[:-1]), look_up(self.plain, path[:-1]))
-        return nearest(str(path[-1]), fields_of(parent)) if parent else None
+        name = nearest(str(path[-1]), fields_of(parent)) if parent else None
+        return None if name is None else (*path[:-1], name)
 
     def _replace(self, path: Path, known: bool = True) -> None:
         """Replace a faulty value, or remove it if the field is unknown or has a default."""
-        parent, key = look_up(self.plain, path[:-1]), path[-1] if path else None
+        parent = look_up(self.plain, path[:-1])
+        key = path[-1] if path else None
         if isinstance(parent, list) and isinstance(key, int):
             entries = {"stages": _STAGE, "target": "q_proj", "sources": {"records": "x"}}
             parent[key] = copy.deepcopy(entries.get(str(path[-2]), "x"))

@@ -25,7 +25,7 @@ from llavar_peft.recipe.schema_fields import (
     type_at,
 )
 
-_LONGEST_SHOWN = 60
+_LONGEST_SHOWN = 60  # characters of a value
 # The kinds of error that the schema itself raises, and the fix.
 _OWN_KINDS = {
     "holdout": "use for example 0.01 or 64",
@@ -53,30 +53,32 @@ def explain_error(error: ErrorDetails, path: Path, mapping: Mapping[str, Any]) -
         path: The path of the value.
         mapping: The recipe as plain data.
     """
-    value, kind, name = error["input"], error["type"], str(path[-1])
+    value, error_type, name = error["input"], error["type"], str(path[-1])
     hint = type_at(mapping, path)
     parent = look_up(mapping, path[:-1])
     owner = class_for(type_at(mapping, path[:-1]), parent)
-    if kind == "unexpected_keyword_argument":
+    if error_type == "unexpected_keyword_argument":
         return "unknown field", suggest_field(path, fields_of(owner) if owner else ())
-    if kind.startswith("missing"):
+    if error_type.startswith("missing"):
         return "missing", f"add a line '{name}: ...'"
-    if kind == "too_short":
+    if error_type == "too_short":
         return "expected at least one entry, got an empty list", "add an entry"
-    if kind == "string_pattern_mismatch":
+    if error_type == "string_pattern_mismatch":
         return _explain_pattern(str(value))
     got = f"got {format_value(value)}"
-    if kind.startswith(_OUT_OF_RANGE) and owner is not None:
+    if error_type.startswith(_OUT_OF_RANGE) and owner is not None:
         default = {field.name: field.default for field in dataclasses.fields(owner)}[name]
-        known = default is not dataclasses.MISSING and default is not None
-        fix = f"use the default, {default}, or another value in this range" if known else "use a value in this range"
+        has_default = default is not dataclasses.MISSING and default is not None
+        fix = "use a value in this range"
+        if has_default:
+            fix = f"use the default, {default}, or another value in this range"
         return f"expected {_expected(hint)} {bounds_of(owner, name)}, {got}", fix
-    if kind in _OWN_KINDS:
+    if error_type in _OWN_KINDS:
         shown = ascii(value) if isinstance(value, list) else format_value(value)
-        return f"{error['msg']}, got {shown[:_LONGEST_SHOWN]}", _OWN_KINDS[kind]
+        return f"{error['msg']}, got {shown[:_LONGEST_SHOWN]}", _OWN_KINDS[error_type]
     if hint is None:
         return f"{error['msg'][:1].lower()}{error['msg'][1:]}, {got}", "see the field's explanation in the schema"
-    if isinstance(value, dict) and kind == "union_tag_invalid" and kinds_of(hint):
+    if isinstance(value, dict) and error_type == "union_tag_invalid" and kinds_of(hint):
         value = value["type"]
         got = f"got {format_value(value)}"
     return f"expected {_expected(hint)}, {got}", _fix(value, hint)
@@ -90,16 +92,16 @@ def _explain_pattern(value: str) -> tuple[str, str]:
 
 def _expected(hint: Any) -> str:
     """Describe the values of a type, as in ``expected ...``."""
-    choices, listed = _choices(hint), " or a list" * (list_element(hint) is not None)
+    choices, may_be_list = _choices(hint), list_element(hint) is not None
     if choices:
-        shown = map(str, choices) if kinds_of(hint) else map(format_value, choices)
-        return f"one of {', '.join(shown)}{listed}"
+        names = map(str, choices) if kinds_of(hint) else map(format_value, choices)
+        return f"one of {', '.join(names)}{' or a list' if may_be_list else ''}"
     if class_for(hint, None) is not None:
         return "a mapping of fields"
-    if listed:
+    if may_be_list:
         return "a string or a list of strings" if str in members(hint) else "a list"
-    names = {bool: "true or false", int: "an integer", float: "a number"}
-    return names.get(members(hint)[0], "a string")
+    descriptions = {bool: "true or false", int: "an integer", float: "a number"}
+    return descriptions.get(members(hint)[0], "a string")
 
 
 def _choices(hint: Any) -> list[object]:
@@ -107,11 +109,16 @@ def _choices(hint: Any) -> list[object]:
     if kinds_of(hint):
         return list(kinds_of(hint))
     literals = [member for member in members(hint) if typing.get_origin(member) is typing.Literal]
-    switch = [True, False] if bool in members(hint) else []
-    return [*switch, *(choice for member in literals for choice in typing.get_args(member))] if literals else []
+    if not literals:
+        return []
+    choices: list[object] = [True, False] if bool in members(hint) else []
+    for literal in literals:
+        choices += typing.get_args(literal)
+    return choices
 
 
 def _fix(value: object, hint: Any) -> str:
+    """Return what to write instead of a value that is not of its type."""
     choices, element = _choices(hint), list_element(hint)
     near = nearest(value, [choice for choice in choices if isinstance(choice, str)]) if isinstance(value, str) else None
     if near is not None:
@@ -120,8 +127,10 @@ def _fix(value: object, hint: Any) -> str:
         tune = "tune: lora or tune: {type: lora, rank: 16}"
         return f"write for example {tune if unions is TUNES else 'resolution: {type: tiles, max_tiles: 9}'}"
     if choices:
-        listed = f", or write [{value}]" if element is not None and isinstance(value, str) else ""
-        return f"choose one of them{listed or ', or leave the field out' * is_optional(hint)}"
+        alternative = ", or leave the field out" if is_optional(hint) else ""
+        if element is not None and isinstance(value, str):
+            alternative = f", or write [{value}]"
+        return f"choose one of them{alternative}"
     if class_for(hint, None) is not None:
         return "write its fields below it, indented"
     kinds = members(hint)

@@ -70,29 +70,32 @@ class Recomputation:
         """
         if not self.layers:
             return
-        count = len(self.layers)
+        recomputed = len(self.layers)
         if self.cost is None:
-            count -= 1  # the layer that is measured
+            recomputed -= 1  # the layer that is measured
         elif has_states:
-            count -= self._affordable(self.cost, tokens)
+            recomputed -= self._affordable(self.cost, tokens)
         # Layers that recompute gather their shards again, in which all ranks must take part.
-        count = largest_of_ranks(count)
+        recomputed = largest_of_ranks(recomputed)
         for number, layer in enumerate(self.layers):
-            layer.gradient_checkpointing = number < count
-        if count != self.recomputed:
-            logger.debug("%d tokens: %d of %d layers recompute", tokens, count, len(self.layers))
-        self.recomputed = count
+            layer.gradient_checkpointing = number < recomputed
+        if recomputed != self.recomputed:
+            logger.debug("%d tokens: %d of %d layers recompute", tokens, recomputed, len(self.layers))
+        self.recomputed = recomputed
 
     def _affordable(self, cost: LayerCost, tokens: int) -> int:
         """Return the number of layers whose activations fit into the free memory."""
         layers = len(self.layers)
         # Read each time, because sharding replaces the parameters.
-        missing = (one for one in self._model.parameters() if one.requires_grad and one.grad is None)
-        gradients = sum(_local(one).numel() * one.element_size() for one in missing)
+        without_gradient = (p for p in self._model.parameters() if p.requires_grad and p.grad is None)
+        gradients = sum(_local(parameter).numel() * parameter.element_size() for parameter in without_gradient)
         inputs = layers * cost.input_per_token * tokens + self._tower_inputs * tokens
-        others = gradients + self._logits + inputs + _BACKWARD * cost.kept(tokens) + self._gathered_buffers()
-        room = self.free(self.device) * (1 - _RESERVE) - others
-        return max(0, min(layers, int(room / (cost.kept(tokens) - cost.input_per_token * tokens))))
+        backward = _BACKWARD * cost.kept(tokens)
+        other_uses = gradients + self._logits + inputs + backward + self._gathered_buffers()
+        available = self.free(self.device) * (1 - _RESERVE) - other_uses
+        # The input of a layer is kept in any case.
+        per_layer = cost.kept(tokens) - cost.input_per_token * tokens
+        return max(0, min(layers, int(available / per_layer)))
 
     def _gathered_buffers(self) -> float:
         """Return the bytes of whole weights and gradients that a backward pass gathers; 0 without FSDP and ZeRO-3.
@@ -103,13 +106,17 @@ class Recomputation:
         """
         if not self.gathered:
             return 0.0
-        layer = list(self.layers[-1].parameters())
-        numbers, trained = (sum(_numel(one) for one in layer if one.requires_grad or every) for every in (True, False))
-        total = sum(map(_numel, self._model.parameters()))
-        live = 2 * numbers + total - numbers * len(self.layers) - _numel(self._model.get_input_embeddings().weight)
-        if _is_partitioned(layer[0]):
-            live = max(2 * numbers, min(total, _ZERO_LIVE))
-        return float(self.gathered * (live + trained) / numbers)
+        parameters = list(self.layers[-1].parameters())
+        in_layer = sum(map(_numel, parameters))
+        trained_in_layer = sum(_numel(parameter) for parameter in parameters if parameter.requires_grad)
+        in_model = sum(map(_numel, self._model.parameters()))
+        if _is_partitioned(parameters[0]):
+            numbers = max(2 * in_layer, min(in_model, _ZERO_LIVE))
+        else:
+            embeddings = _numel(self._model.get_input_embeddings().weight)
+            outside_layers = in_model - in_layer * len(self.layers) - embeddings
+            numbers = 2 * in_layer + outside_layers
+        return float(self.gathered * (numbers + trained_in_layer) / in_layer)
 
     @contextmanager
     def measure(self, tokens: int) -> Iterator[None]:
@@ -124,12 +131,13 @@ class Recomputation:
         layer, saved = self.layers[-1], _SavedTensors()
         stack = ExitStack()
 
-        sharded = any(isinstance(one, DTensor) or _is_partitioned(one) for one in layer.parameters())
+        sharded = any(isinstance(weight, DTensor) or _is_partitioned(weight) for weight in layer.parameters())
 
         def start(_: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
             saved.exclude_parameters(layer)
             # FSDP has gathered the layer by now, in the number format of the computation; ZeRO-3 gathers it soon.
-            self.gathered = sum(_numel(one) * one.element_size() for one in layer.parameters()) if sharded else 0
+            weights = layer.parameters() if sharded else ()
+            self.gathered = sum(_numel(weight) * weight.element_size() for weight in weights)
             hidden = arguments[0] if arguments else keywords["hidden_states"]
             saved.input_bytes = hidden.numel() * hidden.element_size()
             stack.enter_context(torch.autograd.graph.saved_tensors_hooks(saved.add, lambda tensor: tensor))
@@ -153,7 +161,13 @@ class Recomputation:
 
 
 class _SavedTensors:
-    """The memory that autograd saves for a layer; each storage counts once."""
+    """The memory that autograd saves for a layer; each storage counts once.
+
+    Attributes:
+        by_token: Bytes of each storage that grows with the number of tokens.
+        constant: Bytes of each storage that does not.
+        input_bytes: Bytes of the layer's input.
+    """
 
     def __init__(self) -> None:
         self.by_token: dict[int, int] = {}
@@ -169,15 +183,17 @@ class _SavedTensors:
             layer: The layer that is about to run; sharded parameters are gathered.
         """
         parameters = list(layer.parameters())
-        self._parameters = {id(_local(one).untyped_storage()) for one in parameters}
-        self._shapes = {tuple(sorted(one.shape)) for one in parameters}
+        self._parameters = {id(_local(parameter).untyped_storage()) for parameter in parameters}
+        self._shapes = {tuple(sorted(parameter.shape)) for parameter in parameters}
 
     def add(self, tensor: Tensor) -> Tensor:
+        """Count a tensor that autograd saves, and return it, as a hook for saved tensors does."""
         # A storage is one Python object as long as any tensor uses it.
         storage = tensor.untyped_storage()
         if id(storage) not in self._parameters:
-            kind = self.constant if tuple(sorted(tensor.shape)) in self._shapes else self.by_token
-            kind[id(storage)] = storage.nbytes()
+            has_constant_size = tuple(sorted(tensor.shape)) in self._shapes
+            sizes = self.constant if has_constant_size else self.by_token
+            sizes[id(storage)] = storage.nbytes()
         return tensor
 
 
@@ -196,14 +212,14 @@ def _tower_inputs(model: Any) -> int:
     """
     plain = model.get_base_model() if hasattr(model, "peft_config") else model
     tower = plain.model.vision_tower
-    if not any(one.requires_grad for one in tower.parameters()):
+    if not any(parameter.requires_grad for parameter in tower.parameters()):
         return 0
-    each: int = tower.config.hidden_size * next(tower.parameters()).element_size()
-    return each * int(plain.model.num_tower_layers())
+    bytes_of_layer: int = tower.config.hidden_size * next(tower.parameters()).element_size()
+    return bytes_of_layer * int(plain.model.num_tower_layers())
 
 
 def _is_partitioned(parameter: Tensor) -> bool:
-    """Whether a parameter is one of ZeRO-3, which is empty while it is not gathered."""
+    """Return whether a parameter is one of ZeRO-3, which is empty while it is not gathered."""
     return hasattr(parameter, "ds_numel")
 
 
@@ -231,7 +247,9 @@ def free_memory(device: torch.device) -> int:
         capped = int(total * torch.cuda.get_per_process_memory_fraction(device)) - allocated
         return min(free + torch.cuda.memory_reserved(device) - allocated, capped)
     available = int(psutil.virtual_memory().available)
-    limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
-    if limit.is_file() and used.is_file() and (most := limit.read_text().strip()).isdigit():
-        available = min(available, int(most) - int(used.read_text()))
+    limit_file, used_file = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
+    if limit_file.is_file() and used_file.is_file():
+        limit = limit_file.read_text().strip()
+        if limit.isdigit():  # otherwise there is none
+            available = min(available, int(limit) - int(used_file.read_text()))
     return max(0, available)

@@ -27,7 +27,7 @@ PREFIX = "checkpoint-"
 STAGING = ".staging"
 MANIFEST = "manifest.json"
 BROKEN = ".broken"
-_BLOCK = 1 << 22
+_BLOCK = 1 << 22  # bytes that are hashed at once
 
 
 @dataclass(frozen=True)
@@ -45,18 +45,18 @@ class RunInputs:
 
 def hash_inputs(records: Iterable[str], *, ranks: int) -> RunInputs:
     """Hash a stage's files of records; a folder of ``datasets`` counts with all its files."""
-    found = {}
+    hashes = {}
     for name in records:
         path = Path(name)
-        files = sorted(one for one in path.rglob("*") if one.is_file()) if path.is_dir() else [path]
-        found.update({str(file): _hash(file) for file in files})
-    return RunInputs(ranks, found)
+        files = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
+        hashes.update({str(file): _hash(file) for file in files})
+    return RunInputs(ranks, hashes)
 
 
 def list_checkpoints(directory: Path) -> list[Path]:
     """Return a stage's checkpoints, oldest first, without unfinished and broken ones."""
-    found = [path for path in directory.glob(f"{PREFIX}*") if path.name.removeprefix(PREFIX).isdigit()]
-    return sorted(found, key=checkpoint_step)
+    checkpoints = [path for path in directory.glob(f"{PREFIX}*") if path.name.removeprefix(PREFIX).isdigit()]
+    return sorted(checkpoints, key=checkpoint_step)
 
 
 def checkpoint_step(checkpoint: Path) -> int:
@@ -156,10 +156,13 @@ def find_resume_point(
         remove_unfinished(directory)
         newest_valid_checkpoint(directory)
     processes.wait_for_everyone()
-    found = list_checkpoints(directory)  # rank 0 has renamed those that are broken
-    if found and not allow_changes:
-        check_same_inputs(found[-1], inputs)
-    return found[-1] if found else None
+    checkpoints = list_checkpoints(directory)  # rank 0 has renamed those that are broken
+    if not checkpoints:
+        return None
+    newest = checkpoints[-1]
+    if not allow_changes:
+        check_same_inputs(newest, inputs)
+    return newest
 
 
 def remove_old_checkpoints(directory: Path, keep: int) -> None:

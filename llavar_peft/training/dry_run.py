@@ -123,39 +123,41 @@ class _StopOnce(transformers.TrainerCallback):
 
 
 def _try_stage(recipe: Recipe, stage: Stage, folder: Path, processes: PartialState) -> Trial:
+    """Train a stage's first step, save, build the model again, and resume for the second step."""
     model, processor = build_for_training(recipe.model, processes, seed=recipe.seed)
     dataset, _ = stage_records(stage, processor, seed=recipe.seed)
-    lengths = sorted(((dataset.estimated_tokens(i), i) for i in range(len(dataset))), reverse=True)
-    batch = min(stage.global_batch_size, 2 * stage.micro_batch_size * processes.num_processes)
+    longest_first = sorted(
+        ((dataset.estimated_tokens(position), position) for position in range(len(dataset))), reverse=True
+    )
+    batch_size = min(stage.global_batch_size, 2 * stage.micro_batch_size * processes.num_processes)
     if processes.is_main_process:
         folder.mkdir(parents=True)
-        _write_records(dataset, [i for _, i in lengths[: 2 * batch]], folder)
+        _write_records(dataset, [position for _, position in longest_first[: 2 * batch_size]], folder)
     processes.wait_for_everyone()
-    short = _shorten(recipe, stage, folder, batch)
+    short_recipe = _shorten(recipe, stage, folder, batch_size)
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
     stop = _StopOnce()
     try:
-        Trainer(model, processor, short, callbacks=[stop]).train()
+        Trainer(model, processor, short_recipe, callbacks=[stop]).train()
     except InterruptedRunError:
         if not stop.checkpoint_bytes:
             raise
     del model
     model, processor = build_for_training(recipe.model, processes, seed=recipe.seed)
-    result = Trainer(model, processor, short, callbacks=[stop]).train()
+    result = Trainer(model, processor, short_recipe, callbacks=[stop]).train()
     processes.wait_for_everyone()
     lines = (folder / "run" / stage.name / METRICS_FILE).read_text(encoding="utf-8").splitlines()
     figures = [json.loads(line) for line in lines]
-    every = max(1, len(dataset) // _SAMPLE)
-    sample = [length for length, _ in lengths[::every]]
     draw = dataset.draw(seed=recipe.seed, shuffle=stage.data.shuffle)
     size = len(dataset) if draw is None else len(draw)
     steps = stage.max_steps or math.ceil(math.ceil(size / stage.global_batch_size) * stage.epochs)
-    tokens = steps * stage.global_batch_size * sum(sample) / len(sample)
-    projected = tokens * stop.seconds / figures[-1]["tokens"]
+    sampled_lengths = [length for length, _ in longest_first[:: max(1, len(dataset) // _SAMPLE)]]
+    tokens_of_stage = steps * stage.global_batch_size * sum(sampled_lengths) / len(sampled_lengths)
+    projected = tokens_of_stage * stop.seconds / figures[-1]["tokens"]
     return Trial(
         stage=stage.name,
-        longest=lengths[0][0],
+        longest=longest_first[0][0],
         tokens=max(line["tokens"] for line in figures),
         peak_bytes=_peak_memory(),
         seconds=stop.seconds,
@@ -184,10 +186,12 @@ def _write_records(dataset: TrainingDataset, positions: Sequence[int], folder: P
     write_json(folder / "records.json", rows)
 
 
-def _shorten(recipe: Recipe, stage: Stage, folder: Path, batch: int) -> Recipe:
-    own = folder / "images"
+def _shorten(recipe: Recipe, stage: Stage, folder: Path, batch_size: int) -> Recipe:
+    """Return a recipe of two steps of one stage, on the records that ``_write_records`` wrote."""
     images = [path for source in sources_of(stage.data) for path in paths_of(source.images)]
-    images += [str(own)] if own.is_dir() else []
+    embedded_images = folder / "images"
+    if embedded_images.is_dir():
+        images.append(str(embedded_images))
     data = DataConfig(
         records=str(folder / "records.json"),
         images=tuple(dict.fromkeys(images)),
@@ -198,20 +202,21 @@ def _shorten(recipe: Recipe, stage: Stage, folder: Path, batch: int) -> Recipe:
         shuffle=False,
         workers=stage.data.workers,
     )
-    short = dataclasses.replace(
+    short_stage = dataclasses.replace(
         stage,
         data=data,
-        global_batch_size=batch,
+        global_batch_size=batch_size,
         epochs=2.0,
         max_steps=2,
         save_every_steps=1,
         keep_checkpoints=1,
         probe=dataclasses.replace(stage.probe, images=0, every_steps=0),
     )
-    return dataclasses.replace(recipe, stages=(short,), output_dir=str(folder / "run"), report_to=())
+    return dataclasses.replace(recipe, stages=(short_stage,), output_dir=str(folder / "run"), report_to=())
 
 
 def _peak_memory() -> int:
+    """Return the peak memory of this rank's GPU or, without one, of the process, in bytes."""
     if torch.cuda.is_available():
         return int(torch.cuda.max_memory_allocated())
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -35,7 +35,16 @@ _THUMBNAIL = (480, 480)
 
 @dataclass(frozen=True, slots=True)
 class ProbeQuestion:
-    """A held-out image with its first question and answer."""
+    """A held-out image with its first question and answer.
+
+    Attributes:
+        id: Id of the record.
+        index: Index of the record.
+        image: The image.
+        question: The question, without the place of the image.
+        truth: The answer of the record.
+        system: The record's system message; None without one.
+    """
 
     id: str
     index: int
@@ -112,10 +121,17 @@ class Probe:
                 self.held_out.roots_of(index).open(conversation.images[0])
             except ImageError:
                 continue
-            asked, answer = conversation.turns[:2]
-            question, truth = text_without_images(asked), answer.text.strip()
-            image, system = conversation.images[0], conversation.system
-            chosen.append(ProbeQuestion(conversation.id, index, image, question, truth, system))
+            question_turn, answer_turn = conversation.turns[:2]
+            chosen.append(
+                ProbeQuestion(
+                    id=conversation.id,
+                    index=index,
+                    image=conversation.images[0],
+                    question=text_without_images(question_turn),
+                    truth=answer_turn.text.strip(),
+                    system=conversation.system,
+                )
+            )
         return chosen
 
     def _open(self, question: ProbeQuestion) -> Image:

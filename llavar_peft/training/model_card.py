@@ -72,7 +72,7 @@ def _header(base: ModelConfig, stage: Stage) -> str:
 
 
 def _about_base(folder: Path, base: ModelConfig) -> str:
-    known = read_fingerprint(folder / FINGERPRINT_FILE) or {}
+    fingerprints = read_fingerprint(folder / FINGERPRINT_FILE) or {}
     lines = ["## Base model\n"]
     if base.checkpoint is not None:
         lines.append(f"- checkpoint `{portable_name(base.checkpoint)}`")
@@ -84,9 +84,9 @@ def _about_base(folder: Path, base: ModelConfig) -> str:
         lines.append(f"- projector `{portable_name(base.projector)}` loaded into it")
     stored = {None: "in full precision", "nf4": "in 4 bits (nf4, double quantization)", "int8": "in 8 bits"}
     lines.append(f"- stored {stored[base.quantize]} during training")
-    if "base" in known:
-        tensors = known["base"]["tensors"]
-        lines.append(f"- fingerprint `{digest(known['base'])}` of {len(tensors)} tensors (`{FINGERPRINT_FILE}`)")
+    if "base" in fingerprints:
+        tensors = fingerprints["base"]["tensors"]
+        lines.append(f"- fingerprint `{digest(fingerprints['base'])}` of {len(tensors)} tensors (`{FINGERPRINT_FILE}`)")
     return "\n".join(lines) + "\n"
 
 
@@ -94,8 +94,8 @@ def _about_training(parts: tuple[AdapterPart, ...], settings: dict[str, Any], st
     tune, optim = stage.tune, stage.optim
     if not isinstance(tune, Lora):
         return ""
-    own = (part for part in parts if "A" in part.tensors and not part.module.startswith(tensor_names.TOWER))
-    adapted = list(dict.fromkeys(part.kind for part in own))
+    in_language_model = (part for part in parts if not part.module.startswith(tensor_names.TOWER))
+    adapted = list(dict.fromkeys(part.kind for part in in_language_model if "A" in part.tensors))
     count = sum(part.parameters for part in parts)
     target = tune.target if isinstance(tune.target, str) else ", ".join(tune.target)
     lines = [
@@ -114,18 +114,20 @@ def _about_training(parts: tuple[AdapterPart, ...], settings: dict[str, Any], st
         elif "rows" in part.tensors:
             lines.append(f"- rows {', '.join(map(str, row_indices(part, settings)))} of `{part.module}`")
     rates = [f"{optim.learning_rate:g}"]
-    own_rates = {
+    rates_of_parts = {
         "projector": optim.projector_learning_rate,
         "rows": optim.rows_learning_rate,
         "vision tower": tune.tower_learning_rate,
     }
-    for name, rate in own_rates.items():
-        rates += [f"{name} {rate:g}"] if rate is not None else []
+    for name, rate in rates_of_parts.items():
+        if rate is not None:
+            rates.append(f"{name} {rate:g}")
     lines.append(
         f"- {step} steps of {stage.global_batch_size} records, learning rate {', '.join(rates)}, {stage.optim.schedule}"
     )
     sources = [path for source in sources_of(stage.data) for path in paths_of(source.records)]
-    lines.append("- trained on " + ", ".join(f"`{one if is_hub_source(one) else Path(one).name}`" for one in sources))
+    names = [source if is_hub_source(source) else Path(source).name for source in sources]
+    lines.append("- trained on " + ", ".join(f"`{name}`" for name in names))
     lines.append(f"- {count:,} parameters; the complete recipe is in `{RESOLVED_RECIPE_FILE}`, stage `{stage.name}`")
     return "\n".join(lines) + "\n"
 
@@ -195,9 +197,9 @@ def _measured(run: Path, step: int) -> Iterator[tuple[str, str]]:
         ("exact_match", "exact match on held-out images", ".1%"),
         ("character_accuracy", "character accuracy on held-out images", ".1%"),
     ):
-        known = _lines(run / PROBE_FILE, step, name)
-        if known:
-            first, last = known[0], known[-1]
+        probes = _lines(run / PROBE_FILE, step, name)
+        if probes:
+            first, last = probes[0], probes[-1]
             before = f"; {first[name]:{form}} at step {first['step']}" if first is not last else ""
             yield what, f"{last[name]:{form}} at step {last['step']}{_interval(last, name)}{before}"
 

@@ -19,7 +19,7 @@ from llavar_peft.models.tuning import part_of
 from llavar_peft.recipe.schema import Full, Projector, Stage
 from llavar_peft.recipe.schema_rules import tunes_tower
 
-_SHOWN = 16
+_SHOWN = 16  # records in a message
 _TOWER_SHARE = 0.2
 """Learning rate of a tower that is trained in full, as a share of the stage's. Source: LLaVA-NeXT, 2e-6 and 1e-5."""
 
@@ -65,30 +65,28 @@ def fetch_figures(accelerator: Accelerator, counts: StepCounts, norm: Tensor | f
         norm: Norm of the gradient over all ranks; DeepSpeed gives a number.
     """
     loss = counts.losses[0][0]
-    for other, _ in counts.losses[1:]:
-        loss = loss + other
+    for micro_batch_loss, _ in counts.losses[1:]:
+        loss = loss + micro_batch_loss
     norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
-    known = [float(counts.tokens), float(counts.supervised), *([] if isinstance(norm, Tensor) else [norm])]
-    fetched = torch.stack([loss, *([norm.to(loss)] if isinstance(norm, Tensor) else [])])
+    # A rank's row: the loss, the norm, and the counts. What is on the device precedes what the host knows already.
+    norm_on_device = [norm.to(loss)] if isinstance(norm, Tensor) else []
+    norm_on_host = [] if isinstance(norm, Tensor) else [norm]
+    from_device = torch.stack([loss, *norm_on_device])
+    from_host = [*norm_on_host, float(counts.tokens), float(counts.supervised)]
     if accelerator.num_processes == 1:
-        rows = [[*fetched.tolist(), *known]]
+        rows = [[*from_device.tolist(), *from_host]]
     else:
-        row = torch.cat([fetched, torch.tensor(known).to(fetched, non_blocking=True)])
+        row = torch.cat([from_device, torch.tensor(from_host).to(from_device, non_blocking=True)])
         rows = accelerator.gather(row).view(-1, len(row)).tolist()
-    losses = [row[0] for row in rows]
-    norms, tokens = (1, 2) if isinstance(norm, Tensor) else (3, 1)
+    losses, norms, tokens, supervised = zip(*rows, strict=True)
     return StepFigures(
         # In float32, as the losses are.
         loss=torch.tensor(losses, dtype=torch.float32).mean().item(),
-        norm=max((row[norms] for row in rows), key=_badness),
-        tokens=int(sum(row[tokens] for row in rows)),
-        supervised=int(sum(row[tokens + 1] for row in rows)),
+        norm=max(norms, key=lambda value: (not math.isfinite(value), value)),
+        tokens=int(sum(tokens)),
+        supervised=int(sum(supervised)),
         finite_loss=all(map(math.isfinite, losses)),
     )
-
-
-def _badness(norm: float) -> tuple[bool, float]:
-    return not math.isfinite(norm), norm
 
 
 def log_line(figures: StepFigures, started: float) -> dict[str, Any]:
@@ -126,8 +124,13 @@ def check_finite(accelerator: Accelerator, counts: StepCounts, figures: StepFigu
     if figures.finite_loss and (accelerator.scaler is not None or math.isfinite(figures.norm)):
         return
     finite = torch.stack([loss for loss, _ in counts.losses]).isfinite().tolist()
-    bad = [record for (_, ids), good in zip(counts.losses, finite, strict=True) for record in ids if not good]
-    bad = gather_object(bad)
+    bad_on_this_rank = [
+        record
+        for (_, records), is_finite in zip(counts.losses, finite, strict=True)
+        for record in records
+        if not is_finite
+    ]
+    bad = gather_object(bad_on_this_rank)
     what = "the loss is not finite" if bad else f"the gradient is not finite (norm {figures.norm})"
     records = bad or gather_object([record for _, ids in counts.losses for record in ids])
     more = f" and {len(records) - _SHOWN} more" if len(records) > _SHOWN else ""
@@ -148,13 +151,19 @@ def split_groups(optimizer: torch.optim.Optimizer, model: nn.Module, stage: Stag
     }
     if all(rate is None for rate in rates.values()):
         return
-    parts = {p: part_of(n) for n, p in model.named_parameters() if p.requires_grad}
-    optimizer.param_groups = [
-        {**group, "params": params, "name": part, "lr": rates.get(part) or optim.learning_rate}
-        for part in dict.fromkeys([*sorted(set(parts.values()) - set(rates)), *rates])
-        for group in optimizer.param_groups
-        if (params := [parameter for parameter in group["params"] if parts[parameter] == part])
-    ]
+    part_of_parameter = {
+        parameter: part_of(name) for name, parameter in model.named_parameters() if parameter.requires_grad
+    }
+    # The parts with the stage's own rate come first: the log states the rate of the first group as that of the step.
+    with_stage_rate = sorted(set(part_of_parameter.values()) - set(rates))
+    groups: list[dict[str, Any]] = []
+    for part in (*with_stage_rate, *rates):
+        for group in optimizer.param_groups:
+            parameters = [parameter for parameter in group["params"] if part_of_parameter[parameter] == part]
+            if parameters:
+                rate = rates.get(part) or optim.learning_rate
+                groups.append({**group, "params": parameters, "name": part, "lr": rate})
+    optimizer.param_groups = groups
 
 
 def tower_learning_rate(stage: Stage) -> float | None:

@@ -14,9 +14,8 @@ from llavar_peft.recipe.schema import Full, Lora, ModelConfig, Stage
 
 _TEXTS = ("out of memory", "can't allocate memory", "not enough memory")
 _GIB = 2**30
-_SHARD = (
-    "shard the model over the GPUs (examples/accelerate/fsdp2_8gpu.yaml)", "shard the model over more GPUs"
-)  # fmt: skip
+_SHARD = "shard the model over the GPUs (examples/accelerate/fsdp2_8gpu.yaml)"
+_SHARD_MORE = "shard the model over more GPUs"
 
 
 @contextmanager
@@ -37,26 +36,29 @@ def explain_out_of_memory(stage: Stage, model: ModelConfig, *, ranks: int) -> It
 
 def memory_remedies(stage: Stage, model: ModelConfig, *, ranks: int) -> list[str]:
     """Return settings that need less memory and are not set yet; those that do not change the result come first."""
-    found = []
+    remedies = []
     sharding = requested_sharding()
     if stage.gradient_checkpointing is not True:
-        found.append("set gradient_checkpointing: true")
-    several = stage.micro_batch_size > 1
-    if several and stage.packing and (stage.max_tokens is None or stage.max_tokens > stage.max_length):
-        found.append(f"set max_tokens: {stage.max_length}")
-    elif several:
-        found.append(f"set micro_batch_size: {stage.micro_batch_size // 2} (global_batch_size can stay)")
+        remedies.append("set gradient_checkpointing: true")
+    has_several_records = stage.micro_batch_size > 1
+    if has_several_records and stage.packing and (stage.max_tokens is None or stage.max_tokens > stage.max_length):
+        remedies.append(f"set max_tokens: {stage.max_length}")
+    elif has_several_records:
+        remedies.append(f"set micro_batch_size: {stage.micro_batch_size // 2} (global_batch_size can stay)")
     # Sharding divides the states already, and those of 8 bits cannot be sharded.
     if stage.optim.optimizer == "adamw" and uses_gpu() and sharding is None:
-        found.append("set optim.optimizer: paged_adamw_8bit")
+        remedies.append("set optim.optimizer: paged_adamw_8bit")
     if isinstance(stage.tune, Full):
-        found.append(_SHARD[sharding is not None] if ranks > 1 else "set tune: lora")
+        if ranks > 1:
+            remedies.append(_SHARD if sharding is None else _SHARD_MORE)
+        else:
+            remedies.append("set tune: lora")
     # PiSSA is rejected on a quantized base.
     if isinstance(stage.tune, Lora) and stage.tune.variant != "pissa" and model.quantize is None:
-        found.append("set model.quantize: nf4")
+        remedies.append("set model.quantize: nf4")
     if stage.max_length > 1024:
-        found.append(f"set max_length: {stage.max_length // 2}")
-    return found
+        remedies.append(f"set max_length: {stage.max_length // 2}")
+    return remedies
 
 
 def _memory_use() -> str:

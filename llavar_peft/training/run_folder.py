@@ -15,7 +15,7 @@ import dataclasses
 import json
 import logging
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 from typing import Any
@@ -55,18 +55,17 @@ def keep_holdout(recipe: Recipe) -> Recipe:
         return recipe
     try:
         stages = _read_written(written)["stages"]
-        before = {stage["name"]: stage["data"]["holdout"] for stage in stages}
+        holdouts = {stage["name"]: stage["data"]["holdout"] for stage in stages}
     except (OSError, ValueError, LookupError, TypeError):
         return recipe  # opening the folder reports what is wrong
-    return dataclasses.replace(
-        recipe,
-        stages=tuple(
-            dataclasses.replace(stage, data=dataclasses.replace(stage.data, holdout=before.get(stage.name)))
-            if stage.data.holdout is None
-            else stage
-            for stage in recipe.stages
-        ),
-    )
+
+    def with_holdout(stage: Stage) -> Stage:
+        if stage.data.holdout is not None:
+            return stage
+        data = dataclasses.replace(stage.data, holdout=holdouts.get(stage.name))
+        return dataclasses.replace(stage, data=data)
+
+    return dataclasses.replace(recipe, stages=tuple(map(with_holdout, recipe.stages)))
 
 
 class RunFolder:
@@ -132,8 +131,9 @@ class RunFolder:
         """
         order = [stage.name for stage in self.recipe.stages]
         later = [stage.name for stage in selected if order.index(stage.name) > order.index(skipped.name)]
-        given = self.recipe.model.projector is not None or self.recipe.model.checkpoint is not None
-        if later and not given:
+        model = self.recipe.model
+        has_projector = model.projector is not None or model.checkpoint is not None
+        if later and not has_projector:
             raise ConfigError.at(
                 f"stages.{later[0]}",
                 f"needs the result of stage {skipped.name!r}, which has not run in {self.recipe.output_dir}",
@@ -170,37 +170,38 @@ class RunFolder:
         return folder
 
     def _check_recipe(self, allow_changes: bool) -> None:
+        """Check that a run that has begun in the folder is one of this recipe, apart from harmless fields."""
         written = self.root / RESOLVED_RECIPE_FILE
         started = any(self.finished(stage) or list_checkpoints(self.directory(stage)) for stage in self.recipe.stages)
         self._check_stages()
         if not (written.is_file() and started):
             return
-        before, now = _read_written(written), _to_mapping(self.recipe)
         faults = [
             Fault(path, f"changed since this run started (was {old!r}, is {new!r})", "")
-            for path, old, new in _differences(before, now, "")
+            for path, old, new in _differences(_read_written(written), _to_mapping(self.recipe), "")
             if not any(part in _HARMLESS for part in path.split("."))
         ]
-        if faults:
-            lines = "\n".join(f"  {fault.where}: {fault.what}" for fault in faults)
-            self._check_not_prolonged(faults)
-            other = [fault for fault in faults if fault.where.startswith(_ANOTHER_MODEL)]
-            if allow_changes and other:
-                raise ConfigError(
-                    f"{written}: the run's checkpoints belong to a model of other weights\n"
-                    + "\n".join(f"  {fault.where}: {fault.what}" for fault in other)
-                    + "\nFix: undo the change, choose another output_dir, or pass --restart to start again.",
-                    other,
-                )
-            if allow_changes:
-                logger.warning("%s: continues with a changed recipe\n%s", self.root, lines)
-                return
+        if not faults:
+            return
+        lines = "\n".join(f"  {fault.where}: {fault.what}" for fault in faults)
+        self._check_not_prolonged(faults)
+        model_faults = [fault for fault in faults if fault.where.startswith(_ANOTHER_MODEL)]
+        if allow_changes and model_faults:
             raise ConfigError(
-                f"{written}: the folder holds a run of another recipe\n{lines}\n"
-                "Fix: choose another output_dir, undo the change, pass --restart to start again, or --allow-changes to "
-                "continue anyway.",
-                faults,
+                f"{written}: the run's checkpoints belong to a model of other weights\n"
+                + "\n".join(f"  {fault.where}: {fault.what}" for fault in model_faults)
+                + "\nFix: undo the change, choose another output_dir, or pass --restart to start again.",
+                model_faults,
             )
+        if allow_changes:
+            logger.warning("%s: continues with a changed recipe\n%s", self.root, lines)
+            return
+        raise ConfigError(
+            f"{written}: the folder holds a run of another recipe\n{lines}\n"
+            "Fix: choose another output_dir, undo the change, pass --restart to start again, or --allow-changes to "
+            "continue anyway.",
+            faults,
+        )
 
     def _check_stages(self) -> None:
         """Check that the folder holds no results of stages that this recipe does not have.
@@ -208,18 +209,18 @@ class RunFolder:
         Raises:
             ConfigError: It does. They, the page and the recipe would be mixed with those of this run.
         """
-        listed, own = self.root / STAGES_FILE, {stage.name for stage in self.recipe.stages}
+        stages_file, own_names = self.root / STAGES_FILE, {stage.name for stage in self.recipe.stages}
         try:
-            names = [str(name) for name in read_json(listed)] if listed.is_file() else []
-            others = [name for name in names if name not in own and self._has_results(name)]
+            names = [str(name) for name in read_json(stages_file)] if stages_file.is_file() else []
+            foreign = [name for name in names if name not in own_names and self._has_results(name)]
         except DAMAGED as error:
             what = f"not a list of stages ({describe_reason(error)})"
-            raise ConfigError.at(str(listed), what, "choose another output_dir, or delete the folder") from error
-        if others:
+            raise ConfigError.at(str(stages_file), what, "choose another output_dir, or delete the folder") from error
+        if foreign:
             raise ConfigError.at(
                 "output_dir",
-                f"{self.root} holds the run of another recipe (with {', '.join(others)}, expected only "
-                f"{', '.join(sorted(own))})",
+                f"{self.root} holds the run of another recipe (with {', '.join(foreign)}, expected only "
+                f"{', '.join(sorted(own_names))})",
                 "choose another output_dir, or delete the folder",
             )
 
@@ -254,13 +255,16 @@ def _to_mapping(recipe: Recipe) -> Any:
     return json.loads(json.dumps(recipe_to_mapping(recipe)))
 
 
-def _differences(old: Any, new: Any, path: str) -> list[tuple[str, Any, Any]]:
+def _differences(old: Any, new: Any, path: str) -> Iterator[tuple[str, Any, Any]]:
+    """Yield the path, the old and the new value of each difference between two recipes as plain data."""
     if isinstance(old, dict) and isinstance(new, dict):
-        keys = [*old, *(key for key in new if key not in old)]
-        return [d for key in keys for d in _differences(old.get(key), new.get(key), f"{path}.{key}".lstrip("."))]
-    if isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
-        return [d for i, (a, b) in enumerate(zip(old, new, strict=True)) for d in _differences(a, b, f"{path}.{i}")]
-    return [] if old == new else [(path, old, new)]
+        for key in dict.fromkeys((*old, *new)):
+            yield from _differences(old.get(key), new.get(key), f"{path}.{key}".lstrip("."))
+    elif isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
+        for index, (old_entry, new_entry) in enumerate(zip(old, new, strict=True)):
+            yield from _differences(old_entry, new_entry, f"{path}.{index}")
+    elif old != new:
+        yield path, old, new
 
 
 def lock_folder(folder: Path) -> AbstractContextManager[None]:

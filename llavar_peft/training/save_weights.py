@@ -74,14 +74,17 @@ def save_trained(
     if isinstance(tune, Projector):
         # In float32, whatever the dtype of the base, so that a resumed run starts from exactly these values.
         embeddings = tensor_names.find_embeddings(state)
-        parts = (embeddings.removesuffix("weight"), *tensor_names.TRAINED_WITH_PROJECTOR)
-        found = {name: tensor.float() for part in parts for name, tensor in state.items() if name.startswith(part)}
-        merged = merge_rows_in_state_dict(found)
+        prefixes = (embeddings.removesuffix("weight"), *tensor_names.TRAINED_WITH_PROJECTOR)
+        trained = {
+            name: tensor.float() for prefix in prefixes for name, tensor in state.items() if name.startswith(prefix)
+        }
+        merged = merge_rows_in_state_dict(trained)
         save_projector(folder, {tensor_names.EMBEDDINGS: merged.pop(embeddings), **merged})
     processor.save_pretrained(str(folder))
 
 
 def _save_adapter(model: Any, folder: Path, base: ModelConfig, state: Mapping[str, Tensor]) -> None:
+    """Save an adapter with everything that is needed to load it: its base's settings, and the fingerprint of that."""
     for settings in model.peft_config.values():
         settings.base_model_name_or_path = base.checkpoint or base.language_model
     with quiet_about_biases():
@@ -95,13 +98,16 @@ def _save_adapter(model: Any, folder: Path, base: ModelConfig, state: Mapping[st
     embedding = model.get_input_embeddings()
     # Trained rows wrap the base's embedding; the wrapper's weight cannot be computed from shards.
     dtype = str(getattr(embedding, "original_module", embedding).weight.dtype).removeprefix("torch.")
-    before = dtype_before(base)
-    stored = {} if before is None else {QUANTIZED_FROM: before}
-    write_json(folder / BASE_FILE, {**dataclasses.asdict(base), "dtype": dtype, **stored})
+    base_settings = {**dataclasses.asdict(base), "dtype": dtype}
+    quantized_from = dtype_before(base)
+    if quantized_from is not None:
+        base_settings[QUANTIZED_FROM] = quantized_from
+    write_json(folder / BASE_FILE, base_settings)
     tower = fingerprint_tower(base) if model.get_base_model().config.tuned_vision_tower else None
-    write_json(
-        folder / FINGERPRINT_FILE, {"base": fingerprint_base(base), **({} if tower is None else {"tower": tower})}
-    )
+    fingerprints = {"base": fingerprint_base(base)}
+    if tower is not None:
+        fingerprints["tower"] = tower
+    write_json(folder / FINGERPRINT_FILE, fingerprints)
 
 
 def save_plain(model: Any, processor: LlavarProcessor, folder: Path) -> None:
@@ -182,16 +188,18 @@ def load_projector(model: Any, path: Path) -> None:
     """Load a projector stage's result into a model with or without separately trained rows, in place."""
     check_values(read_tensor_table(path))
     stored = open_weights(path)
-    embedding, parts = model.get_input_embeddings(), tensor_names.TRAINED_WITH_PROJECTOR
-    own = {
-        tensor_names.to_released(name) or name: one for name, one in model.named_parameters() if name.startswith(parts)
+    embedding = model.get_input_embeddings()
+    parameters = {
+        tensor_names.to_released(name) or name: parameter
+        for name, parameter in model.named_parameters()
+        if name.startswith(tensor_names.TRAINED_WITH_PROJECTOR)
     }
-    expected = {name: tuple(parameter.shape) for name, parameter in own.items()}
+    expected = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
     expected[tensor_names.RELEASED_EMBEDDINGS] = tuple(embedding.weight.shape)
     check_tensors(stored, expected, where=str(path))
     rows = stored[tensor_names.RELEASED_EMBEDDINGS][-2:]
     with torch.no_grad():
-        for name, parameter in own.items():
+        for name, parameter in parameters.items():
             _keep_float32(parameter, stored[name])
             parameter.copy_(stored[name])
         if isinstance(embedding, EmbeddingWithTrainedRows):

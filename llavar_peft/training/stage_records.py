@@ -8,7 +8,7 @@ import logging
 from collections.abc import Sequence
 from typing import Final
 
-from llavar_peft.data.check_records import preflight, summarize_faults
+from llavar_peft.data.check_records import RecordFinding, preflight, summarize_faults
 from llavar_peft.data.conversation_template import RoleTemplate, split_placeholders
 from llavar_peft.data.hub_sources import TableSelection, is_hub_source
 from llavar_peft.data.image_roots import ImageRoots
@@ -28,12 +28,12 @@ from llavar_peft.recipe.schema import DataSource, Stage
 
 logger = logging.getLogger(__name__)
 
-_SHOWN = 10
-_TEXTS_MEASURED: Final = 200
-_ORDERS_READ: Final = 500  # records
-_FEWEST_ORDERS: Final = 20  # records; fewer say nothing
-_RARE: Final = 0.05  # share of the records
-_MOSTLY: Final = 0.5  # share of the text
+_SHOWN = 10  # faults in a message
+_TEXTS_MEASURED: Final = 200  # records whose letter heights are compared
+_ORDERS_READ: Final = 500  # about this many records are examined for the order of image and question
+_FEWEST_ORDERS: Final = 20  # records; the order in fewer says nothing about the data
+_RARE: Final = 0.05  # share of the records with the order of inference that is too small to learn it
+_MOSTLY: Final = 0.5  # share of the text that is too small, from which the user is warned
 _WITHOUT_EFFECT: Final = frozenset({"placeholder", "no_answer", "empty_answer", "last_turn"})
 """Kinds of faults of records that can be read, for which ``data.max_bad_share`` alone decides."""
 
@@ -56,23 +56,22 @@ def stage_records(stage: Stage, processor: LlavarProcessor, *, seed: int) -> tup
     mixture = RecordMixture([_open(source) for source in sources_of(data)])
     skipped = _faulty_records(stage, mixture)
     usable = [index for index in range(len(mixture.records)) if index not in skipped]
-    kept, held = split_holdout(len(usable), data.holdout, seed=seed)
-    own = processor
+    train_positions, held_out_positions = split_holdout(len(usable), data.holdout, seed=seed)
     if data.image_mode == "keep" and processor.resolution is not None:
         what = "keep has no images of one size, which the model's resolution needs"
         raise ConfigError.at(f"stages.{stage.name}.data.image_mode", what, "remove it")
     if data.image_mode is not None:
-        own = copy.copy(processor)
-        own.image_mode = data.image_mode
+        processor = copy.copy(processor)
+        processor.image_mode = data.image_mode
 
-    def dataset(positions: list[int]) -> TrainingDataset:
-        indices, roots = [usable[i] for i in positions], mixture.sources[0].roots
-        return TrainingDataset(mixture.records, indices, roots, own, max_length=stage.max_length, mixture=mixture)
+    def make_dataset(positions: list[int]) -> TrainingDataset:
+        indices, roots = [usable[position] for position in positions], mixture.sources[0].roots
+        return TrainingDataset(mixture.records, indices, roots, processor, max_length=stage.max_length, mixture=mixture)
 
-    train_set = dataset(kept)
-    _warn_of_small_text(stage, train_set, own, seed=seed)
-    _warn_of_image_order(stage, train_set, own)
-    return train_set, dataset(held)
+    train_set = make_dataset(train_positions)
+    _warn_of_small_text(stage, train_set, processor, seed=seed)
+    _warn_of_image_order(stage, train_set, processor)
+    return train_set, make_dataset(held_out_positions)
 
 
 def _warn_of_small_text(stage: Stage, dataset: TrainingDataset, processor: LlavarProcessor, *, seed: int) -> None:
@@ -90,12 +89,12 @@ def _warn_of_small_text(stage: Stage, dataset: TrainingDataset, processor: Llava
     )
     if report is None or report.current is None or report.current.share_below <= _MOSTLY:
         return
-    better = [one for one in report.recommended if one.share_below < report.current.share_below]
+    better = [figures for figures in report.recommended if figures.share_below < report.current.share_below]
     fix = "crop the images to their text"
     if better:
-        readable = 100 * (1 - max(one.share_below for one in better))
-        listed = " or ".join(_describe_cost(one, stage.max_length) for one in better)
-        fix = f"to read {readable:.0f} % of it, set under model: {listed}"
+        readable = 100 * (1 - max(figures.share_below for figures in better))
+        resolutions = " or ".join(_describe_cost(figures, stage.max_length) for figures in better)
+        fix = f"to read {readable:.0f} % of it, set under model: {resolutions}"
     logger.warning(
         "stage %s: %.0f %% of the supervised text is below %g px in the vision tower's input, where letters cannot be "
         "read (%d records with known letter heights). Fix: %s; 'llavar-peft eval diagnose --records' compares more.",
@@ -111,33 +110,40 @@ def _warn_of_image_order(stage: Stage, dataset: TrainingDataset, processor: Llav
     template = processor.conversation_template
     if processor.sep_image_conv_front or (isinstance(template, RoleTemplate) and template.image_first):
         return  # The image is moved there, whatever the record says.
-    asked_first = template.question("", 1)[0] is None
-    orders: list[bool] = []
+    inference_has_image_first = template.question("", 1)[0] is None
+    image_first_in_records = _sample_image_first(dataset)
+    examined, agreeing = len(image_first_in_records), image_first_in_records.count(inference_has_image_first)
+    if examined < _FEWEST_ORDERS or agreeing > _RARE * examined:
+        return
+    in_records, in_inference = ("after", "before") if inference_has_image_first else ("before", "after")
+    fitting_text = "<image>\\n<question>" if inference_has_image_first else "<question>\\n<image>"
+    logger.warning(
+        "stage %s: the image stands %s the question in %d of %d records, but inference places it %s it with "
+        "template %s. The model may ignore such a question. Fix: write '%s' in at least half of the records.",
+        stage.name, in_records, examined - agreeing, examined, in_inference, processor.template, fitting_text,
+    )  # fmt: skip
+
+
+def _sample_image_first(dataset: TrainingDataset) -> list[bool]:
+    """Return for a sample of the records whether the image comes first; those whose image stands alone are left out."""
+    image_comes_first: list[bool] = []
     step = max(1, len(dataset) // _ORDERS_READ)
     for index in dataset.indices[::step].tolist():
         try:
             turns = parse_record(dataset.records[index], dataset.records.where(index)).turns
         except DataError:
             continue
-        parts = next((parts for turn in turns if None in (parts := split_placeholders(turn.text.strip()))), None)
-        parts = [part for part in parts or () if part != ""]
+        contents = (split_placeholders(turn.text.strip()) for turn in turns)
+        with_image = next((content for content in contents if None in content), [])
+        parts = [part for part in with_image if part != ""]
         if len(parts) > 1:
-            orders.append(parts[0] is None)
-    if len(orders) < _FEWEST_ORDERS or orders.count(asked_first) > _RARE * len(orders):
-        return
-    found, expected = ("after", "before") if asked_first else ("before", "after")
-    requested = "<image>\\n<question>" if asked_first else "<question>\\n<image>"
-    count = len(orders) - orders.count(asked_first)
-    logger.warning(
-        "stage %s: the image stands %s the question in %d of %d records, but inference places it %s it with "
-        "template %s. The model may ignore such a question. Fix: write '%s' in at least half of the records.",
-        stage.name, found, count, len(orders), expected, processor.template, requested,
-    )  # fmt: skip
+            image_comes_first.append(parts[0] is None)
+    return image_comes_first
 
 
-def _describe_cost(one: ResolutionFigures, max_length: int) -> str:
-    length = f", max_length {one.longest}" if one.longest > max_length else ""
-    return f"{one.recipe} ({one.image_tokens:.0f} image tokens a record{length})"
+def _describe_cost(figures: ResolutionFigures, max_length: int) -> str:
+    length = f", max_length {figures.longest}" if figures.longest > max_length else ""
+    return f"{figures.recipe} ({figures.image_tokens:.0f} image tokens a record{length})"
 
 
 def _open(source: DataSource) -> OpenSource:
@@ -154,14 +160,14 @@ def record_files(stage: Stage, dataset: TrainingDataset) -> list[str]:
         dataset: From ``stage_records``.
     """
     names = [name for source in sources_of(stage.data) for name in paths_of(source.records)]
-    parts = dataset.mixture.records.parts if dataset.mixture is not None else ()
-    found: list[str] = []
-    for name, part in zip(names, parts, strict=True):
-        if isinstance(part, Table | RenamedColumns) and is_hub_source(name):
-            found += [str(path) for path in part.files()]
+    opened_parts = dataset.mixture.records.parts if dataset.mixture is not None else ()
+    files: list[str] = []
+    for name, opened in zip(names, opened_parts, strict=True):
+        if isinstance(opened, Table | RenamedColumns) and is_hub_source(name):
+            files += [str(path) for path in opened.files()]
         else:
-            found.append(name)
-    return found
+            files.append(name)
+    return files
 
 
 def check_data_paths(stages: Sequence[Stage]) -> None:
@@ -184,37 +190,45 @@ def check_data_paths(stages: Sequence[Stage]) -> None:
 
 def _faulty_records(stage: Stage, mixture: RecordMixture) -> set[int]:
     """Return the indices of the records to skip. Raise ``DataError`` if there are more than the stage allows."""
-    data, records = stage.data, mixture.records
-    each = [preflight(source.records, source.roots) for source in mixture.sources]
+    data, count = stage.data, len(mixture.records)
+    faults_by_source = [preflight(source.records, source.roots) for source in mixture.sources]
     faults = [
         dataclasses.replace(fault, index=fault.index + start)
-        for start, found in zip(mixture.starts, each, strict=False)
-        for fault in found
+        for start, source_faults in zip(mixture.starts, faults_by_source, strict=False)
+        for fault in source_faults
     ]
     if not faults:
         return set()
     skipped = {fault.index for fault in faults}
-    stops = data.on_bad_image == "stop" and any(fault.kind not in _WITHOUT_EFFECT for fault in faults)
-    stops = stops or len(skipped) > int(data.max_bad_share * len(records))
-    for number, (source, found) in enumerate(zip(mixture.sources, each, strict=True)):
-        without = sum(fault.kind == "image_missing" for fault in found)
-        if stops and without and not source.roots.roots:
-            place = f"sources.{number}.images" if data.sources else "images"
-            raise DataError.at(
-                f"stages.{stage.name}.data.{place}",
-                f"not set, and {without} of {len(source.records)} records name an image",
-                "set it to the folder that the image paths start from",
-            )
-    shown = summarize_faults(faults, len(records))
-    listed = "\n".join(str(fault) for fault in shown[:_SHOWN])
+    has_bad_image = any(fault.kind not in _WITHOUT_EFFECT for fault in faults)
+    stops = (data.on_bad_image == "stop" and has_bad_image) or len(skipped) > int(data.max_bad_share * count)
+    if stops:
+        _check_image_folders(stage, mixture, faults_by_source)
+    shown = summarize_faults(faults, count)
+    lines = "\n".join(str(fault) for fault in shown[:_SHOWN])
     more = f"\nand {len(shown) - _SHOWN} more" if len(shown) > _SHOWN else ""
     if stops:
         switch = "data.on_bad_image to skip and " if data.on_bad_image == "stop" else ""
         raise DataError(
-            f"stage {stage.name}: {len(skipped)} of {len(records)} records cannot be trained on\n{listed}{more}\n"
+            f"stage {stage.name}: {len(skipped)} of {count} records cannot be trained on\n{lines}{more}\n"
             f"Fix: repair them ('llavar-peft data check' lists all), or set {switch}data.max_bad_share to the share "
             "that may be skipped.",
             faults,
         )
-    logger.warning("stage %s: %d records are skipped\n%s%s", stage.name, len(skipped), listed, more)
+    logger.warning("stage %s: %d records are skipped\n%s%s", stage.name, len(skipped), lines, more)
     return skipped
+
+
+def _check_image_folders(
+    stage: Stage, mixture: RecordMixture, faults_by_source: Sequence[Sequence[RecordFinding]]
+) -> None:
+    """Raise ``DataError`` if images are missing because no folder was given for them, which is one fault, not many."""
+    for number, (source, faults) in enumerate(zip(mixture.sources, faults_by_source, strict=True)):
+        missing = sum(fault.kind == "image_missing" for fault in faults)
+        if missing and not source.roots.roots:
+            field = f"sources.{number}.images" if stage.data.sources else "images"
+            raise DataError.at(
+                f"stages.{stage.name}.data.{field}",
+                f"not set, and {missing} of {len(source.records)} records name an image",
+                "set it to the folder that the image paths start from",
+            )

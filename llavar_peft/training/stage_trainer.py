@@ -104,8 +104,8 @@ class StageTrainer(TrainerInternals):
         self.learning_rate = 0.0
         # A projector stage trains only parameters that are not quantized.
         without_adapters = isinstance(stage.tune, Projector) and is_quantized(model)
-        settings: Any = model.config
-        collator = Collator(processor.tokenizer.pad_token_id, packed=packed, image_token_id=settings.image_token_id)
+        model_config: Any = model.config
+        collator = Collator(processor.tokenizer.pad_token_id, packed=packed, image_token_id=model_config.image_token_id)
         with allow_quantized_base(model) if without_adapters else nullcontext():
             super().__init__(
                 model=model,
@@ -119,8 +119,8 @@ class StageTrainer(TrainerInternals):
             Path(str(self.args.output_dir)), inputs, keep=stage.keep_checkpoints, accelerator=self.accelerator
         )
         # What cross-attention keeps depends on the images of a pass rather than on its tokens: all layers recompute.
-        auto = stage.gradient_checkpointing == "auto" and settings.cross_attention is None
-        self.recomputation = Recomputation(model, auto=auto, device=self.args.device)
+        can_choose = stage.gradient_checkpointing == "auto" and model_config.cross_attention is None
+        self.recomputation = Recomputation(model, auto=can_choose, device=self.args.device)
         # The run has metrics.jsonl and a progress bar instead of a table of every step.
         self.remove_callback(transformers.PrinterCallback)
         self.add_callback(_StageEvents(self))
@@ -170,8 +170,9 @@ class StageTrainer(TrainerInternals):
         """Return the batches of this rank, in an order that depends on (seed, epoch) alone."""
         dataset: Any = self.train_dataset
         stage = self.stage
-        even = Balance(stage.global_batch_size, stage.micro_batch_size, dataset.estimated_tokens)
-        balance = even if stage.balance else None
+        balance = None
+        if stage.balance:
+            balance = Balance(stage.global_batch_size, stage.micro_batch_size, dataset.estimated_tokens)
         seed, shuffle = self.recipe.seed, stage.data.shuffle
         draw = dataset.draw(seed=seed, shuffle=shuffle)
         sampler = EpochSampler(len(dataset), seed=seed, shuffle=shuffle, balanced=balance, draw=draw)
@@ -190,11 +191,11 @@ class StageTrainer(TrainerInternals):
         self, epoch_iterator: Any, num_batches: int, device: torch.device
     ) -> tuple[list[dict[str, Any]], Tensor | int | None]:
         """Return the micro batches of an optimizer step, with the features of patches in place of images."""
-        batches, number = super().get_batch_samples(epoch_iterator, num_batches, device)
+        batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
         if self.sharding is None:
             with self.accelerator.autocast():
                 share_tower_calls(self.model, batches)
-        return batches, number
+        return batches, num_items
 
     # -- loss ---------------------------------------------------------------------------------------------------------
 
@@ -208,8 +209,8 @@ class StageTrainer(TrainerInternals):
         inputs[SUPERVISED] = sum(inputs[PLACES[SUPERVISED_PLACES]])
         self.counts.supervised += inputs[SUPERVISED]
         loss = torch.zeros((), device=self.args.device)
-        for part in split_micro_batch(self.accelerator, model, inputs, max_tokens=self.stage.max_tokens):
-            loss += super().training_step(model, part, num_items_in_batch)
+        for pass_inputs in split_micro_batch(self.accelerator, model, inputs, max_tokens=self.stage.max_tokens):
+            loss += super().training_step(model, pass_inputs, num_items_in_batch)
         self.counts.losses.append((loss, ids))
         return loss
 
@@ -254,9 +255,9 @@ class StageTrainer(TrainerInternals):
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """Create the optimizer, with groups for the parts of the model that have their own learning rate."""
-        new = self.optimizer is None
+        is_new = self.optimizer is None
         optimizer: torch.optim.Optimizer = super().create_optimizer(model)
-        if new:
+        if is_new:
             split_groups(optimizer, model or self.model, self.stage)
             self.optimized = [list(group["params"]) for group in optimizer.param_groups]
         return optimizer
@@ -264,7 +265,11 @@ class StageTrainer(TrainerInternals):
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
         """Return the names of the parameters with weight decay, which has no use for vectors: norms, biases, scales."""
         # ZeRO-3 replaces the parameters by parts of them without a shape.
-        vectors = {name for name, one in model.named_parameters() if len(getattr(one, "ds_shape", one.shape)) < 2}
+        vectors = {
+            name
+            for name, parameter in model.named_parameters()
+            if len(getattr(parameter, "ds_shape", parameter.shape)) < 2
+        }
         names: list[str] = super().get_decay_parameter_names(model)
         return [name for name in names if name not in vectors]
 
@@ -275,20 +280,21 @@ class StageTrainer(TrainerInternals):
 
         ``transformers.Trainer``'s own log is disabled: it fetches loss and norm from the device once more.
         """
-        figures, step = self.figures, {"loss": self.figures.loss, "learning_rate": self.learning_rate}
+        figures = self.figures
+        loss_and_rate = {"loss": figures.loss, "learning_rate": self.learning_rate}
         groups = self.optimizer.param_groups if self.optimizer is not None else []
         rates = learning_rates(groups, self.learning_rate)
         line = {
             "step": self.state.global_step,
             "epoch": round(float(self.state.epoch or 0.0), 6),
-            **step,
+            **loss_and_rate,
             "grad_norm": figures.norm,
             **log_line(figures, self.counts.started),
             **({"learning_rates": rates} if rates else {}),
         }
         if self.is_world_process_zero():
             self.sink(line)
-        self.log({**step, "grad_norm": figures.norm, "tokens": figures.tokens})
+        self.log({**loss_and_rate, "grad_norm": figures.norm, "tokens": figures.tokens})
 
     # -- checkpoints --------------------------------------------------------------------------------------------------
 
@@ -307,17 +313,17 @@ class StageTrainer(TrainerInternals):
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save the trained weights under a plain model's names, and the processor."""
-        lora = isinstance(self.stage.tune, Lora)
-        state = gather_weights(self.model_wrapped, self.accelerator, self.sharding, trained_only=lora)
+        is_lora = isinstance(self.stage.tune, Lora)
+        state = gather_weights(self.model_wrapped, self.accelerator, self.sharding, trained_only=is_lora)
         if not self.args.should_save:
             return
-        run = Path(str(self.args.output_dir))
-        folder = Path(output_dir) if output_dir else run
+        stage_folder = Path(str(self.args.output_dir))
+        folder = Path(output_dir) if output_dir else stage_folder
         folder.mkdir(parents=True, exist_ok=True)
         model = self.accelerator.unwrap_model(self.model)
         save_trained(model, self.processing_class, folder, state=state, tune=self.stage.tune, base=self.base)
-        if lora:
-            write_card(folder, self.recipe, self.stage, run=run, step=self.state.global_step)
+        if is_lora:
+            write_card(folder, self.recipe, self.stage, run=stage_folder, step=self.state.global_step)
 
 
 class _StageEvents(transformers.TrainerCallback):

@@ -46,14 +46,14 @@ def supervised_loss(model: nn.Module, inputs: Mapping[str, Any]) -> tuple[Tensor
     elif "attention_mask" in inputs:
         arguments.update(padded_arguments(inputs["attention_mask"], _unwrap(model)))
     if IMAGE_STARTS in inputs:
-        arguments["details"] = ImageDetails(_segments(inputs))
+        arguments["details"] = ImageDetails(_detail_segments(inputs))
     outputs = model(**arguments, targets=targets, use_cache=False)
     if SUPERVISED_PLACES in inputs:
         return outputs.loss, len(inputs[SUPERVISED_PLACES]), outputs
     return outputs.loss, int((targets != IGNORE_INDEX).sum()), outputs
 
 
-def _segments(inputs: Mapping[str, Any]) -> tuple[DetailSegment, ...]:
+def _detail_segments(inputs: Mapping[str, Any]) -> tuple[DetailSegment, ...]:
     """Return which tokens of a batch attend to the features of which images."""
     rows, width = inputs["input_ids"].shape
     lengths = inputs.get("lengths", (width,) * rows)
@@ -92,13 +92,13 @@ def split_micro_batch(
     if accelerator.num_processes > 1:
         bins += [[]] * (largest_of_ranks(len(bins)) - len(bins))
     ends_step = accelerator.sync_gradients
-    *first, last = split_batch(inputs, bins)
+    *earlier_passes, last_pass = split_batch(inputs, bins)
     # FSDP would hold the whole gradients of the model until they are exchanged; each pass leaves shards instead.
-    exchanged_once = bool(first) and ends_step and accelerator.distributed_type != DistributedType.FSDP
+    exchanged_once = bool(earlier_passes) and ends_step and accelerator.distributed_type != DistributedType.FSDP
     # Before the last micro batch of a step nothing is exchanged anyway. DeepSpeed reads only ``sync_gradients``.
     with accelerator.no_sync(model) if exchanged_once else nullcontext():
         accelerator.sync_gradients = False
-        for part in first:
-            yield {**part, SUPERVISED: inputs[SUPERVISED]}
+        for batch in earlier_passes:
+            yield {**batch, SUPERVISED: inputs[SUPERVISED]}
     accelerator.sync_gradients = ends_step
-    yield {**last, SUPERVISED: inputs[SUPERVISED]}
+    yield {**last_pass, SUPERVISED: inputs[SUPERVISED]}

@@ -33,7 +33,7 @@ from llavar_peft.page.run_page import has_run_page, write_run_page
 from llavar_peft.recipe.schema import Lora, ModelConfig, Recipe, Stage
 from llavar_peft.recipe.schema_rules import trains_image_rows
 from llavar_peft.training import run_files
-from llavar_peft.training.checkpoint_folders import checkpoint_step, find_resume_point, hash_inputs
+from llavar_peft.training.checkpoint_folders import RunInputs, checkpoint_step, find_resume_point, hash_inputs
 from llavar_peft.training.checkpoint_writer import explain_full_disk
 from llavar_peft.training.dropped_records import DROPPED_FILE, DroppedRecords
 from llavar_peft.training.holdout_probe import Probe
@@ -82,7 +82,7 @@ class Trainer:
         self.processor = processor
         self.callbacks = list(callbacks)
         self.run = RunFolder(self.recipe)
-        self.base = self.recipe.model
+        self.base = self.recipe.model  # the model that the next stage starts from
         self.processes = start_processes(self.recipe)
         self.ranks = self.processes.num_processes
         self.main = self.processes.is_main_process
@@ -121,6 +121,7 @@ class Trainer:
             return self._run_stages(selected, allow_changes=allow_changes)
 
     def _run_stages(self, selected: Sequence[Stage], *, allow_changes: bool) -> Path:
+        """Run the selected stages in order, and return the folder of the last result."""
         # Check the batches and data of all stages before the first step of the first one.
         for stage in selected:
             micro_batches(stage, ranks=self.ranks)
@@ -142,6 +143,7 @@ class Trainer:
         return result
 
     def _load_finished(self, stage: Stage) -> Path:
+        """Load the result of a stage that finished before, so that the next one starts from it. Return its folder."""
         result = self.run.result(stage)
         self.base = self._base_after(stage, result)
         if self.model.pending_weights is None:
@@ -151,50 +153,34 @@ class Trainer:
         return result
 
     def _build_next(self) -> LlavarForConditionalGeneration:
+        """Build the model that the next stage starts from, with its weights pending if they will be sharded."""
         base = dataclasses.replace(self.base, quantize=self.recipe.model.quantize)
         return build_for_training(base, self.processes, seed=self.recipe.seed)[0]
 
     def _run_stage(
         self, stage: Stage, train_set: TrainingDataset, held_out: TrainingDataset, *, allow_changes: bool
     ) -> Path:
+        """Train a stage, from its newest checkpoint if there is one, and return the folder of its result."""
         directory = self.run.directory(stage)
         processor: Any = train_set.processor
         transformers.set_seed(self.recipe.seed)
         inputs = hash_inputs(record_files(stage, train_set), ranks=self.ranks)
-        checkpoint = find_resume_point(directory, inputs, self.processes, allow_changes=allow_changes)
-        if self.main:
-            # Without a checkpoint, the probe of step 0 is repeated as well.
-            step = checkpoint_step(checkpoint) if checkpoint else -1
-            for name in (METRICS_FILE, PROBE_FILE):
-                run_files.drop_lines_after(directory / name, step)
-        if checkpoint:
-            logger.info("%s: resumes from step %d", stage.name, checkpoint_step(checkpoint))
-        trained = apply_tuning(
-            self.model, stage.tune, new_rows=trains_image_rows(self.recipe, stage), checkpoint=checkpoint
-        )
-        if resolve_precision(stage.precision) == "fp32" and replace_flash_attention(self.model):
-            logger.info("%s: computes in float32, so SDPA replaces flash-attention", stage.name)
-        # Before the arguments: once ZeRO-3's settings are known, peft takes the model for partitioned, and transformers
-        # partitions every model that is built, also the one without memory that is asked about packing.
-        packed = stage.packing and enable_packing(trained)
+        checkpoint = self._find_checkpoint(stage, inputs, allow_changes=allow_changes)
+        tuned_model, packed = self._tune_model(stage, checkpoint)
         arguments = training_arguments(self.recipe, stage, directory, ranks=self.ranks)
-        count, total = trained_parameters(trained)
-        logger.info(
-            "%s: %d records, %d held out; trains %s of %s parameters in %s",
-            stage.name, len(train_set), len(held_out), f"{count:,}", f"{total:,}", resolve_precision(stage.precision),
-        )  # fmt: skip
+        _log_start(stage, tuned_model, records=len(train_set), held_out=len(held_out))
         number = self.recipe.stages.index(stage) + 1
         bar = ProgressBar(f"stage {number}/{len(self.recipe.stages)} {stage.name}")
         stop = StopOnSignal()
-        automatic = [SaveByTime()] if stage.save_every_steps is None else []
+        save_by_time = [SaveByTime()] if stage.save_every_steps is None else []
         probe = Probe(stage.probe, held_out, processor, directory, batch_size=stage.micro_batch_size, writes=self.main)
 
-        def sink(figures: dict[str, Any]) -> None:
+        def log_figures(figures: dict[str, Any]) -> None:
             run_files.append_line(directory / METRICS_FILE, figures)
             bar.show(figures)
 
-        engine = StageTrainer(
-            trained,
+        stage_trainer = StageTrainer(
+            tuned_model,
             processor,
             stage,
             arguments,
@@ -204,26 +190,13 @@ class Trainer:
             inputs=inputs,
             base=self.base,
             recipe=self.recipe,
-            sink=sink,
-            callbacks=[bar, stop, *automatic, *([EvalCallback(probe)] if len(held_out) else []), *self.callbacks],
+            sink=log_figures,
+            callbacks=[bar, stop, *save_by_time, *([EvalCallback(probe)] if len(held_out) else []), *self.callbacks],
         )
         try:
-            try:
-                with share_adapter_inputs(trained, autocast=engine.accelerator.native_amp):
-                    engine.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-            finally:
-                disable_packing(self.model)
-                reset_zero()
-                bar.close()
-            if stop.requested and engine.state.global_step < engine.state.max_steps:
-                self._write_page()
-                raise InterruptedRunError.at(
-                    f"{stage.name}:step {engine.state.global_step} of {engine.state.max_steps}",
-                    "interrupted; everything up to this step is saved",
-                    "run the same command again to resume",
-                )
+            self._take_steps(stage_trainer, tuned_model, checkpoint, bar, stop)
             # Until the result is on the disk, a signal still waits: there may be no checkpoint of the last steps.
-            result = self._finish_stage(stage, engine)
+            result = self._finish_stage(stage, stage_trainer)
         finally:
             stop.restore()
         if on_any_rank(stop.requested) and stage != self.recipe.stages[-1]:
@@ -234,43 +207,95 @@ class Trainer:
             )
         return result
 
-    def _finish_stage(self, stage: Stage, engine: StageTrainer) -> Path:
+    def _find_checkpoint(self, stage: Stage, inputs: RunInputs, *, allow_changes: bool) -> Path | None:
+        """Return the checkpoint that a stage resumes from, and drop the log lines of the steps after it."""
+        directory = self.run.directory(stage)
+        checkpoint = find_resume_point(directory, inputs, self.processes, allow_changes=allow_changes)
+        if self.main:
+            # Without a checkpoint, the probe of step 0 is repeated as well.
+            step = checkpoint_step(checkpoint) if checkpoint else -1
+            for name in (METRICS_FILE, PROBE_FILE):
+                run_files.drop_lines_after(directory / name, step)
+        if checkpoint:
+            logger.info("%s: resumes from step %d", stage.name, checkpoint_step(checkpoint))
+        return checkpoint
+
+    def _tune_model(self, stage: Stage, checkpoint: Path | None) -> tuple[Any, bool]:
+        """Make the model trainable as the stage requires. Return it, and whether its rows can be packed.
+
+        Call this before ``training_arguments``: once ZeRO-3's settings are known, peft takes the model for partitioned,
+        and transformers partitions every model that is built, also the one without memory that is asked about packing.
+        """
+        tuned_model = apply_tuning(
+            self.model, stage.tune, new_rows=trains_image_rows(self.recipe, stage), checkpoint=checkpoint
+        )
+        if resolve_precision(stage.precision) == "fp32" and replace_flash_attention(self.model):
+            logger.info("%s: computes in float32, so SDPA replaces flash-attention", stage.name)
+        return tuned_model, stage.packing and enable_packing(tuned_model)
+
+    def _take_steps(
+        self,
+        stage_trainer: StageTrainer,
+        tuned_model: Any,
+        checkpoint: Path | None,
+        bar: ProgressBar,
+        stop: StopOnSignal,
+    ) -> None:
+        """Take a stage's optimizer steps. Raise ``InterruptedRunError`` if a signal stops them before the last one."""
+        try:
+            with share_adapter_inputs(tuned_model, autocast=stage_trainer.accelerator.native_amp):
+                stage_trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        finally:
+            disable_packing(self.model)
+            reset_zero()
+            bar.close()
+        state = stage_trainer.state
+        if stop.requested and state.global_step < state.max_steps:
+            self._write_page()
+            raise InterruptedRunError.at(
+                f"{stage_trainer.stage.name}:step {state.global_step} of {state.max_steps}",
+                "interrupted; everything up to this step is saved",
+                "run the same command again to resume",
+            )
+
+    def _finish_stage(self, stage: Stage, stage_trainer: StageTrainer) -> Path:
         """Write the stage's result, and make the model ready for the next stage."""
         final = self.run.result(stage)
         staged = final.with_name(f".{final.name}.part")
         if self.main:
             shutil.rmtree(staged, ignore_errors=True)
-        engine.accelerator.wait_for_everyone()
+        stage_trainer.accelerator.wait_for_everyone()
         with explain_full_disk(final, staged):
-            engine.save_model(str(staged))
-        engine.accelerator.wait_for_everyone()
-        lora, last = isinstance(stage.tune, Lora), stage == self.recipe.stages[-1]
-        quantized, sharded = is_quantized(self.model), engine.sharding is not None
+            stage_trainer.save_model(str(staged))
+        stage_trainer.accelerator.wait_for_everyone()
+        is_lora, is_last = isinstance(stage.tune, Lora), stage == self.recipe.stages[-1]
+        quantized, sharded = is_quantized(self.model), stage_trainer.sharding is not None
         if not sharded:
-            trained = engine.accelerator.unwrap_model(engine.model)
+            tuned_model = stage_trainer.accelerator.unwrap_model(stage_trainer.model)
             # An adapter is merged, because the next stage needs a plain model; that of the last stage is kept.
-            self.model = trained if lora and last else merge_tuning(trained)
+            self.model = tuned_model if is_lora and is_last else merge_tuning(tuned_model)
         if self.main:
             with explain_full_disk(final, staged):
-                if not lora:
+                if not is_lora:
                     if quantized:
                         save_result(self.recipe.model, staged)
                     write_checksums(staged)
                 commit_folder(staged, final)
-            if lora and not last:
+            if is_lora and not is_last:
                 self._save_merged(stage, from_disk=sharded)
-            self.run.mark_finished(stage, steps=engine.state.global_step)
+            self.run.mark_finished(stage, steps=stage_trainer.state.global_step)
             self.run.remove_checkpoints(stage)
             self._write_page()
-        engine.accelerator.wait_for_everyone()
-        engine.accelerator.free_memory()
+        stage_trainer.accelerator.wait_for_everyone()
+        stage_trainer.accelerator.free_memory()
         self.base = self._base_after(stage, final)
-        if sharded and not last:
+        if sharded and not is_last:
             # A sharded model stays sharded; the next stage needs a whole one.
             self.model = self._build_next()
         return final
 
     def _save_merged(self, stage: Stage, *, from_disk: bool) -> None:
+        """Save the model with a stage's adapter merged into it, which the next stage starts from."""
         final = self.run.merged(stage)
         staged = final.with_name(f".{final.name}.part")
         shutil.rmtree(staged, ignore_errors=True)
@@ -315,6 +340,14 @@ def _check_model(model: object, recipe: Recipe) -> None:
     if is_quantized(model) != (recipe.model.quantize is not None):
         got, expected = "quantized" if is_quantized(model) else "not quantized", recipe.model.quantize
         raise ConfigError.at("model", f"is {got}, and the recipe's model.quantize is {expected}", fix)
+
+
+def _log_start(stage: Stage, tuned_model: Any, *, records: int, held_out: int) -> None:
+    count, total = trained_parameters(tuned_model)
+    logger.info(
+        "%s: %d records, %d held out; trains %s of %s parameters in %s",
+        stage.name, records, held_out, f"{count:,}", f"{total:,}", resolve_precision(stage.precision),
+    )  # fmt: skip
 
 
 def run_recipe(

@@ -69,13 +69,13 @@ def _receipt(pen: Pen) -> Scene:
     _row(pen, words.total, total, heavy, round(size * 1.25), left, right)
     pen.gap(size * 0.8)
     pen.line(words.thanks, face, size, left, right, "centre")
-    asked = [
+    questions = [
         ("What is the name of the shop?", shop),
         ("What is the total?", total),
         ("What is the date on the receipt?", date),
         *((f"How much is {item}?", price) for item, price in zip(items, prices, strict=True)),
     ]
-    scene = _scene(pen, pen.y + margin, paper, shapes, asked)
+    scene = _scene(pen, pen.y + margin, paper, shapes, questions)
     lines = [{"name": item, "price": price} for item, price in zip(items, prices, strict=True)]
     sums = {"subtotal": f"{cents / 100:.2f}", "tax": f"{tax / 100:.2f}", "total": total}
     scene.fields = {"shop": shop, "number": number, "date": date, "items": lines, **sums}
@@ -109,8 +109,12 @@ def _invoice(pen: Pen) -> Scene:
     sums = {"subtotal": f"{cents / 100:.2f}", "tax": f"{tax / 100:.2f}", "total": f"{(cents + tax) / 100:.2f}"}
     for label, value in ((words.subtotal, sums["subtotal"]), (words.tax, sums["tax"]), (words.total, sums["total"])):
         _row(pen, label, value, face if label != words.total else heavy, size, left, right)
-    asked = [("Who sent the invoice?", seller), ("What is the total?", sums["total"]), ("What is its number?", number)]
-    scene = _scene(pen, pen.y + margin, paper, shapes, asked)
+    questions = [
+        ("Who sent the invoice?", seller),
+        ("What is the total?", sums["total"]),
+        ("What is its number?", number),
+    ]
+    scene = _scene(pen, pen.y + margin, paper, shapes, questions)
     scene.fields = {"seller": seller, "buyer": buyer, "number": number, "date": date, "items": items, **sums}
     return scene
 
@@ -157,8 +161,8 @@ def _cover(pen: Pen) -> Scene:
     pen.gap(0)
     publisher = f"{draw_name(rng, words)} {draw_number(rng, 4)}"
     pen.line(publisher, face, width * 0.032, left, right, align)
-    asked = [("What is the title of this book?", title), ("Who is the author?", author)]
-    return _scene(pen, max(height, pen.y + margin / 2), paper, shapes if art[3] > art[1] else [], asked)
+    questions = [("What is the title of this book?", title), ("Who is the author?", author)]
+    return _scene(pen, max(height, pen.y + margin / 2), paper, shapes if art[3] > art[1] else [], questions)
 
 
 def _sign(pen: Pen) -> Scene:
@@ -179,10 +183,10 @@ def _sign(pen: Pen) -> Scene:
     height = pen.y + margin
     edge = round(width * 0.02)
     frame = Shape("frame", (edge, edge, width - 1 - edge, round(height) - 1 - edge), pen.ink, round(width * 0.012) + 1)
-    asked = [("What does the sign say?", " ".join(line.text for line in pen.lines))]
+    questions = [("What does the sign say?", " ".join(line.text for line in pen.lines))]
     if below:
-        asked.append(("What is written in the last line?", below))
-    return _scene(pen, height, paper, [frame] if rng.random() < 0.6 else [], asked)
+        questions.append(("What is written in the last line?", below))
+    return _scene(pen, height, paper, [frame] if rng.random() < 0.6 else [], questions)
 
 
 def _poster(pen: Pen) -> Scene:
@@ -209,13 +213,13 @@ def _poster(pen: Pen) -> Scene:
     pen.gap(width * 0.03)
     room = f"{words.room} {draw_number(rng, rng.randint(1, 3))}"
     pen.line(f"{draw_name(rng, words)}, {room}", face, width * 0.045, left, right, align)
-    asked = [
+    questions = [
         ("What is the name on the poster?", name),
         ("On which date is the show?", date),
         ("At what time does the show start?", hour),
         ("In which room is the show?", room),
     ]
-    return _scene(pen, max(height, pen.y + margin / 2), paper, shapes if art[3] > art[1] else [], asked)
+    return _scene(pen, max(height, pen.y + margin / 2), paper, shapes if art[3] > art[1] else [], questions)
 
 
 def _document(pen: Pen) -> Scene:
@@ -247,14 +251,16 @@ def _document(pen: Pen) -> Scene:
     pen.gap(0)
     page = draw_number(rng, rng.randint(1, 3))
     pen.line(f"{words.page} {page}", face, size, left, right, "centre")
-    asked = [
+    questions = [
         ("What is the title of this document?", title),
         ("What is the reference of this document?", code),
         ("On which date was it written?", date),
         ("Which page is this?", page),
     ]
-    return _scene(pen, height, paper, [], asked)
+    return _scene(pen, height, paper, [], questions)
 
 
-def _scene(pen: Pen, height: float, paper: Colour, shapes: list[Shape], asked: list[tuple[str, str]]) -> Scene:
-    return Scene(width=pen.width, height=round(height), paper=paper, lines=pen.lines, shapes=shapes, questions=asked)
+def _scene(pen: Pen, height: float, paper: Colour, shapes: list[Shape], questions: list[tuple[str, str]]) -> Scene:
+    return Scene(
+        width=pen.width, height=round(height), paper=paper, lines=pen.lines, shapes=shapes, questions=questions
+    )

@@ -95,34 +95,34 @@ _Form: TypeAlias = tuple[list[str], list[tuple[str, str]], dict[str, Any]]
 def _sign(rng: Random) -> _Content:
     words = [_word(rng, 3, 7) for _ in range(rng.choice((1, 1, 2)))]
     lines = list(words)
-    asked = [(rng.choice(("What does the sign say?", "Which words are on the sign?")), " ".join(words))]
+    questions = [(rng.choice(("What does the sign say?", "Which words are on the sign?")), " ".join(words))]
     if rng.random() < 0.6:
         number = draw_number(rng, rng.randint(2, 4))
         lines.append(number)
-        asked.append(("Which number is on the sign?", number))
-    return lines, asked
+        questions.append(("Which number is on the sign?", number))
+    return lines, questions
 
 
 def _cover(rng: Random) -> _Content:
     words = [_word(rng, 3, 7) for _ in range(rng.choice((1, 2)))]
     author = _word(rng, 4, 7)
-    asked = [
+    questions = [
         (rng.choice(("What is the title of this book?", "What is the book called?")), " ".join(words)),
         (rng.choice(("Who wrote this book?", "Who is the author?")), author),
     ]
-    return [*words, f"BY {author}"], asked
+    return [*words, f"BY {author}"], questions
 
 
 def _poster(rng: Random) -> _Content:
     name = _word(rng, 4, 7)
     date = f"{rng.randint(1, 28):02d}.{rng.randint(1, 12):02d}"
     hour = f"{rng.randint(10, 23)}:{rng.choice(DIGITS[:6])}{rng.choice(DIGITS)}"
-    asked = [
+    questions = [
         (rng.choice(("Who is playing?", "What is the name on the poster?")), name),
         ("On which date is the show?", date),
         ("At what time does the show start?", hour),
     ]
-    return [name, f"ON {date}", f"AT {hour}"], asked
+    return [name, f"ON {date}", f"AT {hour}"], questions
 
 
 def _receipt(rng: Random, most_items: int = 1) -> _Form:
@@ -130,23 +130,23 @@ def _receipt(rng: Random, most_items: int = 1) -> _Form:
     items = rng.sample(ITEMS, rng.randint(1, most_items))
     prices = [draw_price(rng, rng.randint(1, 1)) for _ in items]  # randint(1, 1) advances the generator
     total = draw_price(rng, rng.randint(1, 2))
-    asked = [
+    questions = [
         (rng.choice(("What is the name of the shop?", "Which shop is this receipt from?")), shop),
         (rng.choice(("What is the total?", "How much was paid in total?")), total),
         *((f"How much is the {item}?", price) for item, price in zip(items, prices, strict=True)),
     ]
     rows = [f"{item.upper()}\t{price}" for item, price in zip(items, prices, strict=True)]
     lines = [{"name": item.upper(), "price": price} for item, price in zip(items, prices, strict=True)]
-    return [shop, *rows, f"TOTAL\t{total}"], asked, {"shop": shop, "items": lines, "total": total}
+    return [shop, *rows, f"TOTAL\t{total}"], questions, {"shop": shop, "items": lines, "total": total}
 
 
 def _invoice(rng: Random) -> _Form:
     seller, number = _word(rng, 4, 7), draw_number(rng, 4)
     date = f"{rng.randint(1, 28):02d}.{rng.randint(1, 12):02d}.{rng.randint(10, 29)}"
     total = draw_price(rng, rng.randint(1, 2))
-    asked = [("Who sent the invoice?", seller), ("What is the total?", total), ("What is the date?", date)]
+    questions = [("Who sent the invoice?", seller), ("What is the total?", total), ("What is the date?", date)]
     fields = {"seller": seller, "number": number, "date": date, "total": total}
-    return [seller, f"NO {number}", date, f"TOTAL\t{total}"], asked, fields
+    return [seller, f"NO {number}", date, f"TOTAL\t{total}"], questions, fields
 
 
 _CONTENT: Final[dict[SynthKind, Callable[[Random], _Content | _Form]]] = {

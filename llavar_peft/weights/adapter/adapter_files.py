@@ -62,23 +62,28 @@ def read_base_settings(adapter: Path) -> BaseSettings:
     if not path.is_file():
         return BaseSettings()
     try:
-        known = dict(json.loads(path.read_text(encoding="utf-8")))
-        if known.get("quantize") not in (None, "nf4", "int8"):
-            raise ValueError(f"quantize: got {known['quantize']!r}, expected 'nf4', 'int8' or null")
-        texts = ("vision_tower", "projector", "dtype", QUANTIZED_FROM)
-        odd = [name for name in texts if not isinstance(known.get(name), str | None)]
-        if odd:
-            raise ValueError(f"{odd[0]}: got {ascii(known[odd[0]])[:80]}, expected a text or null")
+        fields = dict(json.loads(path.read_text(encoding="utf-8")))
+        if fields.get("quantize") not in (None, "nf4", "int8"):
+            raise ValueError(f"quantize: got {fields['quantize']!r}, expected 'nf4', 'int8' or null")
+        for name in ("vision_tower", "projector", "dtype", QUANTIZED_FROM):
+            if not isinstance(fields.get(name), str | None):
+                raise ValueError(f"{name}: got {ascii(fields[name])[:80]}, expected a text or null")
     except DAMAGED as error:
         raise ConfigError.at(
             str(path), f"not readable as settings of a base ({describe_reason(error)})", DOWNLOAD_AGAIN
         ) from error
-    chosen = {key: known.get(key) for key in ("vision_tower", "projector", "quantize")}
-    stored = known.pop(QUANTIZED_FROM, None)
-    if stored not in (None, "float32", "bfloat16", "float16"):
-        what = f"not a dtype of weights (got {ascii(stored)[:80]}, expected 'float32', 'bfloat16' or 'float16')"
+    quantized_from = fields.pop(QUANTIZED_FROM, None)
+    if quantized_from not in (None, "float32", "bfloat16", "float16"):
+        what = f"not a dtype of weights (got {ascii(quantized_from)[:80]}, expected 'float32', 'bfloat16' or 'float16')"
         raise ConfigError.at(f"{path}:{QUANTIZED_FROM}", what, DOWNLOAD_AGAIN)
-    return BaseSettings(known, **chosen, dtype=known.get("dtype") or "auto", quantized_from=stored)
+    return BaseSettings(
+        fields=fields,
+        vision_tower=fields.get("vision_tower"),
+        projector=fields.get("projector"),
+        quantize=fields.get("quantize"),
+        dtype=fields.get("dtype") or "auto",
+        quantized_from=quantized_from,
+    )
 
 
 def missing_projector(projector: str | Path, adapter: Path) -> Fault | None:

@@ -32,7 +32,7 @@ _UNSUPPORTED = (
     "fan_in_fan_out", "layer_replication", "target_parameters", "use_qalora", "use_bdlora",
     "alora_invocation_tokens", "megatron_config", "arrow_config", "kasa_config", "velora_config", "monteclora_config",
 )  # fmt: skip
-_SHOWN = 6
+_SHOWN = 6  # layers in a message
 
 Shape = tuple[int, ...]
 
@@ -65,16 +65,17 @@ class AdapterPart:
 
 def split_adapter(table: Mapping[str, TensorEntry]) -> tuple[AdapterPart, ...]:
     """Sort an adapter's tensors, given by peft's names, into one part for each module."""
-    found: dict[tuple[str, bool], dict[str, TensorEntry]] = {}
+    tensors_by_module: dict[tuple[str, bool], dict[str, TensorEntry]] = {}
     for name, entry in table.items():
-        plain = name.removeprefix(PREFIX)
-        suffix = next((suffix for suffix in _ROLES if plain.endswith(suffix)), None)
+        our_name = name.removeprefix(PREFIX)
+        suffix = next((suffix for suffix in _ROLES if our_name.endswith(suffix)), None)
         if suffix is not None:
-            found.setdefault((plain.removesuffix(suffix), False), {})[_ROLES[suffix]] = entry
+            module, in_full, role = our_name.removesuffix(suffix), False, _ROLES[suffix]
         else:
-            module, _, own = plain.rpartition(".")
-            found.setdefault((module, True), {})[own] = entry
-    return tuple(AdapterPart(module, tensors, in_full) for (module, in_full), tensors in found.items())
+            module, _, role = our_name.rpartition(".")
+            in_full = True
+        tensors_by_module.setdefault((module, in_full), {})[role] = entry
+    return tuple(AdapterPart(module, tensors, in_full) for (module, in_full), tensors in tensors_by_module.items())
 
 
 def find_shape_faults(parts: Sequence[AdapterPart], settings: Mapping[str, Any], where: str) -> Iterator[Fault]:
@@ -99,9 +100,11 @@ def find_shape_faults(parts: Sequence[AdapterPart], settings: Mapping[str, Any],
         yield Fault(where, "rows of the embeddings were trained, but they are missing", _SAVE_AGAIN)
     adapted = [part.module for part in parts if "A" in part.tensors]
     selected = set(target_names(settings, adapted, where))
-    others = [module for module in adapted if module not in selected]
-    if others:
-        what = f"{len(others)} modules have updates, and target_modules does not select them: {join_first(others)}"
+    unselected = [module for module in adapted if module not in selected]
+    if unselected:
+        what = (
+            f"{len(unselected)} modules have updates, and target_modules does not select them: {join_first(unselected)}"
+        )
         yield Fault(where, what, _SAVE_AGAIN)
     yield from _find_layer_faults(adapted, settings, where)
     for part in parts:
@@ -111,10 +114,11 @@ def find_shape_faults(parts: Sequence[AdapterPart], settings: Mapping[str, Any],
 
 
 def _find_layer_faults(adapted: Sequence[str], settings: Mapping[str, Any], where: str) -> Iterator[Fault]:
+    """Yield a fault if layers have updates that the settings do not name."""
     stated = _chosen_layers(settings)
     unstated = set() if stated is None else _layers(adapted) - stated
     if unstated:
-        what = f"has updates of {_describe(unstated)}, expected those of layers_to_transform only"
+        what = f"has updates of {_describe_layers(unstated)}, expected those of layers_to_transform only"
         yield Fault(where, what, _SAVE_AGAIN)
 
 
@@ -133,35 +137,41 @@ def _find_kind_fault(parts: Sequence[AdapterPart], settings: Mapping[str, Any], 
         what = "all tensors are empty: a run under DeepSpeed's ZeRO-3 saved placeholders instead of its shards"
         return Fault(where, what, "use the adapter of a checkpoint that was gathered (`zero_to_fp32.py` gathers one)")
     for part in parts:
-        if any(own.startswith("lora_embedding_") for own in part.tensors):
+        if any(role.startswith("lora_embedding_") for role in part.tensors):
             what = "a low-rank update of the embeddings, which is not supported"
             return Fault(f"{where}:{part.module}", what, "train the embeddings in full (modules_to_save)")
     return None
 
 
 def _check_part(part: AdapterPart, settings: Mapping[str, Any], saved: Sequence[str]) -> str | None:
+    """Return what is wrong with a part by itself; None if nothing is.
+
+    Args:
+        part: The part.
+        settings: The adapter's ``adapter_config.json``.
+        saved: Its ``modules_to_save``.
+    """
     if not all("float" in entry.dtype for entry in part.tensors.values()):
         return "not floating-point numbers"
     if part.in_full:
-        known = set(saved) & set(part.module.split("."))
-        return None if known else "not a tensor of this kind of adapter"
+        is_saved = bool(set(saved) & set(part.module.split(".")))
+        return None if is_saved else "not a tensor of this kind of adapter"
     if "rows" in part.tensors:
-        expected, got = len(row_indices(part, settings)), part.tensors["rows"].shape
-        fits = len(got) == 2 and got[0] == expected
-        return None if fits else f"wrong shape (got {list(got)}, expected {expected} rows)"
+        num_rows, shape = len(row_indices(part, settings)), part.tensors["rows"].shape
+        fits = len(shape) == 2 and shape[0] == num_rows
+        return None if fits else f"wrong shape (got {list(shape)}, expected {num_rows} rows)"
     roles = {"A", "B"} | {role for role, setting in _OPTIONAL.items() if settings.get(setting)}
-    missing, unexpected = sorted(roles - set(part.tensors)), sorted(set(part.tensors) - roles)
-    if missing or unexpected:
-        faults = [
-            f"{what} {', '.join(names)}" for what, names in (("missing", missing), ("unknown", unexpected)) if names
-        ]
+    missing, unknown = sorted(roles - set(part.tensors)), sorted(set(part.tensors) - roles)
+    if missing or unknown:
+        faults = [f"{what} {', '.join(names)}" for what, names in (("missing", missing), ("unknown", unknown)) if names]
         return f"incomplete update ({'; '.join(faults)})"
-    a, b, rank = part.tensors["A"].shape, part.tensors["B"].shape, scaling_of(part.module, settings)[0]
-    if len(a) != 2 or len(b) != 2 or a[0] != rank or b[1] != rank:
-        return f"wrong shape (got A {list(a)} and B {list(b)}, expected rank {rank})"
-    bad = [f"{role} {list(part.tensors[role].shape)}" for role in _OPTIONAL if role in roles]
-    bad = [text for text in bad if not text.endswith(f" [{b[0]}]")]
-    return f"wrong shape (got {', '.join(bad)}, expected [{b[0]}])" if bad else None
+    a_shape, b_shape, rank = part.tensors["A"].shape, part.tensors["B"].shape, scaling_of(part.module, settings)[0]
+    if len(a_shape) != 2 or len(b_shape) != 2 or a_shape[0] != rank or b_shape[1] != rank:
+        return f"wrong shape (got A {list(a_shape)} and B {list(b_shape)}, expected rank {rank})"
+    expected = (b_shape[0],)  # biases and magnitudes have a number for each output of the layer
+    shapes = {role: tuple(part.tensors[role].shape) for role in _OPTIONAL if role in roles}
+    wrong = [f"{role} {list(shape)}" for role, shape in shapes.items() if shape != expected]
+    return f"wrong shape (got {', '.join(wrong)}, expected {list(expected)})" if wrong else None
 
 
 def row_indices(part: AdapterPart, settings: Mapping[str, Any]) -> list[int]:
@@ -185,13 +195,13 @@ def find_base_faults(
         A fault if the numbers of layers differ, and one for each kind of mismatch between modules.
     """
     expected = _expected_modules(settings, base, where)
-    theirs, ours = _layers(part.module for part in parts), _layers(expected)
-    if theirs and theirs != ours:
-        what = f"the adapter and the base have different layers (got {_describe(theirs)}, expected {_describe(ours)})"
-        yield Fault(where, what, _OTHER_BASE)
-    unknown = [part.module for part in parts if not _targets(part) <= base.keys()]
+    adapter_layers, base_layers = _layers(part.module for part in parts), _layers(expected)
+    if adapter_layers and adapter_layers != base_layers:
+        got = f"got {_describe_layers(adapter_layers)}, expected {_describe_layers(base_layers)}"
+        yield Fault(where, f"the adapter and the base have different layers ({got})", _OTHER_BASE)
+    unknown = [part.module for part in parts if not _changed_tensors(part) <= base.keys()]
     absent = set(unknown)
-    bad = [
+    misfits = [
         f"{part.module} (the base's is {list(base[part.module + '.weight'])})"
         for part in parts
         if part.module not in absent and not _fits(part, settings, base)
@@ -200,20 +210,22 @@ def find_base_faults(
     missing = [module for module in expected if module not in adapted]
     for modules, what in (
         (unknown, "modules of the adapter are not in the base"),
-        (bad, "modules of the adapter have another shape in the base"),
+        (misfits, "modules of the adapter have another shape in the base"),
         (missing, "modules of the base are missing from the adapter"),
     ):
         if modules:
             yield Fault(where, f"{len(modules)} {what}: {join_first(modules)}", _OTHER_BASE)
 
 
-def _targets(part: AdapterPart) -> set[str]:
-    return {f"{part.module}.{own}" for own in part.tensors} if part.in_full else {f"{part.module}.weight"}
+def _changed_tensors(part: AdapterPart) -> set[str]:
+    """Return the tensors of the base that a part changes."""
+    return {f"{part.module}.{role}" for role in part.tensors} if part.in_full else {f"{part.module}.weight"}
 
 
 def _fits(part: AdapterPart, settings: Mapping[str, Any], base: Mapping[str, Shape]) -> bool:
+    """Return whether a part's tensors have the shapes that the base's require."""
     if part.in_full:
-        return all(base[f"{part.module}.{own}"] == entry.shape for own, entry in part.tensors.items())
+        return all(base[f"{part.module}.{role}"] == entry.shape for role, entry in part.tensors.items())
     shape = base[f"{part.module}.weight"]
     if "rows" in part.tensors:
         rows = part.tensors["rows"].shape
@@ -226,9 +238,9 @@ def _fits(part: AdapterPart, settings: Mapping[str, Any], base: Mapping[str, Sha
 def _expected_modules(settings: Mapping[str, Any], base: Mapping[str, Shape], where: str) -> list[str]:
     """Return the modules of a base that are to be adapted according to the settings."""
     modules = [name.removesuffix(".weight") for name in base if name.endswith(".weight")]
-    found = target_names(settings, modules, where)
+    targets = target_names(settings, modules, where)
     layers = _chosen_layers(settings)
-    return found if layers is None else [module for module in found if _layers([module]) <= layers]
+    return targets if layers is None else [module for module in targets if _layers([module]) <= layers]
 
 
 def _chosen_layers(settings: Mapping[str, Any]) -> set[int] | None:
@@ -240,10 +252,11 @@ def _chosen_layers(settings: Mapping[str, Any]) -> set[int] | None:
 
 
 def _layers(modules: Iterable[str]) -> set[int]:
+    """Return the numbers of the layers that modules are in."""
     return {int(match[1]) for name in modules if (match := tensor_names.LAYER.search(name)) is not None}
 
 
-def _describe(layers: set[int]) -> str:
+def _describe_layers(layers: set[int]) -> str:
     if layers == set(range(len(layers))):
         return f"{len(layers)} layers"
     return f"layers {', '.join(map(str, sorted(layers)[:_SHOWN]))}"

@@ -162,8 +162,9 @@ def describe_adapter(folder: str | Path) -> AdapterReport:
 
 
 def _describe_target(parts: tuple[AdapterPart, ...]) -> str:
-    found = {part.kind for part in parts if "A" in part.tensors and not _is_tower_update(part)}
-    return next((group for group, layers in _GROUPS.items() if found == set(layers)), ", ".join(sorted(found)))
+    """Return the name of the group of layers that have updates, or their own names."""
+    adapted = {part.kind for part in parts if "A" in part.tensors and not _is_tower_update(part)}
+    return next((group for group, layers in _GROUPS.items() if adapted == set(layers)), ", ".join(sorted(adapted)))
 
 
 def _is_tower_update(part: AdapterPart) -> bool:
@@ -171,22 +172,24 @@ def _is_tower_update(part: AdapterPart) -> bool:
 
 
 def _describe_kinds(parts: tuple[AdapterPart, ...], settings: Mapping[str, Any]) -> tuple[AdapterKind, ...]:
+    """Group an adapter's parts by kind of module, in the order of a layer's modules, and measure their updates."""
     grouped: dict[tuple[str, str], list[AdapterPart]] = {}
     for part in parts:
         how = "in full" if part.in_full else "rows" if "rows" in part.tensors else "low rank"
         kind = f"vision_tower {part.kind}" if part.module.startswith(tensor_names.TOWER) else part.kind
         grouped.setdefault((how, kind), []).append(part)
     order = {name: number for number, name in enumerate(LINEAR_LAYERS)}
-    found = []
+    kinds = []
     for how, name in sorted(grouped, key=lambda key: (order.get(key[1], len(order)), key)):
         group = grouped[how, name]
         norms = [_norm(part, settings) for part in group]
         count = sum(part.parameters for part in group)
-        found.append(AdapterKind(name, how, len(group), count, sum(norms) / len(norms), max(norms)))
-    return tuple(found)
+        kinds.append(AdapterKind(name, how, len(group), count, sum(norms) / len(norms), max(norms)))
+    return tuple(kinds)
 
 
 def _norm(part: AdapterPart, settings: Mapping[str, Any]) -> float:
+    """Return the Frobenius norm of a part's update, or of its tensors where it replaces those of the base."""
     tensors = {role: read_tensor(entry).double() for role, entry in part.tensors.items()}
     if "A" not in tensors:
         return math.sqrt(sum(float(tensor.square().sum()) for tensor in tensors.values()))
@@ -221,11 +224,10 @@ def verify_adapter(folder: str | Path, *, base: str | Path | None = None) -> Ada
             # A language model, or a LLaVAR in the released layout, has no tower to compare the adapter with.
             checked = parts if tower else tuple(part for part in parts if not _is_tower_update(part))
             faults += find_base_faults(checked, settings, _base_shapes(view, checked, tower), str(path))
-        resolution = find_resolution_fault(path, resolution_kind(view.config))
-        faults += [] if resolution is None else [resolution]
         projector = read_base_settings(path).projector
-        fault = None if projector is None else missing_projector(projector, path)
-        faults += [] if fault is None else [fault]
+        resolution_fault = find_resolution_fault(path, resolution_kind(view.config))
+        projector_fault = None if projector is None else missing_projector(projector, path)
+        faults += [fault for fault in (resolution_fault, projector_fault) if fault is not None]
         method = "shapes" if read_fingerprint(path / FINGERPRINT_FILE) is None else "fingerprint"
         try:
             check_adapter_base(path, lambda: take_fingerprint(view.table, view.config), str(base))
@@ -242,21 +244,24 @@ def _base_shapes(
 ) -> dict[str, Shape]:
     """Return the base's shapes by our names; for a plain language model, those of a LLaVAR made from it."""
     shapes = {
-        new: entry.shape for name, entry in view.table.items() if (new := tensor_names.from_released(name)) is not None
+        our_name: entry.shape
+        for name, entry in view.table.items()
+        if (our_name := tensor_names.from_released(name)) is not None
     }
     if any(part.module.startswith(tensor_names.TOWER) for part in parts):
-        shapes.update({name: one.shape for name, one in tower.items()})
-    own = {f"{part.module}.{name}": one.shape for part in parts if part.in_full for name, one in part.tensors.items()}
-    shapes.update({name: shape for name, shape in own.items() if name.startswith(tensor_names.CROSS_ATTENTION)})
-    if tensor_names.NEWLINE in own:  # the base gets it from the adapter
+        shapes.update({name: entry.shape for name, entry in tower.items()})
+    in_full = {
+        f"{part.module}.{role}": entry.shape for part in parts if part.in_full for role, entry in part.tensors.items()
+    }
+    shapes.update({name: shape for name, shape in in_full.items() if name.startswith(tensor_names.CROSS_ATTENTION)})
+    if tensor_names.NEWLINE in in_full:  # the base gets it from the adapter
         shapes.setdefault(tensor_names.NEWLINE, shapes[tensor_names.EMBEDDINGS][1:])
     if not any(name.startswith(tensor_names.PROJECTOR) and name.endswith("weight") for name in shapes):
         rows, width = shapes[tensor_names.EMBEDDINGS]
         shapes[tensor_names.EMBEDDINGS] = (rows + len(ADDED_TOKENS), width)
         # The width of its input is that of the tower, which is not part of a language model.
-        layers = [name for name in own if name.startswith(tensor_names.PROJECTOR) and name.endswith("weight")]
-        layers = layers or [tensor_names.PROJECTOR_WEIGHT]
-        for name in layers:
-            shapes[name] = (width, *own.get(name, (width, 0))[1:])
+        weights = [name for name in in_full if name.startswith(tensor_names.PROJECTOR) and name.endswith("weight")]
+        for name in weights or [tensor_names.PROJECTOR_WEIGHT]:
+            shapes[name] = (width, *in_full.get(name, (width, 0))[1:])
             shapes[name.removesuffix("weight") + "bias"] = (width,)
     return shapes

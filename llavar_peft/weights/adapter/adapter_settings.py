@@ -64,9 +64,9 @@ def check_settings_types(settings: Mapping[str, Any]) -> None:
     if not 0 <= checked.lora_dropout <= 1:
         raise ValueError(f"lora_dropout: got {checked.lora_dropout!r}, expected 0 to 1")
     names = [*(checked.modules_to_save or ()), *_listed(checked.target_modules), *_listed(checked.exclude_modules)]
-    odd = next((name for name in names if not _PLAIN.fullmatch(name)), None)
-    if odd is not None:
-        raise ValueError(f"got the module {ascii(odd)[:80]}, expected a name of letters, digits, _, - and dots")
+    invalid = next((name for name in names if not _PLAIN.fullmatch(name)), None)
+    if invalid is not None:
+        raise ValueError(f"got the module {ascii(invalid)[:80]}, expected a name of letters, digits, _, - and dots")
     indices = checked.trainable_token_indices or []
     for rows in indices.values() if isinstance(indices, dict) else [indices]:
         if len(set(rows)) < len(rows) or min(rows, default=0) < 0:
@@ -86,10 +86,10 @@ def target_names(settings: Mapping[str, Any], modules: Iterable[str], where: str
     Source: peft, tuners/tuners_utils.py, ``check_target_module_exists``.
     """
     targets, excluded = settings.get("target_modules"), settings.get("exclude_modules")
-    every = list(modules)
-    left = set(select_names(excluded, every, f"{where}:exclude_modules")) if excluded else set()
-    chosen = every if targets == "all-linear" else select_names(targets or [], every, f"{where}:target_modules")
-    return [module for module in chosen if module not in left]
+    names = list(modules)
+    left_out = set(select_names(excluded, names, f"{where}:exclude_modules")) if excluded else set()
+    selected = names if targets == "all-linear" else select_names(targets or [], names, f"{where}:target_modules")
+    return [module for module in selected if module not in left_out]
 
 
 def select_names(pattern: str | list[str], names: list[str], where: str) -> list[str]:
@@ -143,17 +143,17 @@ def resolve_patterns(settings: Mapping[str, Any], modules: list[str], where: str
 
     Source: peft, utils/other.py, ``get_pattern_key``: the first pattern that a module's name ends with counts.
     """
-    found: dict[str, dict[str, Any]] = {}
+    resolved: dict[str, dict[str, Any]] = {}
     for key in ("rank_pattern", "alpha_pattern"):
         values: dict[str, Any] = {}
         stop = time.monotonic() + _SECONDS
         for pattern, value in (settings.get(key) or {}).items():
-            left = [module for module in modules if module not in values]
+            remaining = [module for module in modules if module not in values]
             if time.monotonic() > stop:
                 raise ConfigError.at(f"{where}:{key}", "too many patterns of modules", "list the modules' names")
-            values.update(dict.fromkeys(_match(rf"(.*\.)?({pattern})", left, f"{where}:{key}"), value))
-        found[key] = values
-    return found
+            values.update(dict.fromkeys(_match(rf"(.*\.)?({pattern})", remaining, f"{where}:{key}"), value))
+        resolved[key] = values
+    return resolved
 
 
 def peft_settings(settings: Mapping[str, Any], modules: list[str]) -> LoraConfig:
@@ -184,6 +184,6 @@ def peft_settings(settings: Mapping[str, Any], modules: list[str]) -> LoraConfig
 def _grouped(values: Mapping[str, Any]) -> dict[str, Any]:
     """Return one pattern for each value, because peft tries all patterns with each module."""
     return {
-        "|".join(re.escape(module) for module, one in values.items() if one == value): value
+        "|".join(re.escape(module) for module, other in values.items() if other == value): value
         for value in dict.fromkeys(values.values())
     }

@@ -51,11 +51,11 @@ def check_delta_base(base: ReleasedView, delta: ReleasedView) -> BaseCheckMethod
     Raises:
         WeightsError: It is another base; the message names the evidence.
     """
-    known = read_fingerprint(delta.folder / FINGERPRINT_FILE)
-    if known is not None and "base" in known:
-        found = compare_fingerprints(known["base"], take_fingerprint(base.table, base.config))
-        if found:
-            raise _wrong_base(base, delta, f"its fingerprint differs in {join_first(found)}")
+    fingerprints = read_fingerprint(delta.folder / FINGERPRINT_FILE)
+    if fingerprints is not None and "base" in fingerprints:
+        differences = compare_fingerprints(fingerprints["base"], take_fingerprint(base.table, base.config))
+        if differences:
+            raise _wrong_base(base, delta, f"its fingerprint differs in {join_first(differences)}")
         return "fingerprint"
     if any(entry.dtype == "bfloat16" for entry in delta.table.values()):
         raise WeightsError.at(
@@ -112,9 +112,9 @@ def check_matching_tensors(base: ReleasedView, other: ReleasedView) -> None:
     if absent and unexpected:
         fix += "; publish a language model as a whole whose files have other names than its modules, as with experts"
     faults = [
-        Fault(str(view.folder), f"{len(found)} tensors of {owner.folder} are missing: {join_first(found)}", fix)
-        for view, owner, found in ((other, base, absent), (base, other, unexpected))
-        if found
+        Fault(str(view.folder), f"{len(names)} tensors of {owner.folder} are missing: {join_first(names)}", fix)
+        for view, owner, names in ((other, base, absent), (base, other, unexpected))
+        if names
     ]
     for name, entry in other.table.items():
         if name in base.table and not _fits(name, base.table[name].shape, entry.shape):

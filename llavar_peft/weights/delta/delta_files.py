@@ -81,32 +81,33 @@ def make_delta(
         InterruptedRunError: Ctrl-C.
         EnvironmentFaultError: The disk is full, or another process is writing the same folder.
     """
-    old, new = view_as_released(base), view_as_released(target)
-    folders = [find_folder(one, "adapter") for one in ([adapter] if isinstance(adapter, (str, Path)) else adapter)]
-    check_outside(expand_home(out), old.folder, new.folder, *folders)
-    _check_roles(old, new, adapters=bool(folders))
-    check_original_tower(read_model_config(new.folder), new.folder)
-    old = with_head_of(old, new)
-    check_matching_tensors(old, new)
+    base_view, target_view = view_as_released(base), view_as_released(target)
+    names = [adapter] if isinstance(adapter, (str, Path)) else adapter
+    folders = [find_folder(name, "adapter") for name in names]
+    check_outside(expand_home(out), base_view.folder, target_view.folder, *folders)
+    _check_roles(base_view, target_view, adapters=bool(folders))
+    check_original_tower(read_model_config(target_view.folder), target_view.folder)
+    base_view = with_head_of(base_view, target_view)
+    check_matching_tensors(base_view, target_view)
     for folder in folders[:1]:
-        check_adapter_base(folder, lambda: take_fingerprint(new.table, new.config), str(target))
+        check_adapter_base(folder, lambda: take_fingerprint(target_view.table, target_view.config), str(target))
     adapters = [read_adapter(folder) for folder in folders]
     _, rounding = choose_rounding(folders, onto)
-    merged = MergedTensors(released_merge_base(new, adapters), adapters, rounding=rounding)
-    prints = {"base": take_fingerprint(old.table, old.config)}
+    merged = MergedTensors(released_merge_base(target_view, adapters), adapters, rounding=rounding)
+    prints = {"base": take_fingerprint(base_view.table, base_view.config)}
     if not folders:  # the fingerprint of a merged model is not known before the merge
-        prints["target"] = take_fingerprint(new.table, new.config)
+        prints["target"] = take_fingerprint(target_view.table, target_view.config)
     flat = dict(merged.base.config)
     specs = [TensorSpec(name, shape, _dtype(merged.base, flat, name)) for name, shape in merged.base.shapes.items()]
     dtypes = {spec.name: spec.dtype for spec in specs}
-    plan = repr((merged.identity(), rounding, _identity(old, new)))
+    plan = repr((merged.identity(), rounding, _identity(base_view, target_view)))
     # The tokenizer of an adapter has the image tokens, that of its plain language model has not.
-    tokenizers = (*reversed(merged.base.companions), old.folder)
+    tokenizers = (*reversed(merged.base.companions), base_view.folder)
     find_tokenizer(tokenizers)  # a link out of a folder is found before anything is written
     return _write(
         FolderWriter(expand_home(out), specs, form=form, shard_size=shard_size, plan=plan),
         lambda name: merged.blocks(name, dtypes[name]),
-        (old, replace(new, config=flat)),
+        (base_view, replace(target_view, config=flat)),
         sign=-1,
         tokenizers=tokenizers,
         prints=prints,
@@ -150,23 +151,31 @@ def apply_delta(
         InterruptedRunError: Ctrl-C.
         EnvironmentFaultError: The disk is full, or another process is writing the same folder.
     """
-    old, step = view_as_released(base), view_as_released(delta)
-    check_outside(expand_home(out), old.folder, step.folder)
+    base_view, delta_view = view_as_released(base), view_as_released(delta)
+    check_outside(expand_home(out), base_view.folder, delta_view.folder)
     if not force:
-        check_not_delta(old.table.get(_NORM), old.folder, old.config)
-        _check_is_delta(step)
-    old = with_head_of(old, step)
-    check_matching_tensors(old, step)
+        check_not_delta(base_view.table.get(_NORM), base_view.folder, base_view.config)
+        _check_is_delta(delta_view)
+    base_view = with_head_of(base_view, delta_view)
+    check_matching_tensors(base_view, delta_view)
     if not force:
-        check_delta_base(old, step)
-    prints = {"base": take_fingerprint(old.table, old.config), "delta": take_fingerprint(step.table, step.config)}
-    specs = [TensorSpec(name, one.shape, delta_dtype(one.dtype, step.config)) for name, one in step.table.items()]
-    tokenizers = (step.folder, old.folder)
+        check_delta_base(base_view, delta_view)
+    prints = {
+        "base": take_fingerprint(base_view.table, base_view.config),
+        "delta": take_fingerprint(delta_view.table, delta_view.config),
+    }
+    specs = [
+        TensorSpec(name, entry.shape, delta_dtype(entry.dtype, delta_view.config))
+        for name, entry in delta_view.table.items()
+    ]
+    tokenizers = (delta_view.folder, base_view.folder)
     find_tokenizer(tokenizers)  # a link out of a folder is found before anything is written
     return _write(
-        FolderWriter(expand_home(out), specs, form=form, shard_size=shard_size, plan="apply" + _identity(old, step)),
-        lambda name: read_blocks(step.table[name]),
-        (old, step),
+        FolderWriter(
+            expand_home(out), specs, form=form, shard_size=shard_size, plan="apply" + _identity(base_view, delta_view)
+        ),
+        lambda name: read_blocks(delta_view.table[name]),
+        (base_view, delta_view),
         sign=1,
         tokenizers=tokenizers,
         prints=prints,
@@ -238,8 +247,8 @@ def _write(
         return combine(blocks(spec.name), rows, sign=sign, dtype=spec.dtype)
 
     def finish(staged: Path) -> None:
-        found = {spec.dtype for spec in writer.specs.values()}
-        copy_companions(views[1], staged, tokenizers, "bfloat16" if "bfloat16" in found else "float16")
+        dtypes = {spec.dtype for spec in writer.specs.values()}
+        copy_companions(views[1], staged, tokenizers, "bfloat16" if "bfloat16" in dtypes else "float16")
         write_text(staged / FINGERPRINT_FILE, json.dumps(prints) + "\n")
         describe(staged)
 
@@ -269,8 +278,11 @@ def combine(blocks: Iterator[Tensor], base: Iterator[Tensor], *, sign: int, dtyp
         result = block.to(half)
         rows = next(base, None)
         if rows is not None:
-            known = result[: len(rows)]
-            known.add_(rows.to(half)) if sign > 0 else known.sub_(rows.to(half))
+            shared_rows = result[: len(rows)]
+            if sign > 0:
+                shared_rows.add_(rows.to(half))
+            else:
+                shared_rows.sub_(rows.to(half))
         yield result
     for _ in base:  # the checksum is compared after the last block
         raise AssertionError("the base has more rows")

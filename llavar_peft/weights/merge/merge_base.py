@@ -1,4 +1,8 @@
-"""The base of a merge: a LLaVAR on disk, or the plain language model and tower that one was made from."""
+"""The base of a merge: the tensors that adapters are added to, under the names that they get in the result.
+
+``open_merge_base`` opens a LLaVAR, or the plain language model and tower that one is made from, for a merge into a
+whole model; ``released_merge_base`` one in the released layout, for a merge into a delta.
+"""
 
 from __future__ import annotations
 
@@ -105,38 +109,44 @@ def open_merge_base(
     settings = read_base_settings(adapters[0].folder)
     config = read_model_config(folder)
     check_unquantized(config, folder, "a merge")
+    projector = projector or settings.projector
     if not is_language_model(config):
-        ours = _choose_names(config)
-        if ours is tensor_names.from_released:
-            fix = "merge into a base that `llavar-peft convert BASE OUT --to llavar --vision-tower TOWER` writes"
-            _check_frozen_tower(adapters, fix)
-        table = {name: entry for name, entry in read_tensor_table(folder).items() if ours(name) is not None}
-        check_not_delta(
-            next((one for name, one in table.items() if ours(name) == tensor_names.FINAL_NORM), None), folder, config
-        )
-        shapes = {name: entry.shape for name, entry in table.items()}
-        named = {ours(name) or name: shape for name, shape in shapes.items()}
-        rows = named.get(tensor_names.find_embeddings(named), (0,))[0]
-        overlay = _read_overlay(projector or settings.projector, adapters[0].folder, rows)
-        if any(one.tunes_tower for one in adapters) and ours not in _RELEASED:
-            config = {**config, TUNED_TOWER: True}
-        return _with_resolution(MergeBase(table, shapes, ours, config, (folder,), overlay), adapters)
+        return _open_llavar(folder, config, adapters, projector)
     converted = None if read_language is None else read_language(folder)
-    extended = _extend_language_model(folder, adapters, projector or settings.projector, converted)
+    extended = _extend_language_model(folder, adapters, projector, converted)
     tower = find_folder(vision_tower or settings.vision_tower or "", "vision_tower")
     if not (tower / "config.json").is_file():
         where = str(adapters[0].folder / BASE_FILE) if vision_tower is None else "--vision-tower"
         what = f"no vision tower found (got {str(tower)!r}, expected a folder with config.json)"
         raise ConfigError.at(where, what, "give the tower's folder with --vision-tower")
-    entries = _tower_entries(tower, read_tower)
+    tower_table = _tower_entries(tower, read_tower)
     return MergeBase(
-        {**extended.table, **entries},
-        {**extended.shapes, **{name: entry.shape for name, entry in entries.items()}},
+        {**extended.table, **tower_table},
+        {**extended.shapes, **{name: entry.shape for name, entry in tower_table.items()}},
         _same,
         extended.config,
         (adapters[0].folder,),
         extended.overlay,
     )
+
+
+def _open_llavar(
+    folder: Path, config: Mapping[str, Any], adapters: Sequence[Adapter], projector: str | Path | None
+) -> MergeBase:
+    """Open a LLaVAR in any layout as a base; its tensors keep the names of that layout."""
+    to_ours = _choose_names(config)
+    if to_ours is tensor_names.from_released:
+        fix = "merge into a base that `llavar-peft convert BASE OUT --to llavar --vision-tower TOWER` writes"
+        _check_frozen_tower(adapters, fix)
+    table = {name: entry for name, entry in read_tensor_table(folder).items() if to_ours(name) is not None}
+    by_our_name = {to_ours(name) or name: entry for name, entry in table.items()}
+    check_not_delta(by_our_name.get(tensor_names.FINAL_NORM), folder, config)
+    embeddings = by_our_name.get(tensor_names.find_embeddings(by_our_name))
+    overlay = _read_overlay(projector, adapters[0].folder, 0 if embeddings is None else embeddings.shape[0])
+    if any(adapter.tunes_tower for adapter in adapters) and to_ours not in _RELEASED:
+        config = {**config, TUNED_TOWER: True}
+    shapes = {name: entry.shape for name, entry in table.items()}
+    return _with_resolution(MergeBase(table, shapes, to_ours, config, (folder,), overlay), adapters)
 
 
 def _choose_names(config: Mapping[str, Any]) -> Callable[[str], str | None]:
@@ -157,17 +167,19 @@ def _with_resolution(base: MergeBase, adapters: Sequence[Adapter]) -> MergeBase:
         WeightsError: The base has no such weights, and neither have the adapters.
     """
     config, kind = dict(base.config), resolution_kind(base.config)
-    faults = [fault for one in adapters if (fault := find_resolution_fault(one.folder, kind)) is not None]
+    checks = [find_resolution_fault(adapter.folder, kind) for adapter in adapters]
+    faults = [fault for fault in checks if fault is not None]
     if faults:
         raise ConfigError(str(faults[0]), faults)
-    stated = [(one.folder, found) for one in adapters if (found := resolution_of_adapter(one.folder)) is not None]
-    if not stated:
+    stated = [(adapter.folder, resolution_of_adapter(adapter.folder)) for adapter in adapters]
+    resolutions = [(folder, resolution) for folder, resolution in stated if resolution is not None]
+    if not resolutions:
         return base
-    folder, resolution = stated[-1]
-    name = tensor_names.NEWLINE
+    folder, resolution = resolutions[-1]
+    newline_name = tensor_names.NEWLINE
     if base.ours is tensor_names.from_stock:
-        same = stated_resolution(config) or {}
-        if any(resolution.get(key) != same.get(key) for key in ("type", "grid", "pool")):
+        base_resolution = stated_resolution(config) or {}
+        if any(resolution.get(key) != base_resolution.get(key) for key in ("type", "grid", "pool")):
             what = (
                 f"the base's layout, that of stock transformers, has not the resolution that {folder} was trained with"
             )
@@ -175,12 +187,13 @@ def _with_resolution(base: MergeBase, adapters: Sequence[Adapter]) -> MergeBase:
             raise ConfigError.at(str(base.companions[0]), what, fix)
     elif base.ours in _RELEASED:
         side = int((read_model_config(folder).get("vision_config") or {}).get("image_size") or 0)
-        config, name = {**config, **flat_resolution(resolution, side)}, tensor_names.RELEASED_NEWLINE
+        config.update(flat_resolution(resolution, side))
+        newline_name = tensor_names.RELEASED_NEWLINE
     else:
         config[RESOLUTION] = dict(resolution)
     shapes = dict(base.shapes)
     if resolution["type"] == "tiles" and tensor_names.NEWLINE not in map(base.ours, shapes):
-        shapes[name] = _shape_in_full(tensor_names.NEWLINE, adapters, base.overlay)
+        shapes[newline_name] = _shape_in_full(tensor_names.NEWLINE, adapters, base.overlay)
     shapes.update(_cross_attention_shapes(adapters, base.overlay))
     return replace(base, config=config, shapes=shapes)
 
@@ -193,32 +206,36 @@ def _shape_in_full(
     Raises:
         WeightsError: None of them does.
     """
-    found = next((one.updates[name] for one in adapters if name in one.updates), overlay.get(name))
-    if not isinstance(found, Replacement):
+    update = next((adapter.updates[name] for adapter in adapters if name in adapter.updates), overlay.get(name))
+    if not isinstance(update, Replacement):
         what = f"no {name}, neither in the adapter nor in its base"
         raise WeightsError.at(str(adapters[0].folder), what, _FIX_PROJECTOR)
-    return tuple(found.value.shape)
+    return tuple(update.value.shape)
 
 
 def _check_frozen_tower(adapters: Sequence[Adapter], fix: str) -> None:
     """Reject adapters on the vision tower for a model in the released layout, which contains no tower."""
-    for one in adapters:
-        if one.tunes_tower:
+    for adapter in adapters:
+        if adapter.tunes_tower:
             what = "the adapter changes the vision tower, and the result's layout, the released one, contains none"
-            raise ConfigError.at(str(one.folder), what, fix)
+            raise ConfigError.at(str(adapter.folder), what, fix)
 
 
 def _tower_entries(tower: Path, read_tower: ReadTower | None) -> dict[str, TensorEntry]:
     """Return a tower's tensors by our names: on disk for CLIP and SigLIP, in memory for others."""
     stored = read_tensor_table(tower)
     if read_tower is None or read_model_config(tower).get("model_type") in _STREAMED_TOWERS:
-        return {new: entry for name, entry in stored.items() if (new := tensor_names.from_clip(name)) is not None}
+        return {
+            our_name: entry for name, entry in stored.items() if (our_name := tensor_names.from_clip(name)) is not None
+        }
     return _in_memory(read_tower(tower), next(iter(stored.values())).path)
 
 
 def _in_memory(tensors: Mapping[str, Tensor], file: Path) -> dict[str, TensorEntry]:
+    """Return tensors in memory as entries of a table; ``file`` is where they come from, for messages."""
     return {
-        name: TensorEntry(name, tuple(one.shape), dtype_name(one), file, 0, data=one) for name, one in tensors.items()
+        name: TensorEntry(name, tuple(tensor.shape), dtype_name(tensor), file, 0, data=tensor)
+        for name, tensor in tensors.items()
     }
 
 
@@ -273,7 +290,9 @@ def _extend_language_model(
             else "give the whole LLaVAR that the adapter was trained on as base",
         )
     stored = read_tensor_table(folder)
-    table = {ours: entry for name, entry in stored.items() if (ours := tensor_names.from_released(name))}
+    table = {
+        our_name: entry for name, entry in stored.items() if (our_name := tensor_names.from_released(name)) is not None
+    }
     if converted is not None:
         table = _in_memory(converted, next(iter(stored.values())).path)
     embeddings = tensor_names.find_embeddings(table)
@@ -284,10 +303,12 @@ def _extend_language_model(
         table[tensor_names.HEAD] = table[embeddings]
     rows = int(config["text_config"]["vocab_size"])
     overlay = _read_overlay(projector, first, rows)
-    growing = (embeddings, tensor_names.HEAD, tensor_names.HEAD_BIAS)
-    shapes = {name: (rows, *entry.shape[1:]) if name in growing else entry.shape for name, entry in table.items()}
-    tiles = resolution_kind(config) == "tiles"
-    for name in tensor_names.projector_names(config.get("projector_hidden_act"), tiles=tiles):
+    shapes = {name: entry.shape for name, entry in table.items()}
+    for name in (embeddings, tensor_names.HEAD, tensor_names.HEAD_BIAS):
+        if name in shapes:
+            shapes[name] = (rows, *shapes[name][1:])
+    has_tiles = resolution_kind(config) == "tiles"
+    for name in tensor_names.projector_names(config.get("projector_hidden_act"), tiles=has_tiles):
         shapes[name] = _shape_in_full(name, adapters, overlay)
     shapes.update(_cross_attention_shapes(adapters, overlay))
     return MergeBase(table, shapes, _same, config, (first,), overlay)
@@ -297,12 +318,12 @@ def _cross_attention_shapes(
     adapters: Sequence[Adapter], overlay: Mapping[str, Replacement | Rows]
 ) -> dict[str, tuple[int, ...]]:
     """Return the shapes of the cross-attention that adapters contain; its names are the same in all layouts."""
-    found: dict[str, Any] = {**overlay}
-    for one in adapters:
-        found.update(one.updates)
+    updates: dict[str, Any] = {**overlay}
+    for adapter in adapters:
+        updates.update(adapter.updates)
     return {
         name: tuple(update.value.shape)
-        for name, update in found.items()
+        for name, update in updates.items()
         if name.startswith(tensor_names.CROSS_ATTENTION)
     }
 
@@ -327,4 +348,5 @@ def _read_overlay(projector: str | Path | None, adapter: Path, rows: int) -> dic
 
 
 def _same(name: str) -> str:
+    """Return a name of our layout, which needs no change."""
     return name

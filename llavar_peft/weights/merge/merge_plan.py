@@ -1,4 +1,7 @@
-"""Merging adapters into their base from disk to disk, block by block in fp32, without a model in memory."""
+"""Merge adapters into their base from disk to disk, block by block in fp32, without a model in memory.
+
+``plan_merge`` opens and checks the inputs, and ``write_merged`` writes the result.
+"""
 
 from __future__ import annotations
 
@@ -70,7 +73,7 @@ def plan_merge(  # noqa: PLR0913 - the options of the merge
         read_tower=read_tower,
         read_language=read_language,
     )
-    trained, rounding = choose_rounding([one.folder for one in adapters], onto)
+    trained, rounding = choose_rounding([opened_adapter.folder for opened_adapter in adapters], onto)
     return MergePlan(MergedTensors(opened, adapters, weights, rounding), trained, folder)
 
 
@@ -91,13 +94,17 @@ def open_merge(
         in_sequence: Whether each adapter may have been trained on the base with those before it merged into it.
     """
     folder = find_folder(base, "base")
-    folders = [find_folder(one, "adapter") for one in ([adapter] if isinstance(adapter, (str, Path)) else adapter)]
+    names = [adapter] if isinstance(adapter, (str, Path)) else adapter
+    folders = [find_folder(name, "adapter") for name in names]
     if not folders:
         raise ConfigError.at("adapter", "no adapter (got 0, expected at least one)", "give an adapter's folder")
     # In a sequence the second adapter may have been trained on the base with the first one merged into it.
-    for one in () if force else folders[:1] if in_sequence else folders:
-        check_adapter_base(one, lambda: _fingerprint(folder), str(folder))
-    adapters = tuple(read_adapter(one) for one in folders)
+    checked = folders[:1] if in_sequence else folders
+    if force:
+        checked = []
+    for checked_folder in checked:
+        check_adapter_base(checked_folder, lambda: _fingerprint(folder), str(folder))
+    adapters = tuple(read_adapter(adapter_folder) for adapter_folder in folders)
     opened = open_merge_base(
         folder,
         adapters,
@@ -106,10 +113,11 @@ def open_merge(
         read_tower=read_tower,
         read_language=read_language,
     )
-    named = ((opened.ours(name) or "", entry) for name, entry in opened.table.items())
-    tower = {name: entry for name, entry in named if name.startswith(tensor_names.TOWER)}
-    for one in () if force or not tower else folders[:1] if in_sequence else folders:
-        check_adapter_base(one, lambda: take_fingerprint(tower, {}), f"the vision tower of {folder}", role="tower")
+    by_our_name = ((opened.ours(name) or "", entry) for name, entry in opened.table.items())
+    tower = {name: entry for name, entry in by_our_name if name.startswith(tensor_names.TOWER)}
+    for checked_folder in checked if tower else ():
+        where = f"the vision tower of {folder}"
+        check_adapter_base(checked_folder, lambda: take_fingerprint(tower, {}), where, role="tower")
     return opened, adapters
 
 

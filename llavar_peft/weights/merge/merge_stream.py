@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 Onto = Literal["original", "dequantized"]
 """What adapters of a quantized base are added to: its values on disk, or those values after quantization."""
 
-See: TypeAlias = "Callable[[Tensor, int], None]"
+RowsCallback: TypeAlias = "Callable[[Tensor, int], None]"
 """Called with rows of a tensor, in fp32 and in memory that is used again, and with the number of the first of them."""
 _MATRIX = 2  # dimensions
 _PIECE = 1 << 17
@@ -106,12 +106,13 @@ def choose_rounding(adapters: Sequence[Path], onto: Onto | None) -> tuple[Roundi
         ConfigError: The adapters were trained on differently stored bases, or ``"dequantized"`` was given and they
             were not trained on a quantized base.
     """
-    kinds = {(one.quantize, one.dtype, one.quantized_from) for one in map(read_base_settings, adapters)}
-    if len(kinds) > 1:
-        what = f"the adapters were trained on bases stored in different ways (got {sorted(map(str, kinds))})"
+    bases = [read_base_settings(adapter) for adapter in adapters]
+    ways_stored = {(base.quantize, base.dtype, base.quantized_from) for base in bases}
+    if len(ways_stored) > 1:
+        what = f"the adapters were trained on bases stored in different ways (got {sorted(map(str, ways_stored))})"
         raise ConfigError.at("adapter", what, "merge the adapters one by one")
-    quantize, dtype, stored = kinds.pop() if kinds else (None, "auto", None)
-    trained = Rounding(quantize, "float32" if dtype == "auto" else dtype, stored) if quantize else None
+    quantize, dtype, quantized_from = ways_stored.pop() if ways_stored else (None, "auto", None)
+    trained = Rounding(quantize, "float32" if dtype == "auto" else dtype, quantized_from) if quantize else None
     if onto == "dequantized" and trained is None:
         got = f"{adapters[0]}, which was not trained on a quantized base or has no base.json" if adapters else "none"
         what = f"'dequantized' requires adapters of a quantized base (got {got})"
@@ -160,7 +161,13 @@ class MergedTensors:
             start += len(block)
 
     def merge_block(
-        self, name: str, block: Tensor, start: int, dtype: str, before: See | None = None, after: See | None = None
+        self,
+        name: str,
+        block: Tensor,
+        start: int,
+        dtype: str,
+        before: RowsCallback | None = None,
+        after: RowsCallback | None = None,
     ) -> Tensor:
         """Return a block of a tensor after the merge.
 
@@ -177,23 +184,27 @@ class MergedTensors:
         import torch
 
         changes = self.changes(name)
-        same = not changes and block.dtype == torch_dtype(dtype)
-        if same and before is None and after is None:
+        unchanged = not changes and block.dtype == torch_dtype(dtype)
+        if unchanged and before is None and after is None:
             return block
-        result = block if same else torch.empty(block.shape, dtype=torch_dtype(dtype))
+        result = block if unchanged else torch.empty(block.shape, dtype=torch_dtype(dtype))
         for rows, place in float_pieces(block):
             if before is not None:
                 before(rows, start + place.start)
-            if not same:
+            if not unchanged:
                 result[place] = self.after(name, rows, start + place.start) if changes else block[place]
             if after is not None:
-                after(rows if same else rows.copy_(result[place]), start + place.start)
+                after(rows if unchanged else rows.copy_(result[place]), start + place.start)
         return result
 
     def updates(self, name: str) -> list[tuple[int, Update]]:
         """Return the number of each adapter that changes a tensor, and its update."""
-        key = self.base.ours(name) or ""
-        return [(number, one.updates[key]) for number, one in enumerate(self.adapters) if key in one.updates]
+        our_name = self.base.ours(name) or ""
+        return [
+            (number, adapter.updates[our_name])
+            for number, adapter in enumerate(self.adapters)
+            if our_name in adapter.updates
+        ]
 
     def changes(self, name: str) -> bool:
         """Return whether an adapter changes a tensor."""
@@ -216,28 +227,28 @@ class MergedTensors:
             for number, update in updates:
                 total += self.weights[number] * (update.apply(rows, start) - rows)
             return total
-        own = True
+        may_overwrite = True
         for _, update in updates:
-            rows = update.apply(rows, start, overwrite=own)
-            own = own and not isinstance(update, Replacement)  # whose rows are the adapter's
+            rows = update.apply(rows, start, overwrite=may_overwrite)
+            may_overwrite = may_overwrite and not isinstance(update, Replacement)  # whose rows are the adapter's
         return rows
 
     def before(self, name: str) -> Iterator[Tensor]:
         """Yield the blocks of a tensor before the merge, in any dtype."""
-        key, start = self.base.ours(name) or "", 0
-        overlay = self.base.overlay.get(key)
-        for block in self._read(name, key):
+        our_name, start = self.base.ours(name) or "", 0
+        overlay = self.base.overlay.get(our_name)
+        for block in self._read(name, our_name):
             yield block if overlay is None else overlay.apply(block.float(), start)
             start += len(block)
 
-    def _read(self, name: str, key: str) -> Iterator[Tensor]:
+    def _read(self, name: str, our_name: str) -> Iterator[Tensor]:
         """Yield the blocks of the base's tensor, and of rows that are added to it."""
         import torch
 
         shape, entry = self.base.shapes[name], self.base.table.get(name)
         if entry is None:
             yield torch.zeros(shape)  # the projector, which an adapter or the projector file replaces
-        elif self.rounding is not None and _is_quantized(key, entry):
+        elif self.rounding is not None and _is_quantized(our_name, entry):
             yield from self.rounding.blocks(entry)
         elif entry.shape == shape:
             yield from read_blocks(entry)
@@ -249,10 +260,10 @@ class MergedTensors:
         paths = [entry.path for entry in self.base.table.values()]
         for adapter in self.adapters:
             paths += adapter_files(adapter.folder)
-        overlay = [(name, 0, zlib.crc32(tensor_bytes(one.value))) for name, one in self.base.overlay.items()]
+        overlay = [(name, 0, zlib.crc32(tensor_bytes(update.value))) for name, update in self.base.overlay.items()]
         applied = [
-            (str(one.folder), len(one.updates), zlib.crc32("\n".join(sorted(one.updates)).encode()))
-            for one in self.adapters
+            (str(adapter.folder), len(adapter.updates), zlib.crc32("\n".join(sorted(adapter.updates)).encode()))
+            for adapter in self.adapters
         ]
         return [*identify_files(paths), *overlay, *applied]
 
@@ -261,13 +272,13 @@ def float_pieces(block: Tensor) -> Iterator[tuple[Tensor, slice]]:
     """Yield a block in pieces, each in fp32 in the same memory, with its place in the block."""
     import torch
 
-    count = len(block)
-    parts = max(1, min(-(-block.numel() // _PIECE), count // _PIECE_ROWS))
-    step = -(-count // parts)
+    num_rows = len(block)
+    num_pieces = max(1, min(-(-block.numel() // _PIECE), num_rows // _PIECE_ROWS))
+    step = -(-num_rows // num_pieces)  # rows of a piece, rounded up to a multiple of 8
     step += -step % 8
-    memory = torch.empty(min(step, count), *block.shape[1:])
-    for start in range(0, count, step):
-        place = slice(start, min(start + step, count))
+    memory = torch.empty(min(step, num_rows), *block.shape[1:])
+    for start in range(0, num_rows, step):
+        place = slice(start, min(start + step, num_rows))
         yield memory[: place.stop - start].copy_(block[place]), place
 
 
@@ -309,15 +320,15 @@ def check_updates(adapters: Sequence[Adapter], shapes: Mapping[str | None, tuple
     faults = []
     for adapter in adapters:
         unknown = [name for name in adapter.updates if name not in shapes]
-        bad = [
+        misfits = [
             f"{name} (the base's is {list(shapes[name])})"
             for name, update in adapter.updates.items()
             if name in shapes and not update.fits(shapes[name])
         ]
-        for found, what in (
+        for tensors, what in (
             (unknown, "tensors of the adapter are not in the base"),
-            (bad, "tensors of the adapter have another shape in the base"),
+            (misfits, "tensors of the adapter have another shape in the base"),
         ):
-            if found:
-                faults.append(Fault(str(adapter.folder), f"{len(found)} {what}: {join_first(found)}", _FIX))
+            if tensors:
+                faults.append(Fault(str(adapter.folder), f"{len(tensors)} {what}: {join_first(tensors)}", _FIX))
     raise_faults(faults)
