@@ -117,7 +117,7 @@ def teach_words(start: Path, out: Path, resolution: CrossAttention) -> Path:
         pages = out.parent / f"words-{fewest}-{most}"
         draw = partial(draw_word, fewest=fewest, most=most)
         write_pages(pages, count, pages.name, lambda rng, _, draw=draw: draw(rng, rng.uniform(4.5, 9.0)))
-        start = tune(start, pages, resolution, out.parent / f"{out.name}-{fewest}-{most}", projector=True)
+        start = tune(start, pages, resolution, out.parent / f"{out.name}-{fewest}-{most}", projector=most == 1)
         records = write_pages(
             out.parent / "unseen" / pages.name, 100, f"unseen/{pages.name}", lambda rng, _, draw=draw: draw(rng, 6.0)
         )
