@@ -122,9 +122,7 @@ def main() -> None:
     report.update(rounds=options.rounds, threads=1, load_before=os.getloadavg())
     start = time.perf_counter()
     with tempfile.TemporaryDirectory(prefix="limit-") as folder:
-        report["cells"] = [
-            measure(stage, shape, options.rounds + WARM_UP, Path(folder)) for stage in options.stages
-        ]
+        report["cells"] = [measure(stage, shape, options.rounds + WARM_UP, Path(folder)) for stage in options.stages]
     report.update(seconds=time.perf_counter() - start, load_after=os.getloadavg())
     printed = table(report)
     sys.stdout.write(printed)

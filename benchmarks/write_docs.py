@@ -19,6 +19,14 @@ SECTIONS = {
             "TRL. Ratios above 1 mean that this library is faster or smaller; below 1.15 there is no result."
         ),
     ),
+    "What limits training on a CPU": (
+        "train_limit",
+        (
+            "Ours and the original's step multiply the same matrices. The last column is how many times faster than "
+            "the original's step ours would be if everything else took no time, measured with a profiler, which slows "
+            "both steps."
+        ),
+    ),
     "Data loading": ("data", "Opening a million records, and preparing text and images, against the original's code."),
     "Inference": (
         "inference_quickstart",
@@ -54,6 +62,13 @@ SECTIONS = {
             "The command line over a bare interpreter, and a training step while other processes use the cores. typer "
             "imports pydantic to report a missing argument, and pydantic is what finds a typo in a recipe. The imports "
             "of transformers' model classes take most of the time until the first token."
+        ),
+    ),
+    "Opening a model in 4 bits": (
+        "open_quantized",
+        (
+            "`llavar-peft convert --quantize nf4` against `quantize: nf4` for the model in 16 bits. The time is that of "
+            "`build_model` after all imports."
         ),
     ),
     "OCR": (

@@ -46,6 +46,7 @@ from llavar_peft.recipe.presets import load_recipe
 from llavar_peft.training.quickstart import run_quickstart, score
 from llavar_peft.training.trainer import run_recipe
 
+
 @dataclasses.dataclass(frozen=True)
 class Sheets:
     """Sheets that models are tuned on and compared on. Heights are in pixels of the plain model's view.
