@@ -86,8 +86,8 @@ def quantized_table(report: dict[str, Any]) -> str:
     base = found[next(iter(CONTENDERS))]
     lines = [
         describe_run(report), "",
-        f"The language model has {report['layers']} layers of width {report['width']}; writing it in 4 bits took "
-        f"{report['conversion']:.1f} CPU s.", "",
+        f"{report['layers']} layers of width {report['width']}; written in 4 bits in {report['conversion']:.1f} CPU s.",
+        "",
         "| | CPU s | ratio | wall s | ratio | MB of weights | ratio |", "|---|---|---|---|---|---|---|",
     ]  # fmt: skip
     for name, one in found.items():

@@ -2,9 +2,9 @@
 
     python benchmarks/train_limit.py [--stages stage1 stage2 lora] [--rounds 5] [--out STEM]
 
-The model and records are those of ``train.py``, in one thread. The original's step and ours, each by default, take turns.
-A profiler measures how much of each step are matrix products and attention, forward and backward. Faster code of any
-other kind cannot make these shorter, so that the original's whole step over the products of ours is the limit.
+The model and records are those of ``train.py``, in one thread. A profiler measures how much of the original's step, and
+of ours, each by default, are matrix products and attention, forward and backward. Faster code of any other kind cannot
+make these shorter, so that the original's whole step over the products of ours is the limit.
 
 Linux only. Takes five minutes.
 """

@@ -67,8 +67,8 @@ SECTIONS = {
     "Opening a model in 4 bits": (
         "open_quantized",
         (
-            "`llavar-peft convert --quantize nf4` against `quantize: nf4` for the model in 16 bits. The time is that of "
-            "`build_model` after all imports."
+            "`llavar-peft convert --quantize nf4` against `quantize: nf4` for the model in 16 bits. The time is that "
+            "of `build_model` after all imports."
         ),
     ),
     "OCR": (

@@ -27,9 +27,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from small_print_pages import SIDE, draw_receipt, draw_sheet, draw_unseen, draw_word, write_pages
+from small_print_pages import SIDE, draw_receipt, draw_sheet_between, draw_unseen, draw_word, write_pages
 
-from llavar_peft import CrossAttention, DataConfig, ModelConfig, Projector, Tiles, load_chat
+from llavar_peft import CrossAttention, DataConfig, ModelConfig, Tiles, load_chat
 from llavar_peft.atomic_files import write_json
 from llavar_peft.evaluation.heights.height_results import (
     HeightCurve,
@@ -84,6 +84,9 @@ POSITIONS = 4096
 LESSONS = ((1, 1, 800), (2, 2, 4000), (3, 5, 6000))
 """Least and greatest number of letters, and number of pages, on which cross-attention is trained before the sheets."""
 
+WORD_HEIGHTS = (4.5, 9.0)
+"""Least and greatest height of the letters in these lessons."""
+
 
 def tune(
     start: Path, records: Path, resolution: Tiles | CrossAttention | None, out: Path, *, projector: bool = False
@@ -115,14 +118,13 @@ def lengthen(start: Path, out: Path) -> Path:
 def teach_words(start: Path, out: Path, resolution: CrossAttention) -> Path:
     """Train cross-attention on single letters, then on longer and longer words, before it meets whole sheets."""
     for fewest, most, count in LESSONS:
-        pages = out.parent / f"words-{fewest}-{most}"
-        draw = partial(draw_word, fewest=fewest, most=most)
-        write_pages(pages, count, pages.name, lambda rng, _, draw=draw: draw(rng, rng.uniform(4.5, 9.0)))
-        start = tune(start, pages, resolution, out.parent / f"{out.name}-{fewest}-{most}", projector=most == 1)
-        records = write_pages(
-            out.parent / "unseen" / pages.name, 100, f"unseen/{pages.name}", lambda rng, _, draw=draw: draw(rng, 6.0)
-        )
-        share, wrong = ask(start, out.parent / "unseen" / pages.name, records)
+        name = f"words-{fewest}-{most}"
+        pages, unseen = out.parent / name, out.parent / "unseen" / name
+        low, high = WORD_HEIGHTS
+        write_pages(pages, count, name, partial(draw_word, low=low, high=high, fewest=fewest, most=most))
+        start = tune(start, pages, resolution, out.parent / f"{out.name}-{name}", projector=most == 1)
+        draw = partial(draw_word, low=6.0, high=6.0, fewest=fewest, most=most)
+        share, wrong = ask(start, unseen, write_pages(unseen, 100, f"unseen/{name}", draw))
         print(f"{out.name}: words of {fewest} to {most} letters: {share:.0%}", *wrong[:4], sep="\n  ", flush=True)
     return start
 
@@ -141,40 +143,45 @@ def compare_letters(
     out: Path, start: Path, names: Sequence[str], images: int, unseen: int, heights: Sequence[float] | None
 ) -> None:
     """Tune a model for each resolution, and write its curve beside those of other models that are already there."""
-    file = out / "letters.heights.json"
     for name in names:
-        resolution, sheets = RESOLUTIONS[name], SMALLER if name.startswith("tiles-4x4") else SHEETS
-        data, spread = out / sheets.folder, sheets.largest / sheets.smallest
-        write_pages(
-            data, images, "training", lambda rng, n: draw_sheet(rng, n, sheets.smallest * spread ** rng.random())[:2]
-        )
-        base = start
-        if sheets is SMALLER:
-            base = lengthen(start, out / f"{name}-start")
-        elif isinstance(resolution, CrossAttention):
-            base = teach_words(start, out / name, resolution)
-        model = tune(base, data, resolution, out / name)
-        points, seen = [], out / "unseen" if sheets is SHEETS else out / f"unseen_{sheets.folder}"
+        sheets = SMALLER if name.startswith("tiles-4x4") else SHEETS
+        data = out / sheets.folder
+        write_pages(data, images, "training", partial(draw_sheet_between, low=sheets.smallest, high=sheets.largest))
+        model = tune(prepare(out, start, name), data, RESOLUTIONS[name], out / name)
+        points = []
         for height in heights or sheets.heights:
-            folder = seen / f"{height:g}"
-            draw = partial(draw_unseen, height=height, tiles=sheets.tiles)
+            folder = out / f"unseen_{sheets.folder}" / f"{height:g}"
+            draw = partial(draw_unseen, low=height, high=height, tiles=sheets.tiles)
             records = write_pages(folder, unseen, f"unseen/{height:g}", draw)
             share, _ = ask(model, folder, records)
             low, high = wilson(share, len(records))
             points.append(HeightPoint(height, 100 * share, 100 * low, 100 * high, len(records), len(records), 0))
             print(f"{name}: {height:g} px: {share:.0%}", flush=True)
-        others = read_height_results(file).curves if file.is_file() else ()
-        curves = {curve.name: curve for curve in others}
-        curves[name] = HeightCurve(name, Setting(model=str(model), temperature=0.0), SIDE, tuple(points), {})
-        ordered = tuple(curves[known] for known in RESOLUTIONS if known in curves)
-        results = HeightResults("unseen sheets", "exact_match", unseen, "none", "the drawing", ordered)
-        write_height_results(results, file)
-        write_heights_page(out / "letters.heights.html", [view_heights(results)])
-        cut = partial(draw_unseen, tiles=sheets.tiles, cut=True)
-        records = write_pages(
-            seen / "cut", unseen, "unseen/cut", lambda rng, n: cut(rng, n, height=rng.uniform(*sheets.cut))
-        )
-        add_figure(out / "letters.cut.json", name, *ask(model, seen / "cut", records), len(records))
+        setting = Setting(model=str(model), temperature=0.0)
+        add_curve(out, unseen, HeightCurve(name, setting, SIDE, tuple(points), {}))
+        folder, (low, high) = out / f"unseen_{sheets.folder}" / "cut", sheets.cut
+        draw = partial(draw_unseen, low=low, high=high, tiles=sheets.tiles, cut=True)
+        records = write_pages(folder, unseen, "unseen/cut", draw)
+        add_figure(out / "letters.cut.json", name, *ask(model, folder, records), len(records))
+
+
+def prepare(out: Path, start: Path, name: str) -> Path:
+    """Return the model that is tuned on the sheets with a resolution."""
+    resolution = RESOLUTIONS[name]
+    if isinstance(resolution, CrossAttention):
+        return teach_words(start, out / name, resolution)
+    return lengthen(start, out / f"{name}-start") if name.startswith("tiles-4x4") else start
+
+
+def add_curve(out: Path, unseen: int, curve: HeightCurve) -> None:
+    """Write a model's curve, and the chart, beside those of other models that are already there."""
+    file = out / "letters.heights.json"
+    others = read_height_results(file).curves if file.is_file() else ()
+    curves = {known.name: known for known in (*others, curve)}
+    ordered = tuple(curves[name] for name in RESOLUTIONS if name in curves)
+    results = HeightResults("unseen sheets", "exact_match", unseen, "none", "the drawing", ordered)
+    write_height_results(results, file)
+    write_heights_page(out / "letters.heights.html", [view_heights(results)])
 
 
 def compare_receipts(out: Path, start: Path, names: Sequence[str], images: int, unseen: int) -> None:

@@ -90,8 +90,20 @@ def is_cut(line: PlacedLine, text: str, tiles: int) -> bool:
     )
 
 
-def draw_unseen(rng: Random, number: int, height: float, *, tiles: int = 2, cut: bool = False) -> Drawn:
+def draw_sheet_between(rng: Random, number: int, low: float, high: float) -> Drawn:
+    """Draw a sheet whose letters have a height between two, small heights as often as great ones."""
+    image, questions, _ = draw_sheet(rng, number, low * (high / low) ** rng.random())
+    return image, questions
+
+
+def draw_height(rng: Random, low: float, high: float) -> float:
+    """Draw a height between two, which can be equal."""
+    return low if low == high else rng.uniform(low, high)
+
+
+def draw_unseen(rng: Random, number: int, *, low: float, high: float, tiles: int = 2, cut: bool = False) -> Drawn:
     """Draw a sheet with those questions alone whose answer an edge between tiles cuts, or does not cut."""
+    height = draw_height(rng, low, high)
     while True:
         image, questions, answers = draw_sheet(rng, number, height, tiles)
         chosen = [(question, answer) for question, answer in questions if (answer in answers) == cut]
@@ -99,9 +111,9 @@ def draw_unseen(rng: Random, number: int, height: float, *, tiles: int = 2, cut:
             return image, chosen
 
 
-def draw_word(rng: Random, height: float, fewest: int, most: int) -> Drawn:
+def draw_word(rng: Random, _: int, *, low: float, high: float, fewest: int, most: int) -> Drawn:
     """Draw a sheet with one word of some letters, none of which follows itself."""
-    size = round(height * SHEET / SIDE / CAPITAL)
+    size = round(draw_height(rng, low, high) * SHEET / SIDE / CAPITAL)
     face = packaged_face(rng.choice(FACES))
     while True:
         word = "".join(rng.choices(CAPITALS, k=rng.randint(fewest, most)))

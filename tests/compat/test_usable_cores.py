@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from llavar_peft.compat.usable_cores import usable_cores, spin_briefly
+from llavar_peft.compat.usable_cores import spin_briefly, usable_cores
 
 
 @pytest.mark.parametrize(
