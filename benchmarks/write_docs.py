@@ -15,8 +15,8 @@ SECTIONS = {
     "Training speed and memory": (
         "train",
         (
-            "One training step each in turn on the same records, with equal losses, against the original's step and "
-            "TRL. Ratios above 1 mean that this library is faster or smaller; below 1.15 there is no result."
+            "Training steps on the same records, with equal losses, in turn with the original's step and TRL's. A "
+            "ratio above 1 means that this library is faster or needs less memory; one below 1.15 counts as no result."
         ),
     ),
     "What limits training on a CPU": (
@@ -27,41 +27,45 @@ SECTIONS = {
             "both steps."
         ),
     ),
-    "Data loading": ("data", "Opening a million records, and preparing text and images, against the original's code."),
+    "Data loading": (
+        "data",
+        "Opening a million records, and preparing text and images, compared with the original's code.",
+    ),
     "Inference": (
         "inference_quickstart",
         (
-            "Answering files of questions, conversations, and the server, with the model of the quickstart. Most of "
-            "the time of a batch of 32 goes into the vision tower, the prompts and the preparation of images, which a "
-            "batch does not share; only the decoding of the answers becomes cheaper."
+            "Files of questions, conversations, and the server, with the model of the quickstart. Most of the time of "
+            "a batch of 32 is spent on the preparation of images, the vision tower and the prompts, whose cost for "
+            "each question is the same as without a batch; only the decoding of the answers becomes cheaper."
         ),
     ),
     "Inference with a Qwen 2 and a SigLIP": (
         "inference_modern",
         "The same for files of questions, with the model of `llavar-peft quickstart --parts modern`.",
     ),
-    "Inference with a larger model": ("inference", "The same with a model of random weights."),
+    "Inference with a larger model": ("inference", "The same with a model with random weights."),
     "Deltas and merges": (
         "weights",
         (
-            "From disk to disk, against the original's in-memory scripts, peft, and loops that only read and write. "
-            "A merge needs more time than such a loop because it computes the updates, and multiplies each matrix with "
-            "the positions of a text before and after for the comparison; peft does the former only. Memory of whole "
-            "processes includes the imports of PyTorch."
+            "From disk to disk, compared with the original's in-memory scripts, peft, and loops that only read and "
+            "write. A merge needs more time than such a loop because it computes the updates and, to compare the "
+            "logits, multiplies each matrix with the activations of a short text before and after the merge; peft "
+            "computes only the updates. The memory of whole processes includes the imports of PyTorch."
         ),
     ),
     "A 13B delta": ("weights_13b", "A dry run over sparse files of the size of a 13B model."),
     "Resolution": (
         "resolution",
-        "The same small model with tiles, or with cross-attention, against the one that sees the whole image only.",
+        "A small model with tiles or cross-attention, compared with the same model that sees only the whole image.",
     ),
     "Resolution of LLaVAR-7B and 13B": ("resolution_estimates", "By `python benchmarks/resolution_estimates.py`."),
     "Start-up and busy machines": (
         "startup",
         (
-            "The command line over a bare interpreter, and a training step while other processes use the cores. typer "
-            "imports pydantic to report a missing argument, and pydantic is what finds a typo in a recipe. The imports "
-            "of transformers' model classes take most of the time until the first token."
+            "The time of commands in addition to that of a bare interpreter, and the time of a training step while "
+            "other processes use the cores. Typer imports pydantic to report a missing argument, and a typo in a "
+            "recipe is found by pydantic too. Most of the time until the first token is spent on importing "
+            "transformers' model classes."
         ),
     ),
     "Opening a model in 4 bits": (
@@ -74,8 +78,8 @@ SECTIONS = {
     "OCR": (
         "ocr",
         (
-            "Reading drawn pages and those of a manual, against RapidOCR's defaults and what the builder did before. "
-            "The rest of the time is the recognition of long lines, for which a batch takes as long as its lines alone."
+            "Reading drawn pages and those of a manual, compared with RapidOCR's defaults and the earlier builder. The "
+            "rest of the time is the recognition of long lines, which a batch does not make faster."
         ),
     ),
     "From unlabeled images to a model": ("ocr_to_model", "The example `examples/ocr_to_model.py` from start to end."),

@@ -68,7 +68,8 @@ class ModelConfig(StrictFields):
     """The projector of a model that is built from parts: one linear layer, or two with a GELU between them. Source:
     LLaVAR; LLaVA-1.5, ``--mm_projector_type``."""
     checkpoint: PathText | None = None
-    """Folder or hub name of a LLaVAR checkpoint, in this package's or in the released layout."""
+    """Folder or hub name of a LLaVAR or LLaVA checkpoint: in this package's layout, in LLaVA's own, or in that of stock
+    transformers."""
     projector: PathText | None = None
     """A stage-1 file, ``mm_projector.bin`` or ``.safetensors``, that replaces the projector's weights."""
     quantize: Quantization | None = None
