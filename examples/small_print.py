@@ -81,9 +81,8 @@ RESOLUTIONS: dict[str, Tiles | CrossAttention | None] = {
 RECEIPT_TILES = Tiles(grid=((2, 3), (3, 3), (4, 3)))
 POSITIONS = 4096
 """Tokens that a model with 4 x 4 tiles can take; an image has about 2,500."""
-LESSONS = ((1, 1, 800), (2, 2, 4000), (3, 5, 6000))
+LESSONS = ((1, 1, 800), (2, 2, 4000))
 """Least and greatest number of letters, and number of pages, on which cross-attention is trained before the sheets."""
-
 WORD_HEIGHTS = (4.5, 9.0)
 """Least and greatest height of the letters in these lessons."""
 
@@ -116,7 +115,7 @@ def lengthen(start: Path, out: Path) -> Path:
 
 
 def teach_words(start: Path, out: Path, resolution: CrossAttention) -> Path:
-    """Train cross-attention on single letters, then on longer and longer words, before it meets whole sheets."""
+    """Train cross-attention on single letters, then on words of two, before it meets whole sheets."""
     for fewest, most, count in LESSONS:
         name = f"words-{fewest}-{most}"
         pages, unseen = out.parent / name, out.parent / "unseen" / name
