@@ -1,8 +1,8 @@
 """Compare opening a model that is stored in 4 bits with quantizing it when it is loaded: CPU time, duration, disk.
 
-Each contender runs in a process of its own, in turn, five rounds. The model has random weights in float16.
+Each contender runs in a process of its own, in turn. The model has random weights in float16.
 
-    python benchmarks/open_quantized.py FOLDER [--width 1024] [--layers 8]
+    python benchmarks/open_quantized.py [--width 1024] [--layers 8] [--rounds 5] [--out STEM]
 """
 
 from __future__ import annotations
@@ -11,13 +11,19 @@ import argparse
 import json
 import os
 import shutil
-import statistics
 import subprocess
 import sys
+import tempfile
 import time
+from datetime import datetime, timezone
 from pathlib import Path
+from typing import Any
 
-ROUNDS = 5
+from rounds import describe_run, figure, ratios, spread
+from weights import about
+
+CONTENDERS = {"quantized when it is loaded": ("float16", "nf4"), "stored in 4 bits": ("nf4", "")}
+"""The model's folder and the value of ``quantize``, by name."""
 _OPEN = """
 import json, sys, time
 import bitsandbytes, torch
@@ -30,8 +36,12 @@ print(json.dumps([time.process_time() - cpu, time.perf_counter() - wall]))
 """
 
 
-def write_models(folder: Path, width: int, layers: int) -> None:
-    """Write a model in float16, the same in 4 bits, and a tiny one that imports what is needed."""
+def write_models(folder: Path, width: int, layers: int) -> float:
+    """Write a model in float16, the same in 4 bits, and a tiny one that imports what is needed.
+
+    Returns:
+        The CPU time of the conversion, in seconds.
+    """
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -52,34 +62,64 @@ def write_models(folder: Path, width: int, layers: int) -> None:
         processor.save_pretrained(folder / name)
     started = time.process_time()
     export(folder / "float16", folder / "nf4", to="llavar", quantize="nf4")
-    sys.stdout.write(f"conversion: {time.process_time() - started:.2f} CPU s\n")
+    return time.process_time() - started
+
+
+def measure(folder: Path, rounds: int) -> dict[str, Any]:
+    """Open both models in turn, and return CPU and wall time of each round, and the size of the weights in bytes."""
+    found: dict[str, Any] = {name: {"cpu": [], "wall": []} for name in CONTENDERS}
+    for name, (model, _) in CONTENDERS.items():
+        found[name]["bytes"] = sum(path.stat().st_size for path in (folder / model).glob("*.safetensors"))
+    for _ in range(rounds):
+        for name, (model, quantize) in CONTENDERS.items():
+            arguments = [str(folder / model), quantize, str(folder / "tiny")]
+            command = [sys.executable, "-c", _OPEN, *arguments]
+            done = subprocess.run(command, capture_output=True, text=True, check=True)
+            for clock, seconds in zip(("cpu", "wall"), json.loads(done.stdout.splitlines()[-1]), strict=True):
+                found[name][clock].append(seconds)
+    return found
+
+
+def quantized_table(report: dict[str, Any]) -> str:
+    """Format a report as Markdown."""
+    found = report["found"]
+    base = found[next(iter(CONTENDERS))]
+    lines = [
+        describe_run(report), "",
+        f"{report['layers']} layers of width {report['width']}; written in 4 bits in {report['conversion']:.1f} CPU s.",
+        "",
+        "| | CPU s | ratio | wall s | ratio | MB of weights | ratio |", "|---|---|---|---|---|---|---|",
+    ]  # fmt: skip
+    for name, one in found.items():
+        cells = [name]
+        for clock in ("cpu", "wall"):
+            cells += [figure(spread(one[clock])), figure(ratios(one[clock], base[clock]))]
+        cells += [f"{one['bytes'] / 1e6:,.1f}", f"{one['bytes'] / base['bytes']:.2f}"]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
 
 
 def main() -> None:
-    """Write the models, run the rounds, and print a table."""
+    """Print the table; with ``--out``, write it and the figures of every round."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path)
     parser.add_argument("--width", type=int, default=1024)
     parser.add_argument("--layers", type=int, default=8)
-    given = parser.parse_args()
-    given.folder.mkdir(parents=True)
-    write_models(given.folder, given.width, given.layers)
-    contenders = {"quantized when it is loaded": ("float16", "nf4"), "stored in 4 bits": ("nf4", "")}
-    found: dict[str, list[list[float]]] = {name: [] for name in contenders}
-    for _ in range(ROUNDS):
-        for name, (model, quantize) in contenders.items():
-            arguments = [str(given.folder / model), quantize, str(given.folder / "tiny")]
-            done = subprocess.run(
-                [sys.executable, "-c", _OPEN, *arguments], capture_output=True, text=True, check=True, env=os.environ
-            )
-            found[name].append(json.loads(done.stdout.splitlines()[-1]))
-    for name, rounds in found.items():
-        cpu = sorted(one[0] for one in rounds)
-        size = sum(path.stat().st_size for path in (given.folder / contenders[name][0]).glob("*.safetensors"))
-        least, middle, most = cpu[0], statistics.median(cpu), cpu[-1]
-        sys.stdout.write(f"{name}: {least:.2f} / {middle:.2f} / {most:.2f} CPU s, {size / 1e6:.1f} MB\n")
-    ratios = sorted(one[0] / other[0] for one, other in zip(*found.values(), strict=True))
-    sys.stdout.write(f"CPU time, ratio: {ratios[0]:.2f} / {statistics.median(ratios):.2f} / {ratios[-1]:.2f}\n")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--out", type=Path, help="write OUT.json and OUT.md")
+    options = parser.parse_args()
+    command = " ".join(["python", "benchmarks/open_quantized.py", *sys.argv[1:]])
+    report: dict[str, Any] = {"date": datetime.now(timezone.utc).date().isoformat(), "command": command, **about()}
+    report.update(rounds=options.rounds, width=options.width, layers=options.layers, load_before=os.getloadavg())
+    start = time.perf_counter()
+    with tempfile.TemporaryDirectory(prefix="quantized-") as name:
+        report["conversion"] = write_models(Path(name), options.width, options.layers)
+        report["found"] = measure(Path(name), options.rounds)
+    report.update(load_after=os.getloadavg(), seconds=time.perf_counter() - start)
+    text = quantized_table(report)
+    sys.stdout.write(text)
+    if options.out:
+        options.out.with_suffix(".json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+        options.out.with_suffix(".md").write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":

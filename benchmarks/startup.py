@@ -3,7 +3,8 @@
     python benchmarks/startup.py --out benchmarks/results/startup
 
 CPU time of whole processes, one of each in turn. ``ask`` ends with the first token. The steps are those of the
-quickstart's model, in processes whose threads spin while they wait, as torch's do, or sleep, as the command line sets.
+quickstart's model, with its number of records, in processes whose threads spin while they wait, as PyTorch's do, sleep
+at once, or spin briefly and then sleep, as the command line sets.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from typing import Any
 from rounds import describe_run, figure, spread
 from weights import about
 
-from llavar_peft.compat.usable_cores import wait_passively
+from llavar_peft.compat.usable_cores import spin_briefly
 
 STEPS = Path(__file__).with_name("startup_steps.py")
 BARE, IMPORTS, MODEL_IMPORTS = "python -c pass", "import torch, transformers", "and transformers' models"
@@ -91,11 +92,13 @@ def busy_loops(count: int) -> Iterator[None]:
             loop.wait()
 
 
-def step_seconds(seconds: float, *, passive: bool) -> dict[str, float]:
-    """Return the wall and CPU time of a training step in a process of its own."""
+def step_seconds(seconds: float, waiting: str) -> dict[str, float]:
+    """Return the wall and CPU time of a training step in a process of its own, whose threads wait in a way."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("OMP_", "GOMP_", "KMP_"))}
-    if passive:
-        wait_passively(environment)
+    if waiting == "sleep":
+        environment["OMP_WAIT_POLICY"] = "PASSIVE"
+    elif waiting == "spin briefly":
+        spin_briefly(environment)
     done = subprocess.run(
         [sys.executable, str(STEPS), str(seconds)], env=environment, capture_output=True, text=True, check=True
     )
@@ -153,11 +156,11 @@ def main() -> None:
                     times[one].append(seconds)
     report["times"], report["steps"] = times, {}
     for loops in options.loops:
-        kinds: dict[str, list[dict[str, float]]] = {"spin": [], "sleep": []}
+        kinds: dict[str, list[dict[str, float]]] = {"spin": [], "sleep": [], "spin briefly": []}
         with busy_loops(loops):
             for _ in range(options.rounds):
                 for kind, found in kinds.items():
-                    found.append(step_seconds(options.seconds, passive=kind == "sleep"))
+                    found.append(step_seconds(options.seconds, kind))
         report["steps"][str(loops)] = kinds
     report.update(load_after=os.getloadavg(), seconds=time.perf_counter() - start)
     text = startup_table(report)

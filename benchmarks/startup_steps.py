@@ -20,7 +20,7 @@ from llavar_peft import ModelConfig, build_model
 from llavar_peft.constants import IGNORE_INDEX, IMAGE_END_TOKEN, IMAGE_PATCH_TOKEN, IMAGE_START_TOKEN
 
 PARTS = Path(llavar_peft.__file__).parent / "assets/tiny"
-BATCH, TEXT = 16, 60  # records, tokens of each
+BATCH, TEXT = 4, 100  # records, tokens of each
 
 
 def tiny_model() -> tuple[Any, Any]:

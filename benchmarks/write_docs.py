@@ -19,6 +19,14 @@ SECTIONS = {
             "ratio above 1 means that this library is faster or needs less memory; one below 1.15 counts as no result."
         ),
     ),
+    "What limits training on a CPU": (
+        "train_limit",
+        (
+            "Ours and the original's step multiply the same matrices. The last column is how many times faster than "
+            "the original's step ours would be if everything else took no time, measured with a profiler, which slows "
+            "both steps."
+        ),
+    ),
     "Data loading": (
         "data",
         "Opening a million records, and preparing text and images, compared with the original's code.",
@@ -58,6 +66,13 @@ SECTIONS = {
             "other processes use the cores. Typer imports pydantic to report a missing argument, and a typo in a "
             "recipe is found by pydantic too. Most of the time until the first token is spent on importing "
             "transformers' model classes."
+        ),
+    ),
+    "Opening a model in 4 bits": (
+        "open_quantized",
+        (
+            "`llavar-peft convert --quantize nf4` against `quantize: nf4` for the model in 16 bits. The time is that "
+            "of `build_model` after all imports."
         ),
     ),
     "OCR": (

@@ -20,24 +20,17 @@ unseen ones. These have longer answers, repeated letters, and letters that edges
 import argparse
 import dataclasses
 import json
+import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
-from itertools import pairwise
 from pathlib import Path
-from random import Random
 from typing import Any
 
-from PIL import Image
+from small_print_pages import SIDE, draw_receipt, draw_sheet_between, draw_unseen, draw_word, write_pages
 
 from llavar_peft import CrossAttention, DataConfig, ModelConfig, Tiles, load_chat
 from llavar_peft.atomic_files import write_json
-from llavar_peft.data.letter_canvas import PADDING
-from llavar_peft.datagen.synth.font_faces import packaged_face, text_width
-from llavar_peft.datagen.synth.plain_style import CAPITALS, FACES, ITEMS, draw_layout
-from llavar_peft.datagen.synth.scene import PlacedLine, Scene, draw_colours, draw_paper
-from llavar_peft.datagen.synth.synth_settings import KINDS
-from llavar_peft.datagen.synth.vocabulary import draw_price
 from llavar_peft.evaluation.heights.height_results import (
     HeightCurve,
     HeightPoint,
@@ -53,154 +46,86 @@ from llavar_peft.recipe.presets import load_recipe
 from llavar_peft.training.quickstart import run_quickstart, score
 from llavar_peft.training.trainer import run_recipe
 
-SIDE = 120
-"""Side of the vision tower's input in pixels."""
-SHEET = 480
-"""Side of a sheet in pixels, so that up to 4 x 4 tiles see all of its detail."""
-FULL_SIZE = 11.0
-"""Height in pixels of the capitals of a scene that fills the plain model's view: the smallest that it can read."""
-SMALLEST, LARGEST = 4.5, 12.0
-"""Range of the heights of letters in training, in pixels of the plain model's view."""
-HEIGHTS = (4.5, 5.0, 5.5, 6.0, 7.0, 8.0, 9.0, 10.0, 11.0, 12.0)
-"""Heights at which the models are compared: four small ones, and twice these."""
-CUT_HEIGHTS = (6.0, 9.0)
-"""Heights of letters that an edge between tiles cuts: read in tiles, and not in the plain view."""
-CAPITAL = 0.73
-"""Height of a capital as a fraction of the font size."""
-LONGEST_ANSWER = 5
-"""Most characters of an answer about a sheet."""
+
+@dataclasses.dataclass(frozen=True)
+class Sheets:
+    """Sheets that models are tuned on and compared on. Heights are in pixels of the plain model's view.
+
+    Attributes:
+        folder: Where the sheets are.
+        smallest: Least height of letters in training.
+        largest: Greatest height of letters in training.
+        heights: Heights at which models are compared.
+        tiles: Number of tiles along each side, whose edges cut none of the letters that are compared.
+        cut: Least and greatest height of letters that are cut, and asked for apart.
+    """
+
+    folder: str
+    smallest: float
+    largest: float
+    heights: tuple[float, ...]
+    tiles: int
+    cut: tuple[float, float]
+
+
+SHEETS = Sheets("sheets", 4.5, 12.0, (4.5, 5.0, 5.5, 6.0, 7.0, 8.0, 9.0, 10.0, 11.0, 12.0), 2, (6.0, 9.0))
+SMALLER = Sheets("smaller_sheets", 2.5, 6.0, (2.5, 3.0, 3.5, 4.0, 4.5, 5.0, 6.0), 4, (3.5, 5.0))
 RESOLUTIONS: dict[str, Tiles | CrossAttention | None] = {
     "plain": None,
     "tiles-2x2": Tiles(grid=((2, 2),)),
+    "tiles-4x4": Tiles(grid=((4, 4),)),
+    "tiles-4x4-pooled": Tiles(grid=((4, 4),), pool=2),
     "cross-attention-2": CrossAttention(grid=2),
     "cross-attention-4": CrossAttention(grid=4),
 }
 RECEIPT_TILES = Tiles(grid=((2, 3), (3, 3), (4, 3)))
-DPI, RECEIPT_WIDTH_MM, POINTS = 150, 58.0, 10.0
-
-Drawn = tuple[Image.Image, list[tuple[str, str]]]
-
-
-def draw_sheet(rng: Random, number: int, height: float) -> tuple[Image.Image, list[tuple[str, str]], set[str]]:
-    """Draw a scene of the quickstart at a random place of a sheet, with letters of a height in the plain view.
-
-    Returns:
-        The sheet, the questions about it, and those answers of which an edge between 2 x 2 tiles cuts a letter.
-    """
-    kinds = KINDS["plain"]
-    longest = round(SHEET * height / FULL_SIZE)
-    while True:
-        scene = draw_layout(kinds[number % len(kinds)], rng, shortest=longest, longest=longest, largest=1.25)
-        if not all(is_easy(answer) for _, answer in scene.questions):
-            continue
-        scene.paper, ink = draw_colours(rng)
-        scene.lines = [dataclasses.replace(line, ink=ink) for line in scene.lines]
-        image, quads = scene.draw()
-        corners, margin = [corner for quad in quads for corner in quad], longest // 50
-        edges = [(min(axis) - margin, max(axis) + margin) for axis in zip(*corners, strict=True)]
-        left = top = 0
-        if longest > SHEET or rng.random() < 0.5:  # the text alone
-            (left, right), (top, bottom) = ((max(low, 0), high) for low, high in edges)
-            image = image.crop((left, top, min(right, image.width), min(bottom, image.height)))
-        if max(image.size) <= SHEET:
-            break
-    sheet = Image.new("RGB", (SHEET, SHEET), scene.paper if rng.random() < 0.5 else PADDING)
-    place = rng.randint(0, SHEET - image.width), rng.randint(0, SHEET - image.height)
-    sheet.paste(image, place)
-    moved = [
-        dataclasses.replace(line, left=line.left - left + place[0], baseline=line.baseline - top + place[1])
-        for line in scene.lines
-    ]
-    cut = {answer for _, answer in scene.questions if any(is_cut(line, answer) for line in moved)}
-    return sheet, scene.questions, cut
+POSITIONS = 4096
+"""Tokens that a model with 4 x 4 tiles can take; an image has about 2,500."""
+LESSONS = ((1, 1, 800), (2, 2, 4000))
+"""Least and greatest number of letters, and number of pages, on which cross-attention is trained before the sheets."""
+WORD_HEIGHTS = (4.5, 9.0)
+"""Least and greatest height of the letters in these lessons."""
 
 
-def is_cut(line: PlacedLine, text: str) -> bool:
-    """Return whether an edge between 2 x 2 tiles runs through a letter of a text in a line of a sheet."""
-    before, found, _ = line.text.partition(text)
-    letters = [before + found[:number] for number in range(len(found) + 1)]
-    sides = [line.left + line.size * text_width(part, line.face) for part in letters]
-    across = any(one < SHEET / 2 < other for one, other in pairwise(sides))
-    return bool(found) and (across or line.baseline - CAPITAL * line.size < SHEET / 2 < line.baseline)
-
-
-def draw_unseen(rng: Random, number: int, height: float, *, cut: bool = False) -> Drawn:
-    """Draw a sheet with those questions alone whose answer an edge between tiles cuts, or does not cut."""
-    while True:
-        image, questions, answers = draw_sheet(rng, number, height)
-        chosen = [(question, answer) for question, answer in questions if (answer in answers) == cut]
-        if chosen:
-            return image, chosen
-
-
-def is_easy(answer: str) -> bool:
-    """Return whether an answer is short and has no character twice in a row."""
-    return len(answer) <= LONGEST_ANSWER and all(one != other for one, other in pairwise(answer))
-
-
-def draw_receipt(rng: Random) -> Drawn:
-    """Draw a till receipt as a scanner of 150 dpi sees it."""
-    width, size = round(RECEIPT_WIDTH_MM / 25.4 * DPI), round(POINTS / 72 * DPI)
-    face, shop = packaged_face(rng.choice(FACES)), "".join(rng.choices(CAPITALS, k=rng.randint(4, 7)))
-    bought = [(item, draw_price(rng, 1)) for item in rng.sample(ITEMS, rng.randint(2, 5))]
-    total = draw_price(rng, rng.randint(1, 2))
-    paper, ink = draw_paper(rng)
-    margin, pitch, y = rng.randint(12, 40), rng.uniform(1.2, 1.6) * size, rng.uniform(10, 40) + size
-    heading = margin + (width - 2 * margin - text_width(shop, face) * size) * rng.random()
-    lines = [PlacedLine(shop, face, size, round(heading), round(y), ink, 0)]
-    for number, (label, value) in enumerate([*bought, ("total", total)], start=1):
-        y += pitch * (1.6 if number in (1, len(bought) + 1) and rng.random() < 0.6 else 1.0)
-        end = width - margin - text_width(value, face) * size
-        lines += [
-            PlacedLine(text, face, size, round(left), round(y), ink, number)
-            for text, left in ((label.upper(), margin), (value, end))
-        ]
-    scene = Scene(width=width, height=round(y + rng.uniform(12, 60)), paper=paper, lines=lines)
-    asked = [
-        (rng.choice(("What is the name of the shop?", "Which shop is this receipt from?")), shop),
-        (rng.choice(("What is the total?", "How much was paid in total?")), total),
-        *((f"How much is the {item}?", price) for item, price in bought),
-    ]
-    return scene.draw()[0], asked
-
-
-def write_pages(folder: Path, count: int, seed: str, draw: Callable[[Random, int], Drawn]) -> list[dict[str, Any]]:
-    """Write images with a conversation about each, unless they exist, and return the records."""
-    path = folder / "records.json"
-    if not path.is_file():
-        (folder / "images").mkdir(parents=True, exist_ok=True)
-        records = []
-        for number in range(count):
-            rng = Random(f"{seed}/{number}")
-            image, questions = draw(rng, number)
-            image.save(folder / "images" / f"{number:05d}.png", compress_level=1)
-            turns: list[dict[str, str]] = []
-            for question, answer in rng.sample(questions, len(questions)):
-                asked = question if turns else f"<image>\n{question}"
-                turns += [{"from": "human", "value": asked}, {"from": "gpt", "value": answer}]
-            records.append({"id": str(number), "image": f"{number:05d}.png", "conversations": turns})
-        write_json(path, records)
-    found: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))
-    return found
-
-
-def tune(start: Path, data: Path, resolution: Tiles | CrossAttention | None, out: Path) -> Path:
-    """Tune a model on pages with a resolution, by the second stage of the quickstart's recipe."""
+def tune(
+    start: Path, records: Path, resolution: Tiles | CrossAttention | None, out: Path, *, projector: bool = False
+) -> Path:
+    """Tune a model on pages with a resolution, by the second stage of the quickstart's recipe, or by the first."""
     preset = load_recipe("tiny")
-    config = DataConfig(records=str(data / "records.json"), images=str(data / "images"), holdout=0, workers=0)
+    stage = preset.stages[0 if projector else 1]
+    config = DataConfig(records=str(records / "records.json"), images=str(records / "images"), holdout=0, workers=0)
     faster = 5e-3 if isinstance(resolution, CrossAttention) else None  # for modules that are not pretrained
-    stage = dataclasses.replace(
-        preset.stages[1],
-        data=config,
-        max_length=2048,
-        optim=dataclasses.replace(preset.stages[1].optim, projector_learning_rate=faster),
-    )
+    optim = dataclasses.replace(stage.optim, projector_learning_rate=faster)
+    stage = dataclasses.replace(stage, data=config, max_length=POSITIONS, optim=optim)
     model = ModelConfig(checkpoint=str(start), dtype="float32", resolution=resolution)
     began, before = time.perf_counter(), time.process_time()
     made = run_recipe(dataclasses.replace(preset, model=model, stages=(stage,), output_dir=str(out)))
     seconds, of_cpu = time.perf_counter() - began, time.process_time() - before
     print(f"{out.name}: tuned in {seconds:.0f} s, {of_cpu:.0f} s of CPU time", flush=True)
     return made
+
+
+def lengthen(start: Path, out: Path) -> Path:
+    """Copy a model, and let it take more tokens. Its positions are rotary, so that no weight depends on their number."""
+    shutil.copytree(start, out, dirs_exist_ok=True)
+    config = json.loads((out / "config.json").read_text(encoding="utf-8"))
+    config["text_config"]["max_position_embeddings"] = POSITIONS
+    write_json(out / "config.json", config)
+    return out
+
+
+def teach_words(start: Path, out: Path, resolution: CrossAttention) -> Path:
+    """Train cross-attention on single letters, then on words of two, before it meets whole sheets."""
+    for fewest, most, count in LESSONS:
+        name = f"words-{fewest}-{most}"
+        pages, unseen = out.parent / name, out.parent / "unseen" / name
+        low, high = WORD_HEIGHTS
+        write_pages(pages, count, name, partial(draw_word, low=low, high=high, fewest=fewest, most=most))
+        start = tune(start, pages, resolution, out.parent / f"{out.name}-{name}", projector=most == 1)
+        draw = partial(draw_word, low=6.0, high=6.0, fewest=fewest, most=most)
+        share, wrong = ask(start, unseen, write_pages(unseen, 100, f"unseen/{name}", draw))
+        print(f"{out.name}: words of {fewest} to {most} letters: {share:.0%}", *wrong[:4], sep="\n  ", flush=True)
+    return start
 
 
 def ask(model: Path, folder: Path, records: Sequence[dict[str, Any]]) -> tuple[float, list[str]]:
@@ -214,34 +139,48 @@ def ask(model: Path, folder: Path, records: Sequence[dict[str, Any]]) -> tuple[f
 
 
 def compare_letters(
-    out: Path, start: Path, names: Sequence[str], images: int, unseen: int, heights: Sequence[float]
+    out: Path, start: Path, names: Sequence[str], images: int, unseen: int, heights: Sequence[float] | None
 ) -> None:
     """Tune a model for each resolution, and write its curve beside those of other models that are already there."""
-    data = out / "sheets"
-    spread = LARGEST / SMALLEST
-    write_pages(data, images, "training", lambda rng, n: draw_sheet(rng, n, SMALLEST * spread ** rng.random())[:2])
-    file = out / "letters.heights.json"
-    cut = partial(draw_unseen, cut=True)
     for name in names:
-        model = tune(start, data, RESOLUTIONS[name], out / name)
+        sheets = SMALLER if name.startswith("tiles-4x4") else SHEETS
+        data = out / sheets.folder
+        write_pages(data, images, "training", partial(draw_sheet_between, low=sheets.smallest, high=sheets.largest))
+        model = tune(prepare(out, start, name), data, RESOLUTIONS[name], out / name)
         points = []
-        for height in heights:
-            folder = out / "unseen" / f"{height:g}"
-            records = write_pages(folder, unseen, f"unseen/{height:g}", partial(draw_unseen, height=height))
+        for height in heights or sheets.heights:
+            folder = out / f"unseen_{sheets.folder}" / f"{height:g}"
+            draw = partial(draw_unseen, low=height, high=height, tiles=sheets.tiles)
+            records = write_pages(folder, unseen, f"unseen/{height:g}", draw)
             share, _ = ask(model, folder, records)
             low, high = wilson(share, len(records))
             points.append(HeightPoint(height, 100 * share, 100 * low, 100 * high, len(records), len(records), 0))
             print(f"{name}: {height:g} px: {share:.0%}", flush=True)
-        others = read_height_results(file).curves if file.is_file() else ()
-        curves = {curve.name: curve for curve in others}
-        curves[name] = HeightCurve(name, Setting(model=str(model), temperature=0.0), SIDE, tuple(points), {})
-        ordered = tuple(curves[known] for known in RESOLUTIONS if known in curves)
-        results = HeightResults("unseen sheets", "exact_match", unseen, "none", "the drawing", ordered)
-        write_height_results(results, file)
-        write_heights_page(out / "letters.heights.html", [view_heights(results)])
-        folder = out / "unseen/cut"
-        records = write_pages(folder, unseen, "unseen/cut", lambda rng, n: cut(rng, n, rng.uniform(*CUT_HEIGHTS)))
+        setting = Setting(model=str(model), temperature=0.0)
+        add_curve(out, unseen, HeightCurve(name, setting, SIDE, tuple(points), {}))
+        folder, (low, high) = out / f"unseen_{sheets.folder}" / "cut", sheets.cut
+        draw = partial(draw_unseen, low=low, high=high, tiles=sheets.tiles, cut=True)
+        records = write_pages(folder, unseen, "unseen/cut", draw)
         add_figure(out / "letters.cut.json", name, *ask(model, folder, records), len(records))
+
+
+def prepare(out: Path, start: Path, name: str) -> Path:
+    """Return the model that is tuned on the sheets with a resolution."""
+    resolution = RESOLUTIONS[name]
+    if isinstance(resolution, CrossAttention):
+        return teach_words(start, out / name, resolution)
+    return lengthen(start, out / f"{name}-start") if name.startswith("tiles-4x4") else start
+
+
+def add_curve(out: Path, unseen: int, curve: HeightCurve) -> None:
+    """Write a model's curve, and the chart, beside those of other models that are already there."""
+    file = out / "letters.heights.json"
+    others = read_height_results(file).curves if file.is_file() else ()
+    curves = {known.name: known for known in (*others, curve)}
+    ordered = tuple(curves[name] for name in RESOLUTIONS if name in curves)
+    results = HeightResults("unseen sheets", "exact_match", unseen, "none", "the drawing", ordered)
+    write_height_results(results, file)
+    write_heights_page(out / "letters.heights.html", [view_heights(results)])
 
 
 def compare_receipts(out: Path, start: Path, names: Sequence[str], images: int, unseen: int) -> None:
@@ -273,7 +212,7 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", choices=list(RESOLUTIONS), default=["plain", "tiles-2x2"])
     parser.add_argument("--images", type=int, help="number of training images; default 5,000, and 1,600 receipts")
     parser.add_argument("--unseen", type=int, default=100, help="number of unseen images, at each height")
-    parser.add_argument("--heights", nargs="+", type=float, default=HEIGHTS, help="heights of unseen sheets' letters")
+    parser.add_argument("--heights", nargs="+", type=float, help="heights of unseen sheets' letters")
     args = parser.parse_args()
 
     began = time.perf_counter()

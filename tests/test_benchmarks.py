@@ -331,6 +331,35 @@ def test_the_start_up_is_compared_in_the_same_round(monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.usefixtures("scripts")
+def test_the_limit_of_training_is_the_time_of_products() -> None:
+    import train_limit
+
+    names = ("aten::addmm", "aten::_scaled_dot_product_flash_attention_for_cpu_backward", "aten::add", "step")
+    assert [train_limit.is_product(name) for name in names] == [True, True, False, False]
+    cells = [
+        {"stage": "lora", "original": {"whole": [4.0, 4.0], "products": [1.0, 1.0]},
+         "ours": {"whole": [2.0, 2.0], "products": [1.0, 1.0]}, "now": [2.0, 2.0, 2.0], "limit": [4.0, 4.0, 4.0]},
+    ]  # fmt: skip
+    about = {**ABOUT, "rounds": 2, "load_before": [0.0], "load_after": [0.0], "seconds": 1.0, "cells": cells}
+    assert "| lora | 25% | 50% | 2.00 (2.00–2.00) | 4.00 (4.00–4.00) |" in train_limit.table(about)
+
+
+@pytest.mark.usefixtures("scripts")
+def test_the_table_of_stored_4_bits_compares_with_quantizing() -> None:
+    import open_quantized
+
+    first, second = open_quantized.CONTENDERS
+    found = {
+        first: {"cpu": [2.0, 4.0], "wall": [3.0, 3.0], "bytes": 4_000_000},
+        second: {"cpu": [1.0, 1.0], "wall": [3.0, 3.0], "bytes": 1_000_000},
+    }
+    about = {**ABOUT, "rounds": 2, "load_before": [0.0], "load_after": [0.0], "seconds": 1.0, "conversion": 2.0}
+    printed = open_quantized.quantized_table({**about, "layers": 8, "width": 1024, "found": found})
+    figures = "1.00 (1.00–1.00) | 0.38 (0.25–0.50) | 3.00 (3.00–3.00) | 1.00 (1.00–1.00) | 1.0 | 0.25"
+    assert f"| {second} | {figures} |" in printed
+
+
+@pytest.mark.usefixtures("scripts")
 def test_the_table_of_ocr_compares_with_the_builder() -> None:
     import ocr
     import ocr_table

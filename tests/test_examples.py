@@ -80,13 +80,14 @@ def test_small_print_is_compared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     )
     model.save_pretrained(tmp_path / "start")
     processor.save_pretrained(tmp_path / "start")
-    settings = [f"--out={tmp_path}", f"--start={tmp_path / 'start'}", "--images=8", "--unseen=2"]
-    for what, name in (("letters", "tiles-2x2"), ("letters", "plain"), ("receipts", "tiles-2x2")):
+    settings = [f"--out={tmp_path}", f"--start={tmp_path / 'start'}", "--images=4", "--unseen=2"]
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    for what, name in (("letters", "tiles-2x2"), ("letters", "tiles-4x4-pooled"), ("receipts", "tiles-2x2")):
         argv = ["small_print.py", what, *settings, f"--models={name}", "--heights", "5", "12"]
         monkeypatch.setattr(sys, "argv", argv)
         runpy.run_path(str(EXAMPLES / "small_print.py"), run_name="__main__")
     curves = json.loads((tmp_path / "letters.heights.json").read_text(encoding="utf-8"))["curves"]
-    assert [curve["name"] for curve in curves] == ["plain", "tiles-2x2"]
+    assert [curve["name"] for curve in curves] == ["tiles-2x2", "tiles-4x4-pooled"]
     found = {(point["height"], point["questions"]) for curve in curves for point in curve["points"]}
     assert found == {(5.0, 2), (12.0, 2)}
     assert "<svg" in (tmp_path / "letters.heights.html").read_text(encoding="utf-8")
@@ -98,7 +99,12 @@ def test_small_print_is_compared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     grids = json.loads((tmp_path / "receipts-tiles-2x2/model/config.json").read_text(encoding="utf-8"))["resolution"]
     assert grids["grid"] == [[2, 3], [3, 3], [4, 3]]
     assert json.loads((tmp_path / "receipts.json").read_text(encoding="utf-8"))["tiles-2x2"]["asked"] == 2
-    assert json.loads((tmp_path / "letters.cut.json").read_text(encoding="utf-8")).keys() == {"plain", "tiles-2x2"}
+    assert json.loads((tmp_path / "letters.cut.json").read_text(encoding="utf-8")).keys() == {
+        "tiles-2x2",
+        "tiles-4x4-pooled",
+    }
+    text = json.loads((tmp_path / "tiles-4x4-pooled/model/config.json").read_text(encoding="utf-8"))["text_config"]
+    assert text["max_position_embeddings"] == 4096
 
 
 @pytest.mark.slow

@@ -32,7 +32,7 @@ def fewer_images(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the quickstart take a part of its images."""
     if WHOLE:
         return
-    for parts, share in (("llavar", 10), ("modern", 4)):
+    for parts, share in (("llavar", 10), ("modern", 8)):
         pair = quickstart._PAIRS[parts]  # type: ignore[index]
         monkeypatch.setitem(quickstart._PAIRS, parts, dataclasses.replace(pair, images=pair.images // share))
     monkeypatch.setattr(quickstart, "_STAGE_1_IMAGES", 400)

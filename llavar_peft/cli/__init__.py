@@ -18,7 +18,7 @@ from types import FrameType
 from typing import NoReturn
 
 from llavar_peft.compat.deferred_compilation import defer_compilation
-from llavar_peft.compat.usable_cores import wait_passively
+from llavar_peft.compat.usable_cores import spin_briefly
 
 _UNEXPECTED = 1
 _INTERRUPTED = 130  # as shells report a command that Ctrl-C ended: 128 + SIGINT
@@ -30,7 +30,7 @@ def run() -> NoReturn:
     # The imports make a million objects and no garbage, and looking for garbage takes a sixth of their time.
     gc.set_threshold(10_000)
     defer_compilation()
-    wait_passively(os.environ)
+    spin_briefly(os.environ)
     status = main()
     # While Python shuts down, a second Ctrl-C would print a traceback.
     for number in _SIGNALS:

@@ -10,17 +10,18 @@ from pathlib import Path
 _QUOTAS = (("cpu.max",), ("cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us"))
 """Files with quota and period of the two versions of control groups; a container sees its own at the root."""
 
-_WAITING = {"OMP_WAIT_POLICY": "PASSIVE", "KMP_BLOCKTIME": "0"}
-"""The variables of OpenMP, and of Intel's and LLVM's form of it, for threads that sleep while they wait."""
-_OTHER_WAITING = "GOMP_SPINCOUNT"
+_WAITING = {"GOMP_SPINCOUNT": "10000", "KMP_BLOCKTIME": "0"}
+"""How long threads spin before they sleep, for GNU's OpenMP (in rounds of its loop) and LLVM's (in milliseconds)."""
+_OTHER_WAITING = "OMP_WAIT_POLICY"
 
 
-def wait_passively(environment: MutableMapping[str, str]) -> None:
-    """Let PyTorch's threads sleep while they wait for each other, unless the user has decided how they wait.
+def spin_briefly(environment: MutableMapping[str, str]) -> None:
+    """Let PyTorch's threads sleep soon when they wait for each other, unless the user has decided how they wait.
 
-    By default they spin. When other processes use the cores too, a thread that spins keeps the one that it waits for
-    from running, and a training step takes many times its share of the machine. The number of threads stays: sums
-    depend on it in the last bit, and a resumed run must give the same weights.
+    By default they spin for milliseconds. When other processes use the cores too, a thread that spins keeps the one
+    that it waits for from running, and a training step takes many times its share of the machine. Without any spinning,
+    steps of a small model wait for threads to wake up: ``benchmarks/startup.py`` compares the three. The number of
+    threads stays: sums depend on it in the last bit, and a resumed run must give the same weights.
 
     Args:
         environment: The process's environment. OpenMP reads it when torch is imported.

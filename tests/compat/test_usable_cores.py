@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from llavar_peft.compat.usable_cores import usable_cores, wait_passively
+from llavar_peft.compat.usable_cores import spin_briefly, usable_cores
 
 
 @pytest.mark.parametrize(
@@ -36,23 +36,23 @@ def test_affinity_and_quota_limit_the_cores(
     assert usable_cores(tmp_path) == cores
 
 
-def test_waiting_threads_sleep_unless_the_user_has_decided() -> None:
+def test_waiting_threads_soon_sleep_unless_the_user_has_decided() -> None:
     environment = {"OMP_NUM_THREADS": "3"}
-    wait_passively(environment)
-    assert environment == {"OMP_NUM_THREADS": "3", "OMP_WAIT_POLICY": "PASSIVE", "KMP_BLOCKTIME": "0"}
+    spin_briefly(environment)
+    assert environment == {"OMP_NUM_THREADS": "3", "GOMP_SPINCOUNT": "10000", "KMP_BLOCKTIME": "0"}
     for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME"):
         environment = {name: "5"}
-        wait_passively(environment)
+        spin_briefly(environment)
         assert environment == {name: "5"}
 
 
 def test_the_command_decides_before_torch_is_imported() -> None:
     """OpenMP reads the variables when it is loaded; importing the package, as a library does, leaves them alone."""
     code = (
-        "import os, sys, llavar_peft.cli as cli\nbefore = 'OMP_WAIT_POLICY' in os.environ\n"
-        "cli.main = lambda: print(before, os.environ['OMP_WAIT_POLICY'], 'torch' in sys.modules) or 0\n"
+        "import os, sys, llavar_peft.cli as cli\nbefore = 'GOMP_SPINCOUNT' in os.environ\n"
+        "cli.main = lambda: print(before, os.environ['GOMP_SPINCOUNT'], 'torch' in sys.modules) or 0\n"
         "cli.run()"
     )
-    clean = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
+    clean = {name: value for name, value in os.environ.items() if name != "GOMP_SPINCOUNT"}
     done = subprocess.run([sys.executable, "-c", code], env=clean, capture_output=True, text=True, check=True)
-    assert done.stdout == "False PASSIVE False\n"
+    assert done.stdout == "False 10000 False\n"
