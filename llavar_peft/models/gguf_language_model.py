@@ -171,7 +171,7 @@ def _describe_vocabulary(writer: Any, vocabulary: GgufVocabulary, parts: ModelPa
 def _check_pieces(vocabulary: GgufVocabulary, parts: ModelParts) -> None:
     """Reject a tokenizer whose merges no scores can express: the model would read other tokens than in training.
 
-    Names of special tokens in a text do not count: llama.cpp's programs take them for the tokens, whatever their scores.
+    Names of special tokens in a text do not count: the programs of llama.cpp take them for the tokens in any case.
     """
     if vocabulary.model != "llama":
         return
