@@ -56,7 +56,7 @@ ELSEWHERE = {
     "lmms-eval": "tests/evaluation/test_lmms.py",
     "llavar-peft ocr": "tests/datagen/ocr; needs OCR engines and an endpoint",
     "llavar-peft serve": "tests/serving; runs until it is stopped",
-    "python examples/small_print.py": "tests/test_examples.py; takes half an hour",
+    "python examples/small_print.py": "tests/test_examples.py; takes 20 minutes",
     "python examples/openai_client.py": "tests/serving/test_api.py; needs a server",
     "accelerate launch": "tests/test_examples.py; these need several GPUs",
     "sbatch": "needs a Slurm cluster",
