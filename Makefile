@@ -42,5 +42,8 @@ bench:  ## Measure time and memory against named peers.
 	$(PYTHON) benchmarks/resolution.py
 	$(PYTHON) benchmarks/resolution_estimates.py
 	$(PYTHON) benchmarks/hardware.py
+	$(PYTHON) benchmarks/train_limit.py --out benchmarks/results/train_limit
+	$(PYTHON) benchmarks/open_quantized.py --out benchmarks/results/open_quantized
+	$(PYTHON) benchmarks/ocr.py --out benchmarks/results/ocr
 	$(PYTHON) benchmarks/startup.py --out benchmarks/results/startup
 	$(PYTHON) benchmarks/write_docs.py
