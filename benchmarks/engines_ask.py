@@ -21,8 +21,10 @@ def ask_transformers(job: dict[str, Any]) -> tuple[str, list[str]]:
     import transformers
     from PIL import Image
 
-    reader = transformers.pipeline("image-text-to-text", model=job["model"], dtype="float32")
-    # One dictionary, because both versions take these names in it only.
+    older = tuple(map(int, transformers.__version__.split(".")[:2])) < (4, 56)
+    dtype = {"torch_dtype" if older else "dtype": "float32"}
+    reader = transformers.pipeline("image-text-to-text", model=job["model"], **dtype)
+    # One dictionary, because all versions take these names in it only.
     generation = {"max_new_tokens": job["tokens"], "do_sample": False}
     texts = []
     for path, text in job["questions"]:

@@ -1,10 +1,10 @@
 """What other engines need of an export: fields that transformers 4 reads, and limits of vLLM's own LLaVA.
 
 transformers 5 writes fields that transformers 4 does not read: with them alone, it rejects the class of the tokenizer,
-gives the model ``token_type_ids``, and silently computes with a default base of the rotary embeddings. Both versions
-read the fields below.
+gives the model ``token_type_ids``, and silently computes with a default base of the rotary embeddings; and before 4.57,
+it rejects the settings of images among those of the processor. All versions read the fields and files below.
 
-Source: transformers 4.57.6, ``configuration_*.py`` and ``tokenization_utils_base.py``; vLLM 0.32.0,
+Source: transformers 4.49.0 and 4.57.6, ``configuration_*.py`` and ``tokenization_utils_base.py``; vLLM 0.32.0,
 ``vllm/model_executor/models/llava.py`` (``init_vision_tower_for_llava``, ``LlavaMultiModalProjector``) and
 ``vllm/model_executor/layers/activation.py`` (``get_act_fn``).
 """
@@ -18,6 +18,7 @@ from typing import Any
 from llavar_peft.atomic_files import write_json
 from llavar_peft.errors import ConfigError
 from llavar_peft.models.model_parts import ModelParts
+from llavar_peft.weights.io.companion_files import IMAGES_FILE, PROCESSOR_FILE
 
 _CLASSES_OF_5 = ("TokenizersBackend", "PreTrainedTokenizerFast")
 """Names of one class in transformers 5; transformers 4 has the second."""
@@ -27,7 +28,7 @@ _VLLM_TOWERS = ("clip_vision_model", "siglip_vision_model")
 
 
 def add_fields_of_4(staged: Path) -> None:
-    """Add to the tokenizer's and model's configurations in a folder what transformers 4 reads."""
+    """Write the configurations of the tokenizer, model and processor in a folder as transformers 4 reads them, too."""
     path = staged / "tokenizer_config.json"
     tokenizer = json.loads(path.read_text(encoding="utf-8"))
     if tokenizer.get("tokenizer_class") in _CLASSES_OF_5:
@@ -38,6 +39,11 @@ def add_fields_of_4(staged: Path) -> None:
     config = json.loads(path.read_text(encoding="utf-8"))
     config["text_config"] = {**config["text_config"], **rotary_fields_of_4(config["text_config"])}
     write_json(path, config)
+    path = staged / PROCESSOR_FILE
+    processor = json.loads(path.read_text(encoding="utf-8"))
+    images = processor.pop("image_processor")
+    write_json(path, processor)
+    write_json(staged / IMAGES_FILE, {**images, "processor_class": processor["processor_class"]})
 
 
 def rotary_fields_of_4(text_config: dict[str, Any]) -> dict[str, Any]:

@@ -43,7 +43,7 @@ from llavar_peft.recipe.schema import ProjectorType
 from llavar_peft.types import ImageMode, TemplateName
 from llavar_peft.weights.delta.released_layout import read_model_config
 from llavar_peft.weights.io import tensor_names
-from llavar_peft.weights.io.companion_files import PROCESSOR_FILE
+from llavar_peft.weights.io.companion_files import IMAGES_FILE, PROCESSOR_FILE
 from llavar_peft.weights.io.convert_layout import to_one_layer
 from llavar_peft.weights.io.tensor_blocks import open_weights
 
@@ -260,7 +260,7 @@ def _check_tile_size(image_processor: LlavaNextImageProcessorPil, folder: Path) 
     sides = {length for length in dict(stated_size).values() if length is not None}
     tile_sides = {length for length in dict(stated_crop).values() if length is not None}
     if len(sides) != 1 or sides != tile_sides:
-        files = [folder / name for name in ("preprocessor_config.json", PROCESSOR_FILE)]
+        files = [folder / name for name in (IMAGES_FILE, PROCESSOR_FILE)]
         file = next((path for path in files if path.is_file()), files[0])
         raise ConfigError.at(
             f"{file}:size",

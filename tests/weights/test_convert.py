@@ -159,6 +159,13 @@ def test_the_export_has_the_fields_of_transformers_4(layouts: dict[str, Path]) -
     assert tokenizer["model_input_names"] == ["input_ids", "attention_mask"]
     text = config["text_config"]
     assert text["rope_theta"] == text["rope_parameters"]["rope_theta"] == 10000.0
+    images, processor = (
+        json.loads((layouts["hf-llava"] / name).read_text())
+        for name in ("preprocessor_config.json", "processor_config.json")
+    )
+    assert "image_processor" not in processor
+    assert images["image_processor_type"] == "LlavaImageProcessor"
+    assert images["processor_class"] == processor["processor_class"] == "LlavaProcessor"
 
 
 @pytest.mark.parametrize(

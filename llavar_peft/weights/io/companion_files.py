@@ -23,8 +23,9 @@ TOKENIZER_FILES = (
 GENERATION_FILE = "generation_config.json"
 CHAT_TEMPLATE_FILE = "chat_template.jinja"
 PROCESSOR_FILE = "processor_config.json"
+IMAGES_FILE = "preprocessor_config.json"
 MODEL_FILES = (
-    *TOKENIZER_FILES, GENERATION_FILE, "preprocessor_config.json", PROCESSOR_FILE, "vocab.json", "merges.txt",
+    *TOKENIZER_FILES, GENERATION_FILE, IMAGES_FILE, PROCESSOR_FILE, "vocab.json", "merges.txt",
 )  # fmt: skip
 """Files of a model that are copied, besides its licence. ``config.json`` is written."""
 LICENCES = ("LICENSE*", "NOTICE*", "USE_POLICY*")
