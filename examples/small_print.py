@@ -114,16 +114,18 @@ def lengthen(start: Path, out: Path) -> Path:
     return out
 
 
-def teach_words(start: Path, out: Path, resolution: CrossAttention) -> Path:
+def teach_words(start: Path, out: Path, resolution: CrossAttention, most_pages: int, unseen: int) -> Path:
     """Train cross-attention on single letters, then on words of two, before it meets whole sheets."""
     for fewest, most, count in LESSONS:
         name = f"words-{fewest}-{most}"
-        pages, unseen = out.parent / name, out.parent / "unseen" / name
+        pages, unseen_pages = out.parent / name, out.parent / f"unseen_{name}"
         low, high = WORD_HEIGHTS
-        write_pages(pages, count, name, partial(draw_word, low=low, high=high, fewest=fewest, most=most))
+        write_pages(
+            pages, min(count, most_pages), name, partial(draw_word, low=low, high=high, fewest=fewest, most=most)
+        )
         start = tune(start, pages, resolution, out.parent / f"{out.name}-{name}", projector=most == 1)
         draw = partial(draw_word, low=6.0, high=6.0, fewest=fewest, most=most)
-        share, wrong = ask(start, unseen, write_pages(unseen, 100, f"unseen/{name}", draw))
+        share, wrong = ask(start, unseen_pages, write_pages(unseen_pages, unseen, f"unseen/{name}", draw))
         print(f"{out.name}: words of {fewest} to {most} letters: {share:.0%}", *wrong[:4], sep="\n  ", flush=True)
     return start
 
@@ -146,7 +148,7 @@ def compare_letters(
         sheets = SMALLER if name.startswith("tiles-4x4") else SHEETS
         data = out / sheets.folder
         write_pages(data, images, "training", partial(draw_sheet_between, low=sheets.smallest, high=sheets.largest))
-        model = tune(prepare(out, start, name), data, RESOLUTIONS[name], out / name)
+        model = tune(prepare(out, start, name, images, unseen), data, RESOLUTIONS[name], out / name)
         points = []
         for height in heights or sheets.heights:
             folder = out / f"unseen_{sheets.folder}" / f"{height:g}"
@@ -164,11 +166,11 @@ def compare_letters(
         add_figure(out / "letters.cut.json", name, *ask(model, folder, records), len(records))
 
 
-def prepare(out: Path, start: Path, name: str) -> Path:
+def prepare(out: Path, start: Path, name: str, images: int, unseen: int) -> Path:
     """Return the model that is tuned on the sheets with a resolution."""
     resolution = RESOLUTIONS[name]
     if isinstance(resolution, CrossAttention):
-        return teach_words(start, out / name, resolution)
+        return teach_words(start, out / name, resolution, images, unseen)
     return lengthen(start, out / f"{name}-start") if name.startswith("tiles-4x4") else start
 
 
@@ -210,7 +212,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--start", type=Path, help="a trained tiny model; without it, the quickstart trains one")
     parser.add_argument("--models", nargs="+", choices=list(RESOLUTIONS), default=["plain", "tiles-2x2"])
-    parser.add_argument("--images", type=int, help="number of training images; default 5,000, and 1,600 receipts")
+    parser.add_argument("--images", type=int, help="most training images; default 5,000, and 1,600 receipts")
     parser.add_argument("--unseen", type=int, default=100, help="number of unseen images, at each height")
     parser.add_argument("--heights", nargs="+", type=float, help="heights of unseen sheets' letters")
     args = parser.parse_args()

@@ -72,7 +72,7 @@ def test_from_images_to_a_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 @pytest.mark.slow
 def test_small_print_is_compared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With a model that was not trained, on a few images; the models are tuned in two calls."""
+    """With a model that was not trained, on a few images; the models are tuned in several calls."""
     model, processor = build_model(
         ModelConfig(
             language_model=str(PARTS / "language_model"), vision_tower=str(PARTS / "vision_tower"), dtype="float32"
@@ -82,12 +82,13 @@ def test_small_print_is_compared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     processor.save_pretrained(tmp_path / "start")
     settings = [f"--out={tmp_path}", f"--start={tmp_path / 'start'}", "--images=4", "--unseen=2"]
     monkeypatch.syspath_prepend(str(EXAMPLES))
-    for what, name in (("letters", "tiles-2x2"), ("letters", "tiles-4x4-pooled"), ("receipts", "tiles-2x2")):
+    letters = ("cross-attention-2", "tiles-4x4-pooled", "tiles-2x2", "plain")
+    for what, name in (*(("letters", name) for name in letters), ("receipts", "tiles-2x2")):
         argv = ["small_print.py", what, *settings, f"--models={name}", "--heights", "5", "12"]
         monkeypatch.setattr(sys, "argv", argv)
         runpy.run_path(str(EXAMPLES / "small_print.py"), run_name="__main__")
     curves = json.loads((tmp_path / "letters.heights.json").read_text(encoding="utf-8"))["curves"]
-    assert [curve["name"] for curve in curves] == ["tiles-2x2", "tiles-4x4-pooled"]
+    assert [curve["name"] for curve in curves] == ["plain", "tiles-2x2", "tiles-4x4-pooled", "cross-attention-2"]
     found = {(point["height"], point["questions"]) for curve in curves for point in curve["points"]}
     assert found == {(5.0, 2), (12.0, 2)}
     assert "<svg" in (tmp_path / "letters.heights.html").read_text(encoding="utf-8")
@@ -99,10 +100,10 @@ def test_small_print_is_compared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     grids = json.loads((tmp_path / "receipts-tiles-2x2/model/config.json").read_text(encoding="utf-8"))["resolution"]
     assert grids["grid"] == [[2, 3], [3, 3], [4, 3]]
     assert json.loads((tmp_path / "receipts.json").read_text(encoding="utf-8"))["tiles-2x2"]["asked"] == 2
-    assert json.loads((tmp_path / "letters.cut.json").read_text(encoding="utf-8")).keys() == {
-        "tiles-2x2",
-        "tiles-4x4-pooled",
-    }
+    assert json.loads((tmp_path / "letters.cut.json").read_text(encoding="utf-8")).keys() == {*letters}
+    words = json.loads((tmp_path / "words-2-2/records.json").read_text(encoding="utf-8"))
+    assert {len(record["conversations"][1]["value"]) for record in words} == {2}
+    assert (tmp_path / "cross-attention-2-words-2-2/model").is_dir()
     text = json.loads((tmp_path / "tiles-4x4-pooled/model/config.json").read_text(encoding="utf-8"))["text_config"]
     assert text["max_position_embeddings"] == 4096
 

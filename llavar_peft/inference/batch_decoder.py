@@ -255,9 +255,7 @@ class DecodingBatch:
     def _embed_prompts(self, requests: Sequence[Request], past: int, width: int) -> dict[str, Any]:
         """Return the embeddings from a position on, with features that were computed before or are kept from now on."""
         image_token = self._engine.processor.image_token_id
-        images = [
-            image for request in requests if bool((request.ids[past:] == image_token).any()) for image in request.images
-        ]
+        images = [image for request in requests if image_token in request.ids[past:] for image in request.images]
         self._engine.compute_features(images, self._adapter)
         embeds = [self._embed(request, past) for request in requests]
         return {"inputs_embeds": torch.stack([pad(row, (0, 0, width - len(row), 0)) for row in embeds])}

@@ -223,7 +223,7 @@ def test_several_rejected_requests_in_a_row_stop_the_run(
         write_lines(tmp_path / f"{name}.jsonl", said)
     endpoint.reply = lambda prompt, number: fail(400)
     assert judge(endpoint, released, "--concurrency", "1") == 2
-    assert "refuses the request" in capsys.readouterr().err
+    assert "rejects the request" in capsys.readouterr().err
     assert asked <= len(endpoint.requests) <= max(asked, questions - 1)
 
 
@@ -253,7 +253,7 @@ def test_an_interrupted_run_pays_for_nothing_twice(
 ) -> None:
     endpoint.reply = lambda prompt, number: fail(401) if "Why?" in prompt else ok("8 8")
     assert judge(endpoint, released, "--concurrency", "1") == 2
-    assert "refuses the request" in capsys.readouterr().err
+    assert "rejects the request" in capsys.readouterr().err
     assert not (tmp_path / "reviews.jsonl").exists()
     kept = sorted((tmp_path / "reviews.replies").glob("*.json"))
     assert len(kept) == 2

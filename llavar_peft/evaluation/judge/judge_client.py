@@ -135,5 +135,5 @@ class Judge:
                 self._client.address, f"the judge cannot be reached ({error})", "fix the connection, and run again"
             )
         return ConfigError.at(
-            "the judge's endpoint", f"refuses the request ({error})", "correct the key, the judge's name or the address"
+            "the judge's endpoint", f"rejects the request ({error})", "correct the key, the judge's name or the address"
         )
